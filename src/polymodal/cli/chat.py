@@ -1,0 +1,173 @@
+"""Talk with a model about pictures.
+
+Pictures named on the command line go with the first question. In the chat: /image FILE adds a picture to the next
+question, /clear starts over, /help lists the commands, /quit or Ctrl-D ends. Ctrl-C stops an answer; at the prompt it
+ends the chat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from polymodal.cli import common
+from polymodal.errors import PolymodalError
+
+if TYPE_CHECKING:
+    from polymodal.backends.local import LocalBackend
+    from polymodal.generation.params import GenerationParams
+    from polymodal.messages import Image, Message
+
+HELP = """\
+  /image FILE   add a picture to the next question
+  /clear        forget the conversation and its pictures
+  /help         this list
+  /quit         end (also Ctrl-D, or Ctrl-C here)
+Ctrl-C while the model answers stops the answer."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="pictures for the first question")
+    parser.add_argument("--system", help="a system message")
+    common.add_model_argument(parser)
+    common.add_sampling_arguments(parser, max_new_tokens=256)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the conversation until the input ends."""
+    params = common.sampling_params(args)
+    import polymodal
+
+    chat = Chat(polymodal.load(args.model), params, args.system)
+    for path in args.pictures:
+        chat.add_picture(path)
+    return chat.run()
+
+
+class Chat:
+    """One conversation on a terminal or a pipe.
+
+    Args:
+        model: What answers.
+        params: How it samples.
+        system: The system message, if any.
+    """
+
+    def __init__(self, model: LocalBackend, params: GenerationParams, system: str | None) -> None:
+        self.model = model
+        self.params = params
+        self.system = system
+        self.interactive = sys.stdin.isatty()
+        self.messages: list[Message] = []
+        self.pending: list[Image] = []
+        self.failed = False
+        self.clear()
+
+    def run(self) -> int:
+        """Read and answer until the end of input.
+
+        Returns:
+            0; 2 where a piped conversation had a mistake in it (at a terminal the person has seen it).
+        """
+        if self.interactive:
+            common.note("Ask about your pictures. /help lists the commands.")
+        while (line := self._read()) is not None:
+            try:
+                if not self._take(line.strip()):
+                    break
+            except PolymodalError as error:
+                self.failed = True
+                common.note(f"polymodal: error: {error}")
+        return 2 if self.failed and not self.interactive else 0
+
+    def clear(self) -> None:
+        """Forget everything but the system message."""
+        from polymodal.messages import system
+
+        self.messages = [system(self.system)] if self.system else []
+        self.pending = []
+
+    def add_picture(self, path: str) -> None:
+        """Check a picture and keep it for the next question.
+
+        Args:
+            path: The file.
+
+        Raises:
+            PolymodalError: The model takes no pictures, or this is none.
+        """
+        from polymodal.messages import user
+
+        (picture,) = common.pictures([path])
+        sample = self.model.processor([user(picture)], pixels=False)
+        self.pending.append(picture)
+        size = sample.plans[0].source
+        common.note(f"  {path}: {size.width} × {size.height} pixels, {sample.plans[0].num_tokens} tokens")
+
+    def _read(self) -> str | None:
+        try:
+            if self.interactive:
+                return input("> ")
+            line = sys.stdin.readline()
+            return line or None
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return None
+
+    def _take(self, line: str) -> bool:
+        """Obey one line; False ends the chat."""
+        command, _, rest = line.partition(" ")
+        if command in ("/quit", "/exit"):
+            return False
+        if command == "/help":
+            common.note(HELP)
+        elif command == "/clear":
+            self.clear()
+            common.note("  a new conversation")
+        elif command == "/image":
+            if not rest.strip():
+                raise PolymodalError("/image needs a file: /image picture.jpg")
+            self.add_picture(rest.strip().strip("'\""))
+        elif command.startswith("/") and "/" not in command[1:]:
+            raise PolymodalError(f"no command {command}; /help lists them")
+        elif line:
+            self._answer(line)
+        return True
+
+    def _answer(self, question: str) -> None:
+        from polymodal.backends.local import ReplyDone
+        from polymodal.messages import assistant, user
+
+        asked = [*self.messages, user(*self.pending, question)]
+        said: list[str] = []
+        events = self.model.stream(asked, self.params)
+        try:
+            for event in events:
+                if isinstance(event, ReplyDone):
+                    print()
+                    self._report(event)
+                else:
+                    said.append(event.text)
+                    sys.stdout.write(common.printable(event.text))
+                    sys.stdout.flush()
+        except KeyboardInterrupt:
+            print()
+            common.note("  (stopped)")
+        finally:
+            events.close()
+        self.messages = [*asked, assistant("".join(said))]
+        self.pending = []
+
+    def _report(self, done: object) -> None:
+        if not self.interactive:
+            return
+        reply = done.reply  # type: ignore[attr-defined]
+        usage, timing = reply.usage, reply.timing
+        line = (
+            f"  {usage.prompt_tokens} tokens in ({usage.image_tokens} of pictures), {usage.completion_tokens} out, "
+            f"first after {timing.first_token_s:.2f} s, {timing.tokens_per_s:.1f} tokens/s"
+        )
+        colour = common.colour_wanted("auto", sys.stderr)
+        common.note(f"{common.DIM}{line}{common.RESET}" if colour else line)

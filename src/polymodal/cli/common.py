@@ -1,0 +1,100 @@
+"""What several verbs share: sampling flags, printing that is safe on a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from polymodal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from polymodal.generation.params import GenerationParams
+    from polymodal.messages import Image
+
+RESET, DIM, BOLD = "\x1b[0m", "\x1b[2m", "\x1b[1m"
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--model`."""
+    parser.add_argument(
+        "--model",
+        default="default",
+        metavar="NAME",
+        help='"default", a model folder, or a hub id (default: the model that comes with polymodal)',
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Add the flags that become `GenerationParams`."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help="default: %(default)s")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    group.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens up to this share")
+    group.add_argument("--top-k", type=int, default=0, help="sample from the K likeliest tokens; 0 for all (default)")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages repetition")
+    group.add_argument("--seed", type=int, help="makes sampling repeatable")
+
+
+def sampling_params(args: argparse.Namespace) -> GenerationParams:
+    """Read the flags of `add_sampling_arguments`; a value out of range is a `ConfigError` that names its key."""
+    from polymodal.config import parse_config
+    from polymodal.generation.params import GenerationParams
+
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+    return parse_config(GenerationParams, {name: getattr(args, name) for name in names}, "command line")
+
+
+def pictures(paths: Sequence[str]) -> list[Image]:
+    """Turn paths into parts; the processor opens and checks them."""
+    from polymodal.messages import Image
+
+    return [Image(path) for path in paths]
+
+
+def colour_wanted(choice: str, stream: TextIO) -> bool:
+    """Whether to write colours: as told, else on a terminal that has not asked for none (NO_COLOR)."""
+    if choice == "auto":
+        return stream.isatty() and not os.environ.get("NO_COLOR")
+    return choice == "always"
+
+
+def printable(text: str) -> str:
+    """Make control characters visible, newlines and tabs aside, so that text cannot steer the terminal.
+
+    Args:
+        text: Any text, such as an answer or a prompt.
+
+    Returns:
+        The text with every other control character, and the marks that turn the writing direction, as `\\x1b`.
+    """
+    return "".join(c if c in "\n\t" or not _steers(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _steers(char: str) -> bool:
+    code = ord(char)
+    return code < 0x20 or 0x7F <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Write a file that a flag named.
+
+    Args:
+        path: Where to.
+        data: The whole content.
+
+    Raises:
+        ConfigError: The file cannot be written; names it and says why.
+    """
+    try:
+        Path(path).write_bytes(data)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+def note(text: str) -> None:
+    """Print a remark for a person on standard error, so that standard output stays clean."""
+    print(text, file=sys.stderr, flush=True)

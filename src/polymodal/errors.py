@@ -1,0 +1,48 @@
+"""The one exception that a user's mistake raises.
+
+Everything that a person can put right (a missing file, a wrong key, a picture that is no picture) raises
+`PolymodalError` with one line that names the thing at fault and what to do. The command line prints that line and
+exits with status 2; `--debug` shows the traceback. Anything else that escapes is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PolymodalError(Exception):
+    """A mistake the user can mend; the message is one line and says how."""
+
+
+class MediaError(PolymodalError):
+    """A picture, sound or video that cannot be read."""
+
+
+class ConfigError(PolymodalError):
+    """A configuration, recipe or command line that cannot be used."""
+
+
+class CheckpointError(PolymodalError):
+    """A model folder that is incomplete, damaged or made under another contract."""
+
+
+class DataError(PolymodalError):
+    """A data file or record that cannot be used."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """Build the error for a name that is not in a table, with the closest names that are.
+
+    Args:
+        kind: What the name stands for, as the user would say it ("projector", "recipe key").
+        name: The name that was asked for.
+        known: The names that exist.
+
+    Returns:
+        The error, ready to be raised.
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(c) for c in close)}?" if close else f"known: {', '.join(names)}"
+    return ConfigError(f"unknown {kind} {name!r}; {hint}")

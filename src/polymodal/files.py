@@ -1,0 +1,107 @@
+"""Files that are either whole or not there: atomic writes, hashes, and the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from polymodal.errors import PolymodalError
+
+
+def cache_folder() -> Path:
+    """The folder for converted models and other things that can be made again.
+
+    Returns:
+        `$POLYMODAL_CACHE`, else `$XDG_CACHE_HOME/polymodal`, else `~/.cache/polymodal`.
+    """
+    if own := os.environ.get("POLYMODAL_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "polymodal"
+
+
+def sha256_file(path: Path) -> str:
+    """Hash a file's bytes.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The hex digest.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Write a folder that appears whole or not at all.
+
+    Args:
+        target: Where the folder is to be.
+        replace: Take the place of a folder that is there; without it that is an error.
+
+    Yields:
+        A new empty folder beside the target; renamed to it when the block ends, removed when the block raises.
+
+    Raises:
+        PolymodalError: The target is there already, or the disk is full.
+    """
+    if target.exists() and not replace:
+        raise PolymodalError(f"{target}: is there already; choose another folder or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    work.mkdir()
+    try:
+        yield work
+        for path in work.rglob("*"):
+            _fsync(path)
+        _fsync(work)
+        old = None
+        if target.exists():
+            old = work.with_suffix(".old")
+            target.rename(old)
+        work.rename(target)
+        _fsync(target.parent)
+        if old is not None:
+            shutil.rmtree(old)
+    except OSError as error:
+        raise PolymodalError(f"{target}: cannot be written ({error.strerror or error}); nothing was changed") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is whole or unchanged.
+
+    Args:
+        path: The file; its folder must be there.
+        text: Its content, written as UTF-8.
+
+    Raises:
+        PolymodalError: It cannot be written.
+    """
+    work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        work.write_text(text, encoding="utf-8")
+        _fsync(work)
+        work.replace(path)
+    except OSError as error:
+        raise PolymodalError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

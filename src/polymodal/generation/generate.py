@@ -1,0 +1,132 @@
+"""Token by token: prefill the embeddings once, then decode from the key-value cache.
+
+Rows of a batch are padded on the left, so that unequal prompts give the same tokens as one by one. Placeholder ids
+and rows of the head that belong to no token are never chosen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from polymodal.generation.params import GenerationParams
+from polymodal.generation.sampling import sample_next
+from polymodal.model import MultimodalLM
+from polymodal.processing.sample import Batch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decoding step.
+
+    Attributes:
+        ids: One id a row; None for rows that ended earlier. A row's last id is its stop id where it met one.
+        encode_s: Seconds spent on embedding and encoding media (first step only).
+    """
+
+    ids: tuple[int | None, ...]
+    encode_s: float = 0.0
+
+
+@torch.inference_mode()
+def stream_ids(
+    model: MultimodalLM,
+    batch: Batch,
+    params: GenerationParams,
+    stop_ids: Sequence[int],
+    vocab_size: int | None = None,
+) -> Iterator[Step]:
+    """Generate, one step at a time.
+
+    Args:
+        model: The model, in eval mode.
+        batch: Prompts, padded on the left.
+        params: The settings.
+        stop_ids: Ids that end a row.
+        vocab_size: Ids from here on belong to no token and are never made; None allows all of the head.
+
+    Yields:
+        A step for each new position, until every row ended or `max_new_tokens` is reached.
+    """
+    from transformers import DynamicCache
+
+    batch = batch.to(model.device)
+    begin = time.perf_counter()
+    embeds = model.embed(
+        batch.input_ids, batch.plans, batch.sample_of_image, batch.pixel_values, batch.features
+    )
+    encode_s = time.perf_counter() - begin
+
+    cache = DynamicCache(config=model.llm.config.get_text_config())
+    mask = batch.attention_mask
+    padded = not bool(mask.all())
+    generator = _generator(params, model.device)
+    stops = torch.tensor(sorted(set(stop_ids)), device=model.device)
+    running = torch.ones(len(mask), dtype=torch.bool, device=model.device)
+    made = torch.empty((len(mask), 0), dtype=torch.int64, device=model.device)
+    inputs: dict[str, torch.Tensor] = {"inputs_embeds": embeds}
+    for step in range(params.max_new_tokens):
+        kwargs = model.decoder_inputs(mask, cache) if padded else {}
+        logits = model.llm(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **kwargs).logits[:, -1]
+        next_ids = sample_next(_forbid(logits, model.image_token_id, vocab_size), params, made, generator)
+        yield Step(
+            tuple(i if on else None for i, on in zip(next_ids.tolist(), running.tolist(), strict=True)),
+            encode_s if step == 0 else 0.0,
+        )
+        running &= ~torch.isin(next_ids, stops)
+        if not running.any():
+            return
+        made = torch.cat((made, next_ids[:, None]), dim=1)
+        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+        inputs = {"input_ids": next_ids[:, None]}
+
+
+def generate_ids(
+    model: MultimodalLM,
+    batch: Batch,
+    params: GenerationParams,
+    stop_ids: Sequence[int],
+    vocab_size: int | None = None,
+) -> list[list[int]]:
+    """Generate whole answers.
+
+    Args:
+        model: As in `stream_ids`.
+        batch: As in `stream_ids`.
+        params: As in `stream_ids`.
+        stop_ids: As in `stream_ids`.
+        vocab_size: As in `stream_ids`.
+
+    Returns:
+        The ids of each row, its stop id included where it met one.
+    """
+    rows: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
+    for step in stream_ids(model, batch, params, stop_ids, vocab_size):
+        for row, token in zip(rows, step.ids, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+def _forbid(logits: torch.Tensor, image_token_id: int, vocab_size: int | None) -> torch.Tensor:
+    """Put ids that must not be made at -inf: placeholders, and head rows past the tokenizer."""
+    logits = logits.clone()
+    if image_token_id < logits.shape[-1]:
+        logits[:, image_token_id] = -torch.inf
+    if vocab_size is not None:
+        logits[:, vocab_size:] = -torch.inf
+    return logits
+
+
+def _generator(params: GenerationParams, device: torch.device) -> torch.Generator | None:
+    if params.temperature == 0.0:
+        return None
+    generator = torch.Generator(device=device)
+    if params.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(params.seed)
+    return generator

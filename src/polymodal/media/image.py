@@ -1,0 +1,197 @@
+"""A picture of any kind to 8-bit RGB, with limits.
+
+The size is read from the header and checked before a pixel is decoded. EXIF orientation is applied, the first frame of
+an animation is taken, and transparency is composited on a background. Colour profiles are not applied (no vision
+encoder was trained with them applied).
+
+Depths beyond 8 bits have no one meaning, so the rule is fixed here:
+
+- `I;16` (16-bit PNG and TIFF): 0..65535 becomes 0..255.
+- `I` (32-bit): the same where any value is above 255, else taken as 0..255; values outside are clipped.
+- `F` (float): 0..1 becomes 0..255 where all values lie in it; 0..255 is taken as it is; any other range is stretched
+  from its smallest to its largest value. What is not finite counts as the smallest.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image as PILImage
+from PIL import ImageFile
+
+from polymodal.errors import MediaError
+from polymodal.media.source import MAX_BYTES, describe, read_bytes
+
+if TYPE_CHECKING:
+    from polymodal.messages import Source
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What is opened. Pillow knows some forty more, most of them old and none of them needed from strangers."""
+
+MAX_PIXELS = 64_000_000
+"""The largest picture unless the caller says otherwise."""
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: PILImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PILImage.Transpose.ROTATE_180,
+    4: PILImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PILImage.Transpose.TRANSPOSE,
+    6: PILImage.Transpose.ROTATE_270,
+    7: PILImage.Transpose.TRANSVERSE,
+    8: PILImage.Transpose.ROTATE_90,
+}
+
+
+def open_image(
+    source: Source,
+    *,
+    background: tuple[int, int, int] = (255, 255, 255),
+    max_pixels: int = MAX_PIXELS,
+    limit: int = MAX_BYTES,
+    name: str | None = None,
+) -> PILImage.Image:
+    """Open a picture as upright RGB.
+
+    Args:
+        source: A path, a `data:` URL, file bytes, or a picture already open.
+        background: What shows through transparent pixels, RGB 0..255.
+        max_pixels: The most pixels; checked before decoding.
+        limit: The most bytes.
+        name: What an error calls the picture ("picture 2"); made from the source when None.
+
+    Returns:
+        A picture in mode RGB that shares no memory with the source.
+
+    Raises:
+        MediaError: The source cannot be read, is no picture of an allowed format, is damaged or too large.
+    """
+    name = name or describe(source)
+    if isinstance(source, PILImage.Image):
+        return _decode(source, background, max_pixels, name)
+    data = read_bytes(source, limit=limit, name=name)
+    with warnings.catch_warnings():
+        # Pillow warns of large pictures on stderr; here they are refused, or allowed by the caller's own limit.
+        warnings.simplefilter("ignore")
+        try:
+            picture = PILImage.open(io.BytesIO(data), formats=FORMATS)
+        except PILImage.UnidentifiedImageError:
+            raise MediaError(f"{name}: {_what_is_it(data)}; allowed are {', '.join(FORMATS)}") from None
+        except PILImage.DecompressionBombError:
+            most = min(max_pixels, 2 * (PILImage.MAX_IMAGE_PIXELS or max_pixels))
+            raise MediaError(
+                f"{name}: its header claims too many pixels, at most {most:,} are allowed; scale it down"
+            ) from None
+        except Exception as error:  # a parser that is fed damaged bytes may raise anything
+            raise _damaged(name, error) from error
+        with picture:
+            return _decode(picture, background, max_pixels, name)
+
+
+def _decode(
+    picture: PILImage.Image, background: tuple[int, int, int], max_pixels: int, name: str
+) -> PILImage.Image:
+    """Check the size, decode, convert and turn upright."""
+    _check_size(picture, max_pixels, name)
+    try:
+        if isinstance(picture, ImageFile.ImageFile) and getattr(picture, "is_animated", False):
+            picture.seek(0)
+        picture.load()
+        _check_size(picture, max_pixels, name)  # a first frame may enlarge the screen that the header gave
+        turn = _UPRIGHT.get(_orientation(picture))
+        rgb = to_rgb(picture, background)
+        return rgb if turn is None else rgb.transpose(turn)
+    except MediaError:
+        raise
+    except Exception as error:  # a decoder that is fed damaged bytes may raise anything
+        raise _damaged(name, error) from error
+
+
+def to_rgb(picture: PILImage.Image, background: tuple[int, int, int]) -> PILImage.Image:
+    """Convert any Pillow mode to RGB; see the module's text for depths beyond 8 bits.
+
+    Args:
+        picture: A loaded picture.
+        background: What shows through transparent pixels, RGB 0..255.
+
+    Returns:
+        A new picture in mode RGB.
+    """
+    if picture.mode == "I" or picture.mode == "F" or picture.mode.startswith("I;16"):
+        picture = _to_8_bits(picture)
+    elif picture.mode == "La":
+        picture = picture.convert("LA")  # Pillow has no way from La to RGBA
+    if not picture.has_transparency_data:
+        return picture.copy() if picture.mode == "RGB" else picture.convert("RGB")
+    rgba = picture.convert("RGBA")
+    canvas = PILImage.new("RGBA", rgba.size, (*background, 255))
+    return PILImage.alpha_composite(canvas, rgba).convert("RGB")
+
+
+def _to_8_bits(picture: PILImage.Image) -> PILImage.Image:
+    """Bring deep greys to L, or LA where one grey value is marked as transparent."""
+    import numpy as np
+
+    values: Any = np.asarray(picture)
+    if picture.mode == "F":
+        finite = np.isfinite(values)
+        low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+        values = np.where(finite, values, low).astype(np.float64)
+        if 0 <= low and high <= 1:
+            values = values * 255
+        elif low < 0 or high > 255:
+            values = (values - low) * (255 / (float(high) - float(low))) if high > low else values * 0
+    elif picture.mode != "I" or values.max() > 255:
+        values = values / 257
+    grey = PILImage.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):  # of a 16-bit grey PNG
+        grey.putalpha(PILImage.fromarray(np.where(np.asarray(picture) == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _orientation(picture: PILImage.Image) -> int:
+    """Read the EXIF orientation; 1 (upright) where there is none or it is damaged, as every viewer does."""
+    try:
+        value = picture.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # damaged metadata does not make the picture unreadable
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _check_size(picture: PILImage.Image, max_pixels: int, name: str) -> None:
+    width, height = picture.size
+    if width < 1 or height < 1:
+        raise MediaError(f"{name}: is {height}x{width} pixels (height x width); give a picture with pixels")
+    if width * height > max_pixels:
+        raise MediaError(
+            f"{name}: {height}x{width} pixels (height x width), at most {max_pixels:,} are allowed; scale it down"
+        )
+
+
+def _damaged(name: str, error: Exception) -> MediaError:
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    return MediaError(f"{name}: is damaged or cut off ({reason}); give a whole file")
+
+
+def _what_is_it(data: bytes) -> str:
+    """Say what a file is instead, for the kinds that people mistake for pictures most."""
+    head = data[:512].lstrip().lower()
+    if data[4:8] == b"ftyp":
+        brand = data[8:12]
+        if brand in (b"heic", b"heix", b"mif1", b"hevc", b"msf1"):
+            return "is a HEIC picture, convert it to JPEG or PNG"
+        if brand in (b"avif", b"avis"):
+            return "is an AVIF picture, convert it to JPEG or PNG"
+        return "is a video, not a picture"
+    if head.startswith(b"%pdf"):
+        return "is a PDF document, not a picture"
+    if head.startswith(b"<svg") or (head.startswith(b"<?xml") and b"<svg" in data[:4096].lower()):
+        return "is an SVG drawing, convert it to PNG"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "is a web page, not a picture"
+    if data.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, fetch the file itself (git lfs pull)"
+    return "is not a picture that can be read"

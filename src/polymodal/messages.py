@@ -1,0 +1,98 @@
+"""A conversation is a list of messages; a message is a list of parts.
+
+The same types go into every verb (train, chat, serve, eval) and come out of every model. Nothing is decoded here:
+a part only says where its bytes are. `media/` turns sources into arrays, `processing/` turns messages into tokens.
+Readers for the field's JSON formats live in `data/formats.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+Role: TypeAlias = Literal["system", "user", "assistant"]
+"""Who speaks."""
+
+Source: TypeAlias = "str | Path | bytes | PILImage.Image"
+"""Where media come from: a path, a `data:` URL, raw file bytes, or a picture already in memory."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run of text. Special tokens typed inside it stay plain text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture."""
+
+    source: Source
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video clip."""
+
+    source: Source
+
+
+@dataclass(frozen=True)
+class Audio:
+    """A sound."""
+
+    source: Source
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document of pages."""
+
+    source: Source
+
+
+Part: TypeAlias = Text | Image | Video | Audio | Document
+Media: TypeAlias = Image | Video | Audio | Document
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one side says in one turn: a role and its parts, in order."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """All text parts joined, media left out."""
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """The media parts, in order."""
+        return tuple(part for part in self.parts if not isinstance(part, Text))
+
+
+def _message(role: Role, parts: Sequence[Part | str]) -> Message:
+    return Message(role, tuple(Text(part) if isinstance(part, str) else part for part in parts))
+
+
+def user(*parts: Part | str) -> Message:
+    """Make a user message; plain strings become `Text` parts."""
+    return _message("user", parts)
+
+
+def assistant(*parts: Part | str) -> Message:
+    """Make an assistant message; plain strings become `Text` parts."""
+    return _message("assistant", parts)
+
+
+def system(*parts: Part | str) -> Message:
+    """Make a system message; plain strings become `Text` parts."""
+    return _message("system", parts)

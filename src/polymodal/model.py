@@ -1,0 +1,349 @@
+"""MultimodalLM: pixels -> encoder -> projector -> placeholder positions of a language model.
+
+The merge preserves length: the processor has already expanded the placeholders, so the model only scatters. Labels,
+masks and positions are never rebuilt here, and the count of tokens is read from the plan, never recomputed.
+
+The layout of tiles follows LLaVA-1.5 (arXiv 2310.03744) and LLaVA-NeXT's AnyRes; unlike those, nothing is truncated,
+padded or re-labelled inside `forward`, and logits are computed only where there is a label.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from polymodal.config import ModelConfig
+from polymodal.errors import ConfigError, PolymodalError
+from polymodal.geometry import ImagePlan, Size
+from polymodal.llm import head_only_at, load_llm, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+    from polymodal.encoders.vision import VisionEncoder
+    from polymodal.projectors import Projector
+
+
+@dataclass(frozen=True)
+class Output:
+    """What `forward` returns.
+
+    Attributes:
+        loss_sum: Sum of the token losses, float32 scalar; divide by the global count of targets. None without labels.
+        num_targets: How many tokens carry a label.
+        logits: [R, V] at the positions that predict a label, or [B, T, V] without labels.
+        targets: [R] the labels those logits predict; None without labels.
+    """
+
+    loss_sum: torch.Tensor | None
+    num_targets: int
+    logits: torch.Tensor
+    targets: torch.Tensor | None
+
+
+class MultimodalLM(nn.Module):
+    """A vision encoder, a projector and a causal language model.
+
+    Args:
+        llm: The causal LM.
+        image_token_id: The placeholder's id; may lie past the vocabulary.
+        vision_encoder: [N, 3, H, W] -> [N, P, E]; None for a text-only model.
+        projector: [N, P, E] -> [N, Q, D]; comes with the encoder.
+        image_newline: Add the learned token that ends each row of an AnyRes canvas.
+    """
+
+    def __init__(
+        self,
+        llm: PreTrainedModel,
+        image_token_id: int,
+        vision_encoder: VisionEncoder | None = None,
+        projector: Projector | None = None,
+        image_newline: bool = False,
+    ) -> None:
+        super().__init__()
+        self.llm = llm
+        self.vision_encoder = vision_encoder
+        self.projector = projector
+        self.image_token_id = image_token_id
+        width = llm.get_input_embeddings().weight.shape[1]
+        # LLaVA-NeXT's scale: a newline starts as long as an average embedding.
+        self.image_newline = nn.Parameter(torch.randn(width) / width**0.5) if image_newline else None
+        self._takes_positions = "position_ids" in inspect.signature(llm.forward).parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.llm.get_input_embeddings().weight.device
+
+    @property
+    def tokens_per_tile(self) -> Size | None:
+        """Projected tokens per tile, as a grid; None for a text-only model."""
+        return self.projector.output_grid if self.projector is not None else None
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encode tiles.
+
+        Args:
+            pixel_values: [N, 3, H, W] normalised.
+
+        Returns:
+            [N, P, E] features. No gradient is kept where the whole encoder is frozen.
+
+        Raises:
+            PolymodalError: The model has no vision encoder.
+        """
+        if self.vision_encoder is None:
+            raise PolymodalError("this model has no vision encoder; leave the picture out")
+        frozen = not any(p.requires_grad for p in self.vision_encoder.parameters())
+        with torch.no_grad() if frozen else torch.enable_grad():
+            return self.vision_encoder(pixel_values)
+
+    def project_images(self, features: torch.Tensor, plans: Sequence[ImagePlan]) -> list[torch.Tensor]:
+        """Project features and lay each picture's tokens out as its plan says.
+
+        Args:
+            features: [N, P, E], the tiles of all pictures, in order.
+            plans: One plan a picture; their tiles add up to N.
+
+        Returns:
+            One [num_tokens, D] tensor a picture.
+
+        Raises:
+            PolymodalError: The tiles do not add up, or a layout has another length than planned.
+        """
+        tiles = sum(plan.num_tiles for plan in plans)
+        if self.projector is None or tiles != len(features):
+            raise PolymodalError(f"image: {tiles} tiles were planned, {len(features)} were given")
+        projected = self.projector(features.to(next(self.projector.parameters()).dtype))
+        split = projected.split([plan.num_tiles for plan in plans])
+        return [lay_out(part, plan, self.image_newline) for part, plan in zip(split, plans, strict=True)]
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        plans: Sequence[ImagePlan] = (),
+        sample_of_image: Sequence[int] = (),
+        pixel_values: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed text and scatter media into their placeholders.
+
+        Args:
+            input_ids: [B, T]; placeholders expanded.
+            plans: One plan a picture, in order of row, then of place.
+            sample_of_image: The row of each picture.
+            pixel_values: [N, 3, H, W], or None.
+            features: [N, P, E] in place of `pixel_values`.
+
+        Returns:
+            [B, T, D].
+
+        Raises:
+            PolymodalError: Placeholders and features differ in number.
+        """
+        is_media = input_ids == self.image_token_id
+        text = self.llm.get_input_embeddings()(input_ids.masked_fill(is_media, 0))
+        if features is None and pixel_values is not None:
+            features = self.encode_images(pixel_values)
+        media = self.project_images(features, plans) if features is not None else []
+        return merge_media(text, is_media, media, sample_of_image, "image")
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        plans: Sequence[ImagePlan] = (),
+        sample_of_image: Sequence[int] = (),
+        pixel_values: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+    ) -> Output:
+        """Run the model over whole sequences.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T] bool, False on padding; None where there is none.
+            labels: [B, T], not shifted, -100 where untrained. With labels only their positions get logits.
+            plans: As in `embed`.
+            sample_of_image: As in `embed`.
+            pixel_values: As in `embed`.
+            features: As in `embed`.
+
+        Returns:
+            The sum of losses and logits at label positions, or all logits.
+        """
+        embeds = self.embed(input_ids, plans, sample_of_image, pixel_values, features)
+        kwargs = self.decoder_inputs(attention_mask)
+        if labels is None:
+            return Output(None, 0, self.llm(inputs_embeds=embeds, use_cache=False, **kwargs).logits, None)
+        # Position t predicts token t + 1; the last position predicts nothing.
+        shifted = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
+        rows = (shifted != -100).nonzero().squeeze(1)
+        with head_only_at(self.llm, rows):
+            logits = self.llm(inputs_embeds=embeds, use_cache=False, **kwargs).logits
+        targets = shifted[rows]
+        loss_sum = F.cross_entropy(logits.float(), targets, reduction="sum")
+        return Output(loss_sum, rows.numel(), logits, targets)
+
+    def decoder_inputs(
+        self, attention_mask: torch.Tensor | None, cache: Cache | None = None
+    ) -> dict[str, torch.Tensor | Cache | None]:
+        """Masks and positions for the decoder.
+
+        Args:
+            attention_mask: [B, T_total] bool; with a cache it covers the cached positions too.
+            cache: The key-value cache of a generation; None over whole sequences.
+
+        Returns:
+            Keyword arguments of the language model.
+        """
+        if attention_mask is None or bool(attention_mask[:, 0].all()) and cache is None:
+            # Padding on the right is invisible to causal attention: no mask means the fast causal kernel.
+            return {}
+        kwargs: dict[str, torch.Tensor | Cache | None] = {"attention_mask": attention_mask.long()}
+        if self._takes_positions:
+            positions = attention_mask.long().cumsum(dim=1).sub(1).clamp(min=0)
+            seen = cache.get_seq_length() if cache is not None else 0
+            kwargs["position_ids"] = positions[:, seen:]
+        return kwargs
+
+
+def merge_media(
+    text: torch.Tensor,
+    is_media: torch.Tensor,
+    media: Sequence[torch.Tensor],
+    sample_of_media: Sequence[int],
+    modality: str,
+) -> torch.Tensor:
+    """Put media tokens where the placeholders are; the length does not change.
+
+    Args:
+        text: [B, T, D] embeddings.
+        is_media: [B, T] bool, True on placeholders.
+        media: One [m, D] tensor an item, in order of row, then of place.
+        sample_of_media: The row of each item.
+        modality: For the error message.
+
+    Returns:
+        [B, T, D], differentiable with regard to both.
+
+    Raises:
+        PolymodalError: A row has more or fewer placeholders than features; names modality, row and both counts.
+    """
+    given = [0] * len(text)
+    for item, row in zip(media, sample_of_media, strict=True):
+        given[row] += len(item)
+    for row, (places, features) in enumerate(zip(is_media.sum(dim=1).tolist(), given, strict=True)):
+        if places != features:
+            raise PolymodalError(f"{modality}: sample {row} has {places} placeholders but {features} features")
+    if not media:
+        return text
+    flat = text.reshape(-1, text.shape[-1])
+    places = is_media.reshape(-1).nonzero().squeeze(1)
+    return flat.index_copy(0, places, torch.cat(list(media)).to(flat.dtype)).view_as(text)
+
+
+def lay_out(tiles: torch.Tensor, plan: ImagePlan, newline: torch.Tensor | None) -> torch.Tensor:
+    """Order one picture's projected tokens as its plan says.
+
+    Args:
+        tiles: [n, Q, D], the overview tile where the plan puts it.
+        plan: The picture's plan.
+        newline: [D], ends each row where the plan says so; None for a model without it.
+
+    Returns:
+        [num_tokens, D].
+
+    Raises:
+        PolymodalError: The result is not as long as planned.
+    """
+    if plan.merge == "flat" or plan.kept is None or plan.unpadded is None:
+        tokens = tiles.flatten(0, 1)
+    else:
+        width = tiles.shape[-1]
+        overview = tiles[: 1 if plan.overview == "first" else 0].flatten(0, 1)
+        rows, columns, kept = plan.grid.height, plan.grid.width, plan.kept
+        canvas = tiles[len(tiles) - rows * columns :].view(rows, columns, plan.tokens.height, plan.tokens.width, width)
+        canvas = canvas.permute(0, 2, 1, 3, 4).reshape(rows * plan.tokens.height, columns * plan.tokens.width, width)
+        canvas = canvas[kept.top : kept.top + kept.height, kept.left : kept.left + kept.width]
+        if (kept.height, kept.width) != (plan.unpadded.height, plan.unpadded.width):  # anyres_max_N shrinks
+            size = [plan.unpadded.height, plan.unpadded.width]
+            canvas = F.interpolate(canvas.permute(2, 0, 1)[None], size, mode="bilinear")[0].permute(1, 2, 0)
+        if plan.newline and newline is not None:
+            canvas = torch.cat((canvas, newline.to(canvas).expand(len(canvas), 1, width)), dim=1)
+        tokens = torch.cat((overview, canvas.flatten(0, 1)))
+    if len(tokens) != plan.num_tokens:
+        raise PolymodalError(f"image: the plan says {plan.num_tokens} tokens, the layout gives {len(tokens)}")
+    return tokens
+
+
+def image_token_id_for(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """Choose the placeholder's id.
+
+    Args:
+        config: Says which id, or leaves it open.
+        tokenizer: May have an "<image>" token of its own.
+        vocab_size: Rows of the language model's head.
+
+    Returns:
+        The id. Left open and without a token of the tokenizer's own it lies past the head, so it cannot be generated.
+
+    Raises:
+        ConfigError: The configured id is an ordinary text token.
+    """
+    if config.image_token_id is not None:
+        ordinary = config.image_token_id < len(tokenizer) and (
+            config.image_token_id not in tokenizer.added_tokens_decoder
+        )
+        if ordinary:
+            raise ConfigError(f"image_token_id {config.image_token_id} is an ordinary token of the tokenizer")
+        return config.image_token_id
+    own = tokenizer.get_added_vocab().get("<image>")
+    return own if own is not None else max(vocab_size, len(tokenizer))
+
+
+def build_model(
+    config: ModelConfig, folder: Path | None = None
+) -> tuple[MultimodalLM, PreTrainedTokenizerBase]:
+    """Compose a model: load the parts, make the projector (random weights).
+
+    Args:
+        config: The configuration.
+        folder: The model folder that "bundled" parts and the tokenizer lie in.
+
+    Returns:
+        The model in eval mode, and the tokenizer.
+
+    Raises:
+        ConfigError: A component is unknown or does not fit the next.
+        CheckpointError: A part cannot be loaded.
+    """
+    from polymodal.encoders.vision import build_vision_encoder
+    from polymodal.projectors import build_projector
+
+    llm = load_llm(config.llm)
+    has_tokenizer = folder is not None and (folder / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(config.llm, folder if has_tokenizer else None)
+    embeddings = llm.get_input_embeddings().weight
+    encoder = projector = None
+    if config.vision is not None:
+        encoder = build_vision_encoder(config.vision, folder)
+        projector = build_projector(config.projector, encoder.embed_dim, encoder.grid, embeddings.shape[1])
+        projector.to(embeddings.dtype)
+    head = llm.get_output_embeddings()
+    vocab_size = head.weight.shape[0] if head is not None else embeddings.shape[0]
+    model = MultimodalLM(
+        llm,
+        image_token_id_for(config, tokenizer, vocab_size),
+        encoder,
+        projector,
+        image_newline=config.image is not None and config.image.mm_patch_merge_type == "spatial_unpad",
+    )
+    return model.eval(), tokenizer

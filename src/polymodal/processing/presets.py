@@ -1,0 +1,211 @@
+"""Read a Hugging Face `preprocessor_config.json` as an `ImageConfig`.
+
+Strict: a setting that cannot be expressed, or is not known, is refused and named. Preprocessing that is nearly right
+costs accuracy in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from polymodal.config import ImageConfig
+from polymodal.errors import ConfigError, unknown_name
+
+Family = Literal["one_tile", "llava", "llava_next", "onevision"]
+
+FAMILIES: dict[str, Family] = {
+    "BitImageProcessor": "one_tile",  # DINOv2
+    "BlipImageProcessor": "one_tile",
+    "CLIPImageProcessor": "one_tile",
+    "SiglipImageProcessor": "one_tile",
+    "ViTImageProcessor": "one_tile",
+    "LlavaImageProcessor": "llava",
+    "LlavaNextImageProcessor": "llava_next",
+    "LlavaOnevisionImageProcessor": "onevision",
+}
+"""Processor class, without "Fast" or "Pil", to the way it is read."""
+
+# The classes that crop the centre, and cut the size to its short side, unless the file says otherwise.
+_CROP_BY_DEFAULT = {
+    "BitImageProcessor",
+    "CLIPImageProcessor",
+    "LlavaImageProcessor",
+    "LlavaNextImageProcessor",
+}
+_FILTERS: dict[Any, Literal["bilinear", "bicubic", "lanczos"]] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+_FLAGS_THAT_MUST_BE_TRUE = ("do_resize", "do_rescale", "do_convert_rgb")
+_KNOWN = {
+    *_FLAGS_THAT_MUST_BE_TRUE,
+    "image_processor_type",
+    "feature_extractor_type",
+    "do_normalize",
+    "do_center_crop",
+    "do_pad",
+    "size",
+    "crop_size",
+    "resample",
+    "rescale_factor",
+    "image_mean",
+    "image_std",
+    "image_grid_pinpoints",
+    "aspect_ratio_setting",
+}
+# Bookkeeping that does not change a pixel.
+_IRRELEVANT = {
+    "processor_class",
+    "_processor_class",
+    "_valid_processor_keys",
+    "auto_map",
+    "data_format",
+    "default_to_square",
+    "device",
+    "disable_grouping",
+    "input_data_format",
+    "model_input_names",
+    "return_tensors",
+    "transformers_version",
+}
+
+
+def image_config_from_hf(preprocessor: Mapping[str, Any], *, vision_aspect_ratio: str | None = None) -> ImageConfig:
+    """Read CLIP's, SigLIP's, DINOv2's, LLaVA's, LLaVA-NeXT's or LLaVA-OneVision's preprocessing.
+
+    Args:
+        preprocessor: The content of `preprocessor_config.json`, or of `processor_config.json` with an
+            `image_processor` entry.
+        vision_aspect_ratio: LLaVA-OneVision's, from its model config; "anyres_max_9" when None, as there.
+
+    Returns:
+        The same preprocessing as an `ImageConfig`.
+
+    Raises:
+        ConfigError: A setting is missing, unknown, or cannot be expressed.
+    """
+    if isinstance(nested := preprocessor.get("image_processor"), Mapping):
+        preprocessor = nested
+    given = {key: value for key, value in preprocessor.items() if value is not None}
+    name = _class_name(given)
+    family = FAMILIES.get(name)
+    if family is None:
+        raise unknown_name("image processor", name, FAMILIES)
+    for key in given:
+        if key not in _KNOWN and key not in _IRRELEVANT:
+            raise _refuse(name, key, given[key], "is not understood")
+    for flag in _FLAGS_THAT_MUST_BE_TRUE:
+        if given.get(flag, True) is not True:
+            raise _refuse(name, flag, given[flag], "cannot be expressed; it must be true")
+    if abs(given.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise _refuse(name, "rescale_factor", given["rescale_factor"], "cannot be expressed; it must be 1/255")
+    if family != "onevision" and vision_aspect_ratio is not None:
+        raise ConfigError(f"{name}: vision_aspect_ratio is {vision_aspect_ratio!r}, only LLaVA-OneVision has one")
+    return ImageConfig(
+        **_layout(given, name, family, vision_aspect_ratio),
+        image_mean=_channels(given, name, "image_mean", 0.0),
+        image_std=_channels(given, name, "image_std", 1.0),
+        resample=_resample(given, name),
+    )
+
+
+def _layout(given: dict[str, Any], name: str, family: Family, vision_aspect_ratio: str | None) -> dict[str, Any]:
+    """Find tile size and the way a picture is fitted to it."""
+    crops = given.get("do_center_crop", name in _CROP_BY_DEFAULT)
+    size = _size(given, name, "size", short_side=name in _CROP_BY_DEFAULT)
+    crop = _size(given, name, "crop_size", short_side=False) if crops else None
+    if family != "llava" and family != "one_tile":
+        tile = _fixed_tile(name, size, crop)
+        pinpoints = given.get("image_grid_pinpoints")
+        if not pinpoints:
+            raise ConfigError(f"{name}: image_grid_pinpoints is missing")
+        if given.get("aspect_ratio_setting", "anyres") != "anyres":
+            raise _refuse(name, "aspect_ratio_setting", given["aspect_ratio_setting"], "cannot be expressed")
+        return {
+            "image_aspect_ratio": "anyres",
+            "tile_size": tile,
+            "image_grid_pinpoints": tuple((int(height), int(width)) for height, width in pinpoints),
+            "mm_patch_merge_type": "spatial_unpad",
+            "anyres_max": _anyres_max(name, vision_aspect_ratio) if family == "onevision" else None,
+        }
+    for key in ("image_grid_pinpoints", "aspect_ratio_setting"):
+        if key in given:
+            raise _refuse(name, key, given[key], "is not understood")
+    if given.get("do_pad"):
+        if family != "llava":
+            raise _refuse(name, "do_pad", True, "cannot be expressed")
+        return {"image_aspect_ratio": "pad", "tile_size": _fixed_tile(name, size, crop)}
+    if isinstance(size, int):
+        if crop is None or isinstance(crop, int):
+            raise ConfigError(f"{name}: size gives a short side of {size} and nothing is cropped; tiles need one size")
+        short = None if size == min(crop) else size
+        return {"image_aspect_ratio": "crop", "tile_size": crop, "resize_short_side": short}
+    if crop is not None and crop != size:
+        raise _refuse(name, "crop_size", crop, f"cannot be expressed after a resize to {size}")
+    return {"image_aspect_ratio": "squash", "tile_size": size}
+
+
+def _fixed_tile(name: str, size: int | tuple[int, int], crop: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Check that resizing and cropping name the same square tile, where a square comes in."""
+    tile = (size, size) if isinstance(size, int) else size
+    if crop is not None and crop != tile:
+        raise _refuse(name, "crop_size", crop, f"cannot be expressed after a resize to {tile}")
+    if tile[0] != tile[1]:
+        raise _refuse(name, "size", tile, "cannot be expressed; the tile must be square")
+    return tile
+
+
+def _size(given: dict[str, Any], name: str, key: str, *, short_side: bool) -> int | tuple[int, int]:
+    """Read a size: an int for a short side, (height, width) for a fixed one."""
+    value = given.get(key)
+    if isinstance(value, int):  # as written before transformers 4.2x
+        return value if short_side else (value, value)
+    if isinstance(value, Mapping):
+        sides = {side: length for side, length in value.items() if length is not None}
+        if set(sides) == {"shortest_edge"}:
+            return int(sides["shortest_edge"])
+        if set(sides) == {"height", "width"}:
+            return int(sides["height"]), int(sides["width"])
+    if value is None:
+        raise ConfigError(f"{name}: {key} is missing")
+    raise _refuse(name, key, value, "cannot be expressed")
+
+
+def _channels(given: dict[str, Any], name: str, key: str, unset: float) -> tuple[float, float, float]:
+    """Read a mean or deviation; `unset` where nothing is normalised."""
+    if given.get("do_normalize", True) is False:
+        return unset, unset, unset
+    value = given.get(key)
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise _refuse(name, key, value, "must be three numbers")
+    red, green, blue = (float(v) for v in value)
+    return red, green, blue
+
+
+def _resample(given: dict[str, Any], name: str) -> Literal["bilinear", "bicubic", "lanczos"]:
+    """Read Pillow's number of a filter; all the families default to bicubic but ViT."""
+    number = given.get("resample", 2 if name == "ViTImageProcessor" else 3)
+    if number not in _FILTERS:
+        raise _refuse(name, "resample", number, "cannot be expressed; 1 lanczos, 2 bilinear, 3 bicubic are known")
+    return _FILTERS[number]
+
+
+def _anyres_max(name: str, ratio: str | None) -> int:
+    """Read N of "anyres_max_N"."""
+    number = (ratio or "anyres_max_9").removeprefix("anyres_max_")
+    if not number.isdecimal() or int(number) < 1:
+        raise _refuse(name, "vision_aspect_ratio", ratio, "must be anyres_max_N")
+    return int(number)
+
+
+def _class_name(given: dict[str, Any]) -> str:
+    """Find the processor's class, whatever its spelling through the years."""
+    name = given.get("image_processor_type") or given.get("feature_extractor_type")
+    if not isinstance(name, str):
+        raise ConfigError("the preprocessor config names no image_processor_type")
+    name = name.removesuffix("Fast").removesuffix("Pil")
+    if name.endswith("FeatureExtractor"):
+        name = name.removesuffix("FeatureExtractor") + "ImageProcessor"
+    return name
+
+
+def _refuse(name: str, key: str, value: Any, why: str) -> ConfigError:
+    return ConfigError(f"{name}: {key} ({value!r}) {why}")

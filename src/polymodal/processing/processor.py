@@ -1,0 +1,120 @@
+"""The one road in: messages -> Sample. train, chat, serve and eval all call this."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from polymodal.config import ImageConfig, ModelConfig
+from polymodal.errors import PolymodalError
+from polymodal.geometry import ImagePlan, Size, plan_image
+from polymodal.media.image import open_image
+from polymodal.messages import Image, Message
+from polymodal.processing.sample import Sample
+from polymodal.processing.template import ChatTemplate
+from polymodal.processing.tiles import make_tiles
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+    from transformers import PreTrainedTokenizerBase
+
+
+class Processor:
+    """Turns conversations into tensors, in the way one model was trained on.
+
+    Args:
+        config: The model's configuration; picture rules and template are read from it.
+        tokenizer: The language model's tokenizer.
+        tokens: Projected tokens per tile, as a grid.
+        image_token_id: The placeholder's id.
+    """
+
+    def __init__(
+        self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, tokens: Size | None, image_token_id: int
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.tokens = tokens
+        self.image_token_id = image_token_id
+        self.template = ChatTemplate(tokenizer, config.template, image_token_id)
+        self.pad_id: int = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+    def __call__(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, id: str = "", pixels: bool = True
+    ) -> Sample:
+        """Process one conversation.
+
+        Args:
+            messages: The conversation.
+            add_generation_prompt: End with the header of an assistant turn, for generation.
+            id: The record's id, carried for error messages.
+            pixels: Make pixel tensors; False gives plans and keys only (features come from a cache).
+
+        Returns:
+            The sample: ids with placeholders expanded, loss mask, plans, and tiles where asked for.
+
+        Raises:
+            PolymodalError: A part cannot be used by this model.
+            MediaError: A picture cannot be read.
+        """
+        pictures = [self._open(part) for message in messages for part in message.media]
+        plans = tuple(self.plan(picture) for picture in pictures)
+        rendered = self.template.render(
+            messages, [plan.num_tokens for plan in plans], add_generation_prompt=add_generation_prompt
+        )
+        image = self.config.image
+        tiles = None
+        if pixels and image is not None:
+            tiles = tuple(
+                torch.from_numpy(make_tiles(picture, plan, image))
+                for picture, plan in zip(pictures, plans, strict=True)
+            )
+        return Sample(
+            input_ids=torch.tensor(rendered.input_ids, dtype=torch.int64),
+            loss_mask=torch.tensor(rendered.loss_mask, dtype=torch.bool),
+            slots=rendered.slots,
+            plans=plans,
+            pixels=tiles,
+            media_keys=tuple(picture_key(picture, image) for picture in pictures if image is not None),
+            id=id,
+        )
+
+    def plan(self, picture: PILImage.Image) -> ImagePlan:
+        """Plan one decoded picture."""
+        assert self.config.image is not None and self.tokens is not None  # _open refused the picture otherwise
+        return plan_image(Size(picture.height, picture.width), self.config.image, self.tokens)
+
+    def _open(self, part: object) -> PILImage.Image:
+        """Decode a picture part; refuse what this model cannot take."""
+        if not isinstance(part, Image):
+            raise PolymodalError(f"{type(part).__name__} parts are not supported yet; give pictures and text")
+        if self.config.image is None:
+            raise PolymodalError("this model has no vision encoder; leave the picture out")
+        return open_image(
+            part.source, background=self.config.image.background, max_pixels=self.config.image.max_pixels
+        )
+
+
+def picture_key(picture: PILImage.Image, image: ImageConfig) -> str:
+    """Hash a decoded picture together with the rules that turn it into tiles.
+
+    Args:
+        picture: The decoded RGB picture.
+        image: The preprocessing.
+
+    Returns:
+        A hex digest, equal exactly when the tiles are equal.
+    """
+    digest = hashlib.sha256(_rules(image))
+    digest.update(f"{picture.mode} {picture.height} {picture.width} ".encode())
+    digest.update(picture.tobytes())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=16)
+def _rules(image: ImageConfig) -> bytes:
+    return image.model_dump_json().encode()

@@ -1,0 +1,31 @@
+"""One linear layer from the encoder's width to the language model's, as in the first LLaVA (arXiv:2304.08485)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from polymodal.geometry import Size
+
+
+class LinearProjector(nn.Module):
+    """Features ``[N, P, E]`` to tokens ``[N, P, D]``, each by itself."""
+
+    def __init__(self, embed_dim: int, llm_dim: int, grid: Size, *, bias: bool = True, norm: bool = False) -> None:
+        """Build the layer.
+
+        Args:
+            embed_dim: E.
+            llm_dim: D.
+            grid: Rows and columns of the features; the tokens keep it.
+            bias: Whether the layer has a bias.
+            norm: Put a LayerNorm over E before it.
+        """
+        super().__init__()
+        self.output_grid = grid
+        self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
+        self.linear = nn.Linear(embed_dim, llm_dim, bias=bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project features ``[N, P, E]`` to ``[N, P, D]``."""
+        tokens: Tensor = self.linear(self.norm(features))
+        return tokens

@@ -1,0 +1,259 @@
+"""What trains: ordered rules over full parameter names, LoRA by explicit module names, optimizer groups.
+
+Full dotted paths are matched, never leaf names: LLaVA collects leaf names such as `q_proj`, which peft then finds in
+the vision tower as well. Frozen modules stay in eval mode, so that dropout and batch statistics of what is not
+trained do not change (LAVIS's `disabled_train`). Trained parameters are float32 whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import translate
+
+import torch
+from torch import nn
+
+from polymodal.errors import ConfigError, unknown_name
+from polymodal.training.recipe import LoraRecipe, OptimConfig, RuleConfig
+
+LORA_MARK = ".lora_"
+"""What peft puts into the name of every adapter parameter."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate and a weight decay.
+
+    Attributes:
+        name: For the log: the first two parts of the parameters' names, or "lora".
+        learning_rate: Peak rate.
+        weight_decay: Decay.
+        parameters: Full names and parameters, in the model's order.
+    """
+
+    name: str
+    learning_rate: float
+    weight_decay: float
+    parameters: tuple[tuple[str, nn.Parameter], ...]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expand `{a,b}` as a shell does; nested braces are not supported."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    return [whole for choice in found.group(1).split(",") for whole in expand_braces(head + choice + tail)]
+
+
+def match_names(pattern: str, names: Iterable[str], kind: str) -> list[str]:
+    """Names that a glob matches; `*` crosses dots.
+
+    Args:
+        pattern: The glob, with `{a,b}` allowed.
+        names: Full dotted names.
+        kind: What the names are, for the error.
+
+    Returns:
+        The matching names, in order.
+
+    Raises:
+        ConfigError: Nothing matches; names the closest.
+    """
+    names = list(names)
+    compiled = [re.compile(translate(part)) for part in expand_braces(pattern)]
+    found = [name for name in names if any(regex.match(name) for regex in compiled)]
+    if not found:
+        raise unknown_name(f"{kind}: no name matches", pattern, names if len(names) < 40 else _shorten(names))
+    return found
+
+
+def apply_policy(
+    model: nn.Module, rules: Sequence[RuleConfig], lora: LoraRecipe | None, optim: OptimConfig
+) -> list[Group]:
+    """Freeze, inject adapters and make the optimizer groups.
+
+    Args:
+        model: Changed in place: `requires_grad`, dtype of what is trained, adapters.
+        rules: In order; the last match wins; no match means frozen.
+        lora: The adapter, or None.
+        optim: Defaults for rates and decay.
+
+    Returns:
+        The groups, disjoint, covering exactly the parameters that require a gradient.
+
+    Raises:
+        ConfigError: A rule matches nothing, or nothing is trained.
+    """
+    decided: dict[str, RuleConfig] = {}
+    names = [name for name, _ in model.named_parameters()]
+    for rule in rules:
+        for name in match_names(rule.match, names, "train rule"):
+            decided[name] = rule
+    chosen = {name: rule for name, rule in decided.items() if rule.train}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    by_id = {id(parameter): chosen[name] for name, parameter in model.named_parameters() if name in chosen}
+    if lora is not None:
+        add_lora(model, lora)
+    buckets: dict[tuple[str, float, float], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        rule_of = by_id.get(id(parameter))
+        source: RuleConfig | LoraRecipe
+        if lora is not None and LORA_MARK in name:
+            source, group = lora, "lora"
+        elif rule_of is not None:
+            source, group = rule_of, name.split(".")[0]
+        else:
+            continue
+        parameter.requires_grad_(True)
+        parameter.data = parameter.data.float()
+        decay = source.weight_decay if source.weight_decay is not None else optim.weight_decay
+        if parameter.ndim <= 1 or name.endswith("bias"):
+            decay = 0.0
+        key = (group, source.learning_rate or optim.learning_rate, decay)
+        buckets.setdefault(key, []).append((name, parameter))
+    if not buckets:
+        raise ConfigError("nothing is trained: add a `train` rule with `train: true`, or a `lora` section")
+    return [Group(name, rate, decay, tuple(params)) for (name, rate, decay), params in buckets.items()]
+
+
+def add_lora(model: nn.Module, lora: LoraRecipe) -> None:
+    """Put adapters on the language model's linear layers, or go on with the ones it has.
+
+    Args:
+        model: Has a child `llm`; changed in place.
+        lora: Which modules and how large.
+
+    Raises:
+        ConfigError: No linear module matches, or the model has adapters of another shape.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    llm = model.get_submodule("llm")
+    present = {name: module for name, module in llm.named_modules() if isinstance(module, LoraLayer)}
+    linears = [
+        f"llm.{name}"
+        for name, module in llm.named_modules()
+        if name in present or (isinstance(module, nn.Linear) and not _inside(name, present))
+    ]
+    targets = [name.removeprefix("llm.") for name in match_names(lora.match, linears, "lora")]
+    if present:
+        ranks = {rank for module in present.values() for rank in module.r.values()}
+        if sorted(targets) != sorted(present) or ranks != {lora.lora_r}:
+            raise ConfigError(
+                f"the model already has an adapter (rank {sorted(ranks)}, {len(present)} modules) that differs from "
+                f"the recipe's (rank {lora.lora_r}, {len(targets)} modules): merge it first, or ask for the same"
+            )
+        return
+    config = LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft divides by it; fractions work
+        lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    inject_adapter_in_model(config, llm)
+
+
+def set_modes(model: nn.Module) -> None:
+    """Put what is trained into train mode and everything else into eval mode.
+
+    A module that holds both trained and frozen parameters is in eval mode itself (its own dropout stays off), and its
+    children are judged one by one; an adapter's dropout follows the adapter.
+
+    Args:
+        model: Changed in place.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    model.eval()
+
+    def visit(module: nn.Module) -> None:
+        flags = {parameter.requires_grad for parameter in module.parameters()}
+        if flags == {True}:
+            module.train()
+        elif flags == {True, False}:
+            if isinstance(module, LoraLayer):
+                module.lora_dropout.train()
+            for child in module.children():
+                visit(child)
+
+    visit(model)
+
+
+def check_groups(model: nn.Module, groups: Sequence[Group]) -> None:
+    """Make sure the optimizer has exactly the parameters that require a gradient, each once."""
+    held = [id(parameter) for group in groups for _, parameter in group.parameters]
+    wanted = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if len(held) != len(set(held)) or set(held) != wanted:
+        raise ConfigError("the optimizer's parameters differ from those that require a gradient")
+
+
+def policy_table(model: nn.Module, groups: Sequence[Group]) -> str:
+    """Lay out who is trained, for the log.
+
+    Args:
+        model: After `apply_policy`.
+        groups: Its groups.
+
+    Returns:
+        Lines of text: module, parameters, trained, learning rate, dtype.
+    """
+    rates = {id(p): group.learning_rate for group in groups for _, p in group.parameters}
+    rows = [("module", "parameters", "trained", "learning rate", "dtype")]
+    totals: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        totals.setdefault("llm (lora)" if LORA_MARK in name else name.split(".")[0], []).append((name, parameter))
+    for module, members in totals.items():
+        trained = [p for _, p in members if p.requires_grad]
+        lrs = sorted({rates[id(p)] for p in trained})
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for _, p in members})
+        rows.append(
+            (
+                module,
+                f"{sum(p.numel() for _, p in members):,}",
+                f"{sum(p.numel() for p in trained):,}",
+                ", ".join(f"{lr:g}" for lr in lrs) or "-",
+                ", ".join(dtypes),
+            )
+        )
+    everything = list(model.parameters())
+    count, share = sum(p.numel() for p in everything), sum(p.numel() for p in everything if p.requires_grad)
+    rows.append(("total", f"{count:,}", f"{share:,}", f"{100 * share / count:.2f} %", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if i in (0, 4) else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    )
+
+
+def make_optimizer(groups: Sequence[Group], optim: OptimConfig, device: torch.device) -> torch.optim.AdamW:
+    """Build AdamW over the groups; fused on CUDA."""
+    return torch.optim.AdamW(
+        [
+            {
+                "params": [parameter for _, parameter in group.parameters],
+                "lr": group.learning_rate,
+                "weight_decay": group.weight_decay,
+            }
+            for group in groups
+        ],
+        betas=optim.betas,
+        eps=optim.eps,
+        fused=device.type == "cuda",
+    )
+
+
+def _inside(name: str, owners: Iterable[str]) -> bool:
+    return any(name.startswith(f"{owner}.") for owner in owners)
+
+
+def _shorten(names: list[str]) -> list[str]:
+    """One name for each run of numbered layers, so that the error can list what there is."""
+    return sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})

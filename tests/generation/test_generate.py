@@ -1,0 +1,96 @@
+"""Generation: cached equals uncached, padded equals single, and media ids are never made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from polymodal.generation.generate import generate_ids
+from polymodal.generation.params import GenerationParams
+from polymodal.generation.sampling import sample_next
+from polymodal.model import MultimodalLM
+from polymodal.processing.batch import collate
+from polymodal.processing.sample import Sample
+
+VOCAB = 40
+
+
+@pytest.fixture(scope="module")
+def model() -> MultimodalLM:
+    torch.manual_seed(0)
+    llm = LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                    num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128)
+    )  # fmt: skip
+    # A head sharp enough that ties do not decide.
+    llm.lm_head.weight.data.mul_(30)
+    return MultimodalLM(llm, image_token_id=7).eval()
+
+
+def prompt(ids: list[int]) -> Sample:
+    return Sample(torch.tensor(ids), torch.zeros(len(ids), dtype=torch.bool))
+
+
+def greedy_without_cache(model: MultimodalLM, ids: list[int], count: int) -> list[int]:
+    made = list(ids)
+    for _ in range(count):
+        logits = model(torch.tensor([made])).logits[0, -1].clone()
+        logits[model.image_token_id] = -torch.inf
+        made.append(int(logits.argmax()))
+    return made[len(ids) :]
+
+
+def test_cached_equals_uncached(model: MultimodalLM) -> None:
+    ids = [1, 5, 9, 2, 30]
+    made = generate_ids(model, collate([prompt(ids)], 0, "left"), GenerationParams(max_new_tokens=12), [])
+    assert made == [greedy_without_cache(model, ids, 12)]
+
+
+def test_unequal_prompts_in_one_batch_equal_single_runs(model: MultimodalLM) -> None:
+    prompts = [[1, 5, 9, 2, 30], [3], [8, 8, 8, 1, 2, 3, 4, 5, 6]]
+    params = GenerationParams(max_new_tokens=10)
+    together = generate_ids(model, collate([prompt(p) for p in prompts], 0, "left"), params, [])
+    assert together == [greedy_without_cache(model, p, 10) for p in prompts]
+
+
+def test_a_row_ends_at_its_stop_id_and_the_others_go_on(model: MultimodalLM) -> None:
+    prompts = [[1, 5, 9, 2, 30], [3]]
+    params = GenerationParams(max_new_tokens=10)
+    free = generate_ids(model, collate([prompt(p) for p in prompts], 0, "left"), params, [])
+    stop = next(i for i in free[0] if i not in free[1])
+    stopped = generate_ids(model, collate([prompt(p) for p in prompts], 0, "left"), params, [stop])
+    assert stopped[0] == free[0][: free[0].index(stop) + 1]
+    assert stopped[1] == free[1]
+
+
+def test_placeholder_and_ids_past_the_tokenizer_are_never_made(model: MultimodalLM) -> None:
+    params = GenerationParams(max_new_tokens=60, temperature=50.0, seed=3)
+    made = generate_ids(model, collate([prompt([1, 2])] * 4, 0, "left"), params, [], vocab_size=30)
+    seen = {i for row in made for i in row}
+    assert len(seen) > 20  # hot enough that everything allowed turns up
+    assert 7 not in seen and max(seen) < 30
+
+
+def test_same_seed_same_text_other_seed_other_text(model: MultimodalLM) -> None:
+    def run(seed: int) -> list[list[int]]:
+        params = GenerationParams(max_new_tokens=20, temperature=5.0, seed=seed)
+        return generate_ids(model, collate([prompt([1, 2])], 0, "left"), params, [])
+
+    assert run(1) == run(1) != run(2)
+
+
+def test_top_k_top_p_and_penalty() -> None:
+    logits = torch.tensor([[4.0, 3.0, 2.0, -1.0]])
+    none = torch.empty((1, 0), dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**settings: float) -> set[int]:
+        params = GenerationParams(temperature=3.0, **settings)
+        return {int(sample_next(logits, params, none, generator)) for _ in range(300)}
+
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(top_k=2) == {0, 1}
+    assert drawn(top_p=0.3) == {0}
+    penalised = sample_next(logits, GenerationParams(repetition_penalty=2.0), torch.tensor([[0]]), None)
+    assert penalised.item() == 1
