@@ -22,10 +22,10 @@ JOIN = {"generation", "backends"}
 BELOW_TOP = BASE | RAW_INPUT | NETWORK | JOIN
 
 ALLOWED = {
-    **{name: BASE for name in BASE},
-    **{name: BASE | RAW_INPUT for name in RAW_INPUT},
-    **{name: BASE | NETWORK for name in NETWORK},
-    **{name: BELOW_TOP for name in JOIN},
+    **dict.fromkeys(BASE, BASE),
+    **dict.fromkeys(RAW_INPUT, BASE | RAW_INPUT),
+    **dict.fromkeys(NETWORK, BASE | NETWORK),
+    **dict.fromkeys(JOIN, BELOW_TOP),
     # Records and readers: raw input only, so that data can be checked and built without a model.
     "data": BASE | RAW_INPUT | {"data"},
     "training": BELOW_TOP | {"data", "training"},

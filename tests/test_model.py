@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from polymodal.config import ImageConfig, ProjectorConfig
 from polymodal.encoders.vision import HFVisionEncoder

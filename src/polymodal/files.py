@@ -24,6 +24,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "polymodal"
 
 
+def shipped_folder() -> Path:
+    """The folder of the models and towers that come with the package."""
+    return Path(__file__).resolve().parent / "models"
+
+
 def sha256_file(path: Path) -> str:
     """Hash a file's bytes.
 

@@ -255,19 +255,17 @@ def _plan_slice(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> I
     if grid.area == 1:
         frame, box = fit_tile(source, tile, whole, None, image.max_pixels)
         return _plan_flat(source, tile, tokens, grid=grid, frame=frame, content=box, scaled_to_fit=scaled)
-    frame, box = None, None
+    view: tuple[Box | None, Box | None] = (None, None)
     if image.thumbnail:
-        frame, box = fit_tile(
-            source, tile, image.overview_aspect_ratio, image.resize_short_side, image.max_pixels
-        )
+        view = fit_tile(source, tile, image.overview_aspect_ratio, image.resize_short_side, image.max_pixels)
     return _plan_flat(
         source,
         tile,
         tokens,
         grid=grid,
         content=Box(0, 0, content.height, content.width),
-        overview_box=box,
-        overview_frame=frame,
+        overview_box=view[1],
+        overview_frame=view[0],
         scaled_to_fit=scaled,
     )
 

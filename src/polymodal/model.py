@@ -334,7 +334,7 @@ def build_model(
     embeddings = llm.get_input_embeddings().weight
     encoder = projector = None
     if config.vision is not None:
-        encoder = build_vision_encoder(config.vision, folder)
+        encoder = build_vision_encoder(config.vision, folder, tile=Size(*config.image.tile_size) if config.image else None)
         projector = build_projector(config.projector, encoder.embed_dim, encoder.grid, embeddings.shape[1])
         projector.to(embeddings.dtype)
     head = llm.get_output_embeddings()

@@ -78,9 +78,7 @@ def test_same_padding_puts_the_extra_row_last(size: int, kernel: int, stride: in
     torch.nn.init.ones_(conv.weight)
     outputs = math.ceil(size / stride)
     before = max((outputs - 1) * stride + kernel - size, 0) // 2
-    counts = [
-        sum(0 <= index * stride - before + tap < size for tap in range(kernel)) for index in range(outputs)
-    ]
+    counts = [sum(0 <= index * stride - before + tap < size for tap in range(kernel)) for index in range(outputs)]
     expected = torch.tensor([[float(row * column) for column in counts] for row in counts])
     assert torch.equal(conv(torch.ones(1, 1, size, size))[0, 0], expected)
 
@@ -117,9 +115,7 @@ def test_conversion_names_the_wrong_shape(network: EfficientNetLite0) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.float16, 2e-2)])
-def test_file_round_trip(
-    network: EfficientNetLite0, tmp_path: Path, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_file_round_trip(network: EfficientNetLite0, tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
     path = tmp_path / "weights.safetensors"
     save_efficientnet_lite0(network, path, dtype)
     again = load_efficientnet_lite0(path)

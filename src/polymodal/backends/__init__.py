@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from polymodal.backends.local import LocalBackend
-from polymodal.checkpoints.folder import CONFIG_NAME, load_model
+from polymodal.checkpoints.folder import CONFIG_NAME, load_model, read_config
 from polymodal.errors import CheckpointError, unknown_name
-
-SHIPPED = Path(__file__).resolve().parent.parent / "models"
-"""Folder of the models that come with the package."""
+from polymodal.files import shipped_folder
+from polymodal.geometry import Size
+from polymodal.processing.processor import Processor
 
 
 def load(name: str | Path = "default", device: str | None = None) -> LocalBackend:
@@ -27,16 +27,61 @@ def load(name: str | Path = "default", device: str | None = None) -> LocalBacken
     """
     import torch
 
-    shipped = SHIPPED / str(name)
-    folder = Path(name).expanduser()
-    if (shipped / CONFIG_NAME).is_file():
-        folder = shipped
-    elif not folder.is_dir():
-        known = [p.parent.name for p in SHIPPED.glob(f"*/{CONFIG_NAME}")]
-        if "/" in str(name):
-            raise CheckpointError(f"{name}: no such model folder (hub models come with a later release)")
-        raise unknown_name("model", str(name), known)
-    loaded = load_model(folder)
+    loaded = load_model(find_model(name))
     if loaded.config.llm.device_map is None:
         loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return LocalBackend(loaded.model, loaded.tokenizer, loaded.config, name=str(name), history=loaded.history)
+
+
+def find_model(name: str | Path) -> Path:
+    """Find a model's folder.
+
+    Args:
+        name: As in `load`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: There is no such folder.
+    """
+    shipped = shipped_folder() / str(name)
+    folder = Path(name).expanduser()
+    if (shipped / CONFIG_NAME).is_file():
+        return shipped
+    if not folder.is_dir():
+        known = [p.parent.name for p in shipped_folder().glob(f"*/{CONFIG_NAME}")]
+        if "/" in str(name):
+            raise CheckpointError(f"{name}: no such model folder (hub models come with a later release)")
+        raise unknown_name("model", str(name), known)
+    return folder
+
+
+def load_processor(name: str | Path = "default") -> Processor:
+    """Open only a model's processor: everything up to the tensors, without the language model.
+
+    Args:
+        name: As in `load`.
+
+    Returns:
+        The processor, equal to that of `load(name)`.
+
+    Raises:
+        CheckpointError: There is no such model, or its folder is damaged.
+    """
+    from polymodal.encoders.vision import build_vision_encoder
+    from polymodal.llm import load_tokenizer
+    from polymodal.projectors import build_projector
+
+    folder = find_model(name)
+    config = read_config(folder)
+    if config.image_token_id is None:
+        raise CheckpointError(f"{folder / CONFIG_NAME}: config.image_token_id is missing")
+    tokenizer = load_tokenizer(config.llm, folder if (folder / "tokenizer.json").is_file() else None)
+    tokens = None
+    if config.vision is not None:
+        tile = Size(*config.image.tile_size) if config.image else None
+        encoder = build_vision_encoder(config.vision, folder, tile=tile)
+        # Only its grid is asked for, so the width of the language model does not matter.
+        tokens = build_projector(config.projector, encoder.embed_dim, encoder.grid, llm_dim=1).output_grid
+    return Processor(config, tokenizer, tokens, config.image_token_id)

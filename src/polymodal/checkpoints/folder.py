@@ -144,17 +144,28 @@ def load_model(folder: Path) -> Loaded:
         CheckpointError: The folder is incomplete, damaged, or its contract does not hold; names what.
     """
     document = _read_document(folder)
-    config = parse_config(ModelConfig, document["config"], str(folder / CONFIG_NAME))
-    if config.llm.model_name_or_path == "bundled":
-        config = config.model_copy(
-            update={"llm": config.llm.model_copy(update={"model_name_or_path": str((folder / "llm").resolve())})}
-        )
+    config = _config_in(folder, document)
     model, tokenizer = build_model(config, folder)
     _check_contract(folder, document["contract"], contract_of(config, model.image_token_id, tokenizer))
     _load_tensors(folder / PROJECTOR_NAME, model)
     if (folder / ADAPTER_NAME).is_dir():
         _load_adapter(folder / ADAPTER_NAME, model)
     return Loaded(model.eval(), tokenizer, config, document["history"])
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read a model folder's configuration and nothing else.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The configuration; `image_token_id` is filled in.
+
+    Raises:
+        CheckpointError: The folder is incomplete or damaged.
+    """
+    return _config_in(folder, _read_document(folder))
 
 
 def own_tensors(model: MultimodalLM) -> dict[str, torch.Tensor]:
@@ -236,6 +247,15 @@ def _difference(path: Path, missing: list[str], extra: list[str]) -> str:
     parts = [f"{what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
              for what, names in (("missing", missing), ("not expected", extra)) if names]
     return f"{path}: tensors do not fit the configuration ({'; '.join(parts)})"
+
+
+def _config_in(folder: Path, document: dict[str, Any]) -> ModelConfig:
+    config = parse_config(ModelConfig, document["config"], str(folder / CONFIG_NAME))
+    if config.llm.model_name_or_path == "bundled":
+        config = config.model_copy(
+            update={"llm": config.llm.model_copy(update={"model_name_or_path": str((folder / "llm").resolve())})}
+        )
+    return config
 
 
 def _read_document(folder: Path) -> dict[str, Any]:

@@ -70,12 +70,16 @@ def in_hub_cache() -> bool:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write the GGUF's weights and tokenizer as a float32 Hugging Face folder."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     print(f"polymodal: converting {gguf.name} once (about a minute)", file=sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # transformers marks a model read from GGUF as quantised and refuses to save it; a plain one takes its weights.
+    settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
     with atomic_folder(folder, replace=True) as work:
-        model.save_pretrained(work)
+        plain.save_pretrained(work)
         tokenizer.save_pretrained(work)
         write_text(work / SOURCE_NOTE, f"{PACKAGE}/{gguf.name} sha256 {sha256_file(gguf)}\n")

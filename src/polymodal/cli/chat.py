@@ -16,6 +16,7 @@ from polymodal.errors import PolymodalError
 
 if TYPE_CHECKING:
     from polymodal.backends.local import LocalBackend
+    from polymodal.backends.protocol import Reply
     from polymodal.generation.params import GenerationParams
     from polymodal.messages import Image, Message
 
@@ -32,15 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="pictures for the first question")
     parser.add_argument("--system", help="a system message")
     common.add_model_argument(parser)
+    common.add_device_argument(parser)
     common.add_sampling_arguments(parser, max_new_tokens=256)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the conversation until the input ends."""
     params = common.sampling_params(args)
-    import polymodal
+    from polymodal.backends import load
 
-    chat = Chat(polymodal.load(args.model), params, args.system)
+    chat = Chat(load(args.model, device=args.device), params, args.system)
     for path in args.pictures:
         chat.add_picture(path)
     return chat.run()
@@ -137,33 +139,29 @@ class Chat:
         return True
 
     def _answer(self, question: str) -> None:
-        from polymodal.backends.local import ReplyDone
+        from polymodal.backends.protocol import TextDelta
         from polymodal.messages import assistant, user
 
         asked = [*self.messages, user(*self.pending, question)]
         said: list[str] = []
-        events = self.model.stream(asked, self.params)
         try:
-            for event in events:
-                if isinstance(event, ReplyDone):
-                    print()
-                    self._report(event)
-                else:
+            for event in self.model.stream(asked, self.params):
+                if isinstance(event, TextDelta):
                     said.append(event.text)
                     sys.stdout.write(common.printable(event.text))
                     sys.stdout.flush()
+                else:
+                    print()
+                    self._report(event)
         except KeyboardInterrupt:
             print()
             common.note("  (stopped)")
-        finally:
-            events.close()
         self.messages = [*asked, assistant("".join(said))]
         self.pending = []
 
-    def _report(self, done: object) -> None:
+    def _report(self, reply: Reply) -> None:
         if not self.interactive:
             return
-        reply = done.reply  # type: ignore[attr-defined]
         usage, timing = reply.usage, reply.timing
         line = (
             f"  {usage.prompt_tokens} tokens in ({usage.image_tokens} of pictures), {usage.completion_tokens} out, "

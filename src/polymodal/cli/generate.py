@@ -15,7 +15,7 @@ from polymodal.cli import common
 from polymodal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from polymodal.backends.local import Reply
+    from polymodal.backends.protocol import Reply
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object with usage and timing")
     parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
     common.add_model_argument(parser)
+    common.add_device_argument(parser)
     common.add_sampling_arguments(parser, max_new_tokens=256)
 
 
@@ -37,34 +38,33 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--json and --stream cannot be combined; leave one out")
     params = common.sampling_params(args)
 
-    import polymodal
-    from polymodal.backends.local import ReplyDone
+    from polymodal.backends import load
+    from polymodal.backends.protocol import TextDelta
     from polymodal.messages import system, user
 
-    model = polymodal.load(args.model)
+    model = load(args.model, device=args.device)
     messages = [system(args.system)] if args.system else []
     messages.append(user(*common.pictures(args.image), args.prompt))
     if args.stream:
         for event in model.stream(messages, params):
-            if not isinstance(event, ReplyDone):
+            if isinstance(event, TextDelta):
                 sys.stdout.write(common.printable(event.text))
                 sys.stdout.flush()
         print()
         return 0
     reply = model.generate(messages, params)
     if args.json:
-        print(json.dumps(reply_json(reply, args.model), ensure_ascii=False))
+        print(json.dumps(reply_json(reply), ensure_ascii=False))
     else:
         print(common.printable(reply.text))
     return 0
 
 
-def reply_json(reply: Reply, model: str) -> dict[str, Any]:
+def reply_json(reply: Reply) -> dict[str, Any]:
     """The object that `--json` prints.
 
     Args:
         reply: The answer.
-        model: The name the model was asked for by.
 
     Returns:
         Plain data: text, usage, timing (seconds, rounded to 0.1 ms), model, finish_reason.
@@ -73,6 +73,6 @@ def reply_json(reply: Reply, model: str) -> dict[str, Any]:
         "text": reply.text,
         "usage": asdict(reply.usage),
         "timing": {name: round(value, 4) for name, value in asdict(reply.timing).items()},
-        "model": model,
+        "model": reply.model,
         "finish_reason": reply.finish_reason,
     }

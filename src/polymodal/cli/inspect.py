@@ -1,1 +1,84 @@
-"""x"""
+"""Show what the model sees: every token by kind, the counts, and the tiles drawn on the pictures.
+
+Runs no language model. With --answer the conversation is shown as it is trained on, the answer's tokens marked.
+Example: polymodal inspect --image cat.jpg --prompt "What is this?" --answer "A cat." --html seen.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from typing import TYPE_CHECKING
+
+from polymodal.cli import common
+from polymodal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+    from polymodal.processing.processor import Processor
+    from polymodal.processing.view import View
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture; give the flag again for more"
+    )
+    parser.add_argument("--prompt", required=True, help="the question; pictures come before it, in order")
+    parser.add_argument("--answer", help="an answer, shown as trained tokens")
+    parser.add_argument("--system", help="a system message")
+    parser.add_argument("--html", metavar="FILE", help="write the view as one self-contained page")
+    parser.add_argument("--png", metavar="FILE", help="write the tiles drawn on the pictures")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: %(default)s")
+    common.add_model_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Process the conversation, print the view, write the files asked for."""
+    if args.png and not args.image:
+        raise ConfigError("--png draws pictures, and no --image was given")
+    from polymodal.backends import load_processor
+    from polymodal.messages import assistant, system, user
+    from polymodal.processing.view import to_terminal, view_sample
+    from polymodal.processing.view_html import to_html
+    from polymodal.processing.view_picture import stack
+
+    processor = load_processor(args.model)
+    messages = [system(args.system)] if args.system else []
+    messages.append(user(*common.pictures(args.image), args.prompt))
+    if args.answer is not None:
+        messages.append(assistant(args.answer))
+    sample = processor(messages, add_generation_prompt=args.answer is None, pixels=False)
+    view = view_sample(sample, processor.tokenizer)
+    colour = common.colour_wanted(args.color, sys.stdout)
+    print(to_terminal(view, colour=colour, clean=common.printable))
+
+    if args.html or args.png:
+        drawings = _drawings(processor, view, args.image)
+        if args.html:
+            common.write_file(args.html, to_html(view, drawings).encode("utf-8"))
+            common.note(f"wrote {args.html}")
+        if args.png:
+            buffer = io.BytesIO()
+            stack(drawings).save(buffer, "PNG")
+            common.write_file(args.png, buffer.getvalue())
+            common.note(f"wrote {args.png}")
+    return 0
+
+
+def _drawings(processor: Processor, view: View, paths: list[str]) -> list[PILImage.Image]:
+    """Decode the pictures again, for the eye this time, and draw their plans."""
+    from polymodal.media.image import open_image
+    from polymodal.processing.tiles import tile_pictures
+    from polymodal.processing.view_picture import draw_plan
+
+    image = processor.config.image
+    if image is None:
+        return []
+    drawings = []
+    for path, plan in zip(paths, view.plans, strict=True):
+        picture = open_image(path, background=image.background, max_pixels=image.max_pixels)
+        drawings.append(draw_plan(picture, plan, tile_pictures(picture, plan, image)))
+    return drawings

@@ -18,15 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Resolve the recipe, then print or run it."""
-    import yaml
-
-    from polymodal.training.recipe import load_recipe
+    from polymodal.training import train
+    from polymodal.training.recipe import dump_recipe, load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.dry_run:
-        print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+        print(dump_recipe(recipe), end="")
         return 0
-    from polymodal.training import train
-
     print(train(recipe))
     return 0

@@ -32,6 +32,7 @@ from polymodal.geometry import Size
 PIXEL_MEAN: tuple[float, float, float] = (127 / 255, 127 / 255, 127 / 255)
 PIXEL_STD: tuple[float, float, float] = (128 / 255, 128 / 255, 128 / 255)
 IMAGE_SIZE = Size(224, 224)
+WEIGHTS_FILE = "efficientnet_lite0.safetensors"
 NUM_CLASSES = 1000
 STEM_CHANNELS = 32
 HEAD_CHANNELS = 1280
@@ -216,6 +217,11 @@ class EfficientNetEncoder(nn.Module):
         self.grid = Size(pool, pool)
         self.tile = IMAGE_SIZE
         self.embed_dim = sum(FEATURES[name][1] for name in stages)
+
+    def save(self, folder: Path) -> None:
+        """Write the tower's weights, as they are, into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_efficientnet_lite0(self.network, folder / WEIGHTS_FILE, torch.float32)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode pictures.

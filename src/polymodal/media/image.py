@@ -19,7 +19,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image as PILImage
-from PIL import ImageFile
+from PIL import ImageFile, UnidentifiedImageError
 
 from polymodal.errors import MediaError
 from polymodal.media.source import MAX_BYTES, describe, read_bytes
@@ -77,7 +77,7 @@ def open_image(
         warnings.simplefilter("ignore")
         try:
             picture = PILImage.open(io.BytesIO(data), formats=FORMATS)
-        except PILImage.UnidentifiedImageError:
+        except UnidentifiedImageError:
             raise MediaError(f"{name}: {_what_is_it(data)}; allowed are {', '.join(FORMATS)}") from None
         except PILImage.DecompressionBombError:
             most = min(max_pixels, 2 * (PILImage.MAX_IMAGE_PIXELS or max_pixels))
@@ -90,9 +90,7 @@ def open_image(
             return _decode(picture, background, max_pixels, name)
 
 
-def _decode(
-    picture: PILImage.Image, background: tuple[int, int, int], max_pixels: int, name: str
-) -> PILImage.Image:
+def _decode(picture: PILImage.Image, background: tuple[int, int, int], max_pixels: int, name: str) -> PILImage.Image:
     """Check the size, decode, convert and turn upright."""
     _check_size(picture, max_pixels, name)
     try:
@@ -139,7 +137,7 @@ def _to_8_bits(picture: PILImage.Image) -> PILImage.Image:
         finite = np.isfinite(values)
         low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
         values = np.where(finite, values, low).astype(np.float64)
-        if 0 <= low and high <= 1:
+        if low >= 0 and high <= 1:
             values = values * 255
         elif low < 0 or high > 255:
             values = (values - low) * (255 / (float(high) - float(low))) if high > low else values * 0

@@ -6,7 +6,7 @@ needs the tokenizer and the plan, and no weights of the language model. `view_ht
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -123,9 +123,10 @@ def plan_facts(plan: ImagePlan) -> dict[str, str]:
     """
     box = plan.content_box
     facts = {
-        "picture": f"{_size(plan.source)} pixels",
+        "picture": f"{_size(plan.source)} pixels"
+        + (f", padded to {plan.frame.height} × {plan.frame.width}" if plan.frame else ""),
         "scaled to": f"{box.height} × {box.width}" + (" (scaled down to the tile limit)" if plan.scaled_to_fit else ""),
-        "canvas": f"{_size(plan.canvas)}, picture at top {box.top}, left {box.left}",
+        "canvas": f"{_size(plan.canvas)}, filled from top {box.top}, left {box.left}",
         "tiles": f"{plan.num_tiles} of {_size(plan.tile)} pixels: grid {_size(plan.grid)}"
         + ("" if plan.overview == "none" else f" and the whole picture, {plan.overview}"),
         "tokens of a tile": f"{plan.tokens.area} ({_size(plan.tokens)})",
@@ -136,15 +137,16 @@ def plan_facts(plan: ImagePlan) -> dict[str, str]:
     return facts
 
 
-def to_terminal(view: View, *, colour: bool) -> str:
+def to_terminal(view: View, *, colour: bool, clean: Callable[[str], str] = str) -> str:
     """Lay a view out as text.
 
     Args:
         view: The view.
         colour: Use terminal colours; without them trained text stands in ⟦ ⟧.
+        clean: Applied to the text of tokens, to take the sting out of control characters.
 
     Returns:
-        Lines: the sequence, the legend with counts, the facts of each plan. Control characters are not made safe.
+        Lines: the sequence, the legend with counts, the facts of each plan.
     """
     pieces: list[str] = []
     before: Kind = "text"
@@ -152,7 +154,7 @@ def to_terminal(view: View, *, colour: bool) -> str:
         if not colour and (cell.kind == "trained") != (before == "trained"):
             pieces.append("⟦" if cell.kind == "trained" else "⟧")
         before = cell.kind
-        text = f"⟨{cell.text}: {len(cell.ids)} tokens⟩" if cell.kind == "media" else cell.text
+        text = f"⟨{cell.text}: {len(cell.ids)} tokens⟩" if cell.kind == "media" else clean(cell.text)
         pieces.append(f"{_STYLE[cell.kind]}{text}{_RESET}" if colour and _STYLE[cell.kind] else text)
     if not colour and before == "trained":
         pieces.append("⟧")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from polymodal.geometry import ImagePlan
+from polymodal.geometry import Box, ImagePlan
 
 MARGIN = 16
 SHOWN_SOURCE = 480
@@ -67,14 +67,15 @@ def stack(sheets: Sequence[Image.Image]) -> Image.Image:
 def _draw_source(picture: Image.Image, plan: ImagePlan) -> Image.Image:
     """The source with the tiles of the canvas outlined on it; tiles may reach past it into padding."""
     box = plan.content_box
-    per_row = plan.source.height / box.height  # source pixels per canvas pixel
-    per_column = plan.source.width / box.width
+    # What was resized to the content box: the frame that the picture was laid on, or the picture itself.
+    frame = plan.frame or Box(0, 0, plan.source.height, plan.source.width)
+    per_row, per_column = frame.height / box.height, frame.width / box.width  # source pixels per canvas pixel
     # The canvas in source pixels: (left, top, right, bottom).
     canvas = (
-        -box.left * per_column,
-        -box.top * per_row,
-        (plan.canvas.width - box.left) * per_column,
-        (plan.canvas.height - box.top) * per_row,
+        -box.left * per_column - frame.left,
+        -box.top * per_row - frame.top,
+        (plan.canvas.width - box.left) * per_column - frame.left,
+        (plan.canvas.height - box.top) * per_row - frame.top,
     )
     left, top = min(0.0, canvas[0]), min(0.0, canvas[1])
     right, bottom = max(float(plan.source.width), canvas[2]), max(float(plan.source.height), canvas[3])

@@ -97,6 +97,9 @@ def apply_policy(
         parameter.requires_grad_(name in chosen)
     by_id = {id(parameter): chosen[name] for name, parameter in model.named_parameters() if name in chosen}
     if lora is not None:
+        whole = [name for name in chosen if name.startswith("llm.") and LORA_MARK not in name]
+        if whole:
+            raise ConfigError(f"`lora` and training {whole[0]} whole do not go together; use one of them")
         add_lora(model, lora)
     buckets: dict[tuple[str, float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
@@ -227,10 +230,11 @@ def policy_table(model: nn.Module, groups: Sequence[Group]) -> str:
     count, share = sum(p.numel() for p in everything), sum(p.numel() for p in everything if p.requires_grad)
     rows.append(("total", f"{count:,}", f"{share:,}", f"{100 * share / count:.2f} %", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if i in (0, 4) else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in rows
-    )
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(w) if i in (0, 4) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def make_optimizer(groups: Sequence[Group], optim: OptimConfig, device: torch.device) -> torch.optim.AdamW:

@@ -46,7 +46,7 @@ _OTHER_THING = set(
     "map rules hook line scrathing scratching shop station board card pool player half core peel wedge slice slices "
     "contour outline net goal glove bat court track driver drivers wheel engine door front back tag tags key shelf club "
     "with on in and of from for to platter leaf tip stem plant seeds bread egg corks doctor patient toy toys cards "
-    "theme end plug cover jack shot drawn leash horse_head holding eating riding at over under".split()
+    "theme burner pointer police end plug cover jack shot drawn leash horse_head holding eating riding at over under".split()
 )
 
 
@@ -66,7 +66,11 @@ class Source:
     colour: str | None = None
     luminance: float = 128.0
     photo: bool = False
+    pixels: int = 0  # longer side of the cut-out
     heldout: bool = False
+
+
+_IN_COMPUTER = {"mouse": "computer mouse", "notebook": "laptop"}
 
 
 def missing(path: Path, package: str) -> DataError:
@@ -192,6 +196,7 @@ def read_openclipart(folder: Path) -> list[Source]:
                 continue
             lead = 0
         noun, _, end = match
+        noun = _IN_COMPUTER.get(noun, noun) if parent.startswith("computer") else noun
         rest = parts[lead + end :]
         if rest and (rest[0] in _OTHER_THING or words.find_noun(rest[:1]) is not None):
             continue
@@ -371,6 +376,7 @@ def measure(source: Source, target: Path, emoji_font: Path | None) -> Source | N
     # A drawing on an opaque white sheet is not a cut-out; it is kept, but the sheet's margin is cut off.
     if min(image.size) < 18 or max(image.size) / min(image.size) > 6:
         return None
+    longest = max(image.size)
     full = np.asarray(image)
     solid = full[..., 3] > 128
     pixels = full[solid][:, :3].astype(np.int32)
@@ -388,7 +394,7 @@ def measure(source: Source, target: Path, emoji_font: Path | None) -> Source | N
         image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
     image.save(target, "PNG", compress_level=1)
     luminance = float((pixels @ np.array([299, 587, 114]) / 1000).mean())
-    return replace(source, colour=colour, luminance=round(luminance, 1), photo=photo)
+    return replace(source, colour=colour, luminance=round(luminance, 1), photo=photo, pixels=longest)
 
 
 def dominant_colour(pixels) -> str | None:  # noqa: ANN001

@@ -104,12 +104,14 @@ RENAMES = {
     "tazza": "cup", "valigie": "suitcase", "cello": "cello", "flowerandpot": "potted plant", "baloon": "balloon",
     "ladybird": "ladybug", "cayenne pepper": "chile pepper", "habanero pepper": "chile pepper", "onelette": "omelette",
     "christmas tree": "christmas tree", "tree whit fruits": "tree", "magnifing glass": "magnifying glass",
-    "camper": "van", "laserprinter": "printer", "cellular phone": "mobile phone", "cell phone": "mobile phone", "handphone":
+    "home": "house", "camper": "van", "laserprinter": "printer", "cellular phone": "mobile phone", "cell phone": "mobile phone", "handphone":
     "mobile phone", "ambulanza": "ambulance", "crown": "crown", "tophat": "top hat", "anchor": "anchor",
 }  # fmt: skip
 
 # Stamps whose own sentence says no plain name, or says it wrongly.
 CAPTION_FIXES = {
+    "sports/cartoon/football_helmet_front": "A football helmet.", "sports/cartoon/football_helmet_side": "A football helmet.",
+    "animals/mammals/bovines/mountaingoat": "A mountain goat.",
     "animals/fish/bluegroper": "A blue groper.", "animals/fish/lionfish": "A lionfish.", "animals/fish/lobster": "A spiny lobster.",
     "animals/insects/hoverfly": "A hoverfly.", "food/vegetables/broccoli": "Broccoli.", "food/vegetables/corn": "Yellow corn.",
     "food/vegetables/tomato": "A red tomato.", "food/vegetables/pumpkin_small": "A small pumpkin.", "food/spices/ginger":
@@ -149,6 +151,10 @@ CAPTION_FIXES = {
     "space/moon/moon_crescent": "A crescent moon.", "space/moon/moon_3qt": "The moon.", "vehicles/ship/cartoon/bathyscape": "A submarine.",
 }  # fmt: skip
 NOUN_FIXES: dict[str, str | None] = {
+    "sports/cartoon/football_helmet_front": "helmet", "sports/cartoon/football_helmet_side": "helmet",
+    "household/home_compost_bin": "wheelie bin", "seasonal/halloween/grave-c": "gravestone", "seasonal/halloween/grave-e": "gravestone",
+    "seasonal/halloween/grave-g": "gravestone", "seasonal/halloween/grave-f": "gravestone",
+    "animals/mammals/bovines/mountaingoat": "goat",
     "plants/trees/tree336": "tree", "plants/lettuce_bolted": "lettuce", "plants/eggplant": "eggplant",
     "vehicles/farming/cartoon/tux_tractor": "tractor", "space/voyager2": "satellite", "military/vehicles/infantry-stryker": "tank",
     "plants/flowers/adeenia": "flower", "plants/flowers/anthoorium": "flower", "plants/flowers/appooppanthady": "flower",

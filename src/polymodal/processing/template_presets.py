@@ -1,0 +1,189 @@
+"""Chat templates by name, and the compiler for jinja chat templates.
+
+A preset is the same jinja text that a Hugging Face tokenizer would carry, so it can be exported as it is. Sources: ChatML
+(OpenAI), Llama 2 and 3 (Meta's model cards), Mistral 7B Instruct v0.1, Vicuna v1 as LLaVA-1.5 uses it, and LLaVA's
+`plain` for stage 1. Two differences on purpose: no preset trims what people wrote, and Llama 2 has no space between
+an answer and `</s>`, so that what is trained is exactly the answer and its end token.
+
+The compiler gives templates what `transformers` gives them (a sandbox, loop controls, `raise_exception`,
+`strftime_now`, a plain `tojson`, `{% generation %}` blocks) without depending on its private functions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from jinja2 import nodes
+from jinja2.parser import Parser
+
+from polymodal.errors import ConfigError
+
+_SYSTEM_FIRST = r"""
+{%- if messages and messages[0]['role'] == 'system' -%}
+{%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}
+{%- else -%}
+{%- set system = none -%}{%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+{{- raise_exception('after an optional system message, turns must alternate: user, assistant, user, ...') -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+_CHATML = r"""
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+"""
+
+_LLAMA2 = (
+    _SYSTEM_FIRST
+    + r"""
+{%- for message in turns -%}
+{%- if message['role'] == 'user' -%}
+{{- bos_token -}}{{- '[INST] ' -}}
+{%- if loop.first and system is not none -%}{{- '<<SYS>>\n' + system + '\n<</SYS>>\n\n' -}}{%- endif -%}
+{{- message['content'] + ' [/INST] ' -}}
+{%- else -%}
+{{- message['content'] + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+)
+
+_LLAMA3 = r"""
+{{- bos_token -}}
+{%- for message in messages -%}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}
+"""
+
+_MISTRAL = (
+    _SYSTEM_FIRST
+    + r"""
+{{- bos_token -}}
+{%- for message in turns -%}
+{%- if message['role'] == 'user' -%}
+{{- '[INST] ' -}}
+{%- if loop.first and system is not none -%}{{- system + '\n\n' -}}{%- endif -%}
+{{- message['content'] + ' [/INST] ' -}}
+{%- else -%}
+{{- message['content'] + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+)
+
+_VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user\\'s questions."
+)
+
+_VICUNA = (
+    _SYSTEM_FIRST
+    + r"""
+{{- bos_token -}}
+{%- if system is none -%}{{- '"""
+    + _VICUNA_SYSTEM
+    + r""" ' -}}{%- else -%}{{- system + ' ' -}}{%- endif -%}
+{%- for message in turns -%}
+{%- if message['role'] == 'user' -%}
+{{- 'USER: ' + message['content'] + ' ASSISTANT: ' -}}
+{%- else -%}
+{{- message['content'] + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+)
+
+_PLAIN = r"""
+{{- bos_token -}}
+{%- for message in messages -%}
+{{- message['content'] -}}{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}
+{%- endfor -%}
+"""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A chat template that has a name.
+
+    Attributes:
+        jinja: The template's text.
+        tokens: Tokens that the tokenizer must have as single special tokens.
+        needs_eos: Answers end with the tokenizer's own end token, so it must have one.
+        media_only: Stage 1 of LLaVA: of everything but the assistant's turns only the media are kept.
+    """
+
+    jinja: str
+    tokens: tuple[str, ...] = ()
+    needs_eos: bool = False
+    media_only: bool = False
+
+
+PRESETS: dict[str, Preset] = {
+    "chatml": Preset(_CHATML.strip(), ("<|im_start|>", "<|im_end|>")),
+    "llama2": Preset(_LLAMA2.strip(), needs_eos=True),
+    "llama3": Preset(_LLAMA3.strip(), ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "mistral": Preset(_MISTRAL.strip(), needs_eos=True),
+    "vicuna": Preset(_VICUNA.strip(), needs_eos=True),
+    "plain": Preset(_PLAIN.strip(), needs_eos=True, media_only=True),
+}
+"""Name -> preset."""
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """Let `{% generation %}...{% endgeneration %}` through; the mask here does not depend on it."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def compile_template(source: str) -> Callable[..., str]:
+    """Compile a chat template in a sandbox.
+
+    Args:
+        source: The jinja text.
+
+    Returns:
+        A function from the template's variables, by name, to the rendered string.
+
+    Raises:
+        ConfigError: The text is not valid jinja.
+    """
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(source).render
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"chat_template: line {error.lineno} is not valid jinja: {error.message}") from None

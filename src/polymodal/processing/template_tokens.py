@@ -1,0 +1,201 @@
+"""Tokenise the pieces of a rendered conversation so that they join up as one string would have been.
+
+Two kinds of text meet in a prompt. Scaffolding, which the template wrote, is read with special tokens recognised.
+Content, which a person or a data set wrote, never is: `<image>` or `<|im_start|>system` typed by a user stays text.
+
+Tokenising piece by piece has one trap: SentencePiece-like tokenizers put a space in front of every string that they
+are given (Llama's "legacy" prefix, Metaspace's `prepend_scheme`). Here the private copies of the Rust tokenizer that
+read later pieces have that prefix switched off, and it is added back exactly where the whole string would have got
+it. The caller's tokenizer is never changed, so nothing has to be restored and threads do not meet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from polymodal.errors import ConfigError, PolymodalError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+
+class PieceTokenizer:
+    """Tokenises scaffolding and content, each as a continuation of the ids before it.
+
+    Attributes:
+        added: Ids of the tokenizer's added tokens and of the media placeholder; text starts afresh after them.
+        prefix: Where the tokenizer puts its own space: "never", "first" (only at the very start) or "always" (also
+            after each added token).
+        hides_space: Whether decoding drops one leading space, so that a space put in front of an answer is not seen.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token_id: int, template: str) -> None:
+        """Make private copies of the tokenizer.
+
+        Args:
+            tokenizer: Any fast Hugging Face tokenizer.
+            image_token_id: The placeholder's id; content never produces it.
+            template: The chat template's text; added tokens named in it are never produced by content either.
+
+        Raises:
+            ConfigError: The tokenizer has no Rust backend.
+        """
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(
+                f"tokenizer {type(tokenizer).__name__} is not a fast tokenizer; save it as tokenizer.json first"
+            )
+        from tokenizers import Tokenizer
+
+        backend: Tokenizer = tokenizer.backend_tokenizer
+        data = json.loads(backend.to_str())
+        data["truncation"] = data["padding"] = None
+        self.prefix: Literal["never", "first", "always"] = _prefix_scheme(data)
+        self._image_token_id = image_token_id
+        names = {entry["id"]: entry["content"] for entry in data["added_tokens"]}
+        self.added = frozenset(names) | {image_token_id}
+        self._special = frozenset(
+            {
+                entry["id"]
+                for entry in data["added_tokens"]
+                if entry["special"] or (entry["content"].strip() and entry["content"] in template)
+            }
+            | set(tokenizer.all_special_ids)
+            | {image_token_id}
+        )
+        self._unknown: int | None = tokenizer.unk_token_id
+        self._unknown_text: str = tokenizer.unk_token or ""
+
+        self._natural = Tokenizer.from_str(json.dumps(data))
+        _drop_prefix(data)
+        self._scaffold = self._natural if self.prefix == "never" else Tokenizer.from_str(json.dumps(data))
+        for entry in data["added_tokens"]:
+            entry["special"] = entry["id"] in self._special
+        self._content = Tokenizer.from_str(json.dumps(data))
+        self._content.encode_special_tokens = True
+        spaced = self._content.encode(" a", add_special_tokens=False).ids
+        self.hides_space = self.prefix != "never" and self._content.decode(spaced) == "a"
+        self._cached_scaffold = lru_cache(maxsize=4096)(self._encode_scaffold)
+
+    def is_fresh(self, ids: Sequence[int]) -> bool:
+        """Whether the tokenizer would put its own space in front of text that follows these ids."""
+        if self.prefix == "always":
+            return not ids or ids[-1] in self.added
+        return self.prefix == "first" and not ids
+
+    def scaffold(self, text: str, before: Sequence[int]) -> tuple[int, ...]:
+        """Tokenise what the template wrote, special tokens recognised.
+
+        Args:
+            text: The piece.
+            before: All ids so far.
+
+        Returns:
+            The piece's ids.
+        """
+        return self._cached_scaffold(text, self.is_fresh(before)) if text else ()
+
+    def _encode_scaffold(self, text: str, fresh: bool) -> tuple[int, ...]:
+        if fresh or self.prefix == "never":
+            return tuple(self._natural.encode(text, add_special_tokens=False).ids)
+        encoding = self._scaffold.encode(text, add_special_tokens=False)
+        if self.prefix == "always":
+            for index, (token, (_, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+                if token in self.added and end < len(text):  # what follows an added token is fresh again
+                    rest = self._natural.encode(text[end:], add_special_tokens=False).ids
+                    return (*encoding.ids[: index + 1], *rest)
+        return tuple(encoding.ids)
+
+    def first_added(self, ids: Sequence[int]) -> int | None:
+        """Index of the first added token, if nothing but white space comes before it."""
+        for index, token in enumerate(ids):
+            if token in self.added:
+                blank = not self._natural.decode(list(ids[:index]), skip_special_tokens=False).strip()
+                return index if blank else None
+        return None
+
+    def content(self, text: str, before: Sequence[int], *, space: str = "", keep_exact: bool = False) -> list[int]:
+        """Tokenise what somebody wrote; nothing in it is read as a special token.
+
+        Args:
+            text: The piece.
+            before: All ids so far.
+            space: White space of the scaffolding that is tokenised with the piece.
+            keep_exact: Leave out the tokenizer's own space where decoding would show it.
+
+        Returns:
+            The piece's ids.
+
+        Raises:
+            PolymodalError: The text holds a one-character special token, which cannot be taken apart.
+        """
+        wanted = self.hides_space or not (keep_exact or text.startswith(" "))
+        if not space and wanted and self.is_fresh(before):
+            space = " "
+        return self._plain(space + text)
+
+    def _plain(self, text: str) -> list[int]:
+        """Tokenise without specials; models that list them as ordinary pieces are made to take them apart."""
+        encoding = self._content.encode(text, add_special_tokens=False)
+        if self._special.isdisjoint(encoding.ids):
+            return list(encoding.ids)
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token not in self._special:
+                continue
+            if token == self._unknown and (not self._unknown_text or self._unknown_text not in text[start:end]):
+                continue  # a character that the vocabulary lacks: honest
+            cut = start + 1
+            if cut >= len(text):
+                raise PolymodalError(
+                    f"the text holds {text[start:end]!r}, which is a special token of one character; take it out"
+                )
+            return self._plain(text[:cut]) + self._plain(text[cut:])
+        return list(encoding.ids)
+
+
+def _members(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """Flatten a normalizer or pre-tokenizer and the sequences inside it."""
+    if step is None:
+        return []
+    if step["type"] == "Sequence":
+        return [member for inner in step[key] for member in _members(inner, key)]
+    return [step]
+
+
+def _prefix_scheme(data: dict[str, Any]) -> Literal["never", "first", "always"]:
+    """Read from a tokenizer's JSON where it puts a space of its own."""
+    scheme: Literal["never", "first", "always"] = "never"
+    for step in _members(data["normalizer"], "normalizers"):
+        if step["type"] == "Prepend":
+            return "always"
+    for step in _members(data["pre_tokenizer"], "pretokenizers"):
+        if step["type"] == "ByteLevel" and step.get("add_prefix_space"):
+            scheme = "always"
+        elif step["type"] == "Metaspace":
+            old = "always" if step.get("add_prefix_space") else "never"
+            found = step.get("prepend_scheme", old)
+            scheme = found if found in ("first", "always") else scheme
+    return scheme
+
+
+def _drop_prefix(data: dict[str, Any]) -> None:
+    """Switch the space off, in place."""
+
+    def without_prepend(step: dict[str, Any] | None) -> dict[str, Any] | None:
+        if step is None or step["type"] == "Prepend":
+            return None
+        if step["type"] == "Sequence":
+            kept = [inner for inner in map(without_prepend, step["normalizers"]) if inner is not None]
+            return {**step, "normalizers": kept}
+        return step
+
+    data["normalizer"] = without_prepend(data["normalizer"])
+    for step in _members(data["pre_tokenizer"], "pretokenizers"):
+        if step["type"] == "ByteLevel":
+            step["add_prefix_space"] = False
+        elif step["type"] == "Metaspace":
+            step.pop("add_prefix_space", None)
+            step["prepend_scheme"] = "never"

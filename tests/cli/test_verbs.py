@@ -1,0 +1,218 @@
+"""The verbs, on a tiny model with random weights: what they print, not what it says."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from polymodal import cli
+from polymodal.backends.protocol import Reply, TextDelta, Timing, Usage
+from polymodal.cli import chat, common, main
+from polymodal.generation.params import GenerationParams
+from polymodal.messages import Message, assistant
+
+
+@pytest.fixture
+def cat(picture_folder: Path) -> str:
+    return str(picture_folder / "cat.jpg")
+
+
+@pytest.fixture
+def coffee(picture_folder: Path) -> str:
+    return str(picture_folder / "coffee.jpg")
+
+
+def test_generate_json(tiny_model_folder: Path, cat: str, coffee: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["generate", "--model", str(tiny_model_folder), "--image", cat, "--image", coffee, "--prompt", "What?"]
+    assert main([*argv, "--max-new-tokens", "5", "--json"]) == 0
+    reply = json.loads(capsys.readouterr().out)
+    assert set(reply) == {"text", "usage", "timing", "model", "finish_reason"}
+    assert set(reply["usage"]) == {"prompt_tokens", "image_tokens", "completion_tokens"}
+    assert reply["usage"]["image_tokens"] == 2 * 16
+    assert 1 <= reply["usage"]["completion_tokens"] <= 5
+    assert reply["finish_reason"] in ("stop", "length")
+    assert 0 < reply["timing"]["first_token_s"] <= reply["timing"]["total_s"]
+
+
+def test_generate_prints_the_same_streamed_or_whole_and_seeds_repeat(
+    tiny_model_folder: Path, cat: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["generate", "--model", str(tiny_model_folder), "--image", cat, "--prompt", "What?"]
+    argv += ["--max-new-tokens", "12", "--temperature", "1.5", "--seed", "7"]
+    texts = []
+    for extra in ([], ["--stream"]):
+        assert main([*argv, *extra]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != ""
+    assert main([*argv[:-1], "8"]) == 0
+    assert capsys.readouterr().out != texts[0]
+
+
+class Parrot:
+    """A model that repeats the last message, for the chat's own behaviour."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[Message]] = []
+        self.stop_after: int | None = None
+
+    def stream(self, messages: list[Message], params: GenerationParams) -> Iterator[TextDelta | Reply]:
+        self.asked.append(list(messages))
+        words = messages[-1].text.split()
+        for count, word in enumerate(words, start=1):
+            yield TextDelta(f"{word} ")
+            if count == self.stop_after:
+                raise KeyboardInterrupt
+        done = assistant("".join(f"{word} " for word in words))
+        yield Reply(done, Usage(3, 0, len(words)), Timing(0, 0, 0.1, 0.2, 20.0), "stop", "parrot")
+
+
+def talk(model: object, lines: str, monkeypatch: pytest.MonkeyPatch, system: str | None = None) -> int:
+    """Run a chat whose standard input is a pipe with these lines."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    return chat.Chat(model, GenerationParams(), system).run()  # type: ignore[arg-type]
+
+
+def test_chat_remembers_and_clears(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Parrot()
+    assert talk(model, "one\ntwo\n/clear\nthree\n/quit\nnever\n", monkeypatch, system="be kind") == 0
+    assert capsys.readouterr().out.split() == ["one", "two", "three"]
+    roles = [[message.role for message in asked] for asked in model.asked]
+    assert roles == [["system", "user"], ["system", "user", "assistant", "user"], ["system", "user"]]
+    assert model.asked[1][2].text == "one "
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Parrot()
+    model.stop_after = 2
+    assert talk(model, "a b c d\ngo on\n", monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert "c" not in out
+    assert "(stopped)" in err
+    assert [m.text for m in model.asked[1]] == ["a b c d", "a b ", "go on"]
+
+
+def test_ctrl_c_at_the_prompt_ends_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(io.StringIO):
+        def readline(self, size: int | None = -1, /) -> str:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", Interrupted())
+    model = Parrot()
+    assert chat.Chat(model, GenerationParams(), None).run() == 0  # type: ignore[arg-type]
+    assert model.asked == []
+
+
+def test_chat_goes_on_after_a_mistake_and_reports_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Parrot()
+    assert talk(model, "/imagine x\n/image\nhello\n", monkeypatch) == 2
+    out, err = capsys.readouterr()
+    assert out.strip() == "hello"
+    assert err.count("polymodal: error: ") == 2
+
+
+def test_chat_with_pictures(
+    tiny_model_folder: Path,
+    cat: str,
+    coffee: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"what is this?\n/image {coffee}\nand this?\n"))
+    assert main(["chat", cat, "--model", str(tiny_model_folder), "--max-new-tokens", "2"]) == 0
+    err = capsys.readouterr().err
+    assert f"{cat}: 451 × 300 pixels, 16 tokens" in err
+    assert f"{coffee}: 600 × 400 pixels, 16 tokens" in err
+
+
+def test_a_bad_picture_on_the_command_line_ends_the_chat(
+    tiny_model_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["chat", str(tmp_path / "absent.jpg"), "--model", str(tiny_model_folder)]) == 2
+    assert "absent.jpg" in capsys.readouterr().err
+
+
+def test_env(capsys: pytest.CaptureFixture[str], private_cache: Path) -> None:
+    assert main(["env", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert set(facts) == {"system", "packages", "devices", "models"}
+    assert facts["packages"]["torch"][0].isdigit()
+    assert facts["models"]["cache folder"] == str(private_cache)
+    assert main(["env"]) == 0
+    assert "default LLM" in capsys.readouterr().out
+
+
+def test_fetch_has_nothing_to_do_where_the_model_is(private_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from polymodal.checkpoints.smollm2 import converted_folder
+
+    folder = converted_folder()
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"x")
+    assert main(["fetch"]) == 0
+    assert capsys.readouterr().out.strip() == str(folder)
+
+
+def test_fetch_says_why_it_failed(
+    private_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from polymodal.checkpoints import smollm2
+    from polymodal.cli import fetch
+
+    monkeypatch.setattr(smollm2, "packaged_gguf", lambda: None)
+    monkeypatch.setattr(fetch, "_from_package", lambda: "no such package")
+    monkeypatch.setattr(fetch, "_from_hub", lambda: "no network")
+    assert main(["fetch"]) == 2
+    err = capsys.readouterr().err
+    assert "package: no such package" in err
+    assert "hub: no network" in err
+
+
+def test_the_error_names_the_command_that_fetches(private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from polymodal.checkpoints import smollm2
+    from polymodal.errors import CheckpointError
+
+    monkeypatch.setattr(smollm2, "packaged_gguf", lambda: None)
+    with pytest.raises(CheckpointError, match="`polymodal fetch`"):
+        smollm2.find_smollm2()
+    assert "fetch" in cli.VERBS
+
+
+def test_train_dry_run_resolves_overrides(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import yaml
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: x\ninit: {from: somewhere}\ndata: {mix: [{path: a.json}]}\noutput_dir: out\n")
+    assert main(["train", str(recipe), "optim.learning_rate=2e-4", "--dry-run"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["optim"]["learning_rate"] == 2e-4
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain 猫 🐈\n\ttext", "plain 猫 🐈\n\ttext"),
+        ("\x1b[2Jgone", "\\x1b[2Jgone"),
+        ("a\rb\x07\x9b", "a\\rb\\x07\\x9b"),
+        ("\u202eevil", "\\u202eevil"),
+    ],
+)
+def test_printable(text: str, expected: str) -> None:
+    assert common.printable(text) == expected
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([verb, "--help"])
+    assert done.value.code == 0
+    out = capsys.readouterr().out
+    assert f"usage: polymodal {verb}" in out
+    assert "--debug" in out

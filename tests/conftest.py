@@ -1,0 +1,171 @@
+"""Fixtures for everybody: a byte-level tokenizer, and a whole tiny model with random weights, in memory and on disk.
+
+The tiny model is CLIP (28 pixels, patches of 7: 16 tokens a tile) + a two-layer MLP + Llama of width 32. Its answers
+are noise; what it is for is everything around them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+# Before any test imports a library: nothing in the tests may reach for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from polymodal.config import ModelConfig
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the 256 bytes and three control tokens, with the ChatML template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+def write_tiny_llm(folder: Path, **changes: Any) -> None:
+    """Write a random Llama with the byte-level tokenizer as a Hugging Face folder.
+
+    Args:
+        folder: Where to.
+        changes: Values of `LlamaConfig` that differ from the usual ones.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_byte_tokenizer()
+    values: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**values, **changes})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_tiny_tower(folder: Path) -> None:
+    """Write a random CLIP vision tower as a Hugging Face folder."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(1)
+    config = CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=7,
+        projection_dim=16,
+    )
+    CLIPVisionModel(config).save_pretrained(folder)
+
+
+def tiny_config(llm: Path, tower: Path, **image: Any) -> ModelConfig:
+    """The configuration of the tiny model.
+
+    Args:
+        llm: The folder of `write_tiny_llm`.
+        tower: The folder of `write_tiny_tower`.
+        image: Picture rules that differ from padding to one tile.
+    """
+    from polymodal.config import ImageConfig, LLMConfig, ModelConfig, ProjectorConfig, VisionConfig
+
+    rules: dict[str, Any] = {
+        "image_aspect_ratio": "pad",
+        "tile_size": (28, 28),
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5),
+    }
+    return ModelConfig(
+        vision=VisionConfig(vision_tower=str(tower), type="clip"),
+        image=ImageConfig(**{**rules, **image}),
+        projector=ProjectorConfig(mm_projector_type="mlp2x_gelu"),
+        llm=LLMConfig(model_name_or_path=str(llm)),
+    )
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """See `make_byte_tokenizer`."""
+    return make_byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama and its tokenizer; do not write into it."""
+    folder = tmp_path_factory.mktemp("tiny") / "llm"
+    write_tiny_llm(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tower_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP vision tower; do not write into it."""
+    folder = tmp_path_factory.mktemp("tiny") / "vision"
+    write_tiny_tower(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_config(tiny_llm_folder: Path, tiny_tower_folder: Path) -> ModelConfig:
+    """The configuration of the tiny model: one tile, padded."""
+    return tiny_config(tiny_llm_folder, tiny_tower_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tiny_model_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole model folder of ours that carries all its weights; copy it before you change it."""
+    import torch
+
+    from polymodal.checkpoints.folder import save_model
+    from polymodal.model import build_model
+
+    torch.manual_seed(2)
+    model, tokenizer = build_model(tiny_model_config)
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    save_model(folder, model, tiny_model_config, tokenizer, llm_trained=True, vision_trained=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def picture_folder() -> Path:
+    """The pictures that ship with the repository."""
+    return Path(__file__).resolve().parent.parent / "examples" / "pictures"
+
+
+@pytest.fixture
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder of this test's own, for polymodal and for the Hugging Face client."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("POLYMODAL_CACHE", str(folder))
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder / "hub"))
+    yield folder

@@ -1,0 +1,322 @@
+"""Pictures of every kind to RGB, and pictures that are none."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PILImage
+
+from polymodal.errors import MediaError
+from polymodal.media.image import FORMATS, open_image
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def encode(picture: PILImage.Image, format: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, format, **options)
+    return out.getvalue()
+
+
+def noise(height: int = 9, width: int = 13) -> PILImage.Image:
+    return PILImage.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that only claims a size: header, one short chunk of data, end."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM", "WEBP"])
+def test_lossless_formats(format: str, tmp_path: Path) -> None:
+    data = encode(noise(), format, **({"lossless": True} if format == "WEBP" else {}))
+    file = tmp_path / "picture"  # the ending of the name plays no part
+    file.write_bytes(data)
+    url = f"data:image/x;base64,{base64.b64encode(data).decode()}"
+    for source in (file, str(file), data, url, noise()):
+        picture = open_image(source)
+        assert picture.mode == "RGB"
+        assert picture.tobytes() == noise().tobytes()
+
+
+def test_jpeg_and_its_many_modes() -> None:
+    for mode in ("RGB", "L", "CMYK"):
+        flat = PILImage.new("RGB", (16, 16), (200, 200, 200)).convert(mode)
+        picture = open_image(encode(flat, "JPEG"))
+        assert picture.mode == "RGB"
+        assert np.abs(np.asarray(picture).astype(int) - 200).max() < 4
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_animation_gives_its_first_frame(format: str) -> None:
+    frames = [PILImage.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]
+    data = encode(
+        frames[0], format, save_all=True, append_images=frames[1:], **({"lossless": True} if format == "WEBP" else {})
+    )
+    assert open_image(data).getpixel((4, 4)) == RED
+    already_open = PILImage.open(io.BytesIO(data))
+    already_open.seek(2)
+    assert open_image(already_open).getpixel((4, 4)) == RED
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_exif_orientation(format: str, orientation: int) -> None:
+    """Corners after opening: what is at the top left, top right and bottom left of the upright picture."""
+    corners = {"tl": (0, 0), "tr": (31, 0), "bl": (0, 15), "br": (31, 15)}
+    colours = {"tl": RED, "tr": GREEN, "bl": BLUE, "br": WHITE}
+    stored = PILImage.new("RGB", (32, 16))
+    for corner, colour in colours.items():
+        x, y = corners[corner]
+        stored.paste(colour, ((x // 16) * 16, (y // 8) * 8, (x // 16) * 16 + 16, (y // 8) * 8 + 8))
+    exif = PILImage.Exif()
+    exif[0x0112] = orientation
+    options: dict[str, Any] = {"exif": exif}
+    if format == "WEBP":
+        options["lossless"] = True
+    if format == "JPEG":
+        options |= {"quality": 95, "subsampling": 0}
+    picture = open_image(encode(stored, format, **options))
+    # EXIF: which stored corner is shown at the top left, and which at the top right.
+    shown = {1: "tl tr", 2: "tr tl", 3: "br bl", 4: "bl br", 5: "tl bl", 6: "bl tl", 7: "br tr", 8: "tr br"}
+    first, second = shown[orientation].split()
+    assert picture.size == ((32, 16) if orientation < 5 else (16, 32))
+    for corner, at in ((first, (1, 1)), (second, (picture.width - 2, 1))):
+        seen, expected = np.asarray(picture.getpixel(at)).astype(int), np.asarray(colours[corner])
+        assert np.abs(seen - expected).max() < 12
+    # A picture that was opened by somebody else is turned in the same way.
+    theirs = PILImage.open(io.BytesIO(encode(stored, format, **options)))
+    assert open_image(theirs).tobytes() == picture.tobytes()
+
+
+def test_damaged_exif_does_not_matter() -> None:
+    assert open_image(encode(noise(), "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")).tobytes() == noise().tobytes()
+
+
+ALL_MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"]
+ALL_MODES += ["I", "I;16", "I;16L", "I;16B", "I;16N", "F"]
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_every_mode_gives_rgb(mode: str) -> None:
+    picture = open_image(PILImage.new(mode, (7, 5)))
+    assert (picture.mode, picture.size) == ("RGB", (7, 5))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"])
+def test_opaque_modes_keep_grey(mode: str) -> None:
+    value = 255 if mode == "1" else 130
+    picture = open_image(
+        PILImage.new("RGB", (4, 4), (value, value, value)).convert(mode, palette=PILImage.Palette.ADAPTIVE)
+    )
+    assert np.abs(np.asarray(picture).astype(int) - value).max() <= 2
+
+
+def test_lab() -> None:
+    picture = open_image(PILImage.new("LAB", (4, 4), (255, 128, 128)))
+    assert np.asarray(picture).min() > 250
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA"])
+def test_transparency_shows_the_background(mode: str) -> None:
+    rgba = PILImage.new("RGBA", (4, 4), (0, 0, 0, 0))
+    rgba.paste((0, 0, 0, 255), (0, 0, 2, 4))
+    if mode == "La":
+        layered = rgba.convert("LA").convert("La")
+    elif mode == "PA":
+        layered = PILImage.new("PA", (4, 4), (0, 0))
+        layered.putpalette([0, 0, 0])
+        layered.putalpha(rgba.getchannel("A"))
+    else:
+        layered = rgba.convert(mode)
+    assert layered.mode == mode
+    picture = open_image(layered, background=(10, 200, 30))
+    assert picture.getpixel((0, 0)) == (0, 0, 0)
+    assert picture.getpixel((3, 3)) == (10, 200, 30)
+
+
+def test_half_transparency_is_mixed() -> None:
+    picture = open_image(PILImage.new("RGBA", (2, 2), (255, 0, 0, 128)), background=(0, 0, 255))
+    assert np.abs(np.asarray(picture)[0, 0].astype(int) - (128, 0, 127)).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["P", "RGB", "L", "1"])
+def test_one_transparent_colour(mode: str) -> None:
+    picture = PILImage.new("RGB", (4, 4), (0, 0, 0))
+    picture.paste(WHITE, (0, 0, 2, 4))
+    stored = picture.convert(mode, palette=PILImage.Palette.ADAPTIVE) if mode == "P" else picture.convert(mode)
+    key: Any = (0, 0, 0) if mode == "RGB" else stored.getpixel((3, 3))
+    opened = open_image(encode(stored, "PNG", transparency=key), background=GREEN)
+    assert opened.getpixel((0, 0)) == WHITE
+    assert opened.getpixel((3, 3)) == GREEN
+
+
+def test_transparent_gif() -> None:
+    picture = PILImage.new("RGBA", (4, 4), (0, 0, 0, 0))
+    picture.paste((255, 0, 0, 255), (0, 0, 2, 4))
+    opened = open_image(encode(picture, "GIF"), background=BLUE)
+    assert (opened.getpixel((0, 0)), opened.getpixel((3, 3))) == (RED, BLUE)
+
+
+def grey(values: Any, dtype: Any, mode: str | None = None) -> list[int]:
+    array = np.asarray([values], dtype=dtype)
+    picture = PILImage.fromarray(array)
+    if mode is not None:
+        assert picture.mode == mode
+    opened = np.asarray(open_image(picture))
+    assert (opened == opened[..., :1]).all()
+    return [int(v) for v in opened[0, :, 0]]
+
+
+def test_deep_greys_are_scaled() -> None:
+    assert grey([0, 257, 32896, 65535], np.uint16, "I;16") == [0, 1, 128, 255]
+    assert grey([0, 257, 32896, 65535], np.dtype(">u2"), "I;16B") == [0, 1, 128, 255]
+    assert grey([0, 128, 255], np.int32, "I") == [0, 128, 255]
+    assert grey([-5, 0, 32896, 70000], np.int32, "I") == [0, 0, 128, 255]
+    assert grey([0.0, 0.5, 1.0], np.float32, "F") == [0, 128, 255]
+    assert grey([0.0, 100.0, 255.0], np.float32, "F") == [0, 100, 255]
+    assert grey([-1000.0, 0.0, 1000.0], np.float32, "F") == [0, 128, 255]
+    assert grey([float("nan"), 0.0, 1.0, float("inf")], np.float32, "F") == [0, 0, 255, 0]
+    assert grey([-7.0, -7.0], np.float32, "F") == [0, 0]
+    assert grey([float("nan")], np.float32, "F") == [0]
+
+
+def test_deep_greys_from_files() -> None:
+    deep = PILImage.fromarray(np.asarray([[0, 32896, 65535]], dtype=np.uint16))
+    for format in ("PNG", "TIFF", "PPM"):
+        assert [p[0] for p in np.asarray(open_image(encode(deep, format)))[0]] == [0, 128, 255]
+    clear = open_image(encode(deep, "PNG", transparency=65535), background=RED)
+    assert [tuple(int(v) for v in p) for p in np.asarray(clear)[0]] == [(0, 0, 0), (128, 128, 128), RED]
+
+
+def test_one_pixel() -> None:
+    assert open_image(encode(PILImage.new("RGB", (1, 1), RED))).getpixel((0, 0)) == RED
+
+
+def test_the_result_shares_no_memory() -> None:
+    source = noise()
+    opened = open_image(source)
+    opened.paste(RED, (0, 0, 9, 9))
+    assert source.tobytes() == noise().tobytes()
+
+
+def refused(source: Any, **options: Any) -> str:
+    with warnings.catch_warnings(), pytest.raises(MediaError) as caught:
+        warnings.simplefilter("error")
+        open_image(source, **options)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_a_huge_header_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*_: Any) -> None:
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
+    assert "claims too many pixels, at most 64,000,000 are allowed" in refused(png_header(30_000, 30_000))
+    # Between Pillow's warning and its error, and below both.
+    assert "10000x12000 pixels (height x width), at most 64,000,000" in refused(png_header(12_000, 10_000))
+    assert "60x50 pixels (height x width), at most 2,999 are allowed" in refused(png_header(50, 60), max_pixels=2999)
+
+
+def test_a_large_picture_in_memory_is_refused() -> None:
+    assert "at most 50 are allowed" in refused(PILImage.new("RGB", (8, 8)), max_pixels=50)
+    assert "picture in memory: is 0x5 pixels" in refused(PILImage.new("RGB", (5, 0)))
+
+
+def test_a_gif_frame_larger_than_its_screen() -> None:
+    data = bytearray(encode(PILImage.new("RGB", (300, 300), RED), "GIF"))
+    data[6:10] = struct.pack("<HH", 2, 2)  # the screen claims 2x2, the frame is 300x300
+    assert "at most 1,000 are allowed" in refused(bytes(data), max_pixels=1000)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_cut_off(format: str) -> None:
+    data = encode(noise(64, 64), format)
+    line = refused(data[: len(data) // 2], name="cut.file")
+    assert line.startswith("cut.file: is damaged or cut off (")
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"hello, I am text", "is not a picture that can be read"),
+        (b"\x00" * 1000, "is not a picture that can be read"),
+        (b"%PDF-1.7 ...", "is a PDF document"),
+        (b"<?xml version='1.0'?><svg></svg>", "is an SVG drawing"),
+        (b"<svg></svg>", "is an SVG drawing"),
+        (b"\n<!DOCTYPE html><html>404</html>", "is a web page"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "is a HEIC picture, convert it to JPEG or PNG"),
+        (b"\0\0\0\x18ftypavif\0\0\0\0", "is an AVIF picture"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0", "is a video"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (b"\x89PNG\r\n\x1a\n", "damaged or cut off|is not a picture"),
+    ],
+)
+def test_not_a_picture(data: bytes, what: str) -> None:
+    line = refused(data)
+    assert any(part in line for part in what.split("|"))
+    if "damaged" not in line:
+        assert line.endswith("allowed are PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM")
+
+
+def test_formats_that_are_not_allowed() -> None:
+    for format in ("ICO", "PCX", "TGA", "EPS", "PDF"):
+        assert "allowed are PNG" in refused(encode(noise(32, 32), format))
+
+
+def test_names_in_errors(tmp_path: Path) -> None:
+    file = tmp_path / "note.png"
+    file.write_text("hello")
+    assert refused(file).startswith(f"{file}: is not a picture")
+    assert refused("data:image/png;base64,aGVsbG8=").startswith("data: URL: is not a picture")
+    assert refused(b"hello", name="picture 2").startswith("picture 2: is not a picture")
+    assert "no such file" in refused(tmp_path / "none.png")
+    assert "is a directory" in refused(tmp_path)
+    (tmp_path / "empty.png").touch()
+    assert "is empty (0 bytes)" in refused(tmp_path / "empty.png")
+    assert "remote fetch is off" in refused("https://example.org/a.png")
+    assert "at most 10 are allowed" in refused(encode(noise()), limit=10)
+
+
+SEEDS = [encode(noise(16, 16), format) for format in FORMATS]
+SEEDS += [encode(noise(16, 16).convert("P"), "PNG"), encode(noise(16, 16).convert("RGBA"), "TIFF")]
+SEEDS += [encode(noise(16, 16), "TIFF", compression="tiff_lzw"), encode(noise(16, 16).convert("1"), "TIFF")]
+
+
+@given(
+    st.sampled_from(SEEDS),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=12),
+    st.floats(0, 1),
+)
+@settings(max_examples=300, deadline=None)
+def test_damaged_bytes_give_a_picture_or_one_line(data: bytes, changes: list[tuple[float, int]], cut: float) -> None:
+    damaged = bytearray(data)
+    for place, value in changes:
+        damaged[int(place * len(damaged))] = value
+    damaged = damaged[: max(1, int(len(damaged) * max(cut, 0.3)))]
+    try:
+        picture = open_image(bytes(damaged), max_pixels=1_000_000)
+    except MediaError as error:
+        assert "\n" not in str(error)
+    else:
+        assert picture.mode == "RGB"
+        assert picture.width * picture.height <= 1_000_000

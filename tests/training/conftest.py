@@ -1,0 +1,106 @@
+"""A tiny random language model, tower and picture data set, on disk, as a recipe would name them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+COLOURS = {"red": (220, 30, 30), "green": (20, 180, 40), "blue": (30, 60, 220), "white": (250, 250, 250)}
+
+
+def make_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `llm/`, `tower/`, `data.json` and pictures."""
+    from PIL import Image
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    root = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    llm = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            initializer_range=0.3,  # a random model of the usual 0.02 can hardly be steered
+        )
+    )
+    llm.save_pretrained(root / "llm")
+    tokenizer.save_pretrained(root / "llm")
+    tower = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+        )
+    )
+    tower.save_pretrained(root / "tower")
+    records = []
+    for number in range(24):
+        name = list(COLOURS)[number % 4]
+        Image.new("RGB", (30 + number, 40), COLOURS[name]).save(root / f"{number}.png")
+        answer = name if number % 3 else f"a {name} picture"
+        turns = [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": answer}]
+        if number % 5 == 0:
+            turns += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "yes"}]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    records.append({"id": "t", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "hello"}]})
+    (root / "data.json").write_text(json.dumps(records))
+    return root
+
+
+@pytest.fixture
+def plain(tiny: Path, tmp_path: Path) -> dict[str, Any]:
+    """A projector-only recipe as plain data, ready to be changed by a test."""
+    return {
+        "name": "tiny",
+        "init": {
+            "model": {
+                "vision": {"vision_tower": str(tiny / "tower"), "type": "clip"},
+                "image": {
+                    "image_aspect_ratio": "squash",
+                    "tile_size": [28, 28],
+                    "image_mean": [0.5, 0.5, 0.5],
+                    "image_std": [0.5, 0.5, 0.5],
+                },
+                "projector": {"mm_projector_type": "mlp2x_gelu"},
+                "llm": {"model_name_or_path": str(tiny / "llm")},
+            }
+        },
+        "data": {"mix": [{"path": str(tiny / "data.json")}]},
+        "train": [{"match": "projector.*", "train": True}],
+        "optim": {"learning_rate": 1e-2},
+        "batch": {"global_size": 8, "micro_size": 4},
+        "run": {"max_steps": 6, "epochs": 10, "log_every": 1, "save_every": 2, "threads": 1},
+        "output_dir": str(tmp_path / "run"),
+    }

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from polymodal.config import parse_config
+from polymodal.errors import DataError
+from polymodal.training import features, train
+from polymodal.training.features import FeatureStore
+from polymodal.training.log import read_log
+from polymodal.training.recipe import Recipe
+
+
+def run(plain: dict[str, Any], folder: Path, **settings: Any) -> list[float]:
+    data = {**plain, "run": {**plain["run"], **settings}, "output_dir": str(folder)}
+    train(parse_config(Recipe, data, "recipe"))
+    return [line["loss"] for line in read_log(folder / "log.jsonl")]
+
+
+def test_cached_equals_uncached(plain: dict[str, Any], tmp_path: Path) -> None:
+    without = run(plain, tmp_path / "off")
+    exact = run(plain, tmp_path / "fp32", feature_cache="memory", feature_dtype="float32")
+    half = run(plain, tmp_path / "fp16", feature_cache=str(tmp_path / "cache"))
+    # One picture alone or several together go through other matrix kernels: equal up to float32 rounding.
+    assert np.allclose(exact, without, atol=1e-5)
+    assert np.allclose(half, without, atol=5e-3)
+    assert half != without
+
+
+def test_a_second_run_encodes_nothing(plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = str(tmp_path / "cache")
+    first = run(plain, tmp_path / "one", feature_cache=cache)
+
+    def never(*_args: Any) -> None:
+        raise AssertionError("the encoder ran again")
+
+    monkeypatch.setattr(features, "_encode", never)
+    assert run(plain, tmp_path / "two", feature_cache=cache) == first
+
+
+def test_a_pass_that_was_killed_goes_on(plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    whole = run(plain, tmp_path / "whole", feature_cache="memory")
+    add, calls = FeatureStore.add, []
+
+    def die(store: FeatureStore, entries: Any) -> None:
+        add(store, entries[:3])
+        calls.append(len(entries))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FeatureStore, "add", die)
+        run(plain, tmp_path / "run", feature_cache=str(cache))
+    index = next(cache.glob("*/index.jsonl"))
+    assert len(index.read_text().splitlines()) == 3
+    with index.open("a") as handle:
+        handle.write('["cut by a cra')
+    with index.with_name("features.bin").open("ab") as handle:
+        handle.write(b"half a row")
+    assert run(plain, tmp_path / "run", feature_cache=str(cache)) == whole
+    assert all(len(json.loads(line)) == 3 for line in index.read_text().splitlines())
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_store_gives_back_what_was_put_in(tmp_path: Path, on_disk: bool) -> None:
+    store = FeatureStore(tmp_path / "s" if on_disk else None, (2, 3), "float16")
+    rng = np.random.default_rng(0)
+    pictures = {str(n): rng.normal(size=(1 + n % 3, 2, 3)).astype(np.float32) for n in range(7)}
+    items = list(pictures.items())
+    store.add(items[:4])
+    store.add(items[4:])
+    found = store.gather(["5", "0", "5"])
+    assert found is not None
+    wanted = np.concatenate([pictures["5"], pictures["0"], pictures["5"]]).astype(np.float16)
+    assert torch.equal(found, torch.from_numpy(wanted))
+    assert store.gather([]) is None
+    with pytest.raises(DataError, match="not complete"):
+        store.gather(["9"])
+
+
+def test_huge_values_stay_finite() -> None:
+    store = FeatureStore(None, (1, 2), "float16")
+    store.add([("a", np.array([[[1e9, -1e9]]], dtype=np.float32))])
+    found = store.gather(["a"])
+    assert found is not None and bool(torch.isfinite(found).all())
+
+
+def test_other_weights_are_another_cache(plain: dict[str, Any]) -> None:
+    from polymodal.training.parts import load_parts
+
+    parts = load_parts(parse_config(Recipe, plain, "recipe"))
+    encoder = parts.model.vision_encoder
+    assert isinstance(encoder, torch.nn.Module)
+    before = features.encoder_identity(encoder, parts.config)
+    assert features.encoder_identity(encoder, parts.config) == before
+    with torch.no_grad():
+        next(iter(encoder.parameters())).add_(1e-3)
+    assert features.encoder_identity(encoder, parts.config) != before

@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from polymodal.checkpoints.folder import load_model
+from polymodal.config import parse_config
+from polymodal.errors import CheckpointError, ConfigError, DataError, PolymodalError
+from polymodal.training import checkpoint, policy, train
+from polymodal.training.log import read_log
+from polymodal.training.loop import Run, make_accelerator
+from polymodal.training.parts import load_parts, make_feed
+from polymodal.training.recipe import Recipe
+
+LORA = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "learning_rate": 5e-3}
+
+
+def recipe_of(plain: dict[str, Any], **changes: Any) -> Recipe:
+    """The recipe with changes such as `run__max_steps=3` or `lora={...}`."""
+    merged = json.loads(json.dumps(plain))
+    for key, value in changes.items():
+        section, _, inner = key.partition("__")
+        if inner:
+            merged[section][inner] = value
+        else:
+            merged[section] = value
+    return parse_config(Recipe, merged, "recipe")
+
+
+def start(recipe: Recipe) -> Run:
+    """Everything that `train` sets up, without taking a step."""
+    folder = Path(recipe.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = make_accelerator(recipe)
+    parts = load_parts(recipe)
+    torch.manual_seed(recipe.run.seed)
+    groups = policy.apply_policy(parts.model, recipe.train, recipe.lora, recipe.optim)
+    feed = make_feed(recipe, parts, folder)
+    return Run(
+        recipe, accelerator, parts, groups, policy.make_optimizer(groups, recipe.optim, torch.device("cpu")), feed
+    )
+
+
+def gradients(run: Run) -> dict[str, torch.Tensor]:
+    """The gradient of the first step, before the optimizer."""
+    tokens = int(run.feed.prepared.targets[run._indices(0)].sum())
+    batches = run._batches()
+    micro = run._micro(0)
+    policy.set_modes(run.model)
+    for members in micro:
+        run._forward_backward(next(batches), 1 / tokens, True, None, {})
+        assert len(members) <= run.recipe.batch.micro_size
+    return {name: p.grad.clone() for group in run.groups for name, p in group.parameters if p.grad is not None}
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(checkpoint.complete_checkpoints(run_dir)[-1] / checkpoint.MODEL)
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in read_log(run_dir / "log.jsonl")]
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_accumulation_equals_the_large_batch(plain: dict[str, Any], group: bool) -> None:
+    whole = gradients(start(recipe_of(plain, batch__micro_size=8)))
+    parts = gradients(start(recipe_of(plain, batch__micro_size=1, batch__group_by_length=group)))
+    assert whole.keys() == parts.keys() and whole
+    for name in whole:
+        assert torch.allclose(whole[name], parts[name], atol=1e-6), name
+
+
+def test_the_loss_is_the_mean_over_tokens_not_over_batches(plain: dict[str, Any]) -> None:
+    """Against transformers' own loss over the same samples one by one."""
+    run = start(recipe_of(plain, batch__micro_size=1))
+    total, count = 0.0, 0
+    for index in run._indices(0):
+        batch = run.feed.batch(np.array([index]))
+        embeds = run.parts.model.embed(
+            batch.input_ids, batch.plans, batch.sample_of_image, batch.pixel_values, batch.features
+        )
+        targets = int((batch.labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += float(run.parts.model.llm(inputs_embeds=embeds, labels=batch.labels).loss) * targets
+        count += targets
+    policy.set_modes(run.model)
+    assert run._step(run._batches()) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_only_what_the_rules_name_changes_and_it_learns(plain: dict[str, Any]) -> None:
+    recipe = recipe_of(plain, run__max_steps=40, run__epochs=100, run__save_every=0, run__log_every=4)
+    before = load_parts(recipe).model.state_dict()
+    final = train(recipe)
+    after = load_model(final).model.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("projector.") for name in changed)
+    curve = losses(Path(recipe.output_dir))
+    assert curve[-1] < 0.75 * curve[0]
+    assert (Path(recipe.output_dir) / "loss.png").stat().st_size > 5000
+    assert set(json.loads((final / "polymodal.json").read_text())["history"][0]["trained"]) == {"projector"}
+
+
+def test_projector_and_lora_overfit(plain: dict[str, Any]) -> None:
+    recipe = recipe_of(plain, lora={**LORA, "lora_dropout": 0.0}, run__max_steps=40, run__epochs=100, run__save_every=0)
+    final = train(recipe)
+    curve = losses(Path(recipe.output_dir))
+    assert curve[-1] < 0.5 * curve[0]
+    assert (final / "adapter" / "adapter_model.safetensors").is_file()
+    # The saved folder is the model that was trained: the same loss on the same batch.
+    run = start(recipe_of(plain, output_dir=str(Path(recipe.output_dir).parent / "other")))
+    batch = run.feed.batch(np.arange(6))
+    again = load_model(final).model
+    with torch.no_grad():
+        arguments = (batch.input_ids, batch.attention_mask, batch.labels, batch.plans, batch.sample_of_image)
+        loss = again(*arguments, batch.pixel_values)
+        start_loss = run.parts.model(*arguments, batch.pixel_values)
+    assert float(loss.loss_sum) < 0.6 * float(start_loss.loss_sum)
+
+
+STAGES: dict[str, dict[str, Any]] = {"projector": {}, "lora": {"lora": LORA}}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_goes_on_exactly(
+    plain: dict[str, Any], tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {**STAGES[stage], "run__log_every": 2}
+    through = recipe_of(plain, output_dir=str(tmp_path / "through"), **changes)
+    train(through)
+    killed = recipe_of(plain, output_dir=str(tmp_path / "killed"), **changes)
+    step = Run._step
+
+    def die_at_five(run: Run, batches: Any) -> float:
+        if run.state.step == 5:
+            raise KeyboardInterrupt
+        return step(run, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_step", die_at_five)
+        with pytest.raises(KeyboardInterrupt):
+            train(killed)
+    assert not (tmp_path / "killed" / "final").exists()
+    train(killed)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "through")
+    one, two = weights(tmp_path / "through"), weights(tmp_path / "killed")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(plain: dict[str, Any]) -> None:
+    recipe = recipe_of(plain)
+    final = train(recipe)
+    stamp = (final / "polymodal.json").stat().st_mtime_ns
+    assert train(recipe) == final
+    assert (final / "polymodal.json").stat().st_mtime_ns == stamp
+    with pytest.raises(ConfigError, match="`optim` differs"):
+        train(recipe_of(plain, optim__learning_rate=1e-4))
+    train(recipe_of(plain, optim__learning_rate=1e-4, run__resume="never"))
+    assert (final / "polymodal.json").stat().st_mtime_ns != stamp
+
+
+def test_other_data_under_a_checkpoint_is_refused(plain: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+    records = json.loads((tiny / "data.json").read_text())
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(records))
+    mix = [{"path": str(data), "image_root": str(tiny)}]
+    recipe = recipe_of(plain, data__mix=mix)
+    final = train(recipe)
+    records[0]["conversations"][1]["value"] = "something else"
+    data.write_text(json.dumps(records))
+    (final / "polymodal.json").unlink()
+    with pytest.raises(DataError, match="the data changed"):
+        train(recipe)
+
+
+@pytest.mark.parametrize("harm", ["no marker", "short file"])
+def test_half_a_checkpoint_is_passed_over(plain: dict[str, Any], harm: str) -> None:
+    recipe = recipe_of(plain)
+    train(recipe)
+    folder = Path(recipe.output_dir)
+    newest = checkpoint.complete_checkpoints(folder)[-1]
+    if harm == "no marker":
+        (newest / checkpoint.COMPLETE).unlink()
+    else:
+        data = (newest / checkpoint.OPTIMIZER).read_bytes()
+        (newest / checkpoint.OPTIMIZER).write_bytes(data[:-10])
+    (folder / "checkpoints" / ".step-0000009.abc.tmp").mkdir()
+    left = checkpoint.complete_checkpoints(folder)
+    assert newest not in left and len(left) == 1
+    train(recipe)
+    assert checkpoint.complete_checkpoints(folder)[-1] == newest
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_a_signal_saves_and_exits_with_its_code(plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+    import signal
+
+    recipe = recipe_of(plain, run__save_every=0)
+    step = Run._step
+
+    def signalled(run: Run, batches: Any) -> float:
+        loss = step(run, batches)
+        if run.state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(Run, "_step", signalled)
+    with pytest.raises(SystemExit) as stopped:
+        train(recipe)
+    assert stopped.value.code == 143
+    folder = checkpoint.complete_checkpoints(Path(recipe.output_dir))[-1]
+    assert checkpoint.read_state(folder)["step"] == 3
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def spoil(run: Run, times: int) -> None:
+    """Make the next `times` forward passes return NaN."""
+    inner, left = run.parts.model.forward, [times]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = inner(*args, **kwargs)
+        if left[0] > 0:
+            left[0] -= 1
+            return type(out)(out.loss_sum * float("nan"), out.num_targets, out.logits, out.targets)
+        return out
+
+    run.parts.model.forward = forward  # type: ignore[method-assign]
+    run.model = run.parts.model
+
+
+def test_a_nan_step_is_left_out_and_five_end_the_run(plain: dict[str, Any]) -> None:
+    run = start(recipe_of(plain, batch__micro_size=8, run__max_steps=20))
+    policy.set_modes(run.model)
+    before = [p.detach().clone() for p in run.trained]
+    spoil(run, times=1)
+    batches = run._batches()
+    run._step(batches)
+    assert (run.state.skipped, run.state.step) == (1, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, run.trained, strict=True))
+    run._step(batches)
+    assert run.state.skipped_in_row == 0
+    assert all(bool(torch.isfinite(p).all()) for p in run.trained)
+    spoil(run, times=100)
+    with pytest.raises(PolymodalError, match="5 steps in a row"):
+        for _ in range(5):
+            run._step(batches)
+
+
+def test_time_can_bound_a_run(plain: dict[str, Any]) -> None:
+    recipe = recipe_of(plain, run__max_steps=100_000, run__epochs=1e6, run__max_minutes=0.02, run__save_every=0)
+    train(recipe)
+    lines = read_log(Path(recipe.output_dir) / "log.jsonl")
+    assert 1.0 <= lines[-1]["elapsed_s"] < 10
+    assert lines[-1]["learning_rate"]["projector"] < 0.05 * max(line["learning_rate"]["projector"] for line in lines)
+
+
+def test_kinds_are_logged_and_add_up(plain: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+    records = json.loads((tiny / "data.json").read_text())
+    for number, record in enumerate(records):
+        record["kind"] = "odd" if number % 2 else "even"
+    data = tmp_path / "kinds.json"
+    data.write_text(json.dumps(records))
+    recipe = recipe_of(plain, data__mix=[{"path": str(data), "image_root": str(tiny)}], run__save_every=0)
+    train(recipe)
+    for line in read_log(Path(recipe.output_dir) / "log.jsonl"):
+        kinds = line["loss_by_kind"]
+        assert set(kinds) == {"odd", "even"}
+        assert min(kinds.values()) <= line["loss"] + 1e-5 and line["loss"] - 1e-5 <= max(kinds.values())
+
+
+def test_a_full_disk_is_one_line(plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    def full(*_args: Any, **_kwargs: Any) -> Callable[..., None]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises((CheckpointError, PolymodalError), match="No space left"):
+        train(recipe_of(plain))
+
+
+@pytest.mark.parametrize(
+    ("changes", "needle"),
+    [
+        ({"train": [{"match": "connector.*", "train": True}]}, "'connector.*'"),
+        ({"train": []}, "nothing is trained"),
+        ({"lora": {"match": "llm.model.layers.*.w_pack"}}, "w_pack"),
+        ({"lora": {}, "train": [{"match": "llm.*", "train": True}]}, "do not go together"),
+        ({"run__feature_cache": "memory", "train": [{"match": "*", "train": True}]}, "set it to off"),
+        ({"data__mix": [{"path": "nowhere.json"}]}, "nowhere.json"),
+        ({"data__max_length": 3}, "no record is left"),
+    ],
+)
+def test_mistakes_are_one_line(plain: dict[str, Any], changes: dict[str, Any], needle: str) -> None:
+    with pytest.raises(PolymodalError, match=needle.replace("*", r"\*")) as error:
+        train(recipe_of(plain, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_records_stop_or_are_listed(plain: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+    records = json.loads((tiny / "data.json").read_text())
+    (tmp_path / "empty.png").write_bytes(b"")
+    for record in records:
+        if "image" in record:
+            record["image"] = str(tiny / record["image"])
+    records[3]["image"] = str(tmp_path / "empty.png")
+    data = tmp_path / "broken.json"
+    data.write_text(json.dumps(records))
+    mix = [{"path": str(data), "image_root": "/"}]
+    with pytest.raises(PolymodalError, match="record 3"):
+        train(recipe_of(plain, data__mix=mix))
+    train(recipe_of(plain, data__mix=mix, data__on_error="skip", run__max_steps=1))
+    skipped = (Path(plain["output_dir"]) / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in skipped] == ["3"]
