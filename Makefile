@@ -11,7 +11,7 @@ JOBS   ?= 2
 # Tests and the demo never reach for a network; one thread each, since the tests run side by side.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 TESTENV := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
-PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all check format bench data-default train-default clean
@@ -52,6 +52,10 @@ format: $(STAMP)  ## rewrite the code in the project's style
 
 bench: $(STAMP)  ## the figures of docs/results.md that depend on the machine
 	@for script in benchmarks/*.py; do echo "== $$script"; $(OFFLINE) $(BIN)/python $$script || exit 1; done
+
+data-default: $(STAMP)  ## build the default model's training data in data/default (needs apt)
+	@root=$$(recipes/default/get_packages.sh data/packages) && \
+	  $(BIN)/polymodal data build default --output $(DATA) --packages "$$root" --workers $(JOBS)
 
 clean:  ## remove .venv and tool caches (not data/ and runs/)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

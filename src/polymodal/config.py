@@ -90,12 +90,15 @@ class ProjectorConfig(Strict):
         mm_projector_type: "linear", "mlp2x_gelu" (any number), "pixel_shuffle<r>[_mlp2x_gelu]", "avg_pool<r>[_...]";
             see `projectors.build_projector`.
         bias: Whether linear layers have a bias.
-        norm: Put a LayerNorm before the first layer.
+        norm: What comes before the first layer: "layer" a LayerNorm, "standardize" a fixed mean and deviation per
+            channel, measured on the first data.
+        hidden_size: Width between the layers of an MLP; the language model's where None.
     """
 
     mm_projector_type: str = "mlp2x_gelu"
     bias: bool = True
-    norm: bool = False
+    norm: Literal["none", "layer", "standardize"] = "none"
+    hidden_size: int | None = None
 
 
 class LLMConfig(Strict):

@@ -59,6 +59,7 @@ def load_llm(config: LLMConfig) -> PreTrainedModel:
     dtype = getattr(torch, config.dtype)
     if dtype is not torch.float32 and not torch.cuda.is_available():
         _warn_slow_dtype(config.dtype)
+    quieten_transformers()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -96,6 +97,14 @@ def load_tokenizer(config: LLMConfig, folder: Path | None = None) -> PreTrainedT
     if not tokenizer.is_fast:
         raise CheckpointError(f"tokenizer of {source!r}: a tokenizer.json is needed (slow tokenizers are not supported)")
     return tokenizer
+
+
+def quieten_transformers() -> None:
+    """Keep transformers' progress bars and advice off the user's terminal; our own lines say what is going on."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 @contextmanager

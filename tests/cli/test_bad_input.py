@@ -153,7 +153,7 @@ def test_an_unknown_key_in_the_models_configuration(
         ["generate", "--model", str(folder), "--prompt", "x"],
         capsys,
         "'mm_vision_select_layr'",
-        "mm_vision_select_layer'?",
+        "did you mean 'mm_vision_select_layer'",
     )
 
 

@@ -81,7 +81,7 @@ def test_projector_plans_as_many_tokens_as_it_makes(name: str) -> None:
     built = 0
     for _ in range(60):
         grid = Size(chance.randint(1, 12), chance.randint(1, 12))
-        config = ProjectorConfig(mm_projector_type=name, bias=chance.random() < 0.5, norm=chance.random() < 0.5)
+        config = ProjectorConfig(mm_projector_type=name, bias=chance.random() < 0.5, norm=chance.choice(["none", "layer", "standardize"]))
         try:
             projector = build_projector(config, 8, grid, 16)
         except ConfigError as error:
@@ -114,7 +114,7 @@ def test_encoder_and_projector_fit(name: str, towers: Path) -> None:
         ),
         towers / name,
     )
-    config = ProjectorConfig(mm_projector_type="pixel_shuffle2_mlp2x_gelu", norm=True)
+    config = ProjectorConfig(mm_projector_type="pixel_shuffle2_mlp2x_gelu", norm="layer")
     projector = build_projector(config, encoder.embed_dim, encoder.grid, 24)
     tokens = projector(encoder(torch.rand(1, 3, encoder.tile.height, encoder.tile.width)))
     assert tokens.shape == (1, projector.output_grid.area, 24)

@@ -102,7 +102,7 @@ def test_average_pool_equals_torchs() -> None:
 @pytest.mark.parametrize("pool, width", [("pixel_shuffle2", 32), ("avg_pool2", 8)])
 @pytest.mark.parametrize("then, layers", [("", 1), ("_linear", 1), ("_mlp2x_gelu", 2)])
 def test_what_follows_pooling(pool: str, width: int, then: str, layers: int) -> None:
-    projector = build(pool + then, norm=True)
+    projector = build(pool + then, norm="layer")
     linears = [module for module in projector.modules() if isinstance(module, nn.Linear)]
     norms = [module for module in projector.modules() if isinstance(module, nn.LayerNorm)]
     assert len(linears) == layers
@@ -116,7 +116,7 @@ def test_bias_and_norm(name: str) -> None:
     plain = build(name, bias=False)
     assert not any(key.endswith("bias") for key in plain.state_dict())
     assert not any(isinstance(module, nn.LayerNorm) for module in plain.modules())
-    normed = build(name, norm=True)
+    normed = build(name, norm="layer")
     scaled = features() * torch.tensor(100.0)
     torch.testing.assert_close(normed(features()), normed(scaled), rtol=1e-3, atol=1e-3)
     assert not torch.allclose(plain(features()), plain(scaled), atol=1e-2)

@@ -23,12 +23,13 @@ def run(plain: dict[str, Any], folder: Path, **settings: Any) -> list[float]:
 
 
 def test_cached_equals_uncached(plain: dict[str, Any], tmp_path: Path) -> None:
+    plain["optim"]["learning_rate"] = 1e-4  # rounding grows from step to step with the rate
     without = run(plain, tmp_path / "off")
     exact = run(plain, tmp_path / "fp32", feature_cache="memory", feature_dtype="float32")
     half = run(plain, tmp_path / "fp16", feature_cache=str(tmp_path / "cache"))
     # One picture alone or several together go through other matrix kernels: equal up to float32 rounding.
     assert np.allclose(exact, without, atol=1e-5)
-    assert np.allclose(half, without, atol=5e-3)
+    assert np.allclose(half, without, atol=1e-3)
     assert half != without
 
 

@@ -22,6 +22,7 @@ VERBS = {
     "env": "print versions, devices, folders and whether the default language model is there",
     "fetch": "fetch the default language model once (about 100 MB)",
     "train": "run a training recipe",
+    "eval": "score a model on held-out questions, beside an image-blind control",
     "data": "build a data set",
 }
 """Each verb and its line in `--help`; the module of the same name implements it."""
@@ -42,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         release = version("polymodal")
     except PackageNotFoundError:
         release = "(not installed)"
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
     )

@@ -27,12 +27,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polymodal.errors import PolymodalError
+from polymodal.files import shipped_folder
 from polymodal.geometry import Size
 
 PIXEL_MEAN: tuple[float, float, float] = (127 / 255, 127 / 255, 127 / 255)
 PIXEL_STD: tuple[float, float, float] = (128 / 255, 128 / 255, 128 / 255)
 IMAGE_SIZE = Size(224, 224)
 WEIGHTS_FILE = "efficientnet_lite0.safetensors"
+CLASSES_FILE = "classes.txt"
 NUM_CLASSES = 1000
 STEM_CHANNELS = 32
 HEAD_CHANNELS = 1280
@@ -188,6 +190,22 @@ class EfficientNetLite0(nn.Module):
         return scores
 
 
+class ClassHead(NamedTuple):
+    """A classifier that a tower was trained with: what its features mean, in words.
+
+    Attributes:
+        channels: Which of the encoder's channels it reads.
+        weight: [K, channels].
+        bias: [K].
+        names: The K classes.
+    """
+
+    channels: slice
+    weight: Tensor
+    bias: Tensor
+    names: tuple[str, ...]
+
+
 class EfficientNetEncoder(nn.Module):
     """A `VisionEncoder`: pixels ``[N, 3, H, W]`` to tokens ``[N, P, E]`` on a pooled grid, row by row.
 
@@ -217,6 +235,15 @@ class EfficientNetEncoder(nn.Module):
         self.grid = Size(pool, pool)
         self.tile = IMAGE_SIZE
         self.embed_dim = sum(FEATURES[name][1] for name in stages)
+
+    def class_head(self) -> ClassHead | None:
+        """The ImageNet classifier as seen from this encoder's channels; None where the head map is not among them."""
+        if "head" not in self.stages:
+            return None
+        start = sum(FEATURES[name][1] for name in self.stages[: self.stages.index("head")])
+        names = (shipped_folder() / "efficientnet_lite0" / CLASSES_FILE).read_text(encoding="utf-8").splitlines()
+        weight, bias = self.network.classifier.weight.detach(), self.network.classifier.bias.detach()
+        return ClassHead(slice(start, start + HEAD_CHANNELS), weight, bias, tuple(names))
 
     def save(self, folder: Path) -> None:
         """Write the tower's weights, as they are, into a folder."""

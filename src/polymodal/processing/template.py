@@ -3,9 +3,10 @@
 The chat template (jinja, as Hugging Face tokenizers carry it) is rendered with a marker in place of every text and
 every picture. Cutting the result at the markers leaves the template's own scaffolding; each piece is then tokenised
 where it stands: scaffolding with special tokens recognised, content with special-token parsing off, pictures as
-runs of the placeholder id. Since it is known which piece is whose, the loss mask needs no searching, no `{% generation %}`
-blocks and no second tokenisation of a shorter string, which is where LLaVA's "tokenization mismatch" came from. What
-people wrote never passes through the template, so nothing they write can look like a marker or like a header.
+runs of the placeholder id. Since it is known which piece is whose, the loss mask needs no searching, no
+`{% generation %}` blocks and no second tokenisation of a shorter string, which is where LLaVA's "tokenization mismatch"
+came from. What people wrote never passes through the template, so nothing they write can look like a marker or like a
+header.
 
 Rules worth knowing:
 
@@ -22,30 +23,24 @@ Rules worth knowing:
 from __future__ import annotations
 
 import re
-import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
-
-import jinja2
+from typing import TYPE_CHECKING, Any
 
 from polymodal.config import TemplateConfig
 from polymodal.errors import ConfigError, PolymodalError, unknown_name
 from polymodal.messages import Image, Message, Role, Text
 from polymodal.processing.sample import Slot
-from polymodal.processing.template_presets import PRESETS, Preset, compile_template
+from polymodal.processing.template_markers import MarkedTemplate, Piece, Style, Turn
+from polymodal.processing.template_presets import PRESETS, Preset
 from polymodal.processing.template_tokens import PieceTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 __all__ = ["PRESETS", "ChatTemplate", "Rendered"]
-
-_EDGE = "\u2003\u2009\u2005"
-"""Put around content: white space, so that a template that trims removes it, which tells us that it trims."""
-
-_Style = Literal["parts", "mixed", "string"]
-"""How content is handed to the template: always as a list of parts, only with pictures, or as a string."""
 
 
 @dataclass(frozen=True)
@@ -61,37 +56,6 @@ class Rendered:
     input_ids: list[int]
     loss_mask: list[bool]
     slots: tuple[Slot, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A text or (text None) a picture, in the order in which they were given."""
-
-    role: Role
-    message: int
-    text: str | None
-
-
-@dataclass(frozen=True)
-class _Turn:
-    role: Role
-    pieces: tuple[_Piece, ...]
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """Scaffolding, and the marker that follows it (None at the end)."""
-
-    scaffold: str
-    marker: int | None
-    trimmed_left: bool = False
-    trimmed_right: bool = False
-
-    def trim(self, text: str | None) -> str | None:
-        """Do to the content what the template did to its marker."""
-        if text is not None and self.trimmed_left:
-            text = text.lstrip()
-        return text.rstrip() if text is not None and self.trimmed_right else text
 
 
 @dataclass
@@ -130,11 +94,8 @@ class ChatTemplate:
         self._image_id = image_token_id
         source, preset = _source(tokenizer, config.chat_template)
         self._media_only = preset is not None and preset.media_only
-        self._compiled = compile_template(source)
-        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self._jinja = MarkedTemplate(source, dict(tokenizer.special_tokens_map))
         self._tokens = PieceTokenizer(tokenizer, image_token_id, source)
-        self._nonce = f"PM{secrets.token_hex(12)}"
-        self._marker = re.compile(f"({_EDGE})?{self._nonce}t(\\d+)x({_EDGE})?|{self._nonce}i(\\d+)x")
 
         self._style = self._find_style(in_vocabulary=image_token_id < len(tokenizer))
         if self._style != "string" and config.image_newline_text:
@@ -170,39 +131,47 @@ class ChatTemplate:
         Raises:
             PolymodalError: The template cannot express the conversation, or a part cannot be used.
         """
+        if not messages:
+            raise PolymodalError("the conversation is empty; give at least one message")
         turns = self._turns(messages)
         given = sum(piece.text is None for turn in turns for piece in turn.pieces)
         if given != len(media_tokens):
-            raise PolymodalError(f"the conversation has {given} pictures, but {len(media_tokens)} token counts were given")
+            raise PolymodalError(
+                f"the conversation has {given} pictures, but {len(media_tokens)} token counts were given"
+            )
         if any(count < 1 for count in media_tokens):
             raise PolymodalError(f"a picture needs at least one token; token counts given: {list(media_tokens)}")
         if add_generation_prompt:
             if turns and turns[-1].role == "assistant":
                 raise PolymodalError("the conversation ends with an answer; add a user message to ask for another")
-            turns.append(_Turn("assistant", (_Piece("assistant", len(messages), ""),)))
-        if not turns:
-            raise PolymodalError("the conversation is empty; give at least one message")
+            turns.append(Turn("assistant", (Piece("assistant", len(messages), ""),)))
         return self._emit(turns, list(media_tokens), stop_before_last=add_generation_prompt)
 
-    def _turns(self, messages: Sequence[Message]) -> list[_Turn]:
+    def _turns(self, messages: Sequence[Message]) -> list[Turn]:
         """Check the messages, add the default system message, and join neighbouring texts."""
-        turns: list[_Turn] = []
+        turns: list[Turn] = []
         default = self._config.default_system
-        if default is not None and not self._media_only and (not messages or messages[0].role != "system"):
-            turns.append(_Turn("system", (_Piece("system", -1, default),)))
+        if default is not None and not self._media_only and messages[0].role != "system":
+            turns.append(Turn("system", (Piece("system", -1, default),)))
         for index, message in enumerate(messages):
             if self._media_only and message.role == "system":
                 if message.media:
                     raise PolymodalError(f"message {index + 1}: the plain template has no place for a system's picture")
                 continue
-            pieces: list[_Piece] = []
+            pieces: list[Piece] = []
             for part in message.parts:
                 if isinstance(part, Text):
+                    if _SURROGATE.search(part.text):
+                        raise PolymodalError(
+                            f"message {index + 1}: the text holds half of a surrogate pair, which is no character; "
+                            "mend its encoding"
+                        )
                     if not self._media_only or message.role == "assistant":
                         _append_text(pieces, message.role, index, part.text)
                 elif not isinstance(part, Image):
                     raise PolymodalError(
-                        f"message {index + 1}: {type(part).__name__} parts are not supported yet; give pictures and text"
+                        f"message {index + 1}: {type(part).__name__} parts are not supported yet; "
+                        "give pictures and text"
                     )
                 elif message.role == "assistant":
                     raise PolymodalError(
@@ -210,22 +179,22 @@ class ChatTemplate:
                         "put it in a user's message"
                     )
                 else:
-                    pieces.append(_Piece(message.role, index, None))
+                    pieces.append(Piece(message.role, index, None))
                     if self._config.image_newline_text and not self._media_only:
                         _append_text(pieces, message.role, index, self._config.image_newline_text)
             if not pieces:
-                pieces.append(_Piece(message.role, index, ""))
-            turns.append(_Turn(message.role, tuple(pieces)))
+                pieces.append(Piece(message.role, index, ""))
+            turns.append(Turn(message.role, tuple(pieces)))
         return turns
 
-    def _emit(self, turns: list[_Turn], media_tokens: list[int], *, stop_before_last: bool) -> Rendered:
+    def _emit(self, turns: list[Turn], media_tokens: list[int], *, stop_before_last: bool) -> Rendered:
         """Render, cut at the markers, and tokenise piece by piece."""
         pieces = [piece for turn in turns for piece in turn.pieces]
         last = len(pieces) - 1 if stop_before_last else len(pieces)
         out = _Output()
         expected = 0  # the piece that has to come next
         answered = False  # the piece before was an answer, whose end token is due
-        for cut in self._cuts(self._run(turns, self._style)):
+        for cut in self._jinja.cuts(turns, self._style):
             marked = cut.marker
             text: str | None = None
             moved = ""
@@ -274,7 +243,7 @@ class ChatTemplate:
         return index + 1 if index is not None and ids[index] == self._end_id else 0
 
     def _add_scaffold(
-        self, out: _Output, ids: Sequence[int], pieces: list[_Piece], expected: int, media_tokens: list[int]
+        self, out: _Output, ids: Sequence[int], pieces: list[Piece], expected: int, media_tokens: list[int]
     ) -> int:
         """Add scaffolding; placeholders that the template wrote itself become pictures. Returns the next piece."""
         if self._image_id not in ids:
@@ -293,72 +262,29 @@ class ChatTemplate:
             expected += 1
         return expected
 
-    def _add_picture(self, out: _Output, piece: _Piece, media_tokens: list[int]) -> None:
+    def _add_picture(self, out: _Output, piece: Piece, media_tokens: list[int]) -> None:
         count = media_tokens[len(out.slots)]
         out.slots.append(Slot("image", len(out.ids), count, piece.message))
         out.add([self._image_id] * count)
 
-    def _run(self, turns: Sequence[_Turn], style: _Style, *, add_generation_prompt: bool = False) -> str:
-        """Render the turns with markers in place of content, numbered in order."""
-        messages: list[dict[str, Any]] = []
-        number = 0
-        for turn in turns:
-            as_parts = style == "parts" or (style == "mixed" and any(piece.text is None for piece in turn.pieces))
-            parts: list[dict[str, str]] = []
-            marks: list[str] = []
-            for piece in turn.pieces:
-                if piece.text is None:
-                    marks.append(f"{self._nonce}i{number}x")
-                    parts.append({"type": "image"})
-                else:
-                    marks.append(f"{_EDGE}{self._nonce}t{number}x{_EDGE}")
-                    parts.append({"type": "text", "text": marks[-1]})
-                number += 1
-            content = parts if as_parts else "".join(marks)
-            messages.append({"role": turn.role, "content": content})
-        try:
-            return self._compiled(
-                **self._variables,
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except jinja2.TemplateError as error:
-            raise PolymodalError(f"the chat template refuses this conversation: {error}") from None
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise PolymodalError(f"the chat template fails on this conversation: {error}") from None
-
-    def _cuts(self, text: str) -> Iterator[_Cut]:
-        """Cut a rendered string at the markers."""
-        position = 0
-        for match in self._marker.finditer(text):
-            scaffold = text[position : match.start()]
-            if match[4] is not None:
-                yield _Cut(scaffold, int(match[4]))
-            else:
-                yield _Cut(scaffold, int(match[2]), match[1] is None, match[3] is None)
-            position = match.end()
-        yield _Cut(text[position:], None)
-
-    def _find_style(self, *, in_vocabulary: bool) -> _Style:
+    def _find_style(self, *, in_vocabulary: bool) -> Style:
         """Try how the template takes content; templates that write a picture's surroundings themselves come first."""
-        asked = (_Piece("user", 0, None), _Piece("user", 0, ""))
-        answer = _Turn("assistant", (_Piece("assistant", 1, ""),))
-        styles: tuple[_Style, ...] = ("parts", "mixed") if in_vocabulary else ()
+        asked = (Piece("user", 0, None), Piece("user", 0, ""))
+        answer = Turn("assistant", (Piece("assistant", 1, ""),))
+        styles: tuple[Style, ...] = ("parts", "mixed") if in_vocabulary else ()
         for style in styles:
             for pieces in (asked, asked[::-1]):
-                if self._takes((_Turn("user", pieces), answer), style):
+                if self._takes((Turn("user", pieces), answer), style):
                     return style
-        self._takes((_Turn("user", asked[1:]), answer), "string", explain=True)
+        self._takes((Turn("user", asked[1:]), answer), "string", explain=True)
         return "string"
 
-    def _takes(self, turns: Sequence[_Turn], style: _Style, *, explain: bool = False) -> bool:
+    def _takes(self, turns: Sequence[Turn], style: Style, *, explain: bool = False) -> bool:
         """Whether every piece of a conversation comes out once and in order."""
         pieces = [piece for turn in turns for piece in turn.pieces]
         found: list[int] = []
         try:
-            for cut in self._cuts(self._run(turns, style)):
+            for cut in self._jinja.cuts(turns, style):
                 for token in self._tokens.scaffold(cut.scaffold, ()):
                     if token == self._image_id:
                         place = len(found)
@@ -377,37 +303,36 @@ class ChatTemplate:
             )
         return right
 
-    def _probe(self) -> tuple[_Turn, _Turn]:
-        return _Turn("user", (_Piece("user", 0, ""),)), _Turn("assistant", (_Piece("assistant", 1, ""),))
+    def _probe(self) -> tuple[Turn, Turn]:
+        return Turn("user", (Piece("user", 0, ""),)), Turn("assistant", (Piece("assistant", 1, ""),))
 
     def _find_gap(self) -> str:
         """White space between the template's own generation prompt and an answer, "" for none."""
         question, answer = self._probe()
-        cuts = list(self._cuts(self._run((question, answer), self._style)))
+        cuts = self._jinja.cuts((question, answer), self._style)
         try:
-            prompt = self._run((question,), self._style, add_generation_prompt=True)
+            prompt = self._jinja.cuts((question,), self._style, add_generation_prompt=True)
         except PolymodalError:
             return ""  # the template has no prompt of its own
-        heads = [cut.scaffold for cut in self._cuts(prompt)]
-        if len(heads) != 2 or heads[0] != cuts[0].scaffold or not cuts[1].scaffold.startswith(heads[1]):
+        if len(prompt) != 2 or prompt[0] != cuts[0] or not cuts[1].scaffold.startswith(prompt[1].scaffold):
             return ""
-        gap = cuts[1].scaffold[len(heads[1]) :]
+        gap = cuts[1].scaffold[len(prompt[1].scaffold) :]
         return gap if not gap.strip() else ""
 
     def _find_end(self) -> int | None:
         """The token with which the template ends an answer, if any."""
-        tail = list(self._cuts(self._run(self._probe(), self._style)))[-1].scaffold
+        tail = self._jinja.cuts(self._probe(), self._style)[-1].scaffold
         ids = self._tokens.scaffold(tail, ())
         index = self._tokens.first_added(ids)
         return None if index is None else ids[index]
 
 
-def _append_text(pieces: list[_Piece], role: Role, message: int, text: str) -> None:
+def _append_text(pieces: list[Piece], role: Role, message: int, text: str) -> None:
     """Add text, joined to the text before it, so that both are tokenised as one."""
     if pieces and pieces[-1].text is not None:
-        pieces[-1] = _Piece(role, message, pieces[-1].text + text)
+        pieces[-1] = Piece(role, message, pieces[-1].text + text)
     else:
-        pieces.append(_Piece(role, message, text))
+        pieces.append(Piece(role, message, text))
 
 
 def _source(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[str, Preset | None]:
@@ -431,8 +356,8 @@ def _source(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[str, Preset 
     missing = [token for token in preset.tokens if token not in vocabulary]
     if missing:
         raise ConfigError(
-            f"template.chat_template: {name!r} needs the special tokens {', '.join(missing)}, which the tokenizer lacks; "
-            "add them to the tokenizer or choose another template"
+            f"template.chat_template: {name!r} needs the special tokens {', '.join(missing)}, which the "
+            "tokenizer lacks; add them to it or choose another template"
         )
     if preset.needs_eos and tokenizer.eos_token is None:
         raise ConfigError(
@@ -441,13 +366,17 @@ def _source(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[str, Preset 
     return preset.jinja, preset
 
 
-def _misplaced(pieces: list[_Piece], expected: int, marked: int | None) -> PolymodalError:
+def _misplaced(pieces: list[Piece], expected: int, marked: int | None) -> PolymodalError:
     """Say what a template did to the content."""
     if expected >= len(pieces):
         return PolymodalError("the chat template writes some of the content twice; choose another template")
     piece = pieces[expected]
     what = "picture" if piece.text is None else "text"
-    who = f"the {piece.role}'s {what} (message {piece.message + 1})" if piece.message >= 0 else "the default system message"
+    who = (
+        f"the {piece.role}'s {what} (message {piece.message + 1})"
+        if piece.message >= 0
+        else "the default system message"
+    )
     if marked is not None and marked < expected:
         return PolymodalError(f"the chat template repeats or moves content before {who}; choose another template")
     return PolymodalError(f"the chat template drops or moves {who}; change the conversation or choose another template")

@@ -1,9 +1,10 @@
 """Chat templates by name, and the compiler for jinja chat templates.
 
-A preset is the same jinja text that a Hugging Face tokenizer would carry, so it can be exported as it is. Sources: ChatML
-(OpenAI), Llama 2 and 3 (Meta's model cards), Mistral 7B Instruct v0.1, Vicuna v1 as LLaVA-1.5 uses it, and LLaVA's
-`plain` for stage 1. Two differences on purpose: no preset trims what people wrote, and Llama 2 has no space between
-an answer and `</s>`, so that what is trained is exactly the answer and its end token.
+A preset is the same jinja text that a Hugging Face tokenizer would carry, so it can be exported as it is. Sources:
+ChatML (OpenAI), Llama 2 and 3 (Meta's model cards), Mistral 7B Instruct v0.1, Vicuna v1 as LLaVA-1.5 uses it, and
+LLaVA's `plain` for stage 1. Differences on purpose: no preset trims what people wrote; Llama 2 has no space between an
+answer and `</s>`; and the space before an answer ("ASSISTANT: ") is part of the prompt. So what is trained is exactly
+the answer and its end token. SentencePiece tokenizers draw that space into the answer's first token, as ever.
 
 The compiler gives templates what `transformers` gives them (a sandbox, loop controls, `raise_exception`,
 `strftime_now`, a plain `tojson`, `{% generation %}` blocks) without depending on its private functions.
@@ -15,7 +16,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -145,7 +146,7 @@ PRESETS: dict[str, Preset] = {
 class _GenerationBlock(jinja2.ext.Extension):
     """Let `{% generation %}...{% endgeneration %}` through; the mask here does not depend on it."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]  # jinja2 declares it on instances
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         line = next(parser.stream).lineno

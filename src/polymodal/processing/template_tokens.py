@@ -66,8 +66,13 @@ class PieceTokenizer:
             | set(tokenizer.all_special_ids)
             | {image_token_id}
         )
-        self._unknown: int | None = tokenizer.unk_token_id
-        self._unknown_text: str = tokenizer.unk_token or ""
+        # Pieces that stand for what they do not spell: honest, unless somebody typed the very name.
+        stand_ins = [f"<0x{byte:02X}>" for byte in range(256)] if data["model"].get("byte_fallback") else []
+        if tokenizer.unk_token is not None:
+            stand_ins.append(tokenizer.unk_token)
+        ids = ((backend.token_to_id(name), name) for name in stand_ins)
+        self._stand_ins: dict[int, str] = {token: name for token, name in ids if token is not None}
+        self._suspect = self._special | set(self._stand_ins)
 
         self._natural = Tokenizer.from_str(json.dumps(data))
         _drop_prefix(data)
@@ -140,13 +145,12 @@ class PieceTokenizer:
     def _plain(self, text: str) -> list[int]:
         """Tokenise without specials; models that list them as ordinary pieces are made to take them apart."""
         encoding = self._content.encode(text, add_special_tokens=False)
-        if self._special.isdisjoint(encoding.ids):
+        if self._suspect.isdisjoint(encoding.ids):
             return list(encoding.ids)
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token not in self._special:
+            name = self._stand_ins.get(token)
+            if token not in self._suspect or (name is not None and name not in text[start:end]):
                 continue
-            if token == self._unknown and (not self._unknown_text or self._unknown_text not in text[start:end]):
-                continue  # a character that the vocabulary lacks: honest
             cut = start + 1
             if cut >= len(text):
                 raise PolymodalError(

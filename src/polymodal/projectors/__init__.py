@@ -50,7 +50,8 @@ def _linear(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Pro
 def _mlp(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Projector:
     """Build "mlp<N>x_gelu"."""
     depth = int(match["depth"])
-    return MLPProjector(sizes.embed_dim, sizes.llm_dim, sizes.grid, depth, bias=config.bias, norm=config.norm)
+    options = {"bias": config.bias, "norm": config.norm, "hidden_size": config.hidden_size}
+    return MLPProjector(sizes.embed_dim, sizes.llm_dim, sizes.grid, depth, **options)
 
 
 def _pooled(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from polymodal.geometry import Size
+from polymodal.projectors.norm import NormKind, build_norm
 
 
 class LinearProjector(nn.Module):
     """Features ``[N, P, E]`` to tokens ``[N, P, D]``, each by itself."""
 
-    def __init__(self, embed_dim: int, llm_dim: int, grid: Size, *, bias: bool = True, norm: bool = False) -> None:
+    def __init__(self, embed_dim: int, llm_dim: int, grid: Size, *, bias: bool = True, norm: NormKind = "none") -> None:
         """Build the layer.
 
         Args:
@@ -18,11 +19,11 @@ class LinearProjector(nn.Module):
             llm_dim: D.
             grid: Rows and columns of the features; the tokens keep it.
             bias: Whether the layer has a bias.
-            norm: Put a LayerNorm over E before it.
+            norm: What comes before it; see `projectors.norm`.
         """
         super().__init__()
         self.output_grid = grid
-        self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
+        self.norm = build_norm(norm, embed_dim)
         self.linear = nn.Linear(embed_dim, llm_dim, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:

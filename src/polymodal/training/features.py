@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from polymodal.config import ModelConfig
     from polymodal.data.records import Record
+    from polymodal.encoders.vision import VisionEncoder
     from polymodal.model import MultimodalLM
     from polymodal.processing.processor import Processor
 
@@ -191,14 +192,15 @@ def open_store(model: MultimodalLM, config: ModelConfig, where: str, dtype: str)
         ConfigError: The model has no vision encoder, or the encoder is trained.
     """
     encoder = model.vision_encoder
-    if encoder is None or config.image is None:
+    if not isinstance(encoder, torch.nn.Module) or config.image is None:
         raise ConfigError("run.feature_cache: this model has no vision encoder; set it to off")
     trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
     if trained:
         raise ConfigError(
             f"run.feature_cache: the vision encoder is trained (vision_encoder.{trained[0]}); set it to off"
         )
-    row = (encoder.grid.area, encoder.embed_dim)
+    shape: VisionEncoder = model.vision_encoder  # type: ignore[assignment]  # not None: checked above
+    row = (shape.grid.area, shape.embed_dim)
     folder = None
     if where != MEMORY:
         folder = Path(where) / f"{encoder_identity(encoder, config)[:16]}-{dtype}"

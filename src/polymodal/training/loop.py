@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from polymodal.errors import ConfigError, DataError, PolymodalError
 from polymodal.files import write_text
 from polymodal.processing.sample import Batch
-from polymodal.training import checkpoint, policy
+from polymodal.training import align, checkpoint, policy
 from polymodal.training.curves import draw_curves
 from polymodal.training.log import Meter, append_log, environment, read_log, say, start_log
 from polymodal.training.parts import Feed, Parts, load_parts, make_feed
@@ -123,6 +123,8 @@ def train(recipe: Recipe, parts: Parts | None = None) -> Path:
         _make_folder(output_dir)
     accelerator.wait_for_everyone()
     feed = make_feed(recipe, parts, output_dir)
+    if recipe.warm_start is not None and found is None:
+        align.warm_start(parts.model, parts.tokenizer, feed, recipe.warm_start, recipe.run.seed)
     optimizer = policy.make_optimizer(groups, recipe.optim, accelerator.device)
     run = Run(recipe, accelerator, parts, groups, optimizer, feed)
     if found is not None:
@@ -228,7 +230,7 @@ class Run:
         if state.finished or saved != state.step:
             self._save()
 
-    def _batches(self) -> Generator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         """All micro-batches of the rest of the run, made a few ahead in threads."""
         plan = (indices for step in range(self.state.step, self.total) for indices in self._micro(step))
         return ahead(self.feed.batch, plan, self.recipe.run.workers)

@@ -149,6 +149,28 @@ class BatchConfig(Strict):
     group_by_length: bool = True
 
 
+class WarmStartConfig(Strict):
+    """Meet the language model's word embeddings before stage 1; see `training.align`.
+
+    Attributes:
+        steps: Optimizer steps; none of them runs the language model.
+        batch_size: Pictures a step.
+        learning_rate: Peak rate.
+        weight_decay: Decoupled decay.
+        tokens: Tokens drawn from each picture.
+        classes: Start from the tower's own classifier, where it has one.
+        prototype_share: Part of a batch that is moved to a class of the classifier.
+    """
+
+    steps: int = Field(default=1500, gt=0)
+    batch_size: int = Field(default=96, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.02, ge=0)
+    tokens: int = Field(default=4, gt=0)
+    classes: bool = True
+    prototype_share: float = Field(default=0.33, ge=0, lt=1)
+
+
 class RunConfig(Strict):
     """How long, how exactly, and what is kept.
 
@@ -194,6 +216,7 @@ class Recipe(Strict):
         data: What it is trained on.
         train: Which parameters are trained; everything is frozen where no rule matches.
         lora: Adapters on the language model, or None.
+        warm_start: Train the projector towards word embeddings first, or None.
         optim: Optimizer and schedule.
         batch: Batch sizes.
         run: Length, seed, checkpoints.
@@ -205,6 +228,7 @@ class Recipe(Strict):
     data: DataConfig
     train: tuple[RuleConfig, ...] = ()
     lora: LoraRecipe | None = None
+    warm_start: WarmStartConfig | None = None
     optim: OptimConfig = Field(default_factory=OptimConfig)
     batch: BatchConfig = Field(default_factory=BatchConfig)
     run: RunConfig = Field(default_factory=RunConfig)

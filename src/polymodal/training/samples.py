@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -245,7 +245,9 @@ def micro_batches(
     return [mine[i : i + micro_size] for i in range(0, len(mine), micro_size)]
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, depth: int | None = None) -> Iterator[R]:
+def ahead(
+    function: Callable[[T], R], items: Iterable[T], workers: int, depth: int | None = None
+) -> Generator[R, None, None]:
     """Map in threads, in order, a bounded number of items ahead.
 
     Args:

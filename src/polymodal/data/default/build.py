@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,11 @@ _TRAIN_FONTS = [
     "liberation/LiberationSans-Regular.ttf", "liberation/LiberationSans-Bold.ttf", "liberation/LiberationSerif-Regular.ttf",
     "liberation/LiberationMono-Bold.ttf", "liberation/LiberationSansNarrow-Bold.ttf",
 ]  # fmt: skip
-_HELDOUT_FONTS = ["dejavu/DejaVuSansCondensed-Bold.ttf", "dejavu/DejaVuSerif.ttf", "liberation/LiberationSerif-Bold.ttf"]
+_HELDOUT_FONTS = [
+    "dejavu/DejaVuSansCondensed-Bold.ttf",
+    "dejavu/DejaVuSerif.ttf",
+    "liberation/LiberationSerif-Bold.ttf",
+]
 _LICENCES = {
     "tuxpaint-stamps-default": "GPL-2", "openclipart-png": "public domain", "fonts-noto-color-emoji": "OFL-1.1",
     "fonts-dejavu": "Bitstream Vera / public domain", "fonts-liberation": "OFL-1.1",
@@ -81,8 +86,9 @@ def _map(work: Callable[[T], R], jobs: list[T], workers: int, label: str, progre
 
     if workers <= 1 or len(jobs) < 64:
         return watch(map(work, jobs))
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        return watch(pool.imap(work, jobs, chunksize=16))
+    # Unlike multiprocessing.Pool, the executor raises when a worker dies instead of waiting for it.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return watch(pool.map(work, jobs, chunksize=16))
 
 
 def _measure(job: tuple[int, Source], thumbs: Path, emoji_font: Path | None) -> Source | None:
@@ -101,7 +107,9 @@ def _fonts(folder: Path) -> tuple[list[str], list[str]]:
     for path in [*train, *heldout]:
         if not path.is_file():
             package = "fonts-dejavu" if "dejavu" in path.parts else "fonts-liberation"
-            raise sources.missing(path, f"{package}-core" if package == "fonts-dejavu" and "Condensed" not in path.name else package)
+            raise sources.missing(
+                path, f"{package}-core" if package == "fonts-dejavu" and "Condensed" not in path.name else package
+            )
     return [str(p) for p in train], [str(p) for p in heldout]
 
 
@@ -180,7 +188,11 @@ def build_default(
         thumbs.mkdir()
         (root / "images").mkdir(parents=True)
         measured = _map(
-            partial(_measure, thumbs=thumbs, emoji_font=emoji_font), list(enumerate(found)), workers, "reading pictures", progress
+            partial(_measure, thumbs=thumbs, emoji_font=emoji_font),
+            list(enumerate(found)),
+            workers,
+            "reading pictures",
+            progress,
         )
         # A source that cannot be used keeps its place, so that the thumbs' numbers stay right.
         usable = [s for s in measured if s is not None]
@@ -213,7 +225,8 @@ def build_default(
 
 def _report(output: Path, seed: int, size: str, plan: planning.Plan, split: list[Source]) -> BuildReport:
     turns = {
-        name: dict(sorted(Counter(kind for r in records for kind in r["kinds"]).items())) for name, records in plan.files.items()
+        name: dict(sorted(Counter(kind for r in records for kind in r["kinds"]).items()))
+        for name, records in plan.files.items()
     }
     heldout = set(plan.notes["heldout_sources"])
     used = Counter(s.origin for s in split if s.key not in heldout)

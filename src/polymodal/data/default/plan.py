@@ -8,6 +8,7 @@ for the validation questions and the held-out photographs, and nowhere else.
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,7 +57,9 @@ class Plan:
 class Composer:
     """Draws scenes from a pool of sources and keeps the list of pictures."""
 
-    def __init__(self, rng: random.Random, sources: list[Source], fonts: list[str], *, heldout: bool, prefix: str, suffix: str) -> None:
+    def __init__(
+        self, rng: random.Random, sources: list[Source], fonts: list[str], *, heldout: bool, prefix: str, suffix: str
+    ) -> None:
         """Keep the pool.
 
         Args:
@@ -146,7 +149,9 @@ class Composer:
             index = self.pick(self.nouned)
             side = rng.choice(["left", "right", "top", "bottom"])
             source = self.sources[index]
-            return self.add(Scene(scenes.single(self.file(), rng, index, source, side=side), (source,), "side", side=side))
+            return self.add(
+                Scene(scenes.single(self.file(), rng, index, source, side=side), (source,), "side", side=side)
+            )
         if layout in ("beside", "above"):
             for _ in range(200):
                 shaped = bool(self.shapes) and rng.random() < 0.25
@@ -164,7 +169,9 @@ class Composer:
             count = rng.randint(1, 4)
             return self.add(Scene(scenes.counted(self.file(), rng, index, source, count), (source,), "counted", count))
         if layout == "text":
-            word = rng.choice(words.OCR_WORDS) if rng.random() < 0.75 else str(rng.randint(0, 10 ** rng.randint(1, 3) - 1))
+            word = (
+                rng.choice(words.OCR_WORDS) if rng.random() < 0.75 else str(rng.randint(0, 10 ** rng.randint(1, 3) - 1))
+            )
             word = rng.choice([word.upper(), word.upper(), word.lower(), word.capitalize()])
             picture = scenes.lettered(self.file(), rng, word, rng.choice(self.fonts))
             return self.add(Scene(picture, (), "text"))
@@ -198,7 +205,10 @@ def _record(name: str, scenes_: list[Scene], turns: list[tuple[str, str]], kinds
     conversation = []
     for number, (asked, answered) in enumerate(turns):
         marks = f"{IMAGE}\n" * len(scenes_) if number == 0 else ""
-        conversation += [{"from": "human", "value": (marks + asked).rstrip("\n") if marks else asked}, {"from": "gpt", "value": answered}]
+        conversation += [
+            {"from": "human", "value": (marks + asked).rstrip("\n") if marks else asked},
+            {"from": "gpt", "value": answered},
+        ]
     record: Record = {"id": name}
     if scenes_:
         files = [s.picture.file for s in scenes_]
@@ -206,7 +216,11 @@ def _record(name: str, scenes_: list[Scene], turns: list[tuple[str, str]], kinds
     record["conversations"] = conversation
     record.update(more)
     record["kinds"] = kinds
-    record["source"] = sorted({o.key for s in scenes_ for o in s.objects}) or (["text"] if scenes_ else ["smalltalk"])
+    keys = sorted({o.key for s in scenes_ for o in s.objects})
+    origins = sorted({key.split(":")[0] for key in keys})
+    # `source` groups losses, so it is one word; `sources` says exactly which pictures were used.
+    record["source"] = "mixed" if len(origins) > 1 else (origins or ["text" if scenes_ else "smalltalk"])[0]
+    record["sources"] = keys
     return record
 
 
@@ -293,7 +307,15 @@ def _stage2(make: Composer, size: Size, world: World) -> list[Record]:
     return records
 
 
-_VAL_LAYOUT = {"name": "single", "category": "single", "zh": "single", "count": "counted", "color": "color", "ocr": "text", "caption": "single"}
+_VAL_LAYOUT = {
+    "name": "single",
+    "category": "single",
+    "zh": "single",
+    "count": "counted",
+    "color": "color",
+    "ocr": "text",
+    "caption": "single",
+}
 
 
 def _val(make: Composer, size: Size, world: World) -> list[Record]:
@@ -311,7 +333,9 @@ def _val(make: Composer, size: Size, world: World) -> list[Record]:
                 first, second, qa = make.comparison()
                 shown = [first, second]
             else:
-                layout = _VAL_LAYOUT.get(kind) or rng.choice(["side", "beside", "above"] if kind == "position" else ["single", "beside", "counted"])
+                layout = _VAL_LAYOUT.get(kind) or rng.choice(
+                    ["side", "beside", "above"] if kind == "position" else ["single", "beside", "counted"]
+                )
                 scene = make.make(layout)
                 shown = [scene]
                 found = questions.ASK[kind](rng, scene, world)
@@ -341,9 +365,24 @@ PHOTO_RULE = (
     "(no 'cartoon' in the folder; many distinct colours) of animals, food, vehicles, plants, instruments, tools, clothing, "
     "kitchen things, toys or buildings, at most one per noun, whose noun, a synonym or a parent also occurs in another "
     "training picture (stamp, drawing or emoji); the picture itself and its near duplicates never occur in training. "
-    "A source too small to be seen (under 60 pixels) is not drawn. Answers are the lexicon's synonyms and hypernyms."
+    "A source too small to be seen (under 60 pixels) is not drawn, nor are seven that do not show what the caption says. Answers are the lexicon's synonyms and hypernyms."
 )
-_PHOTO_CATEGORIES = {"animal", "food", "vehicle", "plant", "instrument", "tool", "clothing", "kitchen", "sport and toys", "building"}
+# Looked at by eye: the caption's thing cannot be told from the picture, or the name is too vague to be marked.
+_UNFIT_PHOTOS = re.compile(
+    r"German_Christmas_toy|plants/eggplant|lettuce_bolted|plastic_poo|appooppanthady|albino_peahen|fireworks"
+)
+_PHOTO_CATEGORIES = {
+    "animal",
+    "food",
+    "vehicle",
+    "plant",
+    "instrument",
+    "tool",
+    "clothing",
+    "kitchen",
+    "sport and toys",
+    "building",
+}
 _PHOTO_SHARE = {"animal": 20, "food": 6, "plant": 4, "vehicle": 3}
 
 
@@ -365,7 +404,7 @@ def choose_photos(sources: list[Source], count: int, rng: random.Random) -> tupl
                 names.setdefault(word, set()).add(s.group)
     candidates = [
         s for s in sources
-        if s.photo and s.noun and s.category in _PHOTO_CATEGORIES and s.pixels >= 60 and names.get(s.noun, set()) - {s.group}
+        if s.photo and s.noun and not _UNFIT_PHOTOS.search(s.key) and s.category in _PHOTO_CATEGORIES and s.pixels >= 60 and names.get(s.noun, set()) - {s.group}
     ]  # fmt: skip
     rng.shuffle(candidates)
     chosen: list[Source] = []
@@ -428,8 +467,8 @@ def compose(sources: list[Source], fonts: list[str], heldout_fonts: list[str], s
         source = sources[index]
         scene.picture.ground = grey if source.luminance > 205 or source.colour == "white" else white
         scene.picture.items = [scenes.Item(index, 0.5, 0.5, 0.88)]
-        answers = words.accepted(source.noun or "")
-        short = (source.noun or "").capitalize()
+        answers = questions.name_answers(source)
+        short = words.sentence(words.proper(source.noun or "")).rstrip(".")
         prompt = "What is this?"
         more = {"kind": "name", "prompt": prompt, "answers": answers, "caption": source.caption}
         records.append(_record(f"photo-{len(records):02d}", [scene], [(prompt, short)], ["name"], **more))

@@ -73,7 +73,7 @@ def _named(source: Source) -> str:
 
 def _the(source: Source) -> str:
     adjective = f"{source.colour} " if source.origin == "shapes" else ""
-    return f"the {adjective}{source.noun}"
+    return f"the {adjective}{words.proper(source.noun or '')}"
 
 
 def ask_name(rng: random.Random, scene: Scene, world: World) -> QA | None:
@@ -102,7 +102,23 @@ def ask_name(rng: random.Random, scene: Scene, world: World) -> QA | None:
         )  # fmt: skip
         long = _named(source) if source.origin == "shapes" else source.caption
         short = noun
-    return QA("name", question, words.sentence(long), _cap(short), tuple(words.accepted(noun)))
+    answers = name_answers(source) if scene.count == 1 else words.accepted(noun)
+    return QA("name", question, words.sentence(long), _cap(words.proper(short)), tuple(answers))
+
+
+def name_answers(source: Source) -> list[str]:
+    """Every right answer to "What is this?": the noun's names and the caption's own ("anthurium", "brown hen").
+
+    Args:
+        source: What the picture shows.
+
+    Returns:
+        The answers, the noun first.
+    """
+    own = source.caption.rstrip(".!").lower()
+    for start in ("a ", "an ", "the ", "some ", "our "):
+        own = own.removeprefix(start)
+    return list(dict.fromkeys([*words.accepted(source.noun or ""), own]))
 
 
 def caption_of(scene: Scene) -> str:
@@ -115,7 +131,11 @@ def caption_of(scene: Scene) -> str:
         One sentence.
     """
     if scene.picture.card:
-        return f'The word "{scene.picture.card.text}".' if scene.picture.card.text.isalpha() else f'The number "{scene.picture.card.text}".'
+        return (
+            f'The word "{scene.picture.card.text}".'
+            if scene.picture.card.text.isalpha()
+            else f'The number "{scene.picture.card.text}".'
+        )
     if scene.layout == "counted" and scene.count > 1:
         source = scene.objects[0]
         colour = (source.colour or "") if source.origin == "shapes" else ""
@@ -186,7 +206,9 @@ def ask_exists(rng: random.Random, scene: Scene, world: World) -> QA | None:
     verb = "Are there" if named.startswith("some ") else "Is there"
     named = "any " + named[5:] if named.startswith("some ") else named
     if verb == "Is there" and rng.random() < 0.3:
-        question = rng.choice([f"Does the picture show {named}?", f"Can you see {named}?", f"Do you see {named} in the image?"])
+        question = rng.choice(
+            [f"Does the picture show {named}?", f"Can you see {named}?", f"Do you see {named} in the image?"]
+        )
         no, good = "No.", "Yes."
     else:
         question = f"{verb} {named} in the {rng.choice(['picture', 'image', 'photo'])}?"
@@ -212,7 +234,7 @@ def ask_count(rng: random.Random, scene: Scene, world: World) -> QA | None:
     noun = source.noun or ""
     if words.lexicon().get(noun) and words.lexicon()[noun].article != "a":
         return None
-    many = words.plural(noun)
+    many = words.proper(words.plural(noun))
     question = rng.choice(
         [f"How many {many} are there?", f"How many {many} do you see?", f"How many {many} are in the picture?",
          f"Count the {many}. How many are there?"]
@@ -239,7 +261,7 @@ def ask_color(rng: random.Random, scene: Scene, world: World) -> QA | None:
         if source.colour and source.noun and not same:
             many = scene.count > 1 or words.phrase(source.noun).startswith(("some ", "a pair"))
             noun = words.plural(source.noun) if scene.count > 1 else source.noun
-            options += [(f"the {noun}" + ("|" if many else ""), source.colour)] * 2
+            options += [(f"the {words.proper(noun)}" + ("|" if many else ""), source.colour)] * 2
     if scene.picture.ground.name and not (scene.picture.card and scene.picture.card.paper):
         options.append(("the background", scene.picture.ground.name))
     if not options:
@@ -247,7 +269,9 @@ def ask_color(rng: random.Random, scene: Scene, world: World) -> QA | None:
     thing, colour = rng.choice(options)
     verb = "are" if thing.endswith("|") else "is"
     thing = thing.rstrip("|")
-    question = rng.choice([f"What color {verb} {thing}?", f"Which color {verb} {thing}?", f"Tell me the color of {thing}."])
+    question = rng.choice(
+        [f"What color {verb} {thing}?", f"Which color {verb} {thing}?", f"Tell me the color of {thing}."]
+    )
     accepted = (colour, *words.COLOUR_SYNONYMS.get(colour, []))
     return QA("color", question, words.sentence(f"{thing} {verb} {colour}"), _cap(colour), accepted)
 
@@ -272,12 +296,20 @@ def ask_position(rng: random.Random, scene: Scene, world: World) -> QA | None:
             first, second = second, first
         pair = words.phrase(source.noun).startswith(("some ", "a pair"))
         verb = "Are" if pair else "Is"
-        question = f"{verb} {_the(source)} on the {first} or the {second} of the picture?" if first in ("left", "right") else (
-            f"{verb} {_the(source)} at the {first} or the {second} of the picture?"
+        question = (
+            f"{verb} {_the(source)} on the {first} or the {second} of the picture?"
+            if first in ("left", "right")
+            else (f"{verb} {_the(source)} at the {first} or the {second} of the picture?")
         )
         preposition = "on" if scene.side in ("left", "right") else "at"
         long = f"{_the(source)} {verb.lower()} {preposition} the {scene.side}"
-        return QA("position", question, words.sentence(long), _cap(scene.side), (scene.side, f"{preposition} the {scene.side}"))
+        return QA(
+            "position",
+            question,
+            words.sentence(long),
+            _cap(scene.side),
+            (scene.side, f"{preposition} the {scene.side}"),
+        )
     if scene.layout not in ("beside", "above") or len(scene.objects) != 2 or not all(s.noun for s in scene.objects):
         return None
     first_source, second_source = scene.objects
@@ -289,8 +321,16 @@ def ask_position(rng: random.Random, scene: Scene, world: World) -> QA | None:
     relation = {"left": "to the left of", "right": "to the right of", "top": "above", "bottom": "below"}[side]
     place = f"on the {side}" if side in ("left", "right") else f"at the {side}"
     if rng.random() < 0.5:
-        question = rng.choice([f"What is {relation} {_the(other)}?", f"What is {place}?", f"What is {place} of the picture?"])
-        return QA("position", question, words.sentence(_named(target)), _cap(target.noun or ""), tuple(words.accepted(target.noun or "")))
+        question = rng.choice(
+            [f"What is {relation} {_the(other)}?", f"What is {place}?", f"What is {place} of the picture?"]
+        )
+        return QA(
+            "position",
+            question,
+            words.sentence(_named(target)),
+            _cap(target.noun or ""),
+            tuple(words.accepted(target.noun or "")),
+        )
     pair = words.phrase(target.noun or "").startswith(("some ", "a pair"))
     verb = "Are" if pair else "Is"
     options = [near, far]
@@ -400,11 +440,23 @@ def ask_compare(rng: random.Random, first: Scene, second: Scene) -> QA | None:
     if one == two or rng.random() < 0.3:
         question = rng.choice(["Do both pictures show the same thing?", "Are the same things in both pictures?"])
         same = one == two
-        return QA("compare", question, "Yes, they do." if same else "No, they do not.", "Yes" if same else "No", ("yes",) if same else ("no",))
+        return QA(
+            "compare",
+            question,
+            "Yes, they do." if same else "No, they do not.",
+            "Yes" if same else "No",
+            ("yes",) if same else ("no",),
+        )
     place, noun = rng.choice([("first", one), ("second", two)])
     order = "the first or the second" if rng.random() < 0.5 else "the second or the first"
     question = f"Which picture shows {words.phrase(noun)}, {order}?"
-    return QA("compare", question, f"The {place} picture.", _cap(place), (place, f"the {place}", f"{place} picture", f"the {place} picture"))
+    return QA(
+        "compare",
+        question,
+        f"The {place} picture.",
+        _cap(place),
+        (place, f"the {place}", f"{place} picture", f"the {place} picture"),
+    )
 
 
 ASK: dict[str, Callable[[random.Random, Scene, World], QA | None]] = {

@@ -217,7 +217,7 @@ def lettered(file: str, rng: random.Random, text: str, font: str) -> Picture:
 
 
 @functools.lru_cache(maxsize=400)
-def _thumb(path: str):  # noqa: ANN202
+def _thumb(path: str):
     from PIL import Image
 
     with Image.open(path) as opened:
@@ -225,13 +225,13 @@ def _thumb(path: str):  # noqa: ANN202
 
 
 @functools.lru_cache(maxsize=400)
-def _font(path: str, size: int):  # noqa: ANN202
+def _font(path: str, size: int):
     from PIL import ImageFont
 
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
 
 
-def _draw_ground(ground: Ground, seed: int):  # noqa: ANN202
+def _draw_ground(ground: Ground, seed: int):
     import numpy as np
     from PIL import Image
 
@@ -251,7 +251,7 @@ def _draw_ground(ground: Ground, seed: int):  # noqa: ANN202
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def draw(picture: Picture, thumbs: Path):  # noqa: ANN201
+def draw(picture: Picture, thumbs: Path):
     """Draw a planned picture.
 
     Args:
@@ -281,7 +281,7 @@ def draw(picture: Picture, thumbs: Path):  # noqa: ANN201
     return canvas
 
 
-def _draw_card(canvas, card: Card) -> None:  # noqa: ANN001
+def _draw_card(canvas, card: Card) -> None:
     from PIL import Image, ImageDraw
 
     size = max(12, round(card.height * SIDE))
@@ -298,7 +298,9 @@ def _draw_card(canvas, card: Card) -> None:  # noqa: ANN001
     pen = ImageDraw.Draw(sheet)
     if card.paper:
         edge = (sheet.width - 1, sheet.height - 1)
-        pen.rounded_rectangle((0, 0, *edge), radius=margin * 0.6, fill=(*card.paper, 255), outline=(*card.ink, 255), width=2)
+        pen.rounded_rectangle(
+            (0, 0, *edge), radius=margin * 0.6, fill=(*card.paper, 255), outline=(*card.ink, 255), width=2
+        )
     pen.text((margin - box[0], margin - box[1]), card.text, font=_font(card.font, size), fill=(*card.ink, 255))
     sheet = sheet.rotate(card.angle, resample=Image.Resampling.BICUBIC, expand=True)
     if max(sheet.size) > SIDE:

@@ -30,23 +30,19 @@ _SKIP_STAMPS = re.compile(
     r"military/final|naturalforces/explosion|animals/insects/cartoon/(wings|spider_)|animals/birds/cartoon|"
     r"household/toilet|vehicles/emergency/sedan_police|town/flags/)"
 )
+_DRAWN = re.compile(r"cartoon|^seasonal/easter/|^clothes/button$")  # drawings; the others are measured
 _SKIP_CLIPART = re.compile(
     r"icons|logos|buttons|special|cards|roadsigns|aiga|shapes|hazard|semaphore|map_symbols|led\b|folders|diagrams|"
-    r"stickmen|smilies|religion|pantyhose|geography|duplicates|awards|signs_and_symbols/(?!weather|clocks)|connectors|"
+    r"stickmen|smilies|religion|pantyhose|geography|duplicates|awards|signs_and_symbols(?!/(weather|clocks))|connectors|"
     r"decorations|recreation/sports|network|boating"
 )
 _ADJECTIVES = set(words.COLOURS) | set(
-    "small big large little old open closed wooden happy baby fancy simple plain cartoon round square stylized young".split()
+    ["small", "big", "large", "little", "old", "open", "closed", "wooden", "happy", "baby", "fancy", "simple", "plain", "cartoon", "round", "square", "stylized", "young"]
 )
 _SAY_ADJECTIVES = set(words.COLOURS) | {"small", "big", "large", "little", "old", "open", "closed", "wooden", "happy"}
 # Words after the noun in a file name that make it another thing ("dog house", "apple juice", "tree branches").
 _OTHER_THING = set(
-    "head house sign print prints juice box branches pot holder post ring ticket form silhouet silhouette symbol theory keys "
-    "scene skull pie branch field stand rack paddle pump alarm tail feet foot eye eyes face wing wings footprint pattern "
-    "map rules hook line scrathing scratching shop station board card pool player half core peel wedge slice slices "
-    "contour outline net goal glove bat court track driver drivers wheel engine door front back tag tags key shelf club "
-    "with on in and of from for to platter leaf tip stem plant seeds bread egg corks doctor patient toy toys cards "
-    "theme burner pointer police end plug cover jack shot drawn leash horse_head holding eating riding at over under".split()
+    ["head", "house", "sign", "print", "prints", "juice", "box", "branches", "pot", "holder", "post", "ring", "ticket", "form", "silhouet", "silhouette", "symbol", "theory", "keys", "scene", "skull", "pie", "branch", "field", "stand", "rack", "paddle", "pump", "alarm", "tail", "feet", "foot", "eye", "eyes", "face", "wing", "wings", "footprint", "pattern", "map", "rules", "hook", "line", "scrathing", "scratching", "shop", "station", "board", "card", "pool", "player", "half", "core", "peel", "wedge", "slice", "slices", "contour", "outline", "net", "goal", "glove", "bat", "court", "track", "driver", "drivers", "wheel", "engine", "door", "front", "back", "tag", "tags", "key", "shelf", "club", "with", "on", "in", "and", "of", "from", "for", "to", "platter", "leaf", "tip", "stem", "plant", "seeds", "bread", "egg", "corks", "doctor", "patient", "toy", "toys", "cards", "theme", "burner", "pointer", "police", "end", "plug", "cover", "jack", "shot", "drawn", "leash", "horse_head", "holding", "eating", "riding", "at", "over", "under"]
 )
 
 
@@ -96,8 +92,12 @@ def _clean(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-_QUANTITY = re.compile(r"^(?:an?|the|some|two|our)?\s*(?:pair|bunch|cluster|head|couple|string|quarter|plant|baby) of (?:an? )?")
-_CUT = re.compile(r"\s(?:with|of|in|for|on|to|from|at|by|that|used|worn|covered|called|is|has|means|lets|playing)\b|[,:;]")
+_QUANTITY = re.compile(
+    r"^(?:an?|the|some|two|our)?\s*(?:pair|bunch|cluster|head|couple|string|quarter|plant|baby) of (?:an? )?"
+)
+_CUT = re.compile(
+    r"\s(?:with|of|in|for|on|to|from|at|by|that|used|worn|covered|called|is|has|means|lets|playing)\b|[,:;]"
+)
 
 
 def caption_noun(caption: str) -> str | None:
@@ -130,6 +130,7 @@ def read_stamps(folder: Path) -> list[Source]:
     files = sorted(folder.rglob("*.txt")) if folder.is_dir() else []
     if not files:
         raise missing(folder, "tuxpaint-stamps-default")
+    fixes = words.fixes()
     found: list[Source] = []
     for file in files:
         name = file.relative_to(folder).with_suffix("").as_posix()
@@ -137,8 +138,9 @@ def read_stamps(folder: Path) -> list[Source]:
         if not picture.is_file() or _SKIP_STAMPS.search(name):
             continue
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-        caption = words.CAPTION_FIXES.get(name, _clean(lines[0]) if lines else "")
-        noun = words.NOUN_FIXES[name] if name in words.NOUN_FIXES else caption_noun(caption)
+        caption = fixes["captions"].get(name, _clean(lines[0]) if lines else "")
+        noun = fixes["nouns"].get(name) or caption_noun(caption)
+        noun = None if noun == "-" else noun
         simple = re.fullmatch(r"(?:An?|Two|Some|The|Our) [\w'\" -]{2,40}\.?", caption)
         if not simple:
             if noun is None:
@@ -151,9 +153,16 @@ def read_stamps(folder: Path) -> list[Source]:
         category = words.lexicon()[noun].category if noun else None
         found.append(
             Source(
-                key=f"stamps:{name}", origin="stamps", path=str(picture), caption=words.sentence(caption), noun=noun,
-                category=category, group=group, zh=zh, flippable=not name.startswith(("symbols", "town/roadsigns")),
-                photo="cartoon" not in name,
+                key=f"stamps:{name}",
+                origin="stamps",
+                path=str(picture),
+                caption=words.sentence(caption),
+                noun=noun,
+                category=category,
+                group=group,
+                zh=zh,
+                flippable=not name.startswith(("symbols", "town/roadsigns")),
+                photo=not _DRAWN.search(name),
             )  # fmt: skip
         )
     return found
@@ -210,9 +219,13 @@ def read_openclipart(folder: Path) -> list[Source]:
         group = "openclipart:" + re.sub(r"(_?bw|_?[rsn]|[-_]?\d+|_)+$", "", re.sub(r"_bw|\d+", "", stem.lower()))
         found.append(
             Source(
-                key=f"openclipart:{name}", origin="openclipart", path=str(file),
-                caption=words.sentence(words.phrase(noun, " ".join(adjectives))), noun=noun,
-                category=words.lexicon()[noun].category, group=group,
+                key=f"openclipart:{name}",
+                origin="openclipart",
+                path=str(file),
+                caption=words.sentence(words.phrase(noun, " ".join(adjectives))),
+                noun=noun,
+                category=words.lexicon()[noun].category,
+                group=group,
             )  # fmt: skip
         )
     return found
@@ -237,7 +250,13 @@ def read_emoji(font: Path) -> list[Source]:
     face = ImageFont.truetype(str(font), 109)
     blank = bytes(face.getmask("\U000f0000"))  # what the font draws for a character it does not have
     found: list[Source] = []
-    for start, end in ((0x2600, 0x27C0), (0x1F300, 0x1F650), (0x1F680, 0x1F700), (0x1F900, 0x1FA00), (0x1FA70, 0x1FB00)):
+    for start, end in (
+        (0x2600, 0x27C0),
+        (0x1F300, 0x1F650),
+        (0x1F680, 0x1F700),
+        (0x1F900, 0x1FA00),
+        (0x1FA70, 0x1FB00),
+    ):
         for code in range(start, end):
             char = chr(code)
             name = re.sub(r"[^a-z ]+", " ", unicodedata.name(char, "").lower()).strip()
@@ -253,8 +272,13 @@ def read_emoji(font: Path) -> list[Source]:
             noun = match[0]
             found.append(
                 Source(
-                    key=f"emoji:{code:x}", origin="emoji", path=char, caption=words.sentence(words.phrase(noun)), noun=noun,
-                    category=words.lexicon()[noun].category, group=f"emoji:{code:x}",
+                    key=f"emoji:{code:x}",
+                    origin="emoji",
+                    path=char,
+                    caption=words.sentence(words.phrase(noun)),
+                    noun=noun,
+                    category=words.lexicon()[noun].category,
+                    group=f"emoji:{code:x}",
                 )  # fmt: skip
             )
     return found
@@ -268,8 +292,14 @@ def drawn_shapes() -> list[Source]:
     """
     return [
         Source(
-            key=f"shapes:{shape}/{colour}", origin="shapes", path=f"{shape}/{colour}", noun=shape, category="shape",
-            caption=words.sentence(words.phrase(shape, colour)), group=f"shapes:{shape}/{colour}", colour=colour,
+            key=f"shapes:{shape}/{colour}",
+            origin="shapes",
+            path=f"{shape}/{colour}",
+            noun=shape,
+            category="shape",
+            caption=words.sentence(words.phrase(shape, colour)),
+            group=f"shapes:{shape}/{colour}",
+            colour=colour,
             zh=f"一个{words.ZH_COLOURS[colour]}的{words.ZH_SHAPES[shape]}。",
         )  # fmt: skip
         for shape in words.SHAPES
@@ -296,7 +326,7 @@ def hold_out(sources: list[Source], share: float, rng: random.Random) -> list[So
     return [replace(s, heldout=s.group in chosen) for s in sources]
 
 
-def draw_shape(shape: str, colour: str):  # noqa: ANN201  (Pillow is imported inside)
+def draw_shape(shape: str, colour: str):
     """Draw one shape, filling a square with a transparent ground.
 
     Args:
@@ -329,7 +359,10 @@ def draw_shape(shape: str, colour: str):  # noqa: ANN201  (Pillow is imported in
             points = [(mid, low), (high * 0.9, mid), (mid, high), (size - high * 0.9, mid)]
         elif shape == "star":
             points = [
-                (mid + mid * 0.95 * r * math.sin(k * math.pi / 5), mid * 1.04 - mid * 0.95 * r * math.cos(k * math.pi / 5))
+                (
+                    mid + mid * 0.95 * r * math.sin(k * math.pi / 5),
+                    mid * 1.04 - mid * 0.95 * r * math.cos(k * math.pi / 5),
+                )
                 for k in range(10)
                 for r in ((1.0, 0.42)[k % 2],)
             ]
@@ -341,6 +374,12 @@ def draw_shape(shape: str, colour: str):  # noqa: ANN201  (Pillow is imported in
             ]  # fmt: skip
         draw.polygon(points, fill=fill)
     return image.resize((THUMB, THUMB), Image.Resampling.LANCZOS)
+
+
+MAX_SOURCE_PIXELS = 24_000_000
+"""Larger pictures are left out: a few posters of 600 megapixels take more memory than a laptop has."""
+
+MEASURE_SIDE = 1024
 
 
 def measure(source: Source, target: Path, emoji_font: Path | None) -> Source | None:
@@ -366,6 +405,8 @@ def measure(source: Source, target: Path, emoji_font: Path | None) -> Source | N
     else:
         try:
             with Image.open(source.path) as opened:
+                if opened.width * opened.height > MAX_SOURCE_PIXELS:
+                    return None
                 image = opened.convert("RGBA")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return None
@@ -373,10 +414,18 @@ def measure(source: Source, target: Path, emoji_font: Path | None) -> Source | N
     if box is None:
         return None
     image = image.crop(box)
-    # A drawing on an opaque white sheet is not a cut-out; it is kept, but the sheet's margin is cut off.
     if min(image.size) < 18 or max(image.size) / min(image.size) > 6:
         return None
+    if source.origin == "openclipart" and image.getchannel("A").getextrema()[0] > 128:
+        return None  # a drawing on an opaque sheet is no cut-out
     longest = max(image.size)
+    if longest > MEASURE_SIDE:  # colours do not need more, and some drawings are huge
+        image.thumbnail((MEASURE_SIDE, MEASURE_SIDE))
+    if max(image.size) > THUMB:
+        scale = THUMB / max(image.size)
+        image = image.resize(
+            (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
+        )
     full = np.asarray(image)
     solid = full[..., 3] > 128
     pixels = full[solid][:, :3].astype(np.int32)
@@ -389,15 +438,12 @@ def measure(source: Source, target: Path, emoji_font: Path | None) -> Source | N
         colour = source.colour
     else:
         colour = dominant_colour(pixels)
-    if max(image.size) > THUMB:
-        scale = THUMB / max(image.size)
-        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
     image.save(target, "PNG", compress_level=1)
     luminance = float((pixels @ np.array([299, 587, 114]) / 1000).mean())
     return replace(source, colour=colour, luminance=round(luminance, 1), photo=photo, pixels=longest)
 
 
-def dominant_colour(pixels) -> str | None:  # noqa: ANN001
+def dominant_colour(pixels) -> str | None:
     """The plain colour name of a cut-out, where one colour clearly dominates.
 
     Args:
@@ -413,9 +459,14 @@ def dominant_colour(pixels) -> str | None:  # noqa: ANN001
     spread = high - low
     safe = np.where(spread == 0, 1, spread)
     red, green, blue = rgb[:, 0], rgb[:, 1], rgb[:, 2]
-    hue = np.where(
-        high == red, (green - blue) / safe % 6, np.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4)
-    ) * 60
+    hue = (
+        np.where(
+            high == red,
+            (green - blue) / safe % 6,
+            np.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+        )
+        * 60
+    )
     saturation = np.where(high == 0, 0, spread / np.where(high == 0, 1, high))
     names = np.full(len(rgb), "none", dtype="<U8")
     plain = saturation < 0.15
@@ -423,7 +474,13 @@ def dominant_colour(pixels) -> str | None:  # noqa: ANN001
     names[plain & (high <= 0.75) & (high > 0.3)] = "gray"
     names[high < 0.18] = "black"
     lively = (saturation > 0.38) & (high > 0.3)
-    for name, start, end in (("orange", 22, 42), ("yellow", 46, 64), ("green", 80, 160), ("blue", 195, 250), ("purple", 262, 300)):
+    for name, start, end in (
+        ("orange", 22, 42),
+        ("yellow", 46, 64),
+        ("green", 80, 160),
+        ("blue", 195, 250),
+        ("purple", 262, 300),
+    ):
         names[lively & (hue >= start) & (hue < end)] = name
     names[lively & ((hue < 14) | (hue >= 345)) & (high > 0.4)] = "red"
     names[(saturation > 0.2) & (high > 0.7) & (hue >= 305) & (hue < 352)] = "pink"

@@ -1,0 +1,44 @@
+"""Ask the default model about a photograph, and draw what it saw. Run by `make demo`.
+
+python examples/demo.py [PICTURE] [QUESTION]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import polymodal
+from polymodal import Image, PolymodalError, user
+from polymodal.media.image import open_image
+from polymodal.processing.tiles import tile_pictures
+from polymodal.processing.view_picture import draw_plan
+
+HERE = Path(__file__).resolve().parent
+SEEN = Path("runs") / "demo" / "seen.png"
+
+
+def main(picture: str = str(HERE / "pictures" / "cat.jpg"), question: str = "What is this?") -> None:
+    model = polymodal.load("default")
+    reply = model.generate([user(Image(picture), question)])
+
+    processor = model.processor
+    shown = open_image(picture)
+    plan = processor.plan(shown)
+    SEEN.parent.mkdir(parents=True, exist_ok=True)
+    draw_plan(shown, plan, tile_pictures(shown, plan, processor.config.image)).save(SEEN)
+
+    usage, timing = reply.usage, reply.timing
+    print(f"picture   {picture}")
+    print(f"question  {question}")
+    print(f"answer    {reply.text}")
+    print(f"tokens    {usage.prompt_tokens} in ({usage.image_tokens} of the picture), {usage.completion_tokens} out")
+    print(f"time      first token after {timing.first_token_s:.2f} s, then {timing.tokens_per_s:.1f} tokens/s")
+    print(f"seen      {SEEN} shows the picture as the model saw it")
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:3])
+    except PolymodalError as error:
+        sys.exit(f"demo: {error}")

@@ -1,0 +1,379 @@
+"""Readers for the JSON forms in which the field keeps conversations. Nothing is opened; sources are only located.
+
+Three forms, told apart by their keys:
+
+- LLaVA: `{"image": "a.jpg" | [...], "conversations": [{"from": "human", "value": "... <image> ..."}, ...]}`.
+- `messages` beside lists of media (ms-swift, LLaMA-Factory, TRL): `{"images": [...], "messages": [...]}`, with
+  `<image>` in the text or `{"type": "image"}` parts that take the next item of the list.
+- OpenAI content parts: `{"role", "content": [{"type": "text", ...}, {"type": "image_url", ...}]}`.
+
+LLaVA writes a picture as `<image>` and a newline. In that form one newline beside a placeholder belongs to the
+placeholder: the one after it, or, where there is none, the one before it. The template's `image_newline_text` puts it
+back for models that want it. Placeholders are resolved here, once, and counted; text that looks like one later is only
+text.
+
+Differences from LLaVA's loader: placeholders stay where they are (LLaVA moves them to the front), a conversation that
+starts with the answer is an error (LLaVA drops the turn), and so is any difference between placeholders and media.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from polymodal.errors import DataError
+from polymodal.messages import Audio, Document, Image, Media, Message, Part, Role, Text, Video
+
+_ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "developer": "system",
+}
+
+_MEDIA: dict[str, type[Image] | type[Video] | type[Audio]] = {"image": Image, "video": Video, "audio": Audio}
+
+_PLACEHOLDER = re.compile(r"<(image|video|audio)>")
+
+_KNOWN_KEYS = frozenset(
+    {"id", "kind", "source", "conversations", "messages", "system"} | {key + s for key in _MEDIA for s in ("", "s")}
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation of a data set.
+
+    Attributes:
+        id: The record's id; the file's name and the record's number where it has none.
+        messages: The conversation.
+        kind: What sort of question it is, for scores per kind.
+        source: Where the record came from.
+        extra: The record's other fields, such as `answers` or `kinds`, as they were.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    kind: str = ""
+    source: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Pool:
+    """A record's media lists, taken from in order."""
+
+    def __init__(self, record: Mapping[str, Any], image_root: Path, where: str) -> None:
+        self._where = where
+        self._items: dict[str, list[Media]] = {}
+        self._taken = dict.fromkeys(_MEDIA, 0)
+        self._keys: dict[str, str] = {}
+        for kind, cls in _MEDIA.items():
+            keys = [key for key in (kind, kind + "s") if record.get(key) is not None]
+            if len(keys) > 1:
+                raise DataError(f"{where}: the record has both `{kind}` and `{kind}s`; keep one")
+            if not keys:
+                continue
+            value = record[keys[0]]
+            entries = value if isinstance(value, list) else [value]
+            self._keys[kind] = keys[0]
+            self._items[kind] = [
+                cls(_source(entry, image_root, f"{where}: `{keys[0]}`[{i}]")) for i, entry in enumerate(entries)
+            ]
+
+    def holds(self, kind: str) -> bool:
+        """Whether a placeholder of this kind means a medium; `<video>` in a record without videos is text."""
+        return kind == "image" or kind in self._items
+
+    def take(self, kind: str) -> Media | None:
+        """Give the next item; None when there are too few, which `finish` reports with both counts."""
+        number = self._taken[kind]
+        self._taken[kind] += 1
+        items = self._items.get(kind, [])
+        return items[number] if number < len(items) else None
+
+    def finish(self) -> None:
+        """Check that every item was asked for exactly once."""
+        for kind, taken in self._taken.items():
+            given = len(self._items.get(kind, []))
+            if taken == given:
+                continue
+            key = self._keys.get(kind)
+            if key is None:
+                raise DataError(
+                    f"{self._where}: {taken} <{kind}> placeholders but no `{kind}` key; add the key or take them out"
+                )
+            raise DataError(
+                f"{self._where}: {taken} <{kind}> placeholders but {given} items in `{key}`; make the counts equal"
+            )
+
+
+def read_llava(record: Mapping[str, Any], image_root: Path, where: str) -> list[Message]:
+    """Read a LLaVA record.
+
+    Args:
+        record: The record, with `conversations`.
+        image_root: The folder that paths are relative to and may not leave.
+        where: File and record, for errors.
+
+    Returns:
+        The conversation.
+
+    Raises:
+        DataError: The record is not as described; names the field and the counts.
+    """
+    pool = _Pool(record, image_root, where)
+    turns = _list(record, "conversations", where)
+    messages = _leading_system(record, where)
+    for index, turn in enumerate(turns):
+        spot = f"{where}: conversations[{index}]"
+        role = _role(turn, "from", spot)
+        value = turn.get("value")
+        if not isinstance(value, str):
+            raise DataError(f"{spot}: `value` must be text, found {_kind_of(value)}")
+        messages.append(Message(role, tuple(_split(value, role, pool, spot, newline=True))))
+    pool.finish()
+    _check_turns(messages, where)
+    return messages
+
+
+def read_messages(record: Mapping[str, Any], image_root: Path, where: str) -> list[Message]:
+    """Read a record of `messages` with its media beside them in `images`, `videos` and `audios`.
+
+    Args:
+        record: The record, with `messages`.
+        image_root: The folder that paths are relative to and may not leave.
+        where: File and record, for errors.
+
+    Returns:
+        The conversation.
+
+    Raises:
+        DataError: The record is not as described; names the field and the counts.
+    """
+    pool = _Pool(record, image_root, where)
+    messages = _leading_system(record, where)
+    for index, turn in enumerate(_list(record, "messages", where)):
+        spot = f"{where}: messages[{index}]"
+        role = _role(turn, "role", spot)
+        content = turn.get("content")
+        if isinstance(content, str):
+            messages.append(Message(role, tuple(_split(content, role, pool, spot, newline=False))))
+        else:
+            messages.append(Message(role, _parts(content, role, spot, image_root, pool)))
+    pool.finish()
+    _check_turns(messages, where)
+    return messages
+
+
+def read_openai(messages: Sequence[Any], where: str, image_root: Path | None = None) -> list[Message]:
+    """Read OpenAI chat messages, as a request holds them. Text is text: `<image>` in it means nothing.
+
+    Args:
+        messages: The messages; content is a string or a list of parts.
+        where: What errors call the list.
+        image_root: The folder that paths are relative to and may not leave; None refuses paths, as a server must.
+
+    Returns:
+        The conversation.
+
+    Raises:
+        DataError: A message or part is not as described, or names a file that it may not.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise DataError(f"{where}: expected a list of messages, found {_kind_of(messages)}")
+    result = []
+    for index, turn in enumerate(messages):
+        spot = f"{where}[{index}]"
+        role = _role(turn, "role", spot)
+        content = turn.get("content")
+        if isinstance(content, str):
+            result.append(Message(role, (Text(content),) if content else ()))
+        else:
+            result.append(Message(role, _parts(content, role, spot, image_root, None)))
+    return result
+
+
+def read_record(record: Any, image_root: Path, where: str, *, default_id: str = "") -> Record:
+    """Read a record in whichever form it is.
+
+    Args:
+        record: The parsed JSON object.
+        image_root: The folder that paths are relative to and may not leave.
+        where: File and record, for errors.
+        default_id: The id of a record without one.
+
+    Returns:
+        The record.
+
+    Raises:
+        DataError: The record is in no known form or is broken.
+    """
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a JSON object, found {_kind_of(record)}")
+    if "conversations" in record and "messages" in record:
+        raise DataError(f"{where}: the record has both `conversations` and `messages`; keep one")
+    if "conversations" in record:
+        messages = read_llava(record, image_root, where)
+    elif "messages" in record:
+        messages = read_messages(record, image_root, where)
+    else:
+        found = ", ".join(sorted(map(str, record))) or "no keys"
+        raise DataError(f"{where}: expected `conversations` (LLaVA) or `messages`, found {found}")
+    labels = {}
+    for key in ("kind", "source"):
+        value = record.get(key)
+        if not isinstance(value, str | None):
+            raise DataError(f"{where}: `{key}` must be text, found {_kind_of(value)}")
+        labels[key] = value or ""
+    given = record.get("id")
+    extra = {key: value for key, value in record.items() if key not in _KNOWN_KEYS}
+    return Record(default_id if given is None else str(given), tuple(messages), **labels, extra=extra)
+
+
+def _list(record: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    turns = record.get(key)
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{where}: `{key}` must be a list of turns, found {_kind_of(turns)}")
+    return turns
+
+
+def _leading_system(record: Mapping[str, Any], where: str) -> list[Message]:
+    """The system message that ShareGPT-like records keep in a field of its own."""
+    value = record.get("system")
+    if value is None or value == "":
+        return []
+    if not isinstance(value, str):
+        raise DataError(f"{where}: `system` must be text, found {_kind_of(value)}")
+    return [Message("system", (Text(value),))]
+
+
+def _role(turn: Any, key: str, spot: str) -> Role:
+    if not isinstance(turn, dict):
+        raise DataError(f"{spot}: expected an object with `{key}`, found {_kind_of(turn)}")
+    name = turn.get(key)
+    role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise DataError(f"{spot}: unknown role `{key}`: {name!r}; known: {', '.join(_ROLES)}")
+    return role
+
+
+def _split(text: str, role: Role, pool: _Pool, spot: str, *, newline: bool) -> Iterator[Part]:
+    """Cut text at its placeholders."""
+    position = 0
+    for match in _PLACEHOLDER.finditer(text):
+        kind = match[1]
+        if not pool.holds(kind):
+            continue
+        if role != "user":
+            raise DataError(f"{spot}: <{kind}> in a turn of the {role}; media can only be in the user's turns")
+        before = text[position : match.start()]
+        position = match.end()
+        if newline and text.startswith("\n", position):
+            position += 1
+        elif newline and before.endswith("\n"):
+            before = before[:-1]
+        if before:
+            yield Text(before)
+        item = pool.take(kind)
+        if item is not None:
+            yield item
+    if position < len(text):
+        yield Text(text[position:])
+
+
+def _parts(content: Any, role: Role, spot: str, image_root: Path | None, pool: _Pool | None) -> tuple[Part, ...]:
+    """Read a list of content parts."""
+    if not isinstance(content, list):
+        raise DataError(f"{spot}: `content` must be text or a list of parts, found {_kind_of(content)}")
+    parts: list[Part] = []
+    for index, entry in enumerate(content):
+        at = f"{spot}.content[{index}]"
+        part = _part(entry, at, image_root, pool)
+        if not isinstance(part, Text) and role != "user":
+            raise DataError(f"{at}: media in a turn of the {role}; media can only be in the user's turns")
+        if part is not None and part != Text(""):
+            parts.append(part)
+    return tuple(parts)
+
+
+def _part(entry: Any, at: str, image_root: Path | None, pool: _Pool | None) -> Part | None:
+    """Read one content part; None for a medium that the pool ran out of."""
+    if isinstance(entry, str):
+        return Text(entry)
+    if not isinstance(entry, dict):
+        raise DataError(f"{at}: expected an object with `type`, found {_kind_of(entry)}")
+    kind = entry.get("type")
+    if kind in ("text", "input_text", "output_text"):
+        if not isinstance(entry.get("text"), str):
+            raise DataError(f"{at}: `text` must be text, found {_kind_of(entry.get('text'))}")
+        return Text(entry["text"])
+    if kind == "input_audio":
+        sound = entry.get("input_audio")
+        if not isinstance(sound, dict) or not isinstance(sound.get("data"), str):
+            raise DataError(f"{at}: `input_audio` must be an object with `data` (base64) and `format`")
+        return Audio(f"data:audio/{sound.get('format', 'wav')};base64,{sound['data']}")
+    name = str(kind).removeprefix("input_").removesuffix("_url")
+    cls: Any = {**_MEDIA, "document": Document}.get(name)
+    if cls is None:
+        known = "text, image_url, image, video_url, video, audio_url, audio, input_audio, document"
+        raise DataError(f"{at}: unknown part type {kind!r}; known: {known}")
+    for key in (f"{name}_url", name, "url", "path"):
+        value = entry.get(key)
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            value = value.get("url")
+        return cls(_source(value, image_root, f"{at}: `{key}`"))  # type: ignore[no-any-return]
+    if pool is not None and pool.holds(name) and name in _MEDIA:
+        return pool.take(name)
+    raise DataError(f"{at}: the {name} has no source; give `{name}_url`, `{name}`, `url` or `path`")
+
+
+def _source(value: Any, image_root: Path | None, at: str) -> str | Path:
+    """Locate a medium: a URL as it is, a path inside the root."""
+    if isinstance(value, dict):  # Hugging Face datasets: {"path": ..., "bytes": None}
+        value = value.get("path")
+    if not isinstance(value, str) or not value:
+        raise DataError(f"{at} must be a path or URL, found {_kind_of(value)}")
+    if value[:5].lower() == "data:" or re.match(r"https?://", value, re.IGNORECASE):
+        return value
+    if "\0" in value:
+        raise DataError(f"{at}: {value!r} is not a path")
+    value = value[7:] if value.startswith("file://") else value
+    if image_root is None:
+        raise DataError(f"{at}: local files cannot be named here; send the file as a data: URL")
+    root = os.path.abspath(image_root)
+    path = os.path.normpath(os.path.join(root, value))
+    if os.path.commonpath([root, path]) != root:
+        raise DataError(f"{at}: {value!r} leaves the folder {image_root}; media must lie inside it")
+    return Path(path)
+
+
+def _check_turns(messages: Sequence[Message], where: str) -> None:
+    """An optional system message, then user and assistant in turn."""
+    turns = [message.role for message in messages]
+    spoken = turns[1:] if turns[0] == "system" else turns
+    if not spoken:
+        raise DataError(f"{where}: the conversation has only a system message")
+    if spoken[0] == "assistant":
+        raise DataError(f"{where}: the conversation starts with the assistant; it must start with the user")
+    for index, role in enumerate(spoken):
+        if role != ("user", "assistant")[index % 2]:
+            number = index + 1 + len(turns) - len(spoken)
+            raise DataError(f"{where}: turn {number} is the {role}'s; user and assistant must take turns")
+
+
+def _kind_of(value: Any) -> str:
+    """Name a JSON value for an error line."""
+    if value is None:
+        return "nothing"
+    for cls, name in ((dict, "object"), (list, "list"), (str, "text")):
+        if isinstance(value, cls):
+            return name if value else f"empty {name}"
+    return type(value).__name__

@@ -1,0 +1,94 @@
+"""How one answer is scored against the accepted ones, and how sure a mean is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+_ARTICLES = {"a", "an", "the"}
+_FUNCTION_WORDS = _ARTICLES | set("and or of in on at to with for from by is are it its this that there".split())
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-case words without punctuation; Chinese text gives its characters."""
+    return re.findall(r"[\u4e00-\u9fff]|[^\W_\u4e00-\u9fff]+(?:'[a-z]+)?", text.lower())
+
+
+def _singular(word: str) -> str:
+    """Strip a plural ending, the same way on both sides of a comparison."""
+    for ending, keep in (("ies", "y"), ("sses", "ss"), ("shes", "sh"), ("ches", "ch"), ("xes", "x"), ("s", "")):
+        if word.endswith(ending) and len(word) > len(ending) + 1 and not (ending == "s" and word.endswith("ss")):
+            return word[: -len(ending)] + keep
+    return word
+
+
+def _plain(text: str) -> list[str]:
+    return [_singular(word) for word in words_of(text) if word not in _ARTICLES]
+
+
+def exact_match(answer: str, accepted: Sequence[str]) -> float:
+    """Whether an answer is one of the accepted ones, articles, case, punctuation and plural aside.
+
+    Args:
+        answer: What the model said.
+        accepted: What counts as right.
+
+    Returns:
+        1.0 or 0.0.
+    """
+    said = _plain(answer)
+    return float(any(said == _plain(right) for right in accepted))
+
+
+def mentions(answer: str, accepted: Sequence[str]) -> float:
+    """Whether an answer contains one of the accepted phrases as whole words.
+
+    Args:
+        answer: What the model said.
+        accepted: What counts as right.
+
+    Returns:
+        1.0 or 0.0.
+    """
+    said = _plain(answer)
+    for right in map(_plain, accepted):
+        if right and any(said[i : i + len(right)] == right for i in range(len(said))):
+            return 1.0
+    return 0.0
+
+
+def word_recall(answer: str, accepted: Sequence[str]) -> float:
+    """Share of a caption's content words that the answer has; the best over the accepted captions.
+
+    Args:
+        answer: What the model said.
+        accepted: Reference captions.
+
+    Returns:
+        0.0 to 1.0.
+    """
+    said = {_singular(word) for word in words_of(answer)}
+    best = 0.0
+    for right in accepted:
+        wanted = {_singular(word) for word in words_of(right)} - _FUNCTION_WORDS
+        if wanted:
+            best = max(best, len(wanted & said) / len(wanted))
+    return best
+
+
+def mean_interval(values: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
+    """95% bootstrap interval of a mean.
+
+    Args:
+        values: [n] scores, or differences of paired scores.
+        seed: Of the resampling.
+        draws: Number of resamples.
+
+    Returns:
+        The 2.5th and 97.5th percentile of the resampled means.
+    """
+    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)

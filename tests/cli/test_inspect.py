@@ -1,0 +1,68 @@
+"""`polymodal inspect` on a tiny model, and the example that draws tiles."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from polymodal.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_inspect_prints_and_writes(
+    tiny_model_folder: Path, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, sheet = tmp_path / "seen.html", tmp_path / "seen.png"
+    argv = ["inspect", "--model", str(tiny_model_folder), "--prompt", "What? \x1b[2J", "--answer", "A cat."]
+    argv += ["--image", str(picture_folder / "cat.jpg"), "--image", str(picture_folder / "apple.png")]
+    assert main([*argv, "--html", str(page), "--png", str(sheet)]) == 0
+    out = capsys.readouterr().out
+    assert "⟨image 1: 16 tokens⟩⟨image 2: 16 tokens⟩What? \\x1b[2J" in out
+    assert "⟦A cat.<|im_end|>⟧" in out
+    assert "32 media, 7 trained" in out  # six letters and the end token
+    assert "300 × 451 pixels, padded to 451 × 451" in out
+    assert page.read_text(encoding="utf-8").count("data:image/png;base64,") == 2
+    with Image.open(sheet) as drawing:
+        assert drawing.height > 400
+
+
+def test_colours_only_where_asked_for(tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["inspect", "--model", str(tiny_model_folder), "--prompt", "What?", "--answer", "That."]
+    for colour, coloured in (("auto", False), ("always", True), ("never", False)):
+        assert main([*argv, "--color", colour]) == 0
+        assert ("\x1b[32m" in capsys.readouterr().out) is coloured
+
+
+def test_inspect_needs_no_language_model(tiny_model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model_folder, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "llm")
+    assert main(["inspect", "--model", str(tmp_path / "model"), "--prompt", "What?"]) == 0
+
+
+def test_inspect_sees_what_generate_is_given(tiny_model_folder: Path, picture_folder: Path) -> None:
+    from polymodal.backends import load, load_processor
+    from polymodal.messages import Image as Picture
+    from polymodal.messages import user
+
+    messages = [user("a", Picture(picture_folder / "cat.jpg"), "b")]
+    alone = load_processor(tiny_model_folder)(messages, add_generation_prompt=True)
+    loaded = load(tiny_model_folder).processor(messages, add_generation_prompt=True)
+    assert alone.input_ids.tolist() == loaded.input_ids.tolist()
+    assert alone.plans == loaded.plans
+    assert alone.media_keys == loaded.media_keys
+
+
+def test_draw_tiles_example(picture_folder: Path, tmp_path: Path) -> None:
+    script, target = ROOT / "examples" / "draw_tiles.py", tmp_path / "tiles.jpg"
+    done = subprocess.run(
+        [sys.executable, str(script), str(picture_folder / "coffee.jpg"), str(target)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "anyres: 5 tiles, 2144 tokens" in done.stdout
+    assert target.stat().st_size > 10_000

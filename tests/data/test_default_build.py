@@ -1,0 +1,210 @@
+"""The generated data set: the same bytes every time, honest held-out pictures, fair questions, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polymodal.data.default import build as builder
+from polymodal.data.default import build_default, words
+from polymodal.data.default.plan import KINDS
+from polymodal.data.default.sources import caption_noun, read_openclipart
+from polymodal.errors import PolymodalError
+
+FILES = ["stage1.json", "stage2.json", "val.json", "heldout_photos.json"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("default") / "tiny"
+    build_default(folder, size="tiny", workers=1, progress=False)
+    return folder
+
+
+def load(folder: Path, name: str) -> list[dict[str, Any]]:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def pictures_of(record: dict[str, Any]) -> list[str]:
+    image = record.get("image", [])
+    return [image] if isinstance(image, str) else image
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def test_same_bytes_whatever_the_number_of_workers(tiny: Path, tmp_path: Path) -> None:
+    build_default(tmp_path / "again", size="tiny", workers=2, progress=False)
+    assert digests(tmp_path / "again") == digests(tiny)
+
+
+def test_another_seed_gives_other_pictures(tiny: Path, tmp_path: Path) -> None:
+    build_default(tmp_path / "other", size="tiny", seed=1, workers=1, progress=False)
+    assert digests(tmp_path / "other")["stage2.json"] != digests(tiny)["stage2.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_records_are_well_formed(tiny: Path, name: str) -> None:
+    from PIL import Image
+
+    records = load(tiny, name)
+    assert len({r["id"] for r in records}) == len(records) > 0
+    for record in records:
+        turns = record["conversations"]
+        assert [t["from"] for t in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert len(record["kinds"]) == len(turns) // 2
+        files = pictures_of(record)
+        assert turns[0]["value"].count("<image>") == len(files)
+        assert not any("<image>" in t["value"] for t in turns[1:])
+        assert all(t["value"].strip() for t in turns)
+        for file in files:
+            with Image.open(tiny / file) as image:
+                assert image.size == (224, 224)
+
+
+def test_captions_are_sentences(tiny: Path) -> None:
+    for record in load(tiny, "stage1.json"):
+        caption = record["conversations"][1]["value"]
+        assert record["conversations"][0]["value"] == "<image>"
+        assert caption[0].isupper() and caption.endswith(".") and "_" not in caption
+
+
+def test_held_out_sources_are_never_trained_on(tiny: Path) -> None:
+    trained = {key for name in FILES[:2] for r in load(tiny, name) for key in r["sources"]}
+    judged = {key for name in FILES[2:] for r in load(tiny, name) for key in r["sources"]}
+    assert judged
+    assert not trained & judged
+    trained_files = {f for name in FILES[:2] for r in load(tiny, name) for f in pictures_of(r)}
+    judged_files = {f for name in FILES[2:] for r in load(tiny, name) for f in pictures_of(r)}
+    assert not trained_files & judged_files
+
+
+def test_every_kind_is_trained_and_judged(tiny: Path) -> None:
+    trained = {kind for r in load(tiny, "stage2.json") for kind in r["kinds"]}
+    assert trained >= {*KINDS, "dialogue"}
+    assert {r["kind"] for r in load(tiny, "val.json")} == set(KINDS)
+
+
+def test_val_answers_are_right_and_the_short_form_is_asked(tiny: Path) -> None:
+    for record in load(tiny, "val.json"):
+        asked, reply = (t["value"] for t in record["conversations"])
+        accepted = [a.lower().rstrip(".") for a in record["answers"]]
+        assert reply.lower().rstrip(".") in accepted
+        assert asked.endswith(record["prompt"])
+        assert (words.SHORT in asked) == (record["kind"] not in ("caption", "zh"))
+
+
+def test_yes_and_no_are_balanced(tmp_path: Path) -> None:
+    from polymodal.data.default import plan, sources
+
+    size = plan.Size({"shapes": 1}, 0, 0, 600, 20, 4, shapes_only=True)
+    import random
+
+    split = sources.hold_out(sources.drawn_shapes(), 0.12, random.Random(1))
+    made = plan.compose(split, [""], [""], 3, size)
+    answers: Counter[str] = Counter()
+    for record in made.files["stage2.json"]:
+        for kind, reply in zip(record["kinds"], record["conversations"][1::2], strict=True):
+            if kind == "exists":
+                answers[reply["value"].split(",")[0].rstrip(".")] += 1
+    share = answers["Yes"] / answers.total()
+    assert answers.total() > 300 and 0.42 < share < 0.58
+    judged = Counter(r["conversations"][1]["value"] for r in made.files["val.json"] if r["kind"] == "exists")
+    assert judged == {"Yes": 10, "No": 10}
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("disk gone")
+
+    monkeypatch.setattr(builder.scenes, "draw", fail)
+    with pytest.raises(RuntimeError, match="disk gone"):
+        build_default(tmp_path / "out", size="tiny", workers=1, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    with pytest.raises(PolymodalError, match="not empty"):
+        build_default(tmp_path, size="tiny", workers=1, progress=False)
+    assert (tmp_path / "mine.txt").read_text() == "keep me"
+
+
+def test_missing_package_names_both_ways_to_install(tmp_path: Path) -> None:
+    with pytest.raises(PolymodalError, match=r"apt-get install openclipart-png.*dpkg-deb -x"):
+        build_default(tmp_path / "out", size="small", openclipart=tmp_path / "none", progress=False)
+
+
+def test_unknown_size_names_the_sizes(tmp_path: Path) -> None:
+    with pytest.raises(PolymodalError, match="tiny"):
+        build_default(tmp_path / "out", size="tin", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("caption", "noun"),
+    [
+        ("A red kangaroo.", "kangaroo"),
+        ("A pair of closed scissors.", "scissors"),
+        ("A peacock (a male peafowl).", "peacock"),
+        ("A round tower with a pink flag.", "round tower"),
+        ("Excited!", None),
+    ],
+)
+def test_noun_of_a_caption(caption: str, noun: str | None) -> None:
+    assert caption_noun(caption) == noun
+
+
+def test_drawing_names_are_read_with_precision(tmp_path: Path) -> None:
+    from PIL import Image
+
+    names = [
+        "tennis_racket_01",
+        "cavallo_architetto_franc_05",
+        "red_fedora",
+        "dog_house_02",
+        "apple_juice_box",
+        "xk_01",
+        "zinf",
+    ]
+    for number, name in enumerate(names):
+        Image.new("RGBA", (30, 30), (number, 0, 0, 200)).save(tmp_path / f"{name}.png")
+    captions = {s.key.split(":")[1]: s.caption for s in read_openclipart(tmp_path)}
+    assert captions == {
+        "tennis_racket_01": "A tennis racket.", "cavallo_architetto_franc_05": "A horse.", "red_fedora": "A red fedora.",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fair"),
+    [
+        ("owl", "bird", False),
+        ("lion", "cat", False),
+        ("dog", "cat", True),
+        ("beagle", "dog", False),
+        ("truck", "apple", True),
+    ],
+)
+def test_no_is_only_asked_of_unrelated_things(first: str, second: str, fair: bool) -> None:
+    assert words.related(first, second) is not fair
+    assert words.related(second, first) is not fair
+
+
+def test_accepted_answers_hold_synonyms_and_parents_but_not_near_names() -> None:
+    assert {"ram", "sheep", "rams"} <= set(words.accepted("ram"))
+    assert {"locomotive", "train", "engine"} <= set(words.accepted("locomotive"))
+    assert "cat" not in words.accepted("lion")
+
+
+def test_every_parent_in_the_lexicon_ends_somewhere() -> None:
+    for name in words.lexicon():
+        assert name not in words.ancestors(name)

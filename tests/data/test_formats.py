@@ -1,0 +1,239 @@
+"""Readers for the field's JSON forms, and what they say about broken records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polymodal.data.formats import read_llava, read_messages, read_openai, read_record
+from polymodal.data.records import load_records
+from polymodal.errors import DataError
+from polymodal.messages import Audio, Document, Image, Message, Text, Video, assistant, system, user
+
+ROOT = Path("/data/set").absolute()
+
+
+def picture(name: str) -> Image:
+    return Image(ROOT / name)
+
+
+def llava(*values: str, **fields: Any) -> dict[str, Any]:
+    turns = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+    return {**fields, "conversations": turns}
+
+
+def test_llava_with_placeholders_anywhere() -> None:
+    record = llava("<image>\nWhat?", "A cat.", "And <image>, or\n<image>", "Dogs.", image=["a.jpg", "b/c.jpg", "d.jpg"])
+    assert read_llava(record, ROOT, "here") == [
+        user(picture("a.jpg"), "What?"),
+        assistant("A cat."),
+        user("And ", picture("b/c.jpg"), ", or", picture("d.jpg")),
+        assistant("Dogs."),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("<image>", [Image(ROOT / "a")]),
+        ("<image>\n\nQ", [Image(ROOT / "a"), Text("\nQ")]),
+        ("Q\n<image>", [Text("Q"), Image(ROOT / "a")]),
+        ("Q\n\n<image>", [Text("Q\n"), Image(ROOT / "a")]),
+        ("Q\n<image>\nR", [Text("Q\n"), Image(ROOT / "a"), Text("R")]),
+        ("Q <image> R", [Text("Q "), Image(ROOT / "a"), Text(" R")]),
+    ],
+)
+def test_one_newline_belongs_to_the_placeholder(value: str, parts: list[Any]) -> None:
+    messages = read_llava(llava(value, "A", image="a"), ROOT, "here")
+    assert messages[0] == Message("user", tuple(parts))
+
+
+def test_llava_roles_system_and_other_media() -> None:
+    turns = [
+        {"from": "system", "value": "S"},
+        {"from": "user", "value": "<video>\n<audio>\nQ <image>"},
+        {"from": "assistant", "value": ""},
+    ]
+    record = {"conversations": turns, "video": "v.mp4", "audios": ["s.wav"], "images": ["data:image/png;base64,AA=="]}
+    assert read_llava(record, ROOT, "here") == [
+        system("S"),
+        user(Video(ROOT / "v.mp4"), Audio(ROOT / "s.wav"), "Q ", Image("data:image/png;base64,AA==")),
+        Message("assistant", ()),
+    ]
+    assert read_llava(llava("The <video> tag?", "HTML.", system="S"), ROOT, "here")[:2] == [
+        system("S"),
+        user("The <video> tag?"),
+    ]
+
+
+def test_messages_with_lists_beside_them() -> None:
+    record = {
+        "messages": [
+            {"role": "user", "content": "<image>Left or\n<image>?"},
+            {"role": "assistant", "content": "Left."},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "<image> is text here"}]},
+        ],
+        "images": ["a.png", {"path": "b.png", "bytes": None}, str(ROOT / "c.png")],
+    }
+    assert read_messages(record, ROOT, "here") == [
+        user(picture("a.png"), "Left or\n", picture("b.png"), "?"),
+        assistant("Left."),
+        user(picture("c.png"), "<image> is text here"),
+    ]
+
+
+def test_openai_parts() -> None:
+    content = [
+        {"type": "text", "text": "See <image>"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA==", "detail": "low"}},
+        {"type": "image_url", "image_url": "https://example.org/a.png"},
+        {"type": "image", "image": "a.png"},
+        {"type": "image", "path": "b.png"},
+        {"type": "image", "url": "file://" + str(ROOT / "c.png")},
+        {"type": "input_image", "image_url": "d.png"},
+        {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "mp3"}},
+        {"type": "video_url", "video_url": {"url": "v.mp4"}},
+        {"type": "document", "path": "p.pdf"},
+        "plain",
+    ]
+    messages = [{"role": "developer", "content": "S"}, {"role": "user", "content": content}]
+    assert read_openai(messages, "request", ROOT) == [
+        system("S"),
+        user(
+            "See <image>",
+            Image("data:image/png;base64,AA=="),
+            Image("https://example.org/a.png"),
+            *(picture(name) for name in ("a.png", "b.png", "c.png", "d.png")),
+            Audio("data:audio/mp3;base64,AAAA"),
+            Video(ROOT / "v.mp4"),
+            Document(ROOT / "p.pdf"),
+            "plain",
+        ),
+    ]
+    record = read_record({"messages": messages[1:]}, ROOT, "here")
+    assert len(record.messages[0].media) == 9
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "a.png", "file:///etc/passwd", "../a.png"])
+def test_requests_cannot_name_files(path: str) -> None:
+    part = {"type": "image_url", "image_url": {"url": path}}
+    with pytest.raises(DataError, match=r"request\[0\].content\[0\]: `image_url`: local files cannot be named here"):
+        read_openai([{"role": "user", "content": [part]}], "request")
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        (llava("<image> <image>", "A", image="a"), "2 <image> placeholders but 1 items in `image`"),
+        (llava("<image>", "A", image=["a", "b"]), "1 <image> placeholders but 2 items in `image`"),
+        (llava("Q", "A", image="a"), "0 <image> placeholders but 1 items in `image`"),
+        (llava("<image>", "A"), "1 <image> placeholders but no `image` key"),
+        (llava("<image>", "A", image=None), "1 <image> placeholders but no `image` key"),
+        (llava("Q", "<image>", image="a"), r"conversations\[1\]: <image> in a turn of the assistant"),
+        (llava("Q", "A", image="a", images=["b"]), "both `image` and `images`"),
+        (llava("<image>", "A", image="../a"), r"`image`\[0\]: '../a' leaves the folder"),
+        (llava("<image>", "A", image="b/../../a"), "leaves the folder"),
+        (llava("<image>", "A", image="/etc/passwd"), "'/etc/passwd' leaves the folder"),
+        (llava("<image>", "A", image="/data/set2/a"), "leaves the folder"),
+        (llava("<image>", "A", image=[7]), r"`image`\[0\] must be a path or URL, found int"),
+        (llava("<image>", "A", image=""), r"`image`\[0\] must be a path or URL, found empty text"),
+        (llava("Q", "A", "Q", kind=3), "`kind` must be text, found int"),
+        ({"conversations": [{"from": "gpt", "value": "A"}]}, "starts with the assistant"),
+        ({"conversations": [{"from": "system", "value": "A"}]}, "only a system message"),
+        (
+            {"conversations": [{"from": "human", "value": "Q"}] * 2},
+            "turn 2 is the user's; user and assistant must take",
+        ),
+        (
+            {"conversations": [{"from": "robot", "value": "Q"}]},
+            r"conversations\[0\]: unknown role `from`: 'robot'; known: human",
+        ),
+        ({"conversations": [{"from": "human"}]}, r"conversations\[0\]: `value` must be text, found nothing"),
+        ({"conversations": ["Q"]}, r"conversations\[0\]: expected an object with `from`, found text"),
+        ({"conversations": []}, "`conversations` must be a list of turns, found empty list"),
+        ({"conversations": [], "messages": []}, "both `conversations` and `messages`"),
+        ({"text": "Q", "image": "a"}, r"expected `conversations` \(LLaVA\) or `messages`, found image, text"),
+        (["Q"], "expected a JSON object, found list"),
+        ({"messages": [{"role": "user", "content": None}]}, "`content` must be text or a list of parts, found nothing"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "1 <image> placeholders but no `image` key",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "picture"}]}]},
+            r"messages\[0\].content\[0\]: unknown part type 'picture'; known: text, image_url",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Q"},
+                    {"role": "assistant", "content": [{"type": "image", "path": "a"}]},
+                ]
+            },
+            r"messages\[1\].content\[0\]: media in a turn of the assistant",
+        ),
+    ],
+)
+def test_broken_records(record: Any, complaint: str) -> None:
+    with pytest.raises(DataError, match=complaint) as caught:
+        read_record(record, ROOT, "set.json: record 3")
+    assert str(caught.value).startswith("set.json: record 3")
+    assert "\n" not in str(caught.value)
+
+
+def test_records_keep_their_fields(tmp_path: Path) -> None:
+    rows = [
+        llava("<image>\nQ", "A", image="p/a.png", id=7, kind="colour", source="stamps", answers=["red"], kinds=["x"]),
+        llava("Q", "A"),
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    first, second = load_records(tmp_path / "train.json")
+    assert (first.id, first.kind, first.source) == ("7", "colour", "stamps")
+    assert first.extra == {"answers": ["red"], "kinds": ["x"]}
+    assert first.messages[0].parts[0] == Image(tmp_path / "p/a.png")
+    assert (second.id, second.kind, second.source, second.extra) == ("train-1", "", "", {})
+    elsewhere = load_records(tmp_path / "train.json", tmp_path / "pictures")
+    assert elsewhere[0].messages[0].parts[0] == Image(tmp_path / "pictures/p/a.png")
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    lines = [json.dumps(llava("Q\u2028", "A"), ensure_ascii=False), "", json.dumps(llava("<image>", "A"))]
+    path.write_text("\n".join(lines[:2]), encoding="utf-8")
+    assert load_records(path)[0].messages[0] == user("Q\u2028")
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(DataError, match=r"train.jsonl: line 3: 1 <image> placeholders but no `image` key"):
+        load_records(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "holds no records"),
+        (b"[]", "holds no records"),
+        (b"[1, ", r"not valid JSON: .* \(line 1 column"),
+        (
+            b'{"messages": [{"role": "user", "content": "Q"}]}\n{"messages": [',
+            "line 2: not valid JSON: .*one object a line",
+        ),
+        (b'{\n "messages": []\n}', "line 1: not valid JSON"),
+        (b"\xff\xfe[", r"not UTF-8 text \(byte 0\)"),
+        (b"[3]", "record 0: expected a JSON object, found int"),
+    ],
+)
+def test_broken_files(content: bytes, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=complaint) as caught:
+        load_records(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.json: no such file"):
+        load_records(tmp_path / "none.json")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_records(tmp_path)
