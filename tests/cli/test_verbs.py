@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import select
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -193,6 +197,58 @@ def test_train_dry_run_resolves_overrides(capsys: pytest.CaptureFixture[str], tm
     assert main(["train", str(recipe), "optim.learning_rate=2e-4", "--dry-run"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["optim"]["learning_rate"] == 2e-4
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_and_a_closed_pipe_end_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from polymodal.cli import env
+
+    def interrupted(args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(env, "run", interrupted)
+    assert main(["env"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    script = "import polymodal.cli as c, polymodal.cli.env as e\n"
+    script += "e.gather = lambda: {'x' * 9: {'y': 'z' * 200_000}}\nraise SystemExit(c.main(['env']))"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(5)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
+def test_chat_on_a_real_terminal(tiny_model_folder: Path, cat: str) -> None:
+    """Through a pseudo-terminal: the prompt, a streamed answer, its counts, a mistake, the end."""
+    pty = pytest.importorskip("pty", reason="pseudo-terminals are a Unix thing")
+    argv = [sys.executable, "-m", "polymodal", "chat", cat, "--model", str(tiny_model_folder), "--max-new-tokens", "3"]
+    outer, inner = pty.openpty()
+    with subprocess.Popen(argv, stdin=inner, stdout=inner, stderr=inner, close_fds=True) as process:
+        os.close(inner)
+        seen = read_until(outer, "> ")
+        assert "16 tokens" in seen
+        os.write(outer, b"what is this?\n")
+        seen = read_until(outer, "tokens/s")
+        assert "16 of pictures" in seen
+        os.write(outer, b"/nonsense\n")
+        read_until(outer, "no command /nonsense")
+        os.write(outer, b"/quit\n")
+        assert process.wait(timeout=60) == 0
+    os.close(outer)
+
+
+def read_until(terminal: int, text: str, seconds: float = 120.0) -> str:
+    """Read a terminal until it shows a text."""
+    seen, end = "", time.monotonic() + seconds
+    while text not in seen:
+        assert time.monotonic() < end, f"{text!r} did not come; the terminal shows {seen!r}"
+        ready, _, _ = select.select([terminal], [], [], 1.0)
+        if ready:
+            seen += os.read(terminal, 4096).decode("utf-8", "replace")
+    return seen
 
 
 @pytest.mark.parametrize(

@@ -180,8 +180,10 @@ def test_drawing_names_are_read_with_precision(tmp_path: Path) -> None:
         Image.new("RGBA", (30, 30), (number, 0, 0, 200)).save(tmp_path / f"{name}.png")
     captions = {s.key.split(":")[1]: s.caption for s in read_openclipart(tmp_path)}
     assert captions == {
-        "tennis_racket_01": "A tennis racket.", "cavallo_architetto_franc_05": "A horse.", "red_fedora": "A red fedora.",
-    }  # fmt: skip
+        "tennis_racket_01": "A tennis racket.",
+        "cavallo_architetto_franc_05": "A horse.",
+        "red_fedora": "A red fedora.",
+    }
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,6 @@ def plain(tiny: Path, tmp_path: Path) -> dict[str, Any]:
         "train": [{"match": "projector.*", "train": True}],
         "optim": {"learning_rate": 1e-2},
         "batch": {"global_size": 8, "micro_size": 4},
-        "run": {"max_steps": 6, "epochs": 10, "log_every": 1, "save_every": 2, "threads": 1},
+        "run": {"max_steps": 6, "epochs": 10, "log_every": 1, "save_every": 2, "threads": 1, "precision": "fp32"},
         "output_dir": str(tmp_path / "run"),
     }

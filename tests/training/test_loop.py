@@ -126,7 +126,35 @@ def test_projector_and_lora_overfit(plain: dict[str, Any]) -> None:
     assert float(loss.loss_sum) < 0.6 * float(start_loss.loss_sum)
 
 
-STAGES: dict[str, dict[str, Any]] = {"projector": {}, "lora": {"lora": LORA}}
+STAGES: dict[str, dict[str, Any]] = {"projector": {}, "lora": {"lora": LORA}, "bf16": {"run__precision": "bf16"}}
+
+
+def test_measured_buffers_come_back_after_a_resume(plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A projector's fixed mean is measured before the first step, by the warm start, and only then."""
+    from polymodal.training import align
+
+    plain["init"]["model"]["projector"]["norm"] = "standardize"
+    recipe = recipe_of(plain, warm_start={"steps": 3}, run__feature_cache="memory")
+
+    def measure(model: Any, *_rest: Any) -> None:
+        model.projector.norm.mean.fill_(0.25)
+
+    monkeypatch.setattr(align, "warm_start", measure)
+    final = train(recipe)
+    (final / "polymodal.json").unlink()
+    monkeypatch.delattr(align, "warm_start")
+    train(recipe)
+    assert load_model(final).model.state_dict()["projector.norm.mean"].eq(0.25).all()
+
+
+def test_bf16_keeps_what_is_trained_in_float32_and_learns_the_same(plain: dict[str, Any]) -> None:
+    exact = recipe_of(plain, lora=LORA)
+    train(exact)
+    half = recipe_of(plain, lora=LORA, run__precision="bf16", output_dir=plain["output_dir"] + "-bf16")
+    train(half)
+    one, two = losses(Path(exact.output_dir)), losses(Path(half.output_dir))
+    assert one != two and np.allclose(one, two, rtol=0.03)
+    assert {tensor.dtype for tensor in weights(Path(half.output_dir)).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("stage", STAGES)

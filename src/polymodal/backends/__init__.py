@@ -70,11 +70,12 @@ def load_processor(name: str | Path = "default") -> Processor:
         CheckpointError: There is no such model, or its folder is damaged.
     """
     from polymodal.encoders.vision import build_vision_encoder
-    from polymodal.llm import load_tokenizer
+    from polymodal.llm import load_tokenizer, quieten_transformers
     from polymodal.projectors import build_projector
 
     folder = find_model(name)
     config = read_config(folder)
+    quieten_transformers()
     if config.image_token_id is None:
         raise CheckpointError(f"{folder / CONFIG_NAME}: config.image_token_id is missing")
     tokenizer = load_tokenizer(config.llm, folder if (folder / "tokenizer.json").is_file() else None)

@@ -105,7 +105,7 @@ class LocalBackend:
         sample = self.prepare(messages, params.max_new_tokens)
         prepared = time.perf_counter()
         stop_ids = self.processor.template.stop_ids
-        text = TextStream(self.tokenizer, params.stop, stop_ids)
+        text = TextStream(self.tokenizer, params.stop, stop_ids, skip_space=True)
         made, encode_s, first = 0, 0.0, prepared
         for step in self._steps(sample, params):
             if made == 0:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from polymodal.cli import common
 from polymodal.errors import ConfigError, PolymodalError
 
 VERBS = {
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PolymodalError as error:
         if "--debug" in given:
             raise
-        print(f"polymodal: error: {' '.join(str(error).split())}", file=sys.stderr)
+        common.report(error)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -8,7 +8,9 @@ ends the chat.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from polymodal.cli import common
@@ -74,6 +76,8 @@ class Chat:
             0; 2 where a piped conversation had a mistake in it (at a terminal the person has seen it).
         """
         if self.interactive:
+            with suppress(ImportError):  # line editing and history, where Python has it
+                import readline  # noqa: F401
             common.note("Ask about your pictures. /help lists the commands.")
         while (line := self._read()) is not None:
             try:
@@ -81,7 +85,7 @@ class Chat:
                     break
             except PolymodalError as error:
                 self.failed = True
-                common.note(f"polymodal: error: {error}")
+                common.report(error)
         return 2 if self.failed and not self.interactive else 0
 
     def clear(self) -> None:
@@ -131,7 +135,7 @@ class Chat:
         elif command == "/image":
             if not rest.strip():
                 raise PolymodalError("/image needs a file: /image picture.jpg")
-            self.add_picture(rest.strip().strip("'\""))
+            self.add_picture(os.path.expanduser(rest.strip().strip("'\"")))
         elif command.startswith("/") and "/" not in command[1:]:
             raise PolymodalError(f"no command {command}; /help lists them")
         elif line:

@@ -100,6 +100,11 @@ def write_file(path: str, data: bytes) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
 
+def report(error: Exception) -> None:
+    """Print a mistake as its one line on standard error."""
+    note(f"polymodal: error: {printable(' '.join(str(error).split()))}")
+
+
 def note(text: str) -> None:
     """Print a remark for a person on standard error, so that standard output stays clean."""
     print(text, file=sys.stderr, flush=True)

@@ -132,7 +132,7 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to ``[N, C, H, W]``."""
-        y = self.project(self.depthwise(self.expand(x)))
+        y: Tensor = self.project(self.depthwise(self.expand(x)))
         return x + y if self.residual else y
 
 
@@ -141,9 +141,7 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            SameConv2d(3, STEM_CHANNELS, 3, 2), FrozenBatchNorm2d(STEM_CHANNELS), nn.ReLU6()
-        )
+        self.stem = nn.Sequential(SameConv2d(3, STEM_CHANNELS, 3, 2), FrozenBatchNorm2d(STEM_CHANNELS), nn.ReLU6())
         self.stages = nn.ModuleList()
         inputs = STEM_CHANNELS
         for spec in STAGES:
@@ -153,9 +151,7 @@ class EfficientNetLite0(nn.Module):
                 blocks.append(InvertedResidual(inputs, spec.channels, spec.kernel, stride, spec.expand))
                 inputs = spec.channels
             self.stages.append(nn.Sequential(*blocks))
-        self.head = nn.Sequential(
-            SameConv2d(inputs, HEAD_CHANNELS, 1), FrozenBatchNorm2d(HEAD_CHANNELS), nn.ReLU6()
-        )
+        self.head = nn.Sequential(SameConv2d(inputs, HEAD_CHANNELS, 1), FrozenBatchNorm2d(HEAD_CHANNELS), nn.ReLU6())
         self.classifier = nn.Linear(HEAD_CHANNELS, NUM_CLASSES)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -227,9 +223,7 @@ class EfficientNetEncoder(nn.Module):
                 f"encoder stages {list(stages)}: choose one or more different names out of {', '.join(FEATURES)}"
             )
         if pool < 1:
-            raise PolymodalError(
-                f"encoder pool is {pool}; it is the side of the token grid and must be 1 or more"
-            )
+            raise PolymodalError(f"encoder pool is {pool}; it is the side of the token grid and must be 1 or more")
         self.network = network if network is not None else EfficientNetLite0()
         self.stages = tuple(stages)
         self.grid = Size(pool, pool)
@@ -259,10 +253,9 @@ class EfficientNetEncoder(nn.Module):
         Returns:
             Tokens ``[N, P, E]`` with P = ``grid.height * grid.width``, row-major.
         """
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         maps = self.network(pixels.to(self.network.classifier.weight.dtype))
-        pooled = [
-            F.adaptive_avg_pool2d(maps[name], (self.grid.height, self.grid.width)) for name in self.stages
-        ]
+        pooled = [F.adaptive_avg_pool2d(maps[name], (self.grid.height, self.grid.width)) for name in self.stages]
         return torch.cat(pooled, dim=1).flatten(2).transpose(1, 2)
 
 
@@ -340,12 +333,11 @@ def load_efficientnet_lite0(weights: Path) -> EfficientNetLite0:
     _check_shapes(tensors, str(weights))
     network = EfficientNetLite0()
     network.load_state_dict({name: value.float() for name, value in tensors.items()})
-    return network.eval().requires_grad_(False)
+    # Depthwise convolutions are about a quarter faster with channels last, on a CPU and on a GPU.
+    return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def save_efficientnet_lite0(
-    network: EfficientNetLite0, weights: Path, dtype: torch.dtype = torch.float16
-) -> None:
+def save_efficientnet_lite0(network: EfficientNetLite0, weights: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write the network as a safetensors file that `load_efficientnet_lite0` reads.
 
     Args:

@@ -21,14 +21,20 @@ class TextStream:
         tokenizer: The tokenizer.
         stop: Texts that end the answer and are cut off.
         stop_ids: Ids that end the answer and are not text.
+        skip_space: Leave out spaces before the answer, which some templates make part of it ("ASSISTANT: It is").
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), stop_ids: Collection[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        stop_ids: Collection[int] = (),
+        skip_space: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.stop = tuple(text for text in stop if text)
         self.stop_ids = frozenset(stop_ids)
+        self.skip_space = skip_space
         self.ids: list[int] = []
         self.text = ""
         self.sent = 0
@@ -48,6 +54,8 @@ class TextStream:
             return self.finish()
         self.ids.append(token)
         self.text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if self.skip_space:
+            self.text = self.text.lstrip(" ")
         for stop in self.stop:
             if (at := self.text.find(stop)) >= 0:
                 self.text = self.text[:at]

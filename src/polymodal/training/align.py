@@ -9,9 +9,7 @@ should give tokens near the input embedding of "sheep". So, before stage 1,
    projector are set to the class scores and their outgoing weights to the embeddings of the class names: knowledge
    that the tower was sold with, written down in the language model's terms;
 3. the projector is trained by a softmax over the cosine between a picture's mean token and all concept names, on
-   cached features, with *class prototypes* mixed in: for each class of the classifier the features that a picture of
-   it would typically have, from a shared-covariance Gaussian model of the features, in which a linear classifier's
-   weights are w = C^-1 (mu_class - mu), so that mu_class = mu + s C w.
+   cached features, with the class prototypes of `training.prototypes` mixed in.
 
 This is CLIP's objective (arXiv:2103.00020) against a fixed text table instead of a trained text tower, in the
 spirit of frozen-prompt methods such as Frozen (arXiv:2106.13884). Figures are in docs/results.md.
@@ -33,6 +31,7 @@ from polymodal.errors import ConfigError
 from polymodal.projectors.mlp import MLPProjector
 from polymodal.projectors.norm import Standardize
 from polymodal.training.log import progress, say
+from polymodal.training.prototypes import Prototypes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,8 +47,8 @@ MAX_WORDS = 4
 CLASS_THRESHOLD = 5.0
 """How far a class score must lie above the mean score before its hidden unit answers."""
 
-SAMPLE_ROWS = 20_000
-"""Pictures from which mean, deviation and covariance are measured."""
+SAMPLE_ROWS = 10_000
+"""Pictures from which mean and deviation are measured."""
 
 
 @dataclass(frozen=True)
@@ -91,28 +90,6 @@ def make_concepts(names: Sequence[str], tokenizer: PreTrainedTokenizerBase, tabl
     rows = [table[tokenizer.encode(f" {name}", add_special_tokens=False)].mean(dim=0) for name in names]
     targets = F.normalize(torch.stack(rows) - middle, dim=-1)
     return Concepts(tuple(names), targets, middle, float(table.norm(dim=1).mean()))
-
-
-def class_prototypes(head: ClassHead, pooled: Tensor, wanted: float = 0.9) -> Tensor:
-    """Typical pooled features of each class, without a picture of it.
-
-    Args:
-        head: The tower's classifier.
-        pooled: [n, channels] pooled features of ordinary pictures, for mean and covariance.
-        wanted: How sure the classifier should be of a prototype.
-
-    Returns:
-        [K, channels], not negative, since the features come out of a ReLU.
-    """
-    mean, covariance = pooled.mean(dim=0), torch.cov(pooled.T)
-    direction = (head.weight - head.weight.mean(dim=0)) @ covariance
-    direction = F.normalize(direction, dim=1) * (pooled - mean).norm(dim=1).mean()
-    own = torch.arange(len(direction))
-    found = torch.full((len(direction),), torch.nan)
-    for scale in torch.linspace(0.2, 6.0, 60):
-        sure = (torch.relu(mean + scale * direction) @ head.weight.T + head.bias).softmax(dim=-1)[own, own]
-        found = torch.where(found.isnan() & (sure > wanted), scale, found)
-    return torch.relu(mean + found.nan_to_num(6.0)[:, None] * direction)
 
 
 def write_classes(projector: MLPProjector, head: ClassHead, targets: Tensor, middle: Tensor, norm: float) -> None:
@@ -187,8 +164,7 @@ def warm_start(
     if head is not None and classes:
         class_ids = torch.tensor([number[name] for name in classes])
         write_classes(projector, head, concepts.targets[class_ids], concepts.middle, concepts.norm)
-        pooled = sample[..., head.channels].mean(dim=1)
-        prototypes, pooled_mean = class_prototypes(head, pooled), pooled.mean(dim=0)
+        prototypes = Prototypes.of(head, sample)
     say(f"warm start: {len(rows)} pictures, {len(names)} names, {len(classes)} classes of the tower")
 
     parameters = [p for p in projector.parameters() if p.requires_grad]
@@ -200,12 +176,9 @@ def warm_start(
         pick = torch.randint(len(rows), (config.batch_size,), generator=generator)
         features = torch.from_numpy(store[rows[pick.numpy()]]).float()
         wanted = label_ids[pick]
-        if made and prototypes is not None and class_ids is not None and head is not None:
-            # A real picture's tokens whose meaning is moved to a class: the variety of pictures, another subject.
+        if made and prototypes is not None and class_ids is not None:
             kind = torch.randint(len(classes), (made,), generator=generator)
-            keep = torch.rand((made, 1, 1), generator=generator)
-            deep = features[:made, :, head.channels] - pooled_mean
-            features[:made, :, head.channels] = torch.relu(prototypes[kind][:, None] + keep * deep)
+            features[:made] = prototypes.move(features[:made], kind, generator)
             wanted[:made] = class_ids[kind]
         seen = torch.rand(features.shape[:2], generator=generator).topk(config.tokens, dim=1).indices
         features = features.gather(1, seen[..., None].expand(-1, -1, features.shape[-1]))
@@ -239,7 +212,7 @@ def align_loss(
     single = scale * F.normalize(tokens[:, 0] - middle, dim=-1) @ targets.T
     loss = F.cross_entropy(logits, wanted, label_smoothing=0.05)
     loss = loss + 0.3 * F.cross_entropy(single, wanted, label_smoothing=0.05)
-    loss = loss + 0.1 * (tokens.norm(dim=-1) / norm - 1).pow(2).mean()
+    loss = loss + 0.5 * (tokens.norm(dim=-1) / norm - 1).pow(2).mean()
     return loss, float((logits.argmax(dim=-1) == wanted).sum())
 
 

@@ -31,14 +31,38 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
     return output_dir / "checkpoints" / f"step-{step:07d}"
 
 
+def trained_tensors(model: torch.nn.Module, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
+    """What a checkpoint must hold of a model.
+
+    Args:
+        model: The model.
+        groups: Its trained parameters.
+
+    Returns:
+        The trained parameters, and the buffers of every part that has some: a projector's fixed mean and scale, say,
+        are measured before the first step and are not in the weights that the run started from.
+    """
+    found: dict[str, torch.Tensor] = {name: p for group in groups for name, p in group.parameters}
+    parts = {name.split(".")[0] for name in found}
+    stored = model.state_dict().keys()
+    found |= {name: b for name, b in model.named_buffers() if name in stored and name.split(".")[0] in parts}
+    return found
+
+
 def save_checkpoint(
-    output_dir: Path, state: dict[str, Any], groups: Sequence[Group], optimizer: torch.optim.Optimizer, keep: int
+    output_dir: Path,
+    state: dict[str, Any],
+    model: torch.nn.Module,
+    groups: Sequence[Group],
+    optimizer: torch.optim.Optimizer,
+    keep: int,
 ) -> Path:
     """Write a checkpoint and remove the oldest ones.
 
     Args:
         output_dir: The run's folder.
         state: Plain data with at least `step`.
+        model: The model.
         groups: The trained parameters.
         optimizer: Made from these groups.
         keep: Checkpoints kept.
@@ -52,7 +76,7 @@ def save_checkpoint(
     from safetensors.torch import save_file
 
     target = checkpoint_folder(output_dir, int(state["step"]))
-    tensors = {name: p.detach().cpu().contiguous() for group in groups for name, p in group.parameters}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in trained_tensors(model, groups).items()}
     moments = {
         f"{name}:{key}": value.detach().cpu().contiguous()
         for group in groups
@@ -95,11 +119,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def restore(folder: Path, groups: Sequence[Group], optimizer: torch.optim.Optimizer) -> None:
+def restore(folder: Path, model: torch.nn.Module, groups: Sequence[Group], optimizer: torch.optim.Optimizer) -> None:
     """Load parameters and optimizer state, in place.
 
     Args:
         folder: A complete checkpoint.
+        model: The model.
         groups: The trained parameters of the same recipe.
         optimizer: Made from these groups.
 
@@ -113,7 +138,7 @@ def restore(folder: Path, groups: Sequence[Group], optimizer: torch.optim.Optimi
         tensors, moments = load_file(folder / MODEL), load_file(folder / OPTIMIZER)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}: damaged ({error}); remove it to go on from the one before") from error
-    own = {name: parameter for group in groups for name, parameter in group.parameters}
+    own = trained_tensors(model, groups)
     wrong = sorted(own.keys() ^ tensors.keys())
     wrong += sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
     if wrong:
@@ -124,7 +149,7 @@ def restore(folder: Path, groups: Sequence[Group], optimizer: torch.optim.Optimi
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
-    for name, parameter in own.items():
+    for name, parameter in ((name, parameter) for group in groups for name, parameter in group.parameters):
         prefix = f"{name}:"
         found = {key.removeprefix(prefix): value for key, value in moments.items() if key.startswith(prefix)}
         if found:

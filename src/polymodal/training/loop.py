@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from polymodal.errors import ConfigError, DataError, PolymodalError
 from polymodal.files import write_text
 from polymodal.processing.sample import Batch
-from polymodal.training import align, checkpoint, policy
+from polymodal.training import align, checkpoint, policy, prototypes
 from polymodal.training.curves import draw_curves
 from polymodal.training.log import Meter, append_log, environment, read_log, say, start_log
 from polymodal.training.parts import Feed, Parts, load_parts, make_feed
@@ -125,7 +125,11 @@ def train(recipe: Recipe, parts: Parts | None = None) -> Path:
     feed = make_feed(recipe, parts, output_dir)
     if recipe.warm_start is not None and found is None:
         align.warm_start(parts.model, parts.tokenizer, feed, recipe.warm_start, recipe.run.seed)
+    if recipe.prototypes is not None:
+        feed = prototypes.add_samples(feed, parts.model, recipe.prototypes, recipe.run.seed)
     optimizer = policy.make_optimizer(groups, recipe.optim, accelerator.device)
+    if accelerator.mixed_precision == "bf16" and not any("llm" in stage.get("trained", ()) for stage in parts.history):
+        policy.cast_frozen_linears(parts.model.llm, torch.bfloat16)
     run = Run(recipe, accelerator, parts, groups, optimizer, feed)
     if found is not None:
         run.resume(found)
@@ -146,16 +150,25 @@ def train(recipe: Recipe, parts: Parts | None = None) -> Path:
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Make the accelerator: bf16 autocast on CUDA unless the recipe says otherwise."""
+    """Make the accelerator, in the recipe's precision."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     precision = recipe.run.precision
     if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "fp32"
+        precision = "bf16" if has_fast_bf16() else "fp32"
     # The state is one per process; a second stage may ask for another precision than the first.
     AcceleratorState._reset_state()
     return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+
+
+def has_fast_bf16() -> bool:
+    """Whether this machine multiplies bf16 natively; emulated, as on AVX2, it is ten times slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # The public torch.cpu.get_capabilities is not there before 2.12.
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in checks)
 
 
 class Run:
@@ -200,7 +213,7 @@ class Run:
             raise DataError(
                 f"{folder}: the data changed since this run began; choose another output_dir or set run.resume=never"
             )
-        checkpoint.restore(folder, self.groups, self.inner)
+        checkpoint.restore(folder, self.parts.model, self.groups, self.inner)
         self.state = State(**stored["progress"])
         say(f"{self.recipe.name}: going on after step {self.state.step}")
 
@@ -399,7 +412,9 @@ class Run:
                 "fingerprint": self.feed.prepared.fingerprint,
                 "recipe": identity(self.recipe),
             }
-            checkpoint.save_checkpoint(self.output_dir, state, self.groups, self.inner, self.recipe.run.keep)
+            checkpoint.save_checkpoint(
+                self.output_dir, state, self.parts.model, self.groups, self.inner, self.recipe.run.keep
+            )
         self.accelerator.wait_for_everyone()
         return self.state.step
 

@@ -190,6 +190,23 @@ def set_modes(model: nn.Module) -> None:
     visit(model)
 
 
+def cast_frozen_linears(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of frozen linear layers in autocast's dtype, so that it need not cast them in every forward.
+
+    Embeddings, norms and tied heads stay as they are, so the residual stream keeps its precision.
+
+    Args:
+        module: Changed in place; from now on it must run under autocast.
+        dtype: Autocast's.
+    """
+    embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    for part in module.modules():
+        if type(part) is nn.Linear and id(part.weight) not in embeddings:
+            for parameter in part.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
+
+
 def check_groups(model: nn.Module, groups: Sequence[Group]) -> None:
     """Make sure the optimizer has exactly the parameters that require a gradient, each once."""
     held = [id(parameter) for group in groups for _, parameter in group.parameters]

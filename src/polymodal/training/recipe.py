@@ -171,6 +171,18 @@ class WarmStartConfig(Strict):
     prototype_share: float = Field(default=0.33, ge=0, lt=1)
 
 
+class PrototypeConfig(Strict):
+    """Caption samples made of a tower's own classes; see `training.prototypes`.
+
+    Attributes:
+        count: Samples; every class equally often.
+        questions: What is asked, one drawn for each sample (left out where the template is "plain").
+    """
+
+    count: int = Field(gt=0)
+    questions: tuple[str, ...] = Field(default=("What is this?",), min_length=1)
+
+
 class RunConfig(Strict):
     """How long, how exactly, and what is kept.
 
@@ -180,7 +192,8 @@ class RunConfig(Strict):
         max_minutes: Stop after this much time in the loop. The schedule follows steps or time, whichever is further,
             so a run with a time budget is not exactly reproducible.
         seed: Of everything random.
-        precision: "auto" is bf16 on CUDA and fp32 elsewhere; "bf16" is autocast over float32 weights.
+        precision: "bf16" is autocast; what is trained stays float32, the frozen language model's linear layers are
+            kept in bf16. "auto" is bf16 on CUDA and on CPUs that have instructions for it, else fp32.
         log_every: Steps between log lines.
         save_every: Steps between checkpoints; 0 for none but the last.
         keep: Checkpoints kept.
@@ -217,6 +230,7 @@ class Recipe(Strict):
         train: Which parameters are trained; everything is frozen where no rule matches.
         lora: Adapters on the language model, or None.
         warm_start: Train the projector towards word embeddings first, or None.
+        prototypes: Samples made of the tower's own classes, or None.
         optim: Optimizer and schedule.
         batch: Batch sizes.
         run: Length, seed, checkpoints.
@@ -229,6 +243,7 @@ class Recipe(Strict):
     train: tuple[RuleConfig, ...] = ()
     lora: LoraRecipe | None = None
     warm_start: WarmStartConfig | None = None
+    prototypes: PrototypeConfig | None = None
     optim: OptimConfig = Field(default_factory=OptimConfig)
     batch: BatchConfig = Field(default_factory=BatchConfig)
     run: RunConfig = Field(default_factory=RunConfig)

@@ -33,19 +33,28 @@ from polymodal.errors import DataError, PolymodalError, unknown_name
 
 HELDOUT_SHARE = 0.12
 _TRAIN_FONTS = [
-    "dejavu/DejaVuSans.ttf", "dejavu/DejaVuSans-Bold.ttf", "dejavu/DejaVuSerif-Bold.ttf", "dejavu/DejaVuSansMono-Bold.ttf",
-    "liberation/LiberationSans-Regular.ttf", "liberation/LiberationSans-Bold.ttf", "liberation/LiberationSerif-Regular.ttf",
-    "liberation/LiberationMono-Bold.ttf", "liberation/LiberationSansNarrow-Bold.ttf",
-]  # fmt: skip
+    "dejavu/DejaVuSans.ttf",
+    "dejavu/DejaVuSans-Bold.ttf",
+    "dejavu/DejaVuSerif-Bold.ttf",
+    "dejavu/DejaVuSansMono-Bold.ttf",
+    "liberation/LiberationSans-Regular.ttf",
+    "liberation/LiberationSans-Bold.ttf",
+    "liberation/LiberationSerif-Regular.ttf",
+    "liberation/LiberationMono-Bold.ttf",
+    "liberation/LiberationSansNarrow-Bold.ttf",
+]
 _HELDOUT_FONTS = [
     "dejavu/DejaVuSansCondensed-Bold.ttf",
     "dejavu/DejaVuSerif.ttf",
     "liberation/LiberationSerif-Bold.ttf",
 ]
 _LICENCES = {
-    "tuxpaint-stamps-default": "GPL-2", "openclipart-png": "public domain", "fonts-noto-color-emoji": "OFL-1.1",
-    "fonts-dejavu": "Bitstream Vera / public domain", "fonts-liberation": "OFL-1.1",
-}  # fmt: skip
+    "tuxpaint-stamps-default": "GPL-2",
+    "openclipart-png": "public domain",
+    "fonts-noto-color-emoji": "OFL-1.1",
+    "fonts-dejavu": "Bitstream Vera / public domain",
+    "fonts-liberation": "OFL-1.1",
+}
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -210,10 +219,18 @@ def build_default(
             hashes[name] = hashlib.sha256(text.encode()).hexdigest()
         report = _report(output, seed, size, plan, split)
         about: dict[str, Any] = {
-            "seed": seed, "size": size, "records": report.records, "pictures": report.pictures, "turns": report.turns,
-            "sources": report.sources, "packages": _versions(packages), "fonts": [Path(f).name for f in train_fonts if f],
-            "heldout_fonts": [Path(f).name for f in heldout_fonts if f], **plan.notes, "sha256": hashes,
-        }  # fmt: skip
+            "seed": seed,
+            "size": size,
+            "records": report.records,
+            "pictures": report.pictures,
+            "turns": report.turns,
+            "sources": report.sources,
+            "packages": _versions(packages),
+            "fonts": [Path(f).name for f in train_fonts if f],
+            "heldout_fonts": [Path(f).name for f in heldout_fonts if f],
+            **plan.notes,
+            "sha256": hashes,
+        }
         (root / "build.json").write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         if output.is_dir():
             shutil.rmtree(output) if force else output.rmdir()

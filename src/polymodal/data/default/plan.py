@@ -82,11 +82,15 @@ class Composer:
         self.shapes = [i for i in self.pool if sources[i].origin == "shapes"]
         self.coloured = [i for i in self.nouned if sources[i].colour]
         self.countable = [
-            i for i in self.nouned
-            if sources[i].origin == "shapes" or (
+            i
+            for i in self.nouned
+            if sources[i].origin == "shapes"
+            or (
                 words.lexicon()[sources[i].noun or ""].article == "a"
-                and not sources[i].caption.startswith(("Two ", "Some ")) and " of " not in sources[i].caption)
-        ]  # fmt: skip
+                and not sources[i].caption.startswith(("Two ", "Some "))
+                and " of " not in sources[i].caption
+            )
+        ]
 
     def file(self) -> str:
         """The next picture's name.
@@ -170,7 +174,9 @@ class Composer:
             return self.add(Scene(scenes.counted(self.file(), rng, index, source, count), (source,), "counted", count))
         if layout == "text":
             word = (
-                rng.choice(words.OCR_WORDS) if rng.random() < 0.75 else str(rng.randint(0, 10 ** rng.randint(1, 3) - 1))
+                rng.choice(list(words.fixes()["written words"]))
+                if rng.random() < 0.75
+                else str(rng.randint(0, 10 ** rng.randint(1, 3) - 1))
             )
             word = rng.choice([word.upper(), word.upper(), word.lower(), word.capitalize()])
             picture = scenes.lettered(self.file(), rng, word, rng.choice(self.fonts))
@@ -273,12 +279,24 @@ def _stage2(make: Composer, size: Size, world: World) -> list[Record]:
                 scene = make.single()
                 thing = scene.objects[0].caption
                 turns = [
-                    rng.choice([("Hello! What do you see here?", f"Hello! I see {thing[0].lower() + thing[1:]}"),
-                                ("Hi! I have a picture for you.", f"Thank you! It shows {thing[0].lower() + thing[1:]}"),
-                                ("What do you think of this picture?", f"It is a nice picture. It shows {thing[0].lower() + thing[1:]}")]),
-                    rng.choice([("Thank you!", "You are welcome!"), ("Great, thanks.", "You are welcome. Do you have another question?"),
-                                ("Well done!", "Thank you!")]),
-                ]  # fmt: skip
+                    rng.choice(
+                        [
+                            ("Hello! What do you see here?", f"Hello! I see {thing[0].lower() + thing[1:]}"),
+                            ("Hi! I have a picture for you.", f"Thank you! It shows {thing[0].lower() + thing[1:]}"),
+                            (
+                                "What do you think of this picture?",
+                                f"It is a nice picture. It shows {thing[0].lower() + thing[1:]}",
+                            ),
+                        ]
+                    ),
+                    rng.choice(
+                        [
+                            ("Thank you!", "You are welcome!"),
+                            ("Great, thanks.", "You are welcome. Do you have another question?"),
+                            ("Well done!", "Thank you!"),
+                        ]
+                    ),
+                ]
                 records.append(_record(name, [scene], turns, ["dialogue"] * 2, kind="dialogue"))
             continue
         if layout == "compare":
@@ -361,11 +379,12 @@ def _val(make: Composer, size: Size, world: World) -> list[Record]:
 
 
 PHOTO_RULE = (
-    "Held-out photographs are drawn by the seed, without looking at any model's answers, among the stamps that are photographs "
-    "(no 'cartoon' in the folder; many distinct colours) of animals, food, vehicles, plants, instruments, tools, clothing, "
-    "kitchen things, toys or buildings, at most one per noun, whose noun, a synonym or a parent also occurs in another "
+    "Held-out photographs are drawn by the seed, without looking at any model's answers, among the stamps that are "
+    "photographs (no drawing's folder; many distinct colours) of animals, food, vehicles, plants, instruments, tools, "
+    "clothing, kitchen things, toys or buildings, at most one per noun, whose noun is also a right name for another "
     "training picture (stamp, drawing or emoji); the picture itself and its near duplicates never occur in training. "
-    "A source too small to be seen (under 60 pixels) is not drawn, nor are seven that do not show what the caption says. Answers are the lexicon's synonyms and hypernyms."
+    "A source too small to be seen (under 60 pixels) is not drawn, nor are seven that do not show what the caption "
+    "says. Answers are the lexicon's synonyms and hypernyms and the caption's own words."
 )
 # Looked at by eye: the caption's thing cannot be told from the picture, or the name is too vague to be marked.
 _UNFIT_PHOTOS = re.compile(
@@ -403,9 +422,15 @@ def choose_photos(sources: list[Source], count: int, rng: random.Random) -> tupl
             for word in words.accepted(s.noun):
                 names.setdefault(word, set()).add(s.group)
     candidates = [
-        s for s in sources
-        if s.photo and s.noun and not _UNFIT_PHOTOS.search(s.key) and s.category in _PHOTO_CATEGORIES and s.pixels >= 60 and names.get(s.noun, set()) - {s.group}
-    ]  # fmt: skip
+        s
+        for s in sources
+        if s.photo
+        and s.noun
+        and not _UNFIT_PHOTOS.search(s.key)
+        and s.category in _PHOTO_CATEGORIES
+        and s.pixels >= 60
+        and names.get(s.noun, set()) - {s.group}
+    ]
     rng.shuffle(candidates)
     chosen: list[Source] = []
     for limited in (True, False):
@@ -459,7 +484,7 @@ def compose(sources: list[Source], fonts: list[str], heldout_fonts: list[str], s
     chosen = [i for i, s in enumerate(sources) if s.key in photos]
     if size.shapes_only:
         chosen = make.rng.sample(make.shapes, min(size.photos, len(make.shapes)))
-    records = []
+    records: list[Record] = []
     for index in chosen:
         scene = make.single(index)
         white = scenes.Ground("plain", (255, 255, 255), (255, 255, 255), "white")

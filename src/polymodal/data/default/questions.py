@@ -47,16 +47,33 @@ class World:
 
 
 _CHOICES = {
-    "animal": "an animal", "food": "food", "plant": "a plant", "vehicle": "a vehicle", "tool": "a tool",
-    "clothing": "something to wear", "instrument": "a musical instrument", "building": "a building", "furniture": "furniture",
-    "electronics": "an electronic device", "people": "a person", "shape": "a shape",
-}  # fmt: skip
+    "animal": "an animal",
+    "food": "food",
+    "plant": "a plant",
+    "vehicle": "a vehicle",
+    "tool": "a tool",
+    "clothing": "something to wear",
+    "instrument": "a musical instrument",
+    "building": "a building",
+    "furniture": "furniture",
+    "electronics": "an electronic device",
+    "people": "a person",
+    "shape": "a shape",
+}
 _CATEGORY_ANSWERS = {
-    "animal": ["animal"], "food": ["food"], "plant": ["plant"], "vehicle": ["vehicle"], "tool": ["tool"],
-    "clothing": ["clothing", "clothes", "something to wear"], "instrument": ["instrument", "musical instrument"],
-    "building": ["building"], "furniture": ["furniture"], "electronics": ["electronic device", "electronics", "device"],
-    "people": ["person", "people"], "shape": ["shape"],
-}  # fmt: skip
+    "animal": ["animal"],
+    "food": ["food"],
+    "plant": ["plant"],
+    "vehicle": ["vehicle"],
+    "tool": ["tool"],
+    "clothing": ["clothing", "clothes", "something to wear"],
+    "instrument": ["instrument", "musical instrument"],
+    "building": ["building"],
+    "furniture": ["furniture"],
+    "electronics": ["electronic device", "electronics", "device"],
+    "people": ["person", "people"],
+    "shape": ["shape"],
+}
 _NOT_PEOPLE = {"skull", "eye", "ear", "nose", "mouth", "hand", "foot", "tooth", "brain", "bone", "ghost", "robot face"}
 
 
@@ -77,7 +94,7 @@ def _the(source: Source) -> str:
 
 
 def ask_name(rng: random.Random, scene: Scene, world: World) -> QA | None:
-    """ "What is this?" on a picture of one kind of thing.
+    """Ask "What is this?" on a picture of one kind of thing.
 
     Args:
         rng: Draws the wording.
@@ -97,9 +114,17 @@ def ask_name(rng: random.Random, scene: Scene, world: World) -> QA | None:
         short = words.plural(noun)
     else:
         question = rng.choice(
-            ["What is this?", "What is in the picture?", "What do you see?", "What does the picture show?",
-             "What object is this?", "What can you see here?", "Can you tell me what this is?", "Name the thing in the picture."]
-        )  # fmt: skip
+            [
+                "What is this?",
+                "What is in the picture?",
+                "What do you see?",
+                "What does the picture show?",
+                "What object is this?",
+                "What can you see here?",
+                "Can you tell me what this is?",
+                "Name the thing in the picture.",
+            ]
+        )
         long = _named(source) if source.origin == "shapes" else source.caption
         short = noun
     answers = name_answers(source) if scene.count == 1 else words.accepted(noun)
@@ -147,7 +172,7 @@ def caption_of(scene: Scene) -> str:
 
 
 def ask_caption(rng: random.Random, scene: Scene, world: World) -> QA | None:
-    """ "Describe the picture.": the caption, sometimes with the ground or the places.
+    """Ask "Describe the picture.": the caption, sometimes with the ground or the places.
 
     Args:
         rng: Draws the wording and the amount of detail.
@@ -158,9 +183,15 @@ def ask_caption(rng: random.Random, scene: Scene, world: World) -> QA | None:
         The question.
     """
     question = rng.choice(
-        ["Describe the picture.", "What is shown in this image?", "Write a short caption.", "Describe the image briefly.",
-         "Give a caption for the picture.", "What is in this picture? Describe it."]
-    )  # fmt: skip
+        [
+            "Describe the picture.",
+            "What is shown in this image?",
+            "Write a short caption.",
+            "Describe the image briefly.",
+            "Give a caption for the picture.",
+            "What is in this picture? Describe it.",
+        ]
+    )
     caption = caption_of(scene)
     long = caption
     ground = scene.picture.ground.name
@@ -174,7 +205,7 @@ def ask_caption(rng: random.Random, scene: Scene, world: World) -> QA | None:
 
 
 def ask_exists(rng: random.Random, scene: Scene, world: World) -> QA | None:
-    """ "Is there a dog in the picture?", yes as often as no.
+    """Ask "Is there a dog in the picture?", yes as often as no.
 
     Args:
         rng: Draws the answer first, then the thing.
@@ -218,7 +249,7 @@ def ask_exists(rng: random.Random, scene: Scene, world: World) -> QA | None:
 
 
 def ask_count(rng: random.Random, scene: Scene, world: World) -> QA | None:
-    """ "How many stars are there?"
+    """Ask "How many stars are there?"
 
     Args:
         rng: Draws the wording.
@@ -236,16 +267,20 @@ def ask_count(rng: random.Random, scene: Scene, world: World) -> QA | None:
         return None
     many = words.proper(words.plural(noun))
     question = rng.choice(
-        [f"How many {many} are there?", f"How many {many} do you see?", f"How many {many} are in the picture?",
-         f"Count the {many}. How many are there?"]
-    )  # fmt: skip
+        [
+            f"How many {many} are there?",
+            f"How many {many} do you see?",
+            f"How many {many} are in the picture?",
+            f"Count the {many}. How many are there?",
+        ]
+    )
     number = words.NUMBERS[scene.count]
     long = f"There is one {noun}." if scene.count == 1 else f"There are {number} {many}."
     return QA("count", question, long, _cap(number), (number, str(scene.count)))
 
 
 def ask_color(rng: random.Random, scene: Scene, world: World) -> QA | None:
-    """ "What color is the car?" or the background's, only where the colour is plain.
+    """Ask "What color is the car?" or the background's, only where the colour is plain.
 
     Args:
         rng: Draws the thing and the wording.
@@ -341,7 +376,7 @@ def ask_position(rng: random.Random, scene: Scene, world: World) -> QA | None:
 
 
 def ask_category(rng: random.Random, scene: Scene, world: World) -> QA | None:
-    """ "Is this an animal, food or a vehicle?", the right one at any place.
+    """Ask "Is this an animal, food or a vehicle?", the right one at any place.
 
     Args:
         rng: Draws the other choices and the order.
@@ -368,7 +403,7 @@ def ask_category(rng: random.Random, scene: Scene, world: World) -> QA | None:
 
 
 def ask_ocr(rng: random.Random, scene: Scene, world: World) -> QA | None:
-    """ "What does the sign say?"
+    """Ask "What does the sign say?"
 
     Args:
         rng: Draws the wording.
@@ -383,9 +418,15 @@ def ask_ocr(rng: random.Random, scene: Scene, world: World) -> QA | None:
         return None
     thing = "word" if card.text.isalpha() else "number"
     question = rng.choice(
-        ["What does the sign say?", f"What {thing} is written here?", f"Which {thing} is in the picture?", "What is written in the picture?",
-         f"Read the {thing}.", "What does the text say?"]
-    )  # fmt: skip
+        [
+            "What does the sign say?",
+            f"What {thing} is written here?",
+            f"Which {thing} is in the picture?",
+            "What is written in the picture?",
+            f"Read the {thing}.",
+            "What does the text say?",
+        ]
+    )
     return QA("ocr", question, f'It says "{card.text}".', card.text, (card.text, card.text.lower()))
 
 
@@ -460,9 +501,16 @@ def ask_compare(rng: random.Random, first: Scene, second: Scene) -> QA | None:
 
 
 ASK: dict[str, Callable[[random.Random, Scene, World], QA | None]] = {
-    "name": ask_name, "caption": ask_caption, "exists": ask_exists, "count": ask_count, "color": ask_color,
-    "position": ask_position, "category": ask_category, "ocr": ask_ocr, "zh": ask_zh,
-}  # fmt: skip
+    "name": ask_name,
+    "caption": ask_caption,
+    "exists": ask_exists,
+    "count": ask_count,
+    "color": ask_color,
+    "position": ask_position,
+    "category": ask_category,
+    "ocr": ask_ocr,
+    "zh": ask_zh,
+}
 
 
 def turn(rng: random.Random, qa: QA) -> tuple[str, str]:

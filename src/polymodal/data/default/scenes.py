@@ -1,8 +1,8 @@
 """Plan and draw the pictures: cut-outs on backgrounds, several objects, counted objects, words on cards.
 
 Planning and drawing are apart. A `Picture` says everything (which cut-outs, where, how large, on what ground), so the
-questions are answered from the plan and never from pixels, and drawing one picture depends on nothing else: any number of
-processes draw the same bytes. Pictures are JPEG at quality 90 and 224 pixels square, the size the vision encoder takes.
+questions are answered from the plan and never from pixels, and drawing one picture depends on nothing else: any number
+of processes draw the same bytes. Pictures are JPEG at quality 90, 224 pixels square, as the vision encoder takes them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,14 @@ import functools
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from polymodal.data.default import words
 from polymodal.data.default.sources import Source
+
+if TYPE_CHECKING:
+    from PIL import Image as Pictures
+    from PIL.ImageFont import FreeTypeFont, ImageFont
 
 SIDE = 224
 
@@ -217,7 +222,7 @@ def lettered(file: str, rng: random.Random, text: str, font: str) -> Picture:
 
 
 @functools.lru_cache(maxsize=400)
-def _thumb(path: str):
+def _thumb(path: str) -> Pictures.Image:
     from PIL import Image
 
     with Image.open(path) as opened:
@@ -225,13 +230,13 @@ def _thumb(path: str):
 
 
 @functools.lru_cache(maxsize=400)
-def _font(path: str, size: int):
-    from PIL import ImageFont
+def _font(path: str, size: int) -> FreeTypeFont | ImageFont:
+    from PIL import ImageFont as Fonts
 
-    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+    return Fonts.truetype(path, size) if path else Fonts.load_default(size)
 
 
-def _draw_ground(ground: Ground, seed: int):
+def _draw_ground(ground: Ground, seed: int) -> Pictures.Image:
     import numpy as np
     from PIL import Image
 
@@ -251,7 +256,7 @@ def _draw_ground(ground: Ground, seed: int):
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def draw(picture: Picture, thumbs: Path):
+def draw(picture: Picture, thumbs: Path) -> Pictures.Image:
     """Draw a planned picture.
 
     Args:
@@ -281,7 +286,7 @@ def draw(picture: Picture, thumbs: Path):
     return canvas
 
 
-def _draw_card(canvas, card: Card) -> None:
+def _draw_card(canvas: Pictures.Image, card: Card) -> None:
     from PIL import Image, ImageDraw
 
     size = max(12, round(card.height * SIDE))

@@ -1,9 +1,10 @@
 """Where the pictures come from: stamps, drawings, emoji and drawn shapes, each with a name that can be trusted.
 
-A source is one cut-out picture and what it shows. Sources are read from three Debian packages (tuxpaint-stamps-default,
-openclipart-png, fonts-noto-color-emoji) or, for the shapes, drawn with Pillow. Names are cleaned hard: a file whose name
-holds no noun of the table is dropped. Sources are held out whole, together with their near duplicates (the same file
-under a number, the same drawing in black and white), so that no held-out picture appears in training in any view.
+A source is one cut-out picture and what it shows. Sources are read from three Debian packages
+(tuxpaint-stamps-default, openclipart-png, fonts-noto-color-emoji) or, for the shapes, drawn with Pillow. Names are
+cleaned hard: a file whose name holds no noun of the table is dropped. Sources are held out whole, together with their
+near duplicates (the same file under a number, the same drawing in black and white), so that no held-out picture appears
+in training in any view.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ import math
 import random
 import re
 import unicodedata
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from polymodal.data.default import words
 from polymodal.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image as Pictures
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 OPENCLIPART = Path("/usr/share/openclipart/png")
@@ -36,14 +43,9 @@ _SKIP_CLIPART = re.compile(
     r"stickmen|smilies|religion|pantyhose|geography|duplicates|awards|signs_and_symbols(?!/(weather|clocks))|connectors|"
     r"decorations|recreation/sports|network|boating"
 )
-_ADJECTIVES = set(words.COLOURS) | set(
-    ["small", "big", "large", "little", "old", "open", "closed", "wooden", "happy", "baby", "fancy", "simple", "plain", "cartoon", "round", "square", "stylized", "young"]
-)
-_SAY_ADJECTIVES = set(words.COLOURS) | {"small", "big", "large", "little", "old", "open", "closed", "wooden", "happy"}
-# Words after the noun in a file name that make it another thing ("dog house", "apple juice", "tree branches").
-_OTHER_THING = set(
-    ["head", "house", "sign", "print", "prints", "juice", "box", "branches", "pot", "holder", "post", "ring", "ticket", "form", "silhouet", "silhouette", "symbol", "theory", "keys", "scene", "skull", "pie", "branch", "field", "stand", "rack", "paddle", "pump", "alarm", "tail", "feet", "foot", "eye", "eyes", "face", "wing", "wings", "footprint", "pattern", "map", "rules", "hook", "line", "scrathing", "scratching", "shop", "station", "board", "card", "pool", "player", "half", "core", "peel", "wedge", "slice", "slices", "contour", "outline", "net", "goal", "glove", "bat", "court", "track", "driver", "drivers", "wheel", "engine", "door", "front", "back", "tag", "tags", "key", "shelf", "club", "with", "on", "in", "and", "of", "from", "for", "to", "platter", "leaf", "tip", "stem", "plant", "seeds", "bread", "egg", "corks", "doctor", "patient", "toy", "toys", "cards", "theme", "burner", "pointer", "police", "end", "plug", "cover", "jack", "shot", "drawn", "leash", "horse_head", "holding", "eating", "riding", "at", "over", "under"]
-)
+_SAY_ADJECTIVES = {*words.COLOURS, "small", "big", "large", "little", "old", "open", "closed", "wooden", "happy"}
+_ADJECTIVES = {*_SAY_ADJECTIVES, "baby", "fancy", "simple", "plain", "cartoon", "round", "square", "stylized", "young"}
+_IN_COMPUTER = {"mouse": "computer mouse", "notebook": "laptop"}
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,6 @@ class Source:
     heldout: bool = False
 
 
-_IN_COMPUTER = {"mouse": "computer mouse", "notebook": "laptop"}
-
-
 def missing(path: Path, package: str) -> DataError:
     """The error for a picture package that is not installed, with both ways to get it.
 
@@ -80,8 +79,8 @@ def missing(path: Path, package: str) -> DataError:
         The error, ready to be raised.
     """
     return DataError(
-        f"{path} not found: install it with `sudo apt-get install {package}`, or without root `apt-get download {package} "
-        f"&& dpkg-deb -x {package}_*.deb DIR` and name the folder in DIR"
+        f"{path} not found: install it with `sudo apt-get install {package}`, or without root "
+        f"`apt-get download {package} && dpkg-deb -x {package}_*.deb DIR` and name the folder in DIR"
     )
 
 
@@ -163,7 +162,7 @@ def read_stamps(folder: Path) -> list[Source]:
                 zh=zh,
                 flippable=not name.startswith(("symbols", "town/roadsigns")),
                 photo=not _DRAWN.search(name),
-            )  # fmt: skip
+            )
         )
     return found
 
@@ -189,6 +188,7 @@ def read_openclipart(folder: Path) -> list[Source]:
         raise missing(folder, "openclipart-png")
     found: list[Source] = []
     seen: set[bytes] = set()
+    others = words.fixes()["other things"]
     for file in files:
         name = file.relative_to(folder).with_suffix("").as_posix()
         parent, _, stem = name.rpartition("/")
@@ -207,7 +207,7 @@ def read_openclipart(folder: Path) -> list[Source]:
         noun, _, end = match
         noun = _IN_COMPUTER.get(noun, noun) if parent.startswith("computer") else noun
         rest = parts[lead + end :]
-        if rest and (rest[0] in _OTHER_THING or words.find_noun(rest[:1]) is not None):
+        if rest and (rest[0] in others or words.find_noun(rest[:1]) is not None):
             continue
         if file.stat().st_size > 1_500_000:
             continue
@@ -226,7 +226,7 @@ def read_openclipart(folder: Path) -> list[Source]:
                 noun=noun,
                 category=words.lexicon()[noun].category,
                 group=group,
-            )  # fmt: skip
+            )
         )
     return found
 
@@ -279,7 +279,7 @@ def read_emoji(font: Path) -> list[Source]:
                     noun=noun,
                     category=words.lexicon()[noun].category,
                     group=f"emoji:{code:x}",
-                )  # fmt: skip
+                )
             )
     return found
 
@@ -301,7 +301,7 @@ def drawn_shapes() -> list[Source]:
             group=f"shapes:{shape}/{colour}",
             colour=colour,
             zh=f"一个{words.ZH_COLOURS[colour]}的{words.ZH_SHAPES[shape]}。",
-        )  # fmt: skip
+        )
         for shape in words.SHAPES
         for colour in words.COLOURS
     ]
@@ -326,7 +326,7 @@ def hold_out(sources: list[Source], share: float, rng: random.Random) -> list[So
     return [replace(s, heldout=s.group in chosen) for s in sources]
 
 
-def draw_shape(shape: str, colour: str):
+def draw_shape(shape: str, colour: str) -> Pictures.Image:
     """Draw one shape, filling a square with a transparent ground.
 
     Args:
@@ -368,10 +368,13 @@ def draw_shape(shape: str, colour: str):
             ]
         else:  # heart
             points = [
-                (mid + mid * 0.95 * math.sin(t) ** 3,
-                 mid * 0.92 - mid * 0.058 * (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)))
+                (
+                    mid + mid * 0.95 * math.sin(t) ** 3,
+                    mid * 0.92
+                    - mid * 0.058 * (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)),
+                )
                 for t in (k * math.pi / 60 for k in range(120))
-            ]  # fmt: skip
+            ]
         draw.polygon(points, fill=fill)
     return image.resize((THUMB, THUMB), Image.Resampling.LANCZOS)
 
@@ -404,7 +407,10 @@ def measure(source: Source, target: Path, emoji_font: Path | None) -> Source | N
         ImageDraw.Draw(image).text((12, 12), source.path, font=font, embedded_color=True)
     else:
         try:
-            with Image.open(source.path) as opened:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is looked at below
+                opened = Image.open(source.path)
+            with opened:
                 if opened.width * opened.height > MAX_SOURCE_PIXELS:
                     return None
                 image = opened.convert("RGBA")
@@ -416,7 +422,7 @@ def measure(source: Source, target: Path, emoji_font: Path | None) -> Source | N
     image = image.crop(box)
     if min(image.size) < 18 or max(image.size) / min(image.size) > 6:
         return None
-    if source.origin == "openclipart" and image.getchannel("A").getextrema()[0] > 128:
+    if source.origin == "openclipart" and int(np.asarray(image.getchannel("A")).min()) > 128:
         return None  # a drawing on an opaque sheet is no cut-out
     longest = max(image.size)
     if longest > MEASURE_SIDE:  # colours do not need more, and some drawings are huge
@@ -443,7 +449,7 @@ def measure(source: Source, target: Path, emoji_font: Path | None) -> Source | N
     return replace(source, colour=colour, luminance=round(luminance, 1), photo=photo, pixels=longest)
 
 
-def dominant_colour(pixels) -> str | None:
+def dominant_colour(pixels: np.ndarray) -> str | None:
     """The plain colour name of a cut-out, where one colour clearly dominates.
 
     Args:

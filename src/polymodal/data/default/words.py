@@ -34,24 +34,80 @@ SHAPE_SYNONYMS = {"circle": ["dot", "disk", "round"], "square": ["box"], "diamon
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 
 ZH_COLOURS = {
-    "red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色", "blue": "蓝色", "purple": "紫色",
-    "pink": "粉色", "brown": "棕色", "black": "黑色", "white": "白色", "gray": "灰色",
-}  # fmt: skip
+    "red": "红色",
+    "orange": "橙色",
+    "yellow": "黄色",
+    "green": "绿色",
+    "blue": "蓝色",
+    "purple": "紫色",
+    "pink": "粉色",
+    "brown": "棕色",
+    "black": "黑色",
+    "white": "白色",
+    "gray": "灰色",
+}
 ZH_SHAPES = {
-    "circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "星形", "diamond": "菱形",
-    "cross": "十字", "heart": "心形", "ring": "圆环",
-}  # fmt: skip
+    "circle": "圆形",
+    "square": "正方形",
+    "triangle": "三角形",
+    "star": "星形",
+    "diamond": "菱形",
+    "cross": "十字",
+    "heart": "心形",
+    "ring": "圆环",
+}
 ZH_NOUNS = {
-    "dog": "狗", "cat": "猫", "bird": "鸟", "fish": "鱼", "horse": "马", "cow": "牛", "sheep": "羊", "pig": "猪",
-    "rabbit": "兔子", "elephant": "大象", "lion": "狮子", "tiger": "老虎", "bear": "熊", "monkey": "猴子",
-    "duck": "鸭子", "chicken": "鸡", "frog": "青蛙", "butterfly": "蝴蝶", "car": "汽车", "truck": "卡车", "bus": "公共汽车",
-    "train": "火车", "airplane": "飞机", "boat": "船", "bicycle": "自行车", "apple": "苹果", "banana": "香蕉", "orange": "橙子",
-    "strawberry": "草莓", "lemon": "柠檬", "bread": "面包", "cake": "蛋糕", "flower": "花", "tree": "树", "house": "房子",
-    "book": "书", "key": "钥匙", "clock": "钟", "hat": "帽子", "shoe": "鞋", "chair": "椅子", "table": "桌子", "cup": "杯子",
-    "guitar": "吉他", "ball": "球", "star": "星星", "moon": "月亮", "sun": "太阳", "hammer": "锤子", "umbrella": "雨伞",
-}  # fmt: skip
-
-OCR_WORDS = ["stop", "go", "open", "closed", "exit", "enter", "push", "pull", "up", "down", "left", "right", "yes", "no", "hot", "cold", "on", "off", "sale", "free", "new", "old", "big", "small", "fast", "slow", "north", "south", "east", "west", "in", "out", "help", "hello", "bye", "thanks", "please", "wait", "walk", "run", "bus", "taxi", "train", "car", "bike", "road", "street", "park", "school", "bank", "shop", "cafe", "bar", "hotel", "food", "menu", "tea", "coffee", "milk", "bread", "cake", "apple", "lemon", "orange", "soup", "salt", "sugar", "pizza", "fish", "rice", "egg", "red", "blue", "green", "black", "white", "pink", "gold", "silver", "day", "night", "morning", "today", "monday", "friday", "sunday", "june", "july", "sun", "moon", "star", "sky", "rain", "snow", "wind", "fire", "water", "earth", "tree", "rose", "lake", "river", "sea", "hill", "beach", "farm", "zoo", "cat", "dog", "cow", "horse", "bird", "lion", "tiger", "bear", "book", "paper", "pen", "music", "song", "dance", "game", "play", "win", "lost", "love", "peace", "happy", "home", "house", "room", "door", "key", "king", "queen", "club", "city", "welcome", "danger", "private", "staff", "lift", "toilet", "ticket", "office", "police", "market", "garden", "bakery", "library", "museum", "airport", "station"]
+    "dog": "狗",
+    "cat": "猫",
+    "bird": "鸟",
+    "fish": "鱼",
+    "horse": "马",
+    "cow": "牛",
+    "sheep": "羊",
+    "pig": "猪",
+    "rabbit": "兔子",
+    "elephant": "大象",
+    "lion": "狮子",
+    "tiger": "老虎",
+    "bear": "熊",
+    "monkey": "猴子",
+    "duck": "鸭子",
+    "chicken": "鸡",
+    "frog": "青蛙",
+    "butterfly": "蝴蝶",
+    "car": "汽车",
+    "truck": "卡车",
+    "bus": "公共汽车",
+    "train": "火车",
+    "airplane": "飞机",
+    "boat": "船",
+    "bicycle": "自行车",
+    "apple": "苹果",
+    "banana": "香蕉",
+    "orange": "橙子",
+    "strawberry": "草莓",
+    "lemon": "柠檬",
+    "bread": "面包",
+    "cake": "蛋糕",
+    "flower": "花",
+    "tree": "树",
+    "house": "房子",
+    "book": "书",
+    "key": "钥匙",
+    "clock": "钟",
+    "hat": "帽子",
+    "shoe": "鞋",
+    "chair": "椅子",
+    "table": "桌子",
+    "cup": "杯子",
+    "guitar": "吉他",
+    "ball": "球",
+    "star": "星星",
+    "moon": "月亮",
+    "sun": "太阳",
+    "hammer": "锤子",
+    "umbrella": "雨伞",
+}
 
 
 @functools.cache
@@ -59,15 +115,15 @@ def fixes() -> dict[str, dict[str, str]]:
     """Read `fixes.txt`.
 
     Returns:
-        The tables `renames`, `captions` and `nouns`.
+        The tables `renames`, `captions`, `nouns`; `other things` and `written words` are the keys of theirs.
     """
     tables: dict[str, dict[str, str]] = {}
     for line in Path(__file__).with_name("fixes.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
             table = tables.setdefault(line.strip("[]"), {})
         elif line and not line.startswith("#"):
-            left, _, right = line.partition(" = ")
-            table[left] = right
+            left, equals, right = line.partition(" = ")
+            table.update({left: right} if equals else dict.fromkeys(left.split(), ""))
     return tables
 
 
@@ -138,15 +194,52 @@ def plural(name: str) -> str:
     if noun is not None and noun.article in ("pair", "some"):
         return name
     irregular = {
-        "mouse": "mice", "goose": "geese", "sheep": "sheep", "fish": "fish", "deer": "deer", "ox": "oxen", "foot": "feet",
-        "tooth": "teeth", "man": "men", "woman": "women", "child": "children", "leaf": "leaves", "knife": "knives",
-        "loaf": "loaves", "wolf": "wolves", "elf": "elves", "die": "dice", "cactus": "cacti", "fireman": "firemen",
-        "snowman": "snowmen", "bison": "bison", "shrimp": "shrimp", "squid": "squid", "scarf": "scarves", "calf": "calves",
-        "policeman": "policemen", "trout": "trout", "aircraft": "aircraft", "bookshelf": "bookshelves",
-        "photo": "photos", "piano": "pianos", "kangaroo": "kangaroos", "flamingo": "flamingos", "dodo": "dodos", "cello": "cellos",
-        "rhino": "rhinos", "hippo": "hippos", "yo-yo": "yo-yos", "sombrero": "sombreros", "burrito": "burritos", "taco": "tacos",
-        "radio": "radios", "banjo": "banjos", "avocado": "avocados", "dingo": "dingos",
-    }  # fmt: skip
+        "mouse": "mice",
+        "goose": "geese",
+        "sheep": "sheep",
+        "fish": "fish",
+        "deer": "deer",
+        "ox": "oxen",
+        "foot": "feet",
+        "tooth": "teeth",
+        "man": "men",
+        "woman": "women",
+        "child": "children",
+        "leaf": "leaves",
+        "knife": "knives",
+        "loaf": "loaves",
+        "wolf": "wolves",
+        "elf": "elves",
+        "die": "dice",
+        "cactus": "cacti",
+        "fireman": "firemen",
+        "snowman": "snowmen",
+        "bison": "bison",
+        "shrimp": "shrimp",
+        "squid": "squid",
+        "scarf": "scarves",
+        "calf": "calves",
+        "policeman": "policemen",
+        "trout": "trout",
+        "aircraft": "aircraft",
+        "bookshelf": "bookshelves",
+        "photo": "photos",
+        "piano": "pianos",
+        "kangaroo": "kangaroos",
+        "flamingo": "flamingos",
+        "dodo": "dodos",
+        "cello": "cellos",
+        "rhino": "rhinos",
+        "hippo": "hippos",
+        "yo-yo": "yo-yos",
+        "sombrero": "sombreros",
+        "burrito": "burritos",
+        "taco": "tacos",
+        "radio": "radios",
+        "banjo": "banjos",
+        "avocado": "avocados",
+        "dingo": "dingos",
+    }
     head, _, last = name.rpartition(" ")
     if last in irregular:
         word = irregular[last]
