@@ -204,7 +204,12 @@ def _fields_at(cls: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
             continue
         candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
         nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        inner = [a for c in candidates for a in getattr(c, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
+        inner = [
+            a
+            for c in candidates
+            for a in getattr(c, "__args__", ())
+            if isinstance(a, type) and issubclass(a, BaseModel)
+        ]
         if nested or inner:
             current = (nested + inner)[0]
     return list(current.model_fields)

@@ -95,7 +95,9 @@ def load_tokenizer(config: LLMConfig, folder: Path | None = None) -> PreTrainedT
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"tokenizer of {source!r}: {_first_line(error)}") from error
     if not tokenizer.is_fast:
-        raise CheckpointError(f"tokenizer of {source!r}: a tokenizer.json is needed (slow tokenizers are not supported)")
+        raise CheckpointError(
+            f"tokenizer of {source!r}: a tokenizer.json is needed (slow tokenizers are not supported)"
+        )
     return tokenizer
 
 

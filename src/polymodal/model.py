@@ -204,7 +204,7 @@ class MultimodalLM(nn.Module):
         Returns:
             Keyword arguments of the language model.
         """
-        if attention_mask is None or bool(attention_mask[:, 0].all()) and cache is None:
+        if attention_mask is None or (bool(attention_mask[:, 0].all()) and cache is None):
             # Padding on the right is invisible to causal attention: no mask means the fast causal kernel.
             return {}
         kwargs: dict[str, torch.Tensor | Cache | None] = {"attention_mask": attention_mask.long()}
@@ -309,9 +309,7 @@ def image_token_id_for(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, 
     return own if own is not None else max(vocab_size, len(tokenizer))
 
 
-def build_model(
-    config: ModelConfig, folder: Path | None = None
-) -> tuple[MultimodalLM, PreTrainedTokenizerBase]:
+def build_model(config: ModelConfig, folder: Path | None = None) -> tuple[MultimodalLM, PreTrainedTokenizerBase]:
     """Compose a model: load the parts, make the projector (random weights).
 
     Args:
@@ -334,7 +332,9 @@ def build_model(
     embeddings = llm.get_input_embeddings().weight
     encoder = projector = None
     if config.vision is not None:
-        encoder = build_vision_encoder(config.vision, folder, tile=Size(*config.image.tile_size) if config.image else None)
+        encoder = build_vision_encoder(
+            config.vision, folder, tile=Size(*config.image.tile_size) if config.image else None
+        )
         projector = build_projector(config.projector, encoder.embed_dim, encoder.grid, embeddings.shape[1])
         projector.to(embeddings.dtype)
     head = llm.get_output_embeddings()

@@ -81,7 +81,9 @@ def test_projector_plans_as_many_tokens_as_it_makes(name: str) -> None:
     built = 0
     for _ in range(60):
         grid = Size(chance.randint(1, 12), chance.randint(1, 12))
-        config = ProjectorConfig(mm_projector_type=name, bias=chance.random() < 0.5, norm=chance.choice(["none", "layer", "standardize"]))
+        config = ProjectorConfig(
+            mm_projector_type=name, bias=chance.random() < 0.5, norm=chance.choice(["none", "layer", "standardize"])
+        )
         try:
             projector = build_projector(config, 8, grid, 16)
         except ConfigError as error:

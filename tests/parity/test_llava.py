@@ -115,9 +115,7 @@ def build(family: str, tokenizer: PreTrainedTokenizerFast) -> tuple[Any, Any, Lo
     )  # fmt: skip
     encoder = HFVisionEncoder(theirs.model.vision_tower)
     projector = build_projector(config.projector, encoder.embed_dim, encoder.grid, 32)
-    for ours, hf in zip(
-        [p for p in projector.parameters()], theirs.model.multi_modal_projector.parameters(), strict=True
-    ):
+    for ours, hf in zip(list(projector.parameters()), theirs.model.multi_modal_projector.parameters(), strict=True):
         ours.data.copy_(hf.data)
     newline = family == "llava_next"
     model = MultimodalLM(llm, image_id, encoder, projector, image_newline=newline)

@@ -86,6 +86,9 @@ class Backend(Protocol):
         Args:
             messages: The conversation; ends with a user message.
             params: The settings; the backend's defaults where None.
+
+        Returns:
+            The whole answer.
         """
         ...
 
@@ -97,5 +100,8 @@ class Backend(Protocol):
         Args:
             messages: The conversation; ends with a user message.
             params: The settings; the backend's defaults where None.
+
+        Returns:
+            Text deltas, then the `Reply`.
         """
         ...

@@ -235,7 +235,7 @@ def _load_tensors(path: Path, model: MultimodalLM) -> None:
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, the configuration asks for {tuple(wanted[name].shape)}"
+                f"{path}: {name} has shape {tuple(tensor.shape)}, the configuration needs {tuple(wanted[name].shape)}"
             )
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{path}: {name} holds NaN or infinity")
@@ -244,8 +244,11 @@ def _load_tensors(path: Path, model: MultimodalLM) -> None:
 
 
 def _difference(path: Path, missing: list[str], extra: list[str]) -> str:
-    parts = [f"{what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
-             for what, names in (("missing", missing), ("not expected", extra)) if names]
+    parts = [
+        f"{what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+        for what, names in (("missing", missing), ("not expected", extra))
+        if names
+    ]
     return f"{path}: tensors do not fit the configuration ({'; '.join(parts)})"
 
 

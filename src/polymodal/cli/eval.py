@@ -56,9 +56,11 @@ def run(args: argparse.Namespace) -> int:
         records = kept
     model = load(args.model, args.device)
     with tqdm(total=2 * len(records), desc="answers", disable=not sys.stderr.isatty()) as bar:
-        items = evaluate(
-            model, records, batch_size=args.batch_size, progress=lambda done, _: bar.update(done - bar.n) and None
-        )
+
+        def show(done: int, _total: int) -> None:
+            bar.update(done - bar.n)
+
+        items = evaluate(model, records, batch_size=args.batch_size, progress=show)
     rows = summarise(items)
     print(table(rows))
     failed = sum(row.failed for row in rows)

@@ -334,7 +334,10 @@ def load_efficientnet_lite0(weights: Path) -> EfficientNetLite0:
     network = EfficientNetLite0()
     network.load_state_dict({name: value.float() for name, value in tensors.items()})
     # Depthwise convolutions are about a quarter faster with channels last, on a CPU and on a GPU.
-    return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    for parameter in network.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return network.eval().requires_grad_(False)
 
 
 def save_efficientnet_lite0(network: EfficientNetLite0, weights: Path, dtype: torch.dtype = torch.float16) -> None:

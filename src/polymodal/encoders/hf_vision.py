@@ -17,9 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
-
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +149,8 @@ class HFVisionEncoder(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the tower as a standard Hugging Face folder."""
-        self.model.save_pretrained(folder)
+        save: Any = self.model.save_pretrained
+        save(folder)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode tiles; only the layers up to the deepest selected one are run.

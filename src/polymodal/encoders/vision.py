@@ -9,7 +9,7 @@ holds another family than configured or lacks weights, which would otherwise sta
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +41,10 @@ class VisionEncoder(Protocol):
     embed_dim: int
     grid: Size
     tile: Size
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Iterate over the weights, as of ``nn.Module``."""
+        ...
 
     def save(self, folder: Path) -> None:
         """Write the tower into a folder that `build_vision_encoder` reads."""

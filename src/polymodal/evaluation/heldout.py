@@ -107,7 +107,8 @@ def evaluate(
     """
     params = params or GenerationParams(max_new_tokens=24)
     questions = [_question(record) for record in records]
-    total, answers = 2 * len(records), []
+    total = 2 * len(records)
+    answers: list[list[str | PolymodalError]] = []
     for conversations in (questions, [_grey(messages) for messages in questions]):
         said: list[str | PolymodalError] = []
         for start in range(0, len(conversations), batch_size):

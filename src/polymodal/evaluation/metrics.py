@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 _ARTICLES = {"a", "an", "the"}
-_FUNCTION_WORDS = _ARTICLES | set("and or of in on at to with for from by is are it its this that there".split())
+_FUNCTION_WORDS = _ARTICLES | {
+    "and", "or", "of", "in", "on", "at", "to", "with", "for", "from", "by", "is", "are", "it", "its", "this", "that",
+    "there",
+}  # fmt: skip
 
 
 def words_of(text: str) -> list[str]:

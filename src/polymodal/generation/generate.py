@@ -55,9 +55,7 @@ def stream_ids(
 
     batch = batch.to(model.device)
     begin = time.perf_counter()
-    embeds = model.embed(
-        batch.input_ids, batch.plans, batch.sample_of_image, batch.pixel_values, batch.features
-    )
+    embeds = model.embed(batch.input_ids, batch.plans, batch.sample_of_image, batch.pixel_values, batch.features)
     encode_s = time.perf_counter() - begin
 
     cache = DynamicCache(config=model.llm.config.get_text_config())

@@ -94,9 +94,7 @@ class Processor:
             raise PolymodalError(f"{type(part).__name__} parts are not supported yet; give pictures and text")
         if self.config.image is None:
             raise PolymodalError("this model has no vision encoder; leave the picture out")
-        return open_image(
-            part.source, background=self.config.image.background, max_pixels=self.config.image.max_pixels
-        )
+        return open_image(part.source, background=self.config.image.background, max_pixels=self.config.image.max_pixels)
 
 
 def picture_key(picture: PILImage.Image, image: ImageConfig) -> str:

@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from polymodal.config import ProjectorConfig
@@ -28,6 +29,18 @@ class Projector(Protocol):
     """
 
     output_grid: Size
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Iterate over the weights, as of ``nn.Module``."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the weights by name, as of ``nn.Module``."""
+        ...
+
+    def to(self, dtype: torch.dtype) -> Any:
+        """Change the type of the weights, as of ``nn.Module``."""
+        ...
 
     def __call__(self, features: Tensor) -> Tensor:
         """Project features ``[N, P, E]`` to tokens ``[N, Q, D]``, Q = ``output_grid.area``."""
@@ -49,9 +62,15 @@ def _linear(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Pro
 
 def _mlp(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Projector:
     """Build "mlp<N>x_gelu"."""
-    depth = int(match["depth"])
-    options = {"bias": config.bias, "norm": config.norm, "hidden_size": config.hidden_size}
-    return MLPProjector(sizes.embed_dim, sizes.llm_dim, sizes.grid, depth, **options)
+    return MLPProjector(
+        sizes.embed_dim,
+        sizes.llm_dim,
+        sizes.grid,
+        int(match["depth"]),
+        bias=config.bias,
+        norm=config.norm,
+        hidden_size=config.hidden_size,
+    )
 
 
 def _pooled(

@@ -1,11 +1,13 @@
 """N linear layers with GELU between them: LLaVA-1.5's "mlpNx_gelu" (arXiv:2310.03744).
 
 The first layer goes to the language model's width, the others stay there; "mlp1x_gelu" is one linear layer. GELU is
-the exact one, as in the reference. `norm: layer` is the LayerNorm that InternVL (arXiv:2404.16821) puts first; `hidden_size`
-widens or narrows what lies between the layers.
+the exact one, as in the reference. `norm: layer` is the LayerNorm that InternVL (arXiv:2404.16821) puts first;
+`hidden_size` widens or narrows what lies between the layers.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -43,7 +45,7 @@ class MLPProjector(nn.Module):
         self.norm = build_norm(norm, embed_dim)
         widths = [embed_dim, *[hidden_size or llm_dim] * (depth - 1), llm_dim]
         self.layers = nn.Sequential(nn.Linear(widths[0], widths[1], bias=bias))
-        for before, after in zip(widths[1:], widths[2:], strict=False):
+        for before, after in pairwise(widths[1:]):
             self.layers.extend([nn.GELU(), nn.Linear(before, after, bias=bias)])
 
     def forward(self, features: Tensor) -> Tensor:

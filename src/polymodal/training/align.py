@@ -31,7 +31,7 @@ from polymodal.errors import ConfigError
 from polymodal.projectors.mlp import MLPProjector
 from polymodal.projectors.norm import Standardize
 from polymodal.training.log import progress, say
-from polymodal.training.prototypes import Prototypes
+from polymodal.training.prototypes import Prototypes, class_head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,7 +147,7 @@ def warm_start(
     device = next(projector.parameters()).device
     rows, labels, names = _labelled(feed)
     store = feed.store.array()
-    head = model.vision_encoder.class_head() if hasattr(model.vision_encoder, "class_head") else None
+    head = class_head_of(model)
     classes = [name.lower() for name in head.names] if head is not None and config.classes else []
     all_names = sorted({*names, *classes})
     number = {name: i for i, name in enumerate(all_names)}

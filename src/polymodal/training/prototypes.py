@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polymodal.data.records import Record
+from polymodal.encoders.efficientnet import EfficientNetEncoder
 from polymodal.errors import ConfigError
 from polymodal.messages import Image, assistant, user
 from polymodal.processing.sample import Sample
@@ -106,6 +107,12 @@ def class_prototypes(head: ClassHead, pooled: Tensor, wanted: float = 0.9) -> Te
     return torch.relu(mean + found.nan_to_num(6.0)[:, None] * direction)
 
 
+def class_head_of(model: MultimodalLM) -> ClassHead | None:
+    """The classifier that the model's tower was trained with; None where it has none."""
+    encoder = model.vision_encoder
+    return encoder.class_head() if isinstance(encoder, EfficientNetEncoder) else None
+
+
 def add_samples(feed: Feed, model: MultimodalLM, config: PrototypeConfig, seed: int) -> Feed:
     """Append caption samples whose features are prototypes.
 
@@ -121,13 +128,16 @@ def add_samples(feed: Feed, model: MultimodalLM, config: PrototypeConfig, seed: 
     Raises:
         ConfigError: Features are not cached, or the tower has no classifier.
     """
-    encoder = model.vision_encoder
-    head = encoder.class_head() if hasattr(encoder, "class_head") else None
+    head = class_head_of(model)
     if feed.store is None or head is None:
-        raise ConfigError("prototypes need cached features (run.feature_cache) and a tower with a classifier of its own")
+        raise ConfigError(
+            "prototypes need cached features (run.feature_cache) and a tower with a classifier of its own"
+        )
     generator = torch.Generator().manual_seed(seed)
     prepared, store = feed.prepared, feed.store
-    real = [i for i, s in enumerate(prepared.samples) if len(s.media_keys) == 1 and store.where[s.media_keys[0]][1] == 1]
+    real = [
+        i for i, s in enumerate(prepared.samples) if len(s.media_keys) == 1 and store.where[s.media_keys[0]][1] == 1
+    ]
     rows = np.array([store.where[prepared.samples[i].media_keys[0]][0] for i in real])
     picks = torch.randperm(len(rows), generator=generator)[:MEASURED].numpy()
     prototypes = Prototypes.of(head, torch.from_numpy(store.array()[np.sort(rows[picks])]).float())
