@@ -1,0 +1,81 @@
+"""LocalBackend: replies, streams, counts, and conversations that are too long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image as PILImage
+
+from polymodal.backends import load
+from polymodal.backends.local import LocalBackend
+from polymodal.backends.protocol import Reply, TextDelta
+from polymodal.errors import PolymodalError
+from polymodal.generation.params import GenerationParams
+from polymodal.messages import Audio, Image, assistant, system, user
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_folder: Path) -> LocalBackend:
+    return load(tiny_model_folder, "cpu")
+
+
+def picture(width: int = 40, height: int = 30) -> PILImage.Image:
+    return PILImage.new("RGB", (width, height), (200, 30, 90))
+
+
+def test_a_reply_counts_its_tokens(model: LocalBackend) -> None:
+    messages = [user(Image(picture()), "What?", Image(picture(10, 60)))]
+    reply = model.generate(messages, GenerationParams(max_new_tokens=7))
+    sample = model.processor(messages, add_generation_prompt=True)
+    assert reply.usage.prompt_tokens == sample.input_ids.numel()
+    assert reply.usage.image_tokens == 2 * 16
+    assert reply.usage.completion_tokens == 7 and reply.finish_reason == "length"
+    assert reply.message.role == "assistant"
+    assert 0 < reply.timing.first_token_s <= reply.timing.total_s
+
+
+def test_a_stream_joins_to_the_reply(model: LocalBackend) -> None:
+    params = GenerationParams(max_new_tokens=20, temperature=3.0, seed=4)
+    *deltas, reply = model.stream([user("Hello")], params)
+    assert isinstance(reply, Reply) and all(isinstance(delta, TextDelta) for delta in deltas)
+    assert "".join(delta.text for delta in deltas) == reply.text == model.generate([user("Hello")], params).text
+
+
+def test_a_stop_text_ends_the_answer(model: LocalBackend) -> None:
+    params = GenerationParams(max_new_tokens=30, temperature=3.0, seed=4)
+    text = model.generate([user("Hello")], params).text
+    stop = next(c for c in text[3:] if c.isprintable() and c != " ")
+    reply = model.generate([user("Hello")], params.model_copy(update={"stop": (stop,)}))
+    assert reply.text == text[: text.index(stop)] and reply.finish_reason == "stop"
+
+
+def test_the_oldest_text_turns_are_cut_and_media_never(model: LocalBackend) -> None:
+    long = "word " * 40
+    history = [system("Be short."), user(Image(picture()), "first"), assistant("seen"), user(long), assistant("old")]
+    history += [user(long[:100]), assistant("new")]
+    sample = model.prepare([*history, user("last")], 16)
+    text = model.tokenizer.decode([i for i in sample.input_ids.tolist() if i != model.model.image_token_id])
+    assert sample.input_ids.numel() <= model.context_length
+    assert "first" in text and "last" in text and "Be short." in text and len(sample.plans) == 1
+    assert "old" not in text
+
+
+def test_media_that_do_not_fit_are_refused(model: LocalBackend) -> None:
+    with pytest.raises(PolymodalError, match=r"takes \d+ tokens and the model's context is 512"):
+        model.generate([user(*[Image(picture())] * 40, "What?")])
+
+
+def test_what_cannot_be_answered_is_refused(model: LocalBackend) -> None:
+    with pytest.raises(PolymodalError, match="must end with a user message"):
+        model.generate([user("Hello"), assistant("Hi")])
+    with pytest.raises(PolymodalError, match="must end with a user message"):
+        model.generate([])
+    with pytest.raises(PolymodalError, match="not supported yet"):
+        model.generate([user(Audio("a.wav"), "What?")])
+
+
+def test_ask_takes_a_question_and_pictures(model: LocalBackend) -> None:
+    params = GenerationParams(max_new_tokens=4)
+    expected = model.generate([user(Image(picture()), "What?")], params).text
+    assert model.ask("What?", picture(), params=params) == expected

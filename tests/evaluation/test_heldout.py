@@ -1,0 +1,93 @@
+"""Held-out scoring: metrics on hand-made answers, the blind control, failed items."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as PILImage
+
+from polymodal.backends import load
+from polymodal.data.formats import Record
+from polymodal.errors import DataError
+from polymodal.evaluation.heldout import Item, _grey, evaluate, summarise, table
+from polymodal.evaluation.metrics import exact_match, mean_interval, mentions, word_recall
+from polymodal.messages import Image, assistant, user
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "score"),
+    [
+        ("A sheep.", ["sheep"], 1), ("Sheep", ["ram", "sheep"], 1), ("two boxes", ["two box"], 1), ("Yes", ["no"], 0),
+        ("a black sheep", ["sheep"], 0), ("", ["sheep"], 0), ("一只狗。", ["一只狗"], 1), ("glass", ["glas"], 0),
+    ],
+)  # fmt: skip
+def test_exact_match(answer: str, accepted: list[str], score: float) -> None:
+    assert exact_match(answer, accepted) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "score"),
+    [
+        ("This is a steam locomotive.", ["locomotive", "train"], 1), ("A train set.", ["train"], 1),
+        ("A scar.", ["car"], 0), ("Two sheep and cherries.", ["cherry"], 1), ("polar bear", ["bear polar"], 0),
+    ],
+)  # fmt: skip
+def test_mentions(answer: str, accepted: list[str], score: float) -> None:
+    assert mentions(answer, accepted) == score
+
+
+def test_word_recall_counts_content_words_of_the_best_caption() -> None:
+    assert word_recall("There is a red kangaroo.", ["A red kangaroo."]) == 1.0
+    assert word_recall("A red dog.", ["A red kangaroo.", "The blue and green wall of a house"]) == 0.5
+    assert word_recall("A", ["A"]) == 0.0
+
+
+def test_interval_covers_the_mean_and_narrows_with_data() -> None:
+    values = np.random.default_rng(0).normal(0.3, 1.0, 400)
+    low, high = mean_interval(values)
+    assert low < values.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+
+
+def record(picture: PILImage.Image | str, kind: str = "exists", answer: str = "Yes") -> Record:
+    messages = (user(Image(picture), "Is it red?"), assistant(answer))
+    return Record(id="r", messages=messages, kind=kind, source="test", extra={"answers": [answer]})
+
+
+def test_the_control_sees_grey_of_the_same_size() -> None:
+    picture = PILImage.new("RGB", (30, 20), (255, 0, 0))
+    (blind,) = _grey([user(Image(picture), "What?")])
+    part = blind.parts[0]
+    assert isinstance(part, Image) and isinstance(part.source, PILImage.Image)
+    assert part.source.size == (30, 20) and part.source.getpixel((3, 3)) == (128, 128, 128)
+    assert blind.text == "What?"
+
+
+def test_batches_do_not_change_answers_and_grey_pictures_equal_their_control(tiny_model_folder: Path) -> None:
+    model = load(tiny_model_folder, "cpu")
+    rng = np.random.default_rng(0)
+    noise = [PILImage.fromarray(rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)) for i in range(3)]
+    grey = PILImage.new("RGB", (30, 20), (128, 128, 128))
+    records = [record(p) for p in (*noise, grey)]
+    alone, together = evaluate(model, records, batch_size=1), evaluate(model, records, batch_size=4)
+    assert alone == together
+    assert alone[3].answer == alone[3].blind
+
+
+def test_a_record_without_answer_is_an_error(tiny_model_folder: Path) -> None:
+    broken = Record(id="broken", messages=(user("What?"),), kind="name", source="test", extra={})
+    with pytest.raises(DataError, match="broken: a held-out record needs a question and its answer"):
+        evaluate(load(tiny_model_folder, "cpu"), [broken])
+
+
+def test_summary_and_table() -> None:
+    def item(score: float, blind: float, accepted: str, error: str | None = None) -> Item:
+        return Item("i", "count", (accepted,), "two", "one", score, blind, error)
+
+    items = [item(1, 0, "two"), item(1, 1, "two"), item(0, 0, "three", "boom"), item(1, 0, "two")]
+    (row,) = summarise(items)
+    assert (row.count, row.failed, row.score, row.blind, row.majority) == (4, 1, 0.75, 0.25, 0.75)
+    assert row.margin[0] <= 0.5 <= row.margin[1]
+    assert "| count | exact match | 4 | 75.0% | 25.0% | 75.0% | +50.0% " in table([row])
