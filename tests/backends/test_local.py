@@ -51,7 +51,7 @@ def test_a_stop_text_ends_the_answer(model: LocalBackend) -> None:
 
 
 def test_the_oldest_text_turns_are_cut_and_media_never(model: LocalBackend) -> None:
-    long = "word " * 40
+    long = "word " * 60
     history = [system("Be short."), user(Image(picture()), "first"), assistant("seen"), user(long), assistant("old")]
     history += [user(long[:100]), assistant("new")]
     sample = model.prepare([*history, user("last")], 16)

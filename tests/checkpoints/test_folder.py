@@ -31,9 +31,7 @@ def logits(folder: Path, picture: Path) -> torch.Tensor:
     backend = load(folder, "cpu")
     batch = collate([backend.processor([user(Image(picture), "What is this?")], add_generation_prompt=True)], 0)
     with torch.inference_mode():
-        return backend.model(
-            batch.input_ids, None, None, batch.plans, batch.sample_of_image, batch.pixel_values
-        ).logits
+        return backend.model(batch.input_ids, None, None, batch.plans, batch.sample_of_image, batch.pixel_values).logits
 
 
 def test_saving_what_was_loaded_changes_nothing(folder: Path, tmp_path: Path, picture_folder: Path) -> None:
@@ -47,7 +45,9 @@ def test_saving_what_was_loaded_changes_nothing(folder: Path, tmp_path: Path, pi
     assert old["contract_hash"] == new["contract_hash"]
 
 
-def test_an_adapter_travels_with_the_model(tiny_model_config: ModelConfig, tmp_path: Path, picture_folder: Path) -> None:
+def test_an_adapter_travels_with_the_model(
+    tiny_model_config: ModelConfig, tmp_path: Path, picture_folder: Path
+) -> None:
     from polymodal.training.policy import add_lora
     from polymodal.training.recipe import LoraRecipe
 
@@ -95,7 +95,10 @@ SPOILED = {
     "no JSON": (lambda f: (f / "polymodal.json").write_text("{"), "not valid JSON"),
     "other format": (spoil_document(lambda d: d.update(format=99)), "another version"),
     "no history": (spoil_document(lambda d: d.pop("history")), "key 'history' is missing"),
-    "unknown key": (spoil_document(lambda d: d["config"].update(visoin=1)), "unknown key 'visoin'; did you mean 'vision'"),
+    "unknown key": (
+        spoil_document(lambda d: d["config"].update(visoin=1)),
+        "unknown key 'visoin'; did you mean 'vision'",
+    ),
     "edited contract": (spoil_document(lambda d: d["contract"].update(image_token_id=3)), "contract was changed"),
     "edited picture rule": (
         spoil_document(lambda d: d["config"]["image"].update(image_aspect_ratio="squash")),
@@ -121,7 +124,25 @@ def test_an_unknown_model_is_named_with_the_known_ones() -> None:
     with pytest.raises(PolymodalError, match="unknown model 'defualt'"):
         load("defualt")
     with pytest.raises(CheckpointError, match="no such model folder"):
+        load("some/where/else")
+    with pytest.raises(CheckpointError, match="some/where: no such folder here, and not to be had from the hub"):
         load("some/where")
+
+
+def test_a_folder_in_the_hubs_cache_loads_by_its_id(
+    private_cache: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(private_cache / "hub"))
+    repository = private_cache / "hub" / "models--me--tiny"
+    shutil.copytree(tiny_model_folder, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    assert load("me/tiny", "cpu").model.image_token_id == load(tiny_model_folder, "cpu").model.image_token_id
+    (repository / "snapshots" / ("0" * 40) / "polymodal.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no polymodal\.json"):
+        load("me/tiny")
 
 
 def test_nothing_is_half_written(tiny_model_config: ModelConfig, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from polymodal.backends.local import LocalBackend
@@ -11,12 +12,15 @@ from polymodal.files import shipped_folder
 from polymodal.geometry import Size
 from polymodal.processing.processor import Processor
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""The form of a hub id: owner and name."""
+
 
 def load(name: str | Path = "default", device: str | None = None) -> LocalBackend:
     """Open a model.
 
     Args:
-        name: "default" for the small model that comes with the package, or a model folder of ours.
+        name: "default" for the small model that comes with the package, a model folder of ours, or the hub id of one.
         device: Where to put it ("cpu", "cuda"); None takes a GPU where there is one.
 
     Returns:
@@ -49,11 +53,26 @@ def find_model(name: str | Path) -> Path:
     folder = Path(name).expanduser()
     if (shipped / CONFIG_NAME).is_file():
         return shipped
-    if not folder.is_dir():
-        known = [p.parent.name for p in shipped_folder().glob(f"*/{CONFIG_NAME}")]
-        if "/" in str(name):
-            raise CheckpointError(f"{name}: no such model folder (hub models come with a later release)")
-        raise unknown_name("model", str(name), known)
+    if folder.is_dir():
+        return folder
+    if HUB_ID.fullmatch(str(name)):
+        return _from_hub(str(name))
+    if "/" in str(name):
+        raise CheckpointError(f"{name}: no such model folder")
+    raise unknown_name("model", str(name), [path.parent.name for path in shipped_folder().glob(f"*/{CONFIG_NAME}")])
+
+
+def _from_hub(name: str) -> Path:
+    """Fetch a model folder of ours from the Hugging Face hub, or find it in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.md"]))
+    except (OSError, ValueError) as error:  # not there, no network, offline mode: all of them name the reason
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{name}: no such folder here, and not to be had from the hub ({reason})") from error
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(f"{name}: the hub's repository has no {CONFIG_NAME}; it is not a polymodal model")
     return folder
 
 

@@ -187,7 +187,7 @@ def warm_start(
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step >= config.steps * 0.9:
+        if step >= config.steps - max(1, config.steps // 10):
             right, total = right + hits, total + len(wanted)
     say(f"warm start: {right / total:.1%} of the last pictures are nearest to their own name of {len(all_names)}")
 

@@ -1,0 +1,48 @@
+"""`make train-default`, shortened: data -> stage 1 (warm start, prototypes) -> stage 2 (LoRA) -> package folder.
+
+The recipes are the real ones; only the language model is a tiny random one, the data are the generator's "tiny" and
+the runs a few steps.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import polymodal
+from polymodal.cli import main
+from polymodal.evaluation.heldout import evaluate, load_heldout, summarise
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def stage(number: int, *overrides: str) -> None:
+    assert main(["train", str(ROOT / "recipes" / "default" / f"stage{number}.yaml"), *overrides]) == 0
+
+
+def test_the_default_recipes_make_a_working_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llm_folder: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "build", "default", "--output", "data/default", "--size", "tiny"]) == 0
+    few = ["run.max_steps=3", "run.epochs=9", "run.log_every=1", "batch.global_size=8", "prototypes.count=10"]
+    stage(1, f"init.model.llm.model_name_or_path={tiny_llm_folder}", "warm_start.steps=5", *few)
+    stage(2, *few)
+    for number, kinds in ((1, {"caption"}), (2, {"prototype"})):
+        lines = (tmp_path / f"runs/default/stage{number}/log.jsonl").read_text().splitlines()
+        seen = {kind for line in lines for kind in json.loads(line).get("loss_by_kind", {})}
+        assert len(lines) >= 3 and kinds <= seen, seen
+
+    publish = [sys.executable, str(ROOT / "recipes/default/publish.py"), "runs/default/stage2/final", "published"]
+    done = subprocess.run(publish, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model = polymodal.load(tmp_path / "published", "cpu")
+    assert [entry["stage"] for entry in model.history] == ["default-stage1", "default-stage2"]
+    assert (tmp_path / "published" / "adapter" / "adapter_model.safetensors").is_file()
+    records = load_heldout(tmp_path / "data/default/val.json")[:6]
+    rows = summarise(evaluate(model, records))
+    assert sum(row.count for row in rows) == 6 and not any(row.failed for row in rows)
