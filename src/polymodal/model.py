@@ -336,7 +336,9 @@ def build_model(config: ModelConfig, folder: Path | None = None) -> tuple[Multim
             config.vision, folder, tile=Size(*config.image.tile_size) if config.image else None
         )
         projector = build_projector(config.projector, encoder.embed_dim, encoder.grid, embeddings.shape[1])
-        projector.to(embeddings.dtype)
+        # A language model that a device map has placed decides where the rest goes.
+        encoder.to(embeddings.device)
+        projector.to(embeddings.device, embeddings.dtype)
     head = llm.get_output_embeddings()
     vocab_size = head.weight.shape[0] if head is not None else embeddings.shape[0]
     model = MultimodalLM(

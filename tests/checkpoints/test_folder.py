@@ -62,6 +62,18 @@ def test_an_adapter_travels_with_the_model(
     ours, theirs = dict(model.llm.named_parameters()), dict(loaded.llm.named_parameters())
     assert ours.keys() == theirs.keys() and any("lora_B" in name for name in ours)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # For use the adapter is merged: the same logits with fewer steps. Saved again, it is what it was.
+    from polymodal.checkpoints.folder import merge_adapter
+
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        apart = loaded(ids).logits
+        merge_adapter(loaded)
+        together = loaded(ids).logits
+    assert torch.allclose(apart, together, atol=1e-5)
+    save_model(tmp_path / "again", loaded, tiny_model_config, tokenizer)
+    again = dict(load_model(tmp_path / "again").model.llm.named_parameters())
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
 
 
 def spoil_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:

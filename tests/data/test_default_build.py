@@ -203,6 +203,8 @@ def test_no_is_only_asked_of_unrelated_things(first: str, second: str, fair: boo
 
 def test_accepted_answers_hold_synonyms_and_parents_but_not_near_names() -> None:
     assert {"ram", "sheep", "rams"} <= set(words.accepted("ram"))
+    assert {"peacock", "peafowl"} <= set(words.names_of("peacock")) and "birds" not in words.names_of("peacock")
+    assert "bird" in words.accepted("peacock") and "bird" in words.names_of("bird")
     assert {"locomotive", "train", "engine"} <= set(words.accepted("locomotive"))
     assert "cat" not in words.accepted("lion")
 

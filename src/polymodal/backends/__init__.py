@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from polymodal.backends.local import LocalBackend
-from polymodal.checkpoints.folder import CONFIG_NAME, load_model, read_config
+from polymodal.checkpoints.folder import CONFIG_NAME, load_model, merge_adapter, read_config
 from polymodal.errors import CheckpointError, unknown_name
 from polymodal.files import shipped_folder
 from polymodal.geometry import Size
@@ -34,6 +34,7 @@ def load(name: str | Path = "default", device: str | None = None) -> LocalBacken
     loaded = load_model(find_model(name))
     if loaded.config.llm.device_map is None:
         loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    merge_adapter(loaded.model)
     return LocalBackend(loaded.model, loaded.tokenizer, loaded.config, name=str(name), history=loaded.history)
 
 

@@ -115,6 +115,7 @@ def save_model(
     with atomic_folder(folder, replace=replace) as work:
         _save_tensors(work / PROJECTOR_NAME, own_tensors(model), dtype)
         if is_peft(model.llm):
+            merge_adapter(model, False)  # weights that hold the adapter must not be written beside it
             _save_adapter(work / ADAPTER_NAME, model, dtype)
         if llm_trained:
             model.llm.save_pretrained(work / "llm")
@@ -179,6 +180,22 @@ def own_tensors(model: MultimodalLM) -> dict[str, torch.Tensor]:
 def is_peft(module: Any) -> bool:
     """Whether a peft adapter was injected into a module."""
     return hasattr(module, "peft_config")
+
+
+def merge_adapter(model: MultimodalLM, merged: bool = True) -> None:
+    """Add a LoRA adapter to the weights it adapts, or take it out again; decoding is faster with it inside.
+
+    Args:
+        model: The model; nothing happens where it has no adapter.
+        merged: Whether the adapter is to be inside.
+    """
+    if not is_peft(model.llm):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.llm.modules():
+        if isinstance(module, BaseTunerLayer) and module.merged != merged:
+            module.merge() if merged else module.unmerge()
 
 
 def _save_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:

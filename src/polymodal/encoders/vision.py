@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from polymodal.config import VisionConfig
@@ -41,6 +42,10 @@ class VisionEncoder(Protocol):
     embed_dim: int
     grid: Size
     tile: Size
+
+    def to(self, device: torch.device) -> Any:
+        """Move the weights, as of ``nn.Module``."""
+        ...
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Iterate over the weights, as of ``nn.Module``."""

@@ -38,8 +38,8 @@ class Projector(Protocol):
         """Give the weights by name, as of ``nn.Module``."""
         ...
 
-    def to(self, dtype: torch.dtype) -> Any:
-        """Change the type of the weights, as of ``nn.Module``."""
+    def to(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """Move the weights and change their type, as of ``nn.Module``."""
         ...
 
     def __call__(self, features: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def ask_name(rng: random.Random, scene: Scene, world: World) -> QA | None:
         )
         long = _named(source) if source.origin == "shapes" else source.caption
         short = noun
-    answers = name_answers(source) if scene.count == 1 else words.accepted(noun)
+    answers = name_answers(source) if scene.count == 1 else words.names_of(noun)
     return QA("name", question, words.sentence(long), _cap(words.proper(short)), tuple(answers))
 
 
@@ -143,7 +143,7 @@ def name_answers(source: Source) -> list[str]:
     own = source.caption.rstrip(".!").lower()
     for start in ("a ", "an ", "the ", "some ", "our "):
         own = own.removeprefix(start)
-    return list(dict.fromkeys([*words.accepted(source.noun or ""), own]))
+    return list(dict.fromkeys([*words.names_of(source.noun or ""), own]))
 
 
 def caption_of(scene: Scene) -> str:

@@ -339,8 +339,28 @@ def related(first: str, second: str) -> bool:
     return bool(set(accepted(first)) & wide(second) or wide(first) & set(accepted(second)))
 
 
+GROUPS = frozenset({"bird", "fruit", "vegetable", "toy", "rodent", "insect", "animal", "food", "tool", "vehicle"})
+"""Parents that name a group of things: right for "is it a bird?", too little for "what is this?"."""
+
+
+def names_of(name: str) -> list[str]:
+    """Every name that is right for "What is this?" without falling back on a group.
+
+    Args:
+        name: A noun.
+
+    Returns:
+        As `accepted`, without the `GROUPS` unless the noun is one of them.
+    """
+    return [word for word in accepted(name) if word == name or not {word, _singular(word)} & (GROUPS - {name})]
+
+
+def _singular(word: str) -> str:
+    return next((group for group in GROUPS if plural(group) == word), word)
+
+
 def accepted(name: str) -> list[str]:
-    """Every answer that is right for "What is this?" on a picture of the noun.
+    """Every word that a picture of the noun is rightly called, groups such as "bird" included.
 
     Args:
         name: A noun.

@@ -1,0 +1,149 @@
+"""Opening language models: folders, GGUF files, dtypes; and selecting positions before the head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from polymodal.config import LLMConfig
+from polymodal.errors import CheckpointError
+from polymodal.llm import head_only_at, load_llm, load_tokenizer
+
+
+def write_gguf(folder: Path, path: Path) -> None:
+    """Write a Hugging Face Llama folder as a float32 GGUF file, as llama.cpp's converter lays it out."""
+    import gguf
+
+    model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    special = set(tokenizer.get_added_vocab())
+    writer.add_token_types([gguf.TokenType.CONTROL if word in special else gguf.TokenType.NORMAL for word in words])
+    writer.add_token_merges([])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_bos_token_id(tokenizer.eos_token_id)
+
+    def pairs(weight: np.ndarray, heads: int) -> np.ndarray:
+        """llama.cpp's rotary order: pairs side by side instead of halves."""
+        rows, columns = weight.shape
+        return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+    names = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    state = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+    writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"])
+    writer.add_tensor("output_norm.weight", state["model.norm.weight"])
+    writer.add_tensor("output.weight", state["lm_head.weight"])
+    for layer in range(config.num_hidden_layers):
+        for theirs, ours in names.items():
+            weight = state[f"model.layers.{layer}.{theirs}.weight"]
+            if ours == "attn_q":
+                weight = pairs(weight, config.num_attention_heads)
+            if ours == "attn_k":
+                weight = pairs(weight, config.num_key_value_heads)
+            writer.add_tensor(f"blk.{layer}.{ours}.weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_gives_the_same_logits_as_its_folder(tiny_llm_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny_llm_folder, path)
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        ours = load_llm(LLMConfig(model_name_or_path=str(path)))(ids).logits
+        expected = load_llm(LLMConfig(model_name_or_path=str(tiny_llm_folder)))(ids).logits
+    assert torch.allclose(ours, expected, atol=1e-4)
+    text = "Hello, wörld <|im_end|>"
+    tokenizers = [load_tokenizer(LLMConfig(model_name_or_path=str(p))) for p in (path, tiny_llm_folder)]
+    assert tokenizers[0].encode(text) == tokenizers[1].encode(text)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtypes(dtype: str, tiny_llm_folder: Path) -> None:
+    config = LLMConfig.model_validate({"model_name_or_path": str(tiny_llm_folder), "dtype": dtype})
+    assert {p.dtype for p in load_llm(config).parameters()} == {getattr(torch, dtype)}
+
+
+def test_a_device_map_is_passed_on(tiny_llm_folder: Path) -> None:
+    model = load_llm(LLMConfig(model_name_or_path=str(tiny_llm_folder), device_map="cpu"))
+    assert {str(p.device) for p in model.parameters()} == {"cpu"} and hasattr(model, "hf_device_map")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/folder", "language model: no folder /no/such/folder"),
+        ("/no/such/file.gguf", "language model: no file /no/such/file.gguf"),
+        ("nobody/nothing", "language model 'nobody/nothing': "),
+    ],
+)
+def test_what_is_not_there_is_named(name: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_llm(LLMConfig(model_name_or_path=name))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_default_language_model_names_the_command_that_fetches_it(
+    private_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polymodal.checkpoints import smollm2
+
+    monkeypatch.setattr(smollm2, "packaged_gguf", lambda: None)
+    monkeypatch.setattr(smollm2, "in_hub_cache", lambda: False)
+    with pytest.raises(CheckpointError, match="run `polymodal fetch` once"):
+        load_llm(LLMConfig(model_name_or_path="smollm2"))
+
+
+def test_a_packaged_gguf_is_converted_once(
+    private_cache: Path, tiny_llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polymodal.checkpoints import smollm2
+
+    path = tmp_path / "package" / "tiny.gguf"
+    path.parent.mkdir()
+    write_gguf(tiny_llm_folder, path)
+    monkeypatch.setattr(smollm2, "packaged_gguf", lambda: path)
+    folder = smollm2.find_smollm2()
+    assert folder == private_cache / "llm" / "smollm2-135m-instruct"
+    path.unlink()  # from now on the converted copy is enough
+    assert smollm2.find_smollm2() == folder
+    ids = torch.arange(9)[None]
+    with torch.inference_mode():
+        ours = load_llm(LLMConfig(model_name_or_path="smollm2"))(ids).logits
+        expected = load_llm(LLMConfig(model_name_or_path=str(tiny_llm_folder)))(ids).logits
+    assert torch.allclose(ours, expected, atol=1e-4)
+
+
+def test_selected_rows_equal_all_rows(tiny_llm_folder: Path) -> None:
+    model = load_llm(LLMConfig(model_name_or_path=str(tiny_llm_folder)))
+    ids, rows = torch.arange(24).view(2, 12), torch.tensor([0, 5, 13, 23])
+    with torch.inference_mode():
+        everything = model(ids).logits.reshape(24, -1)
+        with head_only_at(model, rows):
+            chosen = model(ids).logits
+        assert torch.allclose(chosen, everything[rows], atol=1e-6)
+        assert model(ids).logits.shape[:2] == (2, 12)  # nothing stays behind
