@@ -37,7 +37,7 @@ def write_gguf(folder: Path, path: Path) -> None:
     writer.add_token_list(words)
     special = set(tokenizer.get_added_vocab())
     writer.add_token_types([gguf.TokenType.CONTROL if word in special else gguf.TokenType.NORMAL for word in words])
-    writer.add_token_merges([])
+    writer.add_token_scores([0.0] * len(words))  # transformers makes merges of these where there are none
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_bos_token_id(tokenizer.eos_token_id)
 
@@ -89,8 +89,8 @@ def test_dtypes(dtype: str, tiny_llm_folder: Path) -> None:
 
 
 def test_a_device_map_is_passed_on(tiny_llm_folder: Path) -> None:
-    model = load_llm(LLMConfig(model_name_or_path=str(tiny_llm_folder), device_map="cpu"))
-    assert {str(p.device) for p in model.parameters()} == {"cpu"} and hasattr(model, "hf_device_map")
+    model = load_llm(LLMConfig(model_name_or_path=str(tiny_llm_folder), device_map="meta"))
+    assert {str(p.device) for p in model.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(
