@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 SEEN = Path("runs") / "demo" / "seen.png"
 
 
-def main(picture: str = str(HERE / "pictures" / "cat.jpg"), question: str = "What is this?") -> None:
+def main(picture: str = str(HERE / "pictures" / "coffee.jpg"), question: str = "What is this?") -> None:
     model = polymodal.load("default")
     reply = model.generate([user(Image(picture), question)])
 

@@ -1,0 +1,51 @@
+"""The model that ships: it opens offline, answers about pictures it never saw, and needs the picture to do so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import polymodal
+from polymodal.backends.local import LocalBackend
+from polymodal.data.default import build_default
+from polymodal.evaluation.heldout import evaluate, load_heldout
+from polymodal.files import shipped_folder
+
+FOLDER = shipped_folder() / "default"
+
+
+@pytest.fixture(scope="module")
+def model() -> LocalBackend:
+    return polymodal.load("default", "cpu")
+
+
+def test_it_is_small_enough_for_a_package_and_has_a_card() -> None:
+    size = sum(path.stat().st_size for path in shipped_folder().rglob("*") if path.is_file())
+    assert size < 40_000_000
+    card = (FOLDER / "MODEL_CARD.md").read_text(encoding="utf-8")
+    for section in ("## Data", "## Scores", "## Limits", "GPL-2", "image-blind"):
+        assert section in card
+    assert "@" not in card.replace("@1", "")  # every figure was filled in
+
+
+def test_its_history_names_both_stages() -> None:
+    history = json.loads((FOLDER / "polymodal.json").read_text())["history"]
+    assert [entry["stage"] for entry in history] == ["default-stage1", "default-stage2"]
+    assert history[0]["trained"] == ["projector"] and history[1]["trained"] == ["lora", "projector"]
+
+
+def test_it_beats_its_blind_self_on_shapes_it_never_saw(model: LocalBackend, tmp_path: Path) -> None:
+    """The held-out shapes of the generator's smallest set, which needs no packages."""
+    build_default(tmp_path / "data", size="tiny", seed=123, workers=1, progress=False)
+    kinds = {"name", "exists", "color", "category"}
+    records = [r for r in load_heldout(tmp_path / "data" / "val.json") if r.kind in kinds]
+    items = evaluate(model, records)
+    score = sum(item.score for item in items) / len(items)
+    blind = sum(item.blind_score for item in items) / len(items)
+    assert len(items) >= 10 and score > blind + 0.2
+
+
+def test_a_text_conversation_keeps_its_manners(model: LocalBackend) -> None:
+    assert "paris" in model.ask("What is the capital of France?").lower()
