@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from polymodal.config import LLMConfig
-from polymodal.errors import CheckpointError, ConfigError
+from polymodal.errors import CheckpointError, ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ def load_llm(config: LLMConfig) -> PreTrainedModel:
             **kwargs,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"language model {config.model_name_or_path!r}: {_first_line(error)}") from error
+        raise CheckpointError(f"language model {config.model_name_or_path!r}: {first_line(error)}") from error
     return model.eval()
 
 
@@ -79,7 +79,7 @@ def load_tokenizer(config: LLMConfig, folder: Path | None = None) -> PreTrainedT
 
     Args:
         config: The language model.
-        folder: A model folder of ours that carries its own tokenizer; preferred where given.
+        folder: A model folder of ours; the tokenizer in it is preferred where it carries one.
 
     Returns:
         The tokenizer (fast).
@@ -89,11 +89,12 @@ def load_tokenizer(config: LLMConfig, folder: Path | None = None) -> PreTrainedT
     """
     from transformers import AutoTokenizer
 
-    source, kwargs = (str(folder), {}) if folder is not None else _source(config)
+    carried = folder is not None and (folder / "tokenizer.json").is_file()
+    source, kwargs = (str(folder), {}) if carried else _source(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"tokenizer of {source!r}: {_first_line(error)}") from error
+        raise CheckpointError(f"tokenizer of {source!r}: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise CheckpointError(
             f"tokenizer of {source!r}: a tokenizer.json is needed (slow tokenizers are not supported)"
@@ -154,11 +155,6 @@ def _source(config: LLMConfig) -> tuple[str, dict[str, str]]:
             raise CheckpointError(f"language model: no folder {name}")
         return str(path.expanduser()), {}
     return name, {"revision": config.revision} if config.revision else {}
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _warn_slow_dtype(dtype: str) -> None:

@@ -309,6 +309,31 @@ def image_token_id_for(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, 
     return own if own is not None else max(vocab_size, len(tokenizer))
 
 
+def build_vision(config: ModelConfig, folder: Path | None, llm_dim: int) -> tuple[VisionEncoder, Projector] | None:
+    """Load the vision tower and make the projector that fits it (random weights).
+
+    Args:
+        config: The configuration.
+        folder: The model folder that "bundled" parts lie in.
+        llm_dim: D, the language model's width.
+
+    Returns:
+        Encoder and projector; None for a text-only model.
+
+    Raises:
+        ConfigError: A component is unknown or does not fit the next.
+        CheckpointError: The tower cannot be loaded.
+    """
+    from polymodal.encoders.vision import build_vision_encoder
+    from polymodal.projectors import build_projector
+
+    if config.vision is None:
+        return None
+    tile = Size(*config.image.tile_size) if config.image else None
+    encoder = build_vision_encoder(config.vision, folder, tile=tile)
+    return encoder, build_projector(config.projector, encoder.embed_dim, encoder.grid, llm_dim)
+
+
 def build_model(config: ModelConfig, folder: Path | None = None) -> tuple[MultimodalLM, PreTrainedTokenizerBase]:
     """Compose a model: load the parts, make the projector (random weights).
 
@@ -323,19 +348,11 @@ def build_model(config: ModelConfig, folder: Path | None = None) -> tuple[Multim
         ConfigError: A component is unknown or does not fit the next.
         CheckpointError: A part cannot be loaded.
     """
-    from polymodal.encoders.vision import build_vision_encoder
-    from polymodal.projectors import build_projector
-
     llm = load_llm(config.llm)
-    has_tokenizer = folder is not None and (folder / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(config.llm, folder if has_tokenizer else None)
+    tokenizer = load_tokenizer(config.llm, folder)
     embeddings = llm.get_input_embeddings().weight
-    encoder = projector = None
-    if config.vision is not None:
-        encoder = build_vision_encoder(
-            config.vision, folder, tile=Size(*config.image.tile_size) if config.image else None
-        )
-        projector = build_projector(config.projector, encoder.embed_dim, encoder.grid, embeddings.shape[1])
+    encoder, projector = build_vision(config, folder, embeddings.shape[1]) or (None, None)
+    if encoder is not None and projector is not None:
         # A language model that a device map has placed decides where the rest goes.
         encoder.to(embeddings.device)
         projector.to(embeddings.device, embeddings.dtype)

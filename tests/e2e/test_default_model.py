@@ -10,7 +10,8 @@ import pytest
 import polymodal
 from polymodal.backends.local import LocalBackend
 from polymodal.data.default import build_default
-from polymodal.evaluation.heldout import evaluate, load_heldout
+from polymodal.data.records import load_records
+from polymodal.evaluation.heldout import evaluate
 from polymodal.files import shipped_folder
 
 FOLDER = shipped_folder() / "default"
@@ -40,7 +41,7 @@ def test_it_beats_its_blind_self_on_shapes_it_never_saw(model: LocalBackend, tmp
     """The held-out shapes of the generator's smallest set, which needs no packages."""
     build_default(tmp_path / "data", size="tiny", seed=123, workers=1, progress=False)
     kinds = {"name", "exists", "color", "category"}
-    records = [r for r in load_heldout(tmp_path / "data" / "val.json") if r.kind in kinds]
+    records = [r for r in load_records(tmp_path / "data" / "val.json") if r.kind in kinds]
     items = evaluate(model, records)
     score = sum(item.score for item in items) / len(items)
     blind = sum(item.blind_score for item in items) / len(items)

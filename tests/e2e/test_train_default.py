@@ -15,7 +15,8 @@ import pytest
 
 import polymodal
 from polymodal.cli import main
-from polymodal.evaluation.heldout import evaluate, load_heldout, summarise
+from polymodal.data.records import load_records
+from polymodal.evaluation.heldout import evaluate, summarise
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,6 +44,6 @@ def test_the_default_recipes_make_a_working_model(
     model = polymodal.load(tmp_path / "published", "cpu")
     assert [entry["stage"] for entry in model.history] == ["default-stage1", "default-stage2"]
     assert (tmp_path / "published" / "adapter" / "adapter_model.safetensors").is_file()
-    records = load_heldout(tmp_path / "data/default/val.json")[:6]
+    records = load_records(tmp_path / "data/default/val.json")[:6]
     rows = summarise(evaluate(model, records))
     assert sum(row.count for row in rows) == 6 and not any(row.failed for row in rows)

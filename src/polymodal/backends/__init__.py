@@ -7,9 +7,8 @@ from pathlib import Path
 
 from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.folder import CONFIG_NAME, load_model, merge_adapter, read_config
-from polymodal.errors import CheckpointError, unknown_name
+from polymodal.errors import CheckpointError, first_line, unknown_name
 from polymodal.files import shipped_folder
-from polymodal.geometry import Size
 from polymodal.processing.processor import Processor
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -70,8 +69,9 @@ def _from_hub(name: str) -> Path:
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.md"]))
     except (OSError, ValueError) as error:  # not there, no network, offline mode: all of them name the reason
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{name}: no such folder here, and not to be had from the hub ({reason})") from error
+        raise CheckpointError(
+            f"{name}: no such folder here, and not to be had from the hub ({first_line(error)})"
+        ) from error
     if not (folder / CONFIG_NAME).is_file():
         raise CheckpointError(f"{name}: the hub's repository has no {CONFIG_NAME}; it is not a polymodal model")
     return folder
@@ -89,20 +89,16 @@ def load_processor(name: str | Path = "default") -> Processor:
     Raises:
         CheckpointError: There is no such model, or its folder is damaged.
     """
-    from polymodal.encoders.vision import build_vision_encoder
     from polymodal.llm import load_tokenizer, quieten_transformers
-    from polymodal.projectors import build_projector
+    from polymodal.model import build_vision
 
     folder = find_model(name)
     config = read_config(folder)
     quieten_transformers()
     if config.image_token_id is None:
         raise CheckpointError(f"{folder / CONFIG_NAME}: config.image_token_id is missing")
-    tokenizer = load_tokenizer(config.llm, folder if (folder / "tokenizer.json").is_file() else None)
-    tokens = None
-    if config.vision is not None:
-        tile = Size(*config.image.tile_size) if config.image else None
-        encoder = build_vision_encoder(config.vision, folder, tile=tile)
-        # Only its grid is asked for, so the width of the language model does not matter.
-        tokens = build_projector(config.projector, encoder.embed_dim, encoder.grid, llm_dim=1).output_grid
+    tokenizer = load_tokenizer(config.llm, folder)
+    # Only the projector's grid is asked for, so the width of the language model does not matter.
+    vision = build_vision(config, folder, llm_dim=1)
+    tokens = vision[1].output_grid if vision is not None else None
     return Processor(config, tokenizer, tokens, config.image_token_id)

@@ -42,10 +42,11 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from polymodal.backends import load
-    from polymodal.evaluation.heldout import evaluate, load_heldout, summarise, table
+    from polymodal.data.records import load_records
+    from polymodal.evaluation.heldout import evaluate, summarise, table
     from polymodal.files import write_text
 
-    records = load_heldout(args.data)
+    records = load_records(args.data)
     if args.limit is not None:
         seen: Counter[str] = Counter()
         kept = []

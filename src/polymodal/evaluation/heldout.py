@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -229,23 +228,3 @@ def _majority(kind: str, group: Sequence[Item]) -> float:
     metric = METRICS.get(kind, exact_match)
     candidates = {item.accepted[0] for item in group}
     return max(sum(metric(answer, item.accepted) for item in group) / len(group) for answer in candidates)
-
-
-def load_heldout(path: Path) -> list[Record]:
-    """Read held-out records.
-
-    Args:
-        path: A JSON list or JSONL in any format that `data.records` reads.
-
-    Returns:
-        The records.
-
-    Raises:
-        DataError: The file is missing, damaged or empty.
-    """
-    from polymodal.data.records import load_records
-
-    records = load_records(path)
-    if not records:
-        raise DataError(f"{path}: holds no records")
-    return records
