@@ -32,6 +32,8 @@ class VisionConfig(Strict):
         mm_vision_select_feature: "patch" drops the class token, "cls_patch" keeps it, "cls" keeps only it.
         pool: Average-pool the patch grid to this many rows and columns inside the encoder (convolutional towers).
         stages: Which stages of a convolutional tower are concatenated.
+        detail: Cells a side that the shallow stages keep inside each token, laid along the channels (convolutional
+            towers); 1 where None.
     """
 
     vision_tower: str
@@ -41,6 +43,7 @@ class VisionConfig(Strict):
     mm_vision_select_feature: Literal["patch", "cls_patch", "cls"] = "patch"
     pool: int | None = None
     stages: tuple[str, ...] | None = None
+    detail: int | None = None
 
 
 class ImageConfig(Strict):

@@ -18,7 +18,7 @@ is computed per call; several depths are returned, because the last map has lost
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +70,7 @@ FEATURES: dict[str, tuple[int, int]] = {
     "stride32": (6, 320),
     "head": (7, HEAD_CHANNELS),
 }
+SHALLOW = ("stride4", "stride8", "stride16")
 
 
 class SameConv2d(nn.Conv2d):
@@ -207,7 +208,9 @@ class EfficientNetEncoder(nn.Module):
 
     Each chosen depth is average-pooled to the same grid, then all are put side by side along E: the deep map says
     what it is, the shallow ones keep colour, edges and place. The depths differ tenfold in size, so a projector
-    should normalise per channel before it mixes them.
+    should normalise per channel before it mixes them. With `detail` above 1 the shallow maps (stride 16 and finer)
+    keep that many cells a side inside each token, laid along the channels (space to depth): letters and small things
+    stay apart without one more token.
     """
 
     def __init__(
@@ -215,6 +218,7 @@ class EfficientNetEncoder(nn.Module):
         network: EfficientNetLite0 | None = None,
         stages: tuple[str, ...] = ("stride8", "stride16", "head"),
         pool: int = 4,
+        detail: int = 1,
     ) -> None:
         super().__init__()
         unknown = [name for name in stages if name not in FEATURES]
@@ -224,20 +228,26 @@ class EfficientNetEncoder(nn.Module):
             )
         if pool < 1:
             raise PolymodalError(f"encoder pool is {pool}; it is the side of the token grid and must be 1 or more")
+        if detail < 1:
+            raise PolymodalError(f"encoder detail is {detail}; it is the cells a side in each token, 1 or more")
         self.network = network if network is not None else EfficientNetLite0()
         self.stages = tuple(stages)
         self.grid = Size(pool, pool)
         self.tile = IMAGE_SIZE
-        self.embed_dim = sum(FEATURES[name][1] for name in stages)
+        self.cells = {name: detail if name in SHALLOW else 1 for name in stages}
+        self.embed_dim = self._channels(stages)
 
     def class_head(self) -> ClassHead | None:
         """The ImageNet classifier as seen from this encoder's channels; None where the head map is not among them."""
         if "head" not in self.stages:
             return None
-        start = sum(FEATURES[name][1] for name in self.stages[: self.stages.index("head")])
+        start = self._channels(self.stages[: self.stages.index("head")])
         names = (shipped_folder() / "efficientnet_lite0" / CLASSES_FILE).read_text(encoding="utf-8").splitlines()
         weight, bias = self.network.classifier.weight.detach(), self.network.classifier.bias.detach()
         return ClassHead(slice(start, start + HEAD_CHANNELS), weight, bias, tuple(names))
+
+    def _channels(self, stages: Sequence[str]) -> int:
+        return sum(FEATURES[name][1] * self.cells[name] ** 2 for name in stages)
 
     def save(self, folder: Path) -> None:
         """Write the tower's weights, as they are, into a folder."""
@@ -255,7 +265,10 @@ class EfficientNetEncoder(nn.Module):
         """
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         maps = self.network(pixels.to(self.network.classifier.weight.dtype))
-        pooled = [F.adaptive_avg_pool2d(maps[name], (self.grid.height, self.grid.width)) for name in self.stages]
+        pooled = []
+        for name, cells in self.cells.items():
+            fine = F.adaptive_avg_pool2d(maps[name], (self.grid.height * cells, self.grid.width * cells))
+            pooled.append(F.pixel_unshuffle(fine, cells))
         return torch.cat(pooled, dim=1).flatten(2).transpose(1, 2)
 
 

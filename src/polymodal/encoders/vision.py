@@ -62,8 +62,8 @@ class VisionEncoder(Protocol):
 
 def _build_hf(config: VisionConfig, folder: Path | None, tile: Size | None) -> VisionEncoder:
     """Load a tower of `transformers` from a folder or the hub."""
-    if config.pool is not None or config.stages is not None:
-        raise ConfigError(f"vision.pool and vision.stages belong to efficientnet_lite0, not to {config.type}")
+    if (config.pool, config.stages, config.detail) != (None, None, None):
+        raise ConfigError(f"vision.pool, stages and detail belong to efficientnet_lite0, not to {config.type}")
     path = _local(config, folder)
     if path is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.vision_tower):
         raise ConfigError(f"vision_tower {config.vision_tower!r}: no such folder, and not a hub id (owner/name)")
@@ -143,7 +143,7 @@ def _build_efficientnet(config: VisionConfig, folder: Path | None, tile: Size | 
     if path is None:
         raise ConfigError(f"vision_tower {config.vision_tower!r}: no such file or folder")
     network = load_efficientnet_lite0(path / WEIGHTS_FILE if path.is_dir() else path)
-    options: dict[str, Any] = {"stages": config.stages, "pool": config.pool}
+    options: dict[str, Any] = {"stages": config.stages, "pool": config.pool, "detail": config.detail}
     encoder = EfficientNetEncoder(network, **{k: v for k, v in options.items() if v is not None})
     encoder.tile = tile or IMAGE_SIZE
     return encoder.eval()

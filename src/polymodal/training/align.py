@@ -31,7 +31,7 @@ from polymodal.errors import ConfigError
 from polymodal.projectors.mlp import MLPProjector
 from polymodal.projectors.norm import Standardize
 from polymodal.training.log import progress, say
-from polymodal.training.prototypes import Prototypes, class_head_of
+from polymodal.training.prototypes import Prototypes, class_head_of, draw_classes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,14 @@ class Concepts:
 
 
 def concept_of(caption: str) -> str | None:
-    """The name in a short caption: "A red kangaroo." gives "red kangaroo"; None for longer sentences."""
+    """The name in a short caption: "A red kangaroo." gives "red kangaroo"; None for longer sentences.
+
+    Of a caption that quotes what is written, it is the quotation with its marks: `The word "FISH".` gives `"fish"`,
+    so that a written fish lies near a pictured one among the embeddings, but not on it.
+    """
+    written = re.fullmatch(r'The (?:word|number) ("[^"]+")\.', caption.strip())
+    if written:
+        return written.group(1).lower()
     name = re.sub(r"^(an?|the)\s+", "", caption.strip().rstrip(".!").strip().lower())
     return name if name and len(name.split()) <= MAX_WORDS else None
 
@@ -160,11 +167,12 @@ def warm_start(
     sample = torch.from_numpy(store[np.sort(rows[picks.numpy()])]).float()
     if isinstance(projector.norm, Standardize):
         projector.norm.measure(sample)
-    prototypes = class_ids = None
+    prototypes = class_ids = class_order = None
     if head is not None and classes:
         class_ids = torch.tensor([number[name] for name in classes])
         write_classes(projector, head, concepts.targets[class_ids], concepts.middle, concepts.norm)
         prototypes = Prototypes.of(head, sample)
+        class_order = draw_classes(classes, 20 * len(classes), generator)
     say(f"warm start: {len(rows)} pictures, {len(names)} names, {len(classes)} classes of the tower")
 
     parameters = [p for p in projector.parameters() if p.requires_grad]
@@ -176,8 +184,8 @@ def warm_start(
         pick = torch.randint(len(rows), (config.batch_size,), generator=generator)
         features = torch.from_numpy(store[rows[pick.numpy()]]).float()
         wanted = label_ids[pick]
-        if made and prototypes is not None and class_ids is not None:
-            kind = torch.randint(len(classes), (made,), generator=generator)
+        if made and prototypes is not None and class_ids is not None and class_order is not None:
+            kind = class_order[torch.randint(len(class_order), (made,), generator=generator)]
             features[:made] = prototypes.move(features[:made], kind, generator)
             wanted[:made] = class_ids[kind]
         seen = torch.rand(features.shape[:2], generator=generator).topk(config.tokens, dim=1).indices
@@ -221,7 +229,7 @@ def _labelled(feed: Feed) -> tuple[np.ndarray, list[str], list[str]]:
     assert feed.store is not None
     rows, labels = [], []
     for record, sample in zip(feed.prepared.records, feed.prepared.samples, strict=True):
-        if len(sample.media_keys) != 1 or record.kind != "caption":
+        if len(sample.media_keys) != 1 or record.kind not in ("caption", "caption_ocr"):
             continue
         name = concept_of(record.messages[-1].text)
         start, count = feed.store.where[sample.media_keys[0]]

@@ -12,6 +12,7 @@ names. They are features, not pictures: no data set's pictures are used or shipp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -107,6 +108,26 @@ def class_prototypes(head: ClassHead, pooled: Tensor, wanted: float = 0.9) -> Te
     return torch.relu(mean + found.nan_to_num(6.0)[:, None] * direction)
 
 
+def draw_classes(names: Sequence[str], count: int, generator: torch.Generator) -> Tensor:
+    """Draw classes so that every name comes equally often, however many classes carry it (118 breeds are "dog").
+
+    Args:
+        names: Name of each class.
+        count: How many to draw.
+        generator: Draws a class of each name.
+
+    Returns:
+        [count] class numbers; the names take turns.
+    """
+    members: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        members.setdefault(name, []).append(number)
+    groups = list(members.values())
+    chances = torch.rand(count, generator=generator).tolist()
+    turns = [groups[turn % len(groups)] for turn in range(count)]
+    return torch.tensor([group[int(chance * len(group))] for group, chance in zip(turns, chances, strict=True)])
+
+
 def class_head_of(model: MultimodalLM) -> ClassHead | None:
     """The classifier that the model's tower was trained with; None where it has none."""
     encoder = model.vision_encoder
@@ -142,9 +163,9 @@ def add_samples(feed: Feed, model: MultimodalLM, config: PrototypeConfig, seed: 
     picks = torch.randperm(len(rows), generator=generator)[:MEASURED].numpy()
     prototypes = Prototypes.of(head, torch.from_numpy(store.array()[np.sort(rows[picks])]).float())
     plan = prepared.samples[real[0]].plans[0]
-    # Every class equally often. A sample's key says what it was made from, so that the next run finds it again.
+    # A sample's key says what it was made from, so that the next run finds it again.
     origin = f"prototype-{prepared.fingerprint[:16]}-{seed}"
-    classes = torch.arange(config.count) % len(head.names)
+    classes = draw_classes(head.names, config.count, generator)
     bases = torch.randint(len(rows), (config.count,), generator=generator)
     questions = torch.randint(len(config.questions), (config.count,), generator=generator)
     records: list[Record] = []

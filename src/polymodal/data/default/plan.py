@@ -36,12 +36,14 @@ class Size:
 
 
 SIZES: dict[str, Size] = {
-    "full": Size({"stamps": 7, "openclipart": 4, "emoji": 4, "shapes": 3}, 1800, 450, 7000, 90, 40),
+    "full": Size({"stamps": 7, "openclipart": 4, "emoji": 4, "shapes": 3}, 1800, 3200, 7600, 120, 40),
     "small": Size({"stamps": 1, "openclipart": 1, "emoji": 1, "shapes": 1}, 60, 30, 260, 8, 40, clipart=60),
     "tiny": Size({"shapes": 1}, 6, 4, 24, 3, 8, shapes_only=True),
 }
 # Shares of the stage-2 pictures.
-_LAYOUTS = {"single": 0.36, "side": 0.09, "beside": 0.13, "above": 0.06, "counted": 0.14, "text": 0.08, "compare": 0.07}
+_LAYOUTS = {"single": 0.31, "side": 0.08, "beside": 0.11, "above": 0.06, "counted": 0.12, "text": 0.14, "compare": 0.12}
+_CLOSE = 0.25
+"""Share of the training photographs that fill the frame."""
 KINDS = ["name", "caption", "exists", "count", "color", "position", "category", "compare", "ocr", "zh"]
 
 
@@ -72,6 +74,7 @@ class Composer:
         """
         self.rng, self.sources, self.fonts = rng, sources, fonts
         self.prefix, self.suffix = prefix, suffix
+        self.close = 0.0 if heldout else _CLOSE
         self.pictures: list[Picture] = []
         self.pool = [i for i, s in enumerate(sources) if s.heldout == heldout]
         self.nouned = [i for i in self.pool if sources[i].noun]
@@ -137,7 +140,8 @@ class Composer:
         if index is None:
             index = self.pick(self.nouned)
         source = self.sources[index]
-        return self.add(Scene(scenes.single(self.file(), self.rng, index, source), (source,), "single"))
+        picture = scenes.single(self.file(), self.rng, index, source, close=self.close)
+        return self.add(Scene(picture, (source,), "single"))
 
     def make(self, layout: str) -> Scene:
         """A scene of the named layout.
@@ -255,11 +259,11 @@ def _stage1(make: Composer, size: Size) -> list[Record]:
 
 
 _TURNS = {
-    "single": ["name", "caption", "exists", "exists", "color", "category", "zh"],
+    "single": ["name", "caption", "exists", "exists", "color", "category", "zh", "zh"],
     "side": ["position", "name", "exists", "color", "caption"],
     "beside": ["position", "position", "exists", "exists", "color", "caption"],
     "above": ["position", "position", "exists", "exists", "color", "caption"],
-    "counted": ["count", "count", "name", "exists", "color", "caption"],
+    "counted": ["count", "count", "name", "exists", "color", "caption", "zh"],
     "text": ["ocr", "ocr", "color", "caption"],
 }
 
@@ -301,7 +305,9 @@ def _stage2(make: Composer, size: Size, world: World) -> list[Record]:
             continue
         if layout == "compare":
             first, second, qa = make.comparison()
-            records.append(_record(name, [first, second], [questions.turn(rng, qa)], ["compare"], kind="compare"))
+            asked_of_both = [qa, *questions.ask_more_of_two(rng, first, second, qa)]
+            turns = [questions.turn(rng, one) for one in asked_of_both]
+            records.append(_record(name, [first, second], turns, [one.kind for one in asked_of_both], kind="compare"))
             continue
         scene = make.make("color" if layout == "single" and rng.random() < 0.3 else layout)
         wanted = _TURNS[layout]
@@ -325,14 +331,16 @@ def _stage2(make: Composer, size: Size, world: World) -> list[Record]:
     return records
 
 
-_VAL_LAYOUT = {
-    "name": "single",
-    "category": "single",
-    "zh": "single",
-    "count": "counted",
-    "color": "color",
-    "ocr": "text",
-    "caption": "single",
+_VAL_LAYOUTS = {
+    "name": ["single"],
+    "category": ["single"],
+    "zh": ["single", "single", "counted"],
+    "count": ["counted"],
+    "color": ["color"],
+    "ocr": ["text"],
+    "caption": ["single"],
+    "position": ["side", "beside", "above"],
+    "exists": ["single", "beside", "counted"],
 }
 
 
@@ -351,10 +359,7 @@ def _val(make: Composer, size: Size, world: World) -> list[Record]:
                 first, second, qa = make.comparison()
                 shown = [first, second]
             else:
-                layout = _VAL_LAYOUT.get(kind) or rng.choice(
-                    ["side", "beside", "above"] if kind == "position" else ["single", "beside", "counted"]
-                )
-                scene = make.make(layout)
+                scene = make.make(rng.choice(_VAL_LAYOUTS[kind]))
                 shown = [scene]
                 found = questions.ASK[kind](rng, scene, world)
                 if found is None:

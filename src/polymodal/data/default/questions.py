@@ -431,19 +431,23 @@ def ask_ocr(rng: random.Random, scene: Scene, world: World) -> QA | None:
 
 
 def ask_zh(rng: random.Random, scene: Scene, world: World) -> QA | None:
-    """A question in Chinese: the name, a plain colour, or whether something is there.
+    """A question in Chinese: name, colour, category, count, or whether something is there.
 
     Args:
         rng: Draws the question.
-        scene: A picture of one thing.
-        world: The things to ask about when the answer is no.
+        scene: A picture of one kind of thing.
+        world: Unused.
 
     Returns:
         The question, or None when the Chinese is not known.
     """
-    if len(scene.objects) != 1 or scene.count > 1:
+    if len(scene.objects) != 1:
         return None
     source = scene.objects[0]
+    if scene.count > 1:
+        number = words.ZH_NUMBERS[scene.count]
+        question = rng.choice(["图中有几个物体？", "图片里有多少个？"])
+        return QA("zh", question, f"{number}个。", f"{number}个", (f"{number}个", number, str(scene.count)))
     options: list[QA] = []
     if source.zh:
         noun = source.zh.rstrip("。")
@@ -461,7 +465,21 @@ def ask_zh(rng: random.Random, scene: Scene, world: World) -> QA | None:
         else:
             other = rng.choice([n for n in words.ZH_NOUNS if not words.related(n, source.noun)])
             options.append(QA("zh", f"图中有{words.ZH_NOUNS[other]}吗？", "没有。", "没有", ("没有", "不是")))
+    if source.category in words.ZH_CATEGORIES and source.noun not in _NOT_PEOPLE:
+        options.append(_zh_category(rng, source.category))
     return rng.choice(options) if options else None
+
+
+def _zh_category(rng: random.Random, category: str) -> QA:
+    """Which of three it is, or whether it is of one category."""
+    right = words.ZH_CATEGORIES[category]
+    wrong = rng.sample([name for name in words.ZH_CATEGORIES.values() if name != right], 2)
+    if rng.random() < 0.3:
+        yes = rng.random() < 0.5
+        answer = "是" if yes else "不是"
+        return QA("zh", f"这是{right if yes else wrong[0]}吗？", answer + "。", answer, (answer,))
+    first, second, third = rng.sample([right, *wrong], 3)
+    return QA("zh", f"这是{first}、{second}还是{third}？", right + "。", right, (right, f"是{right}", f"这是{right}"))
 
 
 def ask_compare(rng: random.Random, first: Scene, second: Scene) -> QA | None:
@@ -488,16 +506,39 @@ def ask_compare(rng: random.Random, first: Scene, second: Scene) -> QA | None:
             "Yes" if same else "No",
             ("yes",) if same else ("no",),
         )
-    place, noun = rng.choice([("first", one), ("second", two)])
+    return _ask_place(rng, *rng.choice([("first", one), ("second", two)]))
+
+
+def ask_more_of_two(rng: random.Random, first: Scene, second: Scene, asked: QA) -> list[QA]:
+    """What else a training conversation asks about two pictures: what one shows, and the other sort of question.
+
+    Args:
+        rng: Draws the questions.
+        first: The first picture, of one thing.
+        second: The second picture, of one thing.
+        asked: What `ask_compare` asked before.
+
+    Returns:
+        One or two questions.
+    """
+    nouns = {"first": first.objects[0].noun or "", "second": second.objects[0].noun or ""}
+    place = rng.choice(list(nouns))
+    shown = (first if place == "first" else second).objects[0]
+    question = rng.choice([f"What is in the {place} picture?", f"What does the {place} picture show?"])
+    caption = _named(shown) if shown.origin == "shapes" else shown.caption
+    more = [QA("name", question, words.sentence(caption), _cap(words.proper(nouns[place])), tuple(name_answers(shown)))]
+    if nouns["first"] != nouns["second"] and asked.short in ("Yes", "No"):
+        place = rng.choice(list(nouns))
+        more.append(_ask_place(rng, place, nouns[place]))
+    rng.shuffle(more)
+    return more
+
+
+def _ask_place(rng: random.Random, place: str, noun: str) -> QA:
     order = "the first or the second" if rng.random() < 0.5 else "the second or the first"
     question = f"Which picture shows {words.phrase(noun)}, {order}?"
-    return QA(
-        "compare",
-        question,
-        f"The {place} picture.",
-        _cap(place),
-        (place, f"the {place}", f"{place} picture", f"the {place} picture"),
-    )
+    accepted = (place, f"the {place}", f"{place} picture", f"the {place} picture")
+    return QA("compare", question, f"The {place} picture.", _cap(place), accepted)
 
 
 ASK: dict[str, Callable[[random.Random, Scene, World], QA | None]] = {

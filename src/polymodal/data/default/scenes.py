@@ -52,7 +52,7 @@ class Card:
 class Ground:
     """What lies behind: plain, gradient or textured."""
 
-    style: str  # plain | gradient | texture
+    style: str  # plain | gradient | texture | blurred
     first: tuple[int, int, int]
     second: tuple[int, int, int]
     name: str | None  # the colour's name where it is a plain, clear colour
@@ -101,7 +101,7 @@ def choose_ground(rng: random.Random, sources: list[Source], *, named: float = 0
             level = rng.randint(150, 235)
             first = _jitter((level, level, level), rng, 45)
             second = _jitter(first, rng, 60)
-            style = rng.choice(["plain", "gradient", "gradient", "texture"])
+            style = rng.choice(["plain", "gradient", "texture", "blurred"])
             ground = Ground(style, first, second, None)
         luminance = sum(w * c for w, c in zip((0.299, 0.587, 0.114), ground.first, strict=True))
         if ground.name in colours or (ground.name is None and colours & {"gray", "white"}):
@@ -113,7 +113,9 @@ def choose_ground(rng: random.Random, sources: list[Source], *, named: float = 0
     return Ground("plain", light, light, None)
 
 
-def single(file: str, rng: random.Random, index: int, source: Source, *, side: str | None = None) -> Picture:
+def single(
+    file: str, rng: random.Random, index: int, source: Source, *, side: str | None = None, close: float = 0.0
+) -> Picture:
     """One object on a ground.
 
     Args:
@@ -122,12 +124,15 @@ def single(file: str, rng: random.Random, index: int, source: Source, *, side: s
         index: The source's position in the list of sources.
         source: The source.
         side: Put it clearly into this half: left, right, top or bottom; None near the middle.
+        close: Share of photographs taken from so near that the frame cuts them off.
 
     Returns:
         The plan.
     """
     size = rng.uniform(0.34, 0.46) if side else rng.uniform(0.5, 0.95)
-    room = max(0.0, (1 - size) / 2)
+    if source.photo and not side and rng.random() < close:
+        size = rng.uniform(1.05, 1.5)
+    room = abs(1 - size) / 2
     x, y = 0.5 + rng.uniform(-room, room) * 0.6, 0.5 + rng.uniform(-room, room) * 0.6
     if side in ("left", "right"):
         x = rng.uniform(0.22, 0.27) if side == "left" else rng.uniform(0.73, 0.78)
@@ -243,6 +248,11 @@ def _draw_ground(ground: Ground, seed: int) -> Pictures.Image:
     if ground.style == "plain":
         return Image.new("RGB", (SIDE, SIDE), ground.first)
     noise = np.random.default_rng(seed)
+    if ground.style == "blurred":
+        # What lies out of focus behind a photograph: patches of any colour around the ground's own.
+        patches = np.array(ground.first) + noise.normal(0, 55, (5, 5, 3))
+        small = Image.fromarray(patches.clip(0, 255).astype(np.uint8))
+        return small.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     if ground.style == "gradient":
         angle = noise.uniform(0, 2 * np.pi)
         rows, columns = np.mgrid[0:SIDE, 0:SIDE] / (SIDE - 1) - 0.5
@@ -278,8 +288,9 @@ def draw(picture: Picture, thumbs: Path) -> Pictures.Image:
             cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         x = round(item.x * SIDE - cut.width / 2)
         y = round(item.y * SIDE - cut.height / 2)
-        x = min(max(x, 0), SIDE - cut.width)
-        y = min(max(y, 0), SIDE - cut.height)
+        # Inside the frame; what is larger than the frame covers it.
+        x = min(max(x, min(0, SIDE - cut.width)), max(0, SIDE - cut.width))
+        y = min(max(y, min(0, SIDE - cut.height)), max(0, SIDE - cut.height))
         canvas.paste(cut, (x, y), cut)
     if picture.card:
         _draw_card(canvas, picture.card)

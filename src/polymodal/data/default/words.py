@@ -46,6 +46,19 @@ ZH_COLOURS = {
     "white": "白色",
     "gray": "灰色",
 }
+ZH_NUMBERS = {2: "两", 3: "三", 4: "四"}
+ZH_CATEGORIES = {
+    "animal": "动物",
+    "food": "食物",
+    "plant": "植物",
+    "vehicle": "交通工具",
+    "tool": "工具",
+    "clothing": "衣物",
+    "instrument": "乐器",
+    "building": "建筑",
+    "furniture": "家具",
+    "shape": "图形",
+}
 ZH_SHAPES = {
     "circle": "圆形",
     "square": "正方形",
