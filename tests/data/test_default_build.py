@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from polymodal.data.default import build as builder
-from polymodal.data.default import build_default, words
+from polymodal.data.default import build_default, questions, scenes, words
 from polymodal.data.default.plan import KINDS
-from polymodal.data.default.sources import caption_noun, read_openclipart
+from polymodal.data.default.questions import Scene, World
+from polymodal.data.default.sources import Source, caption_noun, drawn_shapes, read_openclipart
 from polymodal.errors import PolymodalError
 
 FILES = ["stage1.json", "stage2.json", "val.json", "heldout_photos.json"]
@@ -212,3 +215,79 @@ def test_accepted_answers_hold_synonyms_and_parents_but_not_near_names() -> None
 def test_every_parent_in_the_lexicon_ends_somewhere() -> None:
     for name in words.lexicon():
         assert name not in words.ancestors(name)
+
+
+def source_of(noun: str, category: str, **more: Any) -> Source:
+    made = {"zh": None, "colour": None, "photo": True, **more}
+    return replace(drawn_shapes()[0], noun=noun, caption=f"A {noun}.", category=category, origin="stamps", **made)
+
+
+def scene_of(source: Source, count: int = 1) -> Scene:
+    picture = scenes.single("images/x.jpg", random.Random(0), 0, source)
+    return Scene(picture, (source,), "counted" if count > 1 else "single", count)
+
+
+def test_close_photographs_cover_the_frame_and_drawings_never_do() -> None:
+    rng = random.Random(0)
+    photo = source_of("cat", "animal")
+    sizes = [scenes.single("x", rng, 0, photo, close=0.5).items[0].size for _ in range(200)]
+    assert 60 < sum(size > 1 for size in sizes) < 140
+    drawing = replace(photo, photo=False)
+    assert all(scenes.single("x", rng, 0, drawing, close=1.0).items[0].size < 1 for _ in range(50))
+    assert all(scenes.single("x", rng, 0, photo, close=1.0, side="left").items[0].size < 1 for _ in range(50))
+
+
+@pytest.mark.parametrize("x", [0.3, 0.5, 0.7])
+def test_what_is_larger_than_the_frame_covers_it(tmp_path: Path, x: float) -> None:
+    from PIL import Image
+
+    Image.new("RGBA", (50, 50), (200, 10, 10, 255)).save(tmp_path / "0.png")
+    ground = scenes.Ground("plain", (255, 255, 255), (255, 255, 255), "white")
+    drawn = scenes.draw(scenes.Picture("x.jpg", 0, ground, [scenes.Item(0, x, 1 - x, 1.3)]), tmp_path)
+    assert drawn.size == (scenes.SIDE, scenes.SIDE) and drawn.getcolors() == [(scenes.SIDE**2, (200, 10, 10))]
+
+
+def test_blurred_grounds_vary_around_their_colour(tmp_path: Path) -> None:
+    import numpy as np
+
+    ground = scenes.Ground("blurred", (120, 130, 140), (0, 0, 0), None)
+    drawn = np.asarray(scenes.draw(scenes.Picture("x.jpg", 3, ground), tmp_path), dtype=float)
+    assert abs(drawn.mean(axis=(0, 1)) - (120, 130, 140)).max() < 45 and drawn.std(axis=(0, 1)).min() > 10
+    assert abs(np.diff(drawn, axis=0)).max() < 20
+
+
+def test_chinese_questions_have_the_answer_that_the_plan_says() -> None:
+    world = World((), {})
+    cat = scene_of(source_of("cat", "animal", zh="一只猫。"))
+    asked = {qa.question: qa for seed in range(300) if (qa := questions.ask_zh(random.Random(seed), cat, world))}
+    assert asked["这是什么？"].accepted == ("猫", "一只猫") and asked["图中有猫吗？"].short == "有"
+    assert asked["这是动物吗？"].short == "是" and asked["这是食物吗？"].short == "不是"
+    choices = [qa for question, qa in asked.items() if "还是" in question]
+    assert choices and all(qa.short == "动物" and "动物" in qa.question for qa in choices)
+    assert all(qa.short == "没有" for question, qa in asked.items() if question.startswith("图中有狗"))
+    three = questions.ask_zh(random.Random(0), scene_of(source_of("cat", "animal"), 3), world)
+    assert three is not None and three.short == "三个" and "3" in three.accepted
+    assert questions.ask_zh(random.Random(0), scene_of(source_of("wrench", "odds")), world) is None
+
+
+def test_conversations_about_two_pictures_ask_what_each_shows() -> None:
+    first, second = scene_of(source_of("cat", "animal")), scene_of(source_of("pizza", "food"))
+    seen = set()
+    for seed in range(60):
+        rng = random.Random(seed)
+        qa = questions.ask_compare(rng, first, second)
+        assert qa is not None
+        more = questions.ask_more_of_two(rng, first, second, qa)
+        kinds = sorted(one.kind for one in more)
+        # "Which picture shows" is asked once: as the first question or as one of the others.
+        assert kinds == (["compare", "name"] if qa.short == "No" else ["name"])
+        for one in [qa, *more]:
+            if one.kind == "name":
+                assert one.long == ("A cat." if "first" in one.question else "A pizza.")
+            elif "shows a cat" in one.question or "shows a pizza" in one.question:
+                assert one.short == ("First" if "cat" in one.question else "Second")
+            seen.add(one.short)
+    assert seen == {"No", "First", "Second", "Cat", "Pizza"}
+    twice = questions.ask_compare(random.Random(0), first, first)
+    assert twice is not None and twice.short == "Yes"
+    assert [one.kind for one in questions.ask_more_of_two(random.Random(0), first, first, twice)] == ["name"]

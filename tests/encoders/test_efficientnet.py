@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from polymodal.encoders.efficientnet import (
     FEATURES,
@@ -160,6 +161,33 @@ def test_encoder_tokens_are_row_major_and_in_stage_order(network: EfficientNetLi
     for row, column in ((0, 1), (3, 5), (6, 0)):
         cell = torch.cat([maps["stride32"][0, :, row, column], maps["head"][0, :, row, column]])
         assert torch.allclose(tokens[0, row * 7 + column], cell, atol=1e-6)
+
+
+def test_detail_keeps_the_cells_of_shallow_stages_apart(network: EfficientNetLite0) -> None:
+    pixels = torch.randn(1, 3, 224, 224)
+    encoder = EfficientNetEncoder(network, ("head", "stride16", "stride8"), 4, detail=2)
+    tokens, maps = encoder(pixels), network(pixels)
+    assert encoder.embed_dim == tokens.shape[-1] == 1280 + 4 * (112 + 40) and encoder.grid == Size(4, 4)
+    coarse = EfficientNetEncoder(network, ("head",), 4)(pixels)
+    assert torch.equal(tokens[..., :1280], coarse)
+    fine = F.adaptive_avg_pool2d(maps["stride16"], (8, 8))
+    for row, column in ((0, 0), (1, 3), (3, 2)):
+        cell = fine[0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(-1)
+        assert torch.allclose(tokens[0, 4 * row + column, 1280 : 1280 + 448], cell, rtol=1e-4, atol=1e-9)
+
+
+def test_the_classifier_is_found_behind_detailed_stages(network: EfficientNetLite0) -> None:
+    encoder = EfficientNetEncoder(network, ("stride8", "head"), 1, detail=3)
+    head = encoder.class_head()
+    assert head is not None and head.channels == slice(9 * 40, 9 * 40 + 1280)
+    pixels = torch.randn(1, 3, 96, 96)
+    own = encoder(pixels)[:, 0, head.channels] @ network.classifier.weight.T + network.classifier.bias
+    assert torch.allclose(own, network.logits(network(pixels)["head"]), atol=1e-4)
+
+
+def test_encoder_refuses_no_cells(network: EfficientNetLite0) -> None:
+    with pytest.raises(PolymodalError, match="detail is 0"):
+        EfficientNetEncoder(network, detail=0)
 
 
 @pytest.mark.parametrize("stages", [(), ("head", "head"), ("block9",)])

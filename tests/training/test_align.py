@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from polymodal.files import shipped_folder
 from polymodal.geometry import Size
 from polymodal.projectors import build_projector
 from polymodal.training.align import align_loss, concept_of, write_classes
-from polymodal.training.prototypes import Prototypes
+from polymodal.training.prototypes import Prototypes, draw_classes
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,9 @@ class Case:
         Case("Tulips!", "tulips"),
         Case("A cat, a dog and two green apples.", None),
         Case(".", None),
+        Case('The word "Fish".', '"fish"'),
+        Case('The number "42".', '"42"'),
+        Case('The word "FISH" and a cat.', None),
     ],
 )
 def test_concepts_of_captions(case: Case) -> None:
@@ -126,5 +130,16 @@ def test_the_loss_is_least_at_the_own_name_and_at_an_embeddings_length() -> None
 def test_shipped_class_names_are_names() -> None:
     names = (shipped_folder() / "efficientnet_lite0" / "classes.txt").read_text().splitlines()
     assert len(names) == 1000 and all(name == name.strip() and "(" not in name for name in names)
-    assert names[0] == "tench" and names[207].lower() == "golden retriever" and names[954] == "banana"
+    assert names[0] == "fish" and names[207] == "golden retriever" and names[954] == "banana"
+    # Everyday words: a breed that few people know is a dog, and every striped or spotted house cat a cat.
+    assert names[173] == "dog" and set(names[281:286]) == {"cat"}
     assert Path(shipped_folder() / "efficientnet_lite0" / "README.md").is_file()
+
+
+def test_every_name_is_drawn_equally_often_and_all_its_classes_take_part() -> None:
+    names = ["dog", "cat", "dog", "dog", "rose"]
+    drawn = draw_classes(names, 300, torch.Generator().manual_seed(0)).tolist()
+    counts = Counter(names[i] for i in drawn)
+    assert counts == {"dog": 100, "cat": 100, "rose": 100}
+    assert min(Counter(drawn)[i] for i in (0, 2, 3)) > 15
+    assert drawn == draw_classes(names, 300, torch.Generator().manual_seed(0)).tolist()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +28,26 @@ def smooth(values: np.ndarray, span: int) -> np.ndarray:
         weight = keep * weight + (1 - keep)
         out.append(average / weight)
     return np.array(out)
+
+
+def drawn_kinds(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Which kinds get a curve of their own: the most frequent ones, none where there is only one kind.
+
+    Args:
+        lines: The log.
+
+    Returns:
+        (samples, loss) of each kind; a kind on fewer than a fifth of the lines would be a misleading straight line.
+    """
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        for kind, loss in line.get("loss_by_kind", {}).items():
+            points.setdefault(kind, []).append((line["samples"], loss))
+    if len(points) < 2:
+        return {}
+    kept = {kind: found for kind, found in points.items() if len(found) >= max(3, len(lines) / 5)}
+    most = sorted(kept, key=lambda kind: (-len(kept[kind]), kind))[:12]
+    return {kind: kept[kind] for kind in sorted(most)}
 
 
 def draw_curves(log: Path, picture: Path, title: str) -> bool:
@@ -52,12 +74,9 @@ def draw_curves(log: Path, picture: Path, title: str) -> bool:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot(samples, loss, color="0.8", linewidth=1, label="loss")
     upper.plot(samples, smooth(loss, max(3, len(loss) // 20)), color="black", linewidth=1.8, label="smoothed")
-    kinds = sorted({kind for line in lines for kind in line.get("loss_by_kind", {})})
-    if len(kinds) > 1:
-        for kind in kinds[:12]:
-            points = [(line["samples"], line["loss_by_kind"][kind]) for line in lines if kind in line["loss_by_kind"]]
-            xs, ys = (np.array(axis) for axis in zip(*points, strict=True))
-            upper.plot(xs, smooth(ys, max(3, len(ys) // 10)), linewidth=1, label=kind)
+    for kind, points in drawn_kinds(lines).items():
+        xs, ys = (np.array(axis) for axis in zip(*points, strict=True))
+        upper.plot(xs, smooth(ys, max(3, len(ys) // 10)), linewidth=1, label=kind)
     upper.set_ylabel("loss per trained token (nats)")
     upper.set_title(title)
     upper.grid(alpha=0.3)
