@@ -233,7 +233,8 @@ def build_default(
         }
         (root / "build.json").write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         if output.is_dir():
-            shutil.rmtree(output) if force else output.rmdir()
+            # Moved aside, not deleted: a kill between the two lines loses nothing.
+            os.replace(output, work / "before")
         os.replace(root, output)
         return report
     finally:
