@@ -143,6 +143,14 @@ def test_a_folder_in_use_is_refused_and_kept(tmp_path: Path) -> None:
     assert (tmp_path / "mine.txt").read_text() == "keep me"
 
 
+def test_force_replaces_a_data_set_and_leaves_no_trace_of_it(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    build_default(folder, size="tiny", seed=1, workers=1, progress=False)
+    (folder / "mine.txt").write_text("goes")
+    build_default(folder, size="tiny", workers=1, progress=False, force=True)
+    assert digests(folder) == digests(tiny) and [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
 def test_missing_package_names_both_ways_to_install(tmp_path: Path) -> None:
     with pytest.raises(PolymodalError, match=r"apt-get install openclipart-png.*dpkg-deb -x"):
         build_default(tmp_path / "out", size="small", openclipart=tmp_path / "none", progress=False)
