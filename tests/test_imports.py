@@ -13,11 +13,22 @@ import pytest
 import polymodal
 
 SRC = Path(polymodal.__file__).parent
-HEAVY = {"torch", "transformers", "PIL", "numpy", "peft", "accelerate", "matplotlib", "tokenizers", "safetensors"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "PIL",
+    "numpy",
+    "peft",
+    "accelerate",
+    "matplotlib",
+    "tokenizers",
+    "safetensors",
+    "pyarrow",
+}
 
 BASE = {"errors", "config", "messages", "geometry", "files"}
 RAW_INPUT = {"media", "processing"}
-NETWORK = {"encoders", "projectors", "tokenizers", "llm", "model", "checkpoints"}
+NETWORK = {"encoders", "projectors", "tokenizers", "llm", "attention", "loss", "model", "checkpoints"}
 JOIN = {"generation", "backends"}
 BELOW_TOP = BASE | RAW_INPUT | NETWORK | JOIN
 

@@ -110,6 +110,24 @@ def quieten_transformers() -> None:
     logging.set_verbosity_error()
 
 
+def output_head(llm: PreTrainedModel) -> torch.nn.Module:
+    """The layer that makes logits.
+
+    Args:
+        llm: The causal LM.
+
+    Returns:
+        Its head.
+
+    Raises:
+        ConfigError: The language model has no output head.
+    """
+    head = llm.get_output_embeddings()
+    if head is None:
+        raise ConfigError(f"{type(llm).__name__} has no output head; a causal language model is needed")
+    return head
+
+
 @contextmanager
 def head_only_at(llm: PreTrainedModel, rows: torch.Tensor) -> Iterator[None]:
     """While active, the language model's head sees only the chosen positions.
@@ -128,19 +146,75 @@ def head_only_at(llm: PreTrainedModel, rows: torch.Tensor) -> Iterator[None]:
     Raises:
         ConfigError: The language model has no output head.
     """
-    head = llm.get_output_embeddings()
-    if head is None:
-        raise ConfigError(f"{type(llm).__name__} has no output head; a causal language model is needed")
 
     def select(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         hidden = args[0]
         return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows),)
 
-    handle = head.register_forward_pre_hook(select)
+    handle = output_head(llm).register_forward_pre_hook(select)
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def hidden_before_head(llm: PreTrainedModel, rows: torch.Tensor, shown: int) -> Iterator[list[torch.Tensor]]:
+    """While active, keep what the head would see at the chosen positions, and let it see only the first few of them.
+
+    Args:
+        llm: The causal LM.
+        rows: [R] int64, indices into the flattened [B * T] positions.
+        shown: How many of them the model's own head still sees; its `logits` are [min(shown, R), V].
+
+    Yields:
+        A list that holds the [R, D] hidden states once the model ran.
+
+    Raises:
+        ConfigError: The language model has no output head.
+    """
+    kept: list[torch.Tensor] = []
+
+    def keep(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        kept.append(args[0].reshape(-1, args[0].shape[-1]).index_select(0, rows))
+        return (kept[-1][:shown],)
+
+    handle = output_head(llm).register_forward_pre_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+def after_head(llm: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+    """What architectures do to their logits after the head: Gemma's soft cap, Cohere's and Granite's scales."""
+    config = llm.config.get_text_config()
+    scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if scale is not None:
+        logits = logits * scale
+    if divisor is not None:
+        logits = logits / divisor
+    return torch.tanh(logits / cap) * cap if cap is not None else logits
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Switch dropout and running statistics off for a while, then put every part back into the mode it was in.
+
+    Args:
+        module: Whose mode changes.
+
+    Yields:
+        Nothing.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def _source(config: LLMConfig) -> tuple[str, dict[str, str]]:

@@ -18,8 +18,47 @@ if TYPE_CHECKING:
 Role: TypeAlias = Literal["system", "user", "assistant"]
 """Who speaks."""
 
-Source: TypeAlias = "str | Path | bytes | PILImage.Image"
-"""Where media come from: a path, a `data:` URL, raw file bytes, or a picture already in memory."""
+
+@dataclass(frozen=True)
+class FileSlice:
+    """Bytes that lie inside a file, such as a member of an uncompressed tar archive.
+
+    Attributes:
+        path: The file.
+        offset: Its first byte.
+        size: Bytes.
+        name: What errors call it beside the file's name.
+    """
+
+    path: Path
+    offset: int
+    size: int
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class TableCell:
+    """Bytes that lie in a cell of a parquet file; read with the row group that holds them.
+
+    Attributes:
+        path: The parquet file.
+        group: Row group, from 0.
+        row: Row inside the group, from 0.
+        column: Column: binary, or a struct with `bytes`, or a list of either.
+        item: Position in the cell's list, from 0; -1 where the cell is no list.
+        root: The folder that `path` in the cell is relative to and may not leave, where there are no `bytes`.
+    """
+
+    path: Path
+    group: int
+    row: int
+    column: str
+    item: int = -1
+    root: Path | None = None
+
+
+Source: TypeAlias = "str | Path | bytes | FileSlice | TableCell | PILImage.Image"
+"""Where media come from: a path, a `data:` URL, raw file bytes, a place in an archive, or a picture in memory."""
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,30 @@ The merge preserves length: the processor has already expanded the placeholders,
 masks and positions are never rebuilt here, and the count of tokens is read from the plan, never recomputed.
 
 The layout of tiles follows LLaVA-1.5 (arXiv 2310.03744) and LLaVA-NeXT's AnyRes; unlike those, nothing is truncated,
-padded or re-labelled inside `forward`, and logits are computed only where there is a label.
+padded or re-labelled inside `forward`, and logits are computed only where there is a label. Samples packed in one row
+are kept apart by `polymodal.attention`; `polymodal.loss` keeps the logits within memory.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from polymodal.attention import SEGMENTS, choose_method, packed_inputs
 from polymodal.config import ModelConfig
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.geometry import ImagePlan, Size
-from polymodal.llm import head_only_at, load_llm, load_tokenizer
+from polymodal.llm import evaluating, load_llm, load_tokenizer
+from polymodal.loss import label_losses
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,14 +43,17 @@ class Output:
     Attributes:
         loss_sum: Sum of the token losses, float32 scalar; divide by the global count of targets. None without labels.
         num_targets: How many tokens carry a label.
-        logits: [R, V] at the positions that predict a label, or [B, T, V] without labels.
-        targets: [R] the labels those logits predict; None without labels.
+        logits: [R, V] at the positions that predict a label, or [B, T, V] without labels; None where they would not
+            fit into memory and the loss was taken in chunks.
+        targets: [R] the labels those logits predict, row by row; None without labels.
+        losses: [R] float32, each target's loss, detached; None without labels.
     """
 
     loss_sum: torch.Tensor | None
     num_targets: int
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     targets: torch.Tensor | None
+    losses: torch.Tensor | None = None
 
 
 class MultimodalLM(nn.Module):
@@ -57,7 +65,15 @@ class MultimodalLM(nn.Module):
         vision_encoder: [N, 3, H, W] -> [N, P, E]; None for a text-only model.
         projector: [N, P, E] -> [N, Q, D]; comes with the encoder.
         image_newline: Add the learned token that ends each row of an AnyRes canvas.
+        image_mean: Per channel, for tiles that come as uint8; with `image_std`.
+        image_std: Per channel.
+
+    Attributes:
+        logits_budget: Bytes of logits above which the loss is taken in chunks; None leaves it to the device.
     """
+
+    pixel_scale: torch.Tensor | None
+    pixel_shift: torch.Tensor | None
 
     def __init__(
         self,
@@ -66,16 +82,35 @@ class MultimodalLM(nn.Module):
         vision_encoder: VisionEncoder | None = None,
         projector: Projector | None = None,
         image_newline: bool = False,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.llm = llm
         self.vision_encoder = vision_encoder
         self.projector = projector
         self.image_token_id = image_token_id
-        width = llm.get_input_embeddings().weight.shape[1]
-        # LLaVA-NeXT's scale: a newline starts as long as an average embedding.
-        self.image_newline = nn.Parameter(torch.randn(width) / width**0.5) if image_newline else None
+        self.image_newline: nn.Parameter | None = None
+        if image_newline:
+            self.add_image_newline()
         self._takes_positions = "position_ids" in inspect.signature(llm.forward).parameters
+        self.logits_budget: int | None = None
+        self._packing: str | None = None
+        scale = shift = None
+        if image_mean is not None and image_std is not None:
+            mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (image_mean, image_std))
+            scale, shift = (1 / (255 * std)).float(), (mean / std).float()
+        # Not in the state: they follow from the configuration.
+        self.register_buffer("pixel_scale", scale, persistent=False)
+        self.register_buffer("pixel_shift", shift, persistent=False)
+
+    def add_image_newline(self) -> None:
+        """Add the learned token that ends each row of an AnyRes canvas, where there is none yet."""
+        if self.image_newline is None:
+            table = self.llm.get_input_embeddings().weight
+            # LLaVA-NeXT's scale: a newline starts as long as an average embedding.
+            newline = torch.randn(table.shape[1]) / table.shape[1] ** 0.5
+            self.image_newline = nn.Parameter(newline.to(table.device))
 
     @property
     def device(self) -> torch.device:
@@ -91,18 +126,22 @@ class MultimodalLM(nn.Module):
         """Encode tiles.
 
         Args:
-            pixel_values: [N, 3, H, W] normalised.
+            pixel_values: [N, 3, H, W], normalised, or uint8 to be normalised here: a quarter of the bytes to move.
 
         Returns:
             [N, P, E] features. No gradient is kept where the whole encoder is frozen.
 
         Raises:
-            PolymodalError: The model has no vision encoder.
+            PolymodalError: The model has no vision encoder, or was not told how to normalise.
         """
         if self.vision_encoder is None:
             raise PolymodalError("this model has no vision encoder; leave the picture out")
+        if pixel_values.dtype == torch.uint8:
+            if self.pixel_scale is None or self.pixel_shift is None:
+                raise PolymodalError("uint8 tiles: this model was built without image_mean and image_std")
+            pixel_values = pixel_values.float() * self.pixel_scale - self.pixel_shift
         frozen = not any(p.requires_grad for p in self.vision_encoder.parameters())
-        with torch.no_grad() if frozen else torch.enable_grad():
+        with torch.no_grad() if frozen else nullcontext():
             return self.vision_encoder(pixel_values)
 
     def project_images(self, features: torch.Tensor, plans: Sequence[ImagePlan]) -> list[torch.Tensor]:
@@ -132,6 +171,7 @@ class MultimodalLM(nn.Module):
         sample_of_image: Sequence[int] = (),
         pixel_values: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
+        media_places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed text and scatter media into their placeholders.
 
@@ -141,6 +181,7 @@ class MultimodalLM(nn.Module):
             sample_of_image: The row of each picture.
             pixel_values: [N, 3, H, W], or None.
             features: [N, P, E] in place of `pixel_values`.
+            media_places: [M] positions of placeholders in the flattened [B * T], where they are known beforehand.
 
         Returns:
             [B, T, D].
@@ -153,7 +194,7 @@ class MultimodalLM(nn.Module):
         if features is None and pixel_values is not None:
             features = self.encode_images(pixel_values)
         media = self.project_images(features, plans) if features is not None else []
-        return merge_media(text, is_media, media, sample_of_image, "image")
+        return merge_media(text, is_media, media, sample_of_image, "image", media_places)
 
     def forward(
         self,
@@ -164,6 +205,10 @@ class MultimodalLM(nn.Module):
         sample_of_image: Sequence[int] = (),
         pixel_values: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
+        segments: Sequence[int] | None = None,
+        target_places: torch.Tensor | None = None,
+        media_places: torch.Tensor | None = None,
+        touch_media: bool = False,
     ) -> Output:
         """Run the model over whole sequences.
 
@@ -175,22 +220,74 @@ class MultimodalLM(nn.Module):
             sample_of_image: As in `embed`.
             pixel_values: As in `embed`.
             features: As in `embed`.
+            segments: Lengths of the samples that are packed in the single row; they do not see each other. The first
+                token of each must carry no label.
+            target_places: [R] positions of the flattened [B * T] that predict a label, where they are known
+                beforehand; looking for them waits for the device.
+            media_places: As in `embed`.
+            touch_media: Let every trained media part take part in this forward even where the batch does not need
+                it, so that all processes take part in every collective; its gradient is then zero, not None.
 
         Returns:
             The sum of losses and logits at label positions, or all logits.
+
+        Raises:
+            PolymodalError: Placeholders and features differ in number, or this model cannot be given packed samples.
         """
-        embeds = self.embed(input_ids, plans, sample_of_image, pixel_values, features)
-        kwargs = self.decoder_inputs(attention_mask)
+        embeds = self.embed(input_ids, plans, sample_of_image, pixel_values, features, media_places)
+        if touch_media:
+            embeds = embeds + self._touch(has_pictures=pixel_values is not None or features is not None).to(embeds)
+        if segments is not None:
+            kwargs = packed_inputs(self.llm, self.prepare_packing(), segments, embeds)
+        else:
+            kwargs = self.decoder_inputs(attention_mask)
         if labels is None:
             return Output(None, 0, self.llm(inputs_embeds=embeds, use_cache=False, **kwargs).logits, None)
         # Position t predicts token t + 1; the last position predicts nothing.
         shifted = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
-        rows = (shifted != -100).nonzero().squeeze(1)
-        with head_only_at(self.llm, rows):
-            logits = self.llm(inputs_embeds=embeds, use_cache=False, **kwargs).logits
-        targets = shifted[rows]
-        loss_sum = F.cross_entropy(logits.float(), targets, reduction="sum")
-        return Output(loss_sum, rows.numel(), logits, targets)
+        rows = (shifted != -100).nonzero().squeeze(1) if target_places is None else target_places
+        targets = shifted.index_select(0, rows)
+        logits, losses, loss_sum = label_losses(self.llm, embeds, kwargs, rows, targets, self.logits_budget)
+        return Output(loss_sum, rows.numel(), logits, targets, losses)
+
+    def prepare_packing(self) -> str:
+        """Find out once how this language model keeps packed samples apart, and install what it needs.
+
+        Returns:
+            The way, of `polymodal.attention`.
+
+        Raises:
+            ConfigError: It cannot.
+        """
+        if self._packing is None:
+            self._packing = choose_method(self.llm)
+            if self._packing != SEGMENTS and "flash" not in str(self.llm.config._attn_implementation):
+                warnings.warn(
+                    f"{type(self.llm).__name__} does not take another attention: packed samples are kept apart by a "
+                    "block-diagonal mask, which is slower in long packs",
+                    stacklevel=2,
+                )
+        return self._packing
+
+    def _touch(self, has_pictures: bool) -> torch.Tensor:
+        """Zero, with a gradient path to every trained media part; these run on an empty tile if they have not run."""
+        zero = torch.zeros((), device=self.device)
+        if self.image_newline is not None:
+            zero = zero + self.image_newline.float().sum() * 0
+        encoder: Any = self.vision_encoder
+        if has_pictures or encoder is None or self.projector is None:
+            return zero
+        weights = list(encoder.parameters())
+        dtype = next(self.projector.parameters()).dtype
+        shape = (1, encoder.grid.area, encoder.embed_dim)
+        features = torch.zeros(shape, device=self.device, dtype=dtype)
+        # A sharded encoder gathers its weights from all processes even when it is frozen.
+        if any(weight.requires_grad or hasattr(weight, "full_tensor") for weight in weights):
+            tile = encoder.tile
+            pixels = torch.zeros((1, 3, tile.height, tile.width), device=self.device, dtype=weights[0].dtype)
+            with evaluating(encoder):
+                features = self.encode_images(pixels).to(dtype)
+        return zero + self.projector(features).float().sum() * 0
 
     def decoder_inputs(
         self, attention_mask: torch.Tensor | None, cache: Cache | None = None
@@ -221,6 +318,7 @@ def merge_media(
     media: Sequence[torch.Tensor],
     sample_of_media: Sequence[int],
     modality: str,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Put media tokens where the placeholders are; the length does not change.
 
@@ -230,6 +328,8 @@ def merge_media(
         media: One [m, D] tensor an item, in order of row, then of place.
         sample_of_media: The row of each item.
         modality: For the error message.
+        places: [M] the placeholders' positions in the flattened [B * T], where they are known; then only their number
+            is compared, since comparing row by row waits for the device.
 
     Returns:
         [B, T, D], differentiable with regard to both.
@@ -237,16 +337,21 @@ def merge_media(
     Raises:
         PolymodalError: A row has more or fewer placeholders than features; names modality, row and both counts.
     """
+    if places is not None and len(places) == sum(len(item) for item in media):
+        return _put(text, places, media)
     given = [0] * len(text)
     for item, row in zip(media, sample_of_media, strict=True):
         given[row] += len(item)
     for row, (places, features) in enumerate(zip(is_media.sum(dim=1).tolist(), given, strict=True)):
         if places != features:
             raise PolymodalError(f"{modality}: sample {row} has {places} placeholders but {features} features")
+    return _put(text, is_media.reshape(-1).nonzero().squeeze(1), media)
+
+
+def _put(text: torch.Tensor, places: torch.Tensor, media: Sequence[torch.Tensor]) -> torch.Tensor:
     if not media:
         return text
     flat = text.reshape(-1, text.shape[-1])
-    places = is_media.reshape(-1).nonzero().squeeze(1)
     return flat.index_copy(0, places, torch.cat(list(media)).to(flat.dtype)).view_as(text)
 
 
@@ -364,5 +469,7 @@ def build_model(config: ModelConfig, folder: Path | None = None) -> tuple[Multim
         encoder,
         projector,
         image_newline=config.image is not None and config.image.mm_patch_merge_type == "spatial_unpad",
+        image_mean=config.image.image_mean if config.image is not None else None,
+        image_std=config.image.image_std if config.image is not None else None,
     )
     return model.eval(), tokenizer

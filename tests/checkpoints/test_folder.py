@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polymodal.backends import load
-from polymodal.checkpoints.folder import load_model, save_model
+from polymodal.checkpoints.folder import _hash, load_model, save_model
 from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.model import build_model
@@ -48,12 +48,12 @@ def test_saving_what_was_loaded_changes_nothing(folder: Path, tmp_path: Path, pi
 def test_an_adapter_travels_with_the_model(
     tiny_model_config: ModelConfig, tmp_path: Path, picture_folder: Path
 ) -> None:
-    from polymodal.training.policy import add_lora
+    from polymodal.training.adapters import add_adapters
     from polymodal.training.recipe import LoraRecipe
 
     torch.manual_seed(0)
     model, tokenizer = build_model(tiny_model_config)
-    add_lora(model, LoraRecipe(lora_r=2, lora_alpha=4))
+    add_adapters(model, LoraRecipe(lora_r=2, lora_alpha=4))
     for name, parameter in model.llm.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_()
@@ -121,6 +121,23 @@ SPOILED = {
         "trained with template.chat_template = 'tokenizer', asked to run with 'vicuna'",
     ),
 }
+
+
+def before_some_keys(document: dict) -> None:
+    """Make it a folder from the time when these settings did not exist."""
+    for part in (document["config"], document["contract"]):
+        del part["image"]["max_tiles"], part["image"]["image_grid_pinpoints"], part["vision"]["detail"]
+    document["contract_hash"] = _hash(document["contract"])
+
+
+def test_settings_younger_than_a_folder_have_their_default(folder: Path, picture_folder: Path) -> None:
+    picture = next(picture_folder.glob("*.jpg"))
+    before = logits(folder, picture)
+    spoil_document(before_some_keys)(folder)
+    assert torch.equal(logits(folder, picture), before)
+    spoil_document(lambda d: d["config"]["image"].update(max_tiles=3))(folder)
+    with pytest.raises(PolymodalError, match=r"trained with image.max_tiles = 6, asked to run with 3"):
+        load_model(folder)
 
 
 @pytest.mark.parametrize("what", SPOILED)

@@ -194,7 +194,7 @@ def test_records_keep_their_fields(tmp_path: Path) -> None:
     assert (first.id, first.kind, first.source) == ("7", "colour", "stamps")
     assert first.extra == {"answers": ["red"], "kinds": ["x"]}
     assert first.messages[0].parts[0] == Image(tmp_path / "p/a.png")
-    assert (second.id, second.kind, second.source, second.extra) == ("train-1", "", "", {})
+    assert (second.id, second.kind, second.source, second.extra) == ("train-1", "conversation", "train", {})
     elsewhere = load_records(tmp_path / "train.json", tmp_path / "pictures")
     assert elsewhere[0].messages[0].parts[0] == Image(tmp_path / "pictures/p/a.png")
 
@@ -214,13 +214,13 @@ def test_json_lines(tmp_path: Path) -> None:
     [
         (b"", "holds no records"),
         (b"[]", "holds no records"),
-        (b"[1, ", r"not valid JSON: .* \(line 1 column"),
+        (b'[{"messages": [', r"record 0: not valid JSON: .*\(line 1\)"),
         (
             b'{"messages": [{"role": "user", "content": "Q"}]}\n{"messages": [',
             "line 2: not valid JSON: .*one object a line",
         ),
         (b'{\n "messages": []\n}', "line 1: not valid JSON"),
-        (b"\xff\xfe[", r"not UTF-8 text \(byte 0\)"),
+        (b"\xff\xfe[", r"line 1: not UTF-8 text"),
         (b"[3]", "record 0: expected a JSON object, found int"),
     ],
 )
@@ -235,5 +235,5 @@ def test_broken_files(content: bytes, complaint: str, tmp_path: Path) -> None:
 def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.json: no such file"):
         load_records(tmp_path / "none.json")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no pictures"):
         load_records(tmp_path)

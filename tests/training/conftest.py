@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +108,42 @@ def plain(tiny: Path, tmp_path: Path) -> dict[str, Any]:
         "run": {"max_steps": 6, "epochs": 10, "log_every": 1, "save_every": 2, "threads": 1, "precision": "fp32"},
         "output_dir": str(tmp_path / "run"),
     }
+
+
+@pytest.fixture(scope="session")
+def run_jobs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[str, Any]]], list[Any]]:
+    """Train recipes in processes of their own, and kill some; see run_driver.py."""
+
+    def run(jobs: list[dict[str, Any]]) -> list[Any]:
+        plan = tmp_path_factory.mktemp("jobs") / "jobs.json"
+        plan.write_text(json.dumps(jobs))
+        driver = Path(__file__).with_name("run_driver.py")
+        # One thread a process, whatever the machine: two processes share its cores.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        done = subprocess.run(
+            [sys.executable, str(driver), str(plan)], capture_output=True, text=True, timeout=600, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        results: list[Any] = json.loads(done.stdout.splitlines()[-1])
+        return results
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def order_of() -> Callable[[Path], dict[int, list[list[str]]]]:
+    """Read what run_driver.py noted: the micro-batches of each step, as they were when it was taken the last time."""
+
+    def read(path: Path) -> dict[int, list[list[str]]]:
+        steps: dict[int, list[list[str]]] = {}
+        before = -1
+        for line in path.read_text().splitlines():
+            step, ids = json.loads(line)
+            # A step that was killed half-way and is taken again begins anew, with the same first micro-batch.
+            if step != before or ids == steps[step][0]:
+                steps[step] = []
+            steps[step].append(ids)
+            before = step
+        return steps
+
+    return read

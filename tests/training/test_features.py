@@ -102,3 +102,36 @@ def test_other_weights_are_another_cache(plain: dict[str, Any]) -> None:
     with torch.no_grad():
         next(iter(encoder.parameters())).add_(1e-3)
     assert features.encoder_identity(encoder, parts.config) != before
+
+
+def test_a_killed_pass_goes_on_with_the_same_groups(
+    plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes through the encoder together decides the last bits, so a resumed pass must not group anew."""
+    cache, groups = tmp_path / "cache", []
+    inner = features._encode
+
+    def counted(model: Any, pictures: Any) -> Any:
+        groups.append([key for key, _ in pictures])
+        if len(groups) == 3:
+            raise KeyboardInterrupt
+        return inner(model, pictures)
+
+    monkeypatch.setattr(features, "_encode", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(plain, tmp_path / "one", feature_cache=str(cache))
+    (folder,) = cache.iterdir()
+    # The index lost a line of the second group as well, as in a kill in the middle of an append.
+    lines = (folder / "index.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "index.jsonl").write_bytes(b"".join(lines[:-1]))
+    run(plain, tmp_path / "one", feature_cache=str(cache))
+    assert groups[3] == groups[1] and groups[4] == groups[2]
+    assert not (folder / "pass.json").exists()
+    whole = tmp_path / "whole"
+    run(plain, tmp_path / "two", feature_cache=str(whole))
+    (other,) = whole.iterdir()
+    found = [FeatureStore(f, (4, 24), "float16") for f in (folder, other)]
+    assert found[0].where.keys() == found[1].where.keys()
+    for key in found[0].where:
+        one, two = (store.gather([key]) for store in found)
+        assert one is not None and two is not None and torch.equal(one, two)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from polymodal.config import parse_config
 from polymodal.errors import CheckpointError, ConfigError, DataError, PolymodalError
 from polymodal.training import checkpoint, policy, train
 from polymodal.training.log import read_log
-from polymodal.training.loop import Run, make_accelerator
-from polymodal.training.parts import load_parts, make_feed
+from polymodal.training.loop import Run
+from polymodal.training.parts import load_parts
 from polymodal.training.recipe import Recipe
+from polymodal.training.train_recipe import make_run
+from polymodal.training.world import World
 
 LORA = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "learning_rate": 5e-3}
 
@@ -35,28 +38,21 @@ def recipe_of(plain: dict[str, Any], **changes: Any) -> Recipe:
 
 def start(recipe: Recipe) -> Run:
     """Everything that `train` sets up, without taking a step."""
-    folder = Path(recipe.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    accelerator = make_accelerator(recipe)
-    parts = load_parts(recipe)
-    torch.manual_seed(recipe.run.seed)
-    groups = policy.apply_policy(parts.model, recipe.train, recipe.lora, recipe.optim)
-    feed = make_feed(recipe, parts, folder)
-    return Run(
-        recipe, accelerator, parts, groups, policy.make_optimizer(groups, recipe.optim, torch.device("cpu")), feed
-    )
+    Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
+    return make_run(recipe, load_parts(recipe), World())
 
 
 def gradients(run: Run) -> dict[str, torch.Tensor]:
     """The gradient of the first step, before the optimizer."""
-    tokens = int(run.feed.prepared.targets[run._indices(0)].sum())
+    tokens = int(run.feed.prepared.targets[run.steps.indices(0)].sum())
     batches = run._batches()
-    micro = run._micro(0)
-    policy.set_modes(run.model)
-    for members in micro:
-        run._forward_backward(next(batches), 1 / tokens, True, None, {})
+    policy.set_modes(run.engine.inner)
+    for members in run._micro(0):
+        batch, kinds, sources = next(batches)
         assert len(members) <= run.recipe.batch.micro_size
-    return {name: p.grad.clone() for group in run.groups for name, p in group.parameters if p.grad is not None}
+        run._forward_backward(batch, 1 / tokens, True, False, kinds, sources)
+    parameters = [pair for group in run.engine.groups for pair in group.parameters]
+    return {name: p.grad.clone() for name, p in parameters if p.grad is not None}
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -82,16 +78,16 @@ def test_the_loss_is_the_mean_over_tokens_not_over_batches(plain: dict[str, Any]
     """Against transformers' own loss over the same samples one by one."""
     run = start(recipe_of(plain, batch__micro_size=1))
     total, count = 0.0, 0
-    for index in run._indices(0):
+    for index in run.steps.indices(0):
         batch = run.feed.batch(np.array([index]))
-        embeds = run.parts.model.embed(
+        embeds = run.engine.inner.embed(
             batch.input_ids, batch.plans, batch.sample_of_image, batch.pixel_values, batch.features
         )
         targets = int((batch.labels[:, 1:] != -100).sum())
         with torch.no_grad():
-            total += float(run.parts.model.llm(inputs_embeds=embeds, labels=batch.labels).loss) * targets
+            total += float(run.engine.inner.llm(inputs_embeds=embeds, labels=batch.labels).loss) * targets
         count += targets
-    policy.set_modes(run.model)
+    policy.set_modes(run.engine.inner)
     assert run._step(run._batches()) == pytest.approx(total / count, rel=1e-5)
 
 
@@ -122,7 +118,7 @@ def test_projector_and_lora_overfit(plain: dict[str, Any]) -> None:
     with torch.no_grad():
         arguments = (batch.input_ids, batch.attention_mask, batch.labels, batch.plans, batch.sample_of_image)
         loss = again(*arguments, batch.pixel_values)
-        start_loss = run.parts.model(*arguments, batch.pixel_values)
+        start_loss = run.engine.inner(*arguments, batch.pixel_values)
     assert float(loss.loss_sum) < 0.6 * float(start_loss.loss_sum)
 
 
@@ -167,10 +163,10 @@ def test_a_killed_run_goes_on_exactly(
     killed = recipe_of(plain, output_dir=str(tmp_path / "killed"), **changes)
     step = Run._step
 
-    def die_at_five(run: Run, batches: Any) -> float:
+    def die_at_five(run: Run, *rest: Any) -> float:
         if run.state.step == 5:
             raise KeyboardInterrupt
-        return step(run, batches)
+        return step(run, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_step", die_at_five)
@@ -190,7 +186,7 @@ def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(plain: dic
     stamp = (final / "polymodal.json").stat().st_mtime_ns
     assert train(recipe) == final
     assert (final / "polymodal.json").stat().st_mtime_ns == stamp
-    with pytest.raises(ConfigError, match="`optim` differs"):
+    with pytest.raises(ConfigError, match=r"optim\.learning_rate 0\.01 -> 0\.0001\. Choose another"):
         train(recipe_of(plain, optim__learning_rate=1e-4))
     train(recipe_of(plain, optim__learning_rate=1e-4, run__resume="never"))
     assert (final / "polymodal.json").stat().st_mtime_ns != stamp
@@ -236,8 +232,8 @@ def test_a_signal_saves_and_exits_with_its_code(plain: dict[str, Any], monkeypat
     recipe = recipe_of(plain, run__save_every=0)
     step = Run._step
 
-    def signalled(run: Run, batches: Any) -> float:
-        loss = step(run, batches)
+    def signalled(run: Run, *rest: Any) -> float:
+        loss = step(run, *rest)
         if run.state.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return loss
@@ -253,31 +249,30 @@ def test_a_signal_saves_and_exits_with_its_code(plain: dict[str, Any], monkeypat
 
 def spoil(run: Run, times: int) -> None:
     """Make the next `times` forward passes return NaN."""
-    inner, left = run.parts.model.forward, [times]
+    inner, left = run.engine.inner.forward, [times]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         out = inner(*args, **kwargs)
         if left[0] > 0:
             left[0] -= 1
-            return type(out)(out.loss_sum * float("nan"), out.num_targets, out.logits, out.targets)
+            return replace(out, loss_sum=out.loss_sum * float("nan"))
         return out
 
-    run.parts.model.forward = forward  # type: ignore[method-assign]
-    run.model = run.parts.model
+    run.engine.inner.forward = forward  # type: ignore[method-assign]
 
 
 def test_a_nan_step_is_left_out_and_five_end_the_run(plain: dict[str, Any]) -> None:
     run = start(recipe_of(plain, batch__micro_size=8, run__max_steps=20))
-    policy.set_modes(run.model)
-    before = [p.detach().clone() for p in run.trained]
+    policy.set_modes(run.engine.inner)
+    before = [p.detach().clone() for p in run.engine.trained]
     spoil(run, times=1)
     batches = run._batches()
     run._step(batches)
     assert (run.state.skipped, run.state.step) == (1, 1)
-    assert all(torch.equal(a, b) for a, b in zip(before, run.trained, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, run.engine.trained, strict=True))
     run._step(batches)
     assert run.state.skipped_in_row == 0
-    assert all(bool(torch.isfinite(p).all()) for p in run.trained)
+    assert all(bool(torch.isfinite(p).all()) for p in run.engine.trained)
     spoil(run, times=100)
     with pytest.raises(PolymodalError, match="5 steps in a row"):
         for _ in range(5):

@@ -5,14 +5,8 @@ import torch
 from torch import nn
 
 from polymodal.errors import ConfigError
-from polymodal.training.policy import (
-    apply_policy,
-    check_groups,
-    expand_braces,
-    match_names,
-    policy_table,
-    set_modes,
-)
+from polymodal.training.names import expand_braces, match_names
+from polymodal.training.policy import apply_policy, check_groups, policy_table, set_modes
 from polymodal.training.recipe import LoraRecipe, OptimConfig, RuleConfig
 
 

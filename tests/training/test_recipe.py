@@ -66,14 +66,6 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
         load_recipe(broken)
 
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-
-
-@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(RECIPES)))
-def test_the_shipped_recipes_are_valid(path: Path) -> None:
-    assert load_recipe(path).train
-
-
 def test_schedule(plain: dict[str, Any]) -> None:
     optim = parse_config(Recipe, {**plain, "optim": {"warmup": 0.1, "min_lr_ratio": 0.1}}, "recipe").optim
     factors = [lr_factor(step, 100, optim) for step in range(100)]

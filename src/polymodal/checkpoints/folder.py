@@ -147,7 +147,7 @@ def load_model(folder: Path) -> Loaded:
     document = _read_document(folder)
     config = _config_in(folder, document)
     model, tokenizer = build_model(config, folder)
-    _check_contract(folder, document["contract"], contract_of(config, model.image_token_id, tokenizer))
+    _check_contract(folder, document["contract"], contract_of(config, model.image_token_id, tokenizer), config)
     _load_tensors(folder / PROJECTOR_NAME, model)
     if (folder / ADAPTER_NAME).is_dir():
         _load_adapter(folder / ADAPTER_NAME, model)
@@ -167,6 +167,11 @@ def read_config(folder: Path) -> ModelConfig:
         CheckpointError: The folder is incomplete or damaged.
     """
     return _config_in(folder, _read_document(folder))
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Read the stages that a model folder went through, oldest first, and nothing else."""
+    return list(_read_document(folder)["history"])
 
 
 def own_tensors(model: MultimodalLM) -> dict[str, torch.Tensor]:
@@ -227,7 +232,9 @@ def _load_adapter(folder: Path, model: MultimodalLM) -> None:
     model.llm.peft_config = {"default": adapter_config}
     tensors = load_file(folder / "adapter_model.safetensors")
     result = set_peft_model_state_dict(model.llm, tensors)
-    missing = [k for k in result.missing_keys if "lora_" in k]
+    # A tied head shares the rows of the input embeddings; parameters are listed once.
+    own = {name for name, _ in model.llm.named_parameters()}
+    missing = [k for k in result.missing_keys if k in own and ("lora_" in k or "trainable_tokens_delta" in k)]
     if missing or result.unexpected_keys:
         raise CheckpointError(_difference(folder, missing, list(result.unexpected_keys)))
 
@@ -298,14 +305,20 @@ def _read_document(folder: Path) -> dict[str, Any]:
     return document
 
 
-def _check_contract(folder: Path, trained: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_contract(folder: Path, trained: dict[str, Any], now: dict[str, Any], config: ModelConfig) -> None:
     for key in sorted(trained.keys() | now.keys()):
         before, after = trained.get(key), now.get(key)
-        if before == after:
-            continue
         if isinstance(before, dict) and isinstance(after, dict):
-            inner = next(k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k))
+            # A setting that is younger than the folder was trained with what is its default today.
+            fields = type(getattr(config, key)).model_fields
+            younger = {k: json.loads(json.dumps(fields[k].default, default=str)) for k in after.keys() - before.keys()}
+            before = {**younger, **before}
+            inner = next((k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)), None)
+            if inner is None:
+                continue
             key, before, after = f"{key}.{inner}", before.get(inner), after.get(inner)
+        elif before == after:
+            continue
         raise CheckpointError(
             f"{folder}: trained with {key} = {before!r}, asked to run with {after!r}; refused, results would differ"
         )

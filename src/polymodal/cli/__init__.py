@@ -22,9 +22,10 @@ VERBS = {
     "inspect": "show what the model sees: tiles, tokens, counts (runs no model)",
     "env": "print versions, devices, folders and whether the default language model is there",
     "fetch": "fetch the default language model once (about 100 MB)",
-    "train": "run a training recipe",
+    "plan": "say what a recipe or model will need: tokens, memory, steps, hours (loads no weights)",
+    "train": "run a training recipe or pipeline",
     "eval": "score a model on held-out questions, beside an image-blind control",
-    "data": "build a data set",
+    "data": "check, prepare, look at and build training data",
 }
 """Each verb and its line in `--help`; the module of the same name implements it."""
 

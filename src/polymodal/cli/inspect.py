@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from polymodal.cli import common
@@ -17,6 +18,7 @@ from polymodal.errors import ConfigError
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
+    from polymodal.messages import Message, Source
     from polymodal.processing.processor import Processor
     from polymodal.processing.view import View
 
@@ -41,34 +43,68 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--png draws pictures, and no --image was given")
     from polymodal.backends import load_processor
     from polymodal.messages import assistant, system, user
-    from polymodal.processing.view import to_terminal, view_sample
-    from polymodal.processing.view_html import to_html
-    from polymodal.processing.view_picture import stack
 
     processor = load_processor(args.model)
     messages = [system(args.system)] if args.system else []
     messages.append(user(*common.pictures(args.image), args.prompt))
     if args.answer is not None:
         messages.append(assistant(args.answer))
-    sample = processor(messages, add_generation_prompt=args.answer is None, pixels=False)
-    view = view_sample(sample, processor.tokenizer)
-    colour = common.colour_wanted(args.color, sys.stdout)
-    print(to_terminal(view, colour=colour, clean=common.printable))
-
-    if args.html or args.png:
-        drawings = _drawings(processor, view, args.image)
-        if args.html:
-            common.write_file(args.html, to_html(view, drawings).encode("utf-8"))
-            common.note(f"wrote {args.html}")
-        if args.png:
-            buffer = io.BytesIO()
-            stack(drawings).save(buffer, "PNG")
-            common.write_file(args.png, buffer.getvalue())
-            common.note(f"wrote {args.png}")
+    show(
+        processor,
+        messages,
+        html=args.html,
+        png=args.png,
+        color=args.color,
+        add_generation_prompt=args.answer is None,
+    )
     return 0
 
 
-def _drawings(processor: Processor, view: View, paths: list[str]) -> list[PILImage.Image]:
+def show(
+    processor: Processor,
+    messages: Sequence[Message],
+    *,
+    html: str | None,
+    png: str | None,
+    color: str,
+    add_generation_prompt: bool = False,
+) -> None:
+    """Print the view of a conversation, and write the files asked for.
+
+    Args:
+        processor: Of the model.
+        messages: The conversation.
+        html: Where to write a page, or None.
+        png: Where to write the tiles, or None.
+        color: "auto", "always" or "never".
+        add_generation_prompt: End with the header of an answer.
+    """
+    from polymodal.messages import Image
+    from polymodal.processing.view import to_terminal, view_sample
+    from polymodal.processing.view_html import to_html
+    from polymodal.processing.view_picture import stack
+
+    sources = [part.source for message in messages for part in message.media if isinstance(part, Image)]
+    if png and not sources:
+        raise ConfigError("--png draws pictures, and there are none")
+    sample = processor(messages, add_generation_prompt=add_generation_prompt, pixels=False)
+    view = view_sample(sample, processor.tokenizer)
+    colour = common.colour_wanted(color, sys.stdout)
+    print(to_terminal(view, colour=colour, clean=common.printable))
+    if not html and not png:
+        return
+    drawings = _drawings(processor, view, sources)
+    if html:
+        common.write_file(html, to_html(view, drawings).encode("utf-8"))
+        common.note(f"wrote {html}")
+    if png:
+        buffer = io.BytesIO()
+        stack(drawings).save(buffer, "PNG")
+        common.write_file(png, buffer.getvalue())
+        common.note(f"wrote {png}")
+
+
+def _drawings(processor: Processor, view: View, sources: Sequence[Source]) -> list[PILImage.Image]:
     """Decode the pictures again, for the eye this time, and draw their plans."""
     from polymodal.media.image import open_image
     from polymodal.processing.tiles import tile_pictures
@@ -78,7 +114,7 @@ def _drawings(processor: Processor, view: View, paths: list[str]) -> list[PILIma
     if image is None:
         return []
     drawings = []
-    for path, plan in zip(paths, view.plans, strict=True):
-        picture = open_image(path, background=image.background, max_pixels=image.max_pixels)
+    for source, plan in zip(sources, view.plans, strict=True):
+        picture = open_image(source, background=image.background, max_pixels=image.max_pixels)
         drawings.append(draw_plan(picture, plan, tile_pictures(picture, plan, image)))
     return drawings

@@ -1,11 +1,14 @@
 """Run a training recipe: one YAML is one complete run.
 
 Overrides are `section.key=value`. Example: polymodal train recipes/default/stage1.yaml optim.learning_rate=1e-3
+A run that was interrupted goes on where it was when the same command is given again. Several processes:
+torchrun --nproc-per-node 8 -m polymodal train RECIPE run.engine=fsdp2
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 
@@ -13,17 +16,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe, such as recipes/default/stage1.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the recipe's")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest complete checkpoint in output_dir (the default, unless the recipe says never)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="go on from a checkpoint although the recipe or the data changed"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
 
 
 def run(args: argparse.Namespace) -> int:
     """Resolve the recipe, then print or run it."""
     from polymodal.training import train
+    from polymodal.training.pipeline import run_pipeline
+    from polymodal.training.pipeline_file import dump_pipeline, is_pipeline, load_pipeline
     from polymodal.training.recipe import dump_recipe, load_recipe
+    from polymodal.training.world import leave_world
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    if is_pipeline(args.recipe):
+        pipeline = load_pipeline(args.recipe, args.overrides)
+        shown = dump_pipeline(pipeline) if args.dry_run else run_pipeline(pipeline, force=args.force)
+        leave_world()
+        if os.environ.get("RANK", "0") == "0":
+            print(shown)
+        return 0
+    recipe = load_recipe(args.recipe, [*args.overrides, *(["run.resume=auto"] if args.resume else [])])
     if args.dry_run:
         print(dump_recipe(recipe), end="")
         return 0
-    print(train(recipe))
+    final = train(recipe, force=args.force)
+    leave_world()
+    if os.environ.get("RANK", "0") == "0":
+        print(final)
     return 0

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.errors import DataError
-from polymodal.messages import Audio, Document, Image, Media, Message, Part, Role, Text, Video
+from polymodal.messages import Audio, Document, FileSlice, Image, Media, Message, Part, Role, TableCell, Text, Video
 
 _ROLES: dict[str, Role] = {
     "human": "user",
@@ -199,7 +199,7 @@ def read_openai(messages: Sequence[Any], where: str, image_root: Path | None = N
     return result
 
 
-def read_record(record: Any, image_root: Path, where: str, *, default_id: str = "") -> Record:
+def read_record(record: Any, image_root: Path, where: str, *, default_id: str = "", form: str = "") -> Record:
     """Read a record in whichever form it is.
 
     Args:
@@ -207,6 +207,7 @@ def read_record(record: Any, image_root: Path, where: str, *, default_id: str = 
         image_root: The folder that paths are relative to and may not leave.
         where: File and record, for errors.
         default_id: The id of a record without one.
+        form: "llava", "messages" or "openai" where only that one is meant; "openai" gives `<image>` in text no meaning.
 
     Returns:
         The record.
@@ -218,7 +219,16 @@ def read_record(record: Any, image_root: Path, where: str, *, default_id: str = 
         raise DataError(f"{where}: expected a JSON object, found {_kind_of(record)}")
     if "conversations" in record and "messages" in record:
         raise DataError(f"{where}: the record has both `conversations` and `messages`; keep one")
-    if "conversations" in record:
+    wanted = {"llava": "conversations", "messages": "messages", "openai": "messages"}.get(form)
+    if wanted is not None and wanted not in record:
+        found = ", ".join(sorted(map(str, record))) or "no keys"
+        raise DataError(f"{where}: expected `{wanted}` (format {form}), found {found}")
+    if form == "openai":
+        if beside := [key for kind in _MEDIA for key in (kind, kind + "s") if record.get(key) is not None]:
+            raise DataError(f"{where}: format openai has media in its content parts, not in `{beside[0]}`")
+        messages = read_openai(record["messages"], f"{where}: messages", image_root)
+        _check_turns(messages, where)
+    elif "conversations" in record:
         messages = read_llava(record, image_root, where)
     elif "messages" in record:
         messages = read_messages(record, image_root, where)
@@ -335,8 +345,10 @@ def _part(entry: Any, at: str, image_root: Path | None, pool: _Pool | None) -> P
     raise DataError(f"{at}: the {name} has no source; give `{name}_url`, `{name}`, `url` or `path`")
 
 
-def _source(value: Any, image_root: Path | None, at: str) -> str | Path:
-    """Locate a medium: a URL as it is, a path inside the root."""
+def _source(value: Any, image_root: Path | None, at: str) -> str | Path | FileSlice | TableCell:
+    """Locate a medium: a URL as it is, a path inside the root. What a reader has located already comes as no text."""
+    if isinstance(value, Path | FileSlice | TableCell):
+        return value
     if isinstance(value, dict):  # Hugging Face datasets: {"path": ..., "bytes": None}
         value = value.get("path")
     if not isinstance(value, str) or not value:
@@ -350,7 +362,7 @@ def _source(value: Any, image_root: Path | None, at: str) -> str | Path:
         raise DataError(f"{at}: local files cannot be named here; send the file as a data: URL")
     root = os.path.abspath(image_root)
     path = os.path.normpath(os.path.join(root, value))
-    if os.path.commonpath([root, path]) != root:
+    if path != root and not path.startswith(root.rstrip(os.sep) + os.sep):  # both are normalised
         raise DataError(f"{at}: {value!r} leaves the folder {image_root}; media must lie inside it")
     return Path(path)
 

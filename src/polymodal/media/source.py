@@ -1,4 +1,4 @@
-"""Bytes from a path, a `data:` URL or memory, never more than a limit.
+"""Bytes from a path, a `data:` URL, a place in an archive or memory, never more than a limit.
 
 Nothing is fetched over the network here: a training record or a request that names a URL must not make this program
 open a connection. Error lines name the source in a form that is safe to print.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, unquote_to_bytes
 
 from polymodal.errors import MediaError
+from polymodal.messages import FileSlice, TableCell
 
 if TYPE_CHECKING:
     from polymodal.messages import Source
@@ -29,13 +30,18 @@ def describe(source: Source) -> str:
     """Name a source for an error line.
 
     Args:
-        source: A path, a `data:` URL, bytes, or a picture in memory.
+        source: A path, a `data:` URL, bytes, a place in an archive, or a picture in memory.
 
     Returns:
         One short printable line.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         return f"picture of {len(source)} bytes"
+    if isinstance(source, FileSlice):
+        return f"{describe(source.path)}: {describe(source.name) if source.name else f'byte {source.offset}'}"
+    if isinstance(source, TableCell):
+        item = f"[{source.item}]" if source.item >= 0 else ""
+        return f"{describe(source.path)}: row {source.row} of row group {source.group}, `{source.column}`{item}"
     if not isinstance(source, str | Path):
         return "picture in memory"
     text = str(source)
@@ -45,11 +51,13 @@ def describe(source: Source) -> str:
     return shown if len(shown) <= 200 else f"{shown[:120]}...{shown[-60:]}"
 
 
-def read_bytes(source: str | Path | bytes, *, limit: int = MAX_BYTES, name: str | None = None) -> bytes:
+def read_bytes(
+    source: str | Path | bytes | FileSlice | TableCell, *, limit: int = MAX_BYTES, name: str | None = None
+) -> bytes:
     """Read a source whole.
 
     Args:
-        source: A path, a `file:` or `data:` URL, or the bytes themselves.
+        source: A path, a `file:` or `data:` URL, a place in an archive, or the bytes themselves.
         limit: The most bytes allowed.
         name: What an error calls the source; made from the source when None.
 
@@ -66,6 +74,12 @@ def read_bytes(source: str | Path | bytes, *, limit: int = MAX_BYTES, name: str 
         data = _data_url(source, limit, name)
     elif isinstance(source, str | Path):
         data = _file(_local_path(source, name), limit, name)
+    elif isinstance(source, FileSlice):
+        data = _file(source.path, limit, name, source)
+    elif isinstance(source, TableCell):
+        from polymodal.media.table import read_cell
+
+        data = read_cell(source, limit, name)
     else:
         raise MediaError(f"{name}: expected a path, a data: URL or bytes, got {type(source).__name__}")
     if not data:
@@ -91,18 +105,25 @@ def _local_path(source: str | Path, name: str) -> Path:
     raise MediaError(f"{name}: {scheme}: URLs cannot be read; give a path or a data: URL")
 
 
-def _file(path: Path, limit: int, name: str) -> bytes:
-    """Read a regular file; devices and pipes could block or never end."""
+def _file(path: Path, limit: int, name: str, part: FileSlice | None = None) -> bytes:
+    """Read a regular file, or a part of one; devices and pipes could block or never end."""
     try:
         info = path.stat()
         if stat.S_ISDIR(info.st_mode):
             raise MediaError(f"{name}: is a directory; give a file")
         if not stat.S_ISREG(info.st_mode):
             raise MediaError(f"{name}: is not a regular file; give a file")
-        if info.st_size > limit:
-            _too_large(name, info.st_size, limit)
+        size = info.st_size if part is None else part.size
+        if size > limit:
+            _too_large(name, size, limit)
         with path.open("rb") as file:
-            data = file.read(limit + 1)  # the file may have grown since
+            if part is None:
+                data = file.read(limit + 1)  # the file may have grown since
+            else:
+                file.seek(part.offset)
+                data = file.read(part.size)
+                if len(data) < part.size:
+                    raise MediaError(f"{name}: the file ends before it; it was cut off or has changed, fetch it again")
     except FileNotFoundError:
         raise MediaError(f"{name}: no such file; check the path") from None
     except PermissionError:

@@ -36,7 +36,8 @@ class Sample:
         loss_mask: [T] bool; True where the token is the assistant's (its end token included).
         slots: Where each media item is, in order.
         plans: One plan a picture, in order.
-        pixels: One [n, 3, H, W] tensor a picture (float32 normalised), or None where features are cached.
+        pixels: One [n, 3, H, W] tensor a picture, float32 normalised or uint8 to be normalised on the device; None
+            where features are cached.
         media_keys: One content hash a picture: pixels and preprocessing; the key of the feature cache.
         id: The record's id, for error messages.
     """
@@ -52,7 +53,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded batch, ready for `MultimodalLM`.
+    """A padded batch, or one row of samples packed end to end, ready for `MultimodalLM`.
 
     Attributes:
         input_ids: [B, T] int64.
@@ -60,9 +61,16 @@ class Batch:
         labels: [B, T] int64; the token itself where it is trained, -100 elsewhere. Not shifted: the model shifts.
         plans: All pictures of the batch, in order of sample, then of place.
         sample_of_image: For each picture, the row it belongs to.
-        pixel_values: [N, 3, H, W], all tiles of all pictures; None when `features` are given or there is none.
+        pixel_values: [N, 3, H, W], all tiles of all pictures, float32 normalised or uint8; None when `features` are
+            given or there is none.
         features: [N, P, E], the frozen encoder's output, in place of `pixel_values`.
         ids: The samples' ids.
+        segments: Lengths of the samples packed in the single row, in order; None for a padded batch.
+        target_places: [R] int64, the positions of the flattened [B * T] that predict a label, in order. Known here,
+            they need not be looked for on the device, which would have to be waited for.
+        media_places: [M] int64, the positions of the flattened [B * T] that hold placeholders, in order; None where
+            the samples do not say.
+        left_padded: Padding is on the left, so the mask is needed; on the right causal attention never sees it.
     """
 
     input_ids: torch.Tensor
@@ -73,6 +81,15 @@ class Batch:
     pixel_values: torch.Tensor | None = None
     features: torch.Tensor | None = None
     ids: tuple[str, ...] = field(default=())
+    segments: tuple[int, ...] | None = None
+    target_places: torch.Tensor | None = None
+    media_places: torch.Tensor | None = None
+    left_padded: bool = False
+
+    def inputs(self) -> dict[str, Any]:
+        """Everything that `MultimodalLM.forward` takes, by name."""
+        taken = {name: value for name, value in vars(self).items() if name not in ("ids", "left_padded")}
+        return taken if self.left_padded else {**taken, "attention_mask": None}
 
     def to(self, device: torch.device | str) -> Batch:
         """Move every tensor to a device."""

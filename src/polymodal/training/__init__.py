@@ -1,7 +1,8 @@
 """Training stages: one YAML recipe says what is trained, on which data, for how long; `train` runs it.
 
-Read in this order: `recipe` (the file), `policy` (what trains), `samples` (records to tokens, and their order),
-`features` (the frozen encoder's output, computed once), `loop` (the steps), `checkpoint` (crash-safe state).
+Read in this order: `recipe` (the file), `train_recipe` (what happens when), `policy` (what trains), `samples` (records
+to tokens, and their order), `features` (the frozen encoder's output, computed once), `packing` (what makes a step),
+`loop` (the steps), `engine` (one device or many), `checkpoint` and `resume` (crash-safe state), `evaluate`, `report`.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ from typing import TYPE_CHECKING
 from polymodal.training.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from polymodal.training.loop import Parts
+    from polymodal.training.parts import Parts
 
 
-def train(recipe: Recipe, parts: Parts | None = None) -> Path:
-    """Run one training stage; see `loop.train`.
+def train(recipe: Recipe, parts: Parts | None = None, force: bool = False) -> Path:
+    """Run one training stage; see `train_recipe.train`.
 
     Args:
         recipe: The stage.
         parts: A model already in memory, in place of what `recipe.init` names.
+        force: Go on from a checkpoint although recipe or data changed.
 
     Returns:
         The folder of the trained model.
     """
-    from polymodal.training.loop import train as run
+    from polymodal.training.train_recipe import train as run
 
-    return run(recipe, parts)
+    return run(recipe, parts, force)
 
 
 __all__ = ["Recipe", "load_recipe", "train"]

@@ -1,8 +1,12 @@
 """Crash-safe training state: what is trained, the optimizer, and one integer position.
 
 A checkpoint is a folder written beside its final name, fsync'ed, marked `COMPLETE` and renamed; a kill at any moment
-leaves only a hidden temporary folder, which the next run removes. (The Hugging Face Trainer writes in place, and a
-killed save is picked up on resume.) Tensors are safetensors, the rest is JSON; pickle is never read.
+leaves only hidden temporary folders, which the next run removes. (The Hugging Face Trainer writes in place, and a
+killed save is picked up on resume.) Tensors are safetensors, the rest is JSON; pickle is never read, which is why
+sharded runs do not go through `torch.distributed.checkpoint` (its `.metadata` is one).
+
+A sharded run writes one pair of files a process, each with the rows that it holds and where they start. Any number of
+processes, sharded or not, reads them back: each takes the rows it needs.
 """
 
 from __future__ import annotations
@@ -10,15 +14,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from polymodal.errors import CheckpointError
+from polymodal.errors import CheckpointError, first_line
 from polymodal.files import atomic_folder
 from polymodal.training.policy import Group
+from polymodal.training.world import World
 
 COMPLETE = "COMPLETE"
 MODEL = "model.safetensors"
@@ -56,45 +61,66 @@ def save_checkpoint(
     groups: Sequence[Group],
     optimizer: torch.optim.Optimizer,
     keep: int,
+    world: World | None = None,
 ) -> Path:
-    """Write a checkpoint and remove the oldest ones.
+    """Write a checkpoint and remove the oldest ones; every process calls it.
 
     Args:
-        output_dir: The run's folder.
+        output_dir: The run's folder, on a file system that all processes see.
         state: Plain data with at least `step`.
         model: The model.
         groups: The trained parameters.
         optimizer: Made from these groups.
         keep: Checkpoints kept.
+        world: The processes; None for one.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        PolymodalError: It cannot be written.
+        PolymodalError: It cannot be written; the earlier checkpoints are untouched.
     """
-    from safetensors.torch import save_file
-
+    world = world or World()
     target = checkpoint_folder(output_dir, int(state["step"]))
-    tensors = {name: t.detach().cpu().contiguous() for name, t in trained_tensors(model, groups).items()}
-    moments = {
-        f"{name}:{key}": value.detach().cpu().contiguous()
-        for group in groups
-        for name, parameter in group.parameters
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-    with atomic_folder(target, replace=True) as work:
-        try:
-            save_file(tensors, work / MODEL)
-            save_file(moments, work / OPTIMIZER)
-        except Exception as error:  # safetensors hides the operating system's error in its own type
-            raise CheckpointError(f"{target}: cannot be written ({error}); is the disk full?") from error
-        (work / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        sizes = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
-        (work / COMPLETE).write_text(json.dumps(sizes) + "\n", encoding="utf-8")
+    tensors = {MODEL: trained_tensors(model, groups), OPTIMIZER: _moments(groups, optimizer)}
+    sharded = any(is_sharded(tensor) for tensor in tensors[MODEL].values())
+    if sharded:
+        # All write at the same time; everything is on disk when this block ends.
+        with world.together(), atomic_folder(_rank_folder(target, world.rank), replace=True) as work:
+            _write(work, tensors, target, world)
+    with world.together():
+        if not world.is_main:
+            return target
+        with atomic_folder(target, replace=True) as work:
+            if sharded:
+                for rank in range(world.size):
+                    for path in _rank_folder(target, rank).iterdir():
+                        path.rename(work / path.name)
+                    _rank_folder(target, rank).rmdir()
+            else:
+                _write(work, tensors, target, World())
+            seal(work, state)
+        prune(output_dir, keep)
+    return target
+
+
+def seal(folder: Path, state: dict[str, Any]) -> None:
+    """Write the plain data and, last, the marker with the size of every file.
+
+    Args:
+        folder: All tensors are in it.
+        state: Plain data.
+    """
+    (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    (folder / COMPLETE).write_text(json.dumps(sizes) + "\n", encoding="utf-8")
+
+
+def prune(output_dir: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints."""
     for old in complete_checkpoints(output_dir)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
@@ -107,10 +133,14 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Delete temporary folders of saves that were killed."""
+    """Delete temporary folders of saves that were killed; a checkpoint that was about to be replaced comes back."""
     folder = output_dir / "checkpoints"
-    for path in folder.glob(".step-*") if folder.is_dir() else ():
-        shutil.rmtree(path, ignore_errors=True)
+    for path in sorted(folder.glob(".step-*")) if folder.is_dir() else ():
+        target = folder / path.name.split(".")[1]
+        if path.suffix == ".old" and _whole(path) and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -120,7 +150,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def restore(folder: Path, model: torch.nn.Module, groups: Sequence[Group], optimizer: torch.optim.Optimizer) -> None:
-    """Load parameters and optimizer state, in place.
+    """Load parameters and optimizer state, in place; every process calls it, sharded or not.
 
     Args:
         folder: A complete checkpoint.
@@ -132,32 +162,167 @@ def restore(folder: Path, model: torch.nn.Module, groups: Sequence[Group], optim
         CheckpointError: The checkpoint holds other parameters, or is damaged.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
+    own = trained_tensors(model, groups)
     try:
-        tensors, moments = load_file(folder / MODEL), load_file(folder / OPTIMIZER)
+        stored, moments = _places(folder, MODEL), _places(folder, OPTIMIZER)
+        wrong = sorted(own.keys() ^ stored.keys())
+        wrong += sorted(name for name in own.keys() & stored.keys() if tuple(own[name].shape) != stored[name].shape)
+        if wrong:
+            raise CheckpointError(
+                f"{folder}: {len(wrong)} parameters do not fit the recipe, such as {wrong[0]}; "
+                "choose another output_dir or set run.resume=never"
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                local(tensor).copy_(stored[name].read_like(tensor))
+        by_name: dict[str, dict[str, Stored]] = {}
+        for key, place in moments.items():
+            name, _, moment = key.rpartition(":")
+            by_name.setdefault(name, {})[moment] = place
+        for name, parameter in ((name, parameter) for group in groups for name, parameter in group.parameters):
+            if name in by_name:
+                optimizer.state[parameter] = {
+                    moment: _moment_like(parameter, moment, place, bool(optimizer.param_groups[0].get("fused")))
+                    for moment, place in by_name[name].items()
+                }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}: damaged ({error}); remove it to go on from the one before") from error
-    own = trained_tensors(model, groups)
-    wrong = sorted(own.keys() ^ tensors.keys())
-    wrong += sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
-    if wrong:
-        raise CheckpointError(
-            f"{folder}: {len(wrong)} parameters do not fit the recipe, such as {wrong[0]}; "
-            "choose another output_dir or set run.resume=never"
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
-    for name, parameter in ((name, parameter) for group in groups for name, parameter in group.parameters):
-        prefix = f"{name}:"
-        found = {key.removeprefix(prefix): value for key, value in moments.items() if key.startswith(prefix)}
-        if found:
-            # AdamW keeps its step count on the CPU unless it is fused.
-            fused = bool(optimizer.param_groups[0].get("fused"))
-            optimizer.state[parameter] = {
-                key: value.to(parameter.device) if key != "step" or fused else value for key, value in found.items()
-            }
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which this process holds some rows."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds; writing to it changes the tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def first_row(tensor: torch.Tensor) -> int:
+    """Where this process's rows start; 0 for a tensor that is not sharded."""
+    if not is_sharded(tensor):
+        return 0
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    each = -(-tensor.shape[0] // mesh.size())  # FSDP2 shards rows as torch.chunk does
+    return min(each * mesh.get_local_rank(), tensor.shape[0])
+
+
+class Stored:
+    """Where a tensor's rows lie in a checkpoint's files.
+
+    Args:
+        shape: The whole tensor's.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        self.pieces: list[tuple[Path, str, int, int]] = []
+
+    def read_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Read the rows that this process holds of `tensor`."""
+        return self.read(first_row(tensor), local(tensor).shape)
+
+    def read(self, start: int, shape: Sequence[int]) -> torch.Tensor:
+        """Read rows.
+
+        Args:
+            start: The first row.
+            shape: Of the result; [] for a number.
+
+        Returns:
+            The rows, on the CPU.
+        """
+        from safetensors import safe_open
+
+        parts = []
+        stop = start + (shape[0] if shape else 1)
+        for path, name, first, count in sorted(self.pieces, key=lambda piece: piece[2]):
+            low, high = max(start, first), min(stop, first + count)
+            if low >= high:
+                continue
+            with safe_open(path, framework="pt") as file:
+                if not shape:
+                    return file.get_tensor(name)
+                parts.append(file.get_slice(name)[low - first : high - first])
+        return torch.cat(parts) if parts else torch.empty(tuple(shape))
+
+
+def _places(folder: Path, kind: str) -> dict[str, Stored]:
+    """Index the files of one kind."""
+    from safetensors import safe_open
+
+    found: dict[str, Stored] = {}
+    stem = kind.removesuffix(".safetensors")
+    paths = sorted(folder.glob(f"{stem}*.safetensors"))
+    if not paths:
+        raise CheckpointError(f"{folder}: {kind} is missing; remove the folder to go on from the one before")
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            rows: dict[str, list[int]] = json.loads((file.metadata() or {}).get("rows", "{}"))
+            for name in file.keys():  # noqa: SIM118  # not a dict
+                shape = tuple(file.get_slice(name).get_shape())
+                start, total = rows.get(name, (0, shape[0] if shape else 1))
+                place = found.setdefault(name, Stored((total, *shape[1:]) if shape else ()))
+                place.pieces.append((path, name, start, shape[0] if shape else 1))
+    return found
+
+
+def _moments(groups: Sequence[Group], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}:{key}": value
+        for group in groups
+        for name, parameter in group.parameters
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _moment_like(parameter: torch.Tensor, moment: str, place: Stored, fused: bool) -> torch.Tensor:
+    """Read one moment, sharded and placed as its parameter is."""
+    if not place.shape:
+        # AdamW keeps its step count on the CPU unless it is fused.
+        value = place.read(0, ())
+        return value.to(parameter.device) if fused or moment != "step" else value
+    value = place.read_like(parameter).to(parameter.device)
+    if not is_sharded(parameter):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    like: Any = parameter
+    return DTensor.from_local(
+        value, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def _rank_folder(target: Path, rank: int) -> Path:
+    return target.with_name(f".{target.name}.rank-{rank}")
+
+
+def _write(folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], target: Path, world: World) -> None:
+    """Write this process's rows: everything where nothing is sharded."""
+    from safetensors.torch import save_file
+
+    for kind, named in tensors.items():
+        name = kind
+        if world.size > 1:
+            name = kind.replace(".", f"-{world.rank + 1:04d}-of-{world.size:04d}.")
+        mine = {
+            key: tensor
+            for key, tensor in named.items()
+            if (local(tensor).numel() if is_sharded(tensor) else world.is_main)
+        }
+        rows = {key: [first_row(tensor), tensor.shape[0]] for key, tensor in mine.items() if is_sharded(tensor)}
+        plain = {key: local(tensor).detach().cpu().contiguous() for key, tensor in mine.items()}
+        try:
+            save_file(plain, folder / name, metadata={"rows": json.dumps(rows)} if rows else None)
+        except Exception as error:  # safetensors hides the operating system's error in its own type
+            raise CheckpointError(
+                f"{target}: cannot be written ({first_line(error)}); is the disk full? Earlier checkpoints are whole: "
+                "make room and run the same command again"
+            ) from error
 
 
 def _whole(folder: Path) -> bool:

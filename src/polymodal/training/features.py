@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from polymodal.errors import ConfigError, DataError
+from polymodal.files import write_text
 from polymodal.messages import Image, Source, user
 from polymodal.processing.sample import Sample
 from polymodal.training.samples import Progress, ahead
@@ -139,7 +140,43 @@ class FeatureStore:
         except KeyError as error:
             raise DataError(f"no features for picture {error}: the cache is not complete") from None
         rows = np.concatenate([np.arange(start, start + count) for start, count in places])
-        return torch.from_numpy(self.array()[rows])
+        # Memory of torch's own is aligned; numpy's is not always, and a matrix product may then round otherwise.
+        found = torch.empty((len(rows), *self.row), dtype=getattr(torch, self.dtype.name))
+        np.take(self.array(), rows, axis=0, out=found.numpy(), mode="clip")
+        return found
+
+    def unfinished(self) -> list[str]:
+        """The pictures that a pass was about to encode, in its order, when it was killed."""
+        path = self.folder / "pass.json" if self.folder is not None else None
+        if path is None or not path.is_file():
+            return []
+        keys: list[str] = json.loads(path.read_text(encoding="utf-8"))
+        return keys
+
+    def begin(self, keys: list[str]) -> list[str]:
+        """Note which pictures a pass encodes.
+
+        What an encoder gives differs in the last bits with the pictures that go through it together. A pass that was
+        killed goes on with the same groups, so that its run ends as if nothing had happened.
+
+        Args:
+            keys: The pictures that are missing, and those of a killed pass that are needed again.
+
+        Returns:
+            The order to encode them in: the killed pass's own, where it had the same pictures.
+        """
+        before = self.unfinished()
+        if sorted(before) == sorted(keys):
+            return before
+        keys = [key for key in keys if key not in self.where]
+        if self.folder is not None:
+            write_text(self.folder / "pass.json", json.dumps(keys))
+        return keys
+
+    def end(self) -> None:
+        """Note that the pass is over."""
+        if self.folder is not None:
+            (self.folder / "pass.json").unlink(missing_ok=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -237,13 +274,19 @@ def fill(
         tiles_at_once = 8 if model.device.type == "cpu" else 64
     with store.locked():
         todo: dict[str, Source] = {}
+        tiles: dict[str, int] = {}
+        unfinished = set(store.unfinished())
         for record, sample in zip(records, samples, strict=True):
             media = [part for message in record.messages for part in message.media]
-            for key, part in zip(sample.media_keys, media, strict=True):
-                if key not in store.where and isinstance(part, Image):
+            for key, plan, part in zip(sample.media_keys, sample.plans, media, strict=True):
+                if (key not in store.where or key in unfinished) and isinstance(part, Image):
                     todo.setdefault(key, part.source)
+                    tiles[key] = plan.num_tiles
         if not todo:
             return 0
+        groups = group_pictures(store.begin(list(todo)), tiles, tiles_at_once)
+        groups = [group for group in groups if any(key not in store.where for key in group)]
+        wanted = [key for group in groups for key in group]
 
         def decode(item: tuple[str, Source]) -> tuple[str, torch.Tensor]:
             key, source = item
@@ -252,16 +295,39 @@ def fill(
                 raise DataError(f"picture {source!r} changed on disk while it was being encoded")
             return key, sample.pixels[0]
 
-        waiting: list[tuple[str, torch.Tensor]] = []
-        decoded = ahead(decode, todo.items(), workers, tiles_at_once)
-        for entry in progress(decoded, "encoding pictures", len(todo)):
-            waiting.append(entry)
-            if sum(len(pixels) for _, pixels in waiting) >= tiles_at_once:
-                store.add(_encode(model, waiting))
-                waiting = []
-        if waiting:
-            store.add(_encode(model, waiting))
-        return len(todo)
+        missing = sum(key not in store.where for key in wanted)
+        decoded = ahead(decode, [(key, todo[key]) for key in wanted], workers, tiles_at_once)
+        entries = iter(progress(decoded, "encoding pictures", len(wanted)))
+        for group in groups:
+            encoded = _encode(model, [next(entries) for _ in group])
+            store.add([entry for entry in encoded if entry[0] not in store.where])
+        # Let the progress bar see its end.
+        for _ in entries:
+            raise DataError("pictures were decoded that nobody asked for")
+        store.end()
+        return missing
+
+
+def group_pictures(keys: Sequence[str], tiles: dict[str, int], at_once: int) -> list[list[str]]:
+    """Put pictures together that go through the encoder at once.
+
+    Args:
+        keys: In order.
+        tiles: Tiles of each picture.
+        at_once: Tiles from which a group is full.
+
+    Returns:
+        The groups.
+    """
+    groups: list[list[str]] = [[]]
+    held = 0
+    for key in keys:
+        groups[-1].append(key)
+        held += tiles[key]
+        if held >= at_once:
+            groups.append([])
+            held = 0
+    return [group for group in groups if group]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import time
@@ -13,14 +14,20 @@ from typing import Any, TypeVar
 
 import torch
 
+from polymodal.errors import PolymodalError
+from polymodal.files import write_text
+
 T = TypeVar("T")
 PLAIN_EVERY_S = 30.0
 PACKAGES = ("polymodal", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pillow", "safetensors")
 
 
 def say(line: str) -> None:
-    """Print one line of news to standard error, around a progress bar where there is one."""
+    """Print one line of news to standard error, around a progress bar; of several processes only the first speaks."""
     from tqdm import tqdm
+
+    if os.environ.get("RANK", "0") != "0":
+        return
 
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
@@ -66,10 +73,10 @@ class Meter:
 
     def __init__(self, label: str, total: int, start: int = 0, unit: str = "it", shown: bool = True) -> None:
         self.label, self.total, self.done, self.start, self.unit = label, total, start, start, unit
-        self.shown = shown
+        self.shown = shown and os.environ.get("RANK", "0") == "0"
         self._began = self._spoke = time.monotonic()
         self._bar: Any = None
-        if shown and sys.stderr.isatty():
+        if self.shown and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=start, desc=label, unit=unit, dynamic_ncols=True, smoothing=0.1)
@@ -116,13 +123,27 @@ def start_log(path: Path, step: int) -> None:
         step: The step that the run goes on from; 0 empties the log.
     """
     kept = [line for line in read_log(path) if line["step"] <= step]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 def append_log(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSONL line."""
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(line) + "\n")
+    """Append one JSONL line.
+
+    Args:
+        path: The file.
+        line: Plain data.
+
+    Raises:
+        PolymodalError: It cannot be written, as on a full disk.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise PolymodalError(
+            f"{path}: cannot be written ({error.strerror or error}); make room and run the same command again to go on "
+            "from the last checkpoint"
+        ) from error
 
 
 def environment(device: torch.device) -> dict[str, Any]:

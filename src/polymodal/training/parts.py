@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from polymodal.errors import ConfigError
 from polymodal.model import MultimodalLM, build_model
-from polymodal.processing.batch import collate
+from polymodal.processing.batch import collate, collate_packed
 from polymodal.processing.processor import Processor
-from polymodal.processing.sample import Batch
+from polymodal.processing.sample import Batch, Sample
 from polymodal.training import features
 from polymodal.training.log import progress, say
 from polymodal.training.recipe import Recipe
 from polymodal.training.samples import Prepared, prepare, read_mix, with_pixels
+from polymodal.training.tally import kinds_of_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from polymodal.config import ModelConfig
+    from polymodal.config import ImageConfig, ModelConfig
     from polymodal.data.records import Record
     from polymodal.training.features import FeatureStore
 
@@ -62,7 +64,32 @@ def load_parts(recipe: Recipe) -> Parts:
 
     assert recipe.init.from_folder is not None
     loaded = load_model(Path(recipe.init.from_folder))
-    return Parts(loaded.model, loaded.tokenizer, loaded.config, list(loaded.history))
+    config = new_picture_rules(loaded.config, recipe.init.image)
+    if config.image is not None and config.image.mm_patch_merge_type == "spatial_unpad":
+        torch.manual_seed(recipe.run.seed)
+        loaded.model.add_image_newline()
+    return Parts(loaded.model, loaded.tokenizer, config, list(loaded.history))
+
+
+def new_picture_rules(config: ModelConfig, image: ImageConfig | None) -> ModelConfig:
+    """Let a model go on with other picture rules, as LLaVA-NeXT does between its stages.
+
+    Args:
+        config: The model's configuration.
+        image: The new rules; None keeps the old ones.
+
+    Returns:
+        The configuration from now on.
+
+    Raises:
+        ConfigError: The model takes no pictures, or tiles of another size.
+    """
+    if image is None:
+        return config
+    if config.image is None or config.image.tile_size != image.tile_size:
+        had = "no pictures" if config.image is None else f"tiles of {config.image.tile_size}"
+        raise ConfigError(f"init.image: the model takes {had}, the recipe asks for tiles of {image.tile_size}")
+    return config.model_copy(update={"image": image})
 
 
 @dataclass(frozen=True)
@@ -73,23 +100,39 @@ class Feed:
         prepared: Tokens, without pixels.
         processor: Makes pixels where features are not cached.
         store: Cached features, or None.
+        packed: Put the samples of a batch into one row, in place of padding them.
     """
 
     prepared: Prepared
     processor: Processor
     store: FeatureStore | None
+    packed: bool = False
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """Collate samples, with features from the cache or pixels from the files."""
+        """Collate or pack samples, with features from the cache or pixels from the files."""
         samples = [self.prepared.samples[i] for i in indices]
         if self.store is None:
             records = self.prepared.records
             samples = [
                 with_pixels(records[i], sample, self.processor) for i, sample in zip(indices, samples, strict=True)
             ]
-            return collate(samples, self.processor.pad_id)
+            return self._collate(samples)
         keys = [key for sample in samples for key in sample.media_keys]
-        return replace(collate(samples, self.processor.pad_id), features=self.store.gather(keys))
+        return replace(self._collate(samples), features=self.store.gather(keys))
+
+    def named_batch(self, indices: np.ndarray) -> tuple[Batch, list[str], list[str]]:
+        """A batch, and the kind and the source of each of its targets, in order."""
+        records, samples = self.prepared.records, self.prepared.samples
+        kinds: list[str] = []
+        sources: list[str] = []
+        for index in indices:
+            of_targets = kinds_of_targets(records[index], samples[index])
+            kinds += of_targets
+            sources += [records[index].source] * len(of_targets)
+        return self.batch(indices), kinds, sources
+
+    def _collate(self, samples: list[Sample]) -> Batch:
+        return collate_packed(samples) if self.packed else collate(samples, self.processor.pad_id)
 
 
 def make_feed(recipe: Recipe, parts: Parts, output_dir: Path) -> Feed:
@@ -117,9 +160,40 @@ def make_feed(recipe: Recipe, parts: Parts, output_dir: Path) -> Feed:
     processor = Processor(config, parts.tokenizer, model.tokens_per_tile, model.image_token_id)
     mix = parts.mix if parts.mix is not None else read_mix(recipe.data, run.seed)
     prepared = prepare(mix, processor, recipe.data, progress, run.workers, output_dir / "skipped.jsonl")
+    return _filled(Feed(prepared, processor, store, recipe.batch.packing == "pack"), recipe, model, "records")
+
+
+def make_eval_feed(recipe: Recipe, model: MultimodalLM, feed: Feed, output_dir: Path) -> Feed | None:
+    """Prepare the held-out files as the training data were prepared.
+
+    Args:
+        recipe: The stage.
+        model: The model.
+        feed: The training data.
+        output_dir: Where skipped records are listed.
+
+    Returns:
+        The held-out data, each record once; None where the recipe names none.
+
+    Raises:
+        PolymodalError: Data is missing or damaged.
+    """
+    if not recipe.data.eval:
+        return None
+    data = recipe.data.model_copy(update={"mix": recipe.data.eval})
+    mix = read_mix(data, recipe.run.seed)
+    prepared = prepare(mix, feed.processor, data, progress, recipe.run.workers, output_dir / "skipped_eval.jsonl")
+    return _filled(replace(feed, prepared=prepared), recipe, model, "held-out records")
+
+
+def _filled(feed: Feed, recipe: Recipe, model: MultimodalLM, label: str) -> Feed:
+    """Say what was left out, and compute the features that are missing."""
+    prepared = feed.prepared
     for reason, count in prepared.left_out.items():
-        say(f"left out {count} records {reason}")
-    if store is not None:
-        count = features.fill(store, model, processor, prepared.records, prepared.samples, progress, run.workers)
-        say(f"features: {count} pictures encoded, {len(store.where)} in the cache")
-    return Feed(prepared, processor, store)
+        say(f"left out {count} {label} {reason}")
+    if feed.store is not None:
+        count = features.fill(
+            feed.store, model, feed.processor, prepared.records, prepared.samples, progress, recipe.run.workers
+        )
+        say(f"features: {count} pictures encoded, {len(feed.store.where)} in the cache")
+    return feed

@@ -1,4 +1,4 @@
-"""What trains: ordered rules over full parameter names, LoRA by explicit module names, optimizer groups.
+"""What trains: ordered rules over full parameter names, adapters, optimizer groups.
 
 Full dotted paths are matched, never leaf names: LLaVA collects leaf names such as `q_proj`, which peft then finds in
 the vision tower as well. Frozen modules stay in eval mode, so that dropout and batch statistics of what is not
@@ -7,19 +7,20 @@ trained do not change (LAVIS's `disabled_train`). Trained parameters are float32
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import translate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from polymodal.errors import ConfigError, unknown_name
+from polymodal.errors import ConfigError
+from polymodal.training.adapters import LORA_MARK, ROWS_MARK, add_adapters, is_adapter
+from polymodal.training.names import match_names
 from polymodal.training.recipe import LoraRecipe, OptimConfig, RuleConfig
 
-LORA_MARK = ".lora_"
-"""What peft puts into the name of every adapter parameter."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Group:
     """Parameters that share a learning rate and a weight decay.
 
     Attributes:
-        name: For the log: the first two parts of the parameters' names, or "lora".
+        name: For the log: the first part of the parameters' names, "lora", or "tokens" for vocabulary rows.
         learning_rate: Peak rate.
         weight_decay: Decay.
         parameters: Full names and parameters, in the model's order.
@@ -39,39 +40,12 @@ class Group:
     parameters: tuple[tuple[str, nn.Parameter], ...]
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """Expand `{a,b}` as a shell does; nested braces are not supported."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if found is None:
-        return [pattern]
-    head, tail = pattern[: found.start()], pattern[found.end() :]
-    return [whole for choice in found.group(1).split(",") for whole in expand_braces(head + choice + tail)]
-
-
-def match_names(pattern: str, names: Iterable[str], kind: str) -> list[str]:
-    """Names that a glob matches; `*` crosses dots.
-
-    Args:
-        pattern: The glob, with `{a,b}` allowed.
-        names: Full dotted names.
-        kind: What the names are, for the error.
-
-    Returns:
-        The matching names, in order.
-
-    Raises:
-        ConfigError: Nothing matches; names the closest.
-    """
-    names = list(names)
-    compiled = [re.compile(translate(part)) for part in expand_braces(pattern)]
-    found = [name for name in names if any(regex.match(name) for regex in compiled)]
-    if not found:
-        raise unknown_name(f"{kind}: no name matches", pattern, names if len(names) < 40 else _shorten(names))
-    return found
-
-
 def apply_policy(
-    model: nn.Module, rules: Sequence[RuleConfig], lora: LoraRecipe | None, optim: OptimConfig
+    model: nn.Module,
+    rules: Sequence[RuleConfig],
+    lora: LoraRecipe | None,
+    optim: OptimConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Group]:
     """Freeze, inject adapters and make the optimizer groups.
 
@@ -80,6 +54,7 @@ def apply_policy(
         rules: In order; the last match wins; no match means frozen.
         lora: The adapter, or None.
         optim: Defaults for rates and decay.
+        tokenizer: Needed where `lora` trains vocabulary rows by name.
 
     Returns:
         The groups, disjoint, covering exactly the parameters that require a gradient.
@@ -97,16 +72,18 @@ def apply_policy(
         parameter.requires_grad_(name in chosen)
     by_id = {id(parameter): chosen[name] for name, parameter in model.named_parameters() if name in chosen}
     if lora is not None:
-        whole = [name for name in chosen if name.startswith("llm.") and LORA_MARK not in name]
+        whole = [name for name in chosen if name.startswith("llm.") and not is_adapter(name)]
         if whole:
             raise ConfigError(f"`lora` and training {whole[0]} whole do not go together; use one of them")
-        add_lora(model, lora)
+        add_adapters(model, lora, tokenizer)
     buckets: dict[tuple[str, float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         rule_of = by_id.get(id(parameter))
         source: RuleConfig | LoraRecipe
         if lora is not None and LORA_MARK in name:
             source, group = lora, "lora"
+        elif lora is not None and f"{ROWS_MARK}trainable_tokens_delta." in name:
+            source, group = lora, "tokens"
         elif rule_of is not None:
             source, group = rule_of, name.split(".")[0]
         else:
@@ -114,54 +91,14 @@ def apply_policy(
         parameter.requires_grad_(True)
         parameter.data = parameter.data.float()
         decay = source.weight_decay if source.weight_decay is not None else optim.weight_decay
-        if parameter.ndim <= 1 or name.endswith("bias"):
+        # A vocabulary row would be drawn towards zero in every step, seldom as its token is seen.
+        if parameter.ndim <= 1 or name.endswith("bias") or group == "tokens":
             decay = 0.0
         key = (group, source.learning_rate or optim.learning_rate, decay)
         buckets.setdefault(key, []).append((name, parameter))
     if not buckets:
         raise ConfigError("nothing is trained: add a `train` rule with `train: true`, or a `lora` section")
     return [Group(name, rate, decay, tuple(params)) for (name, rate, decay), params in buckets.items()]
-
-
-def add_lora(model: nn.Module, lora: LoraRecipe) -> None:
-    """Put adapters on the language model's linear layers, or go on with the ones it has.
-
-    Args:
-        model: Has a child `llm`; changed in place.
-        lora: Which modules and how large.
-
-    Raises:
-        ConfigError: No linear module matches, or the model has adapters of another shape.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
-
-    llm = model.get_submodule("llm")
-    present = {name: module for name, module in llm.named_modules() if isinstance(module, LoraLayer)}
-    linears = [
-        f"llm.{name}"
-        for name, module in llm.named_modules()
-        if name in present or (isinstance(module, nn.Linear) and not _inside(name, present))
-    ]
-    targets = [name.removeprefix("llm.") for name in match_names(lora.match, linears, "lora")]
-    if present:
-        ranks = {rank for module in present.values() for rank in module.r.values()}
-        if sorted(targets) != sorted(present) or ranks != {lora.lora_r}:
-            raise ConfigError(
-                f"the model already has an adapter (rank {sorted(ranks)}, {len(present)} modules) that differs from "
-                f"the recipe's (rank {lora.lora_r}, {len(targets)} modules): merge it first, or ask for the same"
-            )
-        return
-    config = LoraConfig(
-        r=lora.lora_r,
-        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft divides by it; fractions work
-        lora_dropout=lora.lora_dropout,
-        use_rslora=lora.use_rslora,
-        target_modules=targets,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    inject_adapter_in_model(config, llm)
 
 
 def set_modes(model: nn.Module) -> None:
@@ -229,7 +166,7 @@ def policy_table(model: nn.Module, groups: Sequence[Group]) -> str:
     rows = [("module", "parameters", "trained", "learning rate", "dtype")]
     totals: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
-        totals.setdefault("llm (lora)" if LORA_MARK in name else name.split(".")[0], []).append((name, parameter))
+        totals.setdefault("llm (adapter)" if is_adapter(name) else name.split(".")[0], []).append((name, parameter))
     for module, members in totals.items():
         trained = [p for _, p in members if p.requires_grad]
         lrs = sorted({rates[id(p)] for p in trained})
@@ -269,12 +206,3 @@ def make_optimizer(groups: Sequence[Group], optim: OptimConfig, device: torch.de
         eps=optim.eps,
         fused=device.type == "cuda",
     )
-
-
-def _inside(name: str, owners: Iterable[str]) -> bool:
-    return any(name.startswith(f"{owner}.") for owner in owners)
-
-
-def _shorten(names: list[str]) -> list[str]:
-    """One name for each run of numbered layers, so that the error can list what there is."""
-    return sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})

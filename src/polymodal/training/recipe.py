@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from polymodal.config import ModelConfig, Strict, parse_config
+from polymodal.config import ImageConfig, ModelConfig, Strict, parse_config
 from polymodal.errors import ConfigError, unknown_name
+
+Switch = Annotated[
+    Literal["auto", "on", "off"],
+    # YAML 1.1 reads a bare on or off as true or false.
+    BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value),
+]
 
 
 class InitConfig(Strict):
@@ -24,34 +30,69 @@ class InitConfig(Strict):
     Attributes:
         from_folder: A model folder, usually an earlier stage's `final/`; written `from` in the file.
         model: A new model, composed from this configuration.
+        image: With `from`: the picture rules from this stage on, where they are not the folder's; the tile stays.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
 
     from_folder: str | None = Field(default=None, alias="from")
     model: ModelConfig | None = None
+    image: ImageConfig | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> InitConfig:
         if (self.from_folder is None) == (self.model is None):
             raise ValueError("give exactly one of `from` (a model folder) and `model` (a configuration)")
+        if self.image is not None and self.model is not None:
+            raise ValueError("`image` goes with `from`; a new model's picture rules are `model.image`")
         return self
 
 
 class SourceConfig(Strict):
-    """One data file of the mixture.
+    """One source of the mixture.
 
     Attributes:
-        path: A JSON list or JSONL file of records in any format that `data.load_records` reads.
+        path: A data file in any form that `data.records.load_records` reads; a folder or a pattern with `*` for shards.
+        format: A name of `data.readers.table.FORMATS` (json, llava, messages, openai, coco, vqav2, gqa, textvqa,
+            docvqa, parquet, webdataset, folder); "auto" tells by the content.
+        annotations: The second file of formats that have two: VQAv2's answers, TextVQA's OCR tokens.
         image_root: The folder that picture paths start from; the file's own folder when None.
+        kind: Of records that do not say: caption, vqa, reasoning, ocr, conversation, or a name of your own.
+        source: What the log calls this source, for records that do not say; the file's name when empty.
+        prompt: The question of captions, or what follows each question of a VQA set ("" for nothing); the format's own
+            when None, LLaVA's "Answer the question using a single word or phrase." for VQA sets.
         repeat: How often each record is seen in an epoch; the fraction is a part drawn anew each epoch.
+        weight: Share of the epoch, relative to the weights of the other sources, in place of `repeat`; every source
+            has one or none has. The epoch then has as many samples as the sources have records.
         max_samples: Use only this many records, drawn once from `run.seed`.
     """
 
     path: str
+    format: str = "auto"
+    annotations: str | None = None
     image_root: str | None = None
+    kind: str = ""
+    source: str = ""
+    prompt: str | None = None
     repeat: float = Field(default=1.0, gt=0)
+    weight: float | None = Field(default=None, gt=0)
     max_samples: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _known_format(self) -> SourceConfig:
+        from polymodal.data.readers.table import FORMATS
+
+        if self.format != "auto" and self.format not in FORMATS:
+            raise ValueError(str(unknown_name("data format", self.format, ["auto", *FORMATS])))
+        if self.annotations is None and self.format in FORMATS and FORMATS[self.format].annotations == "needed":
+            raise ValueError(f"format {self.format} needs its second file; set `annotations`")
+        return self
+
+    @model_validator(mode="after")
+    def _repeat_or_weight(self) -> SourceConfig:
+        if self.weight is not None and self.repeat != 1:
+            raise ValueError("give `repeat` or `weight`, not both")
+        return self
 
 
 class DataConfig(Strict):
@@ -63,12 +104,23 @@ class DataConfig(Strict):
         max_length: Records with more tokens are left out and counted, since cutting could cut a picture.
         on_error: What to do with a record that cannot be read: "stop", or "skip" it, count it and list it in
             `skipped.jsonl`.
+        eval: Held-out files, for `run.eval_every`; never trained on.
+        index: The folder that tokenised data are kept in, to be shared by runs; `index/` in `output_dir` when None.
     """
 
     mix: tuple[SourceConfig, ...] = Field(min_length=1)
     template: str | None = None
     max_length: int = Field(default=2048, gt=1)
     on_error: Literal["stop", "skip"] = "stop"
+    eval: tuple[SourceConfig, ...] = ()
+    index: str | None = None
+
+    @model_validator(mode="after")
+    def _weights(self) -> DataConfig:
+        without = [source.path for source in self.mix if source.weight is None]
+        if 0 < len(without) < len(self.mix):
+            raise ValueError(f"give every source of the mix a `weight` or none; {without[0]} has none")
+        return self
 
 
 class RuleConfig(Strict):
@@ -99,6 +151,10 @@ class LoraRecipe(Strict):
         learning_rate: Peak rate; `optim.learning_rate` when None.
         weight_decay: Of the adapter; `optim.weight_decay` when None.
         use_rslora: Scale by alpha / sqrt(r) (arXiv:2312.03732).
+        use_dora: Train magnitude and direction apart (arXiv:2402.09353).
+        load_in_4bit: Keep the frozen language model in 4-bit NormalFloat (QLoRA, arXiv:2305.14314); needs bitsandbytes.
+        trainable_tokens: Tokens whose vocabulary rows are trained too, as text or ids. A token that the tokenizer
+            lacks takes a spare row of the language model.
     """
 
     match: str = "llm.model.layers.*.{q,k,v,o,gate,up,down}_proj"
@@ -108,6 +164,9 @@ class LoraRecipe(Strict):
     learning_rate: float | None = Field(default=None, gt=0)
     weight_decay: float | None = Field(default=None, ge=0)
     use_rslora: bool = False
+    use_dora: bool = False
+    load_in_4bit: bool = False
+    trainable_tokens: tuple[str | int, ...] = ()
 
 
 class OptimConfig(Strict):
@@ -139,13 +198,21 @@ class BatchConfig(Strict):
 
     Attributes:
         global_size: Samples of one optimizer step, over all processes.
-        micro_size: Samples that go through the model at once; changes memory and speed, not the result.
-        group_by_length: Sort a step's samples by length before cutting it into micro-batches: less padding, same
-            gradient.
+        global_tokens: Tokens of one optimizer step, about; takes the place of `global_size`.
+        packing: "pack" puts samples end to end in rows without padding, planned within each step, so that a published
+            learning rate stays valid; attention never crosses samples. "none" pads.
+        micro_size: Samples that go through the model at once, without packing; changes memory and speed, not the
+            result.
+        micro_tokens: Tokens that go through the model at once, with packing; a longer sample goes alone.
+        group_by_length: Without packing, sort a step's samples by length before cutting it into micro-batches: less
+            padding, same gradient.
     """
 
     global_size: int = Field(default=32, gt=0)
+    global_tokens: int | None = Field(default=None, gt=0)
+    packing: Literal["none", "pack"] = "none"
     micro_size: int = Field(default=8, gt=0)
+    micro_tokens: int = Field(default=2048, gt=0)
     group_by_length: bool = True
 
 
@@ -203,6 +270,15 @@ class RunConfig(Strict):
         feature_cache: Where the frozen encoder's output is kept: a folder, "memory", or "off". Needs an encoder that
             is not trained.
         feature_dtype: Of the cached features.
+        eval_every: Steps between looks at the held-out files of `data.eval`; 0 looks once, at the end.
+        eval_generations: Questions that are answered at each look, with their pictures, for the report; 0 for none.
+        trackers: "tensorboard" and "wandb" get every log line too.
+        engine: How several processes share the work: "ddp", "fsdp2", "deepspeed"; "auto" is DDP.
+        deepspeed_config: DeepSpeed's own JSON file, for that engine.
+        timeout_minutes: How long a process waits in a step for one that hangs.
+        checkpointing: Keep only the input of each layer and compute the rest again in the backward pass: less memory,
+            a third more time, same result. "auto" does so where activations would not fit.
+        compile: Let torch compile the layers. "auto" does so on CUDA, in runs long enough for it to pay.
     """
 
     epochs: float = Field(default=1.0, gt=0)
@@ -218,6 +294,14 @@ class RunConfig(Strict):
     workers: int = Field(default=2, gt=0)
     feature_cache: str = "off"
     feature_dtype: Literal["float16", "float32"] = "float16"
+    eval_every: int = Field(default=0, ge=0)
+    eval_generations: int = Field(default=4, ge=0)
+    trackers: tuple[str, ...] = ()
+    engine: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"
+    deepspeed_config: str | None = None
+    timeout_minutes: float = Field(default=10, gt=0)
+    checkpointing: Switch = "auto"
+    compile: Switch = "auto"
 
 
 class Recipe(Strict):
@@ -263,17 +347,33 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
     Raises:
         ConfigError: The file is missing or no YAML, a key is unknown, or a value is wrong.
     """
-    path = Path(path)
+    data = read_yaml(Path(path))
+    where = str(path)
+    for override in overrides or []:
+        apply_override(data, override)
+        where = f"{path} with {' '.join(overrides or [])}"
+    return parse_config(Recipe, data, where)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file as plain data.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content; `1e-3` is a number.
+
+    Raises:
+        ConfigError: The file is missing or no YAML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"recipe {path}: {error.strerror or error}") from error
-    data = _yaml(text, str(path))
-    where = str(path)
-    for override in overrides or []:
-        _apply_override(data, override)
-        where = f"{path} with {' '.join(overrides or [])}"
-    return parse_config(Recipe, data, where)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"recipe {path}: not valid UTF-8 ({error.reason})") from error
+    return _yaml(text, str(path))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -308,14 +408,23 @@ def _numbers(value: Any) -> Any:
     return value
 
 
-def _apply_override(data: Any, override: str) -> None:
-    """Set one dotted key in plain data, in place."""
+def apply_override(data: Any, override: str, schema: type[BaseModel] | None = None) -> None:
+    """Set one dotted key in plain data, in place.
+
+    Args:
+        data: As read from YAML.
+        override: `section.key=value`; the value is read as YAML.
+        schema: What the data are; a `Recipe` when None.
+
+    Raises:
+        ConfigError: It is not written so, or the key is unknown; names the nearest.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write it as section.key=value")
     value = _yaml(text, f"override {override!r}")
     steps = key.split(".")
-    schema: type[BaseModel] | None = Recipe
+    schema = schema or Recipe
     here = data
     for position, step in enumerate(steps):
         last = position == len(steps) - 1

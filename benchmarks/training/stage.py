@@ -1,0 +1,128 @@
+"""One stage: start the systems, hold their first step against each other, then let them take turns."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.training.rows import read_rows, row_tokens, write_rows
+from benchmarks.training.setting import MODES, SHAPES, Job
+from benchmarks.training.speed import matmul_flops, model_flops
+from benchmarks.training.turns import Worker
+
+
+class Difference(Exception):
+    """The systems do not compute the same thing; timing them would compare nothing."""
+
+
+def run_stage(options: argparse.Namespace, stage: int, folder: Path) -> dict[str, Any]:
+    """Measure one stage in all modes.
+
+    Args:
+        options: The command line's.
+        stage: 1 or 2.
+        folder: For rows and logs.
+
+    Returns:
+        Everything measured, as plain data.
+
+    Raises:
+        Difference: First losses or token counts differ.
+    """
+    shape = SHAPES[options.shape]
+    data = folder / f"rows-{stage}"
+    write_rows(data, stage, options.rows * options.steps, options.seed, 0.2 if options.tiny else 1.0)
+    tokens = [row_tokens(row, stage, shape.picture_tokens) for row in read_rows(data)]
+    lengths, targets = [t[0] for t in tokens], [t[1] for t in tokens]
+    speeds: list[float] = []
+    entries: list[dict[str, Any]] = []
+    # Not all at once: a stopped process keeps its memory.
+    for modes in (("matched",), ("best", "cached")):
+        wanted = [(mode, system) for mode in modes if mode in options.mode for system in options.system]
+        wanted = [(mode, system) for mode, system in wanted if mode != "cached" or system == "polymodal"]
+        workers: list[Worker] = []
+        try:
+            for mode, system in wanted:
+                progress(f"stage {stage}, {mode}: {system} sets up and warms up")
+                workers.append(Worker(make_job(options, stage, system, mode, data, folder)))
+                entry: dict[str, Any] = {"system": system, "mode": mode, "warmup": workers[-1].turn(), "turns": []}
+                entries.append(entry)
+                compare(entry, entries[0], sum(lengths), sum(targets), options)
+            for number in range(options.runs if wanted else 0):
+                progress(f"stage {stage}, {'/'.join(modes)}: turn {number + 1} of {options.runs}")
+                speeds.append(matmul_flops(options.device, options.precision))
+                for worker, entry in zip(workers, entries[-len(workers) :], strict=True):
+                    entry["turns"].append(worker.turn())
+        finally:
+            for worker in workers:
+                worker.kill()
+    return {
+        "stage": stage,
+        "shape": options.shape,
+        "flags": {
+            "best": "one sample at a time (no padding)" if options.best_micro == 1 else "grouped by length",
+            "tokens": options.micro_tokens,
+        },
+        "lengths": lengths,
+        "targets": targets,
+        "matmul_flops": speeds,
+        "model_flops": {mode: model_flops(shape, stage, lengths, targets, mode == "cached") for mode in MODES},
+        "entries": entries,
+    }
+
+
+def compare(entry: dict[str, Any], first: dict[str, Any], real: int, trained: int, options: argparse.Namespace) -> None:
+    """Stop where a system does not do what the first one does, before anything is timed.
+
+    Args:
+        entry: The system that just warmed up.
+        first: The first to warm up, which is the HF Trainer in mode "matched" unless it is left out.
+        real: Tokens of the rows.
+        trained: Trained tokens of the rows.
+        options: The command line's.
+
+    Raises:
+        Difference: It does not; names what differs and by how much.
+    """
+    name, warmup = f"{entry['system']} ({entry['mode']})", entry["warmup"]
+    for what, wanted in (("real_tokens", real), ("trained_tokens", trained)):
+        if warmup[what] != wanted:
+            raise Difference(f"{name} has {warmup[what]} {what.replace('_', ' ')} in its first turn, not {wanted}")
+    # With several steps in a turn, another order puts other rows into the first step.
+    if entry["mode"] != "matched" and options.steps > 1:
+        return
+    gap = abs(warmup["first_loss"] - first["warmup"]["first_loss"])
+    tolerance = 1e-3 if options.precision == "fp32" else 2e-2
+    if not gap <= tolerance:
+        raise Difference(
+            f"the first step's loss of {name} is {warmup['first_loss']:.5f}, of {first['system']} "
+            f"{first['warmup']['first_loss']:.5f}: {gap:.2g} apart, {tolerance:g} is allowed"
+        )
+
+
+def make_job(options: argparse.Namespace, stage: int, system: str, mode: str, data: Path, folder: Path) -> Job:
+    """One worker's job."""
+    return Job(
+        system=system,
+        mode=mode,
+        stage=stage,
+        shape=options.shape,
+        rows=options.rows,
+        micro=options.best_micro if mode == "best" else options.micro,
+        micro_tokens=options.micro_tokens,
+        steps=options.steps,
+        runs=options.runs,
+        threads=options.threads,
+        device=options.device,
+        precision=options.precision,
+        seed=options.seed,
+        data=str(data),
+        folder=str(folder / f"stage{stage}-{mode}-{system}"),
+    )
+
+
+def progress(text: str) -> None:
+    """A line for who waits; the table alone goes to stdout."""
+    print(text, file=sys.stderr, flush=True)

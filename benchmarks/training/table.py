@@ -1,0 +1,101 @@
+"""The figures of a stage as a table in plain text."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+TITLES = {
+    1: "stage 1: projector only, captions",
+    2: "stage 2: projector + LoRA on all linear layers of the language model, conversations",
+}
+NAMES = {"hf": "HF Trainer", "trl": "TRL SFTTrainer", "polymodal": "polymodal"}
+NOTES = {
+    "matched": "matched flags: padded, same micro-batches, same order, no feature cache",
+    "best": "best flags: HF and TRL {best}, fused AdamW; polymodal packs to {tokens} tokens; no feature cache",
+    "cached": "its own line, since the others have no such flag: the frozen tower runs once per picture, in set-up",
+}
+COLUMNS = (
+    "", "samples/s", "range", "x HF", "range", "x padded HF", "real tok/s", "CPU s/sample", "peak GB", "padding",
+    "roofline", "set-up s",
+)  # fmt: skip
+
+
+def draw_table(stage: dict[str, Any]) -> str:
+    """Lay out one stage.
+
+    Args:
+        stage: As `run_stage` returns it.
+
+    Returns:
+        Lines of text.
+    """
+    roof = median(stage["matmul_flops"])
+    rows: list[tuple[str, ...] | str] = [COLUMNS]
+    shown = ""
+    for entry in stage["entries"]:
+        if entry["mode"] != shown:
+            shown = entry["mode"]
+            rows.append(NOTES[shown].format(**stage["flags"]))
+        rows.append(line(entry, stage["entries"], stage["model_flops"][shown], roof))
+    widths = [max(len(row[i]) for row in rows if not isinstance(row, str)) for i in range(len(COLUMNS))]
+    lengths = sorted(stage["lengths"])
+    out = [
+        "",
+        f"{TITLES[stage['stage']]}; {len(lengths)} rows of {lengths[0]} to {lengths[-1]} tokens, "
+        f"{sum(stage['targets'])} of {sum(lengths)} trained",
+        f"matmul: {roof / 1e9:.0f} GFLOP/s; a pass over the rows needs {stage['model_flops']['best'] / 1e9:.0f} GFLOP, "
+        f"{stage['model_flops']['cached'] / 1e9:.0f} with kept features; first loss of all: "
+        f"{stage['entries'][0]['warmup']['first_loss']:.4f}",
+        "x HF: beside the HF Trainer with the same flags; from the second block on, with its faster flags of the two",
+    ]
+    for row in rows:
+        if isinstance(row, str):
+            out.append(f"-- {row}")
+        else:
+            cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+            out.append("  ".join(cells).rstrip())
+    return "\n".join(out)
+
+
+def reference(entries: list[dict[str, Any]], modes: tuple[str, ...]) -> dict[str, Any] | None:
+    """The HF Trainer's fastest line under these flags, or None where it was left out."""
+    found = [entry for entry in entries if entry["system"] == "hf" and entry["mode"] in modes]
+    return min(found, key=seconds, default=None)
+
+
+def seconds(entry: dict[str, Any]) -> float:
+    """A system's usual time of a turn."""
+    return median(turn["wall_s"] for turn in entry["turns"])
+
+
+def line(entry: dict[str, Any], entries: list[dict[str, Any]], flops: float, roof: float) -> tuple[str, ...]:
+    """One system's cells."""
+    turns = entry["turns"]
+    rates = sorted(turn["samples"] / turn["wall_s"] for turn in turns)
+    wall = seconds(entry)
+    padded = reference(entries, ("matched",))
+    # No padding need not be the fastest: under best flags the HF Trainer counts with whichever of its lines is.
+    same = padded if entry["mode"] == "matched" else reference(entries, ("matched", "best"))
+    ratio = spread = against = "-"
+    if same is not None:
+        # Turn by turn: what slows the machine for a while slows both.
+        pairs = zip(turns, same["turns"], strict=True)
+        ratios = sorted(other["wall_s"] / turn["wall_s"] for turn, other in pairs)
+        ratio, spread = f"{median(ratios):.2f}", f"{ratios[0]:.2f}..{ratios[-1]:.2f}"
+    if padded is not None:
+        against = f"{seconds(padded) / wall:.2f}"
+    return (
+        NAMES[entry["system"]],
+        f"{median(rates):.3f}",
+        f"{rates[0]:.3f}..{rates[-1]:.3f}",
+        ratio,
+        spread,
+        against,
+        f"{turns[0]['real_tokens'] / wall:.0f}",
+        f"{median(turn['cpu_s'] / turn['samples'] for turn in turns):.2f}",
+        f"{turns[-1]['peak_bytes'] / 1e9:.2f}",
+        f"{1 - turns[0]['real_tokens'] / turns[0]['slots']:.0%}",
+        f"{flops / wall / roof:.0%}",
+        f"{entry['warmup']['setup_s']:.1f}",
+    )

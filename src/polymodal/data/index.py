@@ -1,0 +1,198 @@
+"""The tokenised rows of a data source in memory maps: built once, opened in a moment, read row by row.
+
+A folder holds flat arrays of token ids and loss masks, where each row begins in them, its pictures' plans, places and
+content hashes, and the rows themselves as records of our own, whatever form they came in (JSON, parquet, tar). So a
+run starts without reading 600,000 rows of JSON, workers share the pages of one file, and a row that cannot be used
+was found before the first step. What it was made from (data files, tokenizer, template, picture rules) decides the
+folder's name; the sizes and times of the pictures are compared when it is opened.
+
+Rows that were longer than allowed are here too: `max_length` is applied by the reader, and may change.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from polymodal.data import index_build
+from polymodal.data.arrays import open_array
+from polymodal.data.formats import Record
+from polymodal.data.index_build import INFO, MODALITIES, Reading, identity, sample_digest, stat_of
+from polymodal.data.parallel import Progress, ahead, quiet
+from polymodal.data.records import record_from_json
+from polymodal.errors import DataError, first_line
+from polymodal.files import atomic_folder
+from polymodal.geometry import Box, ImagePlan, Size
+from polymodal.processing.sample import Sample, Slot
+
+if TYPE_CHECKING:
+    from polymodal.processing.processor import Processor
+
+__all__ = ["Index", "Reading", "identity", "open_index", "sample_digest"]
+
+
+def open_index(
+    folder: Path,
+    reading: Reading,
+    processor: Processor,
+    *,
+    skip_errors: bool = False,
+    workers: int = 2,
+    progress: Progress = quiet,
+    say: Callable[[str], None] = lambda line: None,
+) -> Index:
+    """Open the index of a source, and build it where it is not there or its pictures changed.
+
+    Args:
+        folder: Where indices are kept.
+        reading: The source.
+        processor: What tokenises it.
+        skip_errors: Leave out rows that cannot be read, and list them; else the first one is an error.
+        workers: Threads that decode pictures.
+        progress: Wraps the iteration with a progress bar.
+        say: Takes one line of news.
+
+    Returns:
+        The index.
+
+    Raises:
+        PolymodalError: The source or a row of it cannot be read, or the index cannot be written.
+    """
+    about = identity(reading, processor)
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    target = folder / f"{reading.path.stem.strip('*') or 'data'}-{key}"
+    with _locked(folder, key):
+        if (target / INFO).is_file():
+            index = Index(target)
+            changed = index.changed_media()
+            if not changed:
+                index_build.refuse(index.faults, skip_errors)
+                return index
+            say(f"{target.name}: {changed} changed since it was tokenised; tokenising {reading.path} again")
+        for old in folder.glob(f".{target.name}.*"):  # of a process that was killed while it built this one
+            shutil.rmtree(old, ignore_errors=True)
+        with atomic_folder(target, replace=True) as work:
+            index_build.build(work, about, reading, processor, skip_errors, workers, progress)
+    return Index(target)
+
+
+class Index:
+    """An index, opened. Rows are counted from 0 over those that could be tokenised.
+
+    Args:
+        folder: What `open_index` wrote.
+
+    Attributes:
+        targets: [n] trained tokens.
+        lengths: [n] tokens.
+        tiles: [n] tiles of all pictures.
+        pictures: [n] pictures.
+        rows: [n] numbers of the rows in their file.
+        digests: [n, 32] hash of tokens, masks and pictures.
+        faults: The rows that could not be read: row, where, id, error.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.info: dict[str, Any] = json.loads((folder / INFO).read_text(encoding="utf-8"))
+            self._tokens, self._mask, self._media, self._keys = (
+                open_array(folder / f"{name}.npy") for name in ("tokens", "mask", "media", "keys")
+            )
+            names = ("token_offsets", "media_offsets", "record_offsets", "targets", "tiles", "rows", "digests")
+            arrays = {name: open_array(folder / f"{name}.npy") for name in names}
+            self.faults: list[dict[str, Any]] = list(_read_lines(folder / "faults.jsonl"))
+        except (OSError, ValueError, EOFError, KeyError) as error:
+            raise DataError(f"{folder}: the index is damaged ({first_line(error)}); remove the folder") from None
+        self._starts, self._media_starts = arrays["token_offsets"], arrays["media_offsets"]
+        self._record_starts = arrays["record_offsets"]
+        self.targets, self.tiles, self.rows, self.digests = (
+            arrays[name] for name in ("targets", "tiles", "rows", "digests")
+        )
+        self.lengths, self.pictures = np.diff(self._starts), np.diff(self._media_starts)
+        self._plans = [_plan(plan) for plan in self.info["plans"]]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @cached_property
+    def _records(self) -> np.ndarray:
+        path = self.folder / "records.jsonl"
+        return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+
+    def _plain(self, row: int) -> dict[str, Any]:
+        start, end = self._record_starts[row], self._record_starts[row + 1]
+        return json.loads(self._records[start:end].tobytes())  # type: ignore[no-any-return]
+
+    def record(self, row: int) -> Record:
+        """The row as a record."""
+        return record_from_json(self._plain(row))
+
+    def media_keys(self, row: int) -> tuple[str, ...]:
+        """Content hashes of the row's pictures."""
+        start, end = self._media_starts[row], self._media_starts[row + 1]
+        return tuple(key.tobytes().hex() for key in self._keys[start:end])
+
+    def sample(self, row: int) -> Sample:
+        """The row as tokens, without pixels."""
+        start, end = self._starts[row], self._starts[row + 1]
+        places = self._media[self._media_starts[row] : self._media_starts[row + 1]].tolist()
+        return Sample(
+            input_ids=torch.from_numpy(self._tokens[start:end].astype(np.int64)),
+            loss_mask=torch.from_numpy(np.array(self._mask[start:end])),
+            slots=tuple(Slot(MODALITIES[m], first, length, message) for _, m, first, length, message in places),
+            plans=tuple(self._plans[plan] for plan, *_ in places),
+            media_keys=self.media_keys(row),
+            id=self._plain(row)["id"],
+        )
+
+    def changed_media(self) -> str:
+        """The first medium whose file is not what it was; "" where all are."""
+
+        def changed(batch: list[list[Any]]) -> str:
+            return next((path for path, *stat in batch if stat_of(path) != stat), "")
+
+        lines = list(_read_lines(self.folder / "files.jsonl"))
+        batches = [lines[i : i + 2048] for i in range(0, len(lines), 2048)]
+        return next((path for path in ahead(changed, batches, 8) if path), "")
+
+
+def _plan(plain: dict[str, Any]) -> ImagePlan:
+    def revive(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return Box(**value) if "top" in value else Size(**value)
+
+    return ImagePlan(**{name: revive(value) for name, value in plain.items()})
+
+
+def _read_lines(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as handle:
+        for line in handle:
+            yield json.loads(line)
+
+
+@contextmanager
+def _locked(folder: Path, key: str) -> Iterator[None]:
+    """Let one process build an index; the others wait, then open it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / f".{key}.lock").open("w")
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror}); choose another data.index") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have no locks
+            raise DataError(f"{folder}: cannot be locked ({error.strerror}); choose another data.index") from None
+        yield

@@ -1,0 +1,152 @@
+"""Parquet as Hugging Face `datasets` writes it, pictures as bytes inside.
+
+Columns that are known, the first of these that is there being the text:
+
+- `conversations` or `messages`: as in JSON, with placeholders for the pictures.
+- `texts`: a list of `{user, assistant}` (The Cauldron, FineVision); pictures stand before the first question.
+- `question` with `multiple_choice_answer`, `answer` or `answers`.
+- `caption` or `text`.
+
+Pictures are in `image` or `images` (`videos`, `audios` likewise): `{bytes, path}`, bytes, paths, or lists of these.
+`id` (or `question_id`), `kind`, `kinds` and `source` are kept. Only texts are read here; a picture's bytes are read
+from their cell when they are wanted (`media/table.py`). Needs pyarrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from polymodal.data.readers.row import CAPTION, Options, RawRow, asked, best_answer, broken, dialogue, text_of
+from polymodal.errors import DataError, MediaError, first_line
+from polymodal.media.table import open_table, read_column
+from polymodal.messages import TableCell
+
+_TEXTS = ("conversations", "messages", "texts", "question", "caption", "text")
+_ANSWERS = ("multiple_choice_answer", "answer", "answers")
+_LABELS = ("id", "question_id", "kind", "kinds", "source", "system")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+
+def read_parquet(path: Path, options: Options) -> Iterator[RawRow]:
+    """Read a parquet file.
+
+    Args:
+        path: The file.
+        options: `prompt` is what is asked for a caption, or follows a question.
+
+    Yields:
+        A row for each of the file's; one for a row group that is damaged.
+
+    Raises:
+        DataError: pyarrow is missing, or the file is damaged or has none of the known columns.
+    """
+    with open_table(path, DataError) as file:
+        names = set(file.schema_arrow.names)
+        form = next((name for name in _TEXTS if name in names), None)
+        if form is None:
+            raise DataError(f"{path}: none of the columns {', '.join(_TEXTS)}; found {', '.join(sorted(names))}")
+        if form == "question" and names.isdisjoint(_ANSWERS):
+            raise DataError(f"{path}: `question` without {', '.join(_ANSWERS)}; these are questions without answers")
+        wanted = [form, *(name for name in (*_ANSWERS, *_LABELS) if name in names and name != form)]
+        media = [name for name in _MEDIA if name in names]
+        number = 0
+        for group in range(file.metadata.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            try:
+                rows = file.read_row_group(group, columns=wanted).to_pylist()
+                cells = {name: _cells(path, file, group, name, options.root, len(rows)) for name in media}
+            except MediaError as error:
+                yield broken(number, f"{path}: rows {number} to {number + count - 1}", str(error), path)
+                number += count
+                continue
+            except Exception as error:  # pyarrow raises many types for damaged pages
+                problem = f"row group {group} is damaged ({first_line(error)[:160]}); fetch the file again"
+                yield broken(number, f"{path}: rows {number} to {number + count - 1}", problem, path)
+                number += count
+                continue
+            for index, row in enumerate(rows):
+                where = f"{path}: row {number}"
+                try:
+                    data, kind = _record(row, form, {name: cells[name][index] for name in media}, where, options)
+                except DataError as error:
+                    yield RawRow(number, where, None, error, path=path)
+                else:
+                    name = f"{path.stem}-{number}"
+                    yield RawRow(number, where, data, path=path, root=options.root, kind=kind, id=name)
+                number += 1
+    if number == 0:
+        raise DataError(f"{path}: the file holds no records")
+
+
+def _record(
+    row: dict[str, Any], form: str, media: dict[str, list[Any]], where: str, options: Options
+) -> tuple[dict[str, Any], str]:
+    """Make a record of a row, and its kind."""
+    labels = {key: row[key] for key in _LABELS if row.get(key) is not None}
+    if "question_id" in labels:
+        labels.setdefault("id", labels.pop("question_id"))
+    for name, items in media.items():
+        if None in items:
+            raise DataError(f"{where}: `{name}`[{items.index(None)}] is empty; give bytes or a path")
+    pictures = [item for name in ("image", "images") for item in media.get(name, [])]
+    if form in ("conversations", "messages"):
+        return {**labels, **{name: items for name, items in media.items() if items}, form: row[form]}, "conversation"
+    if form == "texts":
+        turns = [
+            (text_of(turn.get("user")), text_of(turn.get("assistant")))
+            for turn in row["texts"] or []
+            if isinstance(turn, dict)
+        ]
+        if not turns or len(turns) != len(row["texts"]) or not all(answer for _, answer in turns):
+            raise DataError(f"{where}: `texts` must be a list of turns with `user` and `assistant`, none of them empty")
+        return dialogue(pictures, turns, **labels), "conversation"
+    if form == "question":
+        question = text_of(row["question"])
+        answer = next(filter(None, (best_answer(row.get(name)) for name in _ANSWERS)), "")
+        if not question or not answer:
+            raise DataError(f"{where}: the {'answer' if question else 'question'} is missing or empty")
+        return dialogue(pictures, [(asked(question, options.prompt, ""), answer)], **labels), "vqa"
+    caption = best_answer(row[form])
+    if not caption:
+        raise DataError(f"{where}: `{form}` is empty")
+    if not pictures:
+        raise DataError(f"{where}: a caption without a picture; fill `image` or `images`")
+    return dialogue(pictures, [(CAPTION if options.prompt is None else options.prompt, caption)], **labels), "caption"
+
+
+def _cells(path: Path, file: Any, group: int, column: str, root: Path, count: int) -> list[list[Any]]:
+    """Locate the media of a column: for each row a list of cells, or paths where there can be no bytes."""
+    # Not from the chunks' metadata: pyarrow ends the process where that is damaged.
+    leaves = [file.schema.column(index).path for index in range(len(file.schema))]
+    own = {leaf.split(".")[-1]: leaf for leaf in leaves if leaf.split(".")[0] == column}
+    if {"bytes", "path"} <= own.keys():  # the paths are short, and tell how many each row has
+        values = file.read_row_group(group, columns=[own["path"]]).column(column)
+    else:
+        values = read_column(path, group, column)
+    if len(values) != count:
+        raise MediaError(f"column `{column}` has {len(values)} rows, not {count}; fetch the file again")
+    return [_of_row(value, TableCell(path, group, index, column, root=root)) for index, value in enumerate(values)]
+
+
+def _of_row(value: Any, cell: TableCell) -> list[Any]:
+    if not value.is_valid:
+        return []
+    is_list = hasattr(value, "values") and not hasattr(value, "keys")
+    found: list[Any] = []
+    for item, entry in enumerate(value if is_list else [value]):
+        if not entry.is_valid:
+            found.append(None)
+        elif _is_text(entry):
+            found.append(entry.as_py())
+        else:
+            found.append(replace(cell, item=item if is_list else -1))
+    return found
+
+
+def _is_text(value: Any) -> bool:
+    import pyarrow
+
+    return bool(pyarrow.types.is_string(value.type) or pyarrow.types.is_large_string(value.type))

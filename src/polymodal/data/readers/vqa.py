@@ -1,0 +1,224 @@
+"""VQAv2, GQA, TextVQA and DocVQA: the official files, one record for each question.
+
+- VQAv2: `v2_OpenEnded_mscoco_*_questions.json` with `v2_mscoco_*_annotations.json` beside it; the answer is
+  `multiple_choice_answer`, which is the most frequent of the ten (Goyal et al. 2017, arXiv:1612.00837).
+- GQA: `train_balanced_questions.json`, an object of questions by id; the answer is `answer` (Hudson and Manning 2019,
+  arXiv:1902.09506).
+- TextVQA: `TextVQA_0.5.1_train.json`; the most frequent of the ten answers. With the Rosetta OCR file as
+  `annotations`, the question is followed by LLaVA's line of reference tokens (Singh et al. 2019, arXiv:1904.08920).
+- DocVQA and InfographicVQA: `train_v1.0.json`; the first of the answers, which are spellings of one (Mathew et al.
+  2021, arXiv:2007.00398).
+
+Each question is followed by LLaVA's "Answer the question using a single word or phrase." unless `prompt` says
+otherwise. A question without an annotation is a broken row, not a lost one. Annotations without a question are left
+alone, so that a part of the questions can be used with the whole file of annotations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from polymodal.data.readers.json_stream import stream
+from polymodal.data.readers.row import Options, RawRow, asked, best_answer, broken, dialogue, text_of
+from polymodal.errors import DataError
+
+
+class Layout:
+    """Where a data set's pictures lie under the root: people unpack archives with and without their folders.
+
+    Args:
+        root: The folder of the pictures.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._choice: int | None = None
+
+    def choose(self, names: tuple[str, ...]) -> str:
+        """Pick a picture's name; the first picture decides for all, so that millions are not looked for."""
+        if self._choice is None:
+            there = [index for index, name in enumerate(names) if (self._root / name).is_file()]
+            self._choice = there[0] if there else 0
+        return names[self._choice]
+
+
+def read_vqav2(path: Path, options: Options) -> Iterator[RawRow]:
+    """Read VQAv2.
+
+    Args:
+        path: The questions.
+        options: `annotations` is the file of answers.
+
+    Yields:
+        A row for each question.
+
+    Raises:
+        DataError: A file is missing or is the wrong one.
+    """
+    assert options.annotations is not None  # the table of formats says so
+    answers = _vqav2_answers(options.annotations)
+    subtype, layout, number = _vqav2_subtype(path), Layout(options.root), 0
+    for item in stream(path):
+        if item.key != "questions":
+            continue
+        where = f"{path}: question {item.index}"
+        question = item.value if isinstance(item.value, dict) else {}
+        name, image = question.get("question_id"), question.get("image_id")
+        text = text_of(question.get("question"))
+        if not isinstance(name, int | str) or not isinstance(image, int) or not text:
+            yield broken(number, where, "needs `question_id`, `image_id` and `question`", path)
+        elif name not in answers:
+            problem = f"question_id {name} has no annotation in {options.annotations}, or comes twice"
+            yield broken(number, where, problem, path)
+        else:
+            answer, of_image, kind = answers.pop(name)
+            file = f"COCO_{subtype}_{image:012d}.jpg"
+            if not answer:
+                yield broken(number, where, f"question_id {name}: the answer is missing or empty", path)
+            elif of_image != image:
+                problem = f"question_id {name} is about image {image}, its annotation about {of_image}"
+                yield broken(number, where, problem, path)
+            else:
+                picture = layout.choose((file, f"{subtype}/{file}"))
+                data = dialogue([picture], [(asked(text, options.prompt), answer)], id=str(name), answer_type=kind)
+                yield RawRow(number, where, data, path=path, root=options.root, kind="vqa")
+        number += 1
+    if number == 0:
+        raise DataError(f"{path}: no `questions`; give v2_OpenEnded_mscoco_*_questions.json")
+
+
+def _vqav2_answers(path: Path) -> dict[Any, tuple[str, Any, str]]:
+    """Answer, picture and type of answer, by question."""
+    answers: dict[Any, tuple[str, Any, str]] = {}
+    for item in stream(path):
+        if item.key != "annotations" or not isinstance(item.value, dict):
+            continue
+        name = item.value.get("question_id")
+        if not isinstance(name, int | str):
+            raise DataError(f"{path}: annotation {item.index}: needs `question_id`")
+        if name in answers:
+            raise DataError(f"{path}: annotation {item.index}: question_id {name} comes twice")
+        answer = text_of(item.value.get("multiple_choice_answer")) or best_answer(item.value.get("answers"))
+        answers[name] = (answer, item.value.get("image_id"), text_of(item.value.get("answer_type")))
+    if not answers:
+        raise DataError(f"{path}: no `annotations`; give v2_mscoco_*_annotations.json")
+    return answers
+
+
+def _vqav2_subtype(path: Path) -> str:
+    """The split that is part of the pictures' names; questions of test-dev2015 are about pictures of test2015."""
+    for item in stream(path):
+        if item.key == "data_subtype" and isinstance(item.value, str):
+            return item.value.replace("-dev", "")
+    raise DataError(f"{path}: no `data_subtype`; give v2_OpenEnded_mscoco_*_questions.json")
+
+
+def read_gqa(path: Path, options: Options) -> Iterator[RawRow]:
+    """Read GQA; its questions and answers are one file.
+
+    Args:
+        path: The questions.
+        options: Root and prompt.
+
+    Yields:
+        A row for each question.
+
+    Raises:
+        DataError: The file has no questions.
+    """
+    layout, number = Layout(options.root), 0
+    for number, item in enumerate(stream(path), start=1):
+        if item.index >= 0:
+            raise DataError(f"{path}: expected an object of questions by id; give GQA's *_questions.json")
+        where = f"{path}: question {item.key!r}"
+        question = item.value if isinstance(item.value, dict) else {}
+        image, text = text_of(question.get("imageId")), text_of(question.get("question"))
+        answer = text_of(question.get("answer"))
+        if not image or not text or not answer:
+            yield broken(number - 1, where, "needs `imageId`, `question` and `answer`", path)
+            continue
+        picture = layout.choose((f"{image}.jpg", f"images/{image}.jpg"))
+        data = dialogue([picture], [(asked(text, options.prompt), answer)], id=item.key)
+        yield RawRow(number - 1, where, data, path=path, root=options.root, kind="vqa")
+    if number == 0:
+        raise DataError(f"{path}: no questions; give GQA's *_questions.json")
+
+
+def read_textvqa(path: Path, options: Options) -> Iterator[RawRow]:
+    """Read TextVQA.
+
+    Args:
+        path: The questions with their answers.
+        options: `annotations` is the Rosetta OCR file, where its tokens are wanted.
+
+    Yields:
+        A row for each question.
+
+    Raises:
+        DataError: A file is missing or is the wrong one.
+    """
+    tokens = None if options.annotations is None else _ocr_tokens(options.annotations)
+    layout = Layout(options.root)
+    for number, where, question in _data_list(path, "TextVQA_0.5.1_*.json"):
+        image, text = text_of(question.get("image_id")), text_of(question.get("question"))
+        answer = best_answer(question.get("answers"))
+        if not image or not text or not answer:
+            yield broken(number, where, "needs `image_id`, `question` and `answers`", path)
+            continue
+        if tokens is not None:
+            if image not in tokens:
+                yield broken(number, where, f"image_id {image} is not in {options.annotations}", path)
+                continue
+            text = f"{text}\nReference OCR token: {', '.join(tokens[image])}"
+        picture = layout.choose((f"{image}.jpg", f"train_images/{image}.jpg", f"test_images/{image}.jpg"))
+        data = dialogue([picture], [(asked(text, options.prompt), answer)], id=str(question.get("question_id", number)))
+        yield RawRow(number, where, data, path=path, root=options.root, kind="ocr")
+
+
+def _ocr_tokens(path: Path) -> dict[str, list[str]]:
+    tokens = {}
+    for _, where, entry in _data_list(path, "TextVQA_Rosetta_OCR_*.json"):
+        words = entry.get("ocr_tokens")
+        if not isinstance(words, list):
+            raise DataError(f"{where}: no list `ocr_tokens`; give TextVQA_Rosetta_OCR_*.json")
+        tokens[text_of(entry.get("image_id"))] = [str(word) for word in words]
+    return tokens
+
+
+def read_docvqa(path: Path, options: Options) -> Iterator[RawRow]:
+    """Read DocVQA or InfographicVQA.
+
+    Args:
+        path: The questions with their answers.
+        options: Root and prompt.
+
+    Yields:
+        A row for each question.
+
+    Raises:
+        DataError: The file is the wrong one.
+    """
+    layout = Layout(options.root)
+    for number, where, question in _data_list(path, "train_v1.0.json"):
+        image = text_of(question.get("image")) or text_of(question.get("image_local_name"))
+        text, answer = text_of(question.get("question")), best_answer(question.get("answers"))
+        if not image or not text or not answer:
+            yield broken(number, where, "needs `image`, `question` and `answers`", path)
+            continue
+        base = image.rpartition("/")[2]
+        picture = layout.choose((image, base, f"spdocvqa_images/{base}", f"documents/{base}"))
+        data = dialogue([picture], [(asked(text, options.prompt), answer)], id=str(question.get("questionId", number)))
+        yield RawRow(number, where, data, path=path, root=options.root, kind="ocr")
+
+
+def _data_list(path: Path, expected: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """The objects of the list `data`."""
+    found = False
+    for item in stream(path):
+        if item.key == "data" and item.index >= 0:
+            found = True
+            yield item.index, f"{path}: data[{item.index}]", item.value if isinstance(item.value, dict) else {}
+    if not found:
+        raise DataError(f"{path}: no list `data`; give {expected}")

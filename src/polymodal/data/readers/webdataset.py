@@ -1,0 +1,237 @@
+"""WebDataset: tar archives whose neighbouring members with the same name are one sample.
+
+A member's name up to the first dot of its last part is the sample's key: `a/001.jpg`, `a/001.txt`, `a/001.json`. A
+sample has pictures (`jpg`, `0.png`, ...), and either a conversation or a caption:
+
+- `.json` with `conversations` or `messages`: a record; the sample's pictures are its `images`, by the names that it
+  lists, else in the order of the archive. Video and audio members likewise.
+- `.json` with `question` and `answer`, or with `caption` or `text`.
+- `.txt` (or `.caption`): a caption. It goes before a `.json` without a conversation, as img2dataset writes both.
+
+Nothing is unpacked: pictures stay where they are (`FileSlice`) and are read one by one at any time, so an archive must
+not be compressed. Links, devices, sparse members, absolute names and names with `..` are broken rows. Members of other
+types are no part of a sample. An archive without its end marker was cut off, which the reference ignores.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from polymodal.data.readers.row import (
+    CAPTION,
+    PICTURES,
+    Options,
+    RawRow,
+    asked,
+    best_answer,
+    dialogue,
+    text_of,
+)
+from polymodal.errors import DataError, MediaError, first_line
+from polymodal.media.source import describe, read_bytes
+from polymodal.messages import FileSlice
+
+_MAX_TEXT = 16 * 2**20
+_TEXTS = frozenset({".txt", ".caption", ".json"})
+_KINDS = {
+    **dict.fromkeys(PICTURES, "images"),
+    **dict.fromkeys((".mp4", ".webm", ".mkv", ".mov", ".avi"), "videos"),
+    **dict.fromkeys((".wav", ".mp3", ".flac", ".ogg", ".m4a"), "audios"),
+}
+
+
+@dataclass
+class _Sample:
+    key: str
+    members: list[FileSlice] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def read_webdataset(path: Path, options: Options) -> Iterator[RawRow]:
+    """Read a tar archive.
+
+    Args:
+        path: The archive, not compressed.
+        options: `prompt` is what is asked for a caption, or follows a question.
+
+    Yields:
+        A row for each sample, and one for the place where the archive is damaged.
+
+    Raises:
+        DataError: The file is missing or no tar archive.
+    """
+    seen: set[str] = set()
+    number = 0
+    for sample in _samples(path):
+        where = f"{path}: sample {describe(sample.key)}"
+        if sample.key in seen:
+            sample.faults.append("its members do not follow one another; write the archive sorted by name")
+        seen.add(sample.key)
+        try:
+            if sample.faults:
+                raise DataError(f"{where}: {sample.faults[0]}")
+            data, kind = _record(sample, where, options)
+        except DataError as error:
+            yield RawRow(number, where, None, error, path=path)
+        else:
+            yield RawRow(number, where, data, path=path, root=options.root, kind=kind, id=sample.key)
+        number += 1
+    if number == 0:
+        raise DataError(f"{path}: the archive holds no samples")
+
+
+def _samples(path: Path) -> Iterator[_Sample]:
+    """Group neighbours with the same key; the last one has a fault where the archive breaks off."""
+    sample: _Sample | None = None
+    problem = ""
+    with _open(path) as archive:
+        size = path.stat().st_size
+        while True:
+            try:
+                member = archive.next()
+            except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+                problem = f"the archive is cut off or damaged here ({first_line(error)}); fetch it again"
+                break
+            if member is None:
+                problem = _end_of(path, archive.offset)
+                break
+            if member.isdir():
+                continue
+            key = _key(member.name)
+            if sample is not None and sample.key != key:
+                yield sample
+                sample = None
+            sample = sample or _Sample(key)
+            if fault := _fault(member):
+                sample.faults.append(f"member {describe(member.name)}: {fault}")
+            elif member.offset_data + member.size > size:
+                sample.faults.append(f"member {describe(member.name)}: the archive is cut off here; fetch it again")
+            else:
+                sample.members.append(FileSlice(path, member.offset_data, member.size, _printable(member.name)))
+    if sample is not None:
+        yield sample
+    if problem and not (sample is not None and sample.faults):
+        yield _Sample("(end)", faults=[problem])
+
+
+def _open(path: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path, "r:")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (tarfile.TarError, EOFError, OSError) as error:
+        with path.open("rb") as file:
+            head = file.read(6)
+        packed = head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
+        why = "is compressed, so its members cannot be read one by one; unpack it to a .tar" if packed else ""
+        raise DataError(f"{path}: {why or f'not a tar archive ({first_line(error)})'}") from None
+
+
+def _end_of(path: Path, offset: int) -> str:
+    """What is wrong at the place where the members end; tarfile itself takes a damaged header for the end."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        return "the archive has no end marker, so it was cut off; fetch it again"
+    return (
+        f"damaged header at byte {offset}; what follows cannot be read, fetch the archive again" if any(block) else ""
+    )
+
+
+def _fault(member: tarfile.TarInfo) -> str:
+    """Why a member is refused; "" where it is not."""
+    name = member.name.replace("\\", "/")
+    if name.startswith("/") or name[1:3] == ":/":
+        return "its name is absolute; names must be relative"
+    if ".." in name.split("/") or "\0" in name:
+        return "its name leaves the archive; names must not have `..`"
+    if member.issym() or member.islnk():
+        return "is a link; store the file itself"
+    if not member.isreg() or member.issparse():
+        return "is not a plain file; store the file itself"
+    return ""
+
+
+def _printable(name: str) -> str:
+    """A member's name as text: tar allows any bytes."""
+    return name.encode("utf-8", "replace").decode()
+
+
+def _key(name: str) -> str:
+    folder, slash, base = _printable(name).rpartition("/")
+    return f"{folder}{slash}{base.split('.')[0]}" if not base.startswith(".") else f"{folder}{slash}{base}"
+
+
+def _record(sample: _Sample, where: str, options: Options) -> tuple[dict[str, Any], str]:
+    """Make a record of a sample's members, and its kind."""
+    media: dict[str, list[FileSlice]] = {}
+    texts: dict[str, FileSlice] = {}
+    for member in sample.members:
+        suffix = PurePosixPath(member.name).suffix.lower()
+        if suffix in _KINDS:
+            media.setdefault(_KINDS[suffix], []).append(member)
+        elif suffix in _TEXTS:
+            if suffix in texts:
+                raise DataError(f"{where}: has two {suffix} members; keep one")
+            texts[suffix] = member
+    fields: dict[str, Any] = {}
+    if ".json" in texts:
+        parsed = _json(texts[".json"], where)
+        if "conversations" in parsed or "messages" in parsed:
+            return _with_media(parsed, media), "conversation"
+        fields = parsed
+    pictures = media.get("images", [])
+    if not pictures:
+        raise DataError(f"{where}: has no picture and no conversation; add a .jpg or .png, or a .json record")
+    labels = {key: fields[key] for key in ("id", "kind", "source") if isinstance(fields.get(key), str)}
+    captions = [_text(texts[suffix], where) for suffix in (".txt", ".caption") if suffix in texts]
+    caption = next(filter(None, [*captions, text_of(fields.get("caption")), text_of(fields.get("text"))]), "")
+    question, answer = text_of(fields.get("question")), best_answer(fields.get("answer", fields.get("answers")))
+    if question and answer:
+        return dialogue(pictures, [(asked(question, options.prompt, ""), answer)], **labels), "vqa"
+    if not caption:
+        raise DataError(f"{where}: has no text; add a .txt with the caption or a .json with a conversation")
+    return dialogue(pictures, [(CAPTION if options.prompt is None else options.prompt, caption)], **labels), "caption"
+
+
+def _with_media(record: dict[str, Any], media: dict[str, list[FileSlice]]) -> dict[str, Any]:
+    """Put the sample's own media into a record, by the names that it lists or in the order of the archive."""
+    result = dict(record)
+    for plural, members in media.items():
+        listed = [result.pop(key) for key in (plural, plural[:-1]) if result.get(key) is not None]
+        names = listed[0] if listed and isinstance(listed[0], list) else listed[:1]
+        by_name = {name: member for member in members for name in _names(member)}
+        found = [by_name.get(name) if isinstance(name, str) else None for name in names]
+        result[plural] = found if found and None not in found else members
+    return result
+
+
+def _names(member: FileSlice) -> tuple[str, str, str]:
+    """The names under which a record may list a member: whole, without folder, without key."""
+    base = member.name.rpartition("/")[2]
+    return member.name, base, base.partition(".")[2]
+
+
+def _text(member: FileSlice, where: str) -> str:
+    try:
+        return read_bytes(member, limit=_MAX_TEXT).decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: member {member.name} is not UTF-8 text (byte {error.start})") from None
+    except MediaError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def _json(member: FileSlice, where: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(_text(member, where))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: member {member.name} is not valid JSON ({first_line(error)})") from None
+    if not isinstance(parsed, dict):
+        raise DataError(f"{where}: member {member.name} must be a JSON object")
+    return parsed

@@ -1,0 +1,223 @@
+"""Adapters on the language model: LoRA and its kin, trained vocabulary rows, a 4-bit base, and folding them in.
+
+All through peft: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353), trainable token rows.
+QLoRA (arXiv:2305.14314) keeps the frozen base in 4-bit NormalFloat with double quantisation, where bitsandbytes is
+installed. Differences from the reference: modules are named by their full path, so an adapter never strays into the
+vision tower; the base is quantised after it was loaded, so the stored model stays a plain one, and its 4-bit copy is
+never written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from polymodal.errors import ConfigError
+from polymodal.training.names import match_names
+from polymodal.training.recipe import LoraRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LORA_MARK = ".lora_"
+"""What peft puts into the name of every LoRA parameter (DoRA's magnitudes too)."""
+ROWS_MARK = ".token_adapter."
+"""What peft puts into the name of trained vocabulary rows."""
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
+"""Bytes a weight takes in NF4: 4 bits, one 8-bit scale for 64 weights, one float32 for 256 scales."""
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's full name is an adapter's."""
+    return LORA_MARK in name or ROWS_MARK in name
+
+
+def add_adapters(model: nn.Module, lora: LoraRecipe, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Put adapters on the language model's linear layers, or go on with the ones it has.
+
+    Args:
+        model: Has a child `llm`; changed in place.
+        lora: Which modules, how large, of which kind.
+        tokenizer: Turns `lora.trainable_tokens` into ids; may get new tokens, see `token_rows`.
+
+    Raises:
+        ConfigError: No linear module matches, the model has adapters of another shape, or bitsandbytes is missing.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    llm = model.get_submodule("llm")
+    present = {name: module for name, module in llm.named_modules() if isinstance(module, LoraLayer)}
+    linears = [
+        f"llm.{name}"
+        for name, module in llm.named_modules()
+        if name in present or (isinstance(module, nn.Linear) and not _inside(name, present))
+    ]
+    targets = [name.removeprefix("llm.") for name in match_names(lora.match, linears, "lora")]
+    rows = token_rows(llm, lora.trainable_tokens, tokenizer)
+    if present:
+        _check_same(present, targets, rows, lora, llm)
+        return
+    if lora.load_in_4bit:
+        quantize_frozen(llm)
+    config = LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft divides by it; fractions work
+        lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        target_modules=targets,
+        trainable_token_indices=dict.fromkeys(_vocabulary(llm), rows) if rows else None,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    inject_adapter_in_model(config, llm)
+
+
+def token_rows(llm: nn.Module, tokens: Sequence[str | int], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Find the vocabulary rows that are to be trained, and make room for tokens that the tokenizer lacks.
+
+    A token that the tokenizer lacks takes a spare row: most language models have more rows than tokens (Qwen2.5 has
+    271 spare ones). The table itself is never enlarged, since the placeholders of media lie right behind it.
+
+    Args:
+        llm: The causal LM.
+        tokens: Tokens as text, or ids.
+        tokenizer: Of the model; changed in place where it gets new tokens.
+
+    Returns:
+        Ids, ascending, each once.
+
+    Raises:
+        ConfigError: An id is out of range, or no spare row is left.
+    """
+    if not tokens:
+        return []
+    count = llm.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]  # a causal LM
+    named = [token for token in tokens if isinstance(token, str)]
+    if named and tokenizer is None:
+        raise ConfigError("lora.trainable_tokens: tokens by name need a tokenizer; give ids")
+    new = [token for token in named if tokenizer is not None and token not in tokenizer.get_vocab()]
+    if new and tokenizer is not None:
+        spare = count - len(tokenizer)
+        if len(new) > spare:
+            raise ConfigError(
+                f"lora.trainable_tokens: {len(new)} tokens are new, such as {new[0]!r}, and the language model has "
+                f"{max(0, spare)} spare rows ({count} rows, {len(tokenizer)} tokens); take a model with room, or "
+                "tokens that it has"
+            )
+        tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    ids = [tokenizer.get_vocab()[t] if isinstance(t, str) and tokenizer is not None else int(t) for t in tokens]
+    wrong = [i for i in ids if not 0 <= i < count]
+    if wrong:
+        raise ConfigError(f"lora.trainable_tokens: id {wrong[0]} is not in the vocabulary of {count} rows")
+    return sorted(set(ids))
+
+
+def quantize_frozen(llm: nn.Module) -> None:
+    """Put the language model's linear layers into 4-bit NormalFloat, the head aside, as QLoRA does.
+
+    Args:
+        llm: The causal LM; changed in place.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes as bnb  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError as error:
+        raise ConfigError(
+            "lora.load_in_4bit needs bitsandbytes, which is not installed: pip install 'polymodal[qlora]', or leave "
+            "load_in_4bit out"
+        ) from error
+    compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    for name in four_bit_modules(llm):
+        old = llm.get_submodule(name)
+        assert isinstance(old, nn.Linear)
+        new = bnb.nn.Linear4bit(
+            old.in_features,
+            old.out_features,
+            bias=old.bias is not None,
+            compute_dtype=compute,
+            compress_statistics=True,
+            quant_type="nf4",
+        )
+        new.load_state_dict(old.state_dict())
+        parent, _, leaf = name.rpartition(".")
+        # bitsandbytes quantises at the first move to a device.
+        setattr(llm.get_submodule(parent), leaf, new.requires_grad_(False).to(old.weight.device))
+
+
+def four_bit_modules(llm: nn.Module) -> list[str]:
+    """Names of the linear layers that QLoRA quantises: all but the output head."""
+    head: Any = llm.get_output_embeddings()  # type: ignore[operator]  # a causal LM
+    return [name for name, module in llm.named_modules() if type(module) is nn.Linear and module is not head]
+
+
+def fold_in(llm: nn.Module) -> None:
+    """Add the adapters to the weights they adapt and take them away, leaving a plain model.
+
+    Args:
+        llm: The causal LM; changed in place. Nothing happens where it has no adapter.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    while True:
+        found = next(
+            (
+                (name, module)
+                for name, module in llm.named_modules()
+                if isinstance(module, BaseTunerLayer | TrainableTokensWrapper)
+            ),
+            None,
+        )
+        if found is None:
+            break
+        name, module = found
+        parent, _, leaf = name.rpartition(".")
+        if isinstance(module, TrainableTokensWrapper):
+            module = module.token_adapter
+        if not module.merged:
+            module.merge()
+        setattr(llm.get_submodule(parent), leaf, module.get_base_layer())
+    if hasattr(llm, "peft_config"):
+        del llm.peft_config
+
+
+def _check_same(
+    present: dict[str, Any], targets: Sequence[str], rows: Sequence[int], lora: LoraRecipe, llm: nn.Module
+) -> None:
+    """Refuse to go on with an adapter of another shape than the recipe's."""
+    ranks = {rank for module in present.values() for rank in module.r.values()}
+    if sorted(targets) != sorted(present) or ranks != {lora.lora_r}:
+        raise ConfigError(
+            f"the model already has an adapter (rank {sorted(ranks)}, {len(present)} modules) that differs from "
+            f"the recipe's (rank {lora.lora_r}, {len(targets)} modules): merge it first, or ask for the same"
+        )
+    if lora.load_in_4bit:
+        raise ConfigError("lora.load_in_4bit: the model already has an adapter; merge it first")
+    had: Any = next(iter(llm.peft_config.values()), None) if hasattr(llm, "peft_config") else None  # type: ignore[operator,union-attr]
+    if had is None:
+        return
+    had_rows: list[int] = next(iter((had.trainable_token_indices or {}).values()), [])
+    if had.use_dora != lora.use_dora or sorted(had_rows) != list(rows):
+        raise ConfigError(
+            "the model already has an adapter with another use_dora or other trainable_tokens: merge it first, or ask "
+            "for the same"
+        )
+
+
+def _vocabulary(llm: nn.Module) -> list[str]:
+    """Names of the input embeddings, and of the head where it has weights of its own."""
+    tables: list[Any] = [llm.get_input_embeddings(), llm.get_output_embeddings()]  # type: ignore[operator]
+    if tables[1] is None or tables[1].weight is tables[0].weight:
+        del tables[1]
+    return [next(name for name, module in llm.named_modules() if module is table) for table in tables]
+
+
+def _inside(name: str, owners: Iterable[str]) -> bool:
+    return any(name.startswith(f"{owner}.") for owner in owners)

@@ -1,0 +1,228 @@
+"""`polymodal data check` on a file with planted faults, which ships beside this test."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polymodal.backends import load_processor
+from polymodal.cli import main
+from polymodal.data.check import check_files
+from polymodal.data.faults import FAULTS
+from polymodal.data.records import load_records
+from polymodal.data.summary import Summary
+from polymodal.processing.processor import Processor
+
+PLANTED = Path(__file__).parent / "planted"
+BAD = PLANTED / "bad.jsonl"
+
+DROPPED = {
+    3: "broken-json",
+    5: "not-utf8",
+    6: "not-an-object",
+    7: "unknown-form",
+    8: "no-turns",
+    9: "bad-field",
+    10: "unknown-role",
+    12: "role-order",
+    13: "placeholder-count",
+    14: "placeholder-count",
+    15: "misplaced-medium",
+    16: "empty-answer",
+    17: "empty-question",
+    18: "no-answer",
+    19: "missing-file",
+    20: "missing-file",
+    21: "outside-root",
+    22: "remote-file",
+    23: "empty-file",
+    24: "damaged-picture",
+    25: "not-a-picture",
+    26: "too-many-pixels",
+    28: "unsupported-medium",
+    29: "too-long",
+    30: "duplicate-row",
+}
+"""Line of each row that training could not use, and why: 23 faults, two of them planted twice."""
+
+WARNED = {
+    31: "duplicate-id",
+    32: "outer-space",
+    33: "control-token",
+    34: "bad-characters",
+    35: "unanswered",
+    36: "tiny-picture",
+    37: "thin-picture",
+}
+"""Line of each row that trains, and that its owner should look at."""
+
+GOOD = (1, 2, 4, 11, 27, 38)
+MAX_LENGTH = 450
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_model_folder: Path) -> Processor:
+    return load_processor(tiny_model_folder)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run_check(path: Path, processor: Processor, output: Path, **options: Any) -> Summary:
+    output.mkdir(exist_ok=True)
+    return check_files([path], processor, output, max_length=MAX_LENGTH, **options)
+
+
+def test_every_planted_fault_is_found_and_no_good_row_is_lost(processor: Processor, tmp_path: Path) -> None:
+    summary = run_check(BAD, processor, tmp_path)
+    dropped, warned = lines_of(tmp_path / "dropped.jsonl"), lines_of(tmp_path / "warnings.jsonl")
+    assert {line["line"]: line["code"] for line in dropped} == DROPPED
+    assert {line["line"]: line["code"] for line in warned} == WARNED
+    assert len({*DROPPED.values(), *WARNED.values()}) >= 20
+    # Each row has the one fault that was planted in it, so nothing is reported that is not there.
+    assert all(line["all"] == [line["code"]] for line in (*dropped, *warned))
+    assert all(line["reason"] and line["advice"] for line in dropped)
+    named = {line["line"]: line["id"] for line in dropped}
+    assert named[19] == "fault-missing-file" and named[3] == ""
+    assert summary.rows == len(BAD.read_bytes().splitlines()) == len(DROPPED) + len(WARNED) + len(GOOD)
+    assert len(summary.tokens) == len(WARNED) + len(GOOD)
+
+
+def test_the_table_of_faults_is_covered_by_the_planted_file() -> None:
+    not_planted = {"broken-row", "unreadable-file", "template-refused", "nothing-trained"}
+    assert {*DROPPED.values(), *WARNED.values()} | not_planted == set(FAULTS)
+    assert all(FAULTS[code].severity == "drop" for code in DROPPED.values())
+    assert all(FAULTS[code].severity == "warn" for code in WARNED.values())
+
+
+def test_fix_repairs_what_has_one_outcome_and_touches_no_good_row(processor: Processor, tmp_path: Path) -> None:
+    summary = run_check(BAD, processor, tmp_path, fix=True)
+    before, after = BAD.read_bytes().splitlines(), (tmp_path / "bad.fixed.jsonl").read_bytes().splitlines()
+    for line in GOOD:
+        assert before[line - 1] in after
+    assert summary.files[0].repaired == 7
+    assert dict(summary.repairs) == {
+        "role names": 1,
+        "placeholder added": 1,
+        "path mended": 1,
+        "new id": 1,
+        "answer trimmed": 1,
+        "control characters removed": 1,
+        "last question removed": 1,
+    }
+    fixed = {row["id"]: row for row in map(json.loads, after)}
+    assert len(fixed) == len(after) == len(GOOD) + len(WARNED) + 3
+    assert [turn["from"] for turn in fixed["fault-unknown-role"]["conversations"]] == ["human", "gpt"]
+    assert fixed["fault-placeholder-count"]["conversations"][0]["value"] == "<image>\nWhich colour has the triangle?"
+    assert fixed["fault-path-case"]["image"] == "pictures/Yellow-Circle.png"
+    assert fixed["fault-outer-space"]["conversations"][1]["value"] == "Six."
+    assert fixed["fault-bad-characters"]["conversations"][1]["value"] == "In the square."
+    assert len(fixed["fault-unanswered"]["conversations"]) == 2
+    assert fixed["good-2-2"]["conversations"][0]["value"] == "<image>\nIs it a square?"
+    # What was written is read by training without a word, and holds nothing more to repair.
+    assert len(load_records(tmp_path / "bad.fixed.jsonl", PLANTED)) == len(after)
+    again = run_check(tmp_path / "bad.fixed.jsonl", processor, tmp_path / "again", image_root=PLANTED, fix=True)
+    assert again.dropped == [] and not again.repairs
+    assert (tmp_path / "again" / "bad.fixed.fixed.jsonl").read_bytes().splitlines() == after
+
+
+def test_a_list_with_a_broken_element_keeps_the_others(processor: Processor, tmp_path: Path) -> None:
+    shutil.copytree(PLANTED / "pictures", tmp_path / "pictures")
+    rows = BAD.read_bytes().splitlines()
+    broken = (
+        b'{"id": "x", "conversations": [{"from": "human", "value": "a "quoted" word"}, {"from": "gpt", "value": "b"}]}'
+    )
+    pieces = [rows[0], broken, rows[1], rows[3]]
+    data = tmp_path / "list.json"
+    data.write_bytes(b"[\n" + b",\n".join(pieces) + b"\n]\n")
+    summary = run_check(data, processor, tmp_path / "out", fix=True)
+    assert [(line["line"], line["code"]) for line in summary.dropped] == [(3, "broken-json")]
+    assert json.loads((tmp_path / "out" / "list.fixed.json").read_bytes()) == [
+        json.loads(row) for row in (rows[0], rows[1], rows[3])
+    ]
+    data.write_bytes(b"[\n" + b",\n".join([rows[0], rows[1]]) + b",\n" + rows[3][:40])
+    cut = run_check(data, processor, tmp_path / "out")
+    assert [(line["line"], line["code"]) for line in cut.dropped] == [(4, "broken-json")]
+    assert len(cut.tokens) == 2
+
+
+def test_a_row_that_the_template_refuses_is_found(processor: Processor, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    turns = [{"from": "human", "value": "Half a \ud83d"}, {"from": "gpt", "value": "Pair."}]
+    data.write_text(json.dumps({"id": "half", "conversations": turns}) + "\n")
+    summary = run_check(data, processor, tmp_path / "out")
+    assert summary.dropped[0]["code"] == "template-refused"
+    repaired = run_check(data, processor, tmp_path / "out", fix=True)
+    assert repaired.dropped == [] and "control characters removed" in repaired.repairs
+
+
+def test_other_formats_are_checked_and_not_fixed(processor: Processor, tmp_path: Path) -> None:
+    folder = tmp_path / "captions"
+    folder.mkdir()
+    for name, text in (("red-circle.png", "A circle."), ("cut-off.jpg", "Noise."), ("dot.png", None)):
+        shutil.copy(PLANTED / "pictures" / name, folder)
+        if text is not None:
+            (folder / name).with_suffix(".txt").write_text(text)
+    summary = run_check(folder, processor, tmp_path / "out")
+    assert sorted(line["code"] for line in summary.dropped) == ["broken-row", "damaged-picture"]
+    assert summary.kinds == {"caption": 1}
+    with pytest.raises(Exception, match="--fix writes JSON"):
+        run_check(folder, processor, tmp_path / "out", fix=True)
+
+
+def test_the_verb_writes_a_page_that_loads_nothing(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["data", "check", str(BAD), "--model", str(tiny_model_folder), "--output", str(tmp_path / "out")]
+    assert main([*argv, "--max-length", str(MAX_LENGTH)]) == 1
+    said = capsys.readouterr()
+    assert "38 rows: 6 good, 7 to look at, 25 to drop" in said.out
+    assert "more than --max-dropped 1%" in said.err
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") >= 9 and page.count("data:image/jpeg;base64,") >= 6
+    assert "<script" not in page and 'src="http' not in page and "href=" not in page
+    assert all(f"<code>{code}</code>" in page for code in {*DROPPED.values(), *WARNED.values()})
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["dropped"] == 25 and summary["faults"]["missing-file"] == 2
+    assert main([*argv, "--max-length", str(MAX_LENGTH), "--max-dropped", "70%"]) == 0
+    assert main([*argv, "--max-dropped", "lots"]) == 2
+    assert main(["data", "check", str(tmp_path / "no.jsonl"), "--model", str(tiny_model_folder)]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_text_of_the_data_cannot_become_markup(processor: Processor, tmp_path: Path) -> None:
+    from polymodal.data.report import to_html
+
+    data = tmp_path / "rows.jsonl"
+    evil = "<script>alert(1)</script><img src=x onerror=alert(1)>"
+    turns = [{"from": "human", "value": f"<image>{evil}"}, {"from": "gpt", "value": evil}]
+    shutil.copytree(PLANTED / "pictures", tmp_path / "pictures")
+    rows = [
+        {"id": evil, "kind": evil, "source": evil, "image": "pictures/red-circle.png", "conversations": turns},
+        {"id": evil, "conversations": [{"from": evil, "value": evil}]},
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = to_html(run_check(data, processor, tmp_path / "out"), model=evil, max_length=MAX_LENGTH, fixed=False)
+    assert "<script" not in page and "<img src=x" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_inspect_shows_a_row_as_it_is_trained(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "row.html"
+    argv = ["data", "inspect", str(BAD), "--model", str(tiny_model_folder), "--color", "never"]
+    assert main([*argv, "--index", "1", "--html", str(page)]) == 0
+    said = capsys.readouterr()
+    assert "⟨image 1: 16 tokens⟩" in said.out and "⟦Green." in said.out
+    assert "line 2: id good-2, kind vqa" in said.err
+    assert "data:image/png;base64," in page.read_text(encoding="utf-8")
+    assert main([*argv, "--index", "2"]) == 2
+    assert "line 3" in capsys.readouterr().err
+    assert main([*argv, "--index", "99"]) == 2
+    assert "no row 99; the last is 37" in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""Adapters beyond plain LoRA, on a real (tiny, random) causal LM, through saving, loading and folding in."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from polymodal.checkpoints.folder import load_model, save_model
+from polymodal.config import ModelConfig
+from polymodal.errors import ConfigError
+from polymodal.model import MultimodalLM, build_model
+from polymodal.training.adapters import NF4_BYTES, fold_in, is_adapter
+from polymodal.training.policy import apply_policy, check_groups, policy_table, set_modes
+from polymodal.training.recipe import LoraRecipe, OptimConfig
+
+OPTIM = OptimConfig(learning_rate=1e-3, weight_decay=0.1)
+
+
+def logits(model: MultimodalLM) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(3, 40)[None]).logits
+
+
+def train_a_little(model: MultimodalLM, groups: list[Any], steps: int = 3) -> None:
+    set_modes(model)
+    parameters = [p for group in groups for _, p in group.parameters]
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    ids = torch.arange(3, 40)[None]
+    for _ in range(steps):
+        model(ids, labels=ids).loss_sum.div(30).backward()
+        assert all(p.grad is not None for p in parameters)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "kind", [{}, {"use_rslora": True}, {"use_dora": True}, {"trainable_tokens": (5, "<|im_start|>")}], ids=str
+)
+def test_an_adapter_survives_saving_and_folding_in(
+    kind: dict[str, Any], tied: bool, tiny_model_config: ModelConfig, tmp_path: Path
+) -> None:
+    config = tiny_model_config
+    if tied:
+        from transformers import AutoModelForCausalLM
+
+        llm = AutoModelForCausalLM.from_pretrained(config.llm.model_name_or_path)
+        llm.config.tie_word_embeddings = True
+        llm.lm_head.weight = llm.model.embed_tokens.weight
+        llm.save_pretrained(tmp_path / "llm")
+        for path in Path(config.llm.model_name_or_path).glob("*token*"):
+            (tmp_path / "llm" / path.name).write_bytes(path.read_bytes())
+        config = config.model_copy(
+            update={"llm": config.llm.model_copy(update={"model_name_or_path": str(tmp_path / "llm")})}
+        )
+    torch.manual_seed(0)
+    model, tokenizer = build_model(config)
+    before = logits(model)
+    lora = LoraRecipe(lora_r=4, lora_alpha=8, learning_rate=2e-4, **kind)
+    groups = apply_policy(model, [], lora, OPTIM, tokenizer)
+    check_groups(model, groups)
+    assert all(is_adapter(name) for group in groups for name, _ in group.parameters)
+    assert "llm (adapter)" in policy_table(model, groups)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    train_a_little(model, groups)
+    trained = logits(model)
+    assert (trained - before).abs().max() > 1e-3
+
+    save_model(tmp_path / "saved", model, config, tokenizer)
+    torch.testing.assert_close(logits(load_model(tmp_path / "saved").model), trained, rtol=1e-4, atol=1e-5)
+    again = load_model(tmp_path / "saved").model
+    same = apply_policy(again, [], lora, OPTIM, tokenizer)
+    assert sum(len(group.parameters) for group in same) == sum(len(group.parameters) for group in groups)
+
+    fold_in(model.llm)
+    assert not any(is_adapter(name) for name, _ in model.named_parameters()) and not hasattr(model.llm, "peft_config")
+    torch.testing.assert_close(logits(model), trained, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_trained_alone_and_never_decay(tiny_model_config: ModelConfig) -> None:
+    model, tokenizer = build_model(tiny_model_config)
+    table = model.llm.get_input_embeddings().weight.detach().clone()
+    groups = apply_policy(model, [], LoraRecipe(lora_r=2, trainable_tokens=(5, 9)), OPTIM, tokenizer)
+    rows = next(group for group in groups if group.name == "tokens")
+    # The head has weights of its own here: its rows of these tokens are trained too, or they could not be said.
+    assert [tuple(p.shape) for _, p in rows.parameters] == [(2, 32)] * 2 and rows.weight_decay == 0.0
+    train_a_little(model, groups)
+    fold_in(model.llm)
+    changed = (model.llm.get_input_embeddings().weight - table).abs().sum(dim=1).nonzero().squeeze(1).tolist()
+    assert changed == [5, 9]
+
+
+def test_a_new_token_takes_a_spare_row(tiny_llm_folder: Path, tmp_path: Path, tiny_model_config: ModelConfig) -> None:
+    model, tokenizer = build_model(tiny_model_config)
+    with pytest.raises(ConfigError, match=r"0 spare rows \(259 rows, 259 tokens\)"):
+        apply_policy(model, [], LoraRecipe(trainable_tokens=("<point>",)), OPTIM, tokenizer)
+    model.llm.resize_token_embeddings(262)
+    apply_policy(model, [], LoraRecipe(lora_r=2, trainable_tokens=("<point>", "<|im_end|>")), OPTIM, tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<point>") == 259
+    assert len(tokenizer("a<point>b", add_special_tokens=False).input_ids) == 3
+    with pytest.raises(ConfigError, match="id 300 is not in the vocabulary"):
+        apply_policy(build_model(tiny_model_config)[0], [], LoraRecipe(trainable_tokens=(300,)), OPTIM, tokenizer)
+
+
+def test_another_kind_of_adapter_is_refused(tiny_model_config: ModelConfig) -> None:
+    model, tokenizer = build_model(tiny_model_config)
+    apply_policy(model, [], LoraRecipe(lora_r=2), OPTIM, tokenizer)
+    for other in ({"use_dora": True}, {"trainable_tokens": (4,)}, {"load_in_4bit": True}):
+        with pytest.raises(ConfigError, match="merge it first"):
+            apply_policy(model, [], LoraRecipe(lora_r=2, **other), OPTIM, tokenizer)
+
+
+def test_four_bit_without_bitsandbytes_says_what_to_do(
+    tiny_model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match=r"bitsandbytes.*pip install"):
+        apply_policy(build_model(tiny_model_config)[0], [], LoraRecipe(load_in_4bit=True), OPTIM)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_four_bit_base_trains_an_adapter(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # Blocks are of 64 weights: the usual 32 channels are too narrow.
+    source = Path(tiny_model_config.llm.model_name_or_path)
+    settings = AutoConfig.from_pretrained(source, hidden_size=64, intermediate_size=128, head_dim=16)
+    AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path / "llm")
+    for path in source.glob("*token*"):
+        (tmp_path / "llm" / path.name).write_bytes(path.read_bytes())
+    llm = tiny_model_config.llm.model_copy(update={"model_name_or_path": str(tmp_path / "llm")})
+    config = tiny_model_config.model_copy(update={"llm": llm})
+
+    model, tokenizer = build_model(config)
+    plain = sum(p.numel() for name, p in model.llm.named_parameters() if name.endswith("_proj.weight"))
+    groups = apply_policy(model, [], LoraRecipe(lora_r=4, load_in_4bit=True), OPTIM, tokenizer)
+    packed = {name: p for name, p in model.llm.named_parameters() if p.dtype == torch.uint8}
+    assert len(packed) == 14 and sum(p.numel() for p in packed.values()) <= plain * NF4_BYTES
+    train_a_little(model, groups)
+    save_model(tmp_path / "saved", model, config, tokenizer)
+    loaded = load_model(tmp_path / "saved").model
+    assert not any(p.dtype == torch.uint8 for p in loaded.parameters())
+    # NF4 is coarse, but it is the same model.
+    assert torch.nn.functional.cosine_similarity(logits(loaded).flatten(), logits(model).flatten(), dim=0) > 0.95

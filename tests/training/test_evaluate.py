@@ -1,0 +1,218 @@
+"""The look at held-out data, the report and the trackers: they show the run and do not change it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import types
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from polymodal.config import parse_config
+from polymodal.errors import ConfigError, PolymodalError
+from polymodal.training import checkpoint, train
+from polymodal.training.evaluate import choose_shown, held_out_loss, make_evaluation
+from polymodal.training.log import read_log
+from polymodal.training.parts import load_parts
+from polymodal.training.recipe import Recipe
+from polymodal.training.report import write_report
+from polymodal.training.trackers import numbers_of
+from polymodal.training.train_recipe import make_run
+from polymodal.training.world import World
+
+
+@pytest.fixture
+def looking(plain: dict[str, Any], tiny: Path, tmp_path: Path) -> dict[str, Any]:
+    """A recipe with held-out data whose texts try to break a page."""
+    records = json.loads((tiny / "data.json").read_text())[:5]
+    for number, record in enumerate(records):
+        record |= {"id": f"held<{number}>", "kind": "<b>bold</b>" if number % 2 else "caption"}
+        record["conversations"][0]["value"] = "<image>\n<script>alert(1)</script> & colour?"
+    (tmp_path / "held.json").write_text(json.dumps(records))
+    plain["data"]["eval"] = [{"path": str(tmp_path / "held.json"), "image_root": str(tiny), "source": "held"}]
+    plain["run"] |= {"eval_every": 2, "eval_generations": 3, "max_steps": 5}
+    return plain
+
+
+def test_a_run_with_evaluations_is_the_run_without(looking: dict[str, Any], tmp_path: Path) -> None:
+    looking["lora"] = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.3}
+    train(parse_config(Recipe, looking, "recipe"))
+    quiet = json.loads(json.dumps(looking)) | {"output_dir": str(tmp_path / "quiet")}
+    quiet["data"].pop("eval")
+    quiet["run"] |= {"eval_every": 0, "eval_generations": 0}
+    train(parse_config(Recipe, quiet, "recipe"))
+    ends = [checkpoint.complete_checkpoints(Path(r["output_dir"]))[-1] for r in (looking, quiet)]
+    for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
+    assert not (tmp_path / "quiet" / "eval.jsonl").is_file() or not read_log(tmp_path / "quiet" / "eval.jsonl")
+
+
+def test_the_lines_say_what_was_asked_expected_and_answered(looking: dict[str, Any]) -> None:
+    final = train(parse_config(Recipe, looking, "recipe"))
+    lines = read_log(final.parent / "eval.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    for line in lines:
+        assert line["data"] == "held-out" and line["loss"] > 0
+        assert set(line["loss_by_kind"]) == {"caption", "<b>bold</b>"} and set(line["loss_by_source"]) == {"held"}
+        assert len(line["answers"]) == 3
+        for answer in line["answers"]:
+            assert answer["question"].endswith("colour?") and answer["expected"]
+            assert isinstance(answer["answer"], str)
+            assert all((final.parent / name).is_file() for name in answer["pictures"]) and answer["pictures"]
+    assert lines[-1]["loss"] != lines[0]["loss"]
+
+
+def test_the_held_out_loss_is_the_mean_over_all_tokens(looking: dict[str, Any]) -> None:
+    recipe = parse_config(Recipe, looking, "recipe")
+    Path(recipe.output_dir).mkdir()
+    run = make_run(recipe, load_parts(recipe), World())
+    assert run.evaluation is not None
+    line = held_out_loss(run.engine, run.evaluation.feed, recipe)
+    total, count = 0.0, 0
+    for index in range(5):
+        batch = run.evaluation.feed.batch([index])  # type: ignore[arg-type]  # any sequence of indices
+        with torch.no_grad():
+            out = run.engine.inner(**batch.inputs())
+        total, count = total + float(out.loss_sum), count + out.num_targets
+    assert (line["loss"], line["tokens"]) == (pytest.approx(total / count, rel=1e-5), count)
+    shown = choose_shown(run.evaluation.feed, 3, seed=0)
+    kinds = {run.evaluation.feed.prepared.records[index].kind for index in shown}
+    assert len(set(shown)) == 3 and kinds == {"caption", "<b>bold</b>"}
+    assert choose_shown(run.evaluation.feed, 99, seed=0) != () and len(choose_shown(run.evaluation.feed, 99, 0)) == 5
+
+
+def test_evaluations_without_held_out_data_are_refused(plain: dict[str, Any]) -> None:
+    plain["run"]["eval_every"] = 2
+    with pytest.raises(ConfigError, match=r"data\.eval"):
+        train(parse_config(Recipe, plain, "recipe"))
+
+
+def test_a_picture_that_went_away_is_a_failed_answer(looking: dict[str, Any], tmp_path: Path) -> None:
+    from PIL import Image
+
+    records = json.loads((tmp_path / "held.json").read_text())
+    Image.new("RGB", (20, 20)).save(tmp_path / "here.png")
+    for record in records:
+        record["image"] = "here.png"
+    (tmp_path / "held.json").write_text(json.dumps(records))
+    looking["data"]["eval"][0]["image_root"] = str(tmp_path)
+    looking["run"]["feature_cache"] = "memory"
+    recipe = parse_config(Recipe, looking, "recipe")
+    Path(recipe.output_dir).mkdir()
+    run = make_run(recipe, load_parts(recipe), World())
+    (tmp_path / "here.png").unlink()
+    assert run.evaluation is not None
+    line = run.evaluation(run.engine, 3)
+    assert line["loss"] > 0
+    assert all("here.png" in answer["error"] and "answer" not in answer for answer in line["answers"])
+
+
+class Page(HTMLParser):
+    """Counts what a browser would see."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_the_report_shows_the_run_and_needs_nothing_else(looking: dict[str, Any]) -> None:
+    final = train(parse_config(Recipe, looking, "recipe"))
+    page = Page((final.parent / "report.html").read_text(encoding="utf-8"))
+    assert "script" not in page.tags and "b" in page.tags
+    assert page.links and all(link.startswith("data:image/") for link in page.links)
+    assert page.tags.count("img") == 2 + 3  # two charts, three pictures
+    words = " ".join(page.words)
+    assert "<script>alert(1)</script> & colour?" in words and "<b>bold</b>" in words
+    for part in ("Curves", "Loss by kind and source", "Answers (held-out)", "Recipe", "tokens/s", "held-out loss"):
+        assert part in words, part
+    last = read_log(final.parent / "log.jsonl")[-1]
+    assert f"{last['loss']:.4f} at the end" in words
+
+
+def test_without_held_out_data_the_report_shows_training_data_as_such(plain: dict[str, Any]) -> None:
+    final = train(parse_config(Recipe, plain, "recipe"))
+    assert "training data, seen while training" in (final.parent / "report.html").read_text(encoding="utf-8")
+    (line,) = read_log(final.parent / "eval.jsonl")
+    assert line["step"] == 6 and "loss" not in line and len(line["answers"]) == 4
+
+
+def test_a_report_of_an_empty_run(tmp_path: Path) -> None:
+    assert "No step was logged" in write_report(tmp_path).read_text()
+
+
+def test_numbers_of_a_line() -> None:
+    line = {"step": 3, "loss": 1.5, "loss_by_kind": {"vqa": 2}, "answers": [{"id": "x"}], "padding": None, "ok": True}
+    assert numbers_of(line, "train") == {"train/loss": 1.5, "train/loss_by_kind/vqa": 2.0}
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_one_line(
+    plain: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [m for m in sys.modules if re.match(rf"({name}|torch\.utils\.tensorboard)(\.|$)", m)]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    plain["run"]["trackers"] = [name]
+    with pytest.raises(ConfigError, match=f"pip install {name}"):
+        train(parse_config(Recipe, plain, "recipe"))
+
+
+def test_an_unknown_tracker_names_the_known_ones(plain: dict[str, Any]) -> None:
+    plain["run"]["trackers"] = ["wandbb"]
+    with pytest.raises(PolymodalError, match="wandb"):
+        train(parse_config(Recipe, plain, "recipe"))
+
+
+def test_wandb_gets_every_line_under_the_same_run(looking: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    class FakeRun:
+        def log(self, numbers: dict[str, float], step: int) -> None:
+            calls.append((step, numbers))
+
+        def finish(self) -> None:
+            calls.append("finished")
+
+    starts: list[dict[str, Any]] = []
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **kwargs: (starts.append(kwargs), FakeRun())[1]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    looking["run"]["trackers"] = ["wandb"]
+    final = train(parse_config(Recipe, looking, "recipe"))
+    steps = [call[0] for call in calls if call != "finished" and "train/loss" in call[1]]
+    assert steps == [1, 2, 3, 4, 5] and calls[-1] == "finished"
+    assert [call[0] for call in calls if call != "finished" and "eval/loss" in call[1]] == [2, 4, 5]
+    (final / "polymodal.json").unlink()
+    train(parse_config(Recipe, looking, "recipe"))
+    assert starts[0]["id"] == starts[1]["id"] and starts[0]["resume"] == "allow"
+
+
+def test_tensorboard_writes_events(looking: dict[str, Any]) -> None:
+    pytest.importorskip("tensorboard")
+    looking["run"]["trackers"] = ["tensorboard"]
+    final = train(parse_config(Recipe, looking, "recipe"))
+    assert list((final.parent / "tensorboard").glob("events.*"))
+
+
+def test_no_evaluation_at_all(plain: dict[str, Any]) -> None:
+    plain["run"]["eval_generations"] = 0
+    recipe = parse_config(Recipe, plain, "recipe")
+    parts = load_parts(recipe)
+    Path(recipe.output_dir).mkdir()
+    run = make_run(recipe, parts, World())
+    assert make_evaluation(recipe, parts.model, run.feed, Path(recipe.output_dir)) is None

@@ -1,0 +1,318 @@
+"""Plans against what is measured: parameters and types of real models, activations that autograd really keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from polymodal.cli import main
+from polymodal.config import LLMConfig, ModelConfig, VisionConfig, parse_config
+from polymodal.errors import CheckpointError, ConfigError
+from polymodal.geometry import Size
+from polymodal.model import build_model
+from polymodal.processing.processor import Processor
+from polymodal.training.adapters import NF4_BYTES
+from polymodal.training.known import DEVICES, KNOWN_SHAPES
+from polymodal.training.outline import outline, starting_point
+from polymodal.training.plan import GIB, Plan, Question, plan_training
+from polymodal.training.policy import apply_policy
+from polymodal.training.recipe import Recipe, load_recipe
+from polymodal.training.trace import Load, id_of, trace
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+# As published (model pages, papers); of Vicuna and SmolLM2 as of the models that they are tuned from.
+PUBLISHED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "lmsys/vicuna-7b-v1.5": 6_738_415_616,
+    "lmsys/vicuna-13b-v1.5": 13_015_864_320,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "openai/clip-vit-large-patch14-336": 303_507_456,
+    "google/siglip-base-patch16-224": 92_884_224,
+    "google/siglip-so400m-patch14-384": 428_225_600,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_hub(private_cache: Path) -> None:
+    """An empty Hugging Face cache: the table of shapes is what is tested."""
+
+
+def recipe_of(plain: dict[str, Any], **changes: Any) -> Recipe:
+    return parse_config(Recipe, {**plain, **changes}, "test")
+
+
+def plan(recipe: Recipe, **question: Any) -> Plan:
+    return plan_training(recipe, starting_point(recipe), Question(**{"device": "cpu", **question}))
+
+
+def test_every_known_shape_has_a_published_count() -> None:
+    assert PUBLISHED.keys() == KNOWN_SHAPES.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_shapes_have_the_published_parameters(name: str, tiny_model_config: ModelConfig) -> None:
+    kind = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}.get(KNOWN_SHAPES[name]["model_type"])
+    if kind is None:
+        built = outline(ModelConfig(llm=LLMConfig(model_name_or_path=name)))
+        assert sum(p.numel() for p in built.model.parameters()) == PUBLISHED[name]
+        return
+    side = KNOWN_SHAPES[name]["image_size"]
+    assert tiny_model_config.image is not None
+    config = tiny_model_config.model_copy(
+        update={
+            "vision": VisionConfig(vision_tower=name, type=kind),
+            "image": tiny_model_config.image.model_copy(update={"tile_size": (side, side)}),
+        }
+    )
+    tower: Any = outline(config).model.vision_encoder
+    assert sum(p.numel() for p in tower.parameters()) == PUBLISHED[name]
+
+
+def test_an_outline_has_the_names_shapes_and_types_of_the_real_model(tiny_model_config: ModelConfig) -> None:
+    real = build_model(tiny_model_config)[0].state_dict()
+    empty = outline(tiny_model_config).model.state_dict()
+    assert {k: (v.shape, v.dtype) for k, v in real.items()} == {k: (v.shape, v.dtype) for k, v in empty.items()}
+    assert all(value.is_meta for value in empty.values())
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "projector": {"train": [{"match": "projector.*", "train": True}]},
+    "whole": {"train": [{"match": "{projector,llm}.*", "train": True}]},
+    "tower": {"train": [{"match": "*", "train": True}]},
+    "lora": {"train": [{"match": "projector.*", "train": True}], "lora": {"lora_r": 4, "lora_alpha": 8}},
+}
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_activations_are_those_that_autograd_really_keeps(rules: str, plain: dict[str, Any], tmp_path: Path) -> None:
+    """The real model, real tensors, real forward; the plan saw none of them."""
+    recipe = recipe_of(plain, **RULES[rules])
+    assert recipe.init.model is not None
+    model, tokenizer = build_model(recipe.init.model)
+    apply_policy(model, recipe.train, recipe.lora, recipe.optim)
+    processor = Processor(recipe.init.model, tokenizer, model.tokens_per_tile, model.image_token_id)
+    from PIL import Image as Pillow
+
+    from polymodal.messages import Image, assistant, user
+
+    Pillow.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    sample = processor([user(Image(str(tmp_path / "a.png")), "Which colour is it? " * 4), assistant("x")])
+    assert sample.pixels is not None
+    labels = torch.full_like(sample.input_ids, -100)
+    labels[-1] = sample.input_ids[-1]  # one target: the head, which the plan counts by rule, weighs nothing
+    own = {id_of(p) for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if id_of(tensor) not in own:
+            kept[id_of(tensor)] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(
+            sample.input_ids[None],
+            labels=labels[None],
+            plans=sample.plans,
+            sample_of_image=[0],
+            pixel_values=torch.cat([p.float() for p in sample.pixels]),
+        )
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    empty = outline(recipe.init.model)
+    apply_policy(empty.model, recipe.train, recipe.lora, recipe.optim)
+    visual = sum(p.num_tokens for p in sample.plans)
+    load = Load(rows=1, tokens=len(sample.input_ids), targets=1, tiles=1, visual_tokens=visual)
+    planned = trace(empty, load, bf16=False)
+    assert planned.kept == pytest.approx(measured, rel=0.05)
+    assert planned.kept_checkpointed < planned.kept
+
+
+def test_flops_are_those_of_the_matrices_and_of_attention(tiny_model_config: ModelConfig) -> None:
+    built = outline(ModelConfig(llm=tiny_model_config.llm))
+    llm: Any = built.model.llm
+    llm.requires_grad_(True)
+    rows, tokens, targets = 3, 50, 7
+    matrices = sum(p.numel() for name, p in llm.named_parameters() if name.endswith("_proj.weight"))
+    head = 2 * rows * targets * llm.lm_head.weight.numel()
+    attention = 2 * 2 * rows * tokens**2 * 32 * llm.config.num_hidden_layers
+    cost = trace(built, Load(rows, tokens, targets, 0, 0), bf16=False)
+    assert cost.forward_flops == 2 * rows * tokens * matrices + attention + head
+    # Twice the forward pass for matrices; attention's backward computes its scores once more.
+    assert cost.backward_flops == 4 * rows * tokens * matrices + 2.5 * attention + 2 * head
+
+
+def test_memory_follows_what_is_trained_and_how_it_is_sharded(plain: dict[str, Any]) -> None:
+    whole = recipe_of(plain, **RULES["whole"])
+    image = (Size(28, 28),)
+    one = plan(whole, images=image)
+    trained = sum(one.trained.values())
+    assert one.trained["vision_encoder"] == 0 and trained == one.parameters["llm"] + one.parameters["projector"]
+    assert (one.memory["gradients"], one.memory["optimizer"]) == (4 * trained, 8 * trained)
+    ddp = plan(whole, images=image, devices=4, engine="ddp")
+    assert ddp.memory["gradient buckets"] == 4 * trained and ddp.memory["weights"] == one.memory["weights"]
+    two = plan(whole, images=image, devices=4, engine="zero2")
+    assert two.memory["optimizer"] == 2 * trained and two.memory["weights"] == one.memory["weights"]
+    three, shared = (plan(whole, images=image, devices=4, engine=engine) for engine in ("zero3", "fsdp2"))
+    assert three.memory["weights"] == -(-one.memory["weights"] // 4)
+    # A frozen tower is whole on every device under FSDP2.
+    assert three.memory["weights"] < shared.memory["weights"] < one.memory["weights"]
+    assert shared.total < ddp.total
+    small = plan(recipe_of(plain, **RULES["projector"]), images=image)
+    assert small.memory["optimizer"] < one.memory["optimizer"] / 2
+
+
+def test_checkpointing_is_chosen_where_it_does_not_fit_otherwise(
+    plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(plain, **RULES["whole"])
+    asked: dict[str, Any] = {"images": (Size(28, 28),), "rows": 8, "text_tokens": 400}
+    with monkeypatch.context() as patched:
+        patched.setitem(DEVICES, "large", (1e12, 80))
+        large = plan(recipe, device="large", **asked)
+        needed = (large.total - large.activations_kept + large.activations_checkpointed) / GIB
+        patched.setitem(DEVICES, "small", (1e12, needed + 1e-5))
+        patched.setitem(DEVICES, "too small", (1e12, needed - 1e-5))
+        small, hopeless = plan(recipe, device="small", **asked), plan(recipe, device="too small", **asked)
+    assert not large.checkpointing and large.fits
+    assert small.checkpointing and small.fits and hopeless.checkpointing and not hopeless.fits
+    assert small.flops_per_sample > large.flops_per_sample
+    assert large.memory["activations"] == small.activations_kept > small.memory["activations"]
+
+
+def test_visual_tokens_are_the_processors(tiny_model_config: ModelConfig, plain: dict[str, Any]) -> None:
+    assert tiny_model_config.image is not None
+    image = {
+        "image_aspect_ratio": "anyres",
+        "tile_size": [28, 28],
+        "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]],
+        "mm_patch_merge_type": "spatial_unpad",
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    plain["init"]["model"]["image"] = image
+    recipe = recipe_of(plain, train=[{"match": "{projector.*,image_newline}", "train": True}])
+    assert recipe.init.model is not None
+    model, tokenizer = build_model(recipe.init.model)
+    processor = Processor(recipe.init.model, tokenizer, model.tokens_per_tile, model.image_token_id)
+    from PIL import Image as Pillow
+
+    sizes = [Size(40, 90), Size(90, 40), Size(7, 300)]
+    wanted = [processor.plan(Pillow.new("RGB", (size.width, size.height))) for size in sizes]
+    found = plan(recipe, images=tuple(sizes))
+    assert found.visual_tokens == tuple(p.num_tokens for p in wanted)
+    assert found.tiles == tuple(p.num_tiles for p in wanted)
+    assert found.tokens == sum(found.visual_tokens) + 128
+
+
+def test_steps_and_hours(plain: dict[str, Any]) -> None:
+    del plain["run"]["max_steps"]
+    recipe = recipe_of(plain, run={"epochs": 2, "precision": "fp32"})
+    counted = plan(recipe, images=(Size(28, 28),))
+    assert counted.steps == round(2 * 25 / 8) and counted.hours is None and counted.fits is None
+    timed = plan(recipe, images=(Size(28, 28),), rows=8000, samples_per_second=10.0, devices=2, engine="ddp")
+    assert (timed.steps, timed.samples) == (2000, 16000) and timed.hours == pytest.approx(16000 / 20 / 3600)
+    peak = plan(recipe, rows=8000, device="a100-40gb", utilization=0.5)
+    assert peak.hours == pytest.approx(16000 * peak.flops_per_sample / (0.5 * DEVICES["a100-40gb"][0]) / 3600)
+
+
+@pytest.mark.slow
+def test_llava15_is_near_what_was_published() -> None:
+    """8 A100: 3.5 hours for stage 1, 10 for stage 2; assumed are 40 % of the peak, and 40 and 250 tokens of text."""
+    image = (Size(480, 640),)
+    found = {}
+    for stage, engine, rows, text in (("stage1", "ddp", 558128, 40), ("stage2", "fsdp2", 665298, 250)):
+        path = RECIPES / "llava15" / f"{stage}.yaml"
+        recipe = load_recipe(path)
+        question = Question(image, text, text // 2, rows, devices=8, engine=engine, device="a100-80gb")
+        found[stage] = plan_training(recipe, starting_point(recipe, path), question)
+    assert [plan.visual_tokens for plan in found.values()] == [(576,), (576,)]
+    assert found["stage1"].trained["projector"] == 20_979_712
+    assert [plan.steps for plan in found.values()] == [2180, 5198]
+    assert found["stage1"].hours == pytest.approx(3.5, rel=0.3) and found["stage2"].hours == pytest.approx(10, rel=0.3)
+    assert all(plan.fits for plan in found.values())
+    # Published to need offloading on 40 GB; whole on one device it cannot fit at all.
+    assert found["stage2"].total > 20 * GIB
+
+
+def test_four_bits_shrink_the_frozen_weights(plain: dict[str, Any]) -> None:
+    size = {}
+    for bits in (False, True):
+        rules = {**RULES["lora"], "lora": {"lora_r": 4, "load_in_4bit": bits, "trainable_tokens": ["<new>"]}}
+        size[bits] = plan(recipe_of(plain, **rules)).memory["weights"]
+    matrices = 2 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64)
+    assert size[False] - size[True] == round(matrices * (4 - NF4_BYTES))
+
+
+def test_the_command_prints_plans_of_recipes_pipelines_and_models(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, plain: dict[str, Any], tiny_model_folder: Path
+) -> None:
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "one.yaml").write_text(yaml.safe_dump(plain))
+    second = {**plain, **RULES["lora"], "name": "two", "init": {"from": plain["output_dir"] + "/final"}}
+    (folder / "two.yaml").write_text(yaml.safe_dump({**second, "output_dir": str(tmp_path / "two")}))
+    stages = {"first": {"recipe": "one.yaml"}, "second": {"recipe": "two.yaml"}, "out": {"export": "second"}}
+    both = {"name": "both", "output_dir": str(tmp_path / "both"), "stages": stages}
+    (folder / "both.yaml").write_text(yaml.safe_dump(both, sort_keys=False))
+    flags = ["--image", "20x30", "--rows", "80", "--device", "h100-80gb"]
+    assert main(["plan", str(folder / "both.yaml"), *flags]) == 0
+    text = capsys.readouterr().out
+    for words in ("4 tokens in 1 tile", "fits h100-80gb", "as tiny will leave it", "all stages", "MiB", "assumed:"):
+        assert words in text, words
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps({"step": i, "samples_per_s": v}) + "\n" for i, v in enumerate([1, 30, 20])))
+    changed = ["run.max_steps=4", *flags, "--log", str(log), "--json"]
+    assert main(["plan", str(folder / "two.yaml"), *changed]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == 4 and found["hours"] == pytest.approx(32 / 20 / 3600) and found["total"] > GIB
+    assert (
+        found["model"].endswith("one.yaml will leave it") and 0 < found["trained"]["llm"] < found["parameters"]["llm"]
+    )
+    assert main(["plan", str(tiny_model_folder), "--image", "50x50", "--text-tokens", "10"]) == 0
+    text = capsys.readouterr().out
+    assert "16 tokens in 1 tile" in text and "26 tokens of 512" in text
+    assert main(["plan", "default", "--image", "100x50", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["llm"] > 134_000_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needle"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml"),
+        (["somebody/something"], "--fetch"),
+        (["not-a-model"], "no such model folder"),
+        (["default", "run.epochs=1"], "no recipe"),
+        (["default", "--image", "50"], "HEIGHTxWIDTH"),
+        (["lmsys/vicuna-7b-v1.5", "--image", "50x50"], "no vision encoder"),
+        (["{stage1}", "--device", "a100"], "'a100-40gb'"),
+        (["{stage1}", "--engine", "fsdp"], "'fsdp2'"),
+        (["{stage1}", "--devices", "2", "--engine", "single"], "need an engine"),
+        (["{stage1}", "--devices", "0"], "--devices"),
+        (["{stage1}", "--utilization", "1.5"], "--utilization"),
+        (["{stage1}", "--answer-tokens", "999"], "answer tokens"),
+        (["{stage1}", "--log", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["{stage1}", "optim.learnin_rate=1"], "'learning_rate'"),
+        (["{stage2}", "init.from=nowhere/final"], "no recipe beside this one"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], needle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    places = {f"{{{stage}}}": str(RECIPES / "siglip_qwen25" / f"{stage}.yaml") for stage in ("stage1", "stage2")}
+    assert main(["plan", *[places.get(argument, argument) for argument in arguments]]) == 2
+    error = capsys.readouterr().err
+    assert needle in error and error.count("\n") == 1
+
+
+def test_picture_rules_may_change_but_not_the_tile(tmp_path: Path) -> None:
+    path = RECIPES / "llava_next" / "stage2.yaml"
+    with pytest.raises(ConfigError, match="tiles of"):
+        recipe = load_recipe(path, ["init.image.tile_size=[224, 224]"])
+        starting_point(recipe, path)
+    with pytest.raises(CheckpointError, match="no such model folder"):
+        starting_point(load_recipe(path), tmp_path / "alone.yaml")

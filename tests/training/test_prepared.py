@@ -1,0 +1,123 @@
+"""Data from files (memory maps) and data in memory come to the same `Prepared`; training opens what prep made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from polymodal.cli import main
+from polymodal.data.parallel import quiet
+from polymodal.data.records import load_records
+from polymodal.errors import DataError
+from polymodal.processing.processor import Processor
+from polymodal.training import train
+from polymodal.training.prepare import recipe_processor
+from polymodal.training.recipe import Recipe, load_recipe
+from polymodal.training.samples import Order, Prepared, prepare, read_mix
+
+
+def write(plain: dict[str, Any], folder: Path, **data: Any) -> Path:
+    plain["data"] |= data
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    return path
+
+
+def same(one: Prepared, other: Prepared) -> None:
+    assert one.fingerprint == other.fingerprint
+    assert one.sources == other.sources and one.left_out == other.left_out
+    assert np.array_equal(one.lengths, other.lengths) and np.array_equal(one.targets, other.targets)
+    assert one.lengths.dtype == other.lengths.dtype == np.int64
+    assert list(one.records) == list(other.records)
+    for a, b in zip(one.samples, other.samples, strict=True):
+        assert a.input_ids.tolist() == b.input_ids.tolist() and a.loss_mask.tolist() == b.loss_mask.tolist()
+        assert (a.slots, a.plans, a.media_keys, a.id) == (b.slots, b.plans, b.media_keys, b.id)
+    assert Order(one.sources, 3).take(0, 70).tolist() == Order(other.sources, 3).take(0, 70).tolist()
+
+
+def from_files(recipe: Recipe, processor: Processor, folder: Path) -> Prepared:
+    return prepare(read_mix(recipe.data, 0), processor, recipe.data, quiet, 2, folder / "skipped.jsonl")
+
+
+def in_memory(recipe: Recipe, processor: Processor, folder: Path) -> Prepared:
+    mix = [(load_records(Path(source.path), source=source.source), source.repeat) for source in recipe.data.mix]
+    return prepare(mix, processor, recipe.data, quiet, 2, folder / "skipped_in_memory.jsonl")
+
+
+def test_files_and_memory_come_to_the_same(tiny: Path, plain: dict[str, Any], tmp_path: Path) -> None:
+    path = str(tiny / "data.json")
+    mix = [{"path": path, "repeat": 2.0}, {"path": path, "repeat": 0.5, "source": "again"}]
+    recipe = load_recipe(write(plain, tmp_path, mix=mix, max_length=62))
+    processor = recipe_processor(recipe)
+    found, expected = from_files(recipe, processor, tmp_path), in_memory(recipe, processor, tmp_path)
+    same(found, expected)
+    assert list(found.left_out) == ["longer than max_length 62"]
+    assert {record.source for record in found.records} == {"data", "again"}
+    # The same index serves another limit.
+    loose = load_recipe(write(plain, tmp_path, max_length=500))
+    same(from_files(loose, processor, tmp_path), in_memory(loose, processor, tmp_path))
+
+
+def test_weights_share_out_the_epoch(tiny: Path, plain: dict[str, Any], tmp_path: Path) -> None:
+    path = str(tiny / "data.json")
+    mix = [{"path": path, "weight": 3}, {"path": path, "weight": 1, "max_samples": 5}]
+    recipe = load_recipe(write(plain, tmp_path, mix=mix))
+    prepared = from_files(recipe, recipe_processor(recipe), tmp_path)
+    order = Order(prepared.sources, 0)
+    assert [len(indices) for indices, _ in prepared.sources] == [25, 5]
+    counts = np.bincount(order.take(0, order.epoch_size), minlength=30)
+    assert (counts[:25].sum(), counts[25:].sum()) == (23, 7)  # 22.5 and 7.5: the earlier source has the rest
+
+
+def test_skipped_rows_are_listed_and_nothing_left_is_an_error(
+    tiny: Path, plain: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = json.loads((tiny / "data.json").read_text())
+    lines = [json.dumps(row) for row in rows[:4]]
+    (tiny / "few.jsonl").write_text("\n".join([lines[0], lines[1][:-9], *lines[2:]]) + "\n")
+    recipe = load_recipe(write(plain, tmp_path, mix=[{"path": str(tiny / "few.jsonl")}], on_error="skip"))
+    processor = recipe_processor(recipe)
+    prepared = from_files(recipe, processor, tmp_path)
+    assert len(prepared.samples) == 3 and prepared.left_out == {"unreadable": 1}
+    assert "line 2" in json.loads((tmp_path / "skipped.jsonl").read_text())["error"]
+    strict = load_recipe(write(plain, tmp_path, on_error="stop"))
+    with pytest.raises(DataError, match="line 2"):
+        from_files(strict, processor, tmp_path)
+    short = load_recipe(write(plain, tmp_path, on_error="skip", max_length=3))
+    with pytest.raises(DataError, match="no record is left to train on: 1 unreadable, 3 longer than max_length 3"):
+        from_files(short, processor, tmp_path)
+
+
+def test_training_opens_what_prep_made(
+    tiny: Path,
+    plain: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = write(plain, tmp_path, index=str(tmp_path / "shared"), template="plain")
+    plain["run"] |= {"feature_cache": "memory", "max_steps": 2}
+    recipe.write_text(yaml.safe_dump(plain))
+    assert main(["data", "prep", str(recipe)]) == 0
+    said = capsys.readouterr().out
+    assert "training: 25 records" in said and str(tmp_path / "shared") in said
+    built = [path.name for path in (tmp_path / "shared").glob("data-*")]
+
+    def refuse(*_: Any, **options: Any) -> None:
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr("polymodal.data.index_build.build", refuse)
+    train(load_recipe(recipe))
+    assert [path.name for path in (tmp_path / "shared").glob("data-*")] == built
+    assert not (tmp_path / "run" / "index").exists()
+
+
+def test_prep_of_a_pipeline_says_what_to_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pipeline.yaml").write_text("name: all\noutput_dir: out\nstages: [{recipe: a.yaml}]\n")
+    assert main(["data", "prep", str(tmp_path / "pipeline.yaml")]) == 2
+    assert "is a pipeline" in capsys.readouterr().err
