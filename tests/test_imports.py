@@ -26,7 +26,7 @@ HEAVY = {
     "pyarrow",
 }
 
-BASE = {"errors", "config", "messages", "geometry", "files"}
+BASE = {"errors", "config", "messages", "geometry", "files", "page"}
 RAW_INPUT = {"media", "processing"}
 NETWORK = {"encoders", "projectors", "tokenizers", "llm", "attention", "loss", "model", "checkpoints"}
 JOIN = {"generation", "backends"}

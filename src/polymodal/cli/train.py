@@ -1,8 +1,9 @@
-"""Run a training recipe: one YAML is one complete run.
+"""Run a training recipe, or a pipeline of stages: one YAML is one complete run.
 
 Overrides are `section.key=value`. Example: polymodal train recipes/default/stage1.yaml optim.learning_rate=1e-3
-A run that was interrupted goes on where it was when the same command is given again. Several processes:
-torchrun --nproc-per-node 8 -m polymodal train RECIPE run.engine=fsdp2
+Overrides follow the recipe, flags come before it or after them. A run that was interrupted goes on where it was when
+the same command is given again. Several processes:
+torchrun --nproc-per-node 8 -m polymodal.cli train RECIPE run.engine=fsdp2
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from the newest complete checkpoint in output_dir (the default, unless the recipe says never)",
     )
     parser.add_argument(
-        "--force", action="store_true", help="go on from a checkpoint although the recipe or the data changed"
+        "--force",
+        action="store_true",
+        help="go on from a checkpoint although the recipe or the data changed; of a pipeline, do again a finished stage "
+        "whose settings changed, and all after it",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
 

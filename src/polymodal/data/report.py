@@ -17,6 +17,7 @@ from polymodal.data.fix import NAMES
 from polymodal.data.summary import Shown, Summary
 from polymodal.errors import PolymodalError
 from polymodal.media.image import open_image
+from polymodal.page import html_page
 
 if TYPE_CHECKING:
     from polymodal.messages import Source
@@ -73,12 +74,6 @@ def to_html(summary: Summary, *, model: str, max_length: int, fixed: bool) -> st
     """
     names = ", ".join(file.path.name for file in summary.files)
     parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">",
-        f"<title>Data check: {text(names)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>Data check: {text(names)}</h1>",
         f'<p class="soft">Tokens as <code>{text(model)}</code> counts them, at most {max_length:,} a row.</p>',
         _headline(summary),
@@ -92,8 +87,7 @@ def to_html(summary: Summary, *, model: str, max_length: int, fixed: bool) -> st
     if summary.shown:
         parts += ["<h2>A few rows, drawn by chance</h2>", '<div class="shown">']
         parts += [_shown(shown) for shown in summary.shown] + ["</div>"]
-    parts.append("</body></html>")
-    return "\n".join(part for part in parts if part) + "\n"
+    return html_page(f"Data check: {names}", _STYLE, parts)
 
 
 def _headline(summary: Summary) -> str:

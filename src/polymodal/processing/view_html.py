@@ -8,6 +8,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from polymodal.page import html_page
 from polymodal.processing.view import Cell, View, plan_facts
 
 if TYPE_CHECKING:
@@ -40,12 +41,6 @@ def to_html(view: View, drawings: Sequence[Image.Image]) -> str:
     counts = view.counts
     legend = " ".join(f'<span class="{kind}">{kind} {count}</span>' for kind, count in counts.items())
     parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">",
-        f"<title>What the model sees</title><style>{_STYLE}</style></head><body>",
         f"<h1>What the model sees: {sum(counts.values())} tokens</h1>",
         f'<p class="legend">{legend}</p>',
         '<div class="tokens">' + "".join(_span(cell) for cell in view.cells) + "</div>",
@@ -57,8 +52,7 @@ def to_html(view: View, drawings: Sequence[Image.Image]) -> str:
         )
         parts.append(f"<h2>Image {number}</h2>")
         parts.append(f'<p><img alt="tiles of image {number}" src="{_data_url(drawing)}"></p><table>{rows}</table>')
-    parts.append("</body></html>")
-    return "\n".join(parts) + "\n"
+    return html_page("What the model sees", _STYLE, parts)
 
 
 def _span(cell: Cell) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from polymodal.data.lazy import Joined
 from polymodal.data.records import Record
 from polymodal.encoders.efficientnet import EfficientNetEncoder
 from polymodal.errors import ConfigError
@@ -195,8 +196,8 @@ def add_samples(feed: Feed, model: MultimodalLM, config: PrototypeConfig, seed: 
     first = len(prepared.samples)
     extended = replace(
         prepared,
-        records=[*prepared.records, *records],
-        samples=[*prepared.samples, *samples],
+        records=Joined([prepared.records, records]),
+        samples=Joined([prepared.samples, samples]),
         targets=np.concatenate([prepared.targets, [int(s.loss_mask[1:].sum()) for s in samples]]),
         lengths=np.concatenate([prepared.lengths, [s.input_ids.numel() for s in samples]]),
         sources=(*prepared.sources, (range(first, first + len(samples)), 1.0)),

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from polymodal.files import write_text
+from polymodal.page import html_page
 from polymodal.training.log import duration, read_log
 
 REPORT = "report.html"
@@ -66,20 +67,8 @@ def write_report(output_dir: Path) -> Path:
         f"<details><summary>versions and hardware</summary><pre>{html.escape(json.dumps(facts, indent=2))}</pre>"
         "</details>",
     ]
-    page = "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta http-equiv="Content-Security-Policy" '
-            "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">",
-            f"<title>{html.escape(name)}: training report</title><style>{_STYLE}</style></head><body>",
-            *(section for section in sections if section),
-            "</body></html>\n",
-        ]
-    )
     path = output_dir / REPORT
-    write_text(path, page.replace("\x00", "\ufffd"))
+    write_text(path, html_page(f"{name}: training report", _STYLE, sections))
     return path
 
 
