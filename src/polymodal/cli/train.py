@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="go on from a checkpoint although the recipe or the data changed; of a pipeline, do again a finished stage "
-        "whose settings changed, and all after it",
+        help="go on from a checkpoint although the recipe or the data changed; of a pipeline, do again a finished "
+        "stage whose settings changed, and all after it",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
 
