@@ -112,13 +112,17 @@ def test_a_bare_on_or_off_is_understood(tmp_path: Path) -> None:
 
 def test_the_recipe_decides_and_auto_looks_at_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert save_memory(recipe(tmp_path), make(), cpu, steps=10_000) == []
-    assert save_memory(recipe(tmp_path, "run.checkpointing=on"), make(), cpu, 10) == ["3 layers checkpointed"]
-    assert save_memory(recipe(tmp_path, "run.compile=on"), make(), cpu, 10) == ["3 layers compiled"]
+    assert save_memory(recipe(tmp_path), make(), cpu, 10_000, 64) == []
+    assert save_memory(recipe(tmp_path, "run.checkpointing=on"), make(), cpu, 10, 64) == ["3 layers checkpointed"]
+    assert save_memory(recipe(tmp_path, "run.compile=on"), make(), cpu, 10, 64) == ["3 layers compiled"]
     monkeypatch.setattr("polymodal.training.memory.free_memory", lambda device: 2**20)
-    (line,) = save_memory(recipe(tmp_path), make(), cpu, 10)
+    (line,) = save_memory(recipe(tmp_path), make(), cpu, 10, 2048)
     assert line.startswith("3 layers checkpointed: activations may need 0.")
-    assert save_memory(recipe(tmp_path, "run.checkpointing=off"), make(), cpu, 10) == []
+    assert save_memory(recipe(tmp_path, "run.checkpointing=off"), make(), cpu, 10, 2048) == []
+    # What counts is how long the samples are, not how long they may be.
+    assert save_memory(recipe(tmp_path, "data.max_length=100000"), make(), cpu, 10, 8) == []
+    packed = ("batch.packing=pack", "batch.micro_tokens=100000", "batch.global_size=4")
+    assert save_memory(recipe(tmp_path, *packed), make(), cpu, 10, 8) == []
     assert free_memory(cpu) > 2**20
 
 

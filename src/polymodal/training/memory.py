@@ -53,7 +53,9 @@ def compile_layers(layers: list[nn.Module], backend: str | Callable[..., Any] = 
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
 
-def save_memory(recipe: Recipe, model: nn.Module, device: torch.device, steps: int, value_bytes: int = 4) -> list[str]:
+def save_memory(
+    recipe: Recipe, model: nn.Module, device: torch.device, steps: int, longest: int, value_bytes: int = 4
+) -> list[str]:
     """Checkpoint and compile as the recipe asks, or, for "auto", as device and sizes suggest.
 
     Args:
@@ -61,6 +63,7 @@ def save_memory(recipe: Recipe, model: nn.Module, device: torch.device, steps: i
         model: A `MultimodalLM`, on its device, after the policy was applied; changed in place.
         device: Where it runs.
         steps: Optimizer steps of the run.
+        longest: Tokens of the longest sample.
         value_bytes: Of an activation: 2 under bf16.
 
     Returns:
@@ -75,7 +78,9 @@ def save_memory(recipe: Recipe, model: nn.Module, device: torch.device, steps: i
     if run.compile == "on" or (run.compile == "auto" and device.type == "cuda" and steps >= COMPILE_STEPS):
         compile_layers(layers)
         done.append(f"{len(layers)} layers compiled")
-    tokens = batch.micro_tokens if batch.packing == "pack" else batch.micro_size * recipe.data.max_length
+    tokens = longest * batch.micro_size
+    if batch.packing == "pack":
+        tokens = max(longest, min(batch.micro_tokens, longest * batch.global_size))
     needed = activation_bytes(llm.config, tokens, value_bytes)
     short = run.checkpointing == "auto" and needed > MEMORY_SHARE * free_memory(device)
     if run.checkpointing == "on" or short:

@@ -128,7 +128,8 @@ def make_run(recipe: Recipe, parts: Parts, world: World, found: Path | None = No
         and not any("llm" in stage.get("trained", ()) for stage in parts.history)
     ):
         policy.cast_frozen_linears(parts.model.llm, torch.bfloat16)
-    for line in save_memory(recipe, parts.model, world.device, total_steps(recipe, steps), 2 if bf16 else 4):
+    longest = int(feed.prepared.lengths.max())
+    for line in save_memory(recipe, parts.model, world.device, total_steps(recipe, steps), longest, 2 if bf16 else 4):
         say(f"{recipe.name}: {line}")
     engine = make_engine(world, recipe, parts.model, groups)
     run = Run(recipe, engine, feed, steps, evaluation)
