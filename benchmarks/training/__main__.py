@@ -64,7 +64,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--best-micro", type=int, help="the same for HF and TRL under best flags (1 on a CPU, where nothing pads then)"
     )
-    parser.add_argument("--micro-tokens", type=int, help="tokens of a pack (2048; 256 with --tiny)")
+    parser.add_argument("--micro-tokens", type=int, help="tokens of a pack (1024; 256 with --tiny)")
     parser.add_argument("--threads", type=int, default=len(cores()), help="cores used, and threads of torch")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -77,7 +77,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--steps, --runs, --rows, --micro and --threads are at least 1")
     if options.rows % options.micro or options.rows % options.best_micro:
         parser.error(f"--rows {options.rows} is no multiple of --micro {options.micro} or of {options.best_micro}")
-    options.micro_tokens = options.micro_tokens or (256 if options.tiny else 2048)
+    options.micro_tokens = options.micro_tokens or (256 if options.tiny else 1024)
     options.stage = sorted(set(options.stage or (1, 2)))
     options.system = [name for name in SYSTEMS if name in (options.system or SYSTEMS)]
     options.mode = [name for name in MODES if name in (options.mode or MODES)]
