@@ -153,11 +153,8 @@ def make_feed(recipe: Recipe, parts: Parts, output_dir: Path) -> Feed:
     store = None
     if run.feature_cache != features.OFF:
         store = features.open_store(model, parts.config, run.feature_cache, run.feature_dtype)
-    config = parts.config
-    if recipe.data.template is not None:
-        template = config.template.model_copy(update={"chat_template": recipe.data.template})
-        config = config.model_copy(update={"template": template})
-    processor = Processor(config, parts.tokenizer, model.tokens_per_tile, model.image_token_id)
+    whole = Processor(parts.config, parts.tokenizer, model.tokens_per_tile, model.image_token_id)
+    processor = whole.with_template(recipe.data.template)
     mix = parts.mix if parts.mix is not None else read_mix(recipe.data, run.seed)
     prepared = prepare(mix, processor, recipe.data, progress, run.workers, output_dir / "skipped.jsonl")
     return _filled(Feed(prepared, processor, store, recipe.batch.packing == "pack"), recipe, model, "records")

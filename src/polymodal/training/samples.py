@@ -184,9 +184,7 @@ def _of_files(
     reading: Reading, processor: Processor, folder: Path, skip: bool, workers: int, progress: Progress
 ) -> _Part:
     """Open a source's index, or build it."""
-    index = open_index(
-        folder, reading, processor, skip_errors=skip, workers=workers, progress=progress, say=say
-    )  # fmt: skip
+    index = open_index(folder, reading, processor, skip_errors=skip, workers=workers, progress=progress, say=say)
     rows = np.arange(len(index))
     return _Part(
         Picked(index.record, rows),
