@@ -26,9 +26,21 @@ HEAVY = {
     "pyarrow",
 }
 
-BASE = {"errors", "config", "messages", "geometry", "files", "page"}
+BASE = {"errors", "config", "messages", "geometry", "files", "page", "sandbox", "sandbox_size"}
 RAW_INPUT = {"media", "processing"}
-NETWORK = {"encoders", "projectors", "tokenizers", "llm", "attention", "loss", "model", "checkpoints"}
+NETWORK = {
+    "encoders",
+    "projectors",
+    "representation",
+    "tokenizers",
+    "llm",
+    "attention",
+    "loss",
+    "seq2seq",
+    "quantize",
+    "model",
+    "checkpoints",
+}
 JOIN = {"generation", "backends"}
 BELOW_TOP = BASE | RAW_INPUT | NETWORK | JOIN
 

@@ -1,0 +1,277 @@
+"""How well pictures find their captions, captions their pictures, and pictures the names of their classes.
+
+Recall@k as Karpathy and Fei-Fei report it (2015, arXiv:1412.2306): a picture has found its caption if any of its
+captions is among the k nearest; a caption must find its one picture. Zero-shot classification is CLIP's (Radford et
+al. 2021, arXiv:2103.00020, section 3.1.4): a class is the mean of its prompts' unit vectors, made a unit vector again.
+
+Ties are broken pessimistically: what scores the same as the right answer is counted before it. A model that gives one
+score to everything has recall 0, not 1 (`argsort` and `topk` would credit it with the order of the file). Embeddings
+may hold several vectors a picture, as a Q-Former's queries do; the best one counts, as in BLIP-2 (arXiv:2301.12597).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polymodal.errors import DataError
+
+KS = (1, 5, 10)
+IMAGE_TO_TEXT = "image_to_text"
+TEXT_TO_IMAGE = "text_to_image"
+BUDGET = 64 << 20
+"""Bytes that similarities may take at a time."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many wrong answers stand before the first right one; 0 is a hit at the first place.
+
+    Attributes:
+        image_to_text: [I]; the best placed of a picture's captions counts.
+        text_to_image: [T].
+    """
+
+    image_to_text: Tensor
+    text_to_image: Tensor
+
+
+def recall(similarity: Tensor, image_of_text: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
+    """Recall at k, both ways.
+
+    Args:
+        similarity: [I, T], higher is nearer.
+        image_of_text: [T], the picture that each text belongs to; every picture has at least one.
+        ks: Places that count.
+
+    Returns:
+        "image_to_text@k" and "text_to_image@k" for every k, 0 to 1.
+
+    Raises:
+        DataError: Shapes do not fit, a picture has no text, or a similarity is not finite.
+    """
+    _check_pairs(similarity.shape[0], similarity.shape[1], image_of_text)
+    return recall_of(similarity_ranks(similarity, image_of_text), ks)
+
+
+def recall_of(ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float]:
+    """Recall at k from ranks.
+
+    Args:
+        ranks: Of `similarity_ranks` or `embedding_ranks`.
+        ks: Places that count.
+
+    Returns:
+        As `recall`.
+    """
+    sides = {IMAGE_TO_TEXT: ranks.image_to_text, TEXT_TO_IMAGE: ranks.text_to_image}
+    return {f"{side}@{k}": float((found < k).double().mean()) for side, found in sides.items() for k in ks}
+
+
+def chance(images: int, image_of_text: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
+    """Recall of a random order, exactly.
+
+    Args:
+        images: I, how many pictures there are.
+        image_of_text: [T], the picture that each text belongs to.
+        ks: Places that count.
+
+    Returns:
+        As `recall`.
+    """
+    texts = len(image_of_text)
+    captions = torch.bincount(image_of_text.cpu(), minlength=images).tolist()
+    found: dict[str, float] = {}
+    for k in ks:
+        # All k places hold wrong texts: C(T - c, k) of C(T, k) draws.
+        missed = {c: math.comb(texts - c, min(k, texts)) / math.comb(texts, min(k, texts)) for c in set(captions)}
+        found[f"{IMAGE_TO_TEXT}@{k}"] = sum(1 - missed[c] for c in captions) / images
+    return found | {f"{TEXT_TO_IMAGE}@{k}": min(1.0, k / images) for k in ks}
+
+
+def similarity_ranks(similarity: Tensor, image_of_text: Tensor) -> Ranks:
+    """Ranks from a whole matrix.
+
+    Args:
+        similarity: [I, T], higher is nearer.
+        image_of_text: [T], the picture that each text belongs to.
+
+    Returns:
+        The ranks.
+
+    Raises:
+        DataError: A similarity is not finite.
+    """
+    own = image_of_text.to(similarity.device)
+    right = own[None, :] == torch.arange(similarity.shape[0], device=own.device)[:, None]
+    return Ranks(_ranks(similarity, right), _ranks(similarity.T, right.T))
+
+
+def embedding_ranks(image: Tensor, text: Tensor, image_of_text: Tensor, *, budget: int = BUDGET) -> Ranks:
+    """Ranks from embeddings, a part of the matrix at a time.
+
+    Args:
+        image: [I, D], or [I, Q, D] of which the nearest of the Q vectors counts.
+        text: [T, D].
+        image_of_text: [T], the picture that each text belongs to.
+        budget: Bytes that similarities may take at a time; one row is always taken.
+
+    Returns:
+        The ranks; those of `similarity_ranks` on the whole matrix.
+
+    Raises:
+        DataError: Shapes do not fit, a picture has no text, or a similarity is not finite.
+    """
+    images, texts = len(image), len(text)
+    _check_pairs(images, texts, image_of_text)
+    queries = image.shape[1] if image.ndim == 3 else 1
+    own = image_of_text.to(text.device)
+    by_image, by_text = [], []
+    for part in torch.arange(images, device=own.device).split(_rows(texts * queries, budget)):
+        by_image.append(_ranks(similarities(image[part], text), own[None, :] == part[:, None]))
+    every = torch.arange(images, device=own.device)
+    for part in torch.arange(texts, device=own.device).split(_rows(images * queries, budget)):
+        by_text.append(_ranks(similarities(image, text[part]).T, own[part][:, None] == every[None, :]))
+    return Ranks(torch.cat(by_image), torch.cat(by_text))
+
+
+def similarities(image: Tensor, text: Tensor) -> Tensor:
+    """Dot products, the greatest over a picture's vectors.
+
+    Args:
+        image: [I, D] or [I, Q, D].
+        text: [T, D].
+
+    Returns:
+        [I, T].
+    """
+    if image.ndim == 3:
+        return torch.einsum("iqd,td->iqt", image, text).amax(dim=1)
+    return image @ text.T
+
+
+def class_embeddings(prompts: Tensor) -> Tensor:
+    """One unit vector a class from the vectors of its prompts.
+
+    Args:
+        prompts: [C, N, D], the embeddings of N prompts a class; any length.
+
+    Returns:
+        [C, D].
+    """
+    mean = torch.nn.functional.normalize(prompts, dim=-1).mean(dim=1)
+    return torch.nn.functional.normalize(mean, dim=-1)
+
+
+def zero_shot(image: Tensor, classes: Tensor, labels: Tensor, *, budget: int = BUDGET) -> dict[str, float]:
+    """Share of pictures whose class is the nearest, and among the five nearest.
+
+    Args:
+        image: [I, D] or [I, Q, D].
+        classes: [C, D], of `class_embeddings`.
+        labels: [I] the right class of each picture, or [I, C] True where a class is right (a beagle is a dog, too).
+        budget: Bytes that similarities may take at a time.
+
+    Returns:
+        "top1" and "top5", 0 to 1.
+
+    Raises:
+        DataError: Shapes do not fit, a picture has no right class, or a similarity is not finite.
+    """
+    ranks = zero_shot_ranks(image, classes, labels, budget=budget)
+    return {f"top{k}": float((ranks < k).double().mean()) for k in (1, 5)}
+
+
+def zero_shot_ranks(image: Tensor, classes: Tensor, labels: Tensor, *, budget: int = BUDGET) -> Tensor:
+    """How many wrong classes stand before the first right one.
+
+    Args:
+        image: [I, D] or [I, Q, D].
+        classes: [C, D].
+        labels: [I] or [I, C], as in `zero_shot`.
+        budget: Bytes that similarities may take at a time.
+
+    Returns:
+        [I].
+
+    Raises:
+        DataError: Shapes do not fit, a picture has no right class, or a similarity is not finite.
+    """
+    right = right_classes(labels, len(classes)).to(image.device)
+    if len(right) != len(image):
+        raise DataError(f"{len(image)} pictures but labels of {len(right)}")
+    queries = image.shape[1] if image.ndim == 3 else 1
+    parts = torch.arange(len(image), device=image.device).split(_rows(len(classes) * queries, budget))
+    return torch.cat([_ranks(similarities(image[part], classes), right[part]) for part in parts])
+
+
+def right_classes(labels: Tensor, classes: int) -> Tensor:
+    """Labels as a table of what is right.
+
+    Args:
+        labels: [I] or [I, C], as in `zero_shot`.
+        classes: C.
+
+    Returns:
+        [I, C] bool.
+
+    Raises:
+        DataError: A label is no class, or a picture has none.
+    """
+    if labels.ndim == 1:
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise DataError(f"labels from {int(labels.min())} to {int(labels.max())}, but there are {classes} classes")
+        return torch.nn.functional.one_hot(labels, classes).bool()
+    if labels.shape[1] != classes:
+        raise DataError(f"labels for {labels.shape[1]} classes, but there are {classes}")
+    if not bool(labels.any(dim=1).all()):
+        raise DataError(f"picture {int((~labels.any(dim=1)).nonzero()[0])} has no right class")
+    return labels.bool()
+
+
+def zero_shot_chance(labels: Tensor, classes: int) -> dict[str, float]:
+    """What a random order of the classes scores, exactly.
+
+    Args:
+        labels: [I] or [I, C], as in `zero_shot`.
+        classes: C.
+
+    Returns:
+        "top1" and "top5", 0 to 1.
+    """
+    counts = right_classes(labels, classes).sum(dim=1).tolist()
+    places = {k: min(k, classes) for k in (1, 5)}
+    return {
+        f"top{k}": sum(1 - math.comb(classes - c, n) / math.comb(classes, n) for c in counts) / len(counts)
+        for k, n in places.items()
+    }
+
+
+def _ranks(scores: Tensor, right: Tensor) -> Tensor:
+    """Of each row [R, C]: how many wrong columns score at least as high as its best right one."""
+    if not bool(torch.isfinite(scores).all()):
+        raise DataError("a similarity is not finite: the model gives NaN or infinite embeddings")
+    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    return ((scores >= best) & ~right).sum(dim=1)
+
+
+def _rows(columns: int, budget: int) -> int:
+    # Scores, the masked copy and the masks: about ten bytes an entry.
+    return max(1, budget // (10 * max(1, columns)))
+
+
+def _check_pairs(images: int, texts: int, image_of_text: Tensor) -> None:
+    if len(image_of_text) != texts:
+        raise DataError(f"{texts} texts but image_of_text has {len(image_of_text)}")
+    if not images or not texts:
+        raise DataError(f"nothing to find: {images} pictures, {texts} texts")
+    low, high = int(image_of_text.min()), int(image_of_text.max())
+    if low < 0 or high >= images:
+        raise DataError(f"image_of_text goes from {low} to {high}, but there are {images} pictures")
+    lonely = torch.bincount(image_of_text.cpu(), minlength=images) == 0
+    if bool(lonely.any()):
+        raise DataError(f"picture {int(lonely.nonzero()[0])} has no text")
