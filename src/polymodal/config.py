@@ -6,9 +6,10 @@ Unknown keys are errors that name the nearest key. Names follow the field's habi
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+import math
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from polymodal.errors import ConfigError, unknown_name
 from polymodal.geometry import PatchMerge
@@ -58,6 +59,9 @@ class ImageConfig(Strict):
         image_grid_pinpoints: For "anyres": the canvases allowed, (height, width) in pixels.
         anyres_max: For "anyres": LLaVA-OneVision's anyres_max_N; grids with more tokens than N tiles are shrunk.
         mm_patch_merge_type: For "anyres": see `geometry.ImagePlan.merge`.
+        several_pictures: For "anyres", in a conversation with more than one picture: "alike" cuts each as if it were
+            alone; "pad" pads each to a square and makes it one tile, with one newline token behind it, as
+            LLaVA-OneVision does.
         max_tiles: For "slice": the most tiles besides the thumbnail.
         thumbnail: For "slice": add the whole picture as a last tile when it was cut.
         overview_aspect_ratio: How the overview or thumbnail tile is made: squashed, or padded to a square.
@@ -75,6 +79,7 @@ class ImageConfig(Strict):
     image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
     anyres_max: int | None = None
     mm_patch_merge_type: PatchMerge = "flat"
+    several_pictures: Literal["alike", "pad"] = "alike"
     max_tiles: int = 6
     thumbnail: bool = True
     overview_aspect_ratio: Literal["squash", "pad", "crop"] = "squash"
@@ -86,22 +91,215 @@ class ImageConfig(Strict):
     max_pixels: int = 64_000_000
 
 
+class TemporalAttentionConfig(Strict):
+    """Attention along time; `encoders.temporal.TemporalAttention`.
+
+    Attributes:
+        hidden_size: Its width; the encoder's where None.
+        num_layers: Its layers.
+        num_attention_heads: Heads of each attention.
+        time_embedding: "sinusoidal" adds waves of the time in seconds, "learned" puts a small network behind them.
+        min_period: The shortest wave, in seconds: about what can be told apart.
+        max_period: The longest wave, in seconds: about what can be told apart from its repetition.
+        pool: "mean" ends with the mean over frames, "none" keeps them all.
+    """
+
+    hidden_size: int | None = Field(default=None, ge=2)
+    num_layers: int = Field(default=1, ge=1)
+    num_attention_heads: int = Field(default=8, ge=1)
+    time_embedding: Literal["sinusoidal", "learned"] = "sinusoidal"
+    min_period: float = Field(default=0.25, gt=0)
+    max_period: float = Field(default=4096.0, gt=0)
+    pool: Literal["mean", "none"] = "none"
+
+    @model_validator(mode="after")
+    def _shorter_first(self) -> TemporalAttentionConfig:
+        if self.min_period >= self.max_period:
+            raise ValueError(f"min_period {self.min_period} is not below max_period {self.max_period}")
+        return self
+
+
+class TemporalConfig(Strict):
+    """How a video's frames are looked at together, before the projector; see `encoders.temporal.build_temporal`.
+
+    Attributes:
+        type: "mean" over frames, "attention" along time, or "spatio_temporal_pool"; a key of
+            `encoders.temporal.TEMPORAL_ENCODERS`.
+        attention: Settings of "attention"; its defaults where None.
+        stride: Of "spatio_temporal_pool": frames, rows and columns of a block; (2, 2, 2) where None.
+    """
+
+    type: str = "mean"
+    attention: TemporalAttentionConfig | None = None
+    stride: tuple[int, int, int] | None = None
+
+    @field_validator("stride")
+    @classmethod
+    def _at_least_one(cls, value: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+        if value is not None and min(value) < 1:
+            raise ValueError("frames, rows and columns of a block must be at least 1")
+        return value
+
+    @model_validator(mode="after")
+    def _no_settings_of_another_type(self) -> TemporalConfig:
+        for name, owner in (("attention", "attention"), ("stride", "spatio_temporal_pool")):
+            if getattr(self, name) is not None and self.type != owner:
+                raise ValueError(f"{name!r} is for type {owner!r}, but type is {self.type!r}")
+        return self
+
+
+class QFormerConfig(Strict):
+    """BLIP-2's Q-Former: a BERT whose learned queries look at the picture; `projectors.qformer`. Defaults as published.
+
+    Attributes:
+        num_query_tokens: Q, the tokens of one tile.
+        hidden_size: Its width.
+        num_hidden_layers: Its layers.
+        num_attention_heads: Heads of each attention.
+        intermediate_size: Width inside the feed-forward parts.
+        cross_attention_frequency: n: layers 0, n, 2n, ... look at the picture.
+        hidden_dropout_prob: Dropout on hidden states.
+        attention_probs_dropout_prob: Dropout on attention weights.
+        initializer_range: Deviation of fresh weights and queries.
+        layer_norm_eps: Of its own norms.
+        vision_norm_eps: Of the norm on the tower's output.
+        vocab_size: Rows of its word embeddings: BERT's and one for [DEC], which begins a caption.
+        max_position_embeddings: Positions of its text.
+        pad_token_id: The row of padding, which is not trained; None for none.
+        max_text_length: Where its text is cut, in tokens.
+        text_context: It reads the question beside the picture, as InstructBLIP's does.
+        tokenizer: For `text_context`: the folder or hub id of its tokenizer; None where `projector.pretrained` has it.
+            A model folder carries its own.
+    """
+
+    num_query_tokens: int = Field(default=32, ge=1)
+    hidden_size: int = Field(default=768, ge=1)
+    num_hidden_layers: int = Field(default=12, ge=1)
+    num_attention_heads: int = Field(default=12, ge=1)
+    intermediate_size: int = Field(default=3072, ge=1)
+    cross_attention_frequency: int = Field(default=2, ge=1)
+    hidden_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
+    attention_probs_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
+    initializer_range: float = Field(default=0.02, gt=0)
+    layer_norm_eps: float = Field(default=1e-12, gt=0)
+    vision_norm_eps: float = Field(default=1e-6, gt=0)
+    vocab_size: int = Field(default=30523, ge=1)
+    max_position_embeddings: int = Field(default=512, ge=1)
+    pad_token_id: int | None = 0
+    max_text_length: int = Field(default=32, ge=3)
+    text_context: bool = False
+    tokenizer: str | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> QFormerConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+            )
+        if self.max_text_length > self.max_position_embeddings:
+            raise ValueError(
+                f"max_text_length {self.max_text_length} is more than max_position_embeddings "
+                f"{self.max_position_embeddings}"
+            )
+        if self.tokenizer is not None and not self.text_context:
+            raise ValueError("tokenizer is read only with text_context: true")
+        return self
+
+
+class ResamplerConfig(Strict):
+    """Flamingo's Perceiver resampler; `projectors.resampler`.
+
+    Attributes:
+        num_query_tokens: Q, the tokens of one tile.
+        hidden_size: Its width; the encoder's where None.
+        num_layers: Its layers.
+        num_attention_heads: Heads of each attention.
+        head_dim: Width of a head.
+        intermediate_ratio: How much wider the inside of a feed-forward part is.
+    """
+
+    num_query_tokens: int = Field(default=64, ge=1)
+    hidden_size: int | None = Field(default=None, ge=1)
+    num_layers: int = Field(default=6, ge=1)
+    num_attention_heads: int = Field(default=8, ge=1)
+    head_dim: int = Field(default=64, ge=1)
+    intermediate_ratio: int = Field(default=4, ge=1)
+
+
+class AbstractorConfig(Strict):
+    """Honeybee's C-Abstractor; `projectors.abstractor`.
+
+    Attributes:
+        num_query_tokens: Q, the tokens of one tile; a square number.
+        hidden_size: Channels of the convolutions.
+        depth: Convolution blocks before the pooling, and again after it.
+        mlp_depth: Linear layers at the end.
+    """
+
+    num_query_tokens: int = Field(default=144, ge=1)
+    hidden_size: int = Field(default=1024, ge=4)
+    depth: int = Field(default=3, ge=1)
+    mlp_depth: int = Field(default=2, ge=1)
+
+    @field_validator("num_query_tokens")
+    @classmethod
+    def _square(cls, value: int) -> int:
+        if math.isqrt(value) ** 2 != value:
+            raise ValueError("must be a square number, such as 49, 64 or 144")
+        return value
+
+
 class ProjectorConfig(Strict):
     """Which projector takes encoder features to the language model's width.
 
     Attributes:
-        mm_projector_type: "linear", "mlp2x_gelu" (any number), "pixel_shuffle<r>[_mlp2x_gelu]", "avg_pool<r>[_...]";
-            see `projectors.build_projector`.
-        bias: Whether linear layers have a bias.
+        mm_projector_type: "linear", "mlp2x_gelu" (any number), "pixel_shuffle<r>[_mlp2x_gelu]", "avg_pool<r>[_...]",
+            "qformer", "resampler", "abstractor"; see `projectors.build_projector`.
+        bias: Whether linear layers have a bias; of the last three only the one to the language model's width is asked.
         norm: What comes before the first layer: "layer" a LayerNorm, "standardize" a fixed mean and deviation per
             channel, measured on the first data.
         hidden_size: Width between the layers of an MLP; the language model's where None.
+        qformer: Settings of "qformer".
+        resampler: Settings of "resampler".
+        abstractor: Settings of "abstractor".
+        pretrained: Of "qformer": a folder to start from, either what stage 1 of BLIP-2 left or a BERT. Read only when
+            a model is composed; a model folder has its weights and does not name it.
     """
 
     mm_projector_type: str = "mlp2x_gelu"
     bias: bool = True
     norm: Literal["none", "layer", "standardize"] = "none"
     hidden_size: int | None = None
+    qformer: QFormerConfig | None = None
+    resampler: ResamplerConfig | None = None
+    abstractor: AbstractorConfig | None = None
+    pretrained: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_the_type(cls, data: Any) -> Any:
+        """Write down the settings of a type that has some, so that they are stored with what was trained."""
+        kind = data.get("mm_projector_type") if isinstance(data, dict) else None
+        if kind in SETTINGS_OF_TYPE and data.get(kind) is None:
+            return {**data, kind: {}}
+        return data
+
+    @model_validator(mode="after")
+    def _no_settings_of_another_type(self) -> ProjectorConfig:
+        for kind in SETTINGS_OF_TYPE:
+            if kind != self.mm_projector_type and getattr(self, kind) is not None:
+                raise ValueError(f"{kind!r} settings are given, but mm_projector_type is {self.mm_projector_type!r}")
+        if self.pretrained is not None and self.qformer is None:
+            raise ValueError(f"pretrained is for qformer, but mm_projector_type is {self.mm_projector_type!r}")
+        if self.hidden_size is not None and self.mm_projector_type in SETTINGS_OF_TYPE:
+            raise ValueError(f"hidden_size is for MLPs; set {self.mm_projector_type}.hidden_size")
+        if self.norm == "layer" and self.qformer is not None:
+            raise ValueError("norm 'layer': the Q-Former has a LayerNorm of its own there; leave it out")
+        return self
+
+
+SETTINGS_OF_TYPE = ("qformer", "resampler", "abstractor")
+"""The projector types that have settings of their own, under their own name."""
 
 
 class LLMConfig(Strict):
@@ -113,6 +311,8 @@ class LLMConfig(Strict):
         dtype: Of the weights in memory.
         device_map: Passed to transformers; None keeps the model on one device.
         attn_implementation: Passed to transformers.
+        encoder_decoder: Whether it is an encoder-decoder such as T5. Left out, the language model's own configuration
+            is asked; a saved model says so, since a processor is opened without the language model.
     """
 
     model_name_or_path: str
@@ -120,6 +320,7 @@ class LLMConfig(Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device_map: str | None = None
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    encoder_decoder: bool | None = None
 
 
 class TemplateConfig(Strict):
@@ -127,14 +328,21 @@ class TemplateConfig(Strict):
 
     Attributes:
         chat_template: A preset of `processing.template.PRESETS` ("chatml", "llama2", "llama3", "mistral", "vicuna",
-            "plain"), "tokenizer" for the tokenizer's own, or jinja text.
+            "t5", "plain"), "tokenizer" for the tokenizer's own, or jinja text.
         default_system: The system message where a conversation has none; None means no system turn.
         image_newline_text: Text after a picture, as LLaVA's "<image>\\n"; empty for none.
+        stop_token_ids: Further tokens that end an answer, besides the template's and the tokenizer's own; published
+            models name them in generation_config.json.
+        own_generation_prompt: A question ends with what the template writes for `add_generation_prompt`, also where
+            an answer in the conversation begins otherwise, as in LLaVA-OneVision's template. Left out, it ends with
+            what stands before an answer.
     """
 
     chat_template: str = "tokenizer"
     default_system: str | None = None
     image_newline_text: str = ""
+    stop_token_ids: tuple[int, ...] = ()
+    own_generation_prompt: bool = False
 
 
 class ModelConfig(Strict):
@@ -199,20 +407,21 @@ def parse_config(cls: type[ConfigT], data: Any, where: str) -> ConfigT:
 def _fields_at(cls: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
     """Names of the fields at a location inside a nested config class."""
     current: Any = cls
+    choice: list[Any] = []
     for key in loc:
-        if isinstance(key, int):
+        tagged = [c for c in choice if any(key in get_args(f.annotation) for f in c.model_fields.values())]
+        if tagged:  # the value by which a union's members are told apart
+            current, choice = tagged[0], []
             continue
-        field = current.model_fields.get(key)
-        if field is None:
-            continue
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        inner = [
-            a
-            for c in candidates
-            for a in getattr(c, "__args__", ())
-            if isinstance(a, type) and issubclass(a, BaseModel)
-        ]
-        if nested or inner:
-            current = (nested + inner)[0]
+        field = None if isinstance(key, int) else current.model_fields.get(key)
+        nested = [] if field is None else _nested_models(field.annotation)
+        if nested:
+            current, choice = nested[0], nested if len(nested) > 1 else []
     return list(current.model_fields)
+
+
+def _nested_models(annotation: Any) -> list[type[BaseModel]]:
+    """The config classes inside an annotation, in order."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for inner in getattr(annotation, "__args__", ()) for found in _nested_models(inner)]

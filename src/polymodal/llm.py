@@ -1,6 +1,8 @@
-"""Loading the language model: any causal LM of transformers, from a hub id, a folder or a GGUF file.
+"""Loading the language model: any causal LM or encoder-decoder of transformers, from a hub id, a folder or a GGUF file.
 
-The language model knows nothing about media. It is loaded without remote code, from safetensors or GGUF only.
+The language model knows nothing about media. It is loaded without remote code, from safetensors or GGUF only; what a
+GGUF file holds is always taken for a causal LM. `polymodal.seq2seq` says how an encoder-decoder takes one sequence of
+ids.
 """
 
 from __future__ import annotations
@@ -8,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from polymodal.checkpoints.safe import check_finite, check_folder
+from polymodal.checkpoints.safe_config import check_settings
 from polymodal.config import LLMConfig
 from polymodal.errors import CheckpointError, ConfigError, first_line
 
@@ -41,37 +45,111 @@ def resolve_llm(name: str) -> str:
     return name
 
 
-def load_llm(config: LLMConfig) -> PreTrainedModel:
-    """Load the causal LM.
+def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
+    """Load the language model; whether it is a causal LM or an encoder-decoder is up to its own configuration.
 
     Args:
         config: Where from, and in which dtype.
+        quantize: How transformers is to quantise it on a GPU while it loads, see `polymodal.quantize.GPU_WAYS`; None
+            leaves the weights as they are.
 
     Returns:
         The model, in eval mode.
 
     Raises:
         CheckpointError: The folder, file or hub id cannot be opened.
+        ConfigError: It is not of the kind that `config.encoder_decoder` says, or an encoder-decoder does not say which
+            token its decoder starts from.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source, kwargs = _source(config)
+    _look_over(source, kwargs, f"language model {config.model_name_or_path!r}")
     dtype = getattr(torch, config.dtype)
     if dtype is not torch.float32 and not torch.cuda.is_available():
         _warn_slow_dtype(config.dtype)
     quieten_transformers()
+    options: dict[str, Any] = {"device_map": config.device_map}
+    if quantize is not None:
+        from polymodal.quantize import gpu_settings
+
+        options = {"device_map": config.device_map or {"": "cuda"}, "quantization_config": gpu_settings(quantize)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        if "gguf_file" in kwargs:
+            found, known = False, {}
+        else:
+            settings = AutoConfig.from_pretrained(source, **kwargs)
+            found, known = bool(settings.is_encoder_decoder), {"config": settings}
+        model = model_class(found).from_pretrained(
             source,
+            **known,
             dtype=dtype,
-            device_map=config.device_map,
+            **options,
             attn_implementation=config.attn_implementation,
             use_safetensors=True if "gguf_file" not in kwargs else None,
+            trust_remote_code=False,
             **kwargs,
         )
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"language model {config.model_name_or_path!r}: {first_line(error)}") from error
+    if config.encoder_decoder not in (None, found):
+        kind = "an encoder-decoder" if found else "a causal language model"
+        raise ConfigError(
+            f"llm.encoder_decoder is {str(config.encoder_decoder).lower()}, but {config.model_name_or_path!r} is "
+            f"{kind}; leave the setting out, it is found out by itself"
+        )
+    if found:
+        decoder_start_id(model)
+    if options["device_map"] is None:  # what a device map spreads out may not be in memory
+        check_finite(dict(model.named_parameters()), f"language model {config.model_name_or_path!r}")
     return model.eval()
+
+
+def model_class(encoder_decoder: bool) -> Any:
+    """The class of transformers that opens a language model of this kind."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+
+
+def layer_counts(config: Any) -> tuple[int, int]:
+    """Layers of the encoder and of the decoder; a causal LM has none of the former.
+
+    Args:
+        config: Of the language model, as transformers has it.
+
+    Returns:
+        The two counts.
+    """
+    config = config.get_text_config()
+    layers = int(config.num_hidden_layers)
+    if not config.is_encoder_decoder:
+        return 0, layers
+    # T5's and BART's names; both call the encoder's count num_hidden_layers too.
+    names = ("num_decoder_layers", "decoder_layers")
+    return layers, int(next((found for name in names if (found := getattr(config, name, None))), layers))
+
+
+def decoder_start_id(llm: PreTrainedModel) -> int:
+    """The token that an encoder-decoder's decoder starts from.
+
+    Args:
+        llm: An encoder-decoder.
+
+    Returns:
+        Its id.
+
+    Raises:
+        ConfigError: The model does not say.
+    """
+    for settings in (llm.config, getattr(llm, "generation_config", None)):
+        found = getattr(settings, "decoder_start_token_id", None)
+        if found is not None:
+            return int(found)
+    raise ConfigError(
+        f"{type(llm).__name__} does not say which token its decoder starts from; set decoder_start_token_id in its "
+        "config.json (T5 starts from its pad token)"
+    )
 
 
 def load_tokenizer(config: LLMConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:
@@ -91,8 +169,10 @@ def load_tokenizer(config: LLMConfig, folder: Path | None = None) -> PreTrainedT
 
     carried = folder is not None and (folder / "tokenizer.json").is_file()
     source, kwargs = (str(folder), {}) if carried else _source(config)
+    if Path(source).is_dir() and not kwargs:
+        check_folder(Path(source), weights=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"tokenizer of {source!r}: {first_line(error)}") from error
     if not tokenizer.is_fast:
@@ -124,7 +204,9 @@ def output_head(llm: PreTrainedModel) -> torch.nn.Module:
     """
     head = llm.get_output_embeddings()
     if head is None:
-        raise ConfigError(f"{type(llm).__name__} has no output head; a causal language model is needed")
+        raise ConfigError(
+            f"{type(llm).__name__} has no output head; a causal or encoder-decoder language model is needed"
+        )
     return head
 
 
@@ -229,6 +311,22 @@ def _source(config: LLMConfig) -> tuple[str, dict[str, str]]:
             raise CheckpointError(f"language model: no folder {name}")
         return str(path.expanduser()), {}
     return name, {"revision": config.revision} if config.revision else {}
+
+
+def _look_over(source: str, kwargs: dict[str, str], where: str) -> None:
+    """Check a folder, or the configuration of a hub id, before transformers acts on it; a GGUF file is none."""
+    from transformers import PreTrainedConfig
+
+    if "gguf_file" in kwargs:
+        return
+    if Path(source).is_dir():
+        check_folder(Path(source))
+        return
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{where}: {first_line(error)}") from error
+    check_settings(settings, where)
 
 
 def _warn_slow_dtype(dtype: str) -> None:

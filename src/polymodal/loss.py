@@ -40,13 +40,13 @@ def label_losses(
     targets: torch.Tensor,
     budget: int | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Run a causal LM and take the cross entropy at the chosen positions only.
+    """Run a language model and take the cross entropy at the chosen positions only.
 
     Args:
-        llm: The causal LM.
-        embeds: [B, T, D] what goes into it.
+        llm: A causal LM, or an encoder-decoder.
+        embeds: [B, T, D] what goes into it, or into its encoder.
         inputs: Its other keyword arguments.
-        rows: [R] int64, indices into the flattened [B * T] positions.
+        rows: [R] int64, indices into the flattened [B * T] positions, of the decoder where there is one.
         targets: [R] the tokens that these predict.
         budget: Bytes of logits above which the loss is taken in chunks; the device's own when None.
 
@@ -78,8 +78,10 @@ def knows_head(llm: PreTrainedModel) -> bool:
         weight = llm.get_input_embeddings().weight
         embeds = torch.randn((1, 2, weight.shape[1]), generator=torch.Generator().manual_seed(0))
         rows = torch.arange(2, device=weight.device)
+        # An encoder-decoder's head sees the decoder's positions.
+        inputs = {"decoder_input_ids": rows[None]} if llm.config.is_encoder_decoder else {}
         with evaluating(llm), torch.no_grad(), hidden_before_head(llm, rows, shown=2) as kept:
-            logits = llm(inputs_embeds=embeds.to(weight.device, weight.dtype), use_cache=False).logits
+            logits = llm(inputs_embeds=embeds.to(weight.device, weight.dtype), use_cache=False, **inputs).logits
         with torch.no_grad():
             ours = after_head(llm, output_head(llm)(kept[0]))
         tolerance = 1e-3 if logits.dtype is torch.float32 else 5e-2

@@ -5,7 +5,8 @@ masks and positions are never rebuilt here, and the count of tokens is read from
 
 The layout of tiles follows LLaVA-1.5 (arXiv 2310.03744) and LLaVA-NeXT's AnyRes; unlike those, nothing is truncated,
 padded or re-labelled inside `forward`, and logits are computed only where there is a label. Samples packed in one row
-are kept apart by `polymodal.attention`; `polymodal.loss` keeps the logits within memory.
+are kept apart by `polymodal.attention`; `polymodal.loss` keeps the logits within memory. An encoder-decoder language
+model takes the same sequence; `polymodal.seq2seq` cuts it before the last answer.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from polymodal.attention import SEGMENTS, choose_method, packed_inputs
 from polymodal.config import ModelConfig
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.geometry import ImagePlan, Size
-from polymodal.llm import evaluating, load_llm, load_tokenizer
+from polymodal.llm import decoder_start_id, evaluating, load_llm, load_tokenizer
 from polymodal.loss import label_losses
+from polymodal.seq2seq import split_rows, take
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -57,10 +59,10 @@ class Output:
 
 
 class MultimodalLM(nn.Module):
-    """A vision encoder, a projector and a causal language model.
+    """A vision encoder, a projector and a language model.
 
     Args:
-        llm: The causal LM.
+        llm: A causal LM, or an encoder-decoder, which reads what lies before the last answer and is taught to say that.
         image_token_id: The placeholder's id; may lie past the vocabulary.
         vision_encoder: [N, 3, H, W] -> [N, P, E]; None for a text-only model.
         projector: [N, P, E] -> [N, Q, D]; comes with the encoder.
@@ -70,6 +72,7 @@ class MultimodalLM(nn.Module):
 
     Attributes:
         logits_budget: Bytes of logits above which the loss is taken in chunks; None leaves it to the device.
+        context_tokenizer: Of a projector that reads the question beside a picture; None for one that does not.
     """
 
     pixel_scale: torch.Tensor | None
@@ -95,6 +98,7 @@ class MultimodalLM(nn.Module):
             self.add_image_newline()
         self._takes_positions = "position_ids" in inspect.signature(llm.forward).parameters
         self.logits_budget: int | None = None
+        self.context_tokenizer: PreTrainedTokenizerBase | None = None
         self._packing: str | None = None
         scale = shift = None
         if image_mean is not None and image_std is not None:
@@ -116,6 +120,11 @@ class MultimodalLM(nn.Module):
     def device(self) -> torch.device:
         """Where inputs go."""
         return self.llm.get_input_embeddings().weight.device
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether the language model is an encoder-decoder."""
+        return bool(self.llm.config.is_encoder_decoder)
 
     @property
     def tokens_per_tile(self) -> Size | None:
@@ -144,12 +153,48 @@ class MultimodalLM(nn.Module):
         with torch.no_grad() if frozen else nullcontext():
             return self.vision_encoder(pixel_values)
 
-    def project_images(self, features: torch.Tensor, plans: Sequence[ImagePlan]) -> list[torch.Tensor]:
+    @property
+    def reads_context(self) -> bool:
+        """Whether the projector reads the question beside a picture (InstructBLIP)."""
+        return bool(getattr(self.projector, "text_context", False))
+
+    def project(self, features: torch.Tensor, context_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Project tiles.
+
+        Args:
+            features: [N, P, E].
+            context_ids: [N, t], what the projector reads beside each tile, -1 behind the end; None where it reads
+                nothing.
+
+        Returns:
+            [N, Q, D].
+
+        Raises:
+            PolymodalError: The model has no projector, or a context is given to one that reads none.
+        """
+        projector: Any = self.projector
+        if projector is None:
+            raise PolymodalError("this model has no vision encoder; leave the picture out")
+        features = features.to(next(projector.parameters()).dtype)
+        projected: torch.Tensor
+        if self.reads_context:
+            projected = projector(features, context_ids)
+            return projected
+        if context_ids is not None:
+            raise PolymodalError("context_ids were given, but this model's projector reads no text")
+        projected = projector(features)
+        return projected
+
+    def project_images(
+        self, features: torch.Tensor, plans: Sequence[ImagePlan], context_ids: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         """Project features and lay each picture's tokens out as its plan says.
 
         Args:
             features: [N, P, E], the tiles of all pictures, in order.
             plans: One plan a picture; their tiles add up to N.
+            context_ids: [pictures, t], what the projector reads beside each picture, -1 behind the end of a row; None
+                where it reads nothing.
 
         Returns:
             One [num_tokens, D] tensor a picture.
@@ -160,7 +205,13 @@ class MultimodalLM(nn.Module):
         tiles = sum(plan.num_tiles for plan in plans)
         if self.projector is None or tiles != len(features):
             raise PolymodalError(f"image: {tiles} tiles were planned, {len(features)} were given")
-        projected = self.projector(features.to(next(self.projector.parameters()).dtype))
+        if context_ids is not None:
+            if len(context_ids) != len(plans):
+                raise PolymodalError(f"image: {len(plans)} pictures and {len(context_ids)} contexts were given")
+            # Known on the host, the lengths need not be waited for.
+            pictures = [number for number, plan in enumerate(plans) for _ in range(plan.num_tiles)]
+            context_ids = context_ids[torch.tensor(pictures, device=context_ids.device)]
+        projected = self.project(features, context_ids)
         split = projected.split([plan.num_tiles for plan in plans])
         return [lay_out(part, plan, self.image_newline) for part, plan in zip(split, plans, strict=True)]
 
@@ -172,6 +223,7 @@ class MultimodalLM(nn.Module):
         pixel_values: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
         media_places: torch.Tensor | None = None,
+        context_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed text and scatter media into their placeholders.
 
@@ -182,6 +234,7 @@ class MultimodalLM(nn.Module):
             pixel_values: [N, 3, H, W], or None.
             features: [N, P, E] in place of `pixel_values`.
             media_places: [M] positions of placeholders in the flattened [B * T], where they are known beforehand.
+            context_ids: As in `project_images`.
 
         Returns:
             [B, T, D].
@@ -193,7 +246,7 @@ class MultimodalLM(nn.Module):
         text = self.llm.get_input_embeddings()(input_ids.masked_fill(is_media, 0))
         if features is None and pixel_values is not None:
             features = self.encode_images(pixel_values)
-        media = self.project_images(features, plans) if features is not None else []
+        media = self.project_images(features, plans, context_ids) if features is not None else []
         return merge_media(text, is_media, media, sample_of_image, "image", media_places)
 
     def forward(
@@ -209,6 +262,7 @@ class MultimodalLM(nn.Module):
         target_places: torch.Tensor | None = None,
         media_places: torch.Tensor | None = None,
         touch_media: bool = False,
+        context_ids: torch.Tensor | None = None,
     ) -> Output:
         """Run the model over whole sequences.
 
@@ -227,16 +281,20 @@ class MultimodalLM(nn.Module):
             media_places: As in `embed`.
             touch_media: Let every trained media part take part in this forward even where the batch does not need
                 it, so that all processes take part in every collective; its gradient is then zero, not None.
+            context_ids: As in `project_images`.
 
         Returns:
             The sum of losses and logits at label positions, or all logits.
 
         Raises:
-            PolymodalError: Placeholders and features differ in number, or this model cannot be given packed samples.
+            PolymodalError: Placeholders and features differ in number, or this model cannot be given packed samples;
+                of an encoder-decoder also: several answers of a row carry labels, or there are no labels.
         """
-        embeds = self.embed(input_ids, plans, sample_of_image, pixel_values, features, media_places)
+        embeds = self.embed(input_ids, plans, sample_of_image, pixel_values, features, media_places, context_ids)
         if touch_media:
             embeds = embeds + self._touch(has_pictures=pixel_values is not None or features is not None).to(embeds)
+        if self.encoder_decoder and segments is None:
+            return self._answer_losses(embeds, attention_mask, labels)
         if segments is not None:
             kwargs = packed_inputs(self.llm, self.prepare_packing(), segments, embeds)
         else:
@@ -250,6 +308,18 @@ class MultimodalLM(nn.Module):
         logits, losses, loss_sum = label_losses(self.llm, embeds, kwargs, rows, targets, self.logits_budget)
         return Output(loss_sum, rows.numel(), logits, targets, losses)
 
+    def _answer_losses(
+        self, embeds: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None
+    ) -> Output:
+        """The losses of an encoder-decoder: it reads what lies before the answer and is scored on the answer."""
+        if labels is None:
+            raise PolymodalError("an encoder-decoder has no logits without labels; to generate, see `generation`")
+        split = split_rows(labels, attention_mask, decoder_start_id(self.llm))
+        kwargs = {"attention_mask": split.source_mask, "decoder_input_ids": split.decoder_input_ids}
+        source, rows = take(embeds, split.source_index), split.places
+        logits, losses, loss_sum = label_losses(self.llm, source, kwargs, rows, split.targets, self.logits_budget)
+        return Output(loss_sum, rows.numel(), logits, split.targets, losses)
+
     def prepare_packing(self) -> str:
         """Find out once how this language model keeps packed samples apart, and install what it needs.
 
@@ -259,6 +329,11 @@ class MultimodalLM(nn.Module):
         Raises:
             ConfigError: It cannot.
         """
+        if self.encoder_decoder:
+            raise ConfigError(
+                f"batch.packing: {type(self.llm).__name__} is an encoder-decoder, whose encoder sees the whole row, so "
+                "samples cannot share one; set batch.packing to none"
+            )
         if self._packing is None:
             self._packing = choose_method(self.llm)
             if self._packing != SEGMENTS and "flash" not in str(self.llm.config._attn_implementation):
@@ -287,7 +362,8 @@ class MultimodalLM(nn.Module):
             pixels = torch.zeros((1, 3, tile.height, tile.width), device=self.device, dtype=weights[0].dtype)
             with evaluating(encoder):
                 features = self.encode_images(pixels).to(dtype)
-        return zero + self.projector(features).float().sum() * 0
+        context = torch.zeros((1, 1), dtype=torch.int64, device=self.device) if self.reads_context else None
+        return zero + self.project(features, context).float().sum() * 0
 
     def decoder_inputs(
         self, attention_mask: torch.Tensor | None, cache: Cache | None = None
@@ -361,7 +437,7 @@ def lay_out(tiles: torch.Tensor, plan: ImagePlan, newline: torch.Tensor | None) 
     Args:
         tiles: [n, Q, D], the overview tile where the plan puts it.
         plan: The picture's plan.
-        newline: [D], ends each row where the plan says so; None for a model without it.
+        newline: [D], ends each row, or the picture, where the plan says so; None for a model without it.
 
     Returns:
         [num_tokens, D].
@@ -371,6 +447,8 @@ def lay_out(tiles: torch.Tensor, plan: ImagePlan, newline: torch.Tensor | None) 
     """
     if plan.merge == "flat" or plan.kept is None or plan.unpadded is None:
         tokens = tiles.flatten(0, 1)
+        if plan.newline and newline is not None:
+            tokens = torch.cat((tokens, newline.to(tokens)[None]))
     else:
         width = tiles.shape[-1]
         overview = tiles[: 1 if plan.overview == "first" else 0].flatten(0, 1)
@@ -436,15 +514,38 @@ def build_vision(config: ModelConfig, folder: Path | None, llm_dim: int) -> tupl
         return None
     tile = Size(*config.image.tile_size) if config.image else None
     encoder = build_vision_encoder(config.vision, folder, tile=tile)
-    return encoder, build_projector(config.projector, encoder.embed_dim, encoder.grid, llm_dim)
+    projector = build_projector(config.projector, encoder.embed_dim, encoder.grid, llm_dim)
+    check_merge(config, projector.output_grid)
+    return encoder, projector
 
 
-def build_model(config: ModelConfig, folder: Path | None = None) -> tuple[MultimodalLM, PreTrainedTokenizerBase]:
+def check_merge(config: ModelConfig, tokens: Size) -> None:
+    """Make sure that tokens which are to be laid out in space have an order in space.
+
+    Args:
+        config: The configuration.
+        tokens: Projected tokens per tile, as a grid.
+
+    Raises:
+        ConfigError: They are a set, such as a Q-Former's queries.
+    """
+    merge = config.image.mm_patch_merge_type if config.image is not None else "flat"
+    if merge != "flat" and tokens.height == 1 < tokens.width:
+        raise ConfigError(
+            f"image.mm_patch_merge_type {merge!r} lays tokens out in rows and columns, but "
+            f"{config.projector.mm_projector_type!r} gives {tokens.width} of them in no order; set it to flat"
+        )
+
+
+def build_model(
+    config: ModelConfig, folder: Path | None = None, quantize: str | None = None
+) -> tuple[MultimodalLM, PreTrainedTokenizerBase]:
     """Compose a model: load the parts, make the projector (random weights).
 
     Args:
         config: The configuration.
         folder: The model folder that "bundled" parts and the tokenizer lie in.
+        quantize: As in `load_llm`.
 
     Returns:
         The model in eval mode, and the tokenizer.
@@ -453,13 +554,18 @@ def build_model(config: ModelConfig, folder: Path | None = None) -> tuple[Multim
         ConfigError: A component is unknown or does not fit the next.
         CheckpointError: A part cannot be loaded.
     """
-    llm = load_llm(config.llm)
+    from polymodal.projectors.context import load_context_tokenizer
+    from polymodal.projectors.qformer_start import start_projector
+
+    llm = load_llm(config.llm, quantize)
     tokenizer = load_tokenizer(config.llm, folder)
     embeddings = llm.get_input_embeddings().weight
     encoder, projector = build_vision(config, folder, embeddings.shape[1]) or (None, None)
     if encoder is not None and projector is not None:
         # A language model that a device map has placed decides where the rest goes.
         encoder.to(embeddings.device)
+        if config.projector.pretrained is not None:
+            start_projector(projector, config.projector.pretrained)
         projector.to(embeddings.device, embeddings.dtype)
     head = llm.get_output_embeddings()
     vocab_size = head.weight.shape[0] if head is not None else embeddings.shape[0]
@@ -472,4 +578,6 @@ def build_model(config: ModelConfig, folder: Path | None = None) -> tuple[Multim
         image_mean=config.image.image_mean if config.image is not None else None,
         image_std=config.image.image_std if config.image is not None else None,
     )
+    if encoder is not None:
+        model.context_tokenizer = load_context_tokenizer(config.projector, folder)
     return model.eval(), tokenizer

@@ -35,6 +35,19 @@ NAMES = {
     "mlp<N>x_gelu": ["mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu"],
     "pixel_shuffle<r>": ["pixel_shuffle1", "pixel_shuffle2", "pixel_shuffle3_linear", "pixel_shuffle2_mlp2x_gelu"],
     "avg_pool<r>": ["avg_pool1", "avg_pool2", "avg_pool3_linear", "avg_pool2_mlp2x_gelu"],
+    "qformer": ["qformer"],
+    "resampler": ["resampler"],
+    "abstractor": ["abstractor"],
+}
+SMALL_QFORMER: dict[str, Any] = {
+    **WIDTHS, "num_query_tokens": 5, "intermediate_size": 64, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0, "vocab_size": 20, "max_position_embeddings": 16, "max_text_length": 8,
+}  # fmt: skip
+# Small settings of the types that have some, and what they take besides features.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "qformer": SMALL_QFORMER,
+    "resampler": {"num_query_tokens": 5, "num_layers": 2, "num_attention_heads": 2, "head_dim": 8},
+    "abstractor": {"num_query_tokens": 9, "hidden_size": 12, "depth": 2},
 }
 
 
@@ -81,8 +94,12 @@ def test_projector_plans_as_many_tokens_as_it_makes(name: str) -> None:
     built = 0
     for _ in range(60):
         grid = Size(chance.randint(1, 12), chance.randint(1, 12))
+        norms = ["none", "standardize"] if name == "qformer" else ["none", "layer", "standardize"]
         config = ProjectorConfig(
-            mm_projector_type=name, bias=chance.random() < 0.5, norm=chance.choice(["none", "layer", "standardize"])
+            mm_projector_type=name,
+            bias=chance.random() < 0.5,
+            norm=chance.choice(norms),
+            **({name: SETTINGS[name]} if name in SETTINGS else {}),
         )
         try:
             projector = build_projector(config, 8, grid, 16)
@@ -98,6 +115,21 @@ def test_projector_plans_as_many_tokens_as_it_makes(name: str) -> None:
         assert all(parameter.grad is not None and parameter.grad.any() for parameter in projector.parameters())
         built += 1
     assert built >= 3
+
+
+@pytest.mark.parametrize("text_context", [False, True])
+def test_a_qformer_with_and_without_context_trains_every_weight(text_context: bool) -> None:
+    settings = {**SMALL_QFORMER, "text_context": text_context}
+    projector: Any = build_projector(ProjectorConfig(mm_projector_type="qformer", qformer=settings), 8, Size(3, 4), 16)
+    given = [torch.randn(2, 12, 8)]
+    if text_context:
+        given.append(torch.tensor([[1, 5, 6, 2], [1, 7, 2, -1]]))
+    projector(*given).square().sum().backward()
+    last = f"encoder.layer.{WIDTHS['num_hidden_layers'] - 1}"
+    for name, parameter in projector.named_parameters():
+        # What the last layer makes of the text goes nowhere: its gradient is zero, and not missing.
+        unread = f"{last}.intermediate." in name or f"{last}.output." in name
+        assert parameter.grad is not None and bool(parameter.grad.any()) != unread, name
 
 
 def test_every_projector_is_covered() -> None:

@@ -1,4 +1,4 @@
-"""Token by token: prefill the embeddings once, then decode from the key-value cache.
+"""Token by token: read the prompt once, then decode from the key-value cache (`generation.decoding`).
 
 Rows of a batch are padded on the left, so that unequal prompts give the same tokens as one by one. Placeholder ids
 and rows of the head that belong to no token are never chosen.
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from polymodal.generation.decoding import start_decoding
 from polymodal.generation.params import GenerationParams
-from polymodal.generation.sampling import sample_next
+from polymodal.generation.sampling import new_generator, sample_next
 from polymodal.model import MultimodalLM
 from polymodal.processing.sample import Batch
 
@@ -51,25 +52,27 @@ def stream_ids(
     Yields:
         A step for each new position, until every row ended or `max_new_tokens` is reached.
     """
-    from transformers import DynamicCache
-
     batch = batch.to(model.device)
     begin = time.perf_counter()
-    embeds = model.embed(batch.input_ids, batch.plans, batch.sample_of_image, batch.pixel_values, batch.features)
+    embeds = model.embed(
+        batch.input_ids,
+        batch.plans,
+        batch.sample_of_image,
+        batch.pixel_values,
+        batch.features,
+        context_ids=batch.context_ids,
+    )
     encode_s = time.perf_counter() - begin
 
-    cache = DynamicCache(config=model.llm.config.get_text_config())
-    mask = batch.attention_mask
-    padded = not bool(mask.all())
-    generator = _generator(params, model.device)
+    next_logits = start_decoding(model, embeds, batch.attention_mask)
+    generator = new_generator(params, model.device)
     stops = torch.tensor(sorted(set(stop_ids)), device=model.device)
-    running = torch.ones(len(mask), dtype=torch.bool, device=model.device)
-    made = torch.empty((len(mask), 0), dtype=torch.int64, device=model.device)
-    inputs: dict[str, torch.Tensor] = {"inputs_embeds": embeds}
+    running = torch.ones(len(embeds), dtype=torch.bool, device=model.device)
+    made = torch.empty((len(embeds), 0), dtype=torch.int64, device=model.device)
+    next_ids: torch.Tensor | None = None
     for step in range(params.max_new_tokens):
-        kwargs = model.decoder_inputs(mask, cache) if padded else {}
-        logits = model.llm(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **kwargs).logits[:, -1]
-        next_ids = sample_next(_forbid(logits, model.image_token_id, vocab_size), params, made, generator)
+        logits = _forbid(next_logits(next_ids), model.image_token_id, vocab_size)
+        next_ids = sample_next(logits, params, made, generator)
         yield Step(
             tuple(i if on else None for i, on in zip(next_ids.tolist(), running.tolist(), strict=True)),
             encode_s if step == 0 else 0.0,
@@ -78,8 +81,6 @@ def stream_ids(
         if not running.any():
             return
         made = torch.cat((made, next_ids[:, None]), dim=1)
-        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
-        inputs = {"input_ids": next_ids[:, None]}
 
 
 def generate_ids(
@@ -117,14 +118,3 @@ def _forbid(logits: torch.Tensor, image_token_id: int, vocab_size: int | None) -
     if vocab_size is not None:
         logits[:, vocab_size:] = -torch.inf
     return logits
-
-
-def _generator(params: GenerationParams, device: torch.device) -> torch.Generator | None:
-    if params.temperature == 0.0:
-        return None
-    generator = torch.Generator(device=device)
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-    return generator

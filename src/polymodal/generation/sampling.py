@@ -38,3 +38,23 @@ def sample_next(
         ordered = ordered.masked_fill(before >= params.top_p, -torch.inf)  # the first token always stays
         logits = torch.full_like(logits, -torch.inf).scatter(1, order, ordered)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+def new_generator(params: GenerationParams, device: torch.device) -> torch.Generator | None:
+    """Make the random state of one answer.
+
+    Args:
+        params: The settings.
+        device: Where the logits are.
+
+    Returns:
+        The state, seeded as the settings say; None when greedy.
+    """
+    if params.temperature == 0.0:
+        return None
+    generator = torch.Generator(device=device)
+    if params.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(params.seed)
+    return generator

@@ -49,6 +49,7 @@ def collate(samples: Sequence[Sample], pad_id: int, side: Literal["right", "left
         target_places=target_places(labels),
         media_places=media_places(samples, starts),
         left_padded=side == "left" and not bool(attention_mask.all()),
+        context_ids=context_ids(samples),
     )
 
 
@@ -83,7 +84,21 @@ def collate_packed(samples: Sequence[Sample]) -> Batch:
         segments=tuple(lengths),
         target_places=target_places(labels),
         media_places=media_places(samples, [sum(lengths[:row]) for row in range(len(lengths))]),
+        context_ids=context_ids(samples),
     )
+
+
+def context_ids(samples: Sequence[Sample]) -> torch.Tensor | None:
+    """Put what the projector reads beside each picture into one table.
+
+    Args:
+        samples: The samples.
+
+    Returns:
+        [pictures, t] int64, -1 behind the end of a row; None where the projector reads nothing.
+    """
+    rows = [row for sample in samples for row in sample.contexts]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1) if rows else None
 
 
 def target_places(labels: torch.Tensor) -> torch.Tensor:

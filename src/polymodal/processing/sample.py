@@ -40,6 +40,7 @@ class Sample:
             where features are cached.
         media_keys: One content hash a picture: pixels and preprocessing; the key of the feature cache.
         id: The record's id, for error messages.
+        contexts: One [t] int64 tensor a picture: what the projector reads beside it; empty where it reads nothing.
     """
 
     input_ids: torch.Tensor
@@ -49,6 +50,7 @@ class Sample:
     pixels: tuple[torch.Tensor, ...] | None = None
     media_keys: tuple[str, ...] = ()
     id: str = ""
+    contexts: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Batch:
         media_places: [M] int64, the positions of the flattened [B * T] that hold placeholders, in order; None where
             the samples do not say.
         left_padded: Padding is on the left, so the mask is needed; on the right causal attention never sees it.
+        context_ids: [pictures, t] int64, what the projector reads beside each picture, -1 behind the end of a row;
+            None where it reads nothing.
     """
 
     input_ids: torch.Tensor
@@ -85,6 +89,7 @@ class Batch:
     target_places: torch.Tensor | None = None
     media_places: torch.Tensor | None = None
     left_padded: bool = False
+    context_ids: torch.Tensor | None = None
 
     def inputs(self) -> dict[str, Any]:
         """Everything that `MultimodalLM.forward` takes, by name."""

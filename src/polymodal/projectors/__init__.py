@@ -1,7 +1,8 @@
 """Encoder features ``[N, P, E]`` to language-model tokens ``[N, Q, D]``: one table, one builder.
 
-`mm_projector_type` is LLaVA's name for the choice. Types carry their numbers in their names ("mlp2x_gelu",
-"pixel_shuffle2_mlp2x_gelu"), so each entry of `PROJECTORS` is a pattern for the whole name and a builder.
+`mm_projector_type` is LLaVA's name for the choice. Simple types carry their numbers in their names ("mlp2x_gelu",
+"pixel_shuffle2_mlp2x_gelu"), so each entry of `PROJECTORS` is a pattern for the whole name and a builder; "qformer",
+"resampler" and "abstractor" have settings of their own, under their name.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from polymodal.config import ProjectorConfig
-from polymodal.errors import ConfigError, unknown_name
+from polymodal.config import AbstractorConfig, ProjectorConfig, QFormerConfig, ResamplerConfig
+from polymodal.errors import unknown_name
 from polymodal.geometry import Size
+from polymodal.projectors.abstractor import CAbstractor
 from polymodal.projectors.linear import LinearProjector
 from polymodal.projectors.mlp import MLPProjector
 from polymodal.projectors.pooling import PooledProjector, average_pool, pixel_shuffle, pooled_grid
+from polymodal.projectors.qformer import QFormer, QFormerProjector
+from polymodal.projectors.resampler import Resampler
 
 
 class Projector(Protocol):
@@ -90,6 +94,25 @@ def _pooled(
     return build
 
 
+def _qformer(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Projector:
+    """Build "qformer"; its text path only where it reads a context."""
+    settings = config.qformer or QFormerConfig()
+    qformer = QFormer(sizes.embed_dim, settings, text=settings.text_context, norm=config.norm)
+    return QFormerProjector(qformer, sizes.llm_dim, bias=config.bias)
+
+
+def _resampler(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Projector:
+    """Build "resampler"."""
+    settings = (config.resampler or ResamplerConfig()).model_dump()
+    return Resampler(sizes.embed_dim, sizes.llm_dim, sizes.grid, bias=config.bias, norm=config.norm, **settings)
+
+
+def _abstractor(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Projector:
+    """Build "abstractor"."""
+    settings = (config.abstractor or AbstractorConfig()).model_dump()
+    return CAbstractor(sizes.embed_dim, sizes.llm_dim, sizes.grid, bias=config.bias, norm=config.norm, **settings)
+
+
 class Kind(NamedTuple):
     """One entry of the table: which names it answers to, and how it is built."""
 
@@ -104,10 +127,10 @@ PROJECTORS: dict[str, Kind] = {
     "mlp<N>x_gelu": Kind(re.compile(r"mlp(?P<depth>[1-9]\d*)x_gelu"), _mlp),
     "pixel_shuffle<r>": Kind(re.compile(rf"pixel_shuffle{_RATIO_THEN}"), _pooled(pixel_shuffle)),
     "avg_pool<r>": Kind(re.compile(rf"avg_pool{_RATIO_THEN}"), _pooled(average_pool)),
+    "qformer": Kind(re.compile(r"qformer"), _qformer),
+    "resampler": Kind(re.compile(r"resampler"), _resampler),
+    "abstractor": Kind(re.compile(r"abstractor"), _abstractor),
 }
-
-# Names of the field that have no entry yet: worth a better answer than "unknown".
-PLANNED = ("qformer", "resampler")
 
 
 def build_projector(config: ProjectorConfig, embed_dim: int, grid: Size, llm_dim: int) -> Projector:
@@ -124,15 +147,12 @@ def build_projector(config: ProjectorConfig, embed_dim: int, grid: Size, llm_dim
         The projector, an ``nn.Module``.
 
     Raises:
-        ConfigError: An unknown type, one that is not available yet, or one that does not fit the grid.
+        ConfigError: An unknown type, or one that does not fit the grid.
     """
     name = config.mm_projector_type
     for kind in PROJECTORS.values():
         match = kind.pattern.fullmatch(name)
         if match:
             return kind.build(match, config, Widths(embed_dim, grid, llm_dim))
-    if name in PLANNED:
-        available = ", ".join(PROJECTORS)
-        raise ConfigError(f"mm_projector_type {name!r} is not available yet; available: {available}")
     examples = [name.replace("<N>", number).replace("<r>", number) for name in PROJECTORS for number in "234"]
     raise unknown_name("mm_projector_type", name, {*examples, *PROJECTORS})
