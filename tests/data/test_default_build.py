@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from polymodal.data.default import build as builder
 from polymodal.data.default import build_default, questions, scenes, words
 from polymodal.data.default.plan import KINDS
 from polymodal.data.default.questions import Scene, World
@@ -130,7 +129,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("disk gone")
 
-    monkeypatch.setattr(builder.scenes, "draw", fail)
+    monkeypatch.setattr(scenes, "draw", fail)
     with pytest.raises(RuntimeError, match="disk gone"):
         build_default(tmp_path / "out", size="tiny", workers=1, progress=False)
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 from PIL import Image as PILImage
 
 from polymodal.backends import load
+from polymodal.backends.protocol import Reply, Timing, Usage
 from polymodal.data.formats import Record
-from polymodal.errors import DataError
+from polymodal.errors import DataError, PolymodalError
 from polymodal.evaluation.heldout import Item, _grey, evaluate, summarise, table
 from polymodal.evaluation.metrics import exact_match, mean_interval, mentions, word_recall
-from polymodal.messages import Image, assistant, user
+from polymodal.generation.params import GenerationParams
+from polymodal.messages import Image, Message, assistant, user
 
 
 @pytest.mark.parametrize(
@@ -74,6 +77,30 @@ def test_batches_do_not_change_answers_and_grey_pictures_equal_their_control(tin
     alone, together = evaluate(model, records, batch_size=1), evaluate(model, records, batch_size=4)
     assert alone == together
     assert alone[3].answer == alone[3].blind
+
+
+class OneByOne:
+    """A backend that only answers one conversation, and not every one."""
+
+    name = "one by one"
+
+    def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
+        (picture,) = messages[0].media
+        if isinstance(picture.source, str):
+            raise PolymodalError("no such thing")
+        words = " yes " if picture.source.getpixel((0, 0)) == (255, 0, 0) else "no"
+        return Reply(assistant(words), Usage(1, 1, 1), Timing(0, 0, 0, 0, 0), "stop", self.name)
+
+
+def test_any_backend_is_asked_and_its_failures_are_failed_items() -> None:
+    red = PILImage.new("RGB", (4, 4), (255, 0, 0))
+    items = evaluate(OneByOne(), [record(red), record("absent.png")])  # type: ignore[arg-type]
+    assert [(item.answer, item.blind, item.score, item.blind_score) for item in items] == [
+        ("yes", "no", 1.0, 0.0), (None, None, 0.0, 0.0)
+    ]  # fmt: skip
+    assert items[0].error is None and items[1].error == "no such thing"
+    (row,) = summarise(items)
+    assert (row.count, row.failed) == (2, 1)
 
 
 def test_a_record_without_answer_is_an_error(tiny_model_folder: Path) -> None:

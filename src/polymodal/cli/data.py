@@ -5,6 +5,7 @@ polymodal data check data.jsonl --fix                    the same, and write a c
 polymodal data inspect data.jsonl --index 3              what the model sees of a row, trained tokens marked
 polymodal data prep recipes/default/stage1.yaml          tokenise a recipe's data once, before training
 polymodal data build default --output data/default       the data set that the default model is trained on
+polymodal data build pairs --output data/pairs           pictures with captions, for contrastive training
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ def prep(args: argparse.Namespace) -> int:
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=("default",), help="which data set")
+    parser.add_argument("name", choices=("default", "pairs"), help="which data set")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
     parser.add_argument("--size", default="full", help="full, small (a smoke run) or tiny (needs no packages)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -205,30 +206,44 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--packages", type=Path, metavar="ROOT", help="where the Debian packages were unpacked; / if absent"
     )
+    parser.add_argument(
+        "--languages",
+        default="",
+        metavar="CODES",
+        help="of pairs: other languages that a share of the captions are in, such as de,fr,zh_CN",
+    )
     parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")
 
 
 def build(args: argparse.Namespace) -> int:
-    """Build the data set that the default model is trained on.
+    """Build the default model's data set, or pairs of picture and caption.
 
-    Pictures composed from packages of stamps, drawings and emoji that are installed on this machine, with captions,
-    questions and dialogues about them.
+    Pictures composed from packages of stamps, drawings and emoji that are installed on this machine; for the default
+    model with captions, questions and dialogues about them, for contrastive training with captions. Both hold out the
+    same pictures, given the same seed and size.
     """
     from polymodal.data.default import build_default
+    from polymodal.data.default.workshop import Packages
+    from polymodal.data.pairs import build_pairs
 
-    share = (args.packages or Path("/")) / "usr" / "share"
-    report = build_default(
-        args.output,
-        seed=args.seed,
-        size=args.size,
-        stamps=share / "tuxpaint" / "stamps",
-        openclipart=share / "openclipart" / "png",
-        emoji_font=share / "fonts" / "truetype" / "noto" / "NotoColorEmoji.ttf",
-        fonts=share / "fonts" / "truetype",
-        workers=args.workers,
-        force=args.force,
+    places = Packages.under(args.packages or Path("/"))
+    common_flags = {"seed": args.seed, "size": args.size, "workers": args.workers, "force": args.force}
+    languages = tuple(filter(None, (code.strip() for code in args.languages.split(","))))
+    if args.name == "pairs":
+        print(build_pairs(args.output, packages=places, languages=languages, **common_flags))
+        return 0
+    if languages:
+        raise ConfigError("--languages belongs to `data build pairs`; the default data set has its own Chinese")
+    print(
+        build_default(
+            args.output,
+            stamps=places.stamps,
+            openclipart=places.openclipart,
+            emoji_font=places.emoji_font,
+            fonts=places.fonts,
+            **common_flags,
+        )
     )
-    print(report)
     return 0
 
 

@@ -27,7 +27,7 @@ import torch
 from polymodal.data import index_build
 from polymodal.data.arrays import open_array
 from polymodal.data.formats import Record
-from polymodal.data.index_build import INFO, MODALITIES, Reading, identity, sample_digest, stat_of
+from polymodal.data.index_build import CONTEXT_ARRAYS, INFO, MODALITIES, Reading, identity, sample_digest, stat_of
 from polymodal.data.parallel import Progress, ahead, quiet
 from polymodal.data.records import record_from_json
 from polymodal.errors import DataError, first_line
@@ -121,6 +121,10 @@ class Index:
         )
         self.lengths, self.pictures = np.diff(self._starts), np.diff(self._media_starts)
         self._plans = [_plan(plan) for plan in self.info["plans"]]
+        self._contexts = self._context_starts = np.zeros(0, np.int64)
+        if (folder / f"{CONTEXT_ARRAYS[0]}.npy").is_file():
+            self._contexts, lengths = (open_array(folder / f"{name}.npy") for name in CONTEXT_ARRAYS)
+            self._context_starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -143,6 +147,14 @@ class Index:
         start, end = self._media_starts[row], self._media_starts[row + 1]
         return tuple(key.tobytes().hex() for key in self._keys[start:end])
 
+    def _contexts_of(self, row: int) -> tuple[torch.Tensor, ...]:
+        """What the projector reads beside each picture of a row."""
+        if not len(self._context_starts):
+            return ()
+        media = range(self._media_starts[row], self._media_starts[row + 1])
+        starts = [(self._context_starts[medium], self._context_starts[medium + 1]) for medium in media]
+        return tuple(torch.from_numpy(self._contexts[start:end].astype(np.int64)) for start, end in starts)
+
     def sample(self, row: int) -> Sample:
         """The row as tokens, without pixels."""
         start, end = self._starts[row], self._starts[row + 1]
@@ -154,6 +166,7 @@ class Index:
             plans=tuple(self._plans[plan] for plan, *_ in places),
             media_keys=self.media_keys(row),
             id=self._plain(row)["id"],
+            contexts=self._contexts_of(row),
         )
 
     def changed_media(self) -> str:

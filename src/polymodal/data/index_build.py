@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 VERSION = 1
 INFO = "index.json"
 MODALITIES = ("image", "video", "audio", "document")
+CONTEXT_ARRAYS = ("contexts", "context_lengths")
 MEDIA_COLUMNS = ("plan", "modality", "start", "length", "message")
 """What is known of each medium of a row, in `media.npy`."""
 
@@ -99,6 +100,9 @@ def identity(reading: Reading, processor: Processor) -> dict[str, Any]:
         "template": config.template.model_dump(mode="json"),
         "image": None if config.image is None else config.image.model_dump(mode="json"),
         "tokens": None if processor.tokens is None else [processor.tokens.height, processor.tokens.width],
+        # Not there unless it is true, so that indices from before there was a choice stay good.
+        **({"last_answer_only": True} if processor.last_answer_only else {}),
+        **({"context": processor.context.identity} if processor.context is not None else {}),
     }
 
 
@@ -220,6 +224,8 @@ class _Writer:
         arrays["targets"].append(np.array([int(sample.loss_mask[1:].sum())]))
         arrays["rows"].append(np.array([number]))
         arrays["tiles"].append(np.array([sum(plan.num_tiles for plan in sample.plans)]))
+        if sample.contexts:
+            self._add_contexts(sample)
         arrays["digests"].append(np.frombuffer(sample_digest(sample), dtype=np.uint8))
         for plan, slot, key in zip(sample.plans, sample.slots, sample.media_keys, strict=True):
             which = self._plans.setdefault(plan, len(self._plans))
@@ -227,6 +233,15 @@ class _Writer:
             arrays["media"].append(np.array(place))
             arrays["keys"].append(np.frombuffer(bytes.fromhex(key), dtype=np.uint8))
         self._ends()
+
+    def _add_contexts(self, sample: Sample) -> None:
+        """Append what a projector reads beside each picture; only its indices have these arrays."""
+        for name in CONTEXT_ARRAYS:
+            if name not in self._arrays:
+                self._arrays[name] = GrowingArray(self.folder / f"{name}.npy", "<i4")
+        for row in sample.contexts:
+            self._arrays["contexts"].append(row.numpy())
+            self._arrays["context_lengths"].append(np.array([len(row)]))
 
     def close(self, about: dict[str, Any]) -> None:
         """Finish every file; `index.json` comes last."""
@@ -241,11 +256,13 @@ class _Writer:
 
 
 def sample_digest(sample: Sample) -> bytes:
-    """Hash a sample's tokens, mask and pictures."""
+    """Hash a sample's tokens, mask, pictures and their contexts."""
     digest = hashlib.sha256()
     for part in (sample.input_ids, sample.loss_mask):
         digest.update(part.numpy().tobytes())
     digest.update("".join(sample.media_keys).encode())
+    for row in sample.contexts:
+        digest.update(row.numpy().tobytes())
     return digest.digest()
 
 

@@ -10,19 +10,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from polymodal.backends.protocol import BatchBackend
 from polymodal.errors import DataError, PolymodalError
 from polymodal.evaluation.metrics import exact_match, mean_interval, mentions, word_recall
-from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Image, Message
-from polymodal.processing.batch import collate
 
 if TYPE_CHECKING:
-    from polymodal.backends.local import LocalBackend
+    from polymodal.backends.protocol import Backend
     from polymodal.data.records import Record
 
 Metric = Callable[[str, Sequence[str]], float]
@@ -82,7 +81,7 @@ class KindScore:
 
 
 def evaluate(
-    model: LocalBackend,
+    model: Backend,
     records: Sequence[Record],
     *,
     batch_size: int = 16,
@@ -105,10 +104,10 @@ def evaluate(
         DataError: A record has no question or no answer.
     """
     params = params or GenerationParams(max_new_tokens=24)
-    questions = [_question(record) for record in records]
+    questions: list[list[Message] | PolymodalError] = [_question(record) for record in records]
     total = 2 * len(records)
     answers: list[list[str | PolymodalError]] = []
-    for conversations in (questions, [_grey(messages) for messages in questions]):
+    for conversations in (questions, [_blind(_question(record)) for record in records]):
         said: list[str | PolymodalError] = []
         for start in range(0, len(conversations), batch_size):
             said += _answer(model, conversations[start : start + batch_size], params)
@@ -160,24 +159,22 @@ def table(rows: Sequence[KindScore]) -> str:
 
 
 def _answer(
-    model: LocalBackend, conversations: Sequence[Sequence[Message]], params: GenerationParams
+    model: Backend, conversations: Sequence[list[Message] | PolymodalError], params: GenerationParams
 ) -> list[str | PolymodalError]:
-    """Answer a batch; a conversation that cannot be processed keeps its error."""
-    prepared: list[Any] = []
-    for messages in conversations:
-        try:
-            prepared.append(model.prepare(messages, params.max_new_tokens))
-        except PolymodalError as error:
-            prepared.append(error)
-    samples = [p for p in prepared if not isinstance(p, PolymodalError)]
-    texts: list[str] = []
-    if samples:
-        batch = collate(samples, model.processor.pad_id, side="left")
-        stop_ids = model.processor.template.stop_ids
-        for ids in generate_ids(model.model, batch, params, stop_ids, len(model.tokenizer)):
-            texts.append(model.tokenizer.decode([i for i in ids if i not in stop_ids], skip_special_tokens=True))
-    remaining = iter(texts)
-    return [p if isinstance(p, PolymodalError) else next(remaining).strip() for p in prepared]
+    """Answer some questions; one that cannot be asked or answered keeps its error."""
+    asked = [messages for messages in conversations if not isinstance(messages, PolymodalError)]
+    if isinstance(model, BatchBackend):
+        said = iter(model.generate_batch(asked, params) if asked else [])
+    else:
+        said = (_one(model, messages, params) for messages in asked)
+    return [messages if isinstance(messages, PolymodalError) else next(said) for messages in conversations]
+
+
+def _one(model: Backend, messages: Sequence[Message], params: GenerationParams) -> str | PolymodalError:
+    try:
+        return model.generate(messages, params).text.strip()
+    except PolymodalError as error:
+        return error
 
 
 def _item(record: Record, seen: str | PolymodalError, blind: str | PolymodalError) -> Item:
@@ -205,6 +202,14 @@ def _question(record: Record) -> list[Message]:
 def _accepted(record: Record) -> tuple[str, ...]:
     answers = record.extra.get("answers")
     return tuple(answers) if answers else (record.messages[-1].text,)
+
+
+def _blind(messages: Sequence[Message]) -> list[Message] | PolymodalError:
+    """The control's question; a picture that cannot be read fails it as it fails the question itself."""
+    try:
+        return _grey(messages)
+    except PolymodalError as error:
+        return error
 
 
 def _grey(messages: Sequence[Message]) -> list[Message]:

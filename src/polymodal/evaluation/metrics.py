@@ -95,3 +95,25 @@ def mean_interval(values: np.ndarray, seed: int = 0, draws: int = 10_000) -> tup
     picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
     low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def ratio_interval(hits: np.ndarray, counts: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
+    """95% bootstrap interval of a share whose items come in groups, such as the captions of a picture.
+
+    Args:
+        hits: [n] hits of each group.
+        counts: [n] items of each group.
+        seed: Of the resampling.
+        draws: Number of resamples.
+
+    Returns:
+        The 2.5th and 97.5th percentile of the resampled shares.
+    """
+    random = np.random.default_rng(seed)
+    shares = []
+    step = max(1, 5_000_000 // len(hits))
+    for start in range(0, draws, step):
+        picks = random.integers(0, len(hits), (min(step, draws - start), len(hits)))
+        shares.append(hits[picks].sum(axis=1) / counts[picks].sum(axis=1))
+    low, high = np.percentile(np.concatenate(shares), [2.5, 97.5])
+    return float(low), float(high)

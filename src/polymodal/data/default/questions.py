@@ -46,7 +46,7 @@ class World:
     by_category: dict[str, tuple[str, ...]]
 
 
-_CHOICES = {
+CATEGORY_PHRASES = {
     "animal": "an animal",
     "food": "food",
     "plant": "a plant",
@@ -75,6 +75,18 @@ _CATEGORY_ANSWERS = {
     "shape": ["shape"],
 }
 _NOT_PEOPLE = {"skull", "eye", "ear", "nose", "mouth", "hand", "foot", "tooth", "brain", "bone", "ghost", "robot face"}
+
+
+def category_phrase(source: Source) -> str | None:
+    """The group that a thing belongs to, as it is said ("an animal", "something to wear").
+
+    Args:
+        source: What the picture shows.
+
+    Returns:
+        The phrase, or None where the group has no plain name.
+    """
+    return None if source.noun in _NOT_PEOPLE else CATEGORY_PHRASES.get(source.category or "")
 
 
 def _cap(text: str) -> str:
@@ -390,16 +402,16 @@ def ask_category(rng: random.Random, scene: Scene, world: World) -> QA | None:
         return None
     source = scene.objects[0]
     category = source.category
-    if category not in _CHOICES or source.noun in _NOT_PEOPLE:
+    if category not in CATEGORY_PHRASES or source.noun in _NOT_PEOPLE:
         return None
-    others = rng.sample([c for c in _CHOICES if c != category], 2)
+    others = rng.sample([c for c in CATEGORY_PHRASES if c != category], 2)
     choices = [category, *others]
     rng.shuffle(choices)
-    a, b, c = (_CHOICES[x] for x in choices)
+    a, b, c = (CATEGORY_PHRASES[x] for x in choices)
     question = rng.choice([f"Is this {a}, {b} or {c}?", f"What kind of thing is it: {a}, {b} or {c}?"])
     answers = _CATEGORY_ANSWERS[category]
-    accepted = tuple(dict.fromkeys([*answers, _CHOICES[category]]))
-    return QA("category", question, words.sentence(f"it is {_CHOICES[category]}"), _cap(answers[0]), accepted)
+    accepted = tuple(dict.fromkeys([*answers, CATEGORY_PHRASES[category]]))
+    return QA("category", question, words.sentence(f"it is {CATEGORY_PHRASES[category]}"), _cap(answers[0]), accepted)
 
 
 def ask_ocr(rng: random.Random, scene: Scene, world: World) -> QA | None:

@@ -1,0 +1,209 @@
+"""A model with a picture tower and a text tower, loaded from a stock folder, as a function to vectors.
+
+Tokens and pixels are made as the folder's own tokenizer and image processor make them, through our preprocessing
+(which the parity tests hold equal to theirs), so a folder of CLIP, SigLIP or any dual encoder from elsewhere is scored
+as `transformers` scores it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from polymodal.config import ImageConfig, parse_config
+from polymodal.data.parallel import ahead
+from polymodal.errors import CheckpointError, ConfigError, DataError, first_line
+from polymodal.geometry import Size, plan_image
+from polymodal.media.image import open_image
+from polymodal.processing.presets import image_config_from_hf
+from polymodal.processing.tiles import tile_bytes
+from polymodal.representation.build import load_pair_model
+from polymodal.representation.pair import PairBatch, PairModel
+from polymodal.representation.settings import ObjectiveConfig
+
+if TYPE_CHECKING:
+    from polymodal.messages import Source
+
+Progress = Callable[[int], object]
+"""Told how many more pictures or texts are done."""
+
+NOTES = "polymodal_pair.json"
+_TOWERS_WITHOUT_TEXT = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "vit", "beit")
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """Pictures and texts to unit vectors of one space.
+
+    Attributes:
+        model: The two towers, in eval mode.
+        image: The picture rules.
+        device: Where the model is.
+    """
+
+    model: PairModel
+    image: ImageConfig
+    device: torch.device
+
+    @torch.no_grad()
+    def pictures(
+        self, sources: Sequence[Source], *, batch_size: int = 32, workers: int = 2, progress: Progress | None = None
+    ) -> Tensor:
+        """Embed pictures.
+
+        Args:
+            sources: Where they are.
+            batch_size: Pictures that go through the tower at once.
+            workers: Threads that decode.
+            progress: Told of every batch.
+
+        Returns:
+            [N, D], or [N, Q, D] of a model with several vectors a picture; on the CPU.
+
+        Raises:
+            MediaError: A picture cannot be read.
+        """
+        found: list[Tensor] = []
+        tiles: list[Tensor] = []
+        for tile in ahead(self._tile, sources, workers, batch_size + workers):
+            tiles.append(tile)
+            if len(tiles) == batch_size or len(found) * batch_size + len(tiles) == len(sources):
+                features = self.model.encode(torch.stack(tiles).to(self.device))
+                ids = torch.full((len(tiles), 2), _special_id(self.model.tokenizer), device=self.device)
+                batch = PairBatch(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 0], features=features)
+                found.append(self.model.embed(batch).image.float().cpu())
+                if progress is not None:
+                    progress(len(tiles))
+                tiles = []
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str], *, batch_size: int = 64, progress: Progress | None = None) -> Tensor:
+        """Embed texts; what is longer than the text tower takes is cut.
+
+        Args:
+            texts: The texts.
+            batch_size: Texts that go through the tower at once.
+            progress: Told of every batch.
+
+        Returns:
+            [N, D] on the CPU.
+        """
+        found: list[Tensor] = []
+        for start in range(0, len(texts), batch_size):
+            part = list(texts[start : start + batch_size])
+            encoded = self.model.tokenizer(
+                part,
+                padding="longest" if self.model.text_length is None else "max_length",
+                max_length=self.model.text_length or self.model.max_text,
+                truncation=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            ).to(self.device)
+            ids = encoded["input_ids"]
+            blank = torch.zeros(len(part), *self.model.features_shape, device=self.device)
+            batch = PairBatch(ids, encoded["attention_mask"].bool(), torch.arange(len(part)), features=blank)
+            found.append(self.model.embed(batch).text.float().cpu())
+            if progress is not None:
+                progress(len(part))
+        return torch.cat(found)
+
+    def _tile(self, source: Source) -> Tensor:
+        picture = open_image(source, background=self.image.background, max_pixels=self.image.max_pixels)
+        plan = plan_image(Size(picture.height, picture.width), self.image, Size(1, 1))
+        return torch.from_numpy(tile_bytes(picture, plan, self.image)[0])
+
+
+def load_embedder(source: str | Path, device: str | torch.device = "cpu") -> Embedder:
+    """Load a folder with a picture tower and a text tower.
+
+    Args:
+        source: A folder or hub id of a CLIP, SigLIP or vision-text-dual-encoder model, or of another family that
+            learns from pairs.
+        device: Where to.
+
+    Returns:
+        The embedder.
+
+    Raises:
+        CheckpointError: It cannot be opened.
+        ConfigError: It has no text tower, or its preprocessing cannot be expressed.
+    """
+    source = str(source)
+    kind = _family(source)
+    notes = _notes(Path(source).expanduser())
+    objective = ObjectiveConfig(type=notes.get("objective", "siglip" if kind == "siglip" else "clip"))
+    where = f"{source}/{NOTES}: image"
+    image = parse_config(ImageConfig, notes["image"], where) if "image" in notes else _picture_rules(source)
+    model: Any = load_pair_model(source, image, objective)
+    return Embedder(model.to(device).eval(), image, torch.device(device))
+
+
+def _family(source: str) -> str:
+    """The `model_type` of a folder, with a plain word where it is another sort of model."""
+    from transformers import PreTrainedConfig
+
+    folder = Path(source).expanduser()
+    if (folder / "polymodal.json").is_file():
+        raise ConfigError(f"{source}: a chat model has no text tower to compare pictures with; use --task questions")
+    if folder.is_file():
+        raise CheckpointError(f"{source} is a file; name the folder of a CLIP, SigLIP or other dual-encoder model")
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(source)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: cannot be opened as a model ({first_line(error)})") from error
+    kind = str(settings.get("model_type", ""))
+    if kind in _TOWERS_WITHOUT_TEXT:
+        raise ConfigError(
+            f"{source}: model_type {kind!r} is a picture tower without a text tower, so no text can be compared with "
+            "it; name the whole dual-encoder folder, or compare towers with `python -m benchmarks.towers`"
+        )
+    return kind
+
+
+def _notes(folder: Path) -> dict[str, Any]:
+    """What a pair stage of ours wrote beside the model; empty for a folder of other origin."""
+    found = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _picture_rules(source: str) -> ImageConfig:
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        rules, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: has no readable preprocessor_config.json ({first_line(error)})") from error
+    return image_config_from_hf(rules)
+
+
+def _special_id(tokenizer: Any) -> int:
+    """A token for texts that nobody looks at; CLIP must find its end token."""
+    found = next((i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None), 0)
+    return int(found)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        DataError: It is not there or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise DataError(f"{path}: is no JSON ({error})") from error
