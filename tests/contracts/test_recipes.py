@@ -1,7 +1,8 @@
 """Every recipe file is read, and every stage really takes a step, on tiny random parts of the recipe's own classes.
 
-The default recipes and the tiny pipeline are run whole elsewhere (tests/e2e/test_train_default.py,
-tests/training/test_pipeline.py); a new folder of recipes is covered here without being named.
+The default recipes, those of BLIP-2 and the tiny pipelines are run whole elsewhere (tests/e2e/test_train_default.py,
+tests/training/test_pipeline.py, tests/training/pairs/); a new folder of recipes is covered here without being named.
+Recipes that learn from pairs are read here; their steps are those of tests/training/pairs/ and tests/representation/.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ import yaml
 
 from polymodal.checkpoints.folder import load_model
 from polymodal.cli import build_parser
-from polymodal.training import load_recipe, train
+from polymodal.config import QFormerConfig
+from polymodal.representation.settings import Blip2ModelConfig
+from polymodal.training import Recipe, load_any_recipe, load_recipe, train
 from polymodal.training.known import KNOWN_SHAPES
+from polymodal.training.pairs.recipe import PairRecipe
 from polymodal.training.pipeline_file import TrainStage, is_pipeline, load_pipeline
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 FILES = sorted(RECIPES.rglob("*.yaml"))
-RUN_ELSEWHERE = {"default", "tiny"}
-FOLDERS = sorted({path.parent.name for path in FILES} - RUN_ELSEWHERE)
-STAGES = [path for path in FILES if not is_pipeline(path)]
+RUN_ELSEWHERE = {"default", "tiny", "blip2"}
+SINGLE = [path for path in FILES if not is_pipeline(path)]
+STAGES = [path for path in SINGLE if isinstance(load_any_recipe(path), Recipe)]
+FOLDERS = sorted({path.parent.name for path in STAGES} - RUN_ELSEWHERE)
 
 
 def test_there_are_recipes() -> None:
@@ -41,9 +46,9 @@ def test_it_is_read_and_says_how_it_is_run(path: Path) -> None:
     if is_pipeline(path):
         assert any(isinstance(stage, TrainStage) for stage in load_pipeline(path).stages.values())
         return
-    recipe = load_recipe(path)
+    recipe = load_any_recipe(path)
     assert recipe.train and recipe.output_dir.startswith("runs/")
-    if recipe.init.from_folder is not None and path.parent.name not in RUN_ELSEWHERE:
+    if recipe.init.from_folder is not None and path in STAGES and path.parent.name not in RUN_ELSEWHERE:
         made = {f"{load_recipe(other).output_dir}/final" for other in STAGES if other.parent == path.parent}
         assert recipe.init.from_folder in made
 
@@ -70,7 +75,7 @@ def test_the_commands_of_headers_and_docs_are_understood() -> None:
         file = ROOT / str(getattr(args, "recipe", None) or args.target)
         assert file.is_file(), words
         overrides = [override for override in args.overrides if "=" in override]
-        load_pipeline(file, overrides) if is_pipeline(file) else load_recipe(file, overrides)
+        load_pipeline(file, overrides) if is_pipeline(file) else load_any_recipe(file, overrides)
         seen.add(file)
     assert {path for path in FILES if path.parent.name not in ("default", "tiny")} <= seen
 
@@ -102,6 +107,41 @@ def test_published_hyper_parameters(name: str, values: dict[str, float]) -> None
     assert {key: found[key] for key in values} == values
     assert (recipe.optim.schedule, recipe.optim.warmup, recipe.optim.weight_decay) == ("cosine", 0.03, 0.0)
     assert recipe.run.epochs == 1 and recipe.optim.betas == (0.9, 0.999)
+
+
+def test_published_hyper_parameters_of_blip2() -> None:
+    """Li et al. 2023, arXiv:2301.12597, section 3.4, and LAVIS lavis/projects/blip2/train/pretrain_stage{1,2}.yaml."""
+    first, second = (load_any_recipe(RECIPES / "blip2" / f"paper_stage{number}.yaml") for number in (1, 2))
+    assert isinstance(first, PairRecipe) and isinstance(second, Recipe)
+    for recipe, steps, pairs, lowest in ((first, 250_000, 1680, 1e-5), (second, 80_000, 1920, 5e-5)):
+        optim = recipe.optim
+        assert (optim.learning_rate, optim.betas, optim.weight_decay, optim.schedule) == (
+            1e-4,
+            (0.9, 0.98),
+            0.05,
+            "cosine",
+        )
+        assert recipe.run.max_steps == steps and round(optim.warmup * steps) == 2000
+        assert optim.min_lr_ratio * optim.learning_rate == pytest.approx(lowest)
+        assert recipe.batch.global_size == pairs
+    start, then = first.init.model, second.init.model
+    assert isinstance(start, Blip2ModelConfig) and then is not None and then.projector.qformer is not None
+    assert start.bert is not None and start.qformer == QFormerConfig() and start.projection_dim == 256
+    assert then.projector.qformer == start.qformer and then.vision == start.vision and then.image == start.image
+    assert (start.qformer.num_query_tokens, first.text.max_length) == (32, 32)
+    assert (first.augment.type, first.augment.scale) == ("crop_flip", (0.5, 1.0))
+    assert then.template.chat_template == "plain" and [rule.match for rule in second.train] == ["projector.*"]
+
+
+def test_the_small_stages_of_blip2_fit_each_other() -> None:
+    first, second = (load_any_recipe(RECIPES / "blip2" / f"stage{number}.yaml") for number in (1, 2))
+    assert isinstance(first, PairRecipe) and isinstance(second, Recipe)
+    start, then = first.init.model, second.init.model
+    assert isinstance(start, Blip2ModelConfig) and then is not None and then.projector.qformer is not None
+    fresh_only = {"initializer_range"}
+    assert start.qformer.model_dump(exclude=fresh_only) == then.projector.qformer.model_dump(exclude=fresh_only)
+    assert (start.vision, start.image, start.norm) == (then.vision, then.image, then.projector.norm)
+    assert then.projector.pretrained == f"{first.output_dir}/final"
 
 
 def write_parts(folder: Path, tower: str, llm: str) -> None:

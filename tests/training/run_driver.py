@@ -31,7 +31,7 @@ import safetensors.torch
 
 from polymodal.training import train
 from polymodal.training.loop import Run
-from polymodal.training.recipe import load_recipe
+from polymodal.training.recipe import load_any_recipe
 from polymodal.training.world import leave_world
 
 TIMEOUT_S = 120
@@ -99,7 +99,7 @@ def child(job: dict[str, Any], rank: int, port: int) -> None:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(job["moments"])))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.stderr = open(f"{job['order']}.{rank}.err", "w", buffering=1)  # noqa: SIM115  # closed with the process
-    recipe = load_recipe(job["recipe"])
+    recipe = load_any_recipe(job["recipe"])
     record_order(Path(f"{job['order']}.{rank}"))
     kind, *values = job["moments"][rank] or ["never"]
     if kind == "clock":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,17 +83,20 @@ def _stages(path: Path, overrides: list[str]) -> list[tuple[Any, Any]]:
     from polymodal.training.outline import Start, starting_point
     from polymodal.training.parts import new_picture_rules
     from polymodal.training.pipeline_file import TrainStage, is_pipeline, load_pipeline
-    from polymodal.training.recipe import load_recipe
+    from polymodal.training.recipe import Recipe, load_recipe
 
     if not is_pipeline(path):
-        recipe = load_recipe(path, overrides)
-        return [(recipe, starting_point(recipe, path))]
+        single = load_recipe(path, overrides)
+        return [(single, starting_point(single, path))]
     left: dict[str, Start] = {}
     found = []
     for stage in load_pipeline(path, overrides).stages.values():
         if not isinstance(stage, TrainStage):
             continue
         recipe = stage.recipe
+        if not isinstance(recipe, Recipe):
+            print(f"{recipe.name}: learns from pairs, which is not planned here", file=sys.stderr)
+            continue
         before = left.get(recipe.init.from_folder or "")
         if before is None:
             start = starting_point(recipe, path)
@@ -104,7 +108,7 @@ def _stages(path: Path, overrides: list[str]) -> list[tuple[Any, Any]]:
             start.config, start.trained | parts, f"as {recipe.name} will leave it"
         )
     if not found:
-        raise ConfigError(f"{path}: no stage of it trains")
+        raise ConfigError(f"{path}: no stage of it trains a language model")
     return found
 
 

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from polymodal.training import train
     from polymodal.training.pipeline import run_pipeline
     from polymodal.training.pipeline_file import dump_pipeline, is_pipeline, load_pipeline
-    from polymodal.training.recipe import dump_recipe, load_recipe
+    from polymodal.training.recipe import dump_recipe, load_any_recipe
     from polymodal.training.world import leave_world
 
     if is_pipeline(args.recipe):
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(shown)
         return 0
-    recipe = load_recipe(args.recipe, [*args.overrides, *(["run.resume=auto"] if args.resume else [])])
+    recipe = load_any_recipe(args.recipe, [*args.overrides, *(["run.resume=auto"] if args.resume else [])])
     if args.dry_run:
         print(dump_recipe(recipe), end="")
         return 0

@@ -10,26 +10,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polymodal.training.recipe import Recipe, load_recipe
+from polymodal.training.recipe import AnyRecipe, Recipe, load_any_recipe, load_recipe
 
 if TYPE_CHECKING:
     from polymodal.training.parts import Parts
 
 
-def train(recipe: Recipe, parts: Parts | None = None, force: bool = False) -> Path:
-    """Run one training stage; see `train_recipe.train`.
+def train(recipe: AnyRecipe, parts: Parts | None = None, force: bool = False) -> Path:
+    """Run one training stage; see `train_recipe.train`, and `pairs.train` for a recipe with an `objective`.
 
     Args:
         recipe: The stage.
-        parts: A model already in memory, in place of what `recipe.init` names.
+        parts: A language model already in memory, in place of what `recipe.init` names.
         force: Go on from a checkpoint although recipe or data changed.
 
     Returns:
         The folder of the trained model.
     """
+    if not isinstance(recipe, Recipe):
+        from polymodal.training.pairs.train import train_pairs
+
+        return train_pairs(recipe, force)
     from polymodal.training.train_recipe import train as run
 
     return run(recipe, parts, force)
 
 
-__all__ = ["Recipe", "load_recipe", "train"]
+__all__ = ["Recipe", "load_any_recipe", "load_recipe", "train"]

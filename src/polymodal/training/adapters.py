@@ -1,10 +1,10 @@
-"""Adapters on the language model: LoRA and its kin, trained vocabulary rows, a 4-bit base, and folding them in.
+"""Adapters on the language model: LoRA and its kin, trained vocabulary rows, a 4-bit base.
 
 All through peft: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353), trainable token rows.
 QLoRA (arXiv:2305.14314) keeps the frozen base in 4-bit NormalFloat with double quantisation, where bitsandbytes is
 installed. Differences from the reference: modules are named by their full path, so an adapter never strays into the
 vision tower; the base is quantised after it was loaded, so the stored model stays a plain one, and its 4-bit copy is
-never written.
+never written. `checkpoints.whole` folds adapters in.
 """
 
 from __future__ import annotations
@@ -56,7 +56,21 @@ def add_adapters(model: nn.Module, lora: LoraRecipe, tokenizer: PreTrainedTokeni
         for name, module in llm.named_modules()
         if name in present or (isinstance(module, nn.Linear) and not _inside(name, present))
     ]
-    targets = [name.removeprefix("llm.") for name in match_names(lora.match, linears, "lora")]
+    encoder_decoder = bool(getattr(getattr(llm, "config", None), "is_encoder_decoder", False))
+    if encoder_decoder and lora.trainable_tokens:
+        raise ConfigError(
+            f"lora.trainable_tokens: {type(llm).__name__} is an encoder-decoder, whose decoder looks tokens up by "
+            "itself; leave trainable_tokens out"
+        )
+    try:
+        targets = [name.removeprefix("llm.") for name in match_names(lora.match, linears, "lora")]
+    except ConfigError as error:
+        if not encoder_decoder:
+            raise
+        raise ConfigError(
+            f"lora.match {lora.match!r} names no layer of this encoder-decoder ({type(llm).__name__}); all its layers "
+            f"are lora.match={_every_linear(llm, linears)!r}"
+        ) from error
     rows = token_rows(llm, lora.trainable_tokens, tokenizer)
     if present:
         _check_same(present, targets, rows, lora, llm)
@@ -72,7 +86,7 @@ def add_adapters(model: nn.Module, lora: LoraRecipe, tokenizer: PreTrainedTokeni
         target_modules=targets,
         trainable_token_indices=dict.fromkeys(_vocabulary(llm), rows) if rows else None,
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
     )
     inject_adapter_in_model(config, llm)
 
@@ -157,37 +171,6 @@ def four_bit_modules(llm: nn.Module) -> list[str]:
     return [name for name, module in llm.named_modules() if type(module) is nn.Linear and module is not head]
 
 
-def fold_in(llm: nn.Module) -> None:
-    """Add the adapters to the weights they adapt and take them away, leaving a plain model.
-
-    Args:
-        llm: The causal LM; changed in place. Nothing happens where it has no adapter.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import TrainableTokensWrapper
-
-    while True:
-        found = next(
-            (
-                (name, module)
-                for name, module in llm.named_modules()
-                if isinstance(module, BaseTunerLayer | TrainableTokensWrapper)
-            ),
-            None,
-        )
-        if found is None:
-            break
-        name, module = found
-        parent, _, leaf = name.rpartition(".")
-        if isinstance(module, TrainableTokensWrapper):
-            module = module.token_adapter
-        if not module.merged:
-            module.merge()
-        setattr(llm.get_submodule(parent), leaf, module.get_base_layer())
-    if hasattr(llm, "peft_config"):
-        del llm.peft_config
-
-
 def _check_same(
     present: dict[str, Any], targets: Sequence[str], rows: Sequence[int], lora: LoraRecipe, llm: nn.Module
 ) -> None:
@@ -209,6 +192,13 @@ def _check_same(
             "the model already has an adapter with another use_dora or other trainable_tokens: merge it first, or ask "
             "for the same"
         )
+
+
+def _every_linear(llm: nn.Module, linears: Sequence[str]) -> str:
+    """A glob over every linear layer but the output head."""
+    head: Any = llm.get_output_embeddings()  # type: ignore[operator]  # a language model
+    heads = {f"llm.{name}" for name, module in llm.named_modules() if module is head}
+    return f"llm.*.{{{','.join(sorted({name.rpartition('.')[2] for name in linears if name not in heads}))}}}"
 
 
 def _vocabulary(llm: nn.Module) -> list[str]:

@@ -5,7 +5,7 @@ only to move two small matrices. Much of what the projector must learn can be ha
 should give tokens near the input embedding of "sheep". So, before stage 1,
 
 1. the projector's `Standardize` layer is measured on the features;
-2. where the tower comes with a classifier of its own (EfficientNet's 1,000 ImageNet classes), hidden units of the
+2. where the tower comes with a classifier of its own (EfficientNet's 1,000 ImageNet classes), hidden units of an MLP
    projector are set to the class scores and their outgoing weights to the embeddings of the class names: knowledge
    that the tower was sold with, written down in the language model's terms;
 3. the projector is trained by a softmax over the cosine between a picture's mean token and all concept names, on
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polymodal.errors import ConfigError
+from polymodal.projectors.linear import LinearProjector
 from polymodal.projectors.mlp import MLPProjector
 from polymodal.projectors.norm import Standardize
 from polymodal.training.log import progress, say
@@ -115,7 +116,7 @@ def write_classes(projector: MLPProjector, head: ClassHead, targets: Tensor, mid
     linears = [layer for layer in projector.layers if isinstance(layer, torch.nn.Linear)]
     count = len(head.names)
     if len(linears) != 2 or linears[0].out_features < count:
-        raise ConfigError(f"warm_start.classes needs mlp2x_gelu with a hidden_size of at least {count}")
+        raise ConfigError(f"warm_start.write_classes needs mlp2x_gelu with a hidden_size of at least {count}")
     first, second = linears
     weight, bias = head.weight - head.weight.mean(dim=0), head.bias - head.bias.mean()
     scale, mean = torch.ones(first.in_features), torch.zeros(first.in_features)
@@ -143,13 +144,12 @@ def warm_start(
         seed: Of everything random here.
 
     Raises:
-        ConfigError: Features are not cached, or the projector is of another kind.
+        ConfigError: Features are not cached, or class scores cannot be written into this kind of projector.
     """
     projector = model.projector
     if feed.store is None:
         raise ConfigError("warm_start needs cached features: set run.feature_cache")
-    if not isinstance(projector, MLPProjector):
-        raise ConfigError("warm_start works with mlp projectors only")
+    assert isinstance(projector, torch.nn.Module)
     generator = torch.Generator().manual_seed(seed)
     device = next(projector.parameters()).device
     rows, labels, names = _labelled(feed)
@@ -165,12 +165,16 @@ def warm_start(
 
     picks = torch.randperm(len(rows), generator=generator)[:SAMPLE_ROWS]
     sample = torch.from_numpy(store[np.sort(rows[picks.numpy()])]).float()
-    if isinstance(projector.norm, Standardize):
-        projector.norm.measure(sample)
+    norm = getattr(projector, "norm", None)
+    if isinstance(norm, Standardize):
+        norm.measure(sample)
     prototypes = class_ids = class_order = None
     if head is not None and classes:
         class_ids = torch.tensor([number[name] for name in classes])
-        write_classes(projector, head, concepts.targets[class_ids], concepts.middle, concepts.norm)
+        if config.write_classes:
+            if not isinstance(projector, MLPProjector):
+                raise ConfigError("warm_start.write_classes needs an mlp projector; set it to false")
+            write_classes(projector, head, concepts.targets[class_ids], concepts.middle, concepts.norm)
         prototypes = Prototypes.of(head, sample)
         class_order = draw_classes(classes, 20 * len(classes), generator)
     say(f"warm start: {len(rows)} pictures, {len(names)} names, {len(classes)} classes of the tower")
@@ -188,9 +192,11 @@ def warm_start(
             kind = class_order[torch.randint(len(class_order), (made,), generator=generator)]
             features[:made] = prototypes.move(features[:made], kind, generator)
             wanted[:made] = class_ids[kind]
-        seen = torch.rand(features.shape[:2], generator=generator).topk(config.tokens, dim=1).indices
-        features = features.gather(1, seen[..., None].expand(-1, -1, features.shape[-1]))
-        loss, hits = align_loss(projector(features.to(device)), wanted.to(device), targets, middle, concepts.norm)
+        if isinstance(projector, MLPProjector | LinearProjector):  # each token by itself: draw before the work
+            tokens = projector(draw_tokens(features, config.tokens, generator).to(device))
+        else:
+            tokens = draw_tokens(projector(features.to(device)), config.tokens, generator)
+        loss, hits = align_loss(tokens, wanted.to(device), targets, middle, concepts.norm)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -222,6 +228,22 @@ def align_loss(
     loss = loss + 0.3 * F.cross_entropy(single, wanted, label_smoothing=0.05)
     loss = loss + 0.5 * (tokens.norm(dim=-1) / norm - 1).pow(2).mean()
     return loss, float((logits.argmax(dim=-1) == wanted).sum())
+
+
+def draw_tokens(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw tokens of each picture, in random order.
+
+    Args:
+        features: [N, P, E].
+        count: How many of each; all of them, shuffled, where there are no more.
+        generator: The random state, on the CPU.
+
+    Returns:
+        [N, min(count, P), E].
+    """
+    places = torch.rand(features.shape[:2], generator=generator)
+    seen = places.topk(min(count, features.shape[1]), dim=1).indices.to(features.device)
+    return features.gather(1, seen[..., None].expand(-1, -1, features.shape[-1]))
 
 
 def _labelled(feed: Feed) -> tuple[np.ndarray, list[str], list[str]]:

@@ -31,7 +31,7 @@ def smooth(values: np.ndarray, span: int) -> np.ndarray:
 
 
 def drawn_kinds(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Which kinds get a curve of their own: the most frequent ones, none where there is only one kind.
+    """Which kinds, or named terms of the loss, get a curve of their own: the most frequent, none where there is one.
 
     Args:
         lines: The log.
@@ -41,7 +41,7 @@ def drawn_kinds(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int,
     """
     points: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
-        for kind, loss in line.get("loss_by_kind", {}).items():
+        for kind, loss in line.get("loss_by_kind", line.get("terms", {})).items():
             points.setdefault(kind, []).append((line["samples"], loss))
     if len(points) < 2:
         return {}
@@ -77,7 +77,7 @@ def draw_curves(log: Path, picture: Path, title: str) -> bool:
     for kind, points in drawn_kinds(lines).items():
         xs, ys = (np.array(axis) for axis in zip(*points, strict=True))
         upper.plot(xs, smooth(ys, max(3, len(ys) // 10)), linewidth=1, label=kind)
-    upper.set_ylabel("loss per trained token (nats)")
+    upper.set_ylabel("loss per trained token (nats)" if "terms" not in lines[-1] else "loss (nats)")
     upper.set_title(title)
     upper.grid(alpha=0.3)
     upper.legend(fontsize=8, ncols=2)

@@ -46,7 +46,7 @@ class FeatureStore:
     Args:
         folder: Where they are kept; None keeps them in memory.
         row: Shape of one tile's features, (P, E).
-        dtype: "float16" or "float32".
+        dtype: "float16" or "float32"; "uint8" for pixels.
     """
 
     def __init__(self, folder: Path | None, row: tuple[int, ...], dtype: str) -> None:
@@ -98,8 +98,11 @@ class FeatureStore:
         for key, features in entries:
             places.append((key, start, len(features)))
             start += len(features)
-        limit = float(np.finfo(self.dtype).max)
-        block = np.concatenate([np.clip(features, -limit, limit).astype(self.dtype) for _, features in entries])
+        parts = [features for _, features in entries]
+        if self.dtype.kind == "f":
+            limit = float(np.finfo(self.dtype).max)
+            parts = [np.clip(part, -limit, limit).astype(self.dtype) for part in parts]
+        block = np.concatenate(parts)
         if self.folder is None:
             self._kept.append(block)
         else:
@@ -203,10 +206,23 @@ def encoder_identity(encoder: torch.nn.Module, config: ModelConfig) -> str:
     Returns:
         A hex digest.
     """
-    digest = hashlib.sha256()
-    if config.vision is not None:
-        digest.update(config.vision.model_dump_json(exclude={"vision_tower", "revision"}).encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
+    vision = config.vision
+    rules = "" if vision is None else vision.model_dump_json(exclude={"vision_tower", "revision"})
+    return weights_identity(encoder, rules)
+
+
+def weights_identity(module: torch.nn.Module, rules: str) -> str:
+    """Hash what decides a frozen module's output.
+
+    Args:
+        module: Its weights and buffers are hashed.
+        rules: What else decides it.
+
+    Returns:
+        A hex digest.
+    """
+    digest = hashlib.sha256(rules.encode())
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,9 @@ from polymodal.errors import DataError, PolymodalError
 from polymodal.processing.sample import Batch
 from polymodal.training import checkpoint, policy
 from polymodal.training.engine import Engine
-from polymodal.training.evaluate import Evaluation
 from polymodal.training.log import Meter, append_log, say
 from polymodal.training.packing import Steps, plan_micro
-from polymodal.training.parts import Feed
-from polymodal.training.recipe import Recipe
+from polymodal.training.recipe import AnyRecipe
 from polymodal.training.resume import identity
 from polymodal.training.samples import ahead
 from polymodal.training.schedule import lr_factor
@@ -45,27 +43,33 @@ NamedBatch = tuple[Batch, list[str], list[str]]
 
 
 class Run:
-    """One stage in progress.
+    """One stage in progress; `pairs.run.PairRun` takes its steps in another way, and is the same in all else.
 
     Args:
         recipe: The stage.
         engine: The model, the optimizer and the processes.
-        feed: The data.
+        feed: The data, a `Feed`.
         steps: The samples of each step.
-        evaluation: Held-out data, or None.
+        evaluation: Looks at held-out data, or None.
         trackers: Where log lines go besides the log.
+
+    Attributes:
+        tallied: What the two sums of the tally are called in the log.
     """
+
+    tallied = ("loss_by_kind", "loss_by_source")
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: AnyRecipe,
         engine: Engine,
-        feed: Feed,
+        feed: Any,
         steps: Steps,
-        evaluation: Evaluation | None = None,
+        evaluation: Callable[[Engine, int], dict[str, Any]] | None = None,
         trackers: Sequence[Tracker] = (),
     ) -> None:
-        self.recipe, self.engine, self.feed, self.steps = recipe, engine, feed, steps
+        self.recipe: Any = recipe
+        self.engine, self.feed, self.steps = engine, feed, steps
         self.world, self.evaluation, self.trackers = engine.world, evaluation, trackers
         self.output_dir = Path(recipe.output_dir)
         self.total = total_steps(recipe, steps)
@@ -144,7 +148,7 @@ class Run:
         if state.finished or saved != state.step:
             self._save()
 
-    def _batches(self) -> Generator[NamedBatch, None, None]:
+    def _batches(self) -> Generator[Any, None, None]:
         """All micro-batches of the rest of the run, made a few ahead in threads."""
         plan = (indices for step in range(self.state.step, self.total) for indices in self._micro(step))
         return ahead(self.feed.named_batch, plan, self.recipe.run.workers)
@@ -154,13 +158,52 @@ class Run:
         lengths = self.feed.prepared.lengths
         return plan_micro(self.steps.indices(step), lengths, self.recipe.batch, self.world.rank, self.world.size)
 
-    def _step(self, batches: Iterator[NamedBatch], stop: StopRequest | None = None) -> float:
+    def _step(self, batches: Iterator[Any], stop: StopRequest | None = None) -> float:
         """Take one optimizer step; returns the loss per trained token."""
         state, run, window = self.state, self.recipe.run, self.window
-        indices, micro = self.steps.indices(state.step), len(self._micro(state.step))
-        tokens = int(self.feed.prepared.targets[indices].sum())
+        indices = self.steps.indices(state.step)
+        tokens, real = self._sizes(indices)
         rates = self._rates()
         torch.manual_seed(step_seed(run.seed, state.step, self.world.rank))
+        total = self._gradients(batches, tokens)
+        norm = self.engine.step()
+        number = stop.number if stop is not None and stop.number is not None else 0
+        clock = self._elapsed() if self.world.is_main else 0.0
+        loss_sum, state.elapsed_s, signals, askers = self.world.sum([float(total), clock, number, number > 0])
+        if askers and self.world.size > 1:
+            self.stopped = round(signals / askers)
+        if math.isfinite(norm):
+            state.skipped_in_row = 0
+            state.pending_loss += loss_sum
+            state.pending_tokens += tokens
+        else:
+            self._count_skipped()
+        state.step += 1
+        state.samples += len(indices)
+        state.trained_tokens += tokens
+        state.real_tokens += real
+        window.samples += len(indices)
+        window.real_tokens += real
+        if state.step % run.log_every == 0:
+            self._log(rates, norm)
+        return loss_sum / tokens
+
+    def _sizes(self, indices: np.ndarray) -> tuple[int, int]:
+        """Trained tokens of a step, by which its loss is divided, and all of its tokens."""
+        prepared = self.feed.prepared
+        return int(prepared.targets[indices].sum()), int(prepared.lengths[indices].sum())
+
+    def _gradients(self, batches: Iterator[Any], tokens: int) -> torch.Tensor | float:
+        """Run the step's micro-batches, and leave its gradient.
+
+        Args:
+            batches: This process's micro-batches, from this step's first.
+            tokens: Trained tokens of the step, over all processes.
+
+        Returns:
+            This process's sum of losses.
+        """
+        window, micro = self.window, len(self._micro(self.state.step))
         total: torch.Tensor | float = 0.0
         seen_media = False
         for number in range(micro):
@@ -174,28 +217,7 @@ class Run:
             # zero, whether one process takes it or several.
             touch = self.world.size > 1 or (self.trains_media and last and not seen_media)
             total = total + self._forward_backward(batch, self.world.size / tokens, last, touch, kinds, sources)
-        norm = self.engine.step()
-        number = stop.number if stop is not None and stop.number is not None else 0
-        clock = self._elapsed() if self.world.is_main else 0.0
-        loss_sum, state.elapsed_s, signals, askers = self.world.sum([float(total), clock, number, number > 0])
-        if askers and self.world.size > 1:
-            self.stopped = round(signals / askers)
-        if math.isfinite(norm):
-            state.skipped_in_row = 0
-            state.pending_loss += loss_sum
-            state.pending_tokens += tokens
-        else:
-            self._count_skipped()
-        real = int(self.feed.prepared.lengths[indices].sum())
-        state.step += 1
-        state.samples += len(indices)
-        state.trained_tokens += tokens
-        state.real_tokens += real
-        window.samples += len(indices)
-        window.real_tokens += real
-        if state.step % run.log_every == 0:
-            self._log(rates, norm)
-        return loss_sum / tokens
+        return total
 
     def _forward_backward(
         self, batch: Batch, scale: float, last: bool, touch: bool, kinds: list[str], sources: list[str]
@@ -254,8 +276,8 @@ class Run:
             "trained_tokens": state.trained_tokens,
             "real_tokens": state.real_tokens,
             "loss": state.pending_loss / state.pending_tokens if state.pending_tokens else None,
-            "loss_by_kind": means(merge(tally["kinds"] for tally in tallies)),
-            "loss_by_source": means(merge(tally["sources"] for tally in tallies)),
+            self.tallied[0]: means(merge(tally["kinds"] for tally in tallies)),
+            self.tallied[1]: means(merge(tally["sources"] for tally in tallies)),
             "learning_rate": rates,
             "grad_norm": norm if norm is not None and math.isfinite(norm) else None,
             "tokens_per_s": round(window.real_tokens / spent, 2),
@@ -302,7 +324,7 @@ class Run:
         return self.state.step
 
 
-def total_steps(recipe: Recipe, steps: Steps) -> int:
+def total_steps(recipe: AnyRecipe, steps: Steps) -> int:
     """Optimizer steps of a run."""
     total = steps.total(recipe.run.epochs)
     return min(total, recipe.run.max_steps or total)

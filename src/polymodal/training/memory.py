@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from polymodal.llm import layer_counts
 from polymodal.training.engine import blocks
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def save_memory(
 
 
 def activation_bytes(config: Any, tokens: int, value_bytes: int = 4) -> int:
-    """What a causal LM keeps for its backward pass, about.
+    """What a language model keeps for its backward pass, about.
 
     A layer keeps the inputs of its two norms, of its matrices and of attention, and three values of its gated unit;
     attention itself keeps no scores.
@@ -106,11 +107,13 @@ def activation_bytes(config: Any, tokens: int, value_bytes: int = 4) -> int:
     """
     config = config.get_text_config()
     width, heads = config.hidden_size, config.num_attention_heads
-    inner = next(
-        (v for name in ("intermediate_size", "ffn_dim", "n_inner") if (v := getattr(config, name, None))), 4 * width
-    )
+    names = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim")
+    inner = next((v for name in names if (v := getattr(config, name, None))), 4 * width)
     shared = (getattr(config, "num_key_value_heads", None) or heads) / heads
-    return int(config.num_hidden_layers * tokens * value_bytes * ((8 + 4 * shared) * width + 4 * inner))
+    encoder, decoder = layer_counts(config)
+    # A token goes through the encoder or through the decoder, whose layers keep two values of each token they look at.
+    looked_at = 2 * decoder * width if encoder else 0
+    return int(tokens * value_bytes * (max(encoder, decoder) * ((8 + 4 * shared) * width + 4 * inner) + looked_at))
 
 
 def free_memory(device: torch.device) -> int:

@@ -20,7 +20,7 @@ from polymodal.encoders.efficientnet import EfficientNetEncoder, EfficientNetLit
 from polymodal.encoders.hf_vision import FAMILIES, HFVisionEncoder
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError, first_line, unknown_name
 from polymodal.geometry import Size
-from polymodal.llm import DEFAULT_LLM
+from polymodal.llm import DEFAULT_LLM, model_class
 from polymodal.model import MultimodalLM
 from polymodal.projectors import build_projector
 from polymodal.training.known import KNOWN_SHAPES, SMOLLM2
@@ -69,17 +69,19 @@ def outline(config: ModelConfig, *, fetch: bool = False) -> Outline:
     Raises:
         PolymodalError: A part's shape is not known here, or parts do not fit.
     """
-    from transformers import AutoModelForCausalLM
-
     settings = llm_settings(config.llm, fetch=fetch)
     vision = None if config.vision is None else _tower_settings(config.vision, fetch=fetch)
     with torch.device("meta"):
         try:
-            llm = AutoModelForCausalLM.from_config(
+            llm = model_class(bool(settings.is_encoder_decoder)).from_config(
                 settings, dtype=getattr(torch, config.llm.dtype), attn_implementation="sdpa"
             )
         except ValueError as error:
             raise ConfigError(f"language model {config.llm.model_name_or_path!r}: {first_line(error)}") from error
+        if getattr(settings, "scale_decoder_outputs", True) is False:
+            # T5 1.1 has a head of its own; transformers makes it tied and parts it when it reads the weights.
+            head = llm.get_output_embeddings()
+            head.weight = nn.Parameter(torch.empty_like(head.weight))
         width, rows = llm.get_input_embeddings().weight.shape[1], llm.get_input_embeddings().weight.shape[0]
         encoder: Any = None
         projector: Any = None

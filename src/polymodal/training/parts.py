@@ -65,6 +65,8 @@ def load_parts(recipe: Recipe) -> Parts:
     assert recipe.init.from_folder is not None
     loaded = load_model(Path(recipe.init.from_folder))
     config = new_picture_rules(loaded.config, recipe.init.image)
+    if recipe.init.template is not None:
+        config = config.model_copy(update={"template": recipe.init.template})
     if config.image is not None and config.image.mm_patch_merge_type == "spatial_unpad":
         torch.manual_seed(recipe.run.seed)
         loaded.model.add_image_newline()
@@ -126,7 +128,7 @@ class Feed:
         kinds: list[str] = []
         sources: list[str] = []
         for index in indices:
-            of_targets = kinds_of_targets(records[index], samples[index])
+            of_targets = kinds_of_targets(records[index], samples[index], self.processor.last_answer_only)
             kinds += of_targets
             sources += [records[index].source] * len(of_targets)
         return self.batch(indices), kinds, sources
@@ -153,7 +155,14 @@ def make_feed(recipe: Recipe, parts: Parts, output_dir: Path) -> Feed:
     store = None
     if run.feature_cache != features.OFF:
         store = features.open_store(model, parts.config, run.feature_cache, run.feature_dtype)
-    whole = Processor(parts.config, parts.tokenizer, model.tokens_per_tile, model.image_token_id)
+    whole = Processor(
+        parts.config,
+        parts.tokenizer,
+        model.tokens_per_tile,
+        model.image_token_id,
+        model.encoder_decoder,
+        model.context_tokenizer,
+    )
     processor = whole.with_template(recipe.data.template)
     mix = parts.mix if parts.mix is not None else read_mix(recipe.data, run.seed)
     prepared = prepare(mix, processor, recipe.data, progress, run.workers, output_dir / "skipped.jsonl")

@@ -143,5 +143,7 @@ def _settings(pipeline: Pipeline, stage: Stage) -> dict[str, Any]:
         plain = stage.model_dump(mode="json")
     if isinstance(stage, MakeStage):
         plain["sha256"] = hashlib.sha256(Path(stage.make).read_bytes()).hexdigest()
+        if not stage.arguments:  # pipelines of before there were any go on
+            del plain["arguments"]
     whole = json.loads(json.dumps(plain))
     return dict(map_text(whole, lambda text: text.replace(str(pipeline.output_dir), "${output_dir}")))

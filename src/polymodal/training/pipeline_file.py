@@ -12,9 +12,10 @@
       answer:   {generate: export, image: [cat.jpg], prompt: "What is this?"}
 
 Each stage writes `output_dir/<its name>/`. A training stage is a recipe file, with sections of the pipeline file laid
-over it; where its recipe goes on from a model folder (`init.from`), that is the training stage before it. File names
-of the pipeline file itself are relative to it; `${output_dir}` stands for the folder. A stage that was finished with
-the same settings is not done again; one that was finished with other settings is refused, unless forced.
+over it; where its recipe goes on from a model folder (`init.from`), that is the training stage of its kind (a language
+model's, or one of pairs) before it. File names of the pipeline file itself are relative to it; `${output_dir}` stands
+for the folder. A stage that was finished with the same settings is not done again; one that was finished with other
+settings is refused, unless forced.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from pydantic import Field
 
 from polymodal.config import Strict, parse_config
 from polymodal.errors import ConfigError, unknown_name
-from polymodal.training.recipe import Recipe, apply_override, dump_recipe, read_yaml
+from polymodal.training.pairs.recipe import PairRecipe
+from polymodal.training.recipe import Recipe, apply_override, dump_recipe, read_yaml, recipe_class
 
 
 class MakeStage(Strict):
@@ -36,9 +38,11 @@ class MakeStage(Strict):
 
     Attributes:
         make: The file.
+        arguments: What else `main` is given, by name.
     """
 
     make: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
 
 
 class BuildStage(Strict):
@@ -50,7 +54,7 @@ class BuildStage(Strict):
         seed: Everything follows from it.
     """
 
-    build: Literal["default"]
+    build: Literal["default", "pairs"]
     size: str = "full"
     seed: int = Field(default=0, ge=0)
 
@@ -98,7 +102,7 @@ class TrainStage(Strict):
         recipe: The whole recipe.
     """
 
-    recipe: Recipe
+    recipe: Recipe | PairRecipe
 
 
 Stage = MakeStage | BuildStage | FeaturesStage | ExportStage | GenerateStage | TrainStage
@@ -289,15 +293,17 @@ def _train_stage(
     sections = {key: value for key, value in raw.items() if key != "recipe"}
     _lay_over(data, sections)
     for override in overrides:
-        apply_override(data, override)
+        apply_override(data, override, recipe_class(data))
         sections |= {override.partition(".")[0].partition("=")[0]: override}
     if "output_dir" in sections:
         raise ConfigError(f"{where}: a pipeline puts this stage into {output_dir / name}; leave its output_dir out")
     data["output_dir"] = str(output_dir / name)
-    recipe = parse_config(Recipe, data, where)
-    trained = [other for other, stage in before.items() if isinstance(stage, TrainStage)]
+    kind = recipe_class(data)
+    recipe = parse_config(kind, data, where)
+    # A language model does not go on from a pair of encoders, nor the other way round.
+    trained = [o for o, stage in before.items() if isinstance(stage, TrainStage) and isinstance(stage.recipe, kind)]
     if recipe.init.from_folder is not None and "init" not in sections and trained:
-        start = recipe.init.model_copy(update={"from_folder": str(output_dir / trained[-1] / "final")})
+        start: Any = recipe.init.model_copy(update={"from_folder": str(output_dir / trained[-1] / "final")})
         recipe = recipe.model_copy(update={"init": start})
     return TrainStage(recipe=recipe)
 

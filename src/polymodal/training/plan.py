@@ -18,6 +18,7 @@ from torch import nn
 
 from polymodal.errors import ConfigError, unknown_name
 from polymodal.geometry import Size, plan_image
+from polymodal.llm import layer_counts
 from polymodal.training.adapters import NF4_BYTES, four_bit_modules
 from polymodal.training.engine import blocks
 from polymodal.training.known import DEVICES
@@ -147,6 +148,8 @@ def plan_training(recipe: Recipe, start: Start, question: Question) -> Plan:
     bf16 = recipe.run.precision == "bf16" or (recipe.run.precision == "auto" and question.device != "cpu")
     built = outline(start.config, fetch=question.fetch)
     model = built.model
+    if recipe.batch.packing == "pack" and model.encoder_decoder:
+        model.prepare_packing()  # says why it cannot
     quantised = []
     lora = recipe.lora
     if lora is not None and lora.load_in_4bit:
@@ -218,7 +221,11 @@ def visual_tokens(
     grid = built.model.tokens_per_tile
     if images and (config.image is None or grid is None):
         raise ConfigError("this model has no vision encoder; leave --image out")
-    plans = [plan_image(size, config.image, grid) for size in images if config.image is not None and grid is not None]
+    plans = [
+        plan_image(size, config.image, grid, alone=len(images) == 1)
+        for size in images
+        if config.image is not None and grid is not None
+    ]
     return tuple(plan.num_tokens for plan in plans), tuple(plan.num_tiles for plan in plans)
 
 
@@ -235,7 +242,8 @@ def kv_bytes_per_token(config: Any, value_bytes: int) -> int:
     config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * value_bytes)
+    # Of an encoder-decoder only the decoder has a cache: what it looks at and what it said take the same.
+    return int(2 * layer_counts(config)[1] * heads * width * value_bytes)
 
 
 def count_rows(recipe: Recipe) -> int | None:

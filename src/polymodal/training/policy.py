@@ -130,18 +130,34 @@ def set_modes(model: nn.Module) -> None:
 def cast_frozen_linears(module: nn.Module, dtype: torch.dtype) -> None:
     """Keep the weights of frozen linear layers in autocast's dtype, so that it need not cast them in every forward.
 
-    Embeddings, norms and tied heads stay as they are, so the residual stream keeps its precision.
+    Embeddings, norms and tied heads stay as they are, so the residual stream keeps its precision; so do layers that
+    transformers keeps in float32.
 
     Args:
         module: Changed in place; from now on it must run under autocast.
         dtype: Autocast's.
     """
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
-    for part in module.modules():
-        if type(part) is nn.Linear and id(part.weight) not in embeddings:
+    kept = kept_in_float32(module, dtype)
+    for name, part in module.named_modules():
+        if type(part) is nn.Linear and id(part.weight) not in embeddings and not kept & set(name.split(".")):
             for parameter in part.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)
+
+
+def kept_in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Parts of module names that transformers leaves in float32 when it loads a model in a shorter type.
+
+    Args:
+        module: A language model.
+        dtype: The shorter type. T5's `wo` overflows in float16 and is kept there; it was trained in bfloat16.
+
+    Returns:
+        Names, such as "wo".
+    """
+    lists = ["_keep_in_fp32_modules_strict"] + (["_keep_in_fp32_modules"] if dtype is torch.float16 else [])
+    return {name for kept in lists for name in getattr(module, kept, None) or ()}
 
 
 def check_groups(model: nn.Module, groups: Sequence[Group]) -> None:

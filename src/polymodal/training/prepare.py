@@ -59,12 +59,20 @@ def recipe_processor(recipe: Recipe) -> Processor:
 
         parts = load_parts(recipe)
         policy.apply_policy(parts.model, recipe.train, recipe.lora, recipe.optim, parts.tokenizer)
-        whole = Processor(parts.config, parts.tokenizer, parts.model.tokens_per_tile, parts.model.image_token_id)
+        model = parts.model
+        whole = Processor(
+            parts.config,
+            parts.tokenizer,
+            model.tokens_per_tile,
+            model.image_token_id,
+            model.encoder_decoder,
+            model.context_tokenizer,
+        )
         return whole.with_template(recipe.data.template)
     if recipe.init.from_folder is not None:
         from polymodal.backends import load_processor
 
-        processor = load_processor(recipe.init.from_folder)
+        processor = load_processor(recipe.init.from_folder).with_template(recipe.init.template)
     else:
         assert recipe.init.model is not None
         processor = _new_processor(recipe.init.model)
@@ -75,14 +83,18 @@ def _new_processor(config: ModelConfig) -> Processor:
     """The processor of a model that is composed from a configuration."""
     from polymodal.llm import load_tokenizer, quieten_transformers
     from polymodal.model import build_vision, image_token_id_for
+    from polymodal.projectors.context import load_context_tokenizer
     from polymodal.training.outline import llm_settings
 
     quieten_transformers()
     tokenizer = load_tokenizer(config.llm)
-    vocabulary = llm_settings(config.llm, fetch=True).get_text_config().vocab_size
+    settings = llm_settings(config.llm, fetch=True)
+    vocabulary = settings.get_text_config().vocab_size
     vision = build_vision(config, None, llm_dim=1)  # only the projector's grid is asked for
     tokens = vision[1].output_grid if vision is not None else None
-    return Processor(config, tokenizer, tokens, image_token_id_for(config, tokenizer, vocabulary))
+    image_token_id = image_token_id_for(config, tokenizer, vocabulary)
+    context = load_context_tokenizer(config.projector)
+    return Processor(config, tokenizer, tokens, image_token_id, bool(settings.is_encoder_decoder), context)
 
 
 def describe(label: str, prepared: Prepared) -> list[str]:

@@ -186,7 +186,7 @@ def add_samples(feed: Feed, model: MultimodalLM, config: PrototypeConfig, seed: 
             samples.append(
                 Sample(
                     torch.tensor(rendered.input_ids), torch.tensor(rendered.loss_mask), rendered.slots, (plan,),
-                    None, (key,), key,
+                    None, (key,), key, feed.processor.context(messages) if feed.processor.context is not None else (),
                 )
             )  # fmt: skip
             if key not in store.where:

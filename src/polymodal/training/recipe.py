@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from polymodal.config import ImageConfig, ModelConfig, Strict, parse_config
+from polymodal.config import ImageConfig, ModelConfig, Strict, TemplateConfig, parse_config
 from polymodal.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from polymodal.training.pairs.recipe import PairRecipe
+
+AnyRecipe: TypeAlias = "Recipe | PairRecipe"
+"""A stage of a language model, or one that learns from pairs."""
 
 Switch = Annotated[
     Literal["auto", "on", "off"],
@@ -31,6 +37,8 @@ class InitConfig(Strict):
         from_folder: A model folder, usually an earlier stage's `final/`; written `from` in the file.
         model: A new model, composed from this configuration.
         image: With `from`: the picture rules from this stage on, where they are not the folder's; the tile stays.
+        template: With `from`: the chat template from this stage on, where it is not the folder's, such as when a
+            captioner (BLIP-2's second stage) is tuned to converse.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
@@ -38,6 +46,7 @@ class InitConfig(Strict):
     from_folder: str | None = Field(default=None, alias="from")
     model: ModelConfig | None = None
     image: ImageConfig | None = None
+    template: TemplateConfig | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> InitConfig:
@@ -45,6 +54,8 @@ class InitConfig(Strict):
             raise ValueError("give exactly one of `from` (a model folder) and `model` (a configuration)")
         if self.image is not None and self.model is not None:
             raise ValueError("`image` goes with `from`; a new model's picture rules are `model.image`")
+        if self.template is not None and self.model is not None:
+            raise ValueError("`template` goes with `from`; a new model's is `model.template`")
         return self
 
 
@@ -225,7 +236,8 @@ class WarmStartConfig(Strict):
         learning_rate: Peak rate.
         weight_decay: Decoupled decay.
         tokens: Tokens drawn from each picture.
-        classes: Start from the tower's own classifier, where it has one.
+        classes: Learn the names of the tower's own classifier too, from class prototypes, where it has one.
+        write_classes: Before that, write the class scores into the hidden units of an MLP projector.
         prototype_share: Part of a batch that is moved to a class of the classifier.
     """
 
@@ -235,6 +247,7 @@ class WarmStartConfig(Strict):
     weight_decay: float = Field(default=0.02, ge=0)
     tokens: int = Field(default=4, gt=0)
     classes: bool = True
+    write_classes: bool = True
     prototype_share: float = Field(default=0.33, ge=0, lt=1)
 
 
@@ -335,7 +348,7 @@ class Recipe(Strict):
 
 
 def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe.
+    """Read the recipe of a language model's stage.
 
     Args:
         path: The YAML file.
@@ -345,14 +358,42 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
         The recipe, checked.
 
     Raises:
+        ConfigError: The file is missing or no YAML, a key is unknown, a value is wrong, or it is a pair recipe.
+    """
+    recipe = load_any_recipe(path, overrides)
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"{path}: is a pair recipe (it has an `objective`), which only `polymodal train` runs")
+    return recipe
+
+
+def load_any_recipe(path: Path | str, overrides: list[str] | None = None) -> AnyRecipe:
+    """Read a recipe of either kind; see `load_recipe`.
+
+    Args:
+        path: The YAML file.
+        overrides: `section.key=value` strings; the value is read as YAML.
+
+    Returns:
+        The recipe, checked: a `PairRecipe` where it has an `objective`.
+
+    Raises:
         ConfigError: The file is missing or no YAML, a key is unknown, or a value is wrong.
     """
     data = read_yaml(Path(path))
     where = str(path)
     for override in overrides or []:
-        apply_override(data, override)
+        apply_override(data, override, recipe_class(data))
         where = f"{path} with {' '.join(overrides or [])}"
-    return parse_config(Recipe, data, where)
+    return parse_config(recipe_class(data), data, where)
+
+
+def recipe_class(data: Any) -> type[Recipe] | type[PairRecipe]:
+    """Which kind of recipe plain data are: an `objective` makes a pair recipe."""
+    if isinstance(data, dict) and "objective" in data:
+        from polymodal.training.pairs.recipe import PairRecipe
+
+        return PairRecipe
+    return Recipe
 
 
 def read_yaml(path: Path) -> Any:
@@ -376,8 +417,8 @@ def read_yaml(path: Path) -> Any:
     return _yaml(text, str(path))
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """Write a recipe as YAML, with every default spelled out; `load_recipe` reads it back unchanged."""
+def dump_recipe(recipe: AnyRecipe) -> str:
+    """Write a recipe as YAML, with every default spelled out; `load_any_recipe` reads it back unchanged."""
     import yaml
 
     plain = json.loads(recipe.model_dump_json(by_alias=True, exclude_none=True))

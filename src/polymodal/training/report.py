@@ -100,6 +100,12 @@ def _summary(lines: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]], f
     scored = [look["loss"] for look in looks if look.get("loss") is not None]
     if scored:
         rows["held-out loss"] = f"{scored[-1]:.4f} at the end, {min(scored):.4f} at best"
+    if looks and "recall" in looks[-1]:
+        recall, chance = looks[-1]["recall"], looks[-1]["chance"]
+        rows |= {
+            f"recall, {name.replace('_', ' ').replace('@', ' at ')}": f"{value:.1%}, by chance {chance[name]:.1%}"
+            for name, value in recall.items()
+        }
     body = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
     return f"<table>{body}</table>"
 
@@ -151,10 +157,15 @@ def draw_rates(lines: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]])
 
 
 def _parts(lines: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]]) -> str:
-    """Loss by kind and by source: first and last log lines, and the last look at held-out data."""
+    """Loss by kind, source or named term: first and last log lines, and the last look at held-out data."""
     found = []
     scored = [look for look in looks if look.get("loss") is not None]
-    for key, title in (("loss_by_kind", "kind"), ("loss_by_source", "source")):
+    for key, title in (
+        ("loss_by_kind", "kind"),
+        ("loss_by_source", "source"),
+        ("terms", "part of the loss"),
+        ("metrics", "measured"),
+    ):
         names = sorted({name for line in lines for name in line.get(key, {})})
         if not names or names == [""]:
             continue
@@ -166,7 +177,8 @@ def _parts(lines: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]]) -> 
             rows.append((name or "(not named)", f"{values[0]:.3f}", f"{np.mean(tail):.3f}", _number(held)))
         header = (title, "first line", "last tenth", "held-out")
         found.append(_table(header if scored else header[:3], rows if scored else [row[:3] for row in rows]))
-    return "<h2>Loss by kind and source</h2>" + "".join(found) if found else ""
+    heading = "Terms of the loss" if lines and "terms" in lines[-1] else "Loss by kind and source"
+    return f"<h2>{heading}</h2>" + "".join(found) if found else ""
 
 
 def _answers(output_dir: Path, looks: Sequence[dict[str, Any]]) -> str:

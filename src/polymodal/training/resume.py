@@ -16,11 +16,11 @@ from polymodal.config import parse_config
 from polymodal.errors import ConfigError
 from polymodal.training import checkpoint
 from polymodal.training.log import say
-from polymodal.training.recipe import Recipe
+from polymodal.training.recipe import AnyRecipe
 from polymodal.training.world import World
 
 FREE = frozenset(
-    {"output_dir", "data.eval", "data.index", "batch.micro_size", "batch.micro_tokens"}
+    {"output_dir", "data.eval", "data.index", "data.tile_cache", "batch.micro_size", "batch.micro_tokens"}
     | {f"run.{key}" for key in ("log_every", "save_every", "keep", "resume", "threads", "workers", "feature_cache")}
     | {f"run.{key}" for key in ("eval_every", "eval_generations", "trackers", "engine", "deepspeed_config")}
     | {f"run.{key}" for key in ("timeout_minutes", "checkpointing", "compile")}
@@ -31,7 +31,7 @@ SHOWN = 6
 """Differences that an error lists."""
 
 
-def identity(recipe: Recipe) -> dict[str, Any]:
+def identity(recipe: AnyRecipe) -> dict[str, Any]:
     """What of a recipe decides the result, as plain nested data."""
     plain: dict[str, Any] = json.loads(recipe.model_dump_json(by_alias=True))
     for key in FREE:
@@ -43,7 +43,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     return plain
 
 
-def differences(before: dict[str, Any], recipe: Recipe) -> list[str]:
+def differences(before: dict[str, Any], recipe: AnyRecipe) -> list[str]:
     """Compare a stored identity with a recipe.
 
     Args:
@@ -54,7 +54,7 @@ def differences(before: dict[str, Any], recipe: Recipe) -> list[str]:
         One "key old -> new" for each key that differs.
     """
     with suppress(ConfigError):  # made by a version with other keys: the difference shows which
-        before = identity(parse_config(Recipe, {**before, "output_dir": recipe.output_dir}, "checkpoint"))
+        before = identity(parse_config(type(recipe), {**before, "output_dir": recipe.output_dir}, "checkpoint"))
     old, new = _flat(before), _flat(identity(recipe))
     return [
         f"{key} {_short(old.get(key))} -> {_short(new.get(key))}"
@@ -63,7 +63,7 @@ def differences(before: dict[str, Any], recipe: Recipe) -> list[str]:
     ]
 
 
-def find_checkpoint(recipe: Recipe, world: World, force: bool = False) -> Path | None:
+def find_checkpoint(recipe: AnyRecipe, world: World, force: bool = False) -> Path | None:
     """Find the checkpoint to go on from; clears the folder for a new start.
 
     Args:

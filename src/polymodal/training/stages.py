@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import runpy
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from polymodal.errors import ConfigError, PolymodalError, unknown_name
 from polymodal.files import atomic_folder, write_text
@@ -45,7 +46,7 @@ def do_stage(pipeline: Pipeline, name: str, stage: Stage) -> None:
 
         train(stage.recipe)
     elif isinstance(stage, MakeStage):
-        on_main_process(lambda: _make(Path(stage.make), folder))
+        on_main_process(lambda: _make(Path(stage.make), folder, stage.arguments))
     elif isinstance(stage, BuildStage):
         on_main_process(lambda: _build(stage, folder))
     elif isinstance(stage, FeaturesStage):
@@ -53,8 +54,16 @@ def do_stage(pipeline: Pipeline, name: str, stage: Stage) -> None:
         if not isinstance(target, TrainStage):
             known = [other for other, kind in pipeline.stages.items() if isinstance(kind, TrainStage)]
             raise unknown_name("training stage", stage.features, known)
-        on_main_process(lambda: _features(target.recipe, folder))
+        recipe = target.recipe
+        if not isinstance(recipe, Recipe):
+            raise ConfigError(f"stage {name}: {stage.features} learns from pairs and fills its own caches")
+        on_main_process(lambda: _features(recipe, folder))
     elif isinstance(stage, ExportStage):
+        source = pipeline.stages[stage.export]
+        if isinstance(source, TrainStage) and not isinstance(source.recipe, Recipe):
+            raise ConfigError(f"stage {name}: the model of {stage.export} is a whole folder already; leave it out")
+        from polymodal.checkpoints.whole import export_whole
+
         on_main_process(lambda: export_whole(pipeline.model_folder(stage.export), folder))
     else:
         on_main_process(lambda: _generate(stage, pipeline.model_folder(stage.generate), folder))
@@ -74,50 +83,25 @@ def on_main_process(work: Callable[[], T]) -> T:
     return world.gather(result)[0][0]
 
 
-def export_whole(source: Path, target: Path) -> None:
-    """Write a model as one folder that needs nothing else.
-
-    Adapters are added to the weights they adapt and are gone; the language model and the vision tower lie in the
-    folder, also where they were only referred to.
-
-    Args:
-        source: A model folder of ours.
-        target: Where to; replaced where it is there.
-
-    Raises:
-        PolymodalError: The model cannot be read, or the folder not be written.
-    """
-    from polymodal.checkpoints.folder import is_peft, load_model, save_model
-    from polymodal.training.adapters import fold_in
-
-    loaded = load_model(source)
-    entry = {"stage": "export", "folded_in": ["adapter"] if is_peft(loaded.model.llm) else []}
-    fold_in(loaded.model.llm)
-    save_model(
-        target,
-        loaded.model,
-        loaded.config,
-        loaded.tokenizer,
-        history=[*loaded.history, entry],
-        llm_trained=True,
-        vision_trained=loaded.config.vision is not None,
-        replace=True,
-    )
-
-
-def _make(script: Path, folder: Path) -> None:
+def _make(script: Path, folder: Path, arguments: dict[str, Any]) -> None:
     """Let a script fill a folder that appears whole or not at all."""
     main = runpy.run_path(str(script)).get("main")
     if not callable(main):
         raise ConfigError(f"{script}: has no function main(folder)")
+    try:
+        inspect.signature(main).bind(folder, **arguments)
+    except TypeError as error:
+        raise ConfigError(f"{script}: main cannot be given `arguments` {arguments}: {error}") from None
     with atomic_folder(folder, replace=True) as work:
-        main(work)
+        main(work, **arguments)
 
 
 def _build(stage: BuildStage, folder: Path) -> None:
     from polymodal.data.default import build_default
+    from polymodal.data.pairs import build_pairs
 
-    say(str(build_default(folder, seed=stage.seed, size=stage.size, progress=False, force=True)))
+    options: dict[str, Any] = {"seed": stage.seed, "size": stage.size, "progress": False, "force": True}
+    say(str(build_pairs(folder, **options) if stage.build == "pairs" else build_default(folder, **options)))
 
 
 def _features(recipe: Recipe, folder: Path) -> None:

@@ -35,14 +35,23 @@ def turn_of_target(sample: Sample) -> np.ndarray:
     return (np.cumsum(starts) - 1)[1:][mask[1:]]
 
 
-def kinds_of_targets(record: Record, sample: Sample) -> list[str]:
-    """The kind of each target: its turn's where the record has as many `kinds` as turns, else the record's."""
+def kinds_of_targets(record: Record, sample: Sample, last_answer_only: bool = False) -> list[str]:
+    """The kind of each target: its turn's where the record has as many `kinds` as turns, else the record's.
+
+    Args:
+        record: The record.
+        sample: Its tokens.
+        last_answer_only: The one trained turn is the record's last.
+
+    Returns:
+        One kind a target, in order.
+    """
     turns = turn_of_target(sample)
     kinds = record.extra.get("kinds")
     answers = sum(message.role == "assistant" for message in record.messages)
     if not isinstance(kinds, (list, tuple)) or len(kinds) != answers or not len(turns) or turns[-1] >= answers:
         return [record.kind] * len(turns)
-    return [str(kinds[turn]) for turn in turns]
+    return [str(kinds[-1 if last_answer_only else turn]) for turn in turns]
 
 
 class Tally:

@@ -164,7 +164,11 @@ def _forward(outline: Outline, load: Load) -> Tensor:
             features = torch.zeros(count, encoder.grid.area, encoder.embed_dim)
         else:
             features = model.encode_images(torch.zeros(count, 3, tile.height, tile.width, dtype=weight.dtype))
-        media = model.projector(features.to(next(model.projector.parameters()).dtype)).flatten(0, 1)
+        settings = outline.config.projector.qformer
+        context = None
+        if model.reads_context and settings is not None:
+            context = torch.zeros(count, settings.max_text_length, dtype=torch.int64)
+        media = model.project(features, context).flatten(0, 1)
         places = torch.zeros(load.rows * load.visual_tokens, dtype=torch.int64)
         if model.image_newline is not None:
             media = torch.cat([media, model.image_newline.expand(1, -1)])
@@ -179,9 +183,13 @@ def _forward(outline: Outline, load: Load) -> Tensor:
         found.append(args[0].reshape(-1, args[0].shape[-1]).index_select(0, positions))
         return (found[0][:0].detach(),)
 
+    inputs: dict[str, Tensor] = {"inputs_embeds": embeds}
+    if model.encoder_decoder:
+        said = torch.zeros(load.rows, load.targets, dtype=torch.int64)
+        inputs = {"inputs_embeds": embeds[:, : max(1, load.tokens - load.targets)], "decoder_input_ids": said}
     handle = llm.get_output_embeddings().register_forward_pre_hook(keep)
     try:
-        llm(inputs_embeds=embeds, use_cache=False)
+        llm(**inputs, use_cache=False)
     finally:
         handle.remove()
     return found[0]

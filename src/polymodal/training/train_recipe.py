@@ -23,7 +23,7 @@ from polymodal.training.loop import Run, total_steps
 from polymodal.training.memory import save_memory
 from polymodal.training.packing import Steps
 from polymodal.training.parts import Parts, load_parts, make_feed
-from polymodal.training.recipe import Recipe, dump_recipe
+from polymodal.training.recipe import AnyRecipe, Recipe, dump_recipe
 from polymodal.training.report import write_report
 from polymodal.training.resume import find_checkpoint, identity
 from polymodal.training.samples import Order
@@ -57,25 +57,17 @@ def _train(recipe: Recipe, parts: Parts | None, force: bool, world: World) -> Pa
     output_dir = Path(recipe.output_dir)
     final = output_dir / "final"
     found = find_checkpoint(recipe, world, force)
-    if found is not None and (final / "polymodal.json").is_file():
-        stored = checkpoint.read_state(found)
-        if stored["progress"]["finished"] and stored["recipe"] == identity(recipe):
-            say(f"{recipe.name}: finished before, see {final}")
-            return final
+    if finished_before(recipe, found, final / "polymodal.json"):
+        say(f"{recipe.name}: finished before, see {final}")
+        return final
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     parts = parts or load_parts(recipe)
     with world.together():
         if world.is_main:
-            _make_folder(output_dir)
+            make_folder(output_dir)
     run = make_run(recipe, parts, world, found, force)
-    with StopRequest() as stop:
-        run.loop(stop)
-    for tracker in run.trackers:
-        tracker.close()
-    if run.stopped is not None and not run.state.finished:
-        say(f"{recipe.name}: stopped after step {run.state.step}, saved; the same command goes on from here")
-        raise SystemExit(128 + run.stopped)
+    take_steps(run)
     run.engine.gather_weights()
     with world.together():
         if world.is_main:
@@ -135,19 +127,68 @@ def make_run(recipe: Recipe, parts: Parts, world: World, found: Path | None = No
     run = Run(recipe, engine, feed, steps, evaluation)
     if found is not None:
         run.resume(found, force)
+    begin_logs(run)
+    return run
+
+
+def begin_logs(run: Run) -> None:
+    """Write what is known before the first step: the recipe, the machine, logs up to where the run goes on from.
+
+    Args:
+        run: About to begin, or to go on; its trackers are opened.
+
+    Raises:
+        PolymodalError: The folder cannot be written, or a tracker is missing.
+    """
+    recipe, output_dir, world = run.recipe, run.output_dir, run.world
     with world.together():
         if world.is_main:
             start_log(output_dir / "log.jsonl", run.state.step)
             start_log(output_dir / "eval.jsonl", run.state.step)
             write_text(output_dir / "recipe.yaml", dump_recipe(recipe))
-            facts = environment(world.device) | {"processes": world.size, "engine": engine.kind}
+            facts = environment(world.device) | {"processes": world.size, "engine": run.engine.kind}
             write_text(output_dir / "env.json", json.dumps(facts, indent=2) + "\n")
             plain = json.loads(recipe.model_dump_json(by_alias=True))
             run.trackers = open_trackers(recipe.run.trackers, output_dir, recipe.name, plain, run.state.step)
-    return run
 
 
-def _make_folder(folder: Path) -> None:
+def finished_before(recipe: AnyRecipe, found: Path | None, document: Path) -> bool:
+    """Whether a run of this very recipe is over and its model written.
+
+    Args:
+        recipe: The stage.
+        found: Its newest checkpoint, or None.
+        document: The file that ends the export.
+
+    Returns:
+        True where there is nothing to do.
+    """
+    if found is None or not document.is_file():
+        return False
+    stored = checkpoint.read_state(found)
+    return bool(stored["progress"]["finished"]) and stored["recipe"] == identity(recipe)
+
+
+def take_steps(run: Run) -> None:
+    """Run the loop until it is over, or a signal came.
+
+    Args:
+        run: Set up.
+
+    Raises:
+        SystemExit: 143 or 130 after SIGTERM or Ctrl-C, when the step is done and saved.
+    """
+    with StopRequest() as stop:
+        run.loop(stop)
+    for tracker in run.trackers:
+        tracker.close()
+    if run.stopped is not None and not run.state.finished:
+        say(f"{run.recipe.name}: stopped after step {run.state.step}, saved; the same command goes on from here")
+        raise SystemExit(128 + run.stopped)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the run's folder; one line where it cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

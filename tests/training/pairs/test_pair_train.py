@@ -1,0 +1,162 @@
+"""A pair stage from recipe to folder: it learns, its result is a stock model, its held-out scores are logged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from polymodal.errors import ConfigError
+from polymodal.training import train
+from polymodal.training.log import read_log
+from polymodal.training.pairs.data import Plan
+from polymodal.training.pairs.parts import load_pair_parts, make_pair_eval_feed
+from polymodal.training.pairs.recipe import PairRecipe
+from polymodal.training.pairs.step import pair_losses
+
+Make = Callable[..., PairRecipe]
+BERT = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+DINO = {"model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 7}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "siglip": {},
+    "clip": {"objective": {"type": "clip", "label_smoothing": 0.1}, "init__model__family": "clip"},
+    "pair": {
+        "optim__learning_rate": 4e-3,
+        "objective": {"type": "clip"},
+        "init__model__family": "pair",
+        "init__model__vision": DINO,
+        "init__model__text": {**BERT, "num_attention_heads": 2, "max_position_embeddings": 8},
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_learns_and_transformers_scores_the_same(
+    pair_plain: dict[str, Any], pair_recipe: Make, drawn: Path, family: str
+) -> None:
+    from PIL import Image
+    from transformers import AutoModel, AutoProcessor
+
+    recipe = pair_recipe(
+        pair_plain,
+        **FAMILIES[family],
+        run__max_steps=80,
+        run__eval_every=40,
+        data__eval=pair_plain["data"]["mix"],
+        batch__global_size=16,
+    )
+    final = train(recipe)
+    lines, looks = read_log(final.parent / "log.jsonl"), read_log(final.parent / "eval.jsonl")
+    assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
+    assert lines[-1]["terms"].keys() == {recipe.objective.type}
+    assert lines[-1]["terms"][recipe.objective.type] == pytest.approx(lines[-1]["loss"])
+    assert lines[-1]["metrics"]["logit_scale"] <= 100 * (1 + 1e-6)
+    assert [look["step"] for look in looks] == [40, 80]
+    assert (looks[-1]["pictures"], looks[-1]["captions"]) == (16, 32)
+    chance = looks[-1]["chance"]
+    for side in ("image_to_text", "text_to_image"):
+        assert looks[-1]["recall"][f"{side}@1"] >= 2.5 * chance[f"{side}@1"]
+        assert looks[-1]["recall"][f"{side}@10"] >= looks[-1]["recall"][f"{side}@1"]
+    assert looks[-1]["loss"] < 0.7 * lines[0]["loss"]
+    for picture in ("loss.png", "report.html"):
+        assert (final.parent / picture).stat().st_size > 5000
+    notes = json.loads((final / "polymodal_pair.json").read_text())
+    assert notes["history"][-1]["steps"] == 80 and notes["held_out"]["recall"] == looks[-1]["recall"]
+
+    pictures = [Image.open(drawn / f"{number}.png") for number in range(16)]
+    captions = [record["captions"][0] for record in json.loads((drawn / "data.json").read_text())]
+    stock, processor = AutoModel.from_pretrained(final), AutoProcessor.from_pretrained(final)
+    padding = "max_length" if family == "siglip" else True
+    inputs = processor(text=captions, images=pictures, return_tensors="pt", padding=padding)
+    with torch.no_grad():
+        theirs = stock(**inputs)
+    assert notes["facts"]["logit_scale"] == pytest.approx(float(stock.logit_scale.exp().detach()))
+    with torch.no_grad():
+        loss = float(stock(**inputs, return_loss=True).loss)
+    parts = load_pair_parts(pair_recipe(pair_plain, objective=recipe.objective.model_dump(), init={"from": str(final)}))
+    assert parts.history == notes["history"]
+    model = parts.model.eval()  # type: ignore[attr-defined]  # a module
+    feed = make_pair_eval_feed(recipe, model, final.parent)
+    assert feed is not None
+    firsts = np.array([own.start for own in feed.prepared.captions])
+    batch = feed.batch(Plan(np.arange(16), firsts, None, feed.length(firsts)))
+    terms, image, text = pair_losses(model, [batch], nullcontext, 0)
+    torch.testing.assert_close(image, theirs.image_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(text, theirs.text_embeds, atol=1e-5, rtol=0)
+    if not recipe.objective.label_smoothing:
+        assert float(terms[recipe.objective.type]) == pytest.approx(loss, rel=1e-4)
+
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+
+
+@pytest.mark.slow
+def test_the_tiny_recipe_runs_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures are drawn, a SigLIP is trained, and finds combinations that it never saw; then nothing is done again."""
+    from transformers import AutoModel
+
+    from polymodal.cli import main
+
+    command = ["train", str(RECIPES / "siglip" / "tiny_pipeline.yaml"), f"output_dir={tmp_path}"]
+    assert main([*command, "stages.model.run.threads=1"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "model")
+    look = read_log(tmp_path / "model" / "eval.jsonl")[-1]
+    assert look["recall"]["text_to_image@1"] >= 3 * look["chance"]["text_to_image@1"]
+    assert type(AutoModel.from_pretrained(tmp_path / "model" / "final")).__name__ == "SiglipModel"
+    stamp = (tmp_path / "model" / "final" / "polymodal_pair.json").stat().st_mtime_ns
+    assert main([*command, "stages.model.run.threads=1"]) == 0
+    assert (tmp_path / "model" / "final" / "polymodal_pair.json").stat().st_mtime_ns == stamp
+    recipe = str(RECIPES / "siglip" / "tune.yaml")
+    capsys.readouterr()
+    assert main(["train", recipe, "objective.chunk=32", "--dry-run"]) == 0
+    assert "chunk: 32" in capsys.readouterr().out
+    assert main(["train", recipe, "objective.chank=32"]) != 0
+    assert "did you mean" in (said := capsys.readouterr().err).lower() and "chunk" in said
+    assert main(["data", "prep", recipe]) != 0
+    assert "is a pair recipe" in capsys.readouterr().err
+
+
+def test_a_teacher_pulls_the_vision_encoder(pair_plain: dict[str, Any], pair_recipe: Make, tmp_path: Path) -> None:
+    """Its distance is a named term that falls; kept or seen anew it says the same; it is not exported."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    CLIPVisionModel(config).save_pretrained(tmp_path / "teacher")
+    tower = {"vision_tower": str(tmp_path / "teacher"), "type": "clip", "mm_vision_select_layer": -1}
+    changes: dict[str, Any] = {
+        "objective__distill": {"tower": tower, "weight": 2.0},
+        "run__max_steps": 25,
+        "batch__micro_size": 3,
+        "run__feature_dtype": "float32",
+    }
+    kept = pair_recipe(pair_plain, **changes, run__feature_cache=str(tmp_path / "kept"))
+    final = train(kept)
+    lines = read_log(final.parent / "log.jsonl")
+    assert lines[0]["terms"].keys() == {"siglip", "distill"}
+    assert lines[-1]["terms"]["distill"] < 0.9 * lines[0]["terms"]["distill"]
+    assert lines[0]["loss"] == pytest.approx(sum(lines[0]["terms"].values()))
+    assert (tmp_path / "kept").is_dir()
+    from safetensors.torch import load_file
+
+    assert not [name for name in load_file(final / "model.safetensors") if "distill" in name]
+    # Cut so little that nothing is cut: the teacher now sees every look, and says nearly the same.
+    seen = pair_recipe(
+        pair_plain,
+        **changes | {"run__max_steps": 1},
+        augment={"type": "crop_flip", "scale": [0.999999, 1.0], "ratio": [1.0, 1.0], "flip": 0.0},
+        output_dir=str(tmp_path / "seen"),
+    )
+    first = read_log(train(seen).parent / "log.jsonl")[0]
+    assert first["terms"]["distill"] == pytest.approx(lines[0]["terms"]["distill"], rel=0.02)
+    frozen = {"train": [{"match": "text_model.*", "train": True}], "output_dir": str(tmp_path / "frozen")}
+    with pytest.raises(ConfigError, match=r"objective\.distill: the vision encoder is not trained"):
+        train(pair_recipe(pair_plain, **changes, **frozen))
