@@ -71,6 +71,34 @@ def write_tiny_llm(folder: Path, **changes: Any) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def write_tiny_t5(folder: Path, **changes: Any) -> None:
+    """Write a random T5 with the byte-level tokenizer as a Hugging Face folder.
+
+    Args:
+        folder: Where to.
+        changes: Values of `T5Config` that differ from the usual ones.
+    """
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    tokenizer = make_byte_tokenizer()
+    values: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_decoder_layers": 3,
+        "num_heads": 4,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(T5Config(**{**values, **changes})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def write_tiny_tower(folder: Path) -> None:
     """Write a random CLIP vision tower as a Hugging Face folder."""
     import torch
@@ -124,6 +152,14 @@ def tiny_llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama and its tokenizer; do not write into it."""
     folder = tmp_path_factory.mktemp("tiny") / "llm"
     write_tiny_llm(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random T5 and its tokenizer; do not write into it."""
+    folder = tmp_path_factory.mktemp("tiny") / "t5"
+    write_tiny_t5(folder)
     return folder
 
 

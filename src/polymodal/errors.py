@@ -31,6 +31,10 @@ class DataError(PolymodalError):
     """A data file or record that cannot be used."""
 
 
+class EndpointError(PolymodalError):
+    """A server that does not answer, or not with what was asked for."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its type where it says nothing."""
     text = str(error).strip()

@@ -263,9 +263,13 @@ def test_pickle_and_broken_folders_are_refused(tmp_path: Path) -> None:
     config = VisionConfig(vision_tower=str(tmp_path), type="clip")
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: weights in a pickle"):
         build_vision_encoder(config)
     (tmp_path / "model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: the header claims"):
+        build_vision_encoder(config)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         build_vision_encoder(config)
     (tmp_path / "config.json").unlink()

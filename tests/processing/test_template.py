@@ -69,6 +69,7 @@ TWO_TURNS = [system("S"), user(CAT, "Q1"), assistant("A1"), user("Q2"), assistan
         ),
         ("mistral", "<s>[INST] S\n\n<image><image>Q1 [/INST] A1</s>[INST] Q2 [/INST] A2</s>", "A1</s>A2</s>"),
         ("vicuna", "<s>S USER: <image><image>Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT: A2</s>", "A1</s>A2</s>"),
+        ("t5", "S <image><image>Q1</s>A1</s>Q2</s>A2</s>", "A1</s>A2</s>"),
         ("plain", "<s><image><image>A1</s>A2</s>", "A1</s>A2</s>"),
     ],
 )
@@ -360,3 +361,20 @@ def test_conversations_that_cannot_be_used(messages: list[Message], counts: list
 def test_prompt_after_an_answer_is_refused() -> None:
     with pytest.raises(PolymodalError, match="ends with an answer"):
         chat("chatml").render([user("Q"), assistant("A")], add_generation_prompt=True)
+
+
+def test_a_template_with_a_prompt_of_its_own_can_have_its_way() -> None:
+    source = (
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + ' ' + m['content'] + '<|stop|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+    )
+    turns = [user("Q1"), assistant("A1"), user(CAT, "Q2")]
+    config = TemplateConfig(chat_template=source, own_generation_prompt=True, stop_token_ids=(7,))
+    template = ChatTemplate(TOKENIZER, config, IMAGE_ID)
+    rendered = template.render(turns, [2], add_generation_prompt=True)
+    start = "<|start|>user Q1<|stop|><|start|>assistant A1<|stop|><|start|>user <image><image>Q2<|stop|>"
+    assert shown(rendered) == start + "<|start|>assistant\n"
+    assert trained(rendered) == "A1<|stop|>"
+    cut = chat(source).render(turns, [2], add_generation_prompt=True)
+    assert shown(cut) == start + "<|start|>assistant "
+    assert template.stop_ids == (*chat(source).stop_ids, 7)

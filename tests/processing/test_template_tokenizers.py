@@ -110,7 +110,7 @@ def spoken(kind: str, preset: str, ids: list[int]) -> str:
     that is the one; elsewhere a letter in front keeps the decoder from eating a space of the answer.
     """
     tokenizer = make_tokenizer(kind)
-    own_space = preset in ("vicuna", "llama2", "mistral") or (preset == "plain" and kind != "metaspace_first")
+    own_space = preset in ("vicuna", "llama2", "mistral") or (preset in ("plain", "t5") and kind != "metaspace_first")
     if kind == "byte_level" or own_space:
         return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     letter = tokenizer.convert_tokens_to_ids("a")
@@ -196,7 +196,9 @@ def hugging_face(messages: list[Message]) -> list[dict[str, str]]:
         ("byte_level", "chatml"),
         ("byte_level", "llama3"),
         ("byte_level", "plain"),
-        *itertools.product(("legacy", "metaspace", "metaspace_first", "unigram"), ("llama2", "mistral", "vicuna")),
+        *itertools.product(
+            ("legacy", "metaspace", "metaspace_first", "unigram"), ("llama2", "mistral", "vicuna", "t5")
+        ),
         *itertools.product(("legacy", "metaspace", "metaspace_first", "unigram"), ("chatml", "llama3")),
     ],
 )
@@ -228,3 +230,19 @@ def test_word_piece_trains_the_answer() -> None:
     rendered = template.render([user("What is this?", Image("a")), assistant("a cats")], [2])
     trained = [token for token, mask in zip(rendered.input_ids, rendered.loss_mask) if mask]
     assert tokenizer.convert_ids_to_tokens(trained) == ["a", "cat", "##s", "<|im_end|>"]
+
+
+def test_words_that_are_marked_after_they_were_cut_out_keep_their_marks() -> None:
+    """T5 cuts at spaces, then puts a mark in front of each word: of a piece that goes on, only the first has none."""
+    pieces = [("<unk>", 0.0), *((letter, -2.0) for letter in "▁abcdQ:?"), ("▁a", -1.0)]
+    raw = Tokenizer(models.Unigram(pieces, 0, False))
+    words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    raw.pre_tokenizer = pre_tokenizers.Sequence(words)
+    raw.decoder = decoders.Metaspace(prepend_scheme="always")
+    raw.add_special_tokens(["<pad>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    template = ChatTemplate(tokenizer, TemplateConfig(chat_template="t5"), len(tokenizer))
+    rendered = template.render([system("a  cab "), user("Q: a\nbad? "), assistant("a bad cab")])
+    whole = tokenizer("a cab Q: a bad?</s>a bad cab</s>", add_special_tokens=False)["input_ids"]
+    assert rendered.input_ids == whole
+    assert runs(rendered) == [tokenizer("a bad cab</s>", add_special_tokens=False)["input_ids"]]

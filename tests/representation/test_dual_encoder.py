@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,12 @@ def test_encoders_that_cannot_be_contrasted_are_refused(words: Path) -> None:
     long = torch.full((2, 8), 5)
     seen = batch_of(model, 2)
     model.embed(PairBatch(long, long.bool(), seen.image_ids, seen.pixel_values))
+
+
+def test_an_unsafe_folder_is_not_opened(words: Path, tmp_path: Path) -> None:
+    build_pair_model(settings(words, "clip"), ObjectiveConfig(type="clip")).save(tmp_path / "m")
+    document = json.loads((tmp_path / "m" / "config.json").read_text())
+    document["auto_map"] = {"AutoModel": "evil.Model"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(document))
+    with pytest.raises(PolymodalError, match="auto_map"):
+        load_pair_model(str(tmp_path / "m"), image_rules(), ObjectiveConfig(type="clip"))

@@ -84,7 +84,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "eva_clip": Family(
         "Blip2VisionModel",
-        ("blip_2_vision_model", "blip-2"),
+        ("blip_2_vision_model", "blip-2", "instructblip_vision_model", "instructblip"),
         _embed_plain,
         True,
         layer_args=(),
@@ -117,7 +117,7 @@ class HFVisionEncoder(nn.Module):
         """
         super().__init__()
         config: Any = model.config
-        by_type = {family.model_types[0]: name for name, family in FAMILIES.items()}
+        by_type = {kind: name for name, family in FAMILIES.items() for kind in family.model_types}
         if config.model_type not in by_type:
             raise unknown_name("vision model", config.model_type, by_type)
         self.family = by_type[config.model_type]

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from polymodal.checkpoints.safe import check_finite, check_folder
+from polymodal.checkpoints.safe_config import check_settings
 from polymodal.config import VisionConfig
 from polymodal.encoders.efficientnet import IMAGE_SIZE, WEIGHTS_FILE, EfficientNetEncoder, load_efficientnet_lite0
 from polymodal.encoders.hf_vision import FAMILIES, Family, HFVisionEncoder
@@ -78,10 +80,13 @@ def _load_tower(family: Family, config: VisionConfig, source: str) -> nn.Module:
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
+    if Path(source).is_dir():
+        check_folder(Path(source))
     try:
         settings, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=config.revision)
         if "model_type" not in settings:
             raise CheckpointError(f"vision_tower {source!r} has no config.json that names a model_type")
+        check_settings(settings, f"vision_tower {source!r}")
         _check_type(family, config, settings["model_type"])
         # The report that a text tower was left out is what was asked for, no news.
         logging.set_verbosity_error()
@@ -89,6 +94,7 @@ def _load_tower(family: Family, config: VisionConfig, source: str) -> nn.Module:
             source,
             revision=config.revision,
             use_safetensors=True,
+            trust_remote_code=False,
             key_mapping=family.key_mapping,
             output_loading_info=True,
         )
@@ -102,6 +108,7 @@ def _load_tower(family: Family, config: VisionConfig, source: str) -> nn.Module:
         raise CheckpointError(
             f"vision_tower {source!r} lacks {len(missing)} tensors of {family.model_class}, such as {missing[0]}"
         )
+    check_finite(dict(model.named_parameters()), f"vision_tower {source!r}")
     return model
 
 

@@ -125,6 +125,7 @@ def _layout(given: dict[str, Any], name: str, family: Family, vision_aspect_rati
             "image_grid_pinpoints": tuple((int(height), int(width)) for height, width in pinpoints),
             "mm_patch_merge_type": "spatial_unpad",
             "anyres_max": _anyres_max(name, vision_aspect_ratio) if family == "onevision" else None,
+            "several_pictures": "pad" if family == "onevision" else "alike",
         }
     for key in ("image_grid_pinpoints", "aspect_ratio_setting"):
         if key in given:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from polymodal.config import ImageConfig, ModelConfig
-from polymodal.errors import PolymodalError
+from polymodal.config import ImageConfig, ModelConfig, TemplateConfig
+from polymodal.errors import ConfigError, PolymodalError
 from polymodal.geometry import ImagePlan, Size, plan_image
 from polymodal.media.image import open_image
 from polymodal.messages import Image, Message
+from polymodal.processing.context import ContextReader
 from polymodal.processing.sample import Sample
 from polymodal.processing.template import ChatTemplate
 from polymodal.processing.tiles import make_tiles, tile_bytes
@@ -31,15 +32,27 @@ class Processor:
         tokenizer: The language model's tokenizer.
         tokens: Projected tokens per tile, as a grid.
         image_token_id: The placeholder's id.
+        last_answer_only: Of several answers only the last one is trained, the others are context: what an
+            encoder-decoder language model can be taught. The loss mask, and so every count of trained tokens, says so.
+        context_tokenizer: Of a projector that reads the question beside a picture; None for one that does not.
     """
 
     def __init__(
-        self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, tokens: Size | None, image_token_id: int
+        self,
+        config: ModelConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens: Size | None,
+        image_token_id: int,
+        last_answer_only: bool = False,
+        context_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.tokens = tokens
         self.image_token_id = image_token_id
+        self.last_answer_only = last_answer_only
+        self.context_tokenizer = context_tokenizer
+        self.context = context_reader(config, context_tokenizer)
         self.template = ChatTemplate(tokenizer, config.template, image_token_id)
         self.pad_id: int = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
@@ -68,7 +81,7 @@ class Processor:
             MediaError: A picture cannot be read.
         """
         pictures = [self._open(part) for message in messages for part in message.media]
-        plans = tuple(self.plan(picture) for picture in pictures)
+        plans = tuple(self.plan(picture, alone=len(pictures) == 1) for picture in pictures)
         rendered = self.template.render(
             messages, [plan.num_tokens for plan in plans], add_generation_prompt=add_generation_prompt
         )
@@ -79,28 +92,35 @@ class Processor:
             tiles = tuple(
                 torch.from_numpy(make(picture, plan, image)) for picture, plan in zip(pictures, plans, strict=True)
             )
+        loss_mask = torch.tensor(rendered.loss_mask, dtype=torch.bool)
         return Sample(
             input_ids=torch.tensor(rendered.input_ids, dtype=torch.int64),
-            loss_mask=torch.tensor(rendered.loss_mask, dtype=torch.bool),
+            loss_mask=last_run(loss_mask) if self.last_answer_only else loss_mask,
             slots=rendered.slots,
             plans=plans,
             pixels=tiles,
-            media_keys=tuple(picture_key(picture, image) for picture in pictures if image is not None),
+            media_keys=tuple(
+                picture_key(picture, image, alone=len(pictures) == 1) for picture in pictures if image is not None
+            ),
             id=id,
+            contexts=self.context(messages) if self.context is not None else (),
         )
 
-    def with_template(self, chat_template: str | None) -> Processor:
+    def with_template(self, template: str | TemplateConfig | None) -> Processor:
         """The same processor under another chat template; itself where that is None."""
-        if chat_template is None:
+        if template is None:
             return self
-        template = self.config.template.model_copy(update={"chat_template": chat_template})
+        if isinstance(template, str):
+            template = self.config.template.model_copy(update={"chat_template": template})
         config = self.config.model_copy(update={"template": template})
-        return Processor(config, self.tokenizer, self.tokens, self.image_token_id)
+        return Processor(
+            config, self.tokenizer, self.tokens, self.image_token_id, self.last_answer_only, self.context_tokenizer
+        )
 
-    def plan(self, picture: PILImage.Image) -> ImagePlan:
-        """Plan one decoded picture."""
+    def plan(self, picture: PILImage.Image, *, alone: bool = True) -> ImagePlan:
+        """Plan one decoded picture; `alone` as in `geometry.plan_image`."""
         assert self.config.image is not None and self.tokens is not None  # _open refused the picture otherwise
-        return plan_image(Size(picture.height, picture.width), self.config.image, self.tokens)
+        return plan_image(Size(picture.height, picture.width), self.config.image, self.tokens, alone=alone)
 
     def _open(self, part: object) -> PILImage.Image:
         """Decode a picture part; refuse what this model cannot take."""
@@ -111,17 +131,59 @@ class Processor:
         return open_image(part.source, background=self.config.image.background, max_pixels=self.config.image.max_pixels)
 
 
-def picture_key(picture: PILImage.Image, image: ImageConfig) -> str:
+def context_reader(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> ContextReader | None:
+    """Make what reads a picture's context.
+
+    Args:
+        config: The model's configuration.
+        tokenizer: The projector's.
+
+    Returns:
+        The reader; None where the projector reads nothing.
+
+    Raises:
+        ConfigError: The projector reads text, and there is no tokenizer.
+    """
+    settings = config.projector.qformer
+    if config.vision is None or settings is None or not settings.text_context:
+        return None
+    if tokenizer is None:
+        raise ConfigError("projector.qformer.text_context: the processor was given no context_tokenizer")
+    return ContextReader(tokenizer, settings.max_text_length)
+
+
+def last_run(loss_mask: torch.Tensor) -> torch.Tensor:
+    """Keep the last run of a mask.
+
+    Args:
+        loss_mask: [T] bool.
+
+    Returns:
+        [T] bool, True on the last positions in a row that were True.
+    """
+    trained = loss_mask.nonzero().flatten()
+    if not len(trained):
+        return loss_mask
+    breaks = (~loss_mask[: int(trained[-1])]).nonzero().flatten()
+    kept = loss_mask.clone()
+    kept[: int(breaks[-1]) if len(breaks) else 0] = False
+    return kept
+
+
+def picture_key(picture: PILImage.Image, image: ImageConfig, *, alone: bool = True) -> str:
     """Hash a decoded picture together with the rules that turn it into tiles.
 
     Args:
         picture: The decoded RGB picture.
         image: The preprocessing.
+        alone: As in `geometry.plan_image`.
 
     Returns:
         A hex digest, equal exactly when the tiles are equal.
     """
     digest = hashlib.sha256(_rules(image))
+    if not alone and image.several_pictures != "alike":
+        digest.update(b"one of several ")
     digest.update(f"{picture.mode} {picture.height} {picture.width} ".encode())
     digest.update(picture.tobytes())
     return digest.hexdigest()
@@ -129,4 +191,5 @@ def picture_key(picture: PILImage.Image, image: ImageConfig) -> str:
 
 @lru_cache(maxsize=16)
 def _rules(image: ImageConfig) -> bytes:
-    return image.model_dump_json().encode()
+    # Younger than caches that people have; where it changes a picture's tiles, `picture_key` says so.
+    return image.model_dump_json(exclude={"several_pictures"}).encode()

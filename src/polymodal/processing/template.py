@@ -14,7 +14,8 @@ Rules worth knowing:
   tokenizer's end token is added, since a model that never sees one never stops.
 - The generation prompt is cut from the rendering of the same conversation with an answer, so it is always a prefix of
   the training ids. Where the template's own prompt stops before a space that precedes every answer ("ASSISTANT:" and
-  " It is ..."), so does ours, and that space is the model's to say: it is trained with the answer.
+  " It is ..."), so does ours, and that space is the model's to say: it is trained with the answer. A template whose
+  own prompt is no such prefix can have its way (`TemplateConfig.own_generation_prompt`).
 - Templates that trim content trim it here too. Templates that drop or move content are refused.
 - The beginning-of-sequence token is the template's business: it is there when the template writes it, as in
   `apply_chat_template`.
@@ -34,6 +35,7 @@ from polymodal.processing.sample import Slot
 from polymodal.processing.template_markers import MarkedTemplate, Piece, Style, Turn
 from polymodal.processing.template_presets import PRESETS, Preset
 from polymodal.processing.template_tokens import PieceTokenizer
+from polymodal.sandbox import UnsafeTemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,6 +78,9 @@ class ChatTemplate:
 
     Attributes:
         stop_ids: The ids that end an assistant's turn.
+        source: The template's text.
+        style: How it takes content: "parts" always as a list, "mixed" only with pictures, "string" never.
+        image_token_id: The placeholder's id.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TemplateConfig, image_token_id: int) -> None:
@@ -91,13 +96,14 @@ class ChatTemplate:
         """
         self._made_from = (tokenizer, config, image_token_id)
         self._config = config
-        self._image_id = image_token_id
+        self.image_token_id = self._image_id = image_token_id
         source, preset = _source(tokenizer, config.chat_template)
         self._media_only = preset is not None and preset.media_only
         self._jinja = MarkedTemplate(source, dict(tokenizer.special_tokens_map))
         self._tokens = PieceTokenizer(tokenizer, image_token_id, source)
 
-        self._style = self._find_style(in_vocabulary=image_token_id < len(tokenizer))
+        self.source = source
+        self.style = self._style = self._find_style(in_vocabulary=image_token_id < len(tokenizer))
         if self._style != "string" and config.image_newline_text:
             raise ConfigError(
                 "template.image_newline_text: this chat template places pictures itself; leave image_newline_text empty"
@@ -110,7 +116,7 @@ class ChatTemplate:
                 "set the tokenizer's eos_token"
             )
         self._end_id: int = ends[0]
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*ends, *config.stop_token_ids]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ChatTemplate, self._made_from
@@ -144,6 +150,8 @@ class ChatTemplate:
         if add_generation_prompt:
             if turns and turns[-1].role == "assistant":
                 raise PolymodalError("the conversation ends with an answer; add a user message to ask for another")
+            if self._config.own_generation_prompt:
+                return self._emit(turns, list(media_tokens), stop_before_last=False, add_generation_prompt=True)
             turns.append(Turn("assistant", (Piece("assistant", len(messages), ""),)))
         return self._emit(turns, list(media_tokens), stop_before_last=add_generation_prompt)
 
@@ -187,14 +195,16 @@ class ChatTemplate:
             turns.append(Turn(message.role, tuple(pieces)))
         return turns
 
-    def _emit(self, turns: list[Turn], media_tokens: list[int], *, stop_before_last: bool) -> Rendered:
+    def _emit(
+        self, turns: list[Turn], media_tokens: list[int], *, stop_before_last: bool, add_generation_prompt: bool = False
+    ) -> Rendered:
         """Render, cut at the markers, and tokenise piece by piece."""
         pieces = [piece for turn in turns for piece in turn.pieces]
         last = len(pieces) - 1 if stop_before_last else len(pieces)
         out = _Output()
         expected = 0  # the piece that has to come next
         answered = False  # the piece before was an answer, whose end token is due
-        for cut in self._jinja.cuts(turns, self._style):
+        for cut in self._jinja.cuts(turns, self._style, add_generation_prompt=add_generation_prompt):
             marked = cut.marker
             text: str | None = None
             moved = ""
@@ -291,6 +301,8 @@ class ChatTemplate:
                         found.append(place if place < len(pieces) and pieces[place].text is None else -1)
                 if cut.marker is not None:
                     found.append(cut.marker)
+        except UnsafeTemplateError:
+            raise
         except PolymodalError as error:
             if explain:
                 raise ConfigError(f"chat_template: {error}") from None
@@ -312,6 +324,8 @@ class ChatTemplate:
         cuts = self._jinja.cuts((question, answer), self._style)
         try:
             prompt = self._jinja.cuts((question,), self._style, add_generation_prompt=True)
+        except UnsafeTemplateError:
+            raise
         except PolymodalError:
             return ""  # the template has no prompt of its own
         if len(prompt) != 2 or prompt[0] != cuts[0] or not cuts[1].scaffold.startswith(prompt[1].scaffold):

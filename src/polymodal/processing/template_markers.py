@@ -15,7 +15,7 @@ import jinja2
 
 from polymodal.errors import PolymodalError
 from polymodal.messages import Role
-from polymodal.processing.template_presets import compile_template
+from polymodal.sandbox import compile_template
 
 _EDGE = "\u2003\u2009\u2005"
 """Put around content: white space, so that a template that trims removes it, which tells us that it trims."""

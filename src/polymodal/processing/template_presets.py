@@ -1,30 +1,16 @@
-"""Chat templates by name, and the compiler for jinja chat templates.
+"""Chat templates by name.
 
 A preset is the same jinja text that a Hugging Face tokenizer would carry, so it can be exported as it is. Sources:
 ChatML (OpenAI), Llama 2 and 3 (Meta's model cards), Mistral 7B Instruct v0.1, Vicuna v1 as LLaVA-1.5 uses it, and
 LLaVA's `plain` for stage 1. Differences on purpose: no preset trims what people wrote; Llama 2 has no space between an
 answer and `</s>`; and the space before an answer ("ASSISTANT: ") is part of the prompt. So what is trained is exactly
 the answer and its end token. SentencePiece tokenizers draw that space into the answer's first token, as ever.
-
-The compiler gives templates what `transformers` gives them (a sandbox, loop controls, `raise_exception`,
-`strftime_now`, a plain `tojson`, `{% generation %}` blocks) without depending on its private functions.
+`polymodal.sandbox` compiles them.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, ClassVar
-
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-from jinja2 import nodes
-from jinja2.parser import Parser
-
-from polymodal.errors import ConfigError
 
 _SYSTEM_FIRST = r"""
 {%- if messages and messages[0]['role'] == 'system' -%}
@@ -115,6 +101,17 @@ _PLAIN = r"""
 """
 
 
+_T5 = (
+    _SYSTEM_FIRST
+    + r"""
+{%- if system is not none -%}{{- system + ' ' -}}{%- endif -%}
+{%- for message in turns -%}
+{{- message['content'] + eos_token -}}
+{%- endfor -%}
+"""
+)
+
+
 @dataclass(frozen=True)
 class Preset:
     """A chat template that has a name.
@@ -138,53 +135,7 @@ PRESETS: dict[str, Preset] = {
     "llama3": Preset(_LLAMA3.strip(), ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
     "mistral": Preset(_MISTRAL.strip(), needs_eos=True),
     "vicuna": Preset(_VICUNA.strip(), needs_eos=True),
+    "t5": Preset(_T5.strip(), needs_eos=True),
     "plain": Preset(_PLAIN.strip(), needs_eos=True, media_only=True),
 }
 """Name -> preset."""
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """Let `{% generation %}...{% endgeneration %}` through; the mask here does not depend on it."""
-
-    tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]  # jinja2 declares it on instances
-
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def compile_template(source: str) -> Callable[..., str]:
-    """Compile a chat template in a sandbox.
-
-    Args:
-        source: The jinja text.
-
-    Returns:
-        A function from the template's variables, by name, to the rendered string.
-
-    Raises:
-        ConfigError: The text is not valid jinja.
-    """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    try:
-        return environment.from_string(source).render
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"chat_template: line {error.lineno} is not valid jinja: {error.message}") from None

@@ -197,9 +197,26 @@ def _drop_prefix(data: dict[str, Any]) -> None:
         return step
 
     data["normalizer"] = without_prepend(data["normalizer"])
+    _keep_inner_spaces(data)
     for step in _members(data["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "ByteLevel":
             step["add_prefix_space"] = False
         elif step["type"] == "Metaspace":
             step.pop("add_prefix_space", None)
             step["prepend_scheme"] = "never"
+
+
+def _keep_inner_spaces(data: dict[str, Any]) -> None:
+    """Where words are cut out first and each is marked after (T5), let spaces be the marks instead, in place."""
+    steps = _members(data["pre_tokenizer"], "pretokenizers")
+    kinds = [step["type"] for step in steps]
+    if "Metaspace" not in kinds or "WhitespaceSplit" not in kinds[: kinds.index("Metaspace")]:
+        return
+    data["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [step for step in steps if step["type"] != "WhitespaceSplit"],
+    }
+    one_space = {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}
+    no_tail = {"type": "Strip", "strip_left": False, "strip_right": True}
+    before = [] if data["normalizer"] is None else [data["normalizer"]]
+    data["normalizer"] = {"type": "Sequence", "normalizers": [*before, one_space, no_tail]}

@@ -106,7 +106,7 @@ def tile_pictures(picture: PILImage.Image, plan: ImagePlan, image: ImageConfig) 
         raise ValueError(f"the plan is of a picture of {plan.source}, this one is {size}")
     if picture.mode != "RGB":
         raise ValueError(f"expected an RGB picture, got mode {picture.mode}; open it with media.image.open_image")
-    fill, whole_fill = _fills(image)
+    fill, whole_fill = _fills(plan, image)
     canvas = _place(picture, plan.frame, plan.content_box, plan.canvas, fill, image)
     tiles = [canvas.crop(_corners(box)) for box in _grid_boxes(plan)]
     if plan.overview_box is not None:
@@ -123,12 +123,15 @@ def pad_colour(image: ImageConfig) -> Colour:
     return red, green, blue
 
 
-def _fills(image: ImageConfig) -> tuple[Colour, Colour]:
+def _fills(plan: ImagePlan, image: ImageConfig) -> tuple[Colour, Colour]:
     """Give the colours beside the picture, on the canvas and on the overview tile."""
     if image.image_aspect_ratio == "slice":
         return image.background, image.background
     whole = _BLACK if image.overview_aspect_ratio == "crop" else pad_colour(image)
-    return (pad_colour(image) if image.image_aspect_ratio == "pad" else _BLACK), whole
+    padded = image.image_aspect_ratio == "pad"
+    if image.image_aspect_ratio == "anyres":
+        padded = plan.overview == "none"  # one of several pictures, padded to a tile
+    return (pad_colour(image) if padded else _BLACK), whole
 
 
 def _place(

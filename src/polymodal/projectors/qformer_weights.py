@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polymodal.checkpoints.safe import check_finite, compare_tensors
 from polymodal.config import QFormerConfig, parse_config
 from polymodal.errors import CheckpointError, first_line
 from polymodal.files import atomic_folder, write_text
@@ -25,9 +26,6 @@ from polymodal.projectors.qformer import QFormer
 WEIGHTS_NAME = "qformer.safetensors"
 CONFIG_NAME = "config.json"
 FORMAT = "polymodal-qformer-1"
-SHOWN = 4
-"""How many names of each kind an error lists."""
-
 TEXT_PARTS = (r"embeddings\.", r"transformer\.encoder\.layer\.\d+\.(intermediate|output)\.")
 """What a Q-Former without a text path lacks."""
 
@@ -166,29 +164,11 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], where: str, w
         CheckpointError: Tensors are missing, left over, of another shape, or not finite; lists them.
     """
     state = module.state_dict()
-    wanted = set(state) if wanted is None else wanted
-    shared = sorted(wanted & tensors.keys())
-    misshaped = [
-        f"{name} {tuple(tensors[name].shape)} for {tuple(state[name].shape)}"
-        for name in shared
-        if tensors[name].shape != state[name].shape
-    ]
-    faults = (
-        ("missing", sorted(wanted - tensors.keys())),
-        ("not expected", sorted(tensors.keys() - wanted)),
-        ("of another shape", misshaped),
-        ("with NaN or infinity", [name for name in shared if not bool(torch.isfinite(tensors[name]).all())]),
-    )
-    parts = [
-        f"{len(names)} {what}: {', '.join(names[:SHOWN])}{' ...' if len(names) > SHOWN else ''}"
-        for what, names in faults
-        if names
-    ]
-    if parts:
-        raise CheckpointError(f"{where}: tensors do not fit ({'; '.join(parts)})")
+    compare_tensors({name: state[name] for name in (state if wanted is None else wanted)}, tensors, where)
+    check_finite(tensors, where)
     with torch.no_grad():
-        for name in shared:
-            state[name].copy_(tensors[name])
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
 
 
 def read_folder_tensors(folder: Path) -> dict[str, Tensor]:

@@ -7,8 +7,10 @@ A family is a row in `PAIR_MODELS`; one that can go on from a folder also has a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from polymodal.checkpoints.safe import check_folder
 from polymodal.config import ImageConfig
 from polymodal.errors import CheckpointError, ConfigError, first_line, unknown_name
 from polymodal.llm import quieten_transformers
@@ -69,10 +71,12 @@ def load_pair_model(source: str, image: ImageConfig, objective: ObjectiveConfig)
         The model, on the CPU, in float32.
 
     Raises:
-        CheckpointError: There is no such model, or its weights are incomplete.
+        CheckpointError: There is no such model, its folder is unsafe to open, or its weights are incomplete.
         ConfigError: It is of no family that learns from pairs.
     """
     quieten_transformers()
+    if Path(source).is_dir():
+        check_folder(Path(source))
     return PAIR_FOLDERS[folder_type(source)](source, image, objective)
 
 
