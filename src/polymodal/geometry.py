@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from polymodal.errors import ConfigError
@@ -76,7 +76,8 @@ class ImagePlan:
     picture: first (`overview="first"`, LLaVA-NeXT's global view) or last (`overview="last"`, a thumbnail).
 
     Tokens. Each tile gives `tokens` (rows, columns). With `merge="flat"` the sequence is all tiles' tokens one tile
-    after the other, in the order of the tiles. Otherwise the model, by integers alone,
+    after the other, in the order of the tiles, then a newline embedding where `newline`. Otherwise the model, by
+    integers alone,
 
     1. joins the grid's tiles to one field of `grid.height * tokens.height` rows by `grid.width * tokens.width`
        columns;
@@ -108,7 +109,7 @@ class ImagePlan:
         kept: The part of the joined tiles' token field that is kept, in tokens; the whole field unless
             `merge == "spatial_unpad"`; None for "flat". A picture thinner than one token row may keep 0 rows, as in
             the reference: its overview still shows it.
-        newline: Each row ends with a newline token.
+        newline: Each row ends with a newline token; with `merge="flat"`, the whole picture does.
     """
 
     source: Size
@@ -134,13 +135,14 @@ class ImagePlan:
         return self.grid.area + (self.overview != "none")
 
 
-def plan_image(source: Size, image: ImageConfig, tokens: Size) -> ImagePlan:
+def plan_image(source: Size, image: ImageConfig, tokens: Size, *, alone: bool = True) -> ImagePlan:
     """Plan one picture.
 
     Args:
         source: The picture's size in pixels, after EXIF orientation.
         image: The preprocessing.
         tokens: Projected tokens per tile, as a grid (rows, columns).
+        alone: It is the only picture of its conversation; see `ImageConfig.several_pictures`.
 
     Returns:
         The plan.
@@ -153,6 +155,8 @@ def plan_image(source: Size, image: ImageConfig, tokens: Size) -> ImagePlan:
     _positive("tile_size", tile)
     _positive("tokens per tile", tokens)
     if image.image_aspect_ratio == "anyres":
+        if image.several_pictures == "pad" and not alone:
+            return _plan_padded(source, image, tile, tokens)
         return _plan_anyres(source, image, tile, tokens)
     _refuse_anyres_settings(image)
     if image.image_aspect_ratio == "slice":
@@ -321,6 +325,14 @@ def _plan_anyres(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> 
     )
 
 
+def _plan_padded(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> ImagePlan:
+    """Pad the picture to one tile, as LLaVA-OneVision does with each of several pictures; a newline ends it."""
+    frame, content = fit_tile(source, tile, "pad", None, image.max_pixels)
+    plan = _plan_flat(source, tile, tokens, grid=Size(1, 1), frame=frame, content=content)
+    newline = image.mm_patch_merge_type == "spatial_unpad"
+    return replace(plan, newline=newline, num_tokens=plan.num_tokens + newline)
+
+
 def select_best_resolution(source: Size, pinpoints: Sequence[Size]) -> Size:
     """Choose LLaVA-NeXT's canvas: the most pixels of the picture kept, then the fewest wasted, then the first.
 
@@ -454,8 +466,14 @@ def _pinpoints(image: ImageConfig, tile: Size) -> list[Size]:
 
 def _refuse_anyres_settings(image: ImageConfig) -> None:
     """Refuse settings that only "anyres" reads, so that none is ignored in silence."""
-    for name, unset in (("image_grid_pinpoints", ()), ("anyres_max", None), ("mm_patch_merge_type", "flat")):
-        if getattr(image, name) != unset:
+    unset: dict[str, object] = {
+        "image_grid_pinpoints": (),
+        "anyres_max": None,
+        "mm_patch_merge_type": "flat",
+        "several_pictures": "alike",
+    }
+    for name, value in unset.items():
+        if getattr(image, name) != value:
             raise ConfigError(
                 f"{name} is set but image_aspect_ratio is {image.image_aspect_ratio!r}; only 'anyres' uses it"
             )

@@ -99,9 +99,12 @@ BIAS = "projector.layers.0.bias"
 SPOILED = {
     "missing tensor": (spoil_tensors(lambda t: t.pop(BIAS)), f"missing: {BIAS}"),
     "extra tensor": (spoil_tensors(lambda t: t.update(extra=torch.zeros(1))), "not expected: extra"),
-    "misshaped tensor": (spoil_tensors(lambda t: t.update({BIAS: torch.zeros(3)})), rf"{BIAS} has shape \(3,\)"),
-    "NaN": (spoil_tensors(lambda t: t[BIAS].fill_(torch.nan)), f"{BIAS} holds NaN"),
-    "cut file": (lambda f: (f / "projector.safetensors").write_bytes(b"abc"), "damaged"),
+    "misshaped tensor": (
+        spoil_tensors(lambda t: t.update({BIAS: torch.zeros(3)})),
+        rf"of another shape: {BIAS} \(3,\) for",
+    ),
+    "NaN": (spoil_tensors(lambda t: t[BIAS].fill_(torch.nan)), f"with NaN or infinity: {BIAS}"),
+    "cut file": (lambda f: (f / "projector.safetensors").write_bytes(b"abc"), "too short for safetensors"),
     "no projector": (lambda f: (f / "projector.safetensors").unlink(), "projector.safetensors is missing"),
     "no document": (lambda f: (f / "polymodal.json").unlink(), "not a polymodal model folder"),
     "no JSON": (lambda f: (f / "polymodal.json").write_text("{"), "not valid JSON"),

@@ -202,3 +202,14 @@ def test_geometry_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_one_of_several_pictures_is_padded_to_a_tile_and_ends_with_a_newline() -> None:
+    rules = anyres(several_pictures="pad")
+    assert plan_image(Size(480, 640), rules, TOKENS) == plan_image(Size(480, 640), anyres(), TOKENS)
+    plan = plan_image(Size(480, 640), rules, TOKENS, alone=False)
+    assert (plan.num_tiles, plan.num_tokens, plan.newline, plan.overview) == (1, 24 * 24 + 1, True, "none")
+    assert plan.frame == Box(80, 0, 640, 640)
+    assert plan_image(Size(480, 640), anyres(), TOKENS, alone=False).num_tokens == 2340
+    with pytest.raises(ConfigError, match="several_pictures is set but image_aspect_ratio is 'pad'"):
+        plan_image(Size(480, 640), config("pad", several_pictures="pad"), TOKENS)

@@ -6,6 +6,7 @@
     llm/                    the language model, where it was tuned whole; else a pinned reference in polymodal.json
     vision/                 the vision tower, where it is bundled or was tuned; else a reference
     tokenizer.json, ...     the tokenizer and its chat template
+    qformer_tokenizer/      the tokenizer of a Q-Former that reads the question
 
 The *contract* is what must not change between training and use: template, picture rules, layer choice, special ids,
 tokenizer. It is stored with its hash; a folder whose contract was changed by hand, or that is asked to load under
@@ -20,10 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
+from polymodal.checkpoints.safe import check_finite, check_folder, compare_tensors
 from polymodal.config import ModelConfig, parse_config
 from polymodal.errors import CheckpointError
 from polymodal.files import atomic_folder, write_text
 from polymodal.model import MultimodalLM, build_model
+from polymodal.projectors.context import TOKENIZER_FOLDER
+from polymodal.quantize import is_quantized
 
 if TYPE_CHECKING:
     import torch
@@ -52,27 +58,34 @@ class Loaded:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def contract_of(config: ModelConfig, image_token_id: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def contract_of(
+    config: ModelConfig,
+    image_token_id: int,
+    tokenizer: PreTrainedTokenizerBase,
+    context_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> dict[str, Any]:
     """Everything that training and use must agree on.
 
     Args:
         config: The model's configuration.
         image_token_id: The resolved placeholder id.
         tokenizer: The tokenizer.
+        context_tokenizer: Of a projector that reads the question; None for one that does not.
 
     Returns:
         Plain data; two models with equal contracts see the same tokens and pixels for the same conversation.
     """
     vision = config.vision
+    # Where parts came from is no part of it.
+    origins: Any = {"pretrained": True, "qformer": {"tokenizer"}}
     return {
         "template": config.template.model_dump(mode="json"),
         "image": config.image.model_dump(mode="json") if config.image else None,
         "vision": vision.model_dump(mode="json", exclude={"vision_tower", "revision"}) if vision else None,
-        "projector": config.projector.model_dump(mode="json"),
+        "projector": config.projector.model_dump(mode="json", exclude=origins),
         "image_token_id": image_token_id,
-        "tokenizer": hashlib.sha256(
-            json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True).encode()
-        ).hexdigest(),
+        "tokenizer": _hash_vocabulary(tokenizer),
+        **({} if context_tokenizer is None else {"context_tokenizer": _hash_vocabulary(context_tokenizer)}),
     }
 
 
@@ -103,25 +116,34 @@ def save_model(
 
     Raises:
         PolymodalError: The folder exists and `replace` is false, or the disk is full.
-        CheckpointError: A weight is not finite.
+        CheckpointError: A weight is not finite, or the language model has 8-bit weights.
     """
+    if is_quantized(model.llm):
+        raise CheckpointError(f"{folder}: the model's weights were rounded to 8 bits; save it as it was loaded without")
     config = config.model_copy(update={"image_token_id": model.image_token_id})
+    if model.llm.config.is_encoder_decoder:
+        config = config.model_copy(update={"llm": config.llm.model_copy(update={"encoder_decoder": True})})
+    # A part that is "bundled" already, such as those of a published folder, is in memory only: it is written too.
+    llm_trained = llm_trained or config.llm.model_name_or_path == "bundled"
     if llm_trained:
         config = config.model_copy(update={"llm": config.llm.model_copy(update={"model_name_or_path": "bundled"})})
     keep_tower = config.vision is not None and (vision_trained or config.vision.vision_tower == "bundled")
     if keep_tower and config.vision is not None:
         config = config.model_copy(update={"vision": config.vision.model_copy(update={"vision_tower": "bundled"})})
-    contract = contract_of(config, model.image_token_id, tokenizer)
+    config = _without_origins(config)
+    contract = contract_of(config, model.image_token_id, tokenizer, model.context_tokenizer)
     with atomic_folder(folder, replace=replace) as work:
         _save_tensors(work / PROJECTOR_NAME, own_tensors(model), dtype)
         if is_peft(model.llm):
             merge_adapter(model, False)  # weights that hold the adapter must not be written beside it
             _save_adapter(work / ADAPTER_NAME, model, dtype)
         if llm_trained:
-            model.llm.save_pretrained(work / "llm")
+            model.llm.save_pretrained(work / "llm", state_dict=_own_weights(model.llm))
         if keep_tower and model.vision_encoder is not None:
             model.vision_encoder.save(work / "vision")
         tokenizer.save_pretrained(work)
+        if model.context_tokenizer is not None:
+            model.context_tokenizer.save_pretrained(work / TOKENIZER_FOLDER)
         document = {
             "format": FORMAT,
             "config": config.model_dump(mode="json"),
@@ -132,11 +154,13 @@ def save_model(
         write_text(work / CONFIG_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
-def load_model(folder: Path) -> Loaded:
+def load_model(folder: Path, quantize: str | None = None) -> Loaded:
     """Read a model folder.
 
     Args:
         folder: The folder.
+        quantize: How transformers is to quantise the language model on a GPU while it loads; see
+            `polymodal.quantize.GPU_WAYS`.
 
     Returns:
         The model in eval mode (adapter attached, not merged), tokenizer, configuration, history.
@@ -144,10 +168,12 @@ def load_model(folder: Path) -> Loaded:
     Raises:
         CheckpointError: The folder is incomplete, damaged, or its contract does not hold; names what.
     """
+    check_folder(folder)
     document = _read_document(folder)
     config = _config_in(folder, document)
-    model, tokenizer = build_model(config, folder)
-    _check_contract(folder, document["contract"], contract_of(config, model.image_token_id, tokenizer), config)
+    model, tokenizer = build_model(config, folder, quantize)
+    now = contract_of(config, model.image_token_id, tokenizer, model.context_tokenizer)
+    _check_contract(folder, document["contract"], now, config)
     _load_tensors(folder / PROJECTOR_NAME, model)
     if (folder / ADAPTER_NAME).is_dir():
         _load_adapter(folder / ADAPTER_NAME, model)
@@ -167,6 +193,27 @@ def read_config(folder: Path) -> ModelConfig:
         CheckpointError: The folder is incomplete or damaged.
     """
     return _config_in(folder, _read_document(folder))
+
+
+def verify_contract(folder: Path) -> None:
+    """Make sure that a model folder would be used as it was trained; opens its tokenizers, but no weights.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        CheckpointError: The contract does not hold, or the folder is damaged; names what.
+    """
+    from polymodal.llm import load_tokenizer
+    from polymodal.projectors.context import load_context_tokenizer
+
+    document = _read_document(folder)
+    config = _config_in(folder, document)
+    if config.image_token_id is None:
+        raise CheckpointError(f"{folder / CONFIG_NAME}: config.image_token_id is missing")
+    context = load_context_tokenizer(config.projector, folder) if config.vision is not None else None
+    now = contract_of(config, config.image_token_id, load_tokenizer(config.llm, folder), context)
+    _check_contract(folder, document["contract"], now, config)
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
@@ -203,6 +250,15 @@ def merge_adapter(model: MultimodalLM, merged: bool = True) -> None:
             module.merge() if merged else module.unmerge()
 
 
+def _own_weights(llm: Any) -> dict[str, Any] | None:
+    """A language model's weights under their own names, without an adapter inside it; None where there is none."""
+    if not is_peft(llm):
+        return None
+    added = ("lora_", "trainable_tokens_delta")
+    weights = {name: value for name, value in llm.state_dict().items() if not any(part in name for part in added)}
+    return {name.replace(".token_adapter.", ".").replace(".base_layer.", "."): v for name, v in weights.items()}
+
+
 def _save_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
     import torch
     from safetensors.torch import save_file
@@ -222,21 +278,37 @@ def _save_adapter(folder: Path, model: MultimodalLM, dtype: torch.dtype | None) 
     adapter_config.save_pretrained(str(folder))
 
 
-def _load_adapter(folder: Path, model: MultimodalLM) -> None:
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
+def attach_adapter(model: MultimodalLM, settings: Any, tensors: dict[str, torch.Tensor], where: str | Path) -> None:
+    """Put a LoRA adapter beside the language model's weights.
 
-    adapter_config = LoraConfig.from_pretrained(str(folder))
-    adapter_config.inference_mode = True
-    inject_adapter_in_model(adapter_config, model.llm)
-    model.llm.peft_config = {"default": adapter_config}
-    tensors = load_file(folder / "adapter_model.safetensors")
+    Args:
+        model: Changed in place.
+        settings: A `LoraConfig` of peft.
+        tensors: The adapter's weights, under the names that peft gives them in the language model.
+        where: The file or folder, for the error.
+
+    Raises:
+        CheckpointError: Tensors are missing, left over or not finite; lists them.
+    """
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
+
+    check_finite(tensors, where)
+    settings.inference_mode = True
+    inject_adapter_in_model(settings, model.llm)
+    model.llm.peft_config = {"default": settings}
     result = set_peft_model_state_dict(model.llm, tensors)
     # A tied head shares the rows of the input embeddings; parameters are listed once.
     own = {name for name, _ in model.llm.named_parameters()}
-    missing = [k for k in result.missing_keys if k in own and ("lora_" in k or "trainable_tokens_delta" in k)]
-    if missing or result.unexpected_keys:
-        raise CheckpointError(_difference(folder, missing, list(result.unexpected_keys)))
+    missing = {k: () for k in result.missing_keys if k in own and ("lora_" in k or "trainable_tokens_delta" in k)}
+    compare_tensors(missing, dict.fromkeys(result.unexpected_keys, ()), where)
+
+
+def _load_adapter(folder: Path, model: MultimodalLM) -> None:
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    attach_adapter(model, LoraConfig.from_pretrained(str(folder)), tensors, folder)
 
 
 def _load_tensors(path: Path, model: MultimodalLM) -> None:
@@ -253,27 +325,11 @@ def _load_tensors(path: Path, model: MultimodalLM) -> None:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from None
-    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    if missing or extra:
-        raise CheckpointError(_difference(path, missing, extra))
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, the configuration needs {tuple(wanted[name].shape)}"
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{path}: {name} holds NaN or infinity")
-        with torch.no_grad():
+    compare_tensors(wanted, tensors, path)
+    check_finite(tensors, path)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
             wanted[name].copy_(tensor)
-
-
-def _difference(path: Path, missing: list[str], extra: list[str]) -> str:
-    parts = [
-        f"{what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
-        for what, names in (("missing", missing), ("not expected", extra))
-        if names
-    ]
-    return f"{path}: tensors do not fit the configuration ({'; '.join(parts)})"
 
 
 def _config_in(folder: Path, document: dict[str, Any]) -> ModelConfig:
@@ -309,10 +365,7 @@ def _check_contract(folder: Path, trained: dict[str, Any], now: dict[str, Any], 
     for key in sorted(trained.keys() | now.keys()):
         before, after = trained.get(key), now.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            # A setting that is younger than the folder was trained with what is its default today.
-            fields = type(getattr(config, key)).model_fields
-            younger = {k: json.loads(json.dumps(fields[k].default, default=str)) for k in after.keys() - before.keys()}
-            before = {**younger, **before}
+            before = _with_younger(before, after, getattr(config, key))
             inner = next((k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)), None)
             if inner is None:
                 continue
@@ -322,6 +375,35 @@ def _check_contract(folder: Path, trained: dict[str, Any], now: dict[str, Any], 
         raise CheckpointError(
             f"{folder}: trained with {key} = {before!r}, asked to run with {after!r}; refused, results would differ"
         )
+
+
+def _with_younger(before: dict[str, Any], after: dict[str, Any], settings: Any) -> dict[str, Any]:
+    """A setting that is younger than the folder was trained with what is its default today."""
+    fields = type(settings).model_fields
+    filled = {k: json.loads(json.dumps(fields[k].default, default=str)) for k in after.keys() - before.keys()} | before
+    for key, value in filled.items():
+        if (
+            isinstance(value, dict)
+            and isinstance(after.get(key), dict)
+            and isinstance(getattr(settings, key), BaseModel)
+        ):
+            filled[key] = _with_younger(value, after[key], getattr(settings, key))
+    return filled
+
+
+def _without_origins(config: ModelConfig) -> ModelConfig:
+    """A model folder holds the projector and its tokenizer itself, and does not say where they began."""
+    projector = config.projector
+    if projector.qformer is None:
+        return config
+    qformer = projector.qformer.model_copy(update={"tokenizer": None})
+    projector = projector.model_copy(update={"pretrained": None, "qformer": qformer})
+    return config.model_copy(update={"projector": projector})
+
+
+def _hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
+    return hashlib.sha256(vocabulary.encode()).hexdigest()
 
 
 def _hash(contract: dict[str, Any]) -> str:

@@ -60,10 +60,10 @@ def load_parts(recipe: Recipe) -> Parts:
         torch.manual_seed(recipe.run.seed)
         model, tokenizer = build_model(recipe.init.model)
         return Parts(model, tokenizer, recipe.init.model)
-    from polymodal.checkpoints.folder import load_model
+    from polymodal.backends.opening import open_model
 
     assert recipe.init.from_folder is not None
-    loaded = load_model(Path(recipe.init.from_folder))
+    loaded = open_model(recipe.init.from_folder)
     config = new_picture_rules(loaded.config, recipe.init.image)
     if recipe.init.template is not None:
         config = config.model_copy(update={"template": recipe.init.template})

@@ -1,0 +1,49 @@
+"""A model in memory from any folder that is composed here: ours, a published one, or one of LLaVA's own repository.
+
+`backends.load` puts the chat protocol over it; training starts from it; export writes it out again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from polymodal.checkpoints.folder import CONFIG_NAME, Loaded, load_model
+from polymodal.checkpoints.hf import is_hf_folder
+from polymodal.checkpoints.hub import commit_of
+from polymodal.checkpoints.llava_repo import is_llava_repo
+from polymodal.errors import CheckpointError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def open_model(name: str | Path, *, dtype: Dtype = "float32", revision: str | None = None) -> Loaded:
+    """Load a model whole.
+
+    Args:
+        name: "default", a folder, or a hub id; as in `backends.load`, but no endpoint.
+        dtype: Of a published model's weights in memory; a folder of ours says itself.
+        revision: The pinned revision of a hub id.
+
+    Returns:
+        The model in eval mode on the CPU; an adapter of our folder is attached and not merged.
+
+    Raises:
+        CheckpointError: There is no such model, it is damaged, or it is of a kind that is not composed here.
+        ConfigError: A revision is given for what is no hub id.
+    """
+    from polymodal.backends import find_model
+    from polymodal.backends.hf_folder import load_hf
+    from polymodal.backends.llava_repo import load_llava_repo
+
+    folder = find_model(name, revision)
+    if (folder / CONFIG_NAME).is_file():
+        return load_model(folder)
+    if is_llava_repo(folder):
+        return load_llava_repo(folder, dtype=dtype)
+    if is_hf_folder(folder):
+        return load_hf(folder, dtype=dtype, source=str(name), revision=commit_of(folder))
+    raise CheckpointError(
+        f"{name}: neither a model folder of ours nor a published model that is composed here; `polymodal describe` says "
+        "what it is"
+    )
