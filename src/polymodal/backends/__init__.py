@@ -1,80 +1,218 @@
-"""Opening a model by name, folder or hub id, behind one chat protocol."""
+"""Opening a model by name, folder, hub id or endpoint, behind one chat protocol.
+
+Nothing heavy is imported until a model is opened, so that talking to an endpoint loads no torch.
+"""
 
 from __future__ import annotations
 
-import re
+import json
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from polymodal.backends.local import LocalBackend
-from polymodal.checkpoints.folder import CONFIG_NAME, load_model, merge_adapter, read_config
-from polymodal.errors import CheckpointError, first_line, unknown_name
+from polymodal.errors import CheckpointError, ConfigError, first_line, unknown_name
 from polymodal.files import shipped_folder
-from polymodal.processing.processor import Processor
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-"""The form of a hub id: owner and name."""
+if TYPE_CHECKING:
+    from polymodal.backends.hf_folder import Dtype
+    from polymodal.backends.protocol import Backend
+    from polymodal.processing.processor import Processor
+
+CONFIG_NAME = "polymodal.json"
+"""What makes a folder one of ours (`checkpoints.folder` writes it)."""
+
+ENDPOINT = "openai:"
+"""What names of models behind an endpoint begin with."""
+
+NO_CHAT = {
+    "whisper": "a Whisper, which writes down speech; its encoder is a part for sound",
+    **dict.fromkeys(
+        ("clip", "siglip", "siglip2"), "a pair of towers for pictures and texts; its vision tower is a part"
+    ),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), "a vision tower, which is a part"),
+}
+"""`model_type` of folders that hold no model to talk to, and what they are."""
 
 
-def load(name: str | Path = "default", device: str | None = None) -> LocalBackend:
+def load(
+    name: str | Path = "default",
+    device: str | None = None,
+    *,
+    revision: str | None = None,
+    dtype: Dtype | None = None,
+    quantize: str | None = None,
+    base_url: str | None = None,
+    api_key: str | None = None,
+    allow_http: bool = False,
+) -> Backend:
     """Open a model.
 
     Args:
-        name: "default" for the small model that comes with the package, a model folder of ours, or the hub id of one.
+        name: "default" for the small model that comes with the package; a model folder, ours or of any vision-language
+            model of transformers, or the hub id of one; "openai:MODEL" for one behind an OpenAI-compatible endpoint.
         device: Where to put it ("cpu", "cuda"); None takes a GPU where there is one.
+        revision: Of a hub id: a commit, tag or branch; the newest when None.
+        dtype: Of a published model's weights in memory ("float32", "bfloat16", "float16"); None takes float32 on a
+            CPU, and what the folder stores on a GPU.
+        quantize: "int8" for a language model with 8-bit weights on a CPU; on a GPU "nf4" (bitsandbytes) or "int8-gpu"
+            (torchao). None leaves the weights as they are.
+        base_url: An endpoint's address; OPENAI_BASE_URL, else OpenAI's own, where None.
+        api_key: An endpoint's key; OPENAI_API_KEY where None.
+        allow_http: Send the key over http to a host other than this one.
 
     Returns:
         The model behind the chat protocol.
 
     Raises:
         CheckpointError: There is no such model, or its folder is damaged.
+        ConfigError: An option does not go with this kind of model, or the endpoint's settings cannot be used.
     """
+    if str(name).startswith(ENDPOINT):
+        from polymodal.backends.openai import open_endpoint
+
+        for option, value in (("device", device), ("revision", revision), ("dtype", dtype), ("quantize", quantize)):
+            if value is not None:
+                raise ConfigError(f"{name}: an endpoint chooses its {option} itself; leave {option} out")
+        model = str(name).removeprefix(ENDPOINT)
+        return open_endpoint(model, base_url=base_url, api_key=api_key, allow_http=allow_http)
+    if base_url is not None or api_key is not None or allow_http:
+        raise ConfigError(
+            f"{name}: an address and a key are for endpoints; call the model {ENDPOINT}MODEL if it is one"
+        )
+    if quantize is not None:
+        from polymodal.quantize import check_quantize
+
+        device = check_quantize(quantize, device)
+    folder = find_model(name, revision)
+    if (folder / CONFIG_NAME).is_file() or not (folder / "config.json").is_file():
+        if dtype is not None:
+            raise ConfigError(f"{name}: dtype is for published models; this folder says itself (llm.dtype)")
+        return _open_ours(folder, device, str(name), quantize)
+    return _open_hf(folder, device, str(name), dtype, quantize)
+
+
+def _open_ours(folder: Path, device: str | None, name: str, quantize: str | None) -> Backend:
     import torch
 
-    loaded = load_model(find_model(name))
+    from polymodal.backends.local import LocalBackend
+    from polymodal.checkpoints.folder import load_model, merge_adapter
+    from polymodal.quantize import GPU_WAYS, INT8, quantize_int8
+
+    on_gpu = quantize if quantize in GPU_WAYS else None
+    loaded = load_model(folder, quantize=on_gpu)
     if loaded.config.llm.device_map is None:
         loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    merge_adapter(loaded.model)
-    return LocalBackend(loaded.model, loaded.tokenizer, loaded.config, name=str(name), history=loaded.history)
+    if on_gpu is None:  # adding an adapter to rounded weights would round it too
+        merge_adapter(loaded.model)
+    if quantize == INT8:
+        quantize_int8(loaded.model)
+    return LocalBackend(loaded.model, loaded.tokenizer, loaded.config, name=name, history=loaded.history)
 
 
-def find_model(name: str | Path) -> Path:
+def _open_hf(folder: Path, device: str | None, name: str, dtype: Dtype | None, quantize: str | None) -> Backend:
+    """Open a folder of Hugging Face's layout; its model type decides who reads it.
+
+    What transformers quantises while it loads is opened through transformers whatever its type.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    from polymodal.backends.transformers import open_transformers
+    from polymodal.checkpoints.hf import is_hf_folder
+    from polymodal.checkpoints.hf.pieces import NotExpressibleError
+    from polymodal.checkpoints.llava_repo import is_llava_repo
+    from polymodal.quantize import INT8
+
+    model_type = _model_type(folder)
+    if is_llava_repo(folder):
+        if quantize not in (None, INT8):
+            raise ConfigError(f"{name}: quantize {quantize!r} is not for LLaVA-repository folders; convert it first")
+        return _open_published(folder, device, name, dtype, quantize)
+    if is_hf_folder(folder) and quantize in (None, INT8):
+        try:
+            return _open_published(folder, device, name, dtype, quantize)
+        except NotExpressibleError as error:
+            warnings.warn(f"{error}; it is opened through transformers instead", stacklevel=3)
+    if model_type in NO_CHAT:
+        raise CheckpointError(
+            f"{folder}: this is {NO_CHAT[model_type]} that a recipe can build a model from, nothing to talk to"
+        )
+    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise CheckpointError(
+            f"{folder}: model type {model_type!r} is not one that transformers takes pictures and text with; "
+            "a language model or tower becomes part of a model by a recipe"
+        )
+    return open_transformers(folder, device, name, dtype, quantize)
+
+
+def _open_published(folder: Path, device: str | None, name: str, dtype: Dtype | None, quantize: str | None) -> Backend:
+    """Open a published model of a family that is composed here, or an original LLaVA folder."""
+    import torch
+
+    from polymodal.backends.hf_folder import load_hf
+    from polymodal.backends.llava_repo import load_llava_repo
+    from polymodal.backends.local import LocalBackend
+    from polymodal.checkpoints.hub import commit_of
+    from polymodal.checkpoints.llava_repo import is_llava_repo
+    from polymodal.quantize import quantize_int8
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if is_llava_repo(folder):
+        loaded = load_llava_repo(folder, dtype=dtype or ("float32" if device == "cpu" else "bfloat16"))
+    else:
+        chosen: Dtype | Literal["auto"] = dtype or ("float32" if device == "cpu" else "auto")
+        loaded = load_hf(folder, dtype=chosen, source=name, revision=commit_of(folder))
+    loaded.model.to(device)
+    if quantize is not None:
+        quantize_int8(loaded.model)
+    return LocalBackend(loaded.model, loaded.tokenizer, loaded.config, name=name, history=loaded.history)
+
+
+def _model_type(folder: Path) -> str:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({first_line(error)})") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{path}: model_type is missing; this is not a model folder of transformers")
+    return str(config["model_type"])
+
+
+def find_model(name: str | Path, revision: str | None = None) -> Path:
     """Find a model's folder.
 
     Args:
         name: As in `load`.
+        revision: As in `load`.
 
     Returns:
         The folder.
 
     Raises:
         CheckpointError: There is no such folder.
+        ConfigError: A revision is given for what is no hub id.
     """
+    from polymodal.checkpoints.hub import HUB_ID, fetch_folder
+
+    if str(name).startswith(ENDPOINT):
+        raise CheckpointError(f"{name}: the model is behind an endpoint; this needs its folder")
     shipped = shipped_folder() / str(name)
     folder = Path(name).expanduser()
-    if (shipped / CONFIG_NAME).is_file():
-        return shipped
-    if folder.is_dir():
-        return folder
+    here = shipped if (shipped / CONFIG_NAME).is_file() else folder
+    if here.is_dir():
+        if revision is not None:
+            raise ConfigError(f"{name}: is a folder here, which has no revisions; leave revision out")
+        return here
     if HUB_ID.fullmatch(str(name)):
-        return _from_hub(str(name))
+        found = fetch_folder(str(name), revision)
+        if not any((found / file).is_file() for file in (CONFIG_NAME, "config.json")):
+            raise CheckpointError(
+                f"{name}: the hub's repository has no {CONFIG_NAME} and no config.json; it is no model"
+            )
+        return found
     if "/" in str(name):
         raise CheckpointError(f"{name}: no such model folder")
     raise unknown_name("model", str(name), [path.parent.name for path in shipped_folder().glob(f"*/{CONFIG_NAME}")])
-
-
-def _from_hub(name: str) -> Path:
-    """Fetch a model folder of ours from the Hugging Face hub, or find it in the hub's cache."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.md"]))
-    except (OSError, ValueError) as error:  # not there, no network, offline mode: all of them name the reason
-        raise CheckpointError(
-            f"{name}: no such folder here, and not to be had from the hub ({first_line(error)})"
-        ) from error
-    if not (folder / CONFIG_NAME).is_file():
-        raise CheckpointError(f"{name}: the hub's repository has no {CONFIG_NAME}; it is not a polymodal model")
-    return folder
 
 
 def load_processor(name: str | Path = "default") -> Processor:
@@ -89,10 +227,17 @@ def load_processor(name: str | Path = "default") -> Processor:
     Raises:
         CheckpointError: There is no such model, or its folder is damaged.
     """
+    folder = find_model(name)
+    from polymodal.backends.hf_folder import hf_processor
+    from polymodal.checkpoints.folder import read_config
+    from polymodal.checkpoints.hf import is_hf_folder
     from polymodal.llm import load_tokenizer, quieten_transformers
     from polymodal.model import build_vision
+    from polymodal.processing.processor import Processor
+    from polymodal.projectors.context import load_context_tokenizer
 
-    folder = find_model(name)
+    if not (folder / CONFIG_NAME).is_file() and is_hf_folder(folder):
+        return hf_processor(folder)
     config = read_config(folder)
     quieten_transformers()
     if config.image_token_id is None:
@@ -101,4 +246,5 @@ def load_processor(name: str | Path = "default") -> Processor:
     # Only the projector's grid is asked for, so the width of the language model does not matter.
     vision = build_vision(config, folder, llm_dim=1)
     tokens = vision[1].output_grid if vision is not None else None
-    return Processor(config, tokenizer, tokens, config.image_token_id)
+    context = load_context_tokenizer(config.projector, folder)
+    return Processor(config, tokenizer, tokens, config.image_token_id, bool(config.llm.encoder_decoder), context)

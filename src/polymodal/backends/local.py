@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from polymodal.backends.protocol import Reply, TextDelta, Timing, Usage
+from polymodal.backends.turns import forget_oldest, require_question
 from polymodal.errors import PolymodalError
-from polymodal.generation.generate import Step, stream_ids
+from polymodal.generation.generate import Step, generate_ids, stream_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.text import TextStream
 from polymodal.messages import Image, Message, Source, assistant, user
@@ -47,7 +48,14 @@ class LocalBackend:
         self.config = config
         self.name = name
         self.history = tuple(history)
-        self.processor = Processor(config, tokenizer, model.tokens_per_tile, model.image_token_id)
+        self.processor = Processor(
+            config,
+            tokenizer,
+            model.tokens_per_tile,
+            model.image_token_id,
+            model.encoder_decoder,
+            model.context_tokenizer,
+        )
 
     @property
     def context_length(self) -> int:
@@ -134,6 +142,34 @@ class LocalBackend:
             model=self.name,
         )
 
+    def generate_batch(
+        self, conversations: Sequence[Sequence[Message]], params: GenerationParams
+    ) -> list[str | PolymodalError]:
+        """Answer several conversations as one padded batch.
+
+        Args:
+            conversations: Each ends with a user message.
+            params: The settings; stop texts are not looked for.
+
+        Returns:
+            For each the answer's text, or why there is none.
+        """
+        prepared: list[Sample | PolymodalError] = []
+        for messages in conversations:
+            try:
+                prepared.append(self.prepare(messages, params.max_new_tokens))
+            except PolymodalError as error:
+                prepared.append(error)
+        samples = [p for p in prepared if not isinstance(p, PolymodalError)]
+        texts: list[str] = []
+        if samples:
+            batch = collate(samples, self.processor.pad_id, side="left")
+            stop_ids = self.processor.template.stop_ids
+            for ids in generate_ids(self.model, batch, params, stop_ids, len(self.tokenizer)):
+                texts.append(self.tokenizer.decode([i for i in ids if i not in stop_ids], skip_special_tokens=True))
+        remaining = iter(texts)
+        return [p if isinstance(p, PolymodalError) else next(remaining).strip() for p in prepared]
+
     def prepare(self, messages: Sequence[Message], room: int) -> Sample:
         """Process a conversation so that it fits the context.
 
@@ -150,28 +186,17 @@ class LocalBackend:
         Raises:
             PolymodalError: It does not fit even so; names both lengths.
         """
+        require_question(messages)
         kept = list(messages)
-        if not kept or kept[-1].role != "user":
-            raise PolymodalError("a conversation to answer must end with a user message")
+        if self.model.encoder_decoder:
+            room = 0  # the answer is the decoder's and takes nothing from what the encoder reads
         while True:
             sample = self.processor(kept, add_generation_prompt=True)
             length = sample.input_ids.numel()
             if length + min(room, self.context_length // 4) <= self.context_length:
                 return sample
-            start = next((i for i in range(len(kept) - 2) if _is_text_turn(kept, i)), None)
-            if start is None:
-                raise PolymodalError(
-                    f"the conversation takes {length} tokens and the model's context is {self.context_length}; "
-                    "shorten the text or give fewer or smaller pictures (media are never cut)"
-                )
-            del kept[start : start + 2]
+            kept = forget_oldest(kept, length, self.context_length)
 
     def _steps(self, sample: Sample, params: GenerationParams) -> Iterator[Step]:
         batch = collate([sample], self.processor.pad_id, side="left")
         return stream_ids(self.model, batch, params, self.processor.template.stop_ids, len(self.tokenizer))
-
-
-def _is_text_turn(messages: Sequence[Message], start: int) -> bool:
-    """Whether a question of plain text and its answer stand here."""
-    pair = messages[start : start + 2]
-    return [m.role for m in pair] == ["user", "assistant"] and not any(m.media for m in pair)

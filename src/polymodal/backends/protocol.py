@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
+from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
-from polymodal.messages import Message
+from polymodal.messages import Message, Source
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Timing:
 
     Attributes:
         prepare_s: Decoding pictures, tiling, tokenising.
-        encode_s: Vision encoder, projector and embedding.
+        encode_s: Vision encoder, projector and embedding; 0 where the model does not let it be seen apart.
         first_token_s: From the call to the first token.
         total_s: From the call to the last token.
         tokens_per_s: Decoding speed after the first token; 0 where there was only one.
@@ -80,6 +81,19 @@ class Backend(Protocol):
 
     name: str
 
+    def ask(self, prompt: str, *pictures: Source, params: GenerationParams | None = None) -> str:
+        """Ask one question about some pictures.
+
+        Args:
+            prompt: The question.
+            *pictures: Paths, bytes, `data:` URLs or Pillow pictures.
+            params: The settings; the backend's defaults where None.
+
+        Returns:
+            The answer's text.
+        """
+        ...
+
     def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
         """Answer a conversation.
 
@@ -103,5 +117,24 @@ class Backend(Protocol):
 
         Returns:
             Text deltas, then the `Reply`.
+        """
+        ...
+
+
+@runtime_checkable
+class BatchBackend(Protocol):
+    """A backend that answers many conversations faster than one after the other."""
+
+    def generate_batch(
+        self, conversations: Sequence[Sequence[Message]], params: GenerationParams
+    ) -> list[str | PolymodalError]:
+        """Answer several conversations.
+
+        Args:
+            conversations: Each ends with a user message.
+            params: The settings.
+
+        Returns:
+            For each the answer's text without white space around it, or why there is none.
         """
         ...

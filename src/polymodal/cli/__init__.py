@@ -25,6 +25,9 @@ VERBS = {
     "plan": "say what a recipe or model will need: tokens, memory, steps, hours (loads no weights)",
     "train": "run a training recipe or pipeline",
     "eval": "score a model on held-out questions, beside an image-blind control",
+    "describe": "say what a model folder holds: parts, sizes, template, pictures, history (loads no weights)",
+    "convert": "turn a published model, such as an original LLaVA folder, into a model folder of ours",
+    "export": "write a model as a stock folder of transformers, or whole, and prove that it is the same",
     "data": "check, prepare, look at and build training data",
 }
 """Each verb and its line in `--help`; the module of the same name implements it."""

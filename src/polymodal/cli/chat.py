@@ -17,8 +17,7 @@ from polymodal.cli import common
 from polymodal.errors import PolymodalError
 
 if TYPE_CHECKING:
-    from polymodal.backends.local import LocalBackend
-    from polymodal.backends.protocol import Reply
+    from polymodal.backends.protocol import Backend, Reply
     from polymodal.generation.params import GenerationParams
     from polymodal.messages import Image, Message
 
@@ -36,15 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", help="a system message")
     common.add_model_argument(parser)
     common.add_device_argument(parser)
+    common.add_quantize_argument(parser)
+    common.add_endpoint_arguments(parser)
     common.add_sampling_arguments(parser, max_new_tokens=256)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the conversation until the input ends."""
     params = common.sampling_params(args)
-    from polymodal.backends import load
-
-    chat = Chat(load(args.model, device=args.device), params, args.system)
+    chat = Chat(common.open_model(args), params, args.system)
     for path in args.pictures:
         chat.add_picture(path)
     return chat.run()
@@ -59,7 +58,7 @@ class Chat:
         system: The system message, if any.
     """
 
-    def __init__(self, model: LocalBackend, params: GenerationParams, system: str | None) -> None:
+    def __init__(self, model: Backend, params: GenerationParams, system: str | None) -> None:
         self.model = model
         self.params = params
         self.system = system
@@ -104,13 +103,10 @@ class Chat:
         Raises:
             PolymodalError: The model takes no pictures, or this is none.
         """
-        from polymodal.messages import user
-
         (picture,) = common.pictures([path])
-        sample = self.model.processor([user(picture)], pixels=False)
+        seen = _look_at(self.model, picture)
         self.pending.append(picture)
-        size = sample.plans[0].source
-        common.note(f"  {path}: {size.width} × {size.height} pixels, {sample.plans[0].num_tokens} tokens")
+        common.note(f"  {path}: {seen}")
 
     def _read(self) -> str | None:
         try:
@@ -160,6 +156,10 @@ class Chat:
         except KeyboardInterrupt:
             print()
             common.note("  (stopped)")
+        except PolymodalError:
+            if said:
+                print()  # the error begins a line of its own
+            raise
         self.messages = [*asked, assistant("".join(said))]
         self.pending = []
 
@@ -173,3 +173,16 @@ class Chat:
         )
         colour = common.colour_wanted("auto", sys.stderr)
         common.note(f"{common.DIM}{line}{common.RESET}" if colour else line)
+
+
+def _look_at(model: Backend, picture: Image) -> str:
+    """Check a picture; its size, and what it takes where the model is ours and its rules are known."""
+    from polymodal.backends.local import LocalBackend
+    from polymodal.media.image import open_image
+    from polymodal.messages import user
+
+    if not isinstance(model, LocalBackend):
+        width, height = open_image(picture.source).size
+        return f"{width} × {height} pixels"
+    (plan,) = model.processor([user(picture)], pixels=False).plans
+    return f"{plan.source.width} × {plan.source.height} pixels, {plan.num_tokens} tokens"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 from polymodal.errors import ConfigError
 
 if TYPE_CHECKING:
+    from polymodal.backends.protocol import Backend
     from polymodal.generation.params import GenerationParams
     from polymodal.messages import Image
 
@@ -28,9 +29,41 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of models behind an endpoint; the key has none, since command lines are seen by others."""
+    group = parser.add_argument_group(
+        "endpoints", "a model named openai:MODEL is asked over the network; its key is read from OPENAI_API_KEY"
+    )
+    group.add_argument("--base-url", metavar="URL", help="the server, such as http://localhost:8000/v1")
+    group.add_argument("--allow-http", action="store_true", help="send the key over http to another host")
+
+
+def open_model(args: argparse.Namespace) -> Backend:
+    """Open the model that the flags name.
+
+    Args:
+        args: Of a verb with `--device`, `--quantize` and the flags of `add_endpoint_arguments`.
+
+    Returns:
+        The model.
+    """
+    from polymodal.backends import load
+
+    return load(args.model, args.device, quantize=args.quantize, base_url=args.base_url, allow_http=args.allow_http)
+
+
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--device`."""
     parser.add_argument("--device", help='"cpu" or "cuda"; a GPU where there is one (default)')
+
+
+def add_quantize_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--quantize`; its values are those of `polymodal.quantize`, which loads torch."""
+    parser.add_argument(
+        "--quantize",
+        metavar="HOW",
+        help="int8 rounds the language model to 8 bits on a CPU; nf4 (bitsandbytes) and int8-gpu (torchao) on a GPU",
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

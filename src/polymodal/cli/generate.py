@@ -1,6 +1,7 @@
 """Ask one question about any number of pictures and print the answer.
 
 Example: polymodal generate --image cat.jpg --prompt "What is this?"
+         polymodal generate --model openai:gpt-4o --image cat.jpg --prompt "What is this?"
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
     common.add_model_argument(parser)
     common.add_device_argument(parser)
+    common.add_quantize_argument(parser)
+    common.add_endpoint_arguments(parser)
     common.add_sampling_arguments(parser, max_new_tokens=256)
 
 
@@ -38,11 +41,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--json and --stream cannot be combined; leave one out")
     params = common.sampling_params(args)
 
-    from polymodal.backends import load
     from polymodal.backends.protocol import TextDelta
     from polymodal.messages import system, user
 
-    model = load(args.model, device=args.device)
+    model = common.open_model(args)
     messages = [system(args.system)] if args.system else []
     messages.append(user(*common.pictures(args.image), args.prompt))
     if args.stream:

@@ -1,0 +1,322 @@
+"""Any vision-language model of transformers behind the chat protocol, through its own class and processor.
+
+Unlike `backends.local`, nothing of the model is ours: what its processor makes goes into its own `generate`. Choosing
+the next token is ours (`generation.sampling`), so that the same settings mean the same everywhere and a seed belongs to
+one answer only; so is the text as it streams. The model runs in a thread of its own, one conversation after the other,
+since several classes keep positions of the conversation at hand on themselves.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from polymodal.backends.protocol import Reply, TextDelta, Timing, Usage
+from polymodal.backends.transformers_folder import open_model, open_processor
+from polymodal.backends.transformers_prompt import Chat, PromptMaker
+from polymodal.backends.turns import forget_oldest, require_question
+from polymodal.checkpoints.safe import check_folder
+from polymodal.errors import PolymodalError
+from polymodal.generation.params import GenerationParams
+from polymodal.generation.sampling import new_generator, sample_next
+from polymodal.generation.text import TextStream
+from polymodal.messages import Image, Message, Source, assistant, user
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+Inputs = dict[str, Any]
+
+
+def open_transformers(
+    folder: Path,
+    device: str | None = None,
+    name: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+) -> TransformersBackend:
+    """Open a model folder of transformers.
+
+    Args:
+        folder: Of Hugging Face's layout: config.json, safetensors, a processor.
+        device: "cpu" or a GPU; None takes a GPU where there is one.
+        name: What replies call it; the folder's name where None.
+        dtype: Of the weights in memory; None takes float32 on a CPU, and what the folder stores on a GPU.
+        quantize: As `polymodal.quantize.check_quantize` knows it; None leaves the weights as they are.
+
+    Returns:
+        The model behind the chat protocol.
+
+    Raises:
+        CheckpointError: The folder is not safe to open, or the model or its processor cannot be opened; says why.
+    """
+    check_folder(folder)
+    processor = open_processor(folder)  # before the weights: it is quick, and the likelier to be missing something
+    model = open_model(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, quantize)
+    return TransformersBackend(model, processor, name or folder.name)
+
+
+class TransformersBackend:
+    """Answers conversations with a model of transformers.
+
+    Args:
+        model: A model that takes pictures and text, in eval mode.
+        processor: Its processor.
+        name: What replies call it.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, name: str = "model") -> None:
+        self.model = model
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.name = name
+        config = model.config
+        media = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
+        image_token_id = media[0] if media[0] is not None else getattr(config, "image_token_index", None)
+        self.prompts = PromptMaker(processor, image_token_id)
+        self.stop_ids = _stop_ids(model, self.tokenizer)
+        self._never = sorted({int(i) for i in (*media, image_token_id) if i is not None})
+        self._busy = threading.Lock()
+
+    @property
+    def context_length(self) -> int:
+        """The most positions the language model was made for."""
+        text_config = self.model.config.get_text_config()
+        return int(getattr(text_config, "max_position_embeddings", None) or 1 << 30)
+
+    def ask(self, prompt: str, *pictures: Source, params: GenerationParams | None = None) -> str:
+        """Ask one question about some pictures.
+
+        Args:
+            prompt: The question.
+            *pictures: Paths, bytes, `data:` URLs or Pillow pictures.
+            params: The settings; greedy where None.
+
+        Returns:
+            The answer's text.
+        """
+        return self.generate([user(*map(Image, pictures), prompt)], params).text
+
+    def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
+        """Answer a conversation.
+
+        Args:
+            messages: The conversation; ends with a user message.
+            params: The settings; greedy where None.
+
+        Returns:
+            The reply.
+
+        Raises:
+            PolymodalError: A picture cannot be read, or the conversation does not fit the model.
+        """
+        *_, reply = self.stream(messages, params)
+        assert isinstance(reply, Reply)  # the last event of a stream
+        return reply
+
+    def stream(
+        self, messages: Sequence[Message], params: GenerationParams | None = None
+    ) -> Iterator[TextDelta | Reply]:
+        """Answer a conversation piece by piece. Closing the iterator stops the model.
+
+        The times of encoding pictures are part of the time to the first token: these models encode inside their first
+        step.
+
+        Args:
+            messages: The conversation; ends with a user message.
+            params: The settings; greedy where None.
+
+        Yields:
+            `TextDelta`s as text becomes certain, then the whole `Reply`.
+
+        Raises:
+            PolymodalError: A picture cannot be read, or the conversation does not fit the model.
+        """
+        params = params or GenerationParams()
+        begin = time.perf_counter()
+        inputs = self.prepare(messages, params.max_new_tokens)
+        prompt = inputs["input_ids"]
+        prepared = first = time.perf_counter()
+        text = TextStream(self.tokenizer, params.stop, self.stop_ids, skip_space=True)
+        made = 0
+        with closing(self._steps(inputs, params)) as steps:
+            for (token,) in steps:
+                if made == 0:
+                    first = time.perf_counter()
+                made += 1
+                if delta := text.push(token):
+                    yield TextDelta(delta)
+                if text.stopped:
+                    break
+        if delta := text.finish():
+            yield TextDelta(delta)
+        end = time.perf_counter()
+        yield Reply(
+            message=assistant(text.text),
+            usage=Usage(prompt.numel(), self.prompts.image_tokens(prompt), made),
+            timing=Timing(
+                prepare_s=prepared - begin,
+                encode_s=0.0,
+                first_token_s=first - begin,
+                total_s=end - begin,
+                tokens_per_s=(made - 1) / (end - first) if made > 1 else 0.0,
+            ),
+            finish_reason="stop" if text.stopped else "length",
+            model=self.name,
+        )
+
+    def generate_batch(
+        self, conversations: Sequence[Sequence[Message]], params: GenerationParams
+    ) -> list[str | PolymodalError]:
+        """Answer several conversations, those of a kind together.
+
+        Args:
+            conversations: Each ends with a user message.
+            params: The settings.
+
+        Returns:
+            For each the answer's text, or why there is none.
+        """
+        answers: dict[int, str | PolymodalError] = {}
+        groups: dict[bool, dict[int, Chat]] = {}
+        for index, messages in enumerate(conversations):
+            try:
+                require_question(messages)
+                chat = self.prompts.chat(messages)
+            except PolymodalError as error:
+                answers[index] = error
+            else:
+                groups.setdefault(any(message.media for message in messages), {})[index] = chat
+        for group in groups.values():
+            answers |= self._together(group, params)
+        for index in set(range(len(conversations))) - set(answers):
+            try:
+                answers[index] = self.generate(conversations[index], params).text.strip()
+            except PolymodalError as error:
+                answers[index] = error
+        return [answers[index] for index in range(len(conversations))]
+
+    def prepare(self, messages: Sequence[Message], room: int) -> Inputs:
+        """Process a conversation so that it fits the context; the oldest turns of plain text are left out if need be.
+
+        Args:
+            messages: The conversation.
+            room: Positions to keep free for the answer.
+
+        Returns:
+            The model's inputs, on the CPU.
+
+        Raises:
+            PolymodalError: It does not fit even so, or cannot be expressed.
+        """
+        require_question(messages)
+        kept = list(messages)
+        while True:
+            inputs = self.prompts.inputs([self.prompts.chat(kept)])
+            length = inputs["input_ids"].shape[1]
+            if self._fits(length, room):
+                return inputs
+            kept = forget_oldest(kept, length, self.context_length)
+
+    def _fits(self, length: int, room: int) -> bool:
+        if self.model.config.is_encoder_decoder:
+            room = 0  # the answer is the decoder's and takes nothing from what the encoder reads
+        return length + min(room, self.context_length // 4) <= self.context_length
+
+    def _together(self, group: dict[int, Chat], params: GenerationParams) -> dict[int, str | PolymodalError]:
+        """Answer a padded batch; nothing where these have to be asked one by one (unequal pictures, too long, ...)."""
+        if len(group) < 2 or params.temperature > 0:
+            return {}  # a seed belongs to one answer
+        try:
+            inputs = self.prompts.inputs(list(group.values()))
+        except PolymodalError:
+            return {}
+        if not self._fits(inputs["input_ids"].shape[1], params.max_new_tokens):
+            return {}
+        rows: list[TextStream] = [TextStream(self.tokenizer, params.stop, self.stop_ids, True) for _ in group]
+        with closing(self._steps(inputs, params)) as steps:
+            for step in steps:
+                for row, token in zip(rows, step, strict=True):
+                    if not row.stopped:
+                        row.push(token)
+                if all(row.stopped for row in rows):
+                    break
+        for row in rows:
+            row.finish()
+        return {index: row.text.strip() for index, row in zip(group, rows, strict=True)}
+
+    def _steps(self, inputs: Inputs, params: GenerationParams) -> Generator[list[int]]:
+        """Run the model in a thread and give one id a row after each step; the thread ends with the iterator."""
+        steps: queue.SimpleQueue[list[int] | BaseException | None] = queue.SimpleQueue()
+        cancelled = threading.Event()
+
+        def work() -> None:
+            try:
+                with self._busy:
+                    self._run(inputs, params, steps.put, cancelled)
+                steps.put(None)
+            except BaseException as error:  # it belongs to who waits on the other side
+                steps.put(error)
+
+        thread = threading.Thread(target=work, name="generate", daemon=True)
+        thread.start()
+        try:
+            while (step := steps.get()) is not None:
+                if isinstance(step, BaseException):
+                    raise step
+                yield step
+        finally:
+            cancelled.set()
+            thread.join()
+
+    @torch.inference_mode()
+    def _run(self, inputs: Inputs, params: GenerationParams, put: Any, cancelled: threading.Event) -> None:
+        from transformers import LogitsProcessorList, StoppingCriteriaList
+
+        moved = {
+            key: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+            if isinstance(value, torch.Tensor)
+            else value
+            for key, value in inputs.items()
+        }
+        generator = new_generator(params, self.model.device)
+        start: int | None = None
+
+        def choose(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            """Choose the next ids, tell the other side, and leave `generate` no other choice."""
+            nonlocal start
+            start = ids.shape[1] if start is None else start
+            scores = scores.clone()
+            scores[:, [i for i in self._never if i < scores.shape[1]]] = -torch.inf
+            scores[:, len(self.tokenizer) :] = -torch.inf  # head rows past the tokenizer
+            chosen = sample_next(scores, params, ids[:, start:], generator)
+            put(chosen.tolist())
+            return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+        def stop(ids: torch.Tensor, _scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            return torch.full((len(ids),), cancelled.is_set(), device=ids.device)
+
+        self.model.generate(
+            **moved,
+            max_new_tokens=params.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            eos_token_id=list(self.stop_ids) or None,
+            logits_processor=LogitsProcessorList([choose]),
+            stopping_criteria=StoppingCriteriaList([stop]),
+        )
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
+    """What ends an answer: the model's own generation settings, and the tokenizer's end token."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))

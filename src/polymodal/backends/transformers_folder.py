@@ -1,0 +1,181 @@
+"""Opening any vision-language model of transformers with its own processor, from a folder.
+
+No code of the folder's is run and no pickle is read. Pictures are resized by Pillow, whatever else is installed, so
+that the same picture gives the same pixels everywhere.
+
+Several processors (Qwen2-VL, InternVL, LLaVA-OneVision, ...) insist on a part that reads videos, and those parts need
+torchvision. Pictures never pass through it, so where torchvision is missing a stand-in takes its place. SmolVLM's
+processor also wants num2words, for its sentence about videos; Idefics3's writes the same prompt for pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polymodal.checkpoints.safe import check_finite
+from polymodal.errors import CheckpointError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+PARTS = ("image_processor", "tokenizer", "video_processor")
+"""Parts of a processor that are opened here; a processor with others is left to transformers."""
+
+PICTURES_ONLY = {"SmolVLMProcessor": "Idefics3Processor"}
+"""What does the same for pictures, where num2words is missing."""
+
+_NAMED_IN = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+
+
+def open_model(folder: Path, device: str, dtype: str | None = None, quantize: str | None = None) -> PreTrainedModel:
+    """Load the weights.
+
+    Args:
+        folder: A folder of Hugging Face's layout with safetensors, looked over by `checkpoints.safe`.
+        device: "cpu" or a GPU.
+        dtype: Of the weights in memory; None takes float32 on a CPU, where most compute bfloat16 several times slower,
+            and what the folder stores on a GPU.
+        quantize: As `polymodal.quantize.check_quantize` knows it; None leaves the weights as they are.
+
+    Returns:
+        The model on its device, in eval mode.
+
+    Raises:
+        CheckpointError: The folder holds no model that takes pictures and text, or is damaged.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from polymodal.llm import quieten_transformers
+    from polymodal.quantize import GPU_WAYS, gpu_settings, quantize_published
+
+    quieten_transformers()
+    on_gpu = quantize in GPU_WAYS
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            str(folder),
+            dtype=dtype or ("float32" if device == "cpu" else "auto"),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **({"quantization_config": gpu_settings(str(quantize)), "device_map": {"": device}} if on_gpu else {}),
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot open the model ({_reason(error)})") from error
+    for what in ("missing_keys", "mismatched_keys"):
+        if report[what]:
+            names = sorted(str(name) for name in report[what])
+            more = " ..." if len(names) > 4 else ""
+            raise CheckpointError(f"{folder}: weights do not fit the model ({what}: {', '.join(names[:4])}{more})")
+    if on_gpu:  # it is where it belongs, and its weights are no plain numbers any more
+        return model.eval()
+    check_finite(model.state_dict(), folder)
+    model.to(device).eval()
+    if quantize is not None:
+        quantize_published(model)
+    return model
+
+
+def open_processor(folder: Path) -> ProcessorMixin:
+    """Open the processor with a Pillow image processor.
+
+    Args:
+        folder: As in `open_model`.
+
+    Returns:
+        The processor; it has a tokenizer, an image processor and a chat template.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be opened here.
+    """
+    import transformers
+
+    try:
+        kind = _processor_class(folder)
+        if kind is not None and set(kind.get_attributes()) <= set(PARTS):
+            parts = [_part(name, folder) for name in kind.get_attributes()]
+            if any(isinstance(part, _NoVideos) for part in parts):
+                kind = _without_videos(kind)
+            settings, _ = kind.get_processor_dict(str(folder))
+            processor = kind.from_args_and_dict(parts, settings)
+        else:
+            processor = transformers.AutoProcessor.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True
+            )
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: its processor cannot be opened ({_reason(error)})") from error
+    for part in ("tokenizer", "image_processor"):
+        if getattr(processor, part, None) is None:
+            raise CheckpointError(f"{folder}: its processor has no {part}; a model for pictures and text is needed")
+    if not processor.chat_template:
+        processor.chat_template = processor.tokenizer.chat_template
+    if not processor.chat_template:
+        raise CheckpointError(
+            f"{folder}: there is no chat template, so how the model wants to be asked is not known; "
+            "add chat_template.jinja to the folder"
+        )
+    return processor
+
+
+def _processor_class(folder: Path) -> Any:
+    """The class that the folder names, else the usual one of its model type; None where neither says."""
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    name = None
+    for file in _NAMED_IN:
+        if (folder / file).is_file() and name is None:
+            name = json.loads((folder / file).read_text(encoding="utf-8")).get("processor_class")
+    if name is None:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        name = PROCESSOR_MAPPING_NAMES.get(model_type)
+    if name in PICTURES_ONLY and find_spec("num2words") is None:
+        name = PICTURES_ONLY[name]
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    return found if hasattr(found, "get_attributes") else None
+
+
+def _part(name: str, folder: Path) -> Any:
+    """Open one part of a processor."""
+    import transformers
+
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    if name == "tokenizer":
+        return transformers.AutoTokenizer.from_pretrained(str(folder), **options)
+    if name == "image_processor":
+        return transformers.AutoImageProcessor.from_pretrained(str(folder), backend="pil", **options)
+    if find_spec("torchvision") is None:
+        return _NoVideos()
+    return transformers.AutoVideoProcessor.from_pretrained(str(folder), **options)
+
+
+class _NoVideos(dict[str, Any]):
+    """Stands where a video processor has to be, and reads no videos; a dict, since processors print their parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model_input_names: list[str] = []
+
+
+def _without_videos(kind: Any) -> Any:
+    """A processor's class that takes the stand-in."""
+
+    class Pictures(kind):  # type: ignore[misc]
+        def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
+            return (
+                _NoVideos
+                if isinstance(argument, _NoVideos)
+                else super().check_argument_for_proper_class(name, argument)
+            )
+
+    Pictures.__name__ = kind.__name__
+    return Pictures
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error; what transformers says often begins with an empty line and runs over many."""
+    text = " ".join(str(error).split())
+    return text if 0 < len(text) <= 300 else first_line(error)[:300]

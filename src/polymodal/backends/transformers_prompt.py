@@ -1,0 +1,264 @@
+"""A conversation in the form that a processor of transformers takes, checked before it goes in.
+
+`apply_chat_template` has three habits that would change a conversation without a word: many templates put all pictures
+first, some drop content of a kind they were not written for, and a placeholder that somebody typed ("<image>") is
+taken for a picture. So the conversation is rendered once with a mark in place of every text, which shows where the
+template puts what; and texts with control tokens in them go through transformers' own escape, the result of which is
+counted, or are refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import torch
+
+from polymodal.errors import ConfigError, PolymodalError
+from polymodal.media.image import open_image
+from polymodal.messages import Image, Message, Text
+from polymodal.sandbox import compile_template
+from polymodal.sandbox_size import UnsafeTemplateError
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+Chat = list[dict[str, Any]]
+"""Messages as transformers has them: role, and content as a list of parts."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class PromptMaker:
+    """Turns conversations into a model's inputs.
+
+    Args:
+        processor: The model's own processor.
+        image_token_id: The id that stands for a piece of a picture in the input ids; None where there is none.
+    """
+
+    def __init__(self, processor: ProcessorMixin, image_token_id: int | None) -> None:
+        self.processor = processor
+        self.image_token_id = image_token_id
+        self.image_token: str | None = getattr(processor, "image_token", None)
+        self._nonce = f"PM{secrets.token_hex(12)}x"
+        self._controls = _control_tokens(processor)
+        self._limited = _limited(processor)
+        self._special = {str(name): token for name, token in processor.tokenizer.special_tokens_map.items()}
+        self._can_escape = (
+            "sanitize_control_tokens" in inspect.signature(type(processor).apply_chat_template).parameters
+        )
+
+    def chat(self, messages: Sequence[Message]) -> Chat:
+        """Open the pictures, and check that the template can express the conversation.
+
+        Args:
+            messages: The conversation.
+
+        Returns:
+            It, as transformers has it.
+
+        Raises:
+            PolymodalError: A picture cannot be read, a part cannot be used, or the template would change the order.
+        """
+        chat: Chat = [{"role": m.role, "content": _parts(m, index)} for index, m in enumerate(messages)]
+        expected = [part["type"] for turn in chat for part in turn["content"]]
+        problem = None
+        for style in (chat, _text_as_strings(chat)):
+            try:
+                found = self._written(style)
+            except PolymodalError as error:
+                problem = problem or error
+                continue
+            if found == expected or (self.image_token is None and found == [k for k in expected if k == "text"]):
+                return style
+        raise problem or PolymodalError(
+            "the model's chat template drops or moves a part of the conversation (some put all pictures first); "
+            "put the pictures of a message before its text, or leave out the system message"
+        )
+
+    def inputs(self, chats: Sequence[Chat]) -> dict[str, Any]:
+        """Run the processor.
+
+        Args:
+            chats: Conversations of `chat`; more than one are padded on the left.
+
+        Returns:
+            What the model takes: `input_ids` [B, T], `attention_mask` [B, T], pixels and the rest.
+
+        Raises:
+            PolymodalError: The processor refuses a conversation.
+        """
+        if not any(self._typed(chat) for chat in chats):
+            return self._run(chats)
+        if len(chats) > 1:
+            raise PolymodalError("conversations with typed control tokens are processed one by one")
+        (chat,) = chats
+        names = ", ".join(repr(token) for token in self._typed(chat)[:4])
+        refused = PolymodalError(
+            f"the text holds {names}, which this model's processor would take for control; reword it"
+        )
+        if not self._can_escape:
+            raise refused
+        try:
+            made = self._run(chats, sanitize_control_tokens=True)
+        except PolymodalError:
+            raise refused from None
+        if self._count(made) != self._count(self._run([self._without_typed(chat)])):
+            raise refused
+        return made
+
+    def image_tokens(self, ids: torch.Tensor) -> int:
+        """Count the pieces of pictures among input ids."""
+        return 0 if self.image_token_id is None else int((ids == self.image_token_id).sum())
+
+    def _run(self, chats: Sequence[Chat], **options: Any) -> dict[str, Any]:
+        padding = {"padding": True, "padding_side": "left"} if len(chats) > 1 else None
+        try:
+            made = self.processor.apply_chat_template(
+                list(chats), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+                processor_kwargs=padding, **options,
+            )  # fmt: skip
+        except Exception as error:  # a processor may raise anything; the conversation is what it was given
+            raise PolymodalError(
+                f"the model's processor refuses the conversation ({' '.join(str(error).split())[:300]})"
+            ) from error
+        return dict(made)
+
+    def _bounded(self, chat: Chat) -> None:
+        """Raise where the template would loop or grow without end; transformers' sandbox would let it."""
+        for source in self._limited:
+            try:
+                source(messages=chat, tools=None, documents=None, add_generation_prompt=True, **self._special)
+            except UnsafeTemplateError:
+                raise
+            except (jinja2.TemplateError, TypeError, AttributeError, ValueError, KeyError):
+                continue  # the processor itself says what is wrong
+
+    def _written(self, chat: Chat) -> list[str]:
+        """What the template writes, in order: "text" for a text that stands where it should, "image" for a picture."""
+        number = 0
+
+        def mark(text: str) -> str:
+            nonlocal number
+            number += 1
+            return f"{self._nonce}{number}x"
+
+        rendered = self._render(_with_texts(chat, mark))
+        pattern = re.escape(self._nonce) + r"(\d+)x" + (f"|{re.escape(self.image_token)}" if self.image_token else "")
+        # Markers of a string with several texts, and pictures inside it, cannot occur: only texts become strings.
+        found, due = [], 1
+        for match in re.finditer(pattern, rendered):
+            if match[1] is None:
+                found.append("image")
+            else:
+                found.append("text" if int(match[1]) == due else "moved")
+                due += 1
+        return found
+
+    def _render(self, chat: Chat) -> str:
+        self._bounded(chat)
+        try:
+            rendered = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template may raise anything
+            raise PolymodalError(
+                f"the model's chat template refuses this conversation ({' '.join(str(error).split())[:300]})"
+            ) from None
+        return str(rendered)
+
+    def _typed(self, chat: Chat) -> list[str]:
+        """Control tokens that stand in the texts."""
+        texts = list(_texts(chat))
+        return [token for token in self._controls if any(token in text for text in texts)]
+
+    def _without_typed(self, chat: Chat) -> Chat:
+        pattern = re.compile("|".join(map(re.escape, self._controls)))
+        return _with_texts(chat, lambda text: pattern.sub("?", text))
+
+    def _count(self, made: dict[str, Any]) -> list[int]:
+        """How often each control token stands in the input ids."""
+        ids = made["input_ids"]
+        return [int((ids == i).sum()) for i in self.processor.tokenizer.convert_tokens_to_ids(list(self._controls))]
+
+
+def _parts(message: Message, index: int) -> list[dict[str, Any]]:
+    """A message's content; neighbouring texts are joined, as in our own template."""
+    parts: list[dict[str, Any]] = []
+    for part in message.parts:
+        if isinstance(part, Text):
+            if _SURROGATE.search(part.text):
+                raise PolymodalError(
+                    f"message {index + 1}: the text holds half of a surrogate pair, which is no character; "
+                    "mend its encoding"
+                )
+            if parts and parts[-1]["type"] == "text":
+                parts[-1]["text"] += part.text
+            elif part.text:
+                parts.append({"type": "text", "text": part.text})
+        elif not isinstance(part, Image):
+            raise PolymodalError(
+                f"message {index + 1}: {type(part).__name__} parts are not supported yet; give pictures and text"
+            )
+        elif message.role != "user":
+            raise PolymodalError(
+                f"message {index + 1}: a picture must stand in a user's message, not the {message.role}'s"
+            )
+        else:
+            parts.append({"type": "image", "image": open_image(part.source)})
+    return parts
+
+
+def _text_as_strings(chat: Chat) -> Chat:
+    """The same conversation with plain strings where a message has no picture: some templates want it so."""
+    made = []
+    for turn in chat:
+        plain = all(part["type"] == "text" for part in turn["content"])
+        content = "".join(part["text"] for part in turn["content"]) if plain else turn["content"]
+        made.append({"role": turn["role"], "content": content})
+    return made
+
+
+def _with_texts(chat: Chat, change: Any) -> Chat:
+    """A copy with other texts."""
+    made = []
+    for turn in chat:
+        content = turn["content"]
+        if isinstance(content, str):
+            content = change(content) if content else content
+        else:
+            content = [{**part, "text": change(part["text"])} if part["type"] == "text" else part for part in content]
+        made.append({"role": turn["role"], "content": content})
+    return made
+
+
+def _texts(chat: Chat) -> list[str]:
+    contents = [turn["content"] for turn in chat]
+    as_parts = [[{"type": "text", "text": c}] if isinstance(c, str) else c for c in contents]
+    return [part["text"] for parts in as_parts for part in parts if part["type"] == "text"]
+
+
+def _limited(processor: ProcessorMixin) -> list[Callable[..., str]]:
+    """The processor's templates in a sandbox with limits; without those that only transformers can compile."""
+    given: Any = processor.chat_template
+    found = []
+    for source in given.values() if isinstance(given, dict) else (given,):
+        with suppress(ConfigError):
+            found.append(compile_template(str(source)))
+    return found
+
+
+def _control_tokens(processor: ProcessorMixin) -> tuple[str, ...]:
+    """What must not be read as a token when somebody typed it."""
+    template = processor.chat_template if isinstance(processor.chat_template, str) else str(processor.chat_template)
+    found = [
+        token.content
+        for token in processor.tokenizer.added_tokens_decoder.values()
+        if token.content.strip() and (token.special or token.content in template)
+    ]
+    own = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")]
+    return tuple(dict.fromkeys([*found, *(token for token in own if isinstance(token, str) and token)]))

@@ -1,0 +1,651 @@
+"""OpenAIBackend against a small server that misbehaves on demand."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image as PILImage
+
+from polymodal.backends import load, load_processor
+from polymodal.backends.openai import OpenAIBackend, open_endpoint
+from polymodal.backends.openai_events import clean, read_events
+from polymodal.backends.openai_http import Endpoint, Patience, retry_after
+from polymodal.backends.openai_parts import picture_bytes, to_openai
+from polymodal.backends.protocol import Reply, TextDelta
+from polymodal.cli import main
+from polymodal.errors import CheckpointError, ConfigError, EndpointError, MediaError, PolymodalError
+from polymodal.generation.params import GenerationParams
+from polymodal.messages import Audio, Document, Image, Video, assistant, system, user
+
+KEY = "sk-test-0123456789abcdef"
+QUICK = Patience(connect_s=2.0, read_s=0.3, total_s=3.0, retries=2, first_wait_s=0.01, longest_wait_s=0.2)
+HELLO = [user("Hello")]
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def model(server: Any) -> Iterator[OpenAIBackend]:
+    made = open_endpoint("tiny", base_url=server.url, api_key=KEY, patience=QUICK)
+    yield made
+    made.close()
+
+
+def answer(text: str = "Hi there", finish: str | None = "stop", **more: Any) -> dict[str, Any]:
+    """A whole chat completion."""
+    usage = {"prompt_tokens": 11, "completion_tokens": 3, "prompt_tokens_details": {"image_tokens": 7}}
+    message = {"role": "assistant", "content": text}
+    return {
+        "object": "chat.completion", "model": "tiny-2026", "usage": usage,
+        "choices": [{"index": 0, "message": message, "finish_reason": finish}], **more,
+    }  # fmt: skip
+
+
+def piece(text: str | None = None, finish: str | None = None) -> dict[str, Any]:
+    """A piece of a streamed completion."""
+    delta = {} if text is None else {"content": text}
+    return {"model": "tiny-2026", "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+
+def sends(body: Any, status: int = 200, kind: str = "application/json", **headers: str) -> Any:
+    """An action: one response."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    def action(handler: Any) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Type", kind)
+        handler.send_header("Content-Length", str(len(data)))
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    return action
+
+
+def streams(*items: Any, pause: float = 0.0, cut: int = 0, drop: bool = False) -> Any:
+    """An action: server-sent events; objects as JSON, bytes as they are, sent in pieces of `cut` bytes."""
+
+    def action(handler: Any) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        handler.send_header("Connection", "close")
+        if drop:
+            handler.send_header("Content-Length", "999999")  # a promise that is not kept
+        handler.end_headers()
+        for item in items:
+            data = item if isinstance(item, bytes) else b"data: " + json.dumps(item).encode() + b"\n\n"
+            for start in range(0, len(data), cut or len(data)):
+                handler.wfile.write(data[start : start + (cut or len(data))])
+                handler.wfile.flush()
+            time.sleep(pause)
+        handler.close_connection = True
+
+    return action
+
+
+def hangs(seconds: float = 1.0) -> Any:
+    return lambda handler: time.sleep(seconds)
+
+
+def hangs_up(handler: Any) -> None:
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def test_a_whole_answer(server: Any, model: OpenAIBackend) -> None:
+    server.plays(sends(answer()))
+    params = GenerationParams(max_new_tokens=9, temperature=0.5, top_p=0.9, seed=3, stop=("END", ""))
+    reply = model.generate([system("Be kind."), user("Hello")], params)
+    assert reply.text == "Hi there" and reply.finish_reason == "stop" and reply.model == "tiny-2026"
+    assert (reply.usage.prompt_tokens, reply.usage.image_tokens, reply.usage.completion_tokens) == (11, 7, 3)
+    assert 0 < reply.timing.first_token_s <= reply.timing.total_s and reply.timing.encode_s == 0
+    assert server.paths == ["/v1/chat/completions"]
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+    assert server.bodies[0] == {
+        "model": "tiny", "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["END"],
+        "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7])
+def test_a_streamed_answer_in_whole_characters(cut: int, server: Any, model: OpenAIBackend) -> None:
+    raw = 'data: {"choices":[{"delta":{"content":"猫 🐈\u2028é"}}]}\r\n\r\n'.encode()
+    halves = rb'data: {"choices":[{"delta":{"content":" \ud83d"}}]}' + b"\n\n"
+    other = rb'data: {"choices":[{"delta":{"content":"\udc08."}}]}' + b"\n\n"
+    server.plays(
+        streams(
+            b": ping\n\n", {"choices": [{"delta": {"role": "assistant", "content": ""}}]}, raw, b"event: x\nid: 4\n",
+            halves, b":\n", other, piece(finish="length"),
+            {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 4}}, DONE, cut=cut,
+        )
+    )  # fmt: skip
+    *deltas, reply = model.stream(HELLO, GenerationParams(max_new_tokens=4))
+    assert isinstance(reply, Reply) and all(isinstance(delta, TextDelta) for delta in deltas)
+    assert [delta.text for delta in deltas] == ["猫 🐈\u2028é", " ", "🐈."]
+    assert reply.text == "猫 🐈\u2028é 🐈." and reply.finish_reason == "length"
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (5, 4)
+    assert reply.timing.tokens_per_s > 0
+    assert server.bodies[0]["stream"] is True and server.bodies[0]["stream_options"] == {"include_usage": True}
+
+
+def test_a_server_that_does_not_stream_or_does_not_say_done(server: Any, model: OpenAIBackend) -> None:
+    server.plays(sends(answer("whole")), streams(piece("a"), piece("b", "stop")), streams(piece("c"), DONE))
+    texts = [[event.text for event in model.stream(HELLO)] for _ in range(3)]
+    assert texts == [["whole", "whole"], ["a", "b", "ab"], ["c", "c"]]
+
+
+def test_other_forms_of_an_answer(server: Any, model: OpenAIBackend) -> None:
+    parts = answer()
+    parts["choices"][0]["message"] = {"content": [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]}
+    refusal = answer()
+    refusal["choices"][0]["message"] = {"content": None, "refusal": "I would rather not."}
+    thought = answer()
+    thought["choices"][0]["message"] = {"content": None, "reasoning_content": "hm"}
+    bare = {"choices": [{"message": {"content": "bare"}}], "usage": None, "model": 7}
+    server.plays(*(sends(body) for body in (parts, refusal, thought, bare)))
+    replies = [model.generate(HELLO) for _ in range(4)]
+    assert [reply.text for reply in replies] == ["in parts", "I would rather not.", "", "bare"]
+    assert replies[3].usage.completion_tokens == 0 and replies[3].model == "tiny"
+
+
+def fails(model: OpenAIBackend, stream: bool = False) -> str:
+    """Ask, and return the one line of the error."""
+    with pytest.raises(EndpointError) as caught:
+        list(model.stream(HELLO)) if stream else model.generate(HELLO)
+    line = str(caught.value)
+    assert "\n" not in line and KEY not in line and len(line) < 700
+    shown = "".join(traceback.format_exception(caught.value))
+    assert KEY not in shown
+    return line
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (
+            {"error": {"message": "no such\x1b[31m model\n`x`", "type": "invalid", "code": None}},
+            "no such[31m model `x`",
+        ),
+        ({"error": "just words"}, "just words"),
+        ([{"error": {"code": 400, "message": "wrapped"}}], "wrapped"),
+        ({"detail": [{"loc": ["body"], "msg": "bad"}]}, "bad"),
+        ({"message": f"your key {KEY} is odd"}, "your key *** is odd"),
+        (b"plain words", "plain words"),
+        (b"x" * 5000, "xxx..."),
+        (b"\xff\xfe", "400 Bad Request"),
+    ],
+)
+def test_an_error_says_what_the_server_said(body: Any, words: str, server: Any, model: OpenAIBackend) -> None:
+    server.plays(sends(body, 400))
+    line = fails(model)
+    assert line.startswith(f"{server.url}/chat/completions: 400 Bad Request") and words in line
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(401, "OPENAI_API_KEY"), (404, "ends in /v1"), (413, "smaller pictures"), (422, "422")]
+)
+def test_errors_with_a_hint_are_not_tried_again(status: int, words: str, server: Any, model: OpenAIBackend) -> None:
+    server.plays(sends(b"<html>not here</html>", status, "text/html"))
+    line = fails(model)
+    assert words in line and "html" not in line and len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        (sends(b"<html>welcome</html>", kind="text/html"), "answers with text/html, not with JSON"),
+        (sends(b'{"choices": [', kind="application/json"), "no chat completion"),
+        (sends(b"[" * 100_000), "no chat completion"),
+        (sends({"object": "list"}), "no chat completion"),
+        (sends({"choices": []}), "no chat completion"),
+        (streams(b"data: {oops\n\n"), "no chat completion but: '{oops'"),
+        (sends({"error": {"message": "in a 200"}}), "gave up: in a 200"),
+        (sends(answer(finish="content_filter")), "content filter"),
+        (sends(answer(finish="tool_calls")), "called a tool"),
+        (streams(piece("a"), piece(finish="error"), DONE), "in the middle"),
+    ],
+)
+def test_answers_that_are_none(action: Any, words: str, stream: bool, server: Any, model: OpenAIBackend) -> None:
+    server.plays(action)
+    assert words in fails(model, stream)
+    assert len(server.bodies) == 1
+
+
+def test_passing_failures_are_tried_again(server: Any, model: OpenAIBackend) -> None:
+    server.plays(sends({"error": {"message": "busy"}}, 503), sends(b"", 429), sends(answer()))
+    assert model.generate(HELLO).text == "Hi there" and len(server.bodies) == 3
+    server.plays(hangs_up, hangs(), streams(piece("a", "stop"), DONE))
+    assert [event.text for event in model.stream(HELLO)] == ["a", "a"] and len(server.bodies) == 6
+
+
+def test_retries_end(server: Any, model: OpenAIBackend) -> None:
+    server.plays(sends({"error": {"message": "overloaded"}}, 529))
+    assert "529: overloaded; tried 3 times" in fails(model)
+    assert len(server.bodies) == 3
+    server.plays(sends({"error": {"message": "pay first", "code": "insufficient_quota"}}, 429))
+    assert "pay first" in fails(model) and len(server.bodies) == 4
+
+
+def test_a_server_that_is_not_there() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    model = open_endpoint("tiny", base_url=f"http://127.0.0.1:{port}", patience=QUICK)
+    assert "the connection failed" in fails(model)
+
+
+def test_retry_after_is_honoured(server: Any, model: OpenAIBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("polymodal.backends.openai_http.time.sleep", waits.append)
+    server.plays(sends(b"", 429, Retry_After="0.15"), sends(answer()))
+    assert model.generate(HELLO).text == "Hi there" and waits == [0.15]
+    server.plays(sends(b"", 503, Retry_After=formatdate(time.time() + 3600, usegmt=True)))
+    assert "the server asks to wait 3" in fails(model)
+    waits.clear()
+    server.plays(sends(b"", 503))
+    fails(model)
+    assert len(waits) == 2 and 0.005 <= waits[0] <= 0.01 <= waits[1] <= 0.02
+
+
+def test_retry_after_is_read_as_seconds_or_a_date() -> None:
+    assert retry_after("7") == 7.0 and retry_after(" 0.5 ") == 0.5 and retry_after("-3") == 0.0
+    assert retry_after("Wed, 21 Oct 2015 07:28:30 GMT", now=1445412500.0) == 10.0
+    assert retry_after("Wed, 21 Oct 2015 07:28:30 GMT", now=1445419999.0) == 0.0
+    assert [retry_after(bad) for bad in ("", "soon", "nan", "inf", "-inf", "99999999 BC")] == [None] * 6
+
+
+def test_nothing_is_tried_again_once_text_has_come(server: Any, model: OpenAIBackend) -> None:
+    for end, words in (
+        (streams(piece("a"), piece("b")), "the stream ended before the answer did"),
+        (streams(piece("a"), piece("b"), drop=True), "the connection failed"),
+        (streams(piece("a"), piece("b"), pause=0.5), "no answer in time"),
+        (streams(piece("a"), piece("b"), {"error": {"message": "lost a card", "code": 500}}), "gave up: lost a card"),
+        (streams(piece("a"), piece("b"), b'data: {"choi'), "no chat completion"),
+    ):
+        server.plays(end)
+        server.bodies.clear()
+        said = []
+        with pytest.raises(EndpointError, match=words):
+            for event in model.stream(HELLO):
+                said.append(event.text)
+        assert "".join(said).startswith("a") and len(server.bodies) == 1
+
+
+def test_errors_before_the_first_text_are_tried_again(server: Any, model: OpenAIBackend) -> None:
+    start = {"choices": [{"delta": {"role": "assistant", "content": ""}}]}
+    busy = {"error": {"message": "busy", "code": 503}}
+    server.plays(streams(start), streams(start, busy), streams(start, piece("a", "stop"), DONE))
+    assert [event.text for event in model.stream(HELLO)] == ["a", "a"]
+    server.plays(streams({"error": {"message": "never", "code": 400}}))
+    assert "never" in fails(model, stream=True)
+
+
+def test_slow_servers_run_into_the_limits(server: Any) -> None:
+    begin = time.monotonic()
+    patience = Patience(read_s=0.2, total_s=0.6, retries=0)
+    model = open_endpoint("tiny", base_url=server.url, patience=patience)
+    server.plays(hangs())
+    assert "no answer in time" in fails(model, stream=True)
+    server.plays(streams(*[b": ping\n\n"] * 100, pause=0.05))
+    assert "took more than 0.6 s" in fails(model, stream=True)
+    server.plays(hangs(2.0))
+    assert "no answer in time" in fails(model)  # a whole answer may take all of the time
+    assert time.monotonic() - begin < 4
+    patient = open_endpoint("tiny", base_url=server.url, patience=Patience(total_s=0.5, first_wait_s=5.0))
+    server.plays(sends(b"", 500))
+    assert "0.5 s are over" in fails(patient)
+
+
+def test_closing_a_stream_closes_the_connection(server: Any, model: OpenAIBackend) -> None:
+    server.plays(streams(*[piece("word ")] * 500, pause=0.01))
+    stream = model.stream(HELLO)
+    assert isinstance(next(stream), TextDelta)
+    stream.close()  # type: ignore[attr-defined]
+    assert server.gone.wait(5.0)
+
+
+def test_names_of_limits_are_learnt(server: Any, model: OpenAIBackend) -> None:
+    unsupported = "Unsupported parameter: 'max_tokens' is not supported, use 'max_completion_tokens' instead."
+    refuse = sends({"error": {"message": unsupported, "param": "max_tokens"}}, 400)
+    server.plays(refuse, sends(answer()))
+    assert model.generate(HELLO).text == "Hi there"
+    model.generate(HELLO)
+    names = [next(name for name in body if name.startswith("max_")) for body in server.bodies]
+    assert names == ["max_tokens", "max_completion_tokens", "max_completion_tokens"]
+    server.plays(sends({"error": {"message": "max_tokens and max_completion_tokens: at most 5"}}, 400))
+    assert "at most 5" in fails(model)
+    assert len(server.bodies) == 5
+    server.plays(sends(answer()))
+    model.generate(HELLO)
+    assert "max_completion_tokens" in server.bodies[-1]
+
+
+def test_a_server_that_takes_no_temperature_0(server: Any, model: OpenAIBackend) -> None:
+    text = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is supported."
+    refuse = sends({"error": {"message": text, "param": "temperature"}}, 400)
+    server.plays(refuse, sends(answer()))
+    with pytest.warns(UserWarning, match="openai:tiny takes no temperature 0"):
+        model.generate(HELLO)
+    model.generate(HELLO, GenerationParams(temperature=1.0))
+    assert [body.get("temperature") for body in server.bodies] == [0.0, None, 1.0]
+    server.plays(refuse)
+    with pytest.raises(EndpointError, match="Only the default"):  # what somebody asked for is not left out
+        model.generate(HELLO, GenerationParams(temperature=0.7))
+
+
+def test_a_server_without_stream_options(server: Any, model: OpenAIBackend) -> None:
+    refuse = sends({"error": {"message": "Unknown field stream_options"}}, 400)
+    server.plays(refuse, streams(piece("a", "stop"), DONE))
+    for _ in range(2):
+        assert [event.text for event in model.stream(HELLO)] == ["a", "a"]
+    assert [("stream_options" in body) for body in server.bodies] == [True, False, False]
+
+
+def test_redirects_to_another_host_are_refused(server: Any, model: OpenAIBackend) -> None:
+    other = server.root.replace("127.0.0.1", "127.0.0.2")
+    for status, target in (
+        (307, f"{other}/v1"), (308, "https://evil.example/x"), (302, "/v2"), (307, "//evil.example"), (307, ""),
+        (307, "http://[bad"),
+    ):  # fmt: skip
+        server.paths.clear()
+        server.plays(sends(b"", status, Location=target))
+        line = fails(model)
+        assert "redirects" in line and len(server.paths) <= 4
+        if status != 307 or target:
+            assert "refused" in line and server.paths == ["/v1/chat/completions"]
+    server.plays(sends(b"", 307, Location="/moved/here"), sends(answer()))
+    assert model.generate(HELLO).text == "Hi there"
+    assert server.paths[-1] == "/moved/here" and server.headers[-1]["authorization"] == f"Bearer {KEY}"
+    assert server.bodies[-1]["messages"] == [{"role": "user", "content": "Hello"}]
+
+
+def test_the_key_is_nowhere_to_be_seen(server: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    model = open_endpoint("tiny", base_url=f"{server.url}?api-version=1&secret=s3cr3t", api_key=KEY, patience=QUICK)
+    server.plays(sends(answer()), sends({"error": {"message": f"bad key {KEY}"}}, 401))
+    model.generate(HELLO)
+    assert server.paths == ["/v1/chat/completions?api-version=1&secret=s3cr3t"]
+    lines = [fails(model), repr(model), str(model), repr(model.endpoint), repr(vars(model.endpoint)["_key"])]
+    assert not any(KEY in line or KEY in str(vars(model)) for line in [*lines, caplog.text])
+    assert not any("s3cr3t" in line for line in lines)
+
+
+@pytest.mark.parametrize("key", ["sk-a\nb", "sk-a b", "sk-‘a’", "ключ"])
+def test_a_damaged_key_is_not_shown(key: str) -> None:
+    with pytest.raises(ConfigError, match="copy it again") as caught:
+        Endpoint("https://host/v1", key)
+    assert key not in str(caught.value)
+    assert Endpoint("https://host/v1", " sk-a\n").shown == "https://host/v1/chat/completions"
+
+
+def test_a_key_does_not_travel_openly() -> None:
+    for url in ("http://192.168.1.5:8000/v1", "http://models.example/v1"):
+        with pytest.raises(ConfigError, match="would travel openly"):
+            Endpoint(url, KEY)
+        Endpoint(url, KEY, allow_http=True)
+        Endpoint(url)
+    for url in ("http://127.0.0.1:8000", "http://localhost/v1", "http://[::1]:8000/v1", "https://models.example/v1"):
+        Endpoint(url, KEY)
+
+
+def test_addresses() -> None:
+    assert Endpoint("https://h/v1/").shown == "https://h/v1/chat/completions"
+    assert Endpoint("https://h/v1/chat/completions?a=b#c").shown == "https://h/v1/chat/completions"
+    for bad in ("h/v1", "ftp://h", "https://", "https://h:port/v1", "http://[bad", ""):
+        with pytest.raises(ConfigError, match="base URL"):
+            Endpoint(bad)
+    with pytest.raises(ConfigError, match="holds a user name") as caught:
+        Endpoint("https://me:pa55word@h/v1")
+    assert "pa55word" not in str(caught.value)
+
+
+def test_load_reads_the_environment(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="set OPENAI_API_KEY, or the address"):
+        load("openai:gpt-4o")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    model = load("openai:gpt-4o")
+    assert isinstance(model, OpenAIBackend) and model.endpoint.shown == "https://api.openai.com/v1/chat/completions"
+    assert model.name == "openai:gpt-4o"
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    server.plays(sends(answer("one")), sends(answer("two")))
+    assert load("openai:a/b:c").ask("What?", PILImage.new("RGB", (4, 4))) == "one"
+    assert load("openai:x", api_key="", base_url=f"{server.root}/other").ask("What?") == "two"
+    assert [body["model"] for body in server.bodies] == ["a/b:c", "x"]
+    assert server.paths[1] == "/other/chat/completions"
+    assert "authorization" in server.headers[0] and "authorization" not in server.headers[1]
+    for wrong, match in (
+        (lambda: load("openai:"), "needs a model's name"),
+        (lambda: load("openai:x", "cuda"), "leave device out"),
+        (lambda: load("default", api_key="x"), "are for endpoints"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            wrong()
+    with pytest.raises(CheckpointError, match="behind an endpoint"):
+        load_processor("openai:x")
+
+
+def test_settings_that_cannot_be_sent_are_refused(server: Any, model: OpenAIBackend) -> None:
+    for params in (GenerationParams(top_k=3), GenerationParams(repetition_penalty=1.1)):
+        with pytest.raises(ConfigError, match="no part of OpenAI's API"):
+            model.generate(HELLO, params)
+    for messages in ([], [user("a"), assistant("b")]):
+        with pytest.raises(PolymodalError, match="must end with a user message"):
+            model.generate(messages)
+    server.plays(sends(answer()))
+    open_endpoint("tiny", base_url=server.url, extra={"top_k": 5, "temperature": 1}).generate(HELLO)
+    assert server.bodies == [
+        {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 256,
+            "temperature": 1,
+            "top_k": 5,
+        }
+    ]
+
+
+def test_a_batch_keeps_its_failures(server: Any, model: OpenAIBackend) -> None:
+    def by_question(handler: Any) -> None:
+        asked = server.bodies[-1]["messages"][-1]["content"]
+        sends(answer(f" {asked}! "), 400 if asked == "bad" else 200)(handler)
+
+    lock = threading.Lock()
+
+    def one_at_a_time(handler: Any) -> None:
+        with lock:
+            by_question(handler)
+
+    server.plays(one_at_a_time)
+    first, last = model.generate_batch([[user("a")], [user(Image("absent.png"), "x")]], GenerationParams())
+    assert first == "a!" and isinstance(last, MediaError)
+    assert isinstance(model.generate_batch([[user("bad")]], GenerationParams())[0], EndpointError)
+    server.plays(sends(answer("same")))
+    many = model.generate_batch([[user(str(i))] for i in range(20)], GenerationParams())
+    assert many == ["same"] * 20
+    assert {body["messages"][0]["content"] for body in server.bodies} >= {str(i) for i in range(20)}
+
+
+def decoded(part: dict[str, Any]) -> tuple[str, bytes]:
+    head, _, payload = part[part["type"]]["url"].partition(";base64,")
+    return head.removeprefix("data:"), base64.b64decode(payload)
+
+
+def test_parts_keep_their_order_and_pictures_their_bytes(picture_folder: Path) -> None:
+    jpeg = picture_folder / "cat.jpg"
+    drawn = PILImage.new("RGB", (5, 4), (1, 2, 3))
+    (message,) = to_openai([user("One: ", Image(jpeg), "", Image(drawn), "compare")], detail="low")
+    kinds = [part["type"] for part in message["content"]]
+    assert kinds == ["text", "image_url", "image_url", "text"]
+    assert decoded(message["content"][1]) == ("image/jpeg", jpeg.read_bytes())
+    assert all(part["image_url"]["detail"] == "low" for part in message["content"][1:3])
+    kind, data = decoded(message["content"][2])
+    with PILImage.open(io.BytesIO(data)) as picture:
+        assert kind == "image/png" and picture.size == (5, 4) and picture.getpixel((0, 0)) == (1, 2, 3)
+    assert "detail" not in to_openai([user(Image(drawn))])[0]["content"][0]["image_url"]
+    assert to_openai([user("a", "b"), assistant("c")]) == [
+        {"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}
+    ]  # fmt: skip
+
+
+def encoded(picture: PILImage.Image, kind: str, **more: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **more)
+    return buffer.getvalue()
+
+
+def test_pictures_that_are_drawn_anew() -> None:
+    red = PILImage.new("RGB", (8, 6), "red")
+    for kind in ("PNG", "WEBP", "GIF", "JPEG"):
+        data = encoded(red, kind)
+        assert picture_bytes(data) == (f"image/{kind.lower()}", data)
+    for data in (
+        encoded(red, "BMP"),
+        encoded(red, "TIFF"),
+        encoded(red, "GIF", save_all=True, append_images=[PILImage.new("RGB", (8, 6), "blue")]),
+    ):
+        kind, sent = picture_bytes(data)
+        assert kind == "image/png" and PILImage.open(io.BytesIO(sent)).size == (8, 6)
+    flat = encoded(PILImage.new("RGB", (60, 60)), "PNG", compress_level=0)
+    kind, sent = picture_bytes(flat, limit=2000)  # too large as it is, small enough anew
+    assert kind == "image/png" and len(sent) <= 2000 < len(flat)
+    noisy = PILImage.effect_noise((100, 100), 90)
+    with pytest.raises(MediaError, match=r"at most 2,000 are sent; scale it down"):
+        picture_bytes(encoded(noisy, "PNG"), limit=2000)
+    with pytest.raises(MediaError, match="damaged or cut off"):
+        picture_bytes(encoded(noisy, "PNG")[:500])
+
+
+def test_sounds_and_videos(tmp_path: Path) -> None:
+    wav, mp3, mp4 = b"RIFF\0\0\0\0WAVEfmt ", b"ID3\x03more", b"\0\0\0\x18ftypisom"
+    (tmp_path / "a.mp4").write_bytes(mp4)
+    (message,) = to_openai(
+        [user(Audio(wav), Audio(mp3), Audio(b"\xff\xfb\x90\0"), Video(tmp_path / "a.mp4"), Video(b"\x1aE\xdf\xa3x"))]
+    )
+    sounds = [part["input_audio"] for part in message["content"][:3]]
+    assert [sound["format"] for sound in sounds] == ["wav", "mp3", "mp3"]
+    assert base64.b64decode(sounds[0]["data"]) == wav
+    assert [decoded(part) for part in message["content"][3:]] == [("video/mp4", mp4), ("video/webm", b"\x1aE\xdf\xa3x")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([user(Document("a.pdf"))], "Document parts cannot be sent to an endpoint; give the pages as pictures"),
+        ([user(Audio(b"OggS...."))], "neither WAV nor MP3"),
+        ([user(Video(b"not a video"))], "neither MP4"),
+        ([user(Audio(PILImage.new("L", (2, 2))))], "give it as an Image part"),
+        ([user(Image(b"no picture"))], "is not a picture"),
+        ([user(Image("absent.png"))], "no such file"),
+        ([user(Image("https://example.com/a.png"))], "remote fetch is off"),
+        ([assistant(Image(b"x")), user("?")], "not the assistant's"),
+        ([user("half \ud83d")], "half of a surrogate pair"),
+    ],
+)  # fmt: skip
+def test_parts_that_cannot_be_sent(messages: Any, words: str) -> None:
+    with pytest.raises(PolymodalError, match=words):
+        to_openai(messages)
+
+
+def test_events_of_any_shape() -> None:
+    def read(*chunks: bytes) -> list[str]:
+        return list(read_events(chunks))
+
+    assert read(b"data:a\ndata: b\n\ndata:  c\n\n") == ["a\nb", " c"]
+    assert read(b"\xef\xbb\xbfdata: a\r", b"\n\r", b"\ndata: b") == ["a", "b"]
+    assert read(b"data: a\r\r", b"data: b\r\r") == ["a", "b"]
+    assert read(b"data\n\n: c\nretry: 5\n\nid: 1\n\n", b"\n\n\n") == []
+    with pytest.raises(EndpointError, match="more than"):
+        read(b"data: ", *[b"x" * (1 << 20)] * 9)
+    with pytest.raises(EndpointError, match="more than"):
+        read(*[b"data: " + b"x" * (1 << 20) + b"\n"] * 9)
+
+
+def test_clean() -> None:
+    assert clean("a\x00\x1b[2J\u202eb\r\n\tc\ud83d") == "a[2Jb c"
+    assert len(clean("word " * 1000, 50)) == 50
+
+
+def test_generate_and_eval_on_the_command_line(
+    server: Any,
+    picture_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cat = str(picture_folder / "cat.jpg")
+    ask = ["generate", "--model", "openai:tiny", "--base-url", server.url, "--image", cat, "--prompt", "What?"]
+    server.plays(sends(answer("A cat.")))
+    assert main([*ask, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == "A cat."
+    server.plays(streams(piece("A "), piece("cat.", "stop"), DONE))
+    assert main([*ask, "--stream"]) == 0
+    assert capsys.readouterr().out == "A cat.\n"
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert main([*ask[:4], "http://models.example/v1", "--prompt", "x"]) == 2
+    assert "--allow-http" in capsys.readouterr().err
+
+    def grey_is_unknown(handler: Any) -> None:
+        url = server.bodies[-1]["messages"][0]["content"][0]["image_url"]["url"]
+        sends(answer("cat" if "jpeg" in url[:20] else "nothing"))(handler)
+
+    rows = [
+        {"id": str(n), "image": name, "kind": "name", "conversations": [
+            {"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "cat"}]}
+        for n, name in enumerate(["cat.jpg", "absent.jpg"])
+    ]  # fmt: skip
+    (tmp_path / "val.json").write_text(json.dumps(rows))
+    shutil.copy(cat, tmp_path)
+    server.plays(grey_is_unknown)
+    argv = ["eval", "openai:tiny", "--base-url", server.url, "--data", str(tmp_path / "val.json")]
+    assert main([*argv, "--json", str(tmp_path / "scores.json")]) == 1
+    items = json.loads((tmp_path / "scores.json").read_text())["items"]
+    assert [(item["answer"], item["blind"], item["score"]) for item in items] == [
+        ("cat", "nothing", 1.0),
+        (None, None, 0.0),
+    ]
+    assert "absent.jpg" in items[1]["error"] and "1 of 2 items failed" in capsys.readouterr().out
+
+
+def test_chat_on_the_command_line(
+    server: Any, picture_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cat = str(picture_folder / "cat.jpg")
+    server.plays(streams(piece("A cat.", "stop"), DONE), sends({"error": {"message": "tired"}}, 400))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what is this?\nand now?\n"))
+    assert main(["chat", cat, "--model", "openai:tiny", "--base-url", server.url]) == 2
+    out, err = capsys.readouterr()
+    assert out == "A cat.\n" and f"{cat}: 451 × 300 pixels" in err and "400 Bad Request: tired" in err
+    assert [message["role"] for message in server.bodies[1]["messages"]] == ["user", "assistant", "user"]
+
+
+def test_an_endpoint_needs_no_torch() -> None:
+    script = (
+        "import sys, polymodal; polymodal.load('openai:x', base_url='http://localhost'); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
