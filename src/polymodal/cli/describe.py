@@ -1,0 +1,208 @@
+"""Say what a model folder holds: its parts and their sizes, special tokens, chat template, picture rules, history.
+
+Reads configurations and the headers of the weights only; loads and runs nothing. Examples:
+  polymodal describe default
+  polymodal describe ./my-model --json
+  polymodal describe llava-hf/llava-1.5-7b-hf
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polymodal.cli.common import BOLD, DIM, RESET, colour_wanted, printable
+
+if TYPE_CHECKING:
+    from polymodal.backends.describe import Description
+    from polymodal.checkpoints.parts import Part
+
+SHOWN_LINES = 6
+"""Lines of the chat template on the page."""
+SHOWN_KEYS = ("steps", "samples", "trained_tokens", "loss")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    parser.add_argument("model", metavar="FOLDER", help="a model folder, ours or Hugging Face's, a hub id, or default")
+    parser.add_argument("--template", action="store_true", help="print the whole chat template and nothing else")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Describe and print."""
+    from polymodal.backends.describe import describe
+    from polymodal.errors import ConfigError
+
+    found = describe(args.model)
+    if args.template:
+        if found.template is None:
+            raise ConfigError(f"{args.model}: there is no chat template")
+        print(printable(found.template["text"]))
+        return 0
+    tokens = _visual_tokens(found)
+    if args.json:
+        print(json.dumps({**found.plain(), "visual_tokens": tokens}, ensure_ascii=False))
+        return 0
+    print(page(found, tokens, colour=colour_wanted("auto", sys.stdout)))
+    return 0
+
+
+def page(found: Description, tokens: list[dict[str, Any]], *, colour: bool) -> str:
+    """Lay a description out for a terminal.
+
+    Args:
+        found: The description.
+        tokens: Visual tokens of pictures, as `--json` gives them.
+        colour: Write in bold and dim.
+
+    Returns:
+        The page; nothing in it can steer the terminal.
+    """
+    bold, dim, reset = (BOLD, DIM, RESET) if colour else ("", "", "")
+    lines = [f"{bold}{_one_line(found.name)}{reset}  {_one_line(found.kind)}", f"{dim}{_one_line(found.folder)}{reset}"]
+    lines += ["", *_tree(found, bold, dim, reset), ""]
+    rows = []
+    if found.context is not None:
+        rows.append(("context", f"{found.context:,} positions"))
+    if found.vocabulary is not None:
+        rows.append(("vocabulary", f"{found.vocabulary:,} tokens"))
+    if found.special_tokens:
+        shown = (
+            f"{role.removesuffix('_token')} {t['text']!r}{_id(t['id'])}" for role, t in found.special_tokens.items()
+        )
+        rows.append(("special", ", ".join(shown)))
+    if found.pictures:
+        rows += _picture_rows(found.pictures)
+    for entry in tokens:
+        height, width = entry["picture"]
+        tiles = f"{entry['tiles']} tile{'s' * (entry['tiles'] != 1)}"
+        rows.append((f"  {height}x{width}", f"{entry['tokens']:,} tokens in {tiles}"))
+    for number, entry in enumerate(found.history, 1):
+        rows.append(("history" if number == 1 else "", f"{number}. {_stage(entry)}"))
+    if found.contract is not None:
+        holds = "holds" if found.contract["broken"] is None else f"BROKEN: {found.contract['broken']}"
+        rows.append(("contract", f"{holds} (sha256 {str(found.contract['sha256'])[:16]}...)"))
+    rows.append(("licence", found.licence or "not said"))
+    rows += [("note", note) for note in found.notes]
+    width = max(len(name) for name, _ in rows)
+    lines += [f"{dim}{name.ljust(width)}{reset}  {_one_line(text)}" for name, text in rows]
+    if found.template is not None:
+        text = found.template["text"].splitlines()
+        more = f", the first {SHOWN_LINES} (--template prints all)" if len(text) > SHOWN_LINES else ""
+        count = f"{len(text)} line{'s' * (len(text) != 1)}"
+        said = f"from {_one_line(found.template['source'])}, sha256 {found.template['sha256'][:16]}..., {count}{more}"
+        lines += ["", f"{dim}chat template{reset}  {said}"]
+        lines += [f"  {printable(line)[:110]}{'...' if len(line) > 110 else ''}" for line in text[:SHOWN_LINES]]
+    return "\n".join(lines)
+
+
+def _tree(found: Description, bold: str, dim: str, reset: str) -> list[str]:
+    """The parts with their sizes, in columns."""
+    rows: list[tuple[int, Part]] = []
+    for part in found.parts:
+        rows += [(0, part), *((1, child) for child in part.children)]
+    if not rows:
+        return ["no weights here"]
+    width = max(2 * level + len(_one_line(part.name)) for level, part in rows)
+    lines = [f"{dim}{'part'.ljust(width)}  parameters        size{reset}"]
+    for level, part in rows:
+        name = ("  " * level + _one_line(part.name)).ljust(width)
+        sizes = f"{_count(part.parameters):>10}  {_size(part.num_bytes):>10}"
+        words = [*([" ".join(part.dtypes)] if part.dtypes else []), *([part.kind] if part.kind else [])]
+        if part.source and part.source != part.kind:
+            words.append(f"from {part.source}")
+        style = bold if level == 0 else dim
+        lines.append(f"{style}{name}{reset}  {sizes}  {_one_line('; '.join(words))}".rstrip())
+    total = f"{_count(found.parameters):>10}  {_size(found.num_bytes):>10}"
+    return [*lines, f"{bold}{'all'.ljust(width)}{reset}  {total}"]
+
+
+def _picture_rows(rules: dict[str, Any]) -> list[tuple[str, str]]:
+    """The picture rules in two lines."""
+    if "not ours" in rules:
+        return [("pictures", rules["not ours"])]
+    height, width = rules["tile_size"]
+    words = [f"{rules['image_aspect_ratio']} to {height}x{width}"]
+    if "resize_short_side" in rules:
+        words.append(f"short side {rules['resize_short_side']} first")
+    if rules.get("image_grid_pinpoints"):
+        words.append(f"{len(rules['image_grid_pinpoints'])} canvases, {rules['mm_patch_merge_type']}")
+    if "max_tiles" in rules:
+        words.append(f"up to {rules['max_tiles']} tiles{' and a thumbnail' * bool(rules.get('thumbnail'))}")
+    words.append(rules["resample"])
+    mean, std = (", ".join(f"{number:.4g}" for number in rules[key]) for key in ("image_mean", "image_std"))
+    return [("pictures", ", ".join(words)), ("", f"mean {mean}; deviation {std}")]
+
+
+def _visual_tokens(found: Description) -> list[dict[str, Any]]:
+    """How many positions pictures of some sizes take; empty where that cannot be found out from configurations."""
+    from polymodal.backends.describe import EXAMPLES
+    from polymodal.errors import PolymodalError
+    from polymodal.geometry import Size
+    from polymodal.llm import quieten_transformers
+
+    if not found.pictures or "not ours" in found.pictures:
+        return []
+    sizes = tuple(Size(height, width) for height, width in EXAMPLES)
+    quieten_transformers()
+    try:
+        if found.contract is None:
+            from polymodal.backends.describe import visual_tokens
+
+            counts = visual_tokens(Path(found.folder), sizes)
+        else:
+            from polymodal.training.plan_model import plan_model
+
+            plan = plan_model(found.folder, sizes, 0)
+            counts = list(zip(plan.visual_tokens, plan.tiles, strict=True))
+    except PolymodalError:
+        return []
+    return [
+        {"picture": [size.height, size.width], "tokens": tokens, "tiles": tiles}
+        for size, (tokens, tiles) in zip(sizes, counts, strict=False)
+    ]
+
+
+def _stage(entry: dict[str, Any]) -> str:
+    """One stage of the history in a line."""
+    name = str(entry.get("stage") or entry.get("name") or "stage")
+    facts = []
+    if entry.get("source"):
+        facts.append(f"from {entry['source']}")
+    if entry.get("trained"):
+        facts.append("trained " + ", ".join(map(str, entry["trained"])))
+    for key in SHOWN_KEYS:
+        value = entry.get(key)
+        if isinstance(value, int | float):
+            facts.append(f"{key.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{key} {value:.4g}")
+    return f"{name}: {'; '.join(facts)}" if facts else name
+
+
+def _one_line(text: str) -> str:
+    return printable(" ".join(text.split()))
+
+
+def _id(number: int | None) -> str:
+    return "" if number is None else f" ({number})"
+
+
+def _count(number: int | None) -> str:
+    if number is None:
+        return "not known"
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= unit:
+            return f"{number / unit:.4g} {name}"
+    return str(number)
+
+
+def _size(number: int | None) -> str:
+    if number is None:
+        return ""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= unit:
+            return f"{number / unit:.4g} {name}"
+    return f"{number} B"
