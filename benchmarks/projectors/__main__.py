@@ -1,4 +1,4 @@
-"""Which projector for the default model? Each is trained on the same data, steps and seed, then asked the same questions.
+"""Which projector for the default model? Each is trained on the same data and steps, then asked the same questions.
 
     python -m benchmarks.projectors --data data/default --output runs/projectors [--steps 120 120] [--only qformer]
 
@@ -60,7 +60,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.projectors", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data/default"), help="what `polymodal data build` made")
     parser.add_argument("--output", type=Path, default=Path("runs/projectors"))
-    parser.add_argument("--features", default="runs/features", help="kept features, shared with the default model's runs")
+    parser.add_argument(
+        "--features", default="runs/features", help="kept features, shared with the default model's runs"
+    )
     parser.add_argument("--steps", type=int, nargs=2, default=(120, 120), metavar=("STAGE1", "STAGE2"))
     parser.add_argument("--limit", type=int, default=60, help="questions of each kind")
     parser.add_argument("--runs", type=int, default=9, help="first tokens timed of each model")
@@ -124,7 +126,9 @@ def evaluate(name: str, options: argparse.Namespace) -> None:
 
 def polymodal(*arguments: str) -> None:
     """Run the command of that name; what it says goes to the terminal."""
-    subprocess.run([sys.executable, "-m", "polymodal", *arguments], check=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    subprocess.run(
+        [sys.executable, "-m", "polymodal", *arguments], check=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    )
 
 
 def first_token_times(folders: list[Path], runs: int) -> list[list[float]]:
@@ -147,7 +151,9 @@ def row(name: str, options: argparse.Namespace, seconds: list[float]) -> dict[st
     from polymodal.checkpoints.folder import load_model
 
     folder = options.output / name
-    kinds = [k for file in ("val", "heldout_photos") for k in json.loads((folder / f"{file}.json").read_text())["kinds"]]
+    kinds = [
+        k for file in ("val", "heldout_photos") for k in json.loads((folder / f"{file}.json").read_text())["kinds"]
+    ]
     model = load_model(model_folder(name, options)).model
     assert model.projector is not None
     log = [json.loads(line) for line in (folder / "stage2" / "log.jsonl").read_text().splitlines()]

@@ -14,7 +14,14 @@ from transformers import AutoTokenizer, BertTokenizerFast
 from polymodal.errors import CheckpointError, DataError
 from polymodal.representation.wordpiece import load_wordpiece, train_wordpiece
 
-CAPTIONS = ["A red apple.", "two red apples on a table", "A table, red!", "红色的苹果", "an apple-red car", "Café au lait"] * 3
+CAPTIONS = [
+    "A red apple.",
+    "two red apples on a table",
+    "A table, red!",
+    "红色的苹果",
+    "an apple-red car",
+    "Café au lait",
+] * 3
 
 
 def digest(vocabulary: dict[str, int]) -> str:

@@ -44,6 +44,6 @@ def open_model(name: str | Path, *, dtype: Dtype = "float32", revision: str | No
     if is_hf_folder(folder):
         return load_hf(folder, dtype=dtype, source=str(name), revision=commit_of(folder))
     raise CheckpointError(
-        f"{name}: neither a model folder of ours nor a published model that is composed here; `polymodal describe` says "
-        "what it is"
+        f"{name}: neither a model folder of ours nor a published model that is composed here; `polymodal describe` "
+        "says what it is"
     )

@@ -152,7 +152,9 @@ def starting_point(recipe: Recipe, path: Path | None = None) -> Start:
             config = new_picture_rules(start.config, image)
             return Start(config, start.trained | parts, f"as {other} will leave it")
     if (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: a published model; plan it as a folder of ours (`polymodal convert {folder} DST`)")
+        raise CheckpointError(
+            f"{folder}: a published model; plan it as a folder of ours (`polymodal convert {folder} DST`)"
+        )
     raise CheckpointError(
         f"{folder}: no such model folder, and no recipe beside this one makes it; run the stage before it, or plan that"
     )

@@ -34,8 +34,8 @@ class InitConfig(Strict):
     """What the stage starts from; exactly one of the two.
 
     Attributes:
-        from_folder: A model folder, usually an earlier stage's `final/`; also "default", or a published model's folder or
-            hub id. Written `from` in the file.
+        from_folder: A model folder, usually an earlier stage's `final/`; also "default", or a published model's folder
+            or hub id. Written `from` in the file.
         model: A new model, composed from this configuration.
         image: With `from`: the picture rules from this stage on, where they are not the folder's; the tile stays.
         template: With `from`: the chat template from this stage on, where it is not the folder's, such as when a

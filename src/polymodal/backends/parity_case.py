@@ -1,0 +1,185 @@
+"""Our model and an exported folder, side by side; what each makes of the same prompts is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polymodal.backends.hf_template import LATER, LATER_NOTE, differences
+from polymodal.backends.local import LocalBackend
+from polymodal.backends.parity_probes import Probe, chat_probes, plain_probes
+from polymodal.backends.transformers_folder import open_model, open_processor
+from polymodal.checkpoints.export_hf import BLIP
+from polymodal.checkpoints.folder import ADAPTER_NAME
+from polymodal.checkpoints.safe_config import read_json
+from polymodal.errors import CheckpointError, PolymodalError, first_line
+from polymodal.generation.generate import generate_ids
+from polymodal.generation.params import GenerationParams
+from polymodal.messages import Text
+from polymodal.processing.batch import collate
+from polymodal.processing.template import PRESETS
+
+if TYPE_CHECKING:
+    from polymodal.processing.sample import Sample
+
+TOKENS = 16
+"""Greedy tokens that are compared of each answer."""
+AGREEMENT = {"float32": 1.0, "float16": 0.5, "bfloat16": 0.5}
+"""Smallest share of greedy tokens before two answers part, by the type of the weights on disk."""
+IN_ANOTHER_ENGINE = 0.95
+"""The same for an engine that computes in another order: two tokens that are nearly as likely may change places."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        name: What was compared.
+        passed: Whether it is within bounds.
+        numbers: What was measured, and the bounds.
+        reason: What is wrong, in one line; empty where nothing is.
+    """
+
+    name: str
+    passed: bool
+    numbers: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+
+class Comparison:
+    """Our model and an exported folder, side by side; what each makes of the probes is computed once.
+
+    Args:
+        ours: The model that was exported.
+        folder: The exported folder.
+        tokens: Greedy tokens that are compared.
+        pictures: Further pictures to ask about.
+    """
+
+    def __init__(self, ours: LocalBackend, folder: Path, tokens: int = TOKENS, pictures: Sequence[Path] = ()) -> None:
+        self.ours = ours
+        self.folder = folder
+        self.tokens = tokens
+        self.config = read_json(folder / "config.json")
+        self.plain = self.config.get("model_type") in BLIP
+        self.dtype = str(self.config.get("dtype") or "float32")
+        template = ours.config.template.chat_template
+        self._without_text = template in PRESETS and PRESETS[template].media_only
+        asked = plain_probes(pictures, with_text=not self._without_text) if self.plain else chat_probes(pictures)
+        self.probes: list[Probe] = []
+        self.samples: list[Sample] = []
+        self.left_out: dict[str, str] = {}
+        for probe in asked:
+            if any(message.role == "assistant" for message in probe.messages) and self._later_turns_differ():
+                self.left_out[probe.name] = LATER_NOTE
+                continue
+            try:
+                sample = ours.processor(probe.messages, add_generation_prompt=True)
+            except PolymodalError as error:
+                self.left_out[probe.name] = str(error)
+                continue
+            self.probes.append(probe)
+            self.samples.append(sample)
+
+    def _later_turns_differ(self) -> bool:
+        """Whether nothing but the ids around earlier answers differs, which an export says beforehand."""
+        try:
+            processor = self.processor
+        except CheckpointError:
+            return False  # the checks will say so
+        image_id = int(self.config.get("image_token_index") or 0)
+        template = str(processor.chat_template)
+        return differences(self.ours.processor.template, processor.tokenizer, template, image_id) == [LATER]
+
+    @cached_property
+    def processor(self) -> Any:
+        """The folder's own processor, with Pillow for the pictures."""
+        if not self.plain:
+            return open_processor(self.folder)
+        import transformers
+
+        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+        try:
+            processor = transformers.AutoProcessor.from_pretrained(str(self.folder), **options)
+            pictures = transformers.AutoImageProcessor.from_pretrained(str(self.folder), backend="pil", **options)
+        except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self.folder}: its processor cannot be opened ({first_line(error)})") from error
+        processor.image_processor = pictures
+        return processor
+
+    @cached_property
+    def model(self) -> Any:
+        """The stock class with the folder's weights, in float32 on the CPU; with the adapter where one was kept."""
+        model: Any = open_model(self.folder, "cpu")
+        adapter = self.folder / ADAPTER_NAME
+        if not adapter.is_dir():
+            return model
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
+
+    @cached_property
+    def inputs(self) -> list[dict[str, Any]]:
+        """What the folder's processor makes of each probe."""
+        made = []
+        for probe in self.probes:
+            try:
+                made.append(dict(self._plain_inputs(probe) if self.plain else self._chat_inputs(probe)))
+            except Exception as error:  # whatever a stock processor raises means that it cannot take the probe
+                raise CheckpointError(
+                    f"the exported processor refuses {probe.name!r} ({' '.join(str(error).split())[:200]})"
+                ) from error
+        return made
+
+    def _chat_inputs(self, probe: Probe) -> Any:
+        pictures = iter(probe.pictures)
+        chat = []
+        for message in probe.messages:
+            parts = [
+                {"type": "text", "text": part.text}
+                if isinstance(part, Text)
+                else {"type": "image", "image": next(pictures)}
+                for part in message.parts
+            ]
+            chat.append({"role": message.role, "content": parts})
+        return self.processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+
+    def _plain_inputs(self, probe: Probe) -> Any:
+        return self.processor(images=probe.pictures[0], text=probe.messages[0].text, return_tensors="pt")
+
+
+def greedy_ids(backend: LocalBackend, sample: Sample, tokens: int) -> list[int]:
+    """Answer a prompt greedily with our code.
+
+    Args:
+        backend: The model.
+        sample: The prompt.
+        tokens: Most tokens.
+
+    Returns:
+        The ids, the one that ends the answer included.
+    """
+    batch = collate([sample], backend.processor.pad_id, side="left")
+    params = GenerationParams(max_new_tokens=tokens)
+    stops = backend.processor.template.stop_ids
+    return generate_ids(backend.model, batch, params, stops, len(backend.tokenizer))[0]
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
+    """Count the ids before two answers part.
+
+    Args:
+        one: An answer.
+        other: Another.
+
+    Returns:
+        How many are the same, and the length of the longer answer.
+    """
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return same, max(len(one), len(other))

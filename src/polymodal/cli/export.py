@@ -1,0 +1,116 @@
+"""Write a model in a form that other programs open, and prove that it is the same model.
+
+  polymodal export MODEL DST                      a stock class of transformers, which vLLM loads too
+  polymodal export MODEL DST --verify             the same, compared with the model on prompts and pictures
+  polymodal export MODEL DST --format polymodal   one folder of ours that needs nothing else
+
+LoRA adapters are added to the weights; --keep-adapter writes them beside the weights instead. What a stock class cannot
+express is refused with the reasons. --verify writes DST/parity.json and ends with status 1 where the two differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from polymodal.cli import common
+from polymodal.errors import ConfigError, PolymodalError
+
+if TYPE_CHECKING:
+    import torch
+
+    from polymodal.checkpoints.folder import Loaded
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    parser.add_argument("model", metavar="MODEL", help='"default", a model folder, or a hub id')
+    parser.add_argument("dst", metavar="DST", help="the folder to write")
+    parser.add_argument("--format", choices=tuple(FORMATS), default="hf", help="default: %(default)s")
+    adapter = parser.add_mutually_exclusive_group()
+    adapter.add_argument("--merge-lora", action="store_true", help="add LoRA adapters to the weights (default)")
+    adapter.add_argument("--keep-adapter", action="store_true", help="write LoRA adapters beside the weights")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights on disk (default: as in memory)")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest file (default: 5)")
+    parser.add_argument("--verify", action="store_true", help="compare what was written with the model")
+    parser.add_argument(
+        "--picture", action="append", default=[], metavar="FILE", help="with --verify: ask about this picture too"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DST where it is there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Open the model, write it, compare it where asked; 1 where the comparison fails."""
+    dst = Path(args.dst).expanduser()
+    if args.picture and not args.verify:
+        raise ConfigError("--picture is for --verify")
+    if not args.max_shard_gb > 0:
+        raise ConfigError(f"--max-shard-gb {args.max_shard_gb}: must be more than 0")
+    missing = next((path for path in args.picture if not Path(path).is_file()), None)
+    if missing is not None:
+        raise ConfigError(f"--picture {missing}: no such file")
+    if dst.exists() and not args.overwrite:
+        raise PolymodalError(f"{dst}: is there already; choose another folder or add --overwrite")
+    return FORMATS[args.format](args, dst)
+
+
+def _hf(args: argparse.Namespace, dst: Path) -> int:
+    from polymodal.backends.hf_export import export_hf
+
+    loaded, source = _open(args.model)
+    done = export_hf(
+        loaded,
+        dst,
+        merge_lora=not args.keep_adapter,
+        dtype=_dtype(args.dtype),
+        max_shard_bytes=int(args.max_shard_gb * 1e9),
+        licences=source,
+        replace=args.overwrite,
+    )
+    for line in done.notes:
+        common.note(f"polymodal: {line}")
+    print(f"{dst}: {done.family}, {done.weight_bytes / 1e6:,.1f} MB of weights, <image> is token {done.image_token_id}")
+    if not args.verify:
+        return 0
+    from polymodal.backends.parity import verify_export
+
+    parity = verify_export(loaded, dst, pictures=[Path(path) for path in args.picture])
+    if parity.not_run:
+        common.note(f"polymodal: not installed, so not compared: {', '.join(parity.not_run)}")
+    print(common.printable(parity.line))
+    return 0 if parity.passed else 1
+
+
+def _polymodal(args: argparse.Namespace, dst: Path) -> int:
+    from polymodal.checkpoints.whole import write_whole
+
+    if args.keep_adapter:
+        raise ConfigError("--keep-adapter: a folder of ours keeps its adapter already; copy the folder")
+    if args.verify:
+        raise ConfigError("--verify compares with other programs; a folder of ours is checked whenever it is opened")
+    loaded, _ = _open(args.model)
+    write_whole(loaded, dst, dtype=_dtype(args.dtype), replace=args.overwrite)
+    print(f"{dst}: a whole model of polymodal")
+    return 0
+
+
+FORMATS: dict[str, Callable[[argparse.Namespace, Path], int]] = {"hf": _hf, "polymodal": _polymodal}
+"""Each format and what writes it."""
+
+
+def _open(name: str) -> tuple[Loaded, Path]:
+    """Load a model of ours or a published one, and say where it lies."""
+    from polymodal.backends import find_model
+    from polymodal.backends.opening import open_model
+
+    return open_model(name), find_model(name)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if name is None else getattr(torch, name)

@@ -1,0 +1,112 @@
+"""`polymodal export`: what it prints, what it leaves, and its status."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from polymodal.backends import load
+from polymodal.cli import main
+from polymodal.config import ModelConfig
+from polymodal.model import build_model
+
+
+def test_a_stock_folder_with_its_proof(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], picture_folder: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    (model / "LICENSE").write_text("terms")
+    out = tmp_path / "out"
+    argv = ["export", str(model), str(out), "--verify", "--picture", str(picture_folder / "coffee.jpg")]
+    assert main(argv) == 0
+    printed = capsys.readouterr()
+    assert "parity: token_ids ok, pixels ok, logits ok, greedy ok" in printed.out and "llava" in printed.out
+    assert "placeholder" in printed.err
+    document = json.loads((out / "parity.json").read_text())
+    assert document["passed"] and "coffee.jpg" in document["probes"]["names"]
+    assert (out / "LICENSE").read_text() == "terms"
+    # What was written opens here, too.
+    assert load(out, "cpu").ask("What is this?", picture_folder / "cat.jpg") is not None
+
+    assert main(argv) == 2  # it is there
+    assert "is there already" in capsys.readouterr().err
+    assert main([*argv[:3], "--overwrite", "--dtype", "float16", "--max-shard-gb", "0.00005"]) == 0
+    assert len(list(out.glob("model-*.safetensors"))) > 1 and not (out / "parity.json").exists()
+
+
+def test_a_failed_proof_is_status_1(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polymodal.backends import hf_export
+
+    monkeypatch.setitem(hf_export._FILTERS, "bicubic", 2)  # as if the resize rule were written wrongly
+    assert main(["export", str(tiny_model_folder), str(tmp_path / "out"), "--verify"]) == 1
+    assert "parity FAILED: pixels" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "parity.json").read_text())["passed"] is False
+
+
+def test_one_folder_of_ours(tiny_model_config: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from polymodal.checkpoints.folder import load_model, save_model
+    from polymodal.training.adapters import add_adapters
+    from polymodal.training.recipe import LoraRecipe
+
+    torch.manual_seed(0)
+    model, tokenizer = build_model(tiny_model_config)
+    add_adapters(model, LoraRecipe(lora_r=2, lora_alpha=4))
+    for name, parameter in model.llm.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    save_model(tmp_path / "with", model, tiny_model_config, tokenizer)
+    argv = ["export", str(tmp_path / "with"), str(tmp_path / "whole"), "--format", "polymodal"]
+    assert main([*argv, "--merge-lora"]) == 0
+    whole = load_model(tmp_path / "whole")
+    assert not (tmp_path / "whole" / "adapter").exists() and (tmp_path / "whole" / "llm").is_dir()
+    assert whole.history[-1] == {"stage": "export", "folded_in": ["adapter"]}
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(whole.model(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert main([*argv, "--overwrite", "--dtype", "bfloat16"]) == 0
+    stored = load_file(tmp_path / "whole" / "llm" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert load_model(tmp_path / "whole").config.llm.dtype == "bfloat16"
+    for flag in ("--keep-adapter", "--verify"):
+        assert main([*argv, "--overwrite", flag]) == 2
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--picture", "x.jpg"], "--picture is for --verify"),
+        (["--verify", "--picture", "x.jpg"], "no such file"),
+        (["--max-shard-gb", "0"], "must be more than 0"),
+        (["--format", "onnx"], "invalid choice"),
+        (["--merge-lora", "--keep-adapter"], "not allowed with"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], part: str
+) -> None:
+    assert main(["export", str(tiny_model_folder), str(tmp_path / "out"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert part in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_reasons_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_config: ModelConfig
+) -> None:
+    from polymodal.checkpoints.folder import save_model
+
+    document = tiny_model_config.model_dump()
+    document["projector"] = {"mm_projector_type": "linear"}
+    config = ModelConfig.model_validate(document)
+    model, tokenizer = build_model(config)
+    save_model(tmp_path / "model", model, config, tokenizer)
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "(1) mm_projector_type 'linear'" in error and error.count("\n") == 1
