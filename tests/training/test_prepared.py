@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import yaml
 
+from polymodal.backends.local import processor_of
 from polymodal.cli import main
 from polymodal.data.parallel import quiet
 from polymodal.data.records import load_records
 from polymodal.errors import DataError
+from polymodal.messages import Image, user
 from polymodal.processing.processor import Processor
 from polymodal.training import train
+from polymodal.training.parts import load_parts
 from polymodal.training.prepare import recipe_processor
 from polymodal.training.recipe import Recipe, load_recipe
 from polymodal.training.samples import Order, Prepared, prepare, read_mix
@@ -91,6 +94,20 @@ def test_skipped_rows_are_listed_and_nothing_left_is_an_error(
     short = load_recipe(write(plain, tmp_path, on_error="skip", max_length=3))
     with pytest.raises(DataError, match="no record is left to train on: 1 unreadable, 3 longer than max_length 3"):
         from_files(short, processor, tmp_path)
+
+
+def test_new_picture_rules_hold_for_prep_too(plain: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load_recipe(write(plain, tmp_path))
+    final = train(recipe.model_copy(update={"run": recipe.run.model_copy(update={"max_steps": 1})}))
+    image = {**plain["init"]["model"]["image"], "image_aspect_ratio": "slice"}
+    plain["init"] = {"from": str(final), "image": image}
+    again = load_recipe(write(plain, tmp_path))
+    whole = load_parts(again)
+    trained = processor_of(whole.model, whole.tokenizer, whole.config)
+    picture = [user(Image(str(Path(recipe.data.mix[0].path).parent / "0.png")), "Colour?")]
+    prepared, expected = recipe_processor(again)(picture), trained(picture)
+    assert prepared.plans == expected.plans and prepared.plans[0].num_tiles > 1
+    assert prepared.media_keys == expected.media_keys
 
 
 def test_training_opens_what_prep_made(

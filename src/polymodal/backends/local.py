@@ -24,6 +24,27 @@ if TYPE_CHECKING:
     from polymodal.model import MultimodalLM
 
 
+def processor_of(model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Processor:
+    """The processor that makes what a model takes.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        config: Its configuration.
+
+    Returns:
+        The processor.
+    """
+    return Processor(
+        config,
+        tokenizer,
+        model.tokens_per_tile,
+        model.image_token_id,
+        model.encoder_decoder,
+        model.context_tokenizer,
+    )
+
+
 class LocalBackend:
     """Answers conversations with a `MultimodalLM`.
 
@@ -48,14 +69,7 @@ class LocalBackend:
         self.config = config
         self.name = name
         self.history = tuple(history)
-        self.processor = Processor(
-            config,
-            tokenizer,
-            model.tokens_per_tile,
-            model.image_token_id,
-            model.encoder_decoder,
-            model.context_tokenizer,
-        )
+        self.processor = processor_of(model, tokenizer, config)
 
     @property
     def context_length(self) -> int:

@@ -112,7 +112,10 @@ class Processor:
             return self
         if isinstance(template, str):
             template = self.config.template.model_copy(update={"chat_template": template})
-        config = self.config.model_copy(update={"template": template})
+        return self.with_config(self.config.model_copy(update={"template": template}))
+
+    def with_config(self, config: ModelConfig) -> Processor:
+        """The same parts under another configuration: other picture rules of the same tile, another template."""
         return Processor(
             config, self.tokenizer, self.tokens, self.image_token_id, self.last_answer_only, self.context_tokenizer
         )

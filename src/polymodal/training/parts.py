@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from polymodal.backends.local import processor_of
 from polymodal.errors import ConfigError
 from polymodal.model import MultimodalLM, build_model
 from polymodal.processing.batch import collate, collate_packed
@@ -155,15 +156,7 @@ def make_feed(recipe: Recipe, parts: Parts, output_dir: Path) -> Feed:
     store = None
     if run.feature_cache != features.OFF:
         store = features.open_store(model, parts.config, run.feature_cache, run.feature_dtype)
-    whole = Processor(
-        parts.config,
-        parts.tokenizer,
-        model.tokens_per_tile,
-        model.image_token_id,
-        model.encoder_decoder,
-        model.context_tokenizer,
-    )
-    processor = whole.with_template(recipe.data.template)
+    processor = processor_of(model, parts.tokenizer, parts.config).with_template(recipe.data.template)
     mix = parts.mix if parts.mix is not None else read_mix(recipe.data, run.seed)
     prepared = prepare(mix, processor, recipe.data, progress, run.workers, output_dir / "skipped.jsonl")
     return _filled(Feed(prepared, processor, store, recipe.batch.packing == "pack"), recipe, model, "records")

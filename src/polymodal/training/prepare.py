@@ -54,25 +54,20 @@ def recipe_processor(recipe: Recipe) -> Processor:
     """
     if recipe.lora is not None and recipe.lora.trainable_tokens:
         # New tokens change the tokenizer, and which rows they take is decided on the whole model.
+        from polymodal.backends.local import processor_of
         from polymodal.training import policy
         from polymodal.training.parts import load_parts
 
         parts = load_parts(recipe)
         policy.apply_policy(parts.model, recipe.train, recipe.lora, recipe.optim, parts.tokenizer)
-        model = parts.model
-        whole = Processor(
-            parts.config,
-            parts.tokenizer,
-            model.tokens_per_tile,
-            model.image_token_id,
-            model.encoder_decoder,
-            model.context_tokenizer,
-        )
-        return whole.with_template(recipe.data.template)
+        return processor_of(parts.model, parts.tokenizer, parts.config).with_template(recipe.data.template)
     if recipe.init.from_folder is not None:
         from polymodal.backends import load_processor
+        from polymodal.training.parts import new_picture_rules
 
-        processor = load_processor(recipe.init.from_folder).with_template(recipe.init.template)
+        processor = load_processor(recipe.init.from_folder)
+        processor = processor.with_config(new_picture_rules(processor.config, recipe.init.image))
+        processor = processor.with_template(recipe.init.template)
     else:
         assert recipe.init.model is not None
         processor = _new_processor(recipe.init.model)
