@@ -41,7 +41,7 @@ NETWORK = {
     "model",
     "checkpoints",
 }
-JOIN = {"generation", "backends"}
+JOIN = {"generation", "backends", "exchange"}
 BELOW_TOP = BASE | RAW_INPUT | NETWORK | JOIN
 
 ALLOWED = {

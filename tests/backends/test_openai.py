@@ -23,9 +23,9 @@ from PIL import Image as PILImage
 
 from polymodal.backends import load, load_processor
 from polymodal.backends.openai import OpenAIBackend, open_endpoint
-from polymodal.backends.openai_events import clean, read_events
-from polymodal.backends.openai_http import Endpoint, Patience, retry_after
-from polymodal.backends.openai_parts import picture_bytes, to_openai
+from polymodal.backends.openai.events import clean, read_events
+from polymodal.backends.openai.http import Endpoint, Patience, retry_after
+from polymodal.backends.openai.parts import picture_bytes, to_openai
 from polymodal.backends.protocol import Reply, TextDelta
 from polymodal.cli import main
 from polymodal.errors import CheckpointError, ConfigError, EndpointError, MediaError, PolymodalError
@@ -261,7 +261,7 @@ def test_a_server_that_is_not_there() -> None:
 
 def test_retry_after_is_honoured(server: Any, model: OpenAIBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("polymodal.backends.openai_http.time.sleep", waits.append)
+    monkeypatch.setattr("polymodal.backends.openai.http.time.sleep", waits.append)
     server.plays(sends(b"", 429, Retry_After="0.15"), sends(answer()))
     assert model.generate(HELLO).text == "Hi there" and waits == [0.15]
     server.plays(sends(b"", 503, Retry_After=formatdate(time.time() + 3600, usegmt=True)))

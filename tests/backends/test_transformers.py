@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from polymodal.backends import load
 from polymodal.backends.protocol import Reply, TextDelta
 from polymodal.backends.transformers import TransformersBackend, open_transformers
-from polymodal.backends.transformers_folder import open_processor
+from polymodal.backends.transformers.folder import open_processor
 from polymodal.data.records import Record
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.evaluation.heldout import evaluate
@@ -316,7 +316,7 @@ def test_smolvlm_sees_what_its_own_processor_makes(
     """Without num2words Idefics3's processor stands in; with something in its place SmolVLM's own can be made."""
     from transformers.models.smolvlm import processing_smolvlm
 
-    from polymodal.backends import transformers_folder
+    from polymodal.backends.transformers import folder as transformers_folder
 
     messages = [user("Two: ", Image(WIDE), Image(TALL), "What?")]
     monkeypatch.setattr(transformers_folder, "PICTURES_ONLY", {})

@@ -42,7 +42,7 @@ def test_a_stock_folder_with_its_proof(
 def test_a_failed_proof_is_status_1(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from polymodal.backends import hf_export
+    from polymodal.exchange import hf_export
 
     monkeypatch.setitem(hf_export._FILTERS, "bicubic", 2)  # as if the resize rule were written wrongly
     assert main(["export", str(tiny_model_folder), str(tmp_path / "out"), "--verify"]) == 1

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from polymodal.backends.hf_folder import load_hf
 from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.folder import Loaded, load_model, save_model
+from polymodal.exchange.hf_folder import load_hf
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Image, assistant, user

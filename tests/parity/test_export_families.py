@@ -32,12 +32,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from polymodal.backends.hf_export import export_hf
-from polymodal.backends.hf_folder import load_hf
-from polymodal.backends.parity import verify_export
 from polymodal.checkpoints.folder import Loaded, contract_of, own_tensors
 from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError
+from polymodal.exchange.hf_export import export_hf
+from polymodal.exchange.hf_folder import load_hf
+from polymodal.exchange.parity import verify_export
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Image, Message, assistant, user

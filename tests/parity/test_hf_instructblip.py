@@ -12,9 +12,9 @@ import torch
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, InstructBlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from polymodal.backends.hf_folder import load_hf
 from polymodal.config import VisionConfig
 from polymodal.encoders.vision import build_vision_encoder
+from polymodal.exchange.hf_folder import load_hf
 from polymodal.messages import Image, user
 
 LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}

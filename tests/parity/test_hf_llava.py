@@ -22,8 +22,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from polymodal.backends.hf_folder import load_hf
 from polymodal.checkpoints.hf.names import to_ours, to_stock
+from polymodal.exchange.hf_folder import load_hf
 
 METADATA = {"format": "pt"}
 TILE, PATCH = 28, 7

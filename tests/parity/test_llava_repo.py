@@ -33,11 +33,11 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from polymodal.backends.llava_repo import load_llava_repo
 from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.folder import Loaded, load_model, merge_adapter, save_model
 from polymodal.checkpoints.llava_repo import is_llava_repo, read_repo
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
+from polymodal.exchange.llava_repo import load_llava_repo
 from polymodal.messages import Image, user
 from polymodal.processing.batch import collate
 

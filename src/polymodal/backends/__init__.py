@@ -14,8 +14,8 @@ from polymodal.errors import CheckpointError, ConfigError, first_line, unknown_n
 from polymodal.files import shipped_folder
 
 if TYPE_CHECKING:
-    from polymodal.backends.hf_folder import Dtype
     from polymodal.backends.protocol import Backend
+    from polymodal.exchange.hf_folder import Dtype
     from polymodal.processing.processor import Processor
 
 CONFIG_NAME = "polymodal.json"
@@ -148,11 +148,11 @@ def _open_published(folder: Path, device: str | None, name: str, dtype: Dtype | 
     """Open a published model of a family that is composed here, or an original LLaVA folder."""
     import torch
 
-    from polymodal.backends.hf_folder import load_hf
-    from polymodal.backends.llava_repo import load_llava_repo
     from polymodal.backends.local import LocalBackend
     from polymodal.checkpoints.hub import commit_of
     from polymodal.checkpoints.llava_repo import is_llava_repo
+    from polymodal.exchange.hf_folder import load_hf
+    from polymodal.exchange.llava_repo import load_llava_repo
     from polymodal.quantize import quantize_int8
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -228,9 +228,9 @@ def load_processor(name: str | Path = "default") -> Processor:
         CheckpointError: There is no such model, or its folder is damaged.
     """
     folder = find_model(name)
-    from polymodal.backends.hf_folder import hf_processor
     from polymodal.checkpoints.folder import read_config
     from polymodal.checkpoints.hf import is_hf_folder
+    from polymodal.exchange.hf_folder import hf_processor
     from polymodal.llm import load_tokenizer, quieten_transformers
     from polymodal.model import build_vision
     from polymodal.processing.processor import Processor

@@ -4,7 +4,7 @@ The other direction of `checkpoints.hf`: the same table of names (`hf.names.RULE
 class cannot compute is refused with every reason at once, since a folder that computes nearly the same is worse than
 none. Two differences are folded away exactly: a fixed standardisation before the projector goes into its first linear
 layer, and layers without a bias get one of zeros where the class insists. The processor and the chat template are
-written by `backends.hf_export`, which joins this with the raw-input side.
+written by `exchange.hf_export`, which joins this with the raw-input side.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ named by `mm_vision_tower`. Three kinds of folder are left by its training:
     lora        peft's adapter and `non_lora_trainables.bin`, which holds the projector
 
 Pickles are read only where that is allowed by name, and then as tensors only. `llava_weights` reads the tensors;
-`backends.llava_repo` adds pictures and prompts, which such a folder does not describe.
+`exchange.llava_repo` adds pictures and prompts, which such a folder does not describe.
 """
 
 from __future__ import annotations

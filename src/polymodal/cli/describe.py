@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from polymodal.cli.common import BOLD, DIM, RESET, colour_wanted, printable
 
 if TYPE_CHECKING:
-    from polymodal.backends.describe import Description
     from polymodal.checkpoints.parts import Part
+    from polymodal.exchange.describe import Description
 
 SHOWN_LINES = 6
 """Lines of the chat template on the page."""
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Describe and print."""
-    from polymodal.backends.describe import describe
     from polymodal.errors import ConfigError
+    from polymodal.exchange.describe import describe
 
     found = describe(args.model)
     if args.template:
@@ -140,8 +140,8 @@ def _picture_rows(rules: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _visual_tokens(found: Description) -> list[dict[str, Any]]:
     """How many positions pictures of some sizes take; empty where that cannot be found out from configurations."""
-    from polymodal.backends.describe import EXAMPLES
     from polymodal.errors import PolymodalError
+    from polymodal.exchange.describe import EXAMPLES
     from polymodal.geometry import Size
     from polymodal.llm import quieten_transformers
 
@@ -151,7 +151,7 @@ def _visual_tokens(found: Description) -> list[dict[str, Any]]:
     quieten_transformers()
     try:
         if found.contract is None:
-            from polymodal.backends.describe import visual_tokens
+            from polymodal.exchange.describe import visual_tokens
 
             counts = visual_tokens(Path(found.folder), sizes)
         else:

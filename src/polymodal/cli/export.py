@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _hf(args: argparse.Namespace, dst: Path) -> int:
-    from polymodal.backends.hf_export import export_hf
+    from polymodal.exchange.hf_export import export_hf
 
     loaded, source = _open(args.model)
     done = export_hf(
@@ -76,7 +76,7 @@ def _hf(args: argparse.Namespace, dst: Path) -> int:
     print(f"{dst}: {done.family}, {done.weight_bytes / 1e6:,.1f} MB of weights, <image> is token {done.image_token_id}")
     if not args.verify:
         return 0
-    from polymodal.backends.parity import verify_export
+    from polymodal.exchange.parity import verify_export
 
     parity = verify_export(loaded, dst, pictures=[Path(path) for path in args.picture])
     if parity.not_run:
@@ -105,7 +105,7 @@ FORMATS: dict[str, Callable[[argparse.Namespace, Path], int]] = {"hf": _hf, "pol
 def _open(name: str) -> tuple[Loaded, Path]:
     """Load a model of ours or a published one, and say where it lies."""
     from polymodal.backends import find_model
-    from polymodal.backends.opening import open_model
+    from polymodal.exchange.opening import open_model
 
     return open_model(name), find_model(name)
 

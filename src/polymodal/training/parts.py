@@ -61,7 +61,7 @@ def load_parts(recipe: Recipe) -> Parts:
         torch.manual_seed(recipe.run.seed)
         model, tokenizer = build_model(recipe.init.model)
         return Parts(model, tokenizer, recipe.init.model)
-    from polymodal.backends.opening import open_model
+    from polymodal.exchange.opening import open_model
 
     assert recipe.init.from_folder is not None
     loaded = open_model(recipe.init.from_folder)

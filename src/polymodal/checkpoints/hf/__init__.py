@@ -2,7 +2,7 @@
 
 `READERS` says which families these are. A reader turns `config.json` into `Pieces`; `weights` builds the model from
 them and fills it; `names` has the one table of tensor names. What the folder says about pictures and prompts is read
-in `backends.hf_folder`, which joins the two.
+in `exchange.hf_folder`, which joins the two.
 """
 
 from __future__ import annotations

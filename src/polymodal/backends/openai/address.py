@@ -7,7 +7,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import SecretStr
 
-from polymodal.backends.openai_events import clean
+from polymodal.backends.openai.events import clean
 from polymodal.errors import ConfigError
 
 

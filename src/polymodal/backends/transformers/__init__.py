@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from polymodal.backends.protocol import Reply, TextDelta, Timing, Usage
-from polymodal.backends.transformers_folder import open_model, open_processor
-from polymodal.backends.transformers_prompt import Chat, PromptMaker
+from polymodal.backends.transformers.folder import open_model, open_processor
+from polymodal.backends.transformers.prompt import Chat, PromptMaker
 from polymodal.backends.turns import forget_oldest, require_question
 from polymodal.checkpoints.safe import check_folder
 from polymodal.errors import PolymodalError

@@ -30,7 +30,6 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from polymodal.backends import load, load_processor
-from polymodal.backends.hf_folder import load_hf
 from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.folder import load_model, save_model
 from polymodal.checkpoints.hf import is_hf_folder
@@ -38,6 +37,7 @@ from polymodal.checkpoints.hf.pieces import NotExpressibleError
 from polymodal.config import VisionConfig
 from polymodal.encoders.vision import build_vision_encoder
 from polymodal.errors import CheckpointError, ConfigError
+from polymodal.exchange.hf_folder import load_hf
 from polymodal.messages import Image, user
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -141,7 +141,7 @@ def test_no_weight_is_in_memory_twice(published: Path, monkeypatch: pytest.Monke
         made.extend(weight.is_meta for weight in model.parameters())
         fill(model, *args)
 
-    monkeypatch.setattr("polymodal.backends.hf_folder.fill", watch)
+    monkeypatch.setattr("polymodal.exchange.hf_folder.fill", watch)
     load_hf(published)
     assert made
     assert all(made)

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from polymodal.backends.local import LocalBackend
-from polymodal.backends.parity_case import AGREEMENT, TOKENS, Check, Comparison, common_prefix, greedy_ids
-from polymodal.backends.parity_probes import Probe, hash_probes
-from polymodal.backends.parity_vllm import same_text_in_vllm
 from polymodal.checkpoints.folder import Loaded
 from polymodal.errors import PolymodalError
+from polymodal.exchange.parity_case import AGREEMENT, TOKENS, Check, Comparison, common_prefix, greedy_ids
+from polymodal.exchange.parity_probes import Probe, hash_probes
+from polymodal.exchange.parity_vllm import same_text_in_vllm
 from polymodal.files import write_text
 from polymodal.messages import assistant
 from polymodal.processing.batch import collate

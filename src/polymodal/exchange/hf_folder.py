@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from polymodal.backends.hf_prompt import template_of
 from polymodal.checkpoints.folder import Loaded
 from polymodal.checkpoints.hf import read_pieces
 from polymodal.checkpoints.hf.pieces import NotExpressibleError, Pieces
@@ -22,6 +21,7 @@ from polymodal.checkpoints.safe import FolderReport, check_folder
 from polymodal.checkpoints.safe_config import read_json
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig
 from polymodal.errors import CheckpointError, ConfigError
+from polymodal.exchange.hf_prompt import template_of
 from polymodal.files import sha256_file
 from polymodal.llm import load_tokenizer, quieten_transformers
 from polymodal.processing.presets import image_config_from_hf

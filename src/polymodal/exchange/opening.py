@@ -33,8 +33,8 @@ def open_model(name: str | Path, *, dtype: Dtype = "float32", revision: str | No
         ConfigError: A revision is given for what is no hub id.
     """
     from polymodal.backends import find_model
-    from polymodal.backends.hf_folder import load_hf
-    from polymodal.backends.llava_repo import load_llava_repo
+    from polymodal.exchange.hf_folder import load_hf
+    from polymodal.exchange.llava_repo import load_llava_repo
 
     folder = find_model(name, revision)
     if (folder / CONFIG_NAME).is_file():

@@ -18,10 +18,10 @@ from contextlib import closing
 from typing import Any, Literal
 
 from polymodal.backends import ENDPOINT
-from polymodal.backends.openai_events import clean, finish_of, text_of
-from polymodal.backends.openai_http import Endpoint, Event, Patience, Refused
-from polymodal.backends.openai_parts import Detail, to_openai
-from polymodal.backends.openai_request import Accepts, learn, request_body
+from polymodal.backends.openai.events import clean, finish_of, text_of
+from polymodal.backends.openai.http import Endpoint, Event, Patience, Refused
+from polymodal.backends.openai.parts import Detail, to_openai
+from polymodal.backends.openai.request import Accepts, learn, request_body
 from polymodal.backends.protocol import Reply, TextDelta, Timing, Usage
 from polymodal.backends.turns import require_question
 from polymodal.errors import ConfigError, EndpointError, PolymodalError

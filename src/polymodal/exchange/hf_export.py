@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polymodal.backends.hf_adapter import write_adapter
-from polymodal.backends.hf_card import write_card
-from polymodal.backends.hf_template import StockTemplate, check_plain_prompt, stock_template
 from polymodal.checkpoints.export_hf import (
     BLIP,
     Vocabulary,
@@ -35,6 +32,9 @@ from polymodal.checkpoints.shards import MAX_SHARD_BYTES, write_shards
 from polymodal.checkpoints.whole import fold_in
 from polymodal.config import ImageConfig, ModelConfig
 from polymodal.errors import CheckpointError
+from polymodal.exchange.hf_adapter import write_adapter
+from polymodal.exchange.hf_card import write_card
+from polymodal.exchange.hf_template import StockTemplate, check_plain_prompt, stock_template
 from polymodal.files import atomic_folder, write_text
 from polymodal.processing.template import PRESETS, ChatTemplate
 from polymodal.projectors.context import TOKENIZER_FOLDER

@@ -8,14 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polymodal.backends.hf_template import LATER, LATER_NOTE, differences
 from polymodal.backends.local import LocalBackend
-from polymodal.backends.parity_probes import Probe, chat_probes, plain_probes
-from polymodal.backends.transformers_folder import open_model, open_processor
+from polymodal.backends.transformers.folder import open_model, open_processor
 from polymodal.checkpoints.export_hf import BLIP
 from polymodal.checkpoints.folder import ADAPTER_NAME
 from polymodal.checkpoints.safe_config import read_json
 from polymodal.errors import CheckpointError, PolymodalError, first_line
+from polymodal.exchange.hf_template import LATER, LATER_NOTE, differences
+from polymodal.exchange.parity_probes import Probe, chat_probes, plain_probes
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Text

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polymodal.backends.describe_source import looked_over, referred
 from polymodal.checkpoints.folder import CONFIG_NAME, read_config, read_history, verify_contract
 from polymodal.checkpoints.header import TensorInfo
 from polymodal.checkpoints.llava_repo import is_llava_repo
@@ -23,6 +22,7 @@ from polymodal.checkpoints.safe import MAX_TOKENIZER, FolderReport, check_folder
 from polymodal.checkpoints.safe_config import read_json
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig
 from polymodal.errors import PolymodalError
+from polymodal.exchange.describe_source import looked_over, referred
 from polymodal.geometry import Size, plan_image
 from polymodal.processing.presets import image_config_from_hf
 from polymodal.processing.template_presets import PRESETS
