@@ -64,6 +64,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         "--features", default="runs/features", help="kept features, shared with the default model's runs"
     )
     parser.add_argument("--steps", type=int, nargs=2, default=(120, 120), metavar=("STAGE1", "STAGE2"))
+    parser.add_argument("--warm-start", type=int, default=3000, metavar="N", help="steps before stage 1")
     parser.add_argument("--limit", type=int, default=60, help="questions of each kind")
     parser.add_argument("--runs", type=int, default=9, help="first tokens timed of each model")
     parser.add_argument("--only", choices=PROJECTORS, action="append", help="this projector only")
@@ -88,6 +89,7 @@ def train(name: str, options: argparse.Namespace) -> None:
         f"data.mix.0.path={options.data / 'stage1.json'}",
         f"init.model.projector={PROJECTORS[name]}",
         "warm_start.write_classes=false",
+        f"warm_start.steps={options.warm_start}",
         f"optim.learning_rate={RATES[name]}",
         f"run.max_steps={first}",
         f"output_dir={folder / 'stage1'}",
