@@ -31,7 +31,7 @@ def test_the_default_recipes_make_a_working_model(
     monkeypatch.chdir(tmp_path)
     assert main(["data", "build", "default", "--output", "data/default", "--size", "tiny"]) == 0
     few = ["run.max_steps=3", "run.epochs=9", "run.log_every=1", "batch.global_size=8", "prototypes.count=10"]
-    stage(1, f"init.model.llm.model_name_or_path={tiny_llm_folder}", "warm_start.steps=5", *few)
+    stage(1, f"init.model.llm.model_name_or_path={tiny_llm_folder}", "warm_start.steps=20", *few)
     stage(2, *few)
     for number, kinds in ((1, {"caption"}), (2, {"prototype"})):
         lines = (tmp_path / f"runs/default/stage{number}/log.jsonl").read_text().splitlines()

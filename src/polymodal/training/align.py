@@ -181,7 +181,8 @@ def warm_start(
 
     parameters = [p for p in projector.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.05)
+    rising = max(0.05, 2 / config.steps)  # of fewer than two steps it would divide by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=rising)
     made = int(config.batch_size * config.prototype_share) if prototypes is not None else 0
     right = total = 0.0
     for step in progress(range(config.steps), "warm start", config.steps):

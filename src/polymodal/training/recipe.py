@@ -242,7 +242,7 @@ class WarmStartConfig(Strict):
         prototype_share: Part of a batch that is moved to a class of the classifier.
     """
 
-    steps: int = Field(default=1500, gt=0)
+    steps: int = Field(default=1500, ge=3)
     batch_size: int = Field(default=96, gt=0)
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.02, ge=0)
