@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from polymodal.backends.protocol import Reply, TextDelta, Timing, Usage
-from polymodal.backends.turns import forget_oldest, require_question
+from polymodal.backends.protocol import Reply, TextDelta
+from polymodal.backends.turns import forget_oldest, require_question, stream_reply
 from polymodal.errors import PolymodalError
-from polymodal.generation.generate import Step, generate_ids, stream_ids
+from polymodal.generation.generate import generate_ids, stream_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.text import TextStream
-from polymodal.messages import Image, Message, Source, assistant, user
+from polymodal.messages import Image, Message, Source, user
 from polymodal.processing.batch import collate
 from polymodal.processing.processor import Processor
 from polymodal.processing.sample import Sample
@@ -125,34 +125,13 @@ class LocalBackend:
         params = params or GenerationParams()
         begin = time.perf_counter()
         sample = self.prepare(messages, params.max_new_tokens)
-        prepared = time.perf_counter()
-        stop_ids = self.processor.template.stop_ids
-        text = TextStream(self.tokenizer, params.stop, stop_ids, skip_space=True)
-        made, encode_s, first = 0, 0.0, prepared
-        for step in self._steps(sample, params):
-            if made == 0:
-                first, encode_s = time.perf_counter(), step.encode_s
-            made += 1
-            token = step.ids[0]
-            assert token is not None  # a single row ends with the stream
-            if delta := text.push(token):
-                yield TextDelta(delta)
-            if text.stopped:
-                break
-        if delta := text.finish():
-            yield TextDelta(delta)
-        end = time.perf_counter()
-        yield Reply(
-            message=assistant(text.text),
-            usage=Usage(sample.input_ids.numel(), sum(plan.num_tokens for plan in sample.plans), made),
-            timing=Timing(
-                prepare_s=prepared - begin,
-                encode_s=encode_s,
-                first_token_s=first - begin,
-                total_s=end - begin,
-                tokens_per_s=(made - 1) / (end - first) if made > 1 else 0.0,
-            ),
-            finish_reason="stop" if text.stopped else "length",
+        text = TextStream(self.tokenizer, params.stop, self.processor.template.stop_ids, skip_space=True)
+        yield from stream_reply(
+            self._tokens(sample, params),
+            text,
+            begin=begin,
+            prompt_tokens=sample.input_ids.numel(),
+            image_tokens=sum(plan.num_tokens for plan in sample.plans),
             model=self.name,
         )
 
@@ -211,6 +190,11 @@ class LocalBackend:
                 return sample
             kept = forget_oldest(kept, length, self.context_length)
 
-    def _steps(self, sample: Sample, params: GenerationParams) -> Iterator[Step]:
+    def _tokens(self, sample: Sample, params: GenerationParams) -> Iterator[tuple[int, float]]:
+        """Each token of the answer, and the seconds spent on encoding before it."""
         batch = collate([sample], self.processor.pad_id, side="left")
-        return stream_ids(self.model, batch, params, self.processor.template.stop_ids, len(self.tokenizer))
+        stop_ids = self.processor.template.stop_ids
+        for step in stream_ids(self.model, batch, params, stop_ids, len(self.tokenizer)):
+            token = step.ids[0]
+            assert token is not None  # a single row ends with the stream
+            yield token, step.encode_s

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from polymodal.backends.protocol import Reply, TextDelta, Timing, Usage
+from polymodal.backends.protocol import Reply, TextDelta
 from polymodal.backends.transformers.folder import open_model, open_processor
 from polymodal.backends.transformers.prompt import Chat, PromptMaker
-from polymodal.backends.turns import forget_oldest, require_question
+from polymodal.backends.turns import forget_oldest, require_question, stream_reply
 from polymodal.checkpoints.safe import check_folder
 from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.sampling import new_generator, sample_next
 from polymodal.generation.text import TextStream
-from polymodal.messages import Image, Message, Source, assistant, user
+from polymodal.messages import Image, Message, Source, user
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -143,34 +143,16 @@ class TransformersBackend:
         begin = time.perf_counter()
         inputs = self.prepare(messages, params.max_new_tokens)
         prompt = inputs["input_ids"]
-        prepared = first = time.perf_counter()
         text = TextStream(self.tokenizer, params.stop, self.stop_ids, skip_space=True)
-        made = 0
         with closing(self._steps(inputs, params)) as steps:
-            for (token,) in steps:
-                if made == 0:
-                    first = time.perf_counter()
-                made += 1
-                if delta := text.push(token):
-                    yield TextDelta(delta)
-                if text.stopped:
-                    break
-        if delta := text.finish():
-            yield TextDelta(delta)
-        end = time.perf_counter()
-        yield Reply(
-            message=assistant(text.text),
-            usage=Usage(prompt.numel(), self.prompts.image_tokens(prompt), made),
-            timing=Timing(
-                prepare_s=prepared - begin,
-                encode_s=0.0,
-                first_token_s=first - begin,
-                total_s=end - begin,
-                tokens_per_s=(made - 1) / (end - first) if made > 1 else 0.0,
-            ),
-            finish_reason="stop" if text.stopped else "length",
-            model=self.name,
-        )
+            yield from stream_reply(
+                ((token, 0.0) for (token,) in steps),
+                text,
+                begin=begin,
+                prompt_tokens=prompt.numel(),
+                image_tokens=self.prompts.image_tokens(prompt),
+                model=self.name,
+            )
 
     def generate_batch(
         self, conversations: Sequence[Sequence[Message]], params: GenerationParams
