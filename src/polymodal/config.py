@@ -7,12 +7,17 @@ Unknown keys are errors that name the nearest key. Names follow the field's habi
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from polymodal.errors import ConfigError, unknown_name
 from polymodal.geometry import PatchMerge
+
+Resample: TypeAlias = Literal["bilinear", "bicubic", "lanczos"]
+
+RESAMPLE_FILTERS: dict[Resample, int] = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
+"""The resize filters that picture rules may name, and their numbers in Pillow and in stock preprocessor files."""
 
 
 class Strict(BaseModel):
@@ -85,7 +90,7 @@ class ImageConfig(Strict):
     overview_aspect_ratio: Literal["squash", "pad", "crop"] = "squash"
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
-    resample: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+    resample: Resample = "bicubic"
     background: tuple[int, int, int] = (255, 255, 255)
     pad_color: tuple[int, int, int] | None = None
     max_pixels: int = 64_000_000

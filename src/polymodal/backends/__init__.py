@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from polymodal.errors import CheckpointError, ConfigError, first_line, unknown_name
 from polymodal.files import shipped_folder
@@ -149,18 +149,11 @@ def _open_published(folder: Path, device: str | None, name: str, dtype: Dtype | 
     import torch
 
     from polymodal.backends.local import LocalBackend
-    from polymodal.checkpoints.hub import commit_of
-    from polymodal.checkpoints.llava_repo import is_llava_repo
-    from polymodal.exchange.hf_folder import load_hf
-    from polymodal.exchange.llava_repo import load_llava_repo
+    from polymodal.exchange.opening import open_published
     from polymodal.quantize import quantize_int8
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if is_llava_repo(folder):
-        loaded = load_llava_repo(folder, dtype=dtype or ("float32" if device == "cpu" else "bfloat16"))
-    else:
-        chosen: Dtype | Literal["auto"] = dtype or ("float32" if device == "cpu" else "auto")
-        loaded = load_hf(folder, dtype=chosen, source=name, revision=commit_of(folder))
+    loaded = open_published(folder, name, dtype=dtype or ("float32" if device == "cpu" else "auto"))
     loaded.model.to(device)
     if quantize is not None:
         quantize_int8(loaded.model)

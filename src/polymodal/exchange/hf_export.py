@@ -30,7 +30,7 @@ from polymodal.checkpoints.hf import CLASSES
 from polymodal.checkpoints.hf.names import Style
 from polymodal.checkpoints.shards import MAX_SHARD_BYTES, write_shards
 from polymodal.checkpoints.whole import fold_in
-from polymodal.config import ImageConfig, ModelConfig
+from polymodal.config import RESAMPLE_FILTERS, ImageConfig, ModelConfig
 from polymodal.errors import CheckpointError
 from polymodal.exchange.hf_adapter import write_adapter
 from polymodal.exchange.hf_card import write_card
@@ -54,7 +54,6 @@ PROCESSORS = {
     "blip-2": "Blip2Processor",
     "instructblip": "InstructBlipProcessor",
 }
-_FILTERS = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 
 
@@ -155,7 +154,7 @@ def image_processor_settings(image: ImageConfig, family: str) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": whole,
-        "resample": _FILTERS[image.resample],
+        "resample": RESAMPLE_FILTERS[image.resample],
         "do_center_crop": False,
         "do_rescale": True,
         "rescale_factor": 1 / 255,

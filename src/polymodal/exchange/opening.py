@@ -13,8 +13,8 @@ from polymodal.checkpoints.hf import is_hf_folder
 from polymodal.checkpoints.hub import commit_of
 from polymodal.checkpoints.llava_repo import is_llava_repo
 from polymodal.errors import CheckpointError
-
-Dtype = Literal["float32", "bfloat16", "float16"]
+from polymodal.exchange.hf_folder import Dtype, load_hf
+from polymodal.exchange.llava_repo import load_llava_repo
 
 
 def open_model(name: str | Path, *, dtype: Dtype = "float32", revision: str | None = None) -> Loaded:
@@ -33,17 +33,33 @@ def open_model(name: str | Path, *, dtype: Dtype = "float32", revision: str | No
         ConfigError: A revision is given for what is no hub id.
     """
     from polymodal.backends import find_model
-    from polymodal.exchange.hf_folder import load_hf
-    from polymodal.exchange.llava_repo import load_llava_repo
 
     folder = find_model(name, revision)
     if (folder / CONFIG_NAME).is_file():
         return load_model(folder)
-    if is_llava_repo(folder):
-        return load_llava_repo(folder, dtype=dtype)
-    if is_hf_folder(folder):
-        return load_hf(folder, dtype=dtype, source=str(name), revision=commit_of(folder))
+    if is_llava_repo(folder) or is_hf_folder(folder):
+        return open_published(folder, name, dtype=dtype)
     raise CheckpointError(
         f"{name}: neither a model folder of ours nor a published model that is composed here; `polymodal describe` "
         "says what it is"
     )
+
+
+def open_published(folder: Path, name: str | Path, *, dtype: Dtype | Literal["auto"] = "float32") -> Loaded:
+    """Load a published model of a family that is composed here, or an original LLaVA folder.
+
+    Args:
+        folder: The folder.
+        name: What the user calls it, for the history.
+        dtype: Of the weights in memory; "auto" keeps what is stored, bfloat16 for a LLaVA folder.
+
+    Returns:
+        The model in eval mode on the CPU.
+
+    Raises:
+        CheckpointError: The folder is incomplete or damaged.
+        NotExpressibleError: It asks for what cannot be computed exactly here.
+    """
+    if is_llava_repo(folder):
+        return load_llava_repo(folder, dtype="bfloat16" if dtype == "auto" else dtype)
+    return load_hf(folder, dtype=dtype, source=str(name), revision=commit_of(folder))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from polymodal.config import ImageConfig
+from polymodal.config import RESAMPLE_FILTERS, ImageConfig, Resample
 from polymodal.errors import ConfigError, unknown_name
 
 Family = Literal["one_tile", "llava", "llava_next", "onevision"]
@@ -33,7 +33,7 @@ _CROP_BY_DEFAULT = {
     "LlavaImageProcessor",
     "LlavaNextImageProcessor",
 }
-_FILTERS: dict[Any, Literal["bilinear", "bicubic", "lanczos"]] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+_FILTERS: dict[Any, Resample] = {number: name for name, number in RESAMPLE_FILTERS.items()}
 _FLAGS_THAT_MUST_BE_TRUE = ("do_resize", "do_rescale", "do_convert_rgb")
 _KNOWN = {
     *_FLAGS_THAT_MUST_BE_TRUE,
@@ -181,7 +181,7 @@ def _channels(given: dict[str, Any], name: str, key: str, unset: float) -> tuple
     return red, green, blue
 
 
-def _resample(given: dict[str, Any], name: str) -> Literal["bilinear", "bicubic", "lanczos"]:
+def _resample(given: dict[str, Any], name: str) -> Resample:
     """Read Pillow's number of a filter; all the families default to bicubic but ViT."""
     number = given.get("resample", 2 if name == "ViTImageProcessor" else 3)
     if number not in _FILTERS:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image as PILImage
 
+from polymodal.config import RESAMPLE_FILTERS
 from polymodal.geometry import Box, ImagePlan, Size
 
 if TYPE_CHECKING:
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
 
 Colour = tuple[int, int, int]
 
-_FILTERS = {
-    "bilinear": PILImage.Resampling.BILINEAR,
-    "bicubic": PILImage.Resampling.BICUBIC,
-    "lanczos": PILImage.Resampling.LANCZOS,
-}
 _BLACK: Colour = (0, 0, 0)
 _LARGEST_RESIZED = 2**26
 """Above this many pixels only the part that ends on the canvas is computed (a centre crop of a very long picture)."""
@@ -156,9 +152,14 @@ def _place(
     return laid
 
 
+def resize_filter(image: ImageConfig) -> PILImage.Resampling:
+    """Pillow's filter of the picture rules."""
+    return PILImage.Resampling(RESAMPLE_FILTERS[image.resample])
+
+
 def _resize(picture: PILImage.Image, content: Box, visible: Box, image: ImageConfig) -> PILImage.Image:
     """Resize to `content` and keep the part that is `visible`."""
-    resample = _FILTERS[image.resample]
+    resample = resize_filter(image)
     top, left = visible.top - content.top, visible.left - content.left
     if content.size.area <= _LARGEST_RESIZED:
         resized = picture.resize((content.width, content.height), resample)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from polymodal.config import ImageConfig
+from polymodal.config import RESAMPLE_FILTERS, ImageConfig
 from polymodal.errors import CheckpointError, ConfigError, first_line, unknown_name
 from polymodal.representation.dual_encoder import LOGIT_BIAS_SIGLIP, LOGIT_SCALE_CLIP, LOGIT_SCALE_SIGLIP, DualEncoder
 from polymodal.representation.settings import ObjectiveConfig, PairModelConfig
@@ -25,8 +25,6 @@ PROCESSORS = {
 }
 _COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 """Text encoders whose positions begin behind the padding's, so that they have fewer than they say."""
-
-_RESAMPLE = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
 def build_dual_encoder(settings: PairModelConfig, objective: ObjectiveConfig) -> DualEncoder:
@@ -193,7 +191,7 @@ def image_processor(family: str, image: ImageConfig) -> Any:
         size={"shortest_edge": image.resize_short_side or min(image.tile_size)} if crops else tile,
         do_center_crop=crops,
         **({"crop_size": tile} if crops else {}),
-        resample=_RESAMPLE[image.resample],
+        resample=RESAMPLE_FILTERS[image.resample],
         do_rescale=True,
         do_normalize=True,
         image_mean=list(image.image_mean),

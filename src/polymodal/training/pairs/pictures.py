@@ -28,7 +28,7 @@ from polymodal.errors import DataError, MediaError
 from polymodal.geometry import Size, plan_image
 from polymodal.media.image import open_image
 from polymodal.processing.processor import picture_key
-from polymodal.processing.tiles import tile_bytes
+from polymodal.processing.tiles import resize_filter, tile_bytes
 from polymodal.training.features import MEMORY, OFF, FeatureStore
 from polymodal.training.log import progress
 from polymodal.training.pairs.draws import crop_box
@@ -40,12 +40,6 @@ if TYPE_CHECKING:
 
 LARGEST = 2.0
 """A raster's side is at most so many times the tile's."""
-
-_FILTERS = {
-    "bilinear": PILImage.Resampling.BILINEAR,
-    "bicubic": PILImage.Resampling.BICUBIC,
-    "lanczos": PILImage.Resampling.LANCZOS,
-}
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,7 @@ class Pictures:
         """
         if whole:
             height, width = raster_size(self.image, self.augment)
-            squeezed = picture.resize((width, height), _FILTERS[self.image.resample])
+            squeezed = picture.resize((width, height), resize_filter(self.image))
             return np.ascontiguousarray(np.asarray(squeezed).transpose(2, 0, 1))
         plan = plan_image(Size(picture.height, picture.width), self.image, Size(1, 1))
         return tile_bytes(picture, plan, self.image)[0]
@@ -136,9 +130,7 @@ class Pictures:
         _, height, width = raster.shape
         picture = PILImage.fromarray(np.ascontiguousarray(raster.transpose(1, 2, 0)))
         box = (left * width, top * height, right * width, bottom * height)
-        tile = picture.resize(
-            (self.image.tile_size[1], self.image.tile_size[0]), _FILTERS[self.image.resample], box=box
-        )
+        tile = picture.resize((self.image.tile_size[1], self.image.tile_size[0]), resize_filter(self.image), box=box)
         return np.ascontiguousarray(np.asarray(tile).transpose(2, 0, 1))
 
 
