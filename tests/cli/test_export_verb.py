@@ -44,7 +44,8 @@ def test_a_failed_proof_is_status_1(
 ) -> None:
     from polymodal.exchange import hf_export
 
-    monkeypatch.setitem(hf_export._FILTERS, "bicubic", 2)  # as if the resize rule were written wrongly
+    wrong = {**hf_export.RESAMPLE_FILTERS, "bicubic": 2}  # as if the resize rule were written wrongly
+    monkeypatch.setattr(hf_export, "RESAMPLE_FILTERS", wrong)
     assert main(["export", str(tiny_model_folder), str(tmp_path / "out"), "--verify"]) == 1
     assert "parity FAILED: pixels" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "parity.json").read_text())["passed"] is False
