@@ -5,6 +5,10 @@ python recipes/vit_small/publish.py runs/vit_small/siglip/final TARGET
 The folder holds picture tower, text tower, tokenizer and image processor, and loads in `transformers` (`AutoModel`,
 `AutoProcessor`) as well as here (`vision_tower: TARGET`, `type: siglip`). Half precision moves no score of a unit
 vector by more than the script says; it refuses to write a folder that scores otherwise.
+
+Pictures are normalised as CLIP's from here on, which the first layer takes up exactly: engines fill the edges of a
+picture that is not square with CLIP's mean colour, some with no other (llama.cpp), so a model with this tower can be
+exported to all of them.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ LARGEST = 40_000_000
 """Bytes that the package may carry."""
 MOST_MOVED = 0.01
 """Cosines between pictures and texts may move by this much."""
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEXTS = ["A cat.", "Three dogs on a red background.", 'The word "stop".', "A house to the left of a tree."]
 
 
@@ -30,10 +35,13 @@ def main(source: str, target: str) -> None:
     from transformers import SiglipModel
 
     before = load_embedder(source)
-    model = SiglipModel.from_pretrained(source, dtype=torch.float16)
+    model = SiglipModel.from_pretrained(source, dtype=torch.float32)
+    renormalise(model.vision_model.embeddings.patch_embedding, before.image.image_mean, before.image.image_std)
+    model.half()
+    image = before.image.model_copy(update={"image_mean": CLIP_MEAN, "image_std": CLIP_STD})
     with atomic_folder(Path(target), replace=True) as folder:
         model.save_pretrained(folder)
-        save_processor(folder, "siglip", before.model.tokenizer, before.image)
+        save_processor(folder, "siglip", before.model.tokenizer, image)
         notes = Path(source) / NOTES
         if notes.is_file():
             (folder / NOTES).write_bytes(notes.read_bytes())
@@ -44,6 +52,15 @@ def main(source: str, target: str) -> None:
         if size > LARGEST:
             sys.exit(f"publish: {size:,} bytes are more than the package may carry ({LARGEST:,}); nothing written")
     print(f"{target}: {size / 1e6:.1f} MB, cosines moved by {moved:.5f} at most")
+
+
+@torch.no_grad()
+def renormalise(patches: torch.nn.Conv2d, mean: tuple[float, ...], deviation: tuple[float, ...]) -> None:
+    """Change the first layer so that it takes pixels normalised by CLIP's mean and deviation, with the same result."""
+    was_mean, was, new_mean, new = (torch.tensor(values) for values in (mean, deviation, CLIP_MEAN, CLIP_STD))
+    assert patches.bias is not None and patches.padding in ("valid", (0, 0), 0)
+    patches.bias += torch.einsum("oihw,i->o", patches.weight, (new_mean - was_mean) / was)
+    patches.weight *= (new / was)[:, None, None]
 
 
 @torch.no_grad()

@@ -52,9 +52,11 @@ def test_same_bytes_whatever_the_number_of_workers(tiny: Path, tmp_path: Path) -
 
 
 def test_records_are_pairs(tiny: Path) -> None:
-    for name in ("train.json", "val.json"):
+    named: set[str] = set()
+    for name in ("train.json", "train_words.json", "val.json", "val_known.json", "val_words.json"):
         records = load_records(tiny / name)
-        assert len({r.id for r in records}) == len(records) > 10
+        assert len({r.id for r in records}) == len(records) > 3 and not named & {r.id for r in records}
+        named |= {r.id for r in records}
         for record in records:
             (picture,) = record.messages[0].media
             assert Path(picture.source).is_file() and record.kind == "caption"  # type: ignore[arg-type]
@@ -70,6 +72,8 @@ def test_held_out_as_the_default_data_set_holds_out(tiny: Path, tmp_path: Path) 
     assert load(tiny, "build.json")["heldout_sources"] == load(tmp_path / "default", "build.json")["heldout_sources"]
     trained = {key for r in load(tiny, "train.json") for key in r["sources"]}
     judged = {key for r in load(tiny, "val.json") for key in r["sources"]}
+    known = {key for r in load(tiny, "val_known.json") for key in r["sources"]}
+    assert known and known <= trained
     judged |= {key for task in load(tiny, "classes.json")["tasks"] for p in task["pictures"] for key in p["sources"]}
     for name in ("val.json", "heldout_photos.json"):
         judged |= {key for r in load(tmp_path / "default", name) for key in r["sources"]}
@@ -100,9 +104,20 @@ def test_the_same_photographs_are_held_out(tmp_path: Path) -> None:
 
 
 def test_each_held_out_caption_fits_one_picture(tiny: Path) -> None:
-    captions = [r["captions"] for r in load(tiny, "val.json")]
-    assert all(len(own) == 1 for own in captions)
-    assert len({own[0] for own in captions}) == len(captions)
+    for name in ("val.json", "val_known.json", "val_words.json"):
+        captions = [r["captions"] for r in load(tiny, name)]
+        assert all(len(own) == 1 for own in captions)
+        assert len({own[0] for own in captions}) == len(captions)
+
+
+def test_known_drawings_are_shown_as_training_never_shows_them(tiny: Path) -> None:
+    told = {caption for r in load(tiny, "train.json") for caption in r["captions"]}
+    known = load(tiny, "val_known.json")
+    # Their grounds have names in this size, or the things stand together as they never do in training.
+    named = [r for r in known if "background" in r["captions"][0]]
+    assert named and not told & {r["captions"][0] for r in named}
+    assert {r["layout"] for r in known} == {"single", "beside", "counted"}
+    assert {r["layout"] for r in load(tiny, "train_words.json")} == {"text"}
 
 
 def one(noun: str, ground: str | None, *, layout: str = "single", count: int = 1, side: str | None = None) -> Scene:
@@ -162,7 +177,7 @@ def test_no_two_held_out_scenes_can_be_confused() -> None:
     original = planning.full_caption
     try:
         planning.full_caption = lambda scene: kept.append(scene) or original(scene)  # type: ignore[func-returns-value]
-        records = planning._held_out(make, planning.SIZES["small"])
+        records = planning._held_out(make, "val", planning.SIZES["small"].held_out)
     finally:
         planning.full_caption = original
     assert len(records) == len(kept) == len(make.pictures) > 60
@@ -200,11 +215,11 @@ def test_a_share_of_the_stamps_pairs_is_translated(tmp_path: Path) -> None:
     (tmp_path / "owl.txt").write_text("An owl.\nde.utf8=Eine Eule.\n")
     owl = Source("stamps:owl", "stamps", str(tmp_path / "owl.png"), "An owl.", "owl", "animal", "owl")
     make = Composer(random.Random(0), [owl, *drawn_shapes()], [""], heldout=False, prefix="t", suffix="jpg")
-    size = planning.PairSize({"stamps": 300}, {}, {})
-    german = [r for r in planning._train(make, size, ("de",)) if r["captions"] == ["Eine Eule."]]
+    size = planning.PairSize({"stamps": 300}, {}, (0, 0), {})
+    german = [r for r in planning._train(make, size, ("de",))[0] if r["captions"] == ["Eine Eule."]]
     assert 60 < len(german) < 120
     make = Composer(random.Random(0), [owl, *drawn_shapes()], [""], heldout=False, prefix="t", suffix="jpg")
-    assert not any("Eule" in caption for r in planning._train(make, size, ()) for caption in r["captions"])
+    assert not any("Eule" in caption for r in planning._train(make, size, ())[0] for caption in r["captions"])
 
 
 def test_failures_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,6 +157,11 @@ def test_the_published_folder_is_stock_half_precision_and_scores_the_same(
     pairs = retrieval.pairs_of(load_records(data / "val.json"))
     before, after = (load_embedder(folder).pictures(pairs.pictures) for folder in (models["siglip"], tmp_path / "out"))
     assert torch.allclose(before, after, atol=2e-3)
+    # Its pictures are normalised as CLIP's, whose mean colour every engine can pad with.
+    published = load_embedder(tmp_path / "out")
+    assert published.image.image_mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+    assert tuple(int(value * 255) for value in published.image.image_mean) == (122, 116, 104)
+    assert load_embedder(models["siglip"]).image.image_mean != published.image.image_mean
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="more than the package may carry"):
         patch.setitem(script["main"].__globals__, "LARGEST", 1000)
         script["main"](str(models["siglip"]), str(tmp_path / "large"))

@@ -124,6 +124,42 @@ def test_a_recipe_builds_it(tmp_path: Path, blip2_model: Make) -> None:
         recipe_model(tmp_path, blip2_model, tokenizer=None)
 
 
+def test_words_start_from_a_language_model(tmp_path: Path, blip2_model: Make, tiny_llm_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    settings = recipe_model(tmp_path, blip2_model, words=str(tiny_llm_folder))
+    model = build_pair_model(settings, ObjectiveConfig(type="blip2"))
+    assert isinstance(model, Blip2Stage1)
+    table, known = model.words.detach(), AutoModelForCausalLM.from_pretrained(str(tiny_llm_folder))
+    vocab = {p: i for p, i in model.tokenizer.get_vocab().items() if i not in model.tokenizer.all_special_ids}
+    tokens: Any = known.get_input_embeddings().weight.detach()
+    from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(str(tiny_llm_folder))
+    rows, means = [], []
+    for piece, row in vocab.items():
+        text = piece[2:] if piece.startswith("##") else f" {piece}"
+        means.append(tokens[words(text)["input_ids"]].mean(0))
+        rows.append(table[row])
+    ours, theirs = torch.stack(rows), torch.stack(means)
+    assert float(ours.std()) == pytest.approx(model.qformer.config.initializer_range, rel=1e-3)
+    # Angles between words are those of the language model, as far as 16 of 32 directions tell.
+    centred = theirs - theirs.mean(0)
+    similar = [torch.nn.functional.normalize(one, dim=1) for one in (ours, centred)]
+    pairs = torch.stack([(one @ one.T).flatten() for one in similar])
+    assert float(torch.corrcoef(pairs)[0, 1]) > 0.8
+
+    fresh = build_pair_model(recipe_model(tmp_path, blip2_model), ObjectiveConfig(type="blip2"))
+    assert isinstance(fresh, Blip2Stage1) and not torch.equal(fresh.words, model.words)
+    with pytest.raises(ValueError, match="has word embeddings of its own"):
+        recipe_model(tmp_path, blip2_model, words="smollm2", bert="folder")
+    wide = {**settings.qformer.model_dump(), "hidden_size": 64}
+    with pytest.raises(ConfigError, match="has embeddings of width 32, the Q-Former needs 64"):
+        build_pair_model(
+            recipe_model(tmp_path, blip2_model, words=str(tiny_llm_folder), qformer=wide), ObjectiveConfig(type="blip2")
+        )
+
+
 def test_a_bert_gives_all_it_has(tmp_path: Path, blip2_model: Make) -> None:
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 

@@ -189,7 +189,7 @@ def _places(model: MultimodalLM, family: str, rows: int) -> Iterator[tuple[Place
         yield Place("llm", name), _grown(tensor, rows) if name in tables else tensor
     for name, tensor in encoder.model.state_dict().items():
         yield Place("vision", name), tensor
-    for name, tensor in _projector_state(model, family).items():
+    for name, tensor in projector_state(model, family).items():
         yield Place("projector", name), tensor
     if model.image_newline is not None:
         yield Place("newline", NEWLINE), model.image_newline.data
@@ -213,7 +213,7 @@ def _grown(table: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat((table, mean.expand(more, *table.shape[1:])))
 
 
-def _projector_state(model: MultimodalLM, family: str) -> dict[str, torch.Tensor]:
+def projector_state(model: MultimodalLM, family: str) -> dict[str, torch.Tensor]:
     """The projector's weights, without a standardisation and with the biases that the class insists on."""
     projector: Any = model.projector
     state = {name: tensor for name, tensor in projector.state_dict().items() if not name.startswith("norm.")}

@@ -2,6 +2,7 @@
 
   polymodal export MODEL DST                      a stock class of transformers, which vLLM loads too
   polymodal export MODEL DST --verify             the same, compared with the model on prompts and pictures
+  polymodal export MODEL DST --format gguf        two files for llama.cpp: the language model, and the rest (mmproj)
   polymodal export MODEL DST --format polymodal   one folder of ours that needs nothing else
 
 LoRA adapters are added to the weights; --keep-adapter writes them beside the weights instead. What a stock class cannot
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     import torch
 
     from polymodal.checkpoints.folder import Loaded
+    from polymodal.exchange.parity import Parity
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapter = parser.add_mutually_exclusive_group()
     adapter.add_argument("--merge-lora", action="store_true", help="add LoRA adapters to the weights (default)")
     adapter.add_argument("--keep-adapter", action="store_true", help="write LoRA adapters beside the weights")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights on disk (default: as in memory)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights on disk (default: as in memory; q8_0: gguf)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest file (default: 5)")
     parser.add_argument("--verify", action="store_true", help="compare what was written with the model")
     parser.add_argument(
@@ -55,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--picture {missing}: no such file")
     if dst.exists() and not args.overwrite:
         raise PolymodalError(f"{dst}: is there already; choose another folder or add --overwrite")
+    if args.dtype == "q8_0" and args.format != "gguf":
+        raise ConfigError("--dtype q8_0 is for --format gguf")
     return FORMATS[args.format](args, dst)
 
 
@@ -78,7 +82,27 @@ def _hf(args: argparse.Namespace, dst: Path) -> int:
         return 0
     from polymodal.exchange.parity import verify_export
 
-    parity = verify_export(loaded, dst, pictures=[Path(path) for path in args.picture])
+    return _outcome(verify_export(loaded, dst, pictures=[Path(path) for path in args.picture]))
+
+
+def _gguf(args: argparse.Namespace, dst: Path) -> int:
+    from polymodal.exchange.gguf_export import export_gguf
+
+    if args.keep_adapter:
+        raise ConfigError("--keep-adapter: GGUF holds no adapter beside the weights; leave it out, and it is added")
+    loaded, source = _open(args.model)
+    done = export_gguf(loaded, dst, kind=args.dtype, licences=source, replace=args.overwrite)
+    for line in done.notes:
+        common.note(f"polymodal: {line}")
+    print(f"{dst}: {done.model.name} and {done.mmproj.name}, {done.weight_bytes / 1e6:,.1f} MB of weights")
+    if not args.verify:
+        return 0
+    from polymodal.exchange.parity_llamacpp import verify_gguf
+
+    return _outcome(verify_gguf(loaded, dst, pictures=[Path(path) for path in args.picture]))
+
+
+def _outcome(parity: Parity) -> int:
     if parity.not_run:
         common.note(f"polymodal: not installed, so not compared: {', '.join(parity.not_run)}")
     print(common.printable(parity.line))
@@ -98,7 +122,7 @@ def _polymodal(args: argparse.Namespace, dst: Path) -> int:
     return 0
 
 
-FORMATS: dict[str, Callable[[argparse.Namespace, Path], int]] = {"hf": _hf, "polymodal": _polymodal}
+FORMATS: dict[str, Callable[[argparse.Namespace, Path], int]] = {"hf": _hf, "gguf": _gguf, "polymodal": _polymodal}
 """Each format and what writes it."""
 
 

@@ -54,7 +54,7 @@ PROCESSORS = {
     "blip-2": "Blip2Processor",
     "instructblip": "InstructBlipProcessor",
 }
-_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def export_hf(
     elif adapted:
         merge_adapter(model, False)
     dtype = dtype or model.llm.get_input_embeddings().weight.dtype
-    tokenizer, vocabulary, notes = _with_placeholder(model, loaded.tokenizer)
+    tokenizer, vocabulary, notes = with_placeholder(model, loaded.tokenizer)
     prompt, tokenizer = _prompt(loaded, family, tokenizer, vocabulary.image_token_id)
     notes += [*prompt.notes, *_remarks(model, config, adapted, merge_lora)]
     settings = stock_settings(model, config, family, vocabulary, dtype)
@@ -132,7 +132,7 @@ def export_hf(
         if adapted and not merge_lora:
             write_adapter(work / "adapter", model, family)
         if licences is not None:
-            for path in sorted({path for pattern in _LICENCES for path in licences.glob(pattern) if path.is_file()}):
+            for path in sorted({path for pattern in LICENCES for path in licences.glob(pattern) if path.is_file()}):
                 shutil.copyfile(path, work / path.name)
         write_card(work, dst.name, CLASSES[family], loaded, notes, chat=prompt.jinja is not None)
     return Exported(dst, family, vocabulary.image_token_id, vocabulary.rows, size, tuple(notes))
@@ -184,10 +184,18 @@ def image_processor_settings(image: ImageConfig, family: str) -> dict[str, Any]:
     return {"image_processor_type": "SiglipImageProcessor", **{k: v for k, v in settings.items() if "crop" not in k}}
 
 
-def _with_placeholder(
+def with_placeholder(
     model: MultimodalLM, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedTokenizerBase, Vocabulary, list[str]]:
-    """A copy of the tokenizer in which the placeholder is a token, and the rows that this takes."""
+    """Make a copy of the tokenizer in which the placeholder is a token.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        The copy, the rows that this takes, and what was done, in words.
+    """
     copied = deepcopy(tokenizer)
     notes = []
     if model.image_token_id < len(copied):

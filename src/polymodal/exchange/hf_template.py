@@ -187,6 +187,28 @@ def stock_ids(
         PolymodalError: The template refuses the conversation, or writes another number of pictures.
     """
     placeholder = str(tokenizer.convert_ids_to_tokens(image_token_id))
+    pieces = stock_text(tokenizer, source, messages).split(placeholder)
+    if len(pieces) != len(counts) + 1:
+        raise PolymodalError(f"the template writes {len(pieces) - 1} pictures for {len(counts)}")
+    text = pieces[0] + "".join(placeholder * n + piece for n, piece in zip(counts, pieces[1:], strict=True))
+    begun = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
+    return list(tokenizer(text, add_special_tokens=not begun)["input_ids"])
+
+
+def stock_text(tokenizer: PreTrainedTokenizerBase, source: str, messages: Sequence[Message]) -> str:
+    """What a chat template makes of a conversation.
+
+    Args:
+        tokenizer: The tokenizer whose special tokens it may write.
+        source: The template.
+        messages: The conversation.
+
+    Returns:
+        The text, a placeholder where each picture is.
+
+    Raises:
+        PolymodalError: The template refuses the conversation.
+    """
     variables: dict[str, Any] = {str(name): token for name, token in tokenizer.special_tokens_map.items()}
     chat = [
         {
@@ -199,17 +221,11 @@ def stock_ids(
         for message in messages
     ]
     try:
-        text = compile_template(source)(
+        return compile_template(source)(
             **variables, messages=chat, tools=None, documents=None, add_generation_prompt=True
         )
     except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise PolymodalError(f"the chat template refuses this conversation: {first_line(error)}") from None
-    pieces = text.split(placeholder)
-    if len(pieces) != len(counts) + 1:
-        raise PolymodalError(f"the template writes {len(pieces) - 1} pictures for {len(counts)}")
-    text = pieces[0] + "".join(placeholder * n + piece for n, piece in zip(counts, pieces[1:], strict=True))
-    begun = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
-    return list(tokenizer(text, add_special_tokens=not begun)["input_ids"])
 
 
 def quoted(text: str) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -42,6 +42,25 @@ LOGIT_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 1 where it is smaller. Weights that were rounded to half precision cannot do better."""
 ANSWER = "a cat"
 """What an encoder-decoder's logits are compared on."""
+
+
+class Compared(Protocol):
+    """What a report says of two models side by side.
+
+    Attributes:
+        folder: The exported folder.
+        tokens: Greedy tokens that are compared.
+        probes: What is asked of both.
+        left_out: Probes that the model refuses, and why.
+    """
+
+    folder: Path
+    tokens: int
+    probes: list[Probe]
+    left_out: dict[str, str]
+
+
+C = TypeVar("C", bound=Compared)
 
 
 @dataclass(frozen=True)
@@ -92,11 +111,31 @@ def verify_export(
     Raises:
         PolymodalError: The folder holds no model, or the report cannot be written.
     """
-    ours = source if isinstance(source, LocalBackend) else LocalBackend(source.model, source.tokenizer, source.config)
-    comparison = Comparison(ours, folder, tokens, pictures)
+    comparison = Comparison(local(source), folder, tokens, pictures)
+    return run_checks(comparison, CHECKS if checks is None else checks)
+
+
+def local(source: Loaded | LocalBackend) -> LocalBackend:
+    """A model as something that answers, which it may be already."""
+    return source if isinstance(source, LocalBackend) else LocalBackend(source.model, source.tokenizer, source.config)
+
+
+def run_checks(comparison: C, checks: Mapping[str, Callable[[C], Check | None]]) -> Parity:
+    """Run comparisons and write `parity.json`.
+
+    Args:
+        comparison: Both models.
+        checks: Names to comparisons, each None where its program is not installed.
+
+    Returns:
+        What was found.
+
+    Raises:
+        PolymodalError: The report cannot be written.
+    """
     done: list[Check] = []
     not_run: list[str] = []
-    for name, run in (CHECKS if checks is None else checks).items():
+    for name, run in checks.items():
         try:
             check = run(comparison)
         except PolymodalError as error:
@@ -115,12 +154,12 @@ def verify_export(
             "names": [probe.name for probe in comparison.probes],
             "sha256": hash_probes(comparison.probes),
             "left_out": comparison.left_out,
-            "greedy_tokens": tokens,
+            "greedy_tokens": comparison.tokens,
         },
         "checks": [asdict(check) for check in done],
         "not_run": not_run,
     }
-    write_text(folder / REPORT_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    write_text(comparison.folder / REPORT_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     return Parity(passed, tuple(done), tuple(not_run), document)
 
 

@@ -39,6 +39,7 @@ from polymodal.projectors.qformer_weights import (
 from polymodal.representation.blip2 import LABEL_SMOOTHING, Blip2Stage1
 from polymodal.representation.pair import frozen
 from polymodal.representation.settings import Blip2ModelConfig, ObjectiveConfig
+from polymodal.representation.word_start import start_words
 from polymodal.representation.wordpiece import load_wordpiece
 
 if TYPE_CHECKING:
@@ -67,11 +68,11 @@ def build_blip2(settings: Blip2ModelConfig, objective: ObjectiveConfig) -> Blip2
         objective: The loss.
 
     Returns:
-        The model; weights are drawn from torch's random state, except those of the tower and of a BERT.
+        The model; weights are drawn from torch's random state, except those of the tower, of a BERT, and `words`.
 
     Raises:
         ConfigError: The objective is not BLIP-2's, or parts do not fit each other.
-        CheckpointError: The tower, the tokenizer or the BERT cannot be opened, or does not fit.
+        CheckpointError: The tower, the tokenizer, the BERT or the language model cannot be opened, or does not fit.
     """
     encoder = build_vision_encoder(settings.vision, None, tile=Size(*settings.image.tile_size))
     tokenizer = load_wordpiece(str(settings.tokenizer or settings.bert))
@@ -90,6 +91,8 @@ def build_blip2(settings: Blip2ModelConfig, objective: ObjectiveConfig) -> Blip2
     if settings.bert is not None:
         init_from_bert(qformer, Path(settings.bert))
         _start_head(model, Path(settings.bert))
+    if settings.words is not None:
+        start_words(model.words, tokenizer, settings.words, config.initializer_range)
     return model
 
 

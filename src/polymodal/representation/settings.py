@@ -54,6 +54,8 @@ class Blip2ModelConfig(Strict):
         norm: What comes before the Q-Former: "standardize" for towers whose channels differ widely in size.
         bert: A folder of a BERT to start from, as wide as the Q-Former and at least as deep; fresh weights when None.
         tokenizer: A folder or hub id of a BERT tokenizer; the one in `bert` when None.
+        words: Without `bert`: a language model (folder, hub id, or "smollm2") whose word embeddings, reduced to the
+            Q-Former's width, its own start from; fresh ones when None.
         projection_dim: Width of what is contrasted.
     """
 
@@ -64,12 +66,15 @@ class Blip2ModelConfig(Strict):
     norm: Literal["none", "standardize"] = "none"
     bert: str | None = None
     tokenizer: str | None = None
+    words: str | None = None
     projection_dim: int = Field(default=256, gt=0)
 
     @model_validator(mode="after")
     def _has_tokenizer(self) -> Blip2ModelConfig:
         if self.bert is None and self.tokenizer is None:
             raise ValueError("give `tokenizer` (a folder), or `bert`, which has one")
+        if self.bert is not None and self.words is not None:
+            raise ValueError("`bert` has word embeddings of its own: leave `words` out")
         return self
 
 

@@ -1,9 +1,11 @@
 """`polymodal data build pairs`: pictures with captions for contrastive training, and what judges it.
 
-Written beside each other: `train.json` (each record has all its true captions in `captions`), `val.json` (held-out
-pairs for retrieval, no caption of which fits two pictures), `classes.json` (zero-shot tasks over held-out pictures) and
-`build.json` (what was used, hashes). The pictures come from the packages of `polymodal data build default`, and the
-same ones are held out. Everything follows from the seed; the number of processes changes nothing.
+Written beside each other: `train.json` (each record has all its true captions in `captions`), `train_words.json` (the
+same of written words), three files of held-out pairs for retrieval, no caption of which fits two pictures of its file
+(`val.json`: drawings that training never shows; `val_known.json`: new pictures of those that it does; `val_words.json`:
+written words), `classes.json` (zero-shot tasks over held-out pictures) and `build.json` (what was used, hashes).
+The pictures come from the packages of `polymodal data build default`, and the same ones are held out. Everything
+follows from the seed; the number of processes changes nothing.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ class PairsReport:
         output: The folder.
         seed: What it was built from.
         size: full, small or tiny.
-        train: Training pairs.
-        held_out: Pairs for retrieval.
+        train: Training pairs, written words included.
+        held_out: Pairs for retrieval, of each file.
         zero_shot: Pictures of each zero-shot task, and classes to choose from.
         layouts: Training pairs of each layout.
     """
@@ -40,15 +42,16 @@ class PairsReport:
     seed: int
     size: str
     train: int
-    held_out: int
+    held_out: dict[str, int]
     zero_shot: dict[str, tuple[int, int]]
     layouts: dict[str, int]
 
     def __str__(self) -> str:
         """One line of counts."""
         tasks = ", ".join(f"{name} {n} of {c} classes" for name, (n, c) in self.zero_shot.items())
+        held = ", ".join(f"{count} {name}" for name, count in self.held_out.items())
         return (
-            f"{self.output}: {self.train} training pairs, {self.held_out} held out for retrieval, zero-shot {tasks} "
+            f"{self.output}: {self.train} training pairs, held out for retrieval {held}, zero-shot {tasks} "
             f"(seed {self.seed}, size {self.size})"
         )
 
@@ -111,7 +114,11 @@ def build_pairs(
 
 
 def _report(output: Path, seed: int, size: str, plan: planning.PairPlan) -> PairsReport:
-    train = plan.files["train.json"]
+    train = plan.files["train.json"] + plan.files["train_words.json"]
+    held_out = {
+        name: len(plan.files[file])
+        for name, file in (("new", "val.json"), ("known", "val_known.json"), ("words", "val_words.json"))
+    }
     tasks = {t["name"]: (len(t["pictures"]), len(t["classes"])) for t in plan.files["classes.json"]["tasks"]}
     layouts = dict(sorted(Counter(record["layout"] for record in train).items()))
-    return PairsReport(output, seed, size, len(train), len(plan.files["val.json"]), tasks, layouts)
+    return PairsReport(output, seed, size, len(train), held_out, tasks, layouts)

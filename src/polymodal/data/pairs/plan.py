@@ -3,11 +3,16 @@
 Sources are held out as in the default data set of the same seed and size, so nothing that judges a model in one of them
 is learned from in the other. Held-out pairs are chosen so that each caption fits one picture only: no two of them could
 be confused by what is said (`captions.confusable`); otherwise recall@1 would mark right answers wrong.
+
+There are three sorts of held-out pairs, each in its own file, since they ask for different things: drawings that
+training never shows, new pictures of the drawings that it does show, and written words. Training pictures of words lie
+in a file of their own too: a tower that cannot read learns nothing from them.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,29 +37,35 @@ class PairSize:
     Attributes:
         views: Training views of every cut-out, by origin.
         scenes: Training pictures of the other layouts.
-        held_out: Pairs for retrieval of each layout, at most; fewer where no more can be told apart.
+        words: Training pictures of written words, and held-out ones.
+        held_out: Pairs for retrieval of each layout, at most; fewer where no more can be told apart. As many for the
+            drawings that training never shows as for those that it does.
     """
 
     views: dict[str, int]
     scenes: dict[str, int]
+    words: tuple[int, int]
     held_out: dict[str, int]
 
 
 SIZES: dict[str, PairSize] = {
     "full": PairSize(
         {"stamps": 16, "openclipart": 10, "emoji": 10, "shapes": 20},
-        {"side": 3000, "beside": 6000, "above": 3000, "counted": 4000, "text": 5000},
-        {"single": 250, "side": 100, "beside": 250, "above": 100, "counted": 150, "text": 150},
+        {"side": 3000, "beside": 6000, "above": 3000, "counted": 4000},
+        (5000, 150),
+        {"single": 250, "side": 100, "beside": 250, "above": 100, "counted": 150},
     ),
     "small": PairSize(
         {"stamps": 1, "openclipart": 1, "emoji": 1, "shapes": 2},
-        {"side": 40, "beside": 80, "above": 40, "counted": 60, "text": 40},
-        {"single": 40, "side": 10, "beside": 30, "above": 10, "counted": 20, "text": 10},
+        {"side": 40, "beside": 80, "above": 40, "counted": 60},
+        (40, 10),
+        {"single": 40, "side": 10, "beside": 30, "above": 10, "counted": 20},
     ),
     "tiny": PairSize(
         {"shapes": 1},
-        {"side": 6, "beside": 10, "above": 6, "counted": 10, "text": 6},
-        {"single": 8, "beside": 8, "counted": 4, "text": 4},
+        {"side": 6, "beside": 10, "above": 6, "counted": 10},
+        (6, 4),
+        {"single": 8, "beside": 8, "counted": 4},
     ),
 }
 _TRIES = 60
@@ -95,13 +106,17 @@ def compose(gathered: Gathered, seed: int, size: str, languages: tuple[str, ...]
         rng = random.Random(f"{seed}/pairs-{name}")
         return Composer(rng, sources, fonts, heldout=heldout, prefix=f"{name}_", suffix="jpg")
 
-    train, val, classes = composer("train", heldout=False), composer("val", heldout=True), composer("zs", heldout=True)
-    plan.files["train.json"] = _train(train, wanted, languages)
-    plan.files["val.json"] = _held_out(val, wanted)
+    makes = {name: composer(name, heldout=name not in ("train", "known")) for name in ("train", "val", "known", "zs")}
+    train, val, known, classes = makes.values()
+    plan.files["train.json"], shown = _train(train, wanted, languages)
+    plan.files["train_words.json"] = _written(train, "words", wanted.words[0])
+    plan.files["val.json"] = _held_out(val, "val", wanted.held_out)
+    plan.files["val_known.json"] = _held_out(known, "known", wanted.held_out, shown)
+    plan.files["val_words.json"] = _held_out(val, "val-words", {"text": wanted.words[1]})
     if default.shapes_only:
         photos = {sources[i].key for i in classes.shapes[: default.photos]}
     plan.files["classes.json"] = _classes(classes, photos)
-    for made in (train, val, classes):
+    for made in makes.values():
         plan.pictures += made.pictures
     plan.notes["heldout_sources"] = sorted(s.key for s in sources if s.heldout)
     plan.notes["training_sources"] = sum(not s.heldout for s in sources)
@@ -124,45 +139,72 @@ def _record(name: str, scene: Scene, captions: list[str], said: str, **more: Any
     }
 
 
-def _train(make: Composer, size: PairSize, languages: tuple[str, ...]) -> list[Record]:
-    records: list[Record] = []
+def _train(make: Composer, size: PairSize, languages: tuple[str, ...]) -> tuple[list[Record], set[tuple[Any, ...]]]:
+    """Training pictures of things, and what they show (`_shown`).
 
-    def add(scene: Scene, captions: list[str]) -> None:
+    The conversation says the fullest caption, which is what a captioner is to learn; contrast draws among all.
+    """
+    records: list[Record] = []
+    shown: set[tuple[Any, ...]] = set()
+
+    def add(scene: Scene, captions: list[str], said: str) -> None:
         thing = scene.objects[0] if scene.layout == "single" else None
         more = {"noun": thing.noun, "category": thing.category} if thing is not None and thing.noun else {}
-        records.append(_record(f"train-{len(records):05d}", scene, captions, make.rng.choice(captions), **more))
+        records.append(_record(f"train-{len(records):05d}", scene, captions, said, **more))
+        shown.add(_shown(scene))
 
     for index in make.pool:
         source = make.sources[index]
         other = translations(source, languages)
         for _ in range(size.views.get(source.origin, 0)):
             scene = make.single(index)
-            translated = bool(other) and make.rng.random() < _TRANSLATED
-            add(scene, [make.rng.choice(other)] if translated else captions_of(scene))
+            if other and make.rng.random() < _TRANSLATED:
+                captions = [make.rng.choice(other)]
+                add(scene, captions, captions[0])
+            else:
+                add(scene, captions_of(scene), full_caption(scene))
     for layout, count in size.scenes.items():
         for _ in range(count):
             scene = make.make(layout)
-            add(scene, captions_of(scene))
+            add(scene, captions_of(scene), full_caption(scene))
     make.rng.shuffle(records)
-    return records
+    return records, shown
 
 
-def _held_out(make: Composer, size: PairSize) -> list[Record]:
+def _written(make: Composer, prefix: str, count: int) -> list[Record]:
+    """Training pictures of written words."""
+    scenes_ = [make.make("text") for _ in range(count)]
+    return [
+        _record(f"{prefix}-{number:05d}", scene, captions_of(scene), full_caption(scene))
+        for number, scene in enumerate(scenes_)
+    ]
+
+
+def _shown(scene: Scene) -> tuple[Any, ...]:
+    """What a picture shows, apart from sizes and exact places."""
+    keys = tuple(source.key for source in scene.objects)
+    return (scene.layout, keys, scene.count, scene.side, scene.picture.ground.name)
+
+
+def _held_out(
+    make: Composer, prefix: str, layouts: dict[str, int], shown: Container[tuple[Any, ...]] = ()
+) -> list[Record]:
+    """Pairs of which no caption fits another picture, nor shows what training's do (`shown`)."""
     records: list[Record] = []
     kept: list[Scene] = []
-    for layout, count in size.held_out.items():
+    for layout, count in layouts.items():
         found = 0
         for _ in range(count * _TRIES):
             if found == count:
                 break
             mark = len(make.pictures)
             scene = make.make(layout)
-            if any(confusable(scene, other) for other in kept):
+            if _shown(scene) in shown or any(confusable(scene, other) for other in kept):
                 del make.pictures[mark:]
                 continue
             kept.append(scene)
             caption = full_caption(scene)
-            records.append(_record(f"val-{len(records):04d}", scene, [caption], caption))
+            records.append(_record(f"{prefix}-{len(records):04d}", scene, [caption], caption))
             found += 1
     return records
 
