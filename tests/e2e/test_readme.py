@@ -81,7 +81,8 @@ def test_every_command_is_understood(command: list[str]) -> None:
 @pytest.mark.parametrize("name", [*READMES, *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))])
 def test_links_lead_somewhere(name: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", read(name)):
-        assert ((ROOT / name).parent / target).exists(), target
+        if not target.startswith("https://"):  # other sites are not asked: tests run offline
+            assert ((ROOT / name).parent / target).exists(), target
 
 
 def test_make_knows_the_targets_that_are_named() -> None:

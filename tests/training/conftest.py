@@ -13,6 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from polymodal.config import parse_config
+from polymodal.training import train
+from polymodal.training.loop import Run
+from polymodal.training.recipe import AnyRecipe, Recipe
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -108,6 +113,43 @@ def plain(tiny: Path, tmp_path: Path) -> dict[str, Any]:
         "run": {"max_steps": 6, "epochs": 10, "log_every": 1, "save_every": 2, "threads": 1, "precision": "fp32"},
         "output_dir": str(tmp_path / "run"),
     }
+
+
+@pytest.fixture(scope="session")
+def recipe_of() -> Callable[..., Recipe]:
+    """Make a recipe of plain data with changes such as `run__max_steps=3` or `lora={...}`."""
+
+    def make(plain: dict[str, Any], **changes: Any) -> Recipe:
+        merged = json.loads(json.dumps(plain))
+        for key, value in changes.items():
+            section, _, inner = key.partition("__")
+            if inner:
+                merged[section][inner] = value
+            else:
+                merged[section] = value
+        return parse_config(Recipe, merged, "recipe")
+
+    return make
+
+
+@pytest.fixture
+def train_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[AnyRecipe, int], None]:
+    """Train a recipe, and kill it after so many steps."""
+
+    def start(recipe: AnyRecipe, step: int) -> None:
+        inner = Run._step
+
+        def stopping(run: Run, *rest: Any) -> float:
+            if run.state.step == step:
+                raise KeyboardInterrupt
+            return inner(run, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "_step", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                train(recipe)
+
+    return start
 
 
 @pytest.fixture(scope="session")

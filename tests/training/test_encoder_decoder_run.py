@@ -38,6 +38,8 @@ from polymodal.training.trace import Load, id_of, trace
 from polymodal.training.train_recipe import make_run
 from polymodal.training.world import World
 
+Make = Callable[..., Recipe]
+Until = Callable[[Recipe, int], None]
 EVERY_LINEAR = "llm.*.{k,o,q,v,wi,wo}"
 
 
@@ -49,19 +51,8 @@ def t5(plain: dict[str, Any], tiny_t5_folder: Path) -> dict[str, Any]:
     return plain
 
 
-def recipe_of(plain: dict[str, Any], **changes: Any) -> Recipe:
-    merged = json.loads(json.dumps(plain))
-    for key, value in changes.items():
-        section, _, inner = key.partition("__")
-        if inner:
-            merged[section][inner] = value
-        else:
-            merged[section] = value
-    return parse_config(Recipe, merged, "recipe")
-
-
 def config_of(plain: dict[str, Any]) -> ModelConfig:
-    config = recipe_of(plain).init.model
+    config = parse_config(Recipe, plain, "recipe").init.model
     assert config is not None
     return config
 
@@ -76,7 +67,7 @@ WHOLE = [{"match": "{projector,llm}.*", "train": True}]
 
 @pytest.mark.parametrize("rules", ["projector", "whole"])
 def test_a_stage_learns_resumes_and_loads(
-    rules: str, t5: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rules: str, t5: dict[str, Any], tmp_path: Path, recipe_of: Make, train_until: Until
 ) -> None:
     changes: dict[str, Any] = {"train": WHOLE} if rules == "whole" else {}
     changes["run__max_steps"] = 10
@@ -87,18 +78,8 @@ def test_a_stage_learns_resumes_and_loads(
     assert lines[-1]["loss"] < {"projector": 0.95, "whole": 0.7}[rules] * lines[0]["loss"]
 
     # Stopped in the seventh step and gone on with: the same to the last bit, dropout of the whole T5 included.
-    inner = Run._step
-
-    def stopping(run: Run, *rest: Any) -> float:
-        if run.state.step == 7:
-            raise KeyboardInterrupt
-        return inner(run, *rest)
-
     parts = recipe_of(t5, **changes, output_dir=str(tmp_path / "parts"))
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train(parts)
+    train_until(parts, 7)
     assert train(parts) == tmp_path / "parts" / "final"
     ends = [checkpoint.complete_checkpoints(tmp_path / name)[-1] for name in ("whole", "parts")]
     for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
@@ -116,7 +97,7 @@ def test_a_stage_learns_resumes_and_loads(
     assert len(shown["answers"]) == 2 and all("answer" in answer for answer in shown["answers"])
 
 
-def test_what_is_counted_is_what_is_scored(t5: dict[str, Any]) -> None:
+def test_what_is_counted_is_what_is_scored(t5: dict[str, Any], recipe_of: Make) -> None:
     """Prepared counts decide the denominator of a step; records of two turns train their last answer."""
     run = start(recipe_of(t5))
     prepared = run.feed.prepared
@@ -131,7 +112,7 @@ def test_what_is_counted_is_what_is_scored(t5: dict[str, Any]) -> None:
     assert several >= 2
 
 
-def test_gradients_do_not_depend_on_micro_batches(t5: dict[str, Any]) -> None:
+def test_gradients_do_not_depend_on_micro_batches(t5: dict[str, Any], recipe_of: Make) -> None:
     found = []
     for micro in (1, 8):
         run = start(recipe_of(t5, batch__micro_size=micro, output_dir=t5["output_dir"] + str(micro)))
@@ -157,7 +138,7 @@ def test_kinds_are_the_last_turns(t5: dict[str, Any]) -> None:
         assert kinds_of_targets(record, processor(messages), last_only) == kinds
 
 
-def test_data_prep_and_training_share_one_index(t5: dict[str, Any], tiny_llm_folder: Path) -> None:
+def test_data_prep_and_training_share_one_index(t5: dict[str, Any], tiny_llm_folder: Path, recipe_of: Make) -> None:
     recipe = recipe_of(t5)
     assert recipe_processor(recipe).last_answer_only
     said = prepare_recipe(recipe)
@@ -174,14 +155,14 @@ def test_data_prep_and_training_share_one_index(t5: dict[str, Any], tiny_llm_fol
     assert other.feed.prepared.targets.sum() > run.feed.prepared.targets.sum()
 
 
-def test_packing_is_refused_in_one_line(t5: dict[str, Any]) -> None:
+def test_packing_is_refused_in_one_line(t5: dict[str, Any], recipe_of: Make) -> None:
     recipe = recipe_of(t5, batch__packing="pack")
     for refused in (lambda: train(recipe), lambda: plan_training(recipe, starting_point(recipe), Question())):
         with pytest.raises(ConfigError, match=r"batch\.packing: .* is an encoder-decoder.* set batch\.packing to none"):
             refused()
 
 
-def test_lora_names_the_layers_there_are(t5: dict[str, Any], tmp_path: Path) -> None:
+def test_lora_names_the_layers_there_are(t5: dict[str, Any], tmp_path: Path, recipe_of: Make) -> None:
     config = config_of(t5)
     model, tokenizer = build_model(config)
     optim = recipe_of(t5).optim
@@ -265,7 +246,7 @@ def test_an_outline_has_the_published_parameters(tmp_path: Path) -> None:
         assert sum(p.numel() for p in built.model.parameters()) == published
 
 
-def test_a_plan_sees_both_halves(t5: dict[str, Any]) -> None:
+def test_a_plan_sees_both_halves(t5: dict[str, Any], recipe_of: Make) -> None:
     recipe = recipe_of(t5, train=WHOLE)
     config = recipe.init.model
     assert config is not None

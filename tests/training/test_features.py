@@ -111,11 +111,11 @@ def test_a_killed_pass_goes_on_with_the_same_groups(
     cache, groups = tmp_path / "cache", []
     inner = features._encode
 
-    def counted(model: Any, pictures: Any) -> Any:
+    def counted(encode: Any, device: Any, pictures: Any) -> Any:
         groups.append([key for key, _ in pictures])
         if len(groups) == 3:
             raise KeyboardInterrupt
-        return inner(model, pictures)
+        return inner(encode, device, pictures)
 
     monkeypatch.setattr(features, "_encode", counted)
     with pytest.raises(KeyboardInterrupt):

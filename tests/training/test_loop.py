@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from polymodal.checkpoints.folder import load_model
-from polymodal.config import parse_config
 from polymodal.errors import CheckpointError, ConfigError, DataError, PolymodalError
 from polymodal.training import checkpoint, policy, train
 from polymodal.training.log import read_log
@@ -21,19 +20,9 @@ from polymodal.training.recipe import Recipe
 from polymodal.training.train_recipe import make_run
 from polymodal.training.world import World
 
+Make = Callable[..., Recipe]
+Until = Callable[[Recipe, int], None]
 LORA = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "learning_rate": 5e-3}
-
-
-def recipe_of(plain: dict[str, Any], **changes: Any) -> Recipe:
-    """The recipe with changes such as `run__max_steps=3` or `lora={...}`."""
-    merged = json.loads(json.dumps(plain))
-    for key, value in changes.items():
-        section, _, inner = key.partition("__")
-        if inner:
-            merged[section][inner] = value
-        else:
-            merged[section] = value
-    return parse_config(Recipe, merged, "recipe")
 
 
 def start(recipe: Recipe) -> Run:
@@ -66,7 +55,7 @@ def losses(run_dir: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("group", [True, False])
-def test_accumulation_equals_the_large_batch(plain: dict[str, Any], group: bool) -> None:
+def test_accumulation_equals_the_large_batch(plain: dict[str, Any], group: bool, recipe_of: Make) -> None:
     whole = gradients(start(recipe_of(plain, batch__micro_size=8)))
     parts = gradients(start(recipe_of(plain, batch__micro_size=1, batch__group_by_length=group)))
     assert whole.keys() == parts.keys() and whole
@@ -74,7 +63,7 @@ def test_accumulation_equals_the_large_batch(plain: dict[str, Any], group: bool)
         assert torch.allclose(whole[name], parts[name], atol=1e-6), name
 
 
-def test_the_loss_is_the_mean_over_tokens_not_over_batches(plain: dict[str, Any]) -> None:
+def test_the_loss_is_the_mean_over_tokens_not_over_batches(plain: dict[str, Any], recipe_of: Make) -> None:
     """Against transformers' own loss over the same samples one by one."""
     run = start(recipe_of(plain, batch__micro_size=1))
     total, count = 0.0, 0
@@ -91,7 +80,7 @@ def test_the_loss_is_the_mean_over_tokens_not_over_batches(plain: dict[str, Any]
     assert run._step(run._batches()) == pytest.approx(total / count, rel=1e-5)
 
 
-def test_only_what_the_rules_name_changes_and_it_learns(plain: dict[str, Any]) -> None:
+def test_only_what_the_rules_name_changes_and_it_learns(plain: dict[str, Any], recipe_of: Make) -> None:
     recipe = recipe_of(plain, run__max_steps=60, run__epochs=100, run__save_every=0, run__log_every=4)
     before = load_parts(recipe).model.state_dict()
     final = train(recipe)
@@ -105,7 +94,7 @@ def test_only_what_the_rules_name_changes_and_it_learns(plain: dict[str, Any]) -
     assert set(json.loads((final / "polymodal.json").read_text())["history"][0]["trained"]) == {"projector"}
 
 
-def test_projector_and_lora_overfit(plain: dict[str, Any]) -> None:
+def test_projector_and_lora_overfit(plain: dict[str, Any], recipe_of: Make) -> None:
     recipe = recipe_of(plain, lora={**LORA, "lora_dropout": 0.0}, run__max_steps=40, run__epochs=100, run__save_every=0)
     final = train(recipe)
     curve = losses(Path(recipe.output_dir))
@@ -125,7 +114,9 @@ def test_projector_and_lora_overfit(plain: dict[str, Any]) -> None:
 STAGES: dict[str, dict[str, Any]] = {"projector": {}, "lora": {"lora": LORA}, "bf16": {"run__precision": "bf16"}}
 
 
-def test_measured_buffers_come_back_after_a_resume(plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_buffers_come_back_after_a_resume(
+    plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch, recipe_of: Make
+) -> None:
     """A projector's fixed mean is measured before the first step, by the warm start, and only then."""
     from polymodal.training import align
 
@@ -143,7 +134,7 @@ def test_measured_buffers_come_back_after_a_resume(plain: dict[str, Any], monkey
     assert load_model(final).model.state_dict()["projector.norm.mean"].eq(0.25).all()
 
 
-def test_bf16_keeps_what_is_trained_in_float32_and_learns_the_same(plain: dict[str, Any]) -> None:
+def test_bf16_keeps_what_is_trained_in_float32_and_learns_the_same(plain: dict[str, Any], recipe_of: Make) -> None:
     exact = recipe_of(plain, lora=LORA)
     train(exact)
     half = recipe_of(plain, lora=LORA, run__precision="bf16", output_dir=plain["output_dir"] + "-bf16")
@@ -155,23 +146,13 @@ def test_bf16_keeps_what_is_trained_in_float32_and_learns_the_same(plain: dict[s
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_run_goes_on_exactly(
-    plain: dict[str, Any], tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+    plain: dict[str, Any], tmp_path: Path, stage: str, recipe_of: Make, train_until: Until
 ) -> None:
     changes = {**STAGES[stage], "run__log_every": 2}
     through = recipe_of(plain, output_dir=str(tmp_path / "through"), **changes)
     train(through)
     killed = recipe_of(plain, output_dir=str(tmp_path / "killed"), **changes)
-    step = Run._step
-
-    def die_at_five(run: Run, *rest: Any) -> float:
-        if run.state.step == 5:
-            raise KeyboardInterrupt
-        return step(run, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_step", die_at_five)
-        with pytest.raises(KeyboardInterrupt):
-            train(killed)
+    train_until(killed, 5)
     assert not (tmp_path / "killed" / "final").exists()
     train(killed)
     assert losses(tmp_path / "killed") == losses(tmp_path / "through")
@@ -180,7 +161,7 @@ def test_a_killed_run_goes_on_exactly(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(plain: dict[str, Any]) -> None:
+def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(plain: dict[str, Any], recipe_of: Make) -> None:
     recipe = recipe_of(plain)
     final = train(recipe)
     stamp = (final / "polymodal.json").stat().st_mtime_ns
@@ -192,7 +173,9 @@ def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(plain: dic
     assert (final / "polymodal.json").stat().st_mtime_ns != stamp
 
 
-def test_other_data_under_a_checkpoint_is_refused(plain: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+def test_other_data_under_a_checkpoint_is_refused(
+    plain: dict[str, Any], tiny: Path, tmp_path: Path, recipe_of: Make
+) -> None:
     records = json.loads((tiny / "data.json").read_text())
     data = tmp_path / "data.json"
     data.write_text(json.dumps(records))
@@ -207,7 +190,7 @@ def test_other_data_under_a_checkpoint_is_refused(plain: dict[str, Any], tiny: P
 
 
 @pytest.mark.parametrize("harm", ["no marker", "short file"])
-def test_half_a_checkpoint_is_passed_over(plain: dict[str, Any], harm: str) -> None:
+def test_half_a_checkpoint_is_passed_over(plain: dict[str, Any], harm: str, recipe_of: Make) -> None:
     recipe = recipe_of(plain)
     train(recipe)
     folder = Path(recipe.output_dir)
@@ -225,7 +208,9 @@ def test_half_a_checkpoint_is_passed_over(plain: dict[str, Any], harm: str) -> N
     assert not list((folder / "checkpoints").glob(".*"))
 
 
-def test_a_signal_saves_and_exits_with_its_code(plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_saves_and_exits_with_its_code(
+    plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch, recipe_of: Make
+) -> None:
     import os
     import signal
 
@@ -261,7 +246,7 @@ def spoil(run: Run, times: int) -> None:
     run.engine.inner.forward = forward  # type: ignore[method-assign]
 
 
-def test_a_nan_step_is_left_out_and_five_end_the_run(plain: dict[str, Any]) -> None:
+def test_a_nan_step_is_left_out_and_five_end_the_run(plain: dict[str, Any], recipe_of: Make) -> None:
     run = start(recipe_of(plain, batch__micro_size=8, run__max_steps=20))
     policy.set_modes(run.engine.inner)
     before = [p.detach().clone() for p in run.engine.trained]
@@ -279,7 +264,7 @@ def test_a_nan_step_is_left_out_and_five_end_the_run(plain: dict[str, Any]) -> N
             run._step(batches)
 
 
-def test_time_can_bound_a_run(plain: dict[str, Any]) -> None:
+def test_time_can_bound_a_run(plain: dict[str, Any], recipe_of: Make) -> None:
     recipe = recipe_of(plain, run__max_steps=100_000, run__epochs=1e6, run__max_minutes=0.02, run__save_every=0)
     train(recipe)
     lines = read_log(Path(recipe.output_dir) / "log.jsonl")
@@ -287,7 +272,7 @@ def test_time_can_bound_a_run(plain: dict[str, Any]) -> None:
     assert lines[-1]["learning_rate"]["projector"] < 0.05 * max(line["learning_rate"]["projector"] for line in lines)
 
 
-def test_kinds_are_logged_and_add_up(plain: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+def test_kinds_are_logged_and_add_up(plain: dict[str, Any], tiny: Path, tmp_path: Path, recipe_of: Make) -> None:
     records = json.loads((tiny / "data.json").read_text())
     for number, record in enumerate(records):
         record["kind"] = "odd" if number % 2 else "even"
@@ -301,7 +286,7 @@ def test_kinds_are_logged_and_add_up(plain: dict[str, Any], tiny: Path, tmp_path
         assert min(kinds.values()) <= line["loss"] + 1e-5 and line["loss"] - 1e-5 <= max(kinds.values())
 
 
-def test_a_full_disk_is_one_line(plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line(plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch, recipe_of: Make) -> None:
     import safetensors.torch
 
     def full(*_args: Any, **_kwargs: Any) -> Callable[..., None]:
@@ -324,13 +309,15 @@ def test_a_full_disk_is_one_line(plain: dict[str, Any], monkeypatch: pytest.Monk
         ({"data__max_length": 3}, "no record is left"),
     ],
 )
-def test_mistakes_are_one_line(plain: dict[str, Any], changes: dict[str, Any], needle: str) -> None:
+def test_mistakes_are_one_line(plain: dict[str, Any], changes: dict[str, Any], needle: str, recipe_of: Make) -> None:
     with pytest.raises(PolymodalError, match=needle.replace("*", r"\*")) as error:
         train(recipe_of(plain, **changes))
     assert "\n" not in str(error.value)
 
 
-def test_unreadable_records_stop_or_are_listed(plain: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+def test_unreadable_records_stop_or_are_listed(
+    plain: dict[str, Any], tiny: Path, tmp_path: Path, recipe_of: Make
+) -> None:
     records = json.loads((tiny / "data.json").read_text())
     (tmp_path / "empty.png").write_bytes(b"")
     for record in records:

@@ -5,44 +5,24 @@ from __future__ import annotations
 import json
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from polymodal.config import parse_config
 from polymodal.errors import CheckpointError, ConfigError, DataError, PolymodalError
 from polymodal.training import checkpoint, train
 from polymodal.training.log import read_log
-from polymodal.training.loop import Run
 from polymodal.training.recipe import Recipe
 from polymodal.training.resume import differences, identity
 
-
-def recipe_of(plain: dict[str, Any], **changes: Any) -> Recipe:
-    merged = json.loads(json.dumps(plain))
-    for key, value in changes.items():
-        section, _, inner = key.partition("__")
-        if inner:
-            merged[section][inner] = value
-        else:
-            merged[section] = value
-    return parse_config(Recipe, merged, "recipe")
+Make = Callable[..., Recipe]
+Until = Callable[[Recipe, int], None]
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    inner = Run._step
-
-    def stopping(run: Run, *rest: Any) -> float:
-        if run.state.step == step:
-            raise KeyboardInterrupt
-        return inner(run, *rest)
-
-    monkeypatch.setattr(Run, "_step", stopping)
-
-
-def test_every_difference_is_named_old_and_new(plain: dict[str, Any]) -> None:
+def test_every_difference_is_named_old_and_new(plain: dict[str, Any], recipe_of: Make) -> None:
     before = identity(recipe_of(plain))
     changed = recipe_of(
         plain, optim__learning_rate=1e-4, batch__global_size=4, lora={"lora_r": 4}, data__max_length=99, run__workers=7
@@ -56,7 +36,7 @@ def test_every_difference_is_named_old_and_new(plain: dict[str, Any]) -> None:
     assert differences(before, recipe_of(plain)) == []
 
 
-def test_keys_that_are_new_since_the_run_began_count_as_their_defaults(plain: dict[str, Any]) -> None:
+def test_keys_that_are_new_since_the_run_began_count_as_their_defaults(plain: dict[str, Any], recipe_of: Make) -> None:
     before = identity(recipe_of(plain))
     del before["batch"]["packing"]
     assert differences(before, recipe_of(plain)) == []
@@ -74,15 +54,14 @@ def test_keys_that_are_new_since_the_run_began_count_as_their_defaults(plain: di
         {"output_dir": "elsewhere"},
     ],
 )
-def test_what_does_not_decide_the_result_may_change(plain: dict[str, Any], change: dict[str, Any]) -> None:
+def test_what_does_not_decide_the_result_may_change(
+    plain: dict[str, Any], change: dict[str, Any], recipe_of: Make
+) -> None:
     assert differences(identity(recipe_of(plain)), recipe_of(plain, **change)) == []
 
 
-def test_a_changed_recipe_goes_on_only_by_force(plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        stop_at(patch, 4)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe_of(plain))
+def test_a_changed_recipe_goes_on_only_by_force(plain: dict[str, Any], recipe_of: Make, train_until: Until) -> None:
+    train_until(recipe_of(plain), 4)
     changed = recipe_of(plain, optim__weight_decay=0.5, optim__clip=0.1)
     with pytest.raises(ConfigError, match="--force") as refused:
         train(changed)
@@ -93,7 +72,7 @@ def test_a_changed_recipe_goes_on_only_by_force(plain: dict[str, Any], monkeypat
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_finished_run_takes_more_steps_by_force(plain: dict[str, Any]) -> None:
+def test_a_finished_run_takes_more_steps_by_force(plain: dict[str, Any], recipe_of: Make) -> None:
     train(recipe_of(plain, run__max_steps=3))
     longer = recipe_of(plain, run__max_steps=5)
     with pytest.raises(ConfigError, match=r"run\.max_steps 3 -> 5"):
@@ -102,7 +81,7 @@ def test_a_finished_run_takes_more_steps_by_force(plain: dict[str, Any]) -> None
     assert [line["step"] for line in read_log(Path(plain["output_dir"]) / "log.jsonl")] == [1, 2, 3, 4, 5]
 
 
-def test_changed_data_go_on_only_by_force(plain: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+def test_changed_data_go_on_only_by_force(plain: dict[str, Any], tiny: Path, tmp_path: Path, recipe_of: Make) -> None:
     records = json.loads((tiny / "data.json").read_text())
     data = tmp_path / "data.json"
     data.write_text(json.dumps(records))
@@ -117,7 +96,7 @@ def test_changed_data_go_on_only_by_force(plain: dict[str, Any], tiny: Path, tmp
 
 
 def test_a_full_disk_while_saving_leaves_the_last_checkpoint(
-    plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch, recipe_of: Make
 ) -> None:
     """The kernel itself refuses to write past a size, as it does on a full disk, in the middle of the second save."""
     recipe = recipe_of(plain, train=[{"match": "*", "train": True}])
@@ -160,7 +139,7 @@ def test_a_log_that_cannot_be_written_is_one_line(plain: dict[str, Any]) -> None
         append_log(folder / "log.jsonl", {"step": 1})
 
 
-def test_a_checkpoint_about_to_be_replaced_comes_back(plain: dict[str, Any]) -> None:
+def test_a_checkpoint_about_to_be_replaced_comes_back(plain: dict[str, Any], recipe_of: Make) -> None:
     """A kill between the two renames of a replacement."""
     train(recipe_of(plain, run__max_steps=2))
     folder = Path(plain["output_dir"])
@@ -171,7 +150,7 @@ def test_a_checkpoint_about_to_be_replaced_comes_back(plain: dict[str, Any]) -> 
     assert checkpoint.complete_checkpoints(folder) == [newest]
 
 
-def test_a_damaged_checkpoint_names_itself(plain: dict[str, Any]) -> None:
+def test_a_damaged_checkpoint_names_itself(plain: dict[str, Any], recipe_of: Make) -> None:
     recipe = recipe_of(plain, run__max_steps=2)
     final = train(recipe)
     (final / "polymodal.json").unlink()

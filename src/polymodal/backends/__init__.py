@@ -5,12 +5,12 @@ Nothing heavy is imported until a model is opened, so that talking to an endpoin
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polymodal.errors import CheckpointError, ConfigError, first_line, unknown_name
+from polymodal.checkpoints.safe_config import read_json
+from polymodal.errors import CheckpointError, ConfigError, unknown_name
 from polymodal.files import shipped_folder
 
 if TYPE_CHECKING:
@@ -162,13 +162,10 @@ def _open_published(folder: Path, device: str | None, name: str, dtype: Dtype | 
 
 def _model_type(folder: Path) -> str:
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({first_line(error)})") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    kind = read_json(path).get("model_type")
+    if not isinstance(kind, str):
         raise CheckpointError(f"{path}: model_type is missing; this is not a model folder of transformers")
-    return str(config["model_type"])
+    return kind
 
 
 def find_model(name: str | Path, revision: str | None = None) -> Path:

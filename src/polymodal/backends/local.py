@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from polymodal.backends.protocol import Reply, TextDelta
+from polymodal.backends.protocol import Reply, TextDelta, ask_once
 from polymodal.backends.turns import forget_oldest, require_question, stream_reply
 from polymodal.errors import PolymodalError
 from polymodal.generation.generate import generate_ids, stream_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.text import TextStream
-from polymodal.messages import Image, Message, Source, user
+from polymodal.messages import Message
 from polymodal.processing.batch import collate
 from polymodal.processing.processor import Processor
 from polymodal.processing.sample import Sample
@@ -56,6 +56,8 @@ class LocalBackend:
         history: The stages the model went through; plain data.
     """
 
+    ask = ask_once
+
     def __init__(
         self,
         model: MultimodalLM,
@@ -76,19 +78,6 @@ class LocalBackend:
         """The most positions the language model was made for."""
         text_config = self.model.llm.config.get_text_config()
         return int(getattr(text_config, "max_position_embeddings", 1 << 30))
-
-    def ask(self, prompt: str, *pictures: Source, params: GenerationParams | None = None) -> str:
-        """Ask one question about some pictures.
-
-        Args:
-            prompt: The question.
-            *pictures: Paths, bytes, `data:` URLs or Pillow pictures.
-            params: The settings; greedy where None.
-
-        Returns:
-            The answer's text.
-        """
-        return self.generate([user(*map(Image, pictures), prompt)], params).text
 
     def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
         """Answer a conversation.

@@ -8,7 +8,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
-from polymodal.messages import Message, Source
+from polymodal.messages import Image, Message, Source, user
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,21 @@ class Backend(Protocol):
             Text deltas, then the `Reply`.
         """
         ...
+
+
+def ask_once(backend: Backend, prompt: str, *pictures: Source, params: GenerationParams | None = None) -> str:
+    """Ask one question about some pictures: the method `ask` of every backend.
+
+    Args:
+        backend: What answers.
+        prompt: The question.
+        *pictures: Paths, bytes, `data:` URLs or Pillow pictures.
+        params: The settings; greedy where None.
+
+    Returns:
+        The answer's text.
+    """
+    return backend.generate([user(*map(Image, pictures), prompt)], params).text
 
 
 @runtime_checkable

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from polymodal.checkpoints.safe import check_finite, check_folder, compare_tensors
+from polymodal.checkpoints.safe_config import read_json
+from polymodal.checkpoints.tensors import read_tensors, write_tensors
 from polymodal.config import ModelConfig, parse_config
 from polymodal.errors import CheckpointError
 from polymodal.files import atomic_folder, write_text
@@ -133,7 +135,7 @@ def save_model(
     config = _without_origins(config)
     contract = contract_of(config, model.image_token_id, tokenizer, model.context_tokenizer)
     with atomic_folder(folder, replace=replace) as work:
-        _save_tensors(work / PROJECTOR_NAME, own_tensors(model), dtype)
+        write_tensors(work / PROJECTOR_NAME, own_tensors(model), dtype)
         if is_peft(model.llm):
             merge_adapter(model, False)  # weights that hold the adapter must not be written beside it
             _save_adapter(work / ADAPTER_NAME, model, dtype)
@@ -259,22 +261,12 @@ def _own_weights(llm: Any) -> dict[str, Any] | None:
     return {name.replace(".token_adapter.", ".").replace(".base_layer.", "."): v for name, v in weights.items()}
 
 
-def _save_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{path.name}: {name} holds NaN or infinity; nothing was saved")
-    save_file({k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in tensors.items()}, path)
-
-
 def _save_adapter(folder: Path, model: MultimodalLM, dtype: torch.dtype | None) -> None:
     from peft import get_peft_model_state_dict
 
     folder.mkdir()
     adapter_config = model.llm.peft_config["default"]
-    _save_tensors(folder / "adapter_model.safetensors", get_peft_model_state_dict(model.llm), dtype)
+    write_tensors(folder / "adapter_model.safetensors", get_peft_model_state_dict(model.llm), dtype)
     adapter_config.save_pretrained(str(folder))
 
 
@@ -305,26 +297,18 @@ def attach_adapter(model: MultimodalLM, settings: Any, tensors: dict[str, torch.
 
 def _load_adapter(folder: Path, model: MultimodalLM) -> None:
     from peft import LoraConfig
-    from safetensors.torch import load_file
 
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = read_tensors(folder / "adapter_model.safetensors")
     attach_adapter(model, LoraConfig.from_pretrained(str(folder)), tensors, folder)
 
 
 def _load_tensors(path: Path, model: MultimodalLM) -> None:
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     wanted = own_tensors(model)
     if not wanted:
         return
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent}: {path.name} is missing")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from None
+    tensors = read_tensors(path)
     compare_tensors(wanted, tensors, path)
     check_finite(tensors, path)
     with torch.no_grad():
@@ -347,11 +331,8 @@ def _read_document(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: no such model folder")
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {CONFIG_NAME}; this is not a polymodal model folder")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    document = read_json(path)
+    if document.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {FORMAT} expected; the file was written by another version")
     for key in ("config", "contract", "contract_hash", "history"):
         if key not in document:

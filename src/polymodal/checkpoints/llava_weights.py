@@ -20,6 +20,7 @@ from polymodal.checkpoints.folder import attach_adapter
 from polymodal.checkpoints.hf.names import DERIVED
 from polymodal.checkpoints.llava_repo import EXTRA_FILES, PROJECTOR_FILES, Repo
 from polymodal.checkpoints.safe import check_finite, compare_tensors
+from polymodal.checkpoints.tensors import read_tensors
 from polymodal.encoders.vision import UNUSED_PARTS
 from polymodal.errors import CheckpointError, first_line
 
@@ -96,14 +97,8 @@ def read_file(path: Path) -> State:
     Raises:
         CheckpointError: It is damaged, or holds anything but tensors.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: damaged ({first_line(error)})") from None
+        return read_tensors(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's age; what counts is whether tensors come out

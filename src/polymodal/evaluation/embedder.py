@@ -7,7 +7,6 @@ as `transformers` scores it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,13 @@ from torch import Tensor
 
 from polymodal.config import ImageConfig, parse_config
 from polymodal.data.parallel import ahead
-from polymodal.errors import CheckpointError, ConfigError, DataError, first_line
+from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.geometry import Size, plan_image
 from polymodal.media.image import open_image
 from polymodal.processing.presets import image_config_from_hf
 from polymodal.processing.tiles import tile_bytes
 from polymodal.representation.build import load_pair_model
+from polymodal.representation.notes import NOTES, read_notes
 from polymodal.representation.pair import PairBatch, PairModel
 from polymodal.representation.settings import ObjectiveConfig
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int], object]
 """Told how many more pictures or texts are done."""
 
-NOTES = "polymodal_pair.json"
 _TOWERS_WITHOUT_TEXT = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "vit", "beit")
 
 
@@ -137,7 +136,7 @@ def load_embedder(source: str | Path, device: str | torch.device = "cpu") -> Emb
     """
     source = str(source)
     kind = _family(source)
-    notes = _notes(Path(source).expanduser())
+    notes = read_notes(Path(source).expanduser())
     objective = ObjectiveConfig(type=notes.get("objective", "siglip" if kind == "siglip" else "clip"))
     where = f"{source}/{NOTES}: image"
     image = parse_config(ImageConfig, notes["image"], where) if "image" in notes else _picture_rules(source)
@@ -167,12 +166,6 @@ def _family(source: str) -> str:
     return kind
 
 
-def _notes(folder: Path) -> dict[str, Any]:
-    """What a pair stage of ours wrote beside the model; empty for a folder of other origin."""
-    found = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
-    return found if isinstance(found, dict) else {}
-
-
 def _picture_rules(source: str) -> ImageConfig:
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -187,23 +180,3 @@ def _special_id(tokenizer: Any) -> int:
     """A token for texts that nobody looks at; CLIP must find its end token."""
     found = next((i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None), 0)
     return int(found)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content.
-
-    Raises:
-        DataError: It is not there or no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise DataError(f"{path}: is no JSON ({error})") from error

@@ -10,6 +10,7 @@ several may be, since a beagle is rightly called a dog.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from polymodal.errors import DataError
-from polymodal.evaluation.embedder import Embedder, Progress, read_json
+from polymodal.evaluation.embedder import Embedder, Progress
 from polymodal.evaluation.metrics import mean_interval
 from polymodal.representation.retrieval import class_embeddings, zero_shot_chance, zero_shot_ranks
 
@@ -86,7 +87,7 @@ def load_tasks(path: Path, limit: int | None = None) -> list[ZeroShotTask]:
     Raises:
         DataError: The file is not as described; names the task, the picture and the field.
     """
-    data = read_json(Path(path))
+    data = _read(Path(path))
     if not isinstance(data, dict) or not isinstance(data.get("tasks"), list) or not data["tasks"]:
         raise DataError(f"{path}: expected an object with `tasks`, each with `name`, `classes` and `pictures`")
     templates = _texts(data.get("templates", ["{}"]), f"{path}: `templates`")
@@ -158,6 +159,15 @@ def _prompts(task: ZeroShotTask) -> list[str]:
     """All prompts, the templates of one class after the other; each begins with a capital letter as captions do."""
     filled = [template.replace("{}", name) for name in task.classes for template in task.templates]
     return [text[:1].upper() + text[1:] for text in filled]
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise DataError(f"{path}: is no JSON ({error})") from error
 
 
 def _task(task: Any, templates: tuple[str, ...], path: Path, number: int, limit: int | None) -> ZeroShotTask:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from polymodal.checkpoints.safe_config import read_json
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.projectors.qformer import QFormer, QFormerProjector
 from polymodal.projectors.qformer_weights import (
@@ -20,7 +21,6 @@ from polymodal.projectors.qformer_weights import (
     load_exactly,
     load_stage1,
     read_folder_tensors,
-    read_json,
     without_text,
 )
 

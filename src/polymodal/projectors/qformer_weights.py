@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.checkpoints.safe import check_finite, compare_tensors
+from polymodal.checkpoints.safe import MAX_INDEX, check_finite, compare_tensors
+from polymodal.checkpoints.safe_config import read_json
+from polymodal.checkpoints.tensors import read_tensors, write_tensors
 from polymodal.config import QFormerConfig, parse_config
-from polymodal.errors import CheckpointError, first_line
+from polymodal.errors import CheckpointError
 from polymodal.files import atomic_folder, write_text
 from polymodal.projectors.norm import NormKind
 from polymodal.projectors.qformer import QFormer
@@ -52,13 +54,7 @@ def write_qformer(folder: Path, qformer: QFormer) -> None:
     Raises:
         CheckpointError: A weight is not finite.
     """
-    from safetensors.torch import save_file
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in qformer.state_dict().items()}
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{folder / WEIGHTS_NAME}: {name} holds NaN or infinity; nothing was saved")
-    save_file(tensors, folder / WEIGHTS_NAME)
+    write_tensors(folder / WEIGHTS_NAME, qformer.state_dict())
     document = {
         "format": FORMAT,
         "embed_dim": qformer.embed_dim,
@@ -186,36 +182,13 @@ def read_folder_tensors(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        files = sorted(set(read_json(index, MAX_INDEX).get("weight_map", {}).values()))
         if any(Path(name).name != name for name in files):
             raise CheckpointError(f"{index}: names a file outside of its folder")
     found: dict[str, Tensor] = {}
     for name in files:
         found |= read_tensors(folder / name)
     return found
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read one file of safetensors.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Tensors by name.
-
-    Raises:
-        CheckpointError: It is missing or damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent}: {path.name} is missing (only safetensors are read)")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged ({first_line(error)})") from None
 
 
 def _read_document(folder: Path) -> dict[str, Any]:
@@ -226,27 +199,4 @@ def _read_document(folder: Path) -> dict[str, Any]:
     for key in ("embed_dim", "text", "norm", "qformer"):
         if key not in document:
             raise CheckpointError(f"{path}: key {key!r} is missing")
-    return document
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read an object from a JSON file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The object.
-
-    Raises:
-        CheckpointError: It is missing or damaged.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent}: {path.name} is missing")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({first_line(error)})") from None
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path}: an object was expected")
     return document

@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polymodal.checkpoints.safe_config import read_json
+from polymodal.checkpoints.tensors import read_tensors
 from polymodal.config import ImageConfig, VisionConfig, parse_config
 from polymodal.encoders.vision import BUNDLED, build_vision_encoder
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
 from polymodal.files import write_text
 from polymodal.geometry import Size
-from polymodal.projectors.qformer_weights import load_exactly, read_json, read_tensors
+from polymodal.projectors.qformer_weights import load_exactly
 from polymodal.representation.contrastive import clamp_logit_scale, siglip_loss
 from polymodal.representation.dual_encoder import LOGIT_BIAS_SIGLIP, LOGIT_SCALE_SIGLIP
 from polymodal.representation.pair import METRIC, Embedded, Everyone, PairBatch, as_floats, frozen

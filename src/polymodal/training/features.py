@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,20 +21,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from polymodal.data.parallel import ahead
 from polymodal.errors import ConfigError, DataError
 from polymodal.files import write_text
-from polymodal.messages import Image, Source, user
-from polymodal.processing.sample import Sample
-from polymodal.training.samples import Progress, ahead
+from polymodal.training.log import progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from polymodal.config import ModelConfig
-    from polymodal.data.records import Record
     from polymodal.encoders.vision import VisionEncoder
+    from polymodal.messages import Source
     from polymodal.model import MultimodalLM
-    from polymodal.processing.processor import Processor
 
 MEMORY = "memory"
 OFF = "off"
@@ -260,62 +258,50 @@ def open_store(model: MultimodalLM, config: ModelConfig, where: str, dtype: str)
     return FeatureStore(folder, row, dtype)
 
 
-def fill(
+def fill_missing(
     store: FeatureStore,
-    model: MultimodalLM,
-    processor: Processor,
-    records: Sequence[Record],
-    samples: Sequence[Sample],
-    progress: Progress,
-    workers: int = 2,
-    tiles_at_once: int | None = None,
+    pictures: Iterable[tuple[str, Source, int]],
+    decode: Callable[[str, Source], torch.Tensor],
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
+    workers: int,
 ) -> int:
-    """Compute the features that are missing.
+    """Compute the features that are missing, in groups that a killed run repeats.
 
     Args:
         store: Where they go.
-        model: Whose encoder is used.
-        processor: Makes the pixels.
-        records: The records that hold the pictures.
-        samples: The same records tokenised, for the keys.
-        progress: Wraps the iteration with a progress bar.
+        pictures: Key, source and number of tiles of each; a key may come several times.
+        decode: Key and source to [n, 3, H, W]; called in threads.
+        encode: [N, 3, H, W] on the device -> [N, P, E].
+        device: Where the encoder is.
         workers: Threads that decode pictures.
-        tiles_at_once: Tiles that go through the encoder together; 8 on a CPU, 64 elsewhere when None.
 
     Returns:
         How many pictures were encoded.
+
+    Raises:
+        DataError: Pictures were decoded that nobody asked for.
     """
-    if tiles_at_once is None:
-        # A CPU is twice as fast on tiles that stay in its cache as on large batches.
-        tiles_at_once = 8 if model.device.type == "cpu" else 64
+    # A CPU is twice as fast on tiles that stay in its cache as on large batches.
+    tiles_at_once = 8 if device.type == "cpu" else 64
     with store.locked():
         todo: dict[str, Source] = {}
         tiles: dict[str, int] = {}
         unfinished = set(store.unfinished())
-        for record, sample in zip(records, samples, strict=True):
-            media = [part for message in record.messages for part in message.media]
-            for key, plan, part in zip(sample.media_keys, sample.plans, media, strict=True):
-                if (key not in store.where or key in unfinished) and isinstance(part, Image):
-                    todo.setdefault(key, part.source)
-                    tiles[key] = plan.num_tiles
+        for key, source, count in pictures:
+            if key not in store.where or key in unfinished:
+                todo.setdefault(key, source)
+                tiles[key] = count
         if not todo:
             return 0
         groups = group_pictures(store.begin(list(todo)), tiles, tiles_at_once)
         groups = [group for group in groups if any(key not in store.where for key in group)]
         wanted = [key for group in groups for key in group]
-
-        def decode(item: tuple[str, Source]) -> tuple[str, torch.Tensor]:
-            key, source = item
-            sample = processor([user(Image(source))], add_generation_prompt=True)
-            if sample.media_keys != (key,) or sample.pixels is None:
-                raise DataError(f"picture {source!r} changed on disk while it was being encoded")
-            return key, sample.pixels[0]
-
         missing = sum(key not in store.where for key in wanted)
-        decoded = ahead(decode, [(key, todo[key]) for key in wanted], workers, tiles_at_once)
+        decoded = ahead(lambda key: (key, decode(key, todo[key])), wanted, workers, tiles_at_once)
         entries = iter(progress(decoded, "encoding pictures", len(wanted)))
         for group in groups:
-            encoded = _encode(model, [next(entries) for _ in group])
+            encoded = _encode(encode, device, [next(entries) for _ in group])
             store.add([entry for entry in encoded if entry[0] not in store.where])
         # Let the progress bar see its end.
         for _ in entries:
@@ -347,10 +333,14 @@ def group_pictures(keys: Sequence[str], tiles: dict[str, int], at_once: int) -> 
 
 
 @torch.no_grad()
-def _encode(model: MultimodalLM, pictures: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, np.ndarray]]:
+def _encode(
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
+    pictures: Sequence[tuple[str, torch.Tensor]],
+) -> list[tuple[str, np.ndarray]]:
     """Encode a few pictures together."""
-    pixels = torch.cat([tiles for _, tiles in pictures]).to(model.device)
-    features = model.encode_images(pixels).float().cpu().numpy()
+    pixels = torch.cat([tiles for _, tiles in pictures]).to(device)
+    features = encode(pixels).float().cpu().numpy()
     split = np.split(features, np.cumsum([len(tiles) for _, tiles in pictures])[:-1])
     return [(key, part) for (key, _), part in zip(pictures, split, strict=True)]
 

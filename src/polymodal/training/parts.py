@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 
 from polymodal.backends.local import processor_of
-from polymodal.errors import ConfigError
+from polymodal.errors import ConfigError, DataError
+from polymodal.messages import Image, Source, user
 from polymodal.model import MultimodalLM, build_model
 from polymodal.processing.batch import collate, collate_packed
 from polymodal.processing.processor import Processor
@@ -191,8 +193,27 @@ def _filled(feed: Feed, recipe: Recipe, model: MultimodalLM, label: str) -> Feed
     for reason, count in prepared.left_out.items():
         say(f"left out {count} {label} {reason}")
     if feed.store is not None:
-        count = features.fill(
-            feed.store, model, feed.processor, prepared.records, prepared.samples, progress, recipe.run.workers
-        )
+        count = _encode_pictures(feed.store, model, feed.processor, prepared, recipe.run.workers)
         say(f"features: {count} pictures encoded, {len(feed.store.where)} in the cache")
     return feed
+
+
+def _encode_pictures(
+    store: FeatureStore, model: MultimodalLM, processor: Processor, prepared: Prepared, workers: int
+) -> int:
+    """Compute the features of the records' pictures; says how many were missing."""
+
+    def pictures() -> Iterator[tuple[str, Source, int]]:
+        for record, sample in zip(prepared.records, prepared.samples, strict=True):
+            media = [part for message in record.messages for part in message.media]
+            for key, plan, part in zip(sample.media_keys, sample.plans, media, strict=True):
+                if isinstance(part, Image):
+                    yield key, part.source, plan.num_tiles
+
+    def decode(key: str, source: Source) -> torch.Tensor:
+        sample = processor([user(Image(source))], add_generation_prompt=True)
+        if sample.media_keys != (key,) or sample.pixels is None:
+            raise DataError(f"picture {source!r} changed on disk while it was being encoded")
+        return sample.pixels[0]
+
+    return features.fill_missing(store, pictures(), decode, model.encode_images, model.device, workers)

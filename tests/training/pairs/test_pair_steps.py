@@ -14,7 +14,6 @@ from polymodal.errors import PolymodalError
 from polymodal.representation.pair import METRIC
 from polymodal.training import checkpoint, policy, train
 from polymodal.training.log import read_log
-from polymodal.training.loop import Run
 from polymodal.training.pairs import engine, pictures
 from polymodal.training.pairs.parts import load_pair_parts
 from polymodal.training.pairs.recipe import PairRecipe
@@ -144,7 +143,7 @@ def test_a_killed_run_goes_on_exactly(
     pair_plain: dict[str, Any],
     pair_recipe: Make,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    train_until: Callable[[PairRecipe, int], None],
     cache: str,
 ) -> None:
     """Weights, optimizer and log, with pictures cut at random, dropout, and a step that spans two epochs."""
@@ -163,17 +162,7 @@ def test_a_killed_run_goes_on_exactly(
     through = pair_recipe(pair_plain, **changes, output_dir=str(tmp_path / "through"))
     train(through)
     killed = pair_recipe(pair_plain, **changes, output_dir=str(tmp_path / "killed"))
-    step = Run._step
-
-    def die_at_five(run: Run, *rest: Any) -> float:
-        if run.state.step == 5:
-            raise KeyboardInterrupt
-        return step(run, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_step", die_at_five)
-        with pytest.raises(KeyboardInterrupt):
-            train(killed)
+    train_until(killed, 5)
     assert not (tmp_path / "killed" / "final").exists()
     final = train(killed)
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("through", "killed")]

@@ -22,11 +22,11 @@ from polymodal.backends.openai.events import clean, finish_of, text_of
 from polymodal.backends.openai.http import Endpoint, Event, Patience, Refused
 from polymodal.backends.openai.parts import Detail, to_openai
 from polymodal.backends.openai.request import Accepts, learn, request_body
-from polymodal.backends.protocol import Reply, TextDelta, Timing, Usage
+from polymodal.backends.protocol import Reply, TextDelta, Timing, Usage, ask_once
 from polymodal.backends.turns import require_question
 from polymodal.errors import ConfigError, EndpointError, PolymodalError
 from polymodal.generation.params import GenerationParams
-from polymodal.messages import Image, Message, Source, assistant, user
+from polymodal.messages import Message, assistant
 
 OPENAI_URL = "https://api.openai.com/v1"
 
@@ -83,6 +83,8 @@ class OpenAIBackend:
         extra: Further fields of every request, such as {"top_k": 20} for vLLM.
     """
 
+    ask = ask_once
+
     def __init__(
         self,
         model: str,
@@ -99,19 +101,6 @@ class OpenAIBackend:
 
     def __repr__(self) -> str:
         return f"OpenAIBackend({self.model!r}, {self.endpoint!r})"
-
-    def ask(self, prompt: str, *pictures: Source, params: GenerationParams | None = None) -> str:
-        """Ask one question about some pictures.
-
-        Args:
-            prompt: The question.
-            *pictures: Paths, bytes, `data:` URLs or Pillow pictures.
-            params: The settings; greedy where None.
-
-        Returns:
-            The answer's text.
-        """
-        return self.generate([user(*map(Image, pictures), prompt)], params).text
 
     def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
         """Answer a conversation in one piece.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from polymodal.backends.protocol import Reply, TextDelta
+from polymodal.backends.protocol import Reply, TextDelta, ask_once
 from polymodal.backends.transformers.folder import open_model, open_processor
 from polymodal.backends.transformers.prompt import Chat, PromptMaker
 from polymodal.backends.turns import forget_oldest, require_question, stream_reply
@@ -27,7 +27,7 @@ from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.sampling import new_generator, sample_next
 from polymodal.generation.text import TextStream
-from polymodal.messages import Image, Message, Source, user
+from polymodal.messages import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -72,6 +72,8 @@ class TransformersBackend:
         name: What replies call it.
     """
 
+    ask = ask_once
+
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, name: str = "model") -> None:
         self.model = model
         self.processor = processor
@@ -90,19 +92,6 @@ class TransformersBackend:
         """The most positions the language model was made for."""
         text_config = self.model.config.get_text_config()
         return int(getattr(text_config, "max_position_embeddings", None) or 1 << 30)
-
-    def ask(self, prompt: str, *pictures: Source, params: GenerationParams | None = None) -> str:
-        """Ask one question about some pictures.
-
-        Args:
-            prompt: The question.
-            *pictures: Paths, bytes, `data:` URLs or Pillow pictures.
-            params: The settings; greedy where None.
-
-        Returns:
-            The answer's text.
-        """
-        return self.generate([user(*map(Image, pictures), prompt)], params).text
 
     def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
         """Answer a conversation.

@@ -10,12 +10,12 @@ processor also wants num2words, for its sentence about videos; Idefics3's writes
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymodal.checkpoints.safe import check_finite
+from polymodal.checkpoints.safe_config import read_json
 from polymodal.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
@@ -128,9 +128,9 @@ def _processor_class(folder: Path) -> Any:
     name = None
     for file in _NAMED_IN:
         if (folder / file).is_file() and name is None:
-            name = json.loads((folder / file).read_text(encoding="utf-8")).get("processor_class")
+            name = read_json(folder / file).get("processor_class")
     if name is None:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        model_type = read_json(folder / "config.json").get("model_type")
         name = PROCESSOR_MAPPING_NAMES.get(model_type)
     if name in PICTURES_ONLY and find_spec("num2words") is None:
         name = PICTURES_ONLY[name]

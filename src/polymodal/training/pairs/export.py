@@ -11,9 +11,10 @@ import torch
 
 from polymodal.errors import CheckpointError
 from polymodal.files import atomic_folder, write_text
+from polymodal.representation.notes import NOTES
 from polymodal.training import policy
 from polymodal.training.log import read_log
-from polymodal.training.pairs.parts import NOTES, PairParts
+from polymodal.training.pairs.parts import PairParts
 from polymodal.training.resume import identity
 from polymodal.training.state import State
 

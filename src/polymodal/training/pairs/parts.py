@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from polymodal.config import ImageConfig, parse_config
-from polymodal.errors import CheckpointError, ConfigError, DataError, first_line
+from polymodal.errors import ConfigError, DataError, first_line
 from polymodal.processing.presets import image_config_from_hf
 from polymodal.representation.build import build_pair_model, load_pair_model
+from polymodal.representation.notes import NOTES, read_notes
 from polymodal.representation.pair import frozen
-from polymodal.training.features import MEMORY, OFF, FeatureStore, weights_identity
-from polymodal.training.log import progress, say
+from polymodal.training.features import MEMORY, OFF, FeatureStore, fill_missing, weights_identity
+from polymodal.training.log import say
 from polymodal.training.pairs.data import PairFeed, Pairs
 from polymodal.training.pairs.pictures import Pictures, crops, notes_file, open_pictures, scan
 from polymodal.training.pairs.recipe import AugmentConfig, PairRecipe
 from polymodal.training.pairs.records import prepare_pairs
 from polymodal.training.pairs.teacher import Teacher
-from polymodal.training.samples import ahead, read_mix
+from polymodal.training.samples import read_mix
 
 if TYPE_CHECKING:
+    from polymodal.messages import Source
     from polymodal.representation.pair import PairModel
-
-NOTES = "polymodal_pair.json"
-"""What is ours in a folder that is otherwise stock: history, picture rules, temperature, scores."""
 
 
 @dataclass
@@ -65,18 +62,6 @@ def load_pair_parts(recipe: PairRecipe) -> PairParts:
     notes = read_notes(Path(source))
     image = recipe.init.image or folder_image(source, notes)
     return PairParts(load_pair_model(source, image, recipe.objective), list(notes.get("history", [])))
-
-
-def read_notes(folder: Path) -> dict[str, Any]:
-    """What an earlier pair stage wrote beside its model; empty for a folder of other origin."""
-    path = folder / NOTES
-    if not path.is_file():
-        return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    return found
 
 
 def folder_image(source: str, notes: dict[str, Any]) -> ImageConfig:
@@ -211,26 +196,13 @@ def _fill(
     workers: int,
     device: torch.device,
 ) -> None:
-    """Compute what is missing, in groups that a killed run repeats."""
-    at_once = 8 if device.type == "cpu" else 64
-    with store.locked():
-        places = {key: index for index, key in reversed(list(enumerate(pairs.images)))}
-        unfinished = set(store.unfinished())
-        keys = store.begin([key for key in dict.fromkeys(pairs.images) if key not in store.where or key in unfinished])
-        groups = [keys[start : start + at_once] for start in range(0, len(keys), at_once)]
-        groups = [group for group in groups if any(key not in store.where for key in group)]
+    """Compute what is missing of the pairs' pictures, one tile each."""
 
-        def decode(group: list[str]) -> torch.Tensor:
-            tiles = [pictures.tile(pairs.sources[places[key]]) for key in group]
-            return torch.from_numpy(np.stack(tiles))
+    def decode(_key: str, source: Source) -> torch.Tensor:
+        return torch.from_numpy(pictures.tile(source)[None])
 
-        tiles = ahead(decode, groups, workers)
-        for group, pixels in progress(zip(groups, tiles, strict=True), "encoding pictures", len(groups)):
-            with torch.no_grad():
-                found = encode(pixels.to(device)).float().cpu().numpy()
-            fresh = [(key, row[None]) for key, row in zip(group, found, strict=True) if key not in store.where]
-            store.add(fresh)
-        store.end()
+    tiles = ((key, source, 1) for key, source in zip(pairs.images, pairs.sources, strict=True))
+    fill_missing(store, tiles, decode, encode, device, workers)
 
 
 def _device(model: PairModel) -> torch.device:

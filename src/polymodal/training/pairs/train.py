@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from polymodal.errors import ConfigError
+from polymodal.representation.notes import NOTES
 from polymodal.representation.pair import PairModel, frozen
 from polymodal.training import policy
 from polymodal.training.curves import draw_curves
@@ -20,7 +21,7 @@ from polymodal.training.pairs.data import PairFeed, PairSteps
 from polymodal.training.pairs.engine import PairEngine
 from polymodal.training.pairs.evaluate import PairEvaluation
 from polymodal.training.pairs.export import export_pair_model
-from polymodal.training.pairs.parts import NOTES, PairParts, load_pair_parts, make_pair_eval_feed, make_pair_feed
+from polymodal.training.pairs.parts import PairParts, load_pair_parts, make_pair_eval_feed, make_pair_feed
 from polymodal.training.pairs.pictures import crops
 from polymodal.training.pairs.recipe import PairRecipe
 from polymodal.training.pairs.run import PairRun
