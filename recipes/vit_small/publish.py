@@ -13,13 +13,15 @@ exported to all of them.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 
-from polymodal.evaluation.embedder import NOTES, Embedder, load_embedder
-from polymodal.files import atomic_folder
+from polymodal.evaluation.embedder import Embedder, load_embedder
+from polymodal.files import atomic_folder, write_text
+from polymodal.representation.notes import NOTES, read_notes
 from polymodal.representation.pair import PairBatch
 from polymodal.representation.stock import save_processor
 
@@ -42,9 +44,10 @@ def main(source: str, target: str) -> None:
     with atomic_folder(Path(target), replace=True) as folder:
         model.save_pretrained(folder)
         save_processor(folder, "siglip", before.model.tokenizer, image)
-        notes = Path(source) / NOTES
-        if notes.is_file():
-            (folder / NOTES).write_bytes(notes.read_bytes())
+        notes = read_notes(Path(source))
+        if notes:
+            notes["image"] = image.model_dump(mode="json")
+            write_text(folder / NOTES, json.dumps(notes, indent=2, ensure_ascii=False) + "\n")
         moved = float((cosines(before) - cosines(load_embedder(folder))).abs().max())
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         if moved > MOST_MOVED:

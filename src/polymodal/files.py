@@ -29,6 +29,19 @@ def shipped_folder() -> Path:
     return Path(__file__).resolve().parent / "models"
 
 
+def shipped(name: str) -> Path | None:
+    """Look up a model or tower that comes with the package.
+
+    Args:
+        name: Such as "default" or "vit_small".
+
+    Returns:
+        Its folder; None where none has that name.
+    """
+    folder = shipped_folder() / name
+    return folder if name == folder.name and folder.is_dir() else None
+
+
 def sha256_file(path: Path) -> str:
     """Hash a file's bytes.
 

@@ -1,8 +1,9 @@
 """Vision encoders: tiles of pixels ``[N, 3, H, W]`` to features ``[N, P, E]``; every family in one table.
 
 `VISION_ENCODERS` names them: the towers of `transformers` (see `encoders.hf_vision` for what is read from them) and
-the small EfficientNet-Lite0 of `encoders.efficientnet`. Weights come from a folder, from the model's own folder
-("bundled") or from the hub, as safetensors only. Unlike a bare `from_pretrained`, loading is refused where the folder
+the small EfficientNet-Lite0 of `encoders.efficientnet`. Weights come with the package (the bare names
+"efficientnet_lite0" and "vit_small"), from a folder, from the model's own folder ("bundled") or from the hub, as
+safetensors only. Unlike a bare `from_pretrained`, loading is refused where the folder
 holds another family than configured or lacks weights, which would otherwise stay at random values.
 """
 
@@ -22,7 +23,7 @@ from polymodal.config import VisionConfig
 from polymodal.encoders.efficientnet import IMAGE_SIZE, WEIGHTS_FILE, EfficientNetEncoder, load_efficientnet_lite0
 from polymodal.encoders.hf_vision import FAMILIES, Family, HFVisionEncoder
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
-from polymodal.files import shipped_folder
+from polymodal.files import shipped
 from polymodal.geometry import Size
 
 __all__ = ["VISION_ENCODERS", "HFVisionEncoder", "VisionEncoder", "build_vision_encoder"]
@@ -132,10 +133,7 @@ def _local(config: VisionConfig, folder: Path | None) -> Path | None:
         if not path.exists():
             raise CheckpointError(f"{path} is missing: the model's vision_tower is 'bundled'")
         return path
-    shipped = shipped_folder() / config.vision_tower
-    if (shipped / WEIGHTS_FILE).is_file():
-        return shipped
-    path = Path(config.vision_tower).expanduser()
+    path = shipped(config.vision_tower) or Path(config.vision_tower).expanduser()
     return path if path.exists() else None
 
 

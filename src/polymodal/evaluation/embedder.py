@@ -18,6 +18,7 @@ from torch import Tensor
 from polymodal.config import ImageConfig, parse_config
 from polymodal.data.parallel import ahead
 from polymodal.errors import CheckpointError, ConfigError, first_line
+from polymodal.files import shipped
 from polymodal.geometry import Size, plan_image
 from polymodal.media.image import open_image
 from polymodal.processing.presets import image_config_from_hf
@@ -124,7 +125,7 @@ def load_embedder(source: str | Path, device: str | torch.device = "cpu") -> Emb
 
     Args:
         source: A folder or hub id of a CLIP, SigLIP or vision-text-dual-encoder model, or of another family that
-            learns from pairs.
+            learns from pairs; "vit_small" for the one that comes with the package.
         device: Where to.
 
     Returns:
@@ -134,7 +135,7 @@ def load_embedder(source: str | Path, device: str | torch.device = "cpu") -> Emb
         CheckpointError: It cannot be opened.
         ConfigError: It has no text tower, or its preprocessing cannot be expressed.
     """
-    source = str(source)
+    source = str(shipped(str(source)) or source)
     kind = _family(source)
     notes = read_notes(Path(source).expanduser())
     objective = ObjectiveConfig(type=notes.get("objective", "siglip" if kind == "siglip" else "clip"))

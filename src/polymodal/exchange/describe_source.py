@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from polymodal.checkpoints.folder import CONFIG_NAME
 from polymodal.checkpoints.header import Header, TensorInfo
 from polymodal.checkpoints.hub import HUB_ID
 from polymodal.checkpoints.safe import FolderReport, check_folder
 from polymodal.errors import CheckpointError, first_line
-from polymodal.files import shipped_folder
+from polymodal.files import shipped
 
 SMALL_FILES = ("*.json", "*.jinja", "*.md", "LICENSE*")
 
@@ -26,9 +25,9 @@ def looked_over(name: str) -> FolderReport:
     Raises:
         CheckpointError: It is not to be had, or must not be opened.
     """
-    shipped, folder = shipped_folder() / name, Path(name).expanduser()
-    if (shipped / CONFIG_NAME).is_file():
-        return check_folder(shipped)
+    folder = Path(name).expanduser()
+    if (ours := shipped(name)) is not None:
+        return check_folder(ours)
     if folder.is_dir():
         return check_folder(folder, allow_pickle=True)
     if not HUB_ID.fullmatch(name):
@@ -89,9 +88,9 @@ def referred(source: str) -> Path | None:
         if (converted_folder() / "config.json").is_file():
             return converted_folder()
         source = SMOLLM2
-    for place in (shipped_folder() / source, Path(source).expanduser()):
-        if place.is_dir():
-            return place
+    place = shipped(source) or Path(source).expanduser()
+    if place.is_dir():
+        return place
     if HUB_ID.fullmatch(source):
         from huggingface_hub import snapshot_download
 

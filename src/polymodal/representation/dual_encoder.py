@@ -179,6 +179,11 @@ class DualEncoder(nn.Module):
         share = len(batch) / len(everyone.image_ids)
         return {"distill": distance * share * self.objective.distill.weight}
 
+    def attend_plainly(self) -> None:
+        """Attend by plain matrix products instead of torch's fused attention; the same to rounding."""
+        (model,) = self._stock
+        model.set_attn_implementation("eager")
+
     def checkpoint_layers(self) -> None:
         """Keep only each layer's input while training, and compute the rest again in the backward pass."""
         self._stock[0].gradient_checkpointing_enable({"use_reentrant": False})

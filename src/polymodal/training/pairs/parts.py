@@ -171,8 +171,8 @@ def _tower_store(recipe: PairRecipe, model: PairModel, feed: PairFeed) -> Featur
 def _teacher_store(recipe: PairRecipe, teacher: Teacher, feed: PairFeed, output_dir: Path) -> FeatureStore:
     """Kept output of the teacher: in `run.feature_cache`, else beside the kept tiles, else in memory."""
     where = next((w for w in (recipe.run.feature_cache, recipe.data.tile_cache) if w != OFF), MEMORY)
-    identity = weights_identity(teacher.encoder, teacher.rules)
-    store = _open_store(where, f"teacher-{identity}", teacher.features_shape, recipe.run.feature_dtype)
+    identity = weights_identity(teacher.encoder, teacher.rules)[:16]  # the name that a stage on this tower gives it
+    store = _open_store(where, identity, teacher.features_shape, recipe.run.feature_dtype)
     pictures, pairs = feed.pictures, feed.prepared
     if teacher.image != pictures.image:
         pictures = open_pictures(teacher.image, AugmentConfig(), OFF)
@@ -184,7 +184,7 @@ def _teacher_store(recipe: PairRecipe, teacher: Teacher, feed: PairFeed, output_
 
 
 def _open_store(where: str, identity: str, row: tuple[int, int], dtype: str) -> FeatureStore:
-    folder = None if where == MEMORY else Path(where) / f"{identity[:24]}-{dtype}"
+    folder = None if where == MEMORY else Path(where) / f"{identity}-{dtype}"
     return FeatureStore(folder, row, dtype)
 
 

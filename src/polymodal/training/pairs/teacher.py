@@ -30,7 +30,7 @@ class Teacher:
     Attributes:
         encoder: A `VisionEncoder`, in eval mode.
         image: Its picture rules.
-        rules: What decides its output besides its weights.
+        rules: What decides what it says of a tile, besides its weights.
     """
 
     encoder: Any
@@ -71,7 +71,7 @@ def load_teacher(distill: DistillConfig, model: PairModel, device: torch.device)
     image = distill.image or model.image
     encoder: Any = build_vision_encoder(distill.tower, tile=Size(*image.tile_size))
     encoder.to(device).eval().requires_grad_(False)
-    rules = distill.tower.model_dump_json(exclude={"vision_tower", "revision"}) + image.model_dump_json()
+    rules = distill.tower.model_dump_json(exclude={"vision_tower", "revision"})
     return Teacher(encoder, image, rules)
 
 

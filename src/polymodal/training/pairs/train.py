@@ -132,6 +132,9 @@ def make_pair_run(
             raise ConfigError("run.checkpointing: this model has no layers for it; use batch.micro_size to save memory")
         module.checkpoint_layers()
     engine = PairEngine(world, recipe, module, groups)
+    if engine.bf16 and world.device.type == "cpu" and hasattr(module, "attend_plainly"):
+        # On sequences as short as patches and captions fused attention in bf16 takes four times as long (torch 2.13).
+        module.attend_plainly()
     steps = PairSteps(Order(feed.prepared.mixture, recipe.run.seed), recipe.batch.global_size)
     live = teacher if teacher is not None and feed.teacher is None else None
     evaluation = None if held_out is None else PairEvaluation(held_out, recipe)
