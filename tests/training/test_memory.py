@@ -106,8 +106,8 @@ def recipe(tmp_path: Path, *overrides: str) -> Recipe:
 
 
 def test_a_bare_on_or_off_is_understood(tmp_path: Path) -> None:
-    run = recipe(tmp_path, "run.checkpointing=on", "run.compile=off").run
-    assert run.checkpointing == "on" and run.compile == "off"
+    run = recipe(tmp_path, "run.checkpointing=on", "run.compile=off", "run.feature_cache=off").run
+    assert run.checkpointing == "on" and run.compile == "off" and run.feature_cache == "off"
 
 
 def test_the_recipe_decides_and_auto_looks_at_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 AnyRecipe: TypeAlias = "Recipe | PairRecipe"
 """A stage of a language model, or one that learns from pairs."""
 
+# YAML 1.1 reads a bare on or off as true or false.
+Place = Annotated[str, BeforeValidator(lambda value: "off" if value is False else value)]
+"""A folder, "memory" or "off"."""
+
 Switch = Annotated[
     Literal["auto", "on", "off"],
-    # YAML 1.1 reads a bare on or off as true or false.
     BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value),
 ]
 
@@ -306,7 +309,7 @@ class RunConfig(Strict):
     resume: Literal["auto", "never"] = "auto"
     threads: int | None = Field(default=None, gt=0)
     workers: int = Field(default=2, gt=0)
-    feature_cache: str = "off"
+    feature_cache: Place = "off"
     feature_dtype: Literal["float16", "float32"] = "float16"
     eval_every: int = Field(default=0, ge=0)
     eval_generations: int = Field(default=4, ge=0)

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from polymodal.config import ImageConfig, Strict
 from polymodal.representation.settings import AnyPairModelConfig, ObjectiveConfig
-from polymodal.training.recipe import OptimConfig, RuleConfig, RunConfig, SourceConfig
+from polymodal.training.recipe import OptimConfig, Place, RuleConfig, RunConfig, SourceConfig
 
 
 class PairInit(Strict):
@@ -61,7 +61,7 @@ class PairDataConfig(Strict):
     on_error: Literal["stop", "skip"] = "stop"
     eval: tuple[SourceConfig, ...] = ()
     index: str | None = None
-    tile_cache: str = "off"
+    tile_cache: Place = "off"
 
     @model_validator(mode="after")
     def _weights(self) -> PairDataConfig:
