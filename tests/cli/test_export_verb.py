@@ -22,13 +22,22 @@ def test_a_stock_folder_with_its_proof(
     model = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
     (model / "LICENSE").write_text("terms")
     out = tmp_path / "out"
+    asked = [
+        {
+            "id": f"q{n}",
+            "messages": [{"role": "user", "content": f"Is {n} right?"}, {"role": "assistant", "content": "No."}],
+        }
+        for n in range(5)
+    ]
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
     argv = ["export", str(model), str(out), "--verify", "--picture", str(picture_folder / "coffee.jpg")]
+    argv += ["--questions", str(tmp_path / "asked.json"), "--limit", "2"]
     assert main(argv) == 0
     printed = capsys.readouterr()
     assert "parity: token_ids ok, pixels ok, logits ok, greedy ok" in printed.out and "llava" in printed.out
     assert "placeholder" in printed.err
     document = json.loads((out / "parity.json").read_text())
-    assert document["passed"] and "coffee.jpg" in document["probes"]["names"]
+    assert document["passed"] and document["probes"]["names"][-3:] == ["coffee.jpg", "q0", "q2"]
     assert (out / "LICENSE").read_text() == "terms"
     # What was written opens here, too.
     assert load(out, "cpu").ask("What is this?", picture_folder / "cat.jpg") is not None
@@ -83,7 +92,9 @@ def test_one_folder_of_ours(tiny_model_config: ModelConfig, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
-        (["--picture", "x.jpg"], "--picture is for --verify"),
+        (["--picture", "x.jpg"], "--picture and --questions are for --verify"),
+        (["--verify", "--questions", "x.json"], "x.json"),
+        (["--verify", "--limit", "0"], "must be at least 1"),
         (["--verify", "--picture", "x.jpg"], "no such file"),
         (["--max-shard-gb", "0"], "must be more than 0"),
         (["--format", "onnx"], "invalid choice"),

@@ -22,6 +22,7 @@ from polymodal.errors import CheckpointError, ConfigError
 from polymodal.exchange.gguf_export import PAD_COLOUR, export_gguf
 from polymodal.exchange.gguf_tokens import find_pre
 from polymodal.exchange.parity_llamacpp import verify_gguf
+from polymodal.exchange.parity_probes import picture_probes
 from polymodal.model import build_model
 
 gguf = pytest.importorskip("gguf")
@@ -407,7 +408,7 @@ def test_llama_cpp_answers_the_same(
     rng = np.random.default_rng(0)
     picture = tmp_path / "square.png"
     PILImage.fromarray(rng.integers(0, 255, (90, 90, 3), np.uint8)).save(picture)
-    parity = verify_gguf(loaded, tmp_path / "out", pictures=[picture])
+    parity = verify_gguf(loaded, tmp_path / "out", more=picture_probes([picture]))
     checks = {check.name: check for check in parity.checks}
     assert checks["token_ids"].passed
     if tower == "clip" and not checks["pictures"].passed:
@@ -421,7 +422,9 @@ def test_llama_cpp_answers_the_same(
     # A tower that is not the one that was exported is found.
     with torch.no_grad():
         loaded.model.vision_encoder.model.embeddings.patch_embedding.weight.mul_(1.5)  # type: ignore[union-attr]
-    other = {check.name: check for check in verify_gguf(loaded, tmp_path / "out", pictures=[picture]).checks}
+    other = {
+        check.name: check for check in verify_gguf(loaded, tmp_path / "out", more=picture_probes([picture])).checks
+    }
     assert not other["pictures"].passed and other["token_ids"].passed
 
 

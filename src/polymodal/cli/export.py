@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from polymodal.checkpoints.folder import Loaded
     from polymodal.exchange.parity import Parity
+    from polymodal.exchange.parity_probes import Probe
 
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 
@@ -42,14 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--picture", action="append", default=[], metavar="FILE", help="with --verify: ask about this picture too"
     )
+    parser.add_argument("--questions", metavar="FILE", help="with --verify: ask the questions of this data file too")
+    parser.add_argument(
+        "--limit", type=int, default=20, metavar="N", help="of --questions: this many, from all over the file (20)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DST where it is there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Open the model, write it, compare it where asked; 1 where the comparison fails."""
     dst = Path(args.dst).expanduser()
-    if args.picture and not args.verify:
-        raise ConfigError("--picture is for --verify")
+    if (args.picture or args.questions) and not args.verify:
+        raise ConfigError("--picture and --questions are for --verify")
+    if args.limit < 1:
+        raise ConfigError(f"--limit {args.limit}: must be at least 1")
     if not args.max_shard_gb > 0:
         raise ConfigError(f"--max-shard-gb {args.max_shard_gb}: must be more than 0")
     missing = next((path for path in args.picture if not Path(path).is_file()), None)
@@ -59,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
         raise PolymodalError(f"{dst}: is there already; choose another folder or add --overwrite")
     if args.dtype == "q8_0" and args.format != "gguf":
         raise ConfigError("--dtype q8_0 is for --format gguf")
-    return FORMATS[args.format](args, dst)
+    return FORMATS[args.format](args, dst, _asked(args))
 
 
-def _hf(args: argparse.Namespace, dst: Path) -> int:
+def _hf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:
     from polymodal.exchange.hf_export import export_hf
 
     loaded, source = _open(args.model)
@@ -82,10 +89,10 @@ def _hf(args: argparse.Namespace, dst: Path) -> int:
         return 0
     from polymodal.exchange.parity import verify_export
 
-    return _outcome(verify_export(loaded, dst, pictures=[Path(path) for path in args.picture]))
+    return _outcome(verify_export(loaded, dst, more=more))
 
 
-def _gguf(args: argparse.Namespace, dst: Path) -> int:
+def _gguf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:
     from polymodal.exchange.gguf_export import export_gguf
 
     if args.keep_adapter:
@@ -99,7 +106,22 @@ def _gguf(args: argparse.Namespace, dst: Path) -> int:
         return 0
     from polymodal.exchange.parity_llamacpp import verify_gguf
 
-    return _outcome(verify_gguf(loaded, dst, pictures=[Path(path) for path in args.picture]))
+    return _outcome(verify_gguf(loaded, dst, more=more))
+
+
+def _asked(args: argparse.Namespace) -> list[Probe]:
+    """What the user wants asked besides the usual conversations."""
+    from polymodal.data.records import load_records
+    from polymodal.exchange.parity_probes import Probe, picture_probes
+
+    probes = picture_probes([Path(path) for path in args.picture])
+    if args.questions is not None:
+        records = load_records(Path(args.questions))
+        step = max(1, len(records) // args.limit)
+        for record in records[::step][: args.limit]:
+            messages = record.messages[:-1] if record.messages[-1].role == "assistant" else record.messages
+            probes.append(Probe(record.id, tuple(messages)))
+    return probes
 
 
 def _outcome(parity: Parity) -> int:
@@ -109,7 +131,7 @@ def _outcome(parity: Parity) -> int:
     return 0 if parity.passed else 1
 
 
-def _polymodal(args: argparse.Namespace, dst: Path) -> int:
+def _polymodal(args: argparse.Namespace, dst: Path, _more: list[Probe]) -> int:
     from polymodal.checkpoints.whole import write_whole
 
     if args.keep_adapter:
@@ -122,7 +144,11 @@ def _polymodal(args: argparse.Namespace, dst: Path) -> int:
     return 0
 
 
-FORMATS: dict[str, Callable[[argparse.Namespace, Path], int]] = {"hf": _hf, "gguf": _gguf, "polymodal": _polymodal}
+FORMATS: dict[str, Callable[[argparse.Namespace, Path, list[Probe]], int]] = {
+    "hf": _hf,
+    "gguf": _gguf,
+    "polymodal": _polymodal,
+}
 """Each format and what writes it."""
 
 

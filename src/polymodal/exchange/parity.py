@@ -93,7 +93,7 @@ def verify_export(
     folder: Path,
     *,
     tokens: int = TOKENS,
-    pictures: Sequence[Path] = (),
+    more: Sequence[Probe] = (),
     checks: Mapping[str, Callable[[Comparison], Check | None]] | None = None,
 ) -> Parity:
     """Compare an exported folder with the model that it was written from, and write `parity.json` into it.
@@ -102,7 +102,7 @@ def verify_export(
         source: The model, on the CPU.
         folder: The exported folder.
         tokens: Greedy tokens of each answer.
-        pictures: Further pictures to ask about.
+        more: What is asked besides the usual conversations; see `parity_probes`.
         checks: Names to comparisons, each None where its program is not installed; `CHECKS` where None.
 
     Returns:
@@ -111,7 +111,7 @@ def verify_export(
     Raises:
         PolymodalError: The folder holds no model, or the report cannot be written.
     """
-    comparison = Comparison(local(source), folder, tokens, pictures)
+    comparison = Comparison(local(source), folder, tokens, more)
     return run_checks(comparison, CHECKS if checks is None else checks)
 
 

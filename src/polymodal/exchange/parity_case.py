@@ -15,7 +15,7 @@ from polymodal.checkpoints.folder import ADAPTER_NAME
 from polymodal.checkpoints.safe_config import read_json
 from polymodal.errors import CheckpointError, PolymodalError, first_line
 from polymodal.exchange.hf_template import LATER, LATER_NOTE, differences
-from polymodal.exchange.parity_probes import Probe, chat_probes, plain_probes
+from polymodal.exchange.parity_probes import Probe, chat_probes, one_picture
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Text
@@ -57,10 +57,10 @@ class Comparison:
         ours: The model that was exported.
         folder: The exported folder.
         tokens: Greedy tokens that are compared.
-        pictures: Further pictures to ask about.
+        more: What is asked besides the usual conversations.
     """
 
-    def __init__(self, ours: LocalBackend, folder: Path, tokens: int = TOKENS, pictures: Sequence[Path] = ()) -> None:
+    def __init__(self, ours: LocalBackend, folder: Path, tokens: int = TOKENS, more: Sequence[Probe] = ()) -> None:
         self.ours = ours
         self.folder = folder
         self.tokens = tokens
@@ -69,7 +69,9 @@ class Comparison:
         self.dtype = str(self.config.get("dtype") or "float32")
         template = ours.config.template.chat_template
         self._without_text = template in PRESETS and PRESETS[template].media_only
-        asked = plain_probes(pictures, with_text=not self._without_text) if self.plain else chat_probes(pictures)
+        asked = [*chat_probes(), *more]
+        if self.plain:
+            asked = one_picture(asked, with_text=not self._without_text)
         self.probes: list[Probe] = []
         self.samples: list[Sample] = []
         self.left_out: dict[str, str] = {}

@@ -174,8 +174,7 @@ class GgufComparison:
         ours: The model that was exported.
         folder: The exported folder.
         tokens: Greedy tokens that are compared.
-        pictures: Further pictures to ask about.
-        probes: What is asked; the usual conversations where None.
+        more: What is asked besides the usual conversations; see `parity_probes`.
 
     Raises:
         CheckpointError: The folder holds no such files.
@@ -186,8 +185,7 @@ class GgufComparison:
         ours: LocalBackend,
         folder: Path,
         tokens: int = TOKENS,
-        pictures: Sequence[Path] = (),
-        probes: Sequence[Probe] | None = None,
+        more: Sequence[Probe] = (),
     ) -> None:
         self.ours, self.folder, self.tokens = ours, folder, tokens
         found = sorted(folder.glob("model-*.gguf"))
@@ -202,7 +200,7 @@ class GgufComparison:
         self.words, vocabulary, _ = with_placeholder(ours.model, ours.tokenizer)
         self.placeholder = str(self.words.convert_ids_to_tokens(vocabulary.image_token_id))
         wrong = differences(ours.processor.template, self.words, self.jinja, vocabulary.image_token_id)
-        for probe in chat_probes(pictures) if probes is None else probes:
+        for probe in [*chat_probes(), *more]:
             if wrong == [LATER] and any(message.role == "assistant" for message in probe.messages):
                 self.left_out[probe.name] = LATER_NOTE
                 continue
@@ -239,8 +237,7 @@ def verify_gguf(
     folder: Path,
     *,
     tokens: int = TOKENS,
-    pictures: Sequence[Path] = (),
-    probes: Sequence[Probe] | None = None,
+    more: Sequence[Probe] = (),
 ) -> Parity:
     """Compare exported GGUF files with the model that they were written from, and write `parity.json` beside them.
 
@@ -248,8 +245,7 @@ def verify_gguf(
         source: The model, on the CPU.
         folder: The exported folder.
         tokens: Greedy tokens of each answer.
-        pictures: Further pictures to ask about.
-        probes: What is asked; the usual conversations where None.
+        more: What is asked besides the usual conversations; see `parity_probes`.
 
     Returns:
         What was found. Without llama-cpp-python nothing can be compared, and `passed` is false.
@@ -257,7 +253,7 @@ def verify_gguf(
     Raises:
         PolymodalError: The folder holds no such files, or the report cannot be written.
     """
-    comparison = GgufComparison(local(source), folder, tokens, pictures, probes)
+    comparison = GgufComparison(local(source), folder, tokens, more)
     parity = run_checks(comparison, CHECKS if find_spec("llama_cpp") is not None else dict.fromkeys(CHECKS, _absent))
     if "theirs" in vars(comparison):
         comparison.theirs.close()

@@ -60,17 +60,10 @@ def make_picture(number: int) -> PILImage.Image:
 _MIX = ((7, 13, 3), (11, 5, 1), (3, 17, 5))
 
 
-def chat_probes(pictures: Sequence[Path] = ()) -> list[Probe]:
-    """Conversations for a model with a chat template.
-
-    Args:
-        pictures: Further pictures, each asked about once.
-
-    Returns:
-        The probes; a model may refuse some, such as a system message.
-    """
+def chat_probes() -> list[Probe]:
+    """Conversations for a model with a chat template; a model may refuse some, such as a system message."""
     made = [make_picture(number) for number in range(len(SHAPES))]
-    probes = [
+    return [
         Probe("one picture", (user(Image(made[0]), "What is shown here?"),)),
         Probe("a very wide picture", (user(Image(made[1]), "Describe it in one sentence."),)),
         Probe("a tall picture", (user(Image(made[2]), "How many colours are there? 1, 2, or more than 3?"),)),
@@ -84,23 +77,32 @@ def chat_probes(pictures: Sequence[Path] = ()) -> list[Probe]:
             (user(Image(made[0]), "What is it?"), assistant("Blots of colour."), user("Which colours?")),
         ),
     ]
-    return [*probes, *_of_files(pictures)]
 
 
-def plain_probes(pictures: Sequence[Path] = (), *, with_text: bool = True) -> list[Probe]:
-    """Prompts for a model that takes one picture and a text.
+def picture_probes(pictures: Sequence[Path]) -> list[Probe]:
+    """Ask about pictures of one's own.
 
     Args:
-        pictures: As in `chat_probes`.
-        with_text: Ask something; False for a model that continues from the picture alone.
+        pictures: Their files.
 
     Returns:
-        The probes.
+        One probe each.
     """
-    probes = [*chat_probes()[:3], *_of_files(pictures)]
-    if with_text:
-        return probes
-    return [Probe(probe.name, (user(*probe.messages[0].media),)) for probe in probes]
+    return [Probe(path.name, (user(Image(path), "What is in this picture?"),)) for path in pictures]
+
+
+def one_picture(probes: Sequence[Probe], *, with_text: bool) -> list[Probe]:
+    """Keep what a model can be asked that takes one picture and one text.
+
+    Args:
+        probes: Any.
+        with_text: Whether it is asked something; False for a model that continues from the picture alone.
+
+    Returns:
+        Those of one message with one picture and one text behind it.
+    """
+    kept = [p for p in probes if len(p.messages) == 1 and [type(part) for part in p.messages[0].parts] == [Image, Text]]
+    return kept if with_text else [Probe(p.name, (user(*p.messages[0].media),)) for p in kept]
 
 
 def hash_probes(probes: Sequence[Probe]) -> str:
@@ -121,7 +123,3 @@ def hash_probes(probes: Sequence[Probe]) -> str:
         for picture in probe.pictures:
             digest.update(f"{picture.size}".encode() + picture.tobytes())
     return digest.hexdigest()
-
-
-def _of_files(pictures: Sequence[Path]) -> list[Probe]:
-    return [Probe(path.name, (user(Image(path), "What is in this picture?"),)) for path in pictures]
