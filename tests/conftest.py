@@ -183,7 +183,7 @@ def tiny_model_folder(tiny_model_config: ModelConfig, tmp_path_factory: pytest.T
     import torch
 
     from polymodal.checkpoints.folder import save_model
-    from polymodal.model import build_model
+    from polymodal.compose import build_model
 
     torch.manual_seed(2)
     model, tokenizer = build_model(tiny_model_config)

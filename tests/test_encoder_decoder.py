@@ -16,6 +16,7 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 from polymodal.backends import load_processor
 from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.folder import load_model, read_config, save_model
+from polymodal.compose import build_model
 from polymodal.config import LLMConfig, ModelConfig, ProjectorConfig, TemplateConfig
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.generation.generate import generate_ids
@@ -24,7 +25,7 @@ from polymodal.geometry import Size
 from polymodal.llm import decoder_start_id, layer_counts, load_llm
 from polymodal.loss import knows_head
 from polymodal.messages import Message, assistant, user
-from polymodal.model import MultimodalLM, build_model
+from polymodal.model import MultimodalLM
 from polymodal.processing.batch import collate
 from polymodal.processing.processor import Processor, last_run
 from polymodal.processing.sample import Sample

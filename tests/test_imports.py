@@ -39,6 +39,7 @@ NETWORK = {
     "seq2seq",
     "quantize",
     "model",
+    "compose",
     "checkpoints",
 }
 JOIN = {"generation", "backends", "exchange"}

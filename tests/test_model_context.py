@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from polymodal.checkpoints.folder import _hash, load_model, save_model
+from polymodal.compose import build_model, check_merge
 from polymodal.config import ModelConfig, ProjectorConfig
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.geometry import ImagePlan, Size, plan_image
-from polymodal.model import MultimodalLM, build_model, check_merge
+from polymodal.model import MultimodalLM
 
 QFORMER: dict[str, Any] = {
     "num_query_tokens": 3, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -11,12 +11,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from polymodal.compose import build_model
 from polymodal.config import ImageConfig, ModelConfig, ProjectorConfig
 from polymodal.encoders.vision import HFVisionEncoder
 from polymodal.errors import PolymodalError
 from polymodal.geometry import Size, plan_image
 from polymodal.messages import Image, user
-from polymodal.model import MultimodalLM, build_model
+from polymodal.model import MultimodalLM
 from polymodal.processing.batch import collate, collate_packed
 from polymodal.processing.processor import Processor
 from polymodal.processing.sample import Sample, Slot

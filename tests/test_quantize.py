@@ -13,12 +13,12 @@ from polymodal.backends import load
 from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.folder import load_model, merge_adapter, save_model
 from polymodal.cli import main
+from polymodal.compose import build_model
 from polymodal.config import LLMConfig, ModelConfig
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.generation.params import GenerationParams
 from polymodal.llm import load_llm
 from polymodal.messages import Image, Message, user
-from polymodal.model import build_model
 from polymodal.processing.batch import collate
 from polymodal.quantize import (
     FEW_ROWS,

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from polymodal.backends import load
     from polymodal.backends.local import LocalBackend
     from polymodal.backends.protocol import Reply
+    from polymodal.compose import build_model
     from polymodal.config import ModelConfig
     from polymodal.generation.params import GenerationParams
-    from polymodal.model import MultimodalLM, build_model
+    from polymodal.model import MultimodalLM
     from polymodal.processing.processor import Processor
 
 __version__ = "0.1.0"

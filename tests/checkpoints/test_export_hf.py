@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from polymodal.checkpoints.folder import Loaded, load_model, save_model
 from polymodal.checkpoints.shards import write_shards
+from polymodal.compose import build_model
 from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.exchange import hf_export
 from polymodal.exchange.hf_export import export_hf
 from polymodal.exchange.parity import verify_export
 from polymodal.exchange.parity_case import Check, Comparison
-from polymodal.model import build_model
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "llava_clip_llama_keys.txt"
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from polymodal.backends import load
 from polymodal.checkpoints.folder import _hash, load_model, save_model
+from polymodal.compose import build_model
 from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError, PolymodalError
-from polymodal.model import build_model
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from polymodal.backends import load
 from polymodal.cli import main
+from polymodal.compose import build_model
 from polymodal.config import ModelConfig
-from polymodal.model import build_model
 
 
 def test_a_stock_folder_with_its_proof(

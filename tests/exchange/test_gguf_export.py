@@ -17,13 +17,13 @@ from PIL import Image as PILImage
 from polymodal.checkpoints.folder import Loaded, load_model, save_model
 from polymodal.checkpoints.gguf_weights import _neighbours
 from polymodal.cli import main
+from polymodal.compose import build_model
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig, ProjectorConfig, TemplateConfig, VisionConfig
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.exchange.gguf_export import PAD_COLOUR, export_gguf
 from polymodal.exchange.gguf_tokens import find_pre
 from polymodal.exchange.parity_llamacpp import verify_gguf
 from polymodal.exchange.parity_probes import picture_probes
-from polymodal.model import build_model
 
 gguf = pytest.importorskip("gguf")
 

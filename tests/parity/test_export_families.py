@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from polymodal.checkpoints.folder import Loaded, contract_of, own_tensors
+from polymodal.compose import build_model
 from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError
 from polymodal.exchange.hf_export import export_hf
@@ -41,7 +42,6 @@ from polymodal.exchange.parity import verify_export
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Image, Message, assistant, user
-from polymodal.model import build_model
 from polymodal.processing.batch import collate
 from polymodal.projectors.norm import Standardize
 

@@ -12,9 +12,10 @@ import torch
 
 from polymodal.checkpoints.folder import load_model, save_model
 from polymodal.checkpoints.whole import fold_in
+from polymodal.compose import build_model
 from polymodal.config import ModelConfig
 from polymodal.errors import ConfigError
-from polymodal.model import MultimodalLM, build_model
+from polymodal.model import MultimodalLM
 from polymodal.training.adapters import NF4_BYTES, is_adapter
 from polymodal.training.policy import apply_policy, check_groups, policy_table, set_modes
 from polymodal.training.recipe import LoraRecipe, OptimConfig

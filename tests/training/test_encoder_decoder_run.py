@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from polymodal.checkpoints.folder import load_model, save_model
 from polymodal.checkpoints.whole import fold_in
+from polymodal.compose import build_model
 from polymodal.config import LLMConfig, ModelConfig, parse_config
 from polymodal.data.records import Record
 from polymodal.errors import ConfigError
 from polymodal.messages import assistant, user
-from polymodal.model import build_model
 from polymodal.processing.batch import collate
 from polymodal.processing.processor import Processor
 from polymodal.training import checkpoint, policy, train

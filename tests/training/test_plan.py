@@ -11,10 +11,10 @@ import torch
 import yaml
 
 from polymodal.cli import main
+from polymodal.compose import build_model
 from polymodal.config import LLMConfig, ModelConfig, VisionConfig, parse_config
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.geometry import Size
-from polymodal.model import build_model
 from polymodal.processing.processor import Processor
 from polymodal.training.adapters import NF4_BYTES
 from polymodal.training.known import DEVICES, KNOWN_SHAPES

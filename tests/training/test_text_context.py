@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from polymodal.backends import load, load_processor
 from polymodal.checkpoints.folder import load_model
+from polymodal.compose import build_model
 from polymodal.data.index import Reading, open_index
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.geometry import Size
 from polymodal.messages import Image, user
-from polymodal.model import build_model
 from polymodal.processing.batch import collate
 from polymodal.processing.processor import context_reader
 from polymodal.projectors.qformer import QFormerProjector

@@ -220,9 +220,9 @@ def load_processor(name: str | Path = "default") -> Processor:
     folder = find_model(name)
     from polymodal.checkpoints.folder import read_config
     from polymodal.checkpoints.hf import is_hf_folder
+    from polymodal.compose import build_vision
     from polymodal.exchange.hf_folder import hf_processor
     from polymodal.llm import load_tokenizer, quieten_transformers
-    from polymodal.model import build_vision
     from polymodal.processing.processor import Processor
     from polymodal.projectors.context import load_context_tokenizer
 

@@ -26,10 +26,11 @@ from pydantic import BaseModel
 from polymodal.checkpoints.safe import check_finite, check_folder, compare_tensors
 from polymodal.checkpoints.safe_config import read_json
 from polymodal.checkpoints.tensors import read_tensors, write_tensors
+from polymodal.compose import build_model
 from polymodal.config import ModelConfig, parse_config
 from polymodal.errors import CheckpointError
 from polymodal.files import atomic_folder, write_text
-from polymodal.model import MultimodalLM, build_model
+from polymodal.model import MultimodalLM
 from polymodal.projectors.context import TOKENIZER_FOLDER
 from polymodal.quantize import is_quantized
 

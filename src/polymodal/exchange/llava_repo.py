@@ -61,7 +61,8 @@ def load_llava_repo(
     """
     import torch
 
-    from polymodal.model import MultimodalLM, build_vision, image_token_id_for
+    from polymodal.compose import build_vision, image_token_id_for
+    from polymodal.model import MultimodalLM
 
     quieten_transformers()
     repo = read_repo(folder, allow_pickle=allow_pickle)

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from polymodal.backends.local import processor_of
+from polymodal.compose import build_model
 from polymodal.errors import ConfigError, DataError
 from polymodal.messages import Image, Source, user
-from polymodal.model import MultimodalLM, build_model
+from polymodal.model import MultimodalLM
 from polymodal.processing.batch import collate, collate_packed
 from polymodal.processing.processor import Processor
 from polymodal.processing.sample import Batch, Sample

@@ -76,8 +76,8 @@ def recipe_processor(recipe: Recipe) -> Processor:
 
 def _new_processor(config: ModelConfig) -> Processor:
     """The processor of a model that is composed from a configuration."""
+    from polymodal.compose import build_vision, image_token_id_for
     from polymodal.llm import load_tokenizer, quieten_transformers
-    from polymodal.model import build_vision, image_token_id_for
     from polymodal.projectors.context import load_context_tokenizer
     from polymodal.training.outline import llm_settings
 

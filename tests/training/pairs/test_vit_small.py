@@ -69,3 +69,5 @@ def test_the_recipes_run_one_after_the_other(tmp_path: Path, capsys: pytest.Capt
         assert embedder.texts(["A red circle."]).shape == (1, 16)
         lines = [json.loads(line) for line in (target / "log.jsonl").read_text().splitlines()]
         assert all(line["terms"]["siglip"] > 0 for line in lines) and len(lines) == 2
+    # What the teacher said of the training pictures was kept once, for the stage on that tower too.
+    assert len(list((tmp_path / "features").iterdir())) == 2

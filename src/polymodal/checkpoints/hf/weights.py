@@ -20,13 +20,14 @@ from polymodal.checkpoints.hf.names import DERIVED, NEWLINE, Component, Place, t
 from polymodal.checkpoints.hf.pieces import Pieces
 from polymodal.checkpoints.safe import MAX_INDEX, FolderReport, check_finite, compare_tensors
 from polymodal.checkpoints.safe_config import read_json
+from polymodal.compose import check_merge
 from polymodal.config import ModelConfig
 from polymodal.encoders.hf_vision import FAMILIES, HFVisionEncoder
 from polymodal.encoders.vision import UNUSED_PARTS, VisionEncoder
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.geometry import Size
 from polymodal.llm import model_class
-from polymodal.model import MultimodalLM, check_merge
+from polymodal.model import MultimodalLM
 from polymodal.projectors import Projector, build_projector
 
 if TYPE_CHECKING:

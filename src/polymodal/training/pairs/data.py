@@ -108,6 +108,7 @@ class PairFeed:
         store: Kept output of the frozen tower, or None.
         teacher: Kept output of a teacher, or None.
         teacher_grid: Rows and columns of that output.
+        teacher_images: Each sample's picture under the teacher's rules, by which that output is found.
     """
 
     prepared: Pairs
@@ -118,6 +119,7 @@ class PairFeed:
     store: FeatureStore | None = None
     teacher: FeatureStore | None = None
     teacher_grid: Size | None = None
+    teacher_images: tuple[str, ...] = ()
 
     def plan(self, indices: np.ndarray, epochs: np.ndarray, turns: np.ndarray) -> Plan:
         """Draw what a step shows of its samples; every process draws the same.
@@ -153,7 +155,7 @@ class PairFeed:
             mask[row, : len(text)] = True
         keys = [pairs.images[i] for i in plan.indices]
         features = None if self.store is None else self.store.gather(keys)
-        teacher = None if self.teacher is None else self.teacher.gather(keys)
+        teacher = None if self.teacher is None else self.teacher.gather([self.teacher_images[i] for i in plan.indices])
         mirrored = self._mirrored(plan)
         if teacher is not None and self.teacher_grid is not None and mirrored.any():
             teacher = flip_grid(teacher, self.teacher_grid, torch.from_numpy(mirrored))

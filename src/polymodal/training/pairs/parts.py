@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,8 @@ from polymodal.representation.notes import NOTES, read_notes
 from polymodal.representation.pair import frozen
 from polymodal.training.features import MEMORY, OFF, FeatureStore, fill_missing, weights_identity
 from polymodal.training.log import say
-from polymodal.training.pairs.data import PairFeed, Pairs
-from polymodal.training.pairs.pictures import Pictures, crops, notes_file, open_pictures, scan
+from polymodal.training.pairs.data import PairFeed
+from polymodal.training.pairs.pictures import Pictures, crops, notes_file, open_pictures, scan, source_name
 from polymodal.training.pairs.recipe import AugmentConfig, PairRecipe
 from polymodal.training.pairs.records import prepare_pairs
 from polymodal.training.pairs.teacher import Teacher
@@ -117,9 +117,7 @@ def make_pair_feed(recipe: PairRecipe, model: PairModel, output_dir: Path, teach
         say(f"{recipe.name}: a step has {size} pairs of only {pictures_held} pictures; pairs of one are no negatives")
     feed = replace(feed, store=_tower_store(recipe, model, feed))
     if teacher is not None and not crops(recipe.augment):
-        feed = replace(
-            feed, teacher=_teacher_store(recipe, teacher, feed, output_dir), teacher_grid=teacher.encoder.grid
-        )
+        feed = _with_teacher(recipe, teacher, feed, output_dir)
     return feed
 
 
@@ -164,23 +162,28 @@ def _tower_store(recipe: PairRecipe, model: PairModel, feed: PairFeed) -> Featur
     # A tower with the rules of a language model's stage shares what that keeps: both read the same output.
     rules = getattr(model, "tower_rules", type(model).__name__)
     store = _open_store(where, weights_identity(model.tower, rules)[:16], model.features_shape, dtype)
-    _fill(store, model.encode, feed.pictures, feed.prepared, recipe.run.workers, _device(model))
+    keys = feed.prepared.images
+    _fill(store, model.encode, feed.pictures, keys, feed.prepared.sources, recipe.run.workers, _device(model))
     return store
 
 
-def _teacher_store(recipe: PairRecipe, teacher: Teacher, feed: PairFeed, output_dir: Path) -> FeatureStore:
-    """Kept output of the teacher: in `run.feature_cache`, else beside the kept tiles, else in memory."""
+def _with_teacher(recipe: PairRecipe, teacher: Teacher, feed: PairFeed, output_dir: Path) -> PairFeed:
+    """Add kept output of the teacher: in `run.feature_cache`, else beside the kept tiles, else in memory.
+
+    A stage on this tower with the same picture rules keeps the same, under the same names.
+    """
     where = next((w for w in (recipe.run.feature_cache, recipe.data.tile_cache) if w != OFF), MEMORY)
-    identity = weights_identity(teacher.encoder, teacher.rules)[:16]  # the name that a stage on this tower gives it
+    identity = weights_identity(teacher.encoder, teacher.rules)[:16]
     store = _open_store(where, identity, teacher.features_shape, recipe.run.feature_dtype)
-    pictures, pairs = feed.pictures, feed.prepared
+    pictures, pairs, keys = feed.pictures, feed.prepared, feed.prepared.images
     if teacher.image != pictures.image:
         pictures = open_pictures(teacher.image, AugmentConfig(), OFF)
         folder = Path(recipe.data.index) if recipe.data.index is not None else output_dir / "index"
         scan(pictures, pairs.sources, notes_file(folder, teacher.image), recipe.run.workers, "reading pictures")
+        keys = tuple(pictures.seen[source_name(source)].key for source in pairs.sources)
     device = next(teacher.encoder.parameters()).device
-    _fill(store, teacher.encode, pictures, pairs, recipe.run.workers, device)
-    return store
+    _fill(store, teacher.encode, pictures, keys, pairs.sources, recipe.run.workers, device)
+    return replace(feed, teacher=store, teacher_grid=teacher.encoder.grid, teacher_images=keys)
 
 
 def _open_store(where: str, identity: str, row: tuple[int, int], dtype: str) -> FeatureStore:
@@ -192,7 +195,8 @@ def _fill(
     store: FeatureStore,
     encode: Callable[[torch.Tensor], torch.Tensor],
     pictures: Pictures,
-    pairs: Pairs,
+    keys: Sequence[str],
+    sources: Sequence[Source],
     workers: int,
     device: torch.device,
 ) -> None:
@@ -201,7 +205,7 @@ def _fill(
     def decode(_key: str, source: Source) -> torch.Tensor:
         return torch.from_numpy(pictures.tile(source)[None])
 
-    tiles = ((key, source, 1) for key, source in zip(pairs.images, pairs.sources, strict=True))
+    tiles = ((key, source, 1) for key, source in zip(keys, sources, strict=True))
     fill_missing(store, tiles, decode, encode, device, workers)
 
 

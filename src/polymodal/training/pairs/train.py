@@ -162,7 +162,7 @@ def _measure(model: Any, teacher: Teacher, feed: PairFeed, world: World) -> None
     """Measure the teacher's channels on some pictures, the same in every process."""
     pairs = feed.prepared
     if feed.teacher is not None:
-        found = feed.teacher.gather([pairs.images[i] for i in range(min(MEASURED, len(pairs.images)))])
+        found = feed.teacher.gather(feed.teacher_images[:MEASURED])
         assert found is not None
     else:
         if tuple(teacher.image.tile_size) != tuple(model.image.tile_size) and crops(feed.pictures.augment):
