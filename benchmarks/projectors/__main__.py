@@ -1,10 +1,11 @@
-"""Which projector for the default model? Each is trained on the same data and steps, then asked the same questions.
+"""Which projector for the default model, and which tower? Each is trained on the same data and steps, then asked alike.
 
     python -m benchmarks.projectors --data data/default --output runs/projectors [--steps 120 120] [--only qformer]
 
 The recipes are those of the default model, shortened to so many steps of stage 1 and of stage 2; all projectors make
-16 tokens of a picture, and none has the tower's class scores written into it (the default model's has: only an MLP
-can), so this is about the projector alone. A run that was cut off goes on. Scores are those of `polymodal eval`, with
+16 tokens of a picture. What the default model takes from the tower's own classifier is left out but for the words of the
+warm start: class scores written into the projector (only an MLP can) and samples made of class prototypes. The last row
+has the small ViT for a tower (64 tokens, an MLP, recipes/default/vit_stage*.yaml). A run that was cut off goes on. Scores are those of `polymodal eval`, with
 the image-blind control; the time to the first token is measured at the end, model after model in turn, over and over.
 """
 
@@ -34,13 +35,13 @@ PROJECTORS: dict[str, str] = {
 }
 """What stands under `init.model.projector` of stage 1."""
 
-RATES = {"linear": 5e-4, "mlp2x_gelu": 5e-4, "qformer": 5e-4, "resampler": 5e-4}
-"""Peak learning rate of stage 1; the same for all."""
+VIT = "vit_small"
+"""The row of the other tower."""
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(argv)
-    names = options.only or list(PROJECTORS)
+    names = options.only or [*PROJECTORS, VIT]
     for name in names:
         try:
             train(name, options)
@@ -67,7 +68,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm-start", type=int, default=3000, metavar="N", help="steps before stage 1")
     parser.add_argument("--limit", type=int, default=60, help="questions of each kind")
     parser.add_argument("--runs", type=int, default=9, help="first tokens timed of each model")
-    parser.add_argument("--only", choices=PROJECTORS, action="append", help="this projector only")
+    parser.add_argument("--only", choices=[*PROJECTORS, VIT], action="append", help="this row only")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for both recipes")
     return parser.parse_args(argv)
 
@@ -78,26 +79,26 @@ def model_folder(name: str, options: argparse.Namespace) -> Path:
 
 
 def train(name: str, options: argparse.Namespace) -> None:
-    """Both stages with one projector, or what is missing of them."""
+    """Both stages of one row, or what is missing of them."""
     first, second = options.steps
     folder = options.output / name
-    shared = [f"run.feature_cache={options.features}", "run.save_every=50", *options.set]
+    recipes = "vit_" if name == VIT else ""
+    shared = [f"run.feature_cache={options.features}", "run.save_every=50", "prototypes=null", *options.set]
+    own = [] if name == VIT else [f"init.model.projector={PROJECTORS[name]}", "warm_start.write_classes=false"]
     polymodal(
         "train",
-        str(RECIPES / "stage1.yaml"),
+        str(RECIPES / f"{recipes}stage1.yaml"),
         f"name={name}-stage1",
         f"data.mix.0.path={options.data / 'stage1.json'}",
-        f"init.model.projector={PROJECTORS[name]}",
-        "warm_start.write_classes=false",
+        *own,
         f"warm_start.steps={options.warm_start}",
-        f"optim.learning_rate={RATES[name]}",
         f"run.max_steps={first}",
         f"output_dir={folder / 'stage1'}",
         *shared,
     )
     polymodal(
         "train",
-        str(RECIPES / "stage2.yaml"),
+        str(RECIPES / f"{recipes}stage2.yaml"),
         f"name={name}-stage2",
         f"data.mix.0.path={options.data / 'stage2.json'}",
         f"init.from={folder / 'stage1' / 'final'}",

@@ -1,9 +1,9 @@
-"""Write a trained pair of towers as a folder to hand out: stock SigLIP, half precision, size checked.
+"""Put a trained pair of towers into the package: stock SigLIP, half precision, model card kept, size checked.
 
-python recipes/vit_small/publish.py runs/vit_small/siglip/final TARGET
+python recipes/vit_small/publish.py runs/vit_small/siglip/final [src/polymodal/models/vit_small]
 
 The folder holds picture tower, text tower, tokenizer and image processor, and loads in `transformers` (`AutoModel`,
-`AutoProcessor`) as well as here (`vision_tower: TARGET`, `type: siglip`). Half precision moves no score of a unit
+`AutoProcessor`) as well as here (`vision_tower: vit_small`, `type: siglip`). Half precision moves no score of a unit
 vector by more than the script says; it refuses to write a folder that scores otherwise.
 
 Pictures are normalised as CLIP's from here on, which the first layer takes up exactly: engines fill the edges of a
@@ -25,17 +25,21 @@ from polymodal.representation.notes import NOTES, read_notes
 from polymodal.representation.pair import PairBatch
 from polymodal.representation.stock import save_processor
 
-LARGEST = 40_000_000
-"""Bytes that the package may carry."""
+TARGET = Path(__file__).resolve().parents[2] / "src" / "polymodal" / "models" / "vit_small"
+CARD = "MODEL_CARD.md"
+LARGEST = 30_000_000
+"""Bytes of it that the package may carry."""
 MOST_MOVED = 0.01
 """Cosines between pictures and texts may move by this much."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEXTS = ["A cat.", "Three dogs on a red background.", 'The word "stop".', "A house to the left of a tree."]
 
 
-def main(source: str, target: str) -> None:
+def main(source: str, target: str = str(TARGET)) -> None:
     from transformers import SiglipModel
 
+    card = Path(target) / CARD
+    text = card.read_text(encoding="utf-8") if card.is_file() else None
     before = load_embedder(source)
     model = SiglipModel.from_pretrained(source, dtype=torch.float32)
     renormalise(model.vision_model.embeddings.patch_embedding, before.image.image_mean, before.image.image_std)
@@ -49,6 +53,8 @@ def main(source: str, target: str) -> None:
             notes["image"] = image.model_dump(mode="json")
             write_text(folder / NOTES, json.dumps(notes, indent=2, ensure_ascii=False) + "\n")
         moved = float((cosines(before) - cosines(load_embedder(folder))).abs().max())
+        if text is not None:
+            write_text(folder / CARD, text)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         if moved > MOST_MOVED:
             sys.exit(f"publish: half precision moves a cosine by {moved:.3f}, more than {MOST_MOVED}; nothing written")
@@ -77,6 +83,6 @@ def cosines(embedder: Embedder) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: publish.py MODEL_FOLDER TARGET")
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: publish.py MODEL_FOLDER [TARGET]")
     main(*sys.argv[1:])

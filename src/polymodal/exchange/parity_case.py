@@ -50,6 +50,36 @@ class Check:
     reason: str = ""
 
 
+def prompts(
+    ours: LocalBackend, asked: Sequence[Probe], later_turns_differ: bool
+) -> tuple[list[Probe], list[Sample], dict[str, str]]:
+    """Make the prompts of a comparison.
+
+    Args:
+        ours: The model that was exported.
+        asked: What is to be asked.
+        later_turns_differ: The exported template writes earlier answers in other ids, which the export has said.
+
+    Returns:
+        The probes that can be asked, their prompts, and why each other one is left out.
+    """
+    probes: list[Probe] = []
+    samples: list[Sample] = []
+    left_out: dict[str, str] = {}
+    for probe in asked:
+        if later_turns_differ and any(message.role == "assistant" for message in probe.messages):
+            left_out[probe.name] = LATER_NOTE
+            continue
+        try:
+            sample = ours.processor(probe.messages, add_generation_prompt=True)
+        except PolymodalError as error:
+            left_out[probe.name] = str(error)
+            continue
+        probes.append(probe)
+        samples.append(sample)
+    return probes, samples, left_out
+
+
 class Comparison:
     """Our model and an exported folder, side by side; what each makes of the probes is computed once.
 
@@ -72,20 +102,7 @@ class Comparison:
         asked = [*chat_probes(), *more]
         if self.plain:
             asked = one_picture(asked, with_text=not self._without_text)
-        self.probes: list[Probe] = []
-        self.samples: list[Sample] = []
-        self.left_out: dict[str, str] = {}
-        for probe in asked:
-            if any(message.role == "assistant" for message in probe.messages) and self._later_turns_differ():
-                self.left_out[probe.name] = LATER_NOTE
-                continue
-            try:
-                sample = ours.processor(probe.messages, add_generation_prompt=True)
-            except PolymodalError as error:
-                self.left_out[probe.name] = str(error)
-                continue
-            self.probes.append(probe)
-            self.samples.append(sample)
+        self.probes, self.samples, self.left_out = prompts(ours, asked, self._later_turns_differ())
 
     def _later_turns_differ(self) -> bool:
         """Whether nothing but the ids around earlier answers differs, which an export says beforehand."""

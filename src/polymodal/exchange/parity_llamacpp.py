@@ -28,14 +28,14 @@ from polymodal.checkpoints.folder import Loaded
 from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.exchange.gguf_export import CLASS_TOKEN_NOTE, PAD_COLOUR
 from polymodal.exchange.hf_export import with_placeholder
-from polymodal.exchange.hf_template import LATER, LATER_NOTE, differences, stock_text
+from polymodal.exchange.hf_template import LATER, differences, stock_text
 from polymodal.exchange.parity import Parity, local, run_checks
-from polymodal.exchange.parity_case import IN_ANOTHER_ENGINE, TOKENS, Check, common_prefix, greedy_ids
+from polymodal.exchange.parity_case import IN_ANOTHER_ENGINE, TOKENS, Check, common_prefix, greedy_ids, prompts
 from polymodal.exchange.parity_probes import Probe, chat_probes
 from polymodal.processing.batch import collate
 
 if TYPE_CHECKING:
-    from polymodal.processing.sample import Sample
+    pass
 
 NEAR = {"f32": 0.02, "f16": 0.05, "bf16": 0.1, "q8_0": 0.15}
 """Largest relative difference (of norms) of a square picture's tokens, and of logits, by the type of the weights."""
@@ -193,24 +193,11 @@ class GgufComparison:
             raise CheckpointError(f"{folder}: one model-*.gguf expected, found {len(found)}")
         self.kind = found[0].stem.removeprefix("model-")
         self.files = found[0], folder / f"mmproj-{self.kind}.gguf"
-        self.probes: list[Probe] = []
-        self.samples: list[Sample] = []
-        self.left_out: dict[str, str] = {}
         self.jinja = _chat_template(self.files[0])
         self.words, vocabulary, _ = with_placeholder(ours.model, ours.tokenizer)
         self.placeholder = str(self.words.convert_ids_to_tokens(vocabulary.image_token_id))
         wrong = differences(ours.processor.template, self.words, self.jinja, vocabulary.image_token_id)
-        for probe in [*chat_probes(), *more]:
-            if wrong == [LATER] and any(message.role == "assistant" for message in probe.messages):
-                self.left_out[probe.name] = LATER_NOTE
-                continue
-            try:
-                sample = ours.processor(probe.messages, add_generation_prompt=True)
-            except PolymodalError as error:
-                self.left_out[probe.name] = str(error)
-                continue
-            self.probes.append(probe)
-            self.samples.append(sample)
+        self.probes, self.samples, self.left_out = prompts(ours, [*chat_probes(), *more], wrong == [LATER])
 
     @cached_property
     def theirs(self) -> LlamaCpp:
