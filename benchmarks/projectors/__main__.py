@@ -3,10 +3,11 @@
     python -m benchmarks.projectors --data data/default --output runs/projectors [--steps 120 120] [--only qformer]
 
 The recipes are those of the default model, shortened to so many steps of stage 1 and of stage 2; all projectors make
-16 tokens of a picture. What the default model takes from the tower's own classifier is left out but for the words of the
-warm start: class scores written into the projector (only an MLP can) and samples made of class prototypes. The last row
-has the small ViT for a tower (64 tokens, an MLP, recipes/default/vit_stage*.yaml). A run that was cut off goes on. Scores are those of `polymodal eval`, with
-the image-blind control; the time to the first token is measured at the end, model after model in turn, over and over.
+16 tokens of a picture. What the default model takes from its tower's classifier is left out but for the words of the
+warm start: class scores written into the projector (only an MLP can), and samples made of class prototypes. The last
+row has the small ViT for a tower (64 tokens, an MLP; recipes/default/vit_stage*.yaml). A run that was cut off goes on.
+Scores are those of `polymodal eval`, with the image-blind control; the time to the first token is measured at the end,
+model after model in turn, over and over.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Picture towers compared on frozen features alone: k-NN and linear probe on held-out pictures, and speed.
 
     polymodal data build pairs --output data/pairs
-    python -m benchmarks.towers data/pairs efficientnet_lite0 runs/vit_small/siglip/final
+    python -m benchmarks.towers data/pairs efficientnet_lite0 vit_small
 
 Learnt from are the single things of data/pairs/train.json, at most --views pictures of each; asked is for the held-out
 things of classes.json, none of which was trained on: their group (animal, food, ...) and their name, where a training
-picture has the same name. A tower is the EfficientNet-Lite0 of the package, or a folder of SigLIP, CLIP or DINOv2. Its
+picture has the same name. A tower is one of the package (efficientnet_lite0,
+vit_small), or a folder of SigLIP, CLIP or DINOv2. Its
 features are the mean over its patches, from the last layer before the final norm (EfficientNet: its head).
 """
 
@@ -29,6 +30,7 @@ from polymodal.encoders.vision import build_vision_encoder
 from polymodal.errors import ConfigError, DataError, PolymodalError
 from polymodal.evaluation.metrics import mean_interval
 from polymodal.evaluation.probe import Labelled, knn, linear_probe
+from polymodal.files import shipped
 from polymodal.geometry import Size, plan_image
 from polymodal.media.image import open_image
 from polymodal.processing.presets import image_config_from_hf
@@ -50,7 +52,7 @@ class Shown:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.towers", description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="the folder of `polymodal data build pairs`")
-    parser.add_argument("towers", nargs="+", help="efficientnet_lite0 or a model folder")
+    parser.add_argument("towers", nargs="+", help="efficientnet_lite0, vit_small, or a model folder")
     parser.add_argument("--views", type=int, default=4, metavar="N", help="training pictures of a thing (default 4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args(argv)
@@ -103,12 +105,13 @@ def load_tower(name: str) -> tuple[Any, ImageConfig]:
             image_aspect_ratio="squash", tile_size=(224, 224), image_mean=PIXEL_MEAN, image_std=PIXEL_STD
         )
         return build_vision_encoder(VisionConfig(vision_tower=name, type=name, stages=("head",), pool=7)), rules
-    config = Path(name) / "config.json"
+    folder = shipped(name) or Path(name)
+    config = folder / "config.json"
     if not config.is_file():
         raise ConfigError(f"{name}: neither {EFFICIENTNET} nor a model folder")
     kind = json.loads(config.read_text(encoding="utf-8")).get("model_type", "").removesuffix("_vision_model")
     vision = VisionConfig(vision_tower=name, type=kind, mm_vision_select_layer=-1)
-    rules = image_config_from_hf(json.loads((Path(name) / "preprocessor_config.json").read_text(encoding="utf-8")))
+    rules = image_config_from_hf(json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8")))
     return build_vision_encoder(vision, tile=Size(*rules.tile_size)), rules
 
 
