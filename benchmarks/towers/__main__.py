@@ -5,9 +5,8 @@
 
 Learnt from are the single things of data/pairs/train.json, at most --views pictures of each; asked is for the held-out
 things of classes.json, none of which was trained on: their group (animal, food, ...) and their name, where a training
-picture has the same name. A tower is one of the package (efficientnet_lite0,
-vit_small), or a folder of SigLIP, CLIP or DINOv2. Its
-features are the mean over its patches, from the last layer before the final norm (EfficientNet: its head).
+picture has the same name. A tower is one of the package (efficientnet_lite0, vit_small), or a folder of SigLIP, CLIP or
+DINOv2. Its features are the mean over its patches, from the last layer before the final norm (EfficientNet: its head).
 """
 
 from __future__ import annotations
