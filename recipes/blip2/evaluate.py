@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     from polymodal.data.records import load_records
     from polymodal.files import write_text
+    from polymodal.llm import quieten_transformers
 
+    quieten_transformers()
     parser = argparse.ArgumentParser(description="Score a BLIP-2 run on held-out pairs.")
     parser.add_argument("run", type=Path, help="the folder of stage1/ and stage2/")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="held-out pairs")

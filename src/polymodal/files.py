@@ -39,7 +39,7 @@ def shipped(name: str) -> Path | None:
         Its folder; None where none has that name.
     """
     folder = shipped_folder() / name
-    return folder if name == folder.name and folder.is_dir() else None
+    return folder if name.isidentifier() and folder.is_dir() else None
 
 
 def sha256_file(path: Path) -> str:
