@@ -4,7 +4,8 @@
 
 RUN holds `stage1/final` and, where it was trained, `stage2/final`. Retrieval is by contrast alone, and with the
 matching head's second look at the nearest (`--rerank`). Matching is judged with hard negatives, drawn as in training.
-Captions are scored by the share of a reference's content words that they have; the blind control sees grey.
+Captions are scored by the share of a reference's content words that they have. There are two controls: the same model
+that sees grey, and its captions of other pictures, which are written as well as its own but do not look.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polymodal.data.records import Record
+    from polymodal.evaluation.heldout import Item
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -103,8 +105,27 @@ def captions(folder: Path, records: Sequence[Record], document: dict[str, Any]) 
     ]
     items = evaluate(load(folder), asked)
     rows = summarise(items)
-    document["captions"] = {"kinds": [asdict(row) for row in rows], "items": [asdict(item) for item in items]}
-    return [table(rows)]
+    others = of_others(items)
+    document["captions"] = {
+        "kinds": [asdict(row) for row in rows],
+        "of_others": others,
+        "items": [asdict(item) for item in items],
+    }
+    return [table(rows), "", f"captions of other pictures: {others:.1%}"]
+
+
+def of_others(items: Sequence[Item], most: int = 50) -> float:
+    """Mean score of the answers about other pictures, some `most` for each picture."""
+    from polymodal.evaluation.metrics import word_recall
+
+    count = len(items)
+    steps = range(1, count, max(1, count // most))
+    scores = [
+        word_recall(items[(place + step) % count].answer or "", item.accepted)
+        for place, item in enumerate(items)
+        for step in steps
+    ]
+    return sum(scores) / len(scores) if scores else 0.0
 
 
 if __name__ == "__main__":

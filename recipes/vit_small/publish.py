@@ -44,6 +44,8 @@ def main(source: str, target: str = str(TARGET)) -> None:
     model = SiglipModel.from_pretrained(source, dtype=torch.float32)
     renormalise(model.vision_model.embeddings.patch_embedding, before.image.image_mean, before.image.image_std)
     model.half()
+    for settings in (model.config, model.config.vision_config, model.config.text_config):
+        settings.dtype = torch.float16
     image = before.image.model_copy(update={"image_mean": CLIP_MEAN, "image_std": CLIP_STD})
     with atomic_folder(Path(target), replace=True) as folder:
         model.save_pretrained(folder)
