@@ -6,8 +6,9 @@ The recipes are those of the default model, shortened to so many steps of stage 
 16 tokens of a picture. What the default model takes from its tower's classifier is left out but for the words of the
 warm start: class scores written into the projector (only an MLP can), and samples made of class prototypes. The last
 row has the small ViT for a tower (64 tokens, an MLP; recipes/default/vit_stage*.yaml). A run that was cut off goes on.
-Scores are those of `polymodal eval`, with the image-blind control; the time to the first token is measured at the end,
-model after model in turn, over and over.
+Scores are those of `polymodal eval`, with the image-blind control. Beside them stands the loss of the held-out right
+answers, with the picture and with grey in its place, which tells models apart long before their answers do. The time to
+the first token is measured at the end, model after model in turn, over and over.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             train(name, options)
             evaluate(name, options)
+            answer_losses(name, options)
         except subprocess.CalledProcessError as error:
             print(f"projectors: {name}: {' '.join(error.cmd[:5])} failed ({error.returncode})", file=sys.stderr)
             return 1
@@ -68,6 +70,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, nargs=2, default=(120, 120), metavar=("STAGE1", "STAGE2"))
     parser.add_argument("--warm-start", type=int, default=3000, metavar="N", help="steps before stage 1")
     parser.add_argument("--limit", type=int, default=60, help="questions of each kind")
+    parser.add_argument("--answers", type=int, default=400, metavar="N", help="right answers whose loss is taken")
     parser.add_argument("--runs", type=int, default=9, help="first tokens timed of each model")
     parser.add_argument("--only", choices=[*PROJECTORS, VIT], action="append", help="this row only")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for both recipes")
@@ -128,6 +131,33 @@ def evaluate(name: str, options: argparse.Namespace) -> None:
             )
 
 
+def answer_losses(name: str, options: argparse.Namespace) -> None:
+    """Loss of the held-out right answers in nats a token, seeing and in grey, unless it was measured before."""
+    import torch
+
+    from polymodal.backends import load
+    from polymodal.data.records import load_records
+    from polymodal.evaluation.heldout import in_grey
+    from polymodal.processing.batch import collate
+
+    target = options.output / name / "losses.json"
+    if target.is_file():
+        return
+    records = load_records(options.data / "val.json")
+    records = records[:: max(1, len(records) // options.answers)]
+    backend: Any = load(str(model_folder(name, options)), "cpu")
+    found = {}
+    for way, look in (("seeing", list), ("grey", in_grey)):
+        total, tokens = 0.0, 0
+        for start in range(0, len(records), 16):
+            samples = [backend.processor(look(record.messages)) for record in records[start : start + 16]]
+            with torch.inference_mode():
+                out = backend.model(**collate(samples, backend.processor.pad_id).inputs())
+            total, tokens = total + float(out.loss_sum), tokens + out.num_targets
+        found[way] = total / tokens
+    target.write_text(json.dumps(found | {"questions": len(records)}) + "\n")
+
+
 def polymodal(*arguments: str) -> None:
     """Run the command of that name; what it says goes to the terminal."""
     subprocess.run(
@@ -160,13 +190,14 @@ def row(name: str, options: argparse.Namespace, seconds: list[float]) -> dict[st
     ]
     model = load_model(model_folder(name, options)).model
     assert model.projector is not None
-    log = [json.loads(line) for line in (folder / "stage2" / "log.jsonl").read_text().splitlines()]
+    losses = json.loads((folder / "losses.json").read_text())
     count = sum(k["count"] for k in kinds)
     return {
         "projector": name,
         "parameters": sum(p.numel() for p in model.projector.parameters()),
         "tokens": model.projector.output_grid.area,
-        "loss": statistics.mean(line["loss"] for line in log[-3:]),
+        "loss": losses["seeing"],
+        "loss_grey": losses["grey"],
         "first_token_s": statistics.median(seconds),
         "first_token_range": [min(seconds), max(seconds)],
         "score": sum(k["score"] * k["count"] for k in kinds) / count,
@@ -178,7 +209,7 @@ def row(name: str, options: argparse.Namespace, seconds: list[float]) -> dict[st
 def table(rows: list[dict[str, Any]]) -> str:
     """The figures as a table in Markdown."""
     kinds = list(rows[0]["kinds"])
-    head = ["projector", "parameters", "tokens", "first token", "loss", "all", "blind", *kinds]
+    head = ["projector", "parameters", "tokens", "first token", "loss", "in grey", "all", "blind", *kinds]
     lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     for entry in rows:
         cells = [
@@ -187,6 +218,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             str(entry["tokens"]),
             f"{1000 * entry['first_token_s']:.0f} ms",
             f"{entry['loss']:.3f}",
+            f"{entry['loss_grey']:.3f}",
             *(f"{100 * value:.1f}" for value in (entry["score"], entry["blind"], *entry["kinds"].values())),
         ]
         lines.append(f"| {' | '.join(cells)} |")

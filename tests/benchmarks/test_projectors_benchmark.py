@@ -30,6 +30,13 @@ def test_a_run_that_fails_says_which(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 
 def test_the_table_has_a_column_for_each_kind() -> None:
-    row = {"projector": "linear", "parameters": 1_100_000, "tokens": 16, "first_token_s": 0.123, "loss": 0.5}
+    row = {
+        "projector": "linear",
+        "parameters": 1_100_000,
+        "tokens": 16,
+        "first_token_s": 0.123,
+        "loss": 0.5,
+        "loss_grey": 1.25,
+    }
     drawn = table([row | {"score": 0.5, "blind": 0.25, "kinds": {"count": 0.4, "photographs": 0.6}}])
-    assert drawn.splitlines()[2] == "| linear | 1.1 M | 16 | 123 ms | 0.500 | 50.0 | 25.0 | 40.0 | 60.0 |"
+    assert drawn.splitlines()[2] == "| linear | 1.1 M | 16 | 123 ms | 0.500 | 1.250 | 50.0 | 25.0 | 40.0 | 60.0 |"

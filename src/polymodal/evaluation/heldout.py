@@ -207,13 +207,23 @@ def _accepted(record: Record) -> tuple[str, ...]:
 def _blind(messages: Sequence[Message]) -> list[Message] | PolymodalError:
     """The control's question; a picture that cannot be read fails it as it fails the question itself."""
     try:
-        return _grey(messages)
+        return in_grey(messages)
     except PolymodalError as error:
         return error
 
 
-def _grey(messages: Sequence[Message]) -> list[Message]:
-    """The same conversation with grey pictures of the same sizes."""
+def in_grey(messages: Sequence[Message]) -> list[Message]:
+    """Hide the pictures of a conversation.
+
+    Args:
+        messages: The conversation.
+
+    Returns:
+        The same with plain grey in place of every picture, of the same size.
+
+    Raises:
+        MediaError: A picture cannot be read.
+    """
     from PIL import Image as PILImage
 
     from polymodal.media.image import open_image
