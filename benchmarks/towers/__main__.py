@@ -111,7 +111,8 @@ def load_tower(name: str) -> tuple[Any, ImageConfig]:
     kind = json.loads(config.read_text(encoding="utf-8")).get("model_type", "").removesuffix("_vision_model")
     vision = VisionConfig(vision_tower=name, type=kind, mm_vision_select_layer=-1)
     rules = image_config_from_hf(json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8")))
-    return build_vision_encoder(vision, tile=Size(*rules.tile_size)), rules
+    encoder: Any = build_vision_encoder(vision, tile=Size(*rules.tile_size))
+    return encoder.float(), rules  # a CPU has no arithmetic in float16
 
 
 @torch.no_grad()

