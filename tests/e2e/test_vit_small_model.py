@@ -80,4 +80,4 @@ def test_it_has_a_card_and_a_history(capsys: pytest.CaptureFixture[str]) -> None
         "vit-small"
     ]
     assert main(["describe", "vit_small"]) == 0
-    assert "SigLIP" in capsys.readouterr().out
+    assert "SiglipModel" in capsys.readouterr().out
