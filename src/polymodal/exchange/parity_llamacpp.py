@@ -18,7 +18,7 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,6 +56,8 @@ class LlamaCpp:
         CheckpointError: llama.cpp refuses one of the files.
     """
 
+    silence: ClassVar[Any] = None
+
     def __init__(self, model: Path, mmproj: Path, context: int, threads: int) -> None:
         import llama_cpp  # type: ignore[import-not-found,unused-ignore]
         from llama_cpp import mtmd_cpp
@@ -68,6 +70,11 @@ class LlamaCpp:
             )
         except (ValueError, OSError, AssertionError) as error:
             raise CheckpointError(f"{model}: llama.cpp does not open it ({error})") from error
+        # Pages of log otherwise; the class keeps the callback, to which the library holds no reference.
+        LlamaCpp.silence = LlamaCpp.silence or self.lib.llama_log_callback(lambda *_line: None)
+        for name in ("mtmd_log_set", "mtmd_helper_log_set"):  # not in older versions
+            if hasattr(mtmd_cpp, name):
+                getattr(mtmd_cpp, name)(LlamaCpp.silence, None)
         params = mtmd_cpp.mtmd_context_params_default()
         params.use_gpu, params.n_threads, params.print_timings = False, threads, False
         self.context: Any = mtmd_cpp.mtmd_init_from_file(str(mmproj).encode(), self.llama.model, params)
