@@ -13,7 +13,7 @@ from polymodal.backends import load
 from polymodal.backends.protocol import Reply, Timing, Usage
 from polymodal.data.formats import Record
 from polymodal.errors import DataError, PolymodalError
-from polymodal.evaluation.heldout import Item, _grey, evaluate, summarise, table
+from polymodal.evaluation.heldout import Item, evaluate, in_grey, summarise, table
 from polymodal.evaluation.metrics import exact_match, mean_interval, mentions, word_recall
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Image, Message, assistant, user
@@ -61,7 +61,7 @@ def record(picture: PILImage.Image | str, kind: str = "exists", answer: str = "Y
 
 def test_the_control_sees_grey_of_the_same_size() -> None:
     picture = PILImage.new("RGB", (30, 20), (255, 0, 0))
-    (blind,) = _grey([user(Image(picture), "What?")])
+    (blind,) = in_grey([user(Image(picture), "What?")])
     part = blind.parts[0]
     assert isinstance(part, Image) and isinstance(part.source, PILImage.Image)
     assert part.source.size == (30, 20) and part.source.getpixel((3, 3)) == (128, 128, 128)
