@@ -70,6 +70,9 @@ def build_vision(config: ModelConfig, folder: Path | None, llm_dim: int) -> tupl
         return None
     tile = Size(*config.image.tile_size) if config.image else None
     encoder = build_vision_encoder(config.vision, folder, tile=tile)
+    if config.llm.dtype == "float32" and next(encoder.parameters()).dtype == torch.float16:
+        # Exact, and several times as fast on a CPU, which has no arithmetic in float16.
+        encoder.to(torch.float32)
     projector = build_projector(config.projector, encoder.embed_dim, encoder.grid, llm_dim)
     check_merge(config, projector.output_grid)
     return encoder, projector
@@ -120,9 +123,6 @@ def build_model(
     if encoder is not None and projector is not None:
         # A language model that a device map has placed decides where the rest goes.
         encoder.to(embeddings.device)
-        if embeddings.dtype == torch.float32 and next(encoder.parameters()).dtype == torch.float16:
-            # Exact, and four times as fast on a CPU, which has no arithmetic in float16.
-            encoder.to(torch.float32)
         if config.projector.pretrained is not None:
             start_projector(projector, config.projector.pretrained)
         projector.to(embeddings.device, embeddings.dtype)

@@ -102,7 +102,8 @@ class Comparison:
         asked = [*chat_probes(), *more]
         if self.plain:
             asked = one_picture(asked, with_text=not self._without_text)
-        self.probes, self.samples, self.left_out = prompts(ours, asked, self._later_turns_differ())
+        later = any(message.role == "assistant" for probe in asked for message in probe.messages)
+        self.probes, self.samples, self.left_out = prompts(ours, asked, later and self._later_turns_differ())
 
     def _later_turns_differ(self) -> bool:
         """Whether nothing but the ids around earlier answers differs, which an export says beforehand."""

@@ -18,7 +18,7 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,9 +33,6 @@ from polymodal.exchange.parity import Parity, local, run_checks
 from polymodal.exchange.parity_case import IN_ANOTHER_ENGINE, TOKENS, Check, common_prefix, greedy_ids, prompts
 from polymodal.exchange.parity_probes import Probe, chat_probes
 from polymodal.processing.batch import collate
-
-if TYPE_CHECKING:
-    pass
 
 NEAR = {"f32": 0.02, "f16": 0.05, "bf16": 0.1, "q8_0": 0.15}
 """Largest relative difference (of norms) of a square picture's tokens, and of logits, by the type of the weights."""
