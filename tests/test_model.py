@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from polymodal.config import ImageConfig, ProjectorConfig
-from polymodal.encoders.vision import HFVisionEncoder
+from polymodal.encoders.hf_vision import HFVisionEncoder
 from polymodal.errors import PolymodalError
 from polymodal.geometry import Size, plan_image
 from polymodal.model import MultimodalLM, lay_out, merge_media

@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from polymodal.compose import build_model
 from polymodal.config import ImageConfig, ModelConfig, ProjectorConfig
-from polymodal.encoders.vision import HFVisionEncoder
+from polymodal.encoders.hf_vision import HFVisionEncoder
 from polymodal.errors import PolymodalError
 from polymodal.geometry import Size, plan_image
 from polymodal.messages import Image, user

@@ -11,7 +11,7 @@ from torch import nn
 
 from polymodal.backends import load
 from polymodal.backends.local import LocalBackend
-from polymodal.checkpoints.folder import load_model, merge_adapter, save_model
+from polymodal.checkpoints.folder import load_model, save_model
 from polymodal.cli import main
 from polymodal.compose import build_model
 from polymodal.config import LLMConfig, ModelConfig
@@ -32,6 +32,7 @@ from polymodal.quantize import (
     quantize_published,
     quantize_weight,
 )
+from polymodal.training.adapters import merge_adapter
 
 SHAPES = [(1, 1), (7, 5), (33, 1), (1, 17), (16, 15), (3, 4097), (65, 64)]
 PARAMS = GenerationParams(max_new_tokens=4)
@@ -198,8 +199,8 @@ def test_a_quantised_model_answers_and_its_logits_are_near(tiny_model_folder: Pa
 
 
 def test_a_merged_adapter_becomes_part_of_the_weights(tiny_model_config: ModelConfig) -> None:
+    from polymodal.config import LoraRecipe
     from polymodal.training.adapters import add_adapters
-    from polymodal.training.recipe import LoraRecipe
 
     torch.manual_seed(0)
     model, _ = build_model(tiny_model_config)

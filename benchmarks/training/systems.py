@@ -140,7 +140,7 @@ def trainer_arguments(job: Job) -> dict[str, Any]:
 
 def row_order(job: Job) -> list[int]:
     """Rows in the order in which polymodal sees them, for all steps; in mode "best" the sampler has its own."""
-    from polymodal.training.samples import epoch_order
+    from polymodal.training.steps import epoch_order
 
     count = job.rows * job.steps
     if job.mode != "matched":
@@ -155,7 +155,7 @@ def run_polymodal(job: Job, clock: Clock) -> None:
     from polymodal.config import parse_config
     from polymodal.training import train
     from polymodal.training.log import read_log
-    from polymodal.training.recipe import Recipe
+    from polymodal.training.recipes.sft import Recipe
 
     shape = SHAPES[job.shape]
     parts = build_parts(shape, job.stage, job.seed)

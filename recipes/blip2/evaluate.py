@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from polymodal.data.records import Record
+    from polymodal.data.formats import Record
     from polymodal.evaluation.heldout import Item
 
 

@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 
 from polymodal.errors import ConfigError
-from polymodal.llm import evaluating
+from polymodal.utils.modules import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

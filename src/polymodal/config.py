@@ -12,7 +12,6 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from polymodal.errors import ConfigError, unknown_name
-from polymodal.geometry import PatchMerge
 
 Resample: TypeAlias = Literal["bilinear", "bicubic", "lanczos"]
 
@@ -430,3 +429,59 @@ def _nested_models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [found for inner in getattr(annotation, "__args__", ()) for found in _nested_models(inner)]
+
+
+PatchMerge = Literal["flat", "spatial", "spatial_unpad"]
+
+
+AspectRatio = Literal["squash", "pad", "crop"]
+
+
+class LoraRecipe(Strict):
+    """Low-rank adapters on the language model (Hu et al. 2021, arXiv:2106.09685), through peft.
+
+    Attributes:
+        match: A glob over full module names, such as `llm.model.layers.*.{q,k,v,o}_proj`.
+        lora_r: Rank.
+        lora_alpha: Scale; the update is multiplied by alpha / r.
+        lora_dropout: Dropout before the adapter.
+        learning_rate: Peak rate; `optim.learning_rate` when None.
+        weight_decay: Of the adapter; `optim.weight_decay` when None.
+        use_rslora: Scale by alpha / sqrt(r) (arXiv:2312.03732).
+        use_dora: Train magnitude and direction apart (arXiv:2402.09353).
+        load_in_4bit: Keep the frozen language model in 4-bit NormalFloat (QLoRA, arXiv:2305.14314); needs bitsandbytes.
+        trainable_tokens: Tokens whose vocabulary rows are trained too, as text or ids. A token that the tokenizer
+            lacks takes a spare row of the language model.
+    """
+
+    match: str = "llm.model.layers.*.{q,k,v,o,gate,up,down}_proj"
+    lora_r: int = Field(default=64, gt=0)
+    lora_alpha: float = Field(default=128, gt=0)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    use_rslora: bool = False
+    use_dora: bool = False
+    load_in_4bit: bool = False
+    trainable_tokens: tuple[str | int, ...] = ()
+
+
+def new_picture_rules(config: ModelConfig, image: ImageConfig | None) -> ModelConfig:
+    """Let a model go on with other picture rules, as LLaVA-NeXT does between its stages.
+
+    Args:
+        config: The model's configuration.
+        image: The new rules; None keeps the old ones.
+
+    Returns:
+        The configuration from now on.
+
+    Raises:
+        ConfigError: The model takes no pictures, or tiles of another size.
+    """
+    if image is None:
+        return config
+    if config.image is None or config.image.tile_size != image.tile_size:
+        had = "no pictures" if config.image is None else f"tiles of {config.image.tile_size}"
+        raise ConfigError(f"init.image: the model takes {had}, the recipe asks for tiles of {image.tile_size}")
+    return config.model_copy(update={"image": image})

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from polymodal.config import AspectRatio, PatchMerge
 from polymodal.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,10 +61,6 @@ class Box:
     def right(self) -> int:
         """The first column right of the box."""
         return self.left + self.width
-
-
-PatchMerge = Literal["flat", "spatial", "spatial_unpad"]
-AspectRatio = Literal["squash", "pad", "crop"]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from polymodal.checkpoints.safe import check_finite, check_folder
+from polymodal.checkpoints.safe import check_folder
 from polymodal.checkpoints.safe_config import check_settings
+from polymodal.checkpoints.tensors import check_finite
 from polymodal.config import LLMConfig
 from polymodal.errors import CheckpointError, ConfigError, first_line
 
@@ -278,25 +279,6 @@ def after_head(llm: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
     if divisor is not None:
         logits = logits / divisor
     return torch.tanh(logits / cap) * cap if cap is not None else logits
-
-
-@contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout and running statistics off for a while, then put every part back into the mode it was in.
-
-    Args:
-        module: Whose mode changes.
-
-    Yields:
-        Nothing.
-    """
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def _source(config: LLMConfig) -> tuple[str, dict[str, str]]:

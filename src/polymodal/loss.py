@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from polymodal.llm import after_head, evaluating, head_only_at, hidden_before_head, output_head
+from polymodal.llm import after_head, head_only_at, hidden_before_head, output_head
+from polymodal.utils.modules import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

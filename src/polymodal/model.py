@@ -25,9 +25,10 @@ from torch.nn import functional as F
 from polymodal.attention import SEGMENTS, choose_method, packed_inputs
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.geometry import ImagePlan, Size
-from polymodal.llm import decoder_start_id, evaluating
+from polymodal.llm import decoder_start_id
 from polymodal.loss import label_losses
 from polymodal.seq2seq import split_rows, take
+from polymodal.utils.modules import evaluating
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase

@@ -171,7 +171,7 @@ def quantize_int8(model: MultimodalLM, skip: Sequence[str] = ()) -> list[str]:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from polymodal.checkpoints.whole import fold_in
+    from polymodal.training.adapters import fold_in
 
     if model.training:
         raise ConfigError("a model in training cannot be quantised: call model.eval() first, or load it with quantize")

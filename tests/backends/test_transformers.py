@@ -21,7 +21,7 @@ from polymodal.backends import load
 from polymodal.backends.protocol import Reply, TextDelta
 from polymodal.backends.transformers import TransformersBackend, open_transformers
 from polymodal.backends.transformers.folder import open_processor
-from polymodal.data.records import Record
+from polymodal.data.formats import Record
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.evaluation.heldout import evaluate
 from polymodal.generation.params import GenerationParams

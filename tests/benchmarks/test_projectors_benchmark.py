@@ -9,7 +9,7 @@ import pytest
 from benchmarks.projectors.__main__ import PROJECTORS, RECIPES, main, table
 from polymodal.geometry import Size
 from polymodal.projectors import build_projector
-from polymodal.training.recipe import load_recipe
+from polymodal.training.recipes.load import load_recipe
 
 CHANNELS, WIDTH = 1888, 576
 """Of the default tower and the default language model."""

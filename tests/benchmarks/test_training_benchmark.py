@@ -116,9 +116,10 @@ def test_the_formula_counts_what_torch_counts(tmp_path: Path, stage: int) -> Non
     from benchmarks.training.models import build_parts
     from benchmarks.training.setting import SHAPES
     from benchmarks.training.speed import model_flops
+    from polymodal.config import LoraRecipe
     from polymodal.processing.batch import collate
     from polymodal.training import policy
-    from polymodal.training.recipe import LoraRecipe, OptimConfig, RuleConfig
+    from polymodal.training.recipe import OptimConfig, RuleConfig
 
     shape = SHAPES["tiny"]
     rows_of(tmp_path, stage)

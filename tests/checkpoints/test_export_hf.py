@@ -211,8 +211,8 @@ def test_licences_travel(loaded: Loaded, tmp_path: Path) -> None:
 
 @pytest.fixture
 def adapted(tiny_model_config: ModelConfig) -> Loaded:
+    from polymodal.config import LoraRecipe
     from polymodal.training.adapters import add_adapters
-    from polymodal.training.recipe import LoraRecipe
 
     made = build(tiny_model_config)
     add_adapters(made.model, LoraRecipe(lora_r=2, lora_alpha=4))
@@ -249,8 +249,8 @@ def test_an_adapter_is_merged_or_kept(adapted: Loaded, tmp_path: Path) -> None:
 
 
 def test_trained_rows_cannot_be_kept_apart(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    from polymodal.config import LoraRecipe
     from polymodal.training.adapters import add_adapters
-    from polymodal.training.recipe import LoraRecipe
 
     made = build(tiny_model_config)
     add_adapters(made.model, LoraRecipe(lora_r=2, trainable_tokens=(5, 9)), made.tokenizer)

@@ -48,8 +48,8 @@ def test_saving_what_was_loaded_changes_nothing(folder: Path, tmp_path: Path, pi
 def test_an_adapter_travels_with_the_model(
     tiny_model_config: ModelConfig, tmp_path: Path, picture_folder: Path
 ) -> None:
+    from polymodal.config import LoraRecipe
     from polymodal.training.adapters import add_adapters
-    from polymodal.training.recipe import LoraRecipe
 
     torch.manual_seed(0)
     model, tokenizer = build_model(tiny_model_config)
@@ -63,7 +63,7 @@ def test_an_adapter_travels_with_the_model(
     assert ours.keys() == theirs.keys() and any("lora_B" in name for name in ours)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     # For use the adapter is merged: the same logits with fewer steps. Saved again, it is what it was.
-    from polymodal.checkpoints.folder import merge_adapter
+    from polymodal.training.adapters import merge_adapter
 
     ids = torch.arange(12)[None]
     with torch.inference_mode():

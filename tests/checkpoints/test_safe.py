@@ -27,8 +27,9 @@ from safetensors.torch import load_file, save_file
 from polymodal.backends import load
 from polymodal.checkpoints.folder import load_model
 from polymodal.checkpoints.header import read_header
-from polymodal.checkpoints.safe import check_finite, check_folder, check_template, compare_tensors
+from polymodal.checkpoints.safe import check_folder, check_template
 from polymodal.checkpoints.safe_config import read_json
+from polymodal.checkpoints.tensors import check_finite, compare_tensors
 from polymodal.config import LLMConfig, VisionConfig
 from polymodal.encoders.vision import build_vision_encoder
 from polymodal.errors import CheckpointError

@@ -62,8 +62,8 @@ def test_a_failed_proof_is_status_1(
 
 def test_one_folder_of_ours(tiny_model_config: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from polymodal.checkpoints.folder import load_model, save_model
+    from polymodal.config import LoraRecipe
     from polymodal.training.adapters import add_adapters
-    from polymodal.training.recipe import LoraRecipe
 
     torch.manual_seed(0)
     model, tokenizer = build_model(tiny_model_config)

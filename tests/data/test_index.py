@@ -15,7 +15,8 @@ from PIL import Image
 
 from polymodal.backends import load_processor
 from polymodal.data.arrays import GrowingArray, open_array
-from polymodal.data.index import Index, Reading, identity, open_index
+from polymodal.data.index import Index, open_index
+from polymodal.data.index_build import Reading, identity
 from polymodal.data.lazy import Joined, Picked
 from polymodal.data.records import load_records
 from polymodal.errors import DataError, PolymodalError

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from polymodal.config import parse_config
 from polymodal.data.mixture import epoch_counts, epoch_repeats
 from polymodal.errors import ConfigError
-from polymodal.training.recipe import DataConfig
+from polymodal.training.recipes.sft import DataConfig
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from polymodal.data.readers.row import CAPTION
-from polymodal.data.records import detect_format, iter_rows, load_records, row_record
+from polymodal.data.readers.table import detect_format
+from polymodal.data.records import iter_rows, load_records, row_record
 from polymodal.errors import DataError, MediaError
 from polymodal.media import table
 from polymodal.media.image import open_image

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from polymodal.config import VisionConfig
 from polymodal.encoders.efficientnet import EfficientNetLite0, save_efficientnet_lite0
-from polymodal.encoders.hf_vision import FAMILIES
-from polymodal.encoders.vision import HFVisionEncoder, build_vision_encoder
+from polymodal.encoders.hf_vision import FAMILIES, HFVisionEncoder
+from polymodal.encoders.vision import build_vision_encoder
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.geometry import Size
 

@@ -291,8 +291,8 @@ def test_types_on_disk(make: Make, tmp_path: Path, kind: str) -> None:
 
 
 def test_a_lora_adapter_is_added(make: Make, tmp_path: Path) -> None:
+    from polymodal.config import LoraRecipe
     from polymodal.training.adapters import add_adapters
-    from polymodal.training.recipe import LoraRecipe
 
     loaded = make()
     before = tensors(export_gguf(loaded, tmp_path / "before").model)

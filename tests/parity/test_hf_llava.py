@@ -151,7 +151,7 @@ def test_a_stage_starts_from_a_published_folder(stock: Any, hf: SimpleNamespace,
     from polymodal.checkpoints.folder import load_model
     from polymodal.config import parse_config
     from polymodal.training import train
-    from polymodal.training.recipe import Recipe
+    from polymodal.training.recipes.sft import Recipe
 
     rows = []
     for number in range(3):

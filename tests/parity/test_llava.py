@@ -30,7 +30,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from polymodal.backends.local import LocalBackend
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig, TemplateConfig, VisionConfig
-from polymodal.encoders.vision import HFVisionEncoder
+from polymodal.encoders.hf_vision import HFVisionEncoder
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Image, Message, user

@@ -31,7 +31,7 @@ import safetensors.torch
 
 from polymodal.training import train
 from polymodal.training.loop import Run
-from polymodal.training.recipe import load_any_recipe
+from polymodal.training.recipes.load import load_any_recipe
 from polymodal.training.world import leave_world
 
 TIMEOUT_S = 120

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from polymodal.checkpoints.folder import load_model, save_model
-from polymodal.checkpoints.whole import fold_in
 from polymodal.compose import build_model
-from polymodal.config import ModelConfig
+from polymodal.config import LoraRecipe, ModelConfig
 from polymodal.errors import ConfigError
 from polymodal.model import MultimodalLM
-from polymodal.training.adapters import NF4_BYTES, is_adapter
+from polymodal.training.adapters import NF4_BYTES, fold_in, is_adapter
 from polymodal.training.policy import apply_policy, check_groups, policy_table, set_modes
-from polymodal.training.recipe import LoraRecipe, OptimConfig
+from polymodal.training.recipe import OptimConfig
 
 OPTIM = OptimConfig(learning_rate=1e-3, weight_decay=0.1)
 

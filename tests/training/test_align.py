@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from polymodal.config import ConfigError, ProjectorConfig
+from polymodal.config import ProjectorConfig
 from polymodal.encoders.efficientnet import ClassHead, EfficientNetEncoder, load_efficientnet_lite0
+from polymodal.errors import ConfigError
 from polymodal.files import shipped_folder
 from polymodal.geometry import Size
 from polymodal.projectors import build_projector

@@ -19,7 +19,7 @@ from polymodal.training import checkpoint, train
 from polymodal.training.evaluate import choose_shown, held_out_loss, make_evaluation
 from polymodal.training.log import read_log
 from polymodal.training.parts import load_parts
-from polymodal.training.recipe import Recipe
+from polymodal.training.recipes.sft import Recipe
 from polymodal.training.report import write_report
 from polymodal.training.trackers import numbers_of
 from polymodal.training.train_recipe import make_run

@@ -13,7 +13,7 @@ from polymodal.errors import DataError
 from polymodal.training import features, train
 from polymodal.training.features import FeatureStore
 from polymodal.training.log import read_log
-from polymodal.training.recipe import Recipe
+from polymodal.training.recipes.sft import Recipe
 
 
 def run(plain: dict[str, Any], folder: Path, **settings: Any) -> list[float]:

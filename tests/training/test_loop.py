@@ -16,7 +16,7 @@ from polymodal.training import checkpoint, policy, train
 from polymodal.training.log import read_log
 from polymodal.training.loop import Run
 from polymodal.training.parts import load_parts
-from polymodal.training.recipe import Recipe
+from polymodal.training.recipes.sft import Recipe
 from polymodal.training.train_recipe import make_run
 from polymodal.training.world import World
 

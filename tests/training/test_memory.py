@@ -12,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, Qwen2Config
 from polymodal.model import MultimodalLM
 from polymodal.processing.batch import collate_packed
 from polymodal.processing.sample import Batch, Sample
-from polymodal.training.engine import blocks
 from polymodal.training.memory import activation_bytes, checkpoint_layers, compile_layers, free_memory, save_memory
-from polymodal.training.recipe import Recipe, load_recipe
+from polymodal.training.recipes.load import load_recipe
+from polymodal.training.recipes.sft import Recipe
+from polymodal.utils.modules import blocks
 
 VOCAB = 50
 

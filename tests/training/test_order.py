@@ -5,7 +5,9 @@ import threading
 import numpy as np
 import pytest
 
-from polymodal.training.samples import Order, ahead, epoch_order, micro_batches
+from polymodal.data.parallel import ahead
+from polymodal.training.samples import micro_batches
+from polymodal.training.steps import Order, epoch_order
 
 
 def test_an_epoch_has_every_sample_as_often_as_asked() -> None:

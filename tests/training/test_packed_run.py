@@ -14,7 +14,7 @@ from polymodal.config import parse_config
 from polymodal.training import train
 from polymodal.training.log import read_log
 from polymodal.training.parts import load_parts
-from polymodal.training.recipe import Recipe
+from polymodal.training.recipes.sft import Recipe
 
 
 def recipe_of(plain: dict[str, Any], folder: Path, **sections: dict[str, Any]) -> Recipe:

@@ -9,9 +9,10 @@ import torch
 from polymodal.errors import ConfigError
 from polymodal.processing.batch import IGNORE, collate_packed
 from polymodal.processing.sample import Sample
-from polymodal.training.packing import Steps, equal_cuts, make_packs, plan_micro
-from polymodal.training.recipe import BatchConfig
-from polymodal.training.samples import Order, micro_batches
+from polymodal.training.packing import make_packs, plan_micro
+from polymodal.training.recipes.sft import BatchConfig
+from polymodal.training.samples import micro_batches
+from polymodal.training.steps import Order, Steps, equal_cuts
 
 
 def lengths_like_llava(count: int, seed: int = 0) -> np.ndarray:

@@ -15,13 +15,15 @@ from polymodal.compose import build_model
 from polymodal.config import LLMConfig, ModelConfig, VisionConfig, parse_config
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.geometry import Size
+from polymodal.planning.starting_point import starting_point
 from polymodal.processing.processor import Processor
 from polymodal.training.adapters import NF4_BYTES
 from polymodal.training.known import DEVICES, KNOWN_SHAPES
-from polymodal.training.outline import outline, starting_point
+from polymodal.training.outline import outline
 from polymodal.training.plan import GIB, Plan, Question, plan_training
 from polymodal.training.policy import apply_policy
-from polymodal.training.recipe import Recipe, load_recipe
+from polymodal.training.recipes.load import load_recipe
+from polymodal.training.recipes.sft import Recipe
 from polymodal.training.trace import Load, id_of, trace
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from polymodal.config import LoraRecipe
 from polymodal.errors import ConfigError
 from polymodal.training.names import expand_braces, match_names
 from polymodal.training.policy import apply_policy, check_groups, policy_table, set_modes
-from polymodal.training.recipe import LoraRecipe, OptimConfig, RuleConfig
+from polymodal.training.recipe import OptimConfig, RuleConfig
 
 
 class Toy(nn.Module):

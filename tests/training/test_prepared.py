@@ -20,8 +20,10 @@ from polymodal.processing.processor import Processor
 from polymodal.training import train
 from polymodal.training.parts import load_parts
 from polymodal.training.prepare import recipe_processor
-from polymodal.training.recipe import Recipe, load_recipe
-from polymodal.training.samples import Order, Prepared, prepare, read_mix
+from polymodal.training.recipes.load import load_recipe
+from polymodal.training.recipes.sft import Recipe
+from polymodal.training.samples import Prepared, prepare, read_mix
+from polymodal.training.steps import Order
 
 
 def write(plain: dict[str, Any], folder: Path, **data: Any) -> Path:

@@ -9,7 +9,8 @@ import yaml
 
 from polymodal.config import parse_config
 from polymodal.errors import ConfigError
-from polymodal.training.recipe import Recipe, dump_recipe, load_recipe
+from polymodal.training.recipes.load import dump_recipe, load_recipe
+from polymodal.training.recipes.sft import Recipe
 from polymodal.training.schedule import lr_factor
 
 

@@ -15,7 +15,7 @@ import torch
 from polymodal.errors import CheckpointError, ConfigError, DataError, PolymodalError
 from polymodal.training import checkpoint, train
 from polymodal.training.log import read_log
-from polymodal.training.recipe import Recipe
+from polymodal.training.recipes.sft import Recipe
 from polymodal.training.resume import differences, identity
 
 Make = Callable[..., Recipe]

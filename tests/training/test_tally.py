@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from polymodal.config import parse_config
-from polymodal.data.records import Record
+from polymodal.data.formats import Record
 from polymodal.messages import assistant, user
 from polymodal.processing.sample import Sample
 from polymodal.training import train
 from polymodal.training.log import read_log
-from polymodal.training.recipe import Recipe
+from polymodal.training.recipes.sft import Recipe
 from polymodal.training.tally import Tally, kinds_of_targets, means, merge, turn_of_target
 
 

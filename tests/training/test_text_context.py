@@ -17,18 +17,19 @@ from safetensors.torch import load_file
 from polymodal.backends import load, load_processor
 from polymodal.checkpoints.folder import load_model
 from polymodal.compose import build_model
-from polymodal.data.index import Reading, open_index
+from polymodal.data.index import open_index
+from polymodal.data.index_build import Reading
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.geometry import Size
 from polymodal.messages import Image, user
+from polymodal.planning.starting_point import starting_point
 from polymodal.processing.batch import collate
 from polymodal.processing.processor import context_reader
 from polymodal.projectors.qformer import QFormerProjector
 from polymodal.representation.wordpiece import train_wordpiece
 from polymodal.training.log import read_log
-from polymodal.training.outline import starting_point
 from polymodal.training.plan import Question, plan_training
-from polymodal.training.recipe import Recipe
+from polymodal.training.recipes.sft import Recipe
 from polymodal.training.train_recipe import train
 
 QFORMER = {

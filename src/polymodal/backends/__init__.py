@@ -9,20 +9,15 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from polymodal.checkpoints.hub import CONFIG_NAME, ENDPOINT, find_model
 from polymodal.checkpoints.safe_config import read_json
-from polymodal.errors import CheckpointError, ConfigError, unknown_name
-from polymodal.files import shipped_folder
+from polymodal.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from polymodal.backends.protocol import Backend
     from polymodal.exchange.hf_folder import Dtype
     from polymodal.processing.processor import Processor
 
-CONFIG_NAME = "polymodal.json"
-"""What makes a folder one of ours (`checkpoints.folder` writes it)."""
-
-ENDPOINT = "openai:"
-"""What names of models behind an endpoint begin with."""
 
 NO_CHAT = {
     "whisper": "a Whisper, which writes down speech; its encoder is a part for sound",
@@ -95,8 +90,9 @@ def _open_ours(folder: Path, device: str | None, name: str, quantize: str | None
     import torch
 
     from polymodal.backends.local import LocalBackend
-    from polymodal.checkpoints.folder import load_model, merge_adapter
+    from polymodal.checkpoints.folder import load_model
     from polymodal.quantize import GPU_WAYS, INT8, quantize_int8
+    from polymodal.training.adapters import merge_adapter
 
     on_gpu = quantize if quantize in GPU_WAYS else None
     loaded = load_model(folder, quantize=on_gpu)
@@ -166,43 +162,6 @@ def _model_type(folder: Path) -> str:
     if not isinstance(kind, str):
         raise CheckpointError(f"{path}: model_type is missing; this is not a model folder of transformers")
     return kind
-
-
-def find_model(name: str | Path, revision: str | None = None) -> Path:
-    """Find a model's folder.
-
-    Args:
-        name: As in `load`.
-        revision: As in `load`.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: There is no such folder.
-        ConfigError: A revision is given for what is no hub id.
-    """
-    from polymodal.checkpoints.hub import HUB_ID, fetch_folder
-
-    if str(name).startswith(ENDPOINT):
-        raise CheckpointError(f"{name}: the model is behind an endpoint; this needs its folder")
-    shipped = shipped_folder() / str(name)
-    folder = Path(name).expanduser()
-    here = shipped if (shipped / CONFIG_NAME).is_file() else folder
-    if here.is_dir():
-        if revision is not None:
-            raise ConfigError(f"{name}: is a folder here, which has no revisions; leave revision out")
-        return here
-    if HUB_ID.fullmatch(str(name)):
-        found = fetch_folder(str(name), revision)
-        if not any((found / file).is_file() for file in (CONFIG_NAME, "config.json")):
-            raise CheckpointError(
-                f"{name}: the hub's repository has no {CONFIG_NAME} and no config.json; it is no model"
-            )
-        return found
-    if "/" in str(name):
-        raise CheckpointError(f"{name}: no such model folder")
-    raise unknown_name("model", str(name), [path.parent.name for path in shipped_folder().glob(f"*/{CONFIG_NAME}")])
 
 
 def load_processor(name: str | Path = "default") -> Processor:

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from polymodal.checkpoints.safe import check_finite, check_folder, compare_tensors
+from polymodal.checkpoints.safe import check_folder
 from polymodal.checkpoints.safe_config import read_json
-from polymodal.checkpoints.tensors import read_tensors, write_tensors
+from polymodal.checkpoints.tensors import check_finite, compare_tensors, read_tensors, write_tensors
 from polymodal.compose import build_model
 from polymodal.config import ModelConfig, parse_config
 from polymodal.errors import CheckpointError
@@ -33,10 +33,12 @@ from polymodal.files import atomic_folder, write_text
 from polymodal.model import MultimodalLM
 from polymodal.projectors.context import TOKENIZER_FOLDER
 from polymodal.quantize import is_quantized
+from polymodal.training.adapters import attach_adapter, is_peft, merge_adapter
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
 
 FORMAT = 1
 CONFIG_NAME = "polymodal.json"
@@ -232,27 +234,6 @@ def own_tensors(model: MultimodalLM) -> dict[str, torch.Tensor]:
     return state
 
 
-def is_peft(module: Any) -> bool:
-    """Whether a peft adapter was injected into a module."""
-    return hasattr(module, "peft_config")
-
-
-def merge_adapter(model: MultimodalLM, merged: bool = True) -> None:
-    """Add a LoRA adapter to the weights it adapts, or take it out again; decoding is faster with it inside.
-
-    Args:
-        model: The model; nothing happens where it has no adapter.
-        merged: Whether the adapter is to be inside.
-    """
-    if not is_peft(model.llm):
-        return
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for module in model.llm.modules():
-        if isinstance(module, BaseTunerLayer) and module.merged != merged:
-            module.merge() if merged else module.unmerge()
-
-
 def _own_weights(llm: Any) -> dict[str, Any] | None:
     """A language model's weights under their own names, without an adapter inside it; None where there is none."""
     if not is_peft(llm):
@@ -269,31 +250,6 @@ def _save_adapter(folder: Path, model: MultimodalLM, dtype: torch.dtype | None) 
     adapter_config = model.llm.peft_config["default"]
     write_tensors(folder / "adapter_model.safetensors", get_peft_model_state_dict(model.llm), dtype)
     adapter_config.save_pretrained(str(folder))
-
-
-def attach_adapter(model: MultimodalLM, settings: Any, tensors: dict[str, torch.Tensor], where: str | Path) -> None:
-    """Put a LoRA adapter beside the language model's weights.
-
-    Args:
-        model: Changed in place.
-        settings: A `LoraConfig` of peft.
-        tensors: The adapter's weights, under the names that peft gives them in the language model.
-        where: The file or folder, for the error.
-
-    Raises:
-        CheckpointError: Tensors are missing, left over or not finite; lists them.
-    """
-    from peft import inject_adapter_in_model, set_peft_model_state_dict
-
-    check_finite(tensors, where)
-    settings.inference_mode = True
-    inject_adapter_in_model(settings, model.llm)
-    model.llm.peft_config = {"default": settings}
-    result = set_peft_model_state_dict(model.llm, tensors)
-    # A tied head shares the rows of the input embeddings; parameters are listed once.
-    own = {name for name, _ in model.llm.named_parameters()}
-    missing = {k: () for k in result.missing_keys if k in own and ("lora_" in k or "trainable_tokens_delta" in k)}
-    compare_tensors(missing, dict.fromkeys(result.unexpected_keys, ()), where)
 
 
 def _load_adapter(folder: Path, model: MultimodalLM) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from polymodal.errors import CheckpointError, first_line
+from polymodal.errors import CheckpointError, ConfigError, first_line, unknown_name
+from polymodal.files import shipped_folder
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """The form of a hub id: owner and name."""
@@ -55,3 +56,47 @@ def commit_of(folder: Path) -> str | None:
         The commit's hash; None for a folder that is not in the cache.
     """
     return folder.name if folder.parent.name == "snapshots" else None
+
+
+CONFIG_NAME = "polymodal.json"
+"""What makes a folder one of ours (`checkpoints.folder` writes it)."""
+
+
+ENDPOINT = "openai:"
+"""What names of models behind an endpoint begin with."""
+
+
+def find_model(name: str | Path, revision: str | None = None) -> Path:
+    """Find a model's folder.
+
+    Args:
+        name: As in `load`.
+        revision: As in `load`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: There is no such folder.
+        ConfigError: A revision is given for what is no hub id.
+    """
+
+    if str(name).startswith(ENDPOINT):
+        raise CheckpointError(f"{name}: the model is behind an endpoint; this needs its folder")
+    shipped = shipped_folder() / str(name)
+    folder = Path(name).expanduser()
+    here = shipped if (shipped / CONFIG_NAME).is_file() else folder
+    if here.is_dir():
+        if revision is not None:
+            raise ConfigError(f"{name}: is a folder here, which has no revisions; leave revision out")
+        return here
+    if HUB_ID.fullmatch(str(name)):
+        found = fetch_folder(str(name), revision)
+        if not any((found / file).is_file() for file in (CONFIG_NAME, "config.json")):
+            raise CheckpointError(
+                f"{name}: the hub's repository has no {CONFIG_NAME} and no config.json; it is no model"
+            )
+        return found
+    if "/" in str(name):
+        raise CheckpointError(f"{name}: no such model folder")
+    raise unknown_name("model", str(name), [path.parent.name for path in shipped_folder().glob(f"*/{CONFIG_NAME}")])

@@ -23,9 +23,8 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from polymodal.checkpoints.safe import FolderReport, check_folder
 from polymodal.checkpoints.safe_config import read_json
-from polymodal.config import ProjectorConfig
+from polymodal.config import PatchMerge, ProjectorConfig
 from polymodal.errors import CheckpointError, first_line
-from polymodal.geometry import PatchMerge
 
 Known = TypeVar("Known")
 Kind: TypeAlias = Literal["whole", "projector", "lora"]

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from polymodal.checkpoints.folder import attach_adapter
 from polymodal.checkpoints.hf.names import DERIVED
 from polymodal.checkpoints.llava_repo import EXTRA_FILES, PROJECTOR_FILES, Repo
-from polymodal.checkpoints.safe import check_finite, compare_tensors
-from polymodal.checkpoints.tensors import read_tensors
+from polymodal.checkpoints.tensors import check_finite, compare_tensors, read_tensors
 from polymodal.encoders.vision import UNUSED_PARTS
 from polymodal.errors import CheckpointError, first_line
+from polymodal.training.adapters import attach_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,14 +19,11 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from polymodal.checkpoints.header import Header, read_header
 from polymodal.checkpoints.safe_config import MAX_CONFIG, check_settings, read_json
 from polymodal.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    import torch
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Endings of files that run code when they are opened as they always were."""
@@ -54,8 +51,6 @@ MAX_INDEX = 64 * 2**20
 """Bytes of an index of shards."""
 MAX_TOKENIZER = 512 * 2**20
 """Bytes of a tokenizer.json; the largest published ones have about 40 MB."""
-SHOWN = 4
-"""How many names of each kind an error lists."""
 
 
 @dataclass(frozen=True)
@@ -140,66 +135,6 @@ def check_template(text: str, where: str = "chat_template") -> None:
             raise CheckpointError(f"{where}: {error}") from None
         except (jinja2.TemplateError, TypeError, AttributeError, ValueError, KeyError):
             continue  # it takes content in another form, or refuses this conversation
-
-
-def compare_tensors(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str | Path = "weights") -> None:
-    """Make sure that tensors fit, by their names and shapes.
-
-    Args:
-        wanted: Tensors, header entries (anything with a `shape`) or shapes, by name: what the model needs.
-        found: The same of what is given.
-        where: The file or folder, for the error.
-
-    Raises:
-        CheckpointError: Tensors are missing, left over or of another shape; counts them and lists the first of each.
-    """
-    misshaped = [
-        f"{name} {_shape_of(found[name])} for {_shape_of(wanted[name])}"
-        for name in sorted(wanted.keys() & found.keys())
-        if _shape_of(wanted[name]) != _shape_of(found[name])
-    ]
-    _raise_faults(
-        where,
-        ("missing", sorted(wanted.keys() - found.keys())),
-        ("not expected", sorted(found.keys() - wanted.keys())),
-        ("of another shape", misshaped),
-    )
-
-
-def check_finite(state: Mapping[str, torch.Tensor], where: str | Path = "weights") -> None:
-    """Make sure that no weight is NaN or infinite.
-
-    Args:
-        state: Tensors by name; those of whole numbers are passed over.
-        where: The file or folder, for the error.
-
-    Raises:
-        CheckpointError: Some are; counts them and lists the first.
-    """
-    _raise_faults(where, ("with NaN or infinity", sorted(name for name, t in state.items() if not _is_finite(t))))
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if not tensor.is_floating_point():
-        return True
-    if tensor.element_size() == 1:
-        tensor = tensor.float()  # sums of 8-bit floats are not there
-    # The sum is quick, and not finite where a number is not; where it merely overflows, each number is looked at.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def _raise_faults(where: str | Path, *faults: tuple[str, list[str]]) -> None:
-    parts = [
-        f"{len(names)} {what}: {', '.join(names[:SHOWN])}{' ...' if len(names) > SHOWN else ''}"
-        for what, names in faults
-        if names
-    ]
-    if parts:
-        raise CheckpointError(f"{where}: tensors do not fit ({'; '.join(parts)})")
-
-
-def _shape_of(value: Any) -> tuple[int, ...]:
-    return tuple(getattr(value, "shape", value))
 
 
 def _roots(folder: Path) -> tuple[Path, ...]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polymodal.checkpoints.folder import Loaded, is_peft, load_model, save_model
+from polymodal.checkpoints.folder import Loaded, load_model, save_model
+from polymodal.training.adapters import fold_in, is_peft
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 
 def export_whole(source: Path, target: Path) -> None:
@@ -66,34 +66,3 @@ def write_whole(
         vision_trained=config.vision is not None,
         replace=replace,
     )
-
-
-def fold_in(llm: nn.Module) -> None:
-    """Add the adapters to the weights they adapt and take them away, leaving a plain model.
-
-    Args:
-        llm: The causal LM; changed in place. Nothing happens where it has no adapter.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import TrainableTokensWrapper
-
-    while True:
-        found = next(
-            (
-                (name, module)
-                for name, module in llm.named_modules()
-                if isinstance(module, BaseTunerLayer | TrainableTokensWrapper)
-            ),
-            None,
-        )
-        if found is None:
-            break
-        name, module = found
-        parent, _, leaf = name.rpartition(".")
-        if isinstance(module, TrainableTokensWrapper):
-            module = module.token_adapter
-        if not module.merged:
-            module.merge()
-        setattr(llm.get_submodule(parent), leaf, module.get_base_layer())
-    if is_peft(llm):
-        del llm.peft_config

@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
     """Load, then write."""
     if args.target.exists() and not args.force:
         raise ConfigError(f"{args.target}: is there already; choose another folder, or replace it with --force")
-    from polymodal.backends import find_model
     from polymodal.checkpoints.folder import save_model
     from polymodal.checkpoints.hf import is_hf_folder
+    from polymodal.checkpoints.hub import find_model
     from polymodal.checkpoints.llava_repo import is_llava_repo
     from polymodal.exchange.hf_folder import load_hf
     from polymodal.exchange.llava_repo import load_llava_repo

@@ -81,7 +81,7 @@ def check(args: argparse.Namespace) -> int:
     from polymodal.data.report import to_html
     from polymodal.data.summary import summary_json
     from polymodal.files import write_text
-    from polymodal.training.log import progress
+    from polymodal.utils.progress import progress
 
     processor = _processor(args)
     _make_folder(args.output)
@@ -189,7 +189,7 @@ def prep(args: argparse.Namespace) -> int:
     """
     from polymodal.training.pipeline_file import is_pipeline
     from polymodal.training.prepare import prepare_recipe
-    from polymodal.training.recipe import load_recipe
+    from polymodal.training.recipes.load import load_recipe
 
     if is_pipeline(args.recipe):
         raise ConfigError(f"{args.recipe} is a pipeline, whose later stages start from earlier ones; give one stage")

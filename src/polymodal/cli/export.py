@@ -154,7 +154,7 @@ FORMATS: dict[str, Callable[[argparse.Namespace, Path, list[Probe]], int]] = {
 
 def _open(name: str) -> tuple[Loaded, Path]:
     """Load a model of ours or a published one, and say where it lies."""
-    from polymodal.backends import find_model
+    from polymodal.checkpoints.hub import find_model
     from polymodal.exchange.opening import open_model
 
     return open_model(name), find_model(name)

@@ -80,10 +80,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _stages(path: Path, overrides: list[str]) -> list[tuple[Any, Any]]:
     """The training stages of a recipe or pipeline file, each with what it starts from."""
-    from polymodal.training.outline import Start, starting_point
-    from polymodal.training.parts import new_picture_rules
+    from polymodal.config import new_picture_rules
+    from polymodal.planning.starting_point import Start, starting_point
     from polymodal.training.pipeline_file import TrainStage, is_pipeline, load_pipeline
-    from polymodal.training.recipe import Recipe, load_recipe
+    from polymodal.training.recipes.load import load_recipe
+    from polymodal.training.recipes.sft import Recipe
 
     if not is_pipeline(path):
         single = load_recipe(path, overrides)

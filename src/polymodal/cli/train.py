@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from polymodal.training import train
     from polymodal.training.pipeline import run_pipeline
     from polymodal.training.pipeline_file import dump_pipeline, is_pipeline, load_pipeline
-    from polymodal.training.recipe import dump_recipe, load_any_recipe
+    from polymodal.training.recipes.load import dump_recipe, load_any_recipe
     from polymodal.training.world import leave_world
 
     if is_pipeline(args.recipe):

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 from polymodal.data.faults import FAULTS, Finding
 from polymodal.data.inspection import Inspected, Row, json_rows, make_inspector, other_rows, short
 from polymodal.data.parallel import Progress, ahead, quiet
-from polymodal.data.records import RawRow, detect_format, iter_rows
+from polymodal.data.readers.row import RawRow
+from polymodal.data.readers.table import detect_format
+from polymodal.data.records import iter_rows
 from polymodal.data.rows import LIST, file_form, text_rows
 from polymodal.data.summary import FileResult, Shown, Summary
 from polymodal.errors import DataError

@@ -27,7 +27,7 @@ import torch
 from polymodal.data import index_build
 from polymodal.data.arrays import open_array
 from polymodal.data.formats import Record
-from polymodal.data.index_build import CONTEXT_ARRAYS, INFO, MODALITIES, Reading, identity, sample_digest, stat_of
+from polymodal.data.index_build import CONTEXT_ARRAYS, INFO, MODALITIES, Reading, identity, stat_of
 from polymodal.data.parallel import Progress, ahead, quiet
 from polymodal.data.records import record_from_json
 from polymodal.errors import DataError, first_line
@@ -37,8 +37,6 @@ from polymodal.processing.sample import Sample, Slot
 
 if TYPE_CHECKING:
     from polymodal.processing.processor import Processor
-
-__all__ = ["Index", "Reading", "identity", "open_index", "sample_digest"]
 
 
 def open_index(

@@ -19,7 +19,8 @@ import numpy as np
 from polymodal.data.arrays import GrowingArray
 from polymodal.data.formats import Record
 from polymodal.data.parallel import Progress, ahead
-from polymodal.data.records import data_files, detect_format, iter_rows, record_to_json, row_record
+from polymodal.data.readers.table import data_files, detect_format
+from polymodal.data.records import iter_rows, record_to_json, row_record
 from polymodal.errors import DataError, PolymodalError
 from polymodal.files import sha256_file
 from polymodal.geometry import ImagePlan

@@ -13,20 +13,6 @@ from polymodal.data.readers.table import FORMATS, data_files, detect_format
 from polymodal.errors import DataError, unknown_name
 from polymodal.messages import Audio, Document, FileSlice, Image, Message, Part, TableCell, Text, Video
 
-__all__ = [
-    "FORMATS",
-    "KINDS",
-    "RawRow",
-    "Record",
-    "data_files",
-    "detect_format",
-    "iter_rows",
-    "load_records",
-    "record_from_json",
-    "record_to_json",
-    "row_record",
-]
-
 KINDS = ("caption", "vqa", "reasoning", "ocr", "conversation")
 """The kinds that readers and recipes name; a data set may have its own."""
 

@@ -16,16 +16,15 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from polymodal.checkpoints.safe import check_finite, check_folder
+from polymodal.checkpoints.safe import check_folder
 from polymodal.checkpoints.safe_config import check_settings
+from polymodal.checkpoints.tensors import check_finite
 from polymodal.config import VisionConfig
 from polymodal.encoders.efficientnet import IMAGE_SIZE, WEIGHTS_FILE, EfficientNetEncoder, load_efficientnet_lite0
 from polymodal.encoders.hf_vision import FAMILIES, Family, HFVisionEncoder
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
 from polymodal.files import shipped
 from polymodal.geometry import Size
-
-__all__ = ["VISION_ENCODERS", "HFVisionEncoder", "VisionEncoder", "build_vision_encoder"]
 
 BUNDLED = "bundled"
 # Parts of a tower that lie behind every hidden state: nothing of ours reads them, so weights may lack them.

@@ -22,7 +22,7 @@ from polymodal.messages import Image, Message
 
 if TYPE_CHECKING:
     from polymodal.backends.protocol import Backend
-    from polymodal.data.records import Record
+    from polymodal.data.formats import Record
 
 Metric = Callable[[str, Sequence[str]], float]
 

@@ -20,7 +20,7 @@ from polymodal.messages import Image
 from polymodal.representation.retrieval import IMAGE_TO_TEXT, KS, TEXT_TO_IMAGE, chance, embedding_ranks, recall_of
 
 if TYPE_CHECKING:
-    from polymodal.data.records import Record
+    from polymodal.data.formats import Record
     from polymodal.messages import Source
 
 _WAYS = {IMAGE_TO_TEXT: "picture to text", TEXT_TO_IMAGE: "text to picture"}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymodal.checkpoints.export_reasons import LLAVA_TOWERS
-from polymodal.checkpoints.folder import Loaded, is_peft
+from polymodal.checkpoints.folder import Loaded
 from polymodal.checkpoints.gguf_weights import (
     KINDS,
     TOWER_ACTIVATIONS,
@@ -26,7 +26,6 @@ from polymodal.checkpoints.gguf_weights import (
     write_llm,
     write_mmproj,
 )
-from polymodal.checkpoints.whole import fold_in
 from polymodal.config import ImageConfig, ModelConfig
 from polymodal.encoders.hf_vision import HFVisionEncoder
 from polymodal.errors import CheckpointError, unknown_name
@@ -35,6 +34,7 @@ from polymodal.exchange.hf_export import LICENCES, with_placeholder
 from polymodal.exchange.hf_template import stock_template
 from polymodal.files import atomic_folder, write_text
 from polymodal.processing.template import ChatTemplate
+from polymodal.training.adapters import fold_in, is_peft
 
 if TYPE_CHECKING:
     from polymodal.model import MultimodalLM

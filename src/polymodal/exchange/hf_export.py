@@ -25,20 +25,21 @@ from polymodal.checkpoints.export_hf import (
     stock_tensors,
 )
 from polymodal.checkpoints.export_reasons import reasons_against, refuse, stock_family
-from polymodal.checkpoints.folder import Loaded, is_peft, merge_adapter
+from polymodal.checkpoints.folder import Loaded
 from polymodal.checkpoints.hf import CLASSES
 from polymodal.checkpoints.hf.names import Style
 from polymodal.checkpoints.shards import MAX_SHARD_BYTES, write_shards
-from polymodal.checkpoints.whole import fold_in
 from polymodal.config import RESAMPLE_FILTERS, ImageConfig, ModelConfig
 from polymodal.errors import CheckpointError
 from polymodal.exchange.hf_adapter import write_adapter
 from polymodal.exchange.hf_card import write_card
 from polymodal.exchange.hf_template import StockTemplate, check_plain_prompt, stock_template
 from polymodal.files import atomic_folder, write_text
-from polymodal.processing.template import PRESETS, ChatTemplate
+from polymodal.processing.template import ChatTemplate
+from polymodal.processing.template_presets import PRESETS
 from polymodal.projectors.context import TOKENIZER_FOLDER
 from polymodal.projectors.norm import Standardize
+from polymodal.training.adapters import fold_in, is_peft, merge_adapter
 
 if TYPE_CHECKING:
     import torch

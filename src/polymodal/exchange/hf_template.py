@@ -20,7 +20,8 @@ from jinja2 import TemplateError
 from polymodal.config import TemplateConfig
 from polymodal.errors import CheckpointError, PolymodalError, first_line
 from polymodal.messages import Image, Message, assistant, system, user
-from polymodal.processing.template import PRESETS, ChatTemplate
+from polymodal.processing.template import ChatTemplate
+from polymodal.processing.template_presets import PRESETS
 from polymodal.sandbox import compile_template
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ def open_model(name: str | Path, *, dtype: Dtype = "float32", revision: str | No
         CheckpointError: There is no such model, it is damaged, or it is of a kind that is not composed here.
         ConfigError: A revision is given for what is no hub id.
     """
-    from polymodal.backends import find_model
+    from polymodal.checkpoints.hub import find_model
 
     folder = find_model(name, revision)
     if (folder / CONFIG_NAME).is_file():

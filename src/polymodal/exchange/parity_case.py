@@ -20,7 +20,7 @@ from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Text
 from polymodal.processing.batch import collate
-from polymodal.processing.template import PRESETS
+from polymodal.processing.template_presets import PRESETS
 
 if TYPE_CHECKING:
     from polymodal.processing.sample import Sample

@@ -35,14 +35,12 @@ from polymodal.processing.sample import Slot
 from polymodal.processing.template_markers import MarkedTemplate, Piece, Style, Turn
 from polymodal.processing.template_presets import PRESETS, Preset
 from polymodal.processing.template_tokens import PieceTokenizer
-from polymodal.sandbox import UnsafeTemplateError
+from polymodal.sandbox_size import UnsafeTemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-__all__ = ["PRESETS", "ChatTemplate", "Rendered"]
 
 
 @dataclass(frozen=True)

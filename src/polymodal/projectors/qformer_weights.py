@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.checkpoints.safe import MAX_INDEX, check_finite, compare_tensors
+from polymodal.checkpoints.safe import MAX_INDEX
 from polymodal.checkpoints.safe_config import read_json
-from polymodal.checkpoints.tensors import read_tensors, write_tensors
+from polymodal.checkpoints.tensors import check_finite, compare_tensors, read_tensors, write_tensors
 from polymodal.config import QFormerConfig, parse_config
 from polymodal.errors import CheckpointError
 from polymodal.files import atomic_folder, write_text

@@ -38,7 +38,8 @@ from polymodal.representation.blip2_loss import (
     similarities,
 )
 from polymodal.representation.masks import bidirectional_mask, unilm_mask
-from polymodal.representation.pair import METRIC, Embedded, Everyone, PairBatch, as_floats, frozen
+from polymodal.representation.pair import METRIC, Embedded, Everyone, PairBatch, as_floats
+from polymodal.utils.modules import frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from polymodal.checkpoints.safe_config import read_json
+from polymodal.checkpoints.tensors import read_tensors
 from polymodal.config import ImageConfig, VisionConfig, parse_config
 from polymodal.encoders.vision import BUNDLED, build_vision_encoder
 from polymodal.errors import CheckpointError, ConfigError
@@ -32,15 +34,13 @@ from polymodal.projectors.qformer_weights import (
     load_qformer,
     of_qformer,
     read_folder_tensors,
-    read_json,
-    read_tensors,
     write_qformer,
 )
 from polymodal.representation.blip2 import LABEL_SMOOTHING, Blip2Stage1
-from polymodal.representation.pair import frozen
 from polymodal.representation.settings import Blip2ModelConfig, ObjectiveConfig
 from polymodal.representation.word_start import start_words
 from polymodal.representation.wordpiece import load_wordpiece
+from polymodal.utils.modules import frozen
 
 if TYPE_CHECKING:
     from transformers import Blip2ForImageTextRetrieval, PreTrainedTokenizerBase

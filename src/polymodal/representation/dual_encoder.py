@@ -30,8 +30,9 @@ from polymodal.representation.contrastive import (
     products,
     siglip_loss,
 )
-from polymodal.representation.pair import METRIC, Embedded, Everyone, PairBatch, as_floats, frozen
+from polymodal.representation.pair import METRIC, Embedded, Everyone, PairBatch, as_floats
 from polymodal.representation.settings import ObjectiveConfig
+from polymodal.utils.modules import frozen
 
 LOGIT_SCALE_SIGLIP = math.log(10)
 LOGIT_BIAS_SIGLIP = -10.0

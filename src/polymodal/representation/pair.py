@@ -225,8 +225,3 @@ def as_floats(pixel_values: torch.Tensor, image: ImageConfig) -> torch.Tensor:
     # As `processing.tiles.normalise` rounds.
     scale, shift = (1 / (255 * std)).float(), (mean / std).float()
     return pixel_values.float() * scale.to(pixel_values.device) - shift.to(pixel_values.device)
-
-
-def frozen(module: torch.nn.Module) -> bool:
-    """Whether no parameter of a module is trained."""
-    return not any(parameter.requires_grad for parameter in module.parameters())

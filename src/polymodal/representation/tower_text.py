@@ -30,9 +30,10 @@ from polymodal.geometry import Size
 from polymodal.projectors.qformer_weights import load_exactly
 from polymodal.representation.contrastive import clamp_logit_scale, siglip_loss
 from polymodal.representation.dual_encoder import LOGIT_BIAS_SIGLIP, LOGIT_SCALE_SIGLIP
-from polymodal.representation.pair import METRIC, Embedded, Everyone, PairBatch, as_floats, frozen
+from polymodal.representation.pair import METRIC, Embedded, Everyone, PairBatch, as_floats
 from polymodal.representation.settings import ObjectiveConfig, TowerTextConfig
 from polymodal.representation.stock import load_text_tokenizer
+from polymodal.utils.modules import frozen
 
 MODEL_TYPE = "polymodal-tower-text"
 """`model_type` in `config.json`, by which the folder is told from those of other pair models."""

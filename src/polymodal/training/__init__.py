@@ -10,10 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polymodal.training.recipe import AnyRecipe, Recipe, load_any_recipe, load_recipe
+from polymodal.training.recipes.load import AnyRecipe, load_any_recipe, load_recipe
+from polymodal.training.recipes.sft import Recipe
 
 if TYPE_CHECKING:
     from polymodal.training.parts import Parts
+
+__all__ = ["Recipe", "load_any_recipe", "load_recipe", "train"]
 
 
 def train(recipe: AnyRecipe, parts: Parts | None = None, force: bool = False) -> Path:
@@ -34,6 +37,3 @@ def train(recipe: AnyRecipe, parts: Parts | None = None, force: bool = False) ->
     from polymodal.training.train_recipe import train as run
 
     return run(recipe, parts, force)
-
-
-__all__ = ["Recipe", "load_any_recipe", "load_recipe", "train"]

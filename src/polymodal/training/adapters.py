@@ -10,17 +10,21 @@ never written. `checkpoints.whole` folds adapters in.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from polymodal.checkpoints.tensors import check_finite, compare_tensors
+from polymodal.config import LoraRecipe
 from polymodal.errors import ConfigError
+from polymodal.model import MultimodalLM
 from polymodal.training.names import match_names
-from polymodal.training.recipe import LoraRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 
 LORA_MARK = ".lora_"
 """What peft puts into the name of every LoRA parameter (DoRA's magnitudes too)."""
@@ -211,3 +215,80 @@ def _vocabulary(llm: nn.Module) -> list[str]:
 
 def _inside(name: str, owners: Iterable[str]) -> bool:
     return any(name.startswith(f"{owner}.") for owner in owners)
+
+
+def is_peft(module: Any) -> bool:
+    """Whether a peft adapter was injected into a module."""
+    return hasattr(module, "peft_config")
+
+
+def merge_adapter(model: MultimodalLM, merged: bool = True) -> None:
+    """Add a LoRA adapter to the weights it adapts, or take it out again; decoding is faster with it inside.
+
+    Args:
+        model: The model; nothing happens where it has no adapter.
+        merged: Whether the adapter is to be inside.
+    """
+    if not is_peft(model.llm):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.llm.modules():
+        if isinstance(module, BaseTunerLayer) and module.merged != merged:
+            module.merge() if merged else module.unmerge()
+
+
+def attach_adapter(model: MultimodalLM, settings: Any, tensors: dict[str, torch.Tensor], where: str | Path) -> None:
+    """Put a LoRA adapter beside the language model's weights.
+
+    Args:
+        model: Changed in place.
+        settings: A `LoraConfig` of peft.
+        tensors: The adapter's weights, under the names that peft gives them in the language model.
+        where: The file or folder, for the error.
+
+    Raises:
+        CheckpointError: Tensors are missing, left over or not finite; lists them.
+    """
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
+
+    check_finite(tensors, where)
+    settings.inference_mode = True
+    inject_adapter_in_model(settings, model.llm)
+    model.llm.peft_config = {"default": settings}
+    result = set_peft_model_state_dict(model.llm, tensors)
+    # A tied head shares the rows of the input embeddings; parameters are listed once.
+    own = {name for name, _ in model.llm.named_parameters()}
+    missing = {k: () for k in result.missing_keys if k in own and ("lora_" in k or "trainable_tokens_delta" in k)}
+    compare_tensors(missing, dict.fromkeys(result.unexpected_keys, ()), where)
+
+
+def fold_in(llm: nn.Module) -> None:
+    """Add the adapters to the weights they adapt and take them away, leaving a plain model.
+
+    Args:
+        llm: The causal LM; changed in place. Nothing happens where it has no adapter.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    while True:
+        found = next(
+            (
+                (name, module)
+                for name, module in llm.named_modules()
+                if isinstance(module, BaseTunerLayer | TrainableTokensWrapper)
+            ),
+            None,
+        )
+        if found is None:
+            break
+        name, module = found
+        parent, _, leaf = name.rpartition(".")
+        if isinstance(module, TrainableTokensWrapper):
+            module = module.token_adapter
+        if not module.merged:
+            module.merge()
+        setattr(llm.get_submodule(parent), leaf, module.get_base_layer())
+    if is_peft(llm):
+        del llm.peft_config

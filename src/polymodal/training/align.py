@@ -31,8 +31,8 @@ from polymodal.errors import ConfigError
 from polymodal.projectors.linear import LinearProjector
 from polymodal.projectors.mlp import MLPProjector
 from polymodal.projectors.norm import Standardize
-from polymodal.training.log import progress, say
 from polymodal.training.prototypes import Prototypes, class_head_of, draw_classes
+from polymodal.utils.progress import progress, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from polymodal.encoders.efficientnet import ClassHead
     from polymodal.model import MultimodalLM
     from polymodal.training.parts import Feed
-    from polymodal.training.recipe import WarmStartConfig
+    from polymodal.training.recipes.sft import WarmStartConfig
 
 MAX_WORDS = 4
 """Captions with more words say more than one thing and are no concept."""

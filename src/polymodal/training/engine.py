@@ -25,11 +25,12 @@ from polymodal.errors import ConfigError
 from polymodal.training.checkpoint import is_sharded, restore, save_checkpoint
 from polymodal.training.policy import Group, make_optimizer
 from polymodal.training.world import World
+from polymodal.utils.modules import blocks
 
 if TYPE_CHECKING:
     from polymodal.model import MultimodalLM, Output
     from polymodal.processing.sample import Batch
-    from polymodal.training.recipe import Recipe
+    from polymodal.training.recipes.sft import Recipe
 
 
 def wants_bf16(precision: str) -> bool:
@@ -179,15 +180,6 @@ class Engine:
         before.clear()
 
 
-def make_engine(world: World, recipe: Recipe, model: MultimodalLM, groups: Sequence[Group]) -> Engine:
-    """Build the engine that a recipe asks for; see `Engine`."""
-    if recipe.run.engine == "deepspeed":
-        from polymodal.training.zero import ZeroEngine
-
-        return ZeroEngine(world, recipe, model, groups)
-    return Engine(world, recipe, model, groups)
-
-
 def engine_kind(wanted: str, world: World) -> str:
     """Resolve `run.engine`: "auto" is DDP where there are several processes; one process needs neither."""
     if world.size == 1:
@@ -259,20 +251,6 @@ def shard(model: MultimodalLM, world: World, bf16: bool) -> None:
         fully_shard(block, **kwargs)
     fully_shard(model, ignored_params=frozen, **kwargs)
     model.to(world.device)
-
-
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a network: the children of its longest module lists of one class.
-
-    Args:
-        module: A language model or a tower.
-
-    Returns:
-        The layers; none where the network has no list of equal layers.
-    """
-    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part) > 1]
-    inside = {id(inner) for part in lists for layer in part for inner in layer.modules() if inner is not layer}
-    return [layer for part in lists if id(part) not in inside and len({type(x) for x in part}) == 1 for layer in part]
 
 
 def same_groups(model: nn.Module, groups: Sequence[Group]) -> list[Group]:

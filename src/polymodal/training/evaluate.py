@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from polymodal.data.parallel import ahead
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
@@ -23,14 +24,13 @@ from polymodal.messages import Image
 from polymodal.processing.batch import collate
 from polymodal.training.packing import plan_micro
 from polymodal.training.parts import Feed, make_eval_feed
-from polymodal.training.samples import ahead
 from polymodal.training.tally import Tally, means, merge
 
 if TYPE_CHECKING:
-    from polymodal.data.records import Record
+    from polymodal.data.formats import Record
     from polymodal.model import MultimodalLM
     from polymodal.training.engine import Engine
-    from polymodal.training.recipe import Recipe
+    from polymodal.training.recipes.sft import Recipe
     from polymodal.training.world import World
 
 NEW_TOKENS = 48

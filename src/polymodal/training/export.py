@@ -8,7 +8,7 @@ from pathlib import Path
 from polymodal.training import policy
 from polymodal.training.log import read_log
 from polymodal.training.parts import Parts
-from polymodal.training.recipe import Recipe
+from polymodal.training.recipes.sft import Recipe
 from polymodal.training.resume import identity
 from polymodal.training.state import State
 

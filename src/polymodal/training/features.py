@@ -24,7 +24,7 @@ import torch
 from polymodal.data.parallel import ahead
 from polymodal.errors import ConfigError, DataError
 from polymodal.files import write_text
-from polymodal.training.log import progress
+from polymodal.utils.progress import progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,12 @@ in the Hugging Face cache or a local folder goes first; `polymodal plan --fetch`
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from polymodal.config import LLMConfig
+from polymodal.errors import CheckpointError, PolymodalError, first_line
+from polymodal.llm import DEFAULT_LLM
 
 _LLAMA: dict[str, Any] = {"model_type": "llama"}
 _QWEN: dict[str, Any] = {"model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 32768}
@@ -80,3 +85,52 @@ DEVICES: dict[str, tuple[float, float]] = {
 }
 """Device -> dense half-precision matmul FLOP/s (tensor cores, float32 accumulation) and memory in GB, as its maker
 states them."""
+
+
+def llm_settings(config: LLMConfig, *, fetch: bool = False) -> Any:
+    """Read a language model's configuration, as transformers has it.
+
+    Args:
+        config: Which one.
+        fetch: Ask the hub where it is not on this machine.
+
+    Returns:
+        A `PreTrainedConfig`.
+
+    Raises:
+        PolymodalError: Its shape is not known here.
+    """
+    from transformers import AutoConfig
+
+    name = SMOLLM2 if config.model_name_or_path == DEFAULT_LLM else config.model_name_or_path
+    path = Path(name).expanduser()
+    try:
+        if path.suffix == ".gguf":
+            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        settings = _settings(name, config.revision, fetch)
+        return AutoConfig.for_model(**settings)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"language model {name!r}: no readable configuration: {first_line(error)}") from error
+
+
+def _settings(name: str, revision: str | None, fetch: bool) -> dict[str, Any]:
+    """A `config.json` as plain data: from a folder, the hub's cache, the table of known shapes, or the hub."""
+    from transformers import PreTrainedConfig
+
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return dict(PreTrainedConfig.get_config_dict(str(path))[0])
+    if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1:
+        raise PolymodalError(f"{name}: no such folder; a plan reads its config.json")
+    try:
+        found = PreTrainedConfig.get_config_dict(name, revision=revision, local_files_only=not fetch)[0]
+    except (OSError, ValueError) as error:
+        if name in KNOWN_SHAPES and not fetch:
+            return dict(KNOWN_SHAPES[name])
+        if fetch:
+            raise CheckpointError(f"{name}: its config.json cannot be had: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{name}: its shape is not known on this machine; --fetch asks the hub for its config.json (a few kB), or "
+            "name a local folder"
+        ) from error
+    return dict(found)

@@ -18,20 +18,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from polymodal.data.parallel import ahead
 from polymodal.errors import DataError, PolymodalError
 from polymodal.processing.sample import Batch
 from polymodal.training import checkpoint, policy
 from polymodal.training.engine import Engine
-from polymodal.training.log import Meter, append_log, say
-from polymodal.training.packing import Steps, plan_micro
-from polymodal.training.recipe import AnyRecipe
+from polymodal.training.log import append_log
+from polymodal.training.packing import plan_micro
+from polymodal.training.recipes.load import AnyRecipe
 from polymodal.training.resume import identity
-from polymodal.training.samples import ahead
 from polymodal.training.schedule import lr_factor
 from polymodal.training.signals import StopRequest
 from polymodal.training.state import State, Window
+from polymodal.training.steps import Steps
 from polymodal.training.tally import Tally, means, merge
 from polymodal.training.trackers import Tracker, numbers_of
+from polymodal.utils.progress import Meter, say
 
 MAX_SKIPPED = 5
 """Steps in a row whose gradient may be NaN or infinite before the run is given up."""

@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from polymodal.llm import layer_counts
-from polymodal.training.engine import blocks
+from polymodal.utils.modules import blocks
 
 if TYPE_CHECKING:
-    from polymodal.training.recipe import Recipe
+    from polymodal.training.recipes.sft import Recipe
 
 MEMORY_SHARE = 0.6
 """Of the free memory, what activations may fill before "auto" checkpoints."""

@@ -8,24 +8,21 @@ asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from polymodal.config import LLMConfig, ModelConfig, VisionConfig
+from polymodal.config import ModelConfig, VisionConfig
 from polymodal.encoders.efficientnet import EfficientNetEncoder, EfficientNetLite0
 from polymodal.encoders.hf_vision import FAMILIES, HFVisionEncoder
-from polymodal.errors import CheckpointError, ConfigError, PolymodalError, first_line, unknown_name
+from polymodal.errors import ConfigError, first_line, unknown_name
 from polymodal.geometry import Size
-from polymodal.llm import DEFAULT_LLM, model_class
+from polymodal.llm import model_class
 from polymodal.model import MultimodalLM
 from polymodal.projectors import build_projector
-from polymodal.training.known import KNOWN_SHAPES, SMOLLM2
-from polymodal.training.parts import new_picture_rules
-from polymodal.training.recipe import Recipe, load_recipe
+from polymodal.training.known import _settings, llm_settings
 
 
 @dataclass(frozen=True)
@@ -39,21 +36,6 @@ class Outline:
 
     model: MultimodalLM
     config: ModelConfig
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a recipe starts from.
-
-    Attributes:
-        config: The model's configuration.
-        trained: Parts that earlier stages trained, such as "llm".
-        note: Where the configuration was found, for a person.
-    """
-
-    config: ModelConfig
-    trained: frozenset[str]
-    note: str
 
 
 def outline(config: ModelConfig, *, fetch: bool = False) -> Outline:
@@ -118,82 +100,6 @@ def on_no_device(model: nn.Module, mode: FakeTensorMode) -> None:
                         store[name] = move(tensor)  # type: ignore[assignment]
 
 
-def starting_point(recipe: Recipe, path: Path | None = None) -> Start:
-    """Find out what a recipe starts from, also where the stage before it has not run yet.
-
-    Args:
-        recipe: The recipe.
-        path: Its file; recipes beside it are searched for the stage that will leave the missing folder.
-
-    Returns:
-        Configuration and what earlier stages trained.
-
-    Raises:
-        CheckpointError: The folder is missing, and no recipe beside this one will make it.
-    """
-    from polymodal.checkpoints.folder import CONFIG_NAME, read_config, read_history
-
-    if recipe.init.model is not None:
-        return Start(recipe.init.model, frozenset(), "as the recipe composes it")
-    assert recipe.init.from_folder is not None
-    folder, image = Path(recipe.init.from_folder), recipe.init.image
-    if (folder / CONFIG_NAME).is_file():
-        trained = {name for entry in read_history(folder) for name in entry.get("trained", ())}
-        config = new_picture_rules(resolve_bundled(read_config(folder), folder), image)
-        return Start(config, frozenset(trained), f"as in {folder}")
-    for other in sorted(path.parent.glob("*.yaml")) if path is not None else ():
-        try:
-            before = load_recipe(other)
-        except ConfigError:
-            continue  # a pipeline file, or another's recipe with a mistake: not what is looked for
-        if Path(before.output_dir) / "final" == folder and other != path:
-            start = starting_point(before, other)
-            parts = {rule.match.split(".")[0] for rule in before.train if rule.train}
-            config = new_picture_rules(start.config, image)
-            return Start(config, start.trained | parts, f"as {other} will leave it")
-    if (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder}: a published model; plan it as a folder of ours (`polymodal convert {folder} DST`)"
-        )
-    raise CheckpointError(
-        f"{folder}: no such model folder, and no recipe beside this one makes it; run the stage before it, or plan that"
-    )
-
-
-def resolve_bundled(config: ModelConfig, folder: Path) -> ModelConfig:
-    """Name the folders of parts that lie in a model's own folder."""
-    if config.vision is not None and config.vision.vision_tower == "bundled":
-        tower = config.vision.model_copy(update={"vision_tower": str(folder / "vision")})
-        return config.model_copy(update={"vision": tower})
-    return config
-
-
-def llm_settings(config: LLMConfig, *, fetch: bool = False) -> Any:
-    """Read a language model's configuration, as transformers has it.
-
-    Args:
-        config: Which one.
-        fetch: Ask the hub where it is not on this machine.
-
-    Returns:
-        A `PreTrainedConfig`.
-
-    Raises:
-        PolymodalError: Its shape is not known here.
-    """
-    from transformers import AutoConfig
-
-    name = SMOLLM2 if config.model_name_or_path == DEFAULT_LLM else config.model_name_or_path
-    path = Path(name).expanduser()
-    try:
-        if path.suffix == ".gguf":
-            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        settings = _settings(name, config.revision, fetch)
-        return AutoConfig.for_model(**settings)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"language model {name!r}: no readable configuration: {first_line(error)}") from error
-
-
 def _tower_settings(vision: VisionConfig, *, fetch: bool) -> dict[str, Any]:
     """Read a vision tower's configuration; of a whole model, its vision part."""
     if vision.type == "efficientnet_lite0":
@@ -222,26 +128,3 @@ def _tower(vision: VisionConfig, settings: dict[str, Any] | None, tile: Size | N
     model_class = getattr(transformers, FAMILIES[vision.type].model_class)
     tower = model_class(model_class.config_class(**(settings or {})))
     return HFVisionEncoder(tower, vision.mm_vision_select_layer, vision.mm_vision_select_feature, tile)
-
-
-def _settings(name: str, revision: str | None, fetch: bool) -> dict[str, Any]:
-    """A `config.json` as plain data: from a folder, the hub's cache, the table of known shapes, or the hub."""
-    from transformers import PreTrainedConfig
-
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return dict(PreTrainedConfig.get_config_dict(str(path))[0])
-    if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1:
-        raise PolymodalError(f"{name}: no such folder; a plan reads its config.json")
-    try:
-        found = PreTrainedConfig.get_config_dict(name, revision=revision, local_files_only=not fetch)[0]
-    except (OSError, ValueError) as error:
-        if name in KNOWN_SHAPES and not fetch:
-            return dict(KNOWN_SHAPES[name])
-        if fetch:
-            raise CheckpointError(f"{name}: its config.json cannot be had: {first_line(error)}") from error
-        raise CheckpointError(
-            f"{name}: its shape is not known on this machine; --fetch asks the hub for its config.json (a few kB), or "
-            "name a local folder"
-        ) from error
-    return dict(found)

@@ -19,67 +19,11 @@ from polymodal.errors import ConfigError
 from polymodal.training.samples import micro_batches
 
 if TYPE_CHECKING:
-    from polymodal.training.recipe import BatchConfig
-    from polymodal.training.samples import Order
+    from polymodal.training.recipes.sft import BatchConfig
 
 LINEAR_COST = 6144
 """Tokens at which attention (quadratic) costs a decoder layer as much as its matrices (linear): 6 times a usual width
 of 1024, counted in multiplications; only the balance between processes depends on it."""
-
-
-class Steps:
-    """The samples of each optimizer step.
-
-    Args:
-        order: The endless sequence of sample indices.
-        lengths: [n] tokens of every sample.
-        batch: How large a step is.
-    """
-
-    def __init__(self, order: Order, lengths: np.ndarray, batch: BatchConfig) -> None:
-        self.order, self.lengths, self.batch = order, lengths, batch
-        self.per_epoch: float = order.epoch_size / batch.global_size
-        self._cuts: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-        if batch.global_tokens is not None:
-            tokens = int(lengths[order.take(0, order.epoch_size)].sum())
-            self.per_epoch = min(max(1, round(tokens / batch.global_tokens)), order.epoch_size)
-
-    def total(self, epochs: float) -> int:
-        """Optimizer steps of a run."""
-        return max(1, round(epochs * self.per_epoch))
-
-    def indices(self, step: int) -> np.ndarray:
-        """The samples of one step, [G]."""
-        if self.batch.global_tokens is None:
-            size = self.batch.global_size
-            return self.order.take(step * size, size)
-        epoch, number = divmod(step, int(self.per_epoch))
-        start = epoch * self.order.epoch_size
-        if self._cuts[0] != epoch:
-            members = self.order.take(start, self.order.epoch_size)
-            self._cuts = (epoch, equal_cuts(self.lengths[members], int(self.per_epoch)))
-        first, last = self._cuts[1][number : number + 2]
-        return self.order.take(start + int(first), int(last - first))
-
-
-def equal_cuts(lengths: np.ndarray, count: int) -> np.ndarray:
-    """Cut a sequence of samples into parts of about equally many tokens.
-
-    Args:
-        lengths: [n] tokens, in order.
-        count: Parts, at most n.
-
-    Returns:
-        [count + 1] positions, from 0 to n, strictly increasing.
-    """
-    ends = np.cumsum(lengths)
-    marks = ends[-1] * np.arange(1, count) / count
-    inner = np.searchsorted(ends - lengths / 2, marks)
-    # A very long sample may lie over several marks: every part keeps at least one sample.
-    steps = np.arange(1, count)
-    inner = np.maximum.accumulate(np.maximum(inner, 1) - steps) + steps
-    inner = np.minimum(inner, len(lengths) - count + steps)
-    return np.concatenate(([0], inner, [len(lengths)])).astype(np.int64)
 
 
 def plan_micro(

@@ -12,23 +12,24 @@ import torch
 
 from polymodal.backends.local import processor_of
 from polymodal.compose import build_model
-from polymodal.errors import ConfigError, DataError
+from polymodal.config import new_picture_rules
+from polymodal.errors import DataError
 from polymodal.messages import Image, Source, user
 from polymodal.model import MultimodalLM
 from polymodal.processing.batch import collate, collate_packed
 from polymodal.processing.processor import Processor
 from polymodal.processing.sample import Batch, Sample
 from polymodal.training import features
-from polymodal.training.log import progress, say
-from polymodal.training.recipe import Recipe
+from polymodal.training.recipes.sft import Recipe
 from polymodal.training.samples import Prepared, prepare, read_mix, with_pixels
 from polymodal.training.tally import kinds_of_targets
+from polymodal.utils.progress import progress, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from polymodal.config import ImageConfig, ModelConfig
-    from polymodal.data.records import Record
+    from polymodal.config import ModelConfig
+    from polymodal.data.formats import Record
     from polymodal.training.features import FeatureStore
 
 
@@ -75,27 +76,6 @@ def load_parts(recipe: Recipe) -> Parts:
         torch.manual_seed(recipe.run.seed)
         loaded.model.add_image_newline()
     return Parts(loaded.model, loaded.tokenizer, config, list(loaded.history))
-
-
-def new_picture_rules(config: ModelConfig, image: ImageConfig | None) -> ModelConfig:
-    """Let a model go on with other picture rules, as LLaVA-NeXT does between its stages.
-
-    Args:
-        config: The model's configuration.
-        image: The new rules; None keeps the old ones.
-
-    Returns:
-        The configuration from now on.
-
-    Raises:
-        ConfigError: The model takes no pictures, or tiles of another size.
-    """
-    if image is None:
-        return config
-    if config.image is None or config.image.tile_size != image.tile_size:
-        had = "no pictures" if config.image is None else f"tiles of {config.image.tile_size}"
-        raise ConfigError(f"init.image: the model takes {had}, the recipe asks for tiles of {image.tile_size}")
-    return config.model_copy(update={"image": image})
 
 
 @dataclass(frozen=True)

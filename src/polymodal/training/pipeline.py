@@ -39,8 +39,8 @@ def run_pipeline(pipeline: Pipeline, *, force: bool = False) -> Path:
         SystemExit: A training stage was stopped by a signal; it is saved, and the same command goes on.
     """
     from polymodal.llm import quieten_transformers
-    from polymodal.training.log import duration, say
     from polymodal.training.stages import do_stage, on_main_process
+    from polymodal.utils.progress import duration, say
 
     quieten_transformers()
     ledger = _Ledger(pipeline)

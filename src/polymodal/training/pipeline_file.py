@@ -30,7 +30,8 @@ from pydantic import Field
 from polymodal.config import Strict, parse_config
 from polymodal.errors import ConfigError, unknown_name
 from polymodal.training.pairs.recipe import PairRecipe
-from polymodal.training.recipe import Recipe, apply_override, dump_recipe, read_yaml, recipe_class
+from polymodal.training.recipes.load import apply_override, dump_recipe, read_yaml, recipe_class
+from polymodal.training.recipes.sft import Recipe
 
 
 class MakeStage(Strict):

@@ -19,16 +19,17 @@ from torch import nn
 from polymodal.errors import ConfigError, unknown_name
 from polymodal.geometry import Size, plan_image
 from polymodal.llm import layer_counts
+from polymodal.planning.starting_point import Start
 from polymodal.training.adapters import NF4_BYTES, four_bit_modules
-from polymodal.training.engine import blocks
 from polymodal.training.known import DEVICES
-from polymodal.training.outline import Outline, Start, outline
+from polymodal.training.outline import Outline, outline
 from polymodal.training.policy import Group, apply_policy, cast_frozen_linears
 from polymodal.training.trace import Load, Trace, trace
+from polymodal.utils.modules import blocks
 
 if TYPE_CHECKING:
     from polymodal.config import ModelConfig
-    from polymodal.training.recipe import Recipe
+    from polymodal.training.recipes.sft import Recipe
 
 GIB = 2**30
 RESERVE = GIB

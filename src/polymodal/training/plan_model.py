@@ -14,7 +14,8 @@ from polymodal.config import LLMConfig, ModelConfig
 from polymodal.errors import CheckpointError
 from polymodal.files import shipped_folder
 from polymodal.geometry import Size
-from polymodal.training.outline import outline, resolve_bundled
+from polymodal.planning.starting_point import resolve_bundled
+from polymodal.training.outline import outline
 from polymodal.training.plan import kv_bytes_per_token, visual_tokens
 
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from polymodal.config import LoraRecipe
 from polymodal.errors import ConfigError
 from polymodal.training.adapters import LORA_MARK, ROWS_MARK, add_adapters, is_adapter
 from polymodal.training.names import match_names
-from polymodal.training.recipe import LoraRecipe, OptimConfig, RuleConfig
+from polymodal.training.recipe import OptimConfig, RuleConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

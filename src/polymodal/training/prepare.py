@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polymodal.processing.processor import Processor
-from polymodal.training.log import progress
 from polymodal.training.samples import Prepared, prepare, read_mix
+from polymodal.utils.progress import progress
 
 if TYPE_CHECKING:
     from polymodal.config import ModelConfig
-    from polymodal.training.recipe import Recipe
+    from polymodal.training.recipes.sft import Recipe
 
 
 def prepare_recipe(recipe: Recipe) -> str:
@@ -63,7 +63,7 @@ def recipe_processor(recipe: Recipe) -> Processor:
         return processor_of(parts.model, parts.tokenizer, parts.config).with_template(recipe.data.template)
     if recipe.init.from_folder is not None:
         from polymodal.backends import load_processor
-        from polymodal.training.parts import new_picture_rules
+        from polymodal.config import new_picture_rules
 
         processor = load_processor(recipe.init.from_folder)
         processor = processor.with_config(new_picture_rules(processor.config, recipe.init.image))
@@ -79,7 +79,7 @@ def _new_processor(config: ModelConfig) -> Processor:
     from polymodal.compose import build_vision, image_token_id_for
     from polymodal.llm import load_tokenizer, quieten_transformers
     from polymodal.projectors.context import load_context_tokenizer
-    from polymodal.training.outline import llm_settings
+    from polymodal.training.known import llm_settings
 
     quieten_transformers()
     tokenizer = load_tokenizer(config.llm)

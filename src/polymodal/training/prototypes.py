@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from polymodal.data.formats import Record
 from polymodal.data.lazy import Joined
-from polymodal.data.records import Record
 from polymodal.encoders.efficientnet import EfficientNetEncoder
 from polymodal.errors import ConfigError
 from polymodal.messages import Image, assistant, user
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from polymodal.encoders.efficientnet import ClassHead
     from polymodal.model import MultimodalLM
     from polymodal.training.parts import Feed
-    from polymodal.training.recipe import PrototypeConfig
+    from polymodal.training.recipes.sft import PrototypeConfig
 
 MEASURED = 4_000
 """Pictures from which mean and covariance are measured."""

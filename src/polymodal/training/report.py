@@ -18,7 +18,8 @@ import numpy as np
 
 from polymodal.files import write_text
 from polymodal.page import html_page
-from polymodal.training.log import duration, read_log
+from polymodal.training.log import read_log
+from polymodal.utils.progress import duration
 
 REPORT = "report.html"
 

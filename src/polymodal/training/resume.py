@@ -15,9 +15,9 @@ from typing import Any
 from polymodal.config import parse_config
 from polymodal.errors import ConfigError
 from polymodal.training import checkpoint
-from polymodal.training.log import say
-from polymodal.training.recipe import AnyRecipe
+from polymodal.training.recipes.load import AnyRecipe
 from polymodal.training.world import World
+from polymodal.utils.progress import say
 
 FREE = frozenset(
     {"output_dir", "data.eval", "data.index", "data.tile_cache", "batch.micro_size", "batch.micro_tokens"}

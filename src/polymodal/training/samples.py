@@ -19,31 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polymodal.data.index import Reading, open_index, sample_digest
+from polymodal.data.index import open_index
+from polymodal.data.index_build import Reading, sample_digest
 from polymodal.data.lazy import Joined, Picked
 from polymodal.data.mixture import epoch_repeats
 from polymodal.data.parallel import Progress, ahead
-from polymodal.errors import ConfigError, DataError, PolymodalError
+from polymodal.errors import DataError, PolymodalError
 from polymodal.files import write_text
 from polymodal.processing.sample import Sample
-from polymodal.training.log import say
+from polymodal.utils.progress import say
 
 if TYPE_CHECKING:
-    from polymodal.data.records import Record
+    from polymodal.data.formats import Record
     from polymodal.processing.processor import Processor
-    from polymodal.training.recipe import DataConfig
-
-__all__ = [
-    "Order",
-    "Prepared",
-    "Progress",
-    "ahead",
-    "epoch_order",
-    "micro_batches",
-    "prepare",
-    "read_mix",
-    "with_pixels",
-]
+    from polymodal.training.recipes.sft import DataConfig
 
 
 @dataclass(frozen=True)
@@ -226,58 +215,6 @@ def _of_records(records: Sequence[Record], processor: Processor, skip: bool, wor
         np.array([list(sample_digest(sample)) for sample in samples], dtype=np.uint8).reshape(-1, 32),
         faults,
     )
-
-
-def epoch_order(sources: Sequence[tuple[range, float]], seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch.
-
-    Args:
-        sources: Range of indices and repeat of each data file.
-        seed: The run's.
-        epoch: Counted from 0.
-
-    Returns:
-        [n] sample indices; n is the same in every epoch.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    parts = []
-    for indices, repeat in sources:
-        count = round(len(indices) * repeat)
-        whole, rest = divmod(count, max(1, len(indices)))
-        members = np.arange(indices.start, indices.stop)
-        parts += [members] * whole + [rng.permutation(members)[:rest]]
-    order = np.concatenate(parts)
-    rng.shuffle(order)
-    return order
-
-
-class Order:
-    """The endless sequence of sample indices, epoch after epoch.
-
-    Args:
-        sources: As in `epoch_order`.
-        seed: The run's.
-    """
-
-    def __init__(self, sources: Sequence[tuple[range, float]], seed: int) -> None:
-        self.sources = sources
-        self.seed = seed
-        self.epoch_size = len(epoch_order(sources, seed, 0))
-        if self.epoch_size == 0:
-            raise ConfigError("data.mix: `repeat` is so small that an epoch has no record")
-        self._cached: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-
-    def take(self, start: int, count: int) -> np.ndarray:
-        """Indices at positions start .. start + count - 1; an epoch's end is not padded or dropped."""
-        found = []
-        while count > 0:
-            epoch, offset = divmod(start, self.epoch_size)
-            if self._cached[0] != epoch:
-                self._cached = (epoch, epoch_order(self.sources, self.seed, epoch))
-            part = self._cached[1][offset : offset + count]
-            found.append(part)
-            start, count = start + len(part), count - len(part)
-        return np.concatenate(found)
 
 
 def micro_batches(

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from polymodal.errors import ConfigError, PolymodalError, unknown_name
 from polymodal.files import atomic_folder, write_text
-from polymodal.training.log import say
 from polymodal.training.pipeline_file import (
     BuildStage,
     ExportStage,
@@ -24,7 +23,8 @@ from polymodal.training.pipeline_file import (
     Stage,
     TrainStage,
 )
-from polymodal.training.recipe import Recipe
+from polymodal.training.recipes.sft import Recipe
+from polymodal.utils.progress import say
 
 T = TypeVar("T")
 

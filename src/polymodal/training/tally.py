@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from polymodal.data.records import Record
+    from polymodal.data.formats import Record
     from polymodal.processing.sample import Sample
 
 Sums = dict[str, list[float]]

@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from polymodal.loss import GPU_BUDGET
-from polymodal.training.engine import blocks
 from polymodal.training.outline import Outline, on_no_device
+from polymodal.utils.modules import blocks
 
 ATTENTION = "polymodal_plan"
 """transformers' SDPA attention under a name of ours, whose causal mask is left to the kernel, as in a real run."""

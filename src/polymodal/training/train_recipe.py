@@ -6,7 +6,9 @@ Read this file to see in which order things happen; each of them lives in a modu
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,21 +17,26 @@ from polymodal.files import write_text
 from polymodal.loss import knows_head
 from polymodal.training import align, checkpoint, policy, prototypes
 from polymodal.training.curves import draw_curves
-from polymodal.training.engine import make_engine, wants_bf16
+from polymodal.training.engine import Engine, wants_bf16
 from polymodal.training.evaluate import make_evaluation
 from polymodal.training.export import export
-from polymodal.training.log import environment, say, start_log
+from polymodal.training.log import environment, start_log
 from polymodal.training.loop import Run, total_steps
 from polymodal.training.memory import save_memory
-from polymodal.training.packing import Steps
 from polymodal.training.parts import Parts, load_parts, make_feed
-from polymodal.training.recipe import AnyRecipe, Recipe, dump_recipe
+from polymodal.training.policy import Group
+from polymodal.training.recipes.load import AnyRecipe, dump_recipe
+from polymodal.training.recipes.sft import Recipe
 from polymodal.training.report import write_report
 from polymodal.training.resume import find_checkpoint, identity
-from polymodal.training.samples import Order
 from polymodal.training.signals import StopRequest
+from polymodal.training.steps import Order, Steps
 from polymodal.training.trackers import open_trackers
 from polymodal.training.world import World, clear_loss_of_peers, join_world
+from polymodal.utils.progress import say
+
+if TYPE_CHECKING:
+    from polymodal.model import MultimodalLM
 
 
 def train(recipe: Recipe, parts: Parts | None = None, force: bool = False) -> Path:
@@ -193,3 +200,12 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PolymodalError(f"output_dir {folder}: cannot be made ({error.strerror or error})") from error
+
+
+def make_engine(world: World, recipe: Recipe, model: MultimodalLM, groups: Sequence[Group]) -> Engine:
+    """Build the engine that a recipe asks for; see `Engine`."""
+    if recipe.run.engine == "deepspeed":
+        from polymodal.training.zero import ZeroEngine
+
+        return ZeroEngine(world, recipe, model, groups)
+    return Engine(world, recipe, model, groups)

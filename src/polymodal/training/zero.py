@@ -31,7 +31,7 @@ from polymodal.training.world import World
 if TYPE_CHECKING:
     from polymodal.model import MultimodalLM, Output
     from polymodal.processing.sample import Batch
-    from polymodal.training.recipe import Recipe
+    from polymodal.training.recipes.sft import Recipe
 
 FOLDER = "zero"
 """DeepSpeed's files in a checkpoint."""

@@ -24,7 +24,7 @@ from polymodal.training.log import read_log
 from polymodal.training.pairs.parts import load_pair_parts
 from polymodal.training.pairs.recipe import PairRecipe
 from polymodal.training.pairs.train import make_pair_run
-from polymodal.training.recipe import Recipe
+from polymodal.training.recipes.sft import Recipe
 from polymodal.training.world import World
 
 Make = Callable[..., PairRecipe]

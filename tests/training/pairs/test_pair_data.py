@@ -19,7 +19,7 @@ from polymodal.training.pairs.data import PairFeed, PairSteps
 from polymodal.training.pairs.parts import load_pair_parts, make_pair_feed
 from polymodal.training.pairs.pictures import Pictures, Seen, crops, open_pictures, source_name
 from polymodal.training.pairs.recipe import AugmentConfig, PairRecipe
-from polymodal.training.samples import Order
+from polymodal.training.steps import Order
 
 Make = Callable[..., PairRecipe]
 

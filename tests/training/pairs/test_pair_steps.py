@@ -19,7 +19,7 @@ from polymodal.training.pairs.parts import load_pair_parts
 from polymodal.training.pairs.recipe import PairRecipe
 from polymodal.training.pairs.run import PairRun
 from polymodal.training.pairs.train import make_pair_run
-from polymodal.training.recipe import dump_recipe
+from polymodal.training.recipes.load import dump_recipe
 from polymodal.training.world import World
 
 Make = Callable[..., PairRecipe]

@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polymodal.checkpoints.safe import check_finite
 from polymodal.checkpoints.safe_config import read_json
+from polymodal.checkpoints.tensors import check_finite
 from polymodal.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from torch import nn
 
 from polymodal.checkpoints.hf.names import DERIVED, NEWLINE, Component, Place, to_ours, to_stock
 from polymodal.checkpoints.hf.pieces import Pieces
-from polymodal.checkpoints.safe import MAX_INDEX, FolderReport, check_finite, compare_tensors
+from polymodal.checkpoints.safe import MAX_INDEX, FolderReport
 from polymodal.checkpoints.safe_config import read_json
+from polymodal.checkpoints.tensors import check_finite, compare_tensors
 from polymodal.compose import check_merge
 from polymodal.config import ModelConfig
 from polymodal.encoders.hf_vision import FAMILIES, HFVisionEncoder

@@ -17,7 +17,7 @@ from polymodal.representation.distill import flip_grid
 from polymodal.representation.pair import PairBatch
 from polymodal.training.pairs import draws
 from polymodal.training.pairs.pictures import Pictures
-from polymodal.training.samples import Order
+from polymodal.training.steps import Order
 
 if TYPE_CHECKING:
     from polymodal.messages import Source

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from polymodal.data.parallel import ahead
 from polymodal.representation.pair import METRIC, PairModel
 from polymodal.representation.retrieval import chance, embedding_ranks, recall_of
 from polymodal.training.loop import step_seed
 from polymodal.training.pairs.data import PairFeed, Plan
 from polymodal.training.pairs.step import pair_losses
-from polymodal.training.samples import ahead
 
 if TYPE_CHECKING:
     from polymodal.training.engine import Engine

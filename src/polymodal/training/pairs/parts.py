@@ -14,15 +14,15 @@ from polymodal.errors import ConfigError, DataError, first_line
 from polymodal.processing.presets import image_config_from_hf
 from polymodal.representation.build import build_pair_model, load_pair_model
 from polymodal.representation.notes import NOTES, read_notes
-from polymodal.representation.pair import frozen
 from polymodal.training.features import MEMORY, OFF, FeatureStore, fill_missing, weights_identity
-from polymodal.training.log import say
 from polymodal.training.pairs.data import PairFeed
 from polymodal.training.pairs.pictures import Pictures, crops, notes_file, open_pictures, scan, source_name
 from polymodal.training.pairs.recipe import AugmentConfig, PairRecipe
 from polymodal.training.pairs.records import prepare_pairs
 from polymodal.training.pairs.teacher import Teacher
 from polymodal.training.samples import read_mix
+from polymodal.utils.modules import frozen
+from polymodal.utils.progress import say
 
 if TYPE_CHECKING:
     from polymodal.messages import Source

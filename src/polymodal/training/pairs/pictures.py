@@ -30,8 +30,8 @@ from polymodal.media.image import open_image
 from polymodal.processing.processor import picture_key
 from polymodal.processing.tiles import resize_filter, tile_bytes
 from polymodal.training.features import MEMORY, OFF, FeatureStore
-from polymodal.training.log import progress
 from polymodal.training.pairs.draws import crop_box
+from polymodal.utils.progress import progress
 
 if TYPE_CHECKING:
     from polymodal.config import ImageConfig

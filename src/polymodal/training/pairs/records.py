@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polymodal.data.index import Reading
+from polymodal.data.index_build import Reading
 from polymodal.data.mixture import epoch_repeats
 from polymodal.data.records import iter_rows, row_record
 from polymodal.errors import DataError, PolymodalError
 from polymodal.files import write_text
 from polymodal.messages import Image
-from polymodal.training.log import progress, say
 from polymodal.training.pairs import draws
 from polymodal.training.pairs.data import Pairs
 from polymodal.training.pairs.pictures import Pictures, image_numbers, notes_file, scan, source_name
+from polymodal.utils.progress import progress, say
 
 if TYPE_CHECKING:
     from polymodal.data.formats import Record

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from polymodal.data.parallel import ahead
 from polymodal.representation.pair import METRIC, PairBatch
 from polymodal.training.loop import Run, step_seed
 from polymodal.training.pairs.data import PairFeed, PairSteps, Plan
 from polymodal.training.pairs.step import pair_gradients
-from polymodal.training.samples import ahead
 from polymodal.training.tally import Sums
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ import torch
 
 from polymodal.representation.cached import cached_backward
 from polymodal.representation.gather import gather, gather_with_grad
-from polymodal.representation.pair import METRIC, Embedded, Everyone, PairBatch, PairModel, frozen
+from polymodal.representation.pair import METRIC, Embedded, Everyone, PairBatch, PairModel
+from polymodal.utils.modules import frozen
 
 Terms = dict[str, torch.Tensor]
 Autocast = Callable[[], AbstractContextManager[Any]]

@@ -13,10 +13,9 @@ import torch
 
 from polymodal.errors import ConfigError
 from polymodal.representation.notes import NOTES
-from polymodal.representation.pair import PairModel, frozen
+from polymodal.representation.pair import PairModel
 from polymodal.training import policy
 from polymodal.training.curves import draw_curves
-from polymodal.training.log import say
 from polymodal.training.pairs.data import PairFeed, PairSteps
 from polymodal.training.pairs.engine import PairEngine
 from polymodal.training.pairs.evaluate import PairEvaluation
@@ -29,9 +28,11 @@ from polymodal.training.pairs.teacher import Teacher, add_distiller, load_teache
 from polymodal.training.recipe import RuleConfig
 from polymodal.training.report import write_report
 from polymodal.training.resume import find_checkpoint
-from polymodal.training.samples import Order
+from polymodal.training.steps import Order
 from polymodal.training.train_recipe import begin_logs, finished_before, make_folder, take_steps
 from polymodal.training.world import World, clear_loss_of_peers, join_world
+from polymodal.utils.modules import frozen
+from polymodal.utils.progress import say
 
 MEASURED = 512
 """Pictures from which a tower's channels are measured."""

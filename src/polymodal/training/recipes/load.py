@@ -1,0 +1,176 @@
+"""Recipe files: read, overridden with `section.key=value`, written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pydantic import BaseModel
+
+from polymodal.config import parse_config
+from polymodal.errors import ConfigError, unknown_name
+from polymodal.training.recipes.sft import Recipe
+
+if TYPE_CHECKING:
+    from polymodal.training.pairs.recipe import PairRecipe
+
+
+AnyRecipe: TypeAlias = "Recipe | PairRecipe"
+"""A stage of a language model, or one that learns from pairs."""
+
+
+def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
+    """Read the recipe of a language model's stage.
+
+    Args:
+        path: The YAML file.
+        overrides: `section.key=value` strings; the value is read as YAML.
+
+    Returns:
+        The recipe, checked.
+
+    Raises:
+        ConfigError: The file is missing or no YAML, a key is unknown, a value is wrong, or it is a pair recipe.
+    """
+    recipe = load_any_recipe(path, overrides)
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"{path}: is a pair recipe (it has an `objective`), which only `polymodal train` runs")
+    return recipe
+
+
+def load_any_recipe(path: Path | str, overrides: list[str] | None = None) -> AnyRecipe:
+    """Read a recipe of either kind; see `load_recipe`.
+
+    Args:
+        path: The YAML file.
+        overrides: `section.key=value` strings; the value is read as YAML.
+
+    Returns:
+        The recipe, checked: a `PairRecipe` where it has an `objective`.
+
+    Raises:
+        ConfigError: The file is missing or no YAML, a key is unknown, or a value is wrong.
+    """
+    data = read_yaml(Path(path))
+    where = str(path)
+    for override in overrides or []:
+        apply_override(data, override, recipe_class(data))
+        where = f"{path} with {' '.join(overrides or [])}"
+    return parse_config(recipe_class(data), data, where)
+
+
+def recipe_class(data: Any) -> type[Recipe] | type[PairRecipe]:
+    """Which kind of recipe plain data are: an `objective` makes a pair recipe."""
+    if isinstance(data, dict) and "objective" in data:
+        from polymodal.training.pairs.recipe import PairRecipe
+
+        return PairRecipe
+    return Recipe
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file as plain data.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content; `1e-3` is a number.
+
+    Raises:
+        ConfigError: The file is missing or no YAML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"recipe {path}: not valid UTF-8 ({error.reason})") from error
+    return _yaml(text, str(path))
+
+
+def dump_recipe(recipe: AnyRecipe) -> str:
+    """Write a recipe as YAML, with every default spelled out; `load_any_recipe` reads it back unchanged."""
+    import yaml
+
+    plain = json.loads(recipe.model_dump_json(by_alias=True, exclude_none=True))
+    return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+def _yaml(text: str, where: str) -> Any:
+    """Parse YAML, with one-line errors; `1e-3` is a number here, as every recipe writes it."""
+    import yaml
+
+    try:
+        return _numbers(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _numbers(value: Any) -> Any:
+    # YAML 1.1 reads 1e-3 as text (it wants 1.0e-3); nobody who writes it means text.
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and "e" in value.lower() and value[:1] in "+-.0123456789":
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def apply_override(data: Any, override: str, schema: type[BaseModel] | None = None) -> None:
+    """Set one dotted key in plain data, in place.
+
+    Args:
+        data: As read from YAML.
+        override: `section.key=value`; the value is read as YAML.
+        schema: What the data are; a `Recipe` when None.
+
+    Raises:
+        ConfigError: It is not written so, or the key is unknown; names the nearest.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    value = _yaml(text, f"override {override!r}")
+    steps = key.split(".")
+    schema = schema or Recipe
+    here = data
+    for position, step in enumerate(steps):
+        last = position == len(steps) - 1
+        if isinstance(here, list):
+            if not step.isdigit() or int(step) >= len(here):
+                raise ConfigError(f"override {override!r}: {step!r} is no index into {len(here)} entries")
+            if last:
+                here[int(step)] = value
+            else:
+                here = here[int(step)]
+            continue
+        if not isinstance(here, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(steps[:position])} has no keys")
+        if schema is not None:
+            names = [field.alias or name for name, field in schema.model_fields.items()]
+            if step not in names and step not in schema.model_fields:
+                raise ConfigError(f"override {override!r}: {unknown_name('key', step, names)}")
+        schema = None if schema is None else _nested(schema, step)
+        if last:
+            here[step] = value
+        else:
+            if here.get(step) is None:
+                here[step] = {}
+            here = here[step]
+
+
+def _nested(schema: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The config class behind a key, where there is one."""
+    field = schema.model_fields.get(key)
+    if field is None:
+        return None
+    for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None

@@ -1,0 +1,120 @@
+"""Which samples make an optimizer step: the order of an epoch, and its cut into steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from polymodal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from polymodal.training.recipes.sft import BatchConfig
+
+
+class Steps:
+    """The samples of each optimizer step.
+
+    Args:
+        order: The endless sequence of sample indices.
+        lengths: [n] tokens of every sample.
+        batch: How large a step is.
+    """
+
+    def __init__(self, order: Order, lengths: np.ndarray, batch: BatchConfig) -> None:
+        self.order, self.lengths, self.batch = order, lengths, batch
+        self.per_epoch: float = order.epoch_size / batch.global_size
+        self._cuts: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        if batch.global_tokens is not None:
+            tokens = int(lengths[order.take(0, order.epoch_size)].sum())
+            self.per_epoch = min(max(1, round(tokens / batch.global_tokens)), order.epoch_size)
+
+    def total(self, epochs: float) -> int:
+        """Optimizer steps of a run."""
+        return max(1, round(epochs * self.per_epoch))
+
+    def indices(self, step: int) -> np.ndarray:
+        """The samples of one step, [G]."""
+        if self.batch.global_tokens is None:
+            size = self.batch.global_size
+            return self.order.take(step * size, size)
+        epoch, number = divmod(step, int(self.per_epoch))
+        start = epoch * self.order.epoch_size
+        if self._cuts[0] != epoch:
+            members = self.order.take(start, self.order.epoch_size)
+            self._cuts = (epoch, equal_cuts(self.lengths[members], int(self.per_epoch)))
+        first, last = self._cuts[1][number : number + 2]
+        return self.order.take(start + int(first), int(last - first))
+
+
+def equal_cuts(lengths: np.ndarray, count: int) -> np.ndarray:
+    """Cut a sequence of samples into parts of about equally many tokens.
+
+    Args:
+        lengths: [n] tokens, in order.
+        count: Parts, at most n.
+
+    Returns:
+        [count + 1] positions, from 0 to n, strictly increasing.
+    """
+    ends = np.cumsum(lengths)
+    marks = ends[-1] * np.arange(1, count) / count
+    inner = np.searchsorted(ends - lengths / 2, marks)
+    # A very long sample may lie over several marks: every part keeps at least one sample.
+    steps = np.arange(1, count)
+    inner = np.maximum.accumulate(np.maximum(inner, 1) - steps) + steps
+    inner = np.minimum(inner, len(lengths) - count + steps)
+    return np.concatenate(([0], inner, [len(lengths)])).astype(np.int64)
+
+
+def epoch_order(sources: Sequence[tuple[range, float]], seed: int, epoch: int) -> np.ndarray:
+    """The order of one epoch.
+
+    Args:
+        sources: Range of indices and repeat of each data file.
+        seed: The run's.
+        epoch: Counted from 0.
+
+    Returns:
+        [n] sample indices; n is the same in every epoch.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    parts = []
+    for indices, repeat in sources:
+        count = round(len(indices) * repeat)
+        whole, rest = divmod(count, max(1, len(indices)))
+        members = np.arange(indices.start, indices.stop)
+        parts += [members] * whole + [rng.permutation(members)[:rest]]
+    order = np.concatenate(parts)
+    rng.shuffle(order)
+    return order
+
+
+class Order:
+    """The endless sequence of sample indices, epoch after epoch.
+
+    Args:
+        sources: As in `epoch_order`.
+        seed: The run's.
+    """
+
+    def __init__(self, sources: Sequence[tuple[range, float]], seed: int) -> None:
+        self.sources = sources
+        self.seed = seed
+        self.epoch_size = len(epoch_order(sources, seed, 0))
+        if self.epoch_size == 0:
+            raise ConfigError("data.mix: `repeat` is so small that an epoch has no record")
+        self._cached: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """Indices at positions start .. start + count - 1; an epoch's end is not padded or dropped."""
+        found = []
+        while count > 0:
+            epoch, offset = divmod(start, self.epoch_size)
+            if self._cached[0] != epoch:
+                self._cached = (epoch, epoch_order(self.sources, self.seed, epoch))
+            part = self._cached[1][offset : offset + count]
+            found.append(part)
+            start, count = start + len(part), count - len(part)
+        return np.concatenate(found)

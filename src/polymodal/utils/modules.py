@@ -1,0 +1,47 @@
+"""Small helpers for torch modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Switch dropout and running statistics off for a while, then put every part back into the mode it was in.
+
+    Args:
+        module: Whose mode changes.
+
+    Yields:
+        Nothing.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a network: the children of its longest module lists of one class.
+
+    Args:
+        module: A language model or a tower.
+
+    Returns:
+        The layers; none where the network has no list of equal layers.
+    """
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part) > 1]
+    inside = {id(inner) for part in lists for layer in part for inner in layer.modules() if inner is not layer}
+    return [layer for part in lists if id(part) not in inside and len({type(x) for x in part}) == 1 for layer in part]
+
+
+def frozen(module: torch.nn.Module) -> bool:
+    """Whether no parameter of a module is trained."""
+    return not any(parameter.requires_grad for parameter in module.parameters())
