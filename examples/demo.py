@@ -11,8 +11,8 @@ from pathlib import Path
 import polymodal
 from polymodal import Image, PolymodalError, user
 from polymodal.media.image import open_image
-from polymodal.processing.tiles import tile_pictures
-from polymodal.processing.view_picture import draw_plan
+from polymodal.processing.image_transform import tile_pictures
+from polymodal.viewer.draw import draw_plan
 
 HERE = Path(__file__).resolve().parent
 SEEN = Path("runs") / "demo" / "seen.png"

@@ -9,10 +9,10 @@ import sys
 from typing import Any
 
 from polymodal.config import ImageConfig
-from polymodal.geometry import Size, plan_image
 from polymodal.media.image import open_image
-from polymodal.processing.tiles import tile_pictures
-from polymodal.processing.view_picture import draw_plan, stack
+from polymodal.media_plan import Size, plan_image
+from polymodal.processing.image_transform import tile_pictures
+from polymodal.viewer.draw import draw_plan, stack
 
 COMMON: dict[str, Any] = {"tile_size": (336, 336), "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 RULES = {

@@ -182,8 +182,8 @@ def tiny_model_folder(tiny_model_config: ModelConfig, tmp_path_factory: pytest.T
     """A whole model folder of ours that carries all its weights; copy it before you change it."""
     import torch
 
-    from polymodal.checkpoints.folder import save_model
-    from polymodal.compose import build_model
+    from polymodal.checkpoints.model_folder import save_model
+    from polymodal.modeling.build import build_model
 
     torch.manual_seed(2)
     model, tokenizer = build_model(tiny_model_config)

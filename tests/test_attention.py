@@ -9,12 +9,12 @@ import pytest
 import torch
 import transformers
 
-from polymodal import attention
-from polymodal.attention import MASK, POSITIONS, SEGMENTS, Segments, segment_attention, segment_mask
 from polymodal.errors import ConfigError
-from polymodal.model import MultimodalLM
+from polymodal.modeling import packed_attention as attention
+from polymodal.modeling.packed_attention import MASK, POSITIONS, SEGMENTS, Segments, segment_attention, segment_mask
+from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.batch import collate, collate_packed
-from polymodal.processing.sample import Sample
+from polymodal.processing.collate import Sample
 
 VOCAB = 61
 COMMON: dict[str, Any] = {

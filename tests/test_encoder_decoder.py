@@ -15,21 +15,21 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 
 from polymodal.backends import load_processor
 from polymodal.backends.local import LocalBackend
-from polymodal.checkpoints.folder import load_model, read_config, save_model
-from polymodal.compose import build_model
+from polymodal.checkpoints.model_folder import load_model, read_config, save_model
 from polymodal.config import LLMConfig, ModelConfig, ProjectorConfig, TemplateConfig
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
-from polymodal.geometry import Size
-from polymodal.llm import decoder_start_id, layer_counts, load_llm
-from polymodal.loss import knows_head
+from polymodal.media_plan import Size
 from polymodal.messages import Message, assistant, user
-from polymodal.model import MultimodalLM
+from polymodal.modeling.build import build_model
+from polymodal.modeling.language_model import decoder_start_id, layer_counts, load_llm
+from polymodal.modeling.projectors import build_projector
+from polymodal.modeling.token_loss import knows_head
+from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.batch import collate
+from polymodal.processing.collate import Sample
 from polymodal.processing.processor import Processor, last_run
-from polymodal.processing.sample import Sample
-from polymodal.projectors import build_projector
 
 SIZES: dict[str, Any] = {"vocab_size": 40, "d_model": 16}
 T5: dict[str, Any] = {"d_kv": 4, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
@@ -181,7 +181,7 @@ def test_layers_are_counted_on_both_sides() -> None:
 def test_media_and_earlier_answers_are_the_encoders() -> None:
     """Placeholders are replaced where the encoder reads; the gradient reaches the projector through it."""
     from polymodal.config import ImageConfig
-    from polymodal.geometry import plan_image
+    from polymodal.media_plan import plan_image
 
     llm = make_llm("t5")
     projector: Any = build_projector(ProjectorConfig(mm_projector_type="linear"), 6, Size(1, 3), 16)

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
 from polymodal.errors import ConfigError
-from polymodal.loss import chunk_rows, chunked_losses, fits, knows_head, token_losses
-from polymodal.model import MultimodalLM
+from polymodal.modeling.token_loss import chunk_rows, chunked_losses, fits, knows_head, token_losses
+from polymodal.modeling.vlm import MultimodalLM
 
 VOCAB = 53
 SHAPE: dict[str, Any] = {

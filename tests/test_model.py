@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from polymodal.config import ImageConfig, ProjectorConfig
-from polymodal.encoders.hf_vision import HFVisionEncoder
 from polymodal.errors import PolymodalError
-from polymodal.geometry import Size, plan_image
-from polymodal.model import MultimodalLM, lay_out, merge_media
-from polymodal.projectors import build_projector
+from polymodal.media_plan import Size, plan_image
+from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
+from polymodal.modeling.projectors import build_projector
+from polymodal.modeling.vlm import MultimodalLM, lay_out, merge_media
 
 VOCAB, WIDTH, IMAGE_ID = 64, 24, 64
 IMAGE = ImageConfig(

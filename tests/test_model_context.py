@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from polymodal.checkpoints.folder import _hash, load_model, save_model
-from polymodal.compose import build_model, check_merge
+from polymodal.checkpoints.model_folder import _hash, load_model, save_model
 from polymodal.config import ModelConfig, ProjectorConfig
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
-from polymodal.geometry import ImagePlan, Size, plan_image
-from polymodal.model import MultimodalLM
+from polymodal.media_plan import ImagePlan, Size, plan_image
+from polymodal.modeling.build import build_model, check_merge
+from polymodal.modeling.vlm import MultimodalLM
 
 QFORMER: dict[str, Any] = {
     "num_query_tokens": 3, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -36,7 +36,7 @@ def model(tiny_model_config: ModelConfig) -> MultimodalLM:
 @pytest.fixture
 def reading(model: MultimodalLM) -> MultimodalLM:
     """The same with a text path; its tokenizer is no matter here."""
-    from polymodal.projectors import build_projector
+    from polymodal.modeling.projectors import build_projector
 
     torch.manual_seed(0)
     settings = ProjectorConfig(mm_projector_type="qformer", qformer={**QFORMER, "text_context": True})

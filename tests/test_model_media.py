@@ -11,18 +11,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from polymodal.compose import build_model
 from polymodal.config import ImageConfig, ModelConfig, ProjectorConfig
-from polymodal.encoders.hf_vision import HFVisionEncoder
 from polymodal.errors import PolymodalError
-from polymodal.geometry import Size, plan_image
+from polymodal.media_plan import Size, plan_image
 from polymodal.messages import Image, user
-from polymodal.model import MultimodalLM
+from polymodal.modeling.build import build_model
+from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
+from polymodal.modeling.projectors import build_projector
+from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.batch import collate, collate_packed
+from polymodal.processing.collate import Sample, Slot
+from polymodal.processing.image_transform import normalise
 from polymodal.processing.processor import Processor
-from polymodal.processing.sample import Sample, Slot
-from polymodal.processing.tiles import normalise
-from polymodal.projectors import build_projector
 
 IMAGE = ImageConfig(
     image_aspect_ratio="squash", tile_size=(28, 28), image_mean=(0.48, 0.46, 0.41), image_std=(0.27, 0.26, 0.28)

@@ -11,16 +11,16 @@ from torch import nn
 
 from polymodal.backends import load
 from polymodal.backends.local import LocalBackend
-from polymodal.checkpoints.folder import load_model, save_model
+from polymodal.checkpoints.model_folder import load_model, save_model
 from polymodal.cli import main
-from polymodal.compose import build_model
 from polymodal.config import LLMConfig, ModelConfig
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.generation.params import GenerationParams
-from polymodal.llm import load_llm
 from polymodal.messages import Image, Message, user
-from polymodal.processing.batch import collate
-from polymodal.quantize import (
+from polymodal.modeling.build import build_model
+from polymodal.modeling.language_model import load_llm
+from polymodal.modeling.lora import merge_adapter
+from polymodal.modeling.quantization import (
     FEW_ROWS,
     STEP,
     Int8Linear,
@@ -32,7 +32,7 @@ from polymodal.quantize import (
     quantize_published,
     quantize_weight,
 )
-from polymodal.training.adapters import merge_adapter
+from polymodal.processing.batch import collate
 
 SHAPES = [(1, 1), (7, 5), (33, 1), (1, 17), (16, 15), (3, 4097), (65, 64)]
 PARAMS = GenerationParams(max_new_tokens=4)
@@ -200,7 +200,7 @@ def test_a_quantised_model_answers_and_its_logits_are_near(tiny_model_folder: Pa
 
 def test_a_merged_adapter_becomes_part_of_the_weights(tiny_model_config: ModelConfig) -> None:
     from polymodal.config import LoraRecipe
-    from polymodal.training.adapters import add_adapters
+    from polymodal.modeling.lora import add_adapters
 
     torch.manual_seed(0)
     model, _ = build_model(tiny_model_config)

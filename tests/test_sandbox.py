@@ -13,10 +13,10 @@ import pytest
 
 from polymodal.config import TemplateConfig
 from polymodal.errors import ConfigError, PolymodalError
-from polymodal.processing.template import ChatTemplate
-from polymodal.processing.template_presets import PRESETS
-from polymodal.sandbox import MAX_NODES, MAX_SOURCE, compile_template
-from polymodal.sandbox_size import MAX_VALUE, UnsafeTemplateError
+from polymodal.processing.chat_template.encode import ChatTemplate
+from polymodal.processing.chat_template.presets import PRESETS
+from polymodal.safety.jinja_limits import MAX_VALUE, UnsafeTemplateError
+from polymodal.safety.jinja_sandbox import MAX_NODES, MAX_SOURCE, compile_template
 
 CONVERSATION = [
     {"role": "system", "content": "Be kind."},

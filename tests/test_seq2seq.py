@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from polymodal.errors import PolymodalError
-from polymodal.seq2seq import IGNORE, move_left, split_rows, take
+from polymodal.modeling.seq2seq import IGNORE, move_left, split_rows, take
 
 START = 0
 

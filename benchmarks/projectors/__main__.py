@@ -136,8 +136,8 @@ def answer_losses(name: str, options: argparse.Namespace) -> None:
     import torch
 
     from polymodal.backends import load
-    from polymodal.data.records import load_records
-    from polymodal.evaluation.heldout import in_grey
+    from polymodal.data.load import load_records
+    from polymodal.evaluation.tasks.questions import in_grey
     from polymodal.processing.batch import collate
 
     target = options.output / name / "losses.json"
@@ -182,7 +182,7 @@ def first_token_times(folders: list[Path], runs: int) -> list[list[float]]:
 
 def row(name: str, options: argparse.Namespace, seconds: list[float]) -> dict[str, Any]:
     """The figures of one projector."""
-    from polymodal.checkpoints.folder import load_model
+    from polymodal.checkpoints.model_folder import load_model
 
     folder = options.output / name
     kinds = [

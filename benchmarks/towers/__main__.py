@@ -23,17 +23,17 @@ from typing import Any
 import torch
 
 from polymodal.config import ImageConfig, VisionConfig
-from polymodal.data.parallel import ahead
-from polymodal.encoders.efficientnet import PIXEL_MEAN, PIXEL_STD
-from polymodal.encoders.vision import build_vision_encoder
 from polymodal.errors import ConfigError, DataError, PolymodalError
-from polymodal.evaluation.metrics import mean_interval
-from polymodal.evaluation.probe import Labelled, knn, linear_probe
-from polymodal.files import shipped
-from polymodal.geometry import Size, plan_image
+from polymodal.evaluation.tasks.linear_probe import Labelled, knn, linear_probe
 from polymodal.media.image import open_image
-from polymodal.processing.presets import image_config_from_hf
-from polymodal.processing.tiles import make_tiles
+from polymodal.media_plan import Size, plan_image
+from polymodal.metrics.text import mean_interval
+from polymodal.modeling.encoders.efficientnet import PIXEL_MEAN, PIXEL_STD
+from polymodal.modeling.encoders.vision import build_vision_encoder
+from polymodal.processing.image_config_hf import image_config_from_hf
+from polymodal.processing.image_transform import make_tiles
+from polymodal.utils.files import shipped
+from polymodal.utils.threads import ahead
 
 EFFICIENTNET = "efficientnet_lite0"
 

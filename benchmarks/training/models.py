@@ -19,10 +19,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from benchmarks.training.setting import Shape
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig, TemplateConfig, VisionConfig
-from polymodal.encoders.hf_vision import HFVisionEncoder
-from polymodal.model import MultimodalLM
-from polymodal.projectors import build_projector
-from polymodal.training.parts import Parts
+from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
+from polymodal.modeling.projectors import build_projector
+from polymodal.modeling.vlm import MultimodalLM
+from polymodal.training.sft.task import Parts
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

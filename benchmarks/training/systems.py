@@ -154,8 +154,8 @@ def run_polymodal(job: Job, clock: Clock) -> None:
     """The real `train`, with a recipe as a user would write it."""
     from polymodal.config import parse_config
     from polymodal.training import train
-    from polymodal.training.log import read_log
     from polymodal.training.recipes.sft import Recipe
+    from polymodal.training.reporting.log import read_log
 
     shape = SHAPES[job.shape]
     parts = build_parts(shape, job.stage, job.seed)

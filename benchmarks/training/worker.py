@@ -18,7 +18,7 @@ def main(text: str) -> None:
     from benchmarks.training.setting import Job
     from benchmarks.training.systems import RUN
     from benchmarks.training.turns import Clock, Done
-    from polymodal.llm import quieten_transformers
+    from polymodal.modeling.language_model import quieten_transformers
 
     job = Job.parse(text)
     torch.set_num_threads(job.threads)

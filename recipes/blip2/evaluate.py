@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from polymodal.data.formats import Record
-    from polymodal.evaluation.heldout import Item
+    from polymodal.data.readers.conversations import Record
+    from polymodal.evaluation.tasks.questions import Item
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    from polymodal.data.records import load_records
-    from polymodal.files import write_text
-    from polymodal.llm import quieten_transformers
+    from polymodal.data.load import load_records
+    from polymodal.modeling.language_model import quieten_transformers
+    from polymodal.utils.files import write_text
 
     quieten_transformers()
     parser = argparse.ArgumentParser(description="Score a BLIP-2 run on held-out pairs.")
@@ -52,14 +52,14 @@ def look_up(folder: Path, records: Sequence[Record], nearest: int, group: int, d
     """Score stage 1; returns the lines of its tables and adds to the document."""
     import torch
 
-    from polymodal.evaluation.retrieval import pairs_of
-    from polymodal.geometry import Size, plan_image
+    from polymodal.evaluation.tasks.image_text_matching import matching_scores, open_gallery, retrieval_scores
+    from polymodal.evaluation.tasks.retrieval import pairs_of
     from polymodal.media.image import open_image
-    from polymodal.processing.tiles import tile_bytes
-    from polymodal.representation.blip2_folder import load_blip2
-    from polymodal.representation.blip2_scores import matching_scores, open_gallery, retrieval_scores
-    from polymodal.representation.retrieval import chance
-    from polymodal.representation.settings import ObjectiveConfig
+    from polymodal.media_plan import Size, plan_image
+    from polymodal.metrics.retrieval import chance
+    from polymodal.modeling.dual_encoders.blip2_stage1_folder import load_blip2
+    from polymodal.modeling.dual_encoders.config import ObjectiveConfig
+    from polymodal.processing.image_transform import tile_bytes
 
     model = load_blip2(str(folder), None, ObjectiveConfig(type="blip2")).eval()
     rules = model.image
@@ -97,7 +97,7 @@ def look_up(folder: Path, records: Sequence[Record], nearest: int, group: int, d
 def captions(folder: Path, records: Sequence[Record], document: dict[str, Any]) -> list[str]:
     """Let stage 2 caption; returns the lines of its table and adds to the document."""
     from polymodal.backends import load
-    from polymodal.evaluation.heldout import evaluate, summarise, table
+    from polymodal.evaluation.tasks.questions import evaluate, summarise, table
 
     asked = [
         replace(record, kind="caption", extra={**record.extra, "answers": record.extra.get("captions")})
@@ -116,7 +116,7 @@ def captions(folder: Path, records: Sequence[Record], document: dict[str, Any]) 
 
 def of_others(items: Sequence[Item], most: int = 50) -> float:
     """Mean score of the answers about other pictures, some `most` for each picture."""
-    from polymodal.evaluation.metrics import word_recall
+    from polymodal.metrics.text import word_recall
 
     count = len(items)
     steps = range(1, count, max(1, count // most))

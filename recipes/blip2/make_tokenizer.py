@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main(folder: Path, data: str | list[str], size: int = 8000) -> None:
-    from polymodal.data.records import load_records
+    from polymodal.data.load import load_records
     from polymodal.representation.wordpiece import train_wordpiece
 
     captions: list[str] = []

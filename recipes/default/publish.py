@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from polymodal.checkpoints.folder import load_model, save_model
+from polymodal.checkpoints.model_folder import load_model, save_model
 
 TARGET = Path(__file__).resolve().parents[2] / "src" / "polymodal" / "models" / "default"
 CARD = "MODEL_CARD.md"

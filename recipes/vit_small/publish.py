@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from polymodal.evaluation.embedder import Embedder, load_embedder
-from polymodal.files import atomic_folder, write_text
+from polymodal.modeling.dual_encoders.base import PairBatch
+from polymodal.modeling.dual_encoders.clip_siglip_hf import save_processor
 from polymodal.representation.notes import NOTES, read_notes
-from polymodal.representation.pair import PairBatch
-from polymodal.representation.stock import save_processor
+from polymodal.utils.files import atomic_folder, write_text
 
 TARGET = Path(__file__).resolve().parents[2] / "src" / "polymodal" / "models" / "vit_small"
 CARD = "MODEL_CARD.md"

@@ -19,12 +19,12 @@ from polymodal.messages import Audio, Document, Image, Message, Text, Video, ass
 
 if TYPE_CHECKING:
     from polymodal.backends import load
+    from polymodal.backends.base import Reply
     from polymodal.backends.local import LocalBackend
-    from polymodal.backends.protocol import Reply
-    from polymodal.compose import build_model
     from polymodal.config import ModelConfig
     from polymodal.generation.params import GenerationParams
-    from polymodal.model import MultimodalLM
+    from polymodal.modeling.build import build_model
+    from polymodal.modeling.vlm import MultimodalLM
     from polymodal.processing.processor import Processor
 
 __version__ = "0.1.0"
@@ -32,11 +32,11 @@ __version__ = "0.1.0"
 _LAZY = {
     "load": "polymodal.backends",
     "LocalBackend": "polymodal.backends.local",
-    "Reply": "polymodal.backends.protocol",
+    "Reply": "polymodal.backends.base",
     "ModelConfig": "polymodal.config",
     "GenerationParams": "polymodal.generation.params",
-    "MultimodalLM": "polymodal.model",
-    "build_model": "polymodal.model",
+    "MultimodalLM": "polymodal.modeling.vlm",
+    "build_model": "polymodal.modeling.vlm",
     "Processor": "polymodal.processing.processor",
 }
 

@@ -30,7 +30,7 @@ class VisionConfig(Strict):
 
     Attributes:
         vision_tower: A folder, a hub id, or "bundled" for weights that lie in the model's own folder.
-        type: The encoder family; a key of `encoders.vision.VISION_ENCODERS`.
+        type: The encoder family; a key of `modeling.encoders.vision.VISION_ENCODERS`.
         revision: The pinned revision of a hub id.
         mm_vision_select_layer: Which hidden state is used (-1 the last, -2 the one before, as LLaVA counts); several
             are concatenated along the channels.
@@ -62,7 +62,7 @@ class ImageConfig(Strict):
         resize_short_side: For "crop": the short side before cropping; the tile's short side when None.
         image_grid_pinpoints: For "anyres": the canvases allowed, (height, width) in pixels.
         anyres_max: For "anyres": LLaVA-OneVision's anyres_max_N; grids with more tokens than N tiles are shrunk.
-        mm_patch_merge_type: For "anyres": see `geometry.ImagePlan.merge`.
+        mm_patch_merge_type: For "anyres": see `media_plan.ImagePlan.merge`.
         several_pictures: For "anyres", in a conversation with more than one picture: "alike" cuts each as if it were
             alone; "pad" pads each to a square and makes it one tile, with one newline token behind it, as
             LLaVA-OneVision does.
@@ -96,7 +96,7 @@ class ImageConfig(Strict):
 
 
 class TemporalAttentionConfig(Strict):
-    """Attention along time; `encoders.temporal.TemporalAttention`.
+    """Attention along time; `modeling.encoders.video_temporal.TemporalAttention`.
 
     Attributes:
         hidden_size: Its width; the encoder's where None.
@@ -124,11 +124,11 @@ class TemporalAttentionConfig(Strict):
 
 
 class TemporalConfig(Strict):
-    """How a video's frames are looked at together, before the projector; see `encoders.temporal.build_temporal`.
+    """How a video's frames are looked at together, before the projector; see `modeling.encoders.video_temporal.build_temporal`.
 
     Attributes:
         type: "mean" over frames, "attention" along time, or "spatio_temporal_pool"; a key of
-            `encoders.temporal.TEMPORAL_ENCODERS`.
+            `modeling.encoders.video_temporal.TEMPORAL_ENCODERS`.
         attention: Settings of "attention"; its defaults where None.
         stride: Of "spatio_temporal_pool": frames, rows and columns of a block; (2, 2, 2) where None.
     """
@@ -153,7 +153,7 @@ class TemporalConfig(Strict):
 
 
 class QFormerConfig(Strict):
-    """BLIP-2's Q-Former: a BERT whose learned queries look at the picture; `projectors.qformer`. Defaults as published.
+    """BLIP-2's Q-Former: a BERT whose learned queries look at the picture; `modeling.projectors.qformer`. Defaults as published.
 
     Attributes:
         num_query_tokens: Q, the tokens of one tile.
@@ -211,7 +211,7 @@ class QFormerConfig(Strict):
 
 
 class ResamplerConfig(Strict):
-    """Flamingo's Perceiver resampler; `projectors.resampler`.
+    """Flamingo's Perceiver resampler; `modeling.projectors.resampler`.
 
     Attributes:
         num_query_tokens: Q, the tokens of one tile.
@@ -231,7 +231,7 @@ class ResamplerConfig(Strict):
 
 
 class AbstractorConfig(Strict):
-    """Honeybee's C-Abstractor; `projectors.abstractor`.
+    """Honeybee's C-Abstractor; `modeling.projectors.abstractor`.
 
     Attributes:
         num_query_tokens: Q, the tokens of one tile; a square number.
@@ -331,7 +331,7 @@ class TemplateConfig(Strict):
     """How a conversation becomes one string of tokens.
 
     Attributes:
-        chat_template: A preset of `processing.template.PRESETS` ("chatml", "llama2", "llama3", "mistral", "vicuna",
+        chat_template: A preset of `processing.chat_template.encode.PRESETS` ("chatml", "llama2", "llama3", "mistral", "vicuna",
             "t5", "plain"), "tokenizer" for the tokenizer's own, or jinja text.
         default_system: The system message where a conversation has none; None means no system turn.
         image_newline_text: Text after a picture, as LLaVA's "<image>\\n"; empty for none.

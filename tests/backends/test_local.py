@@ -8,8 +8,8 @@ import pytest
 from PIL import Image as PILImage
 
 from polymodal.backends import load
+from polymodal.backends.base import Reply, TextDelta
 from polymodal.backends.local import LocalBackend
-from polymodal.backends.protocol import Reply, TextDelta
 from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Audio, Image, assistant, system, user

@@ -11,7 +11,7 @@ from polymodal.backends import load
 from polymodal.backends.local import LocalBackend
 from polymodal.backends.transformers import TransformersBackend
 from polymodal.generation.params import GenerationParams
-from polymodal.quantize import Int8Linear
+from polymodal.modeling.quantization import Int8Linear
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llava_next", LocalBackend), ("smolvlm", TransformersBackend)])

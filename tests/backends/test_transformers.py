@@ -18,12 +18,12 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 
 from polymodal.backends import load
-from polymodal.backends.protocol import Reply, TextDelta
+from polymodal.backends.base import Reply, TextDelta
 from polymodal.backends.transformers import TransformersBackend, open_transformers
 from polymodal.backends.transformers.folder import open_processor
-from polymodal.data.formats import Record
+from polymodal.data.readers.conversations import Record
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
-from polymodal.evaluation.heldout import evaluate
+from polymodal.evaluation.tasks.questions import evaluate
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Audio, Image, Message, assistant, system, user
 

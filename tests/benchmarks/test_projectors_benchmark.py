@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.projectors.__main__ import PROJECTORS, RECIPES, main, table
-from polymodal.geometry import Size
-from polymodal.projectors import build_projector
+from polymodal.media_plan import Size
+from polymodal.modeling.projectors import build_projector
 from polymodal.training.recipes.load import load_recipe
 
 CHANNELS, WIDTH = 1888, 576

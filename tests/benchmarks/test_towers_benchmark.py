@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from polymodal.data.pairs import build_pairs
+from recipes.default.dataset.pairs import build_pairs
 
 
 @pytest.fixture(autouse=True)

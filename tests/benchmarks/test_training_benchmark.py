@@ -36,7 +36,7 @@ def rows_of(folder: Path, stage: int) -> list[dict[str, Any]]:
 def our_samples(folder: Path, stage: int) -> tuple[Any, list[Any]]:
     from benchmarks.training.models import build_parts
     from benchmarks.training.setting import SHAPES
-    from polymodal.data.records import load_records
+    from polymodal.data.load import load_records
     from polymodal.processing.processor import Processor
 
     parts = build_parts(SHAPES["tiny"], stage, seed=0)
@@ -118,8 +118,8 @@ def test_the_formula_counts_what_torch_counts(tmp_path: Path, stage: int) -> Non
     from benchmarks.training.speed import model_flops
     from polymodal.config import LoraRecipe
     from polymodal.processing.batch import collate
-    from polymodal.training import policy
-    from polymodal.training.recipe import OptimConfig, RuleConfig
+    from polymodal.training import optimizer as policy
+    from polymodal.training.recipes.sections import OptimConfig, RuleConfig
 
     shape = SHAPES["tiny"]
     rows_of(tmp_path, stage)

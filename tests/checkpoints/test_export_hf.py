@@ -17,15 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from polymodal.checkpoints.folder import Loaded, load_model, save_model
+from polymodal.checkpoints.model_folder import Loaded, load_model, save_model
 from polymodal.checkpoints.shards import write_shards
-from polymodal.compose import build_model
 from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError, PolymodalError
-from polymodal.exchange import hf_export
-from polymodal.exchange.hf_export import export_hf
-from polymodal.exchange.parity import verify_export
-from polymodal.exchange.parity_case import Check, Comparison
+from polymodal.interop.huggingface import export as hf_export
+from polymodal.interop.huggingface.export import export_hf
+from polymodal.modeling.build import build_model
+from polymodal.verify.compare import verify_export
+from polymodal.verify.side_by_side import Check, Comparison
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "llava_clip_llama_keys.txt"
 
@@ -125,8 +125,8 @@ def test_other_language_models(
 def test_the_default_model_says_why_not(tmp_path: Path, loaded: Loaded) -> None:
     """An EfficientNet has no class in transformers; neither has a projector that is wider than the language model."""
     from polymodal.checkpoints.export_reasons import reasons_against, stock_family
-    from polymodal.checkpoints.folder import read_config
-    from polymodal.files import shipped_folder
+    from polymodal.checkpoints.model_folder import read_config
+    from polymodal.utils.files import shipped_folder
 
     config = read_config(shipped_folder() / "default")
     assert config.vision is not None
@@ -212,7 +212,7 @@ def test_licences_travel(loaded: Loaded, tmp_path: Path) -> None:
 @pytest.fixture
 def adapted(tiny_model_config: ModelConfig) -> Loaded:
     from polymodal.config import LoraRecipe
-    from polymodal.training.adapters import add_adapters
+    from polymodal.modeling.lora import add_adapters
 
     made = build(tiny_model_config)
     add_adapters(made.model, LoraRecipe(lora_r=2, lora_alpha=4))
@@ -250,7 +250,7 @@ def test_an_adapter_is_merged_or_kept(adapted: Loaded, tmp_path: Path) -> None:
 
 def test_trained_rows_cannot_be_kept_apart(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
     from polymodal.config import LoraRecipe
-    from polymodal.training.adapters import add_adapters
+    from polymodal.modeling.lora import add_adapters
 
     made = build(tiny_model_config)
     add_adapters(made.model, LoraRecipe(lora_r=2, trainable_tokens=(5, 9)), made.tokenizer)

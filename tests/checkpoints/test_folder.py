@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polymodal.backends import load
-from polymodal.checkpoints.folder import _hash, load_model, save_model
-from polymodal.compose import build_model
+from polymodal.checkpoints.model_folder import _hash, load_model, save_model
 from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError, PolymodalError
+from polymodal.modeling.build import build_model
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_an_adapter_travels_with_the_model(
     tiny_model_config: ModelConfig, tmp_path: Path, picture_folder: Path
 ) -> None:
     from polymodal.config import LoraRecipe
-    from polymodal.training.adapters import add_adapters
+    from polymodal.modeling.lora import add_adapters
 
     torch.manual_seed(0)
     model, tokenizer = build_model(tiny_model_config)
@@ -63,7 +63,7 @@ def test_an_adapter_travels_with_the_model(
     assert ours.keys() == theirs.keys() and any("lora_B" in name for name in ours)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     # For use the adapter is merged: the same logits with fewer steps. Saved again, it is what it was.
-    from polymodal.training.adapters import merge_adapter
+    from polymodal.modeling.lora import merge_adapter
 
     ids = torch.arange(12)[None]
     with torch.inference_mode():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from polymodal.checkpoints.hf.names import RULES, Place, to_ours, to_stock
 from polymodal.errors import ConfigError
+from polymodal.interop.huggingface.weight_names import RULES, Place, to_ours, to_stock
 
 LLAVA = [
     ("llm", "model.embed_tokens.weight", "language_model.model.embed_tokens.weight"),

@@ -25,15 +25,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from polymodal.backends import load
-from polymodal.checkpoints.folder import load_model
-from polymodal.checkpoints.header import read_header
-from polymodal.checkpoints.safe import check_folder, check_template
-from polymodal.checkpoints.safe_config import read_json
-from polymodal.checkpoints.tensors import check_finite, compare_tensors
+from polymodal.checkpoints.model_folder import load_model
 from polymodal.config import LLMConfig, VisionConfig
-from polymodal.encoders.vision import build_vision_encoder
 from polymodal.errors import CheckpointError
-from polymodal.llm import load_llm, load_tokenizer
+from polymodal.modeling.encoders.vision import build_vision_encoder
+from polymodal.modeling.language_model import load_llm, load_tokenizer
+from polymodal.safety.config_json import read_json
+from polymodal.safety.model_folder import check_folder, check_template
+from polymodal.safety.safetensors_header import read_header
+from polymodal.utils.safetensors_io import check_finite, compare_tensors
 
 MARKER = "code_was_run"
 MODEL = "model.safetensors"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from polymodal.backends import load
-from polymodal.checkpoints.folder import read_config
+from polymodal.checkpoints.model_folder import read_config
 from polymodal.cli import main
 
 

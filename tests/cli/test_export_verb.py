@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from polymodal.backends import load
 from polymodal.cli import main
-from polymodal.compose import build_model
 from polymodal.config import ModelConfig
+from polymodal.modeling.build import build_model
 
 
 def test_a_stock_folder_with_its_proof(
@@ -51,7 +51,7 @@ def test_a_stock_folder_with_its_proof(
 def test_a_failed_proof_is_status_1(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from polymodal.exchange import hf_export
+    from polymodal.interop.huggingface import export as hf_export
 
     wrong = {**hf_export.RESAMPLE_FILTERS, "bicubic": 2}  # as if the resize rule were written wrongly
     monkeypatch.setattr(hf_export, "RESAMPLE_FILTERS", wrong)
@@ -61,9 +61,9 @@ def test_a_failed_proof_is_status_1(
 
 
 def test_one_folder_of_ours(tiny_model_config: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from polymodal.checkpoints.folder import load_model, save_model
+    from polymodal.checkpoints.model_folder import load_model, save_model
     from polymodal.config import LoraRecipe
-    from polymodal.training.adapters import add_adapters
+    from polymodal.modeling.lora import add_adapters
 
     torch.manual_seed(0)
     model, tokenizer = build_model(tiny_model_config)
@@ -112,7 +112,7 @@ def test_mistakes_are_one_line(
 def test_reasons_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_config: ModelConfig
 ) -> None:
-    from polymodal.checkpoints.folder import save_model
+    from polymodal.checkpoints.model_folder import save_model
 
     document = tiny_model_config.model_dump()
     document["projector"] = {"mm_projector_type": "linear"}

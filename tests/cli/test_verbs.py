@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from polymodal import cli
-from polymodal.backends.protocol import Reply, TextDelta, Timing, Usage
+from polymodal.backends.base import Reply, TextDelta, Timing, Usage
 from polymodal.cli import chat, common, main
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Message, assistant
@@ -155,7 +155,7 @@ def test_env(capsys: pytest.CaptureFixture[str], private_cache: Path) -> None:
 
 
 def test_fetch_has_nothing_to_do_where_the_model_is(private_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from polymodal.checkpoints.smollm2 import converted_folder
+    from polymodal.modeling.default_llm import converted_folder
 
     folder = converted_folder()
     folder.mkdir(parents=True)
@@ -167,8 +167,8 @@ def test_fetch_has_nothing_to_do_where_the_model_is(private_cache: Path, capsys:
 def test_fetch_says_why_it_failed(
     private_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from polymodal.checkpoints import smollm2
     from polymodal.cli import fetch
+    from polymodal.modeling import default_llm as smollm2
 
     monkeypatch.setattr(smollm2, "packaged_gguf", lambda: None)
     monkeypatch.setattr(fetch, "_from_package", lambda: "no such package")
@@ -180,8 +180,8 @@ def test_fetch_says_why_it_failed(
 
 
 def test_the_error_names_the_command_that_fetches(private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from polymodal.checkpoints import smollm2
     from polymodal.errors import CheckpointError
+    from polymodal.modeling import default_llm as smollm2
 
     monkeypatch.setattr(smollm2, "packaged_gguf", lambda: None)
     with pytest.raises(CheckpointError, match="`polymodal fetch`"):

@@ -12,12 +12,12 @@ import transformers
 from torch import nn
 
 from polymodal.config import ProjectorConfig, VisionConfig
-from polymodal.encoders.efficientnet import EfficientNetLite0, save_efficientnet_lite0
-from polymodal.encoders.hf_vision import FAMILIES
-from polymodal.encoders.vision import VISION_ENCODERS, build_vision_encoder
 from polymodal.errors import ConfigError
-from polymodal.geometry import Size
-from polymodal.projectors import PROJECTORS, build_projector
+from polymodal.media_plan import Size
+from polymodal.modeling.encoders.efficientnet import EfficientNetLite0, save_efficientnet_lite0
+from polymodal.modeling.encoders.hf_vision import FAMILIES
+from polymodal.modeling.encoders.vision import VISION_ENCODERS, build_vision_encoder
+from polymodal.modeling.projectors import PROJECTORS, build_projector
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SQUARE = {"image_size": 28, "patch_size": 7}

@@ -17,14 +17,14 @@ import pytest
 import torch
 import yaml
 
-from polymodal.checkpoints.folder import load_model
+from polymodal.checkpoints.model_folder import load_model
 from polymodal.cli import build_parser
 from polymodal.config import QFormerConfig
-from polymodal.representation.settings import Blip2ModelConfig
+from polymodal.modeling.dual_encoders.config import Blip2ModelConfig
+from polymodal.modeling.published_shapes import KNOWN_SHAPES
 from polymodal.training import Recipe, load_any_recipe, load_recipe, train
-from polymodal.training.known import KNOWN_SHAPES
-from polymodal.training.pairs.recipe import PairRecipe
-from polymodal.training.pipeline_file import TrainStage, is_pipeline, load_pipeline
+from polymodal.training.recipes.contrastive import PairRecipe
+from polymodal.training.recipes.pipeline import TrainStage, is_pipeline, load_pipeline
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"

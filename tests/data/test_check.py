@@ -11,9 +11,9 @@ import pytest
 
 from polymodal.backends import load_processor
 from polymodal.cli import main
-from polymodal.data.check import check_files
+from polymodal.data.check.check import check_files
 from polymodal.data.faults import FAULTS
-from polymodal.data.records import load_records
+from polymodal.data.load import load_records
 from polymodal.data.summary import Summary
 from polymodal.processing.processor import Processor
 
@@ -196,7 +196,7 @@ def test_the_verb_writes_a_page_that_loads_nothing(
 
 
 def test_text_of_the_data_cannot_become_markup(processor: Processor, tmp_path: Path) -> None:
-    from polymodal.data.report import to_html
+    from polymodal.data.check.report import to_html
 
     data = tmp_path / "rows.jsonl"
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)>"

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes.default.dataset import build_default, questions, scenes, words
+from recipes.default.dataset.plan import KINDS
+from recipes.default.dataset.questions import Scene, World
+from recipes.default.dataset.sources import Source, caption_noun, drawn_shapes, read_openclipart
 
-from polymodal.data.default import build_default, questions, scenes, words
-from polymodal.data.default.plan import KINDS
-from polymodal.data.default.questions import Scene, World
-from polymodal.data.default.sources import Source, caption_noun, drawn_shapes, read_openclipart
 from polymodal.errors import PolymodalError
 
 FILES = ["stage1.json", "stage2.json", "val.json", "heldout_photos.json"]
@@ -107,7 +107,7 @@ def test_val_answers_are_right_and_the_short_form_is_asked(tiny: Path) -> None:
 
 
 def test_yes_and_no_are_balanced(tmp_path: Path) -> None:
-    from polymodal.data.default import plan, sources
+    from recipes.default.dataset import plan, sources
 
     size = plan.Size({"shapes": 1}, 0, 0, 600, 20, 4, shapes_only=True)
     import random

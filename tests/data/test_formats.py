@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from polymodal.data.formats import read_llava, read_messages, read_openai, read_record
-from polymodal.data.records import load_records
+from polymodal.data.load import load_records
+from polymodal.data.readers.conversations import read_llava, read_messages, read_openai, read_record
 from polymodal.errors import DataError
 from polymodal.messages import Audio, Document, Image, Message, Text, Video, assistant, system, user
 

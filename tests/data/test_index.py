@@ -17,8 +17,8 @@ from polymodal.backends import load_processor
 from polymodal.data.arrays import GrowingArray, open_array
 from polymodal.data.index import Index, open_index
 from polymodal.data.index_build import Reading, identity
-from polymodal.data.lazy import Joined, Picked
-from polymodal.data.records import load_records
+from polymodal.data.lazy_sequence import Joined, Picked
+from polymodal.data.load import load_records
 from polymodal.errors import DataError, PolymodalError
 from polymodal.processing.processor import Processor
 

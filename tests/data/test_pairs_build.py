@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes.default.dataset import build_default, scenes, sources, words
+from recipes.default.dataset.generate import Gathered, Packages
+from recipes.default.dataset.pairs import build_pairs
+from recipes.default.dataset.pairs import plan as planning
+from recipes.default.dataset.pairs.captions import captions_of, confusable, full_caption, translations
+from recipes.default.dataset.plan import Composer
+from recipes.default.dataset.questions import Scene
+from recipes.default.dataset.sources import Source, drawn_shapes
 
 from polymodal.cli import main
-from polymodal.data.default import build_default, scenes, sources, words
-from polymodal.data.default.plan import Composer
-from polymodal.data.default.questions import Scene
-from polymodal.data.default.sources import Source, drawn_shapes
-from polymodal.data.default.workshop import Gathered, Packages
-from polymodal.data.pairs import build_pairs
-from polymodal.data.pairs import plan as planning
-from polymodal.data.pairs.captions import captions_of, confusable, full_caption, translations
-from polymodal.data.records import load_records
+from polymodal.data.load import load_records
 from polymodal.errors import DataError, PolymodalError
 
 
@@ -82,7 +82,7 @@ def test_held_out_as_the_default_data_set_holds_out(tiny: Path, tmp_path: Path) 
 
 def test_the_same_photographs_are_held_out(tmp_path: Path) -> None:
     """With photographs there is more to hold out than the drawn share: their whole groups."""
-    from polymodal.data.default import plan as default_plan
+    from recipes.default.dataset import plan as default_plan
 
     def stamp(noun: str, number: int) -> Source:
         return Source(
@@ -186,7 +186,7 @@ def test_no_two_held_out_scenes_can_be_confused() -> None:
 
 
 def test_zero_shot_tasks(tiny: Path) -> None:
-    from polymodal.evaluation.zero_shot import load_tasks
+    from polymodal.evaluation.tasks.zero_shot import load_tasks
 
     tasks = {task.name: task for task in load_tasks(tiny / "classes.json")}
     assert set(tasks) == {"names", "categories", "photos"}

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polymodal.data.formats import Record
+from polymodal.data.load import KINDS, iter_rows, load_records, record_from_json, record_to_json, row_record
 from polymodal.data.readers import json_stream
-from polymodal.data.readers.row import CAPTION, SHORT_ANSWER, best_answer
-from polymodal.data.readers.table import detect_format
-from polymodal.data.records import KINDS, iter_rows, load_records, record_from_json, record_to_json, row_record
+from polymodal.data.readers.base import CAPTION, SHORT_ANSWER, best_answer
+from polymodal.data.readers.conversations import Record
+from polymodal.data.readers.registry import detect_format
 from polymodal.errors import ConfigError, DataError
 from polymodal.messages import Audio, FileSlice, Image, Message, TableCell, Text, assistant, user
 

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from polymodal.data.readers.row import CAPTION
-from polymodal.data.readers.table import detect_format
-from polymodal.data.records import iter_rows, load_records, row_record
+from polymodal.data.load import iter_rows, load_records, row_record
+from polymodal.data.readers.base import CAPTION
+from polymodal.data.readers.registry import detect_format
 from polymodal.errors import DataError, MediaError
 from polymodal.media import table
 from polymodal.media.image import open_image

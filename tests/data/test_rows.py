@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from polymodal.data.rows import LINES, LIST, file_form, text_rows
+from polymodal.data.readers.json_lines import LINES, LIST, file_form, text_rows
 from polymodal.errors import DataError
 
 ROWS = [{"id": str(n), "conversations": [{"from": "human", "value": "a\u2028b {"}, {"from": "gpt"}]} for n in range(4)]

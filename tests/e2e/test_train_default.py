@@ -15,8 +15,8 @@ import pytest
 
 import polymodal
 from polymodal.cli import main
-from polymodal.data.records import load_records
-from polymodal.evaluation.heldout import evaluate, summarise
+from polymodal.data.load import load_records
+from polymodal.evaluation.tasks.questions import evaluate, summarise
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from polymodal.cli import main
-from polymodal.compose import build_model
 from polymodal.config import ModelConfig, VisionConfig
-from polymodal.encoders.vision import build_vision_encoder
 from polymodal.evaluation.embedder import Embedder, load_embedder
-from polymodal.files import shipped, shipped_folder
+from polymodal.modeling.build import build_model
+from polymodal.modeling.encoders.vision import build_vision_encoder
+from polymodal.utils.files import shipped, shipped_folder
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 NAMES = {

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from polymodal.encoders.efficientnet import (
+from polymodal.errors import PolymodalError
+from polymodal.media_plan import Size
+from polymodal.modeling.encoders.efficientnet import (
     FEATURES,
     PIXEL_MEAN,
     PIXEL_STD,
@@ -22,8 +24,6 @@ from polymodal.encoders.efficientnet import (
     load_efficientnet_lite0,
     save_efficientnet_lite0,
 )
-from polymodal.errors import PolymodalError
-from polymodal.geometry import Size
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from polymodal.config import TemporalAttentionConfig, TemporalConfig, parse_config
-from polymodal.encoders.temporal import TEMPORAL_ENCODERS, TimeEmbedding, build_temporal
 from polymodal.errors import ConfigError, PolymodalError
-from polymodal.geometry import Size
+from polymodal.media_plan import Size
+from polymodal.modeling.encoders.video_temporal import TEMPORAL_ENCODERS, TimeEmbedding, build_temporal
 
 WIDTH, GRID = 8, Size(3, 5)
 KINDS: dict[str, dict[str, Any]] = {

@@ -13,11 +13,11 @@ import transformers
 from torch import Tensor, nn
 
 from polymodal.config import VisionConfig
-from polymodal.encoders.efficientnet import EfficientNetLite0, save_efficientnet_lite0
-from polymodal.encoders.hf_vision import FAMILIES, HFVisionEncoder
-from polymodal.encoders.vision import build_vision_encoder
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
-from polymodal.geometry import Size
+from polymodal.media_plan import Size
+from polymodal.modeling.encoders.efficientnet import EfficientNetLite0, save_efficientnet_lite0
+from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
+from polymodal.modeling.encoders.vision import build_vision_encoder
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 VIT = {**WIDTHS, "intermediate_size": 64, "image_size": 28, "patch_size": 7}

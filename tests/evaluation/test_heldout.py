@@ -10,13 +10,13 @@ import pytest
 from PIL import Image as PILImage
 
 from polymodal.backends import load
-from polymodal.backends.protocol import Reply, Timing, Usage
-from polymodal.data.formats import Record
+from polymodal.backends.base import Reply, Timing, Usage
+from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError, PolymodalError
-from polymodal.evaluation.heldout import Item, evaluate, in_grey, summarise, table
-from polymodal.evaluation.metrics import exact_match, mean_interval, mentions, word_recall
+from polymodal.evaluation.tasks.questions import Item, evaluate, in_grey, summarise, table
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Image, Message, assistant, user
+from polymodal.metrics.text import exact_match, mean_interval, mentions, word_recall
 
 
 @pytest.mark.parametrize(

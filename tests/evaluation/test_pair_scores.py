@@ -14,14 +14,14 @@ from PIL import Image as PILImage
 
 from polymodal.cli import main
 from polymodal.config import ImageConfig
-from polymodal.data.records import load_records
+from polymodal.data.load import load_records
 from polymodal.errors import CheckpointError, ConfigError, DataError
-from polymodal.evaluation import retrieval, zero_shot
 from polymodal.evaluation.embedder import load_embedder
-from polymodal.evaluation.metrics import mean_interval, ratio_interval
-from polymodal.representation.retrieval import recall
-from polymodal.representation.settings import ObjectiveConfig, PairModelConfig
-from polymodal.representation.stock import build_dual_encoder
+from polymodal.evaluation.tasks import retrieval, zero_shot
+from polymodal.metrics.retrieval import recall
+from polymodal.metrics.text import mean_interval, ratio_interval
+from polymodal.modeling.dual_encoders.clip_siglip_hf import build_dual_encoder
+from polymodal.modeling.dual_encoders.config import ObjectiveConfig, PairModelConfig
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "brown", "gray"]
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

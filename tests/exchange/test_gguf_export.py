@@ -14,16 +14,16 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from polymodal.checkpoints.folder import Loaded, load_model, save_model
-from polymodal.checkpoints.gguf_weights import _neighbours
+from polymodal.checkpoints.model_folder import Loaded, load_model, save_model
 from polymodal.cli import main
-from polymodal.compose import build_model
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig, ProjectorConfig, TemplateConfig, VisionConfig
 from polymodal.errors import CheckpointError, ConfigError
-from polymodal.exchange.gguf_export import PAD_COLOUR, export_gguf
 from polymodal.exchange.gguf_tokens import find_pre
-from polymodal.exchange.parity_llamacpp import verify_gguf
 from polymodal.exchange.parity_probes import picture_probes
+from polymodal.interop.gguf.export import PAD_COLOUR, export_gguf
+from polymodal.interop.gguf.weights import _neighbours
+from polymodal.modeling.build import build_model
+from polymodal.verify.llamacpp import verify_gguf
 
 gguf = pytest.importorskip("gguf")
 
@@ -292,7 +292,7 @@ def test_types_on_disk(make: Make, tmp_path: Path, kind: str) -> None:
 
 def test_a_lora_adapter_is_added(make: Make, tmp_path: Path) -> None:
     from polymodal.config import LoraRecipe
-    from polymodal.training.adapters import add_adapters
+    from polymodal.modeling.lora import add_adapters
 
     loaded = make()
     before = tensors(export_gguf(loaded, tmp_path / "before").model)

@@ -31,14 +31,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from polymodal.backends import load, load_processor
 from polymodal.backends.local import LocalBackend
-from polymodal.checkpoints.folder import load_model, save_model
 from polymodal.checkpoints.hf import is_hf_folder
-from polymodal.checkpoints.hf.pieces import NotExpressibleError
+from polymodal.checkpoints.model_folder import load_model, save_model
 from polymodal.config import VisionConfig
-from polymodal.encoders.vision import build_vision_encoder
 from polymodal.errors import CheckpointError, ConfigError
-from polymodal.exchange.hf_folder import load_hf
+from polymodal.interop.huggingface.families import NotExpressibleError
+from polymodal.interop.huggingface.load import load_hf
 from polymodal.messages import Image, user
+from polymodal.modeling.encoders.vision import build_vision_encoder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOWER: dict[str, Any] = {
@@ -132,7 +132,7 @@ def test_the_processor_alone_is_the_same(published: Path) -> None:
 
 def test_no_weight_is_in_memory_twice(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules are made without memory; the only tensors are those that were read."""
-    from polymodal.checkpoints.hf import weights
+    from polymodal.interop.huggingface import weights
 
     made: list[bool] = []
     fill = weights.fill
@@ -141,7 +141,7 @@ def test_no_weight_is_in_memory_twice(published: Path, monkeypatch: pytest.Monke
         made.extend(weight.is_meta for weight in model.parameters())
         fill(model, *args)
 
-    monkeypatch.setattr("polymodal.exchange.hf_folder.fill", watch)
+    monkeypatch.setattr("polymodal.interop.huggingface.load.fill", watch)
     load_hf(published)
     assert made
     assert all(made)

@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.sampling import sample_next
-from polymodal.model import MultimodalLM
+from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.batch import collate
-from polymodal.processing.sample import Sample
+from polymodal.processing.collate import Sample
 
 VOCAB = 40
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from polymodal.generation.text import UNFINISHED, TextStream
+from polymodal.generation.streaming import UNFINISHED, TextStream
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

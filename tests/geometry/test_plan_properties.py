@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polymodal.config import ImageConfig
-from polymodal.geometry import Box, ImagePlan, Size, plan_image, tile_source_box
+from polymodal.media_plan import Box, ImagePlan, Size, plan_image, tile_source_box
 
 SIDES = st.integers(1, 6000)
 SIZES = st.one_of(

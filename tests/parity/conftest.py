@@ -20,10 +20,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from polymodal.backends.local import LocalBackend
-from polymodal.checkpoints.folder import Loaded, load_model, save_model
-from polymodal.exchange.hf_folder import load_hf
+from polymodal.checkpoints.model_folder import Loaded, load_model, save_model
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
+from polymodal.interop.huggingface.load import load_hf
 from polymodal.messages import Image, assistant, user
 from polymodal.processing.batch import collate
 

@@ -25,15 +25,15 @@ from transformers import (
 from transformers.models.blip_2.configuration_blip_2 import Blip2VisionConfig
 
 from polymodal.config import ImageConfig, ProjectorConfig, QFormerConfig
-from polymodal.encoders.hf_vision import HFVisionEncoder
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
-from polymodal.geometry import Size, plan_image
-from polymodal.model import MultimodalLM
-from polymodal.processing.sample import Batch
-from polymodal.projectors import build_projector
-from polymodal.projectors.qformer import QFormer, QFormerProjector
-from polymodal.projectors.qformer_weights import from_transformers, load_exactly, of_qformer
+from polymodal.media_plan import Size, plan_image
+from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
+from polymodal.modeling.projectors import build_projector
+from polymodal.modeling.projectors.qformer import QFormer, QFormerProjector
+from polymodal.modeling.projectors.qformer_files import from_transformers, load_exactly, of_qformer
+from polymodal.modeling.vlm import MultimodalLM
+from polymodal.processing.collate import Batch
 
 WIDTHS = {"num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 VISION: dict[str, Any] = {**WIDTHS, "hidden_size": 24, "image_size": 28, "patch_size": 7, "initializer_range": 0.2}

@@ -13,16 +13,16 @@ from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2VisionModel, T5ForConditionalGeneration
 
 from polymodal.config import ImageConfig, ProjectorConfig, QFormerConfig
-from polymodal.encoders.hf_vision import HFVisionEncoder
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
-from polymodal.geometry import Size, plan_image
-from polymodal.model import MultimodalLM
+from polymodal.media_plan import Size, plan_image
+from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
+from polymodal.modeling.projectors import build_projector
+from polymodal.modeling.projectors.qformer import QFormerProjector
+from polymodal.modeling.projectors.qformer_files import from_transformers, load_exactly
+from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.batch import collate
-from polymodal.processing.sample import Sample, Slot
-from polymodal.projectors import build_projector
-from polymodal.projectors.qformer import QFormerProjector
-from polymodal.projectors.qformer_weights import from_transformers, load_exactly
+from polymodal.processing.collate import Sample, Slot
 
 LAYERS = {"num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "initializer_range": 0.2}
 VISION: dict[str, Any] = {**LAYERS, "hidden_size": 24, "image_size": 28, "patch_size": 7}

@@ -32,18 +32,18 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from polymodal.checkpoints.folder import Loaded, contract_of, own_tensors
-from polymodal.compose import build_model
+from polymodal.checkpoints.model_folder import Loaded, contract_of, own_tensors
 from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError
-from polymodal.exchange.hf_export import export_hf
-from polymodal.exchange.hf_folder import load_hf
-from polymodal.exchange.parity import verify_export
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
+from polymodal.interop.huggingface.export import export_hf
+from polymodal.interop.huggingface.load import load_hf
 from polymodal.messages import Image, Message, assistant, user
+from polymodal.modeling.build import build_model
 from polymodal.processing.batch import collate
 from polymodal.projectors.norm import Standardize
+from polymodal.verify.compare import verify_export
 
 TILE, PATCH = 28, 7
 TOWER: dict[str, Any] = {

@@ -13,7 +13,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Proces
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from polymodal.errors import PolymodalError
-from polymodal.exchange.hf_folder import load_hf
+from polymodal.interop.huggingface.load import load_hf
 from polymodal.messages import Image, assistant, system, user
 
 LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}

@@ -13,9 +13,9 @@ from transformers import InstructBlipConfig, InstructBlipForConditionalGeneratio
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from polymodal.config import VisionConfig
-from polymodal.encoders.vision import build_vision_encoder
-from polymodal.exchange.hf_folder import load_hf
+from polymodal.interop.huggingface.load import load_hf
 from polymodal.messages import Image, user
+from polymodal.modeling.encoders.vision import build_vision_encoder
 
 LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
 VISION: dict[str, Any] = {**LAYERS, "hidden_size": 24, "intermediate_size": 48, "image_size": 28, "patch_size": 7}

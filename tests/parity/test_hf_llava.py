@@ -22,8 +22,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from polymodal.checkpoints.hf.names import to_ours, to_stock
-from polymodal.exchange.hf_folder import load_hf
+from polymodal.interop.huggingface.load import load_hf
+from polymodal.interop.huggingface.weight_names import to_ours, to_stock
 
 METADATA = {"format": "pt"}
 TILE, PATCH = 28, 7
@@ -148,7 +148,7 @@ def test_the_stock_class_reads_the_names_we_write(stock: Any, tmp_path: Path) ->
 
 def test_a_stage_starts_from_a_published_folder(stock: Any, hf: SimpleNamespace, tmp_path: Path) -> None:
     """`init.from` names it; what is trained changes, the rest is what was published."""
-    from polymodal.checkpoints.folder import load_model
+    from polymodal.checkpoints.model_folder import load_model
     from polymodal.config import parse_config
     from polymodal.training import train
     from polymodal.training.recipes.sft import Recipe

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from polymodal.exchange.hf_folder import load_hf
+from polymodal.interop.huggingface.load import load_hf
 
 TILE, PATCH = 28, 7
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]

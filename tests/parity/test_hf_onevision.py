@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from polymodal.errors import CheckpointError
-from polymodal.exchange.hf_folder import load_hf
+from polymodal.interop.huggingface.load import load_hf
 from polymodal.messages import Image, user
 
 TILE, PATCH = 28, 7

@@ -24,10 +24,10 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from polymodal.config import ImageConfig
-from polymodal.geometry import Size, plan_image
-from polymodal.model import lay_out
-from polymodal.processing.presets import image_config_from_hf
-from polymodal.processing.tiles import make_tiles
+from polymodal.media_plan import Size, plan_image
+from polymodal.modeling.vlm import lay_out
+from polymodal.processing.image_config_hf import image_config_from_hf
+from polymodal.processing.image_transform import make_tiles
 
 NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 SMALL_PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
@@ -87,7 +87,7 @@ def test_a_long_crop_is_the_same_when_only_its_middle_is_computed(monkeypatch: p
     plan = plan_image(Size(21, 500), image, Size(4, 4))
     picture = pictures(21, 500)[0]
     whole = make_tiles(picture, plan, image)
-    monkeypatch.setattr("polymodal.processing.tiles._LARGEST_RESIZED", 100)
+    monkeypatch.setattr("polymodal.processing.image_transform._LARGEST_RESIZED", 100)
     part = make_tiles(picture, plan, image)
     # Pillow takes the box in single precision: a level or two of 255 may differ.
     assert np.abs(whole - part).max() < 2.01 / 255 / min(image.image_std)

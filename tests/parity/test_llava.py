@@ -30,13 +30,13 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from polymodal.backends.local import LocalBackend
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig, TemplateConfig, VisionConfig
-from polymodal.encoders.hf_vision import HFVisionEncoder
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Image, Message, user
-from polymodal.model import MultimodalLM
+from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
+from polymodal.modeling.projectors import build_projector
+from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.batch import collate
-from polymodal.projectors import build_projector
 
 TILE, PATCH = 56, 14
 PINPOINTS = ((56, 112), (112, 56), (112, 112), (168, 56), (56, 168))

@@ -34,13 +34,13 @@ from transformers import (
 )
 
 from polymodal.backends.local import LocalBackend
-from polymodal.checkpoints.folder import Loaded, load_model, save_model
-from polymodal.checkpoints.llava_repo import is_llava_repo, read_repo
+from polymodal.checkpoints.model_folder import Loaded, load_model, save_model
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
-from polymodal.exchange.llava_repo import load_llava_repo
+from polymodal.interop.llava.config import is_llava_repo, read_repo
+from polymodal.interop.llava.load import load_llava_repo
 from polymodal.messages import Image, user
+from polymodal.modeling.lora import merge_adapter
 from polymodal.processing.batch import collate
-from polymodal.training.adapters import merge_adapter
 
 TILE = 28
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerFast
 
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig, ProjectorConfig, VisionConfig
 from polymodal.errors import ConfigError
-from polymodal.geometry import Size
+from polymodal.media_plan import Size
 from polymodal.messages import Image, assistant, system, user
 from polymodal.processing.batch import collate, collate_packed
+from polymodal.processing.collate import Sample
 from polymodal.processing.context import ContextReader
 from polymodal.processing.processor import Processor
-from polymodal.processing.sample import Sample
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "what", "is", "this", "sure", "?", "red", "[", "]", "sep"]
 PICTURE = Image("picture.png")

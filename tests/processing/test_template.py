@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from polymodal.config import TemplateConfig
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.messages import Audio, Image, Message, assistant, system, user
-from polymodal.processing.template import ChatTemplate, Rendered
-from polymodal.processing.template_presets import PRESETS
+from polymodal.processing.chat_template.encode import ChatTemplate, Rendered
+from polymodal.processing.chat_template.presets import PRESETS
 
 ADDED = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>", "<|start|>", "<|stop|>", "<think>", "</think>"]
 CAT = Image("cat.png")

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from polymodal.config import TemplateConfig
 from polymodal.messages import Image, Message, Text, assistant, system, user
-from polymodal.processing.template import ChatTemplate, Rendered
-from polymodal.processing.template_presets import PRESETS
+from polymodal.processing.chat_template.encode import ChatTemplate, Rendered
+from polymodal.processing.chat_template.presets import PRESETS
 
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>"]
 SPECIALS += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]

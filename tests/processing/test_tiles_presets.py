@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from polymodal.errors import ConfigError
-from polymodal.processing.presets import image_config_from_hf
+from polymodal.processing.image_config_hf import image_config_from_hf
 
 CLIP: dict[str, Any] = {
     "feature_extractor_type": "CLIPFeatureExtractor",  # as older files have it

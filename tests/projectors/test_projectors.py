@@ -12,8 +12,8 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector
 
 from polymodal.config import ProjectorConfig
 from polymodal.errors import ConfigError
-from polymodal.geometry import Size
-from polymodal.projectors import build_projector
+from polymodal.media_plan import Size
+from polymodal.modeling.projectors import build_projector
 from polymodal.projectors.pooling import average_pool, pixel_shuffle
 
 GRID = Size(4, 6)

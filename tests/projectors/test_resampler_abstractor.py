@@ -10,10 +10,10 @@ from torch import Tensor
 
 from polymodal.config import ProjectorConfig
 from polymodal.errors import ConfigError
-from polymodal.geometry import Size
-from polymodal.projectors import build_projector
-from polymodal.projectors.abstractor import Bottleneck, CAbstractor
-from polymodal.projectors.resampler import Resampler, ResamplerLayer
+from polymodal.media_plan import Size
+from polymodal.modeling.projectors import build_projector
+from polymodal.modeling.projectors.abstractor import Bottleneck, CAbstractor
+from polymodal.modeling.projectors.resampler import Resampler, ResamplerLayer
 
 GRID = Size(4, 6)
 HALVES = (slice(2), slice(2, 4))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from polymodal.representation.blip2 import Blip2Stage1
-    from polymodal.representation.pair import Embedded, Everyone, PairBatch
+    from polymodal.modeling.dual_encoders.base import Embedded, Everyone, PairBatch
+    from polymodal.modeling.dual_encoders.blip2_stage1 import Blip2Stage1
 
 CAPTIONS = ["a red apple", "two apples on a wooden table", "the car", "a cat and a dog in the rain", "a dog", "rain"]
 
@@ -21,9 +21,9 @@ def make_model(dropout: float = 0.0, seed: int = 0, queries: int = 4) -> Blip2St
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
     from polymodal.config import ImageConfig, QFormerConfig, VisionConfig
-    from polymodal.encoders.hf_vision import HFVisionEncoder
-    from polymodal.projectors.qformer import QFormer
-    from polymodal.representation.blip2 import Blip2Stage1
+    from polymodal.modeling.dual_encoders.blip2_stage1 import Blip2Stage1
+    from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
+    from polymodal.modeling.projectors.qformer import QFormer
     from polymodal.representation.wordpiece import train_wordpiece
 
     torch.manual_seed(seed)
@@ -66,7 +66,7 @@ def make_model(dropout: float = 0.0, seed: int = 0, queries: int = 4) -> Blip2St
 
 
 def make_batch(model: Blip2Stage1, size: int = 6, seed: int = 1, ids: list[int] | None = None) -> PairBatch:
-    from polymodal.representation.pair import PairBatch
+    from polymodal.modeling.dual_encoders.base import PairBatch
 
     torch.manual_seed(seed)
     texts = model.tokenizer(CAPTIONS[:size], padding=True, return_tensors="pt")
@@ -78,7 +78,7 @@ def make_batch(model: Blip2Stage1, size: int = 6, seed: int = 1, ids: list[int] 
 
 
 def everyone_of(model: Blip2Stage1, batch: PairBatch, embedded: Embedded, offset: int = 0, seed: int = 5) -> Everyone:
-    from polymodal.representation.pair import Everyone
+    from polymodal.modeling.dual_encoders.base import Everyone
 
     assert batch.pixel_values is not None
     return Everyone(

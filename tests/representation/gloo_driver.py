@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from polymodal.errors import PolymodalError
+from polymodal.modeling.dual_encoders.gradient_cache import cached_backward
+from polymodal.modeling.dual_encoders.losses import clip_loss, siglip_loss
 from polymodal.representation.blip2_loss import (
     draw_negatives,
     itc_loss,
@@ -29,8 +31,6 @@ from polymodal.representation.blip2_loss import (
     itm_inputs,
     itm_loss,
 )
-from polymodal.representation.cached import cached_backward
-from polymodal.representation.contrastive import clip_loss, siglip_loss
 from polymodal.representation.gather import gather, gather_with_grad, process_count
 
 TIMEOUT_S = 60

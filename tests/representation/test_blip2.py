@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from polymodal.errors import ConfigError
-from polymodal.projectors.qformer import QFormer
-from polymodal.representation.blip2 import COLDEST, Blip2Stage1
-from polymodal.representation.cached import cached_backward
-from polymodal.representation.pair import Embedded, Everyone, PairBatch
+from polymodal.modeling.dual_encoders.base import Embedded, Everyone, PairBatch
+from polymodal.modeling.dual_encoders.blip2_stage1 import COLDEST, Blip2Stage1
+from polymodal.modeling.dual_encoders.gradient_cache import cached_backward
+from polymodal.modeling.projectors.qformer import QFormer
 
 Make = Callable[..., Any]
 

@@ -12,11 +12,17 @@ import torch
 
 from polymodal.config import ImageConfig, QFormerConfig, VisionConfig
 from polymodal.errors import CheckpointError, ConfigError
-from polymodal.projectors.qformer_weights import load_qformer
-from polymodal.representation.blip2 import Blip2Stage1
-from polymodal.representation.blip2_folder import MODEL_TYPE, build_blip2, from_retrieval, load_blip2, to_retrieval
-from polymodal.representation.build import build_pair_model, load_pair_model
-from polymodal.representation.settings import Blip2ModelConfig, ObjectiveConfig
+from polymodal.modeling.dual_encoders.blip2_stage1 import Blip2Stage1
+from polymodal.modeling.dual_encoders.blip2_stage1_folder import (
+    MODEL_TYPE,
+    build_blip2,
+    from_retrieval,
+    load_blip2,
+    to_retrieval,
+)
+from polymodal.modeling.dual_encoders.config import Blip2ModelConfig, ObjectiveConfig
+from polymodal.modeling.dual_encoders.registry import build_pair_model, load_pair_model
+from polymodal.modeling.projectors.qformer_files import load_qformer
 from polymodal.representation.wordpiece import train_wordpiece
 
 Make = Callable[..., Any]

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from polymodal.representation.blip2 import Blip2Stage1
-from polymodal.representation.blip2_scores import (
+from polymodal.evaluation.tasks.image_text_matching import (
     Gallery,
     matching_scores,
     open_gallery,
     retrieval_scores,
     second_look,
 )
-from polymodal.representation.retrieval import recall, similarities
+from polymodal.metrics.retrieval import recall, similarities
+from polymodal.modeling.dual_encoders.blip2_stage1 import Blip2Stage1
 
 Make = Callable[..., Any]
 TEXTS = ["a red apple", "rain", "two apples on a wooden table", "the car", "a cat", "a dog in the rain", "a table"]

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from polymodal.representation.cached import cached_backward
-from polymodal.representation.contrastive import clip_loss
+from polymodal.modeling.dual_encoders.gradient_cache import cached_backward
+from polymodal.modeling.dual_encoders.losses import clip_loss
 
 WIDTH = 6
 Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

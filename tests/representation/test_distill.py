@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from polymodal.errors import ConfigError, DataError
-from polymodal.geometry import Size
-from polymodal.representation.distill import Distance, Distiller, flip_grid, pool_grid
-from polymodal.representation.pair import PairBatch
+from polymodal.media_plan import Size
+from polymodal.modeling.dual_encoders.base import PairBatch
+from polymodal.modeling.dual_encoders.distillation import Distance, Distiller, flip_grid, pool_grid
 
 
 def batch_of(teacher: Tensor | None, count: int = 3) -> PairBatch:

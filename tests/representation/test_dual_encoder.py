@@ -12,14 +12,14 @@ import torch
 
 from polymodal.config import ImageConfig
 from polymodal.errors import PolymodalError
-from polymodal.geometry import Size, plan_image
-from polymodal.processing.presets import image_config_from_hf
-from polymodal.processing.tiles import make_tiles, tile_bytes
-from polymodal.representation.build import build_pair_model, load_pair_model
-from polymodal.representation.contrastive import clip_loss
-from polymodal.representation.pair import PairBatch, as_floats
-from polymodal.representation.settings import ObjectiveConfig, PairModelConfig
-from polymodal.representation.stock import image_processor
+from polymodal.media_plan import Size, plan_image
+from polymodal.modeling.dual_encoders.base import PairBatch, as_floats
+from polymodal.modeling.dual_encoders.clip_siglip_hf import image_processor
+from polymodal.modeling.dual_encoders.config import ObjectiveConfig, PairModelConfig
+from polymodal.modeling.dual_encoders.losses import clip_loss
+from polymodal.modeling.dual_encoders.registry import build_pair_model, load_pair_model
+from polymodal.processing.image_config_hf import image_config_from_hf
+from polymodal.processing.image_transform import make_tiles, tile_bytes
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)

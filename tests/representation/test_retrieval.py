@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from polymodal.errors import DataError
-from polymodal.representation.retrieval import (
+from polymodal.metrics.retrieval import (
     chance,
     class_embeddings,
     embedding_ranks,

@@ -12,9 +12,9 @@ import torch
 
 from polymodal.config import ImageConfig, VisionConfig
 from polymodal.errors import CheckpointError, ConfigError
-from polymodal.representation.build import build_pair_model, load_pair_model
-from polymodal.representation.pair import PairBatch
-from polymodal.representation.settings import ObjectiveConfig, TowerTextConfig
+from polymodal.modeling.dual_encoders.base import PairBatch
+from polymodal.modeling.dual_encoders.config import ObjectiveConfig, TowerTextConfig
+from polymodal.modeling.dual_encoders.registry import build_pair_model, load_pair_model
 
 IMAGE = ImageConfig(
     image_aspect_ratio="squash", tile_size=(16, 16), image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5)

@@ -15,9 +15,9 @@ import torch
 
 from polymodal.config import parse_config
 from polymodal.training import train
-from polymodal.training.loop import Run
 from polymodal.training.recipes.load import AnyRecipe
 from polymodal.training.recipes.sft import Recipe
+from polymodal.training.trainer import Run
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"

@@ -30,8 +30,8 @@ from typing import Any
 import safetensors.torch
 
 from polymodal.training import train
-from polymodal.training.loop import Run
 from polymodal.training.recipes.load import load_any_recipe
+from polymodal.training.trainer import Run
 from polymodal.training.world import leave_world
 
 TIMEOUT_S = 120

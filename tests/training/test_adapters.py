@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from polymodal.checkpoints.folder import load_model, save_model
-from polymodal.compose import build_model
+from polymodal.checkpoints.model_folder import load_model, save_model
 from polymodal.config import LoraRecipe, ModelConfig
 from polymodal.errors import ConfigError
-from polymodal.model import MultimodalLM
-from polymodal.training.adapters import NF4_BYTES, fold_in, is_adapter
-from polymodal.training.policy import apply_policy, check_groups, policy_table, set_modes
-from polymodal.training.recipe import OptimConfig
+from polymodal.modeling.build import build_model
+from polymodal.modeling.lora import NF4_BYTES, fold_in, is_adapter
+from polymodal.modeling.vlm import MultimodalLM
+from polymodal.training.optimizer import apply_policy, check_groups, policy_table, set_modes
+from polymodal.training.recipes.sections import OptimConfig
 
 OPTIM = OptimConfig(learning_rate=1e-3, weight_decay=0.1)
 

@@ -12,13 +12,13 @@ import torch
 from torch.nn import functional as F
 
 from polymodal.config import ProjectorConfig
-from polymodal.encoders.efficientnet import ClassHead, EfficientNetEncoder, load_efficientnet_lite0
 from polymodal.errors import ConfigError
-from polymodal.files import shipped_folder
-from polymodal.geometry import Size
-from polymodal.projectors import build_projector
-from polymodal.training.align import align_loss, concept_of, write_classes
-from polymodal.training.prototypes import Prototypes, draw_classes
+from polymodal.media_plan import Size
+from polymodal.modeling.encoders.efficientnet import ClassHead, EfficientNetEncoder, load_efficientnet_lite0
+from polymodal.modeling.projectors import build_projector
+from polymodal.training.sft.class_prototypes import Prototypes, draw_classes
+from polymodal.training.sft.warm_start import align_loss, concept_of, write_classes
+from polymodal.utils.files import shipped_folder
 
 
 @pytest.fixture(scope="module")

@@ -13,28 +13,29 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from polymodal.checkpoints.folder import load_model, save_model
-from polymodal.compose import build_model
+from polymodal.checkpoints.model_folder import load_model, save_model
 from polymodal.config import LLMConfig, LoraRecipe, ModelConfig, parse_config
-from polymodal.data.formats import Record
+from polymodal.data.readers.conversations import Record
 from polymodal.errors import ConfigError
 from polymodal.messages import assistant, user
+from polymodal.modeling.build import build_model
+from polymodal.modeling.lora import fold_in, is_adapter
+from polymodal.modeling.meta_device import outline
+from polymodal.planning.activation_trace import Load, id_of, trace
 from polymodal.planning.starting_point import starting_point
+from polymodal.planning.train_plan import Question, kv_bytes_per_token, plan_training
 from polymodal.processing.batch import collate
 from polymodal.processing.processor import Processor
-from polymodal.training import checkpoint, policy, train
-from polymodal.training.adapters import fold_in, is_adapter
-from polymodal.training.log import read_log
-from polymodal.training.loop import Run
-from polymodal.training.memory import activation_bytes, checkpoint_layers
-from polymodal.training.outline import outline
-from polymodal.training.parts import load_parts
-from polymodal.training.plan import Question, kv_bytes_per_token, plan_training
-from polymodal.training.prepare import prepare_recipe, recipe_processor
+from polymodal.training import checkpoint, train
+from polymodal.training import optimizer as policy
+from polymodal.training.activation_checkpointing import activation_bytes, checkpoint_layers
 from polymodal.training.recipes.sft import Recipe
-from polymodal.training.tally import kinds_of_targets
-from polymodal.training.trace import Load, id_of, trace
-from polymodal.training.train_recipe import make_run
+from polymodal.training.reporting.log import read_log
+from polymodal.training.reporting.loss_by_kind import kinds_of_targets
+from polymodal.training.run import make_run
+from polymodal.training.sft.prepare_data import prepare_recipe, recipe_processor
+from polymodal.training.sft.task import load_parts
+from polymodal.training.trainer import Run
 from polymodal.training.world import World
 from polymodal.utils.modules import blocks
 

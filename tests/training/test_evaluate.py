@@ -16,13 +16,13 @@ import torch
 from polymodal.config import parse_config
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.training import checkpoint, train
-from polymodal.training.evaluate import choose_shown, held_out_loss, make_evaluation
-from polymodal.training.log import read_log
-from polymodal.training.parts import load_parts
 from polymodal.training.recipes.sft import Recipe
-from polymodal.training.report import write_report
+from polymodal.training.reporting.log import read_log
+from polymodal.training.reporting.report import write_report
+from polymodal.training.run import make_run
+from polymodal.training.sft.evaluate import choose_shown, held_out_loss, make_evaluation
+from polymodal.training.sft.task import load_parts
 from polymodal.training.trackers import numbers_of
-from polymodal.training.train_recipe import make_run
 from polymodal.training.world import World
 
 

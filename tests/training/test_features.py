@@ -10,10 +10,11 @@ import torch
 
 from polymodal.config import parse_config
 from polymodal.errors import DataError
-from polymodal.training import features, train
-from polymodal.training.features import FeatureStore
-from polymodal.training.log import read_log
+from polymodal.training import feature_cache as features
+from polymodal.training import train
+from polymodal.training.feature_cache import FeatureStore
 from polymodal.training.recipes.sft import Recipe
+from polymodal.training.reporting.log import read_log
 
 
 def run(plain: dict[str, Any], folder: Path, **settings: Any) -> list[float]:
@@ -92,7 +93,7 @@ def test_huge_values_stay_finite() -> None:
 
 
 def test_other_weights_are_another_cache(plain: dict[str, Any]) -> None:
-    from polymodal.training.parts import load_parts
+    from polymodal.training.sft.task import load_parts
 
     parts = load_parts(parse_config(Recipe, plain, "recipe"))
     encoder = parts.model.vision_encoder

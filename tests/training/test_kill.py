@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from polymodal.training import checkpoint
-from polymodal.training.log import read_log
+from polymodal.training.reporting.log import read_log
 
 CLOCKS = {"tokens_per_s", "samples_per_s", "data_wait_s", "elapsed_s", "seconds"}
 """What may differ between two runs: the time."""

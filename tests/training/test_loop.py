@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from polymodal.checkpoints.folder import load_model
+from polymodal.checkpoints.model_folder import load_model
 from polymodal.errors import CheckpointError, ConfigError, DataError, PolymodalError
-from polymodal.training import checkpoint, policy, train
-from polymodal.training.log import read_log
-from polymodal.training.loop import Run
-from polymodal.training.parts import load_parts
+from polymodal.training import checkpoint, train
+from polymodal.training import optimizer as policy
 from polymodal.training.recipes.sft import Recipe
-from polymodal.training.train_recipe import make_run
+from polymodal.training.reporting.log import read_log
+from polymodal.training.run import make_run
+from polymodal.training.sft.task import load_parts
+from polymodal.training.trainer import Run
 from polymodal.training.world import World
 
 Make = Callable[..., Recipe]
@@ -118,7 +119,7 @@ def test_measured_buffers_come_back_after_a_resume(
     plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch, recipe_of: Make
 ) -> None:
     """A projector's fixed mean is measured before the first step, by the warm start, and only then."""
-    from polymodal.training import align
+    from polymodal.training.sft import warm_start as align
 
     plain["init"]["model"]["projector"]["norm"] = "standardize"
     recipe = recipe_of(plain, warm_start={"steps": 3}, run__feature_cache="memory")

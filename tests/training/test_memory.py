@@ -9,10 +9,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, Qwen2Config
 
-from polymodal.model import MultimodalLM
+from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.batch import collate_packed
-from polymodal.processing.sample import Batch, Sample
-from polymodal.training.memory import activation_bytes, checkpoint_layers, compile_layers, free_memory, save_memory
+from polymodal.processing.collate import Batch, Sample
+from polymodal.training.activation_checkpointing import (
+    activation_bytes,
+    checkpoint_layers,
+    compile_layers,
+    free_memory,
+    save_memory,
+)
 from polymodal.training.recipes.load import load_recipe
 from polymodal.training.recipes.sft import Recipe
 from polymodal.utils.modules import blocks
@@ -116,7 +122,7 @@ def test_the_recipe_decides_and_auto_looks_at_the_memory(tmp_path: Path, monkeyp
     assert save_memory(recipe(tmp_path), make(), cpu, 10_000, 64) == []
     assert save_memory(recipe(tmp_path, "run.checkpointing=on"), make(), cpu, 10, 64) == ["3 layers checkpointed"]
     assert save_memory(recipe(tmp_path, "run.compile=on"), make(), cpu, 10, 64) == ["3 layers compiled"]
-    monkeypatch.setattr("polymodal.training.memory.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("polymodal.training.activation_checkpointing.free_memory", lambda device: 2**20)
     (line,) = save_memory(recipe(tmp_path), make(), cpu, 10, 2048)
     assert line.startswith("3 layers checkpointed: activations may need 0.")
     assert save_memory(recipe(tmp_path, "run.checkpointing=off"), make(), cpu, 10, 2048) == []

@@ -5,9 +5,9 @@ import threading
 import numpy as np
 import pytest
 
-from polymodal.data.parallel import ahead
-from polymodal.training.samples import micro_batches
+from polymodal.training.sft.dataset import micro_batches
 from polymodal.training.steps import Order, epoch_order
+from polymodal.utils.threads import ahead
 
 
 def test_an_epoch_has_every_sample_as_often_as_asked() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from polymodal.checkpoints.folder import load_model
+from polymodal.checkpoints.model_folder import load_model
 from polymodal.config import parse_config
 from polymodal.training import train
-from polymodal.training.log import read_log
-from polymodal.training.parts import load_parts
 from polymodal.training.recipes.sft import Recipe
+from polymodal.training.reporting.log import read_log
+from polymodal.training.sft.task import load_parts
 
 
 def recipe_of(plain: dict[str, Any], folder: Path, **sections: dict[str, Any]) -> Recipe:
@@ -73,7 +73,7 @@ def test_a_packed_run_goes_on_where_it_stopped(plain: dict[str, Any], tmp_path: 
     packed = {"packing": "pack", "micro_tokens": 96, "global_tokens": 300}
     train(recipe_of(plain, tmp_path / "whole", batch=packed))
     parts = recipe_of(plain, tmp_path / "parts", batch=packed)
-    from polymodal.training.train_recipe import make_run
+    from polymodal.training.run import make_run
     from polymodal.training.world import World
 
     Path(parts.output_dir).mkdir()

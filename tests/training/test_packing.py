@@ -8,10 +8,10 @@ import torch
 
 from polymodal.errors import ConfigError
 from polymodal.processing.batch import IGNORE, collate_packed
-from polymodal.processing.sample import Sample
-from polymodal.training.packing import make_packs, plan_micro
+from polymodal.processing.collate import Sample
 from polymodal.training.recipes.sft import BatchConfig
-from polymodal.training.samples import micro_batches
+from polymodal.training.sft.dataset import micro_batches
+from polymodal.training.sft.packing import make_packs, plan_micro
 from polymodal.training.steps import Order, Steps, equal_cuts
 
 

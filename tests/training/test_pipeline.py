@@ -10,11 +10,11 @@ import pytest
 import torch
 import yaml
 
-from polymodal.checkpoints.folder import load_model
+from polymodal.checkpoints.model_folder import load_model
 from polymodal.cli import main
 from polymodal.errors import ConfigError
 from polymodal.training.pipeline import LEDGER, flatten, run_pipeline
-from polymodal.training.pipeline_file import TrainStage, dump_pipeline, load_pipeline
+from polymodal.training.recipes.pipeline import TrainStage, dump_pipeline, load_pipeline
 
 PIPELINE = Path(__file__).parents[2] / "recipes" / "tiny" / "pipeline.yaml"
 STAGES = ["parts", "data", "features", "stage1", "stage2", "export", "answer"]

@@ -11,20 +11,20 @@ import torch
 import yaml
 
 from polymodal.cli import main
-from polymodal.compose import build_model
 from polymodal.config import LLMConfig, ModelConfig, VisionConfig, parse_config
 from polymodal.errors import CheckpointError, ConfigError
-from polymodal.geometry import Size
+from polymodal.media_plan import Size
+from polymodal.modeling.build import build_model
+from polymodal.modeling.lora import NF4_BYTES
+from polymodal.modeling.meta_device import outline
+from polymodal.modeling.published_shapes import DEVICES, KNOWN_SHAPES
+from polymodal.planning.activation_trace import Load, id_of, trace
 from polymodal.planning.starting_point import starting_point
+from polymodal.planning.train_plan import GIB, Plan, Question, plan_training
 from polymodal.processing.processor import Processor
-from polymodal.training.adapters import NF4_BYTES
-from polymodal.training.known import DEVICES, KNOWN_SHAPES
-from polymodal.training.outline import outline
-from polymodal.training.plan import GIB, Plan, Question, plan_training
-from polymodal.training.policy import apply_policy
+from polymodal.training.optimizer import apply_policy
 from polymodal.training.recipes.load import load_recipe
 from polymodal.training.recipes.sft import Recipe
-from polymodal.training.trace import Load, id_of, trace
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # As published (model pages, papers); of Vicuna and SmolLM2 as of the models that they are tuned from.

@@ -6,9 +6,9 @@ from torch import nn
 
 from polymodal.config import LoraRecipe
 from polymodal.errors import ConfigError
-from polymodal.training.names import expand_braces, match_names
-from polymodal.training.policy import apply_policy, check_groups, policy_table, set_modes
-from polymodal.training.recipe import OptimConfig, RuleConfig
+from polymodal.training.optimizer import apply_policy, check_groups, policy_table, set_modes
+from polymodal.training.recipes.sections import OptimConfig, RuleConfig
+from polymodal.utils.globs import expand_braces, match_names
 
 
 class Toy(nn.Module):

@@ -12,18 +12,18 @@ import yaml
 
 from polymodal.backends.local import processor_of
 from polymodal.cli import main
-from polymodal.data.parallel import quiet
-from polymodal.data.records import load_records
+from polymodal.data.load import load_records
 from polymodal.errors import DataError
 from polymodal.messages import Image, user
 from polymodal.processing.processor import Processor
 from polymodal.training import train
-from polymodal.training.parts import load_parts
-from polymodal.training.prepare import recipe_processor
 from polymodal.training.recipes.load import load_recipe
 from polymodal.training.recipes.sft import Recipe
-from polymodal.training.samples import Prepared, prepare, read_mix
+from polymodal.training.sft.dataset import Prepared, prepare, read_mix
+from polymodal.training.sft.prepare_data import recipe_processor
+from polymodal.training.sft.task import load_parts
 from polymodal.training.steps import Order
+from polymodal.utils.threads import quiet
 
 
 def write(plain: dict[str, Any], folder: Path, **data: Any) -> Path:

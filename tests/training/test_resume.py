@@ -14,8 +14,8 @@ import torch
 
 from polymodal.errors import CheckpointError, ConfigError, DataError, PolymodalError
 from polymodal.training import checkpoint, train
-from polymodal.training.log import read_log
 from polymodal.training.recipes.sft import Recipe
+from polymodal.training.reporting.log import read_log
 from polymodal.training.resume import differences, identity
 
 Make = Callable[..., Recipe]
@@ -114,7 +114,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(
 
     folder = Path(plain["output_dir"])
     with monkeypatch.context() as patch:
-        patch.setattr("polymodal.training.engine.save_checkpoint", save_on_a_full_disk)
+        patch.setattr("polymodal.training.distributed.save_checkpoint", save_on_a_full_disk)
         with pytest.raises(PolymodalError, match="cannot be written") as error:
             train(recipe)
     assert "\n" not in str(error.value) and "is the disk full?" in str(error.value)
@@ -133,7 +133,7 @@ def test_a_log_that_cannot_be_written_is_one_line(plain: dict[str, Any]) -> None
     folder = Path(plain["output_dir"])
     folder.mkdir()
     os.symlink("/dev/full", folder / "log.jsonl")
-    from polymodal.training.log import append_log
+    from polymodal.training.reporting.log import append_log
 
     with pytest.raises(PolymodalError, match="No space left"):
         append_log(folder / "log.jsonl", {"step": 1})

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from polymodal.training import checkpoint
-from polymodal.training.log import read_log
+from polymodal.training.reporting.log import read_log
 
 STEPS = 10
 ALL = [{"match": "*", "train": True}]

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from polymodal.config import parse_config
-from polymodal.data.formats import Record
+from polymodal.data.readers.conversations import Record
 from polymodal.messages import assistant, user
-from polymodal.processing.sample import Sample
+from polymodal.processing.collate import Sample
 from polymodal.training import train
-from polymodal.training.log import read_log
 from polymodal.training.recipes.sft import Recipe
-from polymodal.training.tally import Tally, kinds_of_targets, means, merge, turn_of_target
+from polymodal.training.reporting.log import read_log
+from polymodal.training.reporting.loss_by_kind import Tally, kinds_of_targets, means, merge, turn_of_target
 
 
 def sample_of(mask: str) -> Sample:

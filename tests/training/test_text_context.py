@@ -15,22 +15,22 @@ import yaml
 from safetensors.torch import load_file
 
 from polymodal.backends import load, load_processor
-from polymodal.checkpoints.folder import load_model
-from polymodal.compose import build_model
+from polymodal.checkpoints.model_folder import load_model
 from polymodal.data.index import open_index
 from polymodal.data.index_build import Reading
 from polymodal.errors import CheckpointError, ConfigError
-from polymodal.geometry import Size
+from polymodal.media_plan import Size
 from polymodal.messages import Image, user
+from polymodal.modeling.build import build_model
+from polymodal.modeling.projectors.qformer import QFormerProjector
 from polymodal.planning.starting_point import starting_point
+from polymodal.planning.train_plan import Question, plan_training
 from polymodal.processing.batch import collate
 from polymodal.processing.processor import context_reader
-from polymodal.projectors.qformer import QFormerProjector
 from polymodal.representation.wordpiece import train_wordpiece
-from polymodal.training.log import read_log
-from polymodal.training.plan import Question, plan_training
 from polymodal.training.recipes.sft import Recipe
-from polymodal.training.train_recipe import train
+from polymodal.training.reporting.log import read_log
+from polymodal.training.run import train
 
 QFORMER = {
     "num_query_tokens": 3, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -185,8 +185,8 @@ def test_two_processes_equal_one(
 def test_pretrained_is_where_a_model_starts_and_not_what_it_needs(
     recipe: dict[str, Any], words: Path, tmp_path: Path
 ) -> None:
-    from polymodal.projectors.qformer import QFormer
-    from polymodal.projectors.qformer_weights import write_qformer
+    from polymodal.modeling.projectors.qformer import QFormer
+    from polymodal.modeling.projectors.qformer_files import write_qformer
 
     projector = recipe["init"]["model"]["projector"]
     config = Recipe.model_validate(recipe).init.model

@@ -9,13 +9,13 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polymodal.checkpoints.hub import CONFIG_NAME, ENDPOINT, find_model
-from polymodal.checkpoints.safe_config import read_json
+from polymodal.checkpoints.locate import CONFIG_NAME, ENDPOINT, find_model
 from polymodal.errors import CheckpointError, ConfigError
+from polymodal.safety.config_json import read_json
 
 if TYPE_CHECKING:
-    from polymodal.backends.protocol import Backend
-    from polymodal.exchange.hf_folder import Dtype
+    from polymodal.backends.base import Backend
+    from polymodal.interop.huggingface.load import Dtype
     from polymodal.processing.processor import Processor
 
 
@@ -75,7 +75,7 @@ def load(
             f"{name}: an address and a key are for endpoints; call the model {ENDPOINT}MODEL if it is one"
         )
     if quantize is not None:
-        from polymodal.quantize import check_quantize
+        from polymodal.modeling.quantization import check_quantize
 
         device = check_quantize(quantize, device)
     folder = find_model(name, revision)
@@ -90,9 +90,9 @@ def _open_ours(folder: Path, device: str | None, name: str, quantize: str | None
     import torch
 
     from polymodal.backends.local import LocalBackend
-    from polymodal.checkpoints.folder import load_model
-    from polymodal.quantize import GPU_WAYS, INT8, quantize_int8
-    from polymodal.training.adapters import merge_adapter
+    from polymodal.checkpoints.model_folder import load_model
+    from polymodal.modeling.lora import merge_adapter
+    from polymodal.modeling.quantization import GPU_WAYS, INT8, quantize_int8
 
     on_gpu = quantize if quantize in GPU_WAYS else None
     loaded = load_model(folder, quantize=on_gpu)
@@ -114,9 +114,9 @@ def _open_hf(folder: Path, device: str | None, name: str, dtype: Dtype | None, q
 
     from polymodal.backends.transformers import open_transformers
     from polymodal.checkpoints.hf import is_hf_folder
-    from polymodal.checkpoints.hf.pieces import NotExpressibleError
-    from polymodal.checkpoints.llava_repo import is_llava_repo
-    from polymodal.quantize import INT8
+    from polymodal.interop.huggingface.families import NotExpressibleError
+    from polymodal.interop.llava.config import is_llava_repo
+    from polymodal.modeling.quantization import INT8
 
     model_type = _model_type(folder)
     if is_llava_repo(folder):
@@ -145,8 +145,8 @@ def _open_published(folder: Path, device: str | None, name: str, dtype: Dtype | 
     import torch
 
     from polymodal.backends.local import LocalBackend
-    from polymodal.exchange.opening import open_published
-    from polymodal.quantize import quantize_int8
+    from polymodal.interop.open import open_published
+    from polymodal.modeling.quantization import quantize_int8
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = open_published(folder, name, dtype=dtype or ("float32" if device == "cpu" else "auto"))
@@ -177,11 +177,11 @@ def load_processor(name: str | Path = "default") -> Processor:
         CheckpointError: There is no such model, or its folder is damaged.
     """
     folder = find_model(name)
-    from polymodal.checkpoints.folder import read_config
     from polymodal.checkpoints.hf import is_hf_folder
-    from polymodal.compose import build_vision
-    from polymodal.exchange.hf_folder import hf_processor
-    from polymodal.llm import load_tokenizer, quieten_transformers
+    from polymodal.checkpoints.model_folder import read_config
+    from polymodal.interop.huggingface.load import hf_processor
+    from polymodal.modeling.build import build_vision
+    from polymodal.modeling.language_model import load_tokenizer, quieten_transformers
     from polymodal.processing.processor import Processor
     from polymodal.projectors.context import load_context_tokenizer
 

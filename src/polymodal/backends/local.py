@@ -6,22 +6,22 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from polymodal.backends.protocol import Reply, TextDelta, ask_once
+from polymodal.backends.base import Reply, TextDelta, ask_once
 from polymodal.backends.turns import forget_oldest, require_question, stream_reply
 from polymodal.errors import PolymodalError
 from polymodal.generation.generate import generate_ids, stream_ids
 from polymodal.generation.params import GenerationParams
-from polymodal.generation.text import TextStream
+from polymodal.generation.streaming import TextStream
 from polymodal.messages import Message
 from polymodal.processing.batch import collate
+from polymodal.processing.collate import Sample
 from polymodal.processing.processor import Processor
-from polymodal.processing.sample import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from polymodal.config import ModelConfig
-    from polymodal.model import MultimodalLM
+    from polymodal.modeling.vlm import MultimodalLM
 
 
 def processor_of(model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Processor:

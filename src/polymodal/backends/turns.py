@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from polymodal.backends.protocol import Reply, TextDelta, Timing, Usage
+from polymodal.backends.base import Reply, TextDelta, Timing, Usage
 from polymodal.errors import PolymodalError
 from polymodal.messages import Message, assistant
 
 if TYPE_CHECKING:
-    from polymodal.generation.text import TextStream
+    from polymodal.generation.streaming import TextStream
 
 
 def require_question(messages: Sequence[Message]) -> None:

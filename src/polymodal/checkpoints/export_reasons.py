@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from polymodal.checkpoints.export_hf import BLIP, plain_state
 from polymodal.checkpoints.hf import CLASSES
 from polymodal.config import ImageConfig, ModelConfig
-from polymodal.encoders.hf_vision import HFVisionEncoder
 from polymodal.errors import CheckpointError
+from polymodal.interop.huggingface.export_class import BLIP, plain_state
+from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
 
 if TYPE_CHECKING:
-    from polymodal.model import MultimodalLM
+    from polymodal.modeling.vlm import MultimodalLM
 
 LLAVA_TOWERS = ("clip", "siglip")
 """Towers of the LLaVA classes that both transformers and vLLM open."""

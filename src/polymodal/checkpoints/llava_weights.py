@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from polymodal.checkpoints.hf.names import DERIVED
-from polymodal.checkpoints.llava_repo import EXTRA_FILES, PROJECTOR_FILES, Repo
-from polymodal.checkpoints.tensors import check_finite, compare_tensors, read_tensors
-from polymodal.encoders.vision import UNUSED_PARTS
 from polymodal.errors import CheckpointError, first_line
-from polymodal.training.adapters import attach_adapter
+from polymodal.interop.huggingface.weight_names import DERIVED
+from polymodal.interop.llava.config import EXTRA_FILES, PROJECTOR_FILES, Repo
+from polymodal.modeling.encoders.vision import UNUSED_PARTS
+from polymodal.modeling.lora import attach_adapter
+from polymodal.utils.safetensors_io import check_finite, compare_tensors, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from polymodal.model import MultimodalLM
+    from polymodal.modeling.vlm import MultimodalLM
 
 State = dict[str, torch.Tensor]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from polymodal.checkpoints.header import TensorInfo
+from polymodal.safety.safetensors_header import TensorInfo
 
 NESTED = {
     "vision_config": ("vision_tower", "vision_model", "visual", "vision_encoder", "vision"),

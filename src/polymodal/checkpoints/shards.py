@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from polymodal.checkpoints.hf.weights import INDEX_NAME, WEIGHTS_NAME
 from polymodal.errors import CheckpointError
-from polymodal.files import write_text
+from polymodal.interop.huggingface.weights import INDEX_NAME, WEIGHTS_NAME
+from polymodal.utils.files import write_text
 
 MAX_SHARD_BYTES = 5_000_000_000
 """The largest file, as transformers cuts them; a single larger tensor has a file of its own."""

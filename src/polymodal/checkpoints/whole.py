@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polymodal.checkpoints.folder import Loaded, load_model, save_model
-from polymodal.training.adapters import fold_in, is_peft
+from polymodal.checkpoints.model_folder import Loaded, load_model, save_model
+from polymodal.modeling.lora import fold_in, is_peft
 
 if TYPE_CHECKING:
     import torch

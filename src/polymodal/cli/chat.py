@@ -17,7 +17,7 @@ from polymodal.cli import common
 from polymodal.errors import PolymodalError
 
 if TYPE_CHECKING:
-    from polymodal.backends.protocol import Backend, Reply
+    from polymodal.backends.base import Backend, Reply
     from polymodal.generation.params import GenerationParams
     from polymodal.messages import Image, Message
 
@@ -139,7 +139,7 @@ class Chat:
         return True
 
     def _answer(self, question: str) -> None:
-        from polymodal.backends.protocol import TextDelta
+        from polymodal.backends.base import TextDelta
         from polymodal.messages import assistant, user
 
         asked = [*self.messages, user(*self.pending, question)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 from polymodal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from polymodal.backends.protocol import Backend
+    from polymodal.backends.base import Backend
     from polymodal.generation.params import GenerationParams
     from polymodal.messages import Image
 
@@ -58,7 +58,7 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_quantize_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--quantize`; its values are those of `polymodal.quantize`, which loads torch."""
+    """Add `--quantize`; its values are those of `polymodal.modeling.quantization`, which loads torch."""
     parser.add_argument(
         "--quantize",
         metavar="HOW",

@@ -77,10 +77,10 @@ def check(args: argparse.Namespace) -> int:
     limit = parse_share(args.max_dropped)
     _at_least_one("--workers", args.workers)
     _at_least_one("--max-length", args.max_length)
-    from polymodal.data.check import check_files
-    from polymodal.data.report import to_html
+    from polymodal.data.check.check import check_files
+    from polymodal.data.check.report import to_html
     from polymodal.data.summary import summary_json
-    from polymodal.files import write_text
+    from polymodal.utils.files import write_text
     from polymodal.utils.progress import progress
 
     processor = _processor(args)
@@ -161,7 +161,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 def inspect(args: argparse.Namespace) -> int:
     """Show what the model sees of one row: its tokens by kind, those that carry a loss, and its pictures' tiles."""
     from polymodal.cli.inspect import show
-    from polymodal.data.records import iter_rows, row_record
+    from polymodal.data.load import iter_rows, row_record
 
     if args.index < 0:
         raise ConfigError(f"--index {args.index}: rows are counted from 0")
@@ -187,9 +187,9 @@ def prep(args: argparse.Namespace) -> int:
 
     Training does the same when it has to; with this it is done on a machine without a GPU, and before the run.
     """
-    from polymodal.training.pipeline_file import is_pipeline
-    from polymodal.training.prepare import prepare_recipe
     from polymodal.training.recipes.load import load_recipe
+    from polymodal.training.recipes.pipeline import is_pipeline
+    from polymodal.training.sft.prepare_data import prepare_recipe
 
     if is_pipeline(args.recipe):
         raise ConfigError(f"{args.recipe} is a pipeline, whose later stages start from earlier ones; give one stage")
@@ -222,9 +222,9 @@ def build(args: argparse.Namespace) -> int:
     model with captions, questions and dialogues about them, for contrastive training with captions. Both hold out the
     same pictures, given the same seed and size.
     """
-    from polymodal.data.default import build_default
-    from polymodal.data.default.workshop import Packages
-    from polymodal.data.pairs import build_pairs
+    from recipes.default.dataset import build_default
+    from recipes.default.dataset.generate import Packages
+    from recipes.default.dataset.pairs import build_pairs
 
     places = Packages.under(args.packages or Path("/"))
     common_flags = {"seed": args.seed, "size": args.size, "workers": args.workers, "force": args.force}

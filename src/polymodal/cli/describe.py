@@ -18,7 +18,7 @@ from polymodal.cli.common import BOLD, DIM, RESET, colour_wanted, printable
 
 if TYPE_CHECKING:
     from polymodal.checkpoints.parts import Part
-    from polymodal.exchange.describe import Description
+    from polymodal.interop.describe import Description
 
 SHOWN_LINES = 6
 """Lines of the chat template on the page."""
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Describe and print."""
     from polymodal.errors import ConfigError
-    from polymodal.exchange.describe import describe
+    from polymodal.interop.describe import describe
 
     found = describe(args.model)
     if args.template:
@@ -141,9 +141,9 @@ def _picture_rows(rules: dict[str, Any]) -> list[tuple[str, str]]:
 def _visual_tokens(found: Description) -> list[dict[str, Any]]:
     """How many positions pictures of some sizes take; empty where that cannot be found out from configurations."""
     from polymodal.errors import PolymodalError
-    from polymodal.exchange.describe import EXAMPLES
-    from polymodal.geometry import Size
-    from polymodal.llm import quieten_transformers
+    from polymodal.interop.describe import EXAMPLES
+    from polymodal.media_plan import Size
+    from polymodal.modeling.language_model import quieten_transformers
 
     if not found.pictures or "not ours" in found.pictures:
         return []
@@ -151,11 +151,11 @@ def _visual_tokens(found: Description) -> list[dict[str, Any]]:
     quieten_transformers()
     try:
         if found.contract is None:
-            from polymodal.exchange.describe import visual_tokens
+            from polymodal.interop.describe import visual_tokens
 
             counts = visual_tokens(Path(found.folder), sizes)
         else:
-            from polymodal.training.plan_model import plan_model
+            from polymodal.planning.inference_plan import plan_model
 
             plan = plan_model(found.folder, sizes, 0)
             counts = list(zip(plan.visual_tokens, plan.tiles, strict=True))

@@ -79,8 +79,8 @@ def _version(name: str) -> str:
 
 
 def _models() -> dict[str, str]:
-    from polymodal.checkpoints.smollm2 import converted_folder, in_hub_cache, packaged_gguf
-    from polymodal.files import cache_folder
+    from polymodal.modeling.default_llm import converted_folder, in_hub_cache, packaged_gguf
+    from polymodal.utils.files import cache_folder
 
     folder, gguf = converted_folder(), packaged_gguf()
     if (folder / "model.safetensors").is_file():

@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from polymodal.cli.common import open_model
-    from polymodal.data.records import load_records
-    from polymodal.evaluation.heldout import evaluate, summarise, table
-    from polymodal.files import write_text
+    from polymodal.data.load import load_records
+    from polymodal.evaluation.tasks.questions import evaluate, summarise, table
+    from polymodal.utils.files import write_text
 
     records = load_records(args.data)
     if args.limit is not None:
@@ -96,11 +96,11 @@ def _compare(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from polymodal.data.records import load_records
+    from polymodal.data.load import load_records
     from polymodal.errors import ConfigError
-    from polymodal.evaluation import retrieval, zero_shot
     from polymodal.evaluation.embedder import load_embedder
-    from polymodal.files import write_text
+    from polymodal.evaluation.tasks import retrieval, zero_shot
+    from polymodal.utils.files import write_text
 
     if args.quantize is not None:
         raise ConfigError("--quantize: these models have no language model to quantise; leave it out")

@@ -22,9 +22,9 @@ from polymodal.errors import ConfigError, PolymodalError
 if TYPE_CHECKING:
     import torch
 
-    from polymodal.checkpoints.folder import Loaded
-    from polymodal.exchange.parity import Parity
+    from polymodal.checkpoints.model_folder import Loaded
     from polymodal.exchange.parity_probes import Probe
+    from polymodal.verify.compare import Parity
 
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _hf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:
-    from polymodal.exchange.hf_export import export_hf
+    from polymodal.interop.huggingface.export import export_hf
 
     loaded, source = _open(args.model)
     done = export_hf(
@@ -87,13 +87,13 @@ def _hf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:
     print(f"{dst}: {done.family}, {done.weight_bytes / 1e6:,.1f} MB of weights, <image> is token {done.image_token_id}")
     if not args.verify:
         return 0
-    from polymodal.exchange.parity import verify_export
+    from polymodal.verify.compare import verify_export
 
     return _outcome(verify_export(loaded, dst, more=more))
 
 
 def _gguf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:
-    from polymodal.exchange.gguf_export import export_gguf
+    from polymodal.interop.gguf.export import export_gguf
 
     if args.keep_adapter:
         raise ConfigError("--keep-adapter: GGUF holds no adapter beside the weights; leave it out, and it is added")
@@ -104,14 +104,14 @@ def _gguf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:
     print(f"{dst}: {done.model.name} and {done.mmproj.name}, {done.weight_bytes / 1e6:,.1f} MB of weights")
     if not args.verify:
         return 0
-    from polymodal.exchange.parity_llamacpp import verify_gguf
+    from polymodal.verify.llamacpp import verify_gguf
 
     return _outcome(verify_gguf(loaded, dst, more=more))
 
 
 def _asked(args: argparse.Namespace) -> list[Probe]:
     """What the user wants asked besides the usual conversations."""
-    from polymodal.data.records import load_records
+    from polymodal.data.load import load_records
     from polymodal.exchange.parity_probes import Probe, picture_probes
 
     probes = picture_probes([Path(path) for path in args.picture])
@@ -154,8 +154,8 @@ FORMATS: dict[str, Callable[[argparse.Namespace, Path, list[Probe]], int]] = {
 
 def _open(name: str) -> tuple[Loaded, Path]:
     """Load a model of ours or a published one, and say where it lies."""
-    from polymodal.checkpoints.hub import find_model
-    from polymodal.exchange.opening import open_model
+    from polymodal.checkpoints.locate import find_model
+    from polymodal.interop.open import open_model
 
     return open_model(name), find_model(name)
 

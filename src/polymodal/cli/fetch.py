@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fetch what is missing, convert it, say where it is."""
-    from polymodal.checkpoints import smollm2
+    from polymodal.modeling import default_llm as smollm2
 
     ready = (smollm2.converted_folder() / "model.safetensors").is_file()
     if not ready and smollm2.packaged_gguf() is None and not smollm2.in_hub_cache():
@@ -61,7 +61,7 @@ def _from_hub() -> str | None:
     """Download the hub's copy into the Hugging Face cache; the reason where that fails."""
     from huggingface_hub import snapshot_download
 
-    from polymodal.checkpoints.smollm2 import HUB_ID
+    from polymodal.modeling.default_llm import HUB_ID
 
     patterns = ["*.json", "*.txt", "*.jinja", "model.safetensors"]
     try:

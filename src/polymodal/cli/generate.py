@@ -16,7 +16,7 @@ from polymodal.cli import common
 from polymodal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from polymodal.backends.protocol import Reply
+    from polymodal.backends.base import Reply
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--json and --stream cannot be combined; leave one out")
     params = common.sampling_params(args)
 
-    from polymodal.backends.protocol import TextDelta
+    from polymodal.backends.base import TextDelta
     from polymodal.messages import system, user
 
     model = common.open_model(args)

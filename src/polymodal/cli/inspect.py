@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from polymodal.messages import Message, Source
     from polymodal.processing.processor import Processor
-    from polymodal.processing.view import View
+    from polymodal.viewer.view import View
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,9 +80,9 @@ def show(
         add_generation_prompt: End with the header of an answer.
     """
     from polymodal.messages import Image
-    from polymodal.processing.view import to_terminal, view_sample
     from polymodal.processing.view_html import to_html
-    from polymodal.processing.view_picture import stack
+    from polymodal.viewer.draw import stack
+    from polymodal.viewer.view import to_terminal, view_sample
 
     sources = [part.source for message in messages for part in message.media if isinstance(part, Image)]
     if png and not sources:
@@ -107,8 +107,8 @@ def show(
 def _drawings(processor: Processor, view: View, sources: Sequence[Source]) -> list[PILImage.Image]:
     """Decode the pictures again, for the eye this time, and draw their plans."""
     from polymodal.media.image import open_image
-    from polymodal.processing.tiles import tile_pictures
-    from polymodal.processing.view_picture import draw_plan
+    from polymodal.processing.image_transform import tile_pictures
+    from polymodal.viewer.draw import draw_plan
 
     image = processor.config.image
     if image is None:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from polymodal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from polymodal.geometry import Size
-    from polymodal.training.plan import Plan, Question
-    from polymodal.training.plan_model import ModelPlan
+    from polymodal.media_plan import Size
+    from polymodal.planning.inference_plan import ModelPlan
+    from polymodal.planning.train_plan import Plan, Question
 
 GIB = 2**30
 
@@ -52,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan and print."""
-    from polymodal.llm import quieten_transformers
-    from polymodal.training.plan import plan_training
-    from polymodal.training.plan_model import plan_model
+    from polymodal.modeling.language_model import quieten_transformers
+    from polymodal.planning.inference_plan import plan_model
+    from polymodal.planning.train_plan import plan_training
 
     quieten_transformers()
     if not args.target.endswith((".yaml", ".yml")):
@@ -82,8 +82,8 @@ def _stages(path: Path, overrides: list[str]) -> list[tuple[Any, Any]]:
     """The training stages of a recipe or pipeline file, each with what it starts from."""
     from polymodal.config import new_picture_rules
     from polymodal.planning.starting_point import Start, starting_point
-    from polymodal.training.pipeline_file import TrainStage, is_pipeline, load_pipeline
     from polymodal.training.recipes.load import load_recipe
+    from polymodal.training.recipes.pipeline import TrainStage, is_pipeline, load_pipeline
     from polymodal.training.recipes.sft import Recipe
 
     if not is_pipeline(path):
@@ -115,7 +115,7 @@ def _stages(path: Path, overrides: list[str]) -> list[tuple[Any, Any]]:
 
 def _question(args: argparse.Namespace, engine: str) -> Question:
     """Turn the flags into a question."""
-    from polymodal.training.plan import Question
+    from polymodal.planning.train_plan import Question
 
     several = {"auto": "ddp", "deepspeed": "zero2"}.get(engine, engine)
     for name in ("devices", "text_tokens", "rows"):
@@ -161,7 +161,7 @@ def measured_speed(path: Path) -> float:
 
 
 def _sizes(texts: list[str]) -> tuple[Size, ...]:
-    from polymodal.geometry import Size
+    from polymodal.media_plan import Size
 
     found = []
     for text in texts:

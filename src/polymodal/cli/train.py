@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     """Resolve the recipe, then print or run it."""
     from polymodal.training import train
     from polymodal.training.pipeline import run_pipeline
-    from polymodal.training.pipeline_file import dump_pipeline, is_pipeline, load_pipeline
     from polymodal.training.recipes.load import dump_recipe, load_any_recipe
+    from polymodal.training.recipes.pipeline import dump_pipeline, is_pipeline, load_pipeline
     from polymodal.training.world import leave_world
 
     if is_pipeline(args.recipe):

@@ -26,14 +26,14 @@ import torch
 
 from polymodal.data import index_build
 from polymodal.data.arrays import open_array
-from polymodal.data.formats import Record
 from polymodal.data.index_build import CONTEXT_ARRAYS, INFO, MODALITIES, Reading, identity, stat_of
-from polymodal.data.parallel import Progress, ahead, quiet
-from polymodal.data.records import record_from_json
+from polymodal.data.load import record_from_json
+from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError, first_line
-from polymodal.files import atomic_folder
-from polymodal.geometry import Box, ImagePlan, Size
-from polymodal.processing.sample import Sample, Slot
+from polymodal.media_plan import Box, ImagePlan, Size
+from polymodal.processing.collate import Sample, Slot
+from polymodal.utils.files import atomic_folder
+from polymodal.utils.threads import Progress, ahead, quiet
 
 if TYPE_CHECKING:
     from polymodal.processing.processor import Processor

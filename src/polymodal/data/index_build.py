@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polymodal.data.arrays import GrowingArray
-from polymodal.data.formats import Record
-from polymodal.data.parallel import Progress, ahead
-from polymodal.data.readers.table import data_files, detect_format
-from polymodal.data.records import iter_rows, record_to_json, row_record
+from polymodal.data.load import iter_rows, record_to_json, row_record
+from polymodal.data.readers.conversations import Record
+from polymodal.data.readers.registry import data_files, detect_format
 from polymodal.errors import DataError, PolymodalError
-from polymodal.files import sha256_file
-from polymodal.geometry import ImagePlan
+from polymodal.media_plan import ImagePlan
 from polymodal.messages import FileSlice, TableCell
-from polymodal.processing.sample import Sample
+from polymodal.processing.collate import Sample
+from polymodal.utils.files import sha256_file
+from polymodal.utils.threads import Progress, ahead
 
 if TYPE_CHECKING:
-    from polymodal.data.readers.row import RawRow
+    from polymodal.data.readers.base import RawRow
     from polymodal.processing.processor import Processor
 
 VERSION = 1

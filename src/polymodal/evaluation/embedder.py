@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from polymodal.config import ImageConfig, parse_config
-from polymodal.data.parallel import ahead
 from polymodal.errors import CheckpointError, ConfigError, first_line
-from polymodal.files import shipped
-from polymodal.geometry import Size, plan_image
 from polymodal.media.image import open_image
-from polymodal.processing.presets import image_config_from_hf
-from polymodal.processing.tiles import tile_bytes
-from polymodal.representation.build import load_pair_model
+from polymodal.media_plan import Size, plan_image
+from polymodal.modeling.dual_encoders.base import PairBatch, PairModel
+from polymodal.modeling.dual_encoders.config import ObjectiveConfig
+from polymodal.modeling.dual_encoders.registry import load_pair_model
+from polymodal.processing.image_config_hf import image_config_from_hf
+from polymodal.processing.image_transform import tile_bytes
 from polymodal.representation.notes import NOTES, read_notes
-from polymodal.representation.pair import PairBatch, PairModel
-from polymodal.representation.settings import ObjectiveConfig
+from polymodal.utils.files import shipped
+from polymodal.utils.threads import ahead
 
 if TYPE_CHECKING:
     from polymodal.messages import Source

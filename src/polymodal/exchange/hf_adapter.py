@@ -6,11 +6,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polymodal.checkpoints.hf.names import Place, to_stock
 from polymodal.errors import CheckpointError
+from polymodal.interop.huggingface.weight_names import Place, to_stock
 
 if TYPE_CHECKING:
-    from polymodal.model import MultimodalLM
+    from polymodal.modeling.vlm import MultimodalLM
 
 
 def write_adapter(folder: Path, model: MultimodalLM, family: str) -> None:

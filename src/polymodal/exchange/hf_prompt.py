@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
-from polymodal.checkpoints.hf.pieces import NotExpressibleError
-from polymodal.checkpoints.safe_config import read_json
 from polymodal.config import TemplateConfig
 from polymodal.errors import CheckpointError, PolymodalError
+from polymodal.interop.huggingface.families import NotExpressibleError
 from polymodal.messages import Image, user
-from polymodal.processing.template import ChatTemplate
-from polymodal.sandbox import compile_template
+from polymodal.processing.chat_template.encode import ChatTemplate
+from polymodal.safety.config_json import read_json
+from polymodal.safety.jinja_sandbox import compile_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,11 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from polymodal.checkpoints.folder import ADAPTER_NAME
-from polymodal.exchange.parity_case import AGREEMENT, IN_ANOTHER_ENGINE, Check, Comparison, common_prefix, greedy_ids
+from polymodal.checkpoints.model_folder import ADAPTER_NAME
+from polymodal.verify.side_by_side import AGREEMENT, IN_ANOTHER_ENGINE, Check, Comparison, common_prefix, greedy_ids
 
 if TYPE_CHECKING:
-    from polymodal.processing.sample import Sample
+    from polymodal.processing.collate import Sample
 
 
 def same_text_in_vllm(comparison: Comparison) -> Check | None:

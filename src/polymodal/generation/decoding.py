@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from polymodal.llm import decoder_start_id
-from polymodal.seq2seq import move_left, take
+from polymodal.modeling.language_model import decoder_start_id
+from polymodal.modeling.seq2seq import move_left, take
 
 if TYPE_CHECKING:
     from transformers import EncoderDecoderCache
 
-    from polymodal.model import MultimodalLM
+    from polymodal.modeling.vlm import MultimodalLM
 
 NextLogits = Callable[[torch.Tensor | None], torch.Tensor]
 """Takes the ids [B] chosen in the step before, None in the first; gives logits [B, V]."""

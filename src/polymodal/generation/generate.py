@@ -15,8 +15,8 @@ import torch
 from polymodal.generation.decoding import start_decoding
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.sampling import new_generator, sample_next
-from polymodal.model import MultimodalLM
-from polymodal.processing.sample import Batch
+from polymodal.modeling.vlm import MultimodalLM
+from polymodal.processing.collate import Batch
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def starting_point(recipe: Recipe, path: Path | None = None) -> Start:
     Raises:
         CheckpointError: The folder is missing, and no recipe beside this one will make it.
     """
-    from polymodal.checkpoints.folder import CONFIG_NAME, read_config, read_history
+    from polymodal.checkpoints.model_folder import CONFIG_NAME, read_config, read_history
 
     if recipe.init.model is not None:
         return Start(recipe.init.model, frozenset(), "as the recipe composes it")

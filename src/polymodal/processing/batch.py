@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from polymodal.processing.sample import Batch, Sample
+from polymodal.processing.collate import Batch, Sample
 
 IGNORE = -100
 """The label of a position that is not trained, as in torch's cross entropy."""

@@ -11,13 +11,13 @@ import torch
 
 from polymodal.config import ImageConfig, ModelConfig, TemplateConfig
 from polymodal.errors import ConfigError, PolymodalError
-from polymodal.geometry import ImagePlan, Size, plan_image
 from polymodal.media.image import open_image
+from polymodal.media_plan import ImagePlan, Size, plan_image
 from polymodal.messages import Image, Message
+from polymodal.processing.chat_template.encode import ChatTemplate
+from polymodal.processing.collate import Sample
 from polymodal.processing.context import ContextReader
-from polymodal.processing.sample import Sample
-from polymodal.processing.template import ChatTemplate
-from polymodal.processing.tiles import make_tiles, tile_bytes
+from polymodal.processing.image_transform import make_tiles, tile_bytes
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -121,7 +121,7 @@ class Processor:
         )
 
     def plan(self, picture: PILImage.Image, *, alone: bool = True) -> ImagePlan:
-        """Plan one decoded picture; `alone` as in `geometry.plan_image`."""
+        """Plan one decoded picture; `alone` as in `media_plan.plan_image`."""
         assert self.config.image is not None and self.tokens is not None  # _open refused the picture otherwise
         return plan_image(Size(picture.height, picture.width), self.config.image, self.tokens, alone=alone)
 
@@ -179,7 +179,7 @@ def picture_key(picture: PILImage.Image, image: ImageConfig, *, alone: bool = Tr
     Args:
         picture: The decoded RGB picture.
         image: The preprocessing.
-        alone: As in `geometry.plan_image`.
+        alone: As in `media_plan.plan_image`.
 
     Returns:
         A hex digest, equal exactly when the tiles are equal.

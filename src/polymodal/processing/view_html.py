@@ -8,8 +8,8 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from polymodal.page import html_page
-from polymodal.processing.view import Cell, View, plan_facts
+from polymodal.utils.html import html_page
+from polymodal.viewer.view import Cell, View, plan_facts
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from polymodal.geometry import Size
+from polymodal.media_plan import Size
 from polymodal.projectors.norm import NormKind, build_norm
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from polymodal.errors import ConfigError
-from polymodal.geometry import Size
+from polymodal.media_plan import Size
 
 
 def pixel_shuffle(features: Tensor, grid: Size, ratio: int) -> Tensor:

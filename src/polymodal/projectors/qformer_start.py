@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from polymodal.checkpoints.safe_config import read_json
 from polymodal.errors import CheckpointError, ConfigError
-from polymodal.projectors.qformer import QFormer, QFormerProjector
-from polymodal.projectors.qformer_weights import (
+from polymodal.modeling.projectors.qformer import QFormer, QFormerProjector
+from polymodal.modeling.projectors.qformer_files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     load_exactly,
@@ -23,6 +22,7 @@ from polymodal.projectors.qformer_weights import (
     read_folder_tensors,
     without_text,
 )
+from polymodal.safety.config_json import read_json
 
 _BERT_LAYER = (
     (r"attention\.self\.", "attention.attention."),

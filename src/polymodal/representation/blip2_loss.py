@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polymodal.errors import DataError
-from polymodal.representation.contrastive import at_least_float32, both_directions, products
+from polymodal.modeling.dual_encoders.losses import at_least_float32, both_directions, products
 
 IGNORED = -100
 """The label of a position that predicts nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from polymodal.checkpoints.safe_config import read_json
+from polymodal.safety.config_json import read_json
 
 NOTES = "polymodal_pair.json"
 """History, picture rules, objective, temperature, scores."""

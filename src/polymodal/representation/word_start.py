@@ -15,7 +15,7 @@ from torch import Tensor
 
 from polymodal.config import LLMConfig
 from polymodal.errors import ConfigError
-from polymodal.llm import load_llm, load_tokenizer
+from polymodal.modeling.language_model import load_llm, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

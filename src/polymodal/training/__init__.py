@@ -14,7 +14,7 @@ from polymodal.training.recipes.load import AnyRecipe, load_any_recipe, load_rec
 from polymodal.training.recipes.sft import Recipe
 
 if TYPE_CHECKING:
-    from polymodal.training.parts import Parts
+    from polymodal.training.sft.task import Parts
 
 __all__ = ["Recipe", "load_any_recipe", "load_recipe", "train"]
 
@@ -31,9 +31,9 @@ def train(recipe: AnyRecipe, parts: Parts | None = None, force: bool = False) ->
         The folder of the trained model.
     """
     if not isinstance(recipe, Recipe):
-        from polymodal.training.pairs.train import train_pairs
+        from polymodal.training.contrastive.run import train_pairs
 
         return train_pairs(recipe, force)
-    from polymodal.training.train_recipe import train as run
+    from polymodal.training.run import train as run
 
     return run(recipe, parts, force)

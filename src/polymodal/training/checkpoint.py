@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from polymodal.errors import CheckpointError, first_line
-from polymodal.files import atomic_folder
-from polymodal.training.policy import Group
+from polymodal.training.optimizer import Group
 from polymodal.training.world import World
+from polymodal.utils.files import atomic_folder
 
 COMPLETE = "COMPLETE"
 MODEL = "model.safetensors"

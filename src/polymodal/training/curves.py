@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from polymodal.training.log import read_log
+from polymodal.training.reporting.log import read_log
 
 
 def smooth(values: np.ndarray, span: int) -> np.ndarray:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from polymodal.training import policy
-from polymodal.training.log import read_log
-from polymodal.training.parts import Parts
+from polymodal.training import optimizer as policy
 from polymodal.training.recipes.sft import Recipe
+from polymodal.training.reporting.log import read_log
 from polymodal.training.resume import identity
+from polymodal.training.sft.task import Parts
 from polymodal.training.state import State
 
 
@@ -26,7 +26,7 @@ def export(final: Path, recipe: Recipe, parts: Parts, groups: Sequence[policy.Gr
     Raises:
         PolymodalError: It cannot be written.
     """
-    from polymodal.checkpoints.folder import save_model
+    from polymodal.checkpoints.model_folder import save_model
 
     names = [name for group in groups for name, _ in group.parameters]
     trained = sorted({"lora" if policy.is_adapter(name) else name.split(".")[0] for name in names})

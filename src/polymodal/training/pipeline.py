@@ -2,7 +2,7 @@
 
 A stage that was finished with the same settings is not done again, nor is one before it. Settings that decide the
 result are compared key by key; where they differ from those of a finished stage the run stops and names them, so that
-hours of training are not thrown away by a typing mistake. See `training.pipeline_file` for the file itself.
+hours of training are not thrown away by a typing mistake. See `training.recipes.pipeline` for the file itself.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.errors import ConfigError
-from polymodal.files import write_text
-from polymodal.training.pipeline_file import MakeStage, Pipeline, Stage, TrainStage, map_text
+from polymodal.training.recipes.pipeline import MakeStage, Pipeline, Stage, TrainStage, map_text
+from polymodal.utils.files import write_text
 
 LEDGER = "pipeline.json"
 """Which stages are finished, and with which settings."""
@@ -38,7 +38,7 @@ def run_pipeline(pipeline: Pipeline, *, force: bool = False) -> Path:
         PolymodalError: A finished stage has other settings now, or a stage failed.
         SystemExit: A training stage was stopped by a signal; it is saved, and the same command goes on.
     """
-    from polymodal.llm import quieten_transformers
+    from polymodal.modeling.language_model import quieten_transformers
     from polymodal.training.stages import do_stage, on_main_process
     from polymodal.utils.progress import duration, say
 

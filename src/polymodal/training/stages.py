@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from polymodal.errors import ConfigError, PolymodalError, unknown_name
-from polymodal.files import atomic_folder, write_text
-from polymodal.training.pipeline_file import (
+from polymodal.training.recipes.pipeline import (
     BuildStage,
     ExportStage,
     FeaturesStage,
@@ -24,6 +23,7 @@ from polymodal.training.pipeline_file import (
     TrainStage,
 )
 from polymodal.training.recipes.sft import Recipe
+from polymodal.utils.files import atomic_folder, write_text
 from polymodal.utils.progress import say
 
 T = TypeVar("T")
@@ -97,8 +97,8 @@ def _make(script: Path, folder: Path, arguments: dict[str, Any]) -> None:
 
 
 def _build(stage: BuildStage, folder: Path) -> None:
-    from polymodal.data.default import build_default
-    from polymodal.data.pairs import build_pairs
+    from recipes.default.dataset import build_default
+    from recipes.default.dataset.pairs import build_pairs
 
     options: dict[str, Any] = {"seed": stage.seed, "size": stage.size, "progress": False, "force": True}
     say(str(build_pairs(folder, **options) if stage.build == "pairs" else build_default(folder, **options)))
@@ -106,8 +106,9 @@ def _build(stage: BuildStage, folder: Path) -> None:
 
 def _features(recipe: Recipe, folder: Path) -> None:
     """Fill a training stage's feature cache."""
-    from polymodal.training import features, policy
-    from polymodal.training.parts import load_parts, make_feed
+    from polymodal.training import feature_cache as features
+    from polymodal.training import optimizer as policy
+    from polymodal.training.sft.task import load_parts, make_feed
 
     if recipe.run.feature_cache in (features.OFF, features.MEMORY):
         raise ConfigError(f"{recipe.name} keeps no features on disk: set its run.feature_cache to a folder")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from polymodal.config import parse_config
-from polymodal.training.pairs.recipe import PairRecipe
+from polymodal.training.recipes.contrastive import PairRecipe
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 180, 40), "blue": (30, 60, 220), "white": (250, 250, 250)}
 PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}

@@ -10,8 +10,8 @@ import pytest
 
 from polymodal.cli import main
 from polymodal.errors import ConfigError
-from polymodal.training.log import read_log
-from polymodal.training.pipeline_file import load_pipeline
+from polymodal.training.recipes.pipeline import load_pipeline
+from polymodal.training.reporting.log import read_log
 
 BLIP2 = Path(__file__).parents[3] / "recipes" / "blip2"
 SMALL = "{num_query_tokens: 4, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 32}"

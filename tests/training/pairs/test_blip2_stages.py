@@ -11,20 +11,21 @@ import pytest
 import torch
 import yaml
 
-from polymodal.checkpoints.folder import load_model
+from polymodal.checkpoints.model_folder import load_model
 from polymodal.config import parse_config
-from polymodal.model import MultimodalLM
-from polymodal.projectors.qformer_weights import load_qformer
-from polymodal.representation.blip2 import Blip2Stage1
-from polymodal.representation.blip2_folder import load_blip2
-from polymodal.representation.settings import ObjectiveConfig
+from polymodal.modeling.dual_encoders.blip2_stage1 import Blip2Stage1
+from polymodal.modeling.dual_encoders.blip2_stage1_folder import load_blip2
+from polymodal.modeling.dual_encoders.config import ObjectiveConfig
+from polymodal.modeling.projectors.qformer_files import load_qformer
+from polymodal.modeling.vlm import MultimodalLM
 from polymodal.representation.wordpiece import train_wordpiece
-from polymodal.training import policy, train
-from polymodal.training.log import read_log
-from polymodal.training.pairs.parts import load_pair_parts
-from polymodal.training.pairs.recipe import PairRecipe
-from polymodal.training.pairs.train import make_pair_run
+from polymodal.training import optimizer as policy
+from polymodal.training import train
+from polymodal.training.contrastive.run import make_pair_run
+from polymodal.training.contrastive.task import load_pair_parts
+from polymodal.training.recipes.contrastive import PairRecipe
 from polymodal.training.recipes.sft import Recipe
+from polymodal.training.reporting.log import read_log
 from polymodal.training.world import World
 
 Make = Callable[..., PairRecipe]

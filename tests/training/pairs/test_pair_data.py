@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from polymodal.errors import PolymodalError
-from polymodal.representation.build import build_pair_model
+from polymodal.modeling.dual_encoders.registry import build_pair_model
 from polymodal.training import train
+from polymodal.training.contrastive.dataset import PairFeed, PairSteps
+from polymodal.training.contrastive.images import Pictures, Seen, crops, open_pictures, source_name
+from polymodal.training.contrastive.task import load_pair_parts, make_pair_feed
 from polymodal.training.pairs import draws
-from polymodal.training.pairs.data import PairFeed, PairSteps
-from polymodal.training.pairs.parts import load_pair_parts, make_pair_feed
-from polymodal.training.pairs.pictures import Pictures, Seen, crops, open_pictures, source_name
-from polymodal.training.pairs.recipe import AugmentConfig, PairRecipe
+from polymodal.training.recipes.contrastive import AugmentConfig, PairRecipe
 from polymodal.training.steps import Order
 
 Make = Callable[..., PairRecipe]

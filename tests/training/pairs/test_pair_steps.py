@@ -11,15 +11,17 @@ import pytest
 import torch
 
 from polymodal.errors import PolymodalError
-from polymodal.representation.pair import METRIC
-from polymodal.training import checkpoint, policy, train
-from polymodal.training.log import read_log
-from polymodal.training.pairs import engine, pictures
-from polymodal.training.pairs.parts import load_pair_parts
-from polymodal.training.pairs.recipe import PairRecipe
-from polymodal.training.pairs.run import PairRun
-from polymodal.training.pairs.train import make_pair_run
+from polymodal.modeling.dual_encoders.base import METRIC
+from polymodal.training import checkpoint, train
+from polymodal.training import optimizer as policy
+from polymodal.training.contrastive import images as pictures
+from polymodal.training.contrastive.run import make_pair_run
+from polymodal.training.contrastive.task import load_pair_parts
+from polymodal.training.contrastive.trainer import PairRun
+from polymodal.training.pairs import engine
+from polymodal.training.recipes.contrastive import PairRecipe
 from polymodal.training.recipes.load import dump_recipe
+from polymodal.training.reporting.log import read_log
 from polymodal.training.world import World
 
 Make = Callable[..., PairRecipe]

@@ -14,11 +14,11 @@ import torch
 
 from polymodal.errors import ConfigError
 from polymodal.training import train
-from polymodal.training.log import read_log
-from polymodal.training.pairs.data import Plan
-from polymodal.training.pairs.parts import load_pair_parts, make_pair_eval_feed
-from polymodal.training.pairs.recipe import PairRecipe
-from polymodal.training.pairs.step import pair_losses
+from polymodal.training.contrastive.dataset import Plan
+from polymodal.training.contrastive.step import pair_losses
+from polymodal.training.contrastive.task import load_pair_parts, make_pair_eval_feed
+from polymodal.training.recipes.contrastive import PairRecipe
+from polymodal.training.reporting.log import read_log
 
 Make = Callable[..., PairRecipe]
 BERT = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}

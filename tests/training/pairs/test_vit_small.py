@@ -7,12 +7,12 @@ import runpy
 from pathlib import Path
 
 import pytest
+from recipes.default.dataset.pairs import build_pairs
 
 from polymodal.cli import main
 from polymodal.config import VisionConfig
-from polymodal.data.pairs import build_pairs
-from polymodal.encoders.vision import build_vision_encoder
 from polymodal.evaluation.embedder import load_embedder
+from polymodal.modeling.encoders.vision import build_vision_encoder
 from polymodal.training import load_any_recipe, train
 
 RECIPES = Path(__file__).parents[3] / "recipes"

@@ -22,8 +22,8 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from polymodal.backends.openai.address import is_loopback, origin_of, secret_of, shown_url, split_url
-from polymodal.backends.openai.events import clean, error_of, finish_of, is_completion, parse_object, read_events
+from polymodal.backends.openai.responses import clean, error_of, finish_of, is_completion, parse_object, read_events
+from polymodal.backends.openai.url import is_loopback, origin_of, secret_of, shown_url, split_url
 from polymodal.errors import ConfigError, EndpointError
 
 if TYPE_CHECKING:

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from polymodal.backends.protocol import Reply, TextDelta, ask_once
+from polymodal.backends.base import Reply, TextDelta, ask_once
 from polymodal.backends.transformers.folder import open_model, open_processor
 from polymodal.backends.transformers.prompt import Chat, PromptMaker
 from polymodal.backends.turns import forget_oldest, require_question, stream_reply
-from polymodal.checkpoints.safe import check_folder
 from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.sampling import new_generator, sample_next
-from polymodal.generation.text import TextStream
+from polymodal.generation.streaming import TextStream
 from polymodal.messages import Message
+from polymodal.safety.model_folder import check_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -49,7 +49,7 @@ def open_transformers(
         device: "cpu" or a GPU; None takes a GPU where there is one.
         name: What replies call it; the folder's name where None.
         dtype: Of the weights in memory; None takes float32 on a CPU, and what the folder stores on a GPU.
-        quantize: As `polymodal.quantize.check_quantize` knows it; None leaves the weights as they are.
+        quantize: As `polymodal.modeling.quantization.check_quantize` knows it; None leaves the weights as they are.
 
     Returns:
         The model behind the chat protocol.

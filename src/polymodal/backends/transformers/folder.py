@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polymodal.checkpoints.safe_config import read_json
-from polymodal.checkpoints.tensors import check_finite
 from polymodal.errors import CheckpointError, first_line
+from polymodal.safety.config_json import read_json
+from polymodal.utils.safetensors_io import check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -34,11 +34,11 @@ def open_model(folder: Path, device: str, dtype: str | None = None, quantize: st
     """Load the weights.
 
     Args:
-        folder: A folder of Hugging Face's layout with safetensors, looked over by `checkpoints.safe`.
+        folder: A folder of Hugging Face's layout with safetensors, looked over by `safety.model_folder`.
         device: "cpu" or a GPU.
         dtype: Of the weights in memory; None takes float32 on a CPU, where most compute bfloat16 several times slower,
             and what the folder stores on a GPU.
-        quantize: As `polymodal.quantize.check_quantize` knows it; None leaves the weights as they are.
+        quantize: As `polymodal.modeling.quantization.check_quantize` knows it; None leaves the weights as they are.
 
     Returns:
         The model on its device, in eval mode.
@@ -48,8 +48,8 @@ def open_model(folder: Path, device: str, dtype: str | None = None, quantize: st
     """
     from transformers import AutoModelForImageTextToText
 
-    from polymodal.llm import quieten_transformers
-    from polymodal.quantize import GPU_WAYS, gpu_settings, quantize_published
+    from polymodal.modeling.language_model import quieten_transformers
+    from polymodal.modeling.quantization import GPU_WAYS, gpu_settings, quantize_published
 
     quieten_transformers()
     on_gpu = quantize in GPU_WAYS

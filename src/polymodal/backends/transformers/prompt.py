@@ -22,8 +22,8 @@ import torch
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.media.image import open_image
 from polymodal.messages import Image, Message, Text
-from polymodal.sandbox import compile_template
-from polymodal.sandbox_size import UnsafeTemplateError
+from polymodal.safety.jinja_limits import UnsafeTemplateError
+from polymodal.safety.jinja_sandbox import compile_template
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin

@@ -2,7 +2,7 @@
 
 `READERS` says which families these are. A reader turns `config.json` into `Pieces`; `weights` builds the model from
 them and fills it; `names` has the one table of tensor names. What the folder says about pictures and prompts is read
-in `exchange.hf_folder`, which joins the two.
+in `interop.huggingface.load`, which joins the two.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.checkpoints.hf import blip2, instructblip, llava, llava_next, onevision
-from polymodal.checkpoints.hf.pieces import CONFIG_NAME, Pieces, read_settings
-from polymodal.checkpoints.safe_config import read_json
 from polymodal.errors import CheckpointError, unknown_name
+from polymodal.interop.huggingface.families import CONFIG_NAME, Pieces, read_settings
+from polymodal.safety.config_json import read_json
 
 READERS: dict[str, Callable[[Any, str], Pieces]] = {
     "llava": llava.read,

@@ -1,14 +1,14 @@
 """BLIP-2 (arXiv:2301.12597) as `Blip2ForConditionalGeneration`: EVA-CLIP, a Q-Former, OPT or T5.
 
-The norm that transformers calls the tower's `post_layernorm` is the Q-Former's here; see `projectors.qformer`.
+The norm that transformers calls the tower's `post_layernorm` is the Q-Former's here; see `modeling.projectors.qformer`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from polymodal.checkpoints.hf.pieces import Pieces, must_be, tower_family
 from polymodal.config import ProjectorConfig, QFormerConfig, VisionConfig, parse_config
+from polymodal.interop.huggingface.families import Pieces, must_be, tower_family
 
 _SAME_NAMES = (
     "hidden_size",

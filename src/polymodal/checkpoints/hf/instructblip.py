@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from polymodal.checkpoints.hf.blip2 import blip_pieces
-from polymodal.checkpoints.hf.pieces import Pieces
+from polymodal.interop.huggingface.families import Pieces
 
 
 def read(settings: Any, where: str) -> Pieces:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from polymodal.checkpoints.hf.pieces import Pieces, llava_pieces
+from polymodal.interop.huggingface.families import Pieces, llava_pieces
 
 
 def read(settings: Any, where: str) -> Pieces:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from polymodal.data.readers.base import CAPTION, Options, RawRow, broken, dialogue, text_of
 from polymodal.data.readers.json_stream import stream
-from polymodal.data.readers.row import CAPTION, Options, RawRow, broken, dialogue, text_of
 from polymodal.data.readers.vqa import Layout
 from polymodal.errors import DataError
 

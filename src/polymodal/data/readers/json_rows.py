@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from polymodal.data.readers.row import Options, RawRow, broken
-from polymodal.data.rows import LINES, file_form, text_rows
+from polymodal.data.readers.base import Options, RawRow, broken
+from polymodal.data.readers.json_lines import LINES, file_form, text_rows
 
 
 def read_any(path: Path, options: Options) -> Iterator[RawRow]:

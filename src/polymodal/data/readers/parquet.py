@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from polymodal.data.readers.row import CAPTION, Options, RawRow, asked, best_answer, broken, dialogue, text_of
+from polymodal.data.readers.base import CAPTION, Options, RawRow, asked, best_answer, broken, dialogue, text_of
 from polymodal.errors import DataError, MediaError, first_line
 from polymodal.media.table import open_table, read_column
 from polymodal.messages import TableCell

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from polymodal.data.readers.base import Options, RawRow, asked, best_answer, broken, dialogue, text_of
 from polymodal.data.readers.json_stream import stream
-from polymodal.data.readers.row import Options, RawRow, asked, best_answer, broken, dialogue, text_of
 from polymodal.errors import DataError
 
 

@@ -22,16 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from polymodal.data.readers.row import (
-    CAPTION,
-    PICTURES,
-    Options,
-    RawRow,
-    asked,
-    best_answer,
-    dialogue,
-    text_of,
-)
+from polymodal.data.readers.base import CAPTION, PICTURES, Options, RawRow, asked, best_answer, dialogue, text_of
 from polymodal.errors import DataError, MediaError, first_line
 from polymodal.media.source import describe, read_bytes
 from polymodal.messages import FileSlice

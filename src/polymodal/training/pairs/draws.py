@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from polymodal.training.pairs.recipe import AugmentConfig
+    from polymodal.training.recipes.contrastive import AugmentConfig
 
 TRIES = 10
 """Tries at a crop that fits."""

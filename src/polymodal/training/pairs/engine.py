@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from polymodal.training.engine import Engine, share_start, wants_bf16
-from polymodal.training.policy import Group, make_optimizer
+from polymodal.training.distributed import Engine, share_start, wants_bf16
+from polymodal.training.optimizer import Group, make_optimizer
 from polymodal.training.world import World
 
 if TYPE_CHECKING:
-    from polymodal.training.pairs.recipe import PairRecipe
+    from polymodal.training.recipes.contrastive import PairRecipe
 
 BUCKET_BYTES = 32 << 20
 """Gradients that go over the wire together."""

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from polymodal.errors import CheckpointError
-from polymodal.files import atomic_folder, write_text
 from polymodal.representation.notes import NOTES
-from polymodal.training import policy
-from polymodal.training.log import read_log
-from polymodal.training.pairs.parts import PairParts
+from polymodal.training import optimizer as policy
+from polymodal.training.contrastive.task import PairParts
+from polymodal.training.reporting.log import read_log
 from polymodal.training.resume import identity
 from polymodal.training.state import State
+from polymodal.utils.files import atomic_folder, write_text
 
 if TYPE_CHECKING:
-    from polymodal.training.pairs.recipe import PairRecipe
+    from polymodal.training.recipes.contrastive import PairRecipe
 
 
 def export_pair_model(

@@ -13,7 +13,7 @@ from polymodal.errors import ConfigError, unknown_name
 from polymodal.training.recipes.sft import Recipe
 
 if TYPE_CHECKING:
-    from polymodal.training.pairs.recipe import PairRecipe
+    from polymodal.training.recipes.contrastive import PairRecipe
 
 
 AnyRecipe: TypeAlias = "Recipe | PairRecipe"
@@ -63,7 +63,7 @@ def load_any_recipe(path: Path | str, overrides: list[str] | None = None) -> Any
 def recipe_class(data: Any) -> type[Recipe] | type[PairRecipe]:
     """Which kind of recipe plain data are: an `objective` makes a pair recipe."""
     if isinstance(data, dict) and "objective" in data:
-        from polymodal.training.pairs.recipe import PairRecipe
+        from polymodal.training.recipes.contrastive import PairRecipe
 
         return PairRecipe
     return Recipe

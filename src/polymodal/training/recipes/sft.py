@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from polymodal.config import ImageConfig, LoraRecipe, ModelConfig, Strict, TemplateConfig
-from polymodal.training.recipe import OptimConfig, RuleConfig, RunConfig, SourceConfig
+from polymodal.training.recipes.sections import OptimConfig, RuleConfig, RunConfig, SourceConfig
 
 
 class InitConfig(Strict):
@@ -92,7 +92,7 @@ class BatchConfig(Strict):
 
 
 class WarmStartConfig(Strict):
-    """Meet the language model's word embeddings before stage 1; see `training.align`.
+    """Meet the language model's word embeddings before stage 1; see `training.sft.warm_start`.
 
     Attributes:
         steps: Optimizer steps; none of them runs the language model.
@@ -116,7 +116,7 @@ class WarmStartConfig(Strict):
 
 
 class PrototypeConfig(Strict):
-    """Caption samples made of a tower's own classes; see `training.prototypes`.
+    """Caption samples made of a tower's own classes; see `training.sft.class_prototypes`.
 
     Attributes:
         count: Samples; every class equally often.

@@ -1,0 +1,102 @@
+"""Model folders from the Hugging Face hub, through its own client and cache.
+
+The client is told by the environment where to look and whether to: `HF_ENDPOINT` names a private mirror,
+`HF_HUB_OFFLINE=1` keeps to what is in the cache, `HF_TOKEN` opens private repositories. No token is passed on from
+here. Only weights as safetensors and what describes them are fetched. What was fetched is pinned by its commit.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from polymodal.errors import CheckpointError, ConfigError, first_line, unknown_name
+from polymodal.utils.files import shipped_folder
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""The form of a hub id: owner and name."""
+
+WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.md", "tokenizer.model", "spiece.model")
+UNWANTED = ("original/*", "consolidated*", "onnx/*", "openvino/*")
+"""Some repositories hold their weights twice, once for other programs."""
+
+
+def fetch_folder(name: str, revision: str | None = None) -> Path:
+    """Fetch a repository's folder, or find it in the hub's cache.
+
+    Args:
+        name: The hub id.
+        revision: A commit, tag or branch; the newest of the main branch when None.
+
+    Returns:
+        The folder, in the hub's cache.
+
+    Raises:
+        CheckpointError: It is not to be had; says why.
+    """
+    from huggingface_hub import snapshot_download
+
+    at = f"{name} at {revision}" if revision is not None else name
+    try:
+        found = snapshot_download(name, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
+    except (OSError, ValueError) as error:  # not there, no network, offline mode: all of them name the reason
+        raise CheckpointError(
+            f"{at}: no such folder here, and not to be had from the hub ({first_line(error)})"
+        ) from error
+    return Path(found)
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of the hub's cache is a snapshot of.
+
+    Args:
+        folder: Any folder.
+
+    Returns:
+        The commit's hash; None for a folder that is not in the cache.
+    """
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+CONFIG_NAME = "polymodal.json"
+"""What makes a folder one of ours (`checkpoints.model_folder` writes it)."""
+
+
+ENDPOINT = "openai:"
+"""What names of models behind an endpoint begin with."""
+
+
+def find_model(name: str | Path, revision: str | None = None) -> Path:
+    """Find a model's folder.
+
+    Args:
+        name: As in `load`.
+        revision: As in `load`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: There is no such folder.
+        ConfigError: A revision is given for what is no hub id.
+    """
+
+    if str(name).startswith(ENDPOINT):
+        raise CheckpointError(f"{name}: the model is behind an endpoint; this needs its folder")
+    shipped = shipped_folder() / str(name)
+    folder = Path(name).expanduser()
+    here = shipped if (shipped / CONFIG_NAME).is_file() else folder
+    if here.is_dir():
+        if revision is not None:
+            raise ConfigError(f"{name}: is a folder here, which has no revisions; leave revision out")
+        return here
+    if HUB_ID.fullmatch(str(name)):
+        found = fetch_folder(str(name), revision)
+        if not any((found / file).is_file() for file in (CONFIG_NAME, "config.json")):
+            raise CheckpointError(
+                f"{name}: the hub's repository has no {CONFIG_NAME} and no config.json; it is no model"
+            )
+        return found
+    if "/" in str(name):
+        raise CheckpointError(f"{name}: no such model folder")
+    raise unknown_name("model", str(name), [path.parent.name for path in shipped_folder().glob(f"*/{CONFIG_NAME}")])

@@ -1,0 +1,269 @@
+"""`polymodal data check`: every row read, every picture decoded, every conversation tokenised, before training does it.
+
+A row goes through the same reader, decoder and processor as in training, so what passes here passes there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from polymodal.data.check.rows import Inspected, Row, json_rows, make_inspector, other_rows, short
+from polymodal.data.faults import FAULTS, Finding
+from polymodal.data.load import iter_rows
+from polymodal.data.readers.base import RawRow
+from polymodal.data.readers.json_lines import LIST, file_form, text_rows
+from polymodal.data.readers.registry import detect_format
+from polymodal.data.summary import FileResult, Shown, Summary
+from polymodal.errors import DataError
+from polymodal.utils.files import write_text
+from polymodal.utils.threads import Progress, ahead, quiet
+
+if TYPE_CHECKING:
+    from polymodal.data.check.fix import Repair
+    from polymodal.data.readers.conversations import Record
+    from polymodal.processing.processor import Processor
+
+JSON_FORMATS = ("json", "llava", "messages", "openai")
+SAMPLES = 12
+"""Rows shown with their picture in the report."""
+EXAMPLES = 5
+"""Rows named for each fault in the report."""
+
+
+class Checker:
+    """A check in progress: what was seen so far, and what becomes of the next row.
+
+    Args:
+        inspect: From `make_inspector`.
+        repair: Repairs rows with findings; None leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        inspect: Callable[[Record], Inspected],
+        repair: Repair | None = None,
+    ) -> None:
+        self.inspect, self.repair = inspect, repair
+        self.summary = Summary()
+        self._seen: dict[bytes, str] = {}
+        self._ids: set[str] = set()
+        self._drawn: list[tuple[bytes, int, Shown]] = []
+
+    def start_file(self, path: Path) -> FileResult:
+        """Begin a file; ids count from here, duplicate rows over all files."""
+        self._ids = set()
+        self.summary.files.append(FileResult(path))
+        return self.summary.files[-1]
+
+    def add(self, row: Row, seen: Inspected) -> str | None:
+        """Judge a row.
+
+        Args:
+            row: The row.
+            seen: Its inspection; empty for a row that was not read.
+
+        Returns:
+            Its JSON text for the corrected file: unchanged, or repaired; None where it is dropped.
+        """
+        summary, file = self.summary, self.summary.files[-1]
+        file.rows += 1
+        findings = self._findings(row, seen)
+        for code in dict.fromkeys(finding.code for finding in findings):
+            summary.counts[code] += 1
+            reason = next(finding.reason for finding in findings if finding.code == code)
+            examples = summary.examples.setdefault(code, [])
+            if len(examples) < EXAMPLES:
+                examples.append((row.where, row.id, reason))
+        text = row.text
+        if findings and self.repair is not None:
+            row, seen, findings, names = self._repaired(row, seen, findings)
+            summary.repairs.update(names)
+            file.repaired += bool(names)
+            text = json.dumps(row.data, ensure_ascii=False) if names else text
+        fatal = [finding for finding in findings if FAULTS[finding.code].severity == "drop"]
+        if findings:
+            first = (fatal or findings)[0]
+            line = {
+                "file": str(file.path),
+                "id": row.id,
+                "row": row.number,
+                "line": row.line,
+                "code": first.code,
+                "reason": first.reason,
+                "advice": FAULTS[first.code].advice,
+                "all": sorted({finding.code for finding in findings}),
+            }
+            (summary.dropped if fatal else summary.warnings).append(line)
+        if fatal:
+            file.dropped += 1
+            return None
+        file.warned += bool(findings)
+        self._keep(row, seen)
+        return text
+
+    def _findings(self, row: Row, seen: Inspected) -> list[Finding]:
+        """All findings of a row, those that depend on earlier rows too."""
+        findings = [*row.findings, *seen.findings]
+        if seen.content in self._seen and seen.content:
+            findings.append(Finding("duplicate-row", f"the same as {self._seen[seen.content]}"))
+        elif row.record is not None and row.id in self._ids:
+            findings.append(Finding("duplicate-id", f"the id {row.id!r} was used before"))
+        return findings
+
+    def _repaired(
+        self, row: Row, seen: Inspected, findings: list[Finding]
+    ) -> tuple[Row, Inspected, list[Finding], tuple[str, ...]]:
+        """Repair as long as it helps: one repair may bring the next fault to light."""
+        assert self.repair is not None
+        names: tuple[str, ...] = ()
+        for _ in range(4):
+            done = self.repair(row, findings)
+            if done is None:
+                break
+            row, more = done
+            names += more
+            seen = self.inspect(row.record) if row.record is not None else Inspected()
+            findings = self._findings(row, seen)
+        return row, seen, findings, names
+
+    def is_used(self, id: str) -> bool:
+        """Whether a row of this file has the id."""
+        return id in self._ids
+
+    def _keep(self, row: Row, seen: Inspected) -> None:
+        summary, record = self.summary, row.record
+        assert record is not None  # a row that could not be read has a finding that drops it
+        self._ids.add(row.id)
+        self._seen.setdefault(seen.content, row.where)
+        summary.tokens.append(seen.tokens)
+        summary.targets.append(seen.targets)
+        summary.turns.append(sum(message.role == "assistant" for message in record.messages))
+        summary.pictures.append(len(seen.sizes))
+        if seen.sizes:
+            summary.tiles.append(seen.tiles)
+        summary.sizes.extend(seen.sizes)
+        kinds = record.extra.get("kinds")
+        summary.kinds.update([str(kind) for kind in kinds] if isinstance(kinds, list) else [record.kind])
+        summary.sources[record.source] += 1
+        self._draw(row, seen, record)
+
+    def _draw(self, row: Row, seen: Inspected, record: Record) -> None:
+        """Keep a few rows with pictures, drawn evenly and the same on every run: those of the largest hash."""
+        if not seen.sizes:
+            return
+        picture = next(part for message in record.messages for part in message.media)
+        said = {role: next((m.text for m in record.messages if m.role == role), "") for role in ("user", "assistant")}
+        shown = Shown(row.id, row.where, picture.source, short(said["user"], 160), short(said["assistant"], 240))
+        entry = (hashlib.sha256(seen.content).digest(), -row.number, shown)
+        if len(self._drawn) < SAMPLES:
+            heapq.heappush(self._drawn, entry)
+        elif entry[:2] > self._drawn[0][:2]:
+            heapq.heapreplace(self._drawn, entry)
+        self.summary.shown = [entry[2] for entry in sorted(self._drawn, key=lambda e: (e[0], e[1]))]
+
+
+def check_files(
+    paths: Sequence[Path],
+    processor: Processor,
+    output: Path,
+    *,
+    image_root: Path | None = None,
+    form: str = "auto",
+    annotations: Path | None = None,
+    max_length: int = 2048,
+    fix: bool = False,
+    workers: int = 2,
+    progress: Progress = quiet,
+) -> Summary:
+    """Check data files; write `dropped.jsonl`, `warnings.jsonl` and, with `fix`, corrected files.
+
+    Args:
+        paths: The files.
+        processor: Of the model that is to be trained.
+        output: An existing folder for what is written.
+        image_root: The folder that media paths are relative to; each file's own folder when None.
+        form: The files' format, as in a recipe.
+        annotations: The second file, of formats that have two.
+        max_length: Most tokens of a row.
+        fix: Write corrected files: good rows unchanged, repairable rows repaired, the others left out.
+        workers: Threads that decode pictures.
+        progress: Wraps the iteration with a progress bar.
+
+    Returns:
+        What was found.
+
+    Raises:
+        DataError: A file is missing or cannot be read at all, or `fix` is asked for a format that is not JSON.
+    """
+    from polymodal.data.check.fix import make_repair
+
+    checker = Checker(make_inspector(processor, max_length))
+    checker.repair = make_repair(checker.is_used) if fix else None
+    for number, path in enumerate(paths):
+        result = checker.start_file(path)
+        found = detect_format(path) if form == "auto" else form
+        is_json = path.is_file() and found in JSON_FORMATS
+        if fix and not is_json:
+            raise DataError(f"{path}: --fix writes JSON lists and JSONL only; check this file without it")
+        rows, total = _open(path, image_root, found, annotations, is_json)
+        judged = progress(_judged(checker, rows, workers), f"checking {path.name}", total)
+        if fix:
+            twins = sum(other.name == path.name for other in paths[:number])
+            result.fixed = output / f"{path.stem}.fixed{f'-{twins + 1}' if twins else ''}{path.suffix}"
+            _write_rows(result.fixed, judged, as_list=file_form(path) == LIST)
+        else:
+            for _ in judged:
+                pass
+        if not result.rows:
+            raise DataError(f"{path}: the file holds no records")
+    for name, lines in (("dropped.jsonl", checker.summary.dropped), ("warnings.jsonl", checker.summary.warnings)):
+        write_text(output / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return checker.summary
+
+
+def _write_rows(path: Path, texts: Iterable[str | None], *, as_list: bool) -> None:
+    """Write the rows that are kept while they come; the file appears when it is whole."""
+    work = path.with_name(f".{path.name}.tmp")
+    try:
+        with work.open("w", encoding="utf-8", newline="\n") as handle:
+            before = "[\n" if as_list else ""
+            for text in texts:
+                if text is not None:
+                    handle.write(f"{before}{text}" if as_list else f"{text}\n")
+                    before = ",\n"
+            if as_list:
+                handle.write("[]\n" if before == "[\n" else "\n]\n")
+        work.replace(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def _open(
+    path: Path, image_root: Path | None, form: str, annotations: Path | None, is_json: bool
+) -> tuple[Iterator[Row], int]:
+    """The rows of a file, and how many there are."""
+    if is_json:
+        root = path.parent if image_root is None else image_root
+        return json_rows(path, root, "" if form == "json" else form), sum(1 for _ in text_rows(path))
+
+    def rows() -> Iterator[RawRow]:
+        return iter_rows(path, image_root, format=form, annotations=annotations)
+
+    return other_rows(rows()), sum(1 for _ in rows())
+
+
+def _judged(checker: Checker, rows: Iterator[Row], workers: int) -> Iterator[str | None]:
+    """Inspect rows in threads and judge them in order."""
+
+    def look(row: Row) -> tuple[Row, Inspected]:
+        return row, checker.inspect(row.record) if row.record is not None else Inspected()
+
+    for row, seen in ahead(look, rows, workers):
+        yield checker.add(row, seen)

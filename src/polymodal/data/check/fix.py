@@ -1,0 +1,221 @@
+"""`polymodal data check --fix`: repairs that have only one right outcome. A row without a fault is never touched.
+
+Each repair is for one fault and has a name that the report counts. What could be meant in two ways is not repaired:
+two placeholders and one picture, two questions in a row, an empty answer.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from polymodal.data.check.rows import Row, reread
+
+if TYPE_CHECKING:
+    from polymodal.data.faults import Finding
+
+Repair: TypeAlias = "Callable[[Row, Sequence[Finding]], tuple[Row, tuple[str, ...]] | None]"
+"""From a row and its findings to the repaired row and the names of the repairs; None where nothing can be done."""
+
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "question": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "answer": "assistant",
+    "system": "system",
+}
+_LLAVA_NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
+_NEVER_MEANT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+_PLACEHOLDER = "<image>"
+
+
+def role_names(data: dict[str, Any], row: Row) -> bool:
+    """`Human`, `bot`, `model` and the like become the names that the form uses."""
+    changed = False
+    for turn in _turns(data):
+        key = "from" if "conversations" in data else "role"
+        name = turn.get(key)
+        role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+        wanted = _LLAVA_NAMES.get(role or "") if key == "from" else role
+        if wanted is not None and name not in (wanted, role):
+            turn[key] = wanted
+            changed = True
+    return changed
+
+
+def add_placeholder(data: dict[str, Any], row: Row) -> bool:
+    """One picture and no `<image>` anywhere: it belongs before the first question."""
+    key = next((key for key in ("image", "images") if data.get(key)), None)
+    if key is None or (isinstance(data[key], list) and len(data[key]) != 1):
+        return False
+    name, who = ("value", "from") if "conversations" in data else ("content", "role")
+    texts = [turn.get(name) for turn in _turns(data)]
+    if any(not isinstance(text, str) or _PLACEHOLDER in text for text in texts):
+        return False
+    first = next((turn for turn in _turns(data) if turn.get(who) in ("human", "user")), None)
+    if first is None:
+        return False
+    first[name] = f"{_PLACEHOLDER}\n{first[name]}" if name == "value" else f"{_PLACEHOLDER}{first[name]}"
+    return True
+
+
+def mend_paths(data: dict[str, Any], row: Row) -> bool:
+    """Backslashes and upper or lower case: where exactly one file of the folder can be meant."""
+    changed = False
+    for holder, key in _path_slots(data):
+        value = holder[key]
+        if value.startswith(("data:", "http:", "https:")) or (row.root / value).is_file():
+            continue
+        found = _same_file(row.root, value.strip().replace("\\", "/"))
+        if found is not None:
+            holder[key] = found
+            changed = True
+    return changed
+
+
+def trim_answers(data: dict[str, Any], row: Row) -> bool:
+    """Space before and after an answer goes."""
+    changed = False
+    for holder, key in _texts(data, ("gpt", "assistant")):
+        if holder[key] != holder[key].strip():
+            holder[key] = holder[key].strip()
+            changed = True
+    return changed
+
+
+def drop_control_characters(data: dict[str, Any], row: Row) -> bool:
+    """Control characters and halves of surrogate pairs go; a replacement character stays, since its place is known."""
+    changed = False
+    for holder, key in _texts(data, ()):
+        clean = _NEVER_MEANT.sub("", holder[key])
+        if clean != holder[key]:
+            holder[key] = clean
+            changed = True
+    return changed
+
+
+def drop_last_question(data: dict[str, Any], row: Row) -> bool:
+    """A last question without an answer goes, where it shows nothing: no token of it is trained."""
+    turns = data.get("conversations", data.get("messages"))
+    name = "value" if "conversations" in data else "content"
+    text = turns[-1].get(name) if isinstance(turns, list) and len(turns) > 2 else None
+    if not isinstance(text, str) or re.search("<(image|video|audio)>", text):
+        return False
+    assert isinstance(turns, list)
+    turns.pop()
+    return True
+
+
+REPAIRS: dict[str, tuple[str, Callable[[dict[str, Any], Row], bool]]] = {
+    "unknown-role": ("role names", role_names),
+    "placeholder-count": ("placeholder added", add_placeholder),
+    "missing-file": ("path mended", mend_paths),
+    "outer-space": ("answer trimmed", trim_answers),
+    "bad-characters": ("control characters removed", drop_control_characters),
+    "unanswered": ("last question removed", drop_last_question),
+}
+"""Repair of each fault: its name, and a function that changes the data and says whether it did."""
+
+NEW_ID = "new id"
+NAMES = {**{code: name for code, (name, _) in REPAIRS.items()}, "duplicate-id": NEW_ID, "duplicate-row": "left out"}
+"""What --fix does about each fault that it can do something about."""
+
+
+def make_repair(
+    is_used: Callable[[str], bool],
+) -> Callable[[Row, Sequence[Finding]], tuple[Row, tuple[str, ...]] | None]:
+    """Prepare the repair of rows.
+
+    Args:
+        is_used: Whether an id was given before.
+
+    Returns:
+        The repair.
+    """
+
+    def repair(row: Row, findings: Sequence[Finding]) -> tuple[Row, tuple[str, ...]] | None:
+        if not isinstance(row.data, dict):
+            return None
+        data, names = copy.deepcopy(row.data), []
+        for code in dict.fromkeys(finding.code for finding in findings):
+            if code in REPAIRS:
+                name, change = REPAIRS[code]
+                if change(data, row):
+                    names.append(name)
+            elif code == "duplicate-id":
+                data["id"] = next(new for n in range(2, 1 << 30) if not is_used(new := f"{row.id}-{n}"))
+                names.append(NEW_ID)
+        return (reread(replace(row, data=data)), tuple(names)) if names else None
+
+    return repair
+
+
+def _turns(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    turns = data.get("conversations", data.get("messages"))
+    yield from (turn for turn in turns if isinstance(turn, dict)) if isinstance(turns, list) else ()
+
+
+def _texts(data: dict[str, Any], roles: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where the texts of some roles (all when empty) are: the object and its key."""
+    for turn in _turns(data):
+        if roles and turn.get("from", turn.get("role")) not in roles:
+            continue
+        for key in ("value", "content"):
+            if isinstance(turn.get(key), str):
+                yield turn, key
+        parts = turn.get("content")
+        # Only a lone part can be trimmed: space between two parts is part of what is said.
+        parts = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+        for part in parts if not roles or len(parts) == 1 else ():
+            if isinstance(part.get("text"), str):
+                yield part, "text"
+
+
+def _path_slots(data: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Where paths are: the container and its key or index."""
+    for key in ("image", "images", "video", "videos", "audio", "audios"):
+        value = data.get(key)
+        if isinstance(value, str):
+            yield data, key
+        for index, entry in enumerate(value if isinstance(value, list) else ()):
+            if isinstance(entry, str):
+                yield value, index
+            elif isinstance(entry, dict) and isinstance(entry.get("path"), str):
+                yield entry, "path"
+    for turn in _turns(data):
+        content = turn.get("content")
+        for part in content if isinstance(content, list) else ():
+            for key in ("image", "image_url", "path", "url") if isinstance(part, dict) else ():
+                if isinstance(part.get(key), str):
+                    yield part, key
+
+
+def _same_file(root: Path, value: str) -> str | None:
+    """The one file whose path is equal but for case; None where there is none, or several."""
+    here, found = root, []
+    for step in Path(value).parts:
+        if step in ("/", ".."):
+            return None
+        try:
+            names = os.listdir(here)
+        except OSError:
+            return None
+        same = [step] if step in names else [name for name in names if name.lower() == step.lower()]
+        if len(same) != 1:
+            return None
+        found.append(same[0])
+        here = here / same[0]
+    return "/".join(found) if here.is_file() else None

@@ -1,0 +1,209 @@
+"""The page that `polymodal data check` writes: one HTML file with everything in it, no scripts, nothing loaded.
+
+Every text of the data is escaped, and a content security policy keeps the page from loading anything even if an
+escape were missed. Histograms are inline SVG; pictures are small JPEGs.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from polymodal.data.charts import bars, histogram, percent, text
+from polymodal.data.check.fix import NAMES
+from polymodal.data.faults import FAULTS
+from polymodal.data.summary import Shown, Summary
+from polymodal.errors import PolymodalError
+from polymodal.media.image import open_image
+from polymodal.utils.html import html_page
+
+if TYPE_CHECKING:
+    from polymodal.messages import Source
+
+THUMBNAIL = 220
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6675; --line: #d9dee5; --paper: #fff; --card: #f6f8fa;
+  --bar: #3b6fd4; --good: #1f8a4c; --warn: #b7791f; --bad: #c0392b }
+@media (prefers-color-scheme: dark) { .mark { color: #14181e !important }
+  :root { --ink: #e6e9ee; --soft: #9aa5b4; --line: #333b47; --paper: #14181e;
+  --card: #1c222b; --bar: #6d9bf1; --good: #4cc27e; --warn: #e0ab4f; --bad: #ef7f72 } }
+* { box-sizing: border-box }
+body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 76rem;
+  margin: 0 auto; padding: 2rem 1.25rem 4rem }
+h1 { font-size: 1.5rem; margin: 0 0 .25rem } h2 { font-size: 1.1rem; margin: 2.5rem 0 .75rem }
+.soft { color: var(--soft) } .num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; margin: 1.25rem 0 }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem }
+.tile b { display: block; font-size: 1.5rem; line-height: 1.25; font-variant-numeric: tabular-nums }
+.good b { color: var(--good) } .warn b { color: var(--warn) } .bad b { color: var(--bad) }
+.share { display: flex; height: 10px; border-radius: 5px; overflow: hidden; background: var(--line) }
+.share i { display: block } .g { background: var(--good) } .w { background: var(--warn) } .b { background: var(--bad) }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 1rem }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem }
+figcaption { font-weight: 600; margin-bottom: .2rem } figure p { margin: 0 0 .4rem; font-size: .85rem }
+svg { width: 100%; height: auto; display: block } svg rect { fill: var(--bar) }
+svg text { fill: var(--soft); font: 11px system-ui, sans-serif } svg line { stroke: var(--line) }
+.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .92rem }
+th { text-align: left; font-weight: 600; color: var(--soft) }
+th, td { padding: .45rem .8rem .45rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+code { font: .87em ui-monospace, monospace; overflow-wrap: anywhere }
+.mark { border-radius: 4px; padding: .05em .5em; font-size: .8rem; color: #fff; background: var(--soft) }
+.mark.drop { background: var(--bad) } .mark.warn { background: var(--warn) } .mark.fix { background: var(--good) }
+details summary { cursor: pointer; color: var(--soft) } details ul { margin: .3rem 0; padding-left: 1.1rem }
+.shown { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1rem }
+.shown figure { padding: 0; overflow: hidden } .shown div { padding: .6rem .8rem .8rem; font-size: .88rem }
+.shown img { width: 100%; height: 10rem; object-fit: contain; display: block; background: #8882 }
+.shown p { margin: 0 0 .3rem; overflow-wrap: anywhere } .answer { color: var(--good) }
+"""
+
+
+def to_html(summary: Summary, *, model: str, max_length: int, fixed: bool) -> str:
+    """Write the report of a check.
+
+    Args:
+        summary: What was found.
+        model: Whose processor counted the tokens.
+        max_length: Most tokens of a row.
+        fixed: Whether corrected files were written.
+
+    Returns:
+        The whole HTML document.
+    """
+    names = ", ".join(file.path.name for file in summary.files)
+    parts = [
+        f"<h1>Data check: {text(names)}</h1>",
+        f'<p class="soft">Tokens as <code>{text(model)}</code> counts them, at most {max_length:,} a row.</p>',
+        _headline(summary),
+        "<h2>What was found</h2>",
+        _faults(summary, fixed),
+        "<h2>Files</h2>",
+        _files(summary, fixed),
+    ]
+    if summary.tokens:
+        parts += ["<h2>What would be trained on</h2>", '<div class="charts">', *_charts(summary, max_length), "</div>"]
+    if summary.shown:
+        parts += ["<h2>A few rows, drawn by chance</h2>", '<div class="shown">']
+        parts += [_shown(shown) for shown in summary.shown] + ["</div>"]
+    return html_page(f"Data check: {names}", _STYLE, parts)
+
+
+def _headline(summary: Summary) -> str:
+    rows, dropped = summary.rows, len(summary.dropped)
+    warned = sum(file.warned for file in summary.files)
+    repaired = sum(file.repaired for file in summary.files)
+    good = rows - dropped - warned
+    tiles = [
+        ("", f"{rows:,}", "rows"),
+        ("good", f"{good:,}", "rows without a fault"),
+        ("warn", f"{warned:,}", "rows to look at"),
+        ("bad", f"{dropped:,}", f"rows to drop ({percent(dropped, rows)})"),
+    ]
+    if repaired:
+        tiles.append(("good", f"{repaired:,}", "rows repaired"))
+    tiles += [
+        ("", f"{len(summary.sizes):,}", "pictures decoded"),
+        ("", f"{sum(summary.tokens):,}", "tokens"),
+        ("", f"{percent(sum(summary.targets), sum(summary.tokens))}", "of them trained"),
+    ]
+    cards = "".join(f'<div class="tile {kind}"><b>{value}</b>{label}</div>' for kind, value, label in tiles)
+    widths = [(count / rows * 100 if rows else 0, kind) for count, kind in ((good, "g"), (warned, "w"), (dropped, "b"))]
+    bar = "".join(f'<i class="{kind}" style="width:{width:.2f}%"></i>' for width, kind in widths)
+    return f'<div class="share">{bar}</div><div class="tiles">{cards}</div>'
+
+
+def _faults(summary: Summary, fixed: bool) -> str:
+    if not summary.counts:
+        return "<p>Nothing. Every row can be trained on.</p>"
+    order = sorted(summary.counts, key=lambda code: (FAULTS[code].severity, -summary.counts[code], code))
+    rows = []
+    for code in order:
+        fault = FAULTS[code]
+        repair = NAMES.get(code)
+        hint = f' <span class="mark fix">--fix: {text(repair)}</span>' if repair and not fixed else ""
+        examples = "".join(
+            f"<li><code>{text(where)}</code>{f' ({text(id)})' if id else ''}: {text(reason)}</li>"
+            for where, id, reason in summary.examples[code]
+        )
+        more = summary.counts[code] - len(summary.examples[code])
+        examples += f"<li>and {more:,} more</li>" if more else ""
+        rows.append(
+            f'<tr><td><span class="mark {fault.severity}">{fault.severity}</span></td>'
+            f'<td class="num">{summary.counts[code]:,}</td>'
+            f"<td><code>{code}</code><br>{text(fault.title)}</td>"
+            f"<td>{text(fault.advice)}{hint}<details><summary>which rows</summary><ul>{examples}</ul></details></td>"
+            "</tr>"
+        )
+    head = '<tr><th></th><th class="num">rows</th><th>fault</th><th>what to do</th></tr>'
+    repairs = ", ".join(f"{text(name)} ({count:,})" for name, count in summary.repairs.most_common())
+    return (
+        f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+        '<p class="soft">Every dropped row is in <code>dropped.jsonl</code>, every row kept with a warning in '
+        f"<code>warnings.jsonl</code>.{f' Repairs: {repairs}.' if repairs else ''}</p>"
+    )
+
+
+def _files(summary: Summary, fixed: bool) -> str:
+    head = "".join(f'<th class="num">{name}</th>' for name in ("rows", "dropped", "warned", "repaired"))
+    rows = "".join(
+        f"<tr><td><code>{text(str(file.path))}</code></td>"
+        + "".join(f'<td class="num">{n:,}</td>' for n in (file.rows, file.dropped, file.warned, file.repaired))
+        + (f"<td><code>{text(str(file.fixed))}</code></td>" if fixed else "")
+        + "</tr>"
+        for file in summary.files
+    )
+    last = "<th>corrected file</th>" if fixed else ""
+    return f'<div class="scroll"><table><tr><th>file</th>{head}{last}</tr>{rows}</table></div>'
+
+
+def _charts(summary: Summary, max_length: int) -> list[str]:
+    heights = [height for height, _ in summary.sizes]
+    widths = [width for _, width in summary.sizes]
+    ratios = [width / height for height, width in summary.sizes]
+    charts = [
+        histogram("Tokens of a row", summary.tokens, limit=max_length),
+        histogram("Trained tokens of a row", summary.targets),
+        bars("Pictures of a row", Counter(summary.pictures)),
+        bars("Answers of a row", Counter(summary.turns)),
+    ]
+    if summary.sizes:
+        charts += [
+            histogram("Height of a picture, pixels", heights),
+            histogram("Width of a picture, pixels", widths),
+            histogram("Width ÷ height", ratios),
+            bars("Tiles of a row with pictures", Counter(summary.tiles)),
+        ]
+    charts.append(bars("Kinds", summary.kinds))
+    if any(summary.sources):
+        charts.append(bars("Sources", summary.sources))
+    return charts
+
+
+def _shown(shown: Shown) -> str:
+    picture = thumbnail(shown.picture)
+    image = f'<img alt="" src="{picture}">' if picture else ""
+    return (
+        f'<figure title="{text(shown.where)}">{image}<div><p class="soft">{text(shown.id)}</p>'
+        f'<p>{text(shown.question)}</p><p class="answer">{text(shown.answer)}</p></div></figure>'
+    )
+
+
+def thumbnail(source: Source) -> str:
+    """A small JPEG of a picture as a `data:` URL; "" where it cannot be opened.
+
+    Args:
+        source: The picture.
+
+    Returns:
+        The URL.
+    """
+    try:
+        picture = open_image(source)
+    except PolymodalError:
+        return ""
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,259 @@
+"""One row through reader, decoder and processor, as in training; what is wrong with it comes back as findings.
+
+Beyond what would stop training, this finds what would silently teach something wrong: empty answers, answers that
+begin with a space, tokens of a chat template inside the text, pictures of one pixel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polymodal.data.faults import Finding, media_code, reader_code
+from polymodal.data.readers.conversations import Record, read_record
+from polymodal.data.readers.json_lines import LIST, file_form, text_rows
+from polymodal.errors import MediaError, PolymodalError
+from polymodal.media.image import open_image
+from polymodal.messages import Image, Message, Part, Text
+
+if TYPE_CHECKING:
+    from polymodal.data.readers.base import RawRow
+    from polymodal.processing.processor import Processor
+
+TINY_SIDE = 3
+THIN = 100
+_BAD_CHARACTERS = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd\ud800-\udfff]|\u00e2\u20ac[\u2122\u0153\u201c\u201d\u02dc]|\u00c3[\u0080-\u00bf]"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data file, read or not.
+
+    Attributes:
+        number: Counted from 0, broken rows too.
+        line: The line it begins on; 0 where the format has no lines.
+        where: File and place, for people.
+        text: Its JSON text, unchanged; "" in other formats.
+        data: The parsed JSON; None where it could not be parsed.
+        record: What was read; None where it could not be.
+        findings: Why not.
+        root: The folder that media paths are relative to and may not leave.
+        form: The only form that is meant, or "".
+        default_id: Its id where it names none.
+    """
+
+    number: int
+    line: int
+    where: str
+    text: str = ""
+    data: Any = None
+    record: Record | None = None
+    findings: tuple[Finding, ...] = ()
+    root: Path = Path()
+    form: str = ""
+    default_id: str = ""
+
+    @property
+    def id(self) -> str:
+        """The row's id, as far as it is known."""
+        if self.record is not None:
+            return self.record.id
+        given = self.data.get("id") if isinstance(self.data, dict) else None
+        return "" if given is None else str(given)
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What one record comes to.
+
+    Attributes:
+        findings: What is wrong with it.
+        tokens: Tokens after tiling; 0 where it could not be tokenised.
+        targets: Trained tokens.
+        tiles: Tiles of all its pictures.
+        sizes: Height and width of each picture.
+        content: Hash of its text and decoded pictures; b"" where it could not be tokenised.
+    """
+
+    findings: tuple[Finding, ...] = ()
+    tokens: int = 0
+    targets: int = 0
+    tiles: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()
+    content: bytes = b""
+
+
+def reread(row: Row) -> Row:
+    """Read a row's parsed data; what the reader complains about becomes a finding."""
+    try:
+        record = read_record(row.data, row.root, row.where, default_id=row.default_id, form=row.form)
+    except PolymodalError as error:
+        message = str(error).removeprefix(f"{row.where}: ")
+        return replace(row, record=None, findings=(Finding(reader_code(message), message),))
+    return replace(row, record=record, findings=())
+
+
+def json_rows(path: Path, root: Path, form: str = "") -> Iterator[Row]:
+    """Read a JSON list or JSONL file row by row, broken rows too.
+
+    Args:
+        path: The file.
+        root: The folder that media paths are relative to and may not leave.
+        form: "llava", "messages" or "openai" where only that one is meant.
+
+    Yields:
+        The rows.
+
+    Raises:
+        DataError: The file is missing, cannot be read, or is empty.
+    """
+    is_list = file_form(path) == LIST
+    for found in text_rows(path):
+        row = Row(
+            found.number,
+            found.line,
+            f"{path}: record {found.number}, line {found.line}" if is_list else f"{path}: line {found.line}",
+            text=found.text,
+            data={"messages": found.data} if form == "openai" and isinstance(found.data, list) else found.data,
+            root=root,
+            form=form,
+            default_id=f"{path.stem}-{found.number}",
+        )
+        yield replace(row, findings=(Finding(found.code, found.error),)) if found.code else reread(row)
+
+
+def other_rows(rows: Iterable[RawRow]) -> Iterator[Row]:
+    """Read the rows of any other format; they cannot be written back."""
+    for raw in rows:
+        row = Row(
+            raw.number, raw.line, raw.where, data=raw.data, root=raw.root, form=raw.form, default_id=raw.id
+        )  # fmt: skip
+        if raw.error is not None:
+            reason = str(raw.error).removeprefix(f"{raw.where}: ")
+            yield replace(row, findings=(Finding("broken-row", reason),))
+        else:
+            read = reread(row)
+            if read.record is not None and not read.record.kind:
+                read = replace(read, record=replace(read.record, kind=raw.kind))
+            yield read
+
+
+def make_inspector(processor: Processor, max_length: int) -> Callable[[Record], Inspected]:
+    """Prepare the inspection of records as one model would see them.
+
+    Args:
+        processor: Of the model.
+        max_length: Most tokens of a row.
+
+    Returns:
+        A function that may be called from several threads.
+    """
+    tokenizer = processor.tokenizer
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    tokens = sorted((re.escape(token) for token in added if len(token) > 2), key=len, reverse=True)
+    control = re.compile("|".join(tokens)) if tokens else None
+
+    def inspect(record: Record) -> Inspected:
+        findings = list(_look_at_text(record.messages, control))
+        messages, sizes, broken = _decode(record.messages, processor)
+        findings += broken
+        for height, width in sizes:
+            short, long = sorted((height, width))
+            if short <= TINY_SIDE:
+                findings.append(Finding("tiny-picture", f"{height} × {width} pixels"))
+            elif long >= THIN * short:
+                findings.append(Finding("thin-picture", f"{height} × {width} pixels"))
+        if broken:
+            return Inspected(tuple(findings), sizes=sizes)
+        try:
+            sample = processor(messages, id=record.id, pixels=False)
+        except PolymodalError as error:
+            return Inspected((*findings, Finding("template-refused", str(error))), sizes=sizes)
+        length, targets = sample.input_ids.numel(), int(sample.loss_mask[1:].sum())
+        if length > max_length:
+            findings.append(Finding("too-long", f"{length} tokens, at most {max_length} are allowed"))
+        # A row without an answer has been found already; here is one whose answer the template does not train.
+        if not targets and not any(f.code in ("no-answer", "empty-answer") for f in findings):
+            findings.append(Finding("nothing-trained", f"{length} tokens, none of them trained"))
+        return Inspected(
+            tuple(findings),
+            tokens=length,
+            targets=targets,
+            tiles=sum(plan.num_tiles for plan in sample.plans),
+            sizes=sizes,
+            content=_content(record.messages, sample.media_keys),
+        )
+
+    return inspect
+
+
+def _look_at_text(messages: Sequence[Message], control: re.Pattern[str] | None) -> Iterator[Finding]:
+    """What is wrong with what is said."""
+    if not any(message.role == "assistant" for message in messages):
+        yield Finding("no-answer", "no turn of the assistant")
+    elif messages[-1].role == "user":
+        yield Finding("unanswered", f"turn {len(messages)} is the user's and the last")
+    codes = set()
+    for number, message in enumerate(messages, start=1):
+        spot, text = f"turn {number} ({message.role})", message.text
+        found = []
+        if message.role == "assistant" and not text.strip():
+            found.append(Finding("empty-answer", f"{spot} says nothing"))
+        elif message.role == "assistant" and text != text.strip():
+            found.append(Finding("outer-space", f"{spot} begins or ends with space: {short(text)}"))
+        if message.role == "user" and not text.strip() and not message.media:
+            found.append(Finding("empty-question", f"{spot} says nothing"))
+        if control is not None and (match := control.search(text)):
+            found.append(Finding("control-token", f"{spot} contains {match[0]}"))
+        if match := _BAD_CHARACTERS.search(text):
+            found.append(Finding("bad-characters", f"{spot} contains {match[0]!a} at character {match.start() + 1}"))
+        yield from (finding for finding in found if finding.code not in codes)
+        codes |= {finding.code for finding in found}
+
+
+def _decode(
+    messages: Sequence[Message], processor: Processor
+) -> tuple[list[Message], tuple[tuple[int, int], ...], list[Finding]]:
+    """Open every medium once: the messages with pictures in memory, their sizes, and what could not be opened."""
+    rules = processor.config.image
+    sizes: list[tuple[int, int]] = []
+    broken: list[Finding] = []
+
+    def opened(part: Part) -> Part:
+        if not isinstance(part, Image):
+            return part
+        try:
+            if rules is None:
+                picture = open_image(part.source)
+            else:
+                picture = open_image(part.source, background=rules.background, max_pixels=rules.max_pixels)
+        except MediaError as error:
+            broken.append(Finding(media_code(str(error)), str(error)))
+            return part
+        sizes.append((picture.height, picture.width))
+        return Image(picture)
+
+    result = [replace(message, parts=tuple(opened(part) for part in message.parts)) for message in messages]
+    others = {type(part).__name__.lower() for message in messages for part in message.media}
+    refused = others if rules is None else others - {"image"}
+    if refused:
+        broken.append(Finding("unsupported-medium", f"the model takes no {' and no '.join(sorted(refused))}"))
+    return result, tuple(sizes), broken
+
+
+def _content(messages: Sequence[Message], media_keys: Sequence[str]) -> bytes:
+    """Hash what a row says and shows; the names of its files do not count."""
+    said = [[m.role, [part.text if isinstance(part, Text) else None for part in m.parts]] for m in messages]
+    return hashlib.sha256(json.dumps([said, list(media_keys)]).encode()).digest()[:16]
+
+
+def short(text: str, limit: int = 60) -> str:
+    """Cut a text for a report."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"

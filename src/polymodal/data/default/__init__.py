@@ -1,7 +1,0 @@
-"""The generated data set that the default model learns from, and the pictures that it is later judged on."""
-
-from __future__ import annotations
-
-from polymodal.data.default.build import BuildReport, build_default
-
-__all__ = ["BuildReport", "build_default"]

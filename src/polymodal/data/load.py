@@ -1,0 +1,194 @@
+"""Read a data file of any form, whole or row by row. Errors name the file and the row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from polymodal.data.readers.base import Options, RawRow
+from polymodal.data.readers.conversations import Record, read_record
+from polymodal.data.readers.registry import FORMATS, data_files, detect_format
+from polymodal.errors import DataError, unknown_name
+from polymodal.messages import Audio, Document, FileSlice, Image, Message, Part, TableCell, Text, Video
+
+KINDS = ("caption", "vqa", "reasoning", "ocr", "conversation")
+"""The kinds that readers and recipes name; a data set may have its own."""
+
+
+def load_records(
+    path: Path,
+    image_root: Path | None = None,
+    *,
+    format: str = "auto",
+    annotations: Path | None = None,
+    kind: str = "",
+    source: str = "",
+    prompt: str | None = None,
+) -> list[Record]:
+    """Read all records of a file, checking every one. Pictures are located, not read.
+
+    Args:
+        path: A data file; a folder or a pattern with `*` for shards and for pictures with captions.
+        image_root: The folder that media paths are relative to and may not leave; the file's own folder when None.
+        format: A name of `FORMATS`, or "auto".
+        annotations: The second file, of formats that have two.
+        kind: Of records that do not say; the format's own ("vqa" for VQAv2, "conversation" for JSON) when empty.
+        source: Of records that do not say; the file's name without its ending when empty.
+        prompt: The question of captions, or what follows each question of a VQA set; the format's own when None.
+
+    Returns:
+        The records, in order.
+
+    Raises:
+        DataError: The file or a record cannot be used; names the file, the row and the field.
+    """
+    rows = iter_rows(path, image_root, format=format, annotations=annotations, prompt=prompt)
+    return [row_record(row, kind=kind, source=source) for row in rows]
+
+
+def iter_rows(
+    path: Path,
+    image_root: Path | None = None,
+    *,
+    format: str = "auto",
+    annotations: Path | None = None,
+    prompt: str | None = None,
+) -> Iterator[RawRow]:
+    """Read a file row by row; a broken row is handed on as one, and the rows after it are read.
+
+    Args:
+        path: As in `load_records`.
+        image_root: As in `load_records`.
+        format: As in `load_records`.
+        annotations: As in `load_records`.
+        prompt: As in `load_records`.
+
+    Yields:
+        The rows; `row_record` makes a record of each.
+
+    Raises:
+        DataError: The file as a whole cannot be used.
+    """
+    path = Path(path)
+    name = detect_format(path) if format == "auto" else format
+    if name not in FORMATS:
+        raise unknown_name("data format", name, ["auto", *FORMATS])
+    form = FORMATS[name]
+    if annotations is None and form.annotations == "needed":
+        raise DataError(f"{path}: format {name} needs its second file; set `annotations`")
+    if annotations is not None and form.annotations == "none":
+        raise DataError(f"{path}: format {name} has no second file; take `annotations` out")
+    if prompt is not None and not form.prompt:
+        raise DataError(f"{path}: format {name} has its own questions; take `prompt` out")
+    number = 0
+    for file in data_files(path, name):
+        root = Path(image_root) if image_root is not None else file if name == "folder" else file.parent
+        for row in form.reader(file, Options(root, annotations, prompt)):
+            yield replace(row, number=number, source=path.stem)  # not the shard's name
+            number += 1
+    if number == 0:
+        raise DataError(f"{path}: the file holds no records")
+
+
+def row_record(row: RawRow, *, kind: str = "", source: str = "") -> Record:
+    """Make a record of a row.
+
+    Args:
+        row: The row.
+        kind: Of a row that does not say; the format's own when empty.
+        source: Of a row that does not say; the file's name without its ending when empty.
+
+    Returns:
+        The record.
+
+    Raises:
+        DataError: The row is broken, in the file or as a conversation.
+    """
+    if row.error is not None:
+        raise row.error
+    record = read_record(row.data, row.root, row.where, default_id=row.id, form=row.form)
+    for message in record.messages:
+        try:
+            message.text.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{row.where}: the text holds half of a surrogate pair (\\ud83d alone); write the whole character"
+            ) from None
+    return replace(record, kind=record.kind or kind or row.kind, source=record.source or source or row.source)
+
+
+_PARTS: Mapping[str, type[Image] | type[Video] | type[Audio] | type[Document]] = {
+    "image": Image,
+    "video": Video,
+    "audio": Audio,
+    "document": Document,
+}
+
+
+def record_to_json(record: Record) -> dict[str, Any]:
+    """Write a record as plain JSON values, for a file of our own that holds records of every form.
+
+    Args:
+        record: The record; its media are paths, URLs or places in archives.
+
+    Returns:
+        An object that `record_from_json` reads back unchanged.
+
+    Raises:
+        DataError: A medium is in memory, so that no file can name it.
+    """
+    messages = [
+        [message.role, [_part_to_json(part, record.id) for part in message.parts]] for message in record.messages
+    ]
+    plain = {"id": record.id, "kind": record.kind, "source": record.source, "messages": messages}
+    return {**plain, "extra": dict(record.extra)} if record.extra else plain
+
+
+def record_from_json(data: Mapping[str, Any]) -> Record:
+    """Read what `record_to_json` wrote. For our own files only: paths are taken as they are.
+
+    Args:
+        data: The object.
+
+    Returns:
+        The record.
+    """
+    messages = tuple(Message(role, tuple(map(_part_from_json, parts))) for role, parts in data["messages"])
+    return Record(data["id"], messages, data["kind"], data["source"], data.get("extra", {}))
+
+
+def _part_to_json(part: Part, name: str) -> Any:
+    if isinstance(part, Text):
+        return part.text
+    kind = type(part).__name__.lower()
+    source = part.source
+    if isinstance(source, FileSlice):
+        return [kind, "slice", str(source.path), source.offset, source.size, source.name]
+    if isinstance(source, TableCell):
+        return [
+            kind,
+            "cell",
+            str(source.path),
+            source.group,
+            source.row,
+            source.column,
+            source.item,
+            str(source.root or ""),
+        ]
+    if isinstance(source, str | Path):
+        return [kind, "url" if isinstance(source, str) else "path", str(source)]
+    raise DataError(f"record {name}: its {kind} is in memory; give a file")
+
+
+def _part_from_json(part: Any) -> Part:
+    if isinstance(part, str):
+        return Text(part)
+    kind, where, first, *rest = part
+    if where == "slice":
+        return _PARTS[kind](FileSlice(Path(first), *rest))
+    if where == "cell":
+        group, row, column, item, root = rest
+        return _PARTS[kind](TableCell(Path(first), group, row, column, item, Path(root) if root else None))
+    return _PARTS[kind](first if where == "url" else Path(first))

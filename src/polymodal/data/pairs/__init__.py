@@ -1,7 +1,0 @@
-"""The generated pairs of picture and text, for contrastive training, and the held-out ones that judge it."""
-
-from __future__ import annotations
-
-from polymodal.data.pairs.build import PairsReport, build_pairs
-
-__all__ = ["PairsReport", "build_pairs"]

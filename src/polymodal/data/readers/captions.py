@@ -1,0 +1,85 @@
+"""A folder of pictures, each with its caption in a text file of the same name: `cat.jpg` and `cat.txt`.
+
+Folders inside are read too, in the order of their names; hidden files are not. A picture without a caption, and a
+caption without a picture, is a broken row.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from polymodal.data.readers.base import CAPTION, PICTURES, Options, RawRow, broken, dialogue
+from polymodal.errors import DataError, MediaError
+from polymodal.media.source import read_bytes
+
+_MAX_CAPTION = 1 << 20
+
+
+def read_folder(path: Path, options: Options) -> Iterator[RawRow]:
+    """Read a folder of pictures with captions.
+
+    Args:
+        path: The folder.
+        options: `prompt` is what is asked.
+
+    Yields:
+        A row for each picture, and for each caption without one.
+
+    Raises:
+        DataError: There is no picture.
+    """
+    stems: dict[Path, list[Path]] = {}
+    pictures = 0
+    for file in _files(path):
+        if file.suffix.lower() in PICTURES or file.suffix.lower() == ".txt":
+            stems.setdefault(file.with_suffix(""), []).append(file)
+            pictures += file.suffix.lower() in PICTURES
+    if pictures == 0:
+        raise DataError(f"{path}: no pictures; give a folder of pictures with .txt captions, or a data file")
+    prompt = CAPTION if options.prompt is None else options.prompt
+    for number, (stem, files) in enumerate(stems.items()):
+        texts = [file for file in files if file.suffix.lower() == ".txt"]
+        images = [file for file in files if file.suffix.lower() != ".txt"]
+        name = stem.relative_to(path).as_posix()
+        where = f"{path}: {name}"
+        if len(images) > 1 or len(texts) > 1:
+            found = ", ".join(file.name for file in files)
+            yield broken(number, where, f"one picture and one .txt must have this name, found {found}", path)
+        elif not texts:
+            yield broken(number, where, f"{images[0].name} has no caption; add {stem.name}.txt", path)
+        elif not images:
+            yield broken(number, where, f"{texts[0].name} has no picture; add one or take the text away", path)
+        else:
+            try:
+                caption = read_bytes(texts[0], limit=_MAX_CAPTION, name=texts[0].name).decode("utf-8-sig").strip()
+            except MediaError as error:
+                yield broken(number, where, str(error), path)
+                continue
+            except UnicodeDecodeError as error:
+                yield broken(number, where, f"{texts[0].name} is not UTF-8 text (byte {error.start})", path)
+                continue
+            if not caption:
+                yield broken(number, where, f"the caption {texts[0].name} is empty", path)
+                continue
+            data = dialogue([images[0]], [(prompt, caption)], id=name)
+            yield RawRow(number, where, data, path=path, root=options.root, kind="caption")
+
+
+def _files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Files in order; links to folders are followed, but not in a circle."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from None
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _files(Path(entry.path), (*above, here))
+        else:
+            yield Path(entry.path)

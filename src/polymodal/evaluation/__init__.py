@@ -1,1 +1,0 @@
-"""Scoring models on held-out questions."""

@@ -1,0 +1,188 @@
+"""What stage 1 of BLIP-2 is judged by: retrieval with its matching head's second look, and matching by itself.
+
+Retrieval is by contrast, which is cheap: every picture and every text is embedded once. The matching head sees picture
+and text together and is dearer, so it only orders the k that contrast found nearest, as in ALBEF (Li et al. 2021,
+arXiv:2107.07651) and LAVIS, whose sum of both scores is kept here.
+
+Matching is counted as in training, one pair to a hard negative picture and a hard negative text: always saying no would
+be right in two of three cases, so the mean over pairs and negatives (of which one half is chance) stands beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polymodal.metrics.retrieval import KS, Ranks, recall_of, similarities, similarity_ranks
+from polymodal.modeling.dual_encoders.base import Everyone
+from polymodal.modeling.dual_encoders.blip2_stage1 import Blip2Stage1
+
+FAR = -1000.0
+"""Added to what the matching head did not look at; no score of it is as low."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Held-out pictures and texts, as the model sees them.
+
+    Attributes:
+        features: [I, P, E] of the tower.
+        input_ids: [T, L], padded on the right.
+        attention_mask: [T, L] bool.
+        image_of_text: [T] the picture that each text belongs to.
+        image: [I, Q, D] embedded pictures.
+        text: [T, D] embedded texts.
+    """
+
+    features: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    image_of_text: Tensor
+    image: Tensor
+    text: Tensor
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How often the matching head is right about pairs and hard negatives.
+
+    Attributes:
+        accuracy: Over all of them, one pair to two negatives; always saying no scores 2/3.
+        balanced: Mean of `pairs` and `negatives`; chance is 1/2.
+        pairs: Of true pairs.
+        negatives: Of negatives.
+    """
+
+    accuracy: float
+    balanced: float
+    pairs: float
+    negatives: float
+
+
+@torch.no_grad()
+def open_gallery(
+    model: Blip2Stage1, features: Tensor, texts: list[str], image_of_text: Tensor, batch: int = 64
+) -> Gallery:
+    """Embed held-out pictures and texts.
+
+    Args:
+        model: In eval mode.
+        features: [I, P, E] of `model.encode`.
+        texts: The texts.
+        image_of_text: [T] the picture that each belongs to.
+        batch: How many go through the model at once.
+
+    Returns:
+        The gallery.
+    """
+    device = model.words.device
+    encoded = model.tokenizer(texts, padding=True, truncation=True, max_length=model.max_text, return_tensors="pt")
+    ids, mask = encoded["input_ids"].to(device), encoded["attention_mask"].to(device).bool()
+    features = features.to(device)
+    image = torch.cat([model.embed_images(part) for part in features.split(batch)])
+    text = torch.cat([model.embed_texts(*part) for part in zip(ids.split(batch), mask.split(batch), strict=True)])
+    return Gallery(features, ids, mask, image_of_text.to(device), image, text)
+
+
+def retrieval_scores(
+    model: Blip2Stage1, gallery: Gallery, reranked: int = 0, ks: tuple[int, ...] = KS, batch: int = 64
+) -> dict[str, float]:
+    """Recall both ways.
+
+    Args:
+        model: In eval mode.
+        gallery: Of `open_gallery`.
+        reranked: k, how many of the nearest the matching head orders; 0 for none.
+        ks: Places that count.
+        batch: Pairs that go through the matching head at once.
+
+    Returns:
+        As `retrieval.recall`.
+    """
+    close = similarities(gallery.image, gallery.text)
+    owner = gallery.image_of_text
+    if not reranked:
+        return recall_of(similarity_ranks(close, owner), ks)
+    to_text = second_look(model, gallery, close, reranked, batch)
+    to_image = second_look(model, gallery, close.T, reranked, batch, of_texts=True).T
+    ranks = Ranks(
+        similarity_ranks(to_text, owner).image_to_text,
+        similarity_ranks(to_image, owner).text_to_image,
+    )
+    return recall_of(ranks, ks)
+
+
+@torch.no_grad()
+def second_look(
+    model: Blip2Stage1, gallery: Gallery, close: Tensor, nearest: int, batch: int = 64, of_texts: bool = False
+) -> Tensor:
+    """Let the matching head order what contrast found nearest.
+
+    Args:
+        model: In eval mode.
+        gallery: Of `open_gallery`.
+        close: [N, M] cosines of pictures to texts, or of texts to pictures.
+        nearest: k, how many of each row are looked at.
+        batch: Pairs that go through the model at once.
+        of_texts: Rows are texts, not pictures.
+
+    Returns:
+        [N, M]: for those k the cosine and the matching logit, for the others the cosine and `FAR`.
+    """
+    columns = close.topk(min(nearest, close.shape[1]), dim=1).indices
+    rows = torch.arange(len(close), device=close.device)[:, None].expand_as(columns)
+    found: list[Tensor] = []
+    for row, column in zip(rows.flatten().split(batch), columns.flatten().split(batch), strict=True):
+        picture, text = (column, row) if of_texts else (row, column)
+        logits = model.match_queries(
+            gallery.features[picture], gallery.input_ids[text], gallery.attention_mask[text]
+        ).mean(dim=1)
+        found.append(logits[:, 1].to(close.dtype))
+    looked = torch.cat(found).view_as(columns) + close.gather(1, columns)
+    return (close + FAR).scatter(1, columns, looked)
+
+
+@torch.no_grad()
+def matching_scores(model: Blip2Stage1, gallery: Gallery, group: int = 64, seed: int = 0) -> Matching:
+    """Count how often the matching head is right about held-out pairs and hard negatives drawn among them.
+
+    Args:
+        model: In eval mode.
+        gallery: Of `open_gallery`; each picture's first text is its pair.
+        group: Pairs that negatives are drawn among, as in a training step; those of an incomplete group are left out,
+            unless it is the only one.
+        seed: Of what is drawn.
+
+    Returns:
+        The shares.
+    """
+    owners = gallery.image_of_text.tolist()
+    firsts = torch.tensor([owners.index(number) for number in range(len(gallery.features))])
+    right: list[Tensor] = []
+    for start in range(0, len(firsts), group):
+        texts = firsts[start : start + group].to(gallery.text.device)
+        if start and len(texts) < group:
+            break
+        pictures = torch.arange(start, start + len(texts), device=gallery.text.device)
+        everyone = Everyone(
+            gallery.image[pictures],
+            gallery.text[texts],
+            pictures,
+            gallery.input_ids[texts],
+            gallery.attention_mask[texts],
+            seed=seed + start,
+        )
+        which_pictures, which_texts = model.negatives(everyone, len(texts))
+        logits = model.match_queries(
+            gallery.features[pictures[which_pictures]],
+            everyone.input_ids[which_texts],
+            everyone.attention_mask[which_texts],
+        ).mean(dim=1)
+        said = logits.argmax(dim=1)
+        wanted = torch.arange(len(said), device=said.device) < len(texts)
+        right.append((said == wanted.long()).view(3, -1).double().cpu())
+    table = torch.cat(right, dim=1)
+    pairs, negatives = float(table[0].mean()), float(table[1:].mean())
+    return Matching(float(table.mean()), (pairs + negatives) / 2, pairs, negatives)

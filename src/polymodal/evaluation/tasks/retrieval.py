@@ -1,0 +1,173 @@
+"""Retrieval: which caption belongs to a picture, and which picture to a caption, among all of a held-out file.
+
+Recall@1, 5 and 10 both ways (`metrics.retrieval` says how ties are broken), each beside the chance level and
+a 95% interval: pictures are drawn anew with their captions, since captions of one picture are not independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from polymodal.errors import DataError
+from polymodal.evaluation.embedder import Embedder, Progress
+from polymodal.messages import Image
+from polymodal.metrics.retrieval import IMAGE_TO_TEXT, KS, TEXT_TO_IMAGE, chance, embedding_ranks, recall_of
+from polymodal.metrics.text import ratio_interval
+
+if TYPE_CHECKING:
+    from polymodal.data.readers.conversations import Record
+    from polymodal.messages import Source
+
+_WAYS = {IMAGE_TO_TEXT: "picture to text", TEXT_TO_IMAGE: "text to picture"}
+
+
+@dataclass(frozen=True)
+class Recall:
+    """One recall.
+
+    Attributes:
+        way: "image_to_text" or "text_to_image".
+        k: Places that count.
+        score: 0 to 1.
+        low: Lower end of the 95% interval.
+        high: Upper end.
+        chance: What a random order scores.
+    """
+
+    way: str
+    k: int
+    score: float
+    low: float
+    high: float
+    chance: float
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """The scores of one file.
+
+    Attributes:
+        pictures: How many there are.
+        texts: How many there are.
+        shared: Texts that occur with several pictures. Only one of these counts as right, which costs recall.
+        recalls: All of them.
+    """
+
+    pictures: int
+    texts: int
+    shared: int
+    recalls: tuple[Recall, ...]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures and their captions.
+
+    Attributes:
+        pictures: [I] where each is.
+        texts: [T].
+        image_of_text: [T] the picture that each text belongs to.
+    """
+
+    pictures: tuple[Source, ...]
+    texts: tuple[str, ...]
+    image_of_text: tuple[int, ...]
+
+
+def pairs_of(records: Sequence[Record], limit: int | None = None) -> Pairs:
+    """Read pairs off records: one picture each, captions in `captions` or in the answer.
+
+    Args:
+        records: The records; those of one picture are put together.
+        limit: Only the first so many pictures.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        DataError: A record has another number of pictures, or no caption.
+    """
+    captions: dict[str, dict[str, None]] = {}
+    sources: dict[str, Source] = {}
+    for record in records:
+        media = [part for message in record.messages for part in message.media]
+        if len(media) != 1 or not isinstance(media[0], Image):
+            raise DataError(f"record {record.id}: retrieval takes one picture a record, found {len(media)} media")
+        source = media[0].source
+        key = source if isinstance(source, str) else repr(source)
+        if key not in captions and limit is not None and len(captions) == limit:
+            continue
+        given = record.extra.get("captions")
+        if given is None:
+            given = [record.messages[-1].text] if record.messages[-1].role == "assistant" else []
+        if not isinstance(given, list | tuple) or not all(isinstance(t, str) and t.strip() for t in given) or not given:
+            raise DataError(f"record {record.id}: has no caption; give an answer or a list `captions` of texts")
+        captions.setdefault(key, {}).update(dict.fromkeys(text.strip() for text in given))
+        sources.setdefault(key, source)
+    texts = [(text, number) for number, own in enumerate(captions.values()) for text in own]
+    return Pairs(tuple(sources.values()), tuple(t for t, _ in texts), tuple(n for _, n in texts))
+
+
+def retrieval(
+    embedder: Embedder,
+    pairs: Pairs,
+    *,
+    ks: Sequence[int] = KS,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> Retrieval:
+    """Score a model.
+
+    Args:
+        embedder: The model.
+        pairs: Held-out pairs.
+        ks: Places that count.
+        batch_size: Pictures embedded together.
+        progress: Told of every batch.
+
+    Returns:
+        The scores.
+
+    Raises:
+        DataError: There are fewer than two pictures.
+    """
+    if len(pairs.pictures) < 2:
+        raise DataError(f"retrieval among {len(pairs.pictures)} pictures says nothing; give two or more")
+    image = embedder.pictures(pairs.pictures, batch_size=batch_size, progress=progress)
+    text = embedder.texts(pairs.texts, batch_size=batch_size, progress=progress)
+    own = torch.tensor(pairs.image_of_text)
+    ranks = embedding_ranks(image, text, own)
+    scores, expected = recall_of(ranks, ks), chance(len(image), own, ks)
+    captions = np.bincount(pairs.image_of_text, minlength=len(image)).astype(float)
+    rows = []
+    for way in _WAYS:
+        for k in ks:
+            if way == IMAGE_TO_TEXT:
+                hits, counts = (ranks.image_to_text < k).double().numpy(), np.ones(len(image))
+            else:
+                found = (ranks.text_to_image < k).double().numpy()
+                hits, counts = np.bincount(pairs.image_of_text, weights=found, minlength=len(image)), captions
+            low, high = ratio_interval(hits, counts)
+            rows.append(Recall(way, k, scores[f"{way}@{k}"], low, high, expected[f"{way}@{k}"]))
+    return Retrieval(len(image), len(text), len(text) - len(set(pairs.texts)), tuple(rows))
+
+
+def table(result: Retrieval) -> str:
+    """The scores as a Markdown table, in percent."""
+    lines = [
+        f"{result.pictures} pictures, {result.texts} texts"
+        + (f" ({result.shared} of them repeated: only one place counts)" if result.shared else ""),
+        "",
+        "| | recall | 95% | chance |",
+        "|---|--:|--:|--:|",
+    ]
+    for row in result.recalls:
+        lines.append(
+            f"| {_WAYS[row.way]} @{row.k} | {row.score:.1%} | {row.low:.1%} to {row.high:.1%} | {row.chance:.1%} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,204 @@
+"""Zero-shot classification: name a picture by the nearest of the classes' prompts, which nothing was trained on.
+
+As CLIP does (Radford et al. 2021, arXiv:2103.00020): each class is written into every prompt template, and a class is
+the mean of its prompts' directions. The file says what the classes are and which of them are right for each picture;
+several may be, since a beagle is rightly called a dog.
+
+    {"templates": ["{}.", "A photo of {}."],
+     "tasks": [{"name": "animals", "classes": ["a cat", "a dog"], "pictures": [{"image": "a.jpg", "labels": [1]}]}]}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from polymodal.errors import DataError
+from polymodal.evaluation.embedder import Embedder, Progress
+from polymodal.metrics.retrieval import class_embeddings, zero_shot_chance, zero_shot_ranks
+from polymodal.metrics.text import mean_interval
+
+if TYPE_CHECKING:
+    from polymodal.messages import Source
+
+
+@dataclass(frozen=True)
+class ZeroShotTask:
+    """Pictures and the classes to choose from.
+
+    Attributes:
+        name: For the table.
+        templates: Sentences with `{}` for the class.
+        classes: Names, with their article where the templates want one.
+        pictures: Where each picture is.
+        labels: Of each picture, the numbers of the classes that are right.
+    """
+
+    name: str
+    templates: tuple[str, ...]
+    classes: tuple[str, ...]
+    pictures: tuple[Source, ...]
+    labels: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class ZeroShotScore:
+    """The scores of one task.
+
+    Attributes:
+        name: The task's.
+        pictures: How many.
+        classes: How many to choose from.
+        top1: Share of pictures whose nearest class is right.
+        top1_interval: 95%.
+        top5: Share with a right class among the nearest five.
+        top5_interval: 95%.
+        chance1: What a random order scores.
+        chance5: The same for five.
+    """
+
+    name: str
+    pictures: int
+    classes: int
+    top1: float
+    top1_interval: tuple[float, float]
+    top5: float
+    top5_interval: tuple[float, float]
+    chance1: float
+    chance5: float
+
+
+def load_tasks(path: Path, limit: int | None = None) -> list[ZeroShotTask]:
+    """Read a file of tasks, as `polymodal data build pairs` writes in `classes.json`.
+
+    Args:
+        path: The file; pictures are relative to its folder and may not leave it.
+        limit: Only the first so many pictures of each task.
+
+    Returns:
+        The tasks.
+
+    Raises:
+        DataError: The file is not as described; names the task, the picture and the field.
+    """
+    data = _read(Path(path))
+    if not isinstance(data, dict) or not isinstance(data.get("tasks"), list) or not data["tasks"]:
+        raise DataError(f"{path}: expected an object with `tasks`, each with `name`, `classes` and `pictures`")
+    templates = _texts(data.get("templates", ["{}"]), f"{path}: `templates`")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise DataError(f"{path}: template {template!r} must hold {{}} once, where the class goes")
+    return [_task(task, templates, Path(path), number, limit) for number, task in enumerate(data["tasks"])]
+
+
+def zero_shot_scores(
+    embedder: Embedder,
+    tasks: Sequence[ZeroShotTask],
+    *,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> list[ZeroShotScore]:
+    """Score a model on tasks; a picture or prompt that several of them share is embedded once.
+
+    Args:
+        embedder: The model.
+        tasks: Of `load_tasks`.
+        batch_size: Pictures embedded together.
+        progress: Told of every batch.
+
+    Returns:
+        One row a task.
+    """
+    pictures = {str(source): source for task in tasks for source in task.pictures}
+    prompts = list(dict.fromkeys(text for task in tasks for text in _prompts(task)))
+    image = embedder.pictures(list(pictures.values()), batch_size=batch_size, progress=progress)
+    text = embedder.texts(prompts, batch_size=batch_size, progress=progress)
+    at = {key: i for i, key in enumerate(pictures)}
+    said = {prompt: i for i, prompt in enumerate(prompts)}
+    rows = []
+    for task in tasks:
+        own = image[[at[str(source)] for source in task.pictures]]
+        written = text[[said[prompt] for prompt in _prompts(task)]].unflatten(0, (len(task.classes), -1))
+        labels = torch.zeros(len(own), len(task.classes), dtype=torch.bool)
+        for row, right in enumerate(task.labels):
+            labels[row, list(right)] = True
+        ranks = zero_shot_ranks(own, class_embeddings(written), labels).numpy()
+        expected = zero_shot_chance(labels, len(task.classes))
+        first, five = (ranks < 1).astype(np.float64), (ranks < 5).astype(np.float64)
+        rows.append(
+            ZeroShotScore(
+                task.name, len(own), len(task.classes), float(first.mean()), mean_interval(first),
+                float(five.mean()), mean_interval(five), expected["top1"], expected["top5"],
+            )
+        )  # fmt: skip
+    return rows
+
+
+def table(rows: Sequence[ZeroShotScore]) -> str:
+    """The scores as a Markdown table, in percent."""
+    lines = [
+        "| task | pictures | classes | top 1 | 95% | chance | top 5 | 95% | chance |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        (low1, high1), (low5, high5) = row.top1_interval, row.top5_interval
+        lines.append(
+            f"| {row.name} | {row.pictures} | {row.classes} | {row.top1:.1%} | {low1:.1%} to {high1:.1%} "
+            f"| {row.chance1:.1%} | {row.top5:.1%} | {low5:.1%} to {high5:.1%} | {row.chance5:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def _prompts(task: ZeroShotTask) -> list[str]:
+    """All prompts, the templates of one class after the other; each begins with a capital letter as captions do."""
+    filled = [template.replace("{}", name) for name in task.classes for template in task.templates]
+    return [text[:1].upper() + text[1:] for text in filled]
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise DataError(f"{path}: is no JSON ({error})") from error
+
+
+def _task(task: Any, templates: tuple[str, ...], path: Path, number: int, limit: int | None) -> ZeroShotTask:
+    where = f"{path}: tasks[{number}]"
+    if not isinstance(task, dict):
+        raise DataError(f"{where}: expected an object with `name`, `classes` and `pictures`")
+    classes = _texts(task.get("classes"), f"{where}: `classes`")
+    shown = task.get("pictures")
+    if not isinstance(shown, list) or not shown:
+        raise DataError(f"{where}: `pictures` must be a list with one at least")
+    pictures: list[Source] = []
+    labels: list[tuple[int, ...]] = []
+    for place, entry in enumerate(shown[:limit]):
+        at = f"{where}: pictures[{place}]"
+        name, right = (entry.get("image"), entry.get("labels")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str) or not name:
+            raise DataError(f"{at}: `image` must be a path")
+        root = path.resolve().parent
+        file = (root / name).resolve()
+        if not file.is_relative_to(root):
+            raise DataError(f"{at}: {name!r} leaves the folder of {path.name}; pictures must lie inside it")
+        if not isinstance(right, list) or not right or not all(type(i) is int for i in right):
+            raise DataError(f"{at}: `labels` must list the numbers of the right classes")
+        if min(right) < 0 or max(right) >= len(classes):
+            raise DataError(f"{at}: labels {right}, but classes are numbered 0 to {len(classes) - 1}")
+        pictures.append(file)
+        labels.append(tuple(right))
+    return ZeroShotTask(str(task.get("name", number)), templates, classes, tuple(pictures), tuple(labels))
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
+        raise DataError(f"{where} must be a list of texts with one at least")
+    return tuple(value)

@@ -1,0 +1,219 @@
+"""Writing a model as GGUF for llama.cpp: the language model, and beside it tower and projector ("mmproj").
+
+`interop.gguf.weights` has the tensors; here the tokenizer, the chat template and the picture rules join in. What
+llama.cpp would compute otherwise is refused with every reason at once. The folder appears whole or not at all:
+
+    model-f16.gguf  mmproj-f16.gguf  README.md  (parity.json, with --verify)
+
+Pictures there keep their shape on a tile of one colour, (122, 116, 104), which is CLIP's mean: the one rule that
+projector type "mlp" has. LLaVA-1.5 pads before it resizes and llama.cpp after, so the edge of a picture that is not
+square may lie half a pixel beside ours.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polymodal.checkpoints.export_reasons import LLAVA_TOWERS
+from polymodal.checkpoints.model_folder import Loaded
+from polymodal.config import ImageConfig, ModelConfig
+from polymodal.errors import CheckpointError, unknown_name
+from polymodal.exchange.gguf_tokens import describe_tokens
+from polymodal.interop.gguf.weights import KINDS, TOWER_ACTIVATIONS, reasons_against_llm, write_llm, write_mmproj
+from polymodal.interop.huggingface.export import LICENCES, with_placeholder
+from polymodal.interop.huggingface.export_chat_template import stock_template
+from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
+from polymodal.modeling.lora import fold_in, is_peft
+from polymodal.processing.chat_template.encode import ChatTemplate
+from polymodal.utils.files import atomic_folder, write_text
+
+if TYPE_CHECKING:
+    from polymodal.modeling.vlm import MultimodalLM
+
+SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
+"""Types of the weights as file names have them."""
+PAD_COLOUR = (122, 116, 104)
+CLASS_TOKEN_NOTE = (
+    "builds of llama.cpp since May 2025 put the class token of CLIP towers behind the patches and read wrong pictures "
+    "(issue 25814 of ggml-org/llama.cpp); SigLIP towers have none. --verify tells whether a build does"
+)
+
+
+@dataclass(frozen=True)
+class GgufExported:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        model: The language model's file.
+        mmproj: The file of tower and projector.
+        weight_bytes: Size of the weights in both.
+        notes: What is not quite as here, in words.
+    """
+
+    folder: Path
+    model: Path
+    mmproj: Path
+    weight_bytes: int
+    notes: tuple[str, ...]
+
+
+def export_gguf(
+    loaded: Loaded, dst: Path, *, kind: str | None = None, licences: Path | None = None, replace: bool = False
+) -> GgufExported:
+    """Write a model as two GGUF files.
+
+    Args:
+        loaded: The model. A LoRA adapter is added to its weights in memory too.
+        dst: The folder; appears whole or not at all.
+        kind: One of `gguf_weights.KINDS`; None takes the language model's own type.
+        licences: A folder whose licence files are copied.
+        replace: Overwrite a folder that is there.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CheckpointError: llama.cpp cannot express the model (lists every reason), a weight is not finite, or the package
+            `gguf` is not installed.
+        PolymodalError: The folder exists and `replace` is false, or cannot be written.
+    """
+    _need_gguf()
+    model, config = loaded.model, loaded.config
+    kind = kind or str(model.llm.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    if kind not in KINDS:
+        raise unknown_name("type of weights for GGUF", kind, KINDS)
+    reasons = reasons_against(model, config)
+    if reasons:
+        listed = "; ".join(f"({number}) {reason}" for number, reason in enumerate(reasons, 1))
+        raise CheckpointError(f"llama.cpp cannot run this model: {listed}")
+    assert config.image is not None  # reasons_against looked
+    if is_peft(model.llm):
+        fold_in(model.llm)
+    jinja, notes = _chat_template(loaded)
+    with atomic_folder(dst, replace=replace) as work:
+        files = [f"{part}-{SHORT[kind]}.gguf" for part in ("model", "mmproj")]
+        rows = model.llm.get_input_embeddings().weight.shape[0]
+        template = ChatTemplate(loaded.tokenizer, config.template, model.image_token_id)
+
+        def tokens(writer: Any) -> None:
+            describe_tokens(writer, loaded.tokenizer, rows, template.stop_ids, jinja)
+
+        size = write_llm(work / files[0], model.llm, kind, dst.name, tokens)
+        mean, deviation = config.image.image_mean, config.image.image_std
+        size += write_mmproj(work / files[1], model, kind, dst.name, mean, deviation)
+        if licences is not None:
+            for path in sorted({p for pattern in LICENCES for p in licences.glob(pattern) if p.is_file()}):
+                shutil.copyfile(path, work / path.name)
+        write_text(work / "README.md", _card(dst.name, files, notes))
+    return GgufExported(dst, dst / files[0], dst / files[1], size, tuple(notes))
+
+
+def reasons_against(model: MultimodalLM, config: ModelConfig) -> list[str]:
+    """List everything that llama.cpp cannot express.
+
+    Args:
+        model: The model.
+        config: Its configuration.
+
+    Returns:
+        One line a reason, each with what to do; none where llama.cpp computes the same.
+    """
+    if config.vision is None or config.image is None:
+        return ["the model has no vision encoder: convert its language model with llama.cpp's own script"]
+    found = [*_against_tower(model, config), *_against_image(config.image)]
+    if config.projector.mm_projector_type != "mlp2x_gelu":
+        found.append(
+            f"mm_projector_type {config.projector.mm_projector_type!r}: there are two linear layers with GELU between "
+            "them: train with 'mlp2x_gelu'"
+        )
+    elif config.projector.norm == "layer":
+        found.append("projector.norm 'layer' has no place there: train with 'none' or 'standardize'")
+    if config.template.image_newline_text:
+        found.append("template.image_newline_text: nothing would write it after a picture there; leave it empty")
+    return found + reasons_against_llm(model.llm)
+
+
+def _against_tower(model: MultimodalLM, config: ModelConfig) -> list[str]:
+    vision, encoder = config.vision, model.vision_encoder
+    assert vision is not None
+    if not isinstance(encoder, HFVisionEncoder) or vision.type not in LLAVA_TOWERS:
+        return [f"vision.type {vision.type!r} has no place there: train with {' or '.join(map(repr, LLAVA_TOWERS))}"]
+    settings: Any = encoder.model.config
+    found = []
+    if encoder.interpolate:
+        found.append(
+            f"image.tile_size is not the tower's own {settings.image_size}x{settings.image_size}: llama.cpp does not "
+            "interpolate its positions here: train with the tower's size"
+        )
+    if vision.mm_vision_select_feature != "patch":
+        found.append(f"mm_vision_select_feature {vision.mm_vision_select_feature!r}: only the patches are taken there")
+    if list(encoder.select_layers) != sorted(set(encoder.select_layers)) or 0 in encoder.select_layers:
+        found.append(f"mm_vision_select_layer: layers {list(encoder.select_layers)} must be in rising order, from 1")
+    if settings.hidden_act not in TOWER_ACTIVATIONS:
+        found.append(f"the tower's hidden_act {settings.hidden_act!r}: only {', '.join(TOWER_ACTIVATIONS)} are known")
+    if settings.intermediate_size == settings.hidden_size:
+        found.append("the tower's feed-forward layers are as wide as its hidden states: llama.cpp would swap them")
+    return found
+
+
+def _against_image(image: ImageConfig) -> list[str]:
+    found = []
+    height, width = image.tile_size
+    if height != width:
+        found.append(f"image.tile_size {height}x{width} is not square, as llama.cpp needs it")
+    mean_colour = tuple(min(max(int(value * 255), 0), 255) for value in image.image_mean)
+    if image.image_aspect_ratio != "pad":
+        found.append(
+            f"image_aspect_ratio {image.image_aspect_ratio!r}: pictures are padded there, not stretched, cut or tiled: "
+            "train with 'pad'"
+        )
+    elif (image.pad_color or mean_colour) != PAD_COLOUR:
+        found.append(f"image.pad_color {image.pad_color or mean_colour}: llama.cpp always pads with {PAD_COLOUR}")
+    if image.resample != "bicubic":
+        found.append(f"image.resample {image.resample!r}: llama.cpp always resizes these pictures by 'bicubic'")
+    return found
+
+
+def _chat_template(loaded: Loaded) -> tuple[str | None, list[str]]:
+    """The jinja text that gives our prompts, and what is not the same."""
+    tokenizer, vocabulary, _ = with_placeholder(loaded.model, loaded.tokenizer)
+    ours = ChatTemplate(loaded.tokenizer, loaded.config.template, loaded.model.image_token_id)
+    found = stock_template(ours, loaded.config.template, loaded.tokenizer, tokenizer, vocabulary.image_token_id)
+    notes = list(found.notes)
+    notes.append(
+        "pictures that are not square are padded after they are resized there, before it here: edges may lie half a "
+        "pixel apart; pictures that were padded to a square beforehand are read alike"
+    )
+    if loaded.config.vision is not None and loaded.config.vision.type == "clip":
+        notes.append(CLASS_TOKEN_NOTE)
+    background = loaded.config.image.background if loaded.config.image else None
+    notes.append(f"transparent pixels become {background} here; there the colour that was hidden under them shows")
+    return found.jinja, notes
+
+
+def _card(name: str, files: list[str], notes: list[str]) -> str:
+    model, mmproj = files
+    lines = [
+        f"# {name}",
+        "",
+        f"A model of polymodal for llama.cpp: `{model}` (language model) and `{mmproj}` (vision tower and projector).",
+        "",
+        f"    llama-mtmd-cli -m {model} --mmproj {mmproj} --image cat.jpg -p 'What is this?' --temp 0",
+        f"    llama-server -m {model} --mmproj {mmproj}",
+        "",
+        "What to know:",
+        "",
+        *(f"- {note}" for note in notes),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _need_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(f"--format gguf needs the package gguf: pip install gguf ({error})") from error

@@ -1,0 +1,303 @@
+"""Our chat template as the jinja text that a stock processor renders, checked on conversations.
+
+Stock processors hand a template lists of parts and tokenise what it writes as one string; our presets take strings and
+are tokenised piece by piece. So a preset gets a head that turns parts into strings with the placeholder in them, and
+writes the default system message; templates that take parts themselves stay as they are. Two things of the stock way
+can be in between: the tokenizer adds its beginning-of-sequence token by itself, and a space at the end of the prompt
+becomes a token of its own in SentencePiece tokenizers. Whatever comes out is rendered beside ours, and must give the
+same ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from polymodal.config import TemplateConfig
+from polymodal.errors import CheckpointError, PolymodalError, first_line
+from polymodal.messages import Image, Message, assistant, system, user
+from polymodal.processing.chat_template.encode import ChatTemplate
+from polymodal.processing.chat_template.presets import PRESETS
+from polymodal.safety.jinja_sandbox import compile_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COUNTS = (3, 2)
+"""Tokens of the first and the second picture in the conversations that are tried."""
+
+LATER = "a second question"
+"""The one conversation that may differ: one string cannot always be cut as answers were trained, piece by piece."""
+LATER_NOTE = (
+    "in conversations of several turns the ids around earlier answers differ from training: published templates may "
+    "write no end token there, and byte-level tokenizers join an answer with the space before it"
+)
+
+_PICTURE = Image(b"")
+PROBES: dict[str, tuple[Message, ...]] = {
+    "a picture, then a question": (user(_PICTURE, "What is shown here?"),),
+    "a question, then a picture": (user("Describe this in one word:\n", _PICTURE),),
+    "two pictures": (user(_PICTURE, _PICTURE, "Which one is larger, and why? It's 3 to 1."),),
+    "text alone": (user("Hello! 你好, how are you?"),),
+    "a system message": (system("Be brief."), user(_PICTURE, "What is it?")),
+    LATER: (user(_PICTURE, "What is it?"), assistant("A cat."), user("Which colour?")),
+}
+"""Conversations whose ids must be the same; those that our own template refuses are left out."""
+
+
+@dataclass(frozen=True)
+class StockTemplate:
+    """What a stock folder says about prompts.
+
+    Attributes:
+        jinja: The chat template; None for BLIP-2's family, which has none.
+        tokenizer: The tokenizer to be saved with it.
+        notes: What is not the same, in words; such differences are not of one question.
+    """
+
+    jinja: str | None
+    tokenizer: PreTrainedTokenizerBase
+    notes: tuple[str, ...] = ()
+
+
+def stock_template(
+    ours: ChatTemplate,
+    config: TemplateConfig,
+    own: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token_id: int,
+) -> StockTemplate:
+    """Find the chat template with which a stock processor gives our ids.
+
+    Args:
+        ours: Our template over our tokenizer.
+        config: Its configuration.
+        own: Our tokenizer.
+        tokenizer: The tokenizer to be saved, which knows the placeholder.
+        image_token_id: The placeholder's id in it.
+
+    Returns:
+        Template and tokenizer; the tokenizer may have lost the frame it puts around a text.
+
+    Raises:
+        CheckpointError: No candidate gives the same ids; names the conversation.
+    """
+    placeholder = str(tokenizer.convert_ids_to_tokens(image_token_id))
+    sources = _candidates(ours, config, own, placeholder)
+    first: str | None = None
+    for frameless in (False, True):
+        for source in sources:
+            kept = _without_frame(tokenizer) if frameless else tokenizer
+            wrong = differences(ours, kept, source, image_token_id)
+            if wrong not in ([], [LATER]):
+                first = first or next(name for name in wrong if name != LATER)
+                continue
+            notes = [LATER_NOTE] if wrong else []
+            if frameless:
+                notes.append("the tokenizer adds no special tokens of its own: the chat template writes them all")
+            return StockTemplate(source, kept, tuple(notes))
+    raise CheckpointError(
+        f"template.chat_template: a stock processor gives other ids for {first!r} than were trained; "
+        "train with another template, or export as polymodal"
+    )
+
+
+def check_plain_prompt(
+    ours: ChatTemplate, media_only: bool, tokenizer: PreTrainedTokenizerBase, image_token_id: int
+) -> tuple[str, ...]:
+    """Make sure that BLIP-2's processor, which knows no chat, gives our ids: the picture, then the text as it is.
+
+    Args:
+        ours: Our template.
+        media_only: It drops what the user says, as "plain" does.
+        tokenizer: The tokenizer to be saved.
+        image_token_id: The placeholder's id in it.
+
+    Returns:
+        What to know about it.
+
+    Raises:
+        CheckpointError: The ids differ.
+    """
+    question = "" if media_only else "What is shown here?"
+    found = ours.render([user(_PICTURE, question)], COUNTS[:1], add_generation_prompt=True).input_ids
+    wanted = [image_token_id] * COUNTS[0] + list(tokenizer(question)["input_ids"])
+    if _mapped(found, ours.image_token_id, image_token_id) != wanted:
+        raise CheckpointError(
+            "template.chat_template: BLIP-2's processor writes the picture first, before even the beginning of the "
+            "sequence, then the question as it is; this template writes something else around them. Train with a "
+            "jinja text that does the same (for T5 the preset 't5' does)"
+        )
+    note = "one picture a prompt, which comes first; there is no chat template"
+    return (note, "ask without text: the template was trained on pictures alone") if media_only else (note,)
+
+
+def differences(ours: ChatTemplate, tokenizer: PreTrainedTokenizerBase, source: str, image_token_id: int) -> list[str]:
+    """Name the conversations of `PROBES` that a stock processor tokenises otherwise.
+
+    Args:
+        ours: Our template.
+        tokenizer: The stock processor's tokenizer.
+        source: Its chat template.
+        image_token_id: The placeholder's id in it.
+
+    Returns:
+        Names; those that our template refuses are not tried.
+    """
+    wrong = []
+    for name, messages in PROBES.items():
+        counts = COUNTS[: sum(len(message.media) for message in messages)]
+        try:
+            rendered = ours.render(messages, counts, add_generation_prompt=True)
+        except PolymodalError:
+            continue
+        wanted = _mapped(rendered.input_ids, ours.image_token_id, image_token_id)
+        try:
+            found = stock_ids(tokenizer, source, messages, counts, image_token_id)
+        except PolymodalError:
+            found = []
+        if found != wanted:
+            wrong.append(name)
+    return wrong
+
+
+def stock_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    messages: Sequence[Message],
+    counts: Sequence[int],
+    image_token_id: int,
+) -> list[int]:
+    """What a stock processor makes of a conversation: render, repeat the placeholders, then tokenise the whole.
+
+    Args:
+        tokenizer: Its tokenizer.
+        source: Its chat template.
+        messages: The conversation.
+        counts: Tokens of each picture.
+        image_token_id: The placeholder's id.
+
+    Returns:
+        The ids.
+
+    Raises:
+        PolymodalError: The template refuses the conversation, or writes another number of pictures.
+    """
+    placeholder = str(tokenizer.convert_ids_to_tokens(image_token_id))
+    pieces = stock_text(tokenizer, source, messages).split(placeholder)
+    if len(pieces) != len(counts) + 1:
+        raise PolymodalError(f"the template writes {len(pieces) - 1} pictures for {len(counts)}")
+    text = pieces[0] + "".join(placeholder * n + piece for n, piece in zip(counts, pieces[1:], strict=True))
+    begun = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
+    return list(tokenizer(text, add_special_tokens=not begun)["input_ids"])
+
+
+def stock_text(tokenizer: PreTrainedTokenizerBase, source: str, messages: Sequence[Message]) -> str:
+    """What a chat template makes of a conversation.
+
+    Args:
+        tokenizer: The tokenizer whose special tokens it may write.
+        source: The template.
+        messages: The conversation.
+
+    Returns:
+        The text, a placeholder where each picture is.
+
+    Raises:
+        PolymodalError: The template refuses the conversation.
+    """
+    variables: dict[str, Any] = {str(name): token for name, token in tokenizer.special_tokens_map.items()}
+    chat = [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": getattr(part, "text", "")}
+                for part in message.parts
+            ],
+        }
+        for message in messages
+    ]
+    try:
+        return compile_template(source)(
+            **variables, messages=chat, tools=None, documents=None, add_generation_prompt=True
+        )
+    except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+        raise PolymodalError(f"the chat template refuses this conversation: {first_line(error)}") from None
+
+
+def quoted(text: str) -> str:
+    """Write a string as jinja does."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
+    return f"'{escaped}'"
+
+
+def _candidates(
+    ours: ChatTemplate, config: TemplateConfig, own: PreTrainedTokenizerBase, placeholder: str
+) -> list[str]:
+    """Templates to try, the simplest first."""
+    source = ours.source
+    if ours.style != "string":
+        if config.default_system is None:
+            return [source]
+        turn = f"[{{'type': 'text', 'text': {quoted(config.default_system)}}}]"
+        if ours.style == "mixed":
+            turn = quoted(config.default_system)
+        return [
+            "{%- if messages and messages[0]['role'] != 'system' -%}"
+            f"{{%- set messages = [{{'role': 'system', 'content': {turn}}}] + messages -%}}{{%- endif %}}\n{source}"
+        ]
+    head = _head(placeholder + config.image_newline_text, config.default_system)
+    if config.chat_template in PRESETS and PRESETS[config.chat_template].media_only:
+        head = _head(placeholder, None, media_only=True)
+    whole = f"{head}\n{source}"
+    # The space after "ASSISTANT:" is the answer's where the tokenizer draws it into the first word.
+    cut = (
+        f"{head}\n{{% set rendered %}}\n{source}{{% endset %}}"
+        "{{ rendered.rstrip(' ') if add_generation_prompt else rendered }}"
+    )
+    return [whole, cut]
+
+
+def _head(picture: str, default_system: str | None, *, media_only: bool = False) -> str:
+    """What turns a list of parts into a string before a template that takes strings."""
+    start = "{%- set told = namespace(turns=[]) -%}"
+    if default_system is not None:
+        start += (
+            "{%- if messages and messages[0]['role'] != 'system' -%}"
+            f"{{%- set told.turns = [{{'role': 'system', 'content': {quoted(default_system)}}}] -%}}{{%- endif -%}}"
+        )
+    text = "{%- set said.text = said.text + part['text'] -%}"
+    spoken = "{%- set said.text = message['content'] -%}"
+    keep = "{%- set told.turns = told.turns + [{'role': message['role'], 'content': said.text}] -%}"
+    if media_only:
+        answer = "{%- if message['role'] == 'assistant' -%}"
+        text, spoken = (f"{answer}{line}{{%- endif -%}}" for line in (text, spoken))
+        keep = f"{{%- if message['role'] != 'system' -%}}{keep}{{%- endif -%}}"
+    return (
+        f"{start}{{%- for message in messages -%}}{{%- set said = namespace(text='') -%}}"
+        f"{{%- if message['content'] is string -%}}{spoken}{{%- else -%}}"
+        f"{{%- for part in message['content'] -%}}{{%- if part['type'] == 'text' -%}}{text}"
+        f"{{%- elif part['type'] in ['image', 'image_url'] -%}}{{%- set said.text = said.text + {quoted(picture)} -%}}"
+        "{%- else -%}{{- raise_exception('this model takes text and pictures') -}}{%- endif -%}{%- endfor -%}"
+        f"{{%- endif -%}}{keep}{{%- endfor -%}}{{%- set messages = told.turns %}}"
+    )
+
+
+def _without_frame(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that adds no special tokens around a text."""
+    from tokenizers import processors
+
+    copied = deepcopy(tokenizer)
+    copied.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1")
+    for name in ("add_bos_token", "add_eos_token"):
+        if hasattr(copied, name):
+            setattr(copied, name, False)
+    return copied
+
+
+def _mapped(ids: Sequence[int], old: int, new: int) -> list[int]:
+    return [new if token == old else token for token in ids]

@@ -1,0 +1,255 @@
+"""Published vision-language folders of transformers as models of ours, with the same pixels, ids and numbers.
+
+The network side (`checkpoints.hf`) reads `config.json` and the weights; the raw-input side reads the preprocessor and
+the chat template; here they are joined into one `ModelConfig`, so that such a model can be asked, trained further and
+saved as a folder of ours. What cannot be expressed exactly is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from polymodal.checkpoints.hf import read_pieces
+from polymodal.checkpoints.model_folder import Loaded
+from polymodal.config import ImageConfig, LLMConfig, ModelConfig
+from polymodal.errors import CheckpointError, ConfigError
+from polymodal.exchange.hf_prompt import template_of
+from polymodal.interop.huggingface.families import NotExpressibleError, Pieces
+from polymodal.interop.huggingface.weights import compose, compose_vision, fill, weight_files
+from polymodal.modeling.language_model import load_tokenizer, quieten_transformers
+from polymodal.processing.image_config_hf import image_config_from_hf
+from polymodal.processing.processor import Processor
+from polymodal.projectors.context import load_context_tokenizer
+from polymodal.safety.config_json import read_json
+from polymodal.safety.model_folder import FolderReport, check_folder
+from polymodal.utils.files import sha256_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+HASHED_BYTES = 1 << 30
+"""Files up to this size are hashed; larger ones only where the hub's cache already knows their hash."""
+
+_BLOB = re.compile(r"[0-9a-f]{64}")
+_STORED: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16"}
+_IMAGE_TOKEN = "<image>"
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A published folder, all but its weights.
+
+    Attributes:
+        pieces: What its `config.json` says.
+        config: The same as our configuration, with picture rules and template.
+        tokenizer: Its tokenizer, which knows the placeholder.
+        image_token_id: The placeholder's id.
+        context_tokenizer: The Q-Former's; None for a projector that reads no text.
+    """
+
+    pieces: Pieces
+    config: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
+    context_tokenizer: PreTrainedTokenizerBase | None
+
+
+def load_hf(
+    folder: Path, *, dtype: Dtype | Literal["auto"] = "float32", source: str | None = None, revision: str | None = None
+) -> Loaded:
+    """Load a published model.
+
+    Args:
+        folder: A folder of one of the families of `checkpoints.hf.READERS`.
+        dtype: Of the weights in memory; "auto" keeps the type that most of them are stored in.
+        source: Where the folder is from, for the history; the folder itself when None.
+        revision: The commit of the hub, for the history.
+
+    Returns:
+        The model in eval mode on the CPU, tokenizer, configuration (its parts "bundled": `save_model` writes them
+        out), and a history of one entry that says what was loaded.
+
+    Raises:
+        CheckpointError: The folder is incomplete or damaged.
+        NotExpressibleError: It asks for what cannot be computed exactly here.
+        ConfigError: Its parts do not fit each other.
+    """
+    import torch
+
+    report = check_folder(folder)
+    opened = open_hf(folder, dtype=_stored(report) if dtype == "auto" else dtype)
+    model = compose(opened.pieces, opened.config, opened.image_token_id)
+    fill(model, opened.pieces, report, getattr(torch, opened.config.llm.dtype))
+    _take_special_ids(model.llm, folder)
+    model.context_tokenizer = opened.context_tokenizer
+    entry = {
+        "stage": "published",
+        "source": source or str(folder),
+        "revision": revision,
+        "model_type": opened.pieces.model_type,
+        "files": {name: _identity(folder / name) for name in ("config.json", *weight_files(report))},
+    }
+    return Loaded(model, opened.tokenizer, opened.config, [entry])
+
+
+def open_hf(folder: Path, *, dtype: Dtype = "float32") -> Opened:
+    """Read everything of a published folder but its weights.
+
+    Args:
+        folder: As in `load_hf`.
+        dtype: Written into the configuration.
+
+    Returns:
+        Configuration and tokenizers.
+
+    Raises:
+        CheckpointError: As in `load_hf`; NotExpressibleError too.
+        ConfigError: As in `load_hf`.
+    """
+    quieten_transformers()
+    pieces = read_pieces(folder)
+    encoder_decoder = bool(pieces.text_settings.is_encoder_decoder)
+    llm = LLMConfig(model_name_or_path="bundled", dtype=dtype, encoder_decoder=encoder_decoder or None)
+    tokenizer = load_tokenizer(LLMConfig(model_name_or_path=str(folder.resolve())))
+    image_token_id = _placeholder(folder, pieces, tokenizer)
+    template = template_of(
+        folder,
+        tokenizer,
+        image_token_id,
+        pieces.prompt,
+        encoder_decoder=encoder_decoder,
+        stop_token_ids=stop_ids(folder, pieces),
+    )
+    config = ModelConfig(
+        vision=pieces.vision,
+        image=_image_config(folder, pieces),
+        projector=pieces.projector,
+        llm=llm,
+        template=template,
+        image_token_id=image_token_id,
+    )
+    return Opened(pieces, config, tokenizer, image_token_id, load_context_tokenizer(config.projector, folder))
+
+
+def hf_processor(folder: Path) -> Processor:
+    """Open only a published model's processor, without any weights.
+
+    Args:
+        folder: As in `load_hf`.
+
+    Returns:
+        The processor, equal to that of the loaded model.
+
+    Raises:
+        CheckpointError: As in `load_hf`; NotExpressibleError too.
+        ConfigError: As in `load_hf`.
+    """
+    check_folder(folder, weights=False)
+    opened = open_hf(folder)
+    _, projector = compose_vision(opened.pieces, opened.config, llm_dim=1)
+    return Processor(
+        opened.config,
+        opened.tokenizer,
+        projector.output_grid,
+        opened.image_token_id,
+        bool(opened.config.llm.encoder_decoder),
+        opened.context_tokenizer,
+    )
+
+
+def stop_ids(folder: Path, pieces: Pieces) -> tuple[int, ...]:
+    """The tokens at which the stock model stops: those of `generation_config.json` and of the language model.
+
+    Args:
+        folder: The published folder.
+        pieces: What its `config.json` says.
+
+    Returns:
+        The ids, each once.
+    """
+    path = folder / "generation_config.json"
+    given = (
+        read_json(path).get("eos_token_id") if path.is_file() else None,
+        getattr(pieces.text_settings, "eos_token_id", None),
+    )
+    found = [one for ids in given for one in (ids if isinstance(ids, list | tuple) else [ids])]
+    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+
+
+def _stored(report: FolderReport) -> Dtype:
+    """The type that most weights are stored in."""
+    sizes: Counter[str] = Counter()
+    for name in weight_files(report):
+        for info in report.headers[name].tensors.values():
+            sizes[info.dtype] += info.num_bytes
+    return _STORED.get(sizes.most_common(1)[0][0], "float32") if sizes else "float32"
+
+
+def _placeholder(folder: Path, pieces: Pieces, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Find the placeholder's id; where the tokenizer has no such token it is added, as BLIP-2's processor does."""
+    wanted = pieces.image_token_id
+    if wanted is not None and wanted < len(tokenizer):
+        if wanted not in tokenizer.added_tokens_decoder:
+            raise CheckpointError(
+                f"{folder}: config.json names {wanted} as the picture's token, which is the ordinary token "
+                f"{tokenizer.convert_ids_to_tokens(wanted)!r} of the tokenizer"
+            )
+        return wanted
+    own = tokenizer.get_added_vocab().get(_IMAGE_TOKEN)
+    if own is None:
+        tokenizer.add_special_tokens({"additional_special_tokens": [_IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+        own = int(tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN))
+    if wanted not in (None, own):
+        raise CheckpointError(
+            f"{folder}: config.json names {wanted} as the picture's token, the tokenizer has {own} for {_IMAGE_TOKEN!r}"
+        )
+    return own
+
+
+def _image_config(folder: Path, pieces: Pieces) -> ImageConfig:
+    """Read the picture rules, and check that model and processor count alike."""
+    processor: dict[str, Any] = {}
+    if (folder / "processor_config.json").is_file():
+        processor = read_json(folder / "processor_config.json")
+    settings = processor.get("image_processor")
+    if not isinstance(settings, dict):
+        settings = read_json(folder / "preprocessor_config.json")
+    ratio = pieces.vision_aspect_ratio
+    if ratio is not None and processor.get("vision_aspect_ratio", ratio) != ratio:
+        raise CheckpointError(
+            f"{folder}: vision_aspect_ratio is {ratio!r} in config.json and {processor['vision_aspect_ratio']!r} in "
+            "processor_config.json; make them agree"
+        )
+    try:
+        image = image_config_from_hf(settings, vision_aspect_ratio=ratio)
+    except ConfigError as error:
+        raise NotExpressibleError(f"{folder}: {error}") from None
+    if image.image_grid_pinpoints != pieces.pinpoints:
+        raise CheckpointError(
+            f"{folder}: image_grid_pinpoints of the preprocessor and of config.json differ; make them agree"
+        )
+    return image
+
+
+def _take_special_ids(llm: Any, folder: Path) -> None:
+    """Let the language model know the special ids of `generation_config.json`, such as where a decoder starts."""
+    path = folder / "generation_config.json"
+    document = read_json(path) if path.is_file() else {}
+    for name in _SPECIAL_IDS:
+        if document.get(name) is not None:
+            setattr(llm.generation_config, name, document[name])
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """Size and hash of a file; the hub's cache names a large file by its hash."""
+    size, blob = path.stat().st_size, path.resolve().name
+    if path.is_symlink() and _BLOB.fullmatch(blob):
+        return {"bytes": size, "sha256": blob}
+    return {"bytes": size, "sha256": sha256_file(path)} if size <= HASHED_BYTES else {"bytes": size}

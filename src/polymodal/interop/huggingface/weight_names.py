@@ -1,0 +1,185 @@
+"""Names of weights: between published vision-language models of transformers and our components, in both directions.
+
+One table, `RULES`, is read both ways, so that what is read and what is written cannot drift apart:
+
+    to_ours("llava", "language_model.model.norm.weight")        -> Place("llm", "model.norm.weight")
+    to_stock("llava", Place("llm", "model.norm.weight"))        -> "language_model.model.norm.weight"
+
+A `Place` is a component of `MultimodalLM` and a name in that component's own state:
+
+    "llm"        names of the causal LM's or encoder-decoder's own class in transformers (`model.llm.state_dict()`)
+    "vision"     names of the vision model that `HFVisionEncoder` wraps (`model.vision_encoder.model.state_dict()`)
+    "projector"  names of `MLPProjector` or `QFormerProjector` (`model.projector.state_dict()`)
+    "newline"    the single name "image_newline" (`model.image_newline`)
+
+The same tensor has been spelled in three ways, all of which are read:
+
+    "hub"           as in the published folders, and what vLLM and llama.cpp's converters know
+                    (`vision_tower.vision_model.…`, `language_model.model.…`); the one to write
+    "transformers"  as transformers 5 writes it: CLIP and SigLIP lost the level `vision_model` there
+    "memory"        `state_dict()` of transformers' class, which some trainers save as it is (`model.language_model.…`)
+
+Names are mapped by prefix: of those that fit, the longest decides. Only names are mapped, no value is changed. One
+tensor needs care: `vision_model.post_layernorm` of BLIP-2 is the tower's there and the Q-Former's `ln_vision` here; it
+is read into the latter and written from it, so `to_stock` has no name for the tower's own, unused copy.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+from polymodal.errors import unknown_name
+
+Component: TypeAlias = Literal["llm", "vision", "projector", "newline"]
+Style: TypeAlias = Literal["hub", "transformers", "memory"]
+
+NEWLINE = "image_newline"
+"""The one name of the component "newline"."""
+
+DERIVED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq|masked_bias)$")
+"""Buffers that old folders hold and that follow from the configuration."""
+
+WRAPPED_TOWERS = frozenset({"clip", "siglip", "siglip2"})
+"""Towers, of `modeling.encoders.hf_vision.FAMILIES`, that lie one level deeper ("vision_model.") in published folders."""
+
+
+class Place(NamedTuple):
+    """A component and the name of a weight in it."""
+
+    component: Component
+    name: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """All names of a component that begin alike.
+
+    Attributes:
+        component: Of ours.
+        ours: What the names begin with here; "" for all.
+        hub: What they begin with in published folders.
+        transformers: The same as transformers 5 writes it; as `hub` where None.
+        memory: The same in the state of transformers' class; as `hub` where None.
+        also: Further beginnings that are read and never written.
+        towers: Written for these towers only; all where None.
+    """
+
+    component: Component
+    ours: str
+    hub: str | None
+    transformers: str | None = None
+    memory: str | None = None
+    also: tuple[str, ...] = ()
+    towers: frozenset[str] | None = None
+
+    def prefix(self, style: Style) -> str | None:
+        """What the names begin with in one style; None where they have no place in it."""
+        if style == "transformers":
+            return self.hub if self.transformers is None else self.transformers
+        if style == "memory":
+            return self.hub if self.memory is None else self.memory
+        return self.hub
+
+    def spellings(self) -> tuple[str, ...]:
+        """Every beginning that is read."""
+        found = (self.hub, self.transformers, self.memory, *self.also)
+        return tuple(dict.fromkeys(prefix for prefix in found if prefix is not None))
+
+
+_LLAVA = (
+    Rule("llm", "", "language_model."),
+    Rule("llm", "model.", "language_model.model.", memory="model.language_model."),
+    Rule("llm", "lm_head.", "language_model.lm_head.", memory="lm_head."),
+    Rule("vision", "", "vision_tower.", memory="model.vision_tower."),
+    Rule(
+        "vision", "", "vision_tower.vision_model.", "vision_tower.", "model.vision_tower.",
+        also=("model.vision_tower.vision_model.",), towers=WRAPPED_TOWERS,
+    ),
+    Rule("projector", "layers.0.", "multi_modal_projector.linear_1.", memory="model.multi_modal_projector.linear_1."),
+    Rule("projector", "layers.2.", "multi_modal_projector.linear_2.", memory="model.multi_modal_projector.linear_2."),
+)  # fmt: skip
+
+_LLAVA_NEXT = (*_LLAVA, Rule("newline", NEWLINE, NEWLINE, memory=f"model.{NEWLINE}"))
+
+_BLIP2 = (
+    Rule("llm", "", "language_model."),
+    Rule("vision", "", "vision_model."),
+    Rule("vision", "post_layernorm.", None),
+    Rule("projector", "qformer.query_tokens", "query_tokens"),
+    Rule("projector", "qformer.ln_vision.", "vision_model.post_layernorm."),
+    Rule("projector", "qformer.transformer.", "qformer."),
+    Rule("projector", "language_projection.", "language_projection."),
+)
+
+_INSTRUCTBLIP = (
+    *_BLIP2,
+    Rule("projector", "qformer.embeddings.", "qformer.embeddings."),
+    Rule("projector", "qformer.transformer.layernorm.", "qformer.embeddings.layernorm."),
+)
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "llava": _LLAVA,
+    "llava_next": _LLAVA_NEXT,
+    "llava_onevision": _LLAVA_NEXT,
+    "blip-2": _BLIP2,
+    "instructblip": _INSTRUCTBLIP,
+}
+"""`model_type` -> rules."""
+
+
+def to_ours(model_type: str, name: str) -> Place | None:
+    """Find where a published tensor goes.
+
+    Args:
+        model_type: A key of `RULES`.
+        name: The tensor's name, in any of the spellings.
+
+    Returns:
+        Its place; None where no rule fits, and for buffers that follow from the configuration (`DERIVED`).
+
+    Raises:
+        ConfigError: There are no rules for such models.
+    """
+    if DERIVED.search(name):
+        return None
+    best: tuple[int, Place] | None = None
+    for rule in _rules(model_type):
+        for prefix in rule.spellings():
+            if name.startswith(prefix) and (best is None or len(prefix) > best[0]):
+                best = len(prefix), Place(rule.component, rule.ours + name[len(prefix) :])
+    return best[1] if best is not None else None
+
+
+def to_stock(model_type: str, place: Place, *, style: Style = "hub", tower: str = "clip") -> str | None:
+    """Find the name under which a weight of ours is published.
+
+    Args:
+        model_type: A key of `RULES`.
+        place: Component and name.
+        style: Which spelling; "hub" is what most programs read.
+        tower: The vision encoder's family (`VisionConfig.type`), which some spellings depend on.
+
+    Returns:
+        The name; None for a weight that is not written, since another one stands there.
+
+    Raises:
+        ConfigError: There are no rules for such models.
+    """
+    best: Rule | None = None
+    for rule in _rules(model_type):
+        if rule.component != place.component or not place.name.startswith(rule.ours):
+            continue
+        if rule.towers is not None and tower not in rule.towers:
+            continue
+        if best is None or len(rule.ours) >= len(best.ours):  # the later, more special one of two that are as long
+            best = rule
+    prefix = best.prefix(style) if best is not None else None
+    return None if best is None or prefix is None else prefix + place.name[len(best.ours) :]
+
+
+def _rules(model_type: str) -> tuple[Rule, ...]:
+    if model_type not in RULES:
+        raise unknown_name("model_type", model_type, RULES)
+    return RULES[model_type]

@@ -1,0 +1,65 @@
+"""A model in memory from any folder that is composed here: ours, a published one, or one of LLaVA's own repository.
+
+`backends.load` puts the chat protocol over it; training starts from it; export writes it out again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from polymodal.checkpoints.hf import is_hf_folder
+from polymodal.checkpoints.locate import commit_of
+from polymodal.checkpoints.model_folder import CONFIG_NAME, Loaded, load_model
+from polymodal.errors import CheckpointError
+from polymodal.interop.huggingface.load import Dtype, load_hf
+from polymodal.interop.llava.config import is_llava_repo
+from polymodal.interop.llava.load import load_llava_repo
+
+
+def open_model(name: str | Path, *, dtype: Dtype = "float32", revision: str | None = None) -> Loaded:
+    """Load a model whole.
+
+    Args:
+        name: "default", a folder, or a hub id; as in `backends.load`, but no endpoint.
+        dtype: Of a published model's weights in memory; a folder of ours says itself.
+        revision: The pinned revision of a hub id.
+
+    Returns:
+        The model in eval mode on the CPU; an adapter of our folder is attached and not merged.
+
+    Raises:
+        CheckpointError: There is no such model, it is damaged, or it is of a kind that is not composed here.
+        ConfigError: A revision is given for what is no hub id.
+    """
+    from polymodal.checkpoints.locate import find_model
+
+    folder = find_model(name, revision)
+    if (folder / CONFIG_NAME).is_file():
+        return load_model(folder)
+    if is_llava_repo(folder) or is_hf_folder(folder):
+        return open_published(folder, name, dtype=dtype)
+    raise CheckpointError(
+        f"{name}: neither a model folder of ours nor a published model that is composed here; `polymodal describe` "
+        "says what it is"
+    )
+
+
+def open_published(folder: Path, name: str | Path, *, dtype: Dtype | Literal["auto"] = "float32") -> Loaded:
+    """Load a published model of a family that is composed here, or an original LLaVA folder.
+
+    Args:
+        folder: The folder.
+        name: What the user calls it, for the history.
+        dtype: Of the weights in memory; "auto" keeps what is stored, bfloat16 for a LLaVA folder.
+
+    Returns:
+        The model in eval mode on the CPU.
+
+    Raises:
+        CheckpointError: The folder is incomplete or damaged.
+        NotExpressibleError: It asks for what cannot be computed exactly here.
+    """
+    if is_llava_repo(folder):
+        return load_llava_repo(folder, dtype="bfloat16" if dtype == "auto" else dtype)
+    return load_hf(folder, dtype=dtype, source=str(name), revision=commit_of(folder))

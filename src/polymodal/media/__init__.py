@@ -1,1 +1,0 @@
-"""Untrusted bytes to arrays, with limits: where media come from (`source`) and pictures (`image`)."""

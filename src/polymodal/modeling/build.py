@@ -1,0 +1,142 @@
+"""A model from its configuration: the parts are loaded, the projector is made to fit between them.
+
+Only these functions see a configuration; the parts themselves take plain arguments.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from polymodal.config import ModelConfig
+from polymodal.errors import ConfigError
+from polymodal.media_plan import Size
+from polymodal.modeling.language_model import load_llm, load_tokenizer
+from polymodal.modeling.vlm import MultimodalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from polymodal.modeling.encoders.vision import VisionEncoder
+    from polymodal.modeling.projectors import Projector
+
+
+def image_token_id_for(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """Choose the placeholder's id.
+
+    Args:
+        config: Says which id, or leaves it open.
+        tokenizer: May have an "<image>" token of its own.
+        vocab_size: Rows of the language model's head.
+
+    Returns:
+        The id. Left open and without a token of the tokenizer's own it lies past the head, so it cannot be generated.
+
+    Raises:
+        ConfigError: The configured id is an ordinary text token.
+    """
+    if config.image_token_id is not None:
+        ordinary = config.image_token_id < len(tokenizer) and (
+            config.image_token_id not in tokenizer.added_tokens_decoder
+        )
+        if ordinary:
+            raise ConfigError(f"image_token_id {config.image_token_id} is an ordinary token of the tokenizer")
+        return config.image_token_id
+    own = tokenizer.get_added_vocab().get("<image>")
+    return own if own is not None else max(vocab_size, len(tokenizer))
+
+
+def build_vision(config: ModelConfig, folder: Path | None, llm_dim: int) -> tuple[VisionEncoder, Projector] | None:
+    """Load the vision tower and make the projector that fits it (random weights).
+
+    Args:
+        config: The configuration.
+        folder: The model folder that "bundled" parts lie in.
+        llm_dim: D, the language model's width.
+
+    Returns:
+        Encoder and projector; None for a text-only model.
+
+    Raises:
+        ConfigError: A component is unknown or does not fit the next.
+        CheckpointError: The tower cannot be loaded.
+    """
+    from polymodal.modeling.encoders.vision import build_vision_encoder
+    from polymodal.modeling.projectors import build_projector
+
+    if config.vision is None:
+        return None
+    tile = Size(*config.image.tile_size) if config.image else None
+    encoder = build_vision_encoder(config.vision, folder, tile=tile)
+    if config.llm.dtype == "float32" and next(encoder.parameters()).dtype == torch.float16:
+        # Exact, and several times as fast on a CPU, which has no arithmetic in float16.
+        encoder.to(torch.float32)
+    projector = build_projector(config.projector, encoder.embed_dim, encoder.grid, llm_dim)
+    check_merge(config, projector.output_grid)
+    return encoder, projector
+
+
+def check_merge(config: ModelConfig, tokens: Size) -> None:
+    """Make sure that tokens which are to be laid out in space have an order in space.
+
+    Args:
+        config: The configuration.
+        tokens: Projected tokens per tile, as a grid.
+
+    Raises:
+        ConfigError: They are a set, such as a Q-Former's queries.
+    """
+    merge = config.image.mm_patch_merge_type if config.image is not None else "flat"
+    if merge != "flat" and tokens.height == 1 < tokens.width:
+        raise ConfigError(
+            f"image.mm_patch_merge_type {merge!r} lays tokens out in rows and columns, but "
+            f"{config.projector.mm_projector_type!r} gives {tokens.width} of them in no order; set it to flat"
+        )
+
+
+def build_model(
+    config: ModelConfig, folder: Path | None = None, quantize: str | None = None
+) -> tuple[MultimodalLM, PreTrainedTokenizerBase]:
+    """Compose a model: load the parts, make the projector (random weights).
+
+    Args:
+        config: The configuration.
+        folder: The model folder that "bundled" parts and the tokenizer lie in.
+        quantize: As in `load_llm`.
+
+    Returns:
+        The model in eval mode, and the tokenizer.
+
+    Raises:
+        ConfigError: A component is unknown or does not fit the next.
+        CheckpointError: A part cannot be loaded.
+    """
+    from polymodal.projectors.context import load_context_tokenizer
+    from polymodal.projectors.qformer_start import start_projector
+
+    llm = load_llm(config.llm, quantize)
+    tokenizer = load_tokenizer(config.llm, folder)
+    embeddings = llm.get_input_embeddings().weight
+    encoder, projector = build_vision(config, folder, embeddings.shape[1]) or (None, None)
+    if encoder is not None and projector is not None:
+        # A language model that a device map has placed decides where the rest goes.
+        encoder.to(embeddings.device)
+        if config.projector.pretrained is not None:
+            start_projector(projector, config.projector.pretrained)
+        projector.to(embeddings.device, embeddings.dtype)
+    head = llm.get_output_embeddings()
+    vocab_size = head.weight.shape[0] if head is not None else embeddings.shape[0]
+    model = MultimodalLM(
+        llm,
+        image_token_id_for(config, tokenizer, vocab_size),
+        encoder,
+        projector,
+        image_newline=config.image is not None and config.image.mm_patch_merge_type == "spatial_unpad",
+        image_mean=config.image.image_mean if config.image is not None else None,
+        image_std=config.image.image_std if config.image is not None else None,
+    )
+    if encoder is not None:
+        model.context_tokenizer = load_context_tokenizer(config.projector, folder)
+    return model.eval(), tokenizer

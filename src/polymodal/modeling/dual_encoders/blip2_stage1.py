@@ -1,0 +1,335 @@
+"""BLIP-2's first stage: a Q-Former learns from pairs of picture and text beside a frozen vision tower.
+
+Li et al. 2023, arXiv:2301.12597, section 3.1. One Q-Former holds 32 learned queries that look at the picture, and a
+text path; the attention mask decides who sees whom, and so which of three things it learns: contrast (ITC), matching
+(ITM) and captioning (ITG). `blip2_loss` has the losses, `masks` the masks, `blip2_folder` what is written and read.
+
+Differences from the reference (LAVIS): three passes instead of four, since the queries' outputs under the captioning
+mask are those of a pass over the queries alone, so one pass gives both the contrastive picture features and the
+captioning logits; only positions that predict a token go through the vocabulary head; negatives are drawn once for the
+whole step, and pairs of one picture, or with one text, are never each other's; the temperature is kept above 0.001, as
+in BLIP.
+Parameters: `vision_encoder.*`, `qformer.*` (with `ln_vision`, trained as in the paper), `vision_projection`,
+`text_projection`, `itm_head` (as in `Blip2ForImageTextRetrieval` of transformers), `lm_head.*`, `temperature`.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polymodal.config import ImageConfig
+from polymodal.errors import ConfigError
+from polymodal.modeling.dual_encoders.base import METRIC, Embedded, Everyone, PairBatch, as_floats
+from polymodal.modeling.projectors.qformer import QFormer
+from polymodal.projectors.norm import Standardize
+from polymodal.representation.blip2_loss import (
+    draw_negatives,
+    itc_loss,
+    itg_count,
+    itg_loss,
+    itg_targets,
+    itm_inputs,
+    itm_loss,
+    similarities,
+)
+from polymodal.representation.masks import bidirectional_mask, unilm_mask
+from polymodal.utils.modules import frozen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from polymodal.config import VisionConfig
+    from polymodal.modeling.encoders.vision import VisionEncoder
+
+LABEL_SMOOTHING = 0.1
+TEMPERATURE = 0.07
+COLDEST = 1e-3
+"""The temperature divides cosines; at zero they would be infinite."""
+
+
+class VocabularyHead(nn.Module):
+    """Hidden states to words as BERT does it: a layer, GELU, LayerNorm, then the word embeddings themselves."""
+
+    def __init__(self, width: int, vocab_size: int, eps: float) -> None:
+        """Make the head with fresh weights.
+
+        Args:
+            width: H.
+            vocab_size: V.
+            eps: Of the norm.
+        """
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
+        """Compute logits.
+
+        Args:
+            hidden: ``[..., H]``.
+            words: ``[V, H]``, the word embeddings, which are the last layer's weight.
+
+        Returns:
+            ``[..., V]``.
+        """
+        return F.linear(self.norm(F.gelu(self.dense(hidden))), words, self.bias)
+
+
+class Blip2Stage1(nn.Module):
+    """A `PairModel`: vision tower, Q-Former with its text path, and the heads of the three losses.
+
+    Args:
+        encoder: The vision tower; frozen by the recipe.
+        vision: Where the tower is from, for the folder that is written.
+        qformer: With its text path.
+        tokenizer: BERT's, with "[DEC]" as `bos_token`; see `wordpiece`.
+        image: How a picture becomes the one tile that the tower takes.
+        projection_dim: Width of what is contrasted.
+        label_smoothing: Of ITC and ITG.
+
+    Raises:
+        ConfigError: The Q-Former has no text path or does not fit the tower or the tokenizer.
+    """
+
+    needs_features = True
+
+    def __init__(
+        self,
+        encoder: VisionEncoder,
+        vision: VisionConfig,
+        qformer: QFormer,
+        tokenizer: PreTrainedTokenizerBase,
+        image: ImageConfig,
+        projection_dim: int = 256,
+        label_smoothing: float = LABEL_SMOOTHING,
+    ) -> None:
+        super().__init__()
+        settings = qformer.config
+        if qformer.embeddings is None:
+            raise ConfigError("stage 1 of BLIP-2 needs a Q-Former with its text path, and this one has none")
+        if qformer.embed_dim != encoder.embed_dim:
+            raise ConfigError(
+                f"the Q-Former takes features of width {qformer.embed_dim}, the vision tower gives {encoder.embed_dim}"
+            )
+        if len(tokenizer) > settings.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {len(tokenizer)} tokens, the Q-Former knows {settings.vocab_size} "
+                "(qformer.vocab_size)"
+            )
+        if tokenizer.bos_token_id is None:
+            raise ConfigError("the text tokenizer has no bos_token ([DEC]), which begins a caption")
+        self.vision_encoder: Any = encoder
+        self.vision, self.image = vision, image
+        self.qformer = qformer
+        width = settings.hidden_size
+        self.vision_projection = nn.Linear(width, projection_dim)
+        self.text_projection = nn.Linear(width, projection_dim)
+        self.itm_head = nn.Linear(width, 2)
+        self.lm_head = VocabularyHead(width, settings.vocab_size, settings.layer_norm_eps)
+        self.temperature = nn.Parameter(torch.tensor(TEMPERATURE))
+        # LAVIS leaves these two at torch's own start; BERT's head starts as every layer of BERT.
+        nn.init.normal_(self.lm_head.dense.weight, std=settings.initializer_range)
+        nn.init.zeros_(self.lm_head.dense.bias)
+        self.tokenizer: Any = tokenizer
+        self.tokenizer.padding_side = "right"
+        self.label_smoothing = label_smoothing
+        self.text_length: int | None = None
+        self.max_text: int = settings.max_text_length
+        self.features_shape = (encoder.grid.area, encoder.embed_dim)
+        self.distiller: nn.Module | None = None
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower, without `ln_vision`, which is trained."""
+        tower: nn.Module = self.vision_encoder
+        return tower
+
+    @property
+    def tower_rules(self) -> str:
+        """What decides the tower's output besides its weights; by it stage 2 finds what stage 1 kept."""
+        return self.vision.model_dump_json(exclude={"vision_tower", "revision"})
+
+    @property
+    def words(self) -> Tensor:
+        """The word embeddings, ``[V, H]``, which are also the vocabulary head's last layer."""
+        embeddings: Any = self.qformer.embeddings
+        weight: Tensor = embeddings.word_embeddings.weight
+        return weight
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Run the tower; see `PairModel.encode`."""
+        with torch.no_grad() if frozen(self.tower) else nullcontext():
+            features: Tensor = self.vision_encoder(as_floats(pixel_values, self.image))
+        return features
+
+    def embed(self, batch: PairBatch) -> Embedded:
+        """Two passes: queries and caption under the captioning mask, and the text alone.
+
+        Args:
+            batch: The pairs.
+
+        Returns:
+            Unit vectors of all queries and of "[CLS]"; `carry` holds the caption's hidden states.
+        """
+        decoder_ids, _, _ = itg_targets(batch.input_ids, batch.attention_mask, self.tokenizer.bos_token_id)
+        mask = unilm_mask(batch.attention_mask, self.qformer.num_queries)
+        hidden = self.qformer.encode(self._features(batch), decoder_ids, mask4d=mask)
+        queries, caption = hidden.tensor_split([self.qformer.num_queries], dim=1)
+        text = self.embed_texts(batch.input_ids, batch.attention_mask)
+        return Embedded(_unit(self.vision_projection(queries)), text, {"caption": caption})
+
+    def contrast(
+        self, own: Embedded, own_ids: Tensor, all_image: Tensor, all_text: Tensor, all_ids: Tensor, offset: int
+    ) -> dict[str, Tensor]:
+        """ITC, and how many pictures have a text of theirs as the nearest of the step; see `PairModel.contrast`."""
+        if len(all_ids) < 2:
+            raise ConfigError("a step of one pair has nothing to contrast it with; raise batch.global_size")
+        share, to_text, _ = itc_loss(
+            own.image,
+            own.text,
+            self.temperature,
+            all_image,
+            all_text,
+            own_ids,
+            all_ids,
+            offset,
+            self.label_smoothing,
+        )
+        found = (all_ids[to_text.argmax(dim=1)] == own_ids).float().mean()
+        return {"itc": share, f"{METRIC}itc_accuracy": found}
+
+    def extra(self, batch: PairBatch, embedded: Embedded, everyone: Everyone) -> dict[str, Tensor]:
+        """ITM with hard negatives of the whole step, and ITG from what `embed` carried on; see `PairModel.extra`."""
+        assert everyone.features is not None
+        pictures, texts = self.negatives(everyone, len(batch))
+        logits = self.match_queries(
+            everyone.features[pictures], everyone.input_ids[texts], everyone.attention_mask[texts]
+        )
+        itm, right = itm_loss(logits, len(everyone.image_ids))
+        _, rows, targets = itg_targets(batch.input_ids, batch.attention_mask, self.tokenizer.bos_token_id)
+        hidden = embedded.carry["caption"].flatten(0, 1).index_select(0, rows)
+        words = self.lm_head(hidden, self.words)
+        count = itg_count(everyone.attention_mask)
+        return {
+            "itm": itm,
+            "itg": itg_loss(words, targets, self.label_smoothing, count),
+            f"{METRIC}itm_accuracy": right / len(logits),
+        }
+
+    @torch.no_grad()
+    def negatives(self, everyone: Everyone, count: int) -> tuple[Tensor, Tensor]:
+        """Draw hard negatives for some pairs of a step.
+
+        Args:
+            everyone: All pairs of the step; the pairs at hand begin at its `offset`.
+            count: b, how many pairs are at hand.
+
+        Returns:
+            [3b] rows of pictures and [3b] rows of texts of the step; see `itm_inputs`.
+        """
+        own = slice(everyone.offset, everyone.offset + count)
+        to_text, to_image = similarities(
+            everyone.image[own], everyone.text[own], self.temperature, everyone.image, everyone.text
+        )
+        ids, tokens = everyone.image_ids, everyone.input_ids
+        same_text = (tokens[own][:, None] == tokens[None]).all(dim=-1)
+        # Where nothing else is left, another picture with this text has to do.
+        same_text &= (~same_text & (ids[own][:, None] != ids[None])).any(dim=1, keepdim=True)
+        random = torch.Generator().manual_seed(everyone.seed)
+        pictures, texts = (
+            draw_negatives(logits.masked_fill(same_text, -torch.inf), ids[own], ids, everyone.offset, random)
+            for logits in (to_image, to_text)
+        )
+        return itm_inputs(pictures, texts, everyone.offset)
+
+    def embed_images(self, features: Tensor) -> Tensor:
+        """Picture features for retrieval, from a pass over the queries alone.
+
+        Args:
+            features: ``[B, P, E]`` of `encode`.
+
+        Returns:
+            ``[B, Q, D]`` unit vectors; the same as those of `embed`.
+        """
+        return _unit(self.vision_projection(self.qformer.queries(self._cast(features))))
+
+    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Text features, from a pass over the text alone.
+
+        Args:
+            input_ids: ``[B, T]``, padded on the right.
+            attention_mask: ``[B, T]`` bool.
+
+        Returns:
+            ``[B, D]`` unit vectors, of "[CLS]".
+        """
+        hidden = self.qformer.encode(None, input_ids, attention_mask)
+        return _unit(self.text_projection(hidden[:, 0]))
+
+    def match_queries(self, features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What every query says about whether picture and text match.
+
+        Args:
+            features: ``[B, P, E]`` of `encode`.
+            input_ids: ``[B, T]``.
+            attention_mask: ``[B, T]`` bool.
+
+        Returns:
+            ``[B, Q, 2]`` logits; column 1 says that they match. Their mean over the queries is the answer.
+        """
+        mask = bidirectional_mask(attention_mask, self.qformer.num_queries)
+        logits: Tensor = self.itm_head(self.qformer.queries(self._cast(features), input_ids, mask4d=mask))
+        return logits
+
+    def measure(self, features: Tensor) -> None:
+        """Measure the channels that a "standardize" norm scales, before the first step of a new model.
+
+        Args:
+            features: ``[B, P, E]`` of `encode`, a fair sample.
+        """
+        if isinstance(self.qformer.norm, Standardize):
+            self.qformer.norm.measure(features)
+
+    def checkpoint_layers(self) -> None:
+        """Keep only the input of each layer and compute the rest again in the backward pass."""
+        self.qformer.transformer.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def after_step(self) -> None:
+        """Keep the temperature above zero."""
+        with torch.no_grad():
+            self.temperature.clamp_(min=COLDEST)
+
+    def facts(self) -> dict[str, Any]:
+        """The temperature that cosines are divided by."""
+        return {"temperature": float(self.temperature.detach())}
+
+    def save(self, folder: Path) -> None:
+        """Write what stage 2 starts from, and what stage 1 goes on from; see `blip2_folder`.
+
+        Args:
+            folder: An existing folder.
+        """
+        from polymodal.modeling.dual_encoders.blip2_stage1_folder import write_blip2
+
+        write_blip2(folder, self)
+
+    def _features(self, batch: PairBatch) -> Tensor:
+        if batch.features is not None:
+            return self._cast(batch.features)
+        assert batch.pixel_values is not None
+        return self._cast(self.encode(batch.pixel_values))
+
+    def _cast(self, features: Tensor) -> Tensor:
+        """Features are kept in half precision; the Q-Former's own type decides."""
+        return features.to(self.qformer.ln_vision.weight.dtype)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)

@@ -1,0 +1,145 @@
+"""Learn from another tower's features: the student's patches are to say, linearly, what the teacher's say.
+
+Feature distillation (Romero et al. 2015, arXiv:1412.6550: a regressor between unlike widths; Wei et al. 2022,
+arXiv:2205.14141: the teacher's channels made alike before they are compared). The teacher is frozen and its features
+are kept, so that a picture passes through it once in a whole run. Both grids are averaged to the coarser of the two,
+one linear layer leads from the student's width to the teacher's, and the distance is taken on channels of zero mean
+and unit variance: without that, the few strong channels of a network with ReLU are all that is learnt, and a cosine is
+near 1 from the start. The layer is thrown away after training.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polymodal.errors import ConfigError, DataError
+from polymodal.media_plan import Size
+from polymodal.modeling.dual_encoders.base import PairBatch
+from polymodal.projectors.norm import Standardize
+
+Distance = Literal["cosine", "smooth_l1"]
+
+
+class Distiller(nn.Module):
+    """The distance between a student's patches and kept features of a teacher.
+
+    `fit` must have seen teacher features before the first distance; every process must give it the same ones.
+
+    Args:
+        width: E, the student's.
+        grid: The student's patches.
+        teacher_width: E', the teacher's.
+        teacher_grid: The teacher's positions.
+        distance: "cosine" is 1 minus the cosine of each position; "smooth_l1" compares value by value.
+
+    Raises:
+        ConfigError: An unknown distance.
+    """
+
+    fitted: Tensor
+
+    def __init__(
+        self, width: int, grid: Size, teacher_width: int, teacher_grid: Size, distance: Distance = "cosine"
+    ) -> None:
+        super().__init__()
+        if distance not in ("cosine", "smooth_l1"):
+            raise ConfigError(f"distill.loss {distance!r}: use cosine or smooth_l1")
+        self.grid, self.teacher_grid, self.distance = grid, teacher_grid, distance
+        self.common = Size(min(grid.height, teacher_grid.height), min(grid.width, teacher_grid.width))
+        self.head = nn.Linear(width, teacher_width)
+        self.standardize = Standardize(teacher_width)
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> None:
+        """Measure the teacher's channels.
+
+        Args:
+            features: [N, P', E'] of some hundred pictures.
+
+        Raises:
+            DataError: They are no features of this teacher, or not finite.
+        """
+        flat = self._teacher(features)
+        if not bool(torch.isfinite(flat).all()):
+            raise DataError("distill: the teacher's features are not finite")
+        self.standardize.measure(flat)
+        self.fitted.fill_(True)
+
+    def forward(self, batch: PairBatch, patches: Tensor) -> Tensor:
+        """Compare.
+
+        Args:
+            batch: Holds the teacher's features of its pictures.
+            patches: [B, P, E] the student's, with gradient.
+
+        Returns:
+            The mean distance over pictures, positions and, for smooth_l1, channels: a scalar. Batches of a step are
+            weighted with their number of pictures to give the mean of all.
+
+        Raises:
+            DataError: The batch holds no teacher features, or they or the patches have another shape.
+        """
+        if batch.teacher is None:
+            raise DataError("distill: the batch holds no teacher features")
+        if not bool(self.fitted):
+            raise DataError("distill: the teacher's channels have not been measured; call fit first")
+        _check(patches, self.grid, self.head.in_features, "student")
+        wanted = self.standardize(self._teacher(batch.teacher))
+        # Averaged before the layer: the same, and cheaper by the ratio of the grids.
+        said = self.head(pool_grid(patches, self.grid, self.common)).float()
+        if self.distance == "cosine":
+            return (1 - F.cosine_similarity(said, wanted, dim=-1)).mean()
+        return F.smooth_l1_loss(said, wanted)
+
+    def _teacher(self, features: Tensor) -> Tensor:
+        """Teacher features in float32 on the common grid."""
+        _check(features, self.teacher_grid, self.head.out_features, "teacher")
+        return pool_grid(features.to(self.head.weight.device).float(), self.teacher_grid, self.common)
+
+
+def pool_grid(features: Tensor, grid: Size, target: Size) -> Tensor:
+    """Average features over a coarser grid.
+
+    Args:
+        features: [B, P, E], rows of the grid one after the other.
+        grid: What P is.
+        target: As large or smaller both ways; sizes need not divide, cells then overlap as in adaptive pooling.
+
+    Returns:
+        [B, P', E].
+    """
+    if grid == target:
+        return features
+    maps = features.transpose(1, 2).unflatten(2, (grid.height, grid.width))
+    return F.adaptive_avg_pool2d(maps, (target.height, target.width)).flatten(2).transpose(1, 2)
+
+
+def flip_grid(features: Tensor, grid: Size, flipped: Tensor) -> Tensor:
+    """Mirror the positions of those pictures that were mirrored.
+
+    Kept features are of the picture as it lies on disk; a picture that is seen mirrored needs them mirrored. (A
+    convolution's features of the mirrored picture are not exactly these, but nearer than those of the other side.)
+
+    Args:
+        features: [B, P, E].
+        grid: What P is.
+        flipped: [B] bool.
+
+    Returns:
+        [B, P, E].
+    """
+    maps = features.unflatten(1, (grid.height, grid.width))
+    return torch.where(flipped[:, None, None, None], maps.flip(2), maps).flatten(1, 2)
+
+
+def _check(features: Tensor, grid: Size, width: int, whose: str) -> None:
+    if features.ndim != 3 or tuple(features.shape[1:]) != (grid.area, width):
+        raise DataError(
+            f"distill: {whose} features of shape {list(features.shape)}, expected [B, {grid.area}, {width}] "
+            f"({grid.height}x{grid.width} positions)"
+        )

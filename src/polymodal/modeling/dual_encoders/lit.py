@@ -1,0 +1,265 @@
+"""A text tower learnt against any frozen picture tower of ours: how retrieval by towers without text is compared.
+
+Locked-image tuning (Zhai et al. 2022, arXiv:2111.07991) with SigLIP's loss and SigLIP's attention pooling (Zhai et al.
+2023, arXiv:2303.15343): the tower's features are frozen and may be kept; a pooling head over its patches, with learned
+positions so that left and right can be told, and the text tower are trained. The same head and text tower on two
+picture towers make their retrieval scores comparable. LiT pools nothing anew; here towers without a pooled output, such
+as EfficientNet-Lite0, take part.
+
+Parameters: `vision_encoder.*` (the tower), `head.*`, `text_model.*`, `logit_scale`, `logit_bias`. The folder is ours,
+since no stock class holds such a tower: `config.json`, `model.safetensors` without the tower, the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polymodal.config import ImageConfig, VisionConfig, parse_config
+from polymodal.errors import CheckpointError, ConfigError, unknown_name
+from polymodal.media_plan import Size
+from polymodal.modeling.dual_encoders.base import METRIC, Embedded, Everyone, PairBatch, as_floats
+from polymodal.modeling.dual_encoders.clip_siglip import LOGIT_BIAS_SIGLIP, LOGIT_SCALE_SIGLIP
+from polymodal.modeling.dual_encoders.clip_siglip_hf import load_text_tokenizer
+from polymodal.modeling.dual_encoders.config import ObjectiveConfig, TowerTextConfig
+from polymodal.modeling.dual_encoders.losses import clamp_logit_scale, siglip_loss
+from polymodal.modeling.encoders.vision import BUNDLED, build_vision_encoder
+from polymodal.modeling.projectors.qformer_files import load_exactly
+from polymodal.safety.config_json import read_json
+from polymodal.utils.files import write_text
+from polymodal.utils.modules import frozen
+from polymodal.utils.safetensors_io import read_tensors
+
+MODEL_TYPE = "polymodal-tower-text"
+"""`model_type` in `config.json`, by which the folder is told from those of other pair models."""
+
+_WEIGHTS = "model.safetensors"
+_TOWER = "vision_encoder."
+
+
+class PoolingHead(nn.Module):
+    """Patches to one vector: a learned query attends to them, as in SigLIP."""
+
+    def __init__(self, embed_dim: int, patches: int, width: int, heads: int) -> None:
+        """Make the head.
+
+        Args:
+            embed_dim: E, of the tower.
+            patches: P.
+            width: D, of the vector.
+            heads: Of the attention.
+        """
+        super().__init__()
+        self.norm = nn.LayerNorm(embed_dim)
+        self.project = nn.Linear(embed_dim, width)
+        self.positions = nn.Parameter(torch.randn(patches, width) * 0.02)
+        self.before = nn.LayerNorm(width)
+        self.probe = nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.after = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Pool features ``[B, P, E]`` to ``[B, D]``."""
+        seen = self.before(self.project(self.norm(features)) + self.positions)
+        probe = self.probe.expand(len(features), -1, -1)
+        pooled = self.attention(probe, seen, seen, need_weights=False)[0]
+        return (pooled + self.mlp(self.after(pooled)))[:, 0]
+
+
+class TowerText(nn.Module):
+    """A `PairModel`: a picture tower of ours, a pooling head and a text tower of SigLIP's class.
+
+    Args:
+        encoder: The picture tower; frozen by the recipe.
+        vision: Where it is from.
+        text_model: A `SiglipTextModel`.
+        tokenizer: Pads on the right.
+        image: How a picture becomes the one tile that the tower takes.
+        objective: SigLIP's.
+
+    Raises:
+        ConfigError: The objective is another one, or the tokenizer has more tokens than the text tower.
+    """
+
+    needs_features = False
+
+    def __init__(
+        self,
+        encoder: Any,
+        vision: VisionConfig,
+        text_model: Any,
+        tokenizer: Any,
+        image: ImageConfig,
+        objective: ObjectiveConfig,
+    ) -> None:
+        super().__init__()
+        if objective.type != "siglip" or objective.distill is not None:
+            raise ConfigError("family 'tower' is trained with objective siglip, without distill: its tower is frozen")
+        settings = text_model.config
+        if len(tokenizer) > settings.vocab_size:
+            raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the text tower knows {settings.vocab_size}")
+        self.vision_encoder, self.text_model = encoder, text_model
+        self.features_shape = (encoder.grid.area, encoder.embed_dim)
+        width = settings.projection_size
+        self.head = PoolingHead(encoder.embed_dim, encoder.grid.area, width, max(1, width // 64))
+        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_SIGLIP))
+        self.logit_bias = nn.Parameter(torch.tensor(LOGIT_BIAS_SIGLIP))
+        self.vision, self.image, self.objective, self.tokenizer = vision, image, objective, tokenizer
+        tokenizer.padding_side = "right"
+        tokenizer.model_input_names = ["input_ids"]
+        self.max_text: int = settings.max_position_embeddings
+        # As in SigLIP, padding is read.
+        self.text_length: int | None = self.max_text
+        self.distiller: nn.Module | None = None
+
+    @property
+    def tower(self) -> nn.Module:
+        """The picture tower, without the head."""
+        tower: nn.Module = self.vision_encoder
+        return tower
+
+    @property
+    def tower_rules(self) -> str:
+        """What decides the tower's output besides its weights."""
+        return self.vision.model_dump_json(exclude={"vision_tower", "revision"})
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Run the tower: [B, 3, H, W] to [B, P, E]."""
+        with torch.no_grad() if frozen(self.tower) else nullcontext():
+            features: Tensor = self.vision_encoder(as_floats(pixel_values, self.image))
+        return features
+
+    def embed(self, batch: PairBatch) -> Embedded:
+        """Encode both sides; see `PairModel.embed`."""
+        if batch.features is not None:
+            features = batch.features.to(self.logit_scale.dtype)
+        else:
+            assert batch.pixel_values is not None
+            features = self.encode(batch.pixel_values)
+        text = self.text_model(input_ids=batch.input_ids).pooler_output
+        return Embedded(_unit(self.head(features)), _unit(text))
+
+    def contrast(
+        self, own: Embedded, own_ids: Tensor, all_image: Tensor, all_text: Tensor, all_ids: Tensor, offset: int
+    ) -> dict[str, Tensor]:
+        """SigLIP's loss; see `PairModel.contrast`."""
+        if len(all_ids) < 2:
+            raise ConfigError("a step of one pair has nothing to contrast it with; raise batch.global_size")
+        found = {f"{METRIC}{name}": own.text.new_tensor(value) for name, value in self.facts().items()}
+        found["siglip"] = siglip_loss(
+            own.image, own.text, self.logit_scale, self.logit_bias, all_text, offset, self.objective.chunk,
+            own_ids, all_ids,
+        )  # fmt: skip
+        return found
+
+    def extra(self, batch: PairBatch, embedded: Embedded, everyone: Everyone) -> dict[str, Tensor]:
+        """No further terms."""
+        return {}
+
+    def after_step(self) -> None:
+        """Bound the temperature."""
+        clamp_logit_scale(self.logit_scale)
+
+    def facts(self) -> dict[str, Any]:
+        """The scale that cosines are multiplied with, and the bias."""
+        return {"logit_scale": float(self.logit_scale.detach().exp()), "logit_bias": float(self.logit_bias.detach())}
+
+    def save(self, folder: Path) -> None:
+        """Write all but the tower, and the tower too where it is trained or came from a model's own folder.
+
+        Args:
+            folder: An existing folder.
+        """
+        from safetensors.torch import save_file
+
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith(_TOWER)}
+        save_file(state, folder / _WEIGHTS)
+        vision = self.vision
+        if vision.vision_tower == BUNDLED or not frozen(self.tower):
+            vision = vision.model_copy(update={"vision_tower": BUNDLED})
+            self.vision_encoder.save(folder / "vision")
+        self.tokenizer.save_pretrained(folder)
+        document = {
+            "model_type": MODEL_TYPE,
+            "vision": vision.model_dump(mode="json"),
+            "image": self.image.model_dump(mode="json"),
+            "text": self.text_model.config.to_diff_dict(),
+        }
+        write_text(folder / "config.json", json.dumps(document, indent=2) + "\n")
+
+
+def build_tower_text(settings: TowerTextConfig, objective: ObjectiveConfig) -> TowerText:
+    """Build the model from a recipe.
+
+    Args:
+        settings: Tower, text tower, tokenizer and picture rules.
+        objective: SigLIP's.
+
+    Returns:
+        The model; all but the tower's weights are drawn from torch's random state.
+
+    Raises:
+        ConfigError: A key is unknown, or parts do not fit each other.
+        CheckpointError: The tower or the tokenizer cannot be opened.
+    """
+    from transformers import SiglipTextConfig
+
+    tokenizer = load_text_tokenizer(settings.tokenizer, None)
+    known = SiglipTextConfig().to_dict()
+    for key in settings.text:
+        if key not in known:
+            raise ConfigError(f"init.model.text: {unknown_name('key', key, known)}")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    follows = {"vocab_size": len(tokenizer), "projection_size": settings.projection_dim, **ids}
+    return _make(settings.vision, settings.image, {**follows, **settings.text}, tokenizer, objective, None)
+
+
+def load_tower_text(source: str, image: ImageConfig, objective: ObjectiveConfig) -> TowerText:
+    """Load what a stage left.
+
+    Args:
+        source: The folder.
+        image: Picture rules.
+        objective: SigLIP's.
+
+    Returns:
+        The model, in float32.
+
+    Raises:
+        CheckpointError: The folder is incomplete or damaged.
+        ConfigError: The objective is not SigLIP's.
+    """
+    folder = Path(source)
+    document = read_json(folder / "config.json")
+    lacking = [key for key in ("vision", "text") if not isinstance(document.get(key), dict)]
+    if lacking:
+        raise CheckpointError(f"{folder / 'config.json'}: key {lacking[0]!r} is missing")
+    vision = parse_config(VisionConfig, document["vision"], f"{folder / 'config.json'}: vision")
+    model = _make(vision, image, document["text"], load_text_tokenizer(source, None), objective, folder)
+    wanted = {name for name in model.state_dict() if not name.startswith(_TOWER)}
+    load_exactly(model, read_tensors(folder / _WEIGHTS), str(folder / _WEIGHTS), wanted)
+    return model
+
+
+def _make(
+    vision: VisionConfig,
+    image: ImageConfig,
+    text: dict[str, Any],
+    tokenizer: Any,
+    objective: ObjectiveConfig,
+    folder: Path | None,
+) -> TowerText:
+    from transformers import SiglipTextConfig, SiglipTextModel
+
+    encoder = build_vision_encoder(vision, folder, tile=Size(*image.tile_size))
+    return TowerText(encoder, vision, SiglipTextModel(SiglipTextConfig(**text)), tokenizer, image, objective)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return nn.functional.normalize(vectors.float(), dim=-1)

@@ -1,0 +1,228 @@
+"""The vision towers of `transformers` as encoders: which hidden state, which positions, on which tile.
+
+Families: CLIP (arXiv:2103.00020), SigLIP (arXiv:2303.15343), SigLIP 2 (arXiv:2502.14786), DINOv2 (arXiv:2304.07193)
+with and without registers (arXiv:2309.16588), and EVA-CLIP ViT-g/14 as BLIP-2 uses it (arXiv:2211.07636,
+arXiv:2301.12597).
+
+Layers are counted as LLaVA counts them (arXiv:2304.08485): index into the hidden states of `transformers`, 0 the
+embeddings, -1 the last layer before the final norm, -2 the layer before it. Differences from the reference: layers
+above the deepest selected one are not run (the numbers are the same); register tokens are always dropped, also where
+LLaVA's "full" would keep them; asking for a class token that the family lacks is an error instead of a lost patch.
+The fixed-resolution SigLIP 2 checkpoints are `siglip` models to `transformers`; `siglip2` is the NaFlex kind, run here
+on one tile size. EVA-02-CLIP has no class in `transformers` and is therefore not in the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from polymodal.errors import ConfigError, unknown_name
+from polymodal.media_plan import Size
+
+
+def _embed_clip(tower: Any, pixels: Tensor, grid: Size, interpolate: bool) -> Tensor:
+    """CLIP's hidden state 0; its norm comes before the first layer."""
+    return tower.pre_layrnorm(tower.embeddings(pixels, interpolate_pos_encoding=interpolate))
+
+
+def _embed_plain(tower: Any, pixels: Tensor, grid: Size, interpolate: bool) -> Tensor:
+    """Hidden state 0 of the families that are told when to interpolate their position embeddings."""
+    return tower.embeddings(pixels, interpolate_pos_encoding=interpolate)
+
+
+def _embed_dinov2(tower: Any, pixels: Tensor, grid: Size, interpolate: bool) -> Tensor:
+    """DINOv2's hidden state 0; it sees from the picture's size whether to interpolate."""
+    return tower.embeddings(pixels)
+
+
+def _embed_siglip2(tower: Any, pixels: Tensor, grid: Size, interpolate: bool) -> Tensor:
+    """SigLIP 2's hidden state 0; it takes flat patches, channels last, and the grid they form."""
+    count, patch = pixels.shape[0], _pair(tower.config.patch_size)
+    pixels = pixels[..., : grid.height * patch.height, : grid.width * patch.width]
+    patches = pixels.reshape(count, -1, grid.height, patch.height, grid.width, patch.width)
+    patches = patches.permute(0, 2, 4, 3, 5, 1).reshape(count, grid.area, -1)
+    return tower.embeddings(patches, torch.tensor([[grid.height, grid.width]] * count))
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between the towers of `transformers`.
+
+    Attributes:
+        model_class: The class in `transformers`.
+        model_types: The `model_type` of its config, the vision model's own first, then the whole model's.
+        embed: Pixels to hidden state 0.
+        class_token: Whether position 0 is a class token.
+        layers: The name of the list of layers inside `encoder`.
+        layer_args: What a layer takes besides the hidden state: no attention mask, where it asks for one.
+        key_mapping: Renames from a whole model's weights, where `transformers` does not know them itself.
+    """
+
+    model_class: str
+    model_types: tuple[str, ...]
+    embed: Callable[[Any, Tensor, Size, bool], Tensor]
+    class_token: bool
+    layers: str = "layers"
+    layer_args: tuple[None, ...] = (None,)
+    key_mapping: dict[str, str] | None = None
+
+
+FAMILIES: dict[str, Family] = {
+    "clip": Family("CLIPVisionModel", ("clip_vision_model", "clip"), _embed_clip, True),
+    "siglip": Family("SiglipVisionModel", ("siglip_vision_model", "siglip"), _embed_plain, False),
+    "siglip2": Family("Siglip2VisionModel", ("siglip2_vision_model", "siglip2"), _embed_siglip2, False),
+    "dinov2": Family("Dinov2Model", ("dinov2",), _embed_dinov2, True, layers="layer"),
+    "dinov2_with_registers": Family(
+        "Dinov2WithRegistersModel", ("dinov2_with_registers",), _embed_dinov2, True, layers="layer"
+    ),
+    "eva_clip": Family(
+        "Blip2VisionModel",
+        ("blip_2_vision_model", "blip-2", "instructblip_vision_model", "instructblip"),
+        _embed_plain,
+        True,
+        layer_args=(),
+        key_mapping={r"^(model\.)?vision_model\.": ""},
+    ),
+}
+
+
+class HFVisionEncoder(nn.Module):
+    """A vision model of `transformers` as a `VisionEncoder`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        select_layer: int | tuple[int, ...] = -2,
+        select_feature: Literal["patch", "cls_patch", "cls"] = "patch",
+        tile: Size | None = None,
+    ) -> None:
+        """Wrap a model.
+
+        Args:
+            model: An instance of the `model_class` of one of the `FAMILIES`.
+            select_layer: Which hidden state; several are put side by side along E.
+            select_feature: "patch" drops the class token, "cls_patch" keeps it first, "cls" keeps only it.
+            tile: The pictures' size in pixels where it is not the one the model was trained with; the position
+                embeddings are then interpolated.
+
+        Raises:
+            ConfigError: The model is of no known family, or has no such layer, class token or tile.
+        """
+        super().__init__()
+        config: Any = model.config
+        by_type = {kind: name for name, family in FAMILIES.items() for kind in family.model_types}
+        if config.model_type not in by_type:
+            raise unknown_name("vision model", config.model_type, by_type)
+        self.family = by_type[config.model_type]
+        family = FAMILIES[self.family]
+        if select_feature != "patch" and not family.class_token:
+            raise ConfigError(
+                f"mm_vision_select_feature {select_feature!r}: {self.family} has no class token; use 'patch'"
+            )
+        self.model = model
+        self.train(model.training)
+        layers = getattr(model.encoder, family.layers)
+        self.select_layers = _resolve_layers(select_layer, len(layers))
+        self.select_feature = select_feature
+        self.prefix = int(family.class_token) + getattr(config, "num_register_tokens", 0)
+        native, patch = _native_tile(config, self.family), _pair(config.patch_size)
+        self.tile = tile or native
+        self.interpolate = self.tile != native
+        self.patch_grid = Size(self.tile.height // patch.height, self.tile.width // patch.width)
+        if not self.patch_grid.area:
+            raise ConfigError(
+                f"tile of {_text(self.tile)} pixels is smaller than a patch of {self.family} ({_text(patch)})"
+            )
+        self.grid = {
+            "patch": self.patch_grid,
+            "cls_patch": Size(1, self.patch_grid.area + 1),
+            "cls": Size(1, 1),
+        }[select_feature]
+        self.embed_dim = config.hidden_size * len(self.select_layers)
+
+    def save(self, folder: Path) -> None:
+        """Write the tower as a standard Hugging Face folder."""
+        save: Any = self.model.save_pretrained
+        save(folder)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode tiles; only the layers up to the deepest selected one are run.
+
+        Args:
+            pixels: ``[N, 3, H, W]`` with (H, W) = `tile`, normalised; cast to the weights' type here.
+
+        Returns:
+            Features ``[N, P, E]`` in the weights' type, patches row by row.
+
+        Raises:
+            ConfigError: The tiles have another size than `tile`.
+        """
+        given = Size(pixels.shape[-2], pixels.shape[-1])
+        if given != self.tile:
+            raise ConfigError(
+                f"the vision encoder takes tiles of {_text(self.tile)} pixels (height x width) and was given "
+                f"{_text(given)}: make image.tile_size agree with it"
+            )
+        family = FAMILIES[self.family]
+        model: Any = self.model
+        # The embeddings' own type: quantised layers deeper down may store integers.
+        dtype = next(p for p in model.embeddings.parameters() if p.is_floating_point()).dtype
+        hidden = family.embed(model, pixels.to(dtype), self.patch_grid, self.interpolate)
+        states = [hidden]
+        for layer in list(getattr(model.encoder, family.layers))[: max(self.select_layers)]:
+            hidden = layer(hidden, *family.layer_args)
+            states.append(hidden)
+        chosen = [self._select(states[index]) for index in self.select_layers]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
+
+    def _select(self, hidden: Tensor) -> Tensor:
+        """Take the wanted positions out of a hidden state ``[N, prefix + patches, E]``."""
+        if self.select_feature == "cls":
+            return hidden[:, :1]
+        patches = hidden[:, self.prefix :]
+        return patches if self.select_feature == "patch" else torch.cat([hidden[:, :1], patches], dim=1)
+
+
+def _resolve_layers(select: int | tuple[int, ...], layers: int) -> tuple[int, ...]:
+    """Turn layer numbers as users write them into indices 0..layers of the hidden states."""
+    wanted = (select,) if isinstance(select, int) else tuple(select)
+    if not wanted:
+        raise ConfigError("mm_vision_select_layer is empty; give a layer, such as -2")
+    for index in wanted:
+        if not -layers - 1 <= index <= layers:
+            raise ConfigError(
+                f"mm_vision_select_layer {index}: the encoder has {layers} layers, so {-layers - 1} to {layers}"
+            )
+    return tuple(index % (layers + 1) for index in wanted)
+
+
+def _native_tile(config: Any, family: str) -> Size:
+    """The picture size that a tower's position embeddings were made for."""
+    if family == "siglip2":
+        side, patch = math.isqrt(config.num_patches), _pair(config.patch_size)
+        return Size(side * patch.height, side * patch.width)
+    tile = _pair(config.image_size)
+    if tile.height != tile.width:
+        # transformers folds the position embeddings into a square and would mix up rows without saying so.
+        raise ConfigError(
+            f"image_size {_text(tile)} of the {family} config: transformers needs it square; keep it square and "
+            "choose another shape with image.tile_size"
+        )
+    return tile
+
+
+def _pair(value: int | list[int] | tuple[int, ...]) -> Size:
+    """A size that a config of `transformers` gives as one number or as (height, width)."""
+    return Size(value, value) if isinstance(value, int) else Size(value[0], value[1])
+
+
+def _text(size: Size) -> str:
+    """A size for a message."""
+    return f"{size.height}x{size.width}"

@@ -1,0 +1,185 @@
+"""Vision encoders: tiles of pixels ``[N, 3, H, W]`` to features ``[N, P, E]``; every family in one table.
+
+`VISION_ENCODERS` names them: the towers of `transformers` (see `modeling.encoders.hf_vision` for what is read from them) and
+the small EfficientNet-Lite0 of `modeling.encoders.efficientnet`. Weights come with the package (the bare names
+"efficientnet_lite0" and "vit_small"), from a folder, from the model's own folder ("bundled") or from the hub, as
+safetensors only. Unlike a bare `from_pretrained`, loading is refused where the folder
+holds another family than configured or lacks weights, which would otherwise stay at random values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from polymodal.config import VisionConfig
+from polymodal.errors import CheckpointError, ConfigError, unknown_name
+from polymodal.media_plan import Size
+from polymodal.modeling.encoders.efficientnet import (
+    IMAGE_SIZE,
+    WEIGHTS_FILE,
+    EfficientNetEncoder,
+    load_efficientnet_lite0,
+)
+from polymodal.modeling.encoders.hf_vision import FAMILIES, Family, HFVisionEncoder
+from polymodal.safety.config_json import check_settings
+from polymodal.safety.model_folder import check_folder
+from polymodal.utils.files import shipped
+from polymodal.utils.safetensors_io import check_finite
+
+BUNDLED = "bundled"
+# Parts of a tower that lie behind every hidden state: nothing of ours reads them, so weights may lack them.
+UNUSED_PARTS = ("head.", "post_layernorm.", "layernorm.", "embeddings.mask_token")
+
+
+class VisionEncoder(Protocol):
+    """What a vision encoder offers; every implementation is also an ``nn.Module``.
+
+    Attributes:
+        embed_dim: E, the width of the features.
+        grid: Rows and columns of the features; ``Size(1, P)`` where a class token is among them.
+        tile: Height and width of the pictures it takes, in pixels.
+    """
+
+    embed_dim: int
+    grid: Size
+    tile: Size
+
+    def to(self, target: Any) -> Any:
+        """Move the weights to a device or type, as of ``nn.Module``."""
+        ...
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Iterate over the weights, as of ``nn.Module``."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the tower into a folder that `build_vision_encoder` reads."""
+        ...
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Encode tiles ``[N, 3, H, W]`` to features ``[N, P, E]``."""
+        ...
+
+
+def _build_hf(config: VisionConfig, folder: Path | None, tile: Size | None) -> VisionEncoder:
+    """Load a tower of `transformers` from a folder or the hub."""
+    if (config.pool, config.stages, config.detail) != (None, None, None):
+        raise ConfigError(f"vision.pool, stages and detail belong to efficientnet_lite0, not to {config.type}")
+    path = _local(config, folder)
+    if path is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.vision_tower):
+        raise ConfigError(f"vision_tower {config.vision_tower!r}: no such folder, and not a hub id (owner/name)")
+    model = _load_tower(FAMILIES[config.type], config, config.vision_tower if path is None else str(path))
+    return HFVisionEncoder(model, config.mm_vision_select_layer, config.mm_vision_select_feature, tile)
+
+
+def _load_tower(family: Family, config: VisionConfig, source: str) -> nn.Module:
+    """Read a tower's weights (safetensors only) and make sure that none was left at random values."""
+    import transformers
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    if Path(source).is_dir():
+        check_folder(Path(source))
+    try:
+        settings, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=config.revision)
+        if "model_type" not in settings:
+            raise CheckpointError(f"vision_tower {source!r} has no config.json that names a model_type")
+        check_settings(settings, f"vision_tower {source!r}")
+        _check_type(family, config, settings["model_type"])
+        # The report that a text tower was left out is what was asked for, no news.
+        logging.set_verbosity_error()
+        model, report = getattr(transformers, family.model_class).from_pretrained(
+            source,
+            revision=config.revision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            key_mapping=family.key_mapping,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        line = " ".join(str(error).split())
+        raise CheckpointError(f"vision_tower {source!r} cannot be loaded: {line}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith(UNUSED_PARTS))
+    if missing:
+        raise CheckpointError(
+            f"vision_tower {source!r} lacks {len(missing)} tensors of {family.model_class}, such as {missing[0]}"
+        )
+    check_finite(dict(model.named_parameters()), f"vision_tower {source!r}")
+    return model
+
+
+def _check_type(family: Family, config: VisionConfig, found: str) -> None:
+    """Raise unless a tower's `model_type` is one that the configured family reads."""
+    if found in family.model_types:
+        return
+    fitting = [name for name, other in FAMILIES.items() if found in other.model_types]
+    hint = f"set type to {fitting[0]!r}" if fitting else f"it takes {' or '.join(map(repr, family.model_types))}"
+    raise ConfigError(
+        f"vision_tower {config.vision_tower!r} has model_type {found!r} but vision.type is {config.type!r}; {hint}"
+    )
+
+
+def _local(config: VisionConfig, folder: Path | None) -> Path | None:
+    """The folder or file that `vision_tower` names, None where there is none on this machine."""
+    if config.vision_tower == BUNDLED:
+        if folder is None:
+            raise ConfigError("vision_tower 'bundled' needs the model's folder; give a folder or a hub id instead")
+        path = folder / "vision"
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing: the model's vision_tower is 'bundled'")
+        return path
+    path = shipped(config.vision_tower) or Path(config.vision_tower).expanduser()
+    return path if path.exists() else None
+
+
+def _build_efficientnet(config: VisionConfig, folder: Path | None, tile: Size | None) -> VisionEncoder:
+    """Load EfficientNet-Lite0 from its safetensors file or the folder that holds it."""
+    if config.mm_vision_select_layer != -2 or config.mm_vision_select_feature != "patch":
+        raise ConfigError(
+            "efficientnet_lite0 has no layers or class token to select: leave mm_vision_select_layer and "
+            "mm_vision_select_feature out and choose vision.stages"
+        )
+    path = _local(config, folder)
+    if path is None:
+        raise ConfigError(f"vision_tower {config.vision_tower!r}: no such file or folder")
+    network = load_efficientnet_lite0(path / WEIGHTS_FILE if path.is_dir() else path)
+    options: dict[str, Any] = {"stages": config.stages, "pool": config.pool, "detail": config.detail}
+    encoder = EfficientNetEncoder(network, **{k: v for k, v in options.items() if v is not None})
+    encoder.tile = tile or IMAGE_SIZE
+    return encoder.eval()
+
+
+VISION_ENCODERS: dict[str, Callable[[VisionConfig, Path | None, Size | None], VisionEncoder]] = {
+    **dict.fromkeys(FAMILIES, _build_hf),
+    "efficientnet_lite0": _build_efficientnet,
+}
+
+
+def build_vision_encoder(
+    config: VisionConfig, folder: Path | None = None, *, tile: Size | None = None
+) -> VisionEncoder:
+    """Build the encoder that a config asks for, with its weights.
+
+    Args:
+        config: The vision part of a model's config.
+        folder: The model's own folder, which "bundled" refers to.
+        tile: The pictures' size in pixels; what the tower was trained with when None.
+
+    Returns:
+        The encoder on the CPU, in eval mode, in the weights' own type.
+
+    Raises:
+        ConfigError: An unknown type, a tower of another type than configured, or an impossible selection.
+        CheckpointError: The weights are missing, incomplete or unreadable.
+    """
+    if config.type not in VISION_ENCODERS:
+        raise unknown_name("vision encoder type", config.type, VISION_ENCODERS)
+    return VISION_ENCODERS[config.type](config, folder, tile)

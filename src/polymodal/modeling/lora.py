@@ -1,0 +1,294 @@
+"""Adapters on the language model: LoRA and its kin, trained vocabulary rows, a 4-bit base.
+
+All through peft: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353), trainable token rows.
+QLoRA (arXiv:2305.14314) keeps the frozen base in 4-bit NormalFloat with double quantisation, where bitsandbytes is
+installed. Differences from the reference: modules are named by their full path, so an adapter never strays into the
+vision tower; the base is quantised after it was loaded, so the stored model stays a plain one, and its 4-bit copy is
+never written. `checkpoints.whole` folds adapters in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from polymodal.config import LoraRecipe
+from polymodal.errors import ConfigError
+from polymodal.modeling.vlm import MultimodalLM
+from polymodal.utils.globs import match_names
+from polymodal.utils.safetensors_io import check_finite, compare_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+LORA_MARK = ".lora_"
+"""What peft puts into the name of every LoRA parameter (DoRA's magnitudes too)."""
+ROWS_MARK = ".token_adapter."
+"""What peft puts into the name of trained vocabulary rows."""
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
+"""Bytes a weight takes in NF4: 4 bits, one 8-bit scale for 64 weights, one float32 for 256 scales."""
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's full name is an adapter's."""
+    return LORA_MARK in name or ROWS_MARK in name
+
+
+def add_adapters(model: nn.Module, lora: LoraRecipe, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Put adapters on the language model's linear layers, or go on with the ones it has.
+
+    Args:
+        model: Has a child `llm`; changed in place.
+        lora: Which modules, how large, of which kind.
+        tokenizer: Turns `lora.trainable_tokens` into ids; may get new tokens, see `token_rows`.
+
+    Raises:
+        ConfigError: No linear module matches, the model has adapters of another shape, or bitsandbytes is missing.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    llm = model.get_submodule("llm")
+    present = {name: module for name, module in llm.named_modules() if isinstance(module, LoraLayer)}
+    linears = [
+        f"llm.{name}"
+        for name, module in llm.named_modules()
+        if name in present or (isinstance(module, nn.Linear) and not _inside(name, present))
+    ]
+    encoder_decoder = bool(getattr(getattr(llm, "config", None), "is_encoder_decoder", False))
+    if encoder_decoder and lora.trainable_tokens:
+        raise ConfigError(
+            f"lora.trainable_tokens: {type(llm).__name__} is an encoder-decoder, whose decoder looks tokens up by "
+            "itself; leave trainable_tokens out"
+        )
+    try:
+        targets = [name.removeprefix("llm.") for name in match_names(lora.match, linears, "lora")]
+    except ConfigError as error:
+        if not encoder_decoder:
+            raise
+        raise ConfigError(
+            f"lora.match {lora.match!r} names no layer of this encoder-decoder ({type(llm).__name__}); all its layers "
+            f"are lora.match={_every_linear(llm, linears)!r}"
+        ) from error
+    rows = token_rows(llm, lora.trainable_tokens, tokenizer)
+    if present:
+        _check_same(present, targets, rows, lora, llm)
+        return
+    if lora.load_in_4bit:
+        quantize_frozen(llm)
+    config = LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft divides by it; fractions work
+        lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        target_modules=targets,
+        trainable_token_indices=dict.fromkeys(_vocabulary(llm), rows) if rows else None,
+        bias="none",
+        task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
+    )
+    inject_adapter_in_model(config, llm)
+
+
+def token_rows(llm: nn.Module, tokens: Sequence[str | int], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Find the vocabulary rows that are to be trained, and make room for tokens that the tokenizer lacks.
+
+    A token that the tokenizer lacks takes a spare row: most language models have more rows than tokens (Qwen2.5 has
+    271 spare ones). The table itself is never enlarged, since the placeholders of media lie right behind it.
+
+    Args:
+        llm: The causal LM.
+        tokens: Tokens as text, or ids.
+        tokenizer: Of the model; changed in place where it gets new tokens.
+
+    Returns:
+        Ids, ascending, each once.
+
+    Raises:
+        ConfigError: An id is out of range, or no spare row is left.
+    """
+    if not tokens:
+        return []
+    count = llm.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]  # a causal LM
+    named = [token for token in tokens if isinstance(token, str)]
+    if named and tokenizer is None:
+        raise ConfigError("lora.trainable_tokens: tokens by name need a tokenizer; give ids")
+    new = [token for token in named if tokenizer is not None and token not in tokenizer.get_vocab()]
+    if new and tokenizer is not None:
+        spare = count - len(tokenizer)
+        if len(new) > spare:
+            raise ConfigError(
+                f"lora.trainable_tokens: {len(new)} tokens are new, such as {new[0]!r}, and the language model has "
+                f"{max(0, spare)} spare rows ({count} rows, {len(tokenizer)} tokens); take a model with room, or "
+                "tokens that it has"
+            )
+        tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    ids = [tokenizer.get_vocab()[t] if isinstance(t, str) and tokenizer is not None else int(t) for t in tokens]
+    wrong = [i for i in ids if not 0 <= i < count]
+    if wrong:
+        raise ConfigError(f"lora.trainable_tokens: id {wrong[0]} is not in the vocabulary of {count} rows")
+    return sorted(set(ids))
+
+
+def quantize_frozen(llm: nn.Module) -> None:
+    """Put the language model's linear layers into 4-bit NormalFloat, the head aside, as QLoRA does.
+
+    Args:
+        llm: The causal LM; changed in place.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes as bnb  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError as error:
+        raise ConfigError(
+            "lora.load_in_4bit needs bitsandbytes, which is not installed: pip install 'polymodal[qlora]', or leave "
+            "load_in_4bit out"
+        ) from error
+    compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    for name in four_bit_modules(llm):
+        old = llm.get_submodule(name)
+        assert isinstance(old, nn.Linear)
+        new = bnb.nn.Linear4bit(
+            old.in_features,
+            old.out_features,
+            bias=old.bias is not None,
+            compute_dtype=compute,
+            compress_statistics=True,
+            quant_type="nf4",
+        )
+        new.load_state_dict(old.state_dict())
+        parent, _, leaf = name.rpartition(".")
+        # bitsandbytes quantises at the first move to a device.
+        setattr(llm.get_submodule(parent), leaf, new.requires_grad_(False).to(old.weight.device))
+
+
+def four_bit_modules(llm: nn.Module) -> list[str]:
+    """Names of the linear layers that QLoRA quantises: all but the output head."""
+    head: Any = llm.get_output_embeddings()  # type: ignore[operator]  # a causal LM
+    return [name for name, module in llm.named_modules() if type(module) is nn.Linear and module is not head]
+
+
+def _check_same(
+    present: dict[str, Any], targets: Sequence[str], rows: Sequence[int], lora: LoraRecipe, llm: nn.Module
+) -> None:
+    """Refuse to go on with an adapter of another shape than the recipe's."""
+    ranks = {rank for module in present.values() for rank in module.r.values()}
+    if sorted(targets) != sorted(present) or ranks != {lora.lora_r}:
+        raise ConfigError(
+            f"the model already has an adapter (rank {sorted(ranks)}, {len(present)} modules) that differs from "
+            f"the recipe's (rank {lora.lora_r}, {len(targets)} modules): merge it first, or ask for the same"
+        )
+    if lora.load_in_4bit:
+        raise ConfigError("lora.load_in_4bit: the model already has an adapter; merge it first")
+    had: Any = next(iter(llm.peft_config.values()), None) if hasattr(llm, "peft_config") else None  # type: ignore[operator,union-attr]
+    if had is None:
+        return
+    had_rows: list[int] = next(iter((had.trainable_token_indices or {}).values()), [])
+    if had.use_dora != lora.use_dora or sorted(had_rows) != list(rows):
+        raise ConfigError(
+            "the model already has an adapter with another use_dora or other trainable_tokens: merge it first, or ask "
+            "for the same"
+        )
+
+
+def _every_linear(llm: nn.Module, linears: Sequence[str]) -> str:
+    """A glob over every linear layer but the output head."""
+    head: Any = llm.get_output_embeddings()  # type: ignore[operator]  # a language model
+    heads = {f"llm.{name}" for name, module in llm.named_modules() if module is head}
+    return f"llm.*.{{{','.join(sorted({name.rpartition('.')[2] for name in linears if name not in heads}))}}}"
+
+
+def _vocabulary(llm: nn.Module) -> list[str]:
+    """Names of the input embeddings, and of the head where it has weights of its own."""
+    tables: list[Any] = [llm.get_input_embeddings(), llm.get_output_embeddings()]  # type: ignore[operator]
+    if tables[1] is None or tables[1].weight is tables[0].weight:
+        del tables[1]
+    return [next(name for name, module in llm.named_modules() if module is table) for table in tables]
+
+
+def _inside(name: str, owners: Iterable[str]) -> bool:
+    return any(name.startswith(f"{owner}.") for owner in owners)
+
+
+def is_peft(module: Any) -> bool:
+    """Whether a peft adapter was injected into a module."""
+    return hasattr(module, "peft_config")
+
+
+def merge_adapter(model: MultimodalLM, merged: bool = True) -> None:
+    """Add a LoRA adapter to the weights it adapts, or take it out again; decoding is faster with it inside.
+
+    Args:
+        model: The model; nothing happens where it has no adapter.
+        merged: Whether the adapter is to be inside.
+    """
+    if not is_peft(model.llm):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.llm.modules():
+        if isinstance(module, BaseTunerLayer) and module.merged != merged:
+            module.merge() if merged else module.unmerge()
+
+
+def attach_adapter(model: MultimodalLM, settings: Any, tensors: dict[str, torch.Tensor], where: str | Path) -> None:
+    """Put a LoRA adapter beside the language model's weights.
+
+    Args:
+        model: Changed in place.
+        settings: A `LoraConfig` of peft.
+        tensors: The adapter's weights, under the names that peft gives them in the language model.
+        where: The file or folder, for the error.
+
+    Raises:
+        CheckpointError: Tensors are missing, left over or not finite; lists them.
+    """
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
+
+    check_finite(tensors, where)
+    settings.inference_mode = True
+    inject_adapter_in_model(settings, model.llm)
+    model.llm.peft_config = {"default": settings}
+    result = set_peft_model_state_dict(model.llm, tensors)
+    # A tied head shares the rows of the input embeddings; parameters are listed once.
+    own = {name for name, _ in model.llm.named_parameters()}
+    missing = {k: () for k in result.missing_keys if k in own and ("lora_" in k or "trainable_tokens_delta" in k)}
+    compare_tensors(missing, dict.fromkeys(result.unexpected_keys, ()), where)
+
+
+def fold_in(llm: nn.Module) -> None:
+    """Add the adapters to the weights they adapt and take them away, leaving a plain model.
+
+    Args:
+        llm: The causal LM; changed in place. Nothing happens where it has no adapter.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    while True:
+        found = next(
+            (
+                (name, module)
+                for name, module in llm.named_modules()
+                if isinstance(module, BaseTunerLayer | TrainableTokensWrapper)
+            ),
+            None,
+        )
+        if found is None:
+            break
+        name, module = found
+        parent, _, leaf = name.rpartition(".")
+        if isinstance(module, TrainableTokensWrapper):
+            module = module.token_adapter
+        if not module.merged:
+            module.merge()
+        setattr(llm.get_submodule(parent), leaf, module.get_base_layer())
+    if is_peft(llm):
+        del llm.peft_config

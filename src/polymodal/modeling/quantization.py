@@ -1,0 +1,303 @@
+"""Language models with 8-bit weights on a CPU: quicker answers, and linear layers of a quarter of float32's size.
+
+Making a token reads every weight once, so on a CPU it is as quick as the memory: one byte a weight in place of four.
+Weights are rounded after the model was loaded, each output channel by itself and symmetrically, without looking at data
+(what LLM.int8(), arXiv:2208.07339, calls vector-wise). Unlike there, activations are never quantised, and unlike
+torchao nothing has to be compiled. Vision tower and projector keep their weights: they are read once a picture, not
+once a token. Experts that transformers keeps as one three-dimensional tensor are no linear layers and stay as they are.
+
+On a GPU transformers quantises while it loads, with bitsandbytes or torchao; `gpu_settings` only asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from polymodal.errors import CheckpointError, ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from polymodal.modeling.vlm import MultimodalLM
+
+INT8 = "int8"
+"""Ours, on a CPU."""
+
+GPU_WAYS = {"nf4": "bitsandbytes", "int8-gpu": "torchao"}
+"""What transformers does on a GPU, and the package that it needs."""
+
+LEVELS = 127
+"""Weights become whole numbers from -127 to 127."""
+
+FEW_ROWS = 8
+"""Rows up to which `torch._weight_int8pack_mm` is the quickest way."""
+
+STEP = 32
+"""What the width must be a multiple of for `torch._weight_int8pack_mm`: in bfloat16 it reads 16 numbers at a time (8
+with AVX2) without looking for the end, and takes the process down with it on other widths (torch 2.13)."""
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with 8-bit weights and a float32 scale a row; for use only, not for training.
+
+    Few rows, as in decoding, go through `torch._weight_int8pack_mm` with activations in bfloat16: in float32 torch has
+    a plain loop for it, ten times slower than its ordinary product. Scales are applied afterwards, in float32. Many
+    rows, as in a prompt, and widths that are no multiple of `STEP` take an ordinary product with the whole numbers
+    turned into `prompt_dtype`, which holds them exactly. `FEW_ROWS` is where the two ways meet (one core, shapes of
+    SmolLM2-135M, milliseconds for 8 of its layers, the ordinary float32 layer first): 1 row 10.3, this one 4.9;
+    8 rows 15.5, 9.9; 32 rows 29.5, and 18.0 by way of bfloat16 on a CPU with AVX512-BF16, 28.4 by way of float32.
+
+    Args:
+        weight: [out, in] int8.
+        scale: [out] float32; row i of the weights is `scale[i] * weight[i]`.
+        bias: [out]; None for a layer without one.
+        prompt_dtype: What many rows are multiplied in; None takes bfloat16 where the CPU has it, else float32.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        prompt_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.prompt_dtype = prompt_dtype or fast_dtype()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        # The product would round its scales to bfloat16.
+        self._ones = torch.ones(self.out_features, dtype=torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply.
+
+        Args:
+            x: [..., in], any floating type.
+
+        Returns:
+            [..., out] of the same type.
+        """
+        rows = x.reshape(-1, self.in_features)
+        if len(rows) <= FEW_ROWS and self.in_features % STEP == 0 and x.device.type == "cpu":
+            packed = rows.to(torch.bfloat16).contiguous()
+            y = torch._weight_int8pack_mm(packed, self.weight, self._ones) * self.scale
+        else:
+            dtype = self.prompt_dtype if x.device.type == "cpu" else x.dtype
+            y = F.linear(rows.to(dtype), self.weight.to(dtype)) * self.scale
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def dequantized(self) -> torch.Tensor:
+        """The weights that this layer stands for, [out, in] float32."""
+        return self.weight.float() * self.scale.float()[:, None]
+
+    def train(self, mode: bool = True) -> Int8Linear:
+        """Refuse training; `eval` is always possible.
+
+        Args:
+            mode: As in `nn.Module`.
+
+        Returns:
+            This layer.
+
+        Raises:
+            ConfigError: Training is asked for.
+        """
+        if mode:
+            raise ConfigError("8-bit weights cannot be trained: load the model without quantize")
+        super().train(mode)
+        return self
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def fast_dtype() -> torch.dtype:
+    """What this CPU multiplies matrices quickest in: bfloat16 where it has instructions for it, else float32."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    has = any(getattr(torch.cpu, name, bool)() for name in names)
+    return torch.bfloat16 if has else torch.float32
+
+
+def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round weights to 8 bits, each row by itself.
+
+    Args:
+        weight: [out, in], any floating type.
+
+    Returns:
+        [out, in] int8 and [out] float32; their product is off by half a scale at most. A row of zeros stays one.
+
+    Raises:
+        CheckpointError: A weight is NaN or infinite.
+    """
+    weight = weight.detach().float()
+    scale = weight.abs().amax(dim=1) / LEVELS
+    if not bool(torch.isfinite(scale).all()):
+        raise CheckpointError("weights hold NaN or infinity; they cannot be quantised")
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (weight / scale[:, None]).round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scale
+
+
+def quantize_int8(model: MultimodalLM, skip: Sequence[str] = ()) -> list[str]:
+    """Give a model's language model 8-bit weights, in place; vision tower and projector stay as they are.
+
+    The output head is quantised too, as a copy of its own where it shares its weights with the input embeddings: it is
+    the largest layer of a small model, and every token reads all of it.
+
+    Args:
+        model: In eval mode. A LoRA adapter must be merged; it becomes a part of the weights and can not be taken out.
+        skip: Names of the language model's layers to leave alone, with wildcards: "lm_head", "model.layers.0.*".
+
+    Returns:
+        The names of the layers that were quantised.
+
+    Raises:
+        ConfigError: The model is being trained, has an adapter that is not merged, was quantised before, or there is
+            no layer of a name in `skip`.
+        CheckpointError: A weight is NaN or infinite.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from polymodal.modeling.lora import fold_in
+
+    if model.training:
+        raise ConfigError("a model in training cannot be quantised: call model.eval() first, or load it with quantize")
+    if any(isinstance(part, BaseTunerLayer) and not part.merged for part in model.llm.modules()):
+        raise ConfigError("the adapter is not merged: call merge_adapter(model) before quantising")
+    fold_in(model.llm)
+    return quantize_layers(model.llm, skip)
+
+
+def quantize_layers(module: nn.Module, skip: Sequence[str] = (), inside: Sequence[str] = ("*",)) -> list[str]:
+    """Give a module's linear layers 8-bit weights, in place.
+
+    Args:
+        module: Any module; transformers' Conv1D (GPT-2) counts as linear.
+        skip: Names of layers to leave alone, with wildcards.
+        inside: Names of layers to quantise, with wildcards.
+
+    Returns:
+        The names of the layers that were quantised.
+
+    Raises:
+        ConfigError: As in `quantize_int8`.
+        CheckpointError: A weight is NaN or infinite; names the layer.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    if is_quantized(module):
+        raise ConfigError("the model was quantised already")
+    linears = {name: part for name, part in module.named_modules() if type(part) in (nn.Linear, Conv1D)}
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            known = next(iter(linears), "none at all")
+            raise ConfigError(f"skip: no linear layer is called {pattern!r}; the first one is {known!r}")
+    chosen = [
+        name
+        for name in linears
+        if any(fnmatchcase(name, pattern) for pattern in inside)
+        and not any(fnmatchcase(name, pattern) for pattern in skip)
+    ]
+    for name in chosen:
+        old: Any = linears[name]
+        weight = old.weight if isinstance(old, nn.Linear) else old.weight.T
+        try:
+            rounded = quantize_weight(weight)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from None
+        new = Int8Linear(*rounded, None if old.bias is None else old.bias.detach())
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, new.eval())
+    return chosen
+
+
+def quantize_published(model: Any) -> list[str]:
+    """Give the language model inside a vision-language model of transformers 8-bit weights, in place.
+
+    Args:
+        model: Of transformers; its vision tower and projector stay as they are.
+
+    Returns:
+        The names of the layers that were quantised.
+
+    Raises:
+        ConfigError: No language model can be found in it, or it was quantised before.
+    """
+    names = {id(part): name for name, part in model.named_modules()}
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    if not names.get(id(decoder)):
+        raise ConfigError(f"quantize: {type(model).__name__} does not say which part is its language model")
+    inside = [f"{names[id(decoder)]}.*"]
+    if head is not None:
+        inside.append(names[id(head)])
+    return quantize_layers(model, inside=inside)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module holds 8-bit layers of ours."""
+    return any(isinstance(part, Int8Linear) for part in module.modules())
+
+
+def check_quantize(how: str, device: str | None) -> str:
+    """Make sure that a way to quantise is known and possible here, before anything is loaded.
+
+    Args:
+        how: "int8" on a CPU, "nf4" or "int8-gpu" on a GPU.
+        device: Where the model is to be; None leaves it to the way.
+
+    Returns:
+        Where the model is to be.
+
+    Raises:
+        ConfigError: It is not; says what to use instead, or what is missing.
+    """
+    from importlib.util import find_spec
+
+    if how not in (INT8, *GPU_WAYS):
+        raise unknown_name("quantize", how, (INT8, *GPU_WAYS))
+    if how == INT8:
+        if device not in (None, "cpu"):
+            raise ConfigError(f"quantize int8 is for the CPU; on {device} use {' or '.join(GPU_WAYS)}, or device cpu")
+        return "cpu"
+    if not torch.cuda.is_available() or not (device or "cuda").startswith("cuda"):
+        raise ConfigError(f"quantize {how} needs a GPU; on a CPU use int8")
+    package = GPU_WAYS[how]
+    if find_spec(package) is None:
+        raise ConfigError(f"quantize {how} needs {package}, which is not installed: pip install {package}")
+    return device or "cuda"
+
+
+def gpu_settings(how: str) -> Any:
+    """The settings with which transformers quantises a model as it loads it on a GPU.
+
+    Args:
+        how: One of `GPU_WAYS`, checked by `check_quantize`.
+
+    Returns:
+        A `quantization_config`; the output head is left as it is by both.
+    """
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if how == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-not-found,unused-ignore]
+
+    return TorchAoConfig(quant_type=Int8WeightOnlyConfig())

@@ -1,0 +1,197 @@
+"""Cross entropy of the tokens that carry a label, without ever holding all logits where they would not fit.
+
+Logits of R positions over a vocabulary V take R * V * 4 bytes, twice with their gradient; for a vocabulary of 150,000
+and 8,000 labels that is ten gigabytes. Past a budget the head is run over a few positions at a time and the gradient is
+taken at once, chunk by chunk, so nothing is recomputed and only one chunk of logits exists (the idea of Liger Kernel,
+arXiv:2410.10989, and of cut cross entropy, arXiv:2411.09009, without a kernel of its own: the head stays the model's
+own module, adapters and all). torch's `F.linear_cross_entropy` does it for a bare weight and with its automatic chunks
+is far slower on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from polymodal.modeling.language_model import after_head, head_only_at, hidden_before_head, output_head
+from polymodal.utils.modules import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CPU_BUDGET, GPU_BUDGET = 256 * 2**20, 2 * 2**30
+"""Bytes of float32 logits up to which they are computed at once."""
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+_KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Whether `after_head` is all that a language model does after its head; looked at once."""
+
+
+def label_losses(
+    llm: PreTrainedModel,
+    embeds: torch.Tensor,
+    inputs: dict[str, Any],
+    rows: torch.Tensor,
+    targets: torch.Tensor,
+    budget: int | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Run a language model and take the cross entropy at the chosen positions only.
+
+    Args:
+        llm: A causal LM, or an encoder-decoder.
+        embeds: [B, T, D] what goes into it, or into its encoder.
+        inputs: Its other keyword arguments.
+        rows: [R] int64, indices into the flattened [B * T] positions, of the decoder where there is one.
+        targets: [R] the tokens that these predict.
+        budget: Bytes of logits above which the loss is taken in chunks; the device's own when None.
+
+    Returns:
+        Logits [R, V], or None where they were taken in chunks; each position's loss, [R] float32 and detached; the
+        sum of losses, differentiable.
+    """
+    vocab_size = llm.config.get_text_config().vocab_size
+    if not fits(len(rows), vocab_size, embeds.device, budget):
+        found = _in_chunks(llm, embeds, inputs, rows, targets, chunk_rows(vocab_size, embeds.device, budget))
+        if found is not None:
+            return None, *found
+    with head_only_at(llm, rows):
+        logits = llm(inputs_embeds=embeds, use_cache=False, **inputs).logits
+    losses = token_losses(logits, targets)
+    return logits, losses.detach(), losses.sum()
+
+
+def knows_head(llm: PreTrainedModel) -> bool:
+    """Whether `after_head` is all that a model does after its head, so that its loss can be taken in chunks.
+
+    Args:
+        llm: Two random positions go through it the first time; with sharded weights, all processes must ask together.
+
+    Returns:
+        Whether its logits are what `after_head` makes of its head's output.
+    """
+    if llm not in _KNOWN:
+        weight = llm.get_input_embeddings().weight
+        embeds = torch.randn((1, 2, weight.shape[1]), generator=torch.Generator().manual_seed(0))
+        rows = torch.arange(2, device=weight.device)
+        # An encoder-decoder's head sees the decoder's positions.
+        inputs = {"decoder_input_ids": rows[None]} if llm.config.is_encoder_decoder else {}
+        with evaluating(llm), torch.no_grad(), hidden_before_head(llm, rows, shown=2) as kept:
+            logits = llm(inputs_embeds=embeds.to(weight.device, weight.dtype), use_cache=False, **inputs).logits
+        with torch.no_grad():
+            ours = after_head(llm, output_head(llm)(kept[0]))
+        tolerance = 1e-3 if logits.dtype is torch.float32 else 5e-2
+        _KNOWN[llm] = bool((ours - logits.view_as(ours)).abs().max() <= tolerance * logits.abs().max() + 1e-6)
+    return _KNOWN[llm]
+
+
+def _in_chunks(
+    llm: PreTrainedModel,
+    embeds: torch.Tensor,
+    inputs: dict[str, Any],
+    rows: torch.Tensor,
+    targets: torch.Tensor,
+    chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Losses and their sum; None where it is not known what this model does after its head."""
+    head = output_head(llm)
+    parameters = list(head.parameters())
+    # A head that is sharded by itself gathers its weights in its own call, under another identity than here.
+    if any(hasattr(parameter, "full_tensor") for parameter in parameters):
+        return None
+
+    def logits_of(hidden: torch.Tensor) -> torch.Tensor:
+        return after_head(llm, head(hidden))
+
+    if not knows_head(llm):
+        return None
+    # The model's own head sees one position only; what it makes of it is not used.
+    with hidden_before_head(llm, rows, shown=1) as kept:
+        llm(inputs_embeds=embeds, use_cache=False, **inputs)
+    loss_sum, losses = chunked_losses(kept[0], targets, logits_of, parameters, chunk)
+    return losses, loss_sum
+
+
+def fits(rows: int, vocab_size: int, device: torch.device, budget: int | None = None) -> bool:
+    """Whether the logits of so many positions may be held at once."""
+    if budget is None:
+        budget = CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
+    return rows * vocab_size * 4 <= budget
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of each position, [R] float32."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def chunked_losses(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, parameters: list[nn.Parameter], chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Head and cross entropy, a few positions at a time.
+
+    Args:
+        hidden: [R, D].
+        targets: [R].
+        head: [r, D] -> [r, V], with whatever the model does to its logits.
+        parameters: The head's; those that require a gradient get one.
+        chunk: Positions at a time.
+
+    Returns:
+        The sum of losses, differentiable, and each position's loss, [R] float32 and detached.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not torch.is_grad_enabled():
+        hidden, trained = hidden.detach(), []
+    loss_sum, losses = _Chunked.apply(hidden, targets, head, chunk, *trained)
+    return loss_sum, losses
+
+
+def chunk_rows(vocab_size: int, device: torch.device, budget: int | None = None) -> int:
+    """Positions at a time: half the budget, since the gradient of the logits needs as much again."""
+    if budget is None:
+        budget = CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
+    return max(1, budget // (2 * 4 * vocab_size))
+
+
+class _Chunked(torch.autograd.Function):
+    """Takes gradients in the forward pass, chunk by chunk, and scales them in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, chunk: int, *trained: nn.Parameter
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = any(ctx.needs_input_grad)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grads = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained] if wanted else []
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            with torch.set_grad_enabled(wanted):
+                rows = hidden[part].detach().requires_grad_(grad_hidden is not None)
+                found = token_losses(head(rows), targets[part])
+                total = found.sum()
+            losses[part] = found.detach()
+            if not wanted:
+                continue
+            inputs = ([rows] if grad_hidden is not None else []) + list(trained)
+            parts = list(torch.autograd.grad(total, inputs, allow_unused=True))
+            if grad_hidden is not None:
+                grad_hidden[part] = parts.pop(0)
+            for so_far, new in zip(grads, parts, strict=True):
+                if new is not None:
+                    so_far += new
+        ctx.save_for_backward(grad_hidden, *grads)
+        ctx.dtypes = [parameter.dtype for parameter in trained]
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor, _losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, *grads = ctx.saved_tensors
+        scaled = [(grad * scale).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return (grad_hidden * scale if grad_hidden is not None else None, None, None, None, *scaled)

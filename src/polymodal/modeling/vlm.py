@@ -1,0 +1,466 @@
+"""MultimodalLM: pixels -> encoder -> projector -> placeholder positions of a language model.
+
+The merge preserves length: the processor has already expanded the placeholders, so the model only scatters. Labels,
+masks and positions are never rebuilt here, and the count of tokens is read from the plan, never recomputed.
+
+The layout of tiles follows LLaVA-1.5 (arXiv 2310.03744) and LLaVA-NeXT's AnyRes; unlike those, nothing is truncated,
+padded or re-labelled inside `forward`, and logits are computed only where there is a label. Samples packed in one row
+are kept apart by `polymodal.modeling.packed_attention`; `polymodal.modeling.token_loss` keeps the logits within memory. An encoder-decoder language
+model takes the same sequence; `polymodal.modeling.seq2seq` cuts it before the last answer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from polymodal.errors import ConfigError, PolymodalError
+from polymodal.media_plan import ImagePlan, Size
+from polymodal.modeling.language_model import decoder_start_id
+from polymodal.modeling.packed_attention import SEGMENTS, choose_method, packed_inputs
+from polymodal.modeling.seq2seq import split_rows, take
+from polymodal.modeling.token_loss import label_losses
+from polymodal.utils.modules import evaluating
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+    from polymodal.modeling.encoders.vision import VisionEncoder
+    from polymodal.modeling.projectors import Projector
+
+
+@dataclass(frozen=True)
+class Output:
+    """What `forward` returns.
+
+    Attributes:
+        loss_sum: Sum of the token losses, float32 scalar; divide by the global count of targets. None without labels.
+        num_targets: How many tokens carry a label.
+        logits: [R, V] at the positions that predict a label, or [B, T, V] without labels; None where they would not
+            fit into memory and the loss was taken in chunks.
+        targets: [R] the labels those logits predict, row by row; None without labels.
+        losses: [R] float32, each target's loss, detached; None without labels.
+    """
+
+    loss_sum: torch.Tensor | None
+    num_targets: int
+    logits: torch.Tensor | None
+    targets: torch.Tensor | None
+    losses: torch.Tensor | None = None
+
+
+class MultimodalLM(nn.Module):
+    """A vision encoder, a projector and a language model.
+
+    Args:
+        llm: A causal LM, or an encoder-decoder, which reads what lies before the last answer and is taught to say that.
+        image_token_id: The placeholder's id; may lie past the vocabulary.
+        vision_encoder: [N, 3, H, W] -> [N, P, E]; None for a text-only model.
+        projector: [N, P, E] -> [N, Q, D]; comes with the encoder.
+        image_newline: Add the learned token that ends each row of an AnyRes canvas.
+        image_mean: Per channel, for tiles that come as uint8; with `image_std`.
+        image_std: Per channel.
+
+    Attributes:
+        logits_budget: Bytes of logits above which the loss is taken in chunks; None leaves it to the device.
+        context_tokenizer: Of a projector that reads the question beside a picture; None for one that does not.
+    """
+
+    pixel_scale: torch.Tensor | None
+    pixel_shift: torch.Tensor | None
+
+    def __init__(
+        self,
+        llm: PreTrainedModel,
+        image_token_id: int,
+        vision_encoder: VisionEncoder | None = None,
+        projector: Projector | None = None,
+        image_newline: bool = False,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.llm = llm
+        self.vision_encoder = vision_encoder
+        self.projector = projector
+        self.image_token_id = image_token_id
+        self.image_newline: nn.Parameter | None = None
+        if image_newline:
+            self.add_image_newline()
+        self._takes_positions = "position_ids" in inspect.signature(llm.forward).parameters
+        self.logits_budget: int | None = None
+        self.context_tokenizer: PreTrainedTokenizerBase | None = None
+        self._packing: str | None = None
+        scale = shift = None
+        if image_mean is not None and image_std is not None:
+            mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (image_mean, image_std))
+            scale, shift = (1 / (255 * std)).float(), (mean / std).float()
+        # Not in the state: they follow from the configuration.
+        self.register_buffer("pixel_scale", scale, persistent=False)
+        self.register_buffer("pixel_shift", shift, persistent=False)
+
+    def add_image_newline(self) -> None:
+        """Add the learned token that ends each row of an AnyRes canvas, where there is none yet."""
+        if self.image_newline is None:
+            table = self.llm.get_input_embeddings().weight
+            # LLaVA-NeXT's scale: a newline starts as long as an average embedding.
+            newline = torch.randn(table.shape[1]) / table.shape[1] ** 0.5
+            self.image_newline = nn.Parameter(newline.to(table.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.llm.get_input_embeddings().weight.device
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether the language model is an encoder-decoder."""
+        return bool(self.llm.config.is_encoder_decoder)
+
+    @property
+    def tokens_per_tile(self) -> Size | None:
+        """Projected tokens per tile, as a grid; None for a text-only model."""
+        return self.projector.output_grid if self.projector is not None else None
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encode tiles.
+
+        Args:
+            pixel_values: [N, 3, H, W], normalised, or uint8 to be normalised here: a quarter of the bytes to move.
+
+        Returns:
+            [N, P, E] features. No gradient is kept where the whole encoder is frozen.
+
+        Raises:
+            PolymodalError: The model has no vision encoder, or was not told how to normalise.
+        """
+        if self.vision_encoder is None:
+            raise PolymodalError("this model has no vision encoder; leave the picture out")
+        if pixel_values.dtype == torch.uint8:
+            if self.pixel_scale is None or self.pixel_shift is None:
+                raise PolymodalError("uint8 tiles: this model was built without image_mean and image_std")
+            pixel_values = pixel_values.float() * self.pixel_scale - self.pixel_shift
+        frozen = not any(p.requires_grad for p in self.vision_encoder.parameters())
+        with torch.no_grad() if frozen else nullcontext():
+            return self.vision_encoder(pixel_values)
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether the projector reads the question beside a picture (InstructBLIP)."""
+        return bool(getattr(self.projector, "text_context", False))
+
+    def project(self, features: torch.Tensor, context_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Project tiles.
+
+        Args:
+            features: [N, P, E].
+            context_ids: [N, t], what the projector reads beside each tile, -1 behind the end; None where it reads
+                nothing.
+
+        Returns:
+            [N, Q, D].
+
+        Raises:
+            PolymodalError: The model has no projector, or a context is given to one that reads none.
+        """
+        projector: Any = self.projector
+        if projector is None:
+            raise PolymodalError("this model has no vision encoder; leave the picture out")
+        features = features.to(next(projector.parameters()).dtype)
+        projected: torch.Tensor
+        if self.reads_context:
+            projected = projector(features, context_ids)
+            return projected
+        if context_ids is not None:
+            raise PolymodalError("context_ids were given, but this model's projector reads no text")
+        projected = projector(features)
+        return projected
+
+    def project_images(
+        self, features: torch.Tensor, plans: Sequence[ImagePlan], context_ids: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Project features and lay each picture's tokens out as its plan says.
+
+        Args:
+            features: [N, P, E], the tiles of all pictures, in order.
+            plans: One plan a picture; their tiles add up to N.
+            context_ids: [pictures, t], what the projector reads beside each picture, -1 behind the end of a row; None
+                where it reads nothing.
+
+        Returns:
+            One [num_tokens, D] tensor a picture.
+
+        Raises:
+            PolymodalError: The tiles do not add up, or a layout has another length than planned.
+        """
+        tiles = sum(plan.num_tiles for plan in plans)
+        if self.projector is None or tiles != len(features):
+            raise PolymodalError(f"image: {tiles} tiles were planned, {len(features)} were given")
+        if context_ids is not None:
+            if len(context_ids) != len(plans):
+                raise PolymodalError(f"image: {len(plans)} pictures and {len(context_ids)} contexts were given")
+            # Known on the host, the lengths need not be waited for.
+            pictures = [number for number, plan in enumerate(plans) for _ in range(plan.num_tiles)]
+            context_ids = context_ids[torch.tensor(pictures, device=context_ids.device)]
+        projected = self.project(features, context_ids)
+        split = projected.split([plan.num_tiles for plan in plans])
+        return [lay_out(part, plan, self.image_newline) for part, plan in zip(split, plans, strict=True)]
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        plans: Sequence[ImagePlan] = (),
+        sample_of_image: Sequence[int] = (),
+        pixel_values: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        media_places: torch.Tensor | None = None,
+        context_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed text and scatter media into their placeholders.
+
+        Args:
+            input_ids: [B, T]; placeholders expanded.
+            plans: One plan a picture, in order of row, then of place.
+            sample_of_image: The row of each picture.
+            pixel_values: [N, 3, H, W], or None.
+            features: [N, P, E] in place of `pixel_values`.
+            media_places: [M] positions of placeholders in the flattened [B * T], where they are known beforehand.
+            context_ids: As in `project_images`.
+
+        Returns:
+            [B, T, D].
+
+        Raises:
+            PolymodalError: Placeholders and features differ in number.
+        """
+        is_media = input_ids == self.image_token_id
+        text = self.llm.get_input_embeddings()(input_ids.masked_fill(is_media, 0))
+        if features is None and pixel_values is not None:
+            features = self.encode_images(pixel_values)
+        media = self.project_images(features, plans, context_ids) if features is not None else []
+        return merge_media(text, is_media, media, sample_of_image, "image", media_places)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        plans: Sequence[ImagePlan] = (),
+        sample_of_image: Sequence[int] = (),
+        pixel_values: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        segments: Sequence[int] | None = None,
+        target_places: torch.Tensor | None = None,
+        media_places: torch.Tensor | None = None,
+        touch_media: bool = False,
+        context_ids: torch.Tensor | None = None,
+    ) -> Output:
+        """Run the model over whole sequences.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T] bool, False on padding; None where there is none.
+            labels: [B, T], not shifted, -100 where untrained. With labels only their positions get logits.
+            plans: As in `embed`.
+            sample_of_image: As in `embed`.
+            pixel_values: As in `embed`.
+            features: As in `embed`.
+            segments: Lengths of the samples that are packed in the single row; they do not see each other. The first
+                token of each must carry no label.
+            target_places: [R] positions of the flattened [B * T] that predict a label, where they are known
+                beforehand; looking for them waits for the device.
+            media_places: As in `embed`.
+            touch_media: Let every trained media part take part in this forward even where the batch does not need
+                it, so that all processes take part in every collective; its gradient is then zero, not None.
+            context_ids: As in `project_images`.
+
+        Returns:
+            The sum of losses and logits at label positions, or all logits.
+
+        Raises:
+            PolymodalError: Placeholders and features differ in number, or this model cannot be given packed samples;
+                of an encoder-decoder also: several answers of a row carry labels, or there are no labels.
+        """
+        embeds = self.embed(input_ids, plans, sample_of_image, pixel_values, features, media_places, context_ids)
+        if touch_media:
+            embeds = embeds + self._touch(has_pictures=pixel_values is not None or features is not None).to(embeds)
+        if self.encoder_decoder and segments is None:
+            return self._answer_losses(embeds, attention_mask, labels)
+        if segments is not None:
+            kwargs = packed_inputs(self.llm, self.prepare_packing(), segments, embeds)
+        else:
+            kwargs = self.decoder_inputs(attention_mask)
+        if labels is None:
+            return Output(None, 0, self.llm(inputs_embeds=embeds, use_cache=False, **kwargs).logits, None)
+        # Position t predicts token t + 1; the last position predicts nothing.
+        shifted = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
+        rows = (shifted != -100).nonzero().squeeze(1) if target_places is None else target_places
+        targets = shifted.index_select(0, rows)
+        logits, losses, loss_sum = label_losses(self.llm, embeds, kwargs, rows, targets, self.logits_budget)
+        return Output(loss_sum, rows.numel(), logits, targets, losses)
+
+    def _answer_losses(
+        self, embeds: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None
+    ) -> Output:
+        """The losses of an encoder-decoder: it reads what lies before the answer and is scored on the answer."""
+        if labels is None:
+            raise PolymodalError("an encoder-decoder has no logits without labels; to generate, see `generation`")
+        split = split_rows(labels, attention_mask, decoder_start_id(self.llm))
+        kwargs = {"attention_mask": split.source_mask, "decoder_input_ids": split.decoder_input_ids}
+        source, rows = take(embeds, split.source_index), split.places
+        logits, losses, loss_sum = label_losses(self.llm, source, kwargs, rows, split.targets, self.logits_budget)
+        return Output(loss_sum, rows.numel(), logits, split.targets, losses)
+
+    def prepare_packing(self) -> str:
+        """Find out once how this language model keeps packed samples apart, and install what it needs.
+
+        Returns:
+            The way, of `polymodal.modeling.packed_attention`.
+
+        Raises:
+            ConfigError: It cannot.
+        """
+        if self.encoder_decoder:
+            raise ConfigError(
+                f"batch.packing: {type(self.llm).__name__} is an encoder-decoder, whose encoder sees the whole row, so "
+                "samples cannot share one; set batch.packing to none"
+            )
+        if self._packing is None:
+            self._packing = choose_method(self.llm)
+            if self._packing != SEGMENTS and "flash" not in str(self.llm.config._attn_implementation):
+                warnings.warn(
+                    f"{type(self.llm).__name__} does not take another attention: packed samples are kept apart by a "
+                    "block-diagonal mask, which is slower in long packs",
+                    stacklevel=2,
+                )
+        return self._packing
+
+    def _touch(self, has_pictures: bool) -> torch.Tensor:
+        """Zero, with a gradient path to every trained media part; these run on an empty tile if they have not run."""
+        zero = torch.zeros((), device=self.device)
+        if self.image_newline is not None:
+            zero = zero + self.image_newline.float().sum() * 0
+        encoder: Any = self.vision_encoder
+        if has_pictures or encoder is None or self.projector is None:
+            return zero
+        weights = list(encoder.parameters())
+        dtype = next(self.projector.parameters()).dtype
+        shape = (1, encoder.grid.area, encoder.embed_dim)
+        features = torch.zeros(shape, device=self.device, dtype=dtype)
+        # A sharded encoder gathers its weights from all processes even when it is frozen.
+        if any(weight.requires_grad or hasattr(weight, "full_tensor") for weight in weights):
+            tile = encoder.tile
+            pixels = torch.zeros((1, 3, tile.height, tile.width), device=self.device, dtype=weights[0].dtype)
+            with evaluating(encoder):
+                features = self.encode_images(pixels).to(dtype)
+        context = torch.zeros((1, 1), dtype=torch.int64, device=self.device) if self.reads_context else None
+        return zero + self.project(features, context).float().sum() * 0
+
+    def decoder_inputs(
+        self, attention_mask: torch.Tensor | None, cache: Cache | None = None
+    ) -> dict[str, torch.Tensor | Cache | None]:
+        """Masks and positions for the decoder.
+
+        Args:
+            attention_mask: [B, T_total] bool; with a cache it covers the cached positions too.
+            cache: The key-value cache of a generation; None over whole sequences.
+
+        Returns:
+            Keyword arguments of the language model.
+        """
+        if attention_mask is None or (bool(attention_mask[:, 0].all()) and cache is None):
+            # Padding on the right is invisible to causal attention: no mask means the fast causal kernel.
+            return {}
+        kwargs: dict[str, torch.Tensor | Cache | None] = {"attention_mask": attention_mask.long()}
+        if self._takes_positions:
+            positions = attention_mask.long().cumsum(dim=1).sub(1).clamp(min=0)
+            seen = cache.get_seq_length() if cache is not None else 0
+            kwargs["position_ids"] = positions[:, seen:]
+        return kwargs
+
+
+def merge_media(
+    text: torch.Tensor,
+    is_media: torch.Tensor,
+    media: Sequence[torch.Tensor],
+    sample_of_media: Sequence[int],
+    modality: str,
+    places: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Put media tokens where the placeholders are; the length does not change.
+
+    Args:
+        text: [B, T, D] embeddings.
+        is_media: [B, T] bool, True on placeholders.
+        media: One [m, D] tensor an item, in order of row, then of place.
+        sample_of_media: The row of each item.
+        modality: For the error message.
+        places: [M] the placeholders' positions in the flattened [B * T], where they are known; then only their number
+            is compared, since comparing row by row waits for the device.
+
+    Returns:
+        [B, T, D], differentiable with regard to both.
+
+    Raises:
+        PolymodalError: A row has more or fewer placeholders than features; names modality, row and both counts.
+    """
+    if places is not None and len(places) == sum(len(item) for item in media):
+        return _put(text, places, media)
+    given = [0] * len(text)
+    for item, row in zip(media, sample_of_media, strict=True):
+        given[row] += len(item)
+    for row, (places, features) in enumerate(zip(is_media.sum(dim=1).tolist(), given, strict=True)):
+        if places != features:
+            raise PolymodalError(f"{modality}: sample {row} has {places} placeholders but {features} features")
+    return _put(text, is_media.reshape(-1).nonzero().squeeze(1), media)
+
+
+def _put(text: torch.Tensor, places: torch.Tensor, media: Sequence[torch.Tensor]) -> torch.Tensor:
+    if not media:
+        return text
+    flat = text.reshape(-1, text.shape[-1])
+    return flat.index_copy(0, places, torch.cat(list(media)).to(flat.dtype)).view_as(text)
+
+
+def lay_out(tiles: torch.Tensor, plan: ImagePlan, newline: torch.Tensor | None) -> torch.Tensor:
+    """Order one picture's projected tokens as its plan says.
+
+    Args:
+        tiles: [n, Q, D], the overview tile where the plan puts it.
+        plan: The picture's plan.
+        newline: [D], ends each row, or the picture, where the plan says so; None for a model without it.
+
+    Returns:
+        [num_tokens, D].
+
+    Raises:
+        PolymodalError: The result is not as long as planned.
+    """
+    if plan.merge == "flat" or plan.kept is None or plan.unpadded is None:
+        tokens = tiles.flatten(0, 1)
+        if plan.newline and newline is not None:
+            tokens = torch.cat((tokens, newline.to(tokens)[None]))
+    else:
+        width = tiles.shape[-1]
+        overview = tiles[: 1 if plan.overview == "first" else 0].flatten(0, 1)
+        rows, columns, kept = plan.grid.height, plan.grid.width, plan.kept
+        canvas = tiles[len(tiles) - rows * columns :].view(rows, columns, plan.tokens.height, plan.tokens.width, width)
+        canvas = canvas.permute(0, 2, 1, 3, 4).reshape(rows * plan.tokens.height, columns * plan.tokens.width, width)
+        canvas = canvas[kept.top : kept.top + kept.height, kept.left : kept.left + kept.width]
+        if (kept.height, kept.width) != (plan.unpadded.height, plan.unpadded.width):  # anyres_max_N shrinks
+            size = [plan.unpadded.height, plan.unpadded.width]
+            canvas = F.interpolate(canvas.permute(2, 0, 1)[None], size, mode="bilinear")[0].permute(1, 2, 0)
+        if plan.newline and newline is not None:
+            canvas = torch.cat((canvas, newline.to(canvas).expand(len(canvas), 1, width)), dim=1)
+        tokens = torch.cat((overview, canvas.flatten(0, 1)))
+    if len(tokens) != plan.num_tokens:
+        raise PolymodalError(f"image: the plan says {plan.num_tokens} tokens, the layout gives {len(tokens)}")
+    return tokens

@@ -1,0 +1,287 @@
+"""One training step on tensors without data: what it would keep for the backward pass, and how much it would compute.
+
+The model's own modules run forward and backward under `FakeTensorMode`, with hooks on what autograd keeps and torch's
+counter of matmul and attention FLOPs. Nothing is a formula of ours but the output head, whose loss is taken in chunks
+under a budget (`polymodal.modeling.token_loss`). Frozen layers, adapters, mixed precision and grouped heads therefore count as they
+are. Not seen: memory that a kernel borrows while it runs, and the allocator's fragments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from polymodal.modeling.meta_device import Outline, on_no_device
+from polymodal.modeling.token_loss import GPU_BUDGET
+from polymodal.utils.modules import blocks
+
+ATTENTION = "polymodal_plan"
+"""transformers' SDPA attention under a name of ours, whose causal mask is left to the kernel, as in a real run."""
+
+LOGIT_BYTES = 12
+"""Bytes a logit costs at the loss: 16-bit and float32 value, and as much again for the gradient."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What goes through the model at once, on one device.
+
+    Attributes:
+        rows: Samples.
+        tokens: Positions of each, pictures included.
+        targets: Trained tokens of each.
+        tiles: Tiles of each.
+        visual_tokens: Positions of each that are pictures.
+        cached: The tower's features come from a cache.
+    """
+
+    rows: int
+    tokens: int
+    targets: int
+    tiles: int
+    visual_tokens: int
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a micro-batch costs.
+
+    Attributes:
+        kept: Bytes of activations kept for the backward pass, without checkpointing.
+        weight_copies: Bytes of 16-bit copies of float32 weights that autocast makes and the backward pass needs.
+        kept_checkpointed: The same with every layer checkpointed, at the worst moment.
+        loss_bytes: Bytes of logits and their gradient at the worst moment.
+        tower_bytes: Bytes of activations of the tower at the worst moment, where it keeps none; an estimate.
+        forward_flops: FLOPs of the forward pass.
+        backward_flops: FLOPs of the backward pass, without recomputation.
+        layer_flops: FLOPs of the forward pass inside the layers that checkpointing computes twice.
+    """
+
+    kept: int
+    weight_copies: int
+    kept_checkpointed: int
+    loss_bytes: int
+    tower_bytes: int
+    forward_flops: float
+    backward_flops: float
+    layer_flops: float
+
+
+class _Kept:
+    """Counts the memory that autograd keeps, each piece once, weights aside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.known = {id_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+        self.weights = {tuple(p.shape) for p in model.parameters() if p.ndim > 1 and p.dtype == torch.float32}
+        self.pieces: dict[int, Tensor] = {}  # holding on to them keeps their identities from being used again
+        self.bytes = 0
+        self.copies = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        key = id_of(tensor)
+        if key not in self.known and key not in self.pieces:
+            self.pieces[key] = tensor
+            size = tensor.untyped_storage().nbytes()
+            is_copy = tensor.dtype == torch.bfloat16 and self.weights & {tuple(tensor.shape), tuple(tensor.shape[::-1])}
+            self.copies += size if is_copy else 0
+            self.bytes += 0 if is_copy else size
+        return tensor
+
+
+def id_of(tensor: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def trace(outline: Outline, load: Load, *, bf16: bool) -> Trace:
+    """Run one micro-batch without data.
+
+    Args:
+        outline: The model, with the policy applied; it leaves the meta device.
+        load: What goes through it at once.
+        bf16: Under autocast, as on a GPU.
+
+    Returns:
+        What it costs.
+    """
+    model, llm = outline.model, outline.model.llm
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    on_no_device(model, mode)
+    _leave_mask_to_kernel(llm)
+    kept, layers = _Kept(model), _Layers()
+    counter = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
+    with ExitStack() as stack:
+        stack.enter_context(mode)
+        stack.enter_context(counter)
+        stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16))
+        saving = torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor)
+        with saving:
+            trained_tower = model.vision_encoder is not None and any(
+                p.requires_grad for p in model.vision_encoder.parameters()
+            )
+            tower: Any = model.vision_encoder if trained_tower else None
+            with layers.watched(llm, kept, counter), layers.watched(tower, kept, counter):
+                hidden = _forward(outline, load)
+                loss = hidden.float().sum()
+        forward = counter.get_total_flops()
+        kept_bytes = kept.bytes
+        if loss.requires_grad:
+            loss.backward()
+        backward = counter.get_total_flops() - forward
+    head = 2.0 * load.rows * load.targets * hidden.shape[-1] * _vocabulary(llm)
+    head_trained = any(p.requires_grad for p in llm.get_output_embeddings().parameters())
+    logits = LOGIT_BYTES * load.rows * load.targets * _vocabulary(llm)
+    largest = max(layers.kept, default=0)
+    return Trace(
+        kept=kept_bytes,
+        weight_copies=kept.copies,
+        kept_checkpointed=kept_bytes - sum(layers.kept) + sum(layers.inputs) + largest,
+        loss_bytes=min(logits, LOGIT_BYTES // 4 * GPU_BUDGET),
+        tower_bytes=0 if trained_tower or load.cached else _tower_bytes(outline, load, bf16),
+        forward_flops=forward + head,
+        backward_flops=backward + head * (2 if head_trained else 1),
+        layer_flops=float(sum(layers.flops)),
+    )
+
+
+def _forward(outline: Outline, load: Load) -> Tensor:
+    """The model up to its head, [R, D] at the positions that carry a label; call it inside the mode."""
+    model, llm = outline.model, outline.model.llm
+    embeds = llm.get_input_embeddings()(torch.zeros(load.rows, load.tokens, dtype=torch.int64))
+    if model.vision_encoder is not None and model.projector is not None and load.tiles:
+        encoder, tile = model.vision_encoder, model.vision_encoder.tile
+        count = load.rows * load.tiles
+        weight = next(encoder.parameters())
+        if load.cached:
+            features = torch.zeros(count, encoder.grid.area, encoder.embed_dim)
+        else:
+            features = model.encode_images(torch.zeros(count, 3, tile.height, tile.width, dtype=weight.dtype))
+        settings = outline.config.projector.qformer
+        context = None
+        if model.reads_context and settings is not None:
+            context = torch.zeros(count, settings.max_text_length, dtype=torch.int64)
+        media = model.project(features, context).flatten(0, 1)
+        places = torch.zeros(load.rows * load.visual_tokens, dtype=torch.int64)
+        if model.image_newline is not None:
+            media = torch.cat([media, model.image_newline.expand(1, -1)])
+        # Unpadding drops some tokens and newlines add some: as many as the plan says take part.
+        media = media.index_select(0, places)
+        flat = embeds.reshape(-1, embeds.shape[-1])
+        embeds = flat.index_copy(0, places, media.to(flat.dtype)).view_as(embeds)
+    positions = torch.zeros(load.rows * load.targets, dtype=torch.int64)
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        found.append(args[0].reshape(-1, args[0].shape[-1]).index_select(0, positions))
+        return (found[0][:0].detach(),)
+
+    inputs: dict[str, Tensor] = {"inputs_embeds": embeds}
+    if model.encoder_decoder:
+        said = torch.zeros(load.rows, load.targets, dtype=torch.int64)
+        inputs = {"inputs_embeds": embeds[:, : max(1, load.tokens - load.targets)], "decoder_input_ids": said}
+    handle = llm.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        llm(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+class _Layers:
+    """What each layer keeps, takes in and computes."""
+
+    def __init__(self) -> None:
+        self.kept: list[int] = []
+        self.inputs: list[int] = []
+        self.flops: list[int] = []
+
+    @contextmanager
+    def watched(self, module: nn.Module | None, kept: _Kept, counter: FlopCounterMode) -> Iterator[None]:
+        """While active, note what each layer of a network costs.
+
+        Args:
+            module: The network; None for none.
+            kept: Counts what autograd keeps.
+            counter: Counts FLOPs.
+
+        Yields:
+            Nothing.
+        """
+        before: list[tuple[int, int]] = []
+
+        def enter(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            self.inputs.append(hidden.numel() * hidden.element_size() if hidden.requires_grad else 0)
+            before.append((kept.bytes, counter.get_total_flops()))
+
+        def leave(_layer: nn.Module, _args: Any, _output: Any) -> None:
+            bytes_before, flops_before = before.pop()
+            self.kept.append(kept.bytes - bytes_before)
+            self.flops.append(counter.get_total_flops() - flops_before)
+
+        handles = []
+        for layer in blocks(module) if module is not None else ():
+            handles += [
+                layer.register_forward_pre_hook(enter, with_kwargs=True),
+                layer.register_forward_hook(leave),
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _tower_bytes(outline: Outline, load: Load, bf16: bool) -> int:
+    """Working memory of a frozen tower: input, attention and the wide layer of one block live at once."""
+    encoder: Any = outline.model.vision_encoder
+    if encoder is None or not load.tiles:
+        return 0
+    settings = getattr(getattr(encoder, "model", None), "config", None)
+    width = (settings.hidden_size * 6 + settings.intermediate_size * 2) if settings is not None else encoder.embed_dim
+    patches = encoder.patch_grid.area + encoder.prefix if settings is not None else 112 * 112
+    return int(load.rows * load.tiles * patches * width * (2 if bf16 else 4))
+
+
+def _leave_mask_to_kernel(llm: Any) -> None:
+    """Keep transformers from making a causal mask: it does so wherever it cannot look into tensors."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, lambda *_args, **_kwargs: None)
+    for config in {id(c): c for c in (llm.config, llm.config.get_text_config())}.values():
+        config._attn_implementation = ATTENTION
+
+
+def _vocabulary(llm: Any) -> int:
+    return int(llm.get_output_embeddings().weight.shape[0])
+
+
+def _cpu_attention() -> dict[Any, Any]:
+    """Formulas for the CPU's attention kernel, which torch's counter does not know."""
+    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+
+    ops: Any = torch.ops.aten
+
+    def forward(query: Any, key: Any, value: Any, *_args: Any, out_shape: Any = None, **_kwargs: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    def backward(
+        grad: Any, query: Any, key: Any, value: Any, *_args: Any, out_shape: Any = None, **_kwargs: Any
+    ) -> int:
+        return int(sdpa_backward_flop_count(grad, query, key, value))
+
+    return {
+        ops._scaled_dot_product_flash_attention_for_cpu: forward,
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }

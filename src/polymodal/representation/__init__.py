@@ -1,1 +1,0 @@
-"""What learns from pairs of picture and text: contrastive losses, two-tower models, the stages of BLIP-2."""

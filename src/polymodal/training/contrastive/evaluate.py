@@ -1,0 +1,114 @@
+"""The look at held-out pairs between steps: the loss, and retrieval both ways.
+
+The loss is taken over whole contrasts of `batch.global_size` pairs, since it depends on how many are contrasted;
+pictures that are left over count for retrieval only. Retrieval is over all held-out pictures and all their captions.
+It changes nothing in the run.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from polymodal.metrics.retrieval import chance, embedding_ranks, recall_of
+from polymodal.modeling.dual_encoders.base import METRIC, PairModel
+from polymodal.training.contrastive.dataset import PairFeed, Plan
+from polymodal.training.contrastive.step import pair_losses
+from polymodal.training.trainer import step_seed
+from polymodal.utils.threads import ahead
+
+if TYPE_CHECKING:
+    from polymodal.training.distributed import Engine
+    from polymodal.training.recipes.contrastive import PairRecipe
+
+MICRO = 64
+"""Pairs that go through the encoders at once where the recipe does not say."""
+
+
+@dataclass(frozen=True)
+class PairEvaluation:
+    """Call it with an engine and a step.
+
+    Attributes:
+        feed: The held-out pairs.
+        recipe: For batch sizes.
+    """
+
+    feed: PairFeed
+    recipe: PairRecipe
+
+    def __call__(self, engine: Engine, step: int) -> dict[str, Any]:
+        """Evaluate; every process must call it.
+
+        Args:
+            engine: Runs the model, which is left in eval mode.
+            step: Steps done.
+
+        Returns:
+            A line for `eval.jsonl`: loss, terms, metrics, and recall beside that of a random order.
+        """
+        began = time.monotonic()
+        engine.inner.eval()
+        model: Any = engine.inner
+        mine, terms = self._parts(model, engine)
+        parts = engine.world.gather((mine, terms))
+        rounds = sorted((part for own, _ in parts for part in own), key=lambda part: part[0])
+        losses = [found for _, own in parts for found in own]
+        pairs = self.feed.prepared
+        image = torch.cat([part[1] for part in rounds if part[1] is not None])
+        text, image_of_text = torch.cat([part[2] for part in rounds]), torch.cat([part[3] for part in rounds])
+        # Pictures of two sources with the same pixels are one picture.
+        _, first, same = np.unique(pairs.image_ids, return_index=True, return_inverse=True)
+        owner = torch.from_numpy(same)[image_of_text]
+        line: dict[str, Any] = {"step": step, "data": "held-out", "pictures": len(first), "captions": len(text)}
+        if losses:
+            means = {name: sum(one[name] for one in losses) / len(losses) for name in losses[0]}
+            line["loss"] = sum(value for name, value in means.items() if not name.startswith(METRIC))
+            line["terms"] = {name: value for name, value in means.items() if not name.startswith(METRIC)}
+            line["metrics"] = {n.removeprefix(METRIC): value for n, value in means.items() if n.startswith(METRIC)}
+        line["recall"] = recall_of(embedding_ranks(image[torch.from_numpy(first)], text, owner))
+        line["chance"] = chance(len(first), owner)
+        line["seconds"] = round(time.monotonic() - began, 2)
+        return line
+
+    def _parts(self, model: PairModel, engine: Engine) -> tuple[list[Any], list[dict[str, float]]]:
+        """This process's share of the features and losses: every so many-th contrast."""
+        world, found, terms = engine.world, [], []
+        plans = self._plans()
+        mine = [(number, *plan) for number, plan in enumerate(plans) if number % world.size == world.rank]
+        size = self.recipe.batch.micro_size or min(MICRO, self.recipe.batch.global_size)
+        micro = [part for _, plan, _ in mine for part in plan.split(size)]
+        batches = ahead(self.feed.batch, micro, self.recipe.run.workers)
+        for number, plan, first in mine:
+            own = [next(batches).to(world.device) for _ in plan.split(size)]
+            whole = first and len(plan.indices) == self._contrasted()
+            seed = step_seed(self.recipe.run.seed, number, 0)
+            if whole:
+                named, image, text = pair_losses(model, own, engine.autocast, seed)
+                terms.append({name: float(term) for name, term in named.items()})
+            else:
+                with torch.no_grad(), engine.autocast():
+                    both = [model.embed(batch) for batch in own]
+                image, text = torch.cat([one.image for one in both]), torch.cat([one.text for one in both])
+            indices = torch.from_numpy(plan.indices)
+            found.append((number, image.float().cpu() if first else None, text.float().cpu(), indices))
+        return found, terms
+
+    def _contrasted(self) -> int:
+        """Pairs of a contrast: those of a training step, or all there are."""
+        return min(self.recipe.batch.global_size, len(self.feed.prepared.ids))
+
+    def _plans(self) -> list[tuple[Plan, bool]]:
+        """Each picture with its first caption, then with the others; and whether it is the first."""
+        captions = self.feed.prepared.captions
+        plans: list[tuple[Plan, bool]] = []
+        for turn in range(max(len(own) for own in captions)):
+            indices = np.array([i for i, own in enumerate(captions) if len(own) > turn], dtype=np.int64)
+            texts = np.array([captions[i].start + turn for i in indices], dtype=np.int64)
+            whole = Plan(indices, texts, None, self.feed.length(texts))
+            plans += [(part, turn == 0) for part in whole.split(self._contrasted())]
+        return plans

@@ -1,0 +1,283 @@
+"""The pictures of a pair stage as small byte rasters: each decoded once, kept where asked for, cut and mirrored.
+
+Without a cut a raster is the tile itself. With it, the raster is the whole picture, squeezed to a square larger
+than the tile, and each look takes a part of it: a cut is then never enlarged by much, all rasters have one shape and
+lie in one file, and what training sees does not depend on whether they are kept. The part is drawn in the picture's
+own proportions, as if it were cut from the original.
+
+A picture's key is a hash of its pixels and the picture rules; two files with the same pixels are one picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image as PILImage
+
+from polymodal.errors import DataError, MediaError
+from polymodal.media.image import open_image
+from polymodal.media_plan import Size, plan_image
+from polymodal.processing.image_transform import resize_filter, tile_bytes
+from polymodal.processing.processor import picture_key
+from polymodal.training.feature_cache import MEMORY, OFF, FeatureStore
+from polymodal.training.pairs.draws import crop_box
+from polymodal.utils.progress import progress
+from polymodal.utils.threads import ahead
+
+if TYPE_CHECKING:
+    from polymodal.config import ImageConfig
+    from polymodal.messages import Source
+    from polymodal.training.recipes.contrastive import AugmentConfig
+
+LARGEST = 2.0
+"""A raster's side is at most so many times the tile's."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture that was decoded once.
+
+    Attributes:
+        key: Hash of its pixels and the picture rules.
+        height: In pixels.
+        width: In pixels.
+    """
+
+    key: str
+    height: int
+    width: int
+
+
+@dataclass
+class Pictures:
+    """Sources to rasters and tiles.
+
+    Attributes:
+        image: The picture rules.
+        augment: What is done to pictures.
+        store: Kept rasters, or None.
+        seen: What is known of each source, by `source_name`.
+    """
+
+    image: ImageConfig
+    augment: AugmentConfig
+    store: FeatureStore | None = None
+    seen: dict[str, Seen] = field(default_factory=dict)
+
+    def tile(self, source: Source, numbers: np.ndarray | None = None, mirrored: bool = False) -> np.ndarray:
+        """One look at a picture.
+
+        Args:
+            source: Where it is; it was scanned.
+            numbers: What the crop is drawn from; None for the plain tile.
+            mirrored: Show its mirror image.
+
+        Returns:
+            [3, H, W] uint8.
+        """
+        whole = crops(self.augment)
+        if whole and numbers is not None:
+            raster = self._decoded(source, True) if self.store is None else self._kept(source)
+            tile = self._cut(raster, self.seen[source_name(source)], numbers)
+        else:
+            tile = self._decoded(source, False) if whole or self.store is None else self._kept(source)
+        return np.ascontiguousarray(tile[:, :, ::-1]) if mirrored else tile
+
+    def raster(self, picture: PILImage.Image, whole: bool) -> np.ndarray:
+        """A decoded picture as bytes.
+
+        Args:
+            picture: RGB, upright.
+            whole: The squeezed picture to cut from; else the tile.
+
+        Returns:
+            [3, H, W] uint8.
+        """
+        if whole:
+            height, width = raster_size(self.image, self.augment)
+            squeezed = picture.resize((width, height), resize_filter(self.image))
+            return np.ascontiguousarray(np.asarray(squeezed).transpose(2, 0, 1))
+        plan = plan_image(Size(picture.height, picture.width), self.image, Size(1, 1))
+        return tile_bytes(picture, plan, self.image)[0]
+
+    def open(self, source: Source) -> PILImage.Image:
+        """Decode a picture under the rules' limits."""
+        return open_image(source, background=self.image.background, max_pixels=self.image.max_pixels)
+
+    def _decoded(self, source: Source, whole: bool) -> np.ndarray:
+        picture = self.open(source)
+        if picture_key(picture, self.image) != self.seen[source_name(source)].key:
+            raise DataError(f"picture {source!r} changed on disk while training")
+        return self.raster(picture, whole)
+
+    def _kept(self, source: Source) -> np.ndarray:
+        assert self.store is not None
+        found = self.store.gather([self.seen[source_name(source)].key])
+        assert found is not None
+        return found[0].numpy()
+
+    def _cut(self, raster: np.ndarray, seen: Seen, numbers: np.ndarray) -> np.ndarray:
+        left, top, right, bottom = crop_box(numbers, seen.height, seen.width, self.augment)
+        _, height, width = raster.shape
+        picture = PILImage.fromarray(np.ascontiguousarray(raster.transpose(1, 2, 0)))
+        box = (left * width, top * height, right * width, bottom * height)
+        tile = picture.resize((self.image.tile_size[1], self.image.tile_size[0]), resize_filter(self.image), box=box)
+        return np.ascontiguousarray(np.asarray(tile).transpose(2, 0, 1))
+
+
+def raster_size(image: ImageConfig, augment: AugmentConfig) -> tuple[int, int]:
+    """Height and width of a kept picture: the tile, or so much more that the smallest cut has the tile's pixels."""
+    if not crops(augment):
+        return image.tile_size
+    factor = min(LARGEST, 1 / math.sqrt(augment.scale[0]))
+    return round(image.tile_size[0] * factor), round(image.tile_size[1] * factor)
+
+
+def crops(augment: AugmentConfig) -> bool:
+    """Whether pictures are cut, and not only mirrored."""
+    return augment.type != "none" and augment.scale[0] < 1
+
+
+def open_pictures(image: ImageConfig, augment: AugmentConfig, where: str) -> Pictures:
+    """Prepare pictures, with what an earlier run kept of them.
+
+    Args:
+        image: The picture rules.
+        augment: What is done to pictures.
+        where: `data.tile_cache`.
+
+    Returns:
+        The pictures; none is known yet.
+    """
+    if where == OFF:
+        return Pictures(image, augment)
+    height, width = raster_size(image, augment)
+    kind = "whole" if crops(augment) else "tile"
+    folder = None if where == MEMORY else Path(where) / f"{kind}-{height}x{width}"
+    return Pictures(image, augment, FeatureStore(folder, (3, height, width), "uint8"))
+
+
+def scan(
+    pictures: Pictures, sources: Iterable[Source], notes: Path | None, workers: int, label: str
+) -> dict[str, MediaError]:
+    """Decode every picture that is not known yet, keep its raster where asked for, and note what it is.
+
+    Args:
+        pictures: Changed in place.
+        sources: The pictures.
+        notes: A JSONL file of what earlier runs found, by file, size and time; None keeps none.
+        workers: Threads that decode.
+        label: For the progress bar.
+
+    Returns:
+        Why a picture cannot be used, by `source_name`.
+    """
+    with nullcontext() if pictures.store is None else pictures.store.locked():
+        return _scan(pictures, {source_name(source): source for source in sources}, notes, workers, label)
+
+
+def _scan(
+    pictures: Pictures, distinct: dict[str, Source], notes: Path | None, workers: int, label: str
+) -> dict[str, MediaError]:
+    known = _read_notes(notes)
+    store, todo = pictures.store, []
+    for name, source in distinct.items():
+        found = known.get((name, _stamp(source)))
+        if found is not None:
+            pictures.seen[name] = found
+        if found is None or (store is not None and found.key not in store.where):
+            todo.append((name, source))
+    faults: dict[str, MediaError] = {}
+    lines: list[str] = []
+    whole = crops(pictures.augment)
+
+    def decode(item: tuple[str, Source]) -> tuple[Seen, np.ndarray | None] | MediaError:
+        try:
+            picture = pictures.open(item[1])
+        except MediaError as error:
+            return error
+        seen = Seen(picture_key(picture, pictures.image), picture.height, picture.width)
+        wanted = store is not None and seen.key not in store.where
+        return seen, pictures.raster(picture, whole) if wanted else None
+
+    waiting: dict[str, np.ndarray] = {}
+    results = zip(todo, ahead(decode, todo, workers), strict=True)
+    for (name, source), result in progress(results, label, len(todo)):
+        if isinstance(result, MediaError):
+            faults[name] = result
+            continue
+        seen, raster = result
+        pictures.seen[name] = seen
+        if raster is not None and store is not None and seen.key not in store.where:
+            waiting[seen.key] = raster
+            if len(waiting) >= 256:
+                _keep(store, waiting)
+        lines.append(json.dumps([name, _stamp(source), seen.key, seen.height, seen.width]) + "\n")
+    if store is not None:
+        _keep(store, waiting)
+    if notes is not None and lines:
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        with notes.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+    return faults
+
+
+def source_name(source: Source) -> str:
+    """What a picture's source is called in notes; bytes and pictures in memory by their content."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"bytes {hashlib.sha256(source).hexdigest()}"
+    if isinstance(source, PILImage.Image):
+        return f"picture {source.mode} {source.size} {hashlib.sha256(source.tobytes()).hexdigest()}"
+    return str(source) if isinstance(source, str | Path) else repr(source)
+
+
+def _keep(store: FeatureStore, waiting: dict[str, np.ndarray]) -> None:
+    if waiting:
+        store.add([(key, raster[None]) for key, raster in waiting.items()])
+        waiting.clear()
+
+
+def _stamp(source: Source) -> str:
+    """Size and time of the file that a picture lies in; "" where it lies in none."""
+    path: Any = getattr(source, "path", source)
+    if not isinstance(path, str | Path) or str(path)[:5].lower() == "data:":
+        return ""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def _read_notes(notes: Path | None) -> dict[tuple[str, str], Seen]:
+    """Read what earlier runs found; a line that a crash cut short is passed over."""
+    found: dict[tuple[str, str], Seen] = {}
+    if notes is None or not notes.is_file():
+        return found
+    for line in notes.read_text(encoding="utf-8").splitlines():
+        try:
+            name, stamp, key, height, width = json.loads(line)
+        except ValueError:
+            continue
+        found[(name, stamp)] = Seen(key, height, width)
+    return found
+
+
+def notes_file(folder: Path, image: ImageConfig) -> Path:
+    """Where what is known of pictures under these rules is kept."""
+    rules = hashlib.sha256(image.model_dump_json().encode()).hexdigest()[:16]
+    return folder / f"pictures-{rules}.jsonl"
+
+
+def image_numbers(keys: Sequence[str]) -> np.ndarray:
+    """Pictures' keys as [n] int64 ids; equal exactly for equal pixels."""
+    return np.array([int(key[:16], 16) for key in keys], dtype=np.uint64).astype(np.int64)

@@ -1,0 +1,213 @@
+"""What a pair stage works with: the model it starts from, its pairs, and what is kept of frozen towers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from polymodal.config import ImageConfig, parse_config
+from polymodal.errors import ConfigError, DataError, first_line
+from polymodal.modeling.dual_encoders.registry import build_pair_model, load_pair_model
+from polymodal.processing.image_config_hf import image_config_from_hf
+from polymodal.representation.notes import NOTES, read_notes
+from polymodal.training.contrastive.captions import prepare_pairs
+from polymodal.training.contrastive.dataset import PairFeed
+from polymodal.training.contrastive.images import Pictures, crops, notes_file, open_pictures, scan, source_name
+from polymodal.training.contrastive.teacher import Teacher
+from polymodal.training.feature_cache import MEMORY, OFF, FeatureStore, fill_missing, weights_identity
+from polymodal.training.recipes.contrastive import AugmentConfig, PairRecipe
+from polymodal.training.sft.dataset import read_mix
+from polymodal.utils.modules import frozen
+from polymodal.utils.progress import say
+
+if TYPE_CHECKING:
+    from polymodal.messages import Source
+    from polymodal.modeling.dual_encoders.base import PairModel
+
+
+@dataclass
+class PairParts:
+    """A model in memory.
+
+    Attributes:
+        model: The model.
+        history: The stages it went through.
+    """
+
+    model: PairModel
+    history: list[dict[str, Any]]
+
+
+def load_pair_parts(recipe: PairRecipe) -> PairParts:
+    """Load or build the model that the recipe starts from.
+
+    Args:
+        recipe: The stage.
+
+    Returns:
+        The model and its history.
+
+    Raises:
+        PolymodalError: It cannot be opened, or its parts do not fit.
+    """
+    torch.manual_seed(recipe.run.seed)
+    if recipe.init.model is not None:
+        return PairParts(build_pair_model(recipe.init.model, recipe.objective), [])
+    source = recipe.init.from_folder
+    assert source is not None
+    notes = read_notes(Path(source))
+    image = recipe.init.image or folder_image(source, notes)
+    return PairParts(load_pair_model(source, image, recipe.objective), list(notes.get("history", [])))
+
+
+def folder_image(source: str, notes: dict[str, Any]) -> ImageConfig:
+    """The picture rules of a model folder.
+
+    Args:
+        source: A folder or hub id.
+        notes: Of `read_notes`.
+
+    Returns:
+        Ours where an earlier stage wrote them, else those of its image processor.
+
+    Raises:
+        ConfigError: There is no image processor, or it cannot be expressed.
+    """
+    if "image" in notes:
+        return parse_config(ImageConfig, notes["image"], f"{source}/{NOTES}")
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{source}: no image processor ({first_line(error)}); give the picture rules as init.image"
+        ) from error
+    image = image_config_from_hf(settings)
+    if image.image_aspect_ratio not in ("squash", "crop"):
+        raise ConfigError(f"{source}: its pictures become several tiles; give rules for one tile as init.image")
+    return image
+
+
+def make_pair_feed(recipe: PairRecipe, model: PairModel, output_dir: Path, teacher: Teacher | None) -> PairFeed:
+    """Read the pairs, and fill the caches.
+
+    Args:
+        recipe: The stage.
+        model: On its device, with what is trained marked.
+        output_dir: Where skipped records are listed.
+        teacher: What it says is kept where pictures are not cut; or None.
+
+    Returns:
+        The feed.
+
+    Raises:
+        PolymodalError: Data is missing or damaged, or a cache is asked for with a tower that is trained.
+    """
+    pictures = open_pictures(model.image, recipe.augment, recipe.data.tile_cache)
+    feed = _feed(recipe, recipe.data.mix, model, pictures, output_dir / "skipped.jsonl")
+    size, pictures_held = recipe.batch.global_size, len(set(feed.prepared.images))
+    if pictures_held < 2:
+        raise DataError("all pairs are of one picture: there is nothing to tell it from; give more pictures")
+    if size > pictures_held:
+        say(f"{recipe.name}: a step has {size} pairs of only {pictures_held} pictures; pairs of one are no negatives")
+    feed = replace(feed, store=_tower_store(recipe, model, feed))
+    if teacher is not None and not crops(recipe.augment):
+        feed = _with_teacher(recipe, teacher, feed, output_dir)
+    return feed
+
+
+def make_pair_eval_feed(recipe: PairRecipe, model: PairModel, output_dir: Path) -> PairFeed | None:
+    """Read the held-out pairs; their pictures are never cut or mirrored.
+
+    Args:
+        recipe: The stage.
+        model: The model.
+        output_dir: Where skipped records are listed.
+
+    Returns:
+        The feed; None where the recipe names no held-out files.
+
+    Raises:
+        PolymodalError: Data is missing or damaged.
+    """
+    if not recipe.data.eval:
+        return None
+    pictures = open_pictures(model.image, AugmentConfig(), recipe.data.tile_cache)
+    feed = _feed(recipe, recipe.data.eval, model, pictures, output_dir / "skipped_eval.jsonl")
+    return replace(feed, store=_tower_store(recipe, model, feed))
+
+
+def _feed(recipe: PairRecipe, mix: Any, model: PairModel, pictures: Pictures, skipped_file: Path) -> PairFeed:
+    data: Any = recipe.data.model_copy(update={"mix": mix})
+    readings = read_mix(data, recipe.run.seed)
+    weights = [source.weight for source in mix]
+    pairs = prepare_pairs(readings, weights, model, pictures, recipe, skipped_file)
+    return PairFeed(pairs, pictures, recipe.run.seed, model.tokenizer.pad_token_id, model.text_length)
+
+
+def _tower_store(recipe: PairRecipe, model: PairModel, feed: PairFeed) -> FeatureStore | None:
+    """Kept output of the model's frozen tower."""
+    where, dtype = recipe.run.feature_cache, recipe.run.feature_dtype
+    if where == OFF:
+        return None
+    if not frozen(model.tower):
+        if recipe.objective.distill is not None:
+            return None  # the folder is for the teacher
+        raise ConfigError("run.feature_cache: the vision encoder is trained; set it to off")
+    # A tower with the rules of a language model's stage shares what that keeps: both read the same output.
+    rules = getattr(model, "tower_rules", type(model).__name__)
+    store = _open_store(where, weights_identity(model.tower, rules)[:16], model.features_shape, dtype)
+    keys = feed.prepared.images
+    _fill(store, model.encode, feed.pictures, keys, feed.prepared.sources, recipe.run.workers, _device(model))
+    return store
+
+
+def _with_teacher(recipe: PairRecipe, teacher: Teacher, feed: PairFeed, output_dir: Path) -> PairFeed:
+    """Add kept output of the teacher: in `run.feature_cache`, else beside the kept tiles, else in memory.
+
+    A stage on this tower with the same picture rules keeps the same, under the same names.
+    """
+    where = next((w for w in (recipe.run.feature_cache, recipe.data.tile_cache) if w != OFF), MEMORY)
+    identity = weights_identity(teacher.encoder, teacher.rules)[:16]
+    store = _open_store(where, identity, teacher.features_shape, recipe.run.feature_dtype)
+    pictures, pairs, keys = feed.pictures, feed.prepared, feed.prepared.images
+    if teacher.image != pictures.image:
+        pictures = open_pictures(teacher.image, AugmentConfig(), OFF)
+        folder = Path(recipe.data.index) if recipe.data.index is not None else output_dir / "index"
+        scan(pictures, pairs.sources, notes_file(folder, teacher.image), recipe.run.workers, "reading pictures")
+        keys = tuple(pictures.seen[source_name(source)].key for source in pairs.sources)
+    device = next(teacher.encoder.parameters()).device
+    _fill(store, teacher.encode, pictures, keys, pairs.sources, recipe.run.workers, device)
+    return replace(feed, teacher=store, teacher_grid=teacher.encoder.grid, teacher_images=keys)
+
+
+def _open_store(where: str, identity: str, row: tuple[int, int], dtype: str) -> FeatureStore:
+    folder = None if where == MEMORY else Path(where) / f"{identity}-{dtype}"
+    return FeatureStore(folder, row, dtype)
+
+
+def _fill(
+    store: FeatureStore,
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    pictures: Pictures,
+    keys: Sequence[str],
+    sources: Sequence[Source],
+    workers: int,
+    device: torch.device,
+) -> None:
+    """Compute what is missing of the pairs' pictures, one tile each."""
+
+    def decode(_key: str, source: Source) -> torch.Tensor:
+        return torch.from_numpy(pictures.tile(source)[None])
+
+    tiles = ((key, source, 1) for key, source in zip(keys, sources, strict=True))
+    fill_missing(store, tiles, decode, encode, device, workers)
+
+
+def _device(model: PairModel) -> torch.device:
+    return next(model.tower.parameters()).device

@@ -1,0 +1,92 @@
+"""The frozen tower that a vision encoder learns from, and what it says of pictures, kept or fresh.
+
+Pictures that are not cut pass through the teacher once in a whole run (mirrored ones take the mirrored features);
+where every look is another cut, the teacher sees each of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from polymodal.errors import ConfigError
+from polymodal.media_plan import Size
+from polymodal.modeling.dual_encoders.base import PairBatch, as_floats
+from polymodal.modeling.dual_encoders.distillation import Distiller
+from polymodal.modeling.encoders.vision import build_vision_encoder
+
+if TYPE_CHECKING:
+    from polymodal.config import ImageConfig
+    from polymodal.modeling.dual_encoders.base import PairModel
+    from polymodal.modeling.dual_encoders.config import DistillConfig
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen tower.
+
+    Attributes:
+        encoder: A `VisionEncoder`, in eval mode.
+        image: Its picture rules.
+        rules: What decides what it says of a tile, besides its weights.
+    """
+
+    encoder: Any
+    image: ImageConfig
+    rules: str
+
+    @property
+    def features_shape(self) -> tuple[int, int]:
+        """(P, E) of what it says of one picture."""
+        return self.encoder.grid.area, self.encoder.embed_dim
+
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Look at tiles: [B, 3, H, W] uint8 to [B, P, E]."""
+        found: torch.Tensor = self.encoder(as_floats(pixel_values, self.image))
+        return found
+
+    def see(self, batch: PairBatch) -> PairBatch:
+        """A batch with what the teacher says of its pixels."""
+        assert batch.pixel_values is not None
+        return replace(batch, teacher=self.encode(batch.pixel_values))
+
+
+def load_teacher(distill: DistillConfig, model: PairModel, device: torch.device) -> Teacher:
+    """Load a teacher.
+
+    Args:
+        distill: Which.
+        model: The student; its picture rules are the teacher's where none are given.
+        device: Where to.
+
+    Returns:
+        The teacher, frozen.
+
+    Raises:
+        PolymodalError: The tower cannot be loaded.
+    """
+    image = distill.image or model.image
+    encoder: Any = build_vision_encoder(distill.tower, tile=Size(*image.tile_size))
+    encoder.to(device).eval().requires_grad_(False)
+    rules = distill.tower.model_dump_json(exclude={"vision_tower", "revision"})
+    return Teacher(encoder, image, rules)
+
+
+def add_distiller(model: PairModel, teacher: Teacher, distill: DistillConfig) -> None:
+    """Give a model the layer that compares its patches with a teacher's features.
+
+    Args:
+        model: Changed in place; its parameters `distiller.*` are trained with it and not exported.
+        teacher: The teacher.
+        distill: How they are compared.
+
+    Raises:
+        ConfigError: This model has no patches to compare.
+    """
+    grid, width = getattr(model, "patch_grid", None), getattr(model, "patch_width", None)
+    if grid is None or width is None:
+        raise ConfigError("objective.distill: this model's vision encoder cannot be distilled; leave it out")
+    model.distiller = Distiller(width, grid, teacher.encoder.embed_dim, teacher.encoder.grid, distill.loss)

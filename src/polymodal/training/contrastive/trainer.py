@@ -1,0 +1,121 @@
+"""The loop's part of a pair stage: which micro-batches make a step, and what is logged of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from polymodal.modeling.dual_encoders.base import METRIC, PairBatch
+from polymodal.training.contrastive.dataset import PairFeed, PairSteps, Plan
+from polymodal.training.contrastive.step import pair_gradients
+from polymodal.training.reporting.loss_by_kind import Sums
+from polymodal.training.trainer import Run, step_seed
+from polymodal.utils.threads import ahead
+
+if TYPE_CHECKING:
+    from polymodal.training.contrastive.teacher import Teacher
+    from polymodal.training.distributed import Engine
+    from polymodal.training.recipes.contrastive import PairRecipe
+
+
+class PairRun(Run):
+    """A pair stage in progress.
+
+    Args:
+        recipe: The stage.
+        engine: The model, the optimizer and the processes.
+        feed: The pairs.
+        steps: The samples of each step.
+        evaluation: Looks at held-out data, or None.
+        teacher: Sees each micro-batch, where what it says is not kept.
+    """
+
+    tallied = ("terms", "metrics")
+
+    def __init__(
+        self,
+        recipe: PairRecipe,
+        engine: Engine,
+        feed: PairFeed,
+        steps: PairSteps,
+        evaluation: Callable[[Engine, int], dict[str, Any]] | None = None,
+        teacher: Teacher | None = None,
+    ) -> None:
+        super().__init__(recipe, engine, feed, steps, evaluation)  # type: ignore[arg-type]
+        self.teacher = teacher
+
+    def plan(self, step: int) -> Plan:
+        """What a step shows, over all processes."""
+        steps: Any = self.steps
+        plan: Plan = self.feed.plan(self.steps.indices(step), *steps.places(step))
+        return plan
+
+    def _batches(self) -> Generator[PairBatch, None, None]:
+        """All micro-batches of the rest of the run, made a few ahead in threads."""
+        plans = (part for step in range(self.state.step, self.total) for part in self._parts(self.plan(step)))
+        return ahead(self.feed.batch, plans, self.recipe.run.workers)
+
+    def _parts(self, plan: Plan) -> list[Plan]:
+        """This process's micro-batches: its run of the step's pairs, cut."""
+        own = len(plan.indices) // self.world.size
+        first = own * self.world.rank
+        size = self.recipe.batch.micro_size or own
+        return plan.cut(slice(first, first + own)).split(size)
+
+    def _micro(self, step: int) -> list[np.ndarray]:
+        """This process's micro-batches of a step."""
+        return [part.indices for part in self._parts(self.plan(step))]
+
+    def _sizes(self, indices: np.ndarray) -> tuple[int, int]:
+        """Pairs of a step, by which its loss is divided, and the tokens of their texts."""
+        starts, texts = self.feed.prepared.starts, self.plan(self.state.step).texts
+        return len(indices), int((starts[texts + 1] - starts[texts]).sum())
+
+    def _gradients(self, batches: Iterator[PairBatch], tokens: int) -> torch.Tensor | float:
+        """Run the step's micro-batches, and leave its gradient.
+
+        Args:
+            batches: This process's micro-batches, from this step's first.
+            tokens: Pairs of the step, over all processes.
+
+        Returns:
+            This process's share of the loss, times the pairs.
+        """
+        window, run = self.window, self.recipe.run
+        micro: list[PairBatch] = []
+        for _ in self._micro(self.state.step):
+            waited = time.monotonic()
+            batch = next(batches)
+            window.data_wait_s += time.monotonic() - waited
+            window.padded_tokens += batch.input_ids.numel()
+            batch = batch.to(self.world.device)
+            micro.append(batch if self.teacher is None else self.teacher.see(batch))
+        terms = pair_gradients(
+            self.engine.inner,  # type: ignore[arg-type]  # a pair model
+            micro,
+            self.engine.autocast,
+            step_seed(run.seed, self.state.step, 0),
+            self.world.rank,
+            self.recipe.objective.gather_with_grad,
+        )
+        return self._note(terms, tokens, sum(len(batch) for batch in micro))
+
+    def _note(self, terms: dict[str, torch.Tensor], pairs: int, own: int) -> float:
+        """Add a step's terms to the tally; returns their sum, times the pairs."""
+        values = dict(zip(terms, torch.stack([t.double() for t in terms.values()]).tolist(), strict=True))
+        parts = {name: value * pairs for name, value in values.items() if not name.startswith(METRIC)}
+        metrics = {name.removeprefix(METRIC): v * own for name, v in values.items() if name.startswith(METRIC)}
+        for sums, found in ((self.tally.kinds, parts), (self.tally.sources, metrics)):
+            _add(sums, found, own)
+        return sum(parts.values())
+
+
+def _add(sums: Sums, found: dict[str, float], count: int) -> None:
+    for name, value in found.items():
+        entry = sums.setdefault(name, [0.0, 0.0])
+        entry[0] += value
+        entry[1] += count

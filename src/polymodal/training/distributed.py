@@ -1,0 +1,264 @@
+"""What a step runs on: one device, or many processes with DDP, FSDP2 or DeepSpeed ZeRO.
+
+`torchrun -m polymodal train RECIPE` starts the processes; the engine joins them, wraps the model and offers the few
+operations that the loop needs, so that the loop reads the same on a laptop and on a cluster. DDP and FSDP2 are torch's
+own. FSDP2 shards every transformer block by itself and everything else (embeddings, head, projector) together; a
+vision tower that is frozen is not sharded, since a process without pictures would not take part in gathering it.
+Unlike `accelerate`'s wrappers, nothing here touches the data or the schedule; DeepSpeed goes through `accelerate` (see
+`training.deepspeed`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from polymodal.errors import ConfigError
+from polymodal.training.checkpoint import is_sharded, restore, save_checkpoint
+from polymodal.training.optimizer import Group, make_optimizer
+from polymodal.training.world import World
+from polymodal.utils.modules import blocks
+
+if TYPE_CHECKING:
+    from polymodal.modeling.vlm import MultimodalLM, Output
+    from polymodal.processing.collate import Batch
+    from polymodal.training.recipes.sft import Recipe
+
+
+def wants_bf16(precision: str) -> bool:
+    """Whether a recipe's precision means bf16 on this machine."""
+    return precision == "bf16" or (precision == "auto" and has_fast_bf16())
+
+
+def has_fast_bf16() -> bool:
+    """Whether this machine multiplies bf16 natively; emulated, as on AVX2, it is ten times slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # The public torch.cpu.get_capabilities is not there before 2.12.
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in checks)
+
+
+class Engine:
+    """One way to run a step.
+
+    Args:
+        world: The processes.
+        recipe: The stage.
+        model: Its model, with what is trained marked; moved to the device.
+        groups: The trained parameters.
+    """
+
+    def __init__(self, world: World, recipe: Recipe, model: MultimodalLM, groups: Sequence[Group]) -> None:
+        self.world, self.inner = world, model
+        self.bf16 = wants_bf16(recipe.run.precision)
+        self.kind = engine_kind(recipe.run.engine, world)
+        self.clip = recipe.optim.clip
+        self.groups = list(groups)
+        self.model: nn.Module = model
+        if self.kind == "fsdp2":
+            share_start(model, groups, world)
+            shard(model, world, self.bf16)
+            self.groups = same_groups(model, groups)
+        else:
+            model.to(world.device)
+            if self.kind == "ddp":
+                self.model = nn.parallel.DistributedDataParallel(
+                    model,
+                    device_ids=[world.device.index] if world.device.type == "cuda" else None,
+                    broadcast_buffers=False,  # none of ours changes while training
+                    find_unused_parameters=bool(unreached(model)),
+                )
+        self.optimizer = make_optimizer(self.groups, recipe.optim, world.device)
+        self.trained = [parameter for group in self.groups for _, parameter in group.parameters]
+
+    def forward(self, batch: Batch, touch_media: bool, grads_reduced: bool) -> Output:
+        """Run a micro-batch.
+
+        Args:
+            batch: On the device.
+            touch_media: Run trained media parts even where the batch has no media.
+            grads_reduced: The backward pass that follows reduces gradients over processes.
+
+        Returns:
+            The model's output.
+        """
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            self.model.require_backward_grad_sync = grads_reduced
+        with self.autocast():
+            return self.model(**batch.inputs(), touch_media=touch_media)
+
+    def score(self, batch: Batch) -> Output:
+        """Run a micro-batch without a gradient, in eval mode; every process must take part."""
+        with torch.no_grad(), self.autocast():
+            return self.inner(**batch.inputs(), touch_media=self.world.size > 1)
+
+    def autocast(self) -> Any:
+        """The context that a forward pass runs in."""
+        return torch.autocast(self.world.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's gradient; gradients are averaged over processes."""
+        loss.backward()
+
+    def step(self) -> float:
+        """Clip, and step unless the gradient is not finite; returns the gradient's norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(self.trained, self.clip or math.inf)
+        value = float(_full(norm))
+        if math.isfinite(value):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value
+
+    def save(self, output_dir: Path, state: dict[str, Any], keep: int) -> None:
+        """Write a checkpoint.
+
+        Args:
+            output_dir: The run's folder.
+            state: Plain data, the same in every process.
+            keep: Checkpoints kept.
+        """
+        save_checkpoint(output_dir, state, self.inner, self.groups, self.optimizer, keep, self.world)
+
+    def restore(self, folder: Path) -> None:
+        """Load a checkpoint's weights and optimizer state.
+
+        Args:
+            folder: The checkpoint.
+
+        Raises:
+            ConfigError: DeepSpeed wrote it.
+        """
+        if (folder / "zero").is_dir():
+            raise ConfigError(f"{folder} was written by DeepSpeed: go on with run.engine=deepspeed")
+        restore(folder, self.inner, self.groups, self.optimizer)
+
+    @contextmanager
+    def whole_for_generation(self) -> Iterator[MultimodalLM]:
+        """The model for generating, outside of a training step; under FSDP2 every process must do the same.
+
+        Yields:
+            The model, whose parts may be called one by one.
+        """
+        root: Any = self.model
+        if self.kind == "fsdp2":
+            root.unshard()
+        try:
+            with self.autocast():
+                yield self.inner
+        finally:
+            if self.kind == "fsdp2":
+                root.reshard()
+
+    def gather_weights(self) -> None:
+        """Undo the sharding for good: the first process then holds the whole model on the CPU, and can export it."""
+        if self.kind != "fsdp2":
+            return
+        whole: dict[int, nn.Parameter] = {}
+        before = list(self.inner.parameters())  # kept alive, so that no id is given twice
+        for module in self.inner.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is None:
+                    continue
+                if id(parameter) not in whole:  # tied weights stay tied
+                    values = _full(parameter.detach())
+                    # Only the first process keeps the values: nodes may not have room for one copy a process.
+                    whole[id(parameter)] = nn.Parameter(values.cpu(), False) if self.world.is_main else parameter
+                module._parameters[name] = whole[id(parameter)]
+            # Not `module.to`: FSDP2 would look for its shards.
+            if self.world.is_main:
+                for name, buffer in module._buffers.items():
+                    module._buffers[name] = None if buffer is None else buffer.cpu()
+        before.clear()
+
+
+def engine_kind(wanted: str, world: World) -> str:
+    """Resolve `run.engine`: "auto" is DDP where there are several processes; one process needs neither."""
+    if world.size == 1:
+        return "single"
+    return "ddp" if wanted == "auto" else wanted
+
+
+def unreached(model: MultimodalLM) -> list[str]:
+    """Trained parameters that no forward pass reaches: layers of the tower behind the selected one.
+
+    DDP waits for every trained parameter's gradient unless it is told that some have none; that search costs a walk
+    over the graph in each step, so it is made only where it is needed.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Names.
+    """
+    encoder: Any = model.vision_encoder
+    if encoder is None or not any(p.requires_grad for p in encoder.parameters()):
+        return []
+    from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
+
+    if not isinstance(encoder, HFVisionEncoder):
+        return []
+    tower: Any = encoder.model
+    layers = list(getattr(tower.encoder, FAMILIES[encoder.family].layers))
+    used = {id(p) for layer in layers[: max(encoder.select_layers)] for p in layer.parameters()}
+    used |= {id(p) for p in tower.embeddings.parameters()}
+    return [name for name, p in encoder.named_parameters() if p.requires_grad and id(p) not in used]
+
+
+def share_start(model: nn.Module, groups: Sequence[Group], world: World) -> None:
+    """Give every process the first one's trained weights and buffers, as DDP does by itself.
+
+    Args:
+        model: Changed in place.
+        groups: The trained parameters.
+        world: The processes.
+    """
+    tensors = [parameter.data for group in groups for _, parameter in group.parameters]
+    tensors += [buffer for buffer in model.buffers() if buffer.numel()]
+    for tensor in tensors:
+        dist.broadcast(tensor, 0)
+
+
+def shard(model: MultimodalLM, world: World, bf16: bool) -> None:
+    """Shard a model over all processes with FSDP2.
+
+    Args:
+        model: Changed in place: its parameters become DTensors.
+        world: The processes.
+        bf16: Gather weights in bf16; gradients are reduced in float32.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    # bf16 on the wire only: what is trained stays float32.
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    kwargs: dict[str, Any] = {"mesh": mesh, **({"mp_policy": policy} if bf16 else {})}
+    encoder: Any = model.vision_encoder
+    frozen = set()
+    if encoder is not None and not any(p.requires_grad for p in encoder.parameters()):
+        encoder.to(world.device)
+        frozen = set(encoder.parameters())
+    for block in blocks(model.llm) + ([] if encoder is None or frozen else blocks(encoder)):
+        fully_shard(block, **kwargs)
+    fully_shard(model, ignored_params=frozen, **kwargs)
+    model.to(world.device)
+
+
+def same_groups(model: nn.Module, groups: Sequence[Group]) -> list[Group]:
+    """The groups again, over the parameters that now stand under the same names."""
+    now = dict(model.named_parameters())
+    return [replace(group, parameters=tuple((name, now[name]) for name, _ in group.parameters)) for group in groups]
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor's whole value, on every process; a plain tensor as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

@@ -1,0 +1,176 @@
+"""A pair stage as one YAML file; its key `objective` tells it from a stage of a language model.
+
+What the two kinds of recipe share (sources, rules, optimizer, run) is the same class, with the same meaning. A step of
+a pair stage is one contrast over `batch.global_size` pairs whatever `batch.micro_size` and the number of processes:
+gradients are never accumulated over smaller contrasts, which would be another objective.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from polymodal.config import ImageConfig, Strict
+from polymodal.modeling.dual_encoders.config import AnyPairModelConfig, ObjectiveConfig
+from polymodal.training.recipes.sections import OptimConfig, Place, RuleConfig, RunConfig, SourceConfig
+
+
+class PairInit(Strict):
+    """What the stage starts from; exactly one of the two.
+
+    Attributes:
+        from_folder: A folder or hub id of a CLIP, SigLIP or vision-text-dual-encoder model, or an earlier pair stage's
+            `final/`; written `from` in the file.
+        model: A new model, composed from this configuration.
+        image: With `from`: picture rules in place of the folder's.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
+
+    from_folder: str | None = Field(default=None, alias="from")
+    model: AnyPairModelConfig | None = None
+    image: ImageConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PairInit:
+        if (self.from_folder is None) == (self.model is None):
+            raise ValueError("give exactly one of `from` (a folder or hub id) and `model` (a configuration)")
+        if self.image is not None and self.model is not None:
+            raise ValueError("`image` goes with `from`; a new model's picture rules are `model.image`")
+        return self
+
+
+class PairDataConfig(Strict):
+    """The pairs of the stage: records with one picture, whose answer is the caption.
+
+    A picture with several captions (a list `captions` in the record, or several records) is one sample, of which one
+    caption is drawn each epoch.
+
+    Attributes:
+        mix: The data files; together they are one epoch.
+        on_error: What to do with a record that is no pair or cannot be read: "stop", or "skip" it, count it and list
+            it in `skipped.jsonl`.
+        eval: Held-out files, for `run.eval_every`; never trained on.
+        index: The folder where it is kept which pictures were read and what they hold; `index/` in `output_dir` when
+            None.
+        tile_cache: Where decoded pictures are kept, so that each is decoded once: a folder, "memory", or "off".
+    """
+
+    mix: tuple[SourceConfig, ...] = Field(min_length=1)
+    on_error: Literal["stop", "skip"] = "stop"
+    eval: tuple[SourceConfig, ...] = ()
+    index: str | None = None
+    tile_cache: Place = "off"
+
+    @model_validator(mode="after")
+    def _weights(self) -> PairDataConfig:
+        without = [source.path for source in self.mix if source.weight is None]
+        if 0 < len(without) < len(self.mix):
+            raise ValueError(f"give every source of the mix a `weight` or none; {without[0]} has none")
+        return self
+
+
+class TextConfig(Strict):
+    """How a caption becomes tokens.
+
+    Attributes:
+        max_length: Most tokens, special ones included; what is longer is cut. The text encoder's own when None.
+        templates: Sentences with `{}` for the caption, one drawn each epoch; the caption alone when empty.
+    """
+
+    max_length: int | None = Field(default=None, gt=1)
+    templates: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _places(self) -> TextConfig:
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"templates: {template!r} must hold {{}} once, where the caption goes")
+        return self
+
+
+class AugmentConfig(Strict):
+    """What is done to a picture each time it is seen, drawn from (seed, epoch, sample).
+
+    Attributes:
+        type: "none", or "crop_flip": a random part of the picture, resized to the tile, and a mirror image of it as
+            often as `flip` says.
+        scale: Least and largest part of the picture's area; [1, 1] does not cut.
+        ratio: Least and largest width to height of the part.
+        flip: How often it is mirrored; 0 where captions name left and right or pictures show text.
+    """
+
+    type: Literal["none", "crop_flip"] = "none"
+    scale: tuple[float, float] = (0.5, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = Field(default=0.5, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _ranges(self) -> AugmentConfig:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale {list(self.scale)}: give the least and the largest part, above 0 and up to 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio {list(self.ratio)}: give the least and the largest width to height")
+        return self
+
+
+class PairBatchConfig(Strict):
+    """How many pairs are contrasted.
+
+    Attributes:
+        global_size: Pairs of one optimizer step, over all processes; decides the objective, unlike elsewhere.
+        micro_size: Pairs that go through the encoders at once; changes memory and speed, not the result. All of a
+            process's pairs when None; with less, every picture and text is encoded twice.
+    """
+
+    global_size: int = Field(default=256, gt=1)
+    micro_size: int | None = Field(default=None, gt=0)
+
+
+class PairRecipe(Strict):
+    """One pair stage. `run.feature_cache` keeps what a frozen vision encoder, or the teacher of `distill`, gives.
+
+    Attributes:
+        name: For logs and the model's history.
+        objective: What is learnt.
+        init: What it starts from.
+        data: What it is trained on.
+        text: How captions become tokens.
+        augment: What is done to pictures.
+        train: Which parameters are trained; everything is frozen where no rule matches.
+        optim: Optimizer and schedule.
+        batch: Batch sizes.
+        run: Length, seed, checkpoints.
+        output_dir: The run's folder; the trained model is in its `final/`.
+    """
+
+    name: str
+    objective: ObjectiveConfig
+    init: PairInit
+    data: PairDataConfig
+    text: TextConfig = Field(default_factory=TextConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    train: tuple[RuleConfig, ...] = ()
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    batch: PairBatchConfig = Field(default_factory=PairBatchConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+    output_dir: str
+
+    @model_validator(mode="after")
+    def _run_fits(self) -> PairRecipe:
+        if self.run.engine not in ("auto", "ddp"):
+            raise ValueError(
+                f"run.engine {self.run.engine!r}: a pair stage adds up gradients by itself and does not shard; "
+                "leave run.engine at auto"
+            )
+        if self.run.compile == "on":
+            raise ValueError("run.compile: not for a pair stage; leave it at auto")
+        # A teacher's features of a picture can be mirrored with it.
+        moves = self.augment.type != "none" and (self.objective.distill is None or self.augment.scale[0] < 1)
+        if self.run.feature_cache != "off" and moves:
+            raise ValueError(
+                "run.feature_cache: pictures look different in every epoch under augment.type "
+                f"{self.augment.type!r}; use data.tile_cache, or set augment.type to none"
+            )
+        return self

@@ -1,0 +1,167 @@
+"""A training stage as one YAML file: what it starts from, what is trained, on which data, for how long.
+
+Unknown keys are errors that name the nearest key; `section.key=value` overrides come from the command line, with
+`data.mix.0.path=...` for an entry of a list. Names follow the field where it has one (LLaVA's `learning_rate`,
+`lora_r`, `lora_alpha`). LLaVA's `mm_projector_lr` and `mm_vision_tower_lr` are the `learning_rate` of a rule:
+`{match: "projector.*", train: true, learning_rate: 2e-5}`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from polymodal.config import Strict
+from polymodal.errors import unknown_name
+
+# YAML 1.1 reads a bare on or off as true or false.
+Place = Annotated[str, BeforeValidator(lambda value: "off" if value is False else value)]
+"""A folder, "memory" or "off"."""
+
+Switch = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value),
+]
+
+
+class SourceConfig(Strict):
+    """One source of the mixture.
+
+    Attributes:
+        path: A data file in any form that `data.load.load_records` reads; a folder or a pattern with `*` for shards.
+        format: A name of `data.readers.registry.FORMATS` (json, llava, messages, openai, coco, vqav2, gqa, textvqa,
+            docvqa, parquet, webdataset, folder); "auto" tells by the content.
+        annotations: The second file of formats that have two: VQAv2's answers, TextVQA's OCR tokens.
+        image_root: The folder that picture paths start from; the file's own folder when None.
+        kind: Of records that do not say: caption, vqa, reasoning, ocr, conversation, or a name of your own.
+        source: What the log calls this source, for records that do not say; the file's name when empty.
+        prompt: The question of captions, or what follows each question of a VQA set ("" for nothing); the format's own
+            when None, LLaVA's "Answer the question using a single word or phrase." for VQA sets.
+        repeat: How often each record is seen in an epoch; the fraction is a part drawn anew each epoch.
+        weight: Share of the epoch, relative to the weights of the other sources, in place of `repeat`; every source
+            has one or none has. The epoch then has as many samples as the sources have records.
+        max_samples: Use only this many records, drawn once from `run.seed`.
+    """
+
+    path: str
+    format: str = "auto"
+    annotations: str | None = None
+    image_root: str | None = None
+    kind: str = ""
+    source: str = ""
+    prompt: str | None = None
+    repeat: float = Field(default=1.0, gt=0)
+    weight: float | None = Field(default=None, gt=0)
+    max_samples: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _known_format(self) -> SourceConfig:
+        from polymodal.data.readers.registry import FORMATS
+
+        if self.format != "auto" and self.format not in FORMATS:
+            raise ValueError(str(unknown_name("data format", self.format, ["auto", *FORMATS])))
+        if self.annotations is None and self.format in FORMATS and FORMATS[self.format].annotations == "needed":
+            raise ValueError(f"format {self.format} needs its second file; set `annotations`")
+        return self
+
+    @model_validator(mode="after")
+    def _repeat_or_weight(self) -> SourceConfig:
+        if self.weight is not None and self.repeat != 1:
+            raise ValueError("give `repeat` or `weight`, not both")
+        return self
+
+
+class RuleConfig(Strict):
+    """Whether the parameters whose full name matches are trained. Rules are read in order; the last match wins.
+
+    Attributes:
+        match: A glob over full parameter names; `*` crosses dots, `{a,b}` means either. A rule that matches nothing
+            is an error.
+        train: Whether these are trained.
+        learning_rate: Peak rate; `optim.learning_rate` when None.
+        weight_decay: `optim.weight_decay` when None. Biases and one-dimensional parameters never decay.
+    """
+
+    match: str
+    train: bool
+    learning_rate: float | None = Field(default=None, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+
+
+class OptimConfig(Strict):
+    """AdamW and its schedule.
+
+    Attributes:
+        learning_rate: Peak rate of every group without its own.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: Decoupled decay of matrices.
+        clip: Largest norm of the whole gradient; 0 for no clipping.
+        schedule: Shape after warm-up.
+        warmup: Part of the run spent rising linearly.
+        min_lr_ratio: Where the schedule ends, as a part of the peak.
+    """
+
+    learning_rate: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+
+
+class RunConfig(Strict):
+    """How long, how exactly, and what is kept.
+
+    Attributes:
+        epochs: Passes over the mixture; may be a fraction.
+        max_steps: Stop after this many optimizer steps; the schedule ends there.
+        max_minutes: Stop after this much time in the loop. The schedule follows steps or time, whichever is further,
+            so a run with a time budget is not exactly reproducible.
+        seed: Of everything random.
+        precision: "bf16" is autocast; what is trained stays float32, the frozen language model's linear layers are
+            kept in bf16. "auto" is bf16 on CUDA and on CPUs that have instructions for it, else fp32.
+        log_every: Steps between log lines.
+        save_every: Steps between checkpoints; 0 for none but the last.
+        keep: Checkpoints kept.
+        resume: "auto" goes on from the newest complete checkpoint in `output_dir`; "never" starts anew.
+        threads: CPU threads for torch; its own choice when None.
+        workers: Threads that read pictures ahead of the model, where features are not cached.
+        feature_cache: Where the frozen encoder's output is kept: a folder, "memory", or "off". Needs an encoder that
+            is not trained.
+        feature_dtype: Of the cached features.
+        eval_every: Steps between looks at the held-out files of `data.eval`; 0 looks once, at the end.
+        eval_generations: Questions that are answered at each look, with their pictures, for the report; 0 for none.
+        trackers: "tensorboard" and "wandb" get every log line too.
+        engine: How several processes share the work: "ddp", "fsdp2", "deepspeed"; "auto" is DDP.
+        deepspeed_config: DeepSpeed's own JSON file, for that engine.
+        timeout_minutes: How long a process waits in a step for one that hangs.
+        checkpointing: Keep only the input of each layer and compute the rest again in the backward pass: less memory,
+            a third more time, same result. "auto" does so where activations would not fit.
+        compile: Let torch compile the layers. "auto" does so on CUDA, in runs long enough for it to pay.
+    """
+
+    epochs: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, gt=0)
+    max_minutes: float | None = Field(default=None, gt=0)
+    seed: int = Field(default=0, ge=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    log_every: int = Field(default=10, gt=0)
+    save_every: int = Field(default=200, ge=0)
+    keep: int = Field(default=2, gt=0)
+    resume: Literal["auto", "never"] = "auto"
+    threads: int | None = Field(default=None, gt=0)
+    workers: int = Field(default=2, gt=0)
+    feature_cache: Place = "off"
+    feature_dtype: Literal["float16", "float32"] = "float16"
+    eval_every: int = Field(default=0, ge=0)
+    eval_generations: int = Field(default=4, ge=0)
+    trackers: tuple[str, ...] = ()
+    engine: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"
+    deepspeed_config: str | None = None
+    timeout_minutes: float = Field(default=10, gt=0)
+    checkpointing: Switch = "auto"
+    compile: Switch = "auto"

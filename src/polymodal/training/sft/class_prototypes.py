@@ -1,0 +1,205 @@
+"""Class prototypes: what a tower's features would be for a class that no picture of the data shows.
+
+A tower that was trained as a classifier knows many more things than a small data set shows: EfficientNet-Lite0 tells
+1,000 ImageNet classes apart. Under a Gaussian model of its features with one covariance C for all classes, the
+weights of a linear classifier are w = C^-1 (mu_class - mu) up to a factor (linear discriminant analysis), so the mean
+of a class is mu_class = mu + s C w; mu and C are measured on any pictures, and s is chosen so that the classifier is
+sure of its class. A real picture's tokens moved to such a mean have the variety of pictures and another subject.
+
+They serve twice: in the warm start of the projector, and as caption samples that teach the language model to say the
+names. They are features, not pictures: no data set's pictures are used or shipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from polymodal.data.lazy_sequence import Joined
+from polymodal.data.readers.conversations import Record
+from polymodal.errors import ConfigError
+from polymodal.messages import Image, assistant, user
+from polymodal.modeling.encoders.efficientnet import EfficientNetEncoder
+from polymodal.processing.collate import Sample
+
+if TYPE_CHECKING:
+    from polymodal.modeling.encoders.efficientnet import ClassHead
+    from polymodal.modeling.vlm import MultimodalLM
+    from polymodal.training.recipes.sft import PrototypeConfig
+    from polymodal.training.sft.task import Feed
+
+MEASURED = 4_000
+"""Pictures from which mean and covariance are measured."""
+
+KEPT = 0.5
+"""How much of a picture's own deviation is kept at the most; with all of it the classifier often changes its mind."""
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """Typical features of each class.
+
+    Attributes:
+        head: The tower's classifier.
+        means: [K, channels] of each class.
+        middle: [channels] of ordinary pictures.
+    """
+
+    head: ClassHead
+    means: Tensor
+    middle: Tensor
+
+    @classmethod
+    def of(cls, head: ClassHead, features: Tensor) -> Prototypes:
+        """Work the prototypes out.
+
+        Args:
+            head: The tower's classifier.
+            features: [n, P, E] of ordinary pictures.
+
+        Returns:
+            The prototypes.
+        """
+        pooled = features[..., head.channels].float().mean(dim=1)
+        return cls(head, class_prototypes(head, pooled), pooled.mean(dim=0))
+
+    def move(self, features: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
+        """Move pictures' tokens to classes.
+
+        Args:
+            features: [n, P, E] of real pictures.
+            classes: [n] class numbers.
+            generator: The random state.
+
+        Returns:
+            [n, P, E] in which only the classifier's channels differ.
+        """
+        moved = features.float().clone()
+        keep = KEPT * torch.rand((len(moved), 1, 1), generator=generator)
+        deviation = moved[..., self.head.channels] - self.middle
+        moved[..., self.head.channels] = torch.relu(self.means[classes][:, None] + keep * deviation)
+        return moved
+
+
+def class_prototypes(head: ClassHead, pooled: Tensor, wanted: float = 0.9) -> Tensor:
+    """Typical pooled features of each class, without a picture of it.
+
+    Args:
+        head: The tower's classifier.
+        pooled: [n, channels] pooled features of ordinary pictures, for mean and covariance.
+        wanted: How sure the classifier should be of a prototype.
+
+    Returns:
+        [K, channels], not negative, since the features come out of a ReLU.
+    """
+    mean, covariance = pooled.mean(dim=0), torch.cov(pooled.T)
+    direction = (head.weight - head.weight.mean(dim=0)) @ covariance
+    direction = F.normalize(direction, dim=1) * (pooled - mean).norm(dim=1).mean()
+    own = torch.arange(len(direction))
+    found = torch.full((len(direction),), torch.nan)
+    for scale in torch.linspace(0.2, 6.0, 60):
+        sure = (torch.relu(mean + scale * direction) @ head.weight.T + head.bias).softmax(dim=-1)[own, own]
+        found = torch.where(found.isnan() & (sure > wanted), scale, found)
+    return torch.relu(mean + found.nan_to_num(6.0)[:, None] * direction)
+
+
+def draw_classes(names: Sequence[str], count: int, generator: torch.Generator) -> Tensor:
+    """Draw classes so that every name comes equally often, however many classes carry it (118 breeds are "dog").
+
+    Args:
+        names: Name of each class.
+        count: How many to draw.
+        generator: Draws a class of each name.
+
+    Returns:
+        [count] class numbers; the names take turns.
+    """
+    members: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        members.setdefault(name, []).append(number)
+    groups = list(members.values())
+    chances = torch.rand(count, generator=generator).tolist()
+    turns = [groups[turn % len(groups)] for turn in range(count)]
+    return torch.tensor([group[int(chance * len(group))] for group, chance in zip(turns, chances, strict=True)])
+
+
+def class_head_of(model: MultimodalLM) -> ClassHead | None:
+    """The classifier that the model's tower was trained with; None where it has none."""
+    encoder = model.vision_encoder
+    return encoder.class_head() if isinstance(encoder, EfficientNetEncoder) else None
+
+
+def add_samples(feed: Feed, model: MultimodalLM, config: PrototypeConfig, seed: int) -> Feed:
+    """Append caption samples whose features are prototypes.
+
+    Args:
+        feed: Data of the stage, with cached features.
+        model: The model, for its tower's classifier.
+        config: How many, and what is asked about them.
+        seed: Of the choice of classes, pictures and questions.
+
+    Returns:
+        A feed with the samples as one more source.
+
+    Raises:
+        ConfigError: Features are not cached, or the tower has no classifier.
+    """
+    head = class_head_of(model)
+    if feed.store is None or head is None:
+        raise ConfigError(
+            "prototypes need cached features (run.feature_cache) and a tower with a classifier of its own"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    prepared, store = feed.prepared, feed.store
+    real = [
+        i for i, s in enumerate(prepared.samples) if len(s.media_keys) == 1 and store.where[s.media_keys[0]][1] == 1
+    ]
+    rows = np.array([store.where[prepared.samples[i].media_keys[0]][0] for i in real])
+    picks = torch.randperm(len(rows), generator=generator)[:MEASURED].numpy()
+    prototypes = Prototypes.of(head, torch.from_numpy(store.array()[np.sort(rows[picks])]).float())
+    plan = prepared.samples[real[0]].plans[0]
+    # A sample's key says what it was made from, so that the next run finds it again.
+    origin = f"prototype-{prepared.fingerprint[:16]}-{seed}"
+    classes = draw_classes(head.names, config.count, generator)
+    bases = torch.randint(len(rows), (config.count,), generator=generator)
+    questions = torch.randint(len(config.questions), (config.count,), generator=generator)
+    records: list[Record] = []
+    samples: list[Sample] = []
+    for start in range(0, config.count, 256):
+        part = slice(start, start + 256)
+        features = torch.from_numpy(store.array()[rows[bases[part].numpy()]])
+        moved = prototypes.move(features, classes[part], generator)
+        fresh = []
+        for number, (kind, question) in enumerate(zip(classes[part].tolist(), questions[part].tolist(), strict=True)):
+            name = head.names[kind]
+            key = f"{origin}-{start + number}"
+            answer = f"{'An' if name[0].lower() in 'aeiou' else 'A'} {name}."
+            messages = (user(Image(key), config.questions[question]), assistant(answer))
+            rendered = feed.processor.template.render(messages, [plan.num_tokens])
+            records.append(Record(id=key, messages=messages, kind="prototype", source="classifier", extra={}))
+            samples.append(
+                Sample(
+                    torch.tensor(rendered.input_ids), torch.tensor(rendered.loss_mask), rendered.slots, (plan,),
+                    None, (key,), key, feed.processor.context(messages) if feed.processor.context is not None else (),
+                )
+            )  # fmt: skip
+            if key not in store.where:
+                fresh.append((key, moved[number][None].numpy()))
+        if fresh:
+            store.add(fresh)
+    first = len(prepared.samples)
+    extended = replace(
+        prepared,
+        records=Joined([prepared.records, records]),
+        samples=Joined([prepared.samples, samples]),
+        targets=np.concatenate([prepared.targets, [int(s.loss_mask[1:].sum()) for s in samples]]),
+        lengths=np.concatenate([prepared.lengths, [s.input_ids.numel() for s in samples]]),
+        sources=(*prepared.sources, (range(first, first + len(samples)), 1.0)),
+    )
+    return replace(feed, prepared=extended)

@@ -1,0 +1,112 @@
+"""`polymodal data prep`: a recipe's data into memory maps, before training and without the language model's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from polymodal.processing.processor import Processor
+from polymodal.training.sft.dataset import Prepared, prepare, read_mix
+from polymodal.utils.progress import progress
+
+if TYPE_CHECKING:
+    from polymodal.config import ModelConfig
+    from polymodal.training.recipes.sft import Recipe
+
+
+def prepare_recipe(recipe: Recipe) -> str:
+    """Tokenise the data of a stage, and its held-out data, to where training looks for them.
+
+    Args:
+        recipe: The stage.
+
+    Returns:
+        A few lines on what there is.
+
+    Raises:
+        PolymodalError: The model's folder, the data or a record cannot be read.
+    """
+    processor = recipe_processor(recipe)
+    output = Path(recipe.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    lines = []
+    plans = (("training", recipe.data.mix, "skipped"), ("held-out", recipe.data.eval, "skipped_eval"))
+    for label, sources, listing in plans:
+        if sources:
+            data = recipe.data.model_copy(update={"mix": sources})
+            mix = read_mix(data, recipe.run.seed)
+            file = output / f"{listing}.jsonl"
+            lines += describe(label, prepare(mix, processor, data, progress, recipe.run.workers, file))
+    lines.append(f"kept in {recipe.data.index or output / 'index'}")
+    return "\n".join(lines)
+
+
+def recipe_processor(recipe: Recipe) -> Processor:
+    """The processor that training will use, without loading the language model's weights.
+
+    Args:
+        recipe: The stage.
+
+    Returns:
+        The processor, with the stage's template.
+    """
+    if recipe.lora is not None and recipe.lora.trainable_tokens:
+        # New tokens change the tokenizer, and which rows they take is decided on the whole model.
+        from polymodal.backends.local import processor_of
+        from polymodal.training import optimizer as policy
+        from polymodal.training.sft.task import load_parts
+
+        parts = load_parts(recipe)
+        policy.apply_policy(parts.model, recipe.train, recipe.lora, recipe.optim, parts.tokenizer)
+        return processor_of(parts.model, parts.tokenizer, parts.config).with_template(recipe.data.template)
+    if recipe.init.from_folder is not None:
+        from polymodal.backends import load_processor
+        from polymodal.config import new_picture_rules
+
+        processor = load_processor(recipe.init.from_folder)
+        processor = processor.with_config(new_picture_rules(processor.config, recipe.init.image))
+        processor = processor.with_template(recipe.init.template)
+    else:
+        assert recipe.init.model is not None
+        processor = _new_processor(recipe.init.model)
+    return processor.with_template(recipe.data.template)
+
+
+def _new_processor(config: ModelConfig) -> Processor:
+    """The processor of a model that is composed from a configuration."""
+    from polymodal.modeling.build import build_vision, image_token_id_for
+    from polymodal.modeling.language_model import load_tokenizer, quieten_transformers
+    from polymodal.modeling.published_shapes import llm_settings
+    from polymodal.projectors.context import load_context_tokenizer
+
+    quieten_transformers()
+    tokenizer = load_tokenizer(config.llm)
+    settings = llm_settings(config.llm, fetch=True)
+    vocabulary = settings.get_text_config().vocab_size
+    vision = build_vision(config, None, llm_dim=1)  # only the projector's grid is asked for
+    tokens = vision[1].output_grid if vision is not None else None
+    image_token_id = image_token_id_for(config, tokenizer, vocabulary)
+    context = load_context_tokenizer(config.projector)
+    return Processor(config, tokenizer, tokens, image_token_id, bool(settings.is_encoder_decoder), context)
+
+
+def describe(label: str, prepared: Prepared) -> list[str]:
+    """What a prepared data set holds, in lines.
+
+    Args:
+        label: What it is for.
+        prepared: The data.
+
+    Returns:
+        The lines.
+    """
+    lengths, targets = prepared.lengths, prepared.targets
+    ninety_five = int(np.quantile(lengths, 0.95))
+    lines = [
+        f"{label}: {len(lengths):,} records, {int(lengths.sum()):,} tokens, {int(targets.sum()):,} of them trained "
+        f"({targets.sum() / lengths.sum():.0%}); median {int(np.median(lengths))}, 95% up to {ninety_five}, "
+        f"longest {int(lengths.max())}"
+    ]
+    return lines + [f"{label}: left out {count:,} {reason}" for reason, count in prepared.left_out.items()]

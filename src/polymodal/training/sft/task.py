@@ -1,0 +1,200 @@
+"""What a stage works with: the model it starts from, its data as tokens, and the features of its frozen encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from polymodal.backends.local import processor_of
+from polymodal.config import new_picture_rules
+from polymodal.errors import DataError
+from polymodal.messages import Image, Source, user
+from polymodal.modeling.build import build_model
+from polymodal.modeling.vlm import MultimodalLM
+from polymodal.processing.batch import collate, collate_packed
+from polymodal.processing.collate import Batch, Sample
+from polymodal.processing.processor import Processor
+from polymodal.training import feature_cache as features
+from polymodal.training.recipes.sft import Recipe
+from polymodal.training.reporting.loss_by_kind import kinds_of_targets
+from polymodal.training.sft.dataset import Prepared, prepare, read_mix, with_pixels
+from polymodal.utils.progress import progress, say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from polymodal.config import ModelConfig
+    from polymodal.data.readers.conversations import Record
+    from polymodal.training.feature_cache import FeatureStore
+
+
+@dataclass
+class Parts:
+    """A model in memory, and optionally the records to train it on.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer.
+        config: Its configuration.
+        history: The stages it went through.
+        mix: For each data source its records and its repeat; None reads the recipe's files.
+    """
+
+    model: MultimodalLM
+    tokenizer: PreTrainedTokenizerBase
+    config: ModelConfig
+    history: list[dict[str, Any]] = field(default_factory=list)
+    mix: list[tuple[list[Record], float]] | None = None
+
+
+def load_parts(recipe: Recipe) -> Parts:
+    """Load or build the model that the recipe starts from.
+
+    Args:
+        recipe: The stage.
+
+    Returns:
+        The model with its tokenizer, configuration and history.
+    """
+    if recipe.init.model is not None:
+        torch.manual_seed(recipe.run.seed)
+        model, tokenizer = build_model(recipe.init.model)
+        return Parts(model, tokenizer, recipe.init.model)
+    from polymodal.interop.open import open_model
+
+    assert recipe.init.from_folder is not None
+    loaded = open_model(recipe.init.from_folder)
+    config = new_picture_rules(loaded.config, recipe.init.image)
+    if recipe.init.template is not None:
+        config = config.model_copy(update={"template": recipe.init.template})
+    if config.image is not None and config.image.mm_patch_merge_type == "spatial_unpad":
+        torch.manual_seed(recipe.run.seed)
+        loaded.model.add_image_newline()
+    return Parts(loaded.model, loaded.tokenizer, config, list(loaded.history))
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The data of a stage, and how a micro-batch is made of it.
+
+    Attributes:
+        prepared: Tokens, without pixels.
+        processor: Makes pixels where features are not cached.
+        store: Cached features, or None.
+        packed: Put the samples of a batch into one row, in place of padding them.
+    """
+
+    prepared: Prepared
+    processor: Processor
+    store: FeatureStore | None
+    packed: bool = False
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Collate or pack samples, with features from the cache or pixels from the files."""
+        samples = [self.prepared.samples[i] for i in indices]
+        if self.store is None:
+            records = self.prepared.records
+            samples = [
+                with_pixels(records[i], sample, self.processor) for i, sample in zip(indices, samples, strict=True)
+            ]
+            return self._collate(samples)
+        keys = [key for sample in samples for key in sample.media_keys]
+        return replace(self._collate(samples), features=self.store.gather(keys))
+
+    def named_batch(self, indices: np.ndarray) -> tuple[Batch, list[str], list[str]]:
+        """A batch, and the kind and the source of each of its targets, in order."""
+        records, samples = self.prepared.records, self.prepared.samples
+        kinds: list[str] = []
+        sources: list[str] = []
+        for index in indices:
+            of_targets = kinds_of_targets(records[index], samples[index], self.processor.last_answer_only)
+            kinds += of_targets
+            sources += [records[index].source] * len(of_targets)
+        return self.batch(indices), kinds, sources
+
+    def _collate(self, samples: list[Sample]) -> Batch:
+        return collate_packed(samples) if self.packed else collate(samples, self.processor.pad_id)
+
+
+def make_feed(recipe: Recipe, parts: Parts, output_dir: Path) -> Feed:
+    """Tokenise the data and fill the feature cache.
+
+    Args:
+        recipe: The stage.
+        parts: The model, already on its device, with what is trained marked.
+        output_dir: Where skipped records are listed.
+
+    Returns:
+        The feed.
+
+    Raises:
+        PolymodalError: Data is missing or damaged, or a cache is asked for with an encoder that is trained.
+    """
+    run, model = recipe.run, parts.model
+    store = None
+    if run.feature_cache != features.OFF:
+        store = features.open_store(model, parts.config, run.feature_cache, run.feature_dtype)
+    processor = processor_of(model, parts.tokenizer, parts.config).with_template(recipe.data.template)
+    mix = parts.mix if parts.mix is not None else read_mix(recipe.data, run.seed)
+    prepared = prepare(mix, processor, recipe.data, progress, run.workers, output_dir / "skipped.jsonl")
+    return _filled(Feed(prepared, processor, store, recipe.batch.packing == "pack"), recipe, model, "records")
+
+
+def make_eval_feed(recipe: Recipe, model: MultimodalLM, feed: Feed, output_dir: Path) -> Feed | None:
+    """Prepare the held-out files as the training data were prepared.
+
+    Args:
+        recipe: The stage.
+        model: The model.
+        feed: The training data.
+        output_dir: Where skipped records are listed.
+
+    Returns:
+        The held-out data, each record once; None where the recipe names none.
+
+    Raises:
+        PolymodalError: Data is missing or damaged.
+    """
+    if not recipe.data.eval:
+        return None
+    data = recipe.data.model_copy(update={"mix": recipe.data.eval})
+    mix = read_mix(data, recipe.run.seed)
+    prepared = prepare(mix, feed.processor, data, progress, recipe.run.workers, output_dir / "skipped_eval.jsonl")
+    return _filled(replace(feed, prepared=prepared), recipe, model, "held-out records")
+
+
+def _filled(feed: Feed, recipe: Recipe, model: MultimodalLM, label: str) -> Feed:
+    """Say what was left out, and compute the features that are missing."""
+    prepared = feed.prepared
+    for reason, count in prepared.left_out.items():
+        say(f"left out {count} {label} {reason}")
+    if feed.store is not None:
+        count = _encode_pictures(feed.store, model, feed.processor, prepared, recipe.run.workers)
+        say(f"features: {count} pictures encoded, {len(feed.store.where)} in the cache")
+    return feed
+
+
+def _encode_pictures(
+    store: FeatureStore, model: MultimodalLM, processor: Processor, prepared: Prepared, workers: int
+) -> int:
+    """Compute the features of the records' pictures; says how many were missing."""
+
+    def pictures() -> Iterator[tuple[str, Source, int]]:
+        for record, sample in zip(prepared.records, prepared.samples, strict=True):
+            media = [part for message in record.messages for part in message.media]
+            for key, plan, part in zip(sample.media_keys, sample.plans, media, strict=True):
+                if isinstance(part, Image):
+                    yield key, part.source, plan.num_tiles
+
+    def decode(key: str, source: Source) -> torch.Tensor:
+        sample = processor([user(Image(source))], add_generation_prompt=True)
+        if sample.media_keys != (key,) or sample.pixels is None:
+            raise DataError(f"picture {source!r} changed on disk while it was being encoded")
+        return sample.pixels[0]
+
+    return features.fill_missing(store, pictures(), decode, model.encode_images, model.device, workers)

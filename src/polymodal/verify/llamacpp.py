@@ -1,0 +1,362 @@
+"""llama.cpp's answers beside ours, on the GGUF files that were exported; with llama-cpp-python installed.
+
+Everything of llama.cpp's own is used: its tokenizer, its picture rules (mtmd), its towers and its language models.
+Compared are token ids, a picture's tokens behind the projector, logits at the end of a prompt, and greedy answers.
+llama.cpp takes the tanh form of GELU from a table of half precision, and other orders of summation, so numbers agree to
+a part in a hundred and answers to 95%.
+
+Pictures that are not square are padded after they are resized there, before it here. That difference is measured by
+itself; for the answers such pictures are padded beforehand, so that models are compared and not edges.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from polymodal.backends.local import LocalBackend
+from polymodal.checkpoints.model_folder import Loaded
+from polymodal.errors import CheckpointError, PolymodalError
+from polymodal.exchange.parity_probes import Probe, chat_probes
+from polymodal.interop.gguf.export import CLASS_TOKEN_NOTE, PAD_COLOUR
+from polymodal.interop.huggingface.export import with_placeholder
+from polymodal.interop.huggingface.export_chat_template import LATER, differences, stock_text
+from polymodal.processing.batch import collate
+from polymodal.verify.compare import Parity, local, run_checks
+from polymodal.verify.side_by_side import IN_ANOTHER_ENGINE, TOKENS, Check, common_prefix, greedy_ids, prompts
+
+NEAR = {"f32": 0.02, "f16": 0.05, "bf16": 0.1, "q8_0": 0.15}
+"""Largest relative difference (of norms) of a square picture's tokens, and of logits, by the type of the weights."""
+PARTED = {"f32": IN_ANOTHER_ENGINE, "f16": 0.8, "bf16": 0.5, "q8_0": 0.5}
+"""Smallest share of greedy tokens before two answers part, by the type of the weights."""
+
+
+class LlamaCpp:
+    """A model opened by llama.cpp.
+
+    Args:
+        model: The language model's file.
+        mmproj: The file of tower and projector.
+        context: Tokens of prompt and answer together.
+        threads: CPU threads.
+
+    Raises:
+        CheckpointError: llama.cpp refuses one of the files.
+    """
+
+    silence: ClassVar[Any] = None
+
+    def __init__(self, model: Path, mmproj: Path, context: int, threads: int) -> None:
+        import llama_cpp  # type: ignore[import-not-found,unused-ignore]
+        from llama_cpp import mtmd_cpp
+
+        self.lib: Any = llama_cpp
+        self.mtmd: Any = mtmd_cpp
+        try:
+            self.llama: Any = llama_cpp.Llama(
+                str(model), n_ctx=context, n_batch=context, n_threads=threads, n_gpu_layers=0, verbose=False
+            )
+        except (ValueError, OSError, AssertionError) as error:
+            raise CheckpointError(f"{model}: llama.cpp does not open it ({error})") from error
+        # Pages of log otherwise; the class keeps the callback, to which the library holds no reference.
+        LlamaCpp.silence = LlamaCpp.silence or self.lib.llama_log_callback(lambda *_line: None)
+        for name in ("mtmd_log_set", "mtmd_helper_log_set"):  # not in older versions
+            if hasattr(mtmd_cpp, name):
+                getattr(mtmd_cpp, name)(LlamaCpp.silence, None)
+        params = mtmd_cpp.mtmd_context_params_default()
+        params.use_gpu, params.n_threads, params.print_timings = False, threads, False
+        self.context: Any = mtmd_cpp.mtmd_init_from_file(str(mmproj).encode(), self.llama.model, params)
+        if not self.context:
+            raise CheckpointError(f"{mmproj}: llama.cpp does not open it")
+
+    def close(self) -> None:
+        """Free the memory."""
+        self.mtmd.mtmd_free(self.context)
+        self.llama.close()
+
+    @contextmanager
+    def chunks(self, pieces: Sequence[str], pictures: Sequence[Any]) -> Iterator[Any]:
+        """Cut a prompt into llama.cpp's chunks of text and pictures.
+
+        Args:
+            pieces: Text before, between and after the pictures.
+            pictures: RGB pictures of Pillow.
+
+        Yields:
+            The chunks, which live as long as the context.
+
+        Raises:
+            PolymodalError: llama.cpp refuses the prompt.
+        """
+        api = self.mtmd
+        marker: bytes = api.mtmd_default_marker()
+        text = marker.join(piece.encode() for piece in pieces)
+        bitmaps = []
+        chunks = api.mtmd_input_chunks_init()
+        try:
+            for picture in pictures:
+                raw = picture.tobytes()
+                data = (ctypes.c_uint8 * len(raw)).from_buffer_copy(raw)
+                bitmaps.append(api.mtmd_bitmap_init(picture.width, picture.height, data))
+            said = api.mtmd_input_text(text=text, add_special=False, parse_special=True)
+            said.text_len = len(text)  # older versions have no such field and look for the end themselves
+            listed = (api.mtmd_bitmap_p_ctypes * max(len(bitmaps), 1))(*bitmaps)
+            if api.mtmd_tokenize(self.context, chunks, ctypes.byref(said), listed, len(bitmaps)):
+                raise PolymodalError("llama.cpp refuses the prompt")
+            yield chunks
+        finally:
+            api.mtmd_input_chunks_free(chunks)
+            for bitmap in bitmaps:
+                api.mtmd_bitmap_free(bitmap)
+
+    def ids(self, chunks: Any) -> list[int | None]:
+        """The prompt's ids, None for each position of a picture."""
+        found: list[int | None] = []
+        for chunk in self._each(chunks):
+            if self.mtmd.mtmd_input_chunk_get_type(chunk) == self.mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
+                count = ctypes.c_size_t()
+                ids = self.mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(count))
+                found += list(ids[: count.value])
+            else:
+                found += [None] * self.mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+        return found
+
+    def picture_tokens(self, chunks: Any, width: int) -> list[Tensor]:
+        """Each picture behind the projector, [tokens, width]."""
+        found = []
+        for chunk in self._each(chunks):
+            if self.mtmd.mtmd_input_chunk_get_type(chunk) == self.mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
+                continue
+            if self.mtmd.mtmd_encode_chunk(self.context, chunk):
+                raise PolymodalError("llama.cpp cannot encode the picture")
+            count = self.mtmd.mtmd_input_chunk_get_n_tokens(chunk) * width
+            values = self.mtmd.mtmd_get_output_embd(self.context)
+            found.append(torch.tensor(values[:count]).view(-1, width))
+        return found
+
+    def answer(self, chunks: Any, tokens: int, stops: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Answer greedily; returns the logits behind the prompt, [V], and the ids, the one that ends it included."""
+        lib, llama = self.lib, self.llama
+        lib.llama_memory_clear(lib.llama_get_memory(llama.ctx), True)
+        past = ctypes.c_int32()
+        if self.mtmd.mtmd_helper_eval_chunks(
+            self.context, llama.ctx, chunks, 0, 0, llama.n_batch, True, ctypes.byref(past)
+        ):
+            raise PolymodalError("llama.cpp cannot read the prompt")
+        first = logits = self._logits()
+        made: list[int] = []
+        while True:
+            made.append(int(logits.argmax()))
+            if made[-1] in stops or len(made) == tokens:
+                return first, made
+            batch = lib.llama_batch_get_one((lib.llama_token * 1)(made[-1]), 1)
+            if lib.llama_decode(llama.ctx, batch):
+                raise PolymodalError("llama.cpp cannot go on with the answer")
+            logits = self._logits()
+
+    def _logits(self) -> Tensor:
+        values = self.lib.llama_get_logits_ith(self.llama.ctx, -1)
+        return torch.tensor(values[: self.llama.n_vocab()])
+
+    def _each(self, chunks: Any) -> list[Any]:
+        return [self.mtmd.mtmd_input_chunks_get(chunks, i) for i in range(self.mtmd.mtmd_input_chunks_size(chunks))]
+
+
+class GgufComparison:
+    """Our model and its GGUF files, side by side.
+
+    Args:
+        ours: The model that was exported.
+        folder: The exported folder.
+        tokens: Greedy tokens that are compared.
+        more: What is asked besides the usual conversations; see `parity_probes`.
+
+    Raises:
+        CheckpointError: The folder holds no such files.
+    """
+
+    def __init__(
+        self,
+        ours: LocalBackend,
+        folder: Path,
+        tokens: int = TOKENS,
+        more: Sequence[Probe] = (),
+    ) -> None:
+        self.ours, self.folder, self.tokens = ours, folder, tokens
+        found = sorted(folder.glob("model-*.gguf"))
+        if len(found) != 1:
+            raise CheckpointError(f"{folder}: one model-*.gguf expected, found {len(found)}")
+        self.kind = found[0].stem.removeprefix("model-")
+        self.files = found[0], folder / f"mmproj-{self.kind}.gguf"
+        self.jinja = _chat_template(self.files[0])
+        self.words, vocabulary, _ = with_placeholder(ours.model, ours.tokenizer)
+        self.placeholder = str(self.words.convert_ids_to_tokens(vocabulary.image_token_id))
+        wrong = differences(ours.processor.template, self.words, self.jinja, vocabulary.image_token_id)
+        self.probes, self.samples, self.left_out = prompts(ours, [*chat_probes(), *more], wrong == [LATER])
+
+    @cached_property
+    def theirs(self) -> LlamaCpp:
+        """llama.cpp with both files."""
+        length = max(len(sample.input_ids) for sample in self.samples) + self.tokens
+        return LlamaCpp(*self.files, min(length + 8, self.ours.context_length), torch.get_num_threads())
+
+    @contextmanager
+    def prompt(self, probe: Probe, *, square: bool = False) -> Iterator[Any]:
+        """The probe as llama.cpp's chunks, pictures padded to squares beforehand where that is wanted.
+
+        The text is what the file's own chat template makes of the probe.
+        """
+        pictures = [picture.convert("RGB") for picture in probe.pictures]
+        if square:
+            pictures = [_padded(picture) for picture in pictures]
+        pieces = stock_text(self.words, self.jinja, probe.messages).split(self.placeholder)
+        with self.theirs.chunks(pieces, pictures) as chunks:
+            yield chunks
+
+
+def verify_gguf(
+    source: Loaded | LocalBackend,
+    folder: Path,
+    *,
+    tokens: int = TOKENS,
+    more: Sequence[Probe] = (),
+) -> Parity:
+    """Compare exported GGUF files with the model that they were written from, and write `parity.json` beside them.
+
+    Args:
+        source: The model, on the CPU.
+        folder: The exported folder.
+        tokens: Greedy tokens of each answer.
+        more: What is asked besides the usual conversations; see `parity_probes`.
+
+    Returns:
+        What was found. Without llama-cpp-python nothing can be compared, and `passed` is false.
+
+    Raises:
+        PolymodalError: The folder holds no such files, or the report cannot be written.
+    """
+    comparison = GgufComparison(local(source), folder, tokens, more)
+    parity = run_checks(comparison, CHECKS if find_spec("llama_cpp") is not None else dict.fromkeys(CHECKS, _absent))
+    if "theirs" in vars(comparison):
+        comparison.theirs.close()
+    return parity
+
+
+def same_ids(comparison: GgufComparison) -> Check:
+    """Compare token ids."""
+    image_id, wrong, total = comparison.ours.model.image_token_id, [], 0
+    for probe, sample in zip(comparison.probes, comparison.samples, strict=True):
+        with comparison.prompt(probe) as chunks:
+            found = comparison.theirs.ids(chunks)
+        wanted = [None if token == image_id else token for token in sample.input_ids.tolist()]
+        total += len(wanted)
+        if found != wanted:
+            wrong.append(probe.name)
+    numbers = {"probes": len(comparison.probes), "tokens": total, "differ": wrong}
+    return Check("token_ids", not wrong, numbers, f"llama.cpp gives other ids for {', '.join(wrong)}" if wrong else "")
+
+
+@torch.inference_mode()
+def same_pictures(comparison: GgufComparison) -> Check:
+    """Compare a picture's tokens behind the projector; of pictures that are not square the edges may differ."""
+    allowed, wrong = NEAR[comparison.kind], []
+    worst = {"square": 0.0, "other": 0.0}
+    for probe, sample in zip(comparison.probes, comparison.samples, strict=True):
+        if not sample.plans:
+            continue
+        model = comparison.ours.model
+        assert sample.pixels is not None
+        ours = [model.project(model.encode_images(tiles.to(model.device)))[0].float().cpu() for tiles in sample.pixels]
+        with comparison.prompt(probe) as chunks:
+            theirs = comparison.theirs.picture_tokens(chunks, ours[0].shape[-1])
+        for picture, one, other in zip(probe.pictures, ours, theirs, strict=True):
+            shape = "square" if picture.width == picture.height else "other"
+            difference = _relative(one, other)
+            worst[shape] = max(worst[shape], difference)
+            if shape == "square" and not difference <= allowed:
+                wrong.append(f"{probe.name} ({difference:.2g})")
+    numbers = {"max_relative_difference": worst, "tolerance_of_square": allowed}
+    reason = f"tokens of pictures differ for {', '.join(wrong)}" if wrong else ""
+    vision = comparison.ours.config.vision
+    if wrong and vision is not None and vision.type == "clip":
+        reason += f" ({CLASS_TOKEN_NOTE})"
+    return Check("pictures", not wrong, numbers, reason)
+
+
+@torch.inference_mode()
+def same_answers(comparison: GgufComparison) -> Check:
+    """Compare the logits behind each prompt, and greedy answers, each side stopping where it stops."""
+    backend, least = comparison.ours, PARTED[comparison.kind]
+    wrong, equal, total, furthest, largest = [], 0, 0, 0.0, 0.0
+    stops = backend.processor.template.stop_ids
+    for probe, sample in zip(comparison.probes, comparison.samples, strict=True):
+        with comparison.prompt(probe, square=True) as chunks:
+            logits, made = comparison.theirs.answer(chunks, comparison.tokens, stops)
+        batch = collate([sample], backend.processor.pad_id).to(backend.model.device).inputs()
+        ours = backend.model(**{**batch, "labels": None}).logits
+        assert ours is not None
+        last = ours.reshape(-1, ours.shape[-1])[-1].float().cpu()
+        furthest = max(furthest, float((last - logits[: len(last)]).abs().max()))
+        largest = max(largest, float(last.abs().max()))
+        same, most = common_prefix(greedy_ids(backend, sample, comparison.tokens), made)
+        equal, total = equal + same, total + most
+        if same < most:
+            wrong.append(f"{probe.name} ({same} of {most} tokens)")
+    share = equal / total if total else 1.0
+    numbers = {
+        "agreement": share,
+        "tokens": total,
+        "least": least,
+        "probes": len(comparison.probes),
+        "part": wrong,
+        "max_logit_difference": furthest,
+        "largest_logit": largest,
+        "version": version("llama-cpp-python"),
+    }
+    return Check("llama.cpp", share >= least, numbers, "" if share >= least else f"answers part for {', '.join(wrong)}")
+
+
+CHECKS: dict[str, Callable[[GgufComparison], Check | None]] = {
+    "token_ids": same_ids,
+    "pictures": same_pictures,
+    "llama.cpp": same_answers,
+}
+"""The comparisons with llama.cpp."""
+
+
+def _absent(comparison: GgufComparison) -> None:
+    """Stands for a comparison whose program is not installed."""
+
+
+def _chat_template(path: Path) -> str:
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).fields.get("tokenizer.chat_template")
+    if field is None:
+        raise CheckpointError(f"{path}: no tokenizer.chat_template in it")
+    return str(field.contents())
+
+
+def _padded(picture: Any) -> Any:
+    """A picture in the middle of a square, as LLaVA pads it."""
+    from PIL import Image
+
+    side = max(picture.size)
+    canvas = Image.new("RGB", (side, side), PAD_COLOUR)
+    canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return canvas
+
+
+def _relative(one: Tensor, other: Tensor) -> float:
+    if one.shape != other.shape:
+        return float("inf")
+    return float((one - other).norm() / one.norm().clamp(min=1e-9))

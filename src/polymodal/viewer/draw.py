@@ -1,0 +1,152 @@
+"""One picture of what the encoder is given: the tiles' outlines on the source, and each tile as it is encoded.
+
+Thin lines inside a tile part its tokens; a tile's number is its place in the batch that the encoder sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from polymodal.media_plan import Box, ImagePlan
+
+MARGIN = 16
+SHOWN_SOURCE = 480
+"""The longer side of the drawn source, pixels."""
+SHOWN_TILE = 224
+"""The longer side of a drawn tile, pixels."""
+PALETTE = ((214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207))
+PAPER, INK, EMPTY = (255, 255, 255), (40, 40, 40), (225, 225, 225)
+
+
+def draw_plan(picture: Image.Image, plan: ImagePlan, tiles: Sequence[Image.Image]) -> Image.Image:
+    """Draw one picture's way into the sequence.
+
+    Args:
+        picture: The decoded picture (RGB, upright).
+        plan: Its plan.
+        tiles: Its tiles before normalising, as `processing.image_transform.tile_pictures` makes them.
+
+    Returns:
+        An RGB picture: the source with outlines on the left, the tiles on the right, one line of counts below.
+    """
+    source = _draw_source(picture, plan)
+    panel = _draw_tiles(plan, tiles)
+    caption = (
+        f"{plan.source.height} x {plan.source.width} pixels -> {plan.num_tiles} tile"
+        f"{'s' if plan.num_tiles != 1 else ''} of {plan.tile.height} x {plan.tile.width} -> {plan.num_tokens} tokens"
+    )
+    font = _font(16)
+    width = max(source.width + panel.width + 3 * MARGIN, int(font.getlength(caption)) + 2 * MARGIN)
+    height = max(source.height, panel.height) + 3 * MARGIN + 18
+    sheet = Image.new("RGB", (width, height), PAPER)
+    sheet.paste(source, (MARGIN, MARGIN))
+    sheet.paste(panel, (source.width + 2 * MARGIN, MARGIN))
+    ImageDraw.Draw(sheet).text((MARGIN, height - MARGIN - 18), caption, fill=INK, font=font)
+    return sheet
+
+
+def stack(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Put the drawings of several pictures under one another.
+
+    Args:
+        sheets: The drawings; at least one.
+
+    Returns:
+        One RGB picture.
+    """
+    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), PAPER)
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
+
+
+def _draw_source(picture: Image.Image, plan: ImagePlan) -> Image.Image:
+    """The source with the tiles of the canvas outlined on it; tiles may reach past it into padding."""
+    box = plan.content_box
+    # What was resized to the content box: the frame that the picture was laid on, or the picture itself.
+    frame = plan.frame or Box(0, 0, plan.source.height, plan.source.width)
+    per_row, per_column = frame.height / box.height, frame.width / box.width  # source pixels per canvas pixel
+    # The canvas in source pixels: (left, top, right, bottom).
+    canvas = (
+        -box.left * per_column - frame.left,
+        -box.top * per_row - frame.top,
+        (plan.canvas.width - box.left) * per_column - frame.left,
+        (plan.canvas.height - box.top) * per_row - frame.top,
+    )
+    left, top = min(0.0, canvas[0]), min(0.0, canvas[1])
+    right, bottom = max(float(plan.source.width), canvas[2]), max(float(plan.source.height), canvas[3])
+    scale = SHOWN_SOURCE / max(right - left, bottom - top)
+
+    def x(value: float) -> int:
+        return round((value - left) * scale)
+
+    def y(value: float) -> int:
+        return round((value - top) * scale)
+
+    drawing = Image.new("RGB", (x(right) + 3, y(bottom) + 3), EMPTY)
+    shown = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    drawing.paste(shown, (x(0), y(0)))
+    pen = ImageDraw.Draw(drawing)
+    first = 1 if plan.overview == "first" else 0
+    font = _font(18)
+    for row in range(plan.grid.height):
+        for column in range(plan.grid.width):
+            number = first + row * plan.grid.width + column
+            corner = (
+                x(canvas[0] + column * plan.tile.width * per_column),
+                y(canvas[1] + row * plan.tile.height * per_row),
+            )
+            far = (
+                x(canvas[0] + (column + 1) * plan.tile.width * per_column),
+                y(canvas[1] + (row + 1) * plan.tile.height * per_row),
+            )
+            colour = PALETTE[number % len(PALETTE)]
+            pen.rectangle((*corner, *far), outline=colour, width=3)
+            _label(pen, (corner[0] + 6, corner[1] + 6), str(number + 1), colour, font)
+    return drawing
+
+
+def _draw_tiles(plan: ImagePlan, tiles: Sequence[Image.Image]) -> Image.Image:
+    """The tiles as the encoder gets them, in its order, each with the grid of its tokens."""
+    columns = max(1, min(3, plan.grid.width if plan.grid.area > 1 else len(tiles)))
+    rows = -(-len(tiles) // columns)
+    scale = SHOWN_TILE / max(plan.tile.height, plan.tile.width)
+    width, height = round(plan.tile.width * scale), round(plan.tile.height * scale)
+    gap = 8
+    panel = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), PAPER)
+    font = _font(16)
+    for number, tile in enumerate(tiles):
+        shown = tile.resize((width, height))
+        pen = ImageDraw.Draw(shown, "RGBA")
+        for row in range(1, plan.tokens.height):
+            at = row * height // plan.tokens.height
+            pen.line((0, at, width, at), fill=(255, 255, 255, 110))
+        for column in range(1, plan.tokens.width if plan.tokens.height > 1 else 1):
+            at = column * width // plan.tokens.width
+            pen.line((at, 0, at, height), fill=(255, 255, 255, 110))
+        is_overview = plan.overview != "none" and number == (0 if plan.overview == "first" else len(tiles) - 1)
+        colour = INK if is_overview else PALETTE[number % len(PALETTE)]
+        pen.rectangle((0, 0, width - 1, height - 1), outline=colour, width=3)
+        _label(pen, (6, 6), f"{number + 1}{' (whole)' if is_overview else ''}", colour, font)
+        panel.paste(shown, ((number % columns) * (width + gap), (number // columns) * (height + gap)))
+    return panel
+
+
+def _label(
+    pen: ImageDraw.ImageDraw,
+    at: tuple[int, int],
+    text: str,
+    colour: tuple[int, int, int],
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> None:
+    box = pen.textbbox(at, text, font=font)
+    pen.rectangle((box[0] - 3, box[1] - 2, box[2] + 3, box[3] + 2), fill=colour)
+    pen.text(at, text, fill=PAPER, font=font)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)

@@ -1,0 +1,173 @@
+"""What the model sees, for a person to look at: every token with its kind, and the integers of every picture's plan.
+
+This is a view of a `Sample`, so it shows what the model is really given; nothing is worked out a second time. It
+needs the tokenizer and the plan, and no weights of the language model. `view_html` and `view_picture` draw it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from polymodal.media_plan import ImagePlan, Size
+from polymodal.processing.collate import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Kind = Literal["text", "media", "trained"]
+"""text: read by the model; media: filled with a picture's features; trained: text that carries a loss."""
+
+_LONGEST_CHARACTER = 8
+"""Tokens that one character may be spread over; byte-level tokenizers need up to four, composed emoji more."""
+
+_STYLE: dict[Kind, str] = {"text": "", "media": "\x1b[35m", "trained": "\x1b[32m"}
+_RESET = "\x1b[0m"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A piece of the sequence: usually one token; several where they spell one character, or are one picture.
+
+    Attributes:
+        kind: What the piece is.
+        text: The text it stands for; "image 1" for the first picture.
+        start: Its first position.
+        ids: Its ids.
+        special: It is a control token of the tokenizer, such as the end of a turn.
+    """
+
+    kind: Kind
+    text: str
+    start: int
+    ids: tuple[int, ...]
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class View:
+    """A sequence, cut into cells.
+
+    Attributes:
+        cells: In order; together they are the whole sequence.
+        plans: One plan a picture, in order.
+    """
+
+    cells: tuple[Cell, ...]
+    plans: tuple[ImagePlan, ...]
+
+    @property
+    def counts(self) -> dict[Kind, int]:
+        """Tokens of each kind."""
+        counts: dict[Kind, int] = {"text": 0, "media": 0, "trained": 0}
+        for cell in self.cells:
+            counts[cell.kind] += len(cell.ids)
+        return counts
+
+
+def view_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> View:
+    """Cut a sample into cells.
+
+    Args:
+        sample: What the processor made.
+        tokenizer: The tokenizer it was made with.
+
+    Returns:
+        The view.
+    """
+    ids = [int(i) for i in sample.input_ids]
+    trained = [bool(m) for m in sample.loss_mask]
+    specials = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    starts = {slot.start: (number, slot) for number, slot in enumerate(sample.slots, start=1)}
+    cells: list[Cell] = []
+    position = 0
+    while position < len(ids):
+        if position in starts:
+            number, slot = starts[position]
+            end = position + slot.length
+            cells.append(Cell("media", f"{slot.modality} {number}", position, tuple(ids[position:end])))
+        else:
+            kind: Kind = "trained" if trained[position] else "text"
+            limit = min(len(ids), position + _LONGEST_CHARACTER)
+            stops = [p for p in range(position + 1, limit) if p in starts or trained[p] != trained[position]]
+            end, text = _piece(ids, position, stops[0] if stops else limit, tokenizer)
+            cells.append(Cell(kind, text, position, tuple(ids[position:end]), ids[position] in specials))
+        position = end
+    return View(tuple(cells), sample.plans)
+
+
+def _piece(ids: Sequence[int], start: int, limit: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
+    """The shortest run of ids from `start` that spells whole characters: its end and its text."""
+    # Decoded behind the token before it, since some tokenizers drop the space in front of a first word.
+    before = [ids[start - 1]] if start and ids[start - 1] < len(tokenizer) else []
+    head = tokenizer.decode(before)
+    first = ""
+    for end in range(start + 1, limit + 1):
+        text = str(tokenizer.decode([*before, *ids[start:end]]))
+        text = text[len(head) :] if text.startswith(head) else str(tokenizer.decode(list(ids[start:end])))
+        first = first or text
+        if "\ufffd" not in text:
+            return end, text
+    return start + 1, first
+
+
+def plan_facts(plan: ImagePlan) -> dict[str, str]:
+    """The integers of one plan, as a person would write them.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        Label -> value, in reading order. Sizes are height × width.
+    """
+    box = plan.content_box
+    facts = {
+        "picture": f"{_size(plan.source)} pixels"
+        + (f", padded to {plan.frame.height} × {plan.frame.width}" if plan.frame else ""),
+        "scaled to": f"{box.height} × {box.width}" + (" (scaled down to the tile limit)" if plan.scaled_to_fit else ""),
+        "canvas": f"{_size(plan.canvas)}, filled from top {box.top}, left {box.left}",
+        "tiles": f"{plan.num_tiles} of {_size(plan.tile)} pixels: grid {_size(plan.grid)}"
+        + ("" if plan.overview == "none" else f" and the whole picture, {plan.overview}"),
+        "tokens of a tile": f"{plan.tokens.area} ({_size(plan.tokens)})",
+    }
+    if plan.unpadded is not None:
+        facts["tokens of the canvas"] = f"{_size(plan.unpadded)} ({plan.merge})"
+    facts["tokens in all"] = str(plan.num_tokens)
+    return facts
+
+
+def to_terminal(view: View, *, colour: bool, clean: Callable[[str], str] = str) -> str:
+    """Lay a view out as text.
+
+    Args:
+        view: The view.
+        colour: Use terminal colours; without them trained text stands in ⟦ ⟧.
+        clean: Applied to the text of tokens, to take the sting out of control characters.
+
+    Returns:
+        Lines: the sequence, the legend with counts, the facts of each plan.
+    """
+    pieces: list[str] = []
+    before: Kind = "text"
+    for cell in view.cells:
+        if not colour and (cell.kind == "trained") != (before == "trained"):
+            pieces.append("⟦" if cell.kind == "trained" else "⟧")
+        before = cell.kind
+        text = f"⟨{cell.text}: {len(cell.ids)} tokens⟩" if cell.kind == "media" else clean(cell.text)
+        pieces.append(f"{_STYLE[cell.kind]}{text}{_RESET}" if colour and _STYLE[cell.kind] else text)
+    if not colour and before == "trained":
+        pieces.append("⟧")
+    counts = view.counts
+    legend = ", ".join(
+        f"{_STYLE[kind]}{count} {kind}{_RESET}" if colour and _STYLE[kind] else f"{count} {kind}"
+        for kind, count in counts.items()
+    )
+    lines = ["".join(pieces), "", f"{sum(counts.values())} tokens: {legend}"]
+    for number, plan in enumerate(view.plans, start=1):
+        lines += ["", f"image {number}", *(f"  {label:<21}{value}" for label, value in plan_facts(plan).items())]
+    return "\n".join(lines)
+
+
+def _size(size: Size) -> str:
+    return f"{size.height} × {size.width}"
