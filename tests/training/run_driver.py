@@ -30,9 +30,9 @@ from typing import Any
 import safetensors.torch
 
 from polymodal.training import train
+from polymodal.training.process_group import leave_world
 from polymodal.training.recipes.load import load_any_recipe
 from polymodal.training.trainer import Run
-from polymodal.training.world import leave_world
 
 TIMEOUT_S = 120
 """A process that takes longer hangs, and is ended by a signal."""

@@ -29,6 +29,7 @@ from polymodal.processing.processor import Processor
 from polymodal.training import checkpoint, train
 from polymodal.training import optimizer as policy
 from polymodal.training.activation_checkpointing import activation_bytes, checkpoint_layers
+from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import read_log
 from polymodal.training.reporting.loss_by_kind import kinds_of_targets
@@ -36,7 +37,6 @@ from polymodal.training.run import make_run
 from polymodal.training.sft.prepare_data import prepare_recipe, recipe_processor
 from polymodal.training.sft.task import load_parts
 from polymodal.training.trainer import Run
-from polymodal.training.world import World
 from polymodal.utils.modules import blocks
 
 Make = Callable[..., Recipe]

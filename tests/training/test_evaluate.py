@@ -16,6 +16,7 @@ import torch
 from polymodal.config import parse_config
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.training import checkpoint, train
+from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import read_log
 from polymodal.training.reporting.report import write_report
@@ -23,7 +24,6 @@ from polymodal.training.run import make_run
 from polymodal.training.sft.evaluate import choose_shown, held_out_loss, make_evaluation
 from polymodal.training.sft.task import load_parts
 from polymodal.training.trackers import numbers_of
-from polymodal.training.world import World
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from polymodal.checkpoints.model_folder import load_model
 from polymodal.errors import CheckpointError, ConfigError, DataError, PolymodalError
 from polymodal.training import checkpoint, train
 from polymodal.training import optimizer as policy
+from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import read_log
 from polymodal.training.run import make_run
 from polymodal.training.sft.task import load_parts
 from polymodal.training.trainer import Run
-from polymodal.training.world import World
 
 Make = Callable[..., Recipe]
 Until = Callable[[Recipe, int], None]

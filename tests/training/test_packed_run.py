@@ -73,8 +73,8 @@ def test_a_packed_run_goes_on_where_it_stopped(plain: dict[str, Any], tmp_path: 
     packed = {"packing": "pack", "micro_tokens": 96, "global_tokens": 300}
     train(recipe_of(plain, tmp_path / "whole", batch=packed))
     parts = recipe_of(plain, tmp_path / "parts", batch=packed)
+    from polymodal.training.process_group import World
     from polymodal.training.run import make_run
-    from polymodal.training.world import World
 
     Path(parts.output_dir).mkdir()
     run = make_run(parts, load_parts(parts), World())

@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> int:
     """Resolve the recipe, then print or run it."""
     from polymodal.training import train
     from polymodal.training.pipeline import run_pipeline
+    from polymodal.training.process_group import leave_world
     from polymodal.training.recipes.load import dump_recipe, load_any_recipe
     from polymodal.training.recipes.pipeline import dump_pipeline, is_pipeline, load_pipeline
-    from polymodal.training.world import leave_world
 
     if is_pipeline(args.recipe):
         pipeline = load_pipeline(args.recipe, args.overrides)

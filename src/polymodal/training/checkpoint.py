@@ -22,7 +22,7 @@ import torch
 
 from polymodal.errors import CheckpointError, first_line
 from polymodal.training.optimizer import Group
-from polymodal.training.world import World
+from polymodal.training.process_group import World
 from polymodal.utils.files import atomic_folder
 
 COMPLETE = "COMPLETE"

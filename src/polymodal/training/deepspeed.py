@@ -25,7 +25,7 @@ from polymodal.errors import CheckpointError, ConfigError, PolymodalError, first
 from polymodal.training import checkpoint
 from polymodal.training.distributed import Engine, share_start, wants_bf16
 from polymodal.training.optimizer import Group, make_optimizer
-from polymodal.training.world import World
+from polymodal.training.process_group import World
 from polymodal.utils.files import atomic_folder
 
 if TYPE_CHECKING:

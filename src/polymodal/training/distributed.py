@@ -24,7 +24,7 @@ from torch import nn
 from polymodal.errors import ConfigError
 from polymodal.training.checkpoint import is_sharded, restore, save_checkpoint
 from polymodal.training.optimizer import Group, make_optimizer
-from polymodal.training.world import World
+from polymodal.training.process_group import World
 from polymodal.utils.modules import blocks
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from typing import Any
 from polymodal.config import parse_config
 from polymodal.errors import ConfigError
 from polymodal.training import checkpoint
+from polymodal.training.process_group import World
 from polymodal.training.recipes.load import AnyRecipe
-from polymodal.training.world import World
 from polymodal.utils.progress import say
 
 FREE = frozenset(

@@ -21,6 +21,7 @@ from polymodal.training.curves import draw_curves
 from polymodal.training.distributed import Engine, wants_bf16
 from polymodal.training.export import export
 from polymodal.training.optimizer import Group
+from polymodal.training.process_group import World, clear_loss_of_peers, join_world
 from polymodal.training.recipes.load import AnyRecipe, dump_recipe
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import environment, start_log
@@ -34,7 +35,6 @@ from polymodal.training.signals import StopRequest
 from polymodal.training.steps import Order, Steps
 from polymodal.training.trackers import open_trackers
 from polymodal.training.trainer import Run, total_steps
-from polymodal.training.world import World, clear_loss_of_peers, join_world
 from polymodal.utils.files import write_text
 from polymodal.utils.progress import say
 

@@ -73,7 +73,7 @@ def on_main_process(work: Callable[[], T]) -> T:
     """Run something in the first process only; the others wait for it, fail with it, and get what it returns."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return work()
-    from polymodal.training.world import join_world
+    from polymodal.training.process_group import join_world
 
     world = join_world(timeout_minutes=10)
     result: list[T] = []

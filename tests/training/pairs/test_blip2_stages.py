@@ -23,10 +23,10 @@ from polymodal.training import optimizer as policy
 from polymodal.training import train
 from polymodal.training.contrastive.run import make_pair_run
 from polymodal.training.contrastive.task import load_pair_parts
+from polymodal.training.process_group import World
 from polymodal.training.recipes.contrastive import PairRecipe
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import read_log
-from polymodal.training.world import World
 
 Make = Callable[..., PairRecipe]
 QFORMER = {

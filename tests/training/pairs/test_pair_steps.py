@@ -19,10 +19,10 @@ from polymodal.training.contrastive.run import make_pair_run
 from polymodal.training.contrastive.task import load_pair_parts
 from polymodal.training.contrastive.trainer import PairRun
 from polymodal.training.pairs import engine
+from polymodal.training.process_group import World
 from polymodal.training.recipes.contrastive import PairRecipe
 from polymodal.training.recipes.load import dump_recipe
 from polymodal.training.reporting.log import read_log
-from polymodal.training.world import World
 
 Make = Callable[..., PairRecipe]
 CUTS = {"type": "crop_flip", "scale": [0.5, 1.0], "flip": 0.5}

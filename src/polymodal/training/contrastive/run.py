@@ -24,13 +24,13 @@ from polymodal.training.contrastive.trainer import PairRun
 from polymodal.training.curves import draw_curves
 from polymodal.training.pairs.engine import PairEngine
 from polymodal.training.pairs.export import export_pair_model
+from polymodal.training.process_group import World, clear_loss_of_peers, join_world
 from polymodal.training.recipes.contrastive import PairRecipe
 from polymodal.training.recipes.sections import RuleConfig
 from polymodal.training.reporting.report import write_report
 from polymodal.training.resume import find_checkpoint
 from polymodal.training.run import begin_logs, finished_before, make_folder, take_steps
 from polymodal.training.steps import Order
-from polymodal.training.world import World, clear_loss_of_peers, join_world
 from polymodal.utils.modules import frozen
 from polymodal.utils.progress import say
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from polymodal.training.distributed import Engine, share_start, wants_bf16
 from polymodal.training.optimizer import Group, make_optimizer
-from polymodal.training.world import World
+from polymodal.training.process_group import World
 
 if TYPE_CHECKING:
     from polymodal.training.recipes.contrastive import PairRecipe

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from polymodal.data.readers.conversations import Record
     from polymodal.modeling.vlm import MultimodalLM
     from polymodal.training.distributed import Engine
+    from polymodal.training.process_group import World
     from polymodal.training.recipes.sft import Recipe
-    from polymodal.training.world import World
 
 NEW_TOKENS = 48
 """Length of an answer at most."""
