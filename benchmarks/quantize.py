@@ -19,10 +19,10 @@ import torch
 
 import polymodal
 from polymodal import Image, LocalBackend, Message, PolymodalError, user
-from polymodal.generation.decoding import start_decoding
+from polymodal.generation.generate import start_decoding
 from polymodal.modeling.lora import merge_adapter
 from polymodal.modeling.quantization import fast_dtype, quantize_int8
-from polymodal.processing.batch import collate
+from polymodal.processing.collate import collate
 
 PICTURES = Path(__file__).resolve().parent.parent / "examples" / "pictures"
 QUESTIONS = ("What is this?", "Describe this picture in detail.", "Which colours do you see?", "Is there a cat?")

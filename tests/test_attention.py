@@ -13,8 +13,7 @@ from polymodal.errors import ConfigError
 from polymodal.modeling import packed_attention as attention
 from polymodal.modeling.packed_attention import MASK, POSITIONS, SEGMENTS, Segments, segment_attention, segment_mask
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.processing.batch import collate, collate_packed
-from polymodal.processing.collate import Sample
+from polymodal.processing.collate import Sample, collate, collate_packed
 
 VOCAB = 61
 COMMON: dict[str, Any] = {

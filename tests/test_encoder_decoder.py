@@ -27,8 +27,7 @@ from polymodal.modeling.language_model import decoder_start_id, layer_counts, lo
 from polymodal.modeling.projectors import build_projector
 from polymodal.modeling.token_loss import knows_head
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.processing.batch import collate
-from polymodal.processing.collate import Sample
+from polymodal.processing.collate import Sample, collate
 from polymodal.processing.processor import Processor, last_run
 
 SIZES: dict[str, Any] = {"vocab_size": 40, "d_model": 16}

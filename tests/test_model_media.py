@@ -19,8 +19,7 @@ from polymodal.modeling.build import build_model
 from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
 from polymodal.modeling.projectors import build_projector
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.processing.batch import collate, collate_packed
-from polymodal.processing.collate import Sample, Slot
+from polymodal.processing.collate import Sample, Slot, collate, collate_packed
 from polymodal.processing.image_transform import normalise
 from polymodal.processing.processor import Processor
 

@@ -32,7 +32,7 @@ from polymodal.modeling.quantization import (
     quantize_published,
     quantize_weight,
 )
-from polymodal.processing.batch import collate
+from polymodal.processing.collate import collate
 
 SHAPES = [(1, 1), (7, 5), (33, 1), (1, 17), (16, 15), (3, 4097), (65, 64)]
 PARAMS = GenerationParams(max_new_tokens=4)

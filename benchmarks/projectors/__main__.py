@@ -138,7 +138,7 @@ def answer_losses(name: str, options: argparse.Namespace) -> None:
     from polymodal.backends import load
     from polymodal.data.load import load_records
     from polymodal.evaluation.tasks.questions import in_grey
-    from polymodal.processing.batch import collate
+    from polymodal.processing.collate import collate
 
     target = options.output / name / "losses.json"
     if target.is_file():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 def main(folder: Path, data: str | list[str], size: int = 8000) -> None:
     from polymodal.data.load import load_records
-    from polymodal.representation.wordpiece import train_wordpiece
+    from polymodal.modeling.dual_encoders.blip2_stage1_folder import train_wordpiece
 
     captions: list[str] = []
     for file in [data] if isinstance(data, str) else data:

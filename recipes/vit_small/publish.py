@@ -22,7 +22,7 @@ import torch
 from polymodal.evaluation.embedder import Embedder, load_embedder
 from polymodal.modeling.dual_encoders.base import PairBatch
 from polymodal.modeling.dual_encoders.clip_siglip_hf import save_processor
-from polymodal.representation.notes import NOTES, read_notes
+from polymodal.modeling.dual_encoders.registry import NOTES, read_notes
 from polymodal.utils.files import atomic_folder, write_text
 
 TARGET = Path(__file__).resolve().parents[2] / "src" / "polymodal" / "models" / "vit_small"

@@ -65,7 +65,7 @@ def test_all_count_and_train_the_same_tokens(tmp_path: Path, stage: int) -> None
 def test_the_models_are_one_and_see_the_picture(tmp_path: Path) -> None:
     from benchmarks.training.models import build_llava
     from benchmarks.training.setting import SHAPES
-    from polymodal.processing.batch import collate
+    from polymodal.processing.collate import collate
 
     rows_of(tmp_path, 2)
     parts, samples = our_samples(tmp_path, 2)
@@ -117,7 +117,7 @@ def test_the_formula_counts_what_torch_counts(tmp_path: Path, stage: int) -> Non
     from benchmarks.training.setting import SHAPES
     from benchmarks.training.speed import model_flops
     from polymodal.config import LoraRecipe
-    from polymodal.processing.batch import collate
+    from polymodal.processing.collate import collate
     from polymodal.training import optimizer as policy
     from polymodal.training.recipes.sections import OptimConfig, RuleConfig
 

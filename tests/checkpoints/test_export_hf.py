@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polymodal.checkpoints.model_folder import Loaded, load_model, save_model
-from polymodal.checkpoints.shards import write_shards
 from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.interop.huggingface import export as hf_export
 from polymodal.interop.huggingface.export import export_hf
+from polymodal.interop.huggingface.export_files import write_shards
 from polymodal.modeling.build import build_model
 from polymodal.verify.compare import verify_export
 from polymodal.verify.side_by_side import Check, Comparison
@@ -124,8 +124,8 @@ def test_other_language_models(
 
 def test_the_default_model_says_why_not(tmp_path: Path, loaded: Loaded) -> None:
     """An EfficientNet has no class in transformers; neither has a projector that is wider than the language model."""
-    from polymodal.checkpoints.export_reasons import reasons_against, stock_family
     from polymodal.checkpoints.model_folder import read_config
+    from polymodal.interop.huggingface.export_class import reasons_against, stock_family
     from polymodal.utils.files import shipped_folder
 
     config = read_config(shipped_folder() / "default")

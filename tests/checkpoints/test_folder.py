@@ -26,7 +26,7 @@ def folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
 
 def logits(folder: Path, picture: Path) -> torch.Tensor:
     from polymodal.messages import Image, user
-    from polymodal.processing.batch import collate
+    from polymodal.processing.collate import collate
 
     backend = load(folder, "cpu")
     batch = collate([backend.processor([user(Image(picture), "What is this?")], add_generation_prompt=True)], 0)

@@ -11,10 +11,9 @@ import pytest
 
 from polymodal.backends import load_processor
 from polymodal.cli import main
-from polymodal.data.check.check import check_files
-from polymodal.data.faults import FAULTS
+from polymodal.data.check.check import Summary, check_files
+from polymodal.data.check.rows import FAULTS
 from polymodal.data.load import load_records
-from polymodal.data.summary import Summary
 from polymodal.processing.processor import Processor
 
 PLANTED = Path(__file__).parent / "planted"

@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from polymodal.backends import load_processor
-from polymodal.data.arrays import GrowingArray, open_array
 from polymodal.data.index import Index, open_index
-from polymodal.data.index_build import Reading, identity
+from polymodal.data.index_build import GrowingArray, Reading, identity, open_array
 from polymodal.data.lazy_sequence import Joined, Picked
 from polymodal.data.load import load_records
 from polymodal.errors import DataError, PolymodalError

@@ -20,7 +20,7 @@ from polymodal.data.load import iter_rows, load_records, row_record
 from polymodal.data.readers.base import CAPTION
 from polymodal.data.readers.registry import detect_format
 from polymodal.errors import DataError, MediaError
-from polymodal.media import table
+from polymodal.media import source as table
 from polymodal.media.image import open_image
 from polymodal.media.source import describe, read_bytes
 from polymodal.messages import FileSlice, Image, TableCell, Text, Video, assistant, user

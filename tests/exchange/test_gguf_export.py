@@ -18,12 +18,11 @@ from polymodal.checkpoints.model_folder import Loaded, load_model, save_model
 from polymodal.cli import main
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig, ProjectorConfig, TemplateConfig, VisionConfig
 from polymodal.errors import CheckpointError, ConfigError
-from polymodal.exchange.gguf_tokens import find_pre
-from polymodal.exchange.parity_probes import picture_probes
-from polymodal.interop.gguf.export import PAD_COLOUR, export_gguf
+from polymodal.interop.gguf.export import PAD_COLOUR, export_gguf, find_pre
 from polymodal.interop.gguf.weights import _neighbours
 from polymodal.modeling.build import build_model
 from polymodal.verify.llamacpp import verify_gguf
+from polymodal.verify.side_by_side import picture_probes
 
 gguf = pytest.importorskip("gguf")
 

@@ -31,11 +31,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from polymodal.backends import load, load_processor
 from polymodal.backends.local import LocalBackend
-from polymodal.checkpoints.hf import is_hf_folder
 from polymodal.checkpoints.model_folder import load_model, save_model
 from polymodal.config import VisionConfig
 from polymodal.errors import CheckpointError, ConfigError
-from polymodal.interop.huggingface.families import NotExpressibleError
+from polymodal.interop.huggingface.families import NotExpressibleError, is_hf_folder
 from polymodal.interop.huggingface.load import load_hf
 from polymodal.messages import Image, user
 from polymodal.modeling.encoders.vision import build_vision_encoder

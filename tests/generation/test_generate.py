@@ -6,12 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from polymodal.generation.generate import generate_ids
+from polymodal.generation.generate import generate_ids, sample_next
 from polymodal.generation.params import GenerationParams
-from polymodal.generation.sampling import sample_next
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.processing.batch import collate
-from polymodal.processing.collate import Sample
+from polymodal.processing.collate import Sample, collate
 
 VOCAB = 40
 

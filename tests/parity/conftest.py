@@ -25,7 +25,7 @@ from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.interop.huggingface.load import load_hf
 from polymodal.messages import Image, assistant, user
-from polymodal.processing.batch import collate
+from polymodal.processing.collate import collate
 
 QUESTION = "What is this?"
 SHAPES = [(75, 100), (31, 150), (140, 60)]

@@ -21,8 +21,7 @@ from polymodal.modeling.projectors import build_projector
 from polymodal.modeling.projectors.qformer import QFormerProjector
 from polymodal.modeling.projectors.qformer_files import from_transformers, load_exactly
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.processing.batch import collate
-from polymodal.processing.collate import Sample, Slot
+from polymodal.processing.collate import Sample, Slot, collate
 
 LAYERS = {"num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "initializer_range": 0.2}
 VISION: dict[str, Any] = {**LAYERS, "hidden_size": 24, "image_size": 28, "patch_size": 7}

@@ -41,8 +41,8 @@ from polymodal.interop.huggingface.export import export_hf
 from polymodal.interop.huggingface.load import load_hf
 from polymodal.messages import Image, Message, assistant, user
 from polymodal.modeling.build import build_model
-from polymodal.processing.batch import collate
-from polymodal.projectors.norm import Standardize
+from polymodal.modeling.projectors.mlp import Standardize
+from polymodal.processing.collate import collate
 from polymodal.verify.compare import verify_export
 
 TILE, PATCH = 28, 7

@@ -36,7 +36,7 @@ from polymodal.messages import Image, Message, user
 from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
 from polymodal.modeling.projectors import build_projector
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.processing.batch import collate
+from polymodal.processing.collate import collate
 
 TILE, PATCH = 56, 14
 PINPOINTS = ((56, 112), (112, 56), (112, 112), (168, 56), (56, 168))

@@ -40,7 +40,7 @@ from polymodal.interop.llava.config import is_llava_repo, read_repo
 from polymodal.interop.llava.load import load_llava_repo
 from polymodal.messages import Image, user
 from polymodal.modeling.lora import merge_adapter
-from polymodal.processing.batch import collate
+from polymodal.processing.collate import collate
 
 TILE = 28
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]

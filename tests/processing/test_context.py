@@ -14,10 +14,8 @@ from polymodal.config import ImageConfig, LLMConfig, ModelConfig, ProjectorConfi
 from polymodal.errors import ConfigError
 from polymodal.media_plan import Size
 from polymodal.messages import Image, assistant, system, user
-from polymodal.processing.batch import collate, collate_packed
-from polymodal.processing.collate import Sample
-from polymodal.processing.context import ContextReader
-from polymodal.processing.processor import Processor
+from polymodal.processing.collate import Sample, collate, collate_packed
+from polymodal.processing.processor import ContextReader, Processor
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "what", "is", "this", "sure", "?", "red", "[", "]", "sep"]
 PICTURE = Image("picture.png")

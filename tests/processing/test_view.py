@@ -14,9 +14,8 @@ from polymodal.media_plan import Size
 from polymodal.messages import Image, Message, assistant, system, user
 from polymodal.processing.image_transform import tile_pictures
 from polymodal.processing.processor import Processor
-from polymodal.processing.view_html import to_html
 from polymodal.viewer.draw import draw_plan, stack
-from polymodal.viewer.view import View, plan_facts, to_terminal, view_sample
+from polymodal.viewer.view import View, plan_facts, to_html, to_terminal, view_sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -14,7 +14,7 @@ from polymodal.config import ProjectorConfig
 from polymodal.errors import ConfigError
 from polymodal.media_plan import Size
 from polymodal.modeling.projectors import build_projector
-from polymodal.projectors.pooling import average_pool, pixel_shuffle
+from polymodal.modeling.projectors.mlp import average_pool, pixel_shuffle
 
 GRID = Size(4, 6)
 

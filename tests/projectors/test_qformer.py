@@ -16,16 +16,18 @@ from polymodal.config import ProjectorConfig, QFormerConfig, parse_config
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.media_plan import Size
 from polymodal.modeling.projectors import build_projector
+from polymodal.modeling.projectors.mlp import Standardize
 from polymodal.modeling.projectors.qformer import QFormer, QFormerProjector
 from polymodal.modeling.projectors.qformer_files import (
     from_transformers,
+    init_from_bert,
     load_qformer,
     load_stage1,
     save_qformer,
+    start_from,
+    start_projector,
     without_text,
 )
-from polymodal.projectors.norm import Standardize
-from polymodal.projectors.qformer_start import init_from_bert, start_from, start_projector
 
 EMBED = 8
 SMALL: dict[str, Any] = {

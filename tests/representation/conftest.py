@@ -22,9 +22,9 @@ def make_model(dropout: float = 0.0, seed: int = 0, queries: int = 4) -> Blip2St
 
     from polymodal.config import ImageConfig, QFormerConfig, VisionConfig
     from polymodal.modeling.dual_encoders.blip2_stage1 import Blip2Stage1
+    from polymodal.modeling.dual_encoders.blip2_stage1_folder import train_wordpiece
     from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
     from polymodal.modeling.projectors.qformer import QFormer
-    from polymodal.representation.wordpiece import train_wordpiece
 
     torch.manual_seed(seed)
     tokenizer = train_wordpiece(CAPTIONS * 2)

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from polymodal.errors import PolymodalError
-from polymodal.modeling.dual_encoders.gradient_cache import cached_backward
-from polymodal.modeling.dual_encoders.losses import clip_loss, siglip_loss
-from polymodal.representation.blip2_loss import (
+from polymodal.modeling.dual_encoders.gradient_cache import cached_backward, gather, gather_with_grad, process_count
+from polymodal.modeling.dual_encoders.losses import (
+    clip_loss,
     draw_negatives,
     itc_loss,
     itg_count,
@@ -30,8 +30,8 @@ from polymodal.representation.blip2_loss import (
     itg_targets,
     itm_inputs,
     itm_loss,
+    siglip_loss,
 )
-from polymodal.representation.gather import gather, gather_with_grad, process_count
 
 TIMEOUT_S = 60
 PAIRS, QUERIES, TEXT, WORDS = 8, 3, 5, 7

@@ -19,11 +19,11 @@ from polymodal.modeling.dual_encoders.blip2_stage1_folder import (
     from_retrieval,
     load_blip2,
     to_retrieval,
+    train_wordpiece,
 )
 from polymodal.modeling.dual_encoders.config import Blip2ModelConfig, ObjectiveConfig
 from polymodal.modeling.dual_encoders.registry import build_pair_model, load_pair_model
 from polymodal.modeling.projectors.qformer_files import load_qformer
-from polymodal.representation.wordpiece import train_wordpiece
 
 Make = Callable[..., Any]
 OBJECTIVE = ObjectiveConfig(type="blip2")

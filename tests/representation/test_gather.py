@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from polymodal.representation.gather import gather, gather_with_grad
+from polymodal.modeling.dual_encoders.gradient_cache import gather, gather_with_grad
 
 DRIVER = Path(__file__).with_name("gloo_driver.py")
 

@@ -11,8 +11,17 @@ import torch
 from torch.nn import functional as F
 
 from polymodal.errors import ConfigError
-from polymodal.modeling.dual_encoders.losses import clamp_logit_scale, clip_loss, siglip_loss
-from polymodal.representation.blip2_loss import IGNORED, itc_loss, itg_count, itg_loss, itg_targets, itm_loss
+from polymodal.modeling.dual_encoders.losses import (
+    IGNORED,
+    clamp_logit_scale,
+    clip_loss,
+    itc_loss,
+    itg_count,
+    itg_loss,
+    itg_targets,
+    itm_loss,
+    siglip_loss,
+)
 
 Nested = Any  # a number, or nested lists of them
 Formula = Callable[..., float]

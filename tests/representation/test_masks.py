@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from polymodal.representation.masks import bidirectional_mask, unilm_mask, unimodal_mask
+from polymodal.modeling.dual_encoders.blip2_stage1 import bidirectional_mask, unilm_mask, unimodal_mask
 
 QUERIES, LENGTHS = 3, [6, 4, 1]
 COUNT, TEXT = len(LENGTHS), max(LENGTHS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from polymodal.errors import DataError
-from polymodal.representation.blip2_loss import draw_negatives, itm_inputs
+from polymodal.modeling.dual_encoders.losses import draw_negatives, itm_inputs
 
 IDS = torch.tensor([4, 9, 4, 1, 9, 0])
 

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer, BertTokenizerFast
 
 from polymodal.errors import CheckpointError, DataError
-from polymodal.representation.wordpiece import load_wordpiece, train_wordpiece
+from polymodal.modeling.dual_encoders.blip2_stage1_folder import load_wordpiece, train_wordpiece
 
 CAPTIONS = [
     "A red apple.",

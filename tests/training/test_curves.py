@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from polymodal.training.curves import draw_curves, drawn_kinds
+from polymodal.training.reporting.report import draw_curves, drawn_kinds
 
 
 def log(count: int = 20) -> list[dict[str, Any]]:

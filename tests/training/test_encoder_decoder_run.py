@@ -24,7 +24,7 @@ from polymodal.modeling.meta_device import outline
 from polymodal.planning.activation_trace import Load, id_of, trace
 from polymodal.planning.starting_point import starting_point
 from polymodal.planning.train_plan import Question, kv_bytes_per_token, plan_training
-from polymodal.processing.batch import collate
+from polymodal.processing.collate import collate
 from polymodal.processing.processor import Processor
 from polymodal.training import checkpoint, train
 from polymodal.training import optimizer as policy

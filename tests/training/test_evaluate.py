@@ -18,12 +18,11 @@ from polymodal.errors import ConfigError, PolymodalError
 from polymodal.training import checkpoint, train
 from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
-from polymodal.training.reporting.log import read_log
+from polymodal.training.reporting.log import numbers_of, read_log
 from polymodal.training.reporting.report import write_report
 from polymodal.training.run import make_run
 from polymodal.training.sft.evaluate import choose_shown, held_out_loss, make_evaluation
 from polymodal.training.sft.task import load_parts
-from polymodal.training.trackers import numbers_of
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, Qwen2Config
 
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.processing.batch import collate_packed
-from polymodal.processing.collate import Batch, Sample
+from polymodal.processing.collate import Batch, Sample, collate_packed
 from polymodal.training.activation_checkpointing import (
     activation_bytes,
     checkpoint_layers,

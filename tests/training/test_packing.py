@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from polymodal.errors import ConfigError
-from polymodal.processing.batch import IGNORE, collate_packed
-from polymodal.processing.collate import Sample
+from polymodal.processing.collate import IGNORE, Sample, collate_packed
 from polymodal.training.recipes.sft import BatchConfig
 from polymodal.training.sft.dataset import micro_batches
 from polymodal.training.sft.packing import make_packs, plan_micro

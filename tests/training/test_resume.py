@@ -14,9 +14,9 @@ import torch
 
 from polymodal.errors import CheckpointError, ConfigError, DataError, PolymodalError
 from polymodal.training import checkpoint, train
+from polymodal.training.checkpoint import differences, identity
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import read_log
-from polymodal.training.resume import differences, identity
 
 Make = Callable[..., Recipe]
 Until = Callable[[Recipe, int], None]

@@ -22,12 +22,12 @@ from polymodal.errors import CheckpointError, ConfigError
 from polymodal.media_plan import Size
 from polymodal.messages import Image, user
 from polymodal.modeling.build import build_model
+from polymodal.modeling.dual_encoders.blip2_stage1_folder import train_wordpiece
 from polymodal.modeling.projectors.qformer import QFormerProjector
 from polymodal.planning.starting_point import starting_point
 from polymodal.planning.train_plan import Question, plan_training
-from polymodal.processing.batch import collate
+from polymodal.processing.collate import collate
 from polymodal.processing.processor import context_reader
-from polymodal.representation.wordpiece import train_wordpiece
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import read_log
 from polymodal.training.run import train

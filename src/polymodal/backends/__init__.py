@@ -113,8 +113,7 @@ def _open_hf(folder: Path, device: str | None, name: str, dtype: Dtype | None, q
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     from polymodal.backends.transformers import open_transformers
-    from polymodal.checkpoints.hf import is_hf_folder
-    from polymodal.interop.huggingface.families import NotExpressibleError
+    from polymodal.interop.huggingface.families import NotExpressibleError, is_hf_folder
     from polymodal.interop.llava.config import is_llava_repo
     from polymodal.modeling.quantization import INT8
 
@@ -177,13 +176,13 @@ def load_processor(name: str | Path = "default") -> Processor:
         CheckpointError: There is no such model, or its folder is damaged.
     """
     folder = find_model(name)
-    from polymodal.checkpoints.hf import is_hf_folder
     from polymodal.checkpoints.model_folder import read_config
+    from polymodal.interop.huggingface.families import is_hf_folder
     from polymodal.interop.huggingface.load import hf_processor
     from polymodal.modeling.build import build_vision
     from polymodal.modeling.language_model import load_tokenizer, quieten_transformers
+    from polymodal.modeling.projectors.qformer_files import load_context_tokenizer
     from polymodal.processing.processor import Processor
-    from polymodal.projectors.context import load_context_tokenizer
 
     if not (folder / CONFIG_NAME).is_file() and is_hf_folder(folder):
         return hf_processor(folder)

@@ -6,15 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from polymodal.backends.base import Reply, TextDelta, ask_once
-from polymodal.backends.turns import forget_oldest, require_question, stream_reply
+from polymodal.backends.base import Reply, TextDelta, ask_once, forget_oldest, require_question, stream_reply
 from polymodal.errors import PolymodalError
 from polymodal.generation.generate import generate_ids, stream_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import TextStream
 from polymodal.messages import Message
-from polymodal.processing.batch import collate
-from polymodal.processing.collate import Sample
+from polymodal.processing.collate import Sample, collate
 from polymodal.processing.processor import Processor
 
 if TYPE_CHECKING:

@@ -26,10 +26,10 @@ from pydantic import BaseModel
 from polymodal.config import ModelConfig, parse_config
 from polymodal.errors import CheckpointError
 from polymodal.modeling.build import build_model
-from polymodal.modeling.lora import attach_adapter, is_peft, merge_adapter
+from polymodal.modeling.lora import attach_adapter, fold_in, is_peft, merge_adapter
+from polymodal.modeling.projectors.qformer_files import TOKENIZER_FOLDER
 from polymodal.modeling.quantization import is_quantized
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.projectors.context import TOKENIZER_FOLDER
 from polymodal.safety.config_json import read_json
 from polymodal.safety.model_folder import check_folder
 from polymodal.utils.files import atomic_folder, write_text
@@ -210,7 +210,7 @@ def verify_contract(folder: Path) -> None:
         CheckpointError: The contract does not hold, or the folder is damaged; names what.
     """
     from polymodal.modeling.language_model import load_tokenizer
-    from polymodal.projectors.context import load_context_tokenizer
+    from polymodal.modeling.projectors.qformer_files import load_context_tokenizer
 
     document = _read_document(folder)
     config = _config_in(folder, document)
@@ -346,3 +346,60 @@ def _hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _hash(contract: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(contract, sort_keys=True).encode()).hexdigest()
+
+
+# ---- A model in one folder that needs nothing else, its adapters added to the weights they adapt ----
+# Used at the end of a pipeline and by `polymodal export --format polymodal`.
+
+
+def export_whole(source: Path, target: Path) -> None:
+    """Write a model folder of ours as one that needs nothing else.
+
+    Adapters are added to the weights they adapt and are gone; the language model and the vision tower lie in the
+    folder, also where they were only referred to.
+
+    Args:
+        source: A model folder of ours.
+        target: Where to; replaced where it is there.
+
+    Raises:
+        PolymodalError: The model cannot be read, or the folder not be written.
+    """
+    write_whole(load_model(source), target, replace=True)
+
+
+def write_whole(
+    loaded: Loaded,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    replace: bool = False,
+) -> None:
+    """Write a model in memory as a folder that needs nothing else.
+
+    Args:
+        loaded: The model; its adapter is gone afterwards, and with `dtype` its weights are of that type.
+        target: Where to.
+        dtype: Of the weights; None leaves them as they are.
+        replace: Overwrite a folder that is there.
+
+    Raises:
+        PolymodalError: The folder cannot be written.
+    """
+    model, config = loaded.model, loaded.config
+    folded = ["adapter"] if is_peft(model.llm) else []
+    fold_in(model.llm)
+    if dtype is not None:
+        model.to(dtype)
+        llm = config.llm.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+        config = config.model_copy(update={"llm": llm})
+    save_model(
+        target,
+        model,
+        config,
+        loaded.tokenizer,
+        history=[*loaded.history, {"stage": "export", "folded_in": folded}],
+        llm_trained=True,
+        vision_trained=config.vision is not None,
+        replace=replace,
+    )

@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
     """Load, then write."""
     if args.target.exists() and not args.force:
         raise ConfigError(f"{args.target}: is there already; choose another folder, or replace it with --force")
-    from polymodal.checkpoints.hf import is_hf_folder
     from polymodal.checkpoints.locate import find_model
     from polymodal.checkpoints.model_folder import save_model
+    from polymodal.interop.huggingface.families import is_hf_folder
     from polymodal.interop.huggingface.load import load_hf
     from polymodal.interop.llava.config import is_llava_repo
     from polymodal.interop.llava.load import load_llava_repo

@@ -19,7 +19,7 @@ from polymodal.cli import common
 from polymodal.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from polymodal.data.summary import Summary
+    from polymodal.data.check.check import Summary
     from polymodal.processing.processor import Processor
 
 FORMATS = "auto, llava, messages, openai, coco, vqav2, gqa, textvqa, docvqa, parquet, webdataset, folder"
@@ -77,9 +77,8 @@ def check(args: argparse.Namespace) -> int:
     limit = parse_share(args.max_dropped)
     _at_least_one("--workers", args.workers)
     _at_least_one("--max-length", args.max_length)
-    from polymodal.data.check.check import check_files
+    from polymodal.data.check.check import check_files, summary_json
     from polymodal.data.check.report import to_html
-    from polymodal.data.summary import summary_json
     from polymodal.utils.files import write_text
     from polymodal.utils.progress import progress
 
@@ -130,7 +129,7 @@ def parse_share(text: str) -> float:
 
 def _result(summary: Summary, output: Path, image_root: Path | None) -> str:
     """The lines that are printed: one for each fault, then the counts."""
-    from polymodal.data.faults import FAULTS
+    from polymodal.data.check.rows import FAULTS
 
     lines = [
         f"{FAULTS[code].severity:<5}{count:>8}  {code:<20}{FAULTS[code].advice}"

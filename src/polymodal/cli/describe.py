@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from polymodal.cli.common import BOLD, DIM, RESET, colour_wanted, printable
 
 if TYPE_CHECKING:
-    from polymodal.checkpoints.parts import Part
     from polymodal.interop.describe import Description
+    from polymodal.interop.describe_weights import Part
 
 SHOWN_LINES = 6
 """Lines of the chat template on the page."""

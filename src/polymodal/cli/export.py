@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from polymodal.checkpoints.model_folder import Loaded
-    from polymodal.exchange.parity_probes import Probe
     from polymodal.verify.compare import Parity
+    from polymodal.verify.side_by_side import Probe
 
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 
@@ -112,7 +112,7 @@ def _gguf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:
 def _asked(args: argparse.Namespace) -> list[Probe]:
     """What the user wants asked besides the usual conversations."""
     from polymodal.data.load import load_records
-    from polymodal.exchange.parity_probes import Probe, picture_probes
+    from polymodal.verify.side_by_side import Probe, picture_probes
 
     probes = picture_probes([Path(path) for path in args.picture])
     if args.questions is not None:
@@ -132,7 +132,7 @@ def _outcome(parity: Parity) -> int:
 
 
 def _polymodal(args: argparse.Namespace, dst: Path, _more: list[Probe]) -> int:
-    from polymodal.checkpoints.whole import write_whole
+    from polymodal.checkpoints.model_folder import write_whole
 
     if args.keep_adapter:
         raise ConfigError("--keep-adapter: a folder of ours keeps its adapter already; copy the folder")

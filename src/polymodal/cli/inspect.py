@@ -80,9 +80,8 @@ def show(
         add_generation_prompt: End with the header of an answer.
     """
     from polymodal.messages import Image
-    from polymodal.processing.view_html import to_html
     from polymodal.viewer.draw import stack
-    from polymodal.viewer.view import to_terminal, view_sample
+    from polymodal.viewer.view import to_html, to_terminal, view_sample
 
     sources = [part.source for message in messages for part in message.media if isinstance(part, Image)]
     if png and not sources:

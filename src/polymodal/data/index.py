@@ -25,8 +25,7 @@ import numpy as np
 import torch
 
 from polymodal.data import index_build
-from polymodal.data.arrays import open_array
-from polymodal.data.index_build import CONTEXT_ARRAYS, INFO, MODALITIES, Reading, identity, stat_of
+from polymodal.data.index_build import CONTEXT_ARRAYS, INFO, MODALITIES, Reading, identity, open_array, stat_of
 from polymodal.data.load import record_from_json
 from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError, first_line

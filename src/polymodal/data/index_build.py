@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.lib import format as npy
 
-from polymodal.data.arrays import GrowingArray
 from polymodal.data.load import iter_rows, record_to_json, row_record
 from polymodal.data.readers.conversations import Record
 from polymodal.data.readers.registry import data_files, detect_format
@@ -30,6 +30,59 @@ from polymodal.utils.threads import Progress, ahead
 if TYPE_CHECKING:
     from polymodal.data.readers.base import RawRow
     from polymodal.processing.processor import Processor
+
+
+# ---- .npy files that grow while they are written, and memory maps of them afterwards ----
+
+
+class GrowingArray:
+    """Writes an .npy file row by row; the header's room for the number of rows is filled in at the end.
+
+    Args:
+        path: The file, new.
+        dtype: Of the values.
+        row: Shape of one row; () for plain numbers.
+    """
+
+    def __init__(self, path: Path, dtype: str, row: tuple[int, ...] = ()) -> None:
+        self.dtype, self.row, self.rows = np.dtype(dtype), row, 0
+        self._file = path.open("wb")
+        self._header()
+
+    def append(self, values: np.ndarray) -> None:
+        """Append rows: [n, *row]."""
+        block = np.ascontiguousarray(values, dtype=self.dtype).reshape(-1, *self.row)
+        self._file.write(block.tobytes())
+        self.rows += len(block)
+
+    def close(self) -> None:
+        """Write the final header and close the file."""
+        end = self._file.tell()
+        self._file.seek(0)
+        length = self._header()
+        assert end == length + self.rows * self.dtype.itemsize * int(np.prod(self.row, initial=1))
+        self._file.close()
+
+    def _header(self) -> int:
+        # NumPy pads the header so that its length does not depend on the number of rows.
+        shape = (self.rows, *self.row)
+        npy.write_array_header_1_0(
+            self._file, {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+        )
+        return self._file.tell()
+
+
+def open_array(path: Path) -> np.ndarray:
+    """Map an .npy file into memory, for reading."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+    except ValueError:  # nothing can be mapped of an array without rows
+        return np.load(path, allow_pickle=False)  # type: ignore[no-any-return]
+
+
+# ---- How an index is written: every row of a source tokenised once, streamed into growing arrays ----
+# The parts of `data.index` that are needed only while an index is built.
+
 
 VERSION = 1
 INFO = "index.json"

@@ -21,10 +21,9 @@ from polymodal.media.image import open_image
 from polymodal.media_plan import Size, plan_image
 from polymodal.modeling.dual_encoders.base import PairBatch, PairModel
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig
-from polymodal.modeling.dual_encoders.registry import load_pair_model
+from polymodal.modeling.dual_encoders.registry import NOTES, load_pair_model, read_notes
 from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.processing.image_transform import tile_bytes
-from polymodal.representation.notes import NOTES, read_notes
 from polymodal.utils.files import shipped
 from polymodal.utils.threads import ahead
 

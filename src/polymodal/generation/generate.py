@@ -1,4 +1,4 @@
-"""Token by token: read the prompt once, then decode from the key-value cache (`generation.decoding`).
+"""Token by token: read the prompt once, then decode from the key-value cache (`generation.generate`).
 
 Rows of a batch are padded on the left, so that unequal prompts give the same tokens as one by one. Placeholder ids
 and rows of the head that belong to no token are never chosen.
@@ -7,16 +7,152 @@ and rows of the head that belong to no token are never chosen.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from polymodal.generation.decoding import start_decoding
 from polymodal.generation.params import GenerationParams
-from polymodal.generation.sampling import new_generator, sample_next
+from polymodal.modeling.language_model import decoder_start_id
+from polymodal.modeling.seq2seq import move_left, take
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Batch
+
+if TYPE_CHECKING:
+    from transformers import EncoderDecoderCache
+
+
+# ---- Logits -> next ids ----
+
+
+def sample_next(
+    logits: torch.Tensor, params: GenerationParams, made: torch.Tensor, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Choose the next id of each row.
+
+    Args:
+        logits: [B, V] float; ids that must not be made are already at -inf.
+        params: The settings.
+        made: [B, n] ids made so far, for the repetition penalty.
+        generator: The random state; None when greedy.
+
+    Returns:
+        [B] int64.
+    """
+    logits = logits.float()
+    if params.repetition_penalty != 1.0 and made.shape[1]:
+        seen = logits.gather(1, made)
+        seen = torch.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
+        logits = logits.scatter(1, made, seen)
+    if params.temperature == 0.0:
+        return logits.argmax(dim=-1)
+    logits = logits / params.temperature
+    if params.top_k:
+        floor = logits.topk(min(params.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    if params.top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
+        ordered = ordered.masked_fill(before >= params.top_p, -torch.inf)  # the first token always stays
+        logits = torch.full_like(logits, -torch.inf).scatter(1, order, ordered)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+def new_generator(params: GenerationParams, device: torch.device) -> torch.Generator | None:
+    """Make the random state of one answer.
+
+    Args:
+        params: The settings.
+        device: Where the logits are.
+
+    Returns:
+        The state, seeded as the settings say; None when greedy.
+    """
+    if params.temperature == 0.0:
+        return None
+    generator = torch.Generator(device=device)
+    if params.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(params.seed)
+    return generator
+
+
+# ---- The next token's logits, step after step, for both kinds of language model ----
+# A causal LM reads the prompt into its key-value cache and goes on from there. An encoder-decoder's encoder reads the
+# prompt once; its decoder starts from its start token, with a cache for what it said and one for what it looks at, which
+# is filled in the first step. Either way the caller gives the ids that were chosen and gets logits.
+
+
+NextLogits = Callable[[torch.Tensor | None], torch.Tensor]
+"""Takes the ids [B] chosen in the step before, None in the first; gives logits [B, V]."""
+
+
+def start_decoding(model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Tensor) -> NextLogits:
+    """Begin a generation.
+
+    Args:
+        model: The model, in eval mode.
+        embeds: [B, T, D] the prompts, media merged.
+        attention_mask: [B, T] bool, False on padding, which is on the left.
+
+    Returns:
+        What makes the logits of one step after the other.
+    """
+    start = _encoder_decoder if model.encoder_decoder else _causal
+    return start(model, embeds, attention_mask)
+
+
+def _causal(model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Tensor) -> NextLogits:
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.llm.config.get_text_config())
+    mask = attention_mask
+    padded = not bool(mask.all())
+
+    def next_logits(ids: torch.Tensor | None) -> torch.Tensor:
+        nonlocal mask
+        inputs = {"inputs_embeds": embeds} if ids is None else {"input_ids": ids[:, None]}
+        if ids is not None and padded:
+            mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+        kwargs = model.decoder_inputs(mask, cache) if padded else {}
+        logits: torch.Tensor = model.llm(
+            **inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **kwargs
+        ).logits
+        return logits[:, -1]
+
+    return next_logits
+
+
+def _encoder_decoder(model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Tensor) -> NextLogits:
+    llm: Any = model.llm
+    index, real = move_left(attention_mask)
+    mask = None if bool(real.all()) else real
+    encoded = llm.get_encoder()(inputs_embeds=take(embeds, index), attention_mask=mask, return_dict=True)
+    cache: EncoderDecoderCache | None = None  # the model makes its own, one part for each of the decoder's attentions
+    first = torch.full((len(embeds),), decoder_start_id(llm), device=embeds.device)
+
+    def next_logits(ids: torch.Tensor | None) -> torch.Tensor:
+        nonlocal cache
+        said = first if ids is None else ids
+        out = llm(
+            encoder_outputs=encoded,
+            attention_mask=mask,
+            decoder_input_ids=said[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = out.past_key_values
+        last: torch.Tensor = out.logits[:, -1]
+        return last
+
+    return next_logits
+
+
+# ---- Token by token: read the prompt once, then decode from the key-value cache (`generation.generate`) ----
+# Rows of a batch are padded on the left, so that unequal prompts give the same tokens as one by one. Placeholder ids
+# and rows of the head that belong to no token are never chosen.
 
 
 @dataclass(frozen=True)

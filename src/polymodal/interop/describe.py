@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.checkpoints.model_folder import CONFIG_NAME, read_config, read_history, verify_contract
-from polymodal.checkpoints.parts import Part, kind_of, part_of
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig
 from polymodal.errors import PolymodalError
-from polymodal.interop.describe_weights import looked_over, referred
+from polymodal.interop.describe_weights import Part, kind_of, looked_over, part_of, referred
 from polymodal.interop.llava.config import is_llava_repo
 from polymodal.media_plan import Size, plan_image
 from polymodal.processing.chat_template.presets import PRESETS
@@ -332,7 +331,7 @@ def visual_tokens(folder: Path, sizes: Sequence[Size]) -> list[tuple[int, int]]:
         CheckpointError: It is no published model of a family that is composed here.
         ConfigError: Its preprocessing cannot be expressed.
     """
-    from polymodal.checkpoints.hf import read_pieces
+    from polymodal.interop.huggingface.families import read_pieces
     from polymodal.interop.huggingface.weights import compose_vision
 
     image = _image_config(check_folder(folder, weights=False))

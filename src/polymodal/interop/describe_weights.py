@@ -2,13 +2,161 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from polymodal.checkpoints.locate import HUB_ID
 from polymodal.errors import CheckpointError, first_line
 from polymodal.safety.model_folder import FolderReport, check_folder
 from polymodal.safety.safetensors_header import Header, TensorInfo
 from polymodal.utils.files import shipped
+
+# ---- What a folder's weights are made of, from the headers of its files: a tree of parts with their sizes ----
+
+
+NESTED = {
+    "vision_config": ("vision_tower", "vision_model", "visual", "vision_encoder", "vision"),
+    "text_config": ("language_model", "text_model"),
+    "audio_config": ("audio_tower", "audio_model", "audio_encoder"),
+    "qformer_config": ("qformer",),
+}
+"""Parts of a `config.json` and the names that their weights go by."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model.
+
+    Attributes:
+        name: Its name in the files; "layers × 24" for layers in a row.
+        parameters: How many numbers it has; None where that is not known here.
+        num_bytes: Their size in the files.
+        dtypes: How they are stored, such as ("BF16",), the most frequent first.
+        kind: Its class, and what its configuration says about its shape.
+        source: Where it is, if not in the folder.
+        children: The parts inside it.
+    """
+
+    name: str
+    parameters: int | None
+    num_bytes: int | None
+    dtypes: tuple[str, ...] = ()
+    kind: str = ""
+    source: str = ""
+    children: tuple[Part, ...] = field(default=())
+
+    def plain(self) -> dict[str, Any]:
+        """The part as plain data."""
+        return {
+            "name": self.name,
+            "parameters": self.parameters,
+            "bytes": self.num_bytes,
+            "dtypes": list(self.dtypes),
+            "kind": self.kind,
+            "source": self.source,
+            "children": [child.plain() for child in self.children],
+        }
+
+
+def part_of(
+    name: str, tensors: Mapping[str, TensorInfo], settings: Mapping[str, Any] | None = None, depth: int = 2
+) -> Part:
+    """Make the tree of some tensors.
+
+    Args:
+        name: Of the whole.
+        tensors: By name.
+        settings: The `config.json` that describes them.
+        depth: Levels below the whole.
+
+    Returns:
+        The tree; levels with a single entry are skipped, numbered layers are one entry.
+    """
+    settings = settings or {}
+    sizes: dict[str, int] = {}
+    for info in tensors.values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
+    part = Part(
+        name,
+        sum(info.numel for info in tensors.values()),
+        sum(sizes.values()),
+        tuple(sorted(sizes, key=lambda dtype: -sizes[dtype])),
+        kind_of(settings),
+    )
+    if depth == 0:
+        return part
+    groups = _groups(tensors)
+    children = []
+    for segment, inside in groups.items():
+        nested = next((key for key, names in NESTED.items() if segment in names and key in settings), None)
+        children.append(part_of(segment, inside, settings[nested] if nested else None, depth - 1))
+    return replace(part, children=tuple(children))
+
+
+def kind_of(settings: Mapping[str, Any]) -> str:
+    """A configuration in a few words: class and shape.
+
+    Args:
+        settings: A `config.json`, or a part of one.
+
+    Returns:
+        Such as "LlamaForCausalLM, 30 layers, width 576, 9 heads"; "" where it says nothing.
+    """
+    architectures = settings.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else settings.get("model_type")
+    words = [str(first)] if first else []
+    for text, keys in (
+        ("{} layers", ("num_hidden_layers", "num_layers", "encoder_layers", "n_layer")),
+        ("{} decoder layers", ("num_decoder_layers", "decoder_layers")),
+        ("width {}", ("hidden_size", "d_model", "n_embd")),
+        ("{} heads", ("num_attention_heads", "num_heads", "encoder_attention_heads", "n_head")),
+        ("pictures of {}", ("image_size",)),
+        ("patches of {}", ("patch_size",)),
+        ("{} mel bins", ("num_mel_bins",)),
+        ("{} queries", ("num_query_tokens",)),
+    ):
+        value = next((settings[key] for key in keys if isinstance(settings.get(key), int)), None)
+        if value is not None:
+            words.append(text.format(value))
+    return ", ".join(words)
+
+
+def _groups(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """Tensors by the first level of their names that tells them apart, in the order of the names."""
+    groups: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in sorted(tensors.items(), key=lambda entry: _natural(entry[0])):
+        # transformers puts a level "model." around everything but the head.
+        segment, _, rest = name.removeprefix("model.").partition(".")
+        groups.setdefault(segment, {})[rest] = info
+    if all(segment.isdecimal() for segment in groups) and len(groups) > 1:
+        return {}
+    if len(groups) == 1:
+        (inside,) = groups.values()
+        return _groups(inside) if all(inside) else {}
+    return {_counted(segment, inside): inside for segment, inside in groups.items()}
+
+
+def _counted(segment: str, inside: Mapping[str, TensorInfo]) -> str:
+    """A group's name, with the number of layers in it where that is what it is."""
+    numbers = {rest.partition(".")[0] for rest in inside}
+    if len(numbers) > 1 and segment.endswith(("s", "layer", "h")) and all(number.isdecimal() for number in numbers):
+        return f"{segment} × {len(numbers)}"
+    if len(numbers) == 1 and all("." in rest for rest in inside):
+        (only,) = numbers
+        inner = _counted(only, {rest.partition(".")[2]: info for rest, info in inside.items()})
+        return f"{segment}.{inner}" if inner != only else segment
+    return segment
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"\.", name)]
+
+
+# ---- Where a model to be described lies: on this machine, in the hub's cache, or (headers only) on the hub ----
+
 
 SMALL_FILES = ("*.json", "*.jinja", "*.md", "LICENSE*")
 

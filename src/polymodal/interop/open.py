@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from polymodal.checkpoints.hf import is_hf_folder
 from polymodal.checkpoints.locate import commit_of
 from polymodal.checkpoints.model_folder import CONFIG_NAME, Loaded, load_model
 from polymodal.errors import CheckpointError
+from polymodal.interop.huggingface.families import is_hf_folder
 from polymodal.interop.huggingface.load import Dtype, load_hf
 from polymodal.interop.llava.config import is_llava_repo
 from polymodal.interop.llava.load import load_llava_repo

@@ -113,8 +113,7 @@ def build_model(
         ConfigError: A component is unknown or does not fit the next.
         CheckpointError: A part cannot be loaded.
     """
-    from polymodal.projectors.context import load_context_tokenizer
-    from polymodal.projectors.qformer_start import start_projector
+    from polymodal.modeling.projectors.qformer_files import load_context_tokenizer, start_projector
 
     llm = load_llm(config.llm, quantize)
     tokenizer = load_tokenizer(config.llm, folder)

@@ -4,7 +4,7 @@ All through peft: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXi
 QLoRA (arXiv:2305.14314) keeps the frozen base in 4-bit NormalFloat with double quantisation, where bitsandbytes is
 installed. Differences from the reference: modules are named by their full path, so an adapter never strays into the
 vision tower; the base is quantised after it was loaded, so the stored model stays a plain one, and its 4-bit copy is
-never written. `checkpoints.whole` folds adapters in.
+never written. `checkpoints.model_folder` folds adapters in.
 """
 
 from __future__ import annotations

@@ -17,24 +17,20 @@ from polymodal.modeling.token_loss import knows_head
 from polymodal.training import checkpoint
 from polymodal.training import optimizer as policy
 from polymodal.training.activation_checkpointing import save_memory
-from polymodal.training.curves import draw_curves
+from polymodal.training.checkpoint import find_checkpoint, identity
 from polymodal.training.distributed import Engine, wants_bf16
-from polymodal.training.export import export
 from polymodal.training.optimizer import Group
 from polymodal.training.process_group import World, clear_loss_of_peers, join_world
 from polymodal.training.recipes.load import AnyRecipe, dump_recipe
 from polymodal.training.recipes.sft import Recipe
-from polymodal.training.reporting.log import environment, start_log
-from polymodal.training.reporting.report import write_report
-from polymodal.training.resume import find_checkpoint, identity
+from polymodal.training.reporting.log import environment, open_trackers, start_log
+from polymodal.training.reporting.report import draw_curves, write_report
 from polymodal.training.sft import class_prototypes as prototypes
 from polymodal.training.sft import warm_start as align
 from polymodal.training.sft.evaluate import make_evaluation
-from polymodal.training.sft.task import Parts, load_parts, make_feed
-from polymodal.training.signals import StopRequest
+from polymodal.training.sft.task import Parts, export, load_parts, make_feed
 from polymodal.training.steps import Order, Steps
-from polymodal.training.trackers import open_trackers
-from polymodal.training.trainer import Run, total_steps
+from polymodal.training.trainer import Run, StopRequest, total_steps
 from polymodal.utils.files import write_text
 from polymodal.utils.progress import say
 

@@ -9,10 +9,13 @@ are tokenised first. The Trainer of `transformers` averages per batch, saves in 
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,19 +25,104 @@ from polymodal.errors import DataError, PolymodalError
 from polymodal.processing.collate import Batch
 from polymodal.training import checkpoint
 from polymodal.training import optimizer as policy
+from polymodal.training.checkpoint import identity
 from polymodal.training.distributed import Engine
 from polymodal.training.lr_schedule import lr_factor
 from polymodal.training.recipes.load import AnyRecipe
-from polymodal.training.reporting.log import append_log
+from polymodal.training.reporting.log import Tracker, append_log, numbers_of
 from polymodal.training.reporting.loss_by_kind import Tally, means, merge
-from polymodal.training.resume import identity
 from polymodal.training.sft.packing import plan_micro
-from polymodal.training.signals import StopRequest
-from polymodal.training.state import State, Window
 from polymodal.training.steps import Steps
-from polymodal.training.trackers import Tracker, numbers_of
 from polymodal.utils.progress import Meter, say
 from polymodal.utils.threads import ahead
+
+# ---- SIGTERM and Ctrl-C: finish the step, save, exit with 128 + the signal's number (143, 130) ----
+
+
+class StopRequest:
+    """Remembers the first signal; a second one acts at once, as it would without us."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """The shell's code for a process that a signal ended."""
+        return 128 + (self.number or 0)
+
+    def __enter__(self) -> StopRequest:
+        """Take over both signals; only the main thread may."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the signals back."""
+        self._give_back()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+# ---- Where a run is: what a checkpoint keeps of it, and what is only measured between two log lines ----
+
+
+@dataclass
+class State:
+    """Where a run is; plain numbers, stored in each checkpoint.
+
+    Attributes:
+        step: Optimizer steps done.
+        samples: Samples seen.
+        trained_tokens: Tokens with a label seen.
+        real_tokens: Tokens seen, padding not counted.
+        elapsed_s: Time in the loop, by the first process's clock.
+        skipped: Steps left out because of a gradient that was not finite.
+        skipped_in_row: The same, since the last good step.
+        pending_loss: Sum of losses since the last log line.
+        pending_tokens: Trained tokens since the last log line.
+        finished: The run is over.
+    """
+
+    step: int = 0
+    samples: int = 0
+    trained_tokens: int = 0
+    real_tokens: int = 0
+    elapsed_s: float = 0.0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    pending_loss: float = 0.0
+    pending_tokens: int = 0
+    finished: bool = False
+
+
+@dataclass
+class Window:
+    """Measurements since the last log line; not part of a checkpoint."""
+
+    began: float = field(default_factory=time.monotonic)
+    samples: int = 0
+    real_tokens: int = 0
+    padded_tokens: int = 0
+    data_wait_s: float = 0.0
+
+
+# ---- The training loop: one optimizer step after the other, exact under accumulation, resume and crash ----
+# The loss of a step is the sum of token losses divided by the step's count of trained tokens over all processes, never
+# a mean of means, so accumulation gives the gradient of the large batch. That count is known beforehand, since all data
+# are tokenised first. The Trainer of `transformers` averages per batch, saves in place and hides the order of the data;
+# `training.distributed` is all that differs between one device and many.
+
 
 MAX_SKIPPED = 5
 """Steps in a row whose gradient may be NaN or infinite before the run is given up."""

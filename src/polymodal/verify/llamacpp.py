@@ -26,13 +26,21 @@ from torch import Tensor
 from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.model_folder import Loaded
 from polymodal.errors import CheckpointError, PolymodalError
-from polymodal.exchange.parity_probes import Probe, chat_probes
 from polymodal.interop.gguf.export import CLASS_TOKEN_NOTE, PAD_COLOUR
 from polymodal.interop.huggingface.export import with_placeholder
 from polymodal.interop.huggingface.export_chat_template import LATER, differences, stock_text
-from polymodal.processing.batch import collate
+from polymodal.processing.collate import collate
 from polymodal.verify.compare import Parity, local, run_checks
-from polymodal.verify.side_by_side import IN_ANOTHER_ENGINE, TOKENS, Check, common_prefix, greedy_ids, prompts
+from polymodal.verify.side_by_side import (
+    IN_ANOTHER_ENGINE,
+    TOKENS,
+    Check,
+    Probe,
+    chat_probes,
+    common_prefix,
+    greedy_ids,
+    prompts,
+)
 
 NEAR = {"f32": 0.02, "f16": 0.05, "bf16": 0.1, "q8_0": 0.15}
 """Largest relative difference (of norms) of a square picture's tokens, and of logits, by the type of the weights."""

@@ -14,11 +14,10 @@ import yaml
 from polymodal.checkpoints.model_folder import load_model
 from polymodal.config import parse_config
 from polymodal.modeling.dual_encoders.blip2_stage1 import Blip2Stage1
-from polymodal.modeling.dual_encoders.blip2_stage1_folder import load_blip2
+from polymodal.modeling.dual_encoders.blip2_stage1_folder import load_blip2, train_wordpiece
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig
 from polymodal.modeling.projectors.qformer_files import load_qformer
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.representation.wordpiece import train_wordpiece
 from polymodal.training import optimizer as policy
 from polymodal.training import train
 from polymodal.training.contrastive.run import make_pair_run

@@ -14,10 +14,10 @@ import torch
 from polymodal.errors import PolymodalError
 from polymodal.modeling.dual_encoders.registry import build_pair_model
 from polymodal.training import train
+from polymodal.training.contrastive import images as draws
 from polymodal.training.contrastive.dataset import PairFeed, PairSteps
 from polymodal.training.contrastive.images import Pictures, Seen, crops, open_pictures, source_name
 from polymodal.training.contrastive.task import load_pair_parts, make_pair_feed
-from polymodal.training.pairs import draws
 from polymodal.training.recipes.contrastive import AugmentConfig, PairRecipe
 from polymodal.training.steps import Order
 

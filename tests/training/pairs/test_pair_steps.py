@@ -15,10 +15,10 @@ from polymodal.modeling.dual_encoders.base import METRIC
 from polymodal.training import checkpoint, train
 from polymodal.training import optimizer as policy
 from polymodal.training.contrastive import images as pictures
+from polymodal.training.contrastive import trainer as engine
 from polymodal.training.contrastive.run import make_pair_run
 from polymodal.training.contrastive.task import load_pair_parts
 from polymodal.training.contrastive.trainer import PairRun
-from polymodal.training.pairs import engine
 from polymodal.training.process_group import World
 from polymodal.training.recipes.contrastive import PairRecipe
 from polymodal.training.recipes.load import dump_recipe

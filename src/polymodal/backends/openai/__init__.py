@@ -17,12 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, Literal
 
-from polymodal.backends.base import Reply, TextDelta, Timing, Usage, ask_once
+from polymodal.backends.base import Reply, TextDelta, Timing, Usage, ask_once, require_question
 from polymodal.backends.openai.http import Endpoint, Event, Patience, Refused
 from polymodal.backends.openai.messages import Detail, to_openai
 from polymodal.backends.openai.request import Accepts, learn, request_body
 from polymodal.backends.openai.responses import clean, finish_of, text_of
-from polymodal.backends.turns import require_question
 from polymodal.checkpoints.locate import ENDPOINT
 from polymodal.errors import ConfigError, EndpointError, PolymodalError
 from polymodal.generation.params import GenerationParams

@@ -1,7 +1,7 @@
 """Any vision-language model of transformers behind the chat protocol, through its own class and processor.
 
 Unlike `backends.local`, nothing of the model is ours: what its processor makes goes into its own `generate`. Choosing
-the next token is ours (`generation.sampling`), so that the same settings mean the same everywhere and a seed belongs to
+the next token is ours (`generation.generate`), so that the same settings mean the same everywhere and a seed belongs to
 one answer only; so is the text as it streams. The model runs in a thread of its own, one conversation after the other,
 since several classes keep positions of the conversation at hand on themselves.
 """
@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from polymodal.backends.base import Reply, TextDelta, ask_once
+from polymodal.backends.base import Reply, TextDelta, ask_once, forget_oldest, require_question, stream_reply
 from polymodal.backends.transformers.folder import open_model, open_processor
 from polymodal.backends.transformers.prompt import Chat, PromptMaker
-from polymodal.backends.turns import forget_oldest, require_question, stream_reply
 from polymodal.errors import PolymodalError
+from polymodal.generation.generate import new_generator, sample_next
 from polymodal.generation.params import GenerationParams
-from polymodal.generation.sampling import new_generator, sample_next
 from polymodal.generation.streaming import TextStream
 from polymodal.messages import Message
 from polymodal.safety.model_folder import check_folder

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from polymodal.data.check.rows import Row, reread
 
 if TYPE_CHECKING:
-    from polymodal.data.faults import Finding
+    from polymodal.data.check.rows import Finding
 
 Repair: TypeAlias = "Callable[[Row, Sequence[Finding]], tuple[Row, tuple[str, ...]] | None]"
 """From a row and its findings to the repaired row and the names of the repairs; None where nothing can be done."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from polymodal.data.readers.base import CAPTION, Options, RawRow, asked, best_answer, broken, dialogue, text_of
 from polymodal.errors import DataError, MediaError, first_line
-from polymodal.media.table import open_table, read_column
+from polymodal.media.source import open_table, read_column
 from polymodal.messages import TableCell
 
 _TEXTS = ("conversations", "messages", "texts", "question", "caption", "text")

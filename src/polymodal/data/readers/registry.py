@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from polymodal.data.readers import captions as coco
 from polymodal.data.readers import captions as folder
-from polymodal.data.readers import coco, json_rows, parquet, vqa, webdataset
+from polymodal.data.readers import json_lines as json_rows
+from polymodal.data.readers import parquet, vqa, webdataset
 from polymodal.data.readers.base import Reader
 from polymodal.data.readers.json_lines import LIST, file_form
 from polymodal.data.readers.json_stream import stream

@@ -16,29 +16,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polymodal.checkpoints.export_reasons import reasons_against, refuse, stock_family
-from polymodal.checkpoints.hf import CLASSES
 from polymodal.checkpoints.model_folder import Loaded
-from polymodal.checkpoints.shards import MAX_SHARD_BYTES, write_shards
 from polymodal.config import RESAMPLE_FILTERS, ImageConfig, ModelConfig
 from polymodal.errors import CheckpointError
-from polymodal.exchange.hf_adapter import write_adapter
 from polymodal.interop.huggingface.export_chat_template import StockTemplate, check_plain_prompt, stock_template
 from polymodal.interop.huggingface.export_class import (
     BLIP,
     Vocabulary,
     check_against_class,
+    reasons_against,
+    refuse,
     select_strategy,
+    stock_family,
     stock_settings,
     stock_tensors,
 )
-from polymodal.interop.huggingface.export_files import write_card
+from polymodal.interop.huggingface.export_files import MAX_SHARD_BYTES, write_adapter, write_card, write_shards
+from polymodal.interop.huggingface.families import CLASSES
 from polymodal.interop.huggingface.weight_names import Style
 from polymodal.modeling.lora import fold_in, is_peft, merge_adapter
+from polymodal.modeling.projectors.mlp import Standardize
+from polymodal.modeling.projectors.qformer_files import TOKENIZER_FOLDER
 from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.processing.chat_template.presets import PRESETS
-from polymodal.projectors.context import TOKENIZER_FOLDER
-from polymodal.projectors.norm import Standardize
 from polymodal.utils.files import atomic_folder, write_text
 
 if TYPE_CHECKING:

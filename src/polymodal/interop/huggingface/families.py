@@ -6,14 +6,16 @@ none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from polymodal.config import ProjectorConfig, VisionConfig
-from polymodal.errors import CheckpointError
+from polymodal.config import ProjectorConfig, QFormerConfig, VisionConfig, parse_config
+from polymodal.errors import CheckpointError, unknown_name
 from polymodal.modeling.encoders.hf_vision import FAMILIES
+from polymodal.safety.config_json import read_json
 
 CONFIG_NAME = "config.json"
 
@@ -165,3 +167,252 @@ def _selected(settings: Any, family: str, where: str) -> Literal["patch", "cls_p
             f"class token in {family}; that cannot be expressed here"
         )
     return "cls_patch" if strategy == "full" and FAMILIES[family].class_token else "patch"
+
+
+# ---- LLaVA-1.5 (arXiv:2310.03744) as `LlavaForConditionalGeneration`: one tile a picture ----
+
+
+def read_llava(settings: Any, where: str) -> Pieces:
+    """Take a LLaVA apart.
+
+    Args:
+        settings: A `LlavaConfig` of transformers.
+        where: The file it is from, for errors.
+
+    Returns:
+        The pieces.
+
+    Raises:
+        NotExpressibleError: A setting cannot be expressed.
+    """
+    return llava_pieces(settings, where)
+
+
+# ---- LLaVA-NeXT (LLaVA-1.6) as `LlavaNextForConditionalGeneration`: AnyRes tiles, rows that end with a newline token ----
+
+
+def read_llava_next(settings: Any, where: str) -> Pieces:
+    """Take a LLaVA-NeXT apart.
+
+    Args:
+        settings: A `LlavaNextConfig` of transformers.
+        where: The file it is from, for errors.
+
+    Returns:
+        The pieces.
+
+    Raises:
+        NotExpressibleError: A setting cannot be expressed.
+    """
+    return llava_pieces(settings, where, newline=True, pinpoints=pinpoints(settings))
+
+
+def pinpoints(settings: Any) -> tuple[tuple[int, int], ...]:
+    """The AnyRes canvases of a configuration, (height, width)."""
+    return tuple((int(height), int(width)) for height, width in settings.image_grid_pinpoints)
+
+
+# ---- BLIP-2 (arXiv:2301.12597) as `Blip2ForConditionalGeneration`: EVA-CLIP, a Q-Former, OPT or T5 ----
+# The norm that transformers calls the tower's `post_layernorm` is the Q-Former's here; see `modeling.projectors.qformer`.
+
+
+_SAME_NAMES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "cross_attention_frequency",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "initializer_range",
+    "layer_norm_eps",
+    "vocab_size",
+    "max_position_embeddings",
+    "pad_token_id",
+)
+"""Settings of a Q-Former that are called alike there and here."""
+
+
+def read_blip2(settings: Any, where: str) -> Pieces:
+    """Take a BLIP-2 apart.
+
+    Args:
+        settings: A `Blip2Config` of transformers.
+        where: The file it is from, for errors.
+
+    Returns:
+        The pieces.
+
+    Raises:
+        NotExpressibleError: A setting cannot be expressed.
+    """
+    return blip_pieces(settings, where, text_context=False)
+
+
+def blip_pieces(settings: Any, where: str, *, text_context: bool) -> Pieces:
+    """Take a BLIP-2 or InstructBLIP apart.
+
+    Args:
+        settings: The configuration of transformers.
+        where: The file it is from, for errors.
+        text_context: The Q-Former reads the question.
+
+    Returns:
+        The pieces.
+
+    Raises:
+        NotExpressibleError: A setting cannot be expressed.
+    """
+    qformer, vision = settings.qformer_config, settings.vision_config
+    must_be(where, "qformer_config.hidden_act", qformer.hidden_act, "gelu")
+    must_be(where, "qformer_config.use_qformer_text_input", getattr(qformer, "use_qformer_text_input", False), False)
+    found = {
+        **{name: getattr(qformer, name) for name in _SAME_NAMES},
+        "num_query_tokens": settings.num_query_tokens,
+        "vision_norm_eps": vision.layer_norm_eps,
+        # transformers cuts a question only where it is asked to; no more than this has a place.
+        "max_text_length": qformer.max_position_embeddings,
+        "text_context": text_context,
+    }
+    return Pieces(
+        model_type=settings.model_type,
+        vision=VisionConfig(
+            vision_tower="bundled",
+            type=tower_family(where, vision),
+            mm_vision_select_layer=-1,
+            mm_vision_select_feature="cls_patch",
+        ),
+        projector=ProjectorConfig(
+            mm_projector_type="qformer", qformer=parse_config(QFormerConfig, found, f"{where}: qformer_config")
+        ),
+        vision_settings=_tower_settings(vision),
+        text_settings=settings.text_config,
+        image_token_id=settings.image_token_id,
+        prompt="plain",
+    )
+
+
+def _tower_settings(vision: Any) -> Any:
+    """The tower's settings as BLIP-2's class takes them; InstructBLIP's tower is the same under another name."""
+    from transformers import Blip2VisionConfig
+
+    if isinstance(vision, Blip2VisionConfig):
+        return vision
+    values = vision.to_dict()
+    shared = Blip2VisionConfig().to_dict().keys() & values.keys() - {"model_type", "transformers_version"}
+    return Blip2VisionConfig(**{name: values[name] for name in shared})
+
+
+# ---- InstructBLIP (arXiv:2305.06500) as `InstructBlipForConditionalGeneration`: a BLIP-2 that reads the question twice ----
+# The Q-Former sees the question too, so that its queries fetch what is asked for. Vicuna, another Llama, or T5 behind it.
+# The Q-Former's tokenizer lies in `qformer_tokenizer/` of the folder.
+
+
+def read_instructblip(settings: Any, where: str) -> Pieces:
+    """Take an InstructBLIP apart.
+
+    Args:
+        settings: An `InstructBlipConfig` of transformers.
+        where: The file it is from, for errors.
+
+    Returns:
+        The pieces.
+
+    Raises:
+        NotExpressibleError: A setting cannot be expressed.
+    """
+    return blip_pieces(settings, where, text_context=True)
+
+
+# ---- LLaVA-OneVision (arXiv:2408.03326) as `LlavaOnevisionForConditionalGeneration`: SigLIP, AnyRes with a limit ----
+# A picture that is alone is cut into tiles, and its tokens are shrunk to what the limit allows; several pictures are
+# padded to one tile each (`ImageConfig.several_pictures`), as the chat template of transformers' processor hands them
+# over. Video is not read_onevision.
+
+
+def read_onevision(settings: Any, where: str) -> Pieces:
+    """Take a LLaVA-OneVision apart.
+
+    Args:
+        settings: A `LlavaOnevisionConfig` of transformers.
+        where: The file it is from, for errors.
+
+    Returns:
+        The pieces.
+
+    Raises:
+        NotExpressibleError: A setting cannot be expressed.
+    """
+    return llava_pieces(
+        settings,
+        where,
+        newline=True,
+        pinpoints=pinpoints(settings),
+        vision_aspect_ratio=settings.vision_aspect_ratio,
+    )
+
+
+# ---- Published vision-language models in the layout of transformers, read exactly: one module a family ----
+# `READERS` says which families these are. A reader turns `config.json` into `Pieces`; `weights` builds the model from
+# them and fills it; `names` has the one table of tensor names. What the folder says about pictures and prompts is read
+# in `interop.huggingface.load`, which joins the two.
+
+
+READERS: dict[str, Callable[[Any, str], Pieces]] = {
+    "llava": read_llava,
+    "llava_next": read_llava_next,
+    "llava_onevision": read_onevision,
+    "blip-2": read_blip2,
+    "instructblip": read_instructblip,
+}
+"""`model_type` -> reader."""
+
+CLASSES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "blip-2": "Blip2ForConditionalGeneration",
+    "instructblip": "InstructBlipForConditionalGeneration",
+}
+"""`model_type` -> the class of transformers that such a folder holds."""
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder holds a published model of a family that is read here.
+
+    Args:
+        folder: Any folder.
+
+    Returns:
+        Whether its `config.json` names such a model.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        return False
+    document = read_json(folder / CONFIG_NAME)
+    kind = document.get("model_type")
+    architectures = document.get("architectures") or []
+    return isinstance(kind, str) and kind in READERS and (not architectures or CLASSES[kind] in architectures)
+
+
+def read_pieces(folder: Path) -> Pieces:
+    """Read what a published folder's `config.json` says.
+
+    Args:
+        folder: A folder of one of the families.
+
+    Returns:
+        The model in our terms.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or asks for what cannot be expressed.
+        ConfigError: The model is of another family.
+    """
+    where = folder / CONFIG_NAME
+    document = read_json(where)
+    kind = str(document.get("model_type"))
+    if kind not in READERS:
+        raise unknown_name("model_type", kind, READERS)
+    architectures = document.get("architectures") or []
+    if architectures and CLASSES[kind] not in architectures:
+        raise CheckpointError(f"{where}: holds a {', '.join(map(str, architectures))}; {CLASSES[kind]} is needed")
+    return READERS[kind](read_settings(folder), str(where))

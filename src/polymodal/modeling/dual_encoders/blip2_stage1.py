@@ -26,9 +26,7 @@ from torch.nn import functional as F
 from polymodal.config import ImageConfig
 from polymodal.errors import ConfigError
 from polymodal.modeling.dual_encoders.base import METRIC, Embedded, Everyone, PairBatch, as_floats
-from polymodal.modeling.projectors.qformer import QFormer
-from polymodal.projectors.norm import Standardize
-from polymodal.representation.blip2_loss import (
+from polymodal.modeling.dual_encoders.losses import (
     draw_negatives,
     itc_loss,
     itg_count,
@@ -38,7 +36,8 @@ from polymodal.representation.blip2_loss import (
     itm_loss,
     similarities,
 )
-from polymodal.representation.masks import bidirectional_mask, unilm_mask
+from polymodal.modeling.projectors.mlp import Standardize
+from polymodal.modeling.projectors.qformer import QFormer
 from polymodal.utils.modules import frozen
 
 if TYPE_CHECKING:
@@ -46,6 +45,88 @@ if TYPE_CHECKING:
 
     from polymodal.config import VisionConfig
     from polymodal.modeling.encoders.vision import VisionEncoder
+
+
+# ---- Who sees whom in the Q-Former: the three attention masks of BLIP-2's first stage (arXiv:2301.12597, figure 2) ----
+# Queries and text go through one transformer side by side, [Q; T]; the mask alone makes it two separate encoders, one
+# joint encoder or a captioner. Each mask is [b, 1, Q + T, Q + T], True where a row may look at a column, which
+# transformers' `Blip2QFormerModel` takes as it is with sdpa attention. Cross-attention to the picture is not masked.
+#
+# Difference from the reference (LAVIS): captioning reuses the keys and values of a pass over the queries there. Under
+# `unilm_mask` the queries' outputs are those of a pass over the queries alone, so one pass gives both (UniLM, Dong et al.
+# 2019, arXiv:1905.03197).
+
+
+def bidirectional_mask(text_mask: Tensor, queries: int) -> Tensor:
+    """Everyone sees everyone, for image-text matching.
+
+    Args:
+        text_mask: [b, T]; False or 0 for padding, which nobody sees.
+        queries: Q.
+
+    Returns:
+        [b, 1, Q + T, Q + T] bool.
+    """
+    return _mask(text_mask, queries, queries_see_text=True, text_sees_queries=True)
+
+
+def unimodal_mask(text_mask: Tensor, queries: int) -> Tensor:
+    """Queries see queries and text sees text, for contrastive learning.
+
+    Args:
+        text_mask: [b, T]; False or 0 for padding, which nobody sees but, in an empty text, itself.
+        queries: Q; 0 for a pass over text alone.
+
+    Returns:
+        [b, 1, Q + T, Q + T] bool.
+    """
+    mask = _mask(text_mask, queries, queries_see_text=False, text_sees_queries=False)
+    # A row that sees nothing would be no number.
+    empty = ~mask.any(dim=-1, keepdim=True)
+    return mask | (empty & torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device))
+
+
+def unilm_mask(text_mask: Tensor, queries: int) -> Tensor:
+    """Queries see queries; text sees the queries and itself up to the same place, for captioning.
+
+    Args:
+        text_mask: [b, T]; False or 0 for padding, which nobody sees.
+        queries: Q.
+
+    Returns:
+        [b, 1, Q + T, Q + T] bool.
+    """
+    mask = _mask(text_mask, queries, queries_see_text=False, text_sees_queries=True)
+    # Queries come first, so this takes nothing from the text's view of them.
+    causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril_()
+    causal[:queries] = True
+    return mask & causal
+
+
+def _mask(text_mask: Tensor, queries: int, queries_see_text: bool, text_sees_queries: bool) -> Tensor:
+    count, length = text_mask.shape
+    mask = torch.ones((count, 1, queries + length, queries + length), dtype=torch.bool, device=text_mask.device)
+    mask[..., queries:] = text_mask.bool()[:, None, None]
+    if not queries_see_text:
+        mask[:, :, :queries, queries:] = False
+    if not text_sees_queries:
+        mask[:, :, queries:, :queries] = False
+    return mask
+
+
+# ---- BLIP-2's first stage: a Q-Former learns from pairs of picture and text beside a frozen vision tower ----
+# Li et al. 2023, arXiv:2301.12597, section 3.1. One Q-Former holds 32 learned queries that look at the picture, and a
+# text path; the attention mask decides who sees whom, and so which of three things it learns: contrast (ITC), matching
+# (ITM) and captioning (ITG). `blip2_loss` has the losses, `masks` the masks, `blip2_folder` what is written and read.
+#
+# Differences from the reference (LAVIS): three passes instead of four, since the queries' outputs under the captioning
+# mask are those of a pass over the queries alone, so one pass gives both the contrastive picture features and the
+# captioning logits; only positions that predict a token go through the vocabulary head; negatives are drawn once for the
+# whole step, and pairs of one picture, or with one text, are never each other's; the temperature is kept above 0.001, as
+# in BLIP.
+# Parameters: `vision_encoder.*`, `qformer.*` (with `ln_vision`, trained as in the paper), `vision_projection`,
+# `text_projection`, `itm_head` (as in `Blip2ForImageTextRetrieval` of transformers), `lm_head.*`, `temperature`.
+
 
 LABEL_SMOOTHING = 0.1
 TEMPERATURE = 0.07

@@ -12,31 +12,31 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from polymodal.config import ImageConfig, VisionConfig, parse_config
-from polymodal.errors import CheckpointError, ConfigError
+from polymodal.config import ImageConfig, LLMConfig, VisionConfig, parse_config
+from polymodal.errors import CheckpointError, ConfigError, DataError, first_line
 from polymodal.media_plan import Size
 from polymodal.modeling.dual_encoders.blip2_stage1 import LABEL_SMOOTHING, Blip2Stage1
 from polymodal.modeling.dual_encoders.config import Blip2ModelConfig, ObjectiveConfig
 from polymodal.modeling.encoders.vision import BUNDLED, build_vision_encoder
+from polymodal.modeling.language_model import load_llm, load_tokenizer
 from polymodal.modeling.projectors.qformer import QFormer
 from polymodal.modeling.projectors.qformer_files import (
     CONFIG_NAME,
     from_transformers,
+    init_from_bert,
     load_exactly,
     load_qformer,
     of_qformer,
     read_folder_tensors,
     write_qformer,
 )
-from polymodal.projectors.qformer_start import init_from_bert
-from polymodal.representation.word_start import start_words
-from polymodal.representation.wordpiece import load_wordpiece
 from polymodal.safety.config_json import read_json
 from polymodal.utils.files import write_text
 from polymodal.utils.modules import frozen
@@ -44,6 +44,142 @@ from polymodal.utils.safetensors_io import read_tensors
 
 if TYPE_CHECKING:
     from transformers import Blip2ForImageTextRetrieval, PreTrainedTokenizerBase
+
+
+# ---- The text tokenizer of BLIP-2's Q-Former: BERT's WordPiece with the token "[DEC]", read from a folder or trained ----
+# BLIP-2 (Li et al. 2023, arXiv:2301.12597) takes `bert-base-uncased` and adds "[DEC]", which stands in place of "[CLS]"
+# where the text is to be generated. A small run needs neither BERT's folder nor its 30,522 pieces: `train_wordpiece`
+# learns them from the run's own captions. The `tokenizers` trainer numbers pieces in the order of a hash table, so that
+# two runs differ; here the pieces of single letters are numbered beforehand, which leaves nothing to chance.
+
+
+DECODE_TOKEN = "[DEC]"
+"""First token of a text that is to be generated, and the tokenizer's `bos_token`."""
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", DECODE_TOKEN)
+
+
+def train_wordpiece(captions: Sequence[str], size: int = 8000, min_frequency: int = 2) -> PreTrainedTokenizerBase:
+    """Learn a WordPiece vocabulary; the same captions give the same vocabulary.
+
+    Args:
+        captions: The texts.
+        size: Pieces at most, special tokens included.
+        min_frequency: How often a pair of pieces must occur to become one.
+
+    Returns:
+        A lower-casing BERT tokenizer whose `bos_token` is "[DEC]".
+
+    Raises:
+        DataError: There is no text, or it has more different letters than pieces are allowed.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import BertTokenizerFast
+
+    normalise, split = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = {
+        word for caption in captions for word, _ in split.pre_tokenize_str(normalise.normalize_str(caption)) if word
+    }
+    if not words:
+        raise DataError("no text to learn a tokenizer from: every caption is empty")
+    # The trainer meets letters inside words in random order; as special tokens they have fixed numbers.
+    inner = sorted({f"##{letter}" for word in words for letter in word[1:]})
+    letters = len({letter for word in words for letter in word}) + len(inner) + len(SPECIAL_TOKENS)
+    if letters > size:
+        raise DataError(f"the captions need {letters} pieces for their letters alone; allow more than {size}")
+    learner: Any = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer, learner.pre_tokenizer = normalise, split
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size,
+        min_frequency=min_frequency,
+        special_tokens=[*SPECIAL_TOKENS, *inner],
+        show_progress=False,
+    )
+    learner.train_from_iterator(captions, trainer)
+    return BertTokenizerFast(vocab=learner.get_vocab(), do_lower_case=True, bos_token=DECODE_TOKEN)
+
+
+def load_wordpiece(folder: Path | str) -> PreTrainedTokenizerBase:
+    """Load a BERT tokenizer, with "[DEC]" added where it is not there yet, as BLIP-2 does.
+
+    Args:
+        folder: A folder of `train_wordpiece`'s `save_pretrained`, or of BERT, or a hub id.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        CheckpointError: It cannot be read, or is of another kind than BERT's.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"text tokenizer {folder}: {first_line(error)}") from error
+    lacking = [name for name in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, name) is None]
+    if lacking:
+        raise CheckpointError(
+            f"text tokenizer {folder}: has no {lacking[0]}; a BERT tokenizer is needed (WordPiece, [CLS] and [SEP])"
+        )
+    if tokenizer.bos_token != DECODE_TOKEN:
+        tokenizer.add_special_tokens({"bos_token": DECODE_TOKEN})
+    return tokenizer
+
+
+# ---- Word embeddings of a Q-Former's text path, started from those of a language model ----
+# Where there is no BERT to start from, the words still need not start as noise: a language model knows which of them are
+# alike. Each piece of the WordPiece vocabulary gets the mean embedding of the language model's tokens for its text,
+# reduced to the Q-Former's width by principal components and scaled as fresh weights are. Special tokens stay random.
+# Ours; BLIP-2 starts the whole Q-Former from bert-base-uncased instead (`modeling.projectors.qformer_files`).
+
+
+CONTINUES = "##"
+"""What WordPiece puts before a piece that goes on a word."""
+
+
+@torch.no_grad()
+def start_words(table: Tensor, tokenizer: PreTrainedTokenizerBase, source: str, deviation: float) -> None:
+    """Fill a table of word embeddings.
+
+    Args:
+        table: ``[V, H]``, changed in place.
+        tokenizer: WordPiece, whose ids are the rows.
+        source: A language model: folder, hub id, .gguf file, or "smollm2".
+        deviation: Standard deviation that the rows are scaled to.
+
+    Raises:
+        CheckpointError: The language model cannot be opened.
+        ConfigError: Its embeddings are narrower than H.
+    """
+    settings = LLMConfig(model_name_or_path=source)
+    model: Any = load_llm(settings)
+    words = load_tokenizer(settings)
+    known: Tensor = model.get_input_embeddings().weight.float()
+    width = table.shape[1]
+    if known.shape[1] < width:
+        raise ConfigError(
+            f"init.model.words {source!r} has embeddings of width {known.shape[1]}, the Q-Former needs {width} "
+            "(qformer.hidden_size)"
+        )
+    pieces = {piece: row for piece, row in tokenizer.get_vocab().items() if row not in tokenizer.all_special_ids}
+    texts = [p.removeprefix(CONTINUES) if p.startswith(CONTINUES) else f" {p}" for p in pieces]
+    # One row for each piece: the mean over the tokens of its text.
+    means = torch.stack([known[ids].mean(dim=0) for ids in words(texts, add_special_tokens=False)["input_ids"]])
+    centred = means - means.mean(dim=0)
+    _, axes = torch.linalg.eigh(centred.T @ centred)  # in rising order
+    reduced = centred @ axes[:, -width:].flip(1)
+    table[list(pieces.values())] = (reduced * (deviation / reduced.std())).to(table)
+
+
+# ---- Stage 1 of BLIP-2 from a recipe, from and to its folder, and from and to `Blip2ForImageTextRetrieval` ----
+# The folder is the Q-Former's own (`modeling.projectors.qformer_files`: `qformer.safetensors`, `config.json`), so stage 2 starts
+# from it with `projector: {mm_projector_type: qformer, pretrained: FOLDER}` and drops the text path. Beside it lie the
+# heads of the three losses, the tokenizer, and in `config.json` where the vision tower is from and how pictures are cut.
+# The tower itself is written only where it was trained.
+#
+# BERT gives the vocabulary head too, where its folder holds one, as in LAVIS.
+
 
 MODEL_TYPE = "blip2-stage1"
 """`model_type` in `config.json`, by which the folder is told from those of other pair models."""

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from polymodal.errors import ConfigError, DataError
 from polymodal.media_plan import Size
 from polymodal.modeling.dual_encoders.base import PairBatch
-from polymodal.projectors.norm import Standardize
+from polymodal.modeling.projectors.mlp import Standardize
 
 Distance = Literal["cosine", "smooth_l1"]
 

@@ -19,7 +19,36 @@ from polymodal.modeling.dual_encoders.clip_siglip_hf import build_dual_encoder, 
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig
 from polymodal.modeling.dual_encoders.lit import build_tower_text, load_tower_text
 from polymodal.modeling.language_model import quieten_transformers
+from polymodal.safety.config_json import read_json
 from polymodal.safety.model_folder import check_folder
+
+# ---- What is ours in the folder of a pair model that is otherwise stock: `polymodal_pair.json` ----
+
+
+NOTES = "polymodal_pair.json"
+"""History, picture rules, objective, temperature, scores."""
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """Read what a pair stage wrote beside its model.
+
+    Args:
+        folder: The model folder; a hub id finds nothing.
+
+    Returns:
+        The notes; empty for a folder of other origin.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    path = folder / NOTES
+    return read_json(path) if path.is_file() else {}
+
+
+# ---- Every model that learns from pairs, by family: fresh from a recipe, or from a folder ----
+# A family is a row in `PAIR_MODELS`; one that can go on from a folder also has a row in `PAIR_FOLDERS`, under the
+# `model_type` of the folder's `config.json`.
+
 
 PAIR_MODELS: dict[str, Callable[[Any, ObjectiveConfig], PairModel]] = {
     "clip": build_dual_encoder,

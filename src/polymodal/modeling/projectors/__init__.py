@@ -18,11 +18,16 @@ from polymodal.config import AbstractorConfig, ProjectorConfig, QFormerConfig, R
 from polymodal.errors import unknown_name
 from polymodal.media_plan import Size
 from polymodal.modeling.projectors.abstractor import CAbstractor
-from polymodal.modeling.projectors.mlp import MLPProjector
+from polymodal.modeling.projectors.mlp import (
+    LinearProjector,
+    MLPProjector,
+    PooledProjector,
+    average_pool,
+    pixel_shuffle,
+    pooled_grid,
+)
 from polymodal.modeling.projectors.qformer import QFormer, QFormerProjector
 from polymodal.modeling.projectors.resampler import Resampler
-from polymodal.projectors.linear import LinearProjector
-from polymodal.projectors.pooling import PooledProjector, average_pool, pixel_shuffle, pooled_grid
 
 
 class Projector(Protocol):

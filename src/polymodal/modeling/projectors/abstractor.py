@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from polymodal.errors import ConfigError
 from polymodal.media_plan import Size
-from polymodal.projectors.norm import NormKind, build_norm
+from polymodal.modeling.projectors.mlp import NormKind, build_norm
 
 INIT_STD = 0.02
 SQUEEZE = 4
@@ -111,7 +111,7 @@ class CAbstractor(nn.Module):
             depth: Blocks before the pooling, and again after it.
             mlp_depth: Linear layers at the end.
             bias: Whether these have a bias.
-            norm: What comes first; see `projectors.norm`.
+            norm: What comes first; see `modeling.projectors.mlp`.
 
         Raises:
             ConfigError: The grid is smaller than the square of tokens.

@@ -7,12 +7,107 @@ the exact one, as in the reference. `norm: layer` is the LayerNorm that InternVL
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
+from polymodal.errors import ConfigError
 from polymodal.media_plan import Size
-from polymodal.projectors.norm import NormKind, build_norm
+
+# ---- What comes before a projector's first layer: nothing, a LayerNorm, or a fixed standardisation ----
+
+
+NormKind = Literal["none", "layer", "standardize"]
+
+
+class Standardize(nn.Module):
+    """Subtract a fixed mean from each channel and divide by a fixed deviation.
+
+    For towers whose channels differ widely in size, such as several depths of a convolutional network side by side: a
+    LayerNorm would let the loud ones drown the rest. Mean and deviation are measured once, on the first data, and
+    travel with the weights; until then this is the identity.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, embed_dim: int) -> None:
+        """Start as the identity.
+
+        Args:
+            embed_dim: E, the number of channels.
+        """
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(embed_dim))
+        self.register_buffer("scale", torch.ones(embed_dim))
+
+    @torch.no_grad()
+    def measure(self, features: Tensor) -> None:
+        """Take mean and deviation from data.
+
+        Args:
+            features: ``[..., E]``, a fair sample of what will come.
+        """
+        flat = features.reshape(-1, features.shape[-1]).float()
+        deviation = flat.std(dim=0)
+        self.mean.copy_(flat.mean(dim=0))
+        # A channel that hardly ever moves must not be blown up to noise.
+        self.scale.copy_(1 / (deviation + 0.05 * deviation.mean() + 1e-6))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Standardise features ``[..., E]``."""
+        return (features - self.mean) * self.scale
+
+
+def build_norm(kind: NormKind, embed_dim: int) -> nn.Module:
+    """Build the layer that a projector starts with.
+
+    Args:
+        kind: Which.
+        embed_dim: E.
+
+    Returns:
+        A module that keeps the shape.
+    """
+    if kind == "layer":
+        return nn.LayerNorm(embed_dim)
+    return Standardize(embed_dim) if kind == "standardize" else nn.Identity()
+
+
+# ---- One linear layer from the encoder's width to the language model's, as in the first LLaVA (arXiv:2304.08485) ----
+
+
+class LinearProjector(nn.Module):
+    """Features ``[N, P, E]`` to tokens ``[N, P, D]``, each by itself."""
+
+    def __init__(self, embed_dim: int, llm_dim: int, grid: Size, *, bias: bool = True, norm: NormKind = "none") -> None:
+        """Build the layer.
+
+        Args:
+            embed_dim: E.
+            llm_dim: D.
+            grid: Rows and columns of the features; the tokens keep it.
+            bias: Whether the layer has a bias.
+            norm: What comes before it; see `modeling.projectors.mlp`.
+        """
+        super().__init__()
+        self.output_grid = grid
+        self.norm = build_norm(norm, embed_dim)
+        self.linear = nn.Linear(embed_dim, llm_dim, bias=bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project features ``[N, P, E]`` to ``[N, P, D]``."""
+        tokens: Tensor = self.linear(self.norm(features))
+        return tokens
+
+
+# ---- N linear layers with GELU between them: LLaVA-1.5's "mlpNx_gelu" (arXiv:2310.03744) ----
+# The first layer goes to the language model's width, the others stay there; "mlp1x_gelu" is one linear layer. GELU is
+# the exact one, as in the reference. `norm: layer` is the LayerNorm that InternVL (arXiv:2404.16821) puts first;
+# `hidden_size` widens or narrows what lies between the layers.
 
 
 class MLPProjector(nn.Module):
@@ -37,7 +132,7 @@ class MLPProjector(nn.Module):
             grid: Rows and columns of the features; the tokens keep it.
             depth: Number of linear layers, 1 or more.
             bias: Whether the layers have a bias.
-            norm: What comes before the first one; see `projectors.norm`.
+            norm: What comes before the first one; see `modeling.projectors.mlp`.
             hidden_size: Width between the layers; D where None.
         """
         super().__init__()
@@ -51,4 +146,93 @@ class MLPProjector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Project features ``[N, P, E]`` to ``[N, P, D]``."""
         tokens: Tensor = self.layers(self.norm(features))
+        return tokens
+
+
+# ---- Fewer tokens per tile: r x r neighbouring patches become one, then a linear layer or MLP projects it ----
+# `pixel_shuffle` puts the r x r patches side by side along E (space to depth; Shi et al. 2016, arXiv:1609.05158, run
+# backwards), as InternVL (arXiv:2404.16821), Idefics3 (arXiv:2408.12637) and SmolVLM (arXiv:2504.05299) do: nothing is
+# lost, the first layer gets r*r times wider; channels are ordered row offset, column offset, E, as there.
+# `average_pool` takes the mean.
+# Difference from the reference: the grid may be any rectangle; the references take the root of P as its side.
+
+
+def pixel_shuffle(features: Tensor, grid: Size, ratio: int) -> Tensor:
+    """Put each `ratio` x `ratio` block of patches side by side along the channels.
+
+    Args:
+        features: ``[N, P, E]``, P = ``grid.area``, row by row.
+        grid: Rows and columns of the features, both divisible by `ratio`.
+        ratio: r.
+
+    Returns:
+        ``[N, P / r**2, E * r**2]``.
+    """
+    count, _, width = features.shape
+    blocks = features.reshape(count, grid.height // ratio, ratio, grid.width // ratio, ratio, width)
+    return blocks.permute(0, 1, 3, 2, 4, 5).reshape(count, -1, width * ratio**2)
+
+
+def average_pool(features: Tensor, grid: Size, ratio: int) -> Tensor:
+    """Take the mean of each `ratio` x `ratio` block of patches.
+
+    Args:
+        features: ``[N, P, E]``, P = ``grid.area``, row by row.
+        grid: Rows and columns of the features, both divisible by `ratio`.
+        ratio: r.
+
+    Returns:
+        ``[N, P / r**2, E]``.
+    """
+    count, _, width = features.shape
+    blocks = features.reshape(count, grid.height // ratio, ratio, grid.width // ratio, ratio, width)
+    return blocks.mean(dim=(2, 4)).reshape(count, -1, width)
+
+
+def pooled_grid(name: str, grid: Size, ratio: int) -> Size:
+    """The grid that is left after pooling.
+
+    Args:
+        name: The projector type, for the error.
+        grid: Rows and columns before.
+        ratio: r.
+
+    Returns:
+        Rows and columns after.
+
+    Raises:
+        ConfigError: The grid cannot be cut into blocks of r x r.
+    """
+    if grid.height % ratio or grid.width % ratio:
+        raise ConfigError(
+            f"mm_projector_type {name!r} joins {ratio}x{ratio} patches, which does not divide the encoder's grid of "
+            f"{grid.height}x{grid.width} (rows x columns)"
+        )
+    return Size(grid.height // ratio, grid.width // ratio)
+
+
+class PooledProjector(nn.Module):
+    """Features ``[N, P, E]`` to fewer tokens ``[N, Q, D]``: pool, then project."""
+
+    def __init__(
+        self, pool: Callable[[Tensor, Size, int], Tensor], grid: Size, ratio: int, projector: nn.Module
+    ) -> None:
+        """Join the two steps.
+
+        Args:
+            pool: `pixel_shuffle` or `average_pool`.
+            grid: Rows and columns of the features.
+            ratio: r.
+            projector: Takes the pooled features to D; built for the pooled grid.
+        """
+        super().__init__()
+        self.pool = pool
+        self.grid = grid
+        self.ratio = ratio
+        self.projector = projector
+        self.output_grid = Size(grid.height // ratio, grid.width // ratio)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Pool and project features ``[N, P, E]`` to ``[N, Q, D]``."""
+        tokens: Tensor = self.projector(self.pool(features, self.grid, self.ratio))
         return tokens

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from polymodal.config import QFormerConfig
 from polymodal.errors import PolymodalError
 from polymodal.media_plan import Size
-from polymodal.projectors.norm import NormKind, build_norm
+from polymodal.modeling.projectors.mlp import NormKind, build_norm
 
 
 class QFormer(nn.Module):
@@ -41,7 +41,7 @@ class QFormer(nn.Module):
             embed_dim: E.
             config: The settings.
             text: Give it a text path: embeddings, and a feed-forward part for text positions in each layer.
-            norm: What comes before `ln_vision`; see `projectors.norm`.
+            norm: What comes before `ln_vision`; see `modeling.projectors.mlp`.
         """
         super().__init__()
         from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2TextEmbeddings
@@ -162,7 +162,7 @@ class QFormerProjector(nn.Module):
 
     @property
     def norm(self) -> nn.Module:
-        """What comes first; see `projectors.norm`."""
+        """What comes first; see `modeling.projectors.mlp`."""
         return self.qformer.norm
 
     def forward(self, features: Tensor, context: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polymodal.media_plan import Size
-from polymodal.projectors.norm import NormKind, build_norm
+from polymodal.modeling.projectors.mlp import NormKind, build_norm
 
 INIT_STD = 0.02
 
@@ -88,7 +88,7 @@ class Resampler(nn.Module):
             head_dim: Width of a head.
             intermediate_ratio: How much wider the inside of a feed-forward part is.
             bias: Whether the last linear layer has a bias.
-            norm: What comes first; see `projectors.norm`.
+            norm: What comes first; see `modeling.projectors.mlp`.
         """
         super().__init__()
         width = hidden_size or embed_dim

@@ -23,9 +23,9 @@ from polymodal.data.load import iter_rows, row_record
 from polymodal.data.mixture import epoch_repeats
 from polymodal.errors import DataError, PolymodalError
 from polymodal.messages import Image
+from polymodal.training.contrastive import images as draws
 from polymodal.training.contrastive.dataset import Pairs
 from polymodal.training.contrastive.images import Pictures, image_numbers, notes_file, scan, source_name
-from polymodal.training.pairs import draws
 from polymodal.utils.files import write_text
 from polymodal.utils.progress import progress, say
 

@@ -15,8 +15,8 @@ import torch
 from polymodal.media_plan import Size
 from polymodal.modeling.dual_encoders.base import PairBatch
 from polymodal.modeling.dual_encoders.distillation import flip_grid
+from polymodal.training.contrastive import images as draws
 from polymodal.training.contrastive.images import Pictures
-from polymodal.training.pairs import draws
 from polymodal.training.steps import Order
 
 if TYPE_CHECKING:

@@ -13,22 +13,19 @@ import torch
 
 from polymodal.errors import ConfigError
 from polymodal.modeling.dual_encoders.base import PairModel
-from polymodal.representation.notes import NOTES
+from polymodal.modeling.dual_encoders.registry import NOTES
 from polymodal.training import optimizer as policy
+from polymodal.training.checkpoint import find_checkpoint
 from polymodal.training.contrastive.dataset import PairFeed, PairSteps
-from polymodal.training.contrastive.evaluate import PairEvaluation
+from polymodal.training.contrastive.evaluate import PairEvaluation, export_pair_model
 from polymodal.training.contrastive.images import crops
 from polymodal.training.contrastive.task import PairParts, load_pair_parts, make_pair_eval_feed, make_pair_feed
 from polymodal.training.contrastive.teacher import Teacher, add_distiller, load_teacher
-from polymodal.training.contrastive.trainer import PairRun
-from polymodal.training.curves import draw_curves
-from polymodal.training.pairs.engine import PairEngine
-from polymodal.training.pairs.export import export_pair_model
+from polymodal.training.contrastive.trainer import PairEngine, PairRun
 from polymodal.training.process_group import World, clear_loss_of_peers, join_world
 from polymodal.training.recipes.contrastive import PairRecipe
 from polymodal.training.recipes.sections import RuleConfig
-from polymodal.training.reporting.report import write_report
-from polymodal.training.resume import find_checkpoint
+from polymodal.training.reporting.report import draw_curves, write_report
 from polymodal.training.run import begin_logs, finished_before, make_folder, take_steps
 from polymodal.training.steps import Order
 from polymodal.utils.modules import frozen

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from polymodal.modeling.dual_encoders.base import METRIC, Embedded, Everyone, PairBatch, PairModel
-from polymodal.modeling.dual_encoders.gradient_cache import cached_backward
-from polymodal.representation.gather import gather, gather_with_grad
+from polymodal.modeling.dual_encoders.gradient_cache import cached_backward, gather, gather_with_grad
 from polymodal.utils.modules import frozen
 
 Terms = dict[str, torch.Tensor]

@@ -11,9 +11,8 @@ import torch
 
 from polymodal.config import ImageConfig, parse_config
 from polymodal.errors import ConfigError, DataError, first_line
-from polymodal.modeling.dual_encoders.registry import build_pair_model, load_pair_model
+from polymodal.modeling.dual_encoders.registry import NOTES, build_pair_model, load_pair_model, read_notes
 from polymodal.processing.image_config_hf import image_config_from_hf
-from polymodal.representation.notes import NOTES, read_notes
 from polymodal.training.contrastive.captions import prepare_pairs
 from polymodal.training.contrastive.dataset import PairFeed
 from polymodal.training.contrastive.images import Pictures, crops, notes_file, open_pictures, scan, source_name

@@ -20,7 +20,7 @@ from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.media.image import open_image
 from polymodal.messages import Image
-from polymodal.processing.batch import collate
+from polymodal.processing.collate import collate
 from polymodal.training.reporting.loss_by_kind import Tally, means, merge
 from polymodal.training.sft.packing import plan_micro
 from polymodal.training.sft.task import Feed, make_eval_feed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,16 @@ from polymodal.errors import DataError
 from polymodal.messages import Image, Source, user
 from polymodal.modeling.build import build_model
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.processing.batch import collate, collate_packed
-from polymodal.processing.collate import Batch, Sample
+from polymodal.processing.collate import Batch, Sample, collate, collate_packed
 from polymodal.processing.processor import Processor
 from polymodal.training import feature_cache as features
+from polymodal.training import optimizer as policy
+from polymodal.training.checkpoint import identity
 from polymodal.training.recipes.sft import Recipe
+from polymodal.training.reporting.log import read_log
 from polymodal.training.reporting.loss_by_kind import kinds_of_targets
 from polymodal.training.sft.dataset import Prepared, prepare, read_mix, with_pixels
+from polymodal.training.trainer import State
 from polymodal.utils.progress import progress, say
 
 if TYPE_CHECKING:
@@ -198,3 +201,47 @@ def _encode_pictures(
         return sample.pixels[0]
 
     return features.fill_missing(store, pictures(), decode, model.encode_images, model.device, workers)
+
+
+# ---- The trained model as a model folder, with the stage added to its history ----
+
+
+def export(final: Path, recipe: Recipe, parts: Parts, groups: Sequence[policy.Group], state: State) -> None:
+    """Write the trained model; the folder does not show how many processes trained it.
+
+    Args:
+        final: Where to; an earlier one is replaced.
+        recipe: The stage.
+        parts: The model, whole and on this process.
+        groups: What was trained.
+        state: At the end of the run.
+
+    Raises:
+        PolymodalError: It cannot be written.
+    """
+    from polymodal.checkpoints.model_folder import save_model
+
+    names = [name for group in groups for name, _ in group.parameters]
+    trained = sorted({"lora" if policy.is_adapter(name) else name.split(".")[0] for name in names})
+    lines = [line for line in read_log(Path(recipe.output_dir) / "log.jsonl") if line["loss"] is not None]
+    stage = {
+        "stage": recipe.name,
+        "trained": trained,
+        "steps": state.step,
+        "samples": state.samples,
+        "trained_tokens": state.trained_tokens,
+        "loss": lines[-1]["loss"] if lines else None,
+        "recipe": identity(recipe),
+    }
+    history = [*parts.history, stage]
+    ever = {name for entry in history for name in entry.get("trained", ())}
+    save_model(
+        final,
+        parts.model.eval(),
+        parts.config,
+        parts.tokenizer,
+        history=history,
+        llm_trained="llm" in ever,
+        vision_trained="vision_encoder" in ever,
+        replace=True,
+    )

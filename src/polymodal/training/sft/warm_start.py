@@ -28,9 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polymodal.errors import ConfigError
-from polymodal.modeling.projectors.mlp import MLPProjector
-from polymodal.projectors.linear import LinearProjector
-from polymodal.projectors.norm import Standardize
+from polymodal.modeling.projectors.mlp import LinearProjector, MLPProjector, Standardize
 from polymodal.training.sft.class_prototypes import Prototypes, class_head_of, draw_classes
 from polymodal.utils.progress import progress, say
 
