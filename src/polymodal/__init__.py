@@ -36,7 +36,7 @@ _LAZY = {
     "ModelConfig": "polymodal.config",
     "GenerationParams": "polymodal.generation.params",
     "MultimodalLM": "polymodal.modeling.vlm",
-    "build_model": "polymodal.modeling.vlm",
+    "build_model": "polymodal.modeling.build",
     "Processor": "polymodal.processing.processor",
 }
 

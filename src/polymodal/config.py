@@ -124,7 +124,7 @@ class TemporalAttentionConfig(Strict):
 
 
 class TemporalConfig(Strict):
-    """How a video's frames are looked at together, before the projector; see `modeling.encoders.video_temporal.build_temporal`.
+    """How a video's frames are looked at together, before the projector; see `modeling.encoders.video_temporal`.
 
     Attributes:
         type: "mean" over frames, "attention" along time, or "spatio_temporal_pool"; a key of
@@ -153,7 +153,7 @@ class TemporalConfig(Strict):
 
 
 class QFormerConfig(Strict):
-    """BLIP-2's Q-Former: a BERT whose learned queries look at the picture; `modeling.projectors.qformer`. Defaults as published.
+    """BLIP-2's Q-Former: a BERT whose learned queries look at the picture; defaults as published.
 
     Attributes:
         num_query_tokens: Q, the tokens of one tile.
@@ -331,8 +331,8 @@ class TemplateConfig(Strict):
     """How a conversation becomes one string of tokens.
 
     Attributes:
-        chat_template: A preset of `processing.chat_template.encode.PRESETS` ("chatml", "llama2", "llama3", "mistral", "vicuna",
-            "t5", "plain"), "tokenizer" for the tokenizer's own, or jinja text.
+        chat_template: A preset of `processing.chat_template.encode.PRESETS` ("chatml", "llama2", "llama3", "mistral",
+        "vicuna", "t5", "plain"), "tokenizer" for the tokenizer's own, or jinja text.
         default_system: The system message where a conversation has none; None means no system turn.
         image_newline_text: Text after a picture, as LLaVA's "<image>\\n"; empty for none.
         stop_token_ids: Further tokens that end an answer, besides the template's and the tokenizer's own; published
@@ -381,19 +381,7 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def parse_config(cls: type[ConfigT], data: Any, where: str) -> ConfigT:
-    """Validate plain data into a config, with one-line errors.
-
-    Args:
-        cls: The config class.
-        data: Plain data, as read from YAML or JSON.
-        where: The file or flag that the data came from, for the error.
-
-    Returns:
-        The frozen config.
-
-    Raises:
-        ConfigError: A key is unknown or a value is wrong; names the key, what was given and the closest key.
-    """
+    """Validate plain data into a config, with one-line errors."""
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping of keys, found {type(data).__name__}")
     try:
@@ -467,18 +455,7 @@ class LoraRecipe(Strict):
 
 
 def new_picture_rules(config: ModelConfig, image: ImageConfig | None) -> ModelConfig:
-    """Let a model go on with other picture rules, as LLaVA-NeXT does between its stages.
-
-    Args:
-        config: The model's configuration.
-        image: The new rules; None keeps the old ones.
-
-    Returns:
-        The configuration from now on.
-
-    Raises:
-        ConfigError: The model takes no pictures, or tiles of another size.
-    """
+    """Let a model go on with other picture rules, as LLaVA-NeXT does between its stages."""
     if image is None:
         return config
     if config.image is None or config.image.tile_size != image.tile_size:

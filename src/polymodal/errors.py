@@ -42,16 +42,7 @@ def first_line(error: BaseException) -> str:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Build the error for a name that is not in a table, with the closest names that are.
-
-    Args:
-        kind: What the name stands for, as the user would say it ("projector", "recipe key").
-        name: The name that was asked for.
-        known: The names that exist.
-
-    Returns:
-        The error, ready to be raised.
-    """
+    """Build the error for a name that is not in a table, with the closest names that are."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(c) for c in close)}?" if close else f"known: {', '.join(names)}"

@@ -65,66 +65,49 @@ class Box:
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """Everything integer about one picture's way into the sequence.
+    """Everything integer about one picture's way into the sequence."""
 
-    Pixels. The picture is laid on its `frame` where it has one (padding comes before resizing, as LLaVA-1.5 does),
-    the result is resized to `content_box` and laid on a `canvas`, and the canvas is cut row-major into `grid` tiles
-    of `tile` pixels. One more tile, made the same way from `overview_frame` and `overview_box`, shows the whole
-    picture: first (`overview="first"`, LLaVA-NeXT's global view) or last (`overview="last"`, a thumbnail).
+    # Pixels. The picture is laid on its `frame` where it has one (padding comes before resizing, as LLaVA-1.5 does),
+    # the result is resized to `content_box` and laid on a `canvas`, and the canvas is cut row-major into `grid` tiles
+    # of `tile` pixels. One more tile, made the same way from `overview_frame` and `overview_box`, shows the whole
+    # picture: first (`overview="first"`, LLaVA-NeXT's global view) or last (`overview="last"`, a thumbnail).
+    # Tokens. Each tile gives `tokens` (rows, columns). With `merge="flat"` the sequence is all tiles' tokens one tile
+    # after the other, in the order of the tiles, then a newline embedding where `newline`. Otherwise the model, by
+    # integers alone,
+    # 1. joins the grid's tiles to one field of `grid.height * tokens.height` rows by `grid.width * tokens.width`
+    #    columns;
+    # 2. keeps the part `kept` of that field;
+    # 3. where `unpadded` is not `kept`'s size, resizes the part to `unpadded` (bilinear);
+    # 4. where `newline`, ends each row with the newline embedding;
+    # 5. reads it row by row, after the overview tile's tokens.
 
-    Tokens. Each tile gives `tokens` (rows, columns). With `merge="flat"` the sequence is all tiles' tokens one tile
-    after the other, in the order of the tiles, then a newline embedding where `newline`. Otherwise the model, by
-    integers alone,
-
-    1. joins the grid's tiles to one field of `grid.height * tokens.height` rows by `grid.width * tokens.width`
-       columns;
-    2. keeps the part `kept` of that field;
-    3. where `unpadded` is not `kept`'s size, resizes the part to `unpadded` (bilinear);
-    4. where `newline`, ends each row with the newline embedding;
-    5. reads it row by row, after the overview tile's tokens.
-
-    Attributes:
-        source: The picture's size in pixels, after EXIF orientation.
-        tile: What the encoder takes, in pixels.
-        canvas: `grid` times `tile`, in pixels.
-        content_box: Where the resized picture (or frame) lies on the canvas; may stick out (centre crop: negative
-            top or left).
-        grid: Rows and columns of tiles cut from the canvas.
-        overview: Whether and where one more tile shows the whole picture.
-        tokens: Projected tokens per tile, as a grid (rows, columns); `Size(1, Q)` where they have no spatial order.
-        merge: How tile tokens are laid in the sequence: "flat" one tile after the other; "spatial" the tiles' rows
-            joined across the canvas; "spatial_unpad" the same with the rows and columns that hold only padding taken
-            away and a newline token ending each row (as in LLaVA, plain "spatial" has no newlines).
-        unpadded: Rows and columns of tokens that the grid's tiles come to in the sequence, newlines left out: `kept`'s
-            size, or less where anyres_max_N shrinks it; None for "flat".
-        scaled_to_fit: The picture asked for more tiles than allowed and was scaled down to fit.
-        num_tokens: Positions the picture takes in the sequence.
-        frame: The rectangle that the picture is laid on before it is resized: `height` and `width` are the frame's,
-            `top` and `left` the picture's place in it, all in source pixels. None: the picture itself is resized.
-        overview_box: As `content_box`, on the overview tile; None where there is no overview.
-        overview_frame: As `frame`, for the overview tile.
-        kept: The part of the joined tiles' token field that is kept, in tokens; the whole field unless
-            `merge == "spatial_unpad"`; None for "flat". A picture thinner than one token row may keep 0 rows, as in
-            the reference: its overview still shows it.
-        newline: Each row ends with a newline token; with `merge="flat"`, the whole picture does.
-    """
-
-    source: Size
-    tile: Size
-    canvas: Size
+    source: Size  # The picture's size in pixels, after EXIF orientation
+    tile: Size  # What the encoder takes, in pixels
+    canvas: Size  # `grid` times `tile`, in pixels
+    # Where the resized picture (or frame) lies on the canvas; may stick out (centre crop: negative top or left)
     content_box: Box
-    grid: Size
-    overview: Literal["none", "first", "last"]
-    tokens: Size
+    grid: Size  # Rows and columns of tiles cut from the canvas
+    overview: Literal["none", "first", "last"]  # Whether and where one more tile shows the whole picture
+    tokens: Size  # Projected tokens per tile, as a grid (rows, columns); `Size(1, Q)` where they have no spatial order
+    # How tile tokens are laid in the sequence: "flat" one tile after the other; "spatial" the tiles' rows joined
+    # across the canvas; "spatial_unpad" the same with the rows and columns that hold only padding taken away and a
+    # newline token ending each row (as in LLaVA, plain "spatial" has no newlines)
     merge: PatchMerge
+    # Rows and columns of tokens that the grid's tiles come to in the sequence, newlines left out: `kept`'s size, or
+    # less where anyres_max_N shrinks it; None for "flat"
     unpadded: Size | None
-    scaled_to_fit: bool
-    num_tokens: int
+    scaled_to_fit: bool  # The picture asked for more tiles than allowed and was scaled down to fit
+    num_tokens: int  # Positions the picture takes in the sequence
+    # The rectangle that the picture is laid on before it is resized: `height` and `width` are the frame's, `top` and
+    # `left` the picture's place in it, all in source pixels. None: the picture itself is resized
     frame: Box | None = None
-    overview_box: Box | None = None
-    overview_frame: Box | None = None
+    overview_box: Box | None = None  # As `content_box`, on the overview tile; None where there is no overview
+    overview_frame: Box | None = None  # As `frame`, for the overview tile
+    # The part of the joined tiles' token field that is kept, in tokens; the whole field unless `merge ==
+    # "spatial_unpad"`; None for "flat". A picture thinner than one token row may keep 0 rows, as in the reference:
+    # its overview still shows it
     kept: Box | None = None
-    newline: bool = False
+    newline: bool = False  # Each row ends with a newline token; with `merge="flat"`, the whole picture does
 
     @property
     def num_tiles(self) -> int:
@@ -133,20 +116,7 @@ class ImagePlan:
 
 
 def plan_image(source: Size, image: ImageConfig, tokens: Size, *, alone: bool = True) -> ImagePlan:
-    """Plan one picture.
-
-    Args:
-        source: The picture's size in pixels, after EXIF orientation.
-        image: The preprocessing.
-        tokens: Projected tokens per tile, as a grid (rows, columns).
-        alone: It is the only picture of its conversation; see `ImageConfig.several_pictures`.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ConfigError: The preprocessing cannot be carried out (no pinpoints, sizes that are not positive, ...).
-    """
+    """Plan one picture."""
     tile = Size(*image.tile_size)
     _positive("picture size", source)
     _positive("tile_size", tile)
@@ -165,26 +135,10 @@ def plan_image(source: Size, image: ImageConfig, tokens: Size, *, alone: bool = 
 def fit_tile(
     source: Size, tile: Size, how: AspectRatio, short_side: int | None, max_pixels: int
 ) -> tuple[Box | None, Box]:
-    """Fit a whole picture to one tile.
-
-    "pad" surrounds the picture in source pixels and resizes after, as LLaVA-1.5 does. Where the frame would have more
-    than `max_pixels` (a picture thousands of times as long as it is high), the picture is resized first instead:
-    the same layout, without the memory.
-
-    Args:
-        source: The picture's size.
-        tile: The tile's size.
-        how: "squash" to the tile; "pad" to the tile's shape, centred; "crop" the centre after the short side is
-            resized.
-        short_side: For "crop": the short side after resizing; the tile's short side when None.
-        max_pixels: The largest frame.
-
-    Returns:
-        `ImagePlan.frame` and `ImagePlan.content_box`.
-
-    Raises:
-        ConfigError: `short_side` is not positive.
-    """
+    """Fit a whole picture to one tile."""
+    # "pad" surrounds the picture in source pixels and resizes after, as LLaVA-1.5 does. Where the frame would have
+    # more than `max_pixels` (a picture thousands of times as long as it is high), the picture is resized first
+    # instead: the same layout, without the memory.
     whole = Box(0, 0, tile.height, tile.width)
     if how == "squash":
         return None, whole
@@ -331,15 +285,7 @@ def _plan_padded(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> 
 
 
 def select_best_resolution(source: Size, pinpoints: Sequence[Size]) -> Size:
-    """Choose LLaVA-NeXT's canvas: the most pixels of the picture kept, then the fewest wasted, then the first.
-
-    Args:
-        source: The picture's size.
-        pinpoints: The canvases allowed; at least one.
-
-    Returns:
-        The chosen canvas.
-    """
+    """Choose LLaVA-NeXT's canvas: the most pixels of the picture kept, then the fewest wasted, then the first."""
 
     def rank(canvas: Size) -> tuple[int, int]:
         scale = min(canvas.width / source.width, canvas.height / source.height)
@@ -350,15 +296,7 @@ def select_best_resolution(source: Size, pinpoints: Sequence[Size]) -> Size:
 
 
 def unpad_box(field: Size, source: Size) -> Box:
-    """Find the tokens of a canvas that show the picture, as LLaVA-NeXT does.
-
-    Args:
-        field: Token rows and columns of the whole canvas.
-        source: The picture's size in pixels.
-
-    Returns:
-        The kept rows and columns, in tokens; the same number is taken from either side.
-    """
+    """Find the tokens of a canvas that show the picture, as LLaVA-NeXT does."""
     if source.width / source.height > field.width / field.height:
         # Rounding to 7 digits undoes floating-point noise before the cut; the reference does exactly this.
         rows = int(round(source.height * (field.width / source.width), 7))
@@ -370,19 +308,7 @@ def unpad_box(field: Size, source: Size) -> Box:
 
 
 def tile_source_box(plan: ImagePlan, index: int) -> Box:
-    """Find the part of the picture that a tile shows, for drawing tiles on the picture.
-
-    Args:
-        plan: The picture's plan.
-        index: The tile, in the order that the encoder sees them.
-
-    Returns:
-        The part in source pixels, rounded outwards and cut at the picture's edge; height or width 0 where the tile
-        holds only padding.
-
-    Raises:
-        IndexError: The plan has no such tile.
-    """
+    """Find the part of the picture that a tile shows, for drawing tiles on the picture."""
     if not 0 <= index < plan.num_tiles:
         raise IndexError(f"tile {index} of a picture with {plan.num_tiles} tiles")
     on_grid = index - (plan.overview == "first")

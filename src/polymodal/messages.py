@@ -21,39 +21,24 @@ Role: TypeAlias = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True)
 class FileSlice:
-    """Bytes that lie inside a file, such as a member of an uncompressed tar archive.
+    """Bytes that lie inside a file, such as a member of an uncompressed tar archive."""
 
-    Attributes:
-        path: The file.
-        offset: Its first byte.
-        size: Bytes.
-        name: What errors call it beside the file's name.
-    """
-
-    path: Path
-    offset: int
-    size: int
-    name: str = ""
+    path: Path  # The file
+    offset: int  # Its first byte
+    size: int  # Bytes
+    name: str = ""  # What errors call it beside the file's name
 
 
 @dataclass(frozen=True)
 class TableCell:
-    """Bytes that lie in a cell of a parquet file; read with the row group that holds them.
+    """Bytes that lie in a cell of a parquet file; read with the row group that holds them."""
 
-    Attributes:
-        path: The parquet file.
-        group: Row group, from 0.
-        row: Row inside the group, from 0.
-        column: Column: binary, or a struct with `bytes`, or a list of either.
-        item: Position in the cell's list, from 0; -1 where the cell is no list.
-        root: The folder that `path` in the cell is relative to and may not leave, where there are no `bytes`.
-    """
-
-    path: Path
-    group: int
-    row: int
-    column: str
-    item: int = -1
+    path: Path  # The parquet file
+    group: int  # Row group, from 0
+    row: int  # Row inside the group, from 0
+    column: str  # Column: binary, or a struct with `bytes`, or a list of either
+    item: int = -1  # Position in the cell's list, from 0; -1 where the cell is no list
+    # The folder that `path` in the cell is relative to and may not leave, where there are no `bytes`
     root: Path | None = None
 
 

@@ -106,10 +106,8 @@ def _open_ours(folder: Path, device: str | None, name: str, quantize: str | None
 
 
 def _open_hf(folder: Path, device: str | None, name: str, dtype: Dtype | None, quantize: str | None) -> Backend:
-    """Open a folder of Hugging Face's layout; its model type decides who reads it.
-
-    What transformers quantises while it loads is opened through transformers whatever its type.
-    """
+    """Open a folder of Hugging Face's layout; its model type decides who reads it."""
+    # What transformers quantises while it loads is opened through transformers whatever its type.
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     from polymodal.backends.transformers import open_transformers
@@ -164,17 +162,7 @@ def _model_type(folder: Path) -> str:
 
 
 def load_processor(name: str | Path = "default") -> Processor:
-    """Open only a model's processor: everything up to the tensors, without the language model.
-
-    Args:
-        name: As in `load`.
-
-    Returns:
-        The processor, equal to that of `load(name)`.
-
-    Raises:
-        CheckpointError: There is no such model, or its folder is damaged.
-    """
+    """Open only a model's processor: everything up to the tensors, without the language model."""
     folder = find_model(name)
     from polymodal.checkpoints.model_folder import read_config
     from polymodal.interop.huggingface.families import is_hf_folder

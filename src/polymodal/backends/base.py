@@ -17,36 +17,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one call.
+    """Tokens of one call."""
 
-    Attributes:
-        prompt_tokens: Positions before the answer, media included.
-        image_tokens: Those of them that are pictures.
-        completion_tokens: Tokens made, the end token included.
-    """
-
-    prompt_tokens: int
-    image_tokens: int
-    completion_tokens: int
+    prompt_tokens: int  # Positions before the answer, media included
+    image_tokens: int  # Those of them that are pictures
+    completion_tokens: int  # Tokens made, the end token included
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call.
+    """Seconds of one call."""
 
-    Attributes:
-        prepare_s: Decoding pictures, tiling, tokenising.
-        encode_s: Vision encoder, projector and embedding; 0 where the model does not let it be seen apart.
-        first_token_s: From the call to the first token.
-        total_s: From the call to the last token.
-        tokens_per_s: Decoding speed after the first token; 0 where there was only one.
-    """
-
-    prepare_s: float
-    encode_s: float
-    first_token_s: float
-    total_s: float
-    tokens_per_s: float
+    prepare_s: float  # Decoding pictures, tiling, tokenising
+    encode_s: float  # Vision encoder, projector and embedding; 0 where the model does not let it be seen apart
+    first_token_s: float  # From the call to the first token
+    total_s: float  # From the call to the last token
+    tokens_per_s: float  # Decoding speed after the first token; 0 where there was only one
 
 
 @dataclass(frozen=True)
@@ -126,17 +112,7 @@ class Backend(Protocol):
 
 
 def ask_once(backend: Backend, prompt: str, *pictures: Source, params: GenerationParams | None = None) -> str:
-    """Ask one question about some pictures: the method `ask` of every backend.
-
-    Args:
-        backend: What answers.
-        prompt: The question.
-        *pictures: Paths, bytes, `data:` URLs or Pillow pictures.
-        params: The settings; greedy where None.
-
-    Returns:
-        The answer's text.
-    """
+    """Ask one question about some pictures: the method `ask` of every backend."""
     return backend.generate([user(*map(Image, pictures), prompt)], params).text
 
 
@@ -163,32 +139,13 @@ class BatchBackend(Protocol):
 
 
 def require_question(messages: Sequence[Message]) -> None:
-    """Check that a conversation asks for an answer.
-
-    Args:
-        messages: The conversation.
-
-    Raises:
-        PolymodalError: It is empty, or its last message is not a user's.
-    """
+    """Check that a conversation asks for an answer."""
     if not messages or messages[-1].role != "user":
         raise PolymodalError("a conversation to answer must end with a user message")
 
 
 def forget_oldest(messages: Sequence[Message], length: int, context: int) -> list[Message]:
-    """Leave out the oldest question of plain text and its answer; media and the last question always stay.
-
-    Args:
-        messages: A conversation that is too long.
-        length: Tokens it takes.
-        context: Tokens the model was made for.
-
-    Returns:
-        What is left.
-
-    Raises:
-        PolymodalError: There is no such turn; names both lengths.
-    """
+    """Leave out the oldest question of plain text and its answer; media and the last question always stay."""
     start = next((i for i in range(len(messages) - 2) if _is_text_turn(messages, i)), None)
     if start is None:
         raise PolymodalError(
@@ -213,19 +170,7 @@ def stream_reply(
     image_tokens: int,
     model: str,
 ) -> Iterator[TextDelta | Reply]:
-    """Turn tokens into text as they are made, and take the times; called when the prompt is ready.
-
-    Args:
-        steps: Each token, and the seconds that encoding media took before it (0 where that is not known).
-        text: Takes the tokens and decides where the answer ends.
-        begin: `time.perf_counter()` of the call.
-        prompt_tokens: Positions before the answer.
-        image_tokens: Those of them that are pictures.
-        model: The model's name.
-
-    Yields:
-        `TextDelta`s as text becomes certain, then the whole `Reply`.
-    """
+    """Turn tokens into text as they are made, and take the times; called when the prompt is ready."""
     prepared = first = time.perf_counter()
     made, encode_s = 0, 0.0
     for token, seconds in steps:

@@ -23,16 +23,7 @@ if TYPE_CHECKING:
 
 
 def processor_of(model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Processor:
-    """The processor that makes what a model takes.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        config: Its configuration.
-
-    Returns:
-        The processor.
-    """
+    """The processor that makes what a model takes."""
     return Processor(
         config,
         tokenizer,

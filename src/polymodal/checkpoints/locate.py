@@ -22,18 +22,7 @@ UNWANTED = ("original/*", "consolidated*", "onnx/*", "openvino/*")
 
 
 def fetch_folder(name: str, revision: str | None = None) -> Path:
-    """Fetch a repository's folder, or find it in the hub's cache.
-
-    Args:
-        name: The hub id.
-        revision: A commit, tag or branch; the newest of the main branch when None.
-
-    Returns:
-        The folder, in the hub's cache.
-
-    Raises:
-        CheckpointError: It is not to be had; says why.
-    """
+    """Fetch a repository's folder, or find it in the hub's cache."""
     from huggingface_hub import snapshot_download
 
     at = f"{name} at {revision}" if revision is not None else name
@@ -47,14 +36,7 @@ def fetch_folder(name: str, revision: str | None = None) -> Path:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit that a folder of the hub's cache is a snapshot of.
-
-    Args:
-        folder: Any folder.
-
-    Returns:
-        The commit's hash; None for a folder that is not in the cache.
-    """
+    """The commit that a folder of the hub's cache is a snapshot of."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
@@ -67,20 +49,7 @@ ENDPOINT = "openai:"
 
 
 def find_model(name: str | Path, revision: str | None = None) -> Path:
-    """Find a model's folder.
-
-    Args:
-        name: As in `load`.
-        revision: As in `load`.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: There is no such folder.
-        ConfigError: A revision is given for what is no hub id.
-    """
-
+    """Find a model's folder."""
     if str(name).startswith(ENDPOINT):
         raise CheckpointError(f"{name}: the model is behind an endpoint; this needs its folder")
     shipped = shipped_folder() / str(name)

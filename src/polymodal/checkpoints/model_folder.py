@@ -48,19 +48,12 @@ ADAPTER_NAME = "adapter"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model folder in memory.
+    """A model folder in memory."""
 
-    Attributes:
-        model: The model, in eval mode.
-        tokenizer: Its tokenizer.
-        config: Its configuration.
-        history: The stages it went through, oldest first; plain data.
-    """
-
-    model: MultimodalLM
-    tokenizer: PreTrainedTokenizerBase
-    config: ModelConfig
-    history: list[dict[str, Any]] = field(default_factory=list)
+    model: MultimodalLM  # The model, in eval mode
+    tokenizer: PreTrainedTokenizerBase  # Its tokenizer
+    config: ModelConfig  # Its configuration
+    history: list[dict[str, Any]] = field(default_factory=list)  # The stages it went through, oldest first; plain data
 
 
 def contract_of(
@@ -69,17 +62,7 @@ def contract_of(
     tokenizer: PreTrainedTokenizerBase,
     context_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, Any]:
-    """Everything that training and use must agree on.
-
-    Args:
-        config: The model's configuration.
-        image_token_id: The resolved placeholder id.
-        tokenizer: The tokenizer.
-        context_tokenizer: Of a projector that reads the question; None for one that does not.
-
-    Returns:
-        Plain data; two models with equal contracts see the same tokens and pixels for the same conversation.
-    """
+    """Everything that training and use must agree on."""
     vision = config.vision
     # Where parts came from is no part of it.
     origins: Any = {"pretrained": True, "qformer": {"tokenizer"}}
@@ -106,23 +89,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     replace: bool = False,
 ) -> None:
-    """Write a model folder.
-
-    Args:
-        folder: Where to; appears whole or not at all.
-        model: The model. A peft adapter in its language model is written to `adapter/`.
-        config: Its configuration.
-        tokenizer: Its tokenizer.
-        history: The stages it went through.
-        llm_trained: The language model's own weights were trained, so they are written too.
-        vision_trained: The same for the vision tower.
-        dtype: Cast projector and adapter to this on disk; None keeps them as they are.
-        replace: Overwrite a folder that is there.
-
-    Raises:
-        PolymodalError: The folder exists and `replace` is false, or the disk is full.
-        CheckpointError: A weight is not finite, or the language model has 8-bit weights.
-    """
+    """Write a model folder."""
     if is_quantized(model.llm):
         raise CheckpointError(f"{folder}: the model's weights were rounded to 8 bits; save it as it was loaded without")
     config = config.model_copy(update={"image_token_id": model.image_token_id})
@@ -160,19 +127,7 @@ def save_model(
 
 
 def load_model(folder: Path, quantize: str | None = None) -> Loaded:
-    """Read a model folder.
-
-    Args:
-        folder: The folder.
-        quantize: How transformers is to quantise the language model on a GPU while it loads; see
-            `polymodal.modeling.quantization.GPU_WAYS`.
-
-    Returns:
-        The model in eval mode (adapter attached, not merged), tokenizer, configuration, history.
-
-    Raises:
-        CheckpointError: The folder is incomplete, damaged, or its contract does not hold; names what.
-    """
+    """Read a model folder."""
     check_folder(folder)
     document = _read_document(folder)
     config = _config_in(folder, document)
@@ -186,29 +141,12 @@ def load_model(folder: Path, quantize: str | None = None) -> Loaded:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Read a model folder's configuration and nothing else.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        The configuration; `image_token_id` is filled in.
-
-    Raises:
-        CheckpointError: The folder is incomplete or damaged.
-    """
+    """Read a model folder's configuration and nothing else."""
     return _config_in(folder, _read_document(folder))
 
 
 def verify_contract(folder: Path) -> None:
-    """Make sure that a model folder would be used as it was trained; opens its tokenizers, but no weights.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        CheckpointError: The contract does not hold, or the folder is damaged; names what.
-    """
+    """Make sure that a model folder would be used as it was trained; opens its tokenizers, but no weights."""
     from polymodal.modeling.language_model import load_tokenizer
     from polymodal.modeling.projectors.qformer_files import load_context_tokenizer
 
@@ -353,18 +291,9 @@ def _hash(contract: dict[str, Any]) -> str:
 
 
 def export_whole(source: Path, target: Path) -> None:
-    """Write a model folder of ours as one that needs nothing else.
-
-    Adapters are added to the weights they adapt and are gone; the language model and the vision tower lie in the
-    folder, also where they were only referred to.
-
-    Args:
-        source: A model folder of ours.
-        target: Where to; replaced where it is there.
-
-    Raises:
-        PolymodalError: The model cannot be read, or the folder not be written.
-    """
+    """Write a model folder of ours as one that needs nothing else."""
+    # Adapters are added to the weights they adapt and are gone; the language model and the vision tower lie in the
+    # folder, also where they were only referred to.
     write_whole(load_model(source), target, replace=True)
 
 
@@ -375,17 +304,7 @@ def write_whole(
     dtype: torch.dtype | None = None,
     replace: bool = False,
 ) -> None:
-    """Write a model in memory as a folder that needs nothing else.
-
-    Args:
-        loaded: The model; its adapter is gone afterwards, and with `dtype` its weights are of that type.
-        target: Where to.
-        dtype: Of the weights; None leaves them as they are.
-        replace: Overwrite a folder that is there.
-
-    Raises:
-        PolymodalError: The folder cannot be written.
-    """
+    """Write a model in memory as a folder that needs nothing else."""
     model, config = loaded.model, loaded.config
     folded = ["adapter"] if is_peft(model.llm) else []
     fold_in(model.llm)

@@ -74,14 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: The arguments after the program's name; those of this process when None.
-
-    Returns:
-        The exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C.
-    """
+    """Run the command line."""
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         args = build_parser().parse_args(given)

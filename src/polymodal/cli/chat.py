@@ -50,13 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Chat:
-    """One conversation on a terminal or a pipe.
-
-    Args:
-        model: What answers.
-        params: How it samples.
-        system: The system message, if any.
-    """
+    """One conversation on a terminal or a pipe."""
 
     def __init__(self, model: Backend, params: GenerationParams, system: str | None) -> None:
         self.model = model
@@ -69,11 +63,7 @@ class Chat:
         self.clear()
 
     def run(self) -> int:
-        """Read and answer until the end of input.
-
-        Returns:
-            0; 2 where a piped conversation had a mistake in it (at a terminal the person has seen it).
-        """
+        """Read and answer until the end of input."""
         if self.interactive:
             with suppress(ImportError):  # line editing and history, where Python has it
                 import readline  # noqa: F401
@@ -95,14 +85,7 @@ class Chat:
         self.pending = []
 
     def add_picture(self, path: str) -> None:
-        """Check a picture and keep it for the next question.
-
-        Args:
-            path: The file.
-
-        Raises:
-            PolymodalError: The model takes no pictures, or this is none.
-        """
+        """Check a picture and keep it for the next question."""
         (picture,) = common.pictures([path])
         seen = _look_at(self.model, picture)
         self.pending.append(picture)

@@ -39,14 +39,7 @@ def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_model(args: argparse.Namespace) -> Backend:
-    """Open the model that the flags name.
-
-    Args:
-        args: Of a verb with `--device`, `--quantize` and the flags of `add_endpoint_arguments`.
-
-    Returns:
-        The model.
-    """
+    """Open the model that the flags name."""
     from polymodal.backends import load
 
     return load(args.model, args.device, quantize=args.quantize, base_url=args.base_url, allow_http=args.allow_http)
@@ -101,14 +94,7 @@ def colour_wanted(choice: str, stream: TextIO) -> bool:
 
 
 def printable(text: str) -> str:
-    """Make control characters visible, newlines and tabs aside, so that text cannot steer the terminal.
-
-    Args:
-        text: Any text, such as an answer or a prompt.
-
-    Returns:
-        The text with every other control character, and the marks that turn the writing direction, as `\\x1b`.
-    """
+    """Make control characters visible, newlines and tabs aside, so that text cannot steer the terminal."""
     return "".join(c if c in "\n\t" or not _steers(c) else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -118,15 +104,7 @@ def _steers(char: str) -> bool:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Write a file that a flag named.
-
-    Args:
-        path: Where to.
-        data: The whole content.
-
-    Raises:
-        ConfigError: The file cannot be written; names it and says why.
-    """
+    """Write a file that a flag named."""
     try:
         Path(path).write_bytes(data)
     except OSError as error:

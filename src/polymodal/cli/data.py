@@ -68,12 +68,10 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Read, decode and tokenise every row of data files, and report what is wrong.
-
-    Writes report.html (open it in a browser), dropped.jsonl (id, line, code and reason of each row that must go),
-    warnings.jsonl and summary.json. With --fix a corrected file: good rows as they were, some faults repaired, the
-    other faulty rows left out. Exit status 1 if more than --max-dropped of the rows must go.
-    """
+    """Read, decode and tokenise every row of data files, and report what is wrong."""
+    # Writes report.html (open it in a browser), dropped.jsonl (id, line, code and reason of each row that must go),
+    # warnings.jsonl and summary.json. With --fix a corrected file: good rows as they were, some faults repaired, the
+    # other faulty rows left out. Exit status 1 if more than --max-dropped of the rows must go.
     limit = parse_share(args.max_dropped)
     _at_least_one("--workers", args.workers)
     _at_least_one("--max-length", args.max_length)
@@ -107,17 +105,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def parse_share(text: str) -> float:
-    """Read a share, "1%" or "0.01".
-
-    Args:
-        text: What the user wrote.
-
-    Returns:
-        The share, 0 to 1.
-
-    Raises:
-        ConfigError: It is no share.
-    """
+    """Read a share, "1%" or "0.01"."""
     try:
         share = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
     except ValueError:
@@ -182,10 +170,8 @@ def _add_prep(parser: argparse.ArgumentParser) -> None:
 
 
 def prep(args: argparse.Namespace) -> int:
-    """Read, decode and tokenise a recipe's data once, into memory maps that training opens at once.
-
-    Training does the same when it has to; with this it is done on a machine without a GPU, and before the run.
-    """
+    """Read, decode and tokenise a recipe's data once, into memory maps that training opens at once."""
+    # Training does the same when it has to; with this it is done on a machine without a GPU, and before the run.
     from polymodal.training.recipes.load import load_recipe
     from polymodal.training.recipes.pipeline import is_pipeline
     from polymodal.training.sft.prepare_data import prepare_recipe
@@ -215,12 +201,10 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
 
 def build(args: argparse.Namespace) -> int:
-    """Build the default model's data set, or pairs of picture and caption.
-
-    Pictures composed from packages of stamps, drawings and emoji that are installed on this machine; for the default
-    model with captions, questions and dialogues about them, for contrastive training with captions. Both hold out the
-    same pictures, given the same seed and size.
-    """
+    """Build the default model's data set, or pairs of picture and caption."""
+    # Pictures composed from packages of stamps, drawings and emoji that are installed on this machine; for the
+    # default model with captions, questions and dialogues about them, for contrastive training with captions. Both
+    # hold out the same pictures, given the same seed and size.
     from recipes.default.dataset import build_default
     from recipes.default.dataset.generate import Packages
     from recipes.default.dataset.pairs import build_pairs

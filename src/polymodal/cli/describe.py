@@ -52,16 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def page(found: Description, tokens: list[dict[str, Any]], *, colour: bool) -> str:
-    """Lay a description out for a terminal.
-
-    Args:
-        found: The description.
-        tokens: Visual tokens of pictures, as `--json` gives them.
-        colour: Write in bold and dim.
-
-    Returns:
-        The page; nothing in it can steer the terminal.
-    """
+    """Lay a description out for a terminal."""
     bold, dim, reset = (BOLD, DIM, RESET) if colour else ("", "", "")
     lines = [f"{bold}{_one_line(found.name)}{reset}  {_one_line(found.kind)}", f"{dim}{_one_line(found.folder)}{reset}"]
     lines += ["", *_tree(found, bold, dim, reset), ""]

@@ -45,11 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def gather() -> dict[str, dict[str, Any]]:
-    """Look at this environment.
-
-    Returns:
-        Section -> name -> value, plain data.
-    """
+    """Look at this environment."""
     import torch
 
     devices: dict[str, Any] = {"cpu": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"}

@@ -37,14 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate, print the table, and write the answers where asked for.
-
-    Args:
-        args: The parsed arguments.
-
-    Returns:
-        0, or 1 where an item failed.
-    """
+    """Evaluate, print the table, and write the answers where asked for."""
     if args.task != "questions":
         return _compare(args)
     import json

@@ -63,14 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def reply_json(reply: Reply) -> dict[str, Any]:
-    """The object that `--json` prints.
-
-    Args:
-        reply: The answer.
-
-    Returns:
-        Plain data: text, usage, timing (seconds, rounded to 0.1 ms), model, finish_reason.
-    """
+    """The object that `--json` prints."""
     return {
         "text": reply.text,
         "usage": asdict(reply.usage),

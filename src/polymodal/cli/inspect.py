@@ -69,16 +69,7 @@ def show(
     color: str,
     add_generation_prompt: bool = False,
 ) -> None:
-    """Print the view of a conversation, and write the files asked for.
-
-    Args:
-        processor: Of the model.
-        messages: The conversation.
-        html: Where to write a page, or None.
-        png: Where to write the tiles, or None.
-        color: "auto", "always" or "never".
-        add_generation_prompt: End with the header of an answer.
-    """
+    """Print the view of a conversation, and write the files asked for."""
     from polymodal.messages import Image
     from polymodal.viewer.draw import stack
     from polymodal.viewer.view import to_html, to_terminal, view_sample

@@ -139,17 +139,7 @@ def _question(args: argparse.Namespace, engine: str) -> Question:
 
 
 def measured_speed(path: Path) -> float:
-    """The middle of a run's samples per second.
-
-    Args:
-        path: A run's `log.jsonl`.
-
-    Returns:
-        Samples per second.
-
-    Raises:
-        ConfigError: The file is missing or holds no such figure.
-    """
+    """The middle of a run's samples per second."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:

@@ -48,23 +48,7 @@ def open_index(
     progress: Progress = quiet,
     say: Callable[[str], None] = lambda line: None,
 ) -> Index:
-    """Open the index of a source, and build it where it is not there or its pictures changed.
-
-    Args:
-        folder: Where indices are kept.
-        reading: The source.
-        processor: What tokenises it.
-        skip_errors: Leave out rows that cannot be read, and list them; else the first one is an error.
-        workers: Threads that decode pictures.
-        progress: Wraps the iteration with a progress bar.
-        say: Takes one line of news.
-
-    Returns:
-        The index.
-
-    Raises:
-        PolymodalError: The source or a row of it cannot be read, or the index cannot be written.
-    """
+    """Open the index of a source, and build it where it is not there or its pictures changed."""
     about = identity(reading, processor)
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     target = folder / f"{reading.path.stem.strip('*') or 'data'}-{key}"
@@ -84,20 +68,7 @@ def open_index(
 
 
 class Index:
-    """An index, opened. Rows are counted from 0 over those that could be tokenised.
-
-    Args:
-        folder: What `open_index` wrote.
-
-    Attributes:
-        targets: [n] trained tokens.
-        lengths: [n] tokens.
-        tiles: [n] tiles of all pictures.
-        pictures: [n] pictures.
-        rows: [n] numbers of the rows in their file.
-        digests: [n, 32] hash of tokens, masks and pictures.
-        faults: The rows that could not be read: row, where, id, error.
-    """
+    """An index, opened. Rows are counted from 0 over those that could be tokenised."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -36,13 +36,7 @@ if TYPE_CHECKING:
 
 
 class GrowingArray:
-    """Writes an .npy file row by row; the header's room for the number of rows is filled in at the end.
-
-    Args:
-        path: The file, new.
-        dtype: Of the values.
-        row: Shape of one row; () for plain numbers.
-    """
+    """Writes an .npy file row by row; the header's room for the number of rows is filled in at the end."""
 
     def __init__(self, path: Path, dtype: str, row: tuple[int, ...] = ()) -> None:
         self.dtype, self.row, self.rows = np.dtype(dtype), row, 0
@@ -94,27 +88,16 @@ MEDIA_COLUMNS = ("plan", "modality", "start", "length", "message")
 
 @dataclass(frozen=True)
 class Reading:
-    """How a data source is read; the arguments of `records.load_records`, and which rows are taken.
+    """How a data source is read; the arguments of `records.load_records`, and which rows are taken."""
 
-    Attributes:
-        path: The data file, folder or pattern.
-        image_root: Where media paths start; the file's own folder when None.
-        format: Its form, or "auto".
-        annotations: The second file, of forms that have two.
-        kind: Of rows that name none.
-        source: Of rows that name none.
-        prompt: The question of captions, or what follows each question.
-        draw: Take so many rows, chosen by this seed; all when None.
-    """
-
-    path: Path
-    image_root: Path | None = None
-    format: str = "auto"
-    annotations: Path | None = None
-    kind: str = ""
-    source: str = ""
-    prompt: str | None = None
-    draw: tuple[int, tuple[int, ...]] | None = None
+    path: Path  # The data file, folder or pattern
+    image_root: Path | None = None  # Where media paths start; the file's own folder when None
+    format: str = "auto"  # Its form, or "auto"
+    annotations: Path | None = None  # The second file, of forms that have two
+    kind: str = ""  # Of rows that name none
+    source: str = ""  # Of rows that name none
+    prompt: str | None = None  # The question of captions, or what follows each question
+    draw: tuple[int, tuple[int, ...]] | None = None  # Take so many rows, chosen by this seed; all when None
 
     def rows(self) -> Iterator[RawRow]:
         """The rows of the source, all of them."""
@@ -124,15 +107,7 @@ class Reading:
 
 
 def identity(reading: Reading, processor: Processor) -> dict[str, Any]:
-    """What an index is made from: two that agree in this hold the same.
-
-    Args:
-        reading: The source.
-        processor: What tokenises it.
-
-    Returns:
-        Plain values.
-    """
+    """What an index is made from: two that agree in this hold the same."""
     form = detect_format(reading.path) if reading.format == "auto" else reading.format
     files = data_files(reading.path, form)
     tokenizer, config = processor.tokenizer, processor.config
@@ -183,17 +158,7 @@ def build(
     workers: int,
     progress: Progress,
 ) -> None:
-    """Write an index into an empty folder.
-
-    Args:
-        work: The folder.
-        about: The `identity`.
-        reading: The source.
-        processor: What tokenises it.
-        skip_errors: List rows that cannot be read; else the first one is an error.
-        workers: Threads that decode pictures.
-        progress: Wraps the iteration with a progress bar.
-    """
+    """Write an index into an empty folder."""
     total = sum(1 for _ in reading.rows())
     taken: set[int] | None = None
     if reading.draw is not None and reading.draw[0] < total:

@@ -13,14 +13,9 @@ T = TypeVar("T")
 
 
 class Picked(Sequence[T]):
-    """Items made from row numbers.
+    """Items made from row numbers."""
 
-    Args:
-        make: From a row's number to the item.
-        rows: [n] the rows.
-    """
-
-    def __init__(self, make: Callable[[int], T], rows: np.ndarray) -> None:
+    def __init__(self, make: Callable[[int], T], rows: np.ndarray) -> None:  # rows [n]
         self._make, self._rows = make, rows
 
     def __len__(self) -> int:
@@ -33,11 +28,7 @@ class Picked(Sequence[T]):
 
 
 class Joined(Sequence[T]):
-    """Several sequences as one.
-
-    Args:
-        parts: The sequences, in order.
-    """
+    """Several sequences as one."""
 
     def __init__(self, parts: Sequence[Sequence[T]]) -> None:
         self._parts = parts

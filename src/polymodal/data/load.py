@@ -56,21 +56,7 @@ def iter_rows(
     annotations: Path | None = None,
     prompt: str | None = None,
 ) -> Iterator[RawRow]:
-    """Read a file row by row; a broken row is handed on as one, and the rows after it are read.
-
-    Args:
-        path: As in `load_records`.
-        image_root: As in `load_records`.
-        format: As in `load_records`.
-        annotations: As in `load_records`.
-        prompt: As in `load_records`.
-
-    Yields:
-        The rows; `row_record` makes a record of each.
-
-    Raises:
-        DataError: The file as a whole cannot be used.
-    """
+    """Read a file row by row; a broken row is handed on as one, and the rows after it are read."""
     path = Path(path)
     name = detect_format(path) if format == "auto" else format
     if name not in FORMATS:
@@ -93,19 +79,7 @@ def iter_rows(
 
 
 def row_record(row: RawRow, *, kind: str = "", source: str = "") -> Record:
-    """Make a record of a row.
-
-    Args:
-        row: The row.
-        kind: Of a row that does not say; the format's own when empty.
-        source: Of a row that does not say; the file's name without its ending when empty.
-
-    Returns:
-        The record.
-
-    Raises:
-        DataError: The row is broken, in the file or as a conversation.
-    """
+    """Make a record of a row."""
     if row.error is not None:
         raise row.error
     record = read_record(row.data, row.root, row.where, default_id=row.id, form=row.form)
@@ -128,17 +102,7 @@ _PARTS: Mapping[str, type[Image] | type[Video] | type[Audio] | type[Document]] =
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
-    """Write a record as plain JSON values, for a file of our own that holds records of every form.
-
-    Args:
-        record: The record; its media are paths, URLs or places in archives.
-
-    Returns:
-        An object that `record_from_json` reads back unchanged.
-
-    Raises:
-        DataError: A medium is in memory, so that no file can name it.
-    """
+    """Write a record as plain JSON values, for a file of our own that holds records of every form."""
     messages = [
         [message.role, [_part_to_json(part, record.id) for part in message.parts]] for message in record.messages
     ]
@@ -147,14 +111,7 @@ def record_to_json(record: Record) -> dict[str, Any]:
 
 
 def record_from_json(data: Mapping[str, Any]) -> Record:
-    """Read what `record_to_json` wrote. For our own files only: paths are taken as they are.
-
-    Args:
-        data: The object.
-
-    Returns:
-        The record.
-    """
+    """Read what `record_to_json` wrote. For our own files only: paths are taken as they are."""
     messages = tuple(Message(role, tuple(map(_part_from_json, parts))) for role, parts in data["messages"])
     return Record(data["id"], messages, data["kind"], data["source"], data.get("extra", {}))
 

@@ -20,20 +20,7 @@ from polymodal.errors import ConfigError
 def epoch_counts(
     sizes: Sequence[int], repeats: Sequence[float], weights: Sequence[float | None] | None = None
 ) -> list[int]:
-    """Count the samples that each source gives to an epoch.
-
-    Args:
-        sizes: Records of each source, after rows were left out.
-        repeats: `repeat` of each; all 1 where there are weights.
-        weights: `weight` of each: none of them set, or all.
-
-    Returns:
-        Samples of each source. With weights they sum to `sum(sizes)`; what rounding leaves over goes to the largest
-        remainders, the earlier source first.
-
-    Raises:
-        ConfigError: Weights are mixed with repeats, or some sources have none.
-    """
+    """Count the samples that each source gives to an epoch."""
     given = [weight for weight in weights or [] if weight is not None]
     if not given:
         return [round(size * repeat) for size, repeat in zip(sizes, repeats, strict=True)]
@@ -57,19 +44,7 @@ def epoch_counts(
 def epoch_repeats(
     sizes: Sequence[int], repeats: Sequence[float], weights: Sequence[float | None] | None = None
 ) -> list[float]:
-    """The `repeat` of each source that gives `epoch_counts`; `repeats` itself where there are no weights.
-
-    Args:
-        sizes: As in `epoch_counts`.
-        repeats: As in `epoch_counts`.
-        weights: As in `epoch_counts`.
-
-    Returns:
-        A factor for each source: `round(size * factor)` is its count.
-
-    Raises:
-        ConfigError: As in `epoch_counts`.
-    """
+    """The `repeat` of each source that gives `epoch_counts`; `repeats` itself where there are no weights."""
     if all(weight is None for weight in weights or []):
         return list(repeats)
     counts = epoch_counts(sizes, repeats, weights)

@@ -38,36 +38,18 @@ _TOWERS_WITHOUT_TEXT = ("clip_vision_model", "siglip_vision_model", "dinov2", "d
 
 @dataclass(frozen=True)
 class Embedder:
-    """Pictures and texts to unit vectors of one space.
+    """Pictures and texts to unit vectors of one space."""
 
-    Attributes:
-        model: The two towers, in eval mode.
-        image: The picture rules.
-        device: Where the model is.
-    """
-
-    model: PairModel
-    image: ImageConfig
-    device: torch.device
+    model: PairModel  # The two towers, in eval mode
+    image: ImageConfig  # The picture rules
+    device: torch.device  # Where the model is
 
     @torch.no_grad()
     def pictures(
         self, sources: Sequence[Source], *, batch_size: int = 32, workers: int = 2, progress: Progress | None = None
     ) -> Tensor:
-        """Embed pictures.
-
-        Args:
-            sources: Where they are.
-            batch_size: Pictures that go through the tower at once.
-            workers: Threads that decode.
-            progress: Told of every batch.
-
-        Returns:
-            [N, D], or [N, Q, D] of a model with several vectors a picture; on the CPU.
-
-        Raises:
-            MediaError: A picture cannot be read.
-        """
+        """Embed pictures."""
+        # -> [N, D]
         found: list[Tensor] = []
         tiles: list[Tensor] = []
         for tile in ahead(self._tile, sources, workers, batch_size + workers):
@@ -84,16 +66,8 @@ class Embedder:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str], *, batch_size: int = 64, progress: Progress | None = None) -> Tensor:
-        """Embed texts; what is longer than the text tower takes is cut.
-
-        Args:
-            texts: The texts.
-            batch_size: Texts that go through the tower at once.
-            progress: Told of every batch.
-
-        Returns:
-            [N, D] on the CPU.
-        """
+        """Embed texts; what is longer than the text tower takes is cut."""
+        # -> [N, D]
         found: list[Tensor] = []
         for start in range(0, len(texts), batch_size):
             part = list(texts[start : start + batch_size])
@@ -120,20 +94,7 @@ class Embedder:
 
 
 def load_embedder(source: str | Path, device: str | torch.device = "cpu") -> Embedder:
-    """Load a folder with a picture tower and a text tower.
-
-    Args:
-        source: A folder or hub id of a CLIP, SigLIP or vision-text-dual-encoder model, or of another family that
-            learns from pairs; "vit_small" for the one that comes with the package.
-        device: Where to.
-
-    Returns:
-        The embedder.
-
-    Raises:
-        CheckpointError: It cannot be opened.
-        ConfigError: It has no text tower, or its preprocessing cannot be expressed.
-    """
+    """Load a folder with a picture tower and a text tower."""
     source = str(shipped(str(source)) or source)
     kind = _family(source)
     notes = read_notes(Path(source).expanduser())

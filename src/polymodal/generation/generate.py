@@ -29,17 +29,8 @@ if TYPE_CHECKING:
 def sample_next(
     logits: torch.Tensor, params: GenerationParams, made: torch.Tensor, generator: torch.Generator | None
 ) -> torch.Tensor:
-    """Choose the next id of each row.
-
-    Args:
-        logits: [B, V] float; ids that must not be made are already at -inf.
-        params: The settings.
-        made: [B, n] ids made so far, for the repetition penalty.
-        generator: The random state; None when greedy.
-
-    Returns:
-        [B] int64.
-    """
+    """Choose the next id of each row."""
+    # logits [B, V], made [B, n] -> [B]
     logits = logits.float()
     if params.repetition_penalty != 1.0 and made.shape[1]:
         seen = logits.gather(1, made)
@@ -60,15 +51,7 @@ def sample_next(
 
 
 def new_generator(params: GenerationParams, device: torch.device) -> torch.Generator | None:
-    """Make the random state of one answer.
-
-    Args:
-        params: The settings.
-        device: Where the logits are.
-
-    Returns:
-        The state, seeded as the settings say; None when greedy.
-    """
+    """Make the random state of one answer."""
     if params.temperature == 0.0:
         return None
     generator = torch.Generator(device=device)
@@ -81,7 +64,8 @@ def new_generator(params: GenerationParams, device: torch.device) -> torch.Gener
 
 # ---- The next token's logits, step after step, for both kinds of language model ----
 # A causal LM reads the prompt into its key-value cache and goes on from there. An encoder-decoder's encoder reads the
-# prompt once; its decoder starts from its start token, with a cache for what it said and one for what it looks at, which
+# prompt once; its decoder starts from its start token, with a cache for what it said and one for what it looks at,
+# which
 # is filled in the first step. Either way the caller gives the ids that were chosen and gets logits.
 
 
@@ -90,16 +74,8 @@ NextLogits = Callable[[torch.Tensor | None], torch.Tensor]
 
 
 def start_decoding(model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Tensor) -> NextLogits:
-    """Begin a generation.
-
-    Args:
-        model: The model, in eval mode.
-        embeds: [B, T, D] the prompts, media merged.
-        attention_mask: [B, T] bool, False on padding, which is on the left.
-
-    Returns:
-        What makes the logits of one step after the other.
-    """
+    """Begin a generation."""
+    # embeds [B, T, D], attention_mask [B, T]
     start = _encoder_decoder if model.encoder_decoder else _causal
     return start(model, embeds, attention_mask)
 
@@ -157,15 +133,11 @@ def _encoder_decoder(model: MultimodalLM, embeds: torch.Tensor, attention_mask: 
 
 @dataclass(frozen=True)
 class Step:
-    """One decoding step.
+    """One decoding step."""
 
-    Attributes:
-        ids: One id a row; None for rows that ended earlier. A row's last id is its stop id where it met one.
-        encode_s: Seconds spent on embedding and encoding media (first step only).
-    """
-
+    # One id a row; None for rows that ended earlier. A row's last id is its stop id where it met one
     ids: tuple[int | None, ...]
-    encode_s: float = 0.0
+    encode_s: float = 0.0  # Seconds spent on embedding and encoding media (first step only)
 
 
 @torch.inference_mode()
@@ -176,18 +148,7 @@ def stream_ids(
     stop_ids: Sequence[int],
     vocab_size: int | None = None,
 ) -> Iterator[Step]:
-    """Generate, one step at a time.
-
-    Args:
-        model: The model, in eval mode.
-        batch: Prompts, padded on the left.
-        params: The settings.
-        stop_ids: Ids that end a row.
-        vocab_size: Ids from here on belong to no token and are never made; None allows all of the head.
-
-    Yields:
-        A step for each new position, until every row ended or `max_new_tokens` is reached.
-    """
+    """Generate, one step at a time."""
     batch = batch.to(model.device)
     begin = time.perf_counter()
     embeds = model.embed(
@@ -226,18 +187,7 @@ def generate_ids(
     stop_ids: Sequence[int],
     vocab_size: int | None = None,
 ) -> list[list[int]]:
-    """Generate whole answers.
-
-    Args:
-        model: As in `stream_ids`.
-        batch: As in `stream_ids`.
-        params: As in `stream_ids`.
-        stop_ids: As in `stream_ids`.
-        vocab_size: As in `stream_ids`.
-
-    Returns:
-        The ids of each row, its stop id included where it met one.
-    """
+    """Generate whole answers."""
     rows: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
     for step in stream_ids(model, batch, params, stop_ids, vocab_size):
         for row, token in zip(rows, step.ids, strict=True):

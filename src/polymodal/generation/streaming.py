@@ -12,17 +12,10 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Decodes one row of a generation.
+    """Decodes one row of a generation."""
 
-    The joined deltas always equal the decoded answer: decoding restarts from the first id of the answer, since
-    tokenizers decode some tokens differently at the start of a text.
-
-    Args:
-        tokenizer: The tokenizer.
-        stop: Texts that end the answer and are cut off.
-        stop_ids: Ids that end the answer and are not text.
-        skip_space: Leave out spaces before the answer, which some templates make part of it ("ASSISTANT: It is").
-    """
+    # The joined deltas always equal the decoded answer: decoding restarts from the first id of the answer, since
+    # tokenizers decode some tokens differently at the start of a text.
 
     def __init__(
         self,
@@ -41,14 +34,7 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Add one id.
-
-        Args:
-            token: The id.
-
-        Returns:
-            Text that is now certain and was not returned before; may be empty.
-        """
+        """Add one id."""
         if self.stopped or token in self.stop_ids:
             self.stopped = True
             return self.finish()

@@ -34,37 +34,22 @@ EXAMPLES = ((336, 336), (480, 640), (1080, 1920))
 
 @dataclass(frozen=True)
 class Description:
-    """A model folder in plain data.
+    """A model folder in plain data."""
 
-    Attributes:
-        name: As it was asked for.
-        kind: What it is, in words.
-        folder: Where it is.
-        parts: Its parts, as a tree.
-        context: Positions of the language model; None where there is none or no limit.
-        vocabulary: Entries of the tokenizer; None without one.
-        special_tokens: Role -> text and id.
-        template: Where the chat template is from, its hash and its text; None without one.
-        pictures: The picture rules.
-        history: The stages it went through, oldest first.
-        contract: Its hash, and why it does not hold, None where it does; None for folders that have none.
-        licence: As the card's first lines or the licence file say.
-        notes: What a person should know before opening it.
-    """
-
-    name: str
-    kind: str
-    folder: str
-    parts: tuple[Part, ...]
-    context: int | None = None
-    vocabulary: int | None = None
-    special_tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
-    template: dict[str, str] | None = None
-    pictures: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
+    name: str  # As it was asked for
+    kind: str  # What it is, in words
+    folder: str  # Where it is
+    parts: tuple[Part, ...]  # Its parts, as a tree
+    context: int | None = None  # Positions of the language model; None where there is none or no limit
+    vocabulary: int | None = None  # Entries of the tokenizer; None without one
+    special_tokens: dict[str, dict[str, Any]] = field(default_factory=dict)  # Role -> text and id
+    template: dict[str, str] | None = None  # Where the chat template is from, its hash and its text; None without one
+    pictures: dict[str, Any] = field(default_factory=dict)  # The picture rules
+    history: list[dict[str, Any]] = field(default_factory=list)  # The stages it went through, oldest first
+    # Its hash, and why it does not hold, None where it does; None for folders that have none
     contract: dict[str, str | None] | None = None
-    licence: str | None = None
-    notes: list[str] = field(default_factory=list)
+    licence: str | None = None  # As the card's first lines or the licence file say
+    notes: list[str] = field(default_factory=list)  # What a person should know before opening it
 
     @property
     def parameters(self) -> int | None:
@@ -84,17 +69,7 @@ class Description:
 
 
 def describe(name: str | Path) -> Description:
-    """Describe a model.
-
-    Args:
-        name: A model that comes with the package, a folder, or a hub id.
-
-    Returns:
-        What it is.
-
-    Raises:
-        CheckpointError: There is no such model, or its folder must not be opened; names the file and why.
-    """
+    """Describe a model."""
     report = looked_over(str(name))
     if (report.folder / CONFIG_NAME).is_file():
         return _ours(str(name), report)
@@ -318,19 +293,7 @@ def _image_config(report: FolderReport) -> ImageConfig | None:
 
 
 def visual_tokens(folder: Path, sizes: Sequence[Size]) -> list[tuple[int, int]]:
-    """Count what pictures take in a published vision-language model, from configurations alone.
-
-    Args:
-        folder: The model's folder.
-        sizes: Of the pictures.
-
-    Returns:
-        Positions and tiles of each; nothing where the model takes no pictures.
-
-    Raises:
-        CheckpointError: It is no published model of a family that is composed here.
-        ConfigError: Its preprocessing cannot be expressed.
-    """
+    """Count what pictures take in a published vision-language model, from configurations alone."""
     from polymodal.interop.huggingface.families import read_pieces
     from polymodal.interop.huggingface.weights import compose_vision
 

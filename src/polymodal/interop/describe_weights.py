@@ -28,25 +28,15 @@ NESTED = {
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a model.
+    """A part of a model."""
 
-    Attributes:
-        name: Its name in the files; "layers × 24" for layers in a row.
-        parameters: How many numbers it has; None where that is not known here.
-        num_bytes: Their size in the files.
-        dtypes: How they are stored, such as ("BF16",), the most frequent first.
-        kind: Its class, and what its configuration says about its shape.
-        source: Where it is, if not in the folder.
-        children: The parts inside it.
-    """
-
-    name: str
-    parameters: int | None
-    num_bytes: int | None
-    dtypes: tuple[str, ...] = ()
-    kind: str = ""
-    source: str = ""
-    children: tuple[Part, ...] = field(default=())
+    name: str  # Its name in the files; "layers × 24" for layers in a row
+    parameters: int | None  # How many numbers it has; None where that is not known here
+    num_bytes: int | None  # Their size in the files
+    dtypes: tuple[str, ...] = ()  # How they are stored, such as ("BF16",), the most frequent first
+    kind: str = ""  # Its class, and what its configuration says about its shape
+    source: str = ""  # Where it is, if not in the folder
+    children: tuple[Part, ...] = field(default=())  # The parts inside it
 
     def plain(self) -> dict[str, Any]:
         """The part as plain data."""
@@ -64,17 +54,7 @@ class Part:
 def part_of(
     name: str, tensors: Mapping[str, TensorInfo], settings: Mapping[str, Any] | None = None, depth: int = 2
 ) -> Part:
-    """Make the tree of some tensors.
-
-    Args:
-        name: Of the whole.
-        tensors: By name.
-        settings: The `config.json` that describes them.
-        depth: Levels below the whole.
-
-    Returns:
-        The tree; levels with a single entry are skipped, numbered layers are one entry.
-    """
+    """Make the tree of some tensors."""
     settings = settings or {}
     sizes: dict[str, int] = {}
     for info in tensors.values():
@@ -97,14 +77,7 @@ def part_of(
 
 
 def kind_of(settings: Mapping[str, Any]) -> str:
-    """A configuration in a few words: class and shape.
-
-    Args:
-        settings: A `config.json`, or a part of one.
-
-    Returns:
-        Such as "LlamaForCausalLM, 30 layers, width 576, 9 heads"; "" where it says nothing.
-    """
+    """A configuration in a few words: class and shape."""
     architectures = settings.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else settings.get("model_type")
     words = [str(first)] if first else []
@@ -162,17 +135,7 @@ SMALL_FILES = ("*.json", "*.jinja", "*.md", "LICENSE*")
 
 
 def looked_over(name: str) -> FolderReport:
-    """Find a model's folder and check it; of a hub id that is not in the cache, fetch what is small.
-
-    Args:
-        name: A model that comes with the package, a folder, or a hub id.
-
-    Returns:
-        What is in it.
-
-    Raises:
-        CheckpointError: It is not to be had, or must not be opened.
-    """
+    """Find a model's folder and check it; of a hub id that is not in the cache, fetch what is small."""
     folder = Path(name).expanduser()
     if (ours := shipped(name)) is not None:
         return check_folder(ours)
@@ -220,14 +183,7 @@ def _hub_headers(name: str) -> dict[str, Header]:
 
 
 def referred(source: str) -> Path | None:
-    """Find the folder of a part that lies elsewhere.
-
-    Args:
-        source: As a model's configuration names it.
-
-    Returns:
-        The folder; None where it is not on this machine.
-    """
+    """Find the folder of a part that lies elsewhere."""
     from polymodal.modeling.default_llm import HUB_ID as SMOLLM2
     from polymodal.modeling.default_llm import converted_folder
     from polymodal.modeling.language_model import DEFAULT_LLM

@@ -18,20 +18,7 @@ from polymodal.interop.llava.load import load_llava_repo
 
 
 def open_model(name: str | Path, *, dtype: Dtype = "float32", revision: str | None = None) -> Loaded:
-    """Load a model whole.
-
-    Args:
-        name: "default", a folder, or a hub id; as in `backends.load`, but no endpoint.
-        dtype: Of a published model's weights in memory; a folder of ours says itself.
-        revision: The pinned revision of a hub id.
-
-    Returns:
-        The model in eval mode on the CPU; an adapter of our folder is attached and not merged.
-
-    Raises:
-        CheckpointError: There is no such model, it is damaged, or it is of a kind that is not composed here.
-        ConfigError: A revision is given for what is no hub id.
-    """
+    """Load a model whole."""
     from polymodal.checkpoints.locate import find_model
 
     folder = find_model(name, revision)
@@ -46,20 +33,7 @@ def open_model(name: str | Path, *, dtype: Dtype = "float32", revision: str | No
 
 
 def open_published(folder: Path, name: str | Path, *, dtype: Dtype | Literal["auto"] = "float32") -> Loaded:
-    """Load a published model of a family that is composed here, or an original LLaVA folder.
-
-    Args:
-        folder: The folder.
-        name: What the user calls it, for the history.
-        dtype: Of the weights in memory; "auto" keeps what is stored, bfloat16 for a LLaVA folder.
-
-    Returns:
-        The model in eval mode on the CPU.
-
-    Raises:
-        CheckpointError: The folder is incomplete or damaged.
-        NotExpressibleError: It asks for what cannot be computed exactly here.
-    """
+    """Load a published model of a family that is composed here, or an original LLaVA folder."""
     if is_llava_repo(folder):
         return load_llava_repo(folder, dtype="bfloat16" if dtype == "auto" else dtype)
     return load_hf(folder, dtype=dtype, source=str(name), revision=commit_of(folder))

@@ -53,21 +53,7 @@ def open_image(
     limit: int = MAX_BYTES,
     name: str | None = None,
 ) -> PILImage.Image:
-    """Open a picture as upright RGB.
-
-    Args:
-        source: A path, a `data:` URL, file bytes, or a picture already open.
-        background: What shows through transparent pixels, RGB 0..255.
-        max_pixels: The most pixels; checked before decoding.
-        limit: The most bytes.
-        name: What an error calls the picture ("picture 2"); made from the source when None.
-
-    Returns:
-        A picture in mode RGB that shares no memory with the source.
-
-    Raises:
-        MediaError: The source cannot be read, is no picture of an allowed format, is damaged or too large.
-    """
+    """Open a picture as upright RGB."""
     name = name or describe(source)
     if isinstance(source, PILImage.Image):
         return _decode(source, background, max_pixels, name)
@@ -108,15 +94,7 @@ def _decode(picture: PILImage.Image, background: tuple[int, int, int], max_pixel
 
 
 def to_rgb(picture: PILImage.Image, background: tuple[int, int, int]) -> PILImage.Image:
-    """Convert any Pillow mode to RGB; see the module's text for depths beyond 8 bits.
-
-    Args:
-        picture: A loaded picture.
-        background: What shows through transparent pixels, RGB 0..255.
-
-    Returns:
-        A new picture in mode RGB.
-    """
+    """Convert any Pillow mode to RGB; see the module's text for depths beyond 8 bits."""
     if picture.mode == "I" or picture.mode == "F" or picture.mode.startswith("I;16"):
         picture = _to_8_bits(picture)
     elif picture.mode == "La":

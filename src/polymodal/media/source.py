@@ -31,14 +31,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 
 def describe(source: Source) -> str:
-    """Name a source for an error line.
-
-    Args:
-        source: A path, a `data:` URL, bytes, a place in an archive, or a picture in memory.
-
-    Returns:
-        One short printable line.
-    """
+    """Name a source for an error line."""
     if isinstance(source, bytes | bytearray | memoryview):
         return f"picture of {len(source)} bytes"
     if isinstance(source, FileSlice):
@@ -58,19 +51,7 @@ def describe(source: Source) -> str:
 def read_bytes(
     source: str | Path | bytes | FileSlice | TableCell, *, limit: int = MAX_BYTES, name: str | None = None
 ) -> bytes:
-    """Read a source whole.
-
-    Args:
-        source: A path, a `file:` or `data:` URL, a place in an archive, or the bytes themselves.
-        limit: The most bytes allowed.
-        name: What an error calls the source; made from the source when None.
-
-    Returns:
-        The bytes; never empty.
-
-    Raises:
-        MediaError: The source is missing, empty, a directory, remote, not decodable or larger than `limit`.
-    """
+    """Read a source whole."""
     name = name or describe(source)
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source) if len(source) <= limit else _too_large(name, len(source), limit)
@@ -176,18 +157,7 @@ _LOCK = threading.Lock()
 
 
 def open_table(path: Path, error: type[Exception] = MediaError) -> Any:
-    """Open a parquet file.
-
-    Args:
-        path: The file.
-        error: What to raise.
-
-    Returns:
-        A `pyarrow.parquet.ParquetFile`.
-
-    Raises:
-        Exception: `error`, with one line: pyarrow is missing, or the file is missing or not a parquet file.
-    """
+    """Open a parquet file."""
     try:
         import pyarrow.parquet as parquet
     except ImportError:
@@ -201,19 +171,7 @@ def open_table(path: Path, error: type[Exception] = MediaError) -> Any:
 
 
 def read_column(path: Path, group: int, column: str) -> Any:
-    """Read one column of one row group; the last two stay in memory.
-
-    Args:
-        path: The parquet file.
-        group: Row group, from 0.
-        column: The column.
-
-    Returns:
-        A `pyarrow.ChunkedArray`.
-
-    Raises:
-        MediaError: The file cannot be read, or the column is too large or damaged.
-    """
+    """Read one column of one row group; the last two stay in memory."""
     try:
         info = path.stat()
     except OSError as error:
@@ -242,19 +200,7 @@ def _column(path: Path, _mtime: int, _size: int, group: int, column: str) -> Any
 
 
 def read_cell(cell: TableCell, limit: int, name: str) -> bytes:
-    """Read a cell's bytes.
-
-    Args:
-        cell: Which.
-        limit: The most bytes allowed.
-        name: What an error calls the source.
-
-    Returns:
-        The bytes.
-
-    Raises:
-        MediaError: The cell is missing, empty or too large, or the file cannot be read.
-    """
+    """Read a cell's bytes."""
     column = read_column(cell.path, cell.group, cell.column)
     if not 0 <= cell.row < len(column):
         raise MediaError(f"{name}: no such row; the file has changed")

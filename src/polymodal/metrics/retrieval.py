@@ -29,60 +29,27 @@ BUDGET = 64 << 20
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many wrong answers stand before the first right one; 0 is a hit at the first place.
+    """How many wrong answers stand before the first right one; 0 is a hit at the first place."""
 
-    Attributes:
-        image_to_text: [I]; the best placed of a picture's captions counts.
-        text_to_image: [T].
-    """
-
-    image_to_text: Tensor
-    text_to_image: Tensor
+    image_to_text: Tensor  # [I]; the best placed of a picture's captions counts
+    text_to_image: Tensor  # [T]
 
 
 def recall(similarity: Tensor, image_of_text: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
-    """Recall at k, both ways.
-
-    Args:
-        similarity: [I, T], higher is nearer.
-        image_of_text: [T], the picture that each text belongs to; every picture has at least one.
-        ks: Places that count.
-
-    Returns:
-        "image_to_text@k" and "text_to_image@k" for every k, 0 to 1.
-
-    Raises:
-        DataError: Shapes do not fit, a picture has no text, or a similarity is not finite.
-    """
+    """Recall at k, both ways."""
+    # similarity [I, T], image_of_text [T]
     _check_pairs(similarity.shape[0], similarity.shape[1], image_of_text)
     return recall_of(similarity_ranks(similarity, image_of_text), ks)
 
 
 def recall_of(ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float]:
-    """Recall at k from ranks.
-
-    Args:
-        ranks: Of `similarity_ranks` or `embedding_ranks`.
-        ks: Places that count.
-
-    Returns:
-        As `recall`.
-    """
+    """Recall at k from ranks."""
     sides = {IMAGE_TO_TEXT: ranks.image_to_text, TEXT_TO_IMAGE: ranks.text_to_image}
     return {f"{side}@{k}": float((found < k).double().mean()) for side, found in sides.items() for k in ks}
 
 
-def chance(images: int, image_of_text: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
-    """Recall of a random order, exactly.
-
-    Args:
-        images: I, how many pictures there are.
-        image_of_text: [T], the picture that each text belongs to.
-        ks: Places that count.
-
-    Returns:
-        As `recall`.
-    """
+def chance(images: int, image_of_text: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:  # image_of_text [T]
+    """Recall of a random order, exactly."""
     texts = len(image_of_text)
     captions = torch.bincount(image_of_text.cpu(), minlength=images).tolist()
     found: dict[str, float] = {}
@@ -93,39 +60,16 @@ def chance(images: int, image_of_text: Tensor, ks: Sequence[int] = KS) -> dict[s
     return found | {f"{TEXT_TO_IMAGE}@{k}": min(1.0, k / images) for k in ks}
 
 
-def similarity_ranks(similarity: Tensor, image_of_text: Tensor) -> Ranks:
-    """Ranks from a whole matrix.
-
-    Args:
-        similarity: [I, T], higher is nearer.
-        image_of_text: [T], the picture that each text belongs to.
-
-    Returns:
-        The ranks.
-
-    Raises:
-        DataError: A similarity is not finite.
-    """
+def similarity_ranks(similarity: Tensor, image_of_text: Tensor) -> Ranks:  # similarity [I, T], image_of_text [T]
+    """Ranks from a whole matrix."""
     own = image_of_text.to(similarity.device)
     right = own[None, :] == torch.arange(similarity.shape[0], device=own.device)[:, None]
     return Ranks(_ranks(similarity, right), _ranks(similarity.T, right.T))
 
 
 def embedding_ranks(image: Tensor, text: Tensor, image_of_text: Tensor, *, budget: int = BUDGET) -> Ranks:
-    """Ranks from embeddings, a part of the matrix at a time.
-
-    Args:
-        image: [I, D], or [I, Q, D] of which the nearest of the Q vectors counts.
-        text: [T, D].
-        image_of_text: [T], the picture that each text belongs to.
-        budget: Bytes that similarities may take at a time; one row is always taken.
-
-    Returns:
-        The ranks; those of `similarity_ranks` on the whole matrix.
-
-    Raises:
-        DataError: Shapes do not fit, a picture has no text, or a similarity is not finite.
-    """
+    """Ranks from embeddings, a part of the matrix at a time."""
+    # image [I, D], text [T, D], image_of_text [T]
     images, texts = len(image), len(text)
     _check_pairs(images, texts, image_of_text)
     queries = image.shape[1] if image.ndim == 3 else 1
@@ -139,68 +83,29 @@ def embedding_ranks(image: Tensor, text: Tensor, image_of_text: Tensor, *, budge
     return Ranks(torch.cat(by_image), torch.cat(by_text))
 
 
-def similarities(image: Tensor, text: Tensor) -> Tensor:
-    """Dot products, the greatest over a picture's vectors.
-
-    Args:
-        image: [I, D] or [I, Q, D].
-        text: [T, D].
-
-    Returns:
-        [I, T].
-    """
+def similarities(image: Tensor, text: Tensor) -> Tensor:  # image [I, D], text [T, D] -> [I, T]
+    """Dot products, the greatest over a picture's vectors."""
     if image.ndim == 3:
         return torch.einsum("iqd,td->iqt", image, text).amax(dim=1)
     return image @ text.T
 
 
-def class_embeddings(prompts: Tensor) -> Tensor:
-    """One unit vector a class from the vectors of its prompts.
-
-    Args:
-        prompts: [C, N, D], the embeddings of N prompts a class; any length.
-
-    Returns:
-        [C, D].
-    """
+def class_embeddings(prompts: Tensor) -> Tensor:  # [C, N, D] -> [C, D]
+    """One unit vector a class from the vectors of its prompts."""
     mean = torch.nn.functional.normalize(prompts, dim=-1).mean(dim=1)
     return torch.nn.functional.normalize(mean, dim=-1)
 
 
 def zero_shot(image: Tensor, classes: Tensor, labels: Tensor, *, budget: int = BUDGET) -> dict[str, float]:
-    """Share of pictures whose class is the nearest, and among the five nearest.
-
-    Args:
-        image: [I, D] or [I, Q, D].
-        classes: [C, D], of `class_embeddings`.
-        labels: [I] the right class of each picture, or [I, C] True where a class is right (a beagle is a dog, too).
-        budget: Bytes that similarities may take at a time.
-
-    Returns:
-        "top1" and "top5", 0 to 1.
-
-    Raises:
-        DataError: Shapes do not fit, a picture has no right class, or a similarity is not finite.
-    """
+    """Share of pictures whose class is the nearest, and among the five nearest."""
+    # image [I, D], classes [C, D], labels [I]
     ranks = zero_shot_ranks(image, classes, labels, budget=budget)
     return {f"top{k}": float((ranks < k).double().mean()) for k in (1, 5)}
 
 
 def zero_shot_ranks(image: Tensor, classes: Tensor, labels: Tensor, *, budget: int = BUDGET) -> Tensor:
-    """How many wrong classes stand before the first right one.
-
-    Args:
-        image: [I, D] or [I, Q, D].
-        classes: [C, D].
-        labels: [I] or [I, C], as in `zero_shot`.
-        budget: Bytes that similarities may take at a time.
-
-    Returns:
-        [I].
-
-    Raises:
-        DataError: Shapes do not fit, a picture has no right class, or a similarity is not finite.
-    """
+    """How many wrong classes stand before the first right one."""
+    # image [I, D], classes [C, D], labels [I] -> [I]
     right = right_classes(labels, len(classes)).to(image.device)
     if len(right) != len(image):
         raise DataError(f"{len(image)} pictures but labels of {len(right)}")
@@ -209,19 +114,8 @@ def zero_shot_ranks(image: Tensor, classes: Tensor, labels: Tensor, *, budget: i
     return torch.cat([_ranks(similarities(image[part], classes), right[part]) for part in parts])
 
 
-def right_classes(labels: Tensor, classes: int) -> Tensor:
-    """Labels as a table of what is right.
-
-    Args:
-        labels: [I] or [I, C], as in `zero_shot`.
-        classes: C.
-
-    Returns:
-        [I, C] bool.
-
-    Raises:
-        DataError: A label is no class, or a picture has none.
-    """
+def right_classes(labels: Tensor, classes: int) -> Tensor:  # labels [I] -> [I, C]
+    """Labels as a table of what is right."""
     if labels.ndim == 1:
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise DataError(f"labels from {int(labels.min())} to {int(labels.max())}, but there are {classes} classes")
@@ -233,16 +127,8 @@ def right_classes(labels: Tensor, classes: int) -> Tensor:
     return labels.bool()
 
 
-def zero_shot_chance(labels: Tensor, classes: int) -> dict[str, float]:
-    """What a random order of the classes scores, exactly.
-
-    Args:
-        labels: [I] or [I, C], as in `zero_shot`.
-        classes: C.
-
-    Returns:
-        "top1" and "top5", 0 to 1.
-    """
+def zero_shot_chance(labels: Tensor, classes: int) -> dict[str, float]:  # labels [I]
+    """What a random order of the classes scores, exactly."""
     counts = right_classes(labels, classes).sum(dim=1).tolist()
     places = {k: min(k, classes) for k in (1, 5)}
     return {

@@ -32,29 +32,13 @@ def _plain(text: str) -> list[str]:
 
 
 def exact_match(answer: str, accepted: Sequence[str]) -> float:
-    """Whether an answer is one of the accepted ones, articles, case, punctuation and plural aside.
-
-    Args:
-        answer: What the model said.
-        accepted: What counts as right.
-
-    Returns:
-        1.0 or 0.0.
-    """
+    """Whether an answer is one of the accepted ones, articles, case, punctuation and plural aside."""
     said = _plain(answer)
     return float(any(said == _plain(right) for right in accepted))
 
 
 def mentions(answer: str, accepted: Sequence[str]) -> float:
-    """Whether an answer contains one of the accepted phrases as whole words.
-
-    Args:
-        answer: What the model said.
-        accepted: What counts as right.
-
-    Returns:
-        1.0 or 0.0.
-    """
+    """Whether an answer contains one of the accepted phrases as whole words."""
     said = _plain(answer)
     for right in map(_plain, accepted):
         if right and any(said[i : i + len(right)] == right for i in range(len(said))):
@@ -63,15 +47,7 @@ def mentions(answer: str, accepted: Sequence[str]) -> float:
 
 
 def word_recall(answer: str, accepted: Sequence[str]) -> float:
-    """Share of a caption's content words that the answer has; the best over the accepted captions.
-
-    Args:
-        answer: What the model said.
-        accepted: Reference captions.
-
-    Returns:
-        0.0 to 1.0.
-    """
+    """Share of a caption's content words that the answer has; the best over the accepted captions."""
     said = {_singular(word) for word in words_of(answer)}
     best = 0.0
     for right in accepted:
@@ -81,34 +57,16 @@ def word_recall(answer: str, accepted: Sequence[str]) -> float:
     return best
 
 
-def mean_interval(values: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
-    """95% bootstrap interval of a mean.
-
-    Args:
-        values: [n] scores, or differences of paired scores.
-        seed: Of the resampling.
-        draws: Number of resamples.
-
-    Returns:
-        The 2.5th and 97.5th percentile of the resampled means.
-    """
+def mean_interval(values: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:  # values [n]
+    """95% bootstrap interval of a mean."""
     picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
     low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
 
 
 def ratio_interval(hits: np.ndarray, counts: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
-    """95% bootstrap interval of a share whose items come in groups, such as the captions of a picture.
-
-    Args:
-        hits: [n] hits of each group.
-        counts: [n] items of each group.
-        seed: Of the resampling.
-        draws: Number of resamples.
-
-    Returns:
-        The 2.5th and 97.5th percentile of the resampled shares.
-    """
+    """95% bootstrap interval of a share whose items come in groups, such as the captions of a picture."""
+    # hits [n], counts [n]
     random = np.random.default_rng(seed)
     shares = []
     step = max(1, 5_000_000 // len(hits))

@@ -24,19 +24,7 @@ if TYPE_CHECKING:
 
 
 def image_token_id_for(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
-    """Choose the placeholder's id.
-
-    Args:
-        config: Says which id, or leaves it open.
-        tokenizer: May have an "<image>" token of its own.
-        vocab_size: Rows of the language model's head.
-
-    Returns:
-        The id. Left open and without a token of the tokenizer's own it lies past the head, so it cannot be generated.
-
-    Raises:
-        ConfigError: The configured id is an ordinary text token.
-    """
+    """Choose the placeholder's id."""
     if config.image_token_id is not None:
         ordinary = config.image_token_id < len(tokenizer) and (
             config.image_token_id not in tokenizer.added_tokens_decoder
@@ -49,20 +37,7 @@ def image_token_id_for(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, 
 
 
 def build_vision(config: ModelConfig, folder: Path | None, llm_dim: int) -> tuple[VisionEncoder, Projector] | None:
-    """Load the vision tower and make the projector that fits it (random weights).
-
-    Args:
-        config: The configuration.
-        folder: The model folder that "bundled" parts lie in.
-        llm_dim: D, the language model's width.
-
-    Returns:
-        Encoder and projector; None for a text-only model.
-
-    Raises:
-        ConfigError: A component is unknown or does not fit the next.
-        CheckpointError: The tower cannot be loaded.
-    """
+    """Load the vision tower and make the projector that fits it (random weights)."""
     from polymodal.modeling.encoders.vision import build_vision_encoder
     from polymodal.modeling.projectors import build_projector
 
@@ -79,15 +54,7 @@ def build_vision(config: ModelConfig, folder: Path | None, llm_dim: int) -> tupl
 
 
 def check_merge(config: ModelConfig, tokens: Size) -> None:
-    """Make sure that tokens which are to be laid out in space have an order in space.
-
-    Args:
-        config: The configuration.
-        tokens: Projected tokens per tile, as a grid.
-
-    Raises:
-        ConfigError: They are a set, such as a Q-Former's queries.
-    """
+    """Make sure that tokens which are to be laid out in space have an order in space."""
     merge = config.image.mm_patch_merge_type if config.image is not None else "flat"
     if merge != "flat" and tokens.height == 1 < tokens.width:
         raise ConfigError(

@@ -21,14 +21,7 @@ SOURCE_NOTE = "source.txt"
 
 
 def find_smollm2() -> Path | str:
-    """Find the language model; convert it on first use.
-
-    Returns:
-        A folder that transformers opens, or the hub id where the hub's copy is already in the Hugging Face cache.
-
-    Raises:
-        CheckpointError: It is nowhere; names the command that fetches it.
-    """
+    """Find the language model; convert it on first use."""
     folder = converted_folder()
     if (folder / "model.safetensors").is_file():
         return folder
@@ -49,10 +42,8 @@ def converted_folder() -> Path:
 
 
 def packaged_gguf() -> Path | None:
-    """The GGUF file of the installed package; None where the package is not installed.
-
-    The package is only located, not imported: importing it needs llama.cpp.
-    """
+    """The GGUF file of the installed package; None where the package is not installed."""
+    # The package is only located, not imported: importing it needs llama.cpp.
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         return None

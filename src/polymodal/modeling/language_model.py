@@ -1,8 +1,8 @@
 """Loading the language model: any causal LM or encoder-decoder of transformers, from a hub id, a folder or a GGUF file.
 
 The language model knows nothing about media. It is loaded without remote code, from safetensors or GGUF only; what a
-GGUF file holds is always taken for a causal LM. `polymodal.modeling.seq2seq` says how an encoder-decoder takes one sequence of
-ids.
+GGUF file holds is always taken for a causal LM. `polymodal.modeling.seq2seq` says how an encoder-decoder takes one
+sequence of ids.
 """
 
 from __future__ import annotations
@@ -28,17 +28,7 @@ DEFAULT_LLM = "smollm2"
 
 
 def resolve_llm(name: str) -> str:
-    """Turn the configured name into something that transformers can open.
-
-    Args:
-        name: A folder, a hub id, a .gguf file, or "smollm2".
-
-    Returns:
-        A path or hub id.
-
-    Raises:
-        CheckpointError: The default language model is nowhere to be found; names the command that fetches it.
-    """
+    """Turn the configured name into something that transformers can open."""
     if name == DEFAULT_LLM:
         from polymodal.modeling.default_llm import find_smollm2
 
@@ -47,21 +37,7 @@ def resolve_llm(name: str) -> str:
 
 
 def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
-    """Load the language model; whether it is a causal LM or an encoder-decoder is up to its own configuration.
-
-    Args:
-        config: Where from, and in which dtype.
-        quantize: How transformers is to quantise it on a GPU while it loads, see `polymodal.modeling.quantization.GPU_WAYS`; None
-            leaves the weights as they are.
-
-    Returns:
-        The model, in eval mode.
-
-    Raises:
-        CheckpointError: The folder, file or hub id cannot be opened.
-        ConfigError: It is not of the kind that `config.encoder_decoder` says, or an encoder-decoder does not say which
-            token its decoder starts from.
-    """
+    """Load the language model; whether it is a causal LM or an encoder-decoder is up to its own configuration."""
     from transformers import AutoConfig
 
     source, kwargs = _source(config)
@@ -114,14 +90,7 @@ def model_class(encoder_decoder: bool) -> Any:
 
 
 def layer_counts(config: Any) -> tuple[int, int]:
-    """Layers of the encoder and of the decoder; a causal LM has none of the former.
-
-    Args:
-        config: Of the language model, as transformers has it.
-
-    Returns:
-        The two counts.
-    """
+    """Layers of the encoder and of the decoder; a causal LM has none of the former."""
     config = config.get_text_config()
     layers = int(config.num_hidden_layers)
     if not config.is_encoder_decoder:
@@ -132,17 +101,7 @@ def layer_counts(config: Any) -> tuple[int, int]:
 
 
 def decoder_start_id(llm: PreTrainedModel) -> int:
-    """The token that an encoder-decoder's decoder starts from.
-
-    Args:
-        llm: An encoder-decoder.
-
-    Returns:
-        Its id.
-
-    Raises:
-        ConfigError: The model does not say.
-    """
+    """The token that an encoder-decoder's decoder starts from."""
     for settings in (llm.config, getattr(llm, "generation_config", None)):
         found = getattr(settings, "decoder_start_token_id", None)
         if found is not None:
@@ -154,18 +113,7 @@ def decoder_start_id(llm: PreTrainedModel) -> int:
 
 
 def load_tokenizer(config: LLMConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:
-    """Load the language model's tokenizer, or the one saved in a model folder.
-
-    Args:
-        config: The language model.
-        folder: A model folder of ours; the tokenizer in it is preferred where it carries one.
-
-    Returns:
-        The tokenizer (fast).
-
-    Raises:
-        CheckpointError: No tokenizer can be opened there.
-    """
+    """Load the language model's tokenizer, or the one saved in a model folder."""
     from transformers import AutoTokenizer
 
     carried = folder is not None and (folder / "tokenizer.json").is_file()
@@ -192,17 +140,7 @@ def quieten_transformers() -> None:
 
 
 def output_head(llm: PreTrainedModel) -> torch.nn.Module:
-    """The layer that makes logits.
-
-    Args:
-        llm: The causal LM.
-
-    Returns:
-        Its head.
-
-    Raises:
-        ConfigError: The language model has no output head.
-    """
+    """The layer that makes logits."""
     head = llm.get_output_embeddings()
     if head is None:
         raise ConfigError(
@@ -212,23 +150,11 @@ def output_head(llm: PreTrainedModel) -> torch.nn.Module:
 
 
 @contextmanager
-def head_only_at(llm: PreTrainedModel, rows: torch.Tensor) -> Iterator[None]:
-    """While active, the language model's head sees only the chosen positions.
-
-    The head is the dearest layer of a small model (a fifth to a quarter of the whole step), and most positions of a
-    multimodal sample carry no label. Selecting before the head, inside the model's own forward, keeps whatever the
-    architecture does after its head (soft caps, logit scales).
-
-    Args:
-        llm: The causal LM.
-        rows: [R] int64, indices into the flattened [B * T] positions.
-
-    Yields:
-        Nothing; inside the block the model's `logits` are [R, V].
-
-    Raises:
-        ConfigError: The language model has no output head.
-    """
+def head_only_at(llm: PreTrainedModel, rows: torch.Tensor) -> Iterator[None]:  # rows [R]
+    """While active, the language model's head sees only the chosen positions."""
+    # The head is the dearest layer of a small model (a fifth to a quarter of the whole step), and most positions of a
+    # multimodal sample carry no label. Selecting before the head, inside the model's own forward, keeps whatever the
+    # architecture does after its head (soft caps, logit scales).
 
     def select(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         hidden = args[0]
@@ -243,19 +169,8 @@ def head_only_at(llm: PreTrainedModel, rows: torch.Tensor) -> Iterator[None]:
 
 @contextmanager
 def hidden_before_head(llm: PreTrainedModel, rows: torch.Tensor, shown: int) -> Iterator[list[torch.Tensor]]:
-    """While active, keep what the head would see at the chosen positions, and let it see only the first few of them.
-
-    Args:
-        llm: The causal LM.
-        rows: [R] int64, indices into the flattened [B * T] positions.
-        shown: How many of them the model's own head still sees; its `logits` are [min(shown, R), V].
-
-    Yields:
-        A list that holds the [R, D] hidden states once the model ran.
-
-    Raises:
-        ConfigError: The language model has no output head.
-    """
+    """While active, keep what the head would see at the chosen positions, and let it see only the first few of them."""
+    # rows [R]
     kept: list[torch.Tensor] = []
 
     def keep(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:

@@ -40,16 +40,7 @@ def is_adapter(name: str) -> bool:
 
 
 def add_adapters(model: nn.Module, lora: LoraRecipe, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Put adapters on the language model's linear layers, or go on with the ones it has.
-
-    Args:
-        model: Has a child `llm`; changed in place.
-        lora: Which modules, how large, of which kind.
-        tokenizer: Turns `lora.trainable_tokens` into ids; may get new tokens, see `token_rows`.
-
-    Raises:
-        ConfigError: No linear module matches, the model has adapters of another shape, or bitsandbytes is missing.
-    """
+    """Put adapters on the language model's linear layers, or go on with the ones it has."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
@@ -96,22 +87,9 @@ def add_adapters(model: nn.Module, lora: LoraRecipe, tokenizer: PreTrainedTokeni
 
 
 def token_rows(llm: nn.Module, tokens: Sequence[str | int], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """Find the vocabulary rows that are to be trained, and make room for tokens that the tokenizer lacks.
-
-    A token that the tokenizer lacks takes a spare row: most language models have more rows than tokens (Qwen2.5 has
-    271 spare ones). The table itself is never enlarged, since the placeholders of media lie right behind it.
-
-    Args:
-        llm: The causal LM.
-        tokens: Tokens as text, or ids.
-        tokenizer: Of the model; changed in place where it gets new tokens.
-
-    Returns:
-        Ids, ascending, each once.
-
-    Raises:
-        ConfigError: An id is out of range, or no spare row is left.
-    """
+    """Find the vocabulary rows that are to be trained, and make room for tokens that the tokenizer lacks."""
+    # A token that the tokenizer lacks takes a spare row: most language models have more rows than tokens (Qwen2.5 has
+    # 271 spare ones). The table itself is never enlarged, since the placeholders of media lie right behind it.
     if not tokens:
         return []
     count = llm.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]  # a causal LM
@@ -136,14 +114,7 @@ def token_rows(llm: nn.Module, tokens: Sequence[str | int], tokenizer: PreTraine
 
 
 def quantize_frozen(llm: nn.Module) -> None:
-    """Put the language model's linear layers into 4-bit NormalFloat, the head aside, as QLoRA does.
-
-    Args:
-        llm: The causal LM; changed in place.
-
-    Raises:
-        ConfigError: bitsandbytes is not installed.
-    """
+    """Put the language model's linear layers into 4-bit NormalFloat, the head aside, as QLoRA does."""
     try:
         import bitsandbytes as bnb  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError as error:
@@ -223,12 +194,7 @@ def is_peft(module: Any) -> bool:
 
 
 def merge_adapter(model: MultimodalLM, merged: bool = True) -> None:
-    """Add a LoRA adapter to the weights it adapts, or take it out again; decoding is faster with it inside.
-
-    Args:
-        model: The model; nothing happens where it has no adapter.
-        merged: Whether the adapter is to be inside.
-    """
+    """Add a LoRA adapter to the weights it adapts, or take it out again; decoding is faster with it inside."""
     if not is_peft(model.llm):
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -239,17 +205,7 @@ def merge_adapter(model: MultimodalLM, merged: bool = True) -> None:
 
 
 def attach_adapter(model: MultimodalLM, settings: Any, tensors: dict[str, torch.Tensor], where: str | Path) -> None:
-    """Put a LoRA adapter beside the language model's weights.
-
-    Args:
-        model: Changed in place.
-        settings: A `LoraConfig` of peft.
-        tensors: The adapter's weights, under the names that peft gives them in the language model.
-        where: The file or folder, for the error.
-
-    Raises:
-        CheckpointError: Tensors are missing, left over or not finite; lists them.
-    """
+    """Put a LoRA adapter beside the language model's weights."""
     from peft import inject_adapter_in_model, set_peft_model_state_dict
 
     check_finite(tensors, where)
@@ -264,11 +220,7 @@ def attach_adapter(model: MultimodalLM, settings: Any, tensors: dict[str, torch.
 
 
 def fold_in(llm: nn.Module) -> None:
-    """Add the adapters to the weights they adapt and take them away, leaving a plain model.
-
-    Args:
-        llm: The causal LM; changed in place. Nothing happens where it has no adapter.
-    """
+    """Add the adapters to the weights they adapt and take them away, leaving a plain model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import TrainableTokensWrapper
 

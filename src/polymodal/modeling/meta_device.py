@@ -27,30 +27,14 @@ from polymodal.modeling.vlm import MultimodalLM
 
 @dataclass(frozen=True)
 class Outline:
-    """A model on tensors without data.
+    """A model on tensors without data."""
 
-    Attributes:
-        model: The model, on the meta device.
-        config: Its configuration.
-    """
-
-    model: MultimodalLM
-    config: ModelConfig
+    model: MultimodalLM  # The model, on the meta device
+    config: ModelConfig  # Its configuration
 
 
 def outline(config: ModelConfig, *, fetch: bool = False) -> Outline:
-    """Build a model without weights.
-
-    Args:
-        config: The configuration; "bundled" parts must have been resolved to folders.
-        fetch: Ask the hub for a `config.json` that is not on this machine.
-
-    Returns:
-        The outline.
-
-    Raises:
-        PolymodalError: A part's shape is not known here, or parts do not fit.
-    """
+    """Build a model without weights."""
     settings = llm_settings(config.llm, fetch=fetch)
     vision = None if config.vision is None else _tower_settings(config.vision, fetch=fetch)
     with torch.device("meta"):
@@ -77,12 +61,7 @@ def outline(config: ModelConfig, *, fetch: bool = False) -> Outline:
 
 
 def on_no_device(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Move a model from the meta device, where a policy can be applied, to tensors that can be computed with.
-
-    Args:
-        model: On the meta device; its parameters and buffers are replaced, ties kept.
-        mode: What makes tensors hold no data.
-    """
+    """Move a model from the meta device, where a policy can be applied, to tensors that can be computed with."""
     moved: dict[int, torch.Tensor] = {}
 
     def move(tensor: torch.Tensor) -> torch.Tensor:

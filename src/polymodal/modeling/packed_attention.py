@@ -40,11 +40,7 @@ _PROBE = (5, 7)
 
 
 class Segments:
-    """Lengths of the samples in a row; one object for all layers.
-
-    Args:
-        lengths: In order; they add up to the row.
-    """
+    """Lengths of the samples in a row; one object for all layers."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = tuple(lengths)
@@ -71,20 +67,8 @@ def segment_mask(lengths: Sequence[int], device: torch.device | str) -> torch.Te
 
 
 def packed_inputs(llm: PreTrainedModel, method: str, lengths: Sequence[int], embeds: torch.Tensor) -> dict[str, Any]:
-    """Keyword arguments that make a causal LM treat a row as separate samples.
-
-    Args:
-        llm: The model; for `SEGMENTS` with our attention installed.
-        method: Of `choose_method`.
-        lengths: The samples' lengths.
-        embeds: [1, T, D] the row; gives device and dtype.
-
-    Returns:
-        Positions, and segments or a mask.
-
-    Raises:
-        ConfigError: Lengths and row do not agree.
-    """
+    """Keyword arguments that make a causal LM treat a row as separate samples."""
+    # embeds [1, T, D]
     if embeds.shape[:2] != (1, sum(lengths)):
         raise ConfigError(f"segments of {sum(lengths)} tokens in all do not fit a batch of {tuple(embeds.shape[:2])}")
     inputs: dict[str, Any] = {}
@@ -104,30 +88,16 @@ def packed_inputs(llm: PreTrainedModel, method: str, lengths: Sequence[int], emb
 
 
 def segment_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: torch.Tensor,  # [1, H, T, d]
+    key: torch.Tensor,  # [1, h, T, d]
+    value: torch.Tensor,  # [1, h, T, d]
     segments: Segments,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-) -> torch.Tensor:
-    """Causal attention within each segment.
-
-    Args:
-        query: [1, H, T, d].
-        key: [1, h, T, d]; h divides H (grouped-query attention).
-        value: [1, h, T, d].
-        segments: The samples.
-        scaling: Of the scores; 1 / sqrt(d) when None.
-        dropout: Of the probabilities.
-        sliding_window: How many tokens each one sees, itself included; all when None.
-        softcap: Scores are squashed to this size by tanh (Gemma 2); not at all when None.
-
-    Returns:
-        [1, T, H, d].
-    """
+) -> torch.Tensor:  # [1, T, H, d]
+    """Causal attention within each segment."""
     window = sliding_window if sliding_window is not None and sliding_window < max(segments.lengths) else None
     if query.is_cuda and softcap is None and dropout == 0.0 and query.dtype in (torch.float16, torch.bfloat16):
         kernel = _varlen_kernel()
@@ -153,17 +123,7 @@ def segment_attention(
 
 
 def choose_method(llm: PreTrainedModel) -> str:
-    """Find out how this model keeps packed samples apart, and install what that needs.
-
-    Args:
-        llm: The causal LM; its attention implementation may be changed in place.
-
-    Returns:
-        `SEGMENTS` where the model takes our attention, else `POSITIONS` or `MASK`.
-
-    Raises:
-        ConfigError: No way works; the model carries something else from sample to sample.
-    """
+    """Find out how this model keeps packed samples apart, and install what that needs."""
     if "flash" in str(llm.config._attn_implementation):
         return POSITIONS  # transformers hands the segments to FlashAttention itself
     with evaluating(llm), torch.no_grad():
@@ -192,11 +152,7 @@ def choose_method(llm: PreTrainedModel) -> str:
 
 
 def install(llm: PreTrainedModel) -> None:
-    """Make a model use our attention for packs, and what it used before for everything else.
-
-    Args:
-        llm: Changed in place.
-    """
+    """Make a model use our attention for packs, and what it used before for everything else."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -88,18 +88,7 @@ states them."""
 
 
 def llm_settings(config: LLMConfig, *, fetch: bool = False) -> Any:
-    """Read a language model's configuration, as transformers has it.
-
-    Args:
-        config: Which one.
-        fetch: Ask the hub where it is not on this machine.
-
-    Returns:
-        A `PreTrainedConfig`.
-
-    Raises:
-        PolymodalError: Its shape is not known here.
-    """
+    """Read a language model's configuration, as transformers has it."""
     from transformers import AutoConfig
 
     name = SMOLLM2 if config.model_name_or_path == DEFAULT_LLM else config.model_name_or_path

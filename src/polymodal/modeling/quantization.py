@@ -42,21 +42,15 @@ with AVX2) without looking for the end, and takes the process down with it on ot
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights and a float32 scale a row; for use only, not for training.
+    """A linear layer with 8-bit weights and a float32 scale a row; for use only, not for training."""
 
-    Few rows, as in decoding, go through `torch._weight_int8pack_mm` with activations in bfloat16: in float32 torch has
-    a plain loop for it, ten times slower than its ordinary product. Scales are applied afterwards, in float32. Many
-    rows, as in a prompt, and widths that are no multiple of `STEP` take an ordinary product with the whole numbers
-    turned into `prompt_dtype`, which holds them exactly. `FEW_ROWS` is where the two ways meet (one core, shapes of
-    SmolLM2-135M, milliseconds for 8 of its layers, the ordinary float32 layer first): 1 row 10.3, this one 4.9;
-    8 rows 15.5, 9.9; 32 rows 29.5, and 18.0 by way of bfloat16 on a CPU with AVX512-BF16, 28.4 by way of float32.
-
-    Args:
-        weight: [out, in] int8.
-        scale: [out] float32; row i of the weights is `scale[i] * weight[i]`.
-        bias: [out]; None for a layer without one.
-        prompt_dtype: What many rows are multiplied in; None takes bfloat16 where the CPU has it, else float32.
-    """
+    # Few rows, as in decoding, go through `torch._weight_int8pack_mm` with activations in bfloat16: in float32 torch
+    # has a plain loop for it, ten times slower than its ordinary product. Scales are applied afterwards, in float32.
+    # Many rows, as in a prompt, and widths that are no multiple of `STEP` take an ordinary product with the whole
+    # numbers turned into `prompt_dtype`, which holds them exactly. `FEW_ROWS` is where the two ways meet (one core,
+    # shapes of SmolLM2-135M, milliseconds for 8 of its layers, the ordinary float32 layer first): 1 row 10.3, this
+    # one 4.9; 8 rows 15.5, 9.9; 32 rows 29.5, and 18.0 by way of bfloat16 on a CPU with AVX512-BF16, 28.4 by way of
+    # float32.
 
     weight: torch.Tensor
     scale: torch.Tensor
@@ -64,9 +58,9 @@ class Int8Linear(nn.Module):
 
     def __init__(
         self,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        bias: torch.Tensor | None = None,
+        weight: torch.Tensor,  # [out, in]
+        scale: torch.Tensor,  # [out]
+        bias: torch.Tensor | None = None,  # [out]
         prompt_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -78,15 +72,8 @@ class Int8Linear(nn.Module):
         # The product would round its scales to bfloat16.
         self._ones = torch.ones(self.out_features, dtype=torch.bfloat16)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply.
-
-        Args:
-            x: [..., in], any floating type.
-
-        Returns:
-            [..., out] of the same type.
-        """
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in] -> [..., out]
+        """Multiply."""
         rows = x.reshape(-1, self.in_features)
         if len(rows) <= FEW_ROWS and self.in_features % STEP == 0 and x.device.type == "cpu":
             packed = rows.to(torch.bfloat16).contiguous()
@@ -103,17 +90,7 @@ class Int8Linear(nn.Module):
         return self.weight.float() * self.scale.float()[:, None]
 
     def train(self, mode: bool = True) -> Int8Linear:
-        """Refuse training; `eval` is always possible.
-
-        Args:
-            mode: As in `nn.Module`.
-
-        Returns:
-            This layer.
-
-        Raises:
-            ConfigError: Training is asked for.
-        """
+        """Refuse training; `eval` is always possible."""
         if mode:
             raise ConfigError("8-bit weights cannot be trained: load the model without quantize")
         super().train(mode)
@@ -131,18 +108,8 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if has else torch.float32
 
 
-def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round weights to 8 bits, each row by itself.
-
-    Args:
-        weight: [out, in], any floating type.
-
-    Returns:
-        [out, in] int8 and [out] float32; their product is off by half a scale at most. A row of zeros stays one.
-
-    Raises:
-        CheckpointError: A weight is NaN or infinite.
-    """
+def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [out, in] -> [out, in]
+    """Round weights to 8 bits, each row by itself."""
     weight = weight.detach().float()
     scale = weight.abs().amax(dim=1) / LEVELS
     if not bool(torch.isfinite(scale).all()):
@@ -152,23 +119,9 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantize_int8(model: MultimodalLM, skip: Sequence[str] = ()) -> list[str]:
-    """Give a model's language model 8-bit weights, in place; vision tower and projector stay as they are.
-
-    The output head is quantised too, as a copy of its own where it shares its weights with the input embeddings: it is
-    the largest layer of a small model, and every token reads all of it.
-
-    Args:
-        model: In eval mode. A LoRA adapter must be merged; it becomes a part of the weights and can not be taken out.
-        skip: Names of the language model's layers to leave alone, with wildcards: "lm_head", "model.layers.0.*".
-
-    Returns:
-        The names of the layers that were quantised.
-
-    Raises:
-        ConfigError: The model is being trained, has an adapter that is not merged, was quantised before, or there is
-            no layer of a name in `skip`.
-        CheckpointError: A weight is NaN or infinite.
-    """
+    """Give a model's language model 8-bit weights, in place; vision tower and projector stay as they are."""
+    # The output head is quantised too, as a copy of its own where it shares its weights with the input embeddings: it
+    # is the largest layer of a small model, and every token reads all of it.
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from polymodal.modeling.lora import fold_in
@@ -182,20 +135,7 @@ def quantize_int8(model: MultimodalLM, skip: Sequence[str] = ()) -> list[str]:
 
 
 def quantize_layers(module: nn.Module, skip: Sequence[str] = (), inside: Sequence[str] = ("*",)) -> list[str]:
-    """Give a module's linear layers 8-bit weights, in place.
-
-    Args:
-        module: Any module; transformers' Conv1D (GPT-2) counts as linear.
-        skip: Names of layers to leave alone, with wildcards.
-        inside: Names of layers to quantise, with wildcards.
-
-    Returns:
-        The names of the layers that were quantised.
-
-    Raises:
-        ConfigError: As in `quantize_int8`.
-        CheckpointError: A weight is NaN or infinite; names the layer.
-    """
+    """Give a module's linear layers 8-bit weights, in place."""
     from transformers.pytorch_utils import Conv1D
 
     if is_quantized(module):
@@ -225,17 +165,7 @@ def quantize_layers(module: nn.Module, skip: Sequence[str] = (), inside: Sequenc
 
 
 def quantize_published(model: Any) -> list[str]:
-    """Give the language model inside a vision-language model of transformers 8-bit weights, in place.
-
-    Args:
-        model: Of transformers; its vision tower and projector stay as they are.
-
-    Returns:
-        The names of the layers that were quantised.
-
-    Raises:
-        ConfigError: No language model can be found in it, or it was quantised before.
-    """
+    """Give the language model inside a vision-language model of transformers 8-bit weights, in place."""
     names = {id(part): name for name, part in model.named_modules()}
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     if not names.get(id(decoder)):
@@ -252,18 +182,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def check_quantize(how: str, device: str | None) -> str:
-    """Make sure that a way to quantise is known and possible here, before anything is loaded.
-
-    Args:
-        how: "int8" on a CPU, "nf4" or "int8-gpu" on a GPU.
-        device: Where the model is to be; None leaves it to the way.
-
-    Returns:
-        Where the model is to be.
-
-    Raises:
-        ConfigError: It is not; says what to use instead, or what is missing.
-    """
+    """Make sure that a way to quantise is known and possible here, before anything is loaded."""
     from importlib.util import find_spec
 
     if how not in (INT8, *GPU_WAYS):
@@ -281,14 +200,7 @@ def check_quantize(how: str, device: str | None) -> str:
 
 
 def gpu_settings(how: str) -> Any:
-    """The settings with which transformers quantises a model as it loads it on a GPU.
-
-    Args:
-        how: One of `GPU_WAYS`, checked by `check_quantize`.
-
-    Returns:
-        A `quantization_config`; the output head is left as it is by both.
-    """
+    """The settings with which transformers quantises a model as it loads it on a GPU."""
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if how == "nf4":

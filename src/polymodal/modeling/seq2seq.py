@@ -29,38 +29,19 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of a batch, cut into what is read and what is said.
+    """Rows of a batch, cut into what is read and what is said."""
 
-    Attributes:
-        source_index: [B, S] positions of the row that the encoder reads, moved to the left; any on padding.
-        source_mask: [B, S] bool, False on padding; None where nothing is padded.
-        decoder_input_ids: [B, U] the answer behind the start token, moved one to the right; the start token on padding.
-        places: [R] positions of the flattened [B * U] that predict a target, row by row.
-        targets: [R] what they predict.
-    """
-
-    source_index: torch.Tensor
-    source_mask: torch.Tensor | None
+    source_index: torch.Tensor  # [B, S] positions of the row that the encoder reads, moved to the left; any on padding
+    source_mask: torch.Tensor | None  # [B, S] bool, False on padding; None where nothing is padded
+    # [B, U] the answer behind the start token, moved one to the right; the start token on padding
     decoder_input_ids: torch.Tensor
-    places: torch.Tensor
-    targets: torch.Tensor
+    places: torch.Tensor  # [R] positions of the flattened [B * U] that predict a target, row by row
+    targets: torch.Tensor  # [R] what they predict
 
 
 def split_rows(labels: torch.Tensor, attention_mask: torch.Tensor | None, start_id: int) -> Split:
-    """Cut rows before their answers.
-
-    Args:
-        labels: [B, T], not shifted, -100 where untrained. A row's first token is never a target, whatever its label, as
-            in a causal model; a row without labels is read and nothing is said.
-        attention_mask: [B, T] bool, False on padding; None where what lies before the answers holds none.
-        start_id: What the decoder starts from.
-
-    Returns:
-        The two parts.
-
-    Raises:
-        PolymodalError: A row trains several answers, or has nothing before its answer.
-    """
+    """Cut rows before their answers."""
+    # labels [B, T], attention_mask [B, T]
     rows, length = labels.shape
     positions = torch.arange(length, device=labels.device)
     trained = labels != IGNORE
@@ -100,29 +81,14 @@ def split_rows(labels: torch.Tensor, attention_mask: torch.Tensor | None, start_
 
 
 def move_left(mask: torch.Tensor, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find what is real in each row, and put it to the left.
-
-    Args:
-        mask: [B, T] bool, False on padding.
-        length: S, the most real positions of a row; counted when None, which waits for the device.
-
-    Returns:
-        [B, S] positions in their order, and [B, S] bool, False on padding.
-    """
+    """Find what is real in each row, and put it to the left."""
+    # mask [B, T] -> [B, S]
     if length is None:
         length = int(mask.sum(dim=1).max())
     index = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :length]
     return index, mask.gather(1, index)
 
 
-def take(embeds: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Pick positions of each row.
-
-    Args:
-        embeds: [B, T, D].
-        index: [B, S].
-
-    Returns:
-        [B, S, D].
-    """
+def take(embeds: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # embeds [B, T, D], index [B, S] -> [B, S, D]
+    """Pick positions of each row."""
     return embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1]))

@@ -35,26 +35,13 @@ _KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 def label_losses(
     llm: PreTrainedModel,
-    embeds: torch.Tensor,
+    embeds: torch.Tensor,  # [B, T, D]
     inputs: dict[str, Any],
-    rows: torch.Tensor,
-    targets: torch.Tensor,
+    rows: torch.Tensor,  # [R]
+    targets: torch.Tensor,  # [R]
     budget: int | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Run a language model and take the cross entropy at the chosen positions only.
-
-    Args:
-        llm: A causal LM, or an encoder-decoder.
-        embeds: [B, T, D] what goes into it, or into its encoder.
-        inputs: Its other keyword arguments.
-        rows: [R] int64, indices into the flattened [B * T] positions, of the decoder where there is one.
-        targets: [R] the tokens that these predict.
-        budget: Bytes of logits above which the loss is taken in chunks; the device's own when None.
-
-    Returns:
-        Logits [R, V], or None where they were taken in chunks; each position's loss, [R] float32 and detached; the
-        sum of losses, differentiable.
-    """
+    """Run a language model and take the cross entropy at the chosen positions only."""
     vocab_size = llm.config.get_text_config().vocab_size
     if not fits(len(rows), vocab_size, embeds.device, budget):
         found = _in_chunks(llm, embeds, inputs, rows, targets, chunk_rows(vocab_size, embeds.device, budget))
@@ -67,14 +54,7 @@ def label_losses(
 
 
 def knows_head(llm: PreTrainedModel) -> bool:
-    """Whether `after_head` is all that a model does after its head, so that its loss can be taken in chunks.
-
-    Args:
-        llm: Two random positions go through it the first time; with sharded weights, all processes must ask together.
-
-    Returns:
-        Whether its logits are what `after_head` makes of its head's output.
-    """
+    """Whether `after_head` is all that a model does after its head, so that its loss can be taken in chunks."""
     if llm not in _KNOWN:
         weight = llm.get_input_embeddings().weight
         embeds = torch.randn((1, 2, weight.shape[1]), generator=torch.Generator().manual_seed(0))
@@ -132,18 +112,8 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def chunked_losses(
     hidden: torch.Tensor, targets: torch.Tensor, head: Head, parameters: list[nn.Parameter], chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Head and cross entropy, a few positions at a time.
-
-    Args:
-        hidden: [R, D].
-        targets: [R].
-        head: [r, D] -> [r, V], with whatever the model does to its logits.
-        parameters: The head's; those that require a gradient get one.
-        chunk: Positions at a time.
-
-    Returns:
-        The sum of losses, differentiable, and each position's loss, [R] float32 and detached.
-    """
+    """Head and cross entropy, a few positions at a time."""
+    # hidden [R, D], targets [R], head [r, D]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not torch.is_grad_enabled():
         hidden, trained = hidden.detach(), []

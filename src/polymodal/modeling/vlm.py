@@ -5,8 +5,8 @@ masks and positions are never rebuilt here, and the count of tokens is read from
 
 The layout of tiles follows LLaVA-1.5 (arXiv 2310.03744) and LLaVA-NeXT's AnyRes; unlike those, nothing is truncated,
 padded or re-labelled inside `forward`, and logits are computed only where there is a label. Samples packed in one row
-are kept apart by `polymodal.modeling.packed_attention`; `polymodal.modeling.token_loss` keeps the logits within memory. An encoder-decoder language
-model takes the same sequence; `polymodal.modeling.seq2seq` cuts it before the last answer.
+are kept apart by `polymodal.modeling.packed_attention`; `polymodal.modeling.token_loss` keeps the logits within memory.
+An encoder-decoder language model takes the same sequence; `polymodal.modeling.seq2seq` cuts it before the last answer.
 """
 
 from __future__ import annotations
@@ -39,22 +39,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Output:
-    """What `forward` returns.
+    """What `forward` returns."""
 
-    Attributes:
-        loss_sum: Sum of the token losses, float32 scalar; divide by the global count of targets. None without labels.
-        num_targets: How many tokens carry a label.
-        logits: [R, V] at the positions that predict a label, or [B, T, V] without labels; None where they would not
-            fit into memory and the loss was taken in chunks.
-        targets: [R] the labels those logits predict, row by row; None without labels.
-        losses: [R] float32, each target's loss, detached; None without labels.
-    """
-
+    # Sum of the token losses, float32 scalar; divide by the global count of targets. None without labels
     loss_sum: torch.Tensor | None
-    num_targets: int
+    num_targets: int  # How many tokens carry a label
+    # [R, V] at the positions that predict a label, or [B, T, V] without labels; None where they would not fit into
+    # memory and the loss was taken in chunks
     logits: torch.Tensor | None
-    targets: torch.Tensor | None
-    losses: torch.Tensor | None = None
+    targets: torch.Tensor | None  # [R] the labels those logits predict, row by row; None without labels
+    losses: torch.Tensor | None = None  # [R] float32, each target's loss, detached; None without labels
 
 
 class MultimodalLM(nn.Module):
@@ -388,30 +382,14 @@ class MultimodalLM(nn.Module):
 
 
 def merge_media(
-    text: torch.Tensor,
-    is_media: torch.Tensor,
+    text: torch.Tensor,  # [B, T, D]
+    is_media: torch.Tensor,  # [B, T]
     media: Sequence[torch.Tensor],
     sample_of_media: Sequence[int],
     modality: str,
-    places: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Put media tokens where the placeholders are; the length does not change.
-
-    Args:
-        text: [B, T, D] embeddings.
-        is_media: [B, T] bool, True on placeholders.
-        media: One [m, D] tensor an item, in order of row, then of place.
-        sample_of_media: The row of each item.
-        modality: For the error message.
-        places: [M] the placeholders' positions in the flattened [B * T], where they are known; then only their number
-            is compared, since comparing row by row waits for the device.
-
-    Returns:
-        [B, T, D], differentiable with regard to both.
-
-    Raises:
-        PolymodalError: A row has more or fewer placeholders than features; names modality, row and both counts.
-    """
+    places: torch.Tensor | None = None,  # [M]
+) -> torch.Tensor:  # [B, T, D]
+    """Put media tokens where the placeholders are; the length does not change."""
     if places is not None and len(places) == sum(len(item) for item in media):
         return _put(text, places, media)
     given = [0] * len(text)
@@ -431,19 +409,8 @@ def _put(text: torch.Tensor, places: torch.Tensor, media: Sequence[torch.Tensor]
 
 
 def lay_out(tiles: torch.Tensor, plan: ImagePlan, newline: torch.Tensor | None) -> torch.Tensor:
-    """Order one picture's projected tokens as its plan says.
-
-    Args:
-        tiles: [n, Q, D], the overview tile where the plan puts it.
-        plan: The picture's plan.
-        newline: [D], ends each row, or the picture, where the plan says so; None for a model without it.
-
-    Returns:
-        [num_tokens, D].
-
-    Raises:
-        PolymodalError: The result is not as long as planned.
-    """
+    """Order one picture's projected tokens as its plan says."""
+    # tiles [n, Q, D], newline [D] -> [num_tokens, D]
     if plan.merge == "flat" or plan.kept is None or plan.unpadded is None:
         tokens = tiles.flatten(0, 1)
         if plan.newline and newline is not None:

@@ -2,8 +2,8 @@
 
 The model's own modules run forward and backward under `FakeTensorMode`, with hooks on what autograd keeps and torch's
 counter of matmul and attention FLOPs. Nothing is a formula of ours but the output head, whose loss is taken in chunks
-under a budget (`polymodal.modeling.token_loss`). Frozen layers, adapters, mixed precision and grouped heads therefore count as they
-are. Not seen: memory that a kernel borrows while it runs, and the allocator's fragments.
+under a budget (`polymodal.modeling.token_loss`). Frozen layers, adapters, mixed precision and grouped heads therefore
+count as they are. Not seen: memory that a kernel borrows while it runs, and the allocator's fragments.
 """
 
 from __future__ import annotations
@@ -31,48 +31,28 @@ LOGIT_BYTES = 12
 
 @dataclass(frozen=True)
 class Load:
-    """What goes through the model at once, on one device.
+    """What goes through the model at once, on one device."""
 
-    Attributes:
-        rows: Samples.
-        tokens: Positions of each, pictures included.
-        targets: Trained tokens of each.
-        tiles: Tiles of each.
-        visual_tokens: Positions of each that are pictures.
-        cached: The tower's features come from a cache.
-    """
-
-    rows: int
-    tokens: int
-    targets: int
-    tiles: int
-    visual_tokens: int
-    cached: bool = False
+    rows: int  # Samples
+    tokens: int  # Positions of each, pictures included
+    targets: int  # Trained tokens of each
+    tiles: int  # Tiles of each
+    visual_tokens: int  # Positions of each that are pictures
+    cached: bool = False  # The tower's features come from a cache
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a micro-batch costs.
+    """What a micro-batch costs."""
 
-    Attributes:
-        kept: Bytes of activations kept for the backward pass, without checkpointing.
-        weight_copies: Bytes of 16-bit copies of float32 weights that autocast makes and the backward pass needs.
-        kept_checkpointed: The same with every layer checkpointed, at the worst moment.
-        loss_bytes: Bytes of logits and their gradient at the worst moment.
-        tower_bytes: Bytes of activations of the tower at the worst moment, where it keeps none; an estimate.
-        forward_flops: FLOPs of the forward pass.
-        backward_flops: FLOPs of the backward pass, without recomputation.
-        layer_flops: FLOPs of the forward pass inside the layers that checkpointing computes twice.
-    """
-
-    kept: int
-    weight_copies: int
-    kept_checkpointed: int
-    loss_bytes: int
-    tower_bytes: int
-    forward_flops: float
-    backward_flops: float
-    layer_flops: float
+    kept: int  # Bytes of activations kept for the backward pass, without checkpointing
+    weight_copies: int  # Bytes of 16-bit copies of float32 weights that autocast makes and the backward pass needs
+    kept_checkpointed: int  # The same with every layer checkpointed, at the worst moment
+    loss_bytes: int  # Bytes of logits and their gradient at the worst moment
+    tower_bytes: int  # Bytes of activations of the tower at the worst moment, where it keeps none; an estimate
+    forward_flops: float  # FLOPs of the forward pass
+    backward_flops: float  # FLOPs of the backward pass, without recomputation
+    layer_flops: float  # FLOPs of the forward pass inside the layers that checkpointing computes twice
 
 
 class _Kept:
@@ -102,16 +82,7 @@ def id_of(tensor: Tensor) -> int:
 
 
 def trace(outline: Outline, load: Load, *, bf16: bool) -> Trace:
-    """Run one micro-batch without data.
-
-    Args:
-        outline: The model, with the policy applied; it leaves the meta device.
-        load: What goes through it at once.
-        bf16: Under autocast, as on a GPU.
-
-    Returns:
-        What it costs.
-    """
+    """Run one micro-batch without data."""
     model, llm = outline.model, outline.model.llm
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     on_no_device(model, mode)
@@ -205,16 +176,7 @@ class _Layers:
 
     @contextmanager
     def watched(self, module: nn.Module | None, kept: _Kept, counter: FlopCounterMode) -> Iterator[None]:
-        """While active, note what each layer of a network costs.
-
-        Args:
-            module: The network; None for none.
-            kept: Counts what autograd keeps.
-            counter: Counts FLOPs.
-
-        Yields:
-            Nothing.
-        """
+        """While active, note what each layer of a network costs."""
         before: list[tuple[int, int]] = []
 
         def enter(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -21,33 +21,19 @@ from polymodal.utils.files import shipped_folder
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What a model needs; plain numbers.
+    """What a model needs; plain numbers."""
 
-    Attributes:
-        name: As it was asked for.
-        parameters: Parameters of each part.
-        weight_bytes: Bytes of all weights in memory.
-        dtype: Of the language model.
-        images: Height and width of each picture.
-        visual_tokens: Positions of each picture.
-        tiles: Tiles of each picture.
-        tokens: Positions of the prompt.
-        context: Positions that the language model was made for; None where it has no limit.
-        kv_bytes_per_token: Of the key-value cache.
-        kv_bytes: Of the cache that holds the prompt.
-    """
-
-    name: str
-    parameters: dict[str, int]
-    weight_bytes: int
-    dtype: str
-    images: tuple[tuple[int, int], ...]
-    visual_tokens: tuple[int, ...]
-    tiles: tuple[int, ...]
-    tokens: int
-    context: int | None
-    kv_bytes_per_token: int
-    kv_bytes: int
+    name: str  # As it was asked for
+    parameters: dict[str, int]  # Parameters of each part
+    weight_bytes: int  # Bytes of all weights in memory
+    dtype: str  # Of the language model
+    images: tuple[tuple[int, int], ...]  # Height and width of each picture
+    visual_tokens: tuple[int, ...]  # Positions of each picture
+    tiles: tuple[int, ...]  # Tiles of each picture
+    tokens: int  # Positions of the prompt
+    context: int | None  # Positions that the language model was made for; None where it has no limit
+    kv_bytes_per_token: int  # Of the key-value cache
+    kv_bytes: int  # Of the cache that holds the prompt
 
     @property
     def too_long(self) -> bool:
@@ -60,20 +46,7 @@ class ModelPlan:
 
 
 def plan_model(name: str, images: Sequence[Size], text_tokens: int, *, fetch: bool = False) -> ModelPlan:
-    """Plan one prompt for a model.
-
-    Args:
-        name: A model that comes with the package, a model folder of ours, or a causal LM's folder or hub id.
-        images: The prompt's pictures.
-        text_tokens: Its other tokens.
-        fetch: Ask the hub for a `config.json` that is not on this machine.
-
-    Returns:
-        The plan.
-
-    Raises:
-        PolymodalError: The model is not here, or takes no pictures.
-    """
+    """Plan one prompt for a model."""
     config = _config(name)
     built = outline(config, fetch=fetch)
     tokens, tiles = visual_tokens(config, built, images)

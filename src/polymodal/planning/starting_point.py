@@ -13,32 +13,15 @@ from polymodal.training.recipes.sft import Recipe
 
 @dataclass(frozen=True)
 class Start:
-    """What a recipe starts from.
+    """What a recipe starts from."""
 
-    Attributes:
-        config: The model's configuration.
-        trained: Parts that earlier stages trained, such as "llm".
-        note: Where the configuration was found, for a person.
-    """
-
-    config: ModelConfig
-    trained: frozenset[str]
-    note: str
+    config: ModelConfig  # The model's configuration
+    trained: frozenset[str]  # Parts that earlier stages trained, such as "llm"
+    note: str  # Where the configuration was found, for a person
 
 
 def starting_point(recipe: Recipe, path: Path | None = None) -> Start:
-    """Find out what a recipe starts from, also where the stage before it has not run yet.
-
-    Args:
-        recipe: The recipe.
-        path: Its file; recipes beside it are searched for the stage that will leave the missing folder.
-
-    Returns:
-        Configuration and what earlier stages trained.
-
-    Raises:
-        CheckpointError: The folder is missing, and no recipe beside this one will make it.
-    """
+    """Find out what a recipe starts from, also where the stage before it has not run yet."""
     from polymodal.checkpoints.model_folder import CONFIG_NAME, read_config, read_history
 
     if recipe.init.model is not None:

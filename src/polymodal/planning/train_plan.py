@@ -1,8 +1,9 @@
 """What a training run will need, before anything is loaded: tokens, memory of one device, steps, hours.
 
 Counts are exact where they can be: visual tokens come from `media_plan.plan_image`, parameters and their types from the
-model itself on tensors without data (`modeling.meta_device`), activations and FLOPs from a step of it (`planning.activation_trace`).
-What is added by rule is listed in `ASSUMPTIONS`. Time needs a throughput: measured, or a share of a device's peak.
+model itself on tensors without data (`modeling.meta_device`), activations and FLOPs from a step of it
+(`planning.activation_trace`). What is added by rule is listed in `ASSUMPTIONS`. Time needs a throughput: measured, or a
+share of a device's peak.
 """
 
 from __future__ import annotations
@@ -45,80 +46,44 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a plan.
+    """What is asked of a plan."""
 
-    Attributes:
-        images: The pictures of one sample.
-        text_tokens: Its other tokens, prompt and answers.
-        answer_tokens: Those of them that are trained.
-        rows: Records of the data set; counted where the files are small and there when None.
-        devices: How many.
-        engine: One of `ENGINES`.
-        device: A key of `known.DEVICES`, or "cpu"; None for no time and no verdict.
-        utilization: The share of the device's peak that is reached.
-        samples_per_second: Measured throughput of one device; goes before `utilization`.
-        fetch: Ask the hub for a `config.json` that is not on this machine.
-    """
-
-    images: tuple[Size, ...] = ()
-    text_tokens: int = 128
-    answer_tokens: int = 64
-    rows: int | None = None
-    devices: int = 1
-    engine: str = "single"
-    device: str | None = None
-    utilization: float = 0.4
-    samples_per_second: float | None = None
-    fetch: bool = False
+    images: tuple[Size, ...] = ()  # The pictures of one sample
+    text_tokens: int = 128  # Its other tokens, prompt and answers
+    answer_tokens: int = 64  # Those of them that are trained
+    rows: int | None = None  # Records of the data set; counted where the files are small and there when None
+    devices: int = 1  # How many
+    engine: str = "single"  # One of `ENGINES`
+    device: str | None = None  # A key of `known.DEVICES`, or "cpu"; None for no time and no verdict
+    utilization: float = 0.4  # The share of the device's peak that is reached
+    samples_per_second: float | None = None  # Measured throughput of one device; goes before `utilization`
+    fetch: bool = False  # Ask the hub for a `config.json` that is not on this machine
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training stage needs; bytes, FLOPs and seconds are plain numbers.
+    """What a training stage needs; bytes, FLOPs and seconds are plain numbers."""
 
-    Attributes:
-        name: The recipe's.
-        model: Where the model's configuration was found.
-        parameters: Parameters of each part.
-        trained: Trained parameters of each part.
-        visual_tokens: Positions of each picture.
-        tiles: Tiles of each picture.
-        tokens: Positions of one sample.
-        max_length: The recipe's limit.
-        micro_rows: Samples that go through the model at once on one device.
-        precision: "bf16" or "fp32".
-        checkpointing: Whether layers are computed twice to save memory.
-        memory: Bytes on one device, by use.
-        activations_kept: Bytes of activations without checkpointing.
-        activations_checkpointed: The same with it.
-        kv_bytes_per_token: Of a key-value cache.
-        flops_per_sample: Forward and backward, recomputation included.
-        steps: Optimizer steps; None where the number of records is not known.
-        samples: Samples seen.
-        hours: Wall time; None where no throughput is known.
-        fits: Whether it fits the device; None where no device was named.
-    """
-
-    name: str
-    model: str
-    parameters: dict[str, int]
-    trained: dict[str, int]
-    visual_tokens: tuple[int, ...]
-    tiles: tuple[int, ...]
-    tokens: int
-    max_length: int
-    micro_rows: int
-    precision: str
-    checkpointing: bool
-    memory: dict[str, int]
-    activations_kept: int
-    activations_checkpointed: int
-    kv_bytes_per_token: int
-    flops_per_sample: float
-    steps: int | None = None
-    samples: int | None = None
-    hours: float | None = None
-    fits: bool | None = None
+    name: str  # The recipe's
+    model: str  # Where the model's configuration was found
+    parameters: dict[str, int]  # Parameters of each part
+    trained: dict[str, int]  # Trained parameters of each part
+    visual_tokens: tuple[int, ...]  # Positions of each picture
+    tiles: tuple[int, ...]  # Tiles of each picture
+    tokens: int  # Positions of one sample
+    max_length: int  # The recipe's limit
+    micro_rows: int  # Samples that go through the model at once on one device
+    precision: str  # "bf16" or "fp32"
+    checkpointing: bool  # Whether layers are computed twice to save memory
+    memory: dict[str, int]  # Bytes on one device, by use
+    activations_kept: int  # Bytes of activations without checkpointing
+    activations_checkpointed: int  # The same with it
+    kv_bytes_per_token: int  # Of a key-value cache
+    flops_per_sample: float  # Forward and backward, recomputation included
+    steps: int | None = None  # Optimizer steps; None where the number of records is not known
+    samples: int | None = None  # Samples seen
+    hours: float | None = None  # Wall time; None where no throughput is known
+    fits: bool | None = None  # Whether it fits the device; None where no device was named
     assumptions: tuple[str, ...] = field(default=ASSUMPTIONS)
 
     @property
@@ -132,19 +97,7 @@ class Plan:
 
 
 def plan_training(recipe: Recipe, start: Start, question: Question) -> Plan:
-    """Plan one training stage.
-
-    Args:
-        recipe: The stage.
-        start: What it starts from, see `outline.starting_point`.
-        question: Pictures, data, devices.
-
-    Returns:
-        The plan.
-
-    Raises:
-        PolymodalError: A shape is not known here, a rule matches nothing, or the question makes no sense.
-    """
+    """Plan one training stage."""
     _check(question)
     bf16 = recipe.run.precision == "bf16" or (recipe.run.precision == "auto" and question.device != "cpu")
     built = outline(start.config, fetch=question.fetch)
@@ -206,19 +159,7 @@ def plan_training(recipe: Recipe, start: Start, question: Question) -> Plan:
 def visual_tokens(
     config: ModelConfig, built: Outline, images: Sequence[Size]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Tokens and tiles of each picture, as the processor will plan them.
-
-    Args:
-        config: The model's configuration.
-        built: The model without weights, for its grid.
-        images: Sizes of the pictures.
-
-    Returns:
-        Tokens and tiles, one number a picture.
-
-    Raises:
-        ConfigError: There are pictures, and the model takes none.
-    """
+    """Tokens and tiles of each picture, as the processor will plan them."""
     grid = built.model.tokens_per_tile
     if images and (config.image is None or grid is None):
         raise ConfigError("this model has no vision encoder; leave --image out")
@@ -231,15 +172,7 @@ def visual_tokens(
 
 
 def kv_bytes_per_token(config: Any, value_bytes: int) -> int:
-    """What one position takes in a key-value cache, all layers together; a sliding window holds fewer positions.
-
-    Args:
-        config: Of the language model, as transformers has it.
-        value_bytes: Of one value.
-
-    Returns:
-        Bytes.
-    """
+    """What one position takes in a key-value cache, all layers together; a sliding window holds fewer positions."""
     config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -297,19 +230,12 @@ def _counts(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
 
 @dataclass(frozen=True)
 class _Shares:
-    """How a model's parameters fall to what is sharded and gathered together.
+    """How a model's parameters fall to what is sharded and gathered together."""
 
-    Attributes:
-        trained: Trained parameters.
-        tower_bytes: Bytes of a frozen tower.
-        outside: Parameters outside of layers, a frozen tower aside.
-        layer: Parameters of the largest layer.
-    """
-
-    trained: int
-    tower_bytes: int
-    outside: int
-    layer: int
+    trained: int  # Trained parameters
+    tower_bytes: int  # Bytes of a frozen tower
+    outside: int  # Parameters outside of layers, a frozen tower aside
+    layer: int  # Parameters of the largest layer
 
 
 def _shares(model: Any, groups: Sequence[Group], bf16: bool) -> _Shares:

@@ -69,19 +69,7 @@ _IRRELEVANT = {
 
 
 def image_config_from_hf(preprocessor: Mapping[str, Any], *, vision_aspect_ratio: str | None = None) -> ImageConfig:
-    """Read CLIP's, SigLIP's, DINOv2's, LLaVA's, LLaVA-NeXT's or LLaVA-OneVision's preprocessing.
-
-    Args:
-        preprocessor: The content of `preprocessor_config.json`, or of `processor_config.json` with an
-            `image_processor` entry.
-        vision_aspect_ratio: LLaVA-OneVision's, from its model config; "anyres_max_9" when None, as there.
-
-    Returns:
-        The same preprocessing as an `ImageConfig`.
-
-    Raises:
-        ConfigError: A setting is missing, unknown, or cannot be expressed.
-    """
+    """Read CLIP's, SigLIP's, DINOv2's, LLaVA's, LLaVA-NeXT's or LLaVA-OneVision's preprocessing."""
     if isinstance(nested := preprocessor.get("image_processor"), Mapping):
         preprocessor = nested
     given = {key: value for key, value in preprocessor.items() if value is not None}

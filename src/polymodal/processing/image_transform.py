@@ -30,51 +30,20 @@ _LARGEST_RESIZED = 2**26
 """Above this many pixels only the part that ends on the canvas is computed (a centre crop of a very long picture)."""
 
 
-def make_tiles(picture: PILImage.Image, plan: ImagePlan, image: ImageConfig) -> NDArray[np.float32]:
-    """Make a picture's tiles, ready for the encoder.
-
-    Args:
-        picture: The picture, RGB and upright.
-        plan: Its plan.
-        image: The preprocessing that the plan was made with.
-
-    Returns:
-        [n, 3, H, W] float32, normalised; the overview tile where the plan puts it.
-
-    Raises:
-        ValueError: The plan is of a picture of another size.
-    """
+def make_tiles(picture: PILImage.Image, plan: ImagePlan, image: ImageConfig) -> NDArray[np.float32]:  # -> [n, 3, H, W]
+    """Make a picture's tiles, ready for the encoder."""
     return normalise(tile_bytes(picture, plan, image), image)
 
 
-def tile_bytes(picture: PILImage.Image, plan: ImagePlan, image: ImageConfig) -> NDArray[np.uint8]:
-    """Make a picture's tiles before normalising; a quarter of the memory, to be normalised on the device.
-
-    Args:
-        picture: The picture, RGB and upright.
-        plan: Its plan.
-        image: The preprocessing that the plan was made with.
-
-    Returns:
-        [n, 3, H, W] uint8.
-
-    Raises:
-        ValueError: The plan is of a picture of another size.
-    """
+def tile_bytes(picture: PILImage.Image, plan: ImagePlan, image: ImageConfig) -> NDArray[np.uint8]:  # -> [n, 3, H, W]
+    """Make a picture's tiles before normalising; a quarter of the memory, to be normalised on the device."""
     tiles = np.stack([np.asarray(tile) for tile in tile_pictures(picture, plan, image)])
     return np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))
 
 
 def normalise(tiles: NDArray[np.uint8], image: ImageConfig) -> NDArray[np.float32]:
-    """Rescale 0..255 to 0..1, subtract the mean and divide by the deviation.
-
-    Args:
-        tiles: [n, 3, H, W] uint8.
-        image: Gives `image_mean` and `image_std`.
-
-    Returns:
-        [n, 3, H, W] float32.
-    """
+    """Rescale 0..255 to 0..1, subtract the mean and divide by the deviation."""
+    # tiles [n, 3, H, W] -> [n, 3, H, W]
     mean = np.asarray(image.image_mean, dtype=np.float64)[:, None, None]
     std = np.asarray(image.image_std, dtype=np.float64)[:, None, None]
     scaled = tiles.astype(np.float32)
@@ -84,19 +53,7 @@ def normalise(tiles: NDArray[np.uint8], image: ImageConfig) -> NDArray[np.float3
 
 
 def tile_pictures(picture: PILImage.Image, plan: ImagePlan, image: ImageConfig) -> list[PILImage.Image]:
-    """Cut a picture into its tiles, as pictures (what the model saw, for `inspect`).
-
-    Args:
-        picture: The picture, RGB and upright.
-        plan: Its plan.
-        image: The preprocessing that the plan was made with.
-
-    Returns:
-        One RGB picture of the tile's size a tile, in the order that the encoder sees them.
-
-    Raises:
-        ValueError: The plan is of a picture of another size.
-    """
+    """Cut a picture into its tiles, as pictures (what the model saw, for `inspect`)."""
     size = Size(picture.height, picture.width)
     if size != plan.source:
         raise ValueError(f"the plan is of a picture of {plan.source}, this one is {size}")

@@ -24,22 +24,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# ---- What a projector reads beside a picture: the question, in ids of the projector's own tokenizer (InstructBLIP) ----
+# ---- What a projector reads beside a picture: the question, in ids of the projector's own tokenizer (InstructBLIP)
 # The context of a picture is the text of the user turn that holds it; a picture in another turn has an empty one, so
 # that no answer is ever read. Ids are framed as the tokenizer frames a text ([CLS] ... [SEP]) and the text is cut to
 # what fits between. Differences from the reference: special tokens that a user types stay plain text.
 
 
 class ContextReader:
-    """Messages to one row of ids a picture.
-
-    Args:
-        tokenizer: The projector's.
-        max_length: Most ids of a row.
-
-    Attributes:
-        identity: What decides the ids, as plain data.
-    """
+    """Messages to one row of ids a picture."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.max_length = max_length
@@ -55,14 +47,7 @@ class ContextReader:
         self.identity = [hashlib.sha256(self._backend.to_str().encode()).hexdigest(), max_length]
 
     def __call__(self, messages: Sequence[Message]) -> tuple[torch.Tensor, ...]:
-        """Read the context of each picture.
-
-        Args:
-            messages: The conversation.
-
-        Returns:
-            One [t] int64 tensor a picture, in order; t is 1 or more.
-        """
+        """Read the context of each picture."""
         rows: list[torch.Tensor] = []
         for message in messages:
             if message.media:
@@ -120,22 +105,7 @@ class Processor:
         id: str = "",
         pixels: bool | Literal["uint8"] = True,
     ) -> Sample:
-        """Process one conversation.
-
-        Args:
-            messages: The conversation.
-            add_generation_prompt: End with the header of an assistant turn, for generation.
-            id: The record's id, carried for error messages.
-            pixels: Make pixel tensors; False gives plans and keys only (features come from a cache), "uint8" leaves
-                normalising to the model: a quarter of the bytes to keep and to move.
-
-        Returns:
-            The sample: ids with placeholders expanded, loss mask, plans, and tiles where asked for.
-
-        Raises:
-            PolymodalError: A part cannot be used by this model.
-            MediaError: A picture cannot be read.
-        """
+        """Process one conversation."""
         pictures = [self._open(part) for message in messages for part in message.media]
         plans = tuple(self.plan(picture, alone=len(pictures) == 1) for picture in pictures)
         rendered = self.template.render(
@@ -191,18 +161,7 @@ class Processor:
 
 
 def context_reader(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> ContextReader | None:
-    """Make what reads a picture's context.
-
-    Args:
-        config: The model's configuration.
-        tokenizer: The projector's.
-
-    Returns:
-        The reader; None where the projector reads nothing.
-
-    Raises:
-        ConfigError: The projector reads text, and there is no tokenizer.
-    """
+    """Make what reads a picture's context."""
     settings = config.projector.qformer
     if config.vision is None or settings is None or not settings.text_context:
         return None
@@ -211,15 +170,8 @@ def context_reader(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | Non
     return ContextReader(tokenizer, settings.max_text_length)
 
 
-def last_run(loss_mask: torch.Tensor) -> torch.Tensor:
-    """Keep the last run of a mask.
-
-    Args:
-        loss_mask: [T] bool.
-
-    Returns:
-        [T] bool, True on the last positions in a row that were True.
-    """
+def last_run(loss_mask: torch.Tensor) -> torch.Tensor:  # [T] -> [T]
+    """Keep the last run of a mask."""
     trained = loss_mask.nonzero().flatten()
     if not len(trained):
         return loss_mask
@@ -230,16 +182,7 @@ def last_run(loss_mask: torch.Tensor) -> torch.Tensor:
 
 
 def picture_key(picture: PILImage.Image, image: ImageConfig, *, alone: bool = True) -> str:
-    """Hash a decoded picture together with the rules that turn it into tiles.
-
-    Args:
-        picture: The decoded RGB picture.
-        image: The preprocessing.
-        alone: As in `media_plan.plan_image`.
-
-    Returns:
-        A hex digest, equal exactly when the tiles are equal.
-    """
+    """Hash a decoded picture together with the rules that turn it into tiles."""
     digest = hashlib.sha256(_rules(image))
     if not alone and image.several_pictures != "alike":
         digest.update(b"one of several ")

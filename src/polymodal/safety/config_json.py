@@ -32,15 +32,7 @@ LARGEST = {
 
 
 def check_settings(settings: Mapping[str, Any], where: str) -> None:
-    """Make sure that a configuration asks for no foreign code and for no impossible sizes.
-
-    Args:
-        settings: The content of a `config.json`, `tokenizer_config.json`, ...
-        where: The file or hub id, for the error.
-
-    Raises:
-        CheckpointError: It does; names the key.
-    """
+    """Make sure that a configuration asks for no foreign code and for no impossible sizes."""
     for path, key, value in _walk(settings, where):
         at = f"{where}: {path}"
         if key in ("auto_map", "custom_pipelines") and value:
@@ -67,18 +59,7 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
 
 
 def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
-    """Read an object from a JSON file that a stranger wrote.
-
-    Args:
-        path: The file.
-        limit: Bytes it may have.
-
-    Returns:
-        The object.
-
-    Raises:
-        CheckpointError: It is missing, too large, nested too deep, or no JSON object.
-    """
+    """Read an object from a JSON file that a stranger wrote."""
     try:
         size = path.stat().st_size
         if size > limit:

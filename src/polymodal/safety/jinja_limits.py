@@ -33,17 +33,7 @@ class UnsafeTemplateError(CheckpointError):
 
 
 def measure(value: Any) -> int:
-    """Count the characters and entries of a value, with everything inside it written out.
-
-    Args:
-        value: What a template works with.
-
-    Returns:
-        The count.
-
-    Raises:
-        UnsafeTemplateError: It is more than a template may hold; nothing is copied to find out.
-    """
+    """Count the characters and entries of a value, with everything inside it written out."""
     if isinstance(value, str):
         return fits(len(value))
     total, stack = 0, [value]

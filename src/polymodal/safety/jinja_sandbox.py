@@ -214,36 +214,12 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 def compile_template(source: str) -> Callable[..., str]:
-    """Compile a chat template in the sandbox.
-
-    Args:
-        source: The jinja text.
-
-    Returns:
-        A function from the template's variables, by name, to the rendered string. Safe to call from several threads.
-        It raises `UnsafeTemplateError` where a limit is passed, and `jinja2.TemplateError` where the template refuses.
-
-    Raises:
-        ConfigError: The text is not valid jinja.
-        UnsafeTemplateError: It is too long, or asks for files or Python's insides.
-    """
+    """Compile a chat template in the sandbox."""
     return budgeted_template(source, 1.0)
 
 
 def budgeted_template(source: str, share: float) -> Callable[..., str]:
-    """Compile a chat template that gets only a share of the usual budget; see `compile_template`.
-
-    Args:
-        source: The jinja text.
-        share: Of steps, text and time, above 0 and up to 1.
-
-    Returns:
-        As of `compile_template`.
-
-    Raises:
-        ConfigError: The text is not valid jinja.
-        UnsafeTemplateError: It is too long, or asks for files or Python's insides.
-    """
+    """Compile a chat template that gets only a share of the usual budget; see `compile_template`."""
     if len(source) > MAX_SOURCE:
         raise UnsafeTemplateError(
             f"chat_template: {len(source):,} characters; more than {MAX_SOURCE:,} are no chat template"

@@ -55,37 +55,18 @@ MAX_TOKENIZER = 512 * 2**20
 
 @dataclass(frozen=True)
 class FolderReport:
-    """What was found in a folder while it was looked over.
+    """What was found in a folder while it was looked over."""
 
-    Attributes:
-        folder: The folder.
-        configs: The content of each JSON file of `CONFIGS`, by its path inside the folder.
-        headers: Of each safetensors file.
-        templates: The chat templates' texts.
-        pickles: Files with weights in a pickle; never opened here.
-    """
-
-    folder: Path
+    folder: Path  # The folder
+    # The content of each JSON file of `CONFIGS`, by its path inside the folder
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    headers: dict[str, Header] = field(default_factory=dict)
-    templates: dict[str, str] = field(default_factory=dict)
-    pickles: tuple[str, ...] = ()
+    headers: dict[str, Header] = field(default_factory=dict)  # Of each safetensors file
+    templates: dict[str, str] = field(default_factory=dict)  # The chat templates' texts
+    pickles: tuple[str, ...] = ()  # Files with weights in a pickle; never opened here
 
 
 def check_folder(folder: Path, *, allow_pickle: bool = False, weights: bool = True) -> FolderReport:
-    """Look a model folder over, ours or Hugging Face's.
-
-    Args:
-        folder: The folder; a snapshot in Hugging Face's cache may link to the cache's own blobs.
-        allow_pickle: Weights may be there as pickles only.
-        weights: Look at the weights too; False where only the tokenizer or the configuration will be read.
-
-    Returns:
-        What is in it.
-
-    Raises:
-        CheckpointError: Something in it must not be opened; names the file and why.
-    """
+    """Look a model folder over, ours or Hugging Face's."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such model folder")
     report = FolderReport(folder)
@@ -102,17 +83,9 @@ def check_folder(folder: Path, *, allow_pickle: bool = False, weights: bool = Tr
 
 
 def check_template(text: str, where: str = "chat_template") -> None:
-    """Make sure that a chat template reaches for nothing and comes to an end, by rendering a short conversation.
-
-    A template that refuses that conversation is fine. `polymodal.safety.jinja_sandbox` keeps its limits in every later rendering.
-
-    Args:
-        text: The jinja text.
-        where: Its file, for the error.
-
-    Raises:
-        CheckpointError: It is too long, asks for files or Python's insides, or does not come to an end.
-    """
+    """Make sure that a chat template reaches for nothing and comes to an end, by rendering a short conversation."""
+    # A template that refuses that conversation is fine. `polymodal.safety.jinja_sandbox` keeps its limits in every
+    # later rendering.
     import jinja2
 
     from polymodal.safety.jinja_limits import UnsafeTemplateError

@@ -33,17 +33,11 @@ BITS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says about a tensor.
+    """What a header says about a tensor."""
 
-    Attributes:
-        dtype: As the format writes it, such as "F32" or "BF16".
-        shape: Its shape.
-        num_bytes: Its size in the file.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
+    dtype: str  # As the format writes it, such as "F32" or "BF16"
+    shape: tuple[int, ...]  # Its shape
+    num_bytes: int  # Its size in the file
 
     @property
     def numel(self) -> int:
@@ -53,29 +47,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A file's tensors and free text.
+    """A file's tensors and free text."""
 
-    Attributes:
-        tensors: By name, in the order of the data.
-        metadata: What the writer noted, such as {"format": "pt"}.
-    """
-
-    tensors: dict[str, TensorInfo]
-    metadata: dict[str, str]
+    tensors: dict[str, TensorInfo]  # By name, in the order of the data
+    metadata: dict[str, str]  # What the writer noted, such as {"format": "pt"}
 
 
 def read_header(path: Path) -> Header:
-    """Read and check a safetensors file's header; the data is not touched.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The header.
-
-    Raises:
-        CheckpointError: The file is missing or breaks the format; names the file and the tensor.
-    """
+    """Read and check a safetensors file's header; the data is not touched."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

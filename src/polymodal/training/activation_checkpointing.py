@@ -32,24 +32,14 @@ COMPILE_STEPS = 500
 
 
 def checkpoint_layers(layers: list[nn.Module]) -> None:
-    """Keep only what goes into each layer; compute the rest again in the backward pass.
-
-    Args:
-        layers: Changed in place; without gradients (generation, evaluation) they run as before.
-    """
+    """Keep only what goes into each layer; compute the rest again in the backward pass."""
     for layer in layers:
         layer.forward = _checkpointed(layer.forward)
 
 
 def compile_layers(layers: list[nn.Module], backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile each layer's forward, for sequences of any length.
-
-    Layers of one class share the compiled code, so a deep network compiles as quickly as a shallow one.
-
-    Args:
-        layers: Changed in place.
-        backend: Of `torch.compile`.
-    """
+    """Compile each layer's forward, for sequences of any length."""
+    # Layers of one class share the compiled code, so a deep network compiles as quickly as a shallow one.
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
@@ -57,19 +47,7 @@ def compile_layers(layers: list[nn.Module], backend: str | Callable[..., Any] = 
 def save_memory(
     recipe: Recipe, model: nn.Module, device: torch.device, steps: int, longest: int, value_bytes: int = 4
 ) -> list[str]:
-    """Checkpoint and compile as the recipe asks, or, for "auto", as device and sizes suggest.
-
-    Args:
-        recipe: `run.checkpointing`, `run.compile` and the batch.
-        model: A `MultimodalLM`, on its device, after the policy was applied; changed in place.
-        device: Where it runs.
-        steps: Optimizer steps of the run.
-        longest: Tokens of the longest sample.
-        value_bytes: Of an activation: 2 under bf16.
-
-    Returns:
-        What was switched on, for the log.
-    """
+    """Checkpoint and compile as the recipe asks, or, for "auto", as device and sizes suggest."""
     run, batch = recipe.run, recipe.batch
     llm, encoder = model.get_submodule("llm"), getattr(model, "vision_encoder", None)
     layers = blocks(llm)
@@ -92,19 +70,9 @@ def save_memory(
 
 
 def activation_bytes(config: Any, tokens: int, value_bytes: int = 4) -> int:
-    """What a language model keeps for its backward pass, about.
-
-    A layer keeps the inputs of its two norms, of its matrices and of attention, and three values of its gated unit;
-    attention itself keeps no scores.
-
-    Args:
-        config: Of the language model, as transformers has it.
-        tokens: That go through it at once.
-        value_bytes: Of one value.
-
-    Returns:
-        Bytes.
-    """
+    """What a language model keeps for its backward pass, about."""
+    # A layer keeps the inputs of its two norms, of its matrices and of attention, and three values of its gated unit;
+    # attention itself keeps no scores.
     config = config.get_text_config()
     width, heads = config.hidden_size, config.num_attention_heads
     names = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim")

@@ -41,16 +41,7 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
 
 
 def trained_tensors(model: torch.nn.Module, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
-    """What a checkpoint must hold of a model.
-
-    Args:
-        model: The model.
-        groups: Its trained parameters.
-
-    Returns:
-        The trained parameters, and the buffers of every part that has some: a projector's fixed mean and scale, say,
-        are measured before the first step and are not in the weights that the run started from.
-    """
+    """What a checkpoint must hold of a model."""
     found: dict[str, torch.Tensor] = {name: p for group in groups for name, p in group.parameters}
     parts = {name.split(".")[0] for name in found}
     stored = model.state_dict().keys()
@@ -67,23 +58,7 @@ def save_checkpoint(
     keep: int,
     world: World | None = None,
 ) -> Path:
-    """Write a checkpoint and remove the oldest ones; every process calls it.
-
-    Args:
-        output_dir: The run's folder, on a file system that all processes see.
-        state: Plain data with at least `step`.
-        model: The model.
-        groups: The trained parameters.
-        optimizer: Made from these groups.
-        keep: Checkpoints kept.
-        world: The processes; None for one.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        PolymodalError: It cannot be written; the earlier checkpoints are untouched.
-    """
+    """Write a checkpoint and remove the oldest ones; every process calls it."""
     world = world or World()
     target = checkpoint_folder(output_dir, int(state["step"]))
     tensors = {MODEL: trained_tensors(model, groups), OPTIMIZER: _moments(groups, optimizer)}
@@ -109,12 +84,7 @@ def save_checkpoint(
 
 
 def seal(folder: Path, state: dict[str, Any]) -> None:
-    """Write the plain data and, last, the marker with the size of every file.
-
-    Args:
-        folder: All tensors are in it.
-        state: Plain data.
-    """
+    """Write the plain data and, last, the marker with the size of every file."""
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
@@ -154,17 +124,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def restore(folder: Path, model: torch.nn.Module, groups: Sequence[Group], optimizer: torch.optim.Optimizer) -> None:
-    """Load parameters and optimizer state, in place; every process calls it, sharded or not.
-
-    Args:
-        folder: A complete checkpoint.
-        model: The model.
-        groups: The trained parameters of the same recipe.
-        optimizer: Made from these groups.
-
-    Raises:
-        CheckpointError: The checkpoint holds other parameters, or is damaged.
-    """
+    """Load parameters and optimizer state, in place; every process calls it, sharded or not."""
     from safetensors import SafetensorError
 
     own = trained_tensors(model, groups)
@@ -216,11 +176,7 @@ def first_row(tensor: torch.Tensor) -> int:
 
 
 class Stored:
-    """Where a tensor's rows lie in a checkpoint's files.
-
-    Args:
-        shape: The whole tensor's.
-    """
+    """Where a tensor's rows lie in a checkpoint's files."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
@@ -231,15 +187,7 @@ class Stored:
         return self.read(first_row(tensor), local(tensor).shape)
 
     def read(self, start: int, shape: Sequence[int]) -> torch.Tensor:
-        """Read rows.
-
-        Args:
-            start: The first row.
-            shape: Of the result; [] for a number.
-
-        Returns:
-            The rows, on the CPU.
-        """
+        """Read rows."""
         from safetensors import safe_open
 
         parts = []
@@ -367,15 +315,7 @@ def identity(recipe: AnyRecipe) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], recipe: AnyRecipe) -> list[str]:
-    """Compare a stored identity with a recipe.
-
-    Args:
-        before: What `identity` gave when the run began. Keys that did not exist then count as their defaults.
-        recipe: The recipe of now.
-
-    Returns:
-        One "key old -> new" for each key that differs.
-    """
+    """Compare a stored identity with a recipe."""
     with suppress(ConfigError):  # made by a version with other keys: the difference shows which
         before = identity(parse_config(type(recipe), {**before, "output_dir": recipe.output_dir}, "checkpoint"))
     old, new = _flat(before), _flat(identity(recipe))
@@ -387,19 +327,7 @@ def differences(before: dict[str, Any], recipe: AnyRecipe) -> list[str]:
 
 
 def find_checkpoint(recipe: AnyRecipe, world: World, force: bool = False) -> Path | None:
-    """Find the checkpoint to go on from; clears the folder for a new start.
-
-    Args:
-        recipe: The stage.
-        world: The processes; the first one cleans up.
-        force: Go on although the recipe differs.
-
-    Returns:
-        The newest complete checkpoint; None to start from the beginning.
-
-    Raises:
-        ConfigError: The checkpoint belongs to another recipe, and `force` is off.
-    """
+    """Find the checkpoint to go on from; clears the folder for a new start."""
     output_dir = Path(recipe.output_dir)
     if world.is_main:
         remove_leftovers(output_dir)

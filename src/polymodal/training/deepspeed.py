@@ -38,17 +38,7 @@ FOLDER = "zero"
 
 
 class ZeroEngine(Engine):
-    """See `Engine`.
-
-    Args:
-        world: The processes.
-        recipe: The stage.
-        model: Its model, with what is trained marked.
-        groups: The trained parameters.
-
-    Raises:
-        ConfigError: DeepSpeed is not installed, its file cannot be read, or torchrun did not start this process.
-    """
+    """See `Engine`."""
 
     def __init__(self, world: World, recipe: Recipe, model: MultimodalLM, groups: Sequence[Group]) -> None:
         try:
@@ -78,19 +68,7 @@ class ZeroEngine(Engine):
         self.optimizer = self.zero.optimizer
 
     def forward(self, batch: Batch, touch_media: bool, grads_reduced: bool) -> Output:
-        """Run a micro-batch; see `Engine.forward`.
-
-        Args:
-            batch: On the device.
-            touch_media: As there.
-            grads_reduced: As there.
-
-        Returns:
-            The model's output.
-
-        Raises:
-            ConfigError: ZeRO-3 meets a batch without pictures.
-        """
+        """Run a micro-batch; see `Engine.forward`."""
         self._refuse_mixture(batch)
         self.zero.set_gradient_accumulation_boundary(is_boundary=grads_reduced)
         return self.zero(**batch.inputs(), touch_media=touch_media)
@@ -117,14 +95,7 @@ class ZeroEngine(Engine):
         self.zero.backward(loss)
 
     def step(self) -> float:
-        """Step, clipped by DeepSpeed.
-
-        Returns:
-            The gradient's norm before clipping.
-
-        Raises:
-            PolymodalError: The gradient is not finite.
-        """
+        """Step, clipped by DeepSpeed."""
         self.zero.step()
         norm = float(self.zero.get_global_grad_norm())
         if not math.isfinite(norm):
@@ -158,14 +129,7 @@ class ZeroEngine(Engine):
                 checkpoint.prune(output_dir, keep)
 
     def restore(self, folder: Path) -> None:
-        """Load a checkpoint's weights and optimizer state.
-
-        Args:
-            folder: The checkpoint.
-
-        Raises:
-            ConfigError: It was written by another engine or by another number of processes.
-        """
+        """Load a checkpoint's weights and optimizer state."""
         size = checkpoint.read_state(folder).get("world")
         if not (folder / FOLDER).is_dir() or size != self.world.size:
             writer = f"DeepSpeed with {size} processes" if (folder / FOLDER).is_dir() else "another engine"

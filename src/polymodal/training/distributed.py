@@ -48,14 +48,7 @@ def has_fast_bf16() -> bool:
 
 
 class Engine:
-    """One way to run a step.
-
-    Args:
-        world: The processes.
-        recipe: The stage.
-        model: Its model, with what is trained marked; moved to the device.
-        groups: The trained parameters.
-    """
+    """One way to run a step."""
 
     def __init__(self, world: World, recipe: Recipe, model: MultimodalLM, groups: Sequence[Group]) -> None:
         self.world, self.inner = world, model
@@ -81,16 +74,7 @@ class Engine:
         self.trained = [parameter for group in self.groups for _, parameter in group.parameters]
 
     def forward(self, batch: Batch, touch_media: bool, grads_reduced: bool) -> Output:
-        """Run a micro-batch.
-
-        Args:
-            batch: On the device.
-            touch_media: Run trained media parts even where the batch has no media.
-            grads_reduced: The backward pass that follows reduces gradients over processes.
-
-        Returns:
-            The model's output.
-        """
+        """Run a micro-batch."""
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             self.model.require_backward_grad_sync = grads_reduced
         with self.autocast():
@@ -119,35 +103,18 @@ class Engine:
         return value
 
     def save(self, output_dir: Path, state: dict[str, Any], keep: int) -> None:
-        """Write a checkpoint.
-
-        Args:
-            output_dir: The run's folder.
-            state: Plain data, the same in every process.
-            keep: Checkpoints kept.
-        """
+        """Write a checkpoint."""
         save_checkpoint(output_dir, state, self.inner, self.groups, self.optimizer, keep, self.world)
 
     def restore(self, folder: Path) -> None:
-        """Load a checkpoint's weights and optimizer state.
-
-        Args:
-            folder: The checkpoint.
-
-        Raises:
-            ConfigError: DeepSpeed wrote it.
-        """
+        """Load a checkpoint's weights and optimizer state."""
         if (folder / "zero").is_dir():
             raise ConfigError(f"{folder} was written by DeepSpeed: go on with run.engine=deepspeed")
         restore(folder, self.inner, self.groups, self.optimizer)
 
     @contextmanager
     def whole_for_generation(self) -> Iterator[MultimodalLM]:
-        """The model for generating, outside of a training step; under FSDP2 every process must do the same.
-
-        Yields:
-            The model, whose parts may be called one by one.
-        """
+        """The model for generating, outside of a training step; under FSDP2 every process must do the same."""
         root: Any = self.model
         if self.kind == "fsdp2":
             root.unshard()
@@ -188,17 +155,9 @@ def engine_kind(wanted: str, world: World) -> str:
 
 
 def unreached(model: MultimodalLM) -> list[str]:
-    """Trained parameters that no forward pass reaches: layers of the tower behind the selected one.
-
-    DDP waits for every trained parameter's gradient unless it is told that some have none; that search costs a walk
-    over the graph in each step, so it is made only where it is needed.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Names.
-    """
+    """Trained parameters that no forward pass reaches: layers of the tower behind the selected one."""
+    # DDP waits for every trained parameter's gradient unless it is told that some have none; that search costs a walk
+    # over the graph in each step, so it is made only where it is needed.
     encoder: Any = model.vision_encoder
     if encoder is None or not any(p.requires_grad for p in encoder.parameters()):
         return []
@@ -214,13 +173,7 @@ def unreached(model: MultimodalLM) -> list[str]:
 
 
 def share_start(model: nn.Module, groups: Sequence[Group], world: World) -> None:
-    """Give every process the first one's trained weights and buffers, as DDP does by itself.
-
-    Args:
-        model: Changed in place.
-        groups: The trained parameters.
-        world: The processes.
-    """
+    """Give every process the first one's trained weights and buffers, as DDP does by itself."""
     tensors = [parameter.data for group in groups for _, parameter in group.parameters]
     tensors += [buffer for buffer in model.buffers() if buffer.numel()]
     for tensor in tensors:
@@ -228,13 +181,7 @@ def share_start(model: nn.Module, groups: Sequence[Group], world: World) -> None
 
 
 def shard(model: MultimodalLM, world: World, bf16: bool) -> None:
-    """Shard a model over all processes with FSDP2.
-
-    Args:
-        model: Changed in place: its parameters become DTensors.
-        world: The processes.
-        bf16: Gather weights in bf16; gradients are reduced in float32.
-    """
+    """Shard a model over all processes with FSDP2."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

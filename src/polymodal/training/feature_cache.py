@@ -39,13 +39,7 @@ OFF = "off"
 
 
 class FeatureStore:
-    """Rows of features by picture key.
-
-    Args:
-        folder: Where they are kept; None keeps them in memory.
-        row: Shape of one tile's features, (P, E).
-        dtype: "float16" or "float32"; "uint8" for pixels.
-    """
+    """Rows of features by picture key."""
 
     def __init__(self, folder: Path | None, row: tuple[int, ...], dtype: str) -> None:
         self.folder = folder
@@ -86,11 +80,7 @@ class FeatureStore:
             os.truncate(data, self._rows * self.row_bytes)
 
     def add(self, entries: Sequence[tuple[str, np.ndarray]]) -> None:
-        """Append pictures. Values past the range of float16 are clipped to it rather than made infinite.
-
-        Args:
-            entries: Key and [n, P, E] features of each picture.
-        """
+        """Append pictures. Values past the range of float16 are clipped to it rather than made infinite."""
         start = self._rows
         places = []
         for key, features in entries:
@@ -122,18 +112,8 @@ class FeatureStore:
                 self._kept = [self._array]
         return self._array
 
-    def gather(self, keys: Sequence[str]) -> torch.Tensor | None:
-        """Features of pictures, tiles one after the other.
-
-        Args:
-            keys: Picture keys.
-
-        Returns:
-            [N, P, E] in the stored dtype; None without pictures.
-
-        Raises:
-            DataError: A picture is not in the store.
-        """
+    def gather(self, keys: Sequence[str]) -> torch.Tensor | None:  # -> [N, P, E]
+        """Features of pictures, tiles one after the other."""
         if not keys:
             return None
         try:
@@ -155,17 +135,9 @@ class FeatureStore:
         return keys
 
     def begin(self, keys: list[str]) -> list[str]:
-        """Note which pictures a pass encodes.
-
-        What an encoder gives differs in the last bits with the pictures that go through it together. A pass that was
-        killed goes on with the same groups, so that its run ends as if nothing had happened.
-
-        Args:
-            keys: The pictures that are missing, and those of a killed pass that are needed again.
-
-        Returns:
-            The order to encode them in: the killed pass's own, where it had the same pictures.
-        """
+        """Note which pictures a pass encodes."""
+        # What an encoder gives differs in the last bits with the pictures that go through it together. A pass that
+        # was killed goes on with the same groups, so that its run ends as if nothing had happened.
         before = self.unfinished()
         if sorted(before) == sorted(keys):
             return before
@@ -195,30 +167,14 @@ class FeatureStore:
 
 
 def encoder_identity(encoder: torch.nn.Module, config: ModelConfig) -> str:
-    """Hash an encoder's configuration, weights and buffers.
-
-    Args:
-        encoder: The vision encoder.
-        config: Says which layer and features are used.
-
-    Returns:
-        A hex digest.
-    """
+    """Hash an encoder's configuration, weights and buffers."""
     vision = config.vision
     rules = "" if vision is None else vision.model_dump_json(exclude={"vision_tower", "revision"})
     return weights_identity(encoder, rules)
 
 
 def weights_identity(module: torch.nn.Module, rules: str) -> str:
-    """Hash what decides a frozen module's output.
-
-    Args:
-        module: Its weights and buffers are hashed.
-        rules: What else decides it.
-
-    Returns:
-        A hex digest.
-    """
+    """Hash what decides a frozen module's output."""
     digest = hashlib.sha256(rules.encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -228,20 +184,7 @@ def weights_identity(module: torch.nn.Module, rules: str) -> str:
 
 
 def open_store(model: MultimodalLM, config: ModelConfig, where: str, dtype: str) -> FeatureStore:
-    """Open the store of a model's encoder.
-
-    Args:
-        model: Its encoder must be frozen.
-        config: The model's configuration.
-        where: A folder, or "memory".
-        dtype: "float16" or "float32".
-
-    Returns:
-        The store, holding what earlier runs computed.
-
-    Raises:
-        ConfigError: The model has no vision encoder, or the encoder is trained.
-    """
+    """Open the store of a model's encoder."""
     encoder = model.vision_encoder
     if not isinstance(encoder, torch.nn.Module) or config.image is None:
         raise ConfigError("run.feature_cache: this model has no vision encoder; set it to off")
@@ -262,26 +205,11 @@ def fill_missing(
     store: FeatureStore,
     pictures: Iterable[tuple[str, Source, int]],
     decode: Callable[[str, Source], torch.Tensor],
-    encode: Callable[[torch.Tensor], torch.Tensor],
+    encode: Callable[[torch.Tensor], torch.Tensor],  # [N, 3, H, W]
     device: torch.device,
     workers: int,
 ) -> int:
-    """Compute the features that are missing, in groups that a killed run repeats.
-
-    Args:
-        store: Where they go.
-        pictures: Key, source and number of tiles of each; a key may come several times.
-        decode: Key and source to [n, 3, H, W]; called in threads.
-        encode: [N, 3, H, W] on the device -> [N, P, E].
-        device: Where the encoder is.
-        workers: Threads that decode pictures.
-
-    Returns:
-        How many pictures were encoded.
-
-    Raises:
-        DataError: Pictures were decoded that nobody asked for.
-    """
+    """Compute the features that are missing, in groups that a killed run repeats."""
     # A CPU is twice as fast on tiles that stay in its cache as on large batches.
     tiles_at_once = 8 if device.type == "cpu" else 64
     with store.locked():
@@ -311,16 +239,7 @@ def fill_missing(
 
 
 def group_pictures(keys: Sequence[str], tiles: dict[str, int], at_once: int) -> list[list[str]]:
-    """Put pictures together that go through the encoder at once.
-
-    Args:
-        keys: In order.
-        tiles: Tiles of each picture.
-        at_once: Tiles from which a group is full.
-
-    Returns:
-        The groups.
-    """
+    """Put pictures together that go through the encoder at once."""
     groups: list[list[str]] = [[]]
     held = 0
     for key in keys:

@@ -12,16 +12,7 @@ from polymodal.training.recipes.sections import OptimConfig
 
 
 def lr_factor(position: float, total: int, optim: OptimConfig) -> float:
-    """Factor on the peak learning rate.
-
-    Args:
-        position: Steps done before this one, 0 <= position < total; a fraction where time bounds the run.
-        total: Steps of the whole run.
-        optim: Shape, warm-up and floor.
-
-    Returns:
-        A factor in 0..1.
-    """
+    """Factor on the peak learning rate."""
     warm = math.ceil(optim.warmup * total)
     if position < warm:
         return min(1.0, (position + 1) / warm)

@@ -26,19 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a learning rate and a weight decay.
+    """Parameters that share a learning rate and a weight decay."""
 
-    Attributes:
-        name: For the log: the first part of the parameters' names, "lora", or "tokens" for vocabulary rows.
-        learning_rate: Peak rate.
-        weight_decay: Decay.
-        parameters: Full names and parameters, in the model's order.
-    """
-
-    name: str
-    learning_rate: float
-    weight_decay: float
-    parameters: tuple[tuple[str, nn.Parameter], ...]
+    name: str  # For the log: the first part of the parameters' names, "lora", or "tokens" for vocabulary rows
+    learning_rate: float  # Peak rate
+    weight_decay: float  # Decay
+    parameters: tuple[tuple[str, nn.Parameter], ...]  # Full names and parameters, in the model's order
 
 
 def apply_policy(
@@ -48,21 +41,7 @@ def apply_policy(
     optim: OptimConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Group]:
-    """Freeze, inject adapters and make the optimizer groups.
-
-    Args:
-        model: Changed in place: `requires_grad`, dtype of what is trained, adapters.
-        rules: In order; the last match wins; no match means frozen.
-        lora: The adapter, or None.
-        optim: Defaults for rates and decay.
-        tokenizer: Needed where `lora` trains vocabulary rows by name.
-
-    Returns:
-        The groups, disjoint, covering exactly the parameters that require a gradient.
-
-    Raises:
-        ConfigError: A rule matches nothing, or nothing is trained.
-    """
+    """Freeze, inject adapters and make the optimizer groups."""
     decided: dict[str, RuleConfig] = {}
     names = [name for name, _ in model.named_parameters()]
     for rule in rules:
@@ -103,14 +82,9 @@ def apply_policy(
 
 
 def set_modes(model: nn.Module) -> None:
-    """Put what is trained into train mode and everything else into eval mode.
-
-    A module that holds both trained and frozen parameters is in eval mode itself (its own dropout stays off), and its
-    children are judged one by one; an adapter's dropout follows the adapter.
-
-    Args:
-        model: Changed in place.
-    """
+    """Put what is trained into train mode and everything else into eval mode."""
+    # A module that holds both trained and frozen parameters is in eval mode itself (its own dropout stays off), and
+    # its children are judged one by one; an adapter's dropout follows the adapter.
     from peft.tuners.lora import LoraLayer
 
     model.eval()
@@ -129,15 +103,9 @@ def set_modes(model: nn.Module) -> None:
 
 
 def cast_frozen_linears(module: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of frozen linear layers in autocast's dtype, so that it need not cast them in every forward.
-
-    Embeddings, norms and tied heads stay as they are, so the residual stream keeps its precision; so do layers that
-    transformers keeps in float32.
-
-    Args:
-        module: Changed in place; from now on it must run under autocast.
-        dtype: Autocast's.
-    """
+    """Keep the weights of frozen linear layers in autocast's dtype, so that it need not cast them in every forward."""
+    # Embeddings, norms and tied heads stay as they are, so the residual stream keeps its precision; so do layers that
+    # transformers keeps in float32.
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     kept = kept_in_float32(module, dtype)
     for name, part in module.named_modules():
@@ -148,15 +116,7 @@ def cast_frozen_linears(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def kept_in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:
-    """Parts of module names that transformers leaves in float32 when it loads a model in a shorter type.
-
-    Args:
-        module: A language model.
-        dtype: The shorter type. T5's `wo` overflows in float16 and is kept there; it was trained in bfloat16.
-
-    Returns:
-        Names, such as "wo".
-    """
+    """Parts of module names that transformers leaves in float32 when it loads a model in a shorter type."""
     lists = ["_keep_in_fp32_modules_strict"] + (["_keep_in_fp32_modules"] if dtype is torch.float16 else [])
     return {name for kept in lists for name in getattr(module, kept, None) or ()}
 
@@ -170,15 +130,7 @@ def check_groups(model: nn.Module, groups: Sequence[Group]) -> None:
 
 
 def policy_table(model: nn.Module, groups: Sequence[Group]) -> str:
-    """Lay out who is trained, for the log.
-
-    Args:
-        model: After `apply_policy`.
-        groups: Its groups.
-
-    Returns:
-        Lines of text: module, parameters, trained, learning rate, dtype.
-    """
+    """Lay out who is trained, for the log."""
     rates = {id(p): group.learning_rate for group in groups for _, p in group.parameters}
     rows = [("module", "parameters", "trained", "learning rate", "dtype")]
     totals: dict[str, list[tuple[str, nn.Parameter]]] = {}

@@ -43,16 +43,7 @@ T = TypeVar("T")
 
 
 def do_stage(pipeline: Pipeline, name: str, stage: Stage) -> None:
-    """Do one stage; with several processes, all but training is done by the first, and the others wait.
-
-    Args:
-        pipeline: The pipeline.
-        name: The stage's name.
-        stage: The stage.
-
-    Raises:
-        PolymodalError: It failed.
-    """
+    """Do one stage; with several processes, all but training is done by the first, and the others wait."""
     folder = pipeline.folder(name)
     if isinstance(stage, TrainStage):
         from polymodal.training import train
@@ -169,19 +160,7 @@ FINISHED = "finished"
 
 
 def run_pipeline(pipeline: Pipeline, *, force: bool = False) -> Path:
-    """Run the stages that are not finished yet.
-
-    Args:
-        pipeline: The pipeline.
-        force: Where a finished stage has other settings now, remove it and everything after it, and do them again.
-
-    Returns:
-        The last stage's folder.
-
-    Raises:
-        PolymodalError: A finished stage has other settings now, or a stage failed.
-        SystemExit: A training stage was stopped by a signal; it is saved, and the same command goes on.
-    """
+    """Run the stages that are not finished yet."""
     from polymodal.modeling.language_model import quieten_transformers
     from polymodal.utils.progress import duration, say
 
@@ -255,15 +234,7 @@ class _Ledger:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested plain data as dotted keys, for comparing settings key by key.
-
-    Args:
-        value: Plain data.
-        prefix: The dotted key of `value` itself.
-
-    Returns:
-        Dotted key to plain value.
-    """
+    """Nested plain data as dotted keys, for comparing settings key by key."""
     if isinstance(value, dict) and value:
         pairs = value.items()
     elif isinstance(value, list) and value:

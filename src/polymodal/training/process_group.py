@@ -30,19 +30,12 @@ _HOST_GROUP: list[Any] = []
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run.
+    """The processes of a run."""
 
-    Attributes:
-        rank: This process, from 0.
-        size: How many there are.
-        device: Of this process.
-        host: The gloo group for everything but gradients; None for a single process.
-    """
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    host: Any = None
+    rank: int = 0  # This process, from 0
+    size: int = 1  # How many there are
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # Of this process
+    host: Any = None  # The gloo group for everything but gradients; None for a single process
 
     @property
     def is_main(self) -> bool:
@@ -81,14 +74,7 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Do something that may fail on one process only; then all raise that error, and none waits for ever.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            PolymodalError: The first process's error, by rank.
-        """
+        """Do something that may fail on one process only; then all raise that error, and none waits for ever."""
         error: PolymodalError | None = None
         try:
             yield
@@ -103,14 +89,7 @@ class World:
 
 
 def join_world(timeout_minutes: float) -> World:
-    """Join the processes that torchrun started; a process started otherwise is alone.
-
-    Args:
-        timeout_minutes: How long a collective may take before a process that hangs is given up.
-
-    Returns:
-        The processes.
-    """
+    """Join the processes that torchrun started; a process started otherwise is alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
@@ -135,18 +114,7 @@ def leave_world() -> None:
 
 @contextmanager
 def clear_loss_of_peers(world: World, name: str) -> Iterator[None]:
-    """Turn a collective's failure into one line that says what happened and what to do.
-
-    Args:
-        world: The processes.
-        name: The run's name.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        PolymodalError: Another process ended or hangs.
-    """
+    """Turn a collective's failure into one line that says what happened and what to do."""
     try:
         yield
     except RuntimeError as error:  # torch's DistError is one; gloo's own errors are bare RuntimeErrors

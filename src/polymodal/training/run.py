@@ -39,21 +39,7 @@ if TYPE_CHECKING:
 
 
 def train(recipe: Recipe, parts: Parts | None = None, force: bool = False) -> Path:
-    """Run a stage, or go on with it from its newest checkpoint.
-
-    Args:
-        recipe: The stage.
-        parts: A model already in memory; None loads what `recipe.init` names.
-        force: Go on from a checkpoint although recipe or data changed.
-
-    Returns:
-        `output_dir/final`, the folder of the trained model.
-
-    Raises:
-        PolymodalError: Anything the user can mend: a rule that matches nothing, missing data, another recipe's run in
-            `output_dir`, a full disk, a loss that stays NaN, another process that died.
-        SystemExit: 143 or 130 after SIGTERM or Ctrl-C, when the step is done and saved.
-    """
+    """Run a stage, or go on with it from its newest checkpoint."""
     world = join_world(recipe.run.timeout_minutes)
     with clear_loss_of_peers(world, recipe.name):
         return _train(recipe, parts, force, world)
@@ -85,21 +71,7 @@ def _train(recipe: Recipe, parts: Parts | None, force: bool, world: World) -> Pa
 
 
 def make_run(recipe: Recipe, parts: Parts, world: World, found: Path | None = None, force: bool = False) -> Run:
-    """Set everything up, without taking a step.
-
-    Args:
-        recipe: The stage.
-        parts: The model; what is trained is marked, adapters are added, the engine wraps it.
-        world: The processes.
-        found: The checkpoint to go on from, or None.
-        force: Go on although the data changed.
-
-    Returns:
-        The run, at its first step or where the checkpoint was.
-
-    Raises:
-        PolymodalError: See `train`.
-    """
+    """Set everything up, without taking a step."""
     output_dir = Path(recipe.output_dir)
     torch.manual_seed(recipe.run.seed)
     groups = policy.apply_policy(parts.model, recipe.train, recipe.lora, recipe.optim, parts.tokenizer)
@@ -138,14 +110,7 @@ def make_run(recipe: Recipe, parts: Parts, world: World, found: Path | None = No
 
 
 def begin_logs(run: Run) -> None:
-    """Write what is known before the first step: the recipe, the machine, logs up to where the run goes on from.
-
-    Args:
-        run: About to begin, or to go on; its trackers are opened.
-
-    Raises:
-        PolymodalError: The folder cannot be written, or a tracker is missing.
-    """
+    """Write what is known before the first step: the recipe, the machine, logs up to where the run goes on from."""
     recipe, output_dir, world = run.recipe, run.output_dir, run.world
     with world.together():
         if world.is_main:
@@ -159,16 +124,7 @@ def begin_logs(run: Run) -> None:
 
 
 def finished_before(recipe: AnyRecipe, found: Path | None, document: Path) -> bool:
-    """Whether a run of this very recipe is over and its model written.
-
-    Args:
-        recipe: The stage.
-        found: Its newest checkpoint, or None.
-        document: The file that ends the export.
-
-    Returns:
-        True where there is nothing to do.
-    """
+    """Whether a run of this very recipe is over and its model written."""
     if found is None or not document.is_file():
         return False
     stored = checkpoint.read_state(found)
@@ -176,14 +132,7 @@ def finished_before(recipe: AnyRecipe, found: Path | None, document: Path) -> bo
 
 
 def take_steps(run: Run) -> None:
-    """Run the loop until it is over, or a signal came.
-
-    Args:
-        run: Set up.
-
-    Raises:
-        SystemExit: 143 or 130 after SIGTERM or Ctrl-C, when the step is done and saved.
-    """
+    """Run the loop until it is over, or a signal came."""
     with StopRequest() as stop:
         run.loop(stop)
     for tracker in run.trackers:

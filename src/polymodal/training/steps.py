@@ -14,15 +14,9 @@ if TYPE_CHECKING:
 
 
 class Steps:
-    """The samples of each optimizer step.
+    """The samples of each optimizer step."""
 
-    Args:
-        order: The endless sequence of sample indices.
-        lengths: [n] tokens of every sample.
-        batch: How large a step is.
-    """
-
-    def __init__(self, order: Order, lengths: np.ndarray, batch: BatchConfig) -> None:
+    def __init__(self, order: Order, lengths: np.ndarray, batch: BatchConfig) -> None:  # lengths [n]
         self.order, self.lengths, self.batch = order, lengths, batch
         self.per_epoch: float = order.epoch_size / batch.global_size
         self._cuts: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
@@ -48,16 +42,8 @@ class Steps:
         return self.order.take(start + int(first), int(last - first))
 
 
-def equal_cuts(lengths: np.ndarray, count: int) -> np.ndarray:
-    """Cut a sequence of samples into parts of about equally many tokens.
-
-    Args:
-        lengths: [n] tokens, in order.
-        count: Parts, at most n.
-
-    Returns:
-        [count + 1] positions, from 0 to n, strictly increasing.
-    """
+def equal_cuts(lengths: np.ndarray, count: int) -> np.ndarray:  # lengths [n] -> [count + 1]
+    """Cut a sequence of samples into parts of about equally many tokens."""
     ends = np.cumsum(lengths)
     marks = ends[-1] * np.arange(1, count) / count
     inner = np.searchsorted(ends - lengths / 2, marks)
@@ -68,17 +54,8 @@ def equal_cuts(lengths: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate(([0], inner, [len(lengths)])).astype(np.int64)
 
 
-def epoch_order(sources: Sequence[tuple[range, float]], seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch.
-
-    Args:
-        sources: Range of indices and repeat of each data file.
-        seed: The run's.
-        epoch: Counted from 0.
-
-    Returns:
-        [n] sample indices; n is the same in every epoch.
-    """
+def epoch_order(sources: Sequence[tuple[range, float]], seed: int, epoch: int) -> np.ndarray:  # -> [n]
+    """The order of one epoch."""
     rng = np.random.default_rng([seed, epoch])
     parts = []
     for indices, repeat in sources:
@@ -92,12 +69,7 @@ def epoch_order(sources: Sequence[tuple[range, float]], seed: int, epoch: int) -
 
 
 class Order:
-    """The endless sequence of sample indices, epoch after epoch.
-
-    Args:
-        sources: As in `epoch_order`.
-        seed: The run's.
-    """
+    """The endless sequence of sample indices, epoch after epoch."""
 
     def __init__(self, sources: Sequence[tuple[range, float]], seed: int) -> None:
         self.sources = sources

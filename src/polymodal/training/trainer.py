@@ -79,31 +79,18 @@ class StopRequest:
 
 @dataclass
 class State:
-    """Where a run is; plain numbers, stored in each checkpoint.
+    """Where a run is; plain numbers, stored in each checkpoint."""
 
-    Attributes:
-        step: Optimizer steps done.
-        samples: Samples seen.
-        trained_tokens: Tokens with a label seen.
-        real_tokens: Tokens seen, padding not counted.
-        elapsed_s: Time in the loop, by the first process's clock.
-        skipped: Steps left out because of a gradient that was not finite.
-        skipped_in_row: The same, since the last good step.
-        pending_loss: Sum of losses since the last log line.
-        pending_tokens: Trained tokens since the last log line.
-        finished: The run is over.
-    """
-
-    step: int = 0
-    samples: int = 0
-    trained_tokens: int = 0
-    real_tokens: int = 0
-    elapsed_s: float = 0.0
-    skipped: int = 0
-    skipped_in_row: int = 0
-    pending_loss: float = 0.0
-    pending_tokens: int = 0
-    finished: bool = False
+    step: int = 0  # Optimizer steps done
+    samples: int = 0  # Samples seen
+    trained_tokens: int = 0  # Tokens with a label seen
+    real_tokens: int = 0  # Tokens seen, padding not counted
+    elapsed_s: float = 0.0  # Time in the loop, by the first process's clock
+    skipped: int = 0  # Steps left out because of a gradient that was not finite
+    skipped_in_row: int = 0  # The same, since the last good step
+    pending_loss: float = 0.0  # Sum of losses since the last log line
+    pending_tokens: int = 0  # Trained tokens since the last log line
+    finished: bool = False  # The run is over
 
 
 @dataclass
@@ -134,19 +121,7 @@ NamedBatch = tuple[Batch, list[str], list[str]]
 
 
 class Run:
-    """One stage in progress; `pairs.run.PairRun` takes its steps in another way, and is the same in all else.
-
-    Args:
-        recipe: The stage.
-        engine: The model, the optimizer and the processes.
-        feed: The data, a `Feed`.
-        steps: The samples of each step.
-        evaluation: Looks at held-out data, or None.
-        trackers: Where log lines go besides the log.
-
-    Attributes:
-        tallied: What the two sums of the tally are called in the log.
-    """
+    """One stage in progress; `pairs.run.PairRun` takes its steps in another way, and is the same in all else."""
 
     tallied = ("loss_by_kind", "loss_by_source")
 
@@ -171,15 +146,7 @@ class Run:
         self._began = time.monotonic()
 
     def resume(self, folder: Path, force: bool = False) -> None:
-        """Go on from a checkpoint.
-
-        Args:
-            folder: The checkpoint.
-            force: Go on although the data differ.
-
-        Raises:
-            DataError: The data differ, and `force` is off.
-        """
+        """Go on from a checkpoint."""
         stored = checkpoint.read_state(folder)
         if stored["fingerprint"] != self.feed.prepared.fingerprint:
             if not force:
@@ -203,11 +170,7 @@ class Run:
             self.tally = Tally(*(merge(part[name] for part in tallies) for name in ("kinds", "sources")))
 
     def loop(self, stop: StopRequest) -> None:
-        """Take steps until the run is over or a signal came, then save.
-
-        Args:
-            stop: Where signals are noted; with several processes one of them is enough.
-        """
+        """Take steps until the run is over or a signal came, then save."""
         state, run = self.state, self.recipe.run
         if state.finished:
             return
@@ -285,15 +248,7 @@ class Run:
         return int(prepared.targets[indices].sum()), int(prepared.lengths[indices].sum())
 
     def _gradients(self, batches: Iterator[Any], tokens: int) -> torch.Tensor | float:
-        """Run the step's micro-batches, and leave its gradient.
-
-        Args:
-            batches: This process's micro-batches, from this step's first.
-            tokens: Trained tokens of the step, over all processes.
-
-        Returns:
-            This process's sum of losses.
-        """
+        """Run the step's micro-batches, and leave its gradient."""
         window, micro = self.window, len(self._micro(self.state.step))
         total: torch.Tensor | float = 0.0
         seen_media = False

@@ -14,11 +14,7 @@ from polymodal.errors import PolymodalError
 
 
 def cache_folder() -> Path:
-    """The folder for converted models and other things that can be made again.
-
-    Returns:
-        `$POLYMODAL_CACHE`, else `$XDG_CACHE_HOME/polymodal`, else `~/.cache/polymodal`.
-    """
+    """The folder for converted models and other things that can be made again."""
     if own := os.environ.get("POLYMODAL_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "polymodal"
@@ -30,27 +26,13 @@ def shipped_folder() -> Path:
 
 
 def shipped(name: str) -> Path | None:
-    """Look up a model or tower that comes with the package.
-
-    Args:
-        name: Such as "default" or "vit_small".
-
-    Returns:
-        Its folder; None where none has that name.
-    """
+    """Look up a model or tower that comes with the package."""
     folder = shipped_folder() / name
     return folder if name.isidentifier() and folder.is_dir() else None
 
 
 def sha256_file(path: Path) -> str:
-    """Hash a file's bytes.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The hex digest.
-    """
+    """Hash a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -60,18 +42,7 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Write a folder that appears whole or not at all.
-
-    Args:
-        target: Where the folder is to be.
-        replace: Take the place of a folder that is there; without it that is an error.
-
-    Yields:
-        A new empty folder beside the target; renamed to it when the block ends, removed when the block raises.
-
-    Raises:
-        PolymodalError: The target is there already, or the disk is full.
-    """
+    """Write a folder that appears whole or not at all."""
     if target.exists() and not replace:
         raise PolymodalError(f"{target}: is there already; choose another folder or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -97,15 +68,7 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that is whole or unchanged.
-
-    Args:
-        path: The file; its folder must be there.
-        text: Its content, written as UTF-8.
-
-    Raises:
-        PolymodalError: It cannot be written.
-    """
+    """Write a text file that is whole or unchanged."""
     work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         work.write_text(text, encoding="utf-8")

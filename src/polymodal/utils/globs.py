@@ -19,19 +19,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def match_names(pattern: str, names: Iterable[str], kind: str) -> list[str]:
-    """Names that a glob matches; `*` crosses dots.
-
-    Args:
-        pattern: The glob, with `{a,b}` allowed.
-        names: Full dotted names.
-        kind: What the names are, for the error.
-
-    Returns:
-        The matching names, in order.
-
-    Raises:
-        ConfigError: Nothing matches; names the closest.
-    """
+    """Names that a glob matches; `*` crosses dots."""
     names = list(names)
     compiled = [re.compile(translate(part)) for part in expand_braces(pattern)]
     found = [name for name in names if any(regex.match(name) for regex in compiled)]

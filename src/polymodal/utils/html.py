@@ -10,16 +10,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def html_page(title: str, style: str, parts: Iterable[str]) -> str:
-    """Write a page.
-
-    Args:
-        title: Of the window; escaped here.
-        style: CSS.
-        parts: The body, as HTML; empty parts are left out. Text in it must have been escaped.
-
-    Returns:
-        The whole document, without characters that HTML forbids.
-    """
+    """Write a page."""
     lines = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',

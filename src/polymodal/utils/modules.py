@@ -11,14 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout and running statistics off for a while, then put every part back into the mode it was in.
-
-    Args:
-        module: Whose mode changes.
-
-    Yields:
-        Nothing.
-    """
+    """Switch dropout and running statistics off for a while, then put every part back into the mode it was in."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -29,14 +22,7 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a network: the children of its longest module lists of one class.
-
-    Args:
-        module: A language model or a tower.
-
-    Returns:
-        The layers; none where the network has no list of equal layers.
-    """
+    """The repeated layers of a network: the children of its longest module lists of one class."""
     lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part) > 1]
     inside = {id(inner) for part in lists for layer in part for inner in layer.modules() if inner is not layer}
     return [layer for part in lists if id(part) not in inside and len({type(x) for x in part}) == 1 for layer in part]

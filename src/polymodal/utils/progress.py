@@ -33,16 +33,7 @@ def duration(seconds: float) -> str:
 
 
 def progress(items: Iterable[T], label: str, total: int) -> Iterator[T]:
-    """Yield items under a progress bar; away from a terminal, a plain line every 30 s.
-
-    Args:
-        items: What is yielded.
-        label: What is being done.
-        total: How many items there are.
-
-    Yields:
-        The items.
-    """
+    """Yield items under a progress bar; away from a terminal, a plain line every 30 s."""
     meter = Meter(label, total)
     try:
         for item in items:
@@ -53,15 +44,7 @@ def progress(items: Iterable[T], label: str, total: int) -> Iterator[T]:
 
 
 class Meter:
-    """A progress bar with time left on a terminal, plain lines elsewhere.
-
-    Args:
-        label: What is being done.
-        total: How many units there are.
-        start: Units done before, as after a resume; they do not count for the rate.
-        unit: Name of a unit.
-        shown: False keeps silent, as on all processes but the first.
-    """
+    """A progress bar with time left on a terminal, plain lines elsewhere."""
 
     def __init__(self, label: str, total: int, start: int = 0, unit: str = "it", shown: bool = True) -> None:
         self.label, self.total, self.done, self.start, self.unit = label, total, start, start, unit

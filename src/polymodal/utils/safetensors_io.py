@@ -17,17 +17,7 @@ SHOWN = 4
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read one file of safetensors.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Tensors by name.
-
-    Raises:
-        CheckpointError: It is missing or damaged.
-    """
+    """Read one file of safetensors."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -40,16 +30,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
-    """Write one file of safetensors.
-
-    Args:
-        path: The file.
-        tensors: By name, on any device.
-        dtype: Cast them to this on disk; None keeps them as they are.
-
-    Raises:
-        CheckpointError: One is not finite; names it.
-    """
+    """Write one file of safetensors."""
     from safetensors.torch import save_file
 
     for name, tensor in tensors.items():
@@ -59,16 +40,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.
 
 
 def compare_tensors(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str | Path = "weights") -> None:
-    """Make sure that tensors fit, by their names and shapes.
-
-    Args:
-        wanted: Tensors, header entries (anything with a `shape`) or shapes, by name: what the model needs.
-        found: The same of what is given.
-        where: The file or folder, for the error.
-
-    Raises:
-        CheckpointError: Tensors are missing, left over or of another shape; counts them and lists the first of each.
-    """
+    """Make sure that tensors fit, by their names and shapes."""
     misshaped = [
         f"{name} {_shape_of(found[name])} for {_shape_of(wanted[name])}"
         for name in sorted(wanted.keys() & found.keys())
@@ -83,15 +55,7 @@ def compare_tensors(wanted: Mapping[str, Any], found: Mapping[str, Any], where: 
 
 
 def check_finite(state: Mapping[str, torch.Tensor], where: str | Path = "weights") -> None:
-    """Make sure that no weight is NaN or infinite.
-
-    Args:
-        state: Tensors by name; those of whole numbers are passed over.
-        where: The file or folder, for the error.
-
-    Raises:
-        CheckpointError: Some are; counts them and lists the first.
-    """
+    """Make sure that no weight is NaN or infinite."""
     _raise_faults(where, ("with NaN or infinity", sorted(name for name, t in state.items() if not _is_finite(t))))
 
 

@@ -27,17 +27,7 @@ def quiet(items: Iterable[T], label: str, total: int) -> Iterable[T]:
 def ahead(
     function: Callable[[T], R], items: Iterable[T], workers: int, depth: int | None = None
 ) -> Generator[R, None, None]:
-    """Map in threads, in order, a bounded number of items ahead.
-
-    Args:
-        function: What to do with each item.
-        items: The items.
-        workers: Threads.
-        depth: Most items in flight; four for each thread when None.
-
-    Yields:
-        Results, in the order of the items.
-    """
+    """Map in threads, in order, a bounded number of items ahead."""
     depth = depth or 4 * workers
     pool = ThreadPoolExecutor(workers)
     queue: deque[Future[R]] = deque()

@@ -110,10 +110,11 @@ def _release() -> str:
         return "(unknown)"
 
 
-# ---- Proof that an exported folder is the same model: the same prompts through our code and through the stock class ----
+# ---- Proof that an exported folder is the same model: the same prompts through our code and through the stock class
 # The stock side is everything that a user of the folder has: transformers' class, its own processor, its own generate
 # with the folder's settings. Compared are token ids, pixels, logits at all positions and greedy text. What was found is
-# kept in `parity.json` of the folder, passed or not. Logits and text are compared on the stock processor's pixels, which
+# kept in `parity.json` of the folder, passed or not. Logits and text are compared on the stock processor's pixels,
+# which
 # are compared with ours by themselves.
 #
 # `CHECKS` is the list of comparisons; a format of another kind brings its own.
@@ -150,19 +151,12 @@ C = TypeVar("C", bound=Compared)
 
 @dataclass(frozen=True)
 class Parity:
-    """What `parity.json` holds.
+    """What `parity.json` holds."""
 
-    Attributes:
-        passed: Every check that could be run passed, and there was one.
-        checks: The comparisons.
-        not_run: Names of those whose program is not installed.
-        document: All of it, as written.
-    """
-
-    passed: bool
-    checks: tuple[Check, ...]
-    not_run: tuple[str, ...]
-    document: dict[str, Any]
+    passed: bool  # Every check that could be run passed, and there was one
+    checks: tuple[Check, ...]  # The comparisons
+    not_run: tuple[str, ...]  # Names of those whose program is not installed
+    document: dict[str, Any]  # All of it, as written
 
     @property
     def line(self) -> str:
@@ -206,18 +200,7 @@ def local(source: Loaded | LocalBackend) -> LocalBackend:
 
 
 def run_checks(comparison: C, checks: Mapping[str, Callable[[C], Check | None]]) -> Parity:
-    """Run comparisons and write `parity.json`.
-
-    Args:
-        comparison: Both models.
-        checks: Names to comparisons, each None where its program is not installed.
-
-    Returns:
-        What was found.
-
-    Raises:
-        PolymodalError: The report cannot be written.
-    """
+    """Run comparisons and write `parity.json`."""
     done: list[Check] = []
     not_run: list[str] = []
     for name, run in checks.items():
@@ -372,11 +355,9 @@ def _logits(
 
 
 def _on_same_pixels(sample: Sample, given: dict[str, Any]) -> Sample:
-    """Our prompt with the pixels of the stock processor, where they are as many.
-
-    Both normalise by another order of the same operations. The last bit, which `same_pixels` bounds, can grow to a
-    hundredth of a logit in a deep network and would hide what is compared here; on the same pixels nothing differs.
-    """
+    """Our prompt with the pixels of the stock processor, where they are as many."""
+    # Both normalise by another order of the same operations. The last bit, which `same_pixels` bounds, can grow to a
+    # hundredth of a logit in a deep network and would hide what is compared here; on the same pixels nothing differs.
     if not sample.plans or sample.pixels is None:
         return sample
     tiles = _real_tiles(given["pixel_values"], sample)

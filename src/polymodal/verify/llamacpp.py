@@ -49,17 +49,7 @@ PARTED = {"f32": IN_ANOTHER_ENGINE, "f16": 0.8, "bf16": 0.5, "q8_0": 0.5}
 
 
 class LlamaCpp:
-    """A model opened by llama.cpp.
-
-    Args:
-        model: The language model's file.
-        mmproj: The file of tower and projector.
-        context: Tokens of prompt and answer together.
-        threads: CPU threads.
-
-    Raises:
-        CheckpointError: llama.cpp refuses one of the files.
-    """
+    """A model opened by llama.cpp."""
 
     silence: ClassVar[Any] = None
 
@@ -93,18 +83,7 @@ class LlamaCpp:
 
     @contextmanager
     def chunks(self, pieces: Sequence[str], pictures: Sequence[Any]) -> Iterator[Any]:
-        """Cut a prompt into llama.cpp's chunks of text and pictures.
-
-        Args:
-            pieces: Text before, between and after the pictures.
-            pictures: RGB pictures of Pillow.
-
-        Yields:
-            The chunks, which live as long as the context.
-
-        Raises:
-            PolymodalError: llama.cpp refuses the prompt.
-        """
+        """Cut a prompt into llama.cpp's chunks of text and pictures."""
         api = self.mtmd
         marker: bytes = api.mtmd_default_marker()
         text = marker.join(piece.encode() for piece in pieces)
@@ -180,17 +159,7 @@ class LlamaCpp:
 
 
 class GgufComparison:
-    """Our model and its GGUF files, side by side.
-
-    Args:
-        ours: The model that was exported.
-        folder: The exported folder.
-        tokens: Greedy tokens that are compared.
-        more: What is asked besides the usual conversations; see `parity_probes`.
-
-    Raises:
-        CheckpointError: The folder holds no such files.
-    """
+    """Our model and its GGUF files, side by side."""
 
     def __init__(
         self,
@@ -219,10 +188,8 @@ class GgufComparison:
 
     @contextmanager
     def prompt(self, probe: Probe, *, square: bool = False) -> Iterator[Any]:
-        """The probe as llama.cpp's chunks, pictures padded to squares beforehand where that is wanted.
-
-        The text is what the file's own chat template makes of the probe.
-        """
+        """The probe as llama.cpp's chunks, pictures padded to squares beforehand where that is wanted."""
+        # The text is what the file's own chat template makes of the probe.
         pictures = [picture.convert("RGB") for picture in probe.pictures]
         if square:
             pictures = [_padded(picture) for picture in pictures]
@@ -238,20 +205,7 @@ def verify_gguf(
     tokens: int = TOKENS,
     more: Sequence[Probe] = (),
 ) -> Parity:
-    """Compare exported GGUF files with the model that they were written from, and write `parity.json` beside them.
-
-    Args:
-        source: The model, on the CPU.
-        folder: The exported folder.
-        tokens: Greedy tokens of each answer.
-        more: What is asked besides the usual conversations; see `parity_probes`.
-
-    Returns:
-        What was found. Without llama-cpp-python nothing can be compared, and `passed` is false.
-
-    Raises:
-        PolymodalError: The folder holds no such files, or the report cannot be written.
-    """
+    """Compare exported GGUF files with the model that they were written from, and write `parity.json` beside them."""
     comparison = GgufComparison(local(source), folder, tokens, more)
     parity = run_checks(comparison, CHECKS if find_spec("llama_cpp") is not None else dict.fromkeys(CHECKS, _absent))
     if "theirs" in vars(comparison):

@@ -38,15 +38,10 @@ SHAPES = ((480, 640), (90, 600), (700, 230), (64, 64))
 
 @dataclass(frozen=True)
 class Probe:
-    """One conversation.
+    """One conversation."""
 
-    Attributes:
-        name: What reports call it.
-        messages: The conversation; its pictures are open.
-    """
-
-    name: str
-    messages: tuple[Message, ...]
+    name: str  # What reports call it
+    messages: tuple[Message, ...]  # The conversation; its pictures are open
 
     @property
     def pictures(self) -> list[PILImage.Image]:
@@ -55,14 +50,7 @@ class Probe:
 
 
 def make_picture(number: int) -> PILImage.Image:
-    """Make a picture of soft coloured blots; the same number gives the same pixels.
-
-    Args:
-        number: Which of `SHAPES`.
-
-    Returns:
-        The picture.
-    """
+    """Make a picture of soft coloured blots; the same number gives the same pixels."""
     import numpy as np
     from PIL import Image as PILImage
 
@@ -98,40 +86,18 @@ def chat_probes() -> list[Probe]:
 
 
 def picture_probes(pictures: Sequence[Path]) -> list[Probe]:
-    """Ask about pictures of one's own.
-
-    Args:
-        pictures: Their files.
-
-    Returns:
-        One probe each.
-    """
+    """Ask about pictures of one's own."""
     return [Probe(path.name, (user(Image(path), "What is in this picture?"),)) for path in pictures]
 
 
 def one_picture(probes: Sequence[Probe], *, with_text: bool) -> list[Probe]:
-    """Keep what a model can be asked that takes one picture and one text.
-
-    Args:
-        probes: Any.
-        with_text: Whether it is asked something; False for a model that continues from the picture alone.
-
-    Returns:
-        Those of one message with one picture and one text behind it.
-    """
+    """Keep what a model can be asked that takes one picture and one text."""
     kept = [p for p in probes if len(p.messages) == 1 and [type(part) for part in p.messages[0].parts] == [Image, Text]]
     return kept if with_text else [Probe(p.name, (user(*p.messages[0].media),)) for p in kept]
 
 
 def hash_probes(probes: Sequence[Probe]) -> str:
-    """Hash texts and pixels.
-
-    Args:
-        probes: The probes.
-
-    Returns:
-        The hex digest of sha256.
-    """
+    """Hash texts and pixels."""
     digest = hashlib.sha256()
     for probe in probes:
         for message in probe.messages:
@@ -156,34 +122,18 @@ IN_ANOTHER_ENGINE = 0.95
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison.
+    """One comparison."""
 
-    Attributes:
-        name: What was compared.
-        passed: Whether it is within bounds.
-        numbers: What was measured, and the bounds.
-        reason: What is wrong, in one line; empty where nothing is.
-    """
-
-    name: str
-    passed: bool
-    numbers: dict[str, Any] = field(default_factory=dict)
-    reason: str = ""
+    name: str  # What was compared
+    passed: bool  # Whether it is within bounds
+    numbers: dict[str, Any] = field(default_factory=dict)  # What was measured, and the bounds
+    reason: str = ""  # What is wrong, in one line; empty where nothing is
 
 
 def prompts(
     ours: LocalBackend, asked: Sequence[Probe], later_turns_differ: bool
 ) -> tuple[list[Probe], list[Sample], dict[str, str]]:
-    """Make the prompts of a comparison.
-
-    Args:
-        ours: The model that was exported.
-        asked: What is to be asked.
-        later_turns_differ: The exported template writes earlier answers in other ids, which the export has said.
-
-    Returns:
-        The probes that can be asked, their prompts, and why each other one is left out.
-    """
+    """Make the prompts of a comparison."""
     probes: list[Probe] = []
     samples: list[Sample] = []
     left_out: dict[str, str] = {}
@@ -202,14 +152,7 @@ def prompts(
 
 
 class Comparison:
-    """Our model and an exported folder, side by side; what each makes of the probes is computed once.
-
-    Args:
-        ours: The model that was exported.
-        folder: The exported folder.
-        tokens: Greedy tokens that are compared.
-        more: What is asked besides the usual conversations.
-    """
+    """Our model and an exported folder, side by side; what each makes of the probes is computed once."""
 
     def __init__(self, ours: LocalBackend, folder: Path, tokens: int = TOKENS, more: Sequence[Probe] = ()) -> None:
         self.ours = ours
@@ -296,16 +239,7 @@ class Comparison:
 
 
 def greedy_ids(backend: LocalBackend, sample: Sample, tokens: int) -> list[int]:
-    """Answer a prompt greedily with our code.
-
-    Args:
-        backend: The model.
-        sample: The prompt.
-        tokens: Most tokens.
-
-    Returns:
-        The ids, the one that ends the answer included.
-    """
+    """Answer a prompt greedily with our code."""
     batch = collate([sample], backend.processor.pad_id, side="left")
     params = GenerationParams(max_new_tokens=tokens)
     stops = backend.processor.template.stop_ids
@@ -313,14 +247,6 @@ def greedy_ids(backend: LocalBackend, sample: Sample, tokens: int) -> list[int]:
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
-    """Count the ids before two answers part.
-
-    Args:
-        one: An answer.
-        other: Another.
-
-    Returns:
-        How many are the same, and the length of the longer answer.
-    """
+    """Count the ids before two answers part."""
     same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return same, max(len(one), len(other))

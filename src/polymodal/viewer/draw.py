@@ -21,16 +21,7 @@ PAPER, INK, EMPTY = (255, 255, 255), (40, 40, 40), (225, 225, 225)
 
 
 def draw_plan(picture: Image.Image, plan: ImagePlan, tiles: Sequence[Image.Image]) -> Image.Image:
-    """Draw one picture's way into the sequence.
-
-    Args:
-        picture: The decoded picture (RGB, upright).
-        plan: Its plan.
-        tiles: Its tiles before normalising, as `processing.image_transform.tile_pictures` makes them.
-
-    Returns:
-        An RGB picture: the source with outlines on the left, the tiles on the right, one line of counts below.
-    """
+    """Draw one picture's way into the sequence."""
     source = _draw_source(picture, plan)
     panel = _draw_tiles(plan, tiles)
     caption = (
@@ -48,14 +39,7 @@ def draw_plan(picture: Image.Image, plan: ImagePlan, tiles: Sequence[Image.Image
 
 
 def stack(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Put the drawings of several pictures under one another.
-
-    Args:
-        sheets: The drawings; at least one.
-
-    Returns:
-        One RGB picture.
-    """
+    """Put the drawings of several pictures under one another."""
     whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), PAPER)
     top = 0
     for sheet in sheets:

@@ -34,34 +34,21 @@ _RESET = "\x1b[0m"
 
 @dataclass(frozen=True)
 class Cell:
-    """A piece of the sequence: usually one token; several where they spell one character, or are one picture.
+    """A piece of the sequence: usually one token; several where they spell one character, or are one picture."""
 
-    Attributes:
-        kind: What the piece is.
-        text: The text it stands for; "image 1" for the first picture.
-        start: Its first position.
-        ids: Its ids.
-        special: It is a control token of the tokenizer, such as the end of a turn.
-    """
-
-    kind: Kind
-    text: str
-    start: int
-    ids: tuple[int, ...]
-    special: bool = False
+    kind: Kind  # What the piece is
+    text: str  # The text it stands for; "image 1" for the first picture
+    start: int  # Its first position
+    ids: tuple[int, ...]  # Its ids
+    special: bool = False  # It is a control token of the tokenizer, such as the end of a turn
 
 
 @dataclass(frozen=True)
 class View:
-    """A sequence, cut into cells.
+    """A sequence, cut into cells."""
 
-    Attributes:
-        cells: In order; together they are the whole sequence.
-        plans: One plan a picture, in order.
-    """
-
-    cells: tuple[Cell, ...]
-    plans: tuple[ImagePlan, ...]
+    cells: tuple[Cell, ...]  # In order; together they are the whole sequence
+    plans: tuple[ImagePlan, ...]  # One plan a picture, in order
 
     @property
     def counts(self) -> dict[Kind, int]:
@@ -73,15 +60,7 @@ class View:
 
 
 def view_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> View:
-    """Cut a sample into cells.
-
-    Args:
-        sample: What the processor made.
-        tokenizer: The tokenizer it was made with.
-
-    Returns:
-        The view.
-    """
+    """Cut a sample into cells."""
     ids = [int(i) for i in sample.input_ids]
     trained = [bool(m) for m in sample.loss_mask]
     specials = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
@@ -119,14 +98,7 @@ def _piece(ids: Sequence[int], start: int, limit: int, tokenizer: PreTrainedToke
 
 
 def plan_facts(plan: ImagePlan) -> dict[str, str]:
-    """The integers of one plan, as a person would write them.
-
-    Args:
-        plan: The plan.
-
-    Returns:
-        Label -> value, in reading order. Sizes are height × width.
-    """
+    """The integers of one plan, as a person would write them."""
     box = plan.content_box
     facts = {
         "picture": f"{_size(plan.source)} pixels"
@@ -144,16 +116,7 @@ def plan_facts(plan: ImagePlan) -> dict[str, str]:
 
 
 def to_terminal(view: View, *, colour: bool, clean: Callable[[str], str] = str) -> str:
-    """Lay a view out as text.
-
-    Args:
-        view: The view.
-        colour: Use terminal colours; without them trained text stands in ⟦ ⟧.
-        clean: Applied to the text of tokens, to take the sting out of control characters.
-
-    Returns:
-        Lines: the sequence, the legend with counts, the facts of each plan.
-    """
+    """Lay a view out as text."""
     pieces: list[str] = []
     before: Kind = "text"
     for cell in view.cells:
@@ -197,15 +160,7 @@ table { border-collapse: collapse; font-size: .9rem } td { padding: .15rem 1rem 
 
 
 def to_html(view: View, drawings: Sequence[Image.Image]) -> str:
-    """Write a view as a page.
-
-    Args:
-        view: The view.
-        drawings: One drawing a picture, from `view_picture.draw_plan`.
-
-    Returns:
-        The whole HTML document.
-    """
+    """Write a view as a page."""
     counts = view.counts
     legend = " ".join(f'<span class="{kind}">{kind} {count}</span>' for kind, count in counts.items())
     parts = [

@@ -43,23 +43,7 @@ def open_endpoint(
     detail: Detail | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> OpenAIBackend:
-    """Make a backend of an endpoint; nothing is sent yet.
-
-    Args:
-        model: The model's name there.
-        base_url: The server's address; OPENAI_BASE_URL, else OpenAI's own, where None.
-        api_key: The key; OPENAI_API_KEY where None.
-        allow_http: Let the key travel over an open line.
-        patience: Timeouts and retries.
-        detail: As in `OpenAIBackend`.
-        extra: As in `OpenAIBackend`.
-
-    Returns:
-        The backend.
-
-    Raises:
-        ConfigError: The address or the key is missing or cannot be used.
-    """
+    """Make a backend of an endpoint; nothing is sent yet."""
     url = base_url or os.environ.get("OPENAI_BASE_URL") or None
     key = api_key if api_key is not None else os.environ.get("OPENAI_API_KEY")
     if not model.strip():
@@ -73,14 +57,7 @@ def open_endpoint(
 
 
 class OpenAIBackend:
-    """Answers conversations with a model behind an endpoint.
-
-    Args:
-        model: The model's name there.
-        endpoint: The server.
-        detail: OpenAI's `detail` of every picture ("low" costs fewer tokens); the server's default where None.
-        extra: Further fields of every request, such as {"top_k": 20} for vLLM.
-    """
+    """Answers conversations with a model behind an endpoint."""
 
     ask = ask_once
 
@@ -102,18 +79,7 @@ class OpenAIBackend:
         return f"OpenAIBackend({self.model!r}, {self.endpoint!r})"
 
     def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
-        """Answer a conversation in one piece.
-
-        Args:
-            messages: The conversation; ends with a user message.
-            params: The settings; temperature 0 where None.
-
-        Returns:
-            The reply. The first token counts as made when the whole answer is there.
-
-        Raises:
-            PolymodalError: A part cannot be sent, or the server does not answer.
-        """
+        """Answer a conversation in one piece."""
         *_, reply = self._talk(messages, params or GenerationParams(), stream=False)
         assert isinstance(reply, Reply)  # the last event
         return reply
@@ -121,32 +87,13 @@ class OpenAIBackend:
     def stream(
         self, messages: Sequence[Message], params: GenerationParams | None = None
     ) -> Iterator[TextDelta | Reply]:
-        """Answer a conversation piece by piece. Closing the iterator closes the connection.
-
-        Args:
-            messages: The conversation; ends with a user message.
-            params: The settings; temperature 0 where None.
-
-        Yields:
-            `TextDelta`s as the server sends them, then the whole `Reply`.
-
-        Raises:
-            PolymodalError: A part cannot be sent, the server does not answer, or it stops in the middle.
-        """
+        """Answer a conversation piece by piece. Closing the iterator closes the connection."""
         yield from self._talk(messages, params or GenerationParams(), stream=True)
 
     def generate_batch(
         self, conversations: Sequence[Sequence[Message]], params: GenerationParams
     ) -> list[str | PolymodalError]:
-        """Answer several conversations, a few of them at the same time.
-
-        Args:
-            conversations: Each ends with a user message.
-            params: The settings.
-
-        Returns:
-            For each the answer's text, or why there is none.
-        """
+        """Answer several conversations, a few of them at the same time."""
 
         def answer(messages: Sequence[Message]) -> str | PolymodalError:
             try:

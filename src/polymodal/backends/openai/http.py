@@ -49,48 +49,26 @@ class Refused(EndpointError):
 
 
 class _Passing(EndpointError):
-    """A failure that may be gone the next time.
+    """A failure that may be gone the next time."""
 
-    Attributes:
-        wait_s: How long the server asks to wait; None where it does not say.
-    """
-
-    wait_s: float | None = None
+    wait_s: float | None = None  # How long the server asks to wait; None where it does not say
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to wait, and how often to try again.
+    """How long to wait, and how often to try again."""
 
-    Attributes:
-        connect_s: For a connection.
-        read_s: For the next piece of a streamed answer; a server that reads a long prompt is silent all that time.
-        total_s: For one call, all its attempts and waits included.
-        retries: Attempts after the first.
-        first_wait_s: Before the second attempt; doubled for each further one.
-        longest_wait_s: The longest wait between attempts; a server that asks for more ends the call.
-    """
-
-    connect_s: float = 10.0
+    connect_s: float = 10.0  # For a connection
+    # For the next piece of a streamed answer; a server that reads a long prompt is silent all that time
     read_s: float = 300.0
-    total_s: float = 1800.0
-    retries: int = 4
-    first_wait_s: float = 0.5
-    longest_wait_s: float = 60.0
+    total_s: float = 1800.0  # For one call, all its attempts and waits included
+    retries: int = 4  # Attempts after the first
+    first_wait_s: float = 0.5  # Before the second attempt; doubled for each further one
+    longest_wait_s: float = 60.0  # The longest wait between attempts; a server that asks for more ends the call
 
 
 class Endpoint:
-    """One server's chat completions. Safe to use from several threads.
-
-    Args:
-        base_url: Such as https://api.openai.com/v1; a query (Azure's api-version) is kept.
-        key: Sent as a bearer token; None for a server that wants none.
-        patience: Timeouts and retries.
-        allow_http: Send the key over an open line to a host other than this one.
-
-    Raises:
-        ConfigError: The URL or the key cannot be used, or the key would travel openly.
-    """
+    """One server's chat completions. Safe to use from several threads."""
 
     def __init__(
         self, base_url: str, key: str | None = None, patience: Patience | None = None, allow_http: bool = False
@@ -119,18 +97,7 @@ class Endpoint:
         return shown_url(urlsplit(self._url))
 
     def send(self, body: dict[str, Any], has_text: Callable[[Event], bool]) -> Generator[Event]:
-        """Send one request. Closing the generator closes the connection.
-
-        Args:
-            body: The request.
-            has_text: Whether an event holds a piece of the answer; after the first of them nothing is tried again.
-
-        Yields:
-            The pieces of a streamed answer, or the whole answer as one.
-
-        Raises:
-            EndpointError: There is no answer; says what the server said.
-        """
+        """Send one request. Closing the generator closes the connection."""
         deadline = time.monotonic() + self.patience.total_s
         failures = 0
         while True:
@@ -306,15 +273,7 @@ class Endpoint:
 
 
 def retry_after(value: str, now: float | None = None) -> float | None:
-    """Read a Retry-After header.
-
-    Args:
-        value: Seconds or an HTTP date.
-        now: Seconds since 1970; the clock's where None.
-
-    Returns:
-        Seconds to wait, none below 0; None where the header cannot be read.
-    """
+    """Read a Retry-After header."""
     try:
         wait = float(value)
     except ValueError:

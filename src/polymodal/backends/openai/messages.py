@@ -28,19 +28,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def to_openai(messages: Sequence[Message], detail: Detail | None = None) -> list[dict[str, Any]]:
-    """Write a conversation as OpenAI's `messages`.
-
-    Args:
-        messages: The conversation.
-        detail: OpenAI's `detail` of every picture; left to the server where None.
-
-    Returns:
-        Plain data. A message of text alone has a string for its content, which every server takes.
-
-    Raises:
-        PolymodalError: A part cannot be sent.
-        MediaError: A file cannot be read, is damaged or too large.
-    """
+    """Write a conversation as OpenAI's `messages`."""
     return [{"role": m.role, "content": _content(m, index, detail)} for index, m in enumerate(messages)]
 
 
@@ -78,18 +66,7 @@ def _content(message: Message, index: int, detail: Detail | None) -> str | list[
 
 
 def picture_bytes(source: Source, limit: int = MAX_PICTURE) -> tuple[str, bytes]:
-    """Read a picture as it is to be sent.
-
-    Args:
-        source: The picture.
-        limit: The most bytes.
-
-    Returns:
-        Its type and its bytes: those of the source where they can go as they are, else a PNG.
-
-    Raises:
-        MediaError: It cannot be read, is damaged, or too large even as a PNG.
-    """
+    """Read a picture as it is to be sent."""
     from PIL import Image as PILImage
 
     from polymodal.media.image import open_image

@@ -18,30 +18,15 @@ _LIMITS = ("max_tokens", "max_completion_tokens")
 
 @dataclass(frozen=True)
 class Accepts:
-    """What a server takes, as far as is known.
+    """What a server takes, as far as is known."""
 
-    Attributes:
-        limit: The name of the most tokens to make.
-        stream_options: Whether a streamed answer may be asked to count its tokens.
-        zero_temperature: Whether temperature 0 may be asked for; reasoning models take nothing but their own.
-    """
-
-    limit: str = _LIMITS[0]
-    stream_options: bool = True
-    zero_temperature: bool = True
+    limit: str = _LIMITS[0]  # The name of the most tokens to make
+    stream_options: bool = True  # Whether a streamed answer may be asked to count its tokens
+    zero_temperature: bool = True  # Whether temperature 0 may be asked for; reasoning models take nothing but their own
 
 
 def learn(accepts: Accepts, refusal: str, body: Mapping[str, Any]) -> Accepts | None:
-    """What to try next, after a refusal.
-
-    Args:
-        accepts: What was thought of the server.
-        refusal: What it said.
-        body: What it was sent.
-
-    Returns:
-        What it may be; None where the refusal is about something else.
-    """
+    """What to try next, after a refusal."""
     if "stream_options" in refusal and "stream_options" in body:
         return replace(accepts, stream_options=False)
     if "temperature" in refusal and body.get("temperature") == 0.0 and accepts.zero_temperature:
@@ -60,22 +45,7 @@ def request_body(
     stream: bool,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write a request.
-
-    Args:
-        model: The model's name there.
-        messages: The conversation, as OpenAI has it.
-        params: The settings.
-        accepts: What the server takes.
-        stream: Ask for the answer piece by piece.
-        extra: Further fields; they win.
-
-    Returns:
-        Plain data.
-
-    Raises:
-        ConfigError: A setting is no part of the API.
-    """
+    """Write a request."""
     for name, off in (("top_k", 0), ("repetition_penalty", 1.0)):
         if getattr(params, name) != off:
             raise ConfigError(

@@ -23,17 +23,7 @@ _LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")  # a carriage return at the end may
 
 
 def read_events(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Read the data of server-sent events.
-
-    Args:
-        chunks: The body, cut anywhere.
-
-    Yields:
-        Each event's data, comments and other fields left out; also the last one where its blank line is missing.
-
-    Raises:
-        EndpointError: An event is longer than `MAX_EVENT`.
-    """
+    """Read the data of server-sent events."""
     rest, data, size = b"", [], 0
     for chunk in chunks:
         *lines, rest = _LINE_END.split(rest + chunk)
@@ -60,17 +50,7 @@ def _data_of(line: bytes) -> list[str]:
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """Read one JSON object.
-
-    Args:
-        text: What the server sent.
-
-    Returns:
-        The object.
-
-    Raises:
-        EndpointError: It is no JSON, or no object; shows how it begins.
-    """
+    """Read one JSON object."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -124,15 +104,7 @@ def error_of(document: Any) -> str:
 
 
 def clean(text: str, limit: int = 300) -> str:
-    """Make a server's words fit for one line on a terminal.
-
-    Args:
-        text: Anything.
-        limit: The most characters.
-
-    Returns:
-        The text without control characters and direction marks, white space joined, cut at the limit.
-    """
+    """Make a server's words fit for one line on a terminal."""
     kept = "".join(
         " " if c.isspace() else c for c in text[: 4 * limit] if c.isspace() or unicodedata.category(c)[0] != "C"
     )

@@ -12,17 +12,7 @@ from polymodal.errors import ConfigError
 
 
 def split_url(url: str) -> SplitResult:
-    """Take a base URL apart.
-
-    Args:
-        url: What somebody gave.
-
-    Returns:
-        Its parts; it has a host, and neither a user's name nor a password.
-
-    Raises:
-        ConfigError: It cannot be one.
-    """
+    """Take a base URL apart."""
     try:
         parts = urlsplit(url.strip())
         host, _ = parts.hostname, parts.port
@@ -36,17 +26,7 @@ def split_url(url: str) -> SplitResult:
 
 
 def secret_of(key: str | None) -> SecretStr | None:
-    """Wrap a key so that printing it shows stars.
-
-    Args:
-        key: The key; white space around it is left out.
-
-    Returns:
-        The key; None where there is none.
-
-    Raises:
-        ConfigError: It holds characters that cannot stand in a header. It is not shown.
-    """
+    """Wrap a key so that printing it shows stars."""
     key = (key or "").strip()
     if any(not "!" <= c <= "~" for c in key):
         raise ConfigError(

@@ -41,21 +41,7 @@ def open_transformers(
     dtype: str | None = None,
     quantize: str | None = None,
 ) -> TransformersBackend:
-    """Open a model folder of transformers.
-
-    Args:
-        folder: Of Hugging Face's layout: config.json, safetensors, a processor.
-        device: "cpu" or a GPU; None takes a GPU where there is one.
-        name: What replies call it; the folder's name where None.
-        dtype: Of the weights in memory; None takes float32 on a CPU, and what the folder stores on a GPU.
-        quantize: As `polymodal.modeling.quantization.check_quantize` knows it; None leaves the weights as they are.
-
-    Returns:
-        The model behind the chat protocol.
-
-    Raises:
-        CheckpointError: The folder is not safe to open, or the model or its processor cannot be opened; says why.
-    """
+    """Open a model folder of transformers."""
     check_folder(folder)
     processor = open_processor(folder)  # before the weights: it is quick, and the likelier to be missing something
     model = open_model(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, quantize)
@@ -63,13 +49,7 @@ def open_transformers(
 
 
 class TransformersBackend:
-    """Answers conversations with a model of transformers.
-
-    Args:
-        model: A model that takes pictures and text, in eval mode.
-        processor: Its processor.
-        name: What replies call it.
-    """
+    """Answers conversations with a model of transformers."""
 
     ask = ask_once
 
@@ -93,18 +73,7 @@ class TransformersBackend:
         return int(getattr(text_config, "max_position_embeddings", None) or 1 << 30)
 
     def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
-        """Answer a conversation.
-
-        Args:
-            messages: The conversation; ends with a user message.
-            params: The settings; greedy where None.
-
-        Returns:
-            The reply.
-
-        Raises:
-            PolymodalError: A picture cannot be read, or the conversation does not fit the model.
-        """
+        """Answer a conversation."""
         *_, reply = self.stream(messages, params)
         assert isinstance(reply, Reply)  # the last event of a stream
         return reply
@@ -112,21 +81,9 @@ class TransformersBackend:
     def stream(
         self, messages: Sequence[Message], params: GenerationParams | None = None
     ) -> Iterator[TextDelta | Reply]:
-        """Answer a conversation piece by piece. Closing the iterator stops the model.
-
-        The times of encoding pictures are part of the time to the first token: these models encode inside their first
-        step.
-
-        Args:
-            messages: The conversation; ends with a user message.
-            params: The settings; greedy where None.
-
-        Yields:
-            `TextDelta`s as text becomes certain, then the whole `Reply`.
-
-        Raises:
-            PolymodalError: A picture cannot be read, or the conversation does not fit the model.
-        """
+        """Answer a conversation piece by piece. Closing the iterator stops the model."""
+        # The times of encoding pictures are part of the time to the first token: these models encode inside their
+        # first step.
         params = params or GenerationParams()
         begin = time.perf_counter()
         inputs = self.prepare(messages, params.max_new_tokens)
@@ -145,15 +102,7 @@ class TransformersBackend:
     def generate_batch(
         self, conversations: Sequence[Sequence[Message]], params: GenerationParams
     ) -> list[str | PolymodalError]:
-        """Answer several conversations, those of a kind together.
-
-        Args:
-            conversations: Each ends with a user message.
-            params: The settings.
-
-        Returns:
-            For each the answer's text, or why there is none.
-        """
+        """Answer several conversations, those of a kind together."""
         answers: dict[int, str | PolymodalError] = {}
         groups: dict[bool, dict[int, Chat]] = {}
         for index, messages in enumerate(conversations):
@@ -174,18 +123,7 @@ class TransformersBackend:
         return [answers[index] for index in range(len(conversations))]
 
     def prepare(self, messages: Sequence[Message], room: int) -> Inputs:
-        """Process a conversation so that it fits the context; the oldest turns of plain text are left out if need be.
-
-        Args:
-            messages: The conversation.
-            room: Positions to keep free for the answer.
-
-        Returns:
-            The model's inputs, on the CPU.
-
-        Raises:
-            PolymodalError: It does not fit even so, or cannot be expressed.
-        """
+        """Process a conversation so that it fits the context; the oldest turns of text are left out if need be."""
         require_question(messages)
         kept = list(messages)
         while True:

@@ -31,21 +31,7 @@ _NAMED_IN = ("processor_config.json", "preprocessor_config.json", "tokenizer_con
 
 
 def open_model(folder: Path, device: str, dtype: str | None = None, quantize: str | None = None) -> PreTrainedModel:
-    """Load the weights.
-
-    Args:
-        folder: A folder of Hugging Face's layout with safetensors, looked over by `safety.model_folder`.
-        device: "cpu" or a GPU.
-        dtype: Of the weights in memory; None takes float32 on a CPU, where most compute bfloat16 several times slower,
-            and what the folder stores on a GPU.
-        quantize: As `polymodal.modeling.quantization.check_quantize` knows it; None leaves the weights as they are.
-
-    Returns:
-        The model on its device, in eval mode.
-
-    Raises:
-        CheckpointError: The folder holds no model that takes pictures and text, or is damaged.
-    """
+    """Load the weights."""
     from transformers import AutoModelForImageTextToText
 
     from polymodal.modeling.language_model import quieten_transformers
@@ -80,17 +66,7 @@ def open_model(folder: Path, device: str, dtype: str | None = None, quantize: st
 
 
 def open_processor(folder: Path) -> ProcessorMixin:
-    """Open the processor with a Pillow image processor.
-
-    Args:
-        folder: As in `open_model`.
-
-    Returns:
-        The processor; it has a tokenizer, an image processor and a chat template.
-
-    Raises:
-        CheckpointError: There is none, or it cannot be opened here.
-    """
+    """Open the processor with a Pillow image processor."""
     import transformers
 
     try:

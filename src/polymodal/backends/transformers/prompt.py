@@ -35,12 +35,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class PromptMaker:
-    """Turns conversations into a model's inputs.
-
-    Args:
-        processor: The model's own processor.
-        image_token_id: The id that stands for a piece of a picture in the input ids; None where there is none.
-    """
+    """Turns conversations into a model's inputs."""
 
     def __init__(self, processor: ProcessorMixin, image_token_id: int | None) -> None:
         self.processor = processor
@@ -55,17 +50,7 @@ class PromptMaker:
         )
 
     def chat(self, messages: Sequence[Message]) -> Chat:
-        """Open the pictures, and check that the template can express the conversation.
-
-        Args:
-            messages: The conversation.
-
-        Returns:
-            It, as transformers has it.
-
-        Raises:
-            PolymodalError: A picture cannot be read, a part cannot be used, or the template would change the order.
-        """
+        """Open the pictures, and check that the template can express the conversation."""
         chat: Chat = [{"role": m.role, "content": _parts(m, index)} for index, m in enumerate(messages)]
         expected = [part["type"] for turn in chat for part in turn["content"]]
         problem = None
@@ -83,17 +68,7 @@ class PromptMaker:
         )
 
     def inputs(self, chats: Sequence[Chat]) -> dict[str, Any]:
-        """Run the processor.
-
-        Args:
-            chats: Conversations of `chat`; more than one are padded on the left.
-
-        Returns:
-            What the model takes: `input_ids` [B, T], `attention_mask` [B, T], pixels and the rest.
-
-        Raises:
-            PolymodalError: The processor refuses a conversation.
-        """
+        """Run the processor."""
         if not any(self._typed(chat) for chat in chats):
             return self._run(chats)
         if len(chats) > 1:

@@ -46,62 +46,37 @@ class Shown:
 
 @dataclass
 class FileResult:
-    """Counts of one file.
+    """Counts of one file."""
 
-    Attributes:
-        path: The file.
-        rows: Its rows.
-        dropped: Rows that must go.
-        warned: Rows kept with a warning.
-        repaired: Rows that --fix repaired.
-        fixed: The corrected file, where one was written.
-    """
-
-    path: Path
-    rows: int = 0
-    dropped: int = 0
-    warned: int = 0
-    repaired: int = 0
-    fixed: Path | None = None
+    path: Path  # The file
+    rows: int = 0  # Its rows
+    dropped: int = 0  # Rows that must go
+    warned: int = 0  # Rows kept with a warning
+    repaired: int = 0  # Rows that --fix repaired
+    fixed: Path | None = None  # The corrected file, where one was written
 
 
 @dataclass
 class Summary:
-    """What a check found.
+    """What a check found."""
 
-    Attributes:
-        files: Counts of each file.
-        counts: Rows with each fault.
-        examples: Place, id and reason of the first rows with each fault.
-        repairs: Rows that each repair changed.
-        dropped: One line for each dropped row: file, id, row, line, code, reason.
-        warnings: The same for rows that were kept with a warning.
-        tokens: Tokens of each row that was kept.
-        targets: Trained tokens of each.
-        turns: Answers of each.
-        pictures: Pictures of each.
-        tiles: Tiles of each row with pictures.
-        sizes: Height and width of each picture.
-        kinds: Rows of each kind.
-        sources: Rows of each source.
-        shown: Rows for the report.
-    """
-
-    files: list[FileResult] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
+    files: list[FileResult] = field(default_factory=list)  # Counts of each file
+    counts: Counter[str] = field(default_factory=Counter)  # Rows with each fault
+    # Place, id and reason of the first rows with each fault
     examples: dict[str, list[tuple[str, str, str]]] = field(default_factory=dict)
-    repairs: Counter[str] = field(default_factory=Counter)
+    repairs: Counter[str] = field(default_factory=Counter)  # Rows that each repair changed
+    # One line for each dropped row: file, id, row, line, code, reason
     dropped: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[dict[str, Any]] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
-    turns: list[int] = field(default_factory=list)
-    pictures: list[int] = field(default_factory=list)
-    tiles: list[int] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    kinds: Counter[str] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
-    shown: list[Shown] = field(default_factory=list)
+    warnings: list[dict[str, Any]] = field(default_factory=list)  # The same for rows that were kept with a warning
+    tokens: list[int] = field(default_factory=list)  # Tokens of each row that was kept
+    targets: list[int] = field(default_factory=list)  # Trained tokens of each
+    turns: list[int] = field(default_factory=list)  # Answers of each
+    pictures: list[int] = field(default_factory=list)  # Pictures of each
+    tiles: list[int] = field(default_factory=list)  # Tiles of each row with pictures
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # Height and width of each picture
+    kinds: Counter[str] = field(default_factory=Counter)  # Rows of each kind
+    sources: Counter[str] = field(default_factory=Counter)  # Rows of each source
+    shown: list[Shown] = field(default_factory=list)  # Rows for the report
 
     @property
     def rows(self) -> int:
@@ -115,14 +90,7 @@ class Summary:
 
 
 def summary_json(summary: Summary) -> str:
-    """Write the counts for scripts.
-
-    Args:
-        summary: What was found.
-
-    Returns:
-        JSON text.
-    """
+    """Write the counts for scripts."""
     plain = {
         "rows": summary.rows,
         "dropped": len(summary.dropped),
@@ -148,7 +116,8 @@ def summary_json(summary: Summary) -> str:
     return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
 
 
-# ---- `polymodal data check`: every row read, every picture decoded, every conversation tokenised, before training does it ----
+# ---- `polymodal data check`: every row read, every picture decoded, every conversation tokenised, before training does
+# it
 # A row goes through the same reader, decoder and processor as in training, so what passes here passes there.
 
 
@@ -160,12 +129,7 @@ EXAMPLES = 5
 
 
 class Checker:
-    """A check in progress: what was seen so far, and what becomes of the next row.
-
-    Args:
-        inspect: From `make_inspector`.
-        repair: Repairs rows with findings; None leaves them as they are.
-    """
+    """A check in progress: what was seen so far, and what becomes of the next row."""
 
     def __init__(
         self,
@@ -185,15 +149,7 @@ class Checker:
         return self.summary.files[-1]
 
     def add(self, row: Row, seen: Inspected) -> str | None:
-        """Judge a row.
-
-        Args:
-            row: The row.
-            seen: Its inspection; empty for a row that was not read.
-
-        Returns:
-            Its JSON text for the corrected file: unchanged, or repaired; None where it is dropped.
-        """
+        """Judge a row."""
         summary, file = self.summary, self.summary.files[-1]
         file.rows += 1
         findings = self._findings(row, seen)
@@ -304,26 +260,7 @@ def check_files(
     workers: int = 2,
     progress: Progress = quiet,
 ) -> Summary:
-    """Check data files; write `dropped.jsonl`, `warnings.jsonl` and, with `fix`, corrected files.
-
-    Args:
-        paths: The files.
-        processor: Of the model that is to be trained.
-        output: An existing folder for what is written.
-        image_root: The folder that media paths are relative to; each file's own folder when None.
-        form: The files' format, as in a recipe.
-        annotations: The second file, of formats that have two.
-        max_length: Most tokens of a row.
-        fix: Write corrected files: good rows unchanged, repairable rows repaired, the others left out.
-        workers: Threads that decode pictures.
-        progress: Wraps the iteration with a progress bar.
-
-    Returns:
-        What was found.
-
-    Raises:
-        DataError: A file is missing or cannot be read at all, or `fix` is asked for a format that is not JSON.
-    """
+    """Check data files; write `dropped.jsonl`, `warnings.jsonl` and, with `fix`, corrected files."""
     from polymodal.data.check.fix import make_repair
 
     checker = Checker(make_inspector(processor, max_length))

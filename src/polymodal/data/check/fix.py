@@ -137,14 +137,7 @@ NAMES = {**{code: name for code, (name, _) in REPAIRS.items()}, "duplicate-id": 
 def make_repair(
     is_used: Callable[[str], bool],
 ) -> Callable[[Row, Sequence[Finding]], tuple[Row, tuple[str, ...]] | None]:
-    """Prepare the repair of rows.
-
-    Args:
-        is_used: Whether an id was given before.
-
-    Returns:
-        The repair.
-    """
+    """Prepare the repair of rows."""
 
     def repair(row: Row, findings: Sequence[Finding]) -> tuple[Row, tuple[str, ...]] | None:
         if not isinstance(row.data, dict):

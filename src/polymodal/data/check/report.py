@@ -34,16 +34,7 @@ BARS = 12
 
 
 def histogram(title: str, values: Sequence[float], limit: float | None = None) -> str:
-    """Draw how often values occur.
-
-    Args:
-        title: What the values are.
-        values: At least one.
-        limit: A value to mark with a line where it lies inside the chart.
-
-    Returns:
-        A `<figure>` with inline SVG.
-    """
+    """Draw how often values occur."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]
     whole = all(float(value).is_integer() for value in (low, high))
@@ -81,15 +72,7 @@ def histogram(title: str, values: Sequence[float], limit: float | None = None) -
 
 
 def bars(title: str, counts: Counter[str] | Counter[int]) -> str:
-    """Draw counts of names or small numbers.
-
-    Args:
-        title: What is counted.
-        counts: At least one.
-
-    Returns:
-        A `<figure>` with inline SVG.
-    """
+    """Draw counts of names or small numbers."""
     entries = [(str(name) or "(none given)", count) for name, count in counts.most_common()]
     if all(isinstance(name, int) for name in counts) and len(entries) <= BARS:
         entries.sort(key=lambda entry: int(entry[0]))
@@ -180,17 +163,7 @@ details summary { cursor: pointer; color: var(--soft) } details ul { margin: .3r
 
 
 def to_html(summary: Summary, *, model: str, max_length: int, fixed: bool) -> str:
-    """Write the report of a check.
-
-    Args:
-        summary: What was found.
-        model: Whose processor counted the tokens.
-        max_length: Most tokens of a row.
-        fixed: Whether corrected files were written.
-
-    Returns:
-        The whole HTML document.
-    """
+    """Write the report of a check."""
     names = ", ".join(file.path.name for file in summary.files)
     parts = [
         f"<h1>Data check: {text(names)}</h1>",
@@ -310,14 +283,7 @@ def _shown(shown: Shown) -> str:
 
 
 def thumbnail(source: Source) -> str:
-    """A small JPEG of a picture as a `data:` URL; "" where it cannot be opened.
-
-    Args:
-        source: The picture.
-
-    Returns:
-        The URL.
-    """
+    """A small JPEG of a picture as a `data:` URL; "" where it cannot be opened."""
     try:
         picture = open_image(source)
     except PolymodalError:

@@ -35,30 +35,19 @@ Severity = Literal["drop", "warn"]
 
 @dataclass(frozen=True)
 class Fault:
-    """A kind of mistake.
+    """A kind of mistake."""
 
-    Attributes:
-        severity: Whether the row is dropped.
-        title: What is wrong, in a few words.
-        advice: What to do.
-    """
-
-    severity: Severity
-    title: str
-    advice: str
+    severity: Severity  # Whether the row is dropped
+    title: str  # What is wrong, in a few words
+    advice: str  # What to do
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A mistake in a row.
+    """A mistake in a row."""
 
-    Attributes:
-        code: A key of `FAULTS`.
-        reason: What was found there, in one line.
-    """
-
-    code: str
-    reason: str
+    code: str  # A key of `FAULTS`
+    reason: str  # What was found there, in one line
 
 
 FAULTS: dict[str, Fault] = {
@@ -159,31 +148,18 @@ _BAD_CHARACTERS = re.compile(
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a data file, read or not.
+    """One row of a data file, read or not."""
 
-    Attributes:
-        number: Counted from 0, broken rows too.
-        line: The line it begins on; 0 where the format has no lines.
-        where: File and place, for people.
-        text: Its JSON text, unchanged; "" in other formats.
-        data: The parsed JSON; None where it could not be parsed.
-        record: What was read; None where it could not be.
-        findings: Why not.
-        root: The folder that media paths are relative to and may not leave.
-        form: The only form that is meant, or "".
-        default_id: Its id where it names none.
-    """
-
-    number: int
-    line: int
-    where: str
-    text: str = ""
-    data: Any = None
-    record: Record | None = None
-    findings: tuple[Finding, ...] = ()
-    root: Path = Path()
-    form: str = ""
-    default_id: str = ""
+    number: int  # Counted from 0, broken rows too
+    line: int  # The line it begins on; 0 where the format has no lines
+    where: str  # File and place, for people
+    text: str = ""  # Its JSON text, unchanged; "" in other formats
+    data: Any = None  # The parsed JSON; None where it could not be parsed
+    record: Record | None = None  # What was read; None where it could not be
+    findings: tuple[Finding, ...] = ()  # Why not
+    root: Path = Path()  # The folder that media paths are relative to and may not leave
+    form: str = ""  # The only form that is meant, or ""
+    default_id: str = ""  # Its id where it names none
 
     @property
     def id(self) -> str:
@@ -196,23 +172,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Inspected:
-    """What one record comes to.
+    """What one record comes to."""
 
-    Attributes:
-        findings: What is wrong with it.
-        tokens: Tokens after tiling; 0 where it could not be tokenised.
-        targets: Trained tokens.
-        tiles: Tiles of all its pictures.
-        sizes: Height and width of each picture.
-        content: Hash of its text and decoded pictures; b"" where it could not be tokenised.
-    """
-
-    findings: tuple[Finding, ...] = ()
-    tokens: int = 0
-    targets: int = 0
-    tiles: int = 0
-    sizes: tuple[tuple[int, int], ...] = ()
-    content: bytes = b""
+    findings: tuple[Finding, ...] = ()  # What is wrong with it
+    tokens: int = 0  # Tokens after tiling; 0 where it could not be tokenised
+    targets: int = 0  # Trained tokens
+    tiles: int = 0  # Tiles of all its pictures
+    sizes: tuple[tuple[int, int], ...] = ()  # Height and width of each picture
+    content: bytes = b""  # Hash of its text and decoded pictures; b"" where it could not be tokenised
 
 
 def reread(row: Row) -> Row:
@@ -226,19 +193,7 @@ def reread(row: Row) -> Row:
 
 
 def json_rows(path: Path, root: Path, form: str = "") -> Iterator[Row]:
-    """Read a JSON list or JSONL file row by row, broken rows too.
-
-    Args:
-        path: The file.
-        root: The folder that media paths are relative to and may not leave.
-        form: "llava", "messages" or "openai" where only that one is meant.
-
-    Yields:
-        The rows.
-
-    Raises:
-        DataError: The file is missing, cannot be read, or is empty.
-    """
+    """Read a JSON list or JSONL file row by row, broken rows too."""
     is_list = file_form(path) == LIST
     for found in text_rows(path):
         row = Row(
@@ -271,15 +226,7 @@ def other_rows(rows: Iterable[RawRow]) -> Iterator[Row]:
 
 
 def make_inspector(processor: Processor, max_length: int) -> Callable[[Record], Inspected]:
-    """Prepare the inspection of records as one model would see them.
-
-    Args:
-        processor: Of the model.
-        max_length: Most tokens of a row.
-
-    Returns:
-        A function that may be called from several threads.
-    """
+    """Prepare the inspection of records as one model would see them."""
     tokenizer = processor.tokenizer
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     tokens = sorted((re.escape(token) for token in added if len(token) > 2), key=len, reverse=True)

@@ -26,48 +26,28 @@ Medium: TypeAlias = "str | Path | FileSlice | TableCell"
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row.
+    """One row."""
 
-    Attributes:
-        number: Counted from 0 over all files of the source, broken rows too.
-        where: File and row, as errors name it.
-        data: The row as a record: an object with `conversations` or `messages`. None for a broken row.
-        error: What is wrong with a broken row, in one line that starts with `where`.
-        path: The file that holds the row.
-        root: The folder that media paths are relative to and may not leave.
-        line: The line it begins on in a JSON file, counted from 1; 0 elsewhere.
-        form: The only form that is meant ("llava", "messages", "openai"), or "".
-        kind: Of a row that names none.
-        source: Of a row that names none.
-        id: Of a row that names none.
-    """
-
-    number: int
-    where: str
-    data: Any
-    error: DataError | None = None
-    path: Path = Path()
-    root: Path = Path()
-    line: int = 0
-    form: str = ""
-    kind: str = ""
-    source: str = ""
-    id: str = ""
+    number: int  # Counted from 0 over all files of the source, broken rows too
+    where: str  # File and row, as errors name it
+    data: Any  # The row as a record: an object with `conversations` or `messages`. None for a broken row
+    error: DataError | None = None  # What is wrong with a broken row, in one line that starts with `where`
+    path: Path = Path()  # The file that holds the row
+    root: Path = Path()  # The folder that media paths are relative to and may not leave
+    line: int = 0  # The line it begins on in a JSON file, counted from 1; 0 elsewhere
+    form: str = ""  # The only form that is meant ("llava", "messages", "openai"), or ""
+    kind: str = ""  # Of a row that names none
+    source: str = ""  # Of a row that names none
+    id: str = ""  # Of a row that names none
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a reader is told.
+    """What a reader is told."""
 
-    Attributes:
-        root: The folder that media paths are relative to and may not leave.
-        annotations: The second file, of formats that have two.
-        prompt: The question of captions, or what follows each question; the format's own when None.
-    """
-
-    root: Path
-    annotations: Path | None = None
-    prompt: str | None = None
+    root: Path  # The folder that media paths are relative to and may not leave
+    annotations: Path | None = None  # The second file, of formats that have two
+    prompt: str | None = None  # The question of captions, or what follows each question; the format's own when None
 
 
 Reader: TypeAlias = Callable[[Path, Options], Iterator[RawRow]]
@@ -75,31 +55,12 @@ Reader: TypeAlias = Callable[[Path, Options], Iterator[RawRow]]
 
 
 def broken(number: int, where: str, problem: str, path: Path) -> RawRow:
-    """Make the row that stands for a broken one.
-
-    Args:
-        number: The row's.
-        where: File and row.
-        problem: What is wrong and what to do.
-        path: The file.
-
-    Returns:
-        The row.
-    """
+    """Make the row that stands for a broken one."""
     return RawRow(number, where, None, DataError(f"{where}: {problem}"), path=path)
 
 
 def dialogue(pictures: Sequence[Medium], turns: Sequence[tuple[str, str]], **fields: Any) -> dict[str, Any]:
-    """Make a record of pictures and then questions with answers. Text is text: `<image>` in it means nothing.
-
-    Args:
-        pictures: They stand before the first question.
-        turns: Question and answer; an empty question leaves only the pictures.
-        **fields: Others of the record, such as `id`.
-
-    Returns:
-        The record, in the `messages` form.
-    """
+    """Make a record of pictures and then questions with answers. Text is text: `<image>` in it means nothing."""
     messages: list[dict[str, Any]] = []
     for index, (question, answer) in enumerate(turns):
         parts: list[dict[str, Any]] = [{"type": "image", "image": item} for item in pictures] if index == 0 else []
@@ -111,16 +72,7 @@ def dialogue(pictures: Sequence[Medium], turns: Sequence[tuple[str, str]], **fie
 
 
 def asked(question: str, prompt: str | None, default: str = SHORT_ANSWER) -> str:
-    """Put the prompt after a question, on a line of its own.
-
-    Args:
-        question: The question.
-        prompt: What was asked for; "" for nothing.
-        default: The prompt where that is None.
-
-    Returns:
-        The text of the user's turn.
-    """
+    """Put the prompt after a question, on a line of its own."""
     prompt = default if prompt is None else prompt
     return f"{question}\n{prompt}" if prompt else question
 
@@ -131,14 +83,7 @@ def text_of(value: Any) -> str:
 
 
 def best_answer(answers: Any) -> str:
-    """Choose what is trained on where several people answered.
-
-    Args:
-        answers: Text, or a list of texts or of objects with `answer`.
-
-    Returns:
-        The most frequent answer, the first of these where several are; "" where there is none.
-    """
+    """Choose what is trained on where several people answered."""
     if not isinstance(answers, list):
         return text_of(answers)
     texts = [text_of(item.get("answer") if isinstance(item, dict) else item) for item in answers]

@@ -22,18 +22,7 @@ _MAX_CAPTION = 1 << 20
 
 
 def read_folder(path: Path, options: Options) -> Iterator[RawRow]:
-    """Read a folder of pictures with captions.
-
-    Args:
-        path: The folder.
-        options: `prompt` is what is asked.
-
-    Yields:
-        A row for each picture, and for each caption without one.
-
-    Raises:
-        DataError: There is no picture.
-    """
+    """Read a folder of pictures with captions."""
     stems: dict[Path, list[Path]] = {}
     pictures = 0
     for file in _files(path):
@@ -90,23 +79,13 @@ def _files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 
 
 # ---- COCO captions: `captions_train2017.json`, one record for each caption ----
-# The file is `{images: [{id, file_name}], annotations: [{id, image_id, caption}]}` (Chen et al. 2015, arXiv:1504.00325).
+# The file is `{images: [{id, file_name}], annotations: [{id, image_id, caption}]}` (Chen et al. 2015,
+# arXiv:1504.00325).
 # Pictures are looked for under their `file_name`, or in a folder named like the split (`train2017/`).
 
 
 def read_coco(path: Path, options: Options) -> Iterator[RawRow]:
-    """Read a caption file.
-
-    Args:
-        path: The annotations.
-        options: `prompt` is what is asked.
-
-    Yields:
-        A row for each caption.
-
-    Raises:
-        DataError: The file is no caption file.
-    """
+    """Read a caption file."""
     names: dict[Any, str] = {}
     for item in stream(path):
         if item.key == "images" and isinstance(item.value, dict) and text_of(item.value.get("file_name")):

@@ -48,20 +48,13 @@ _KNOWN_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation of a data set.
+    """One conversation of a data set."""
 
-    Attributes:
-        id: The record's id; the file's name and the record's number where it has none.
-        messages: The conversation.
-        kind: What sort of question it is, for scores per kind.
-        source: Where the record came from.
-        extra: The record's other fields, such as `answers` or `kinds`, as they were.
-    """
-
-    id: str
-    messages: tuple[Message, ...]
-    kind: str = ""
-    source: str = ""
+    id: str  # The record's id; the file's name and the record's number where it has none
+    messages: tuple[Message, ...]  # The conversation
+    kind: str = ""  # What sort of question it is, for scores per kind
+    source: str = ""  # Where the record came from
+    # The record's other fields, such as `answers` or `kinds`, as they were
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -114,19 +107,7 @@ class _Pool:
 
 
 def read_llava(record: Mapping[str, Any], image_root: Path, where: str) -> list[Message]:
-    """Read a LLaVA record.
-
-    Args:
-        record: The record, with `conversations`.
-        image_root: The folder that paths are relative to and may not leave.
-        where: File and record, for errors.
-
-    Returns:
-        The conversation.
-
-    Raises:
-        DataError: The record is not as described; names the field and the counts.
-    """
+    """Read a LLaVA record."""
     pool = _Pool(record, image_root, where)
     turns = _list(record, "conversations", where)
     messages = _leading_system(record, where)
@@ -143,19 +124,7 @@ def read_llava(record: Mapping[str, Any], image_root: Path, where: str) -> list[
 
 
 def read_messages(record: Mapping[str, Any], image_root: Path, where: str) -> list[Message]:
-    """Read a record of `messages` with its media beside them in `images`, `videos` and `audios`.
-
-    Args:
-        record: The record, with `messages`.
-        image_root: The folder that paths are relative to and may not leave.
-        where: File and record, for errors.
-
-    Returns:
-        The conversation.
-
-    Raises:
-        DataError: The record is not as described; names the field and the counts.
-    """
+    """Read a record of `messages` with its media beside them in `images`, `videos` and `audios`."""
     pool = _Pool(record, image_root, where)
     messages = _leading_system(record, where)
     for index, turn in enumerate(_list(record, "messages", where)):
@@ -172,19 +141,7 @@ def read_messages(record: Mapping[str, Any], image_root: Path, where: str) -> li
 
 
 def read_openai(messages: Sequence[Any], where: str, image_root: Path | None = None) -> list[Message]:
-    """Read OpenAI chat messages, as a request holds them. Text is text: `<image>` in it means nothing.
-
-    Args:
-        messages: The messages; content is a string or a list of parts.
-        where: What errors call the list.
-        image_root: The folder that paths are relative to and may not leave; None refuses paths, as a server must.
-
-    Returns:
-        The conversation.
-
-    Raises:
-        DataError: A message or part is not as described, or names a file that it may not.
-    """
+    """Read OpenAI chat messages, as a request holds them. Text is text: `<image>` in it means nothing."""
     if not isinstance(messages, list | tuple) or not messages:
         raise DataError(f"{where}: expected a list of messages, found {_kind_of(messages)}")
     result = []
@@ -200,21 +157,7 @@ def read_openai(messages: Sequence[Any], where: str, image_root: Path | None = N
 
 
 def read_record(record: Any, image_root: Path, where: str, *, default_id: str = "", form: str = "") -> Record:
-    """Read a record in whichever form it is.
-
-    Args:
-        record: The parsed JSON object.
-        image_root: The folder that paths are relative to and may not leave.
-        where: File and record, for errors.
-        default_id: The id of a record without one.
-        form: "llava", "messages" or "openai" where only that one is meant; "openai" gives `<image>` in text no meaning.
-
-    Returns:
-        The record.
-
-    Raises:
-        DataError: The record is in no known form or is broken.
-    """
+    """Read a record in whichever form it is."""
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, found {_kind_of(record)}")
     if "conversations" in record and "messages" in record:

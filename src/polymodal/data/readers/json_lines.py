@@ -26,37 +26,18 @@ _INVALID = re.compile("[\udc80-\udcff]")
 
 @dataclass(frozen=True)
 class TextRow:
-    """One row as it stands in the file.
+    """One row as it stands in the file."""
 
-    Attributes:
-        number: Counted from 0, broken rows too.
-        line: The line it begins on, counted from 1.
-        text: Its JSON text, unchanged; bytes that are not UTF-8 are surrogates.
-        data: The parsed value; None for a broken row.
-        code: "" or the fault that kept it from being parsed, of `faults.FAULTS`.
-        error: What is wrong, in words.
-    """
-
-    number: int
-    line: int
-    text: str
-    data: Any
-    code: str = ""
-    error: str = ""
+    number: int  # Counted from 0, broken rows too
+    line: int  # The line it begins on, counted from 1
+    text: str  # Its JSON text, unchanged; bytes that are not UTF-8 are surrogates
+    data: Any  # The parsed value; None for a broken row
+    code: str = ""  # "" or the fault that kept it from being parsed, of `faults.FAULTS`
+    error: str = ""  # What is wrong, in words
 
 
 def file_form(path: Path) -> str:
-    """Tell a JSON list from JSON Lines by the first character that is no space.
-
-    Args:
-        path: The file.
-
-    Returns:
-        `LIST` or `LINES`.
-
-    Raises:
-        DataError: The file is missing, cannot be read, or is empty.
-    """
+    """Tell a JSON list from JSON Lines by the first character that is no space."""
     try:
         with path.open("rb") as handle:
             while block := handle.read(4096):
@@ -70,17 +51,7 @@ def file_form(path: Path) -> str:
 
 
 def text_rows(path: Path) -> Iterator[TextRow]:
-    """Read the rows of a JSON list or JSONL file.
-
-    Args:
-        path: The file.
-
-    Yields:
-        Every row, broken ones too.
-
-    Raises:
-        DataError: The file is missing, cannot be read, or is empty.
-    """
+    """Read the rows of a JSON list or JSONL file."""
     if file_form(path) == LIST:
         yield from _of_list(path.read_bytes().decode("utf-8-sig", "surrogateescape"))
     else:

@@ -28,31 +28,15 @@ _ENDS = frozenset(" \t\r\n,]}:")
 
 @dataclass(frozen=True)
 class Item:
-    """One element.
+    """One element."""
 
-    Attributes:
-        key: The outer object's key that it stands under; "" in an outer list.
-        index: Its place in the list under that key; -1 where the value is no list.
-        value: The value.
-    """
-
-    key: str
-    index: int
-    value: Any
+    key: str  # The outer object's key that it stands under; "" in an outer list
+    index: int  # Its place in the list under that key; -1 where the value is no list
+    value: Any  # The value
 
 
 def stream(path: Path) -> Iterator[Item]:
-    """Yield the elements of a JSON file in order.
-
-    Args:
-        path: The file: an object or a list.
-
-    Yields:
-        Members of the object; those that are lists, element by element.
-
-    Raises:
-        DataError: The file cannot be read or is not JSON; what came before was good.
-    """
+    """Yield the elements of a JSON file in order."""
     try:
         with path.open("rb") as file:
             yield from _walk(_Text(file, path))

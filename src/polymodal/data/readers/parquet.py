@@ -31,18 +31,7 @@ _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def read_parquet(path: Path, options: Options) -> Iterator[RawRow]:
-    """Read a parquet file.
-
-    Args:
-        path: The file.
-        options: `prompt` is what is asked for a caption, or follows a question.
-
-    Yields:
-        A row for each of the file's; one for a row group that is damaged.
-
-    Raises:
-        DataError: pyarrow is missing, or the file is damaged or has none of the known columns.
-    """
+    """Read a parquet file."""
     with open_table(path, DataError) as file:
         names = set(file.schema_arrow.names)
         form = next((name for name in _TEXTS if name in names), None)

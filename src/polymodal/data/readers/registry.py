@@ -18,19 +18,12 @@ from polymodal.errors import DataError
 
 @dataclass(frozen=True)
 class Format:
-    """What a form needs.
+    """What a form needs."""
 
-    Attributes:
-        reader: Reads one file.
-        shards: Which files of a folder belong to it; "" where a folder is not taken.
-        annotations: Whether there is a second file.
-        prompt: Whether the question is ours to choose.
-    """
-
-    reader: Reader
-    shards: str = ""
-    annotations: Literal["none", "optional", "needed"] = "none"
-    prompt: bool = False
+    reader: Reader  # Reads one file
+    shards: str = ""  # Which files of a folder belong to it; "" where a folder is not taken
+    annotations: Literal["none", "optional", "needed"] = "none"  # Whether there is a second file
+    prompt: bool = False  # Whether the question is ours to choose
 
 
 FORMATS: dict[str, Format] = {
@@ -51,18 +44,7 @@ FORMATS: dict[str, Format] = {
 
 
 def data_files(path: Path, format: str) -> list[Path]:
-    """The files behind a path.
-
-    Args:
-        path: A file, a folder, or a pattern with `*`.
-        format: A name of `FORMATS`.
-
-    Returns:
-        The files, sorted by name; the folder itself for format "folder".
-
-    Raises:
-        DataError: There is none, or the format takes no folder.
-    """
+    """The files behind a path."""
     path = Path(path)
     if "*" in path.name and not path.exists():
         found = sorted(path.parent.glob(path.name))
@@ -81,17 +63,7 @@ def data_files(path: Path, format: str) -> list[Path]:
 
 
 def detect_format(path: Path) -> str:
-    """Tell the form of a file or folder.
-
-    Args:
-        path: A file, a folder, or a pattern with `*`.
-
-    Returns:
-        A name of `FORMATS`; "json" for lists and lines of records.
-
-    Raises:
-        DataError: The file is missing or of no known form.
-    """
+    """Tell the form of a file or folder."""
     path = Path(path)
     if "*" in path.name and not path.exists():
         path = data_files(path, "json")[0]

@@ -26,11 +26,7 @@ from polymodal.errors import DataError
 
 
 class Layout:
-    """Where a data set's pictures lie under the root: people unpack archives with and without their folders.
-
-    Args:
-        root: The folder of the pictures.
-    """
+    """Where a data set's pictures lie under the root: people unpack archives with and without their folders."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -45,18 +41,7 @@ class Layout:
 
 
 def read_vqav2(path: Path, options: Options) -> Iterator[RawRow]:
-    """Read VQAv2.
-
-    Args:
-        path: The questions.
-        options: `annotations` is the file of answers.
-
-    Yields:
-        A row for each question.
-
-    Raises:
-        DataError: A file is missing or is the wrong one.
-    """
+    """Read VQAv2."""
     assert options.annotations is not None  # the table of formats says so
     answers = _vqav2_answers(options.annotations)
     subtype, layout, number = _vqav2_subtype(path), Layout(options.root), 0
@@ -116,18 +101,7 @@ def _vqav2_subtype(path: Path) -> str:
 
 
 def read_gqa(path: Path, options: Options) -> Iterator[RawRow]:
-    """Read GQA; its questions and answers are one file.
-
-    Args:
-        path: The questions.
-        options: Root and prompt.
-
-    Yields:
-        A row for each question.
-
-    Raises:
-        DataError: The file has no questions.
-    """
+    """Read GQA; its questions and answers are one file."""
     layout, number = Layout(options.root), 0
     for number, item in enumerate(stream(path), start=1):
         if item.index >= 0:
@@ -147,18 +121,7 @@ def read_gqa(path: Path, options: Options) -> Iterator[RawRow]:
 
 
 def read_textvqa(path: Path, options: Options) -> Iterator[RawRow]:
-    """Read TextVQA.
-
-    Args:
-        path: The questions with their answers.
-        options: `annotations` is the Rosetta OCR file, where its tokens are wanted.
-
-    Yields:
-        A row for each question.
-
-    Raises:
-        DataError: A file is missing or is the wrong one.
-    """
+    """Read TextVQA."""
     tokens = None if options.annotations is None else _ocr_tokens(options.annotations)
     layout = Layout(options.root)
     for number, where, question in _data_list(path, "TextVQA_0.5.1_*.json"):
@@ -188,18 +151,7 @@ def _ocr_tokens(path: Path) -> dict[str, list[str]]:
 
 
 def read_docvqa(path: Path, options: Options) -> Iterator[RawRow]:
-    """Read DocVQA or InfographicVQA.
-
-    Args:
-        path: The questions with their answers.
-        options: Root and prompt.
-
-    Yields:
-        A row for each question.
-
-    Raises:
-        DataError: The file is the wrong one.
-    """
+    """Read DocVQA or InfographicVQA."""
     layout = Layout(options.root)
     for number, where, question in _data_list(path, "train_v1.0.json"):
         image = text_of(question.get("image")) or text_of(question.get("image_local_name"))

@@ -44,18 +44,7 @@ class _Sample:
 
 
 def read_webdataset(path: Path, options: Options) -> Iterator[RawRow]:
-    """Read a tar archive.
-
-    Args:
-        path: The archive, not compressed.
-        options: `prompt` is what is asked for a caption, or follows a question.
-
-    Yields:
-        A row for each sample, and one for the place where the archive is damaged.
-
-    Raises:
-        DataError: The file is missing or no tar archive.
-    """
+    """Read a tar archive."""
     seen: set[str] = set()
     number = 0
     for sample in _samples(path):

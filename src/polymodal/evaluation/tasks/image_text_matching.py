@@ -25,58 +25,32 @@ FAR = -1000.0
 
 @dataclass(frozen=True)
 class Gallery:
-    """Held-out pictures and texts, as the model sees them.
+    """Held-out pictures and texts, as the model sees them."""
 
-    Attributes:
-        features: [I, P, E] of the tower.
-        input_ids: [T, L], padded on the right.
-        attention_mask: [T, L] bool.
-        image_of_text: [T] the picture that each text belongs to.
-        image: [I, Q, D] embedded pictures.
-        text: [T, D] embedded texts.
-    """
-
-    features: Tensor
-    input_ids: Tensor
-    attention_mask: Tensor
-    image_of_text: Tensor
-    image: Tensor
-    text: Tensor
+    features: Tensor  # [I, P, E] of the tower
+    input_ids: Tensor  # [T, L], padded on the right
+    attention_mask: Tensor  # [T, L] bool
+    image_of_text: Tensor  # [T] the picture that each text belongs to
+    image: Tensor  # [I, Q, D] embedded pictures
+    text: Tensor  # [T, D] embedded texts
 
 
 @dataclass(frozen=True)
 class Matching:
-    """How often the matching head is right about pairs and hard negatives.
+    """How often the matching head is right about pairs and hard negatives."""
 
-    Attributes:
-        accuracy: Over all of them, one pair to two negatives; always saying no scores 2/3.
-        balanced: Mean of `pairs` and `negatives`; chance is 1/2.
-        pairs: Of true pairs.
-        negatives: Of negatives.
-    """
-
-    accuracy: float
-    balanced: float
-    pairs: float
-    negatives: float
+    accuracy: float  # Over all of them, one pair to two negatives; always saying no scores 2/3
+    balanced: float  # Mean of `pairs` and `negatives`; chance is 1/2
+    pairs: float  # Of true pairs
+    negatives: float  # Of negatives
 
 
 @torch.no_grad()
 def open_gallery(
     model: Blip2Stage1, features: Tensor, texts: list[str], image_of_text: Tensor, batch: int = 64
 ) -> Gallery:
-    """Embed held-out pictures and texts.
-
-    Args:
-        model: In eval mode.
-        features: [I, P, E] of `model.encode`.
-        texts: The texts.
-        image_of_text: [T] the picture that each belongs to.
-        batch: How many go through the model at once.
-
-    Returns:
-        The gallery.
-    """
+    """Embed held-out pictures and texts."""
+    # features [I, P, E], image_of_text [T]
     device = model.words.device
     encoded = model.tokenizer(texts, padding=True, truncation=True, max_length=model.max_text, return_tensors="pt")
     ids, mask = encoded["input_ids"].to(device), encoded["attention_mask"].to(device).bool()
@@ -89,18 +63,7 @@ def open_gallery(
 def retrieval_scores(
     model: Blip2Stage1, gallery: Gallery, reranked: int = 0, ks: tuple[int, ...] = KS, batch: int = 64
 ) -> dict[str, float]:
-    """Recall both ways.
-
-    Args:
-        model: In eval mode.
-        gallery: Of `open_gallery`.
-        reranked: k, how many of the nearest the matching head orders; 0 for none.
-        ks: Places that count.
-        batch: Pairs that go through the matching head at once.
-
-    Returns:
-        As `retrieval.recall`.
-    """
+    """Recall both ways."""
     close = similarities(gallery.image, gallery.text)
     owner = gallery.image_of_text
     if not reranked:
@@ -118,19 +81,8 @@ def retrieval_scores(
 def second_look(
     model: Blip2Stage1, gallery: Gallery, close: Tensor, nearest: int, batch: int = 64, of_texts: bool = False
 ) -> Tensor:
-    """Let the matching head order what contrast found nearest.
-
-    Args:
-        model: In eval mode.
-        gallery: Of `open_gallery`.
-        close: [N, M] cosines of pictures to texts, or of texts to pictures.
-        nearest: k, how many of each row are looked at.
-        batch: Pairs that go through the model at once.
-        of_texts: Rows are texts, not pictures.
-
-    Returns:
-        [N, M]: for those k the cosine and the matching logit, for the others the cosine and `FAR`.
-    """
+    """Let the matching head order what contrast found nearest."""
+    # close [N, M] -> [N, M]
     columns = close.topk(min(nearest, close.shape[1]), dim=1).indices
     rows = torch.arange(len(close), device=close.device)[:, None].expand_as(columns)
     found: list[Tensor] = []
@@ -146,18 +98,7 @@ def second_look(
 
 @torch.no_grad()
 def matching_scores(model: Blip2Stage1, gallery: Gallery, group: int = 64, seed: int = 0) -> Matching:
-    """Count how often the matching head is right about held-out pairs and hard negatives drawn among them.
-
-    Args:
-        model: In eval mode.
-        gallery: Of `open_gallery`; each picture's first text is its pair.
-        group: Pairs that negatives are drawn among, as in a training step; those of an incomplete group are left out,
-            unless it is the only one.
-        seed: Of what is drawn.
-
-    Returns:
-        The shares.
-    """
+    """Count how often the matching head is right about held-out pairs and hard negatives drawn among them."""
     owners = gallery.image_of_text.tolist()
     firsts = torch.tensor([owners.index(number) for number in range(len(gallery.features))])
     right: list[Tensor] = []

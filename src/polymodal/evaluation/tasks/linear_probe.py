@@ -24,34 +24,16 @@ TEMPERATURE = 0.07
 
 @dataclass(frozen=True)
 class Labelled:
-    """Features of pictures whose class is known.
+    """Features of pictures whose class is known."""
 
-    Attributes:
-        features: [N, E], one vector a picture.
-        labels: [N] int64, 0 to C - 1.
-        groups: [N] pictures of one group show the same thing; None where every picture is its own group.
-    """
-
-    features: Tensor
-    labels: Tensor
+    features: Tensor  # [N, E], one vector a picture
+    labels: Tensor  # [N] int64, 0 to C - 1
+    # [N] pictures of one group show the same thing; None where every picture is its own group
     groups: Sequence[str] | None = None
 
 
-def knn(train: Labelled, test: Labelled, k: int = 20, chunk: int = 1024) -> Tensor:
-    """Classify by the nearest training pictures.
-
-    Args:
-        train: What is known.
-        test: What is asked.
-        k: Neighbours that vote.
-        chunk: Test pictures compared at a time.
-
-    Returns:
-        [n] bool: which test pictures are right. Equal votes count as wrong.
-
-    Raises:
-        DataError: There is nothing to compare, or a feature is not finite.
-    """
+def knn(train: Labelled, test: Labelled, k: int = 20, chunk: int = 1024) -> Tensor:  # -> [n]
+    """Classify by the nearest training pictures."""
     classes = _check(train, test)
     known, asked = (F.normalize(part.features.float(), dim=-1) for part in (train, test))
     marks = F.one_hot(train.labels, classes).float()
@@ -63,20 +45,8 @@ def knn(train: Labelled, test: Labelled, k: int = 20, chunk: int = 1024) -> Tens
     return torch.cat(right)
 
 
-def linear_probe(train: Labelled, test: Labelled, seed: int = 0) -> Tensor:
-    """Classify with a ridge regression to one-hot labels, every class weighted alike.
-
-    Args:
-        train: What is known.
-        test: What is asked.
-        seed: Draws the fifth of the groups that chooses the strength.
-
-    Returns:
-        [n] bool: which test pictures are right.
-
-    Raises:
-        DataError: There is nothing to compare, or a feature is not finite.
-    """
+def linear_probe(train: Labelled, test: Labelled, seed: int = 0) -> Tensor:  # -> [n]
+    """Classify with a ridge regression to one-hot labels, every class weighted alike."""
     classes = _check(train, test)
     groups = list(train.groups) if train.groups is not None else [str(i) for i in range(len(train.labels))]
     names = sorted(set(groups))

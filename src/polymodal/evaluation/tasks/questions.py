@@ -34,50 +34,29 @@ GREY = (128, 128, 128)
 
 @dataclass(frozen=True)
 class Item:
-    """One scored question.
+    """One scored question."""
 
-    Attributes:
-        id: The record's id.
-        kind: The record's kind.
-        accepted: The right answers.
-        answer: What the model said; None where it failed.
-        blind: What it said about grey; None where it failed.
-        score: Of `answer`.
-        blind_score: Of `blind`.
-        error: Why it failed, if it did.
-    """
-
-    id: str
-    kind: str
-    accepted: tuple[str, ...]
-    answer: str | None
-    blind: str | None
-    score: float
-    blind_score: float
-    error: str | None = None
+    id: str  # The record's id
+    kind: str  # The record's kind
+    accepted: tuple[str, ...]  # The right answers
+    answer: str | None  # What the model said; None where it failed
+    blind: str | None  # What it said about grey; None where it failed
+    score: float  # Of `answer`
+    blind_score: float  # Of `blind`
+    error: str | None = None  # Why it failed, if it did
 
 
 @dataclass(frozen=True)
 class KindScore:
-    """The mean scores of one kind.
+    """The mean scores of one kind."""
 
-    Attributes:
-        kind: The kind.
-        count: Questions asked.
-        failed: Questions that could not be answered; they count as wrong.
-        score: Mean score, 0 to 1.
-        blind: The image-blind control's.
-        majority: The best constant answer's.
-        margin: 95% interval of `score - blind`, paired by question.
-    """
-
-    kind: str
-    count: int
-    failed: int
-    score: float
-    blind: float
-    majority: float
-    margin: tuple[float, float]
+    kind: str  # The kind
+    count: int  # Questions asked
+    failed: int  # Questions that could not be answered; they count as wrong
+    score: float  # Mean score, 0 to 1
+    blind: float  # The image-blind control's
+    majority: float  # The best constant answer's
+    margin: tuple[float, float]  # 95% interval of `score - blind`, paired by question
 
 
 def evaluate(
@@ -88,21 +67,7 @@ def evaluate(
     params: GenerationParams | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Item]:
-    """Ask every question twice: about the picture, and about grey.
-
-    Args:
-        model: The model.
-        records: Held-out records; the last turn of each is the right answer, `answers` in `extra` lists all.
-        batch_size: Questions generated together.
-        params: The settings; greedy, 24 tokens where None.
-        progress: Called with the number of answers done and the total.
-
-    Returns:
-        One item a record, in order.
-
-    Raises:
-        DataError: A record has no question or no answer.
-    """
+    """Ask every question twice: about the picture, and about grey."""
     params = params or GenerationParams(max_new_tokens=24)
     questions: list[list[Message] | PolymodalError] = [_question(record) for record in records]
     total = 2 * len(records)
@@ -118,14 +83,7 @@ def evaluate(
 
 
 def summarise(items: Sequence[Item]) -> list[KindScore]:
-    """Mean scores by kind, in order of first appearance.
-
-    Args:
-        items: The scored questions.
-
-    Returns:
-        One row a kind.
-    """
+    """Mean scores by kind, in order of first appearance."""
     by_kind: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         by_kind[item.kind].append(item)
@@ -213,17 +171,7 @@ def _blind(messages: Sequence[Message]) -> list[Message] | PolymodalError:
 
 
 def in_grey(messages: Sequence[Message]) -> list[Message]:
-    """Hide the pictures of a conversation.
-
-    Args:
-        messages: The conversation.
-
-    Returns:
-        The same with plain grey in place of every picture, of the same size.
-
-    Raises:
-        MediaError: A picture cannot be read.
-    """
+    """Hide the pictures of a conversation."""
     from PIL import Image as PILImage
 
     from polymodal.media.image import open_image

@@ -28,70 +28,37 @@ _WAYS = {IMAGE_TO_TEXT: "picture to text", TEXT_TO_IMAGE: "text to picture"}
 
 @dataclass(frozen=True)
 class Recall:
-    """One recall.
+    """One recall."""
 
-    Attributes:
-        way: "image_to_text" or "text_to_image".
-        k: Places that count.
-        score: 0 to 1.
-        low: Lower end of the 95% interval.
-        high: Upper end.
-        chance: What a random order scores.
-    """
-
-    way: str
-    k: int
-    score: float
-    low: float
-    high: float
-    chance: float
+    way: str  # "image_to_text" or "text_to_image"
+    k: int  # Places that count
+    score: float  # 0 to 1
+    low: float  # Lower end of the 95% interval
+    high: float  # Upper end
+    chance: float  # What a random order scores
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """The scores of one file.
+    """The scores of one file."""
 
-    Attributes:
-        pictures: How many there are.
-        texts: How many there are.
-        shared: Texts that occur with several pictures. Only one of these counts as right, which costs recall.
-        recalls: All of them.
-    """
-
-    pictures: int
-    texts: int
-    shared: int
-    recalls: tuple[Recall, ...]
+    pictures: int  # How many there are
+    texts: int  # How many there are
+    shared: int  # Texts that occur with several pictures. Only one of these counts as right, which costs recall
+    recalls: tuple[Recall, ...]  # All of them
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pictures and their captions.
+    """Pictures and their captions."""
 
-    Attributes:
-        pictures: [I] where each is.
-        texts: [T].
-        image_of_text: [T] the picture that each text belongs to.
-    """
-
-    pictures: tuple[Source, ...]
-    texts: tuple[str, ...]
-    image_of_text: tuple[int, ...]
+    pictures: tuple[Source, ...]  # [I] where each is
+    texts: tuple[str, ...]  # [T]
+    image_of_text: tuple[int, ...]  # [T] the picture that each text belongs to
 
 
 def pairs_of(records: Sequence[Record], limit: int | None = None) -> Pairs:
-    """Read pairs off records: one picture each, captions in `captions` or in the answer.
-
-    Args:
-        records: The records; those of one picture are put together.
-        limit: Only the first so many pictures.
-
-    Returns:
-        The pairs.
-
-    Raises:
-        DataError: A record has another number of pictures, or no caption.
-    """
+    """Read pairs off records: one picture each, captions in `captions` or in the answer."""
     captions: dict[str, dict[str, None]] = {}
     sources: dict[str, Source] = {}
     for record in records:
@@ -121,21 +88,7 @@ def retrieval(
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Retrieval:
-    """Score a model.
-
-    Args:
-        embedder: The model.
-        pairs: Held-out pairs.
-        ks: Places that count.
-        batch_size: Pictures embedded together.
-        progress: Told of every batch.
-
-    Returns:
-        The scores.
-
-    Raises:
-        DataError: There are fewer than two pictures.
-    """
+    """Score a model."""
     if len(pairs.pictures) < 2:
         raise DataError(f"retrieval among {len(pairs.pictures)} pictures says nothing; give two or more")
     image = embedder.pictures(pairs.pictures, batch_size=batch_size, progress=progress)

@@ -30,63 +30,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ZeroShotTask:
-    """Pictures and the classes to choose from.
+    """Pictures and the classes to choose from."""
 
-    Attributes:
-        name: For the table.
-        templates: Sentences with `{}` for the class.
-        classes: Names, with their article where the templates want one.
-        pictures: Where each picture is.
-        labels: Of each picture, the numbers of the classes that are right.
-    """
-
-    name: str
-    templates: tuple[str, ...]
-    classes: tuple[str, ...]
-    pictures: tuple[Source, ...]
-    labels: tuple[tuple[int, ...], ...]
+    name: str  # For the table
+    templates: tuple[str, ...]  # Sentences with `{}` for the class
+    classes: tuple[str, ...]  # Names, with their article where the templates want one
+    pictures: tuple[Source, ...]  # Where each picture is
+    labels: tuple[tuple[int, ...], ...]  # Of each picture, the numbers of the classes that are right
 
 
 @dataclass(frozen=True)
 class ZeroShotScore:
-    """The scores of one task.
+    """The scores of one task."""
 
-    Attributes:
-        name: The task's.
-        pictures: How many.
-        classes: How many to choose from.
-        top1: Share of pictures whose nearest class is right.
-        top1_interval: 95%.
-        top5: Share with a right class among the nearest five.
-        top5_interval: 95%.
-        chance1: What a random order scores.
-        chance5: The same for five.
-    """
-
-    name: str
-    pictures: int
-    classes: int
-    top1: float
-    top1_interval: tuple[float, float]
-    top5: float
-    top5_interval: tuple[float, float]
-    chance1: float
-    chance5: float
+    name: str  # The task's
+    pictures: int  # How many
+    classes: int  # How many to choose from
+    top1: float  # Share of pictures whose nearest class is right
+    top1_interval: tuple[float, float]  # 95%
+    top5: float  # Share with a right class among the nearest five
+    top5_interval: tuple[float, float]  # 95%
+    chance1: float  # What a random order scores
+    chance5: float  # The same for five
 
 
 def load_tasks(path: Path, limit: int | None = None) -> list[ZeroShotTask]:
-    """Read a file of tasks, as `polymodal data build pairs` writes in `classes.json`.
-
-    Args:
-        path: The file; pictures are relative to its folder and may not leave it.
-        limit: Only the first so many pictures of each task.
-
-    Returns:
-        The tasks.
-
-    Raises:
-        DataError: The file is not as described; names the task, the picture and the field.
-    """
+    """Read a file of tasks, as `polymodal data build pairs` writes in `classes.json`."""
     data = _read(Path(path))
     if not isinstance(data, dict) or not isinstance(data.get("tasks"), list) or not data["tasks"]:
         raise DataError(f"{path}: expected an object with `tasks`, each with `name`, `classes` and `pictures`")
@@ -104,17 +73,7 @@ def zero_shot_scores(
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> list[ZeroShotScore]:
-    """Score a model on tasks; a picture or prompt that several of them share is embedded once.
-
-    Args:
-        embedder: The model.
-        tasks: Of `load_tasks`.
-        batch_size: Pictures embedded together.
-        progress: Told of every batch.
-
-    Returns:
-        One row a task.
-    """
+    """Score a model on tasks; a picture or prompt that several of them share is embedded once."""
     pictures = {str(source): source for task in tasks for source in task.pictures}
     prompts = list(dict.fromkeys(text for task in tasks for text in _prompts(task)))
     image = embedder.pictures(list(pictures.values()), batch_size=batch_size, progress=progress)

@@ -67,18 +67,7 @@ _WORDS: dict[str, list[dict[str, Any]]] = {
 def describe_tokens(
     writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, stop_ids: Sequence[int], jinja: str | None
 ) -> None:
-    """Add a tokenizer to a GGUF file.
-
-    Args:
-        writer: The file that is being written.
-        tokenizer: A fast tokenizer: byte-level BPE, or SentencePiece's BPE with bytes to fall back on.
-        rows: Rows of the model's vocabulary; those behind the tokenizer's become tokens that are never used.
-        stop_ids: The ids that end an answer.
-        jinja: The chat template.
-
-    Raises:
-        CheckpointError: llama.cpp has no tokenizer that gives the same ids.
-    """
+    """Add a tokenizer to a GGUF file."""
     import gguf
 
     kinds = gguf.TokenType
@@ -135,17 +124,7 @@ def describe_tokens(
 
 
 def find_pre(document: dict[str, Any]) -> str:
-    """Find llama.cpp's name for the way in which a byte-level tokenizer cuts a text into words.
-
-    Args:
-        document: A `tokenizer.json`.
-
-    Returns:
-        The name.
-
-    Raises:
-        CheckpointError: It cuts in another way than all that are known.
-    """
+    """Find llama.cpp's name for the way in which a byte-level tokenizer cuts a text into words."""
     steps = document.get("pre_tokenizer") or {}
     listed = steps.get("pretokenizers", [steps]) if isinstance(steps, dict) else []
     plain = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in listed]
@@ -194,43 +173,19 @@ CLASS_TOKEN_NOTE = (
 
 @dataclass(frozen=True)
 class GgufExported:
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        folder: Where.
-        model: The language model's file.
-        mmproj: The file of tower and projector.
-        weight_bytes: Size of the weights in both.
-        notes: What is not quite as here, in words.
-    """
-
-    folder: Path
-    model: Path
-    mmproj: Path
-    weight_bytes: int
-    notes: tuple[str, ...]
+    folder: Path  # Where
+    model: Path  # The language model's file
+    mmproj: Path  # The file of tower and projector
+    weight_bytes: int  # Size of the weights in both
+    notes: tuple[str, ...]  # What is not quite as here, in words
 
 
 def export_gguf(
     loaded: Loaded, dst: Path, *, kind: str | None = None, licences: Path | None = None, replace: bool = False
 ) -> GgufExported:
-    """Write a model as two GGUF files.
-
-    Args:
-        loaded: The model. A LoRA adapter is added to its weights in memory too.
-        dst: The folder; appears whole or not at all.
-        kind: One of `gguf_weights.KINDS`; None takes the language model's own type.
-        licences: A folder whose licence files are copied.
-        replace: Overwrite a folder that is there.
-
-    Returns:
-        What was written.
-
-    Raises:
-        CheckpointError: llama.cpp cannot express the model (lists every reason), a weight is not finite, or the package
-            `gguf` is not installed.
-        PolymodalError: The folder exists and `replace` is false, or cannot be written.
-    """
+    """Write a model as two GGUF files."""
     _need_gguf()
     model, config = loaded.model, loaded.config
     kind = kind or str(model.llm.get_input_embeddings().weight.dtype).removeprefix("torch.")
@@ -263,15 +218,7 @@ def export_gguf(
 
 
 def reasons_against(model: MultimodalLM, config: ModelConfig) -> list[str]:
-    """List everything that llama.cpp cannot express.
-
-    Args:
-        model: The model.
-        config: Its configuration.
-
-    Returns:
-        One line a reason, each with what to do; none where llama.cpp computes the same.
-    """
+    """List everything that llama.cpp cannot express."""
     if config.vision is None or config.image is None:
         return ["the model has no vision encoder: convert its language model with llama.cpp's own script"]
     found = [*_against_tower(model, config), *_against_image(config.image)]

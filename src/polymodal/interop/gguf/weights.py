@@ -33,15 +33,10 @@ QUANTISED = 32
 
 @dataclass(frozen=True)
 class Architecture:
-    """A language model as llama.cpp knows it.
+    """A language model as llama.cpp knows it."""
 
-    Attributes:
-        name: Its name there.
-        interleaved: Its rotary embeddings turn neighbouring channels there.
-    """
-
-    name: str
-    interleaved: bool = False
+    name: str  # Its name there
+    interleaved: bool = False  # Its rotary embeddings turn neighbouring channels there
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -60,14 +55,7 @@ KINDS = ("float32", "float16", "bfloat16", "q8_0")
 
 
 def reasons_against_llm(llm: Any) -> list[str]:
-    """List what a GGUF file cannot say of a language model.
-
-    Args:
-        llm: The language model.
-
-    Returns:
-        One line a reason.
-    """
+    """List what a GGUF file cannot say of a language model."""
     config, found = llm.config, []
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
@@ -92,22 +80,7 @@ def write_llm(
     describe: Callable[[GGUFWriter], None],
     progress: Callable[[int], None] | None = None,
 ) -> int:
-    """Write the language model's file.
-
-    Args:
-        path: The file.
-        llm: The language model, of a type in `ARCHITECTURES`; an adapter must be merged.
-        kind: One of `KINDS`.
-        name: What llama.cpp calls the model.
-        describe: Adds the tokenizer.
-        progress: Called with the bytes of each tensor.
-
-    Returns:
-        Bytes of weights.
-
-    Raises:
-        CheckpointError: A weight is not finite, or llama.cpp has no name for it.
-    """
+    """Write the language model's file."""
     import gguf
 
     config = llm.config
@@ -145,23 +118,7 @@ def write_mmproj(
     deviation: tuple[float, ...],
     progress: Callable[[int], None] | None = None,
 ) -> int:
-    """Write the file of tower and projector.
-
-    Args:
-        path: The file.
-        model: With a CLIP or SigLIP tower on its own tile, and an "mlp2x_gelu" projector.
-        kind: One of `KINDS`.
-        name: What llama.cpp calls the model.
-        mean: Of the picture's channels.
-        deviation: Of the picture's channels.
-        progress: Called with the bytes of each tensor.
-
-    Returns:
-        Bytes of weights.
-
-    Raises:
-        CheckpointError: A weight is not finite, or llama.cpp has no name for it.
-    """
+    """Write the file of tower and projector."""
     import gguf
 
     encoder: Any = model.vision_encoder

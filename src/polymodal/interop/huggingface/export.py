@@ -1,9 +1,9 @@
 """Writing a model as a stock folder of transformers, without remote code: weights, processor, prompts, card.
 
-`interop.huggingface.export_class` says which class it is and makes configuration and tensors; here the raw-input side joins in:
-picture rules as `preprocessor_config.json`, the chat template as jinja that gives our ids, the tokenizer with the
-placeholder as a real token inside the embedding table. Everything is checked before the first tensor is written, and
-the folder appears whole or not at all. Names of weights are those of published folders ("hub"), which transformers,
+`interop.huggingface.export_class` says which class it is and makes configuration and tensors; here the raw-input side
+joins in: picture rules as `preprocessor_config.json`, the chat template as jinja that gives our ids, the tokenizer with
+the placeholder as a real token inside the embedding table. Everything is checked before the first tensor is written,
+and the folder appears whole or not at all. Names of weights are those of published folders ("hub"), which transformers,
 vLLM and llama.cpp's converters read; transformers' own `save_pretrained` writes others.
 """
 
@@ -60,23 +60,14 @@ LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        folder: Where.
-        family: The `model_type` of its `config.json`.
-        image_token_id: The placeholder's id there.
-        rows: Rows of its vocabulary.
-        weight_bytes: Size of its weights.
-        notes: What is not quite as here, or was done on the way, in words.
-    """
-
-    folder: Path
-    family: str
-    image_token_id: int
-    rows: int
-    weight_bytes: int
-    notes: tuple[str, ...]
+    folder: Path  # Where
+    family: str  # The `model_type` of its `config.json`
+    image_token_id: int  # The placeholder's id there
+    rows: int  # Rows of its vocabulary
+    weight_bytes: int  # Size of its weights
+    notes: tuple[str, ...]  # What is not quite as here, or was done on the way, in words
 
 
 def export_hf(
@@ -140,15 +131,7 @@ def export_hf(
 
 
 def image_processor_settings(image: ImageConfig, family: str) -> dict[str, Any]:
-    """Picture rules as `preprocessor_config.json` has them.
-
-    Args:
-        image: Ours, of a model that the family can express.
-        family: The `model_type`.
-
-    Returns:
-        Plain data, without the processor's class.
-    """
+    """Picture rules as `preprocessor_config.json` has them."""
     height, width = image.tile_size
     whole = {"height": height, "width": width}
     settings: dict[str, Any] = {
@@ -188,15 +171,7 @@ def image_processor_settings(image: ImageConfig, family: str) -> dict[str, Any]:
 def with_placeholder(
     model: MultimodalLM, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedTokenizerBase, Vocabulary, list[str]]:
-    """Make a copy of the tokenizer in which the placeholder is a token.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-
-    Returns:
-        The copy, the rows that this takes, and what was done, in words.
-    """
+    """Make a copy of the tokenizer in which the placeholder is a token."""
     copied = deepcopy(tokenizer)
     notes = []
     if model.image_token_id < len(copied):

@@ -51,17 +51,11 @@ PROBES: dict[str, tuple[Message, ...]] = {
 
 @dataclass(frozen=True)
 class StockTemplate:
-    """What a stock folder says about prompts.
+    """What a stock folder says about prompts."""
 
-    Attributes:
-        jinja: The chat template; None for BLIP-2's family, which has none.
-        tokenizer: The tokenizer to be saved with it.
-        notes: What is not the same, in words; such differences are not of one question.
-    """
-
-    jinja: str | None
-    tokenizer: PreTrainedTokenizerBase
-    notes: tuple[str, ...] = ()
+    jinja: str | None  # The chat template; None for BLIP-2's family, which has none
+    tokenizer: PreTrainedTokenizerBase  # The tokenizer to be saved with it
+    notes: tuple[str, ...] = ()  # What is not the same, in words; such differences are not of one question
 
 
 def stock_template(
@@ -71,21 +65,7 @@ def stock_template(
     tokenizer: PreTrainedTokenizerBase,
     image_token_id: int,
 ) -> StockTemplate:
-    """Find the chat template with which a stock processor gives our ids.
-
-    Args:
-        ours: Our template over our tokenizer.
-        config: Its configuration.
-        own: Our tokenizer.
-        tokenizer: The tokenizer to be saved, which knows the placeholder.
-        image_token_id: The placeholder's id in it.
-
-    Returns:
-        Template and tokenizer; the tokenizer may have lost the frame it puts around a text.
-
-    Raises:
-        CheckpointError: No candidate gives the same ids; names the conversation.
-    """
+    """Find the chat template with which a stock processor gives our ids."""
     placeholder = str(tokenizer.convert_ids_to_tokens(image_token_id))
     sources = _candidates(ours, config, own, placeholder)
     first: str | None = None
@@ -109,20 +89,7 @@ def stock_template(
 def check_plain_prompt(
     ours: ChatTemplate, media_only: bool, tokenizer: PreTrainedTokenizerBase, image_token_id: int
 ) -> tuple[str, ...]:
-    """Make sure that BLIP-2's processor, which knows no chat, gives our ids: the picture, then the text as it is.
-
-    Args:
-        ours: Our template.
-        media_only: It drops what the user says, as "plain" does.
-        tokenizer: The tokenizer to be saved.
-        image_token_id: The placeholder's id in it.
-
-    Returns:
-        What to know about it.
-
-    Raises:
-        CheckpointError: The ids differ.
-    """
+    """Make sure that BLIP-2's processor, which knows no chat, gives our ids: the picture, then the text as it is."""
     question = "" if media_only else "What is shown here?"
     found = ours.render([user(_PICTURE, question)], COUNTS[:1], add_generation_prompt=True).input_ids
     wanted = [image_token_id] * COUNTS[0] + list(tokenizer(question)["input_ids"])
@@ -137,17 +104,7 @@ def check_plain_prompt(
 
 
 def differences(ours: ChatTemplate, tokenizer: PreTrainedTokenizerBase, source: str, image_token_id: int) -> list[str]:
-    """Name the conversations of `PROBES` that a stock processor tokenises otherwise.
-
-    Args:
-        ours: Our template.
-        tokenizer: The stock processor's tokenizer.
-        source: Its chat template.
-        image_token_id: The placeholder's id in it.
-
-    Returns:
-        Names; those that our template refuses are not tried.
-    """
+    """Name the conversations of `PROBES` that a stock processor tokenises otherwise."""
     wrong = []
     for name, messages in PROBES.items():
         counts = COUNTS[: sum(len(message.media) for message in messages)]
@@ -172,21 +129,7 @@ def stock_ids(
     counts: Sequence[int],
     image_token_id: int,
 ) -> list[int]:
-    """What a stock processor makes of a conversation: render, repeat the placeholders, then tokenise the whole.
-
-    Args:
-        tokenizer: Its tokenizer.
-        source: Its chat template.
-        messages: The conversation.
-        counts: Tokens of each picture.
-        image_token_id: The placeholder's id.
-
-    Returns:
-        The ids.
-
-    Raises:
-        PolymodalError: The template refuses the conversation, or writes another number of pictures.
-    """
+    """What a stock processor makes of a conversation: render, repeat the placeholders, then tokenise the whole."""
     placeholder = str(tokenizer.convert_ids_to_tokens(image_token_id))
     pieces = stock_text(tokenizer, source, messages).split(placeholder)
     if len(pieces) != len(counts) + 1:
@@ -197,19 +140,7 @@ def stock_ids(
 
 
 def stock_text(tokenizer: PreTrainedTokenizerBase, source: str, messages: Sequence[Message]) -> str:
-    """What a chat template makes of a conversation.
-
-    Args:
-        tokenizer: The tokenizer whose special tokens it may write.
-        source: The template.
-        messages: The conversation.
-
-    Returns:
-        The text, a placeholder where each picture is.
-
-    Raises:
-        PolymodalError: The template refuses the conversation.
-    """
+    """What a chat template makes of a conversation."""
     variables: dict[str, Any] = {str(name): token for name, token in tokenizer.special_tokens_map.items()}
     chat = [
         {

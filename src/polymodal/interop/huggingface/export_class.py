@@ -1,10 +1,10 @@
 """A model of ours as a stock class of transformers: which class fits, its `config.json`, its tensors by name.
 
-The other direction of `interop.huggingface.families`: the same table of names (`hf.names.RULES`), read the other way. What the stock
-class cannot compute is refused with every reason at once, since a folder that computes nearly the same is worse than
-none. Two differences are folded away exactly: a fixed standardisation before the projector goes into its first linear
-layer, and layers without a bias get one of zeros where the class insists. The processor and the chat template are
-written by `interop.huggingface.export`, which joins this with the raw-input side.
+The other direction of `interop.huggingface.families`: the same table of names (`hf.names.RULES`), read the other way.
+What the stock class cannot compute is refused with every reason at once, since a folder that computes nearly the same
+is worse than none. Two differences are folded away exactly: a fixed standardisation before the projector goes into its
+first linear layer, and layers without a bias get one of zeros where the class insists. The processor and the chat
+template are written by `interop.huggingface.export`, which joins this with the raw-input side.
 """
 
 from __future__ import annotations
@@ -46,34 +46,17 @@ _SAME_QFORMER = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The placeholder's place in the exported vocabulary.
+    """The placeholder's place in the exported vocabulary."""
 
-    Attributes:
-        image_token_id: Its id.
-        rows: Rows of the input embeddings and of the head.
-        video_token_id: The id of the tokenizer's "<video>"; None where it has none.
-    """
-
-    image_token_id: int
-    rows: int
-    video_token_id: int | None = None
+    image_token_id: int  # Its id
+    rows: int  # Rows of the input embeddings and of the head
+    video_token_id: int | None = None  # The id of the tokenizer's "<video>"; None where it has none
 
 
 def stock_settings(
     model: MultimodalLM, config: ModelConfig, family: str, vocabulary: Vocabulary, dtype: torch.dtype
 ) -> Any:
-    """Make the configuration of the stock class.
-
-    Args:
-        model: The model.
-        config: Its configuration.
-        family: A key of `hf.CLASSES`.
-        vocabulary: Where the placeholder is.
-        dtype: Of the weights to be written.
-
-    Returns:
-        A configuration object of transformers.
-    """
+    """Make the configuration of the stock class."""
     import transformers
 
     encoder: Any = model.vision_encoder
@@ -96,21 +79,7 @@ def stock_settings(
 def stock_tensors(
     model: MultimodalLM, config: ModelConfig, family: str, rows: int, style: Style = "hub"
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give the weights under their published names.
-
-    Args:
-        model: The model, without an adapter or with one that is left out.
-        config: Its configuration.
-        family: A key of `hf.CLASSES`.
-        rows: Rows of the vocabulary; missing ones are the mean of the others, whose logit is never the largest.
-        style: The spelling of names.
-
-    Yields:
-        Name and tensor, the language model's first. Tied weights come once.
-
-    Raises:
-        CheckpointError: A weight is not finite, or has no name there.
-    """
+    """Give the weights under their published names."""
     assert config.vision is not None
     for place, tensor in _places(model, family, rows):
         if not bool(torch.isfinite(tensor).all()):
@@ -121,18 +90,7 @@ def stock_tensors(
 
 
 def check_against_class(model: MultimodalLM, config: ModelConfig, family: str, settings: Any, rows: int) -> None:
-    """Build the stock class without memory and compare names and shapes of all weights.
-
-    Args:
-        model: The model.
-        config: Its configuration.
-        family: A key of `hf.CLASSES`.
-        settings: What `stock_settings` made.
-        rows: As in `stock_tensors`.
-
-    Raises:
-        CheckpointError: They differ; lists how.
-    """
+    """Build the stock class without memory and compare names and shapes of all weights."""
     import transformers
 
     assert config.vision is not None
@@ -159,14 +117,7 @@ def check_against_class(model: MultimodalLM, config: ModelConfig, family: str, s
 
 
 def plain_state(llm: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The language model's own weights by their own names, an adapter that is beside them left out.
-
-    Args:
-        llm: The language model; an adapter must not be merged.
-
-    Returns:
-        Names to tensors; tied weights only once, under the name of the one that is kept.
-    """
+    """The language model's own weights by their own names, an adapter that is beside them left out."""
     tied = dict(getattr(llm, "all_tied_weights_keys", None) or {})
     state: dict[str, torch.Tensor] = {}
     for name, tensor in llm.state_dict().items():
@@ -310,14 +261,7 @@ _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def stock_family(config: ModelConfig) -> str:
-    """Find the family of stock classes that is nearest to a model.
-
-    Args:
-        config: The model's configuration.
-
-    Returns:
-        A key of `hf.CLASSES`; `reasons_against` says whether it fits.
-    """
+    """Find the family of stock classes that is nearest to a model."""
     qformer, image = config.projector.qformer, config.image
     if qformer is not None:
         return "instructblip" if qformer.text_context else "blip-2"
@@ -327,16 +271,7 @@ def stock_family(config: ModelConfig) -> str:
 
 
 def reasons_against(model: MultimodalLM, config: ModelConfig, family: str) -> list[str]:
-    """List everything that the stock class cannot express.
-
-    Args:
-        model: The model.
-        config: Its configuration.
-        family: What `stock_family` found.
-
-    Returns:
-        One line a reason, each with what to do; none where the class computes the same.
-    """
+    """List everything that the stock class cannot express."""
     if config.vision is None or config.image is None:
         return ["the model has no vision encoder: export its language model with transformers' own save_pretrained"]
     found = [*_against_tower(model, config, family), *_against_image(config.image, family)]
@@ -345,15 +280,7 @@ def reasons_against(model: MultimodalLM, config: ModelConfig, family: str) -> li
 
 
 def refuse(family: str, reasons: list[str]) -> None:
-    """Raise where there are reasons.
-
-    Args:
-        family: A key of `hf.CLASSES`.
-        reasons: What cannot be expressed.
-
-    Raises:
-        CheckpointError: There are some; lists them all.
-    """
+    """Raise where there are reasons."""
     if reasons:
         listed = "; ".join(f"({number}) {reason}" for number, reason in enumerate(reasons, 1))
         raise CheckpointError(f"this model cannot be written as a {CLASSES[family]}: {listed}")

@@ -47,16 +47,7 @@ print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_spec
 
 
 def write_card(folder: Path, name: str, kind: str, loaded: Loaded, notes: Sequence[str], *, chat: bool) -> None:
-    """Write the card.
-
-    Args:
-        folder: Where to.
-        name: The model's name.
-        kind: The stock class.
-        loaded: The model.
-        notes: What is different, or was done on the way.
-        chat: It has a chat template.
-    """
+    """Write the card."""
     model, config = loaded.model, loaded.config
     assert config.vision is not None
     parts = {
@@ -100,18 +91,9 @@ def write_card(folder: Path, name: str, kind: str, loaded: Loaded, notes: Sequen
 
 
 def write_adapter(folder: Path, model: MultimodalLM, family: str) -> None:
-    """Write the language model's adapter beside a stock folder.
-
-    Modules are named in full, so that the adapter cannot stray into the vision tower, whose layers are called alike.
-
-    Args:
-        folder: Where to.
-        model: The model, its adapter not merged.
-        family: The stock folder's `model_type`.
-
-    Raises:
-        CheckpointError: The adapter is of a kind that stock loading does not take.
-    """
+    """Write the language model's adapter beside a stock folder."""
+    # Modules are named in full, so that the adapter cannot stray into the vision tower, whose layers are called
+    # alike.
     import torch
     from peft import get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
@@ -157,20 +139,7 @@ def write_shards(
     dtype: torch.dtype | None = None,
     max_bytes: int = MAX_SHARD_BYTES,
 ) -> int:
-    """Write tensors, no more than one file of them in memory besides their sources.
-
-    Args:
-        folder: Where to; must be there.
-        tensors: Names and values; a name may come once.
-        dtype: Of the floating-point ones on disk; None keeps theirs.
-        max_bytes: Begin another file where one would get larger than this.
-
-    Returns:
-        Bytes of all tensors.
-
-    Raises:
-        CheckpointError: A name comes twice, or there are no tensors.
-    """
+    """Write tensors, no more than one file of them in memory besides their sources."""
     files: list[list[str]] = []
     sizes: list[int] = []
     held: dict[str, torch.Tensor] = {}

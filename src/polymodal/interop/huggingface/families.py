@@ -26,46 +26,24 @@ class NotExpressibleError(CheckpointError):
 
 @dataclass(frozen=True)
 class Pieces:
-    """A published model, taken apart.
+    """A published model, taken apart."""
 
-    Attributes:
-        model_type: As in its `config.json`; a key of `names.RULES`.
-        vision: Which tower, and what of it is used; the tower itself is "bundled".
-        projector: The projector.
-        vision_settings: The tower's configuration, of the class in transformers that `HFVisionEncoder` wraps.
-        text_settings: The language model's configuration.
-        image_token_id: The placeholder's id; None where the folder does not say.
-        newline: It has the learned token that ends a row of an AnyRes canvas.
-        pinpoints: The AnyRes canvases that the model counts with, (height, width); none for the other families.
-        vision_aspect_ratio: LLaVA-OneVision's "anyres_max_N"; None for the others.
-        prompt: "chat" for a chat template, "plain" for BLIP-2's: the picture, then the text as it is.
-    """
-
-    model_type: str
-    vision: VisionConfig
-    projector: ProjectorConfig
-    vision_settings: Any
-    text_settings: Any
-    image_token_id: int | None
-    newline: bool = False
+    model_type: str  # As in its `config.json`; a key of `names.RULES`
+    vision: VisionConfig  # Which tower, and what of it is used; the tower itself is "bundled"
+    projector: ProjectorConfig  # The projector
+    vision_settings: Any  # The tower's configuration, of the class in transformers that `HFVisionEncoder` wraps
+    text_settings: Any  # The language model's configuration
+    image_token_id: int | None  # The placeholder's id; None where the folder does not say
+    newline: bool = False  # It has the learned token that ends a row of an AnyRes canvas
+    # The AnyRes canvases that the model counts with, (height, width); none for the other families
     pinpoints: tuple[tuple[int, int], ...] = ()
-    vision_aspect_ratio: str | None = None
+    vision_aspect_ratio: str | None = None  # LLaVA-OneVision's "anyres_max_N"; None for the others
+    # "chat" for a chat template, "plain" for BLIP-2's: the picture, then the text as it is
     prompt: Literal["chat", "plain"] = "chat"
 
 
 def read_settings(folder: Path) -> Any:
-    """Read `config.json` as transformers does, with its defaults for what the file leaves out.
-
-    Args:
-        folder: The published folder.
-
-    Returns:
-        The configuration object of transformers.
-
-    Raises:
-        CheckpointError: It cannot be read.
-        NotExpressibleError: The weights are quantised.
-    """
+    """Read `config.json` as transformers does, with its defaults for what the file leaves out."""
     from transformers import AutoConfig
 
     try:
@@ -78,18 +56,7 @@ def read_settings(folder: Path) -> Any:
 
 
 def tower_family(where: str, settings: Any) -> str:
-    """Find which of our vision encoders a tower is.
-
-    Args:
-        where: The file, for the error.
-        settings: The tower's configuration, of transformers.
-
-    Returns:
-        A key of `modeling.encoders.hf_vision.FAMILIES`.
-
-    Raises:
-        NotExpressibleError: None of them.
-    """
+    """Find which of our vision encoders a tower is."""
     for name, family in FAMILIES.items():
         if settings.model_type in family.model_types:
             return name
@@ -100,17 +67,7 @@ def tower_family(where: str, settings: Any) -> str:
 
 
 def must_be(where: str, key: str, value: object, *allowed: object) -> None:
-    """Refuse a setting that our parts cannot express.
-
-    Args:
-        where: The file, for the error.
-        key: The setting.
-        value: What the file says.
-        *allowed: What can be expressed.
-
-    Raises:
-        NotExpressibleError: It is none of them.
-    """
+    """Refuse a setting that our parts cannot express."""
     if value not in allowed:
         raise NotExpressibleError(
             f"{where}: {key} is {value!r}, which cannot be expressed here; it must be "
@@ -119,19 +76,7 @@ def must_be(where: str, key: str, value: object, *allowed: object) -> None:
 
 
 def llava_pieces(settings: Any, where: str, **more: Any) -> Pieces:
-    """Take a LLaVA apart: a tower, two linear layers with GELU between them, a causal language model.
-
-    Args:
-        settings: The configuration of transformers.
-        where: The file, for errors.
-        **more: Further fields of `Pieces`.
-
-    Returns:
-        The pieces.
-
-    Raises:
-        NotExpressibleError: A setting cannot be expressed.
-    """
+    """Take a LLaVA apart: a tower, two linear layers with GELU between them, a causal language model."""
     must_be(where, "projector_hidden_act", settings.projector_hidden_act, "gelu")
     family = tower_family(where, settings.vision_config)
     layer = settings.vision_feature_layer
@@ -173,37 +118,15 @@ def _selected(settings: Any, family: str, where: str) -> Literal["patch", "cls_p
 
 
 def read_llava(settings: Any, where: str) -> Pieces:
-    """Take a LLaVA apart.
-
-    Args:
-        settings: A `LlavaConfig` of transformers.
-        where: The file it is from, for errors.
-
-    Returns:
-        The pieces.
-
-    Raises:
-        NotExpressibleError: A setting cannot be expressed.
-    """
+    """Take a LLaVA apart."""
     return llava_pieces(settings, where)
 
 
-# ---- LLaVA-NeXT (LLaVA-1.6) as `LlavaNextForConditionalGeneration`: AnyRes tiles, rows that end with a newline token ----
+# ---- LLaVA-NeXT (LLaVA-1.6) as `LlavaNextForConditionalGeneration`: AnyRes tiles, rows that end with a newline token
 
 
 def read_llava_next(settings: Any, where: str) -> Pieces:
-    """Take a LLaVA-NeXT apart.
-
-    Args:
-        settings: A `LlavaNextConfig` of transformers.
-        where: The file it is from, for errors.
-
-    Returns:
-        The pieces.
-
-    Raises:
-        NotExpressibleError: A setting cannot be expressed.
-    """
+    """Take a LLaVA-NeXT apart."""
     return llava_pieces(settings, where, newline=True, pinpoints=pinpoints(settings))
 
 
@@ -213,7 +136,8 @@ def pinpoints(settings: Any) -> tuple[tuple[int, int], ...]:
 
 
 # ---- BLIP-2 (arXiv:2301.12597) as `Blip2ForConditionalGeneration`: EVA-CLIP, a Q-Former, OPT or T5 ----
-# The norm that transformers calls the tower's `post_layernorm` is the Q-Former's here; see `modeling.projectors.qformer`.
+# The norm that transformers calls the tower's `post_layernorm` is the Q-Former's here; see
+# `modeling.projectors.qformer`.
 
 
 _SAME_NAMES = (
@@ -234,35 +158,12 @@ _SAME_NAMES = (
 
 
 def read_blip2(settings: Any, where: str) -> Pieces:
-    """Take a BLIP-2 apart.
-
-    Args:
-        settings: A `Blip2Config` of transformers.
-        where: The file it is from, for errors.
-
-    Returns:
-        The pieces.
-
-    Raises:
-        NotExpressibleError: A setting cannot be expressed.
-    """
+    """Take a BLIP-2 apart."""
     return blip_pieces(settings, where, text_context=False)
 
 
 def blip_pieces(settings: Any, where: str, *, text_context: bool) -> Pieces:
-    """Take a BLIP-2 or InstructBLIP apart.
-
-    Args:
-        settings: The configuration of transformers.
-        where: The file it is from, for errors.
-        text_context: The Q-Former reads the question.
-
-    Returns:
-        The pieces.
-
-    Raises:
-        NotExpressibleError: A setting cannot be expressed.
-    """
+    """Take a BLIP-2 or InstructBLIP apart."""
     qformer, vision = settings.qformer_config, settings.vision_config
     must_be(where, "qformer_config.hidden_act", qformer.hidden_act, "gelu")
     must_be(where, "qformer_config.use_qformer_text_input", getattr(qformer, "use_qformer_text_input", False), False)
@@ -303,24 +204,14 @@ def _tower_settings(vision: Any) -> Any:
     return Blip2VisionConfig(**{name: values[name] for name in shared})
 
 
-# ---- InstructBLIP (arXiv:2305.06500) as `InstructBlipForConditionalGeneration`: a BLIP-2 that reads the question twice ----
-# The Q-Former sees the question too, so that its queries fetch what is asked for. Vicuna, another Llama, or T5 behind it.
+# ---- InstructBLIP (arXiv:2305.06500) as `InstructBlipForConditionalGeneration`: a BLIP-2 that reads the question twice
+# The Q-Former sees the question too, so that its queries fetch what is asked for. Vicuna, another Llama, or T5 behind
+# it.
 # The Q-Former's tokenizer lies in `qformer_tokenizer/` of the folder.
 
 
 def read_instructblip(settings: Any, where: str) -> Pieces:
-    """Take an InstructBLIP apart.
-
-    Args:
-        settings: An `InstructBlipConfig` of transformers.
-        where: The file it is from, for errors.
-
-    Returns:
-        The pieces.
-
-    Raises:
-        NotExpressibleError: A setting cannot be expressed.
-    """
+    """Take an InstructBLIP apart."""
     return blip_pieces(settings, where, text_context=True)
 
 
@@ -331,18 +222,7 @@ def read_instructblip(settings: Any, where: str) -> Pieces:
 
 
 def read_onevision(settings: Any, where: str) -> Pieces:
-    """Take a LLaVA-OneVision apart.
-
-    Args:
-        settings: A `LlavaOnevisionConfig` of transformers.
-        where: The file it is from, for errors.
-
-    Returns:
-        The pieces.
-
-    Raises:
-        NotExpressibleError: A setting cannot be expressed.
-    """
+    """Take a LLaVA-OneVision apart."""
     return llava_pieces(
         settings,
         where,
@@ -378,14 +258,7 @@ CLASSES = {
 
 
 def is_hf_folder(folder: Path) -> bool:
-    """Whether a folder holds a published model of a family that is read here.
-
-    Args:
-        folder: Any folder.
-
-    Returns:
-        Whether its `config.json` names such a model.
-    """
+    """Whether a folder holds a published model of a family that is read here."""
     if not (folder / CONFIG_NAME).is_file():
         return False
     document = read_json(folder / CONFIG_NAME)
@@ -395,18 +268,7 @@ def is_hf_folder(folder: Path) -> bool:
 
 
 def read_pieces(folder: Path) -> Pieces:
-    """Read what a published folder's `config.json` says.
-
-    Args:
-        folder: A folder of one of the families.
-
-    Returns:
-        The model in our terms.
-
-    Raises:
-        CheckpointError: The file is missing or damaged, or asks for what cannot be expressed.
-        ConfigError: The model is of another family.
-    """
+    """Read what a published folder's `config.json` says."""
     where = folder / CONFIG_NAME
     document = read_json(where)
     kind = str(document.get("model_type"))

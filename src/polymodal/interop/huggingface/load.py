@@ -1,8 +1,8 @@
 """Published vision-language folders of transformers as models of ours, with the same pixels, ids and numbers.
 
-The network side (`interop.huggingface.families`) reads `config.json` and the weights; the raw-input side reads the preprocessor and
-the chat template; here they are joined into one `ModelConfig`, so that such a model can be asked, trained further and
-saved as a folder of ours. What cannot be expressed exactly is refused.
+The network side (`interop.huggingface.families`) reads `config.json` and the weights; the raw-input side reads the
+preprocessor and the chat template; here they are joined into one `ModelConfig`, so that such a model can be asked,
+trained further and saved as a folder of ours. What cannot be expressed exactly is refused.
 """
 
 from __future__ import annotations
@@ -75,23 +75,7 @@ def template_of(
     encoder_decoder: bool = False,
     stop_token_ids: tuple[int, ...] = (),
 ) -> TemplateConfig:
-    """Find the template that gives the ids of the folder's own processor.
-
-    Args:
-        folder: The published folder.
-        tokenizer: Its tokenizer, which knows the placeholder.
-        image_token_id: The placeholder's id.
-        prompt: "chat" for the folder's chat template, "plain" for BLIP-2's way.
-        encoder_decoder: Whether an answer is the decoder's, so that nothing stands between it and the question.
-        stop_token_ids: Further tokens that end an answer.
-
-    Returns:
-        The template, as jinja text.
-
-    Raises:
-        CheckpointError: The folder has no chat template, or one that takes no picture.
-        NotExpressibleError: No template of ours gives the same ids.
-    """
+    """Find the template that gives the ids of the folder's own processor."""
     placeholder = tokenizer.convert_ids_to_tokens(image_token_id)
     assert isinstance(placeholder, str)  # one id gives one token
     before, after = _frame(tokenizer)
@@ -121,18 +105,7 @@ def template_of(
 
 
 def chat_template_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Find a folder's chat template: the processor's, in any of the files it has been kept in, else the tokenizer's.
-
-    Args:
-        folder: The published folder.
-        tokenizer: Its tokenizer.
-
-    Returns:
-        The jinja text.
-
-    Raises:
-        CheckpointError: There is none.
-    """
+    """Find a folder's chat template: the processor's, in any of the files it has been kept in, else the tokenizer's."""
     found: Any = _in_json(folder / "processor_config.json")
     if not found:
         found = _in_json(folder / "chat_template.json")
@@ -200,7 +173,8 @@ def _quoted(text: str) -> str:
 
 
 # ---- Published vision-language folders of transformers as models of ours, with the same pixels, ids and numbers ----
-# The network side (`interop.huggingface.families`) reads `config.json` and the weights; the raw-input side reads the preprocessor and
+# The network side (`interop.huggingface.families`) reads `config.json` and the weights; the raw-input side reads the
+# preprocessor and
 # the chat template; here they are joined into one `ModelConfig`, so that such a model can be asked, trained further and
 # saved as a folder of ours. What cannot be expressed exactly is refused.
 
@@ -218,43 +192,19 @@ _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_t
 
 @dataclass(frozen=True)
 class Opened:
-    """A published folder, all but its weights.
+    """A published folder, all but its weights."""
 
-    Attributes:
-        pieces: What its `config.json` says.
-        config: The same as our configuration, with picture rules and template.
-        tokenizer: Its tokenizer, which knows the placeholder.
-        image_token_id: The placeholder's id.
-        context_tokenizer: The Q-Former's; None for a projector that reads no text.
-    """
-
-    pieces: Pieces
-    config: ModelConfig
-    tokenizer: PreTrainedTokenizerBase
-    image_token_id: int
-    context_tokenizer: PreTrainedTokenizerBase | None
+    pieces: Pieces  # What its `config.json` says
+    config: ModelConfig  # The same as our configuration, with picture rules and template
+    tokenizer: PreTrainedTokenizerBase  # Its tokenizer, which knows the placeholder
+    image_token_id: int  # The placeholder's id
+    context_tokenizer: PreTrainedTokenizerBase | None  # The Q-Former's; None for a projector that reads no text
 
 
 def load_hf(
     folder: Path, *, dtype: Dtype | Literal["auto"] = "float32", source: str | None = None, revision: str | None = None
 ) -> Loaded:
-    """Load a published model.
-
-    Args:
-        folder: A folder of one of the families of `interop.huggingface.families.READERS`.
-        dtype: Of the weights in memory; "auto" keeps the type that most of them are stored in.
-        source: Where the folder is from, for the history; the folder itself when None.
-        revision: The commit of the hub, for the history.
-
-    Returns:
-        The model in eval mode on the CPU, tokenizer, configuration (its parts "bundled": `save_model` writes them
-        out), and a history of one entry that says what was loaded.
-
-    Raises:
-        CheckpointError: The folder is incomplete or damaged.
-        NotExpressibleError: It asks for what cannot be computed exactly here.
-        ConfigError: Its parts do not fit each other.
-    """
+    """Load a published model."""
     import torch
 
     report = check_folder(folder)
@@ -274,19 +224,7 @@ def load_hf(
 
 
 def open_hf(folder: Path, *, dtype: Dtype = "float32") -> Opened:
-    """Read everything of a published folder but its weights.
-
-    Args:
-        folder: As in `load_hf`.
-        dtype: Written into the configuration.
-
-    Returns:
-        Configuration and tokenizers.
-
-    Raises:
-        CheckpointError: As in `load_hf`; NotExpressibleError too.
-        ConfigError: As in `load_hf`.
-    """
+    """Read everything of a published folder but its weights."""
     quieten_transformers()
     pieces = read_pieces(folder)
     encoder_decoder = bool(pieces.text_settings.is_encoder_decoder)
@@ -313,18 +251,7 @@ def open_hf(folder: Path, *, dtype: Dtype = "float32") -> Opened:
 
 
 def hf_processor(folder: Path) -> Processor:
-    """Open only a published model's processor, without any weights.
-
-    Args:
-        folder: As in `load_hf`.
-
-    Returns:
-        The processor, equal to that of the loaded model.
-
-    Raises:
-        CheckpointError: As in `load_hf`; NotExpressibleError too.
-        ConfigError: As in `load_hf`.
-    """
+    """Open only a published model's processor, without any weights."""
     check_folder(folder, weights=False)
     opened = open_hf(folder)
     _, projector = compose_vision(opened.pieces, opened.config, llm_dim=1)
@@ -339,15 +266,7 @@ def hf_processor(folder: Path) -> Processor:
 
 
 def stop_ids(folder: Path, pieces: Pieces) -> tuple[int, ...]:
-    """The tokens at which the stock model stops: those of `generation_config.json` and of the language model.
-
-    Args:
-        folder: The published folder.
-        pieces: What its `config.json` says.
-
-    Returns:
-        The ids, each once.
-    """
+    """The tokens at which the stock model stops: those of `generation_config.json` and of the language model."""
     path = folder / "generation_config.json"
     given = (
         read_json(path).get("eos_token_id") if path.is_file() else None,

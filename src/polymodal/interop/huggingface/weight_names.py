@@ -42,7 +42,8 @@ DERIVED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq|masked_bias)$")
 """Buffers that old folders hold and that follow from the configuration."""
 
 WRAPPED_TOWERS = frozenset({"clip", "siglip", "siglip2"})
-"""Towers, of `modeling.encoders.hf_vision.FAMILIES`, that lie one level deeper ("vision_model.") in published folders."""
+"""Towers, of `modeling.encoders.hf_vision.FAMILIES`, that lie one level deeper ("vision_model.") in published folders.
+"""
 
 
 class Place(NamedTuple):
@@ -54,25 +55,15 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """All names of a component that begin alike.
+    """All names of a component that begin alike."""
 
-    Attributes:
-        component: Of ours.
-        ours: What the names begin with here; "" for all.
-        hub: What they begin with in published folders.
-        transformers: The same as transformers 5 writes it; as `hub` where None.
-        memory: The same in the state of transformers' class; as `hub` where None.
-        also: Further beginnings that are read and never written.
-        towers: Written for these towers only; all where None.
-    """
-
-    component: Component
-    ours: str
-    hub: str | None
-    transformers: str | None = None
-    memory: str | None = None
-    also: tuple[str, ...] = ()
-    towers: frozenset[str] | None = None
+    component: Component  # Of ours
+    ours: str  # What the names begin with here; "" for all
+    hub: str | None  # What they begin with in published folders
+    transformers: str | None = None  # The same as transformers 5 writes it; as `hub` where None
+    memory: str | None = None  # The same in the state of transformers' class; as `hub` where None
+    also: tuple[str, ...] = ()  # Further beginnings that are read and never written
+    towers: frozenset[str] | None = None  # Written for these towers only; all where None
 
     def prefix(self, style: Style) -> str | None:
         """What the names begin with in one style; None where they have no place in it."""
@@ -130,18 +121,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
 
 
 def to_ours(model_type: str, name: str) -> Place | None:
-    """Find where a published tensor goes.
-
-    Args:
-        model_type: A key of `RULES`.
-        name: The tensor's name, in any of the spellings.
-
-    Returns:
-        Its place; None where no rule fits, and for buffers that follow from the configuration (`DERIVED`).
-
-    Raises:
-        ConfigError: There are no rules for such models.
-    """
+    """Find where a published tensor goes."""
     if DERIVED.search(name):
         return None
     best: tuple[int, Place] | None = None
@@ -153,20 +133,7 @@ def to_ours(model_type: str, name: str) -> Place | None:
 
 
 def to_stock(model_type: str, place: Place, *, style: Style = "hub", tower: str = "clip") -> str | None:
-    """Find the name under which a weight of ours is published.
-
-    Args:
-        model_type: A key of `RULES`.
-        place: Component and name.
-        style: Which spelling; "hub" is what most programs read.
-        tower: The vision encoder's family (`VisionConfig.type`), which some spellings depend on.
-
-    Returns:
-        The name; None for a weight that is not written, since another one stands there.
-
-    Raises:
-        ConfigError: There are no rules for such models.
-    """
+    """Find the name under which a weight of ours is published."""
     best: Rule | None = None
     for rule in _rules(model_type):
         if rule.component != place.component or not place.name.startswith(rule.ours):

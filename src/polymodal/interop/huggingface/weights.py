@@ -41,19 +41,7 @@ SHOWN = 4
 
 
 def compose_vision(pieces: Pieces, config: ModelConfig, llm_dim: int) -> tuple[VisionEncoder, Projector]:
-    """Make encoder and projector without memory for their weights.
-
-    Args:
-        pieces: What the folder says.
-        config: The same as our configuration, with picture rules.
-        llm_dim: D.
-
-    Returns:
-        Encoder and projector, on the meta device.
-
-    Raises:
-        ConfigError: The parts do not fit each other.
-    """
+    """Make encoder and projector without memory for their weights."""
     import transformers
 
     assert config.vision is not None and config.image is not None  # every family has both
@@ -74,20 +62,7 @@ def compose_vision(pieces: Pieces, config: ModelConfig, llm_dim: int) -> tuple[V
 
 
 def compose(pieces: Pieces, config: ModelConfig, image_token_id: int) -> MultimodalLM:
-    """Make the whole model without memory for its weights.
-
-    Args:
-        pieces: What the folder says.
-        config: The same as our configuration, with picture rules.
-        image_token_id: The placeholder's id.
-
-    Returns:
-        The model, on the meta device but for buffers that follow from the configuration.
-
-    Raises:
-        ConfigError: The parts do not fit each other.
-        CheckpointError: transformers knows no such language model.
-    """
+    """Make the whole model without memory for its weights."""
     kind = model_class(bool(pieces.text_settings.is_encoder_decoder))
     with weights_on_meta():
         try:
@@ -110,17 +85,7 @@ def compose(pieces: Pieces, config: ModelConfig, image_token_id: int) -> Multimo
 
 
 def fill(model: MultimodalLM, pieces: Pieces, report: FolderReport, dtype: torch.dtype) -> None:
-    """Give a model the weights of a published folder.
-
-    Args:
-        model: What `compose` made; changed in place and put in eval mode.
-        pieces: What the folder says.
-        report: The folder, looked over; one file of safetensors, or several and their index.
-        dtype: Of the weights in memory.
-
-    Raises:
-        CheckpointError: Files are missing or damaged, or tensors do not fit; lists them.
-    """
+    """Give a model the weights of a published folder."""
     modules = _modules(model)
     files = weight_files(report)
     places = _places(pieces, report, files)
@@ -143,17 +108,7 @@ def fill(model: MultimodalLM, pieces: Pieces, report: FolderReport, dtype: torch
 
 
 def weight_files(report: FolderReport) -> list[str]:
-    """Find which files hold a folder's weights.
-
-    Args:
-        report: The folder, looked over.
-
-    Returns:
-        Their names, sorted.
-
-    Raises:
-        CheckpointError: There are none.
-    """
+    """Find which files hold a folder's weights."""
     if (report.folder / INDEX_NAME).is_file():
         return sorted(set(read_json(report.folder / INDEX_NAME, MAX_INDEX)["weight_map"].values()))
     if WEIGHTS_NAME not in report.headers:
@@ -163,11 +118,7 @@ def weight_files(report: FolderReport) -> list[str]:
 
 @contextmanager
 def weights_on_meta() -> Iterator[None]:
-    """While active, modules made by this thread have weights without memory; buffers are made as ever.
-
-    Yields:
-        Nothing.
-    """
+    """While active, modules made by this thread have weights without memory; buffers are made as ever."""
     register, thread = nn.Module.register_parameter, threading.get_ident()
 
     def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -209,10 +160,8 @@ def _compare(
     places: dict[str, Place | None],
     files: list[str],
 ) -> list[Place]:
-    """List what does not fit in one error; give back what the files leave out and may.
-
-    Tensors that no part of ours has and that nothing would read are struck off `places`.
-    """
+    """List what does not fit in one error; give back what the files leave out and may."""
+    # Tensors that no part of ours has and that nothing would read are struck off `places`.
     given = {name: info for file in files for name, info in report.headers[file].tensors.items() if name in places}
     name_of = {place: name for name, place in places.items()}
     wanted: dict[str, Any] = {}

@@ -60,35 +60,20 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Repo:
-    """A folder of the LLaVA repository, in our terms; its weights are not read yet.
+    """A folder of the LLaVA repository, in our terms; its weights are not read yet."""
 
-    Attributes:
-        report: The folder, looked over.
-        kind: Which of the three.
-        text_settings: The language model's configuration, of transformers.
-        tower: The tower's hub id or path.
-        select_layer: Which hidden state of it; of a tower that is not CLIP the repository always takes -2.
-        select_feature: "patch", or "cls_patch" to keep the class token.
-        projector: The projector.
-        aspect_ratio: How a picture is laid out: "crop", "pad" or "anyres".
-        anyres_max: N of "anyres_max_N"; None for the others.
-        pinpoints: Of "anyres": (height, width), in pixels or (`in_tiles`) in tiles.
-        in_tiles: Whether `pinpoints` count tiles.
-        merge: How the tiles of "anyres" are laid out.
-    """
-
-    report: FolderReport
-    kind: Kind
-    text_settings: Any
-    tower: str
-    select_layer: int
-    select_feature: Literal["patch", "cls_patch"]
-    projector: ProjectorConfig
-    aspect_ratio: Literal["crop", "pad", "anyres"]
-    anyres_max: int | None
-    pinpoints: tuple[tuple[int, int], ...]
-    in_tiles: bool
-    merge: PatchMerge
+    report: FolderReport  # The folder, looked over
+    kind: Kind  # Which of the three
+    text_settings: Any  # The language model's configuration, of transformers
+    tower: str  # The tower's hub id or path
+    select_layer: int  # Which hidden state of it; of a tower that is not CLIP the repository always takes -2
+    select_feature: Literal["patch", "cls_patch"]  # "patch", or "cls_patch" to keep the class token
+    projector: ProjectorConfig  # The projector
+    aspect_ratio: Literal["crop", "pad", "anyres"]  # How a picture is laid out: "crop", "pad" or "anyres"
+    anyres_max: int | None  # N of "anyres_max_N"; None for the others
+    pinpoints: tuple[tuple[int, int], ...]  # Of "anyres": (height, width), in pixels or (`in_tiles`) in tiles
+    in_tiles: bool  # Whether `pinpoints` count tiles
+    merge: PatchMerge  # How the tiles of "anyres" are laid out
 
     @property
     def folder(self) -> Path:
@@ -97,14 +82,7 @@ class Repo:
 
 
 def is_llava_repo(folder: Path) -> bool:
-    """Whether a folder is one of the LLaVA repository's.
-
-    Args:
-        folder: Any folder.
-
-    Returns:
-        Whether its `config.json` names such a model and a tower.
-    """
+    """Whether a folder is one of the LLaVA repository's."""
     if not (folder / "config.json").is_file():
         return False
     document = read_json(folder / "config.json")
@@ -112,18 +90,7 @@ def is_llava_repo(folder: Path) -> bool:
 
 
 def read_repo(folder: Path, *, allow_pickle: bool = False) -> Repo:
-    """Look a folder over and read its configuration.
-
-    Args:
-        folder: The folder.
-        allow_pickle: Its weights may be pickles.
-
-    Returns:
-        What it says.
-
-    Raises:
-        CheckpointError: It is none of the LLaVA repository's, must not be opened, or cannot be expressed.
-    """
+    """Look a folder over and read its configuration."""
     if not is_llava_repo(folder):
         raise CheckpointError(f"{folder}: not a folder of the LLaVA repository (config.json names no mm_vision_tower)")
     kind = _kind_of(folder)
@@ -164,14 +131,7 @@ def read_repo(folder: Path, *, allow_pickle: bool = False) -> Repo:
 
 
 def named_base(folder: Path) -> str | None:
-    """The language model that a LoRA or projector folder says it was trained on.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        A hub id or path, which is never followed by itself; None where the folder does not say.
-    """
+    """The language model that a LoRA or projector folder says it was trained on."""
     for name, key in ((ADAPTER_CONFIG, "base_model_name_or_path"), ("config.json", "_name_or_path")):
         if (folder / name).is_file() and (found := read_json(folder / name).get(key)):
             return str(found)

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 
 # ---- Tensors of the LLaVA repository's folders, and building `MultimodalLM` from them ----
-# One rule finds a tensor's place, whatever a trainer has put in front of its name (`base_model.model.` of peft, `module.`
+# One rule finds a tensor's place, whatever a trainer has put in front of its name (`base_model.model.` of peft,
+# `module.`
 # of a wrapper): what follows `mm_projector.` is the projector's, what follows `vision_tower.vision_tower.` the tower's,
 # `image_newline` is the newline, the rest is the language model's.
 
@@ -50,14 +51,7 @@ _PREFIXES = re.compile(r"^(module\.)?(base_model\.model\.)?")
 
 
 def sort_state(tensors: Mapping[str, torch.Tensor]) -> dict[str, State]:
-    """Sort tensors by component, under the component's own names.
-
-    Args:
-        tensors: As the LLaVA repository names them.
-
-    Returns:
-        "llm", "vision", "projector" and "newline", each with its state; those without tensors are left out.
-    """
+    """Sort tensors by component, under the component's own names."""
     found: dict[str, State] = {}
     for full, tensor in tensors.items():
         name = _PREFIXES.sub("", full)
@@ -78,17 +72,7 @@ def sort_state(tensors: Mapping[str, torch.Tensor]) -> dict[str, State]:
 
 
 def read_state(repo: Repo) -> State:
-    """Read a folder's weights: all of a whole one, what is not the adapter's of the others.
-
-    Args:
-        repo: The folder; `read_repo` has made sure that a pickle among them is allowed.
-
-    Returns:
-        Tensors as the folder names them, where they can be in files that are mapped into memory.
-
-    Raises:
-        CheckpointError: Files are missing or damaged.
-    """
+    """Read a folder's weights: all of a whole one, what is not the adapter's of the others."""
     if repo.kind == "whole":
         safe = sorted(name for name in repo.report.headers if name.startswith("model"))
         files = safe or sorted(name for name in repo.report.pickles if name.startswith("pytorch_model"))
@@ -101,17 +85,7 @@ def read_state(repo: Repo) -> State:
 
 
 def read_file(path: Path) -> State:
-    """Read one file of tensors; of a pickle nothing but tensors is taken.
-
-    Args:
-        path: A safetensors file, or a pickle that somebody has allowed.
-
-    Returns:
-        Tensors by name.
-
-    Raises:
-        CheckpointError: It is damaged, or holds anything but tensors.
-    """
+    """Read one file of tensors; of a pickle nothing but tensors is taken."""
     if path.suffix == ".safetensors":
         return read_tensors(path)
     try:
@@ -129,20 +103,7 @@ def read_file(path: Path) -> State:
 
 
 def build_llm(repo: Repo, state: State, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    """Build the language model of a whole folder.
-
-    Args:
-        repo: The folder.
-        state: The language model's tensors.
-        dtype: Of the weights in memory.
-        attn_implementation: Passed to transformers.
-
-    Returns:
-        The model, in eval mode.
-
-    Raises:
-        CheckpointError: Tensors do not fit, or are not finite; lists them.
-    """
+    """Build the language model of a whole folder."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(repo.text_settings)]
@@ -162,16 +123,7 @@ def build_llm(repo: Repo, state: State, dtype: torch.dtype, attn_implementation:
 
 
 def fill_parts(model: MultimodalLM, repo: Repo, parts: Mapping[str, State]) -> None:
-    """Copy the projector, the newline and, where it was trained, the tower.
-
-    Args:
-        model: Changed in place.
-        repo: The folder, for errors.
-        parts: Of `sort_state`.
-
-    Raises:
-        CheckpointError: Tensors do not fit, or are not finite; lists them.
-    """
+    """Copy the projector, the newline and, where it was trained, the tower."""
     projector: Any = model.projector
     state = dict(projector.state_dict())
     given = dict(parts.get("projector", {}))
@@ -193,15 +145,7 @@ def fill_parts(model: MultimodalLM, repo: Repo, parts: Mapping[str, State]) -> N
 
 
 def attach_lora(model: MultimodalLM, repo: Repo) -> None:
-    """Put a LoRA folder's adapter beside the language model.
-
-    Args:
-        model: Changed in place.
-        repo: The folder.
-
-    Raises:
-        CheckpointError: The adapter is damaged or does not fit.
-    """
+    """Put a LoRA folder's adapter beside the language model."""
     from peft import LoraConfig
 
     name = _one_of(repo, ("adapter_model.safetensors", "adapter_model.bin"))
@@ -234,7 +178,8 @@ def _one_of(repo: Repo, names: tuple[str, ...]) -> str:
     raise CheckpointError(f"{repo.folder}: {' or '.join(names)} is missing")
 
 
-# ---- Original LLaVA-repository folders as models of ours: what the folder leaves out about pictures and prompts is added ----
+# ---- Original LLaVA-repository folders as models of ours: what the folder leaves out about pictures and prompts is
+# added
 # Such a folder names its tower and how pictures are laid out; the tower's own folder says how pixels are scaled. Which
 # prompt the model was trained on is not written anywhere: there it is guessed from words in the folder's name. Here it
 # follows from the tokenizer and can be said with `template`: the tokenizer's own chat template where it has one; ChatML
@@ -257,24 +202,7 @@ def load_llava_repo(
     allow_pickle: bool = False,
     dtype: Dtype = "float32",
 ) -> Loaded:
-    """Load a folder of the LLaVA repository.
-
-    Args:
-        folder: A whole model, a projector, or a LoRA.
-        base: Of the last two: the language model's folder or hub id, or the folder of a whole LLaVA.
-        vision_tower: The tower's folder or hub id, in place of `mm_vision_tower`.
-        template: The chat template: a preset, "tokenizer" or jinja text; found out where None.
-        allow_pickle: Open pickles; tensors are read from them and nothing else.
-        dtype: Of the weights in memory.
-
-    Returns:
-        The model in eval mode on the CPU, an adapter attached and not merged; tokenizer, configuration, and a history
-        of one entry that says what was loaded.
-
-    Raises:
-        CheckpointError: The folder is damaged, cannot be expressed, or must not be opened; names what.
-        ConfigError: Parts do not fit each other.
-    """
+    """Load a folder of the LLaVA repository."""
     import torch
 
     from polymodal.modeling.build import build_vision, image_token_id_for

@@ -2,8 +2,8 @@
 
 One optimizer step is one contrast: each picture against all texts of the step, over all micro-batches and processes.
 So a model gives its features (`embed`), contrasts them once they are gathered (`contrast`), and adds what can be
-computed for each pair apart (`extra`). `training.contrastive.step` puts these together, exactly, in as little memory as the
-recipe asks for (Gao et al. 2021, arXiv:2101.06983).
+computed for each pair apart (`extra`). `training.contrastive.step` puts these together, exactly, in as little memory as
+the recipe asks for (Gao et al. 2021, arXiv:2101.06983).
 """
 
 from __future__ import annotations
@@ -23,38 +23,22 @@ METRIC = "metric/"
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B pairs of picture and text.
+    """B pairs of picture and text."""
 
-    Attributes:
-        input_ids: [B, T] int64, padded on the right.
-        attention_mask: [B, T] bool; False for padding.
-        image_ids: [B] int64; pairs of one picture share it, and are never each other's negatives.
-        pixel_values: [B, 3, H, W], float normalised or uint8; None where `features` take their place.
-        features: [B, P, E] kept output of a frozen tower.
-        teacher: [B, P', E'] kept features of another tower, to distil from.
-        ids: The samples' ids, for messages.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    image_ids: torch.Tensor
+    input_ids: torch.Tensor  # [B, T] int64, padded on the right
+    attention_mask: torch.Tensor  # [B, T] bool; False for padding
+    image_ids: torch.Tensor  # [B] int64; pairs of one picture share it, and are never each other's negatives
+    # [B, 3, H, W], float normalised or uint8; None where `features` take their place
     pixel_values: torch.Tensor | None = None
-    features: torch.Tensor | None = None
-    teacher: torch.Tensor | None = None
-    ids: tuple[str, ...] = ()
+    features: torch.Tensor | None = None  # [B, P, E] kept output of a frozen tower
+    teacher: torch.Tensor | None = None  # [B, P', E'] kept features of another tower, to distil from
+    ids: tuple[str, ...] = ()  # The samples' ids, for messages
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def to(self, device: torch.device | str) -> PairBatch:
-        """Move every tensor.
-
-        Args:
-            device: Where to.
-
-        Returns:
-            The batch there.
-        """
+        """Move every tensor."""
         moved: dict[str, Any] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -65,42 +49,27 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class Embedded:
-    """What is contrasted, with gradient.
+    """What is contrasted, with gradient."""
 
-    Attributes:
-        image: [B, D], or [B, Q, D] for a Q-Former's queries; normalised.
-        text: [B, D], normalised.
-        carry: What `extra` goes on with; stays with its micro-batch and is never gathered.
-    """
-
-    image: torch.Tensor
-    text: torch.Tensor
+    image: torch.Tensor  # [B, D], or [B, Q, D] for a Q-Former's queries; normalised
+    text: torch.Tensor  # [B, D], normalised
+    # What `extra` goes on with; stays with its micro-batch and is never gathered
     carry: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Everyone:
-    """All pairs of a step, over its micro-batches and processes, without gradient, in global order.
+    """All pairs of a step, over its micro-batches and processes, without gradient, in global order."""
 
-    Attributes:
-        image: [G, D] or [G, Q, D].
-        text: [G, D].
-        image_ids: [G].
-        input_ids: [G, T].
-        attention_mask: [G, T].
-        features: [G, P, E] tower output, for models whose `extra` needs the features of negatives (`needs_features`).
-        offset: Where the micro-batch at hand begins.
-        seed: For what a step draws once for all processes, such as hard negatives.
-    """
-
-    image: torch.Tensor
-    text: torch.Tensor
-    image_ids: torch.Tensor
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    image: torch.Tensor  # [G, D] or [G, Q, D]
+    text: torch.Tensor  # [G, D]
+    image_ids: torch.Tensor  # [G]
+    input_ids: torch.Tensor  # [G, T]
+    attention_mask: torch.Tensor  # [G, T]
+    # [G, P, E] tower output, for models whose `extra` needs the features of negatives (`needs_features`)
     features: torch.Tensor | None = None
-    offset: int = 0
-    seed: int = 0
+    offset: int = 0  # Where the micro-batch at hand begins
+    seed: int = 0  # For what a step draws once for all processes, such as hard negatives
 
 
 class PairModel(Protocol):
@@ -209,15 +178,8 @@ class PairModel(Protocol):
 
 
 def as_floats(pixel_values: torch.Tensor, image: ImageConfig) -> torch.Tensor:
-    """Normalise tiles that came as bytes; a quarter of the memory to keep and to move.
-
-    Args:
-        pixel_values: [B, 3, H, W], float normalised or uint8.
-        image: Gives mean and deviation.
-
-    Returns:
-        [B, 3, H, W] float; what was float already, as it is.
-    """
+    """Normalise tiles that came as bytes; a quarter of the memory to keep and to move."""
+    # pixel_values [B, 3, H, W] -> [B, 3, H, W]
     if pixel_values.dtype != torch.uint8:
         return pixel_values
     mean = torch.tensor(image.image_mean, dtype=torch.float64)[:, None, None]

@@ -47,55 +47,32 @@ if TYPE_CHECKING:
     from polymodal.modeling.encoders.vision import VisionEncoder
 
 
-# ---- Who sees whom in the Q-Former: the three attention masks of BLIP-2's first stage (arXiv:2301.12597, figure 2) ----
+# ---- Who sees whom in the Q-Former: the three attention masks of BLIP-2's first stage (arXiv:2301.12597, figure 2)
 # Queries and text go through one transformer side by side, [Q; T]; the mask alone makes it two separate encoders, one
 # joint encoder or a captioner. Each mask is [b, 1, Q + T, Q + T], True where a row may look at a column, which
 # transformers' `Blip2QFormerModel` takes as it is with sdpa attention. Cross-attention to the picture is not masked.
 #
 # Difference from the reference (LAVIS): captioning reuses the keys and values of a pass over the queries there. Under
-# `unilm_mask` the queries' outputs are those of a pass over the queries alone, so one pass gives both (UniLM, Dong et al.
+# `unilm_mask` the queries' outputs are those of a pass over the queries alone, so one pass gives both (UniLM, Dong et
+# al.
 # 2019, arXiv:1905.03197).
 
 
-def bidirectional_mask(text_mask: Tensor, queries: int) -> Tensor:
-    """Everyone sees everyone, for image-text matching.
-
-    Args:
-        text_mask: [b, T]; False or 0 for padding, which nobody sees.
-        queries: Q.
-
-    Returns:
-        [b, 1, Q + T, Q + T] bool.
-    """
+def bidirectional_mask(text_mask: Tensor, queries: int) -> Tensor:  # text_mask [b, T] -> [b, 1, Q + T, Q + T]
+    """Everyone sees everyone, for image-text matching."""
     return _mask(text_mask, queries, queries_see_text=True, text_sees_queries=True)
 
 
-def unimodal_mask(text_mask: Tensor, queries: int) -> Tensor:
-    """Queries see queries and text sees text, for contrastive learning.
-
-    Args:
-        text_mask: [b, T]; False or 0 for padding, which nobody sees but, in an empty text, itself.
-        queries: Q; 0 for a pass over text alone.
-
-    Returns:
-        [b, 1, Q + T, Q + T] bool.
-    """
+def unimodal_mask(text_mask: Tensor, queries: int) -> Tensor:  # text_mask [b, T] -> [b, 1, Q + T, Q + T]
+    """Queries see queries and text sees text, for contrastive learning."""
     mask = _mask(text_mask, queries, queries_see_text=False, text_sees_queries=False)
     # A row that sees nothing would be no number.
     empty = ~mask.any(dim=-1, keepdim=True)
     return mask | (empty & torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device))
 
 
-def unilm_mask(text_mask: Tensor, queries: int) -> Tensor:
-    """Queries see queries; text sees the queries and itself up to the same place, for captioning.
-
-    Args:
-        text_mask: [b, T]; False or 0 for padding, which nobody sees.
-        queries: Q.
-
-    Returns:
-        [b, 1, Q + T, Q + T] bool.
-    """
+def unilm_mask(text_mask: Tensor, queries: int) -> Tensor:  # text_mask [b, T] -> [b, 1, Q + T, Q + T]
+    """Queries see queries; text sees the queries and itself up to the same place, for captioning."""
     mask = _mask(text_mask, queries, queries_see_text=False, text_sees_queries=True)
     # Queries come first, so this takes nothing from the text's view of them.
     causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril_()
@@ -121,8 +98,10 @@ def _mask(text_mask: Tensor, queries: int, queries_see_text: bool, text_sees_que
 #
 # Differences from the reference (LAVIS): three passes instead of four, since the queries' outputs under the captioning
 # mask are those of a pass over the queries alone, so one pass gives both the contrastive picture features and the
-# captioning logits; only positions that predict a token go through the vocabulary head; negatives are drawn once for the
-# whole step, and pairs of one picture, or with one text, are never each other's; the temperature is kept above 0.001, as
+# captioning logits; only positions that predict a token go through the vocabulary head; negatives are drawn once for
+# the
+# whole step, and pairs of one picture, or with one text, are never each other's; the temperature is kept above 0.001,
+# as
 # in BLIP.
 # Parameters: `vision_encoder.*`, `qformer.*` (with `ln_vision`, trained as in the paper), `vision_projection`,
 # `text_projection`, `itm_head` (as in `Blip2ForImageTextRetrieval` of transformers), `lm_head.*`, `temperature`.
@@ -138,46 +117,18 @@ class VocabularyHead(nn.Module):
     """Hidden states to words as BERT does it: a layer, GELU, LayerNorm, then the word embeddings themselves."""
 
     def __init__(self, width: int, vocab_size: int, eps: float) -> None:
-        """Make the head with fresh weights.
-
-        Args:
-            width: H.
-            vocab_size: V.
-            eps: Of the norm.
-        """
         super().__init__()
         self.dense = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=eps)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
-    def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
-        """Compute logits.
-
-        Args:
-            hidden: ``[..., H]``.
-            words: ``[V, H]``, the word embeddings, which are the last layer's weight.
-
-        Returns:
-            ``[..., V]``.
-        """
+    def forward(self, hidden: Tensor, words: Tensor) -> Tensor:  # hidden [..., H], words [V, H] -> [..., V]
+        """Compute logits."""
         return F.linear(self.norm(F.gelu(self.dense(hidden))), words, self.bias)
 
 
 class Blip2Stage1(nn.Module):
-    """A `PairModel`: vision tower, Q-Former with its text path, and the heads of the three losses.
-
-    Args:
-        encoder: The vision tower; frozen by the recipe.
-        vision: Where the tower is from, for the folder that is written.
-        qformer: With its text path.
-        tokenizer: BERT's, with "[DEC]" as `bos_token`; see `wordpiece`.
-        image: How a picture becomes the one tile that the tower takes.
-        projection_dim: Width of what is contrasted.
-        label_smoothing: Of ITC and ITG.
-
-    Raises:
-        ConfigError: The Q-Former has no text path or does not fit the tower or the tokenizer.
-    """
+    """A `PairModel`: vision tower, Q-Former with its text path, and the heads of the three losses."""
 
     needs_features = True
 
@@ -251,14 +202,7 @@ class Blip2Stage1(nn.Module):
         return features
 
     def embed(self, batch: PairBatch) -> Embedded:
-        """Two passes: queries and caption under the captioning mask, and the text alone.
-
-        Args:
-            batch: The pairs.
-
-        Returns:
-            Unit vectors of all queries and of "[CLS]"; `carry` holds the caption's hidden states.
-        """
+        """Two passes: queries and caption under the captioning mask, and the text alone."""
         decoder_ids, _, _ = itg_targets(batch.input_ids, batch.attention_mask, self.tokenizer.bos_token_id)
         mask = unilm_mask(batch.attention_mask, self.qformer.num_queries)
         hidden = self.qformer.encode(self._features(batch), decoder_ids, mask4d=mask)
@@ -305,16 +249,8 @@ class Blip2Stage1(nn.Module):
         }
 
     @torch.no_grad()
-    def negatives(self, everyone: Everyone, count: int) -> tuple[Tensor, Tensor]:
-        """Draw hard negatives for some pairs of a step.
-
-        Args:
-            everyone: All pairs of the step; the pairs at hand begin at its `offset`.
-            count: b, how many pairs are at hand.
-
-        Returns:
-            [3b] rows of pictures and [3b] rows of texts of the step; see `itm_inputs`.
-        """
+    def negatives(self, everyone: Everyone, count: int) -> tuple[Tensor, Tensor]:  # -> [3b]
+        """Draw hard negatives for some pairs of a step."""
         own = slice(everyone.offset, everyone.offset + count)
         to_text, to_image = similarities(
             everyone.image[own], everyone.text[own], self.temperature, everyone.image, everyone.text
@@ -330,51 +266,25 @@ class Blip2Stage1(nn.Module):
         )
         return itm_inputs(pictures, texts, everyone.offset)
 
-    def embed_images(self, features: Tensor) -> Tensor:
-        """Picture features for retrieval, from a pass over the queries alone.
-
-        Args:
-            features: ``[B, P, E]`` of `encode`.
-
-        Returns:
-            ``[B, Q, D]`` unit vectors; the same as those of `embed`.
-        """
+    def embed_images(self, features: Tensor) -> Tensor:  # [B, P, E] -> [B, Q, D]
+        """Picture features for retrieval, from a pass over the queries alone."""
         return _unit(self.vision_projection(self.qformer.queries(self._cast(features))))
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Text features, from a pass over the text alone.
-
-        Args:
-            input_ids: ``[B, T]``, padded on the right.
-            attention_mask: ``[B, T]`` bool.
-
-        Returns:
-            ``[B, D]`` unit vectors, of "[CLS]".
-        """
+        """Text features, from a pass over the text alone."""
+        # input_ids [B, T], attention_mask [B, T] -> [B, D]
         hidden = self.qformer.encode(None, input_ids, attention_mask)
         return _unit(self.text_projection(hidden[:, 0]))
 
     def match_queries(self, features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What every query says about whether picture and text match.
-
-        Args:
-            features: ``[B, P, E]`` of `encode`.
-            input_ids: ``[B, T]``.
-            attention_mask: ``[B, T]`` bool.
-
-        Returns:
-            ``[B, Q, 2]`` logits; column 1 says that they match. Their mean over the queries is the answer.
-        """
+        """What every query says about whether picture and text match."""
+        # features [B, P, E], input_ids [B, T], attention_mask [B, T] -> [B, Q, 2]
         mask = bidirectional_mask(attention_mask, self.qformer.num_queries)
         logits: Tensor = self.itm_head(self.qformer.queries(self._cast(features), input_ids, mask4d=mask))
         return logits
 
-    def measure(self, features: Tensor) -> None:
-        """Measure the channels that a "standardize" norm scales, before the first step of a new model.
-
-        Args:
-            features: ``[B, P, E]`` of `encode`, a fair sample.
-        """
+    def measure(self, features: Tensor) -> None:  # [B, P, E]
+        """Measure the channels that a "standardize" norm scales, before the first step of a new model."""
         if isinstance(self.qformer.norm, Standardize):
             self.qformer.norm.measure(features)
 
@@ -392,11 +302,7 @@ class Blip2Stage1(nn.Module):
         return {"temperature": float(self.temperature.detach())}
 
     def save(self, folder: Path) -> None:
-        """Write what stage 2 starts from, and what stage 1 goes on from; see `blip2_folder`.
-
-        Args:
-            folder: An existing folder.
-        """
+        """Write what stage 2 starts from, and what stage 1 goes on from; see `blip2_folder`."""
         from polymodal.modeling.dual_encoders.blip2_stage1_folder import write_blip2
 
         write_blip2(folder, self)

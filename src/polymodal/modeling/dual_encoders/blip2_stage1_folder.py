@@ -1,9 +1,9 @@
 """Stage 1 of BLIP-2 from a recipe, from and to its folder, and from and to `Blip2ForImageTextRetrieval`.
 
-The folder is the Q-Former's own (`modeling.projectors.qformer_files`: `qformer.safetensors`, `config.json`), so stage 2 starts
-from it with `projector: {mm_projector_type: qformer, pretrained: FOLDER}` and drops the text path. Beside it lie the
-heads of the three losses, the tokenizer, and in `config.json` where the vision tower is from and how pictures are cut.
-The tower itself is written only where it was trained.
+The folder is the Q-Former's own (`modeling.projectors.qformer_files`: `qformer.safetensors`, `config.json`), so stage 2
+starts from it with `projector: {mm_projector_type: qformer, pretrained: FOLDER}` and drops the text path. Beside it lie
+the heads of the three losses, the tokenizer, and in `config.json` where the vision tower is from and how pictures are
+cut. The tower itself is written only where it was trained.
 
 BERT gives the vocabulary head too, where its folder holds one, as in LAVIS.
 """
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import Blip2ForImageTextRetrieval, PreTrainedTokenizerBase
 
 
-# ---- The text tokenizer of BLIP-2's Q-Former: BERT's WordPiece with the token "[DEC]", read from a folder or trained ----
+# ---- The text tokenizer of BLIP-2's Q-Former: BERT's WordPiece with the token "[DEC]", read from a folder or trained
 # BLIP-2 (Li et al. 2023, arXiv:2301.12597) takes `bert-base-uncased` and adds "[DEC]", which stands in place of "[CLS]"
 # where the text is to be generated. A small run needs neither BERT's folder nor its 30,522 pieces: `train_wordpiece`
 # learns them from the run's own captions. The `tokenizers` trainer numbers pieces in the order of a hash table, so that
@@ -60,19 +60,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", DECODE_TOKEN)
 
 
 def train_wordpiece(captions: Sequence[str], size: int = 8000, min_frequency: int = 2) -> PreTrainedTokenizerBase:
-    """Learn a WordPiece vocabulary; the same captions give the same vocabulary.
-
-    Args:
-        captions: The texts.
-        size: Pieces at most, special tokens included.
-        min_frequency: How often a pair of pieces must occur to become one.
-
-    Returns:
-        A lower-casing BERT tokenizer whose `bos_token` is "[DEC]".
-
-    Raises:
-        DataError: There is no text, or it has more different letters than pieces are allowed.
-    """
+    """Learn a WordPiece vocabulary; the same captions give the same vocabulary."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import BertTokenizerFast
 
@@ -100,17 +88,7 @@ def train_wordpiece(captions: Sequence[str], size: int = 8000, min_frequency: in
 
 
 def load_wordpiece(folder: Path | str) -> PreTrainedTokenizerBase:
-    """Load a BERT tokenizer, with "[DEC]" added where it is not there yet, as BLIP-2 does.
-
-    Args:
-        folder: A folder of `train_wordpiece`'s `save_pretrained`, or of BERT, or a hub id.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        CheckpointError: It cannot be read, or is of another kind than BERT's.
-    """
+    """Load a BERT tokenizer, with "[DEC]" added where it is not there yet, as BLIP-2 does."""
     from transformers import AutoTokenizer
 
     try:
@@ -128,7 +106,8 @@ def load_wordpiece(folder: Path | str) -> PreTrainedTokenizerBase:
 
 
 # ---- Word embeddings of a Q-Former's text path, started from those of a language model ----
-# Where there is no BERT to start from, the words still need not start as noise: a language model knows which of them are
+# Where there is no BERT to start from, the words still need not start as noise: a language model knows which of them
+# are
 # alike. Each piece of the WordPiece vocabulary gets the mean embedding of the language model's tokens for its text,
 # reduced to the Q-Former's width by principal components and scaled as fresh weights are. Special tokens stay random.
 # Ours; BLIP-2 starts the whole Q-Former from bert-base-uncased instead (`modeling.projectors.qformer_files`).
@@ -140,18 +119,8 @@ CONTINUES = "##"
 
 @torch.no_grad()
 def start_words(table: Tensor, tokenizer: PreTrainedTokenizerBase, source: str, deviation: float) -> None:
-    """Fill a table of word embeddings.
-
-    Args:
-        table: ``[V, H]``, changed in place.
-        tokenizer: WordPiece, whose ids are the rows.
-        source: A language model: folder, hub id, .gguf file, or "smollm2".
-        deviation: Standard deviation that the rows are scaled to.
-
-    Raises:
-        CheckpointError: The language model cannot be opened.
-        ConfigError: Its embeddings are narrower than H.
-    """
+    """Fill a table of word embeddings."""
+    # table [V, H]
     settings = LLMConfig(model_name_or_path=source)
     model: Any = load_llm(settings)
     words = load_tokenizer(settings)
@@ -173,9 +142,11 @@ def start_words(table: Tensor, tokenizer: PreTrainedTokenizerBase, source: str, 
 
 
 # ---- Stage 1 of BLIP-2 from a recipe, from and to its folder, and from and to `Blip2ForImageTextRetrieval` ----
-# The folder is the Q-Former's own (`modeling.projectors.qformer_files`: `qformer.safetensors`, `config.json`), so stage 2 starts
+# The folder is the Q-Former's own (`modeling.projectors.qformer_files`: `qformer.safetensors`, `config.json`), so stage
+# 2 starts
 # from it with `projector: {mm_projector_type: qformer, pretrained: FOLDER}` and drops the text path. Beside it lie the
-# heads of the three losses, the tokenizer, and in `config.json` where the vision tower is from and how pictures are cut.
+# heads of the three losses, the tokenizer, and in `config.json` where the vision tower is from and how pictures are
+# cut.
 # The tower itself is written only where it was trained.
 #
 # BERT gives the vocabulary head too, where its folder holds one, as in LAVIS.
@@ -197,19 +168,7 @@ _BERT_HEAD = {
 
 
 def build_blip2(settings: Blip2ModelConfig, objective: ObjectiveConfig) -> Blip2Stage1:
-    """Build stage 1 from a recipe.
-
-    Args:
-        settings: Tower, Q-Former, tokenizer and picture rules.
-        objective: The loss.
-
-    Returns:
-        The model; weights are drawn from torch's random state, except those of the tower, of a BERT, and `words`.
-
-    Raises:
-        ConfigError: The objective is not BLIP-2's, or parts do not fit each other.
-        CheckpointError: The tower, the tokenizer, the BERT or the language model cannot be opened, or does not fit.
-    """
+    """Build stage 1 from a recipe."""
     encoder = build_vision_encoder(settings.vision, None, tile=Size(*settings.image.tile_size))
     tokenizer = load_wordpiece(str(settings.tokenizer or settings.bert))
     follows = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
@@ -233,20 +192,7 @@ def build_blip2(settings: Blip2ModelConfig, objective: ObjectiveConfig) -> Blip2
 
 
 def load_blip2(source: str, image: ImageConfig | None, objective: ObjectiveConfig) -> Blip2Stage1:
-    """Load what stage 1 left.
-
-    Args:
-        source: The folder.
-        image: Picture rules in place of the folder's; the folder's when None.
-        objective: The loss.
-
-    Returns:
-        The model, in float32.
-
-    Raises:
-        ConfigError: The objective is not BLIP-2's.
-        CheckpointError: The folder is incomplete or damaged.
-    """
+    """Load what stage 1 left."""
     folder = Path(source)
     document = read_json(folder / CONFIG_NAME)
     where = f"{folder / CONFIG_NAME}: stage1"
@@ -273,15 +219,7 @@ def load_blip2(source: str, image: ImageConfig | None, objective: ObjectiveConfi
 
 
 def write_blip2(folder: Path, model: Blip2Stage1) -> None:
-    """Write stage 1 into a folder that is there, such as one that is being written.
-
-    Args:
-        folder: The folder.
-        model: The model.
-
-    Raises:
-        CheckpointError: A weight is not finite.
-    """
+    """Write stage 1 into a folder that is there, such as one that is being written."""
     from safetensors.torch import save_file
 
     heads = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items() if _is_head(name)}
@@ -308,21 +246,7 @@ def write_blip2(folder: Path, model: Blip2Stage1) -> None:
 def from_retrieval(
     model: Blip2ForImageTextRetrieval, tokenizer: PreTrainedTokenizerBase, vision: VisionConfig, image: ImageConfig
 ) -> Blip2Stage1:
-    """Take over a retrieval model of transformers; contrast and matching then score the same.
-
-    Args:
-        model: The model. It has no vocabulary head and no temperature, so these are fresh.
-        tokenizer: BERT's with "[DEC]", as the Q-Former knows it.
-        vision: Where the tower is from; of type eva_clip, its last layer, with the class token.
-        image: How a picture becomes the one tile that the tower takes.
-
-    Returns:
-        Our model, holding a copy of the weights.
-
-    Raises:
-        ConfigError: The tower is to be read elsewhere than BLIP-2 reads it.
-        CheckpointError: The weights do not fit.
-    """
+    """Take over a retrieval model of transformers; contrast and matching then score the same."""
     from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
 
     _check_tower(vision)
@@ -339,17 +263,7 @@ def from_retrieval(
 
 
 def to_retrieval(model: Blip2Stage1) -> Blip2ForImageTextRetrieval:
-    """Write our model as the retrieval model of transformers; contrast and matching then score the same.
-
-    Args:
-        model: Its tower must be of type eva_clip, its last layer, with the class token.
-
-    Returns:
-        A model whose `save_pretrained` others load; the vocabulary head and the temperature are left out.
-
-    Raises:
-        ConfigError: The tower is another one, or the Q-Former standardises its input, which the class cannot.
-    """
+    """Write our model as the retrieval model of transformers; contrast and matching then score the same."""
     from transformers import Blip2Config, Blip2ForImageTextRetrieval
 
     _check_tower(model.vision)

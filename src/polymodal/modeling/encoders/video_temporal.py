@@ -56,16 +56,8 @@ class TemporalEncoder(Protocol):
         ...
 
     def __call__(self, features: Tensor, times: Tensor | None = None, frame_mask: Tensor | None = None) -> Tensor:
-        """Encode frames.
-
-        Args:
-            features: ``[N, T, P, E]``, patches row by row.
-            times: ``[N, T]`` seconds since the video's beginning; only some kinds look at them.
-            frame_mask: ``[N, T]`` bool, False on frames that pad a shorter video; None where there are none.
-
-        Returns:
-            ``[N, T', P', E]`` in the features' type; zeros where no frame is real.
-        """
+        """Encode frames."""
+        # features [N, T, P, E], times [N, T], frame_mask [N, T] -> [N, T', P', E]
         ...
 
 
@@ -73,12 +65,6 @@ class MeanOverFrames(nn.Module):
     """The mean over a video's frames: one frame comes out."""
 
     def __init__(self, grid: Size, max_frames: int) -> None:
-        """Remember the sizes; there is nothing to learn.
-
-        Args:
-            grid: Rows and columns of the features.
-            max_frames: The most frames that it takes.
-        """
         super().__init__()
         self.grid = self.output_grid = grid
         self.max_frames = max_frames
@@ -101,13 +87,6 @@ class SpatioTemporalPool(nn.Module):
     """The mean of each block of t x h x w frames, rows and columns; blocks at the ends may be smaller."""
 
     def __init__(self, grid: Size, max_frames: int, stride: tuple[int, int, int] = (2, 2, 2)) -> None:
-        """Work out the sizes; there is nothing to learn.
-
-        Args:
-            grid: Rows and columns of the features.
-            max_frames: The most frames that it takes.
-            stride: Frames, rows and columns of a block.
-        """
         super().__init__()
         self.grid, self.max_frames, self.stride = grid, max_frames, stride
         self.output_grid = Size(-(-grid.height // stride[1]), -(-grid.width // stride[2]))
@@ -142,17 +121,6 @@ class TemporalAttention(nn.Module):
     """A small pre-norm transformer along time, for each patch position by itself; it starts as the identity."""
 
     def __init__(self, embed_dim: int, grid: Size, max_frames: int, config: TemporalAttentionConfig) -> None:
-        """Make the layers, with random weights but zeros in the last one.
-
-        Args:
-            embed_dim: E.
-            grid: Rows and columns of the features.
-            max_frames: The most frames that it takes.
-            config: The settings.
-
-        Raises:
-            ConfigError: The width cannot be shared among the heads.
-        """
         super().__init__()
         self.grid = self.output_grid = grid
         self.max_frames, self.pool = max_frames, config.pool
@@ -180,19 +148,8 @@ class TemporalAttention(nn.Module):
         return frame_mask.any(dim=1, keepdim=True) if self.pool == "mean" else frame_mask
 
     def forward(self, features: Tensor, times: Tensor | None = None, frame_mask: Tensor | None = None) -> Tensor:
-        """Let the frames of each patch position look at each other; see `TemporalEncoder`.
-
-        Args:
-            features: ``[N, T, P, E]``.
-            times: ``[N, T]`` seconds; may be left out for a single frame, which then counts as the first.
-            frame_mask: ``[N, T]`` bool, or None.
-
-        Returns:
-            ``[N, T, P, E]``, or ``[N, 1, P, E]`` where it ends with the mean.
-
-        Raises:
-            PolymodalError: A shape is wrong, or several frames come without their times.
-        """
+        """Let the frames of each patch position look at each other; see `TemporalEncoder`."""
+        # features [N, T, P, E], times [N, T], frame_mask [N, T] -> [N, T, P, E]
         _check(self, features, times, frame_mask)
         count, frames, patches, _ = features.shape
         if times is None:
@@ -223,12 +180,6 @@ class TrackLayer(nn.Module):
     """Attention over time and a feed-forward part, each behind a norm."""
 
     def __init__(self, width: int, heads: int) -> None:
-        """Make the layer.
-
-        Args:
-            width: Of its input.
-            heads: Divide the width.
-        """
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
@@ -251,13 +202,6 @@ class TimeEmbedding(nn.Module):
     """Seconds to vectors: sine and cosine of geometrically spaced periods, as they are or through a small network."""
 
     def __init__(self, width: int, kind: Literal["sinusoidal", "learned"], periods: tuple[float, float]) -> None:
-        """Lay out the periods.
-
-        Args:
-            width: Of the vectors; even.
-            kind: "learned" puts two linear layers behind the waves.
-            periods: The shortest and the longest, in seconds.
-        """
         super().__init__()
         self.width, self.periods = width, periods
         self.layers: nn.Sequential | None = None
@@ -305,20 +249,7 @@ TEMPORAL_ENCODERS: dict[str, TemporalBuilder] = {
 
 
 def build_temporal(config: TemporalConfig, embed_dim: int, grid: Size, max_frames: int) -> TemporalEncoder:
-    """Make the temporal encoder that fits a vision encoder (random weights).
-
-    Args:
-        config: Which one.
-        embed_dim: E, of the vision encoder.
-        grid: Its grid.
-        max_frames: The most frames of a video.
-
-    Returns:
-        The temporal encoder.
-
-    Raises:
-        ConfigError: There is no such kind, or its sizes do not fit.
-    """
+    """Make the temporal encoder that fits a vision encoder (random weights)."""
     if config.type not in TEMPORAL_ENCODERS:
         raise unknown_name("temporal encoder", config.type, TEMPORAL_ENCODERS)
     return TEMPORAL_ENCODERS[config.type](config, embed_dim, grid, max_frames)

@@ -1,10 +1,10 @@
 """Vision encoders: tiles of pixels ``[N, 3, H, W]`` to features ``[N, P, E]``; every family in one table.
 
-`VISION_ENCODERS` names them: the towers of `transformers` (see `modeling.encoders.hf_vision` for what is read from them) and
-the small EfficientNet-Lite0 of `modeling.encoders.efficientnet`. Weights come with the package (the bare names
-"efficientnet_lite0" and "vit_small"), from a folder, from the model's own folder ("bundled") or from the hub, as
-safetensors only. Unlike a bare `from_pretrained`, loading is refused where the folder
-holds another family than configured or lacks weights, which would otherwise stay at random values.
+`VISION_ENCODERS` names them: the towers of `transformers` (see `modeling.encoders.hf_vision` for what is read from
+them) and the small EfficientNet-Lite0 of `modeling.encoders.efficientnet`. Weights come with the package (the bare
+names "efficientnet_lite0" and "vit_small"), from a folder, from the model's own folder ("bundled") or from the hub, as
+safetensors only. Unlike a bare `from_pretrained`, loading is refused where the folder holds another family than
+configured or lacks weights, which would otherwise stay at random values.
 """
 
 from __future__ import annotations

@@ -37,12 +37,6 @@ class SqueezeExcite(nn.Module):
     """Weigh each channel by what all channels are on average."""
 
     def __init__(self, channels: int, inner: int) -> None:
-        """Build the gate.
-
-        Args:
-            channels: Of the maps.
-            inner: Width of its middle.
-        """
         super().__init__()
         self.squeeze = nn.Conv2d(channels, inner, 1)
         self.excite = nn.Conv2d(inner, channels, 1)
@@ -57,12 +51,6 @@ class Bottleneck(nn.Module):
     """RegNet-Y's block."""
 
     def __init__(self, before: int, after: int) -> None:
-        """Build the block.
-
-        Args:
-            before: Channels that come in.
-            after: Channels that go out.
-        """
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(before, after, 1, bias=False),
@@ -100,22 +88,6 @@ class CAbstractor(nn.Module):
         bias: bool = True,
         norm: NormKind = "none",
     ) -> None:
-        """Build the layers.
-
-        Args:
-            embed_dim: E.
-            llm_dim: D.
-            grid: Rows and columns of the features.
-            num_query_tokens: Q, a square number.
-            hidden_size: Channels of the convolutions.
-            depth: Blocks before the pooling, and again after it.
-            mlp_depth: Linear layers at the end.
-            bias: Whether these have a bias.
-            norm: What comes first; see `modeling.projectors.mlp`.
-
-        Raises:
-            ConfigError: The grid is smaller than the square of tokens.
-        """
         super().__init__()
         side = math.isqrt(num_query_tokens)
         if side > min(grid.height, grid.width):

@@ -24,33 +24,23 @@ NormKind = Literal["none", "layer", "standardize"]
 
 
 class Standardize(nn.Module):
-    """Subtract a fixed mean from each channel and divide by a fixed deviation.
+    """Subtract a fixed mean from each channel and divide by a fixed deviation."""
 
-    For towers whose channels differ widely in size, such as several depths of a convolutional network side by side: a
-    LayerNorm would let the loud ones drown the rest. Mean and deviation are measured once, on the first data, and
-    travel with the weights; until then this is the identity.
-    """
+    # For towers whose channels differ widely in size, such as several depths of a convolutional network side by side:
+    # a LayerNorm would let the loud ones drown the rest. Mean and deviation are measured once, on the first data, and
+    # travel with the weights; until then this is the identity.
 
     mean: Tensor
     scale: Tensor
 
     def __init__(self, embed_dim: int) -> None:
-        """Start as the identity.
-
-        Args:
-            embed_dim: E, the number of channels.
-        """
         super().__init__()
         self.register_buffer("mean", torch.zeros(embed_dim))
         self.register_buffer("scale", torch.ones(embed_dim))
 
     @torch.no_grad()
-    def measure(self, features: Tensor) -> None:
-        """Take mean and deviation from data.
-
-        Args:
-            features: ``[..., E]``, a fair sample of what will come.
-        """
+    def measure(self, features: Tensor) -> None:  # [..., E]
+        """Take mean and deviation from data."""
         flat = features.reshape(-1, features.shape[-1]).float()
         deviation = flat.std(dim=0)
         self.mean.copy_(flat.mean(dim=0))
@@ -63,15 +53,7 @@ class Standardize(nn.Module):
 
 
 def build_norm(kind: NormKind, embed_dim: int) -> nn.Module:
-    """Build the layer that a projector starts with.
-
-    Args:
-        kind: Which.
-        embed_dim: E.
-
-    Returns:
-        A module that keeps the shape.
-    """
+    """Build the layer that a projector starts with."""
     if kind == "layer":
         return nn.LayerNorm(embed_dim)
     return Standardize(embed_dim) if kind == "standardize" else nn.Identity()
@@ -84,15 +66,6 @@ class LinearProjector(nn.Module):
     """Features ``[N, P, E]`` to tokens ``[N, P, D]``, each by itself."""
 
     def __init__(self, embed_dim: int, llm_dim: int, grid: Size, *, bias: bool = True, norm: NormKind = "none") -> None:
-        """Build the layer.
-
-        Args:
-            embed_dim: E.
-            llm_dim: D.
-            grid: Rows and columns of the features; the tokens keep it.
-            bias: Whether the layer has a bias.
-            norm: What comes before it; see `modeling.projectors.mlp`.
-        """
         super().__init__()
         self.output_grid = grid
         self.norm = build_norm(norm, embed_dim)
@@ -124,17 +97,6 @@ class MLPProjector(nn.Module):
         norm: NormKind = "none",
         hidden_size: int | None = None,
     ) -> None:
-        """Build the layers.
-
-        Args:
-            embed_dim: E.
-            llm_dim: D.
-            grid: Rows and columns of the features; the tokens keep it.
-            depth: Number of linear layers, 1 or more.
-            bias: Whether the layers have a bias.
-            norm: What comes before the first one; see `modeling.projectors.mlp`.
-            hidden_size: Width between the layers; D where None.
-        """
         super().__init__()
         self.output_grid = grid
         self.norm = build_norm(norm, embed_dim)
@@ -157,52 +119,22 @@ class MLPProjector(nn.Module):
 # Difference from the reference: the grid may be any rectangle; the references take the root of P as its side.
 
 
-def pixel_shuffle(features: Tensor, grid: Size, ratio: int) -> Tensor:
-    """Put each `ratio` x `ratio` block of patches side by side along the channels.
-
-    Args:
-        features: ``[N, P, E]``, P = ``grid.area``, row by row.
-        grid: Rows and columns of the features, both divisible by `ratio`.
-        ratio: r.
-
-    Returns:
-        ``[N, P / r**2, E * r**2]``.
-    """
+def pixel_shuffle(features: Tensor, grid: Size, ratio: int) -> Tensor:  # features [N, P, E] -> [N, P / r**2, E * r**2]
+    """Put each `ratio` x `ratio` block of patches side by side along the channels."""
     count, _, width = features.shape
     blocks = features.reshape(count, grid.height // ratio, ratio, grid.width // ratio, ratio, width)
     return blocks.permute(0, 1, 3, 2, 4, 5).reshape(count, -1, width * ratio**2)
 
 
-def average_pool(features: Tensor, grid: Size, ratio: int) -> Tensor:
-    """Take the mean of each `ratio` x `ratio` block of patches.
-
-    Args:
-        features: ``[N, P, E]``, P = ``grid.area``, row by row.
-        grid: Rows and columns of the features, both divisible by `ratio`.
-        ratio: r.
-
-    Returns:
-        ``[N, P / r**2, E]``.
-    """
+def average_pool(features: Tensor, grid: Size, ratio: int) -> Tensor:  # features [N, P, E] -> [N, P / r**2, E]
+    """Take the mean of each `ratio` x `ratio` block of patches."""
     count, _, width = features.shape
     blocks = features.reshape(count, grid.height // ratio, ratio, grid.width // ratio, ratio, width)
     return blocks.mean(dim=(2, 4)).reshape(count, -1, width)
 
 
 def pooled_grid(name: str, grid: Size, ratio: int) -> Size:
-    """The grid that is left after pooling.
-
-    Args:
-        name: The projector type, for the error.
-        grid: Rows and columns before.
-        ratio: r.
-
-    Returns:
-        Rows and columns after.
-
-    Raises:
-        ConfigError: The grid cannot be cut into blocks of r x r.
-    """
+    """The grid that is left after pooling."""
     if grid.height % ratio or grid.width % ratio:
         raise ConfigError(
             f"mm_projector_type {name!r} joins {ratio}x{ratio} patches, which does not divide the encoder's grid of "
@@ -217,14 +149,6 @@ class PooledProjector(nn.Module):
     def __init__(
         self, pool: Callable[[Tensor, Size, int], Tensor], grid: Size, ratio: int, projector: nn.Module
     ) -> None:
-        """Join the two steps.
-
-        Args:
-            pool: `pixel_shuffle` or `average_pool`.
-            grid: Rows and columns of the features.
-            ratio: r.
-            projector: Takes the pooled features to D; built for the pooled grid.
-        """
         super().__init__()
         self.pool = pool
         self.grid = grid

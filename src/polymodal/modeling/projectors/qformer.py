@@ -35,14 +35,6 @@ class QFormer(nn.Module):
         text: bool,
         norm: NormKind = "none",
     ) -> None:
-        """Build the network with fresh weights.
-
-        Args:
-            embed_dim: E.
-            config: The settings.
-            text: Give it a text path: embeddings, and a feed-forward part for text positions in each layer.
-            norm: What comes before `ln_vision`; see `modeling.projectors.mlp`.
-        """
         super().__init__()
         from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2TextEmbeddings
 
@@ -71,25 +63,12 @@ class QFormer(nn.Module):
 
     def encode(
         self,
-        features: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        mask4d: Tensor | None = None,
+        features: Tensor | None = None,  # [B, P, E]
+        input_ids: Tensor | None = None,  # [B, T]
+        attention_mask: Tensor | None = None,  # [B, T]
+        mask4d: Tensor | None = None,  # [B, 1, Q + T, Q + T]
     ) -> Tensor:
-        """Run queries, text or both.
-
-        Args:
-            features: ``[B, P, E]``, the tower's output; None leaves the queries out.
-            input_ids: ``[B, T]``; None leaves the text out.
-            attention_mask: ``[B, T]`` bool, False on the text's padding; None where it has none.
-            mask4d: ``[B, 1, Q + T, Q + T]`` bool, who sees whom, in place of the rule that all see all but padding.
-
-        Returns:
-            Hidden states ``[B, Q + T, H]``, queries first.
-
-        Raises:
-            PolymodalError: Neither is given, there is no text path, or the text is too long.
-        """
+        """Run queries, text or both."""
         if input_ids is not None:
             self._check_text(input_ids)
         vision = queries = None
@@ -119,18 +98,8 @@ class QFormer(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         mask4d: Tensor | None = None,
-    ) -> Tensor:
-        """Run as `encode` and keep the queries.
-
-        Args:
-            features: As in `encode`.
-            input_ids: As in `encode`.
-            attention_mask: As in `encode`.
-            mask4d: As in `encode`.
-
-        Returns:
-            ``[B, Q, H]``.
-        """
+    ) -> Tensor:  # [B, Q, H]
+        """Run as `encode` and keep the queries."""
         return self.encode(features, input_ids, attention_mask, mask4d)[:, : self.num_queries]
 
     def _check_text(self, input_ids: Tensor) -> None:
@@ -147,13 +116,6 @@ class QFormerProjector(nn.Module):
     """Features ``[N, P, E]`` to tokens ``[N, Q, D]``: the queries of a Q-Former, then one linear layer."""
 
     def __init__(self, qformer: QFormer, llm_dim: int, *, bias: bool = True) -> None:
-        """Join the two.
-
-        Args:
-            qformer: With a text path where the queries are to read a context; without it otherwise.
-            llm_dim: D.
-            bias: Whether the linear layer has a bias.
-        """
         super().__init__()
         self.qformer = qformer
         self.text_context = qformer.embeddings is not None
@@ -166,18 +128,8 @@ class QFormerProjector(nn.Module):
         return self.qformer.norm
 
     def forward(self, features: Tensor, context: Tensor | None = None) -> Tensor:
-        """Project features.
-
-        Args:
-            features: ``[N, P, E]``.
-            context: ``[N, T]`` ids of the Q-Former's tokenizer, -1 behind the end of each text; with `text_context`.
-
-        Returns:
-            ``[N, Q, D]``.
-
-        Raises:
-            PolymodalError: A context is needed and none is given, or the other way round.
-        """
+        """Project features."""
+        # features [N, P, E], context [N, T] -> [N, Q, D]
         if not self.text_context:
             if context is not None:
                 raise PolymodalError("this Q-Former reads no text (qformer.text_context is false)")

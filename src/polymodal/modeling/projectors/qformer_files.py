@@ -37,27 +37,13 @@ TEXT_PARTS = (r"embeddings\.", r"transformer\.encoder\.layer\.\d+\.(intermediate
 
 
 def save_qformer(folder: Path, qformer: QFormer, *, replace: bool = False) -> None:
-    """Write a Q-Former into a folder of its own.
-
-    Args:
-        folder: Where to; appears whole or not at all.
-        qformer: With or without its text path.
-        replace: Overwrite a folder that is there.
-    """
+    """Write a Q-Former into a folder of its own."""
     with atomic_folder(folder, replace=replace) as work:
         write_qformer(work, qformer)
 
 
 def write_qformer(folder: Path, qformer: QFormer) -> None:
-    """Write a Q-Former's two files into a folder that is there, such as one that is being written.
-
-    Args:
-        folder: The folder.
-        qformer: With or without its text path.
-
-    Raises:
-        CheckpointError: A weight is not finite.
-    """
+    """Write a Q-Former's two files into a folder that is there, such as one that is being written."""
     write_tensors(folder / WEIGHTS_NAME, qformer.state_dict())
     document = {
         "format": FORMAT,
@@ -70,18 +56,7 @@ def write_qformer(folder: Path, qformer: QFormer) -> None:
 
 
 def load_qformer(folder: Path, *, text: bool | None = None) -> QFormer:
-    """Build the Q-Former that a folder holds.
-
-    Args:
-        folder: What `save_qformer` wrote.
-        text: With its text path (True) or without it (False); as saved when None.
-
-    Returns:
-        The Q-Former, in eval mode.
-
-    Raises:
-        CheckpointError: The folder is incomplete or damaged, or has no text path.
-    """
+    """Build the Q-Former that a folder holds."""
     document = _read_document(folder)
     settings = parse_config(QFormerConfig, document["qformer"], str(folder / CONFIG_NAME))
     norm: NormKind = document["norm"]
@@ -91,33 +66,13 @@ def load_qformer(folder: Path, *, text: bool | None = None) -> QFormer:
 
 
 def load_stage1(qformer: QFormer, folder: Path) -> None:
-    """Load what stage 1 left into a Q-Former; text parts are dropped where it has none.
-
-    Args:
-        qformer: Changed in place.
-        folder: What `save_qformer` wrote.
-
-    Raises:
-        CheckpointError: The folder is damaged, or its tensors do not fit; lists them.
-    """
+    """Load what stage 1 left into a Q-Former; text parts are dropped where it has none."""
     tensors = read_tensors(folder / WEIGHTS_NAME)
     load_exactly(qformer, tensors if qformer.embeddings is not None else without_text(tensors), str(folder))
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take the projector out of the weights of a BLIP-2 of transformers.
-
-    Args:
-        state: The state of `Blip2ForConditionalGeneration`, `Blip2ForImageTextRetrieval` or
-            `InstructBlipForConditionalGeneration`, or their tensors as a checkpoint names them.
-
-    Returns:
-        Tensors as `QFormerProjector` names them ("qformer.", "language_projection."). The tower, the language model
-        and the heads of retrieval ("vision_projection.", "text_projection.", "itm_head.") are left out.
-
-    Raises:
-        CheckpointError: There is no Q-Former in it.
-    """
+    """Take the projector out of the weights of a BLIP-2 of transformers."""
     prefixes = (
         (r"query_tokens$", "qformer.query_tokens"),
         (r"vision_model\.post_layernorm\.", "qformer.ln_vision."),
@@ -152,17 +107,7 @@ def of_qformer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], where: str, wanted: set[str] | None = None) -> None:
-    """Copy tensors into a module; all of them or none.
-
-    Args:
-        module: Changed in place; keeps its types and devices.
-        tensors: By name.
-        where: Where they are from, for the error.
-        wanted: What must be given; all of the module's state when None.
-
-    Raises:
-        CheckpointError: Tensors are missing, left over, of another shape, or not finite; lists them.
-    """
+    """Copy tensors into a module; all of them or none."""
     state = module.state_dict()
     compare_tensors({name: state[name] for name in (state if wanted is None else wanted)}, tensors, where)
     check_finite(tensors, where)
@@ -172,17 +117,7 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], where: str, w
 
 
 def read_folder_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of a folder of transformers, in one file or several.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        Tensors by name.
-
-    Raises:
-        CheckpointError: There are no safetensors, or they are damaged.
-    """
+    """Read all tensors of a folder of transformers, in one file or several."""
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
@@ -221,30 +156,14 @@ _BERT_UNUSED = (r"embeddings\.(token_type_embeddings|position_ids)", r"pooler\."
 
 
 def start_projector(projector: object, pretrained: str) -> None:
-    """Start a projector from pretrained weights.
-
-    Args:
-        projector: Changed in place.
-        pretrained: `projector.pretrained`, a folder.
-
-    Raises:
-        ConfigError: The projector has no Q-Former.
-    """
+    """Start a projector from pretrained weights."""
     if not isinstance(projector, QFormerProjector):
         raise ConfigError(f"projector.pretrained is for a Q-Former, not for {type(projector).__name__}")
     start_from(projector.qformer, Path(pretrained).expanduser())
 
 
 def start_from(qformer: QFormer, folder: Path) -> None:
-    """Start a Q-Former from what stage 1 left, or from a BERT.
-
-    Args:
-        qformer: Changed in place.
-        folder: What `save_qformer` wrote, or a BERT folder of transformers.
-
-    Raises:
-        CheckpointError: It is neither, or it does not fit.
-    """
+    """Start a Q-Former from what stage 1 left, or from a BERT."""
     if (folder / WEIGHTS_NAME).is_file():
         load_stage1(qformer, folder)
         return
@@ -256,17 +175,8 @@ def start_from(qformer: QFormer, folder: Path) -> None:
 
 
 def init_from_bert(qformer: QFormer, folder: Path) -> None:
-    """Copy a BERT's embeddings, self-attention and feed-forward parts; the rest stays as it is.
-
-    Words that BERT does not have, such as [DEC], keep their random rows, which come last.
-
-    Args:
-        qformer: Changed in place; with or without a text path.
-        folder: A BERT folder of transformers (`config.json`, safetensors), of the same width and depth or deeper.
-
-    Raises:
-        CheckpointError: It is no BERT, or its tensors do not fit; lists them.
-    """
+    """Copy a BERT's embeddings, self-attention and feed-forward parts; the rest stays as it is."""
+    # Words that BERT does not have, such as [DEC], keep their random rows, which come last.
     tensors = bert_tensors(folder)
     state = qformer.state_dict()
     words = "embeddings.word_embeddings.weight"
@@ -288,17 +198,7 @@ def init_from_bert(qformer: QFormer, folder: Path) -> None:
 
 
 def bert_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read a BERT's weights under the names of a Q-Former.
-
-    Args:
-        folder: A BERT folder of transformers.
-
-    Returns:
-        Tensors by name; each feed-forward part twice, for text and for queries.
-
-    Raises:
-        CheckpointError: It is no BERT folder, or it is damaged.
-    """
+    """Read a BERT's weights under the names of a Q-Former."""
     kind = read_json(folder / CONFIG_NAME).get("model_type")
     if kind != "bert":
         raise CheckpointError(f"{folder}: model_type 'bert' expected, {CONFIG_NAME} says {kind!r}")
@@ -343,19 +243,7 @@ TOKENIZER_FOLDER = "qformer_tokenizer"
 
 
 def load_context_tokenizer(config: ProjectorConfig, folder: Path | None = None) -> PreTrainedTokenizerBase | None:
-    """Load the Q-Former's tokenizer, where it reads a context.
-
-    Args:
-        config: The projector's configuration.
-        folder: A model folder of ours; the tokenizer in it goes first.
-
-    Returns:
-        The tokenizer (fast); None for a projector that reads no text.
-
-    Raises:
-        ConfigError: The configuration does not say where it is, or it has more words than the Q-Former.
-        CheckpointError: It cannot be opened.
-    """
+    """Load the Q-Former's tokenizer, where it reads a context."""
     from transformers import AutoTokenizer
 
     if config.qformer is None or not config.qformer.text_context:

@@ -22,14 +22,6 @@ class ResamplerLayer(nn.Module):
     """Latents attend to patches and latents, then a feed-forward part."""
 
     def __init__(self, width: int, heads: int, head_dim: int, ratio: int) -> None:
-        """Build the layer.
-
-        Args:
-            width: Of patches and latents.
-            heads: Attention heads.
-            head_dim: Width of a head.
-            ratio: How much wider the inside of the feed-forward part is.
-        """
         super().__init__()
         self.heads = heads
         self.norm_patches = nn.LayerNorm(width)
@@ -75,21 +67,6 @@ class Resampler(nn.Module):
         bias: bool = True,
         norm: NormKind = "none",
     ) -> None:
-        """Build the layers.
-
-        Args:
-            embed_dim: E.
-            llm_dim: D.
-            grid: Rows and columns of the features.
-            num_query_tokens: Q.
-            hidden_size: Width of the latents; E where None.
-            num_layers: Layers.
-            num_attention_heads: Heads of each attention.
-            head_dim: Width of a head.
-            intermediate_ratio: How much wider the inside of a feed-forward part is.
-            bias: Whether the last linear layer has a bias.
-            norm: What comes first; see `modeling.projectors.mlp`.
-        """
         super().__init__()
         width = hidden_size or embed_dim
         self.output_grid = Size(1, num_query_tokens)

@@ -45,17 +45,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Rendered:
-    """A tokenised conversation.
+    """A tokenised conversation."""
 
-    Attributes:
-        input_ids: [T] ids, placeholders expanded.
-        loss_mask: [T] True where the token is the assistant's, its end token included.
-        slots: Where each picture is, in order.
-    """
-
-    input_ids: list[int]
-    loss_mask: list[bool]
-    slots: tuple[Slot, ...] = ()
+    input_ids: list[int]  # [T] ids, placeholders expanded
+    loss_mask: list[bool]  # [T] True where the token is the assistant's, its end token included
+    slots: tuple[Slot, ...] = ()  # Where each picture is, in order
 
 
 @dataclass
@@ -72,26 +66,9 @@ class _Output:
 
 
 class ChatTemplate:
-    """One model's chat template over one tokenizer. Safe to use from several threads, and can be pickled.
-
-    Attributes:
-        stop_ids: The ids that end an assistant's turn.
-        source: The template's text.
-        style: How it takes content: "parts" always as a list, "mixed" only with pictures, "string" never.
-        image_token_id: The placeholder's id.
-    """
+    """One model's chat template over one tokenizer. Safe to use from several threads, and can be pickled."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TemplateConfig, image_token_id: int) -> None:
-        """Compile the template and find out how it writes answers, by rendering a short conversation.
-
-        Args:
-            tokenizer: Any fast Hugging Face tokenizer.
-            config: Which template, and the system message where there is none.
-            image_token_id: The placeholder's id; it may lie past the vocabulary.
-
-        Raises:
-            ConfigError: There is no such template, the tokenizer lacks tokens that it needs, or it cannot take text.
-        """
         self._made_from = (tokenizer, config, image_token_id)
         self._config = config
         self.image_token_id = self._image_id = image_token_id
@@ -122,19 +99,7 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], media_tokens: Sequence[int] = (), *, add_generation_prompt: bool = False
     ) -> Rendered:
-        """Tokenise a conversation.
-
-        Args:
-            messages: The conversation.
-            media_tokens: How many placeholders each picture takes, in order.
-            add_generation_prompt: End with the header of an answer, for the model to go on.
-
-        Returns:
-            The ids, the loss mask and the pictures' places.
-
-        Raises:
-            PolymodalError: The template cannot express the conversation, or a part cannot be used.
-        """
+        """Tokenise a conversation."""
         if not messages:
             raise PolymodalError("the conversation is empty; give at least one message")
         turns = self._turns(messages)

@@ -61,32 +61,13 @@ class MarkedTemplate:
     """A compiled chat template that is given markers instead of content."""
 
     def __init__(self, source: str, variables: dict[str, Any]) -> None:
-        """Compile the template.
-
-        Args:
-            source: The jinja text.
-            variables: What the template may use besides the messages, such as `eos_token`.
-        """
         self._compiled = compile_template(source)
         self._variables = variables
         self._nonce = f"PM{secrets.token_hex(12)}"
         self._marker = re.compile(f"({_EDGE})?{self._nonce}t(\\d+)x({_EDGE})?|{self._nonce}i(\\d+)x")
 
     def cuts(self, turns: Sequence[Turn], style: Style, *, add_generation_prompt: bool = False) -> list[Cut]:
-        """Render a conversation and cut it at its content.
-
-        Args:
-            turns: The conversation.
-            style: How content is handed to the template.
-            add_generation_prompt: Ask the template for its own generation prompt.
-
-        Returns:
-            Pieces of scaffolding, each with the number of the content after it, counted over all turns; the last has
-            none. Pictures in "parts" style have no marker: the template writes its own placeholder.
-
-        Raises:
-            PolymodalError: The template refuses the conversation or fails.
-        """
+        """Render a conversation and cut it at its content."""
         text = self._render(turns, style, add_generation_prompt)
         found: list[Cut] = []
         position = 0

@@ -114,19 +114,12 @@ _T5 = (
 
 @dataclass(frozen=True)
 class Preset:
-    """A chat template that has a name.
+    """A chat template that has a name."""
 
-    Attributes:
-        jinja: The template's text.
-        tokens: Tokens that the tokenizer must have as single special tokens.
-        needs_eos: Answers end with the tokenizer's own end token, so it must have one.
-        media_only: Stage 1 of LLaVA: of everything but the assistant's turns only the media are kept.
-    """
-
-    jinja: str
-    tokens: tuple[str, ...] = ()
-    needs_eos: bool = False
-    media_only: bool = False
+    jinja: str  # The template's text
+    tokens: tuple[str, ...] = ()  # Tokens that the tokenizer must have as single special tokens
+    needs_eos: bool = False  # Answers end with the tokenizer's own end token, so it must have one
+    media_only: bool = False  # Stage 1 of LLaVA: of everything but the assistant's turns only the media are kept
 
 
 PRESETS: dict[str, Preset] = {

@@ -24,26 +24,9 @@ if TYPE_CHECKING:
 
 
 class PieceTokenizer:
-    """Tokenises scaffolding and content, each as a continuation of the ids before it.
-
-    Attributes:
-        added: Ids of the tokenizer's added tokens and of the media placeholder; text starts afresh after them.
-        prefix: Where the tokenizer puts its own space: "never", "first" (only at the very start) or "always" (also
-            after each added token).
-        hides_space: Whether decoding drops one leading space, so that a space put in front of an answer is not seen.
-    """
+    """Tokenises scaffolding and content, each as a continuation of the ids before it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token_id: int, template: str) -> None:
-        """Make private copies of the tokenizer.
-
-        Args:
-            tokenizer: Any fast Hugging Face tokenizer.
-            image_token_id: The placeholder's id; content never produces it.
-            template: The chat template's text; added tokens named in it are never produced by content either.
-
-        Raises:
-            ConfigError: The tokenizer has no Rust backend.
-        """
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
                 f"tokenizer {type(tokenizer).__name__} is not a fast tokenizer; save it as tokenizer.json first"
@@ -92,15 +75,7 @@ class PieceTokenizer:
         return self.prefix == "first" and not ids
 
     def scaffold(self, text: str, before: Sequence[int]) -> tuple[int, ...]:
-        """Tokenise what the template wrote, special tokens recognised.
-
-        Args:
-            text: The piece.
-            before: All ids so far.
-
-        Returns:
-            The piece's ids.
-        """
+        """Tokenise what the template wrote, special tokens recognised."""
         return self._cached_scaffold(text, self.is_fresh(before)) if text else ()
 
     def _encode_scaffold(self, text: str, fresh: bool) -> tuple[int, ...]:
@@ -123,20 +98,7 @@ class PieceTokenizer:
         return None
 
     def content(self, text: str, before: Sequence[int], *, space: str = "", keep_exact: bool = False) -> list[int]:
-        """Tokenise what somebody wrote; nothing in it is read as a special token.
-
-        Args:
-            text: The piece.
-            before: All ids so far.
-            space: White space of the scaffolding that is tokenised with the piece.
-            keep_exact: Leave out the tokenizer's own space where decoding would show it.
-
-        Returns:
-            The piece's ids.
-
-        Raises:
-            PolymodalError: The text holds a one-character special token, which cannot be taken apart.
-        """
+        """Tokenise what somebody wrote; nothing in it is read as a special token."""
         wanted = self.hides_space or not (keep_exact or text.startswith(" "))
         if not space and wanted and self.is_fresh(before):
             space = " "

@@ -44,22 +44,7 @@ def prepare_pairs(
     recipe: PairRecipe,
     skipped_file: Path,
 ) -> Pairs:
-    """Read records, tokenise every caption and look at every picture once.
-
-    Args:
-        mix: For each source its records, or how they are read, and its repeat.
-        weights: Of the sources, or None each.
-        model: Its tokenizer and text limits are used.
-        pictures: Told of every picture.
-        recipe: Texts, what to do on errors, where notes are kept.
-        skipped_file: Where records that could not be used are listed.
-
-    Returns:
-        The samples.
-
-    Raises:
-        PolymodalError: A record is no pair or cannot be read and `on_error` is "stop", or nothing is left.
-    """
+    """Read records, tokenise every caption and look at every picture once."""
     skip = recipe.data.on_error == "skip"
     faults: list[dict[str, str]] = []
     parts: list[list[_Pair]] = []
@@ -138,17 +123,7 @@ def _checked(record: Record) -> _Pair | tuple[str, PolymodalError]:
 
 
 def _pair_of(record: Record) -> _Pair:
-    """A record as a pair.
-
-    Args:
-        record: The record.
-
-    Returns:
-        Its picture and captions: the list `captions` where it has one, else its one answer.
-
-    Raises:
-        DataError: It has not exactly one picture, or no caption.
-    """
+    """A record as a pair."""
     where = f"record {record.id}"
     media = [part for message in record.messages for part in message.media]
     pictures = [part for part in media if isinstance(part, Image)]
@@ -228,19 +203,7 @@ def _collect(
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str], limit: int) -> list[np.ndarray]:
-    """Tokenise texts as the model's own folder does.
-
-    Args:
-        tokenizer: Adds special tokens as it does.
-        texts: The texts.
-        limit: Most tokens, special ones included; the end token stays where a text is cut.
-
-    Returns:
-        Token ids of each, int32.
-
-    Raises:
-        DataError: A text has no token.
-    """
+    """Tokenise texts as the model's own folder does."""
     found: list[np.ndarray] = []
     parts = range(0, len(texts), 1024)
     for start in progress(parts, "tokenising", len(parts)):

@@ -26,33 +26,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The samples of a pair stage, in memory: pictures by their sources, captions as tokens.
+    """The samples of a pair stage, in memory: pictures by their sources, captions as tokens."""
 
-    Attributes:
-        ids: [n] of the first record of each picture.
-        keys: [n] uint64 hashes of them, for what is drawn.
-        sources: [n] where each picture is.
-        image_ids: [n] int64, equal for equal pixels.
-        captions: [n] the numbers of each picture's texts, as ranges of `starts`.
-        tokens: All texts' tokens, one after the other.
-        starts: [m + 1] where each text begins in `tokens`.
-        mixture: Range of samples and repeat of each data file.
-        left_out: Why records were left out, with counts.
-        fingerprint: Hash of every picture and token; a resumed run must see the same.
-        images: [n] keys of the pictures' pixels.
-    """
-
-    ids: tuple[str, ...]
-    keys: np.ndarray
-    sources: tuple[Source, ...]
-    image_ids: np.ndarray
-    captions: tuple[range, ...]
-    tokens: np.ndarray
-    starts: np.ndarray
-    mixture: tuple[tuple[range, float], ...]
-    left_out: dict[str, int]
-    fingerprint: str
-    images: tuple[str, ...]
+    ids: tuple[str, ...]  # [n] of the first record of each picture
+    keys: np.ndarray  # [n] uint64 hashes of them, for what is drawn
+    sources: tuple[Source, ...]  # [n] where each picture is
+    image_ids: np.ndarray  # [n] int64, equal for equal pixels
+    captions: tuple[range, ...]  # [n] the numbers of each picture's texts, as ranges of `starts`
+    tokens: np.ndarray  # All texts' tokens, one after the other
+    starts: np.ndarray  # [m + 1] where each text begins in `tokens`
+    mixture: tuple[tuple[range, float], ...]  # Range of samples and repeat of each data file
+    left_out: dict[str, int]  # Why records were left out, with counts
+    fingerprint: str  # Hash of every picture and token; a resumed run must see the same
+    images: tuple[str, ...]  # [n] keys of the pictures' pixels
 
     @property
     def targets(self) -> np.ndarray:
@@ -71,19 +57,12 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which pairs go through the model together, and what was drawn for them.
+    """Which pairs go through the model together, and what was drawn for them."""
 
-    Attributes:
-        indices: [b] samples.
-        texts: [b] numbers of their texts.
-        numbers: [b, COUNT] what else is drawn, or None for plain tiles.
-        length: What the texts are padded to; the same over the whole step.
-    """
-
-    indices: np.ndarray
-    texts: np.ndarray
-    numbers: np.ndarray | None
-    length: int
+    indices: np.ndarray  # [b] samples
+    texts: np.ndarray  # [b] numbers of their texts
+    numbers: np.ndarray | None  # [b, COUNT] what else is drawn, or None for plain tiles
+    length: int  # What the texts are padded to; the same over the whole step
 
     def cut(self, part: slice) -> Plan:
         """Some of these pairs."""
@@ -97,41 +76,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class PairFeed:
-    """The data of a stage, and how a micro-batch is made of it.
+    """The data of a stage, and how a micro-batch is made of it."""
 
-    Attributes:
-        prepared: The samples.
-        pictures: Their pictures.
-        seed: The run's.
-        pad_id: Fills texts.
-        text_length: What every text is padded to; the longest of the step when None.
-        store: Kept output of the frozen tower, or None.
-        teacher: Kept output of a teacher, or None.
-        teacher_grid: Rows and columns of that output.
-        teacher_images: Each sample's picture under the teacher's rules, by which that output is found.
-    """
-
-    prepared: Pairs
-    pictures: Pictures
-    seed: int
-    pad_id: int
-    text_length: int | None
-    store: FeatureStore | None = None
-    teacher: FeatureStore | None = None
-    teacher_grid: Size | None = None
+    prepared: Pairs  # The samples
+    pictures: Pictures  # Their pictures
+    seed: int  # The run's
+    pad_id: int  # Fills texts
+    text_length: int | None  # What every text is padded to; the longest of the step when None
+    store: FeatureStore | None = None  # Kept output of the frozen tower, or None
+    teacher: FeatureStore | None = None  # Kept output of a teacher, or None
+    teacher_grid: Size | None = None  # Rows and columns of that output
+    # Each sample's picture under the teacher's rules, by which that output is found
     teacher_images: tuple[str, ...] = ()
 
     def plan(self, indices: np.ndarray, epochs: np.ndarray, turns: np.ndarray) -> Plan:
-        """Draw what a step shows of its samples; every process draws the same.
-
-        Args:
-            indices: [G] the step's samples.
-            epochs: [G] the epoch that each belongs to.
-            turns: [G] how often each was seen in its epoch before.
-
-        Returns:
-            The plan of the whole step.
-        """
+        """Draw what a step shows of its samples; every process draws the same."""
+        # indices [G], epochs [G], turns [G]
         augmented = self.pictures.augment.type != "none"
         places = range(draws.COUNT) if augmented else (draws.CAPTION,)
         numbers = draws.uniforms(self.seed, epochs, self.prepared.keys[indices], turns, places)
@@ -184,12 +144,7 @@ class PairFeed:
 
 
 class PairSteps:
-    """The samples of each optimizer step.
-
-    Args:
-        order: The endless sequence of samples.
-        global_size: Pairs of a step.
-    """
+    """The samples of each optimizer step."""
 
     def __init__(self, order: Order, global_size: int) -> None:
         self.order, self.global_size = order, global_size

@@ -42,26 +42,13 @@ MICRO = 64
 
 @dataclass(frozen=True)
 class PairEvaluation:
-    """Call it with an engine and a step.
+    """Call it with an engine and a step."""
 
-    Attributes:
-        feed: The held-out pairs.
-        recipe: For batch sizes.
-    """
-
-    feed: PairFeed
-    recipe: PairRecipe
+    feed: PairFeed  # The held-out pairs
+    recipe: PairRecipe  # For batch sizes
 
     def __call__(self, engine: Engine, step: int) -> dict[str, Any]:
-        """Evaluate; every process must call it.
-
-        Args:
-            engine: Runs the model, which is left in eval mode.
-            step: Steps done.
-
-        Returns:
-            A line for `eval.jsonl`: loss, terms, metrics, and recall beside that of a random order.
-        """
+        """Evaluate; every process must call it."""
         began = time.monotonic()
         engine.inner.eval()
         model: Any = engine.inner
@@ -131,18 +118,7 @@ class PairEvaluation:
 def export_pair_model(
     final: Path, recipe: PairRecipe, parts: PairParts, groups: Sequence[policy.Group], state: State
 ) -> None:
-    """Write the trained model; the folder does not show how many processes trained it.
-
-    Args:
-        final: Where to; an earlier one is replaced.
-        recipe: The stage.
-        parts: The model.
-        groups: What was trained.
-        state: At the end of the run.
-
-    Raises:
-        PolymodalError: It cannot be written, or a weight is not finite.
-    """
+    """Write the trained model; the folder does not show how many processes trained it."""
     model: Any = parts.model
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):

@@ -38,12 +38,14 @@ if TYPE_CHECKING:
     from polymodal.training.recipes.contrastive import AugmentConfig
 
 
-# ---- What is random in a pair stage, as pure functions of (seed, epoch, sample): which caption, which part of a picture ----
+# ---- What is random in a pair stage, as pure functions of (seed, epoch, sample): which caption, which part of a
+# picture
 # A counter-based generator (SplitMix64; Steele et al. 2014, doi:10.1145/2660193.2660195) gives every sample numbers of
 # its own without a generator's state, so neither the order, nor the number of threads or processes, nor a resumption
 # changes what is drawn. A sample that is seen twice in an epoch is drawn twice.
 #
-# The crop is that of Inception and CLIP (`RandomResizedCrop`): a part of the area, drawn evenly, of a shape drawn evenly
+# The crop is that of Inception and CLIP (`RandomResizedCrop`): a part of the area, drawn evenly, of a shape drawn
+# evenly
 # in its logarithm; ten tries that fit, then the whole picture.
 
 
@@ -66,18 +68,8 @@ def sample_keys(ids: Sequence[str]) -> np.ndarray:
 
 
 def uniforms(seed: int, epochs: np.ndarray, keys: np.ndarray, turns: np.ndarray, places: Sequence[int]) -> np.ndarray:
-    """Draw numbers for samples.
-
-    Args:
-        seed: The run's.
-        epochs: [n], from 0.
-        keys: [n] of `sample_keys`.
-        turns: [n] how often the sample was seen in this epoch before.
-        places: Which of a sample's numbers.
-
-    Returns:
-        [n, len(places)] float64, 0 <= x < 1.
-    """
+    """Draw numbers for samples."""
+    # epochs [n], keys [n], turns [n] -> [n, len(places)]
     with np.errstate(over="ignore"):
         state = _mix(keys + _GOLDEN * np.uint64(seed + 1))
         state = _mix(state + _GOLDEN * (epochs.astype(np.uint64) + np.uint64(1)))
@@ -98,17 +90,8 @@ def turns_of(order: np.ndarray) -> np.ndarray:
 
 
 def crop_box(numbers: np.ndarray, height: int, width: int, augment: AugmentConfig) -> tuple[float, float, float, float]:
-    """Choose a part of a picture.
-
-    Args:
-        numbers: [4 * TRIES] of `uniforms`, from place `CROP`.
-        height: Of the picture, in pixels.
-        width: Of the picture.
-        augment: Ranges of area and shape.
-
-    Returns:
-        Left, top, right and bottom as parts of width and height, 0 to 1.
-    """
+    """Choose a part of a picture."""
+    # numbers [4 * TRIES]
     low, high = (math.log(value) for value in augment.ratio)
     for area, shape, across, down in numbers.reshape(TRIES, 4):
         size = height * width * (augment.scale[0] + (augment.scale[1] - augment.scale[0]) * area)
@@ -126,7 +109,7 @@ def _mix(state: Any) -> Any:
     return state ^ (state >> np.uint64(31))
 
 
-# ---- The pictures of a pair stage as small byte rasters: each decoded once, kept where asked for, cut and mirrored ----
+# ---- The pictures of a pair stage as small byte rasters: each decoded once, kept where asked for, cut and mirrored
 # Without a cut a raster is the tile itself. With it, the raster is the whole picture, squeezed to a square larger
 # than the tile, and each look takes a part of it: a cut is then never enlarged by much, all rasters have one shape and
 # lie in one file, and what training sees does not depend on whether they are kept. The part is drawn in the picture's
@@ -141,46 +124,25 @@ LARGEST = 2.0
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture that was decoded once.
+    """A picture that was decoded once."""
 
-    Attributes:
-        key: Hash of its pixels and the picture rules.
-        height: In pixels.
-        width: In pixels.
-    """
-
-    key: str
-    height: int
-    width: int
+    key: str  # Hash of its pixels and the picture rules
+    height: int  # In pixels
+    width: int  # In pixels
 
 
 @dataclass
 class Pictures:
-    """Sources to rasters and tiles.
+    """Sources to rasters and tiles."""
 
-    Attributes:
-        image: The picture rules.
-        augment: What is done to pictures.
-        store: Kept rasters, or None.
-        seen: What is known of each source, by `source_name`.
-    """
-
-    image: ImageConfig
-    augment: AugmentConfig
-    store: FeatureStore | None = None
-    seen: dict[str, Seen] = field(default_factory=dict)
+    image: ImageConfig  # The picture rules
+    augment: AugmentConfig  # What is done to pictures
+    store: FeatureStore | None = None  # Kept rasters, or None
+    seen: dict[str, Seen] = field(default_factory=dict)  # What is known of each source, by `source_name`
 
     def tile(self, source: Source, numbers: np.ndarray | None = None, mirrored: bool = False) -> np.ndarray:
-        """One look at a picture.
-
-        Args:
-            source: Where it is; it was scanned.
-            numbers: What the crop is drawn from; None for the plain tile.
-            mirrored: Show its mirror image.
-
-        Returns:
-            [3, H, W] uint8.
-        """
+        """One look at a picture."""
+        # -> [3, H, W]
         whole = crops(self.augment)
         if whole and numbers is not None:
             raster = self._decoded(source, True) if self.store is None else self._kept(source)
@@ -189,16 +151,8 @@ class Pictures:
             tile = self._decoded(source, False) if whole or self.store is None else self._kept(source)
         return np.ascontiguousarray(tile[:, :, ::-1]) if mirrored else tile
 
-    def raster(self, picture: PILImage.Image, whole: bool) -> np.ndarray:
-        """A decoded picture as bytes.
-
-        Args:
-            picture: RGB, upright.
-            whole: The squeezed picture to cut from; else the tile.
-
-        Returns:
-            [3, H, W] uint8.
-        """
+    def raster(self, picture: PILImage.Image, whole: bool) -> np.ndarray:  # -> [3, H, W]
+        """A decoded picture as bytes."""
         if whole:
             height, width = raster_size(self.image, self.augment)
             squeezed = picture.resize((width, height), resize_filter(self.image))
@@ -245,16 +199,7 @@ def crops(augment: AugmentConfig) -> bool:
 
 
 def open_pictures(image: ImageConfig, augment: AugmentConfig, where: str) -> Pictures:
-    """Prepare pictures, with what an earlier run kept of them.
-
-    Args:
-        image: The picture rules.
-        augment: What is done to pictures.
-        where: `data.tile_cache`.
-
-    Returns:
-        The pictures; none is known yet.
-    """
+    """Prepare pictures, with what an earlier run kept of them."""
     if where == OFF:
         return Pictures(image, augment)
     height, width = raster_size(image, augment)
@@ -266,18 +211,7 @@ def open_pictures(image: ImageConfig, augment: AugmentConfig, where: str) -> Pic
 def scan(
     pictures: Pictures, sources: Iterable[Source], notes: Path | None, workers: int, label: str
 ) -> dict[str, MediaError]:
-    """Decode every picture that is not known yet, keep its raster where asked for, and note what it is.
-
-    Args:
-        pictures: Changed in place.
-        sources: The pictures.
-        notes: A JSONL file of what earlier runs found, by file, size and time; None keeps none.
-        workers: Threads that decode.
-        label: For the progress bar.
-
-    Returns:
-        Why a picture cannot be used, by `source_name`.
-    """
+    """Decode every picture that is not known yet, keep its raster where asked for, and note what it is."""
     with nullcontext() if pictures.store is None else pictures.store.locked():
         return _scan(pictures, {source_name(source): source for source in sources}, notes, workers, label)
 

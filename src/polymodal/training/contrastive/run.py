@@ -36,19 +36,7 @@ MEASURED = 512
 
 
 def train_pairs(recipe: PairRecipe, force: bool = False) -> Path:
-    """Run a pair stage, or go on with it from its newest checkpoint.
-
-    Args:
-        recipe: The stage.
-        force: Go on from a checkpoint although recipe or data changed.
-
-    Returns:
-        `output_dir/final`, the folder of the trained model.
-
-    Raises:
-        PolymodalError: Anything the user can mend; see `train_recipe.train`.
-        SystemExit: 143 or 130 after SIGTERM or Ctrl-C, when the step is done and saved.
-    """
+    """Run a pair stage, or go on with it from its newest checkpoint."""
     world = join_world(recipe.run.timeout_minutes)
     with clear_loss_of_peers(world, recipe.name):
         return _train(recipe, force, world)
@@ -81,22 +69,7 @@ def _train(recipe: PairRecipe, force: bool, world: World) -> Path:
 def make_pair_run(
     recipe: PairRecipe, parts: PairParts, world: World, found: Path | None = None, force: bool = False
 ) -> PairRun:
-    """Set everything up, without taking a step.
-
-    Args:
-        recipe: The stage.
-        parts: The model; what is trained is marked.
-        world: The processes.
-        found: The checkpoint to go on from, or None.
-        force: Go on although the data changed.
-
-    Returns:
-        The run, at its first step or where the checkpoint was.
-
-    Raises:
-        ConfigError: The processes cannot share a step, or parts of the recipe contradict each other.
-        PolymodalError: See `train_pairs`.
-    """
+    """Set everything up, without taking a step."""
     if recipe.batch.global_size % world.size:
         raise ConfigError(
             f"batch.global_size {recipe.batch.global_size} cannot be shared evenly by {world.size} processes"

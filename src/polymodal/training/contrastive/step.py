@@ -30,19 +30,7 @@ def pair_gradients(
     rank: int = 0,
     with_grad: bool = True,
 ) -> Terms:
-    """Leave this process's part of a step's gradient; summed over processes it is the gradient of the global batch.
-
-    Args:
-        model: Its trained parameters get gradients.
-        batches: This process's micro-batches of the step, on the device; all processes have equally many pairs.
-        autocast: Makes the context of forward passes.
-        seed: For what the step draws, the same in every process.
-        rank: This process.
-        with_grad: Gradients flow through features gathered from other processes.
-
-    Returns:
-        This process's share of each term, detached; metrics are means over its pairs.
-    """
+    """Leave this process's part of a step's gradient; summed over processes it is the gradient of the global batch."""
     batches, towers = _through_tower(model, batches, autocast)
     everyone: list[Everyone] = []
     own_pairs = sum(len(batch) for batch in batches)
@@ -83,17 +71,7 @@ def pair_gradients(
 def pair_losses(
     model: PairModel, batches: Sequence[PairBatch], autocast: Autocast, seed: int
 ) -> tuple[Terms, torch.Tensor, torch.Tensor]:
-    """The terms of one contrast in this process alone, without a gradient.
-
-    Args:
-        model: In eval mode.
-        batches: Micro-batches, together the pairs of the contrast.
-        autocast: Makes the context of forward passes.
-        seed: For what is drawn.
-
-    Returns:
-        The terms (metrics as means), and the pairs' picture and text features.
-    """
+    """The terms of one contrast in this process alone, without a gradient."""
     batches, towers = _through_tower(model, batches, autocast)
     with autocast():
         found = [model.embed(batch) for batch in batches]

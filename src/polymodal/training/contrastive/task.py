@@ -30,29 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class PairParts:
-    """A model in memory.
+    """A model in memory."""
 
-    Attributes:
-        model: The model.
-        history: The stages it went through.
-    """
-
-    model: PairModel
-    history: list[dict[str, Any]]
+    model: PairModel  # The model
+    history: list[dict[str, Any]]  # The stages it went through
 
 
 def load_pair_parts(recipe: PairRecipe) -> PairParts:
-    """Load or build the model that the recipe starts from.
-
-    Args:
-        recipe: The stage.
-
-    Returns:
-        The model and its history.
-
-    Raises:
-        PolymodalError: It cannot be opened, or its parts do not fit.
-    """
+    """Load or build the model that the recipe starts from."""
     torch.manual_seed(recipe.run.seed)
     if recipe.init.model is not None:
         return PairParts(build_pair_model(recipe.init.model, recipe.objective), [])
@@ -64,18 +49,7 @@ def load_pair_parts(recipe: PairRecipe) -> PairParts:
 
 
 def folder_image(source: str, notes: dict[str, Any]) -> ImageConfig:
-    """The picture rules of a model folder.
-
-    Args:
-        source: A folder or hub id.
-        notes: Of `read_notes`.
-
-    Returns:
-        Ours where an earlier stage wrote them, else those of its image processor.
-
-    Raises:
-        ConfigError: There is no image processor, or it cannot be expressed.
-    """
+    """The picture rules of a model folder."""
     if "image" in notes:
         return parse_config(ImageConfig, notes["image"], f"{source}/{NOTES}")
     from transformers.image_processing_base import ImageProcessingMixin
@@ -93,20 +67,7 @@ def folder_image(source: str, notes: dict[str, Any]) -> ImageConfig:
 
 
 def make_pair_feed(recipe: PairRecipe, model: PairModel, output_dir: Path, teacher: Teacher | None) -> PairFeed:
-    """Read the pairs, and fill the caches.
-
-    Args:
-        recipe: The stage.
-        model: On its device, with what is trained marked.
-        output_dir: Where skipped records are listed.
-        teacher: What it says is kept where pictures are not cut; or None.
-
-    Returns:
-        The feed.
-
-    Raises:
-        PolymodalError: Data is missing or damaged, or a cache is asked for with a tower that is trained.
-    """
+    """Read the pairs, and fill the caches."""
     pictures = open_pictures(model.image, recipe.augment, recipe.data.tile_cache)
     feed = _feed(recipe, recipe.data.mix, model, pictures, output_dir / "skipped.jsonl")
     size, pictures_held = recipe.batch.global_size, len(set(feed.prepared.images))
@@ -121,19 +82,7 @@ def make_pair_feed(recipe: PairRecipe, model: PairModel, output_dir: Path, teach
 
 
 def make_pair_eval_feed(recipe: PairRecipe, model: PairModel, output_dir: Path) -> PairFeed | None:
-    """Read the held-out pairs; their pictures are never cut or mirrored.
-
-    Args:
-        recipe: The stage.
-        model: The model.
-        output_dir: Where skipped records are listed.
-
-    Returns:
-        The feed; None where the recipe names no held-out files.
-
-    Raises:
-        PolymodalError: Data is missing or damaged.
-    """
+    """Read the held-out pairs; their pictures are never cut or mirrored."""
     if not recipe.data.eval:
         return None
     pictures = open_pictures(model.image, AugmentConfig(), recipe.data.tile_cache)
@@ -167,10 +116,8 @@ def _tower_store(recipe: PairRecipe, model: PairModel, feed: PairFeed) -> Featur
 
 
 def _with_teacher(recipe: PairRecipe, teacher: Teacher, feed: PairFeed, output_dir: Path) -> PairFeed:
-    """Add kept output of the teacher: in `run.feature_cache`, else beside the kept tiles, else in memory.
-
-    A stage on this tower with the same picture rules keeps the same, under the same names.
-    """
+    """Add kept output of the teacher: in `run.feature_cache`, else beside the kept tiles, else in memory."""
+    # A stage on this tower with the same picture rules keeps the same, under the same names.
     where = next((w for w in (recipe.run.feature_cache, recipe.data.tile_cache) if w != OFF), MEMORY)
     identity = weights_identity(teacher.encoder, teacher.rules)[:16]
     store = _open_store(where, identity, teacher.features_shape, recipe.run.feature_dtype)

@@ -25,17 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen tower.
+    """A frozen tower."""
 
-    Attributes:
-        encoder: A `VisionEncoder`, in eval mode.
-        image: Its picture rules.
-        rules: What decides what it says of a tile, besides its weights.
-    """
-
-    encoder: Any
-    image: ImageConfig
-    rules: str
+    encoder: Any  # A `VisionEncoder`, in eval mode
+    image: ImageConfig  # Its picture rules
+    rules: str  # What decides what it says of a tile, besides its weights
 
     @property
     def features_shape(self) -> tuple[int, int]:
@@ -55,19 +49,7 @@ class Teacher:
 
 
 def load_teacher(distill: DistillConfig, model: PairModel, device: torch.device) -> Teacher:
-    """Load a teacher.
-
-    Args:
-        distill: Which.
-        model: The student; its picture rules are the teacher's where none are given.
-        device: Where to.
-
-    Returns:
-        The teacher, frozen.
-
-    Raises:
-        PolymodalError: The tower cannot be loaded.
-    """
+    """Load a teacher."""
     image = distill.image or model.image
     encoder: Any = build_vision_encoder(distill.tower, tile=Size(*image.tile_size))
     encoder.to(device).eval().requires_grad_(False)
@@ -76,16 +58,7 @@ def load_teacher(distill: DistillConfig, model: PairModel, device: torch.device)
 
 
 def add_distiller(model: PairModel, teacher: Teacher, distill: DistillConfig) -> None:
-    """Give a model the layer that compares its patches with a teacher's features.
-
-    Args:
-        model: Changed in place; its parameters `distiller.*` are trained with it and not exported.
-        teacher: The teacher.
-        distill: How they are compared.
-
-    Raises:
-        ConfigError: This model has no patches to compare.
-    """
+    """Give a model the layer that compares its patches with a teacher's features."""
     grid, width = getattr(model, "patch_grid", None), getattr(model, "patch_width", None)
     if grid is None or width is None:
         raise ConfigError("objective.distill: this model's vision encoder cannot be distilled; leave it out")

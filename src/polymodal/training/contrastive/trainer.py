@@ -37,14 +37,7 @@ BUCKET_BYTES = 32 << 20
 
 
 class PairEngine(Engine):
-    """An engine whose model is not wrapped.
-
-    Args:
-        world: The processes.
-        recipe: The stage.
-        model: Its model, with what is trained marked; moved to the device.
-        groups: The trained parameters.
-    """
+    """An engine whose model is not wrapped."""
 
     def __init__(self, world: World, recipe: PairRecipe, model: nn.Module, groups: Sequence[Group]) -> None:
         self.world = world
@@ -70,11 +63,7 @@ class PairEngine(Engine):
 
 @torch.no_grad()
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Sum gradients over all processes, in place; a parameter without one in every process keeps none.
-
-    Args:
-        parameters: The same in every process, in the same order.
-    """
+    """Sum gradients over all processes, in place; a parameter without one in every process keeps none."""
     has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=parameters[0].device)
     dist.all_reduce(has, op=dist.ReduceOp.MAX)
     wanted = [parameter for parameter, flag in zip(parameters, has.tolist(), strict=True) if flag]
@@ -101,16 +90,7 @@ def _sum_together(gradients: Sequence[torch.Tensor]) -> None:
 
 
 class PairRun(Run):
-    """A pair stage in progress.
-
-    Args:
-        recipe: The stage.
-        engine: The model, the optimizer and the processes.
-        feed: The pairs.
-        steps: The samples of each step.
-        evaluation: Looks at held-out data, or None.
-        teacher: Sees each micro-batch, where what it says is not kept.
-    """
+    """A pair stage in progress."""
 
     tallied = ("terms", "metrics")
 
@@ -154,15 +134,7 @@ class PairRun(Run):
         return len(indices), int((starts[texts + 1] - starts[texts]).sum())
 
     def _gradients(self, batches: Iterator[PairBatch], tokens: int) -> torch.Tensor | float:
-        """Run the step's micro-batches, and leave its gradient.
-
-        Args:
-            batches: This process's micro-batches, from this step's first.
-            tokens: Pairs of the step, over all processes.
-
-        Returns:
-            This process's share of the loss, times the pairs.
-        """
+        """Run the step's micro-batches, and leave its gradient."""
         window, run = self.window, self.recipe.run
         micro: list[PairBatch] = []
         for _ in self._micro(self.state.step):

@@ -70,17 +70,7 @@ def recipe_class(data: Any) -> type[Recipe] | type[PairRecipe]:
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file as plain data.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content; `1e-3` is a number.
-
-    Raises:
-        ConfigError: The file is missing or no YAML.
-    """
+    """Read a YAML file as plain data."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -123,16 +113,7 @@ def _numbers(value: Any) -> Any:
 
 
 def apply_override(data: Any, override: str, schema: type[BaseModel] | None = None) -> None:
-    """Set one dotted key in plain data, in place.
-
-    Args:
-        data: As read from YAML.
-        override: `section.key=value`; the value is read as YAML.
-        schema: What the data are; a `Recipe` when None.
-
-    Raises:
-        ConfigError: It is not written so, or the key is unknown; names the nearest.
-    """
+    """Set one dotted key in plain data, in place."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write it as section.key=value")

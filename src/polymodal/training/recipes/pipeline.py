@@ -135,19 +135,12 @@ class PipelineFile(Strict):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A pipeline, resolved.
+    """A pipeline, resolved."""
 
-    Attributes:
-        name: For logs.
-        output_dir: Where everything goes.
-        stages: By name, in order.
-        source: The pipeline file.
-    """
-
-    name: str
-    output_dir: Path
-    stages: dict[str, Stage]
-    source: Path
+    name: str  # For logs
+    output_dir: Path  # Where everything goes
+    stages: dict[str, Stage]  # By name, in order
+    source: Path  # The pipeline file
 
     def folder(self, stage: str) -> Path:
         """Where a stage writes."""
@@ -165,18 +158,7 @@ def is_pipeline(path: Path | str) -> bool:
 
 
 def load_pipeline(path: Path | str, overrides: Sequence[str] = ()) -> Pipeline:
-    """Read a pipeline file and the recipes it names.
-
-    Args:
-        path: The YAML file.
-        overrides: `output_dir=DIR`, or `stages.NAME.KEY=VALUE` with a recipe's keys for a training stage.
-
-    Returns:
-        The pipeline, checked.
-
-    Raises:
-        ConfigError: A file is missing, a key or stage is unknown, or stages are in an impossible order.
-    """
+    """Read a pipeline file and the recipes it names."""
     path = Path(path)
     data = read_yaml(path)
     own = [override for override in overrides if not override.startswith("stages.")]
@@ -218,15 +200,7 @@ def _fill_in(raw: dict[str, Any], output_dir: str) -> dict[str, Any]:
 
 
 def map_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Apply a function to every string in plain data.
-
-    Args:
-        value: Plain data.
-        change: Applied to strings; keys stay.
-
-    Returns:
-        The same with other strings.
-    """
+    """Apply a function to every string in plain data."""
     if isinstance(value, dict):
         return {key: map_text(item, change) for key, item in value.items()}
     if isinstance(value, list):

@@ -33,26 +33,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def start_log(path: Path, step: int) -> None:
-    """Keep only the log's lines up to a step, so that a resumed run writes each step once.
-
-    Args:
-        path: The JSONL file.
-        step: The step that the run goes on from; 0 empties the log.
-    """
+    """Keep only the log's lines up to a step, so that a resumed run writes each step once."""
     kept = [line for line in read_log(path) if line["step"] <= step]
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 def append_log(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSONL line.
-
-    Args:
-        path: The file.
-        line: Plain data.
-
-    Raises:
-        PolymodalError: It cannot be written, as on a full disk.
-    """
+    """Append one JSONL line."""
     try:
         with path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -82,41 +69,23 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 # ---- TensorBoard and Weights & Biases, for those who want them; a run's own files never depend on them ----
-# `run.trackers: [tensorboard, wandb]`. A resumed run goes on in the same charts: TensorBoard drops what it saw after the
+# `run.trackers: [tensorboard, wandb]`. A resumed run goes on in the same charts: TensorBoard drops what it saw after
+# the
 # checkpoint's step, and wandb resumes the run whose id is derived from the output folder.
 
 
 @dataclass(frozen=True)
 class Tracker:
-    """Where log lines go besides the log.
+    """Where log lines go besides the log."""
 
-    Attributes:
-        write: Takes a step and numbers by name.
-        close: Flushes.
-    """
-
-    write: Callable[[int, dict[str, float]], None]
-    close: Callable[[], None]
+    write: Callable[[int, dict[str, float]], None]  # Takes a step and numbers by name
+    close: Callable[[], None]  # Flushes
 
 
 def open_trackers(
     names: Sequence[str], output_dir: Path, run_name: str, recipe: dict[str, Any], step: int
 ) -> list[Tracker]:
-    """Open the trackers of a run.
-
-    Args:
-        names: Of `TRACKERS`.
-        output_dir: The run's folder.
-        run_name: The recipe's name.
-        recipe: The recipe as plain data.
-        step: The step that the run goes on from.
-
-    Returns:
-        The trackers.
-
-    Raises:
-        ConfigError: A name is unknown, or its package is not installed.
-    """
+    """Open the trackers of a run."""
     for name in names:
         if name not in TRACKERS:
             raise unknown_name("run.trackers entry", name, TRACKERS)
@@ -124,15 +93,7 @@ def open_trackers(
 
 
 def numbers_of(line: dict[str, Any], prefix: str) -> dict[str, float]:
-    """Flatten a log line to what charts can show.
-
-    Args:
-        line: Of `log.jsonl` or `eval.jsonl`.
-        prefix: Put before every name, as in "train/loss".
-
-    Returns:
-        Numbers by slash-separated name.
-    """
+    """Flatten a log line to what charts can show."""
     found: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, dict):

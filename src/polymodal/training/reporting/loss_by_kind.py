@@ -21,31 +21,15 @@ Sums = dict[str, list[float]]
 """Name -> [sum of losses, tokens]."""
 
 
-def turn_of_target(sample: Sample) -> np.ndarray:
-    """Number the assistant's turns, runs of the loss mask, for each token that is a target.
-
-    Args:
-        sample: The tokens.
-
-    Returns:
-        [R] the turn of each target, from 0; the first token is never a target.
-    """
+def turn_of_target(sample: Sample) -> np.ndarray:  # -> [R]
+    """Number the assistant's turns, runs of the loss mask, for each token that is a target."""
     mask = sample.loss_mask.numpy()
     starts = mask & ~np.concatenate(([False], mask[:-1]))
     return (np.cumsum(starts) - 1)[1:][mask[1:]]
 
 
 def kinds_of_targets(record: Record, sample: Sample, last_answer_only: bool = False) -> list[str]:
-    """The kind of each target: its turn's where the record has as many `kinds` as turns, else the record's.
-
-    Args:
-        record: The record.
-        sample: Its tokens.
-        last_answer_only: The one trained turn is the record's last.
-
-    Returns:
-        One kind a target, in order.
-    """
+    """The kind of each target: its turn's where the record has as many `kinds` as turns, else the record's."""
     turns = turn_of_target(sample)
     kinds = record.extra.get("kinds")
     answers = sum(message.role == "assistant" for message in record.messages)
@@ -55,12 +39,7 @@ def kinds_of_targets(record: Record, sample: Sample, last_answer_only: bool = Fa
 
 
 class Tally:
-    """Sums of losses by kind and by source since the last log line, of this process.
-
-    Args:
-        kinds: Sums to go on from.
-        sources: The same by source.
-    """
+    """Sums of losses by kind and by source since the last log line, of this process."""
 
     def __init__(self, kinds: Sums | None = None, sources: Sums | None = None) -> None:
         self.kinds: Sums = {name: list(sums) for name, sums in (kinds or {}).items()}
@@ -68,13 +47,8 @@ class Tally:
         self._waiting: list[tuple[torch.Tensor, list[str], list[str]]] = []
 
     def add(self, losses: torch.Tensor, kinds: list[str], sources: list[str]) -> None:
-        """Remember a micro-batch.
-
-        Args:
-            losses: [R] of its targets, in order of samples; may be on any device.
-            kinds: [R] the kind of each.
-            sources: [R] the source of each.
-        """
+        """Remember a micro-batch."""
+        # losses [R], kinds [R], sources [R]
         self._waiting.append((losses.detach(), kinds, sources))
 
     def fold(self) -> None:

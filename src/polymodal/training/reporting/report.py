@@ -21,19 +21,11 @@ from polymodal.utils.files import write_text
 from polymodal.utils.html import html_page
 from polymodal.utils.progress import duration
 
-# ---- The loss-curve picture: loss (raw and smoothed, and by kind), learning rates and gradient norm against samples ----
+# ---- The loss-curve picture: loss (raw and smoothed, and by kind), learning rates and gradient norm against samples
 
 
-def smooth(values: np.ndarray, span: int) -> np.ndarray:
-    """Exponential moving average with a start that is not biased to zero.
-
-    Args:
-        values: [n].
-        span: About how many values count.
-
-    Returns:
-        [n].
-    """
+def smooth(values: np.ndarray, span: int) -> np.ndarray:  # values [n] -> [n]
+    """Exponential moving average with a start that is not biased to zero."""
     keep = 1 - 1 / max(1, span)
     average, weight, out = 0.0, 0.0, []
     for value in values:
@@ -44,14 +36,7 @@ def smooth(values: np.ndarray, span: int) -> np.ndarray:
 
 
 def drawn_kinds(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Which kinds, or named terms of the loss, get a curve of their own: the most frequent, none where there is one.
-
-    Args:
-        lines: The log.
-
-    Returns:
-        (samples, loss) of each kind; a kind on fewer than a fifth of the lines would be a misleading straight line.
-    """
+    """Which kinds, or named terms of the loss, get a curve of their own: the most frequent, none where there is one."""
     points: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         for kind, loss in line.get("loss_by_kind", line.get("terms", {})).items():
@@ -64,16 +49,7 @@ def drawn_kinds(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int,
 
 
 def draw_curves(log: Path, picture: Path, title: str) -> bool:
-    """Draw a run's log.
-
-    Args:
-        log: The JSONL file.
-        picture: The PNG to write.
-        title: The run's name.
-
-    Returns:
-        False where the log has too few lines to draw.
-    """
+    """Draw a run's log."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -108,7 +84,8 @@ def draw_curves(log: Path, picture: Path, title: str) -> bool:
     return True
 
 
-# ---- `report.html`: a finished run on one page, made of the files in its folder alone; nothing is loaded from elsewhere ----
+# ---- `report.html`: a finished run on one page, made of the files in its folder alone; nothing is loaded from
+# elsewhere
 # Curves, what the loss is made of, throughput and where time went, a few questions with their pictures and how the
 # answers changed, and the whole recipe.
 
@@ -133,17 +110,7 @@ pre { overflow-x: auto; font-size: .85rem }
 
 
 def write_report(output_dir: Path) -> Path:
-    """Write the page.
-
-    Args:
-        output_dir: A run's folder with `log.jsonl`, `recipe.yaml` and, where there are any, `loss.png`, `eval.jsonl`.
-
-    Returns:
-        The page's path.
-
-    Raises:
-        PolymodalError: It cannot be written.
-    """
+    """Write the page."""
     lines = read_log(output_dir / "log.jsonl")
     looks = read_log(output_dir / "eval.jsonl")
     recipe = _text(output_dir / "recipe.yaml")
@@ -214,15 +181,7 @@ def _curves(output_dir: Path, lines: Sequence[dict[str, Any]], looks: Sequence[d
 
 
 def draw_rates(lines: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]]) -> bytes:
-    """Draw throughput over steps, under the held-out loss where there is one.
-
-    Args:
-        lines: Of `log.jsonl`.
-        looks: Of `eval.jsonl`.
-
-    Returns:
-        A PNG.
-    """
+    """Draw throughput over steps, under the held-out loss where there is one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -43,43 +43,21 @@ KEPT = 0.5
 
 @dataclass(frozen=True)
 class Prototypes:
-    """Typical features of each class.
+    """Typical features of each class."""
 
-    Attributes:
-        head: The tower's classifier.
-        means: [K, channels] of each class.
-        middle: [channels] of ordinary pictures.
-    """
-
-    head: ClassHead
-    means: Tensor
-    middle: Tensor
+    head: ClassHead  # The tower's classifier
+    means: Tensor  # [K, channels] of each class
+    middle: Tensor  # [channels] of ordinary pictures
 
     @classmethod
-    def of(cls, head: ClassHead, features: Tensor) -> Prototypes:
-        """Work the prototypes out.
-
-        Args:
-            head: The tower's classifier.
-            features: [n, P, E] of ordinary pictures.
-
-        Returns:
-            The prototypes.
-        """
+    def of(cls, head: ClassHead, features: Tensor) -> Prototypes:  # features [n, P, E]
+        """Work the prototypes out."""
         pooled = features[..., head.channels].float().mean(dim=1)
         return cls(head, class_prototypes(head, pooled), pooled.mean(dim=0))
 
     def move(self, features: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
-        """Move pictures' tokens to classes.
-
-        Args:
-            features: [n, P, E] of real pictures.
-            classes: [n] class numbers.
-            generator: The random state.
-
-        Returns:
-            [n, P, E] in which only the classifier's channels differ.
-        """
+        """Move pictures' tokens to classes."""
+        # features [n, P, E], classes [n] -> [n, P, E]
         moved = features.float().clone()
         keep = KEPT * torch.rand((len(moved), 1, 1), generator=generator)
         deviation = moved[..., self.head.channels] - self.middle
@@ -88,16 +66,8 @@ class Prototypes:
 
 
 def class_prototypes(head: ClassHead, pooled: Tensor, wanted: float = 0.9) -> Tensor:
-    """Typical pooled features of each class, without a picture of it.
-
-    Args:
-        head: The tower's classifier.
-        pooled: [n, channels] pooled features of ordinary pictures, for mean and covariance.
-        wanted: How sure the classifier should be of a prototype.
-
-    Returns:
-        [K, channels], not negative, since the features come out of a ReLU.
-    """
+    """Typical pooled features of each class, without a picture of it."""
+    # pooled [n, channels] -> [K, channels]
     mean, covariance = pooled.mean(dim=0), torch.cov(pooled.T)
     direction = (head.weight - head.weight.mean(dim=0)) @ covariance
     direction = F.normalize(direction, dim=1) * (pooled - mean).norm(dim=1).mean()
@@ -109,17 +79,8 @@ def class_prototypes(head: ClassHead, pooled: Tensor, wanted: float = 0.9) -> Te
     return torch.relu(mean + found.nan_to_num(6.0)[:, None] * direction)
 
 
-def draw_classes(names: Sequence[str], count: int, generator: torch.Generator) -> Tensor:
-    """Draw classes so that every name comes equally often, however many classes carry it (118 breeds are "dog").
-
-    Args:
-        names: Name of each class.
-        count: How many to draw.
-        generator: Draws a class of each name.
-
-    Returns:
-        [count] class numbers; the names take turns.
-    """
+def draw_classes(names: Sequence[str], count: int, generator: torch.Generator) -> Tensor:  # -> [count]
+    """Draw classes so that every name comes equally often, however many classes carry it (118 breeds are "dog")."""
     members: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         members.setdefault(name, []).append(number)
@@ -136,20 +97,7 @@ def class_head_of(model: MultimodalLM) -> ClassHead | None:
 
 
 def add_samples(feed: Feed, model: MultimodalLM, config: PrototypeConfig, seed: int) -> Feed:
-    """Append caption samples whose features are prototypes.
-
-    Args:
-        feed: Data of the stage, with cached features.
-        model: The model, for its tower's classifier.
-        config: How many, and what is asked about them.
-        seed: Of the choice of classes, pictures and questions.
-
-    Returns:
-        A feed with the samples as one more source.
-
-    Raises:
-        ConfigError: Features are not cached, or the tower has no classifier.
-    """
+    """Append caption samples whose features are prototypes."""
     head = class_head_of(model)
     if feed.store is None or head is None:
         raise ConfigError(

@@ -37,25 +37,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The tokenised data of a stage.
+    """The tokenised data of a stage."""
 
-    Attributes:
-        records: The records kept.
-        samples: Their tokens, without pixels.
-        targets: [n] trained tokens of each.
-        lengths: [n] tokens of each.
-        sources: Range of indices and repeat of each data file.
-        left_out: Why records were left out, with counts.
-        fingerprint: Hash of every token and mask; a resumed run must see the same.
-    """
-
-    records: Sequence[Record]
-    samples: Sequence[Sample]
-    targets: np.ndarray
-    lengths: np.ndarray
-    sources: tuple[tuple[range, float], ...]
-    left_out: dict[str, int]
-    fingerprint: str
+    records: Sequence[Record]  # The records kept
+    samples: Sequence[Sample]  # Their tokens, without pixels
+    targets: np.ndarray  # [n] trained tokens of each
+    lengths: np.ndarray  # [n] tokens of each
+    sources: tuple[tuple[range, float], ...]  # Range of indices and repeat of each data file
+    left_out: dict[str, int]  # Why records were left out, with counts
+    fingerprint: str  # Hash of every token and mask; a resumed run must see the same
 
 
 @dataclass(frozen=True)
@@ -71,15 +61,7 @@ class _Part:
 
 
 def read_mix(data: DataConfig, seed: int) -> list[tuple[Reading, float]]:
-    """List the data files; nothing is read yet.
-
-    Args:
-        data: The mixture.
-        seed: Chooses the records where `max_samples` is set.
-
-    Returns:
-        For each source how it is read, and its repeat.
-    """
+    """List the data files; nothing is read yet."""
     return [
         (
             Reading(
@@ -106,22 +88,7 @@ def prepare(
     workers: int,
     skipped_file: Path,
 ) -> Prepared:
-    """Tokenise every record once, without making pixel tensors, or open what an earlier run made of them.
-
-    Args:
-        mix: For each source its records, or how they are read, and its repeat.
-        processor: Of the model, with the stage's template.
-        data: Limits, what to do on errors, and where indices are kept.
-        progress: Wraps the iteration with a progress bar.
-        workers: Threads that decode pictures (for their sizes and hashes).
-        skipped_file: Where records that could not be read are listed; indices are kept beside it unless `data` says.
-
-    Returns:
-        The samples, and what was left out and why.
-
-    Raises:
-        PolymodalError: A record cannot be read and `on_error` is "stop", or nothing is left.
-    """
+    """Tokenise every record once, without making pixel tensors, or open what an earlier run made of them."""
     folder = Path(data.index) if data.index is not None else skipped_file.parent / "index"
     skip = data.on_error == "skip"
     parts = [
@@ -220,19 +187,8 @@ def _of_records(records: Sequence[Record], processor: Processor, skip: bool, wor
 def micro_batches(
     indices: np.ndarray, lengths: np.ndarray, micro_size: int, group_by_length: bool, rank: int = 0, world: int = 1
 ) -> list[np.ndarray]:
-    """Cut one step's samples into micro-batches.
-
-    Args:
-        indices: [G] the step's samples.
-        lengths: Tokens of every sample.
-        micro_size: Most samples of a micro-batch.
-        group_by_length: Sort by length first, so that little is padded.
-        rank: This process.
-        world: Number of processes; divides G.
-
-    Returns:
-        This process's micro-batches; every process gets the same number.
-    """
+    """Cut one step's samples into micro-batches."""
+    # indices [G]
     if group_by_length:
         indices = indices[np.argsort(lengths[indices], kind="stable")]
     mine = indices[rank::world]

@@ -45,32 +45,16 @@ PICTURE_SIDE = 320
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Call it with an engine and a step.
+    """Call it with an engine and a step."""
 
-    Attributes:
-        feed: The held-out data, or the training data.
-        held_out: Which of the two.
-        shown: Indices of the records whose first question is answered.
-        recipe: For batch sizes.
-        folder: Where pictures are kept.
-    """
-
-    feed: Feed
-    held_out: bool
-    shown: tuple[int, ...]
-    recipe: Recipe
-    folder: Path
+    feed: Feed  # The held-out data, or the training data
+    held_out: bool  # Which of the two
+    shown: tuple[int, ...]  # Indices of the records whose first question is answered
+    recipe: Recipe  # For batch sizes
+    folder: Path  # Where pictures are kept
 
     def __call__(self, engine: Engine, step: int) -> dict[str, Any]:
-        """Evaluate; every process must call it.
-
-        Args:
-            engine: Runs the model, which is left in eval mode.
-            step: Steps done.
-
-        Returns:
-            A line for `eval.jsonl`.
-        """
+        """Evaluate; every process must call it."""
         began = time.monotonic()
         engine.inner.eval()
         line: dict[str, Any] = {"step": step, "data": "held-out" if self.held_out else "training"}
@@ -109,21 +93,7 @@ class Evaluation:
 
 
 def make_evaluation(recipe: Recipe, model: MultimodalLM, feed: Feed, output_dir: Path) -> Evaluation | None:
-    """Prepare what is evaluated.
-
-    Args:
-        recipe: The stage.
-        model: The model.
-        feed: The training data.
-        output_dir: The run's folder.
-
-    Returns:
-        The evaluation; None where there is nothing to do.
-
-    Raises:
-        ConfigError: Evaluations are asked for without held-out data.
-        PolymodalError: The held-out data are missing or damaged.
-    """
+    """Prepare what is evaluated."""
     held_out = make_eval_feed(recipe, model, feed, output_dir)
     if held_out is None and recipe.run.eval_every:
         raise ConfigError("run.eval_every: name held-out files in data.eval, or set it to 0")
@@ -136,16 +106,7 @@ def make_evaluation(recipe: Recipe, model: MultimodalLM, feed: Feed, output_dir:
 
 @torch.no_grad()
 def held_out_loss(engine: Engine, feed: Feed, recipe: Recipe) -> dict[str, Any]:
-    """The loss per trained token over all held-out data, shared among processes.
-
-    Args:
-        engine: Runs the model.
-        feed: The held-out data.
-        recipe: For batch sizes.
-
-    Returns:
-        `loss`, `tokens`, `loss_by_kind`, `loss_by_source`.
-    """
+    """The loss per trained token over all held-out data, shared among processes."""
     world, prepared = engine.world, feed.prepared
     everything = np.arange(len(prepared.lengths))
     parts = np.array_split(everything, max(1, len(everything) // recipe.batch.global_size))
@@ -172,16 +133,7 @@ def held_out_loss(engine: Engine, feed: Feed, recipe: Recipe) -> dict[str, Any]:
 
 
 def choose_shown(feed: Feed, count: int, seed: int) -> tuple[int, ...]:
-    """Choose records to show: one of each kind in turn, with pictures where the kind has some.
-
-    Args:
-        feed: The data.
-        count: How many at most.
-        seed: The run's.
-
-    Returns:
-        Indices.
-    """
+    """Choose records to show: one of each kind in turn, with pictures where the kind has some."""
     records, samples = feed.prepared.records, feed.prepared.samples
     order = np.random.default_rng([seed, len(samples)]).permutation(len(samples))[:SEARCHED].tolist()
     by_kind: dict[str, list[int]] = {}

@@ -29,21 +29,8 @@ of 1024, counted in multiplications; only the balance between processes depends 
 def plan_micro(
     indices: np.ndarray, lengths: np.ndarray, batch: BatchConfig, rank: int = 0, world: int = 1
 ) -> list[np.ndarray]:
-    """Cut one step's samples into the micro-batches of one process.
-
-    Args:
-        indices: [G] the step's samples.
-        lengths: Tokens of every sample.
-        batch: The sizes, and whether to pack.
-        rank: This process.
-        world: Number of processes.
-
-    Returns:
-        This process's micro-batches, none of them empty; every process gets the same number, together all samples.
-
-    Raises:
-        ConfigError: The step has fewer samples than there are processes.
-    """
+    """Cut one step's samples into the micro-batches of one process."""
+    # indices [G]
     if len(indices) < world:
         raise ConfigError(
             f"a step of {len(indices)} samples cannot be shared by {world} processes; raise batch.global_size or "
@@ -61,18 +48,8 @@ def plan_micro(
 
 
 def make_packs(indices: np.ndarray, lengths: np.ndarray, capacity: int, multiple: int = 1) -> list[np.ndarray]:
-    """Pack samples into rows by best-fit decreasing.
-
-    Args:
-        indices: [G] the samples, at least `multiple`.
-        lengths: Tokens of every sample.
-        capacity: Most tokens of a row; a longer sample is a row of its own.
-        multiple: The number of rows is a multiple of this.
-
-    Returns:
-        The rows. Where no row can be parted any more to reach the multiple, the two shortest share one, whatever the
-        capacity; this cannot happen as long as the number of samples is a multiple itself.
-    """
+    """Pack samples into rows by best-fit decreasing."""
+    # indices [G]
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
     for index in indices[np.argsort(-lengths[indices], kind="stable")].tolist():
@@ -99,17 +76,7 @@ def make_packs(indices: np.ndarray, lengths: np.ndarray, capacity: int, multiple
 
 
 def deal(packs: list[np.ndarray], lengths: np.ndarray, rank: int, world: int) -> list[np.ndarray]:
-    """Share packs so that processes work on packs of like cost at the same time, and on equal cost in all.
-
-    Args:
-        packs: A multiple of `world`.
-        lengths: Tokens of every sample.
-        rank: This process.
-        world: Number of processes.
-
-    Returns:
-        This process's packs, dearest first, so that a lack of memory shows in the first step.
-    """
+    """Share packs so that processes work on packs of like cost at the same time, and on equal cost in all."""
     costs = np.array([_cost(lengths[pack]) for pack in packs])
     ranked = [packs[i] for i in np.argsort(-costs, kind="stable")]
     # To and fro: whoever got the dearest of one round gets the cheapest of the next.

@@ -17,17 +17,7 @@ if TYPE_CHECKING:
 
 
 def prepare_recipe(recipe: Recipe) -> str:
-    """Tokenise the data of a stage, and its held-out data, to where training looks for them.
-
-    Args:
-        recipe: The stage.
-
-    Returns:
-        A few lines on what there is.
-
-    Raises:
-        PolymodalError: The model's folder, the data or a record cannot be read.
-    """
+    """Tokenise the data of a stage, and its held-out data, to where training looks for them."""
     processor = recipe_processor(recipe)
     output = Path(recipe.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -44,14 +34,7 @@ def prepare_recipe(recipe: Recipe) -> str:
 
 
 def recipe_processor(recipe: Recipe) -> Processor:
-    """The processor that training will use, without loading the language model's weights.
-
-    Args:
-        recipe: The stage.
-
-    Returns:
-        The processor, with the stage's template.
-    """
+    """The processor that training will use, without loading the language model's weights."""
     if recipe.lora is not None and recipe.lora.trainable_tokens:
         # New tokens change the tokenizer, and which rows they take is decided on the whole model.
         from polymodal.backends.local import processor_of
@@ -93,15 +76,7 @@ def _new_processor(config: ModelConfig) -> Processor:
 
 
 def describe(label: str, prepared: Prepared) -> list[str]:
-    """What a prepared data set holds, in lines.
-
-    Args:
-        label: What it is for.
-        prepared: The data.
-
-    Returns:
-        The lines.
-    """
+    """What a prepared data set holds, in lines."""
     lengths, targets = prepared.lengths, prepared.targets
     ninety_five = int(np.quantile(lengths, 0.95))
     lines = [

@@ -38,32 +38,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Parts:
-    """A model in memory, and optionally the records to train it on.
+    """A model in memory, and optionally the records to train it on."""
 
-    Attributes:
-        model: The model.
-        tokenizer: Its tokenizer.
-        config: Its configuration.
-        history: The stages it went through.
-        mix: For each data source its records and its repeat; None reads the recipe's files.
-    """
-
-    model: MultimodalLM
-    tokenizer: PreTrainedTokenizerBase
-    config: ModelConfig
-    history: list[dict[str, Any]] = field(default_factory=list)
+    model: MultimodalLM  # The model
+    tokenizer: PreTrainedTokenizerBase  # Its tokenizer
+    config: ModelConfig  # Its configuration
+    history: list[dict[str, Any]] = field(default_factory=list)  # The stages it went through
+    # For each data source its records and its repeat; None reads the recipe's files
     mix: list[tuple[list[Record], float]] | None = None
 
 
 def load_parts(recipe: Recipe) -> Parts:
-    """Load or build the model that the recipe starts from.
-
-    Args:
-        recipe: The stage.
-
-    Returns:
-        The model with its tokenizer, configuration and history.
-    """
+    """Load or build the model that the recipe starts from."""
     if recipe.init.model is not None:
         torch.manual_seed(recipe.run.seed)
         model, tokenizer = build_model(recipe.init.model)
@@ -83,19 +69,12 @@ def load_parts(recipe: Recipe) -> Parts:
 
 @dataclass(frozen=True)
 class Feed:
-    """The data of a stage, and how a micro-batch is made of it.
+    """The data of a stage, and how a micro-batch is made of it."""
 
-    Attributes:
-        prepared: Tokens, without pixels.
-        processor: Makes pixels where features are not cached.
-        store: Cached features, or None.
-        packed: Put the samples of a batch into one row, in place of padding them.
-    """
-
-    prepared: Prepared
-    processor: Processor
-    store: FeatureStore | None
-    packed: bool = False
+    prepared: Prepared  # Tokens, without pixels
+    processor: Processor  # Makes pixels where features are not cached
+    store: FeatureStore | None  # Cached features, or None
+    packed: bool = False  # Put the samples of a batch into one row, in place of padding them
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Collate or pack samples, with features from the cache or pixels from the files."""
@@ -125,19 +104,7 @@ class Feed:
 
 
 def make_feed(recipe: Recipe, parts: Parts, output_dir: Path) -> Feed:
-    """Tokenise the data and fill the feature cache.
-
-    Args:
-        recipe: The stage.
-        parts: The model, already on its device, with what is trained marked.
-        output_dir: Where skipped records are listed.
-
-    Returns:
-        The feed.
-
-    Raises:
-        PolymodalError: Data is missing or damaged, or a cache is asked for with an encoder that is trained.
-    """
+    """Tokenise the data and fill the feature cache."""
     run, model = recipe.run, parts.model
     store = None
     if run.feature_cache != features.OFF:
@@ -149,20 +116,7 @@ def make_feed(recipe: Recipe, parts: Parts, output_dir: Path) -> Feed:
 
 
 def make_eval_feed(recipe: Recipe, model: MultimodalLM, feed: Feed, output_dir: Path) -> Feed | None:
-    """Prepare the held-out files as the training data were prepared.
-
-    Args:
-        recipe: The stage.
-        model: The model.
-        feed: The training data.
-        output_dir: Where skipped records are listed.
-
-    Returns:
-        The held-out data, each record once; None where the recipe names none.
-
-    Raises:
-        PolymodalError: Data is missing or damaged.
-    """
+    """Prepare the held-out files as the training data were prepared."""
     if not recipe.data.eval:
         return None
     data = recipe.data.model_copy(update={"mix": recipe.data.eval})
@@ -207,18 +161,7 @@ def _encode_pictures(
 
 
 def export(final: Path, recipe: Recipe, parts: Parts, groups: Sequence[policy.Group], state: State) -> None:
-    """Write the trained model; the folder does not show how many processes trained it.
-
-    Args:
-        final: Where to; an earlier one is replaced.
-        recipe: The stage.
-        parts: The model, whole and on this process.
-        groups: What was trained.
-        state: At the end of the run.
-
-    Raises:
-        PolymodalError: It cannot be written.
-    """
+    """Write the trained model; the folder does not show how many processes trained it."""
     from polymodal.checkpoints.model_folder import save_model
 
     names = [name for group in groups for name, _ in group.parameters]

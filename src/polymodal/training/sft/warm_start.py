@@ -52,27 +52,18 @@ SAMPLE_ROWS = 10_000
 
 @dataclass(frozen=True)
 class Concepts:
-    """Names, and where they lie among the language model's embeddings.
+    """Names, and where they lie among the language model's embeddings."""
 
-    Attributes:
-        names: C different names.
-        targets: [C, D] unit vectors: the mean embedding of a name's tokens, from the middle of the table.
-        middle: [D] mean of the embedding table.
-        norm: Mean length of an embedding.
-    """
-
-    names: tuple[str, ...]
-    targets: Tensor
-    middle: Tensor
-    norm: float
+    names: tuple[str, ...]  # C different names
+    targets: Tensor  # [C, D] unit vectors: the mean embedding of a name's tokens, from the middle of the table
+    middle: Tensor  # [D] mean of the embedding table
+    norm: float  # Mean length of an embedding
 
 
 def concept_of(caption: str) -> str | None:
-    """The name in a short caption: "A red kangaroo." gives "red kangaroo"; None for longer sentences.
-
-    Of a caption that quotes what is written, it is the quotation with its marks: `The word "FISH".` gives `"fish"`,
-    so that a written fish lies near a pictured one among the embeddings, but not on it.
-    """
+    """The name in a short caption: "A red kangaroo." gives "red kangaroo"; None for longer sentences."""
+    # Of a caption that quotes what is written, it is the quotation with its marks: `The word "FISH".` gives `"fish"`,
+    # so that a written fish lies near a pictured one among the embeddings, but not on it.
     written = re.fullmatch(r'The (?:word|number) ("[^"]+")\.', caption.strip())
     if written:
         return written.group(1).lower()
@@ -80,17 +71,8 @@ def concept_of(caption: str) -> str | None:
     return name if name and len(name.split()) <= MAX_WORDS else None
 
 
-def make_concepts(names: Sequence[str], tokenizer: PreTrainedTokenizerBase, table: Tensor) -> Concepts:
-    """Look names up in the embedding table.
-
-    Args:
-        names: Different names.
-        tokenizer: The language model's tokenizer.
-        table: [V, D] its input embeddings.
-
-    Returns:
-        The concepts.
-    """
+def make_concepts(names: Sequence[str], tokenizer: PreTrainedTokenizerBase, table: Tensor) -> Concepts:  # table [V, D]
+    """Look names up in the embedding table."""
     middle = table.mean(dim=0)
     # With a space before it, as inside a sentence: that is the token the language model would say.
     rows = [table[tokenizer.encode(f" {name}", add_special_tokens=False)].mean(dim=0) for name in names]
@@ -99,18 +81,8 @@ def make_concepts(names: Sequence[str], tokenizer: PreTrainedTokenizerBase, tabl
 
 
 def write_classes(projector: MLPProjector, head: ClassHead, targets: Tensor, middle: Tensor, norm: float) -> None:
-    """Set hidden units of a two-layer projector to class scores that speak the class names.
-
-    Args:
-        projector: Two linear layers with at least K hidden units; its `Standardize` is already measured.
-        head: The tower's classifier.
-        targets: [K, D] unit vectors of the class names.
-        middle: [D] mean of the embedding table.
-        norm: Mean length of an embedding.
-
-    Raises:
-        ConfigError: The projector has too few hidden units, or not two layers.
-    """
+    """Set hidden units of a two-layer projector to class scores that speak the class names."""
+    # targets [K, D], middle [D]
     linears = [layer for layer in projector.layers if isinstance(layer, torch.nn.Linear)]
     count = len(head.names)
     if len(linears) != 2 or linears[0].out_features < count:
@@ -132,18 +104,7 @@ def write_classes(projector: MLPProjector, head: ClassHead, targets: Tensor, mid
 def warm_start(
     model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, feed: Feed, config: WarmStartConfig, seed: int
 ) -> None:
-    """Train the projector towards the embeddings of what the pictures are called.
-
-    Args:
-        model: Its projector is trained in place; nothing else is touched.
-        tokenizer: Its tokenizer.
-        feed: Data of the stage, with cached features.
-        config: The settings.
-        seed: Of everything random here.
-
-    Raises:
-        ConfigError: Features are not cached, or class scores cannot be written into this kind of projector.
-    """
+    """Train the projector towards the embeddings of what the pictures are called."""
     projector = model.projector
     if feed.store is None:
         raise ConfigError("warm_start needs cached features: set run.feature_cache")
@@ -208,19 +169,8 @@ def warm_start(
 def align_loss(
     tokens: Tensor, wanted: Tensor, targets: Tensor, middle: Tensor, norm: float, scale: float = 20.0
 ) -> tuple[Tensor, float]:
-    """Softmax over concept names of a picture's mean token and of one token, and a pull to an embedding's length.
-
-    Args:
-        tokens: [N, P, D] projected tokens in random order.
-        wanted: [N] concept numbers.
-        targets: [C, D] unit vectors.
-        middle: [D] mean of the embedding table.
-        norm: Mean length of an embedding.
-        scale: Inverse temperature.
-
-    Returns:
-        The loss, and how many mean tokens are nearest to their own name.
-    """
+    """Softmax over concept names of a picture's mean token and of one token, and a pull to an embedding's length."""
+    # tokens [N, P, D], wanted [N], targets [C, D], middle [D]
     logits = scale * F.normalize(tokens.mean(dim=1) - middle, dim=-1) @ targets.T
     single = scale * F.normalize(tokens[:, 0] - middle, dim=-1) @ targets.T
     loss = F.cross_entropy(logits, wanted, label_smoothing=0.05)
@@ -230,16 +180,8 @@ def align_loss(
 
 
 def draw_tokens(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draw tokens of each picture, in random order.
-
-    Args:
-        features: [N, P, E].
-        count: How many of each; all of them, shuffled, where there are no more.
-        generator: The random state, on the CPU.
-
-    Returns:
-        [N, min(count, P), E].
-    """
+    """Draw tokens of each picture, in random order."""
+    # features [N, P, E] -> [N, min(count, P), E]
     places = torch.rand(features.shape[:2], generator=generator)
     seen = places.topk(min(count, features.shape[1]), dim=1).indices.to(features.device)
     return features.gather(1, seen[..., None].expand(-1, -1, features.shape[-1]))

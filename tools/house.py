@@ -1,0 +1,212 @@
+"""The house in figures: its size, who documents what, and a drawing of its floors.
+
+python tools/house.py stats         lines, files, share of imports, circles
+python tools/house.py docstrings    full sections on what a user reaches, one short paragraph elsewhere
+python tools/house.py floors        docs/floors.png, drawn from the imports themselves
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SRC = ROOT / "src"
+
+# What a user reaches besides `polymodal.__all__`, configuration keys and base classes: the builders of the registries,
+# and the functions that the pages under docs/ call.
+REACHED = {
+    "polymodal.data.load.load_records",
+    "polymodal.interop.huggingface.export.export_hf",
+    "polymodal.modeling.dual_encoders.registry.build_pair_model",
+    "polymodal.modeling.dual_encoders.registry.load_pair_model",
+    "polymodal.modeling.encoders.vision.build_vision_encoder",
+    "polymodal.modeling.projectors.build_projector",
+    "polymodal.training.recipes.load.load_any_recipe",
+    "polymodal.training.recipes.load.load_recipe",
+    "polymodal.training.train",
+    "polymodal.verify.compare.verify_export",
+}
+BASES = {"ABC", "Protocol", "Strict"}
+SECTION = re.compile(r"^\s*(Args|Attributes|Returns|Yields|Raises|Example|Examples|Note|Notes):\s*$", re.MULTILINE)
+LONGEST_PLAIN = 3
+
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    found = {}
+    for path in sorted(SRC.rglob("*.py")):
+        found[".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imports_of(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of the package that a module imports: at its top, inside functions and for types alike."""
+    found = set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            for alias in node.names:
+                found.add(f"{module}.{alias.name}" if f"{module}.{alias.name}" in known else module)
+    return {other for other in found if other in known and other != name}
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module -> the modules it imports."""
+    known = modules()
+    return {name: imports_of(name, path, known) for name, path in known.items()}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, directly or around (Tarjan's strongly connected components)."""
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        order[name] = low[name] = len(order)
+        stack.append(name)
+        for other in graph[name]:
+            if other not in order:
+                visit(other)
+                low[name] = min(low[name], low[other])
+            elif other in stack:
+                low[name] = min(low[name], order[other])
+        if low[name] == order[name]:
+            cut = stack.index(name)
+            group = stack[cut:]
+            del stack[cut:]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    sys.setrecursionlimit(10_000)
+    for name in graph:
+        if name not in order:
+            visit(name)
+    return found
+
+
+def definitions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, Definition, ast.ClassDef | None]]:
+    """Every class and function with its dotted name and the class it stands in; those inside functions are left out."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, Definition):
+            name = f"{prefix}{node.name}"
+            yield name, node, tree if isinstance(tree, ast.ClassDef) else None
+            if isinstance(node, ast.ClassDef):
+                yield from definitions(node, f"{name}.")
+        elif isinstance(node, ast.If | ast.Try):
+            yield from definitions(node, prefix)
+
+
+def public_names() -> set[str]:
+    """The full names of what `polymodal.__all__` reaches, followed to where each is defined."""
+    sys.path.insert(0, str(SRC))
+    import polymodal
+
+    found = set()
+    for name in polymodal.__all__:
+        value = getattr(polymodal, name)
+        found.add(f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', name)}")
+    return found | REACHED
+
+
+def is_base(node: ast.ClassDef, strict: set[str]) -> bool:
+    """Whether a class is a base class, or a configuration."""
+    names = {ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases}
+    return bool(names & (BASES | strict))
+
+
+def strict_classes() -> set[str]:
+    """The names of all configuration classes: `Strict` and what is built on it."""
+    bases = defaultdict(set)
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                bases[node.name] |= {ast.unparse(base) for base in node.bases}
+    found = {"Strict"}
+    while True:
+        more = {name for name, parents in bases.items() if parents & found} | found
+        if more == found:
+            return found
+        found = more
+
+
+def is_public(full: str, node: Definition, owner: ast.ClassDef | None, public: set[str], strict: set[str]) -> bool:
+    """Whether a definition owes its reader full sections."""
+    if node.name.startswith("_"):
+        return False
+    if isinstance(node, ast.ClassDef):
+        return full in public or is_base(node, strict)
+    if owner is None:
+        return full in public
+    # A configuration's methods are validators and derived values; its fields are what a user reaches.
+    if any(name in strict for name in (owner.name, *(ast.unparse(base) for base in owner.bases))):
+        return False
+    return full.rpartition(".")[0] in public or is_base(owner, set())
+
+
+def parameters_of(node: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -> list[str]:
+    """The parameters a caller fills in."""
+    spec = node.args
+    names = [argument.arg for argument in (*spec.posonlyargs, *spec.args)]
+    static = any(ast.unparse(decorator) == "staticmethod" for decorator in node.decorator_list)
+    names = names[1:] if method and not static else names
+    extra = [f"*{spec.vararg.arg}"] if spec.vararg else []
+    extra += [argument.arg for argument in spec.kwonlyargs] + ([f"**{spec.kwarg.arg}"] if spec.kwarg else [])
+    return names + extra
+
+
+def faults_of(node: Definition, owner: ast.ClassDef | None, public: bool, strict: set[str]) -> Iterator[str]:
+    """What is wrong with a definition's docstring."""
+    text = ast.get_docstring(node) or ""
+    if not public:
+        if SECTION.search(text):
+            yield "sections on what no user reaches: one sentence, shapes as `# [B, T, D]` beside the argument"
+        elif "\n\n" in text or text.count("\n") >= LONGEST_PLAIN:
+            yield "a long docstring on what no user reaches: one sentence, and the reasons as comments"
+        return
+    if not text:
+        yield "no docstring"
+    elif isinstance(node, ast.ClassDef):
+        if is_base(node, strict):
+            fields = [
+                item.target.id
+                for item in node.body
+                if isinstance(item, ast.AnnAssign)
+                and isinstance(item.target, ast.Name)
+                and not item.target.id.startswith("_")
+            ]
+            missing = [name for name in fields if not re.search(rf"^\s+{name}\b.*:", text, re.MULTILINE)]
+            if missing:
+                yield f"Attributes lacks {', '.join(missing)}"
+    else:
+        names = parameters_of(node, owner is not None)
+        missing = [name for name in names if not re.search(rf"^\s+{re.escape(name)}:", text, re.MULTILINE)]
+        if missing:
+            yield f"Args lacks {', '.join(missing)}"
+        gives = node.returns is not None and ast.unparse(node.returns) not in ("None", "NoReturn")
+        is_property = any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+        if gives and names and not is_property and not re.search(r"^\s*(Returns|Yields):", text, re.MULTILINE):
+            yield "no Returns"
+
+
+def check_docstrings() -> list[str]:
+    """Every breach of the rule on docstrings, as `file:line name: what`."""
+    public, strict, found = public_names(), strict_classes(), []
+    for module, path in modules().items():
+        for name, node, owner in definitions(ast.parse(path.read_text(encoding="utf-8"))):
+            wanted = is_public(f"{module}.{name}", node, owner, public, strict)
+            for fault in faults_of(node, owner, wanted, strict):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}: {fault}")
+    return found
