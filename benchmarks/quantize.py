@@ -24,7 +24,7 @@ from polymodal.modeling.lora import merge_adapter
 from polymodal.modeling.quantization import fast_dtype, quantize_int8
 from polymodal.processing.collate import collate
 
-PICTURES = Path(__file__).resolve().parent.parent / "examples" / "pictures"
+IMAGES = Path(__file__).resolve().parent.parent / "examples" / "pictures"
 QUESTIONS = ("What is this?", "Describe this picture in detail.", "Which colours do you see?", "Is there a cat?")
 TOKENS = 16
 
@@ -34,9 +34,9 @@ def main(name: str = "default", runs: str = "3") -> None:
     if not isinstance(plain, LocalBackend):
         raise PolymodalError(f"{name}: not a model that is opened here")
     backends = {"float32": plain, "int8": quantized(plain), "int8 but for the head": quantized(plain, ["lm_head"])}
-    prompts = [[user(Image(path), question)] for path in sorted(PICTURES.glob("*.jpg")) for question in QUESTIONS]
+    prompts = [[user(Image(path), question)] for path in sorted(IMAGES.glob("*.jpg")) for question in QUESTIONS]
     repeats = 40 if plain.context_length > 1024 else 2
-    long = [user(Image(sorted(PICTURES.glob("*.jpg"))[0]), "Look closely at this picture. " * repeats + QUESTIONS[1])]
+    long = [user(Image(sorted(IMAGES.glob("*.jpg"))[0]), "Look closely at this picture. " * repeats + QUESTIONS[1])]
     print(f"model {name}, {torch.get_num_threads()} threads, prompts in {fast_dtype()}, torch {torch.__version__}")
 
     decode: dict[str, list[float]] = {kind: [] for kind in backends}

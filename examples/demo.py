@@ -1,6 +1,6 @@
 """Ask the default model about a photograph, and draw what it saw. Run by `make demo`.
 
-python examples/demo.py [PICTURE] [QUESTION]
+python examples/demo.py [IMAGE] [QUESTION]
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from pathlib import Path
 import polymodal
 from polymodal import Image, PolymodalError, user
 from polymodal.media.image import open_image
-from polymodal.processing.image_transform import tile_pictures
+from polymodal.processing.image_transform import tile_images
 from polymodal.viewer.draw import draw_plan
 
 HERE = Path(__file__).resolve().parent
 SEEN = Path("runs") / "demo" / "seen.png"
 
 
-def main(picture: str = str(HERE / "pictures" / "coffee.jpg"), question: str = "What is this?") -> None:
+def main(image: str = str(HERE / "pictures" / "coffee.jpg"), question: str = "What is this?") -> None:
     model = polymodal.load("default")
-    reply = model.generate([user(Image(picture), question)])
+    reply = model.generate([user(Image(image), question)])
 
     processor = model.processor
-    shown = open_image(picture)
+    shown = open_image(image)
     plan = processor.plan(shown)
     SEEN.parent.mkdir(parents=True, exist_ok=True)
-    draw_plan(shown, plan, tile_pictures(shown, plan, processor.config.image)).save(SEEN)
+    draw_plan(shown, plan, tile_images(shown, plan, processor.config.image)).save(SEEN)
 
     usage, timing = reply.usage, reply.timing
-    print(f"picture   {picture}")
+    print(f"image   {image}")
     print(f"question  {question}")
     print(f"answer    {reply.text}")
-    print(f"tokens    {usage.prompt_tokens} in ({usage.image_tokens} of the picture), {usage.completion_tokens} out")
+    print(f"tokens    {usage.prompt_tokens} in ({usage.image_tokens} of the image), {usage.completion_tokens} out")
     print(f"time      first token after {timing.first_token_s:.2f} s, then {timing.tokens_per_s:.1f} tokens/s")
-    print(f"seen      {SEEN} shows the picture as the model saw it")
+    print(f"seen      {SEEN} shows the image as the model saw it")
 
 
 if __name__ == "__main__":

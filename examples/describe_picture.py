@@ -1,6 +1,6 @@
-"""Describe a picture with any vision-language model, LLaVA-NeXT for one.
+"""Describe an image with any vision-language model, LLaVA-NeXT for one.
 
-python examples/describe_picture.py llava-hf/llava-v1.6-mistral-7b-hf [PICTURE] [QUESTION]
+python examples/describe_image.py llava-hf/llava-v1.6-mistral-7b-hf [IMAGE] [QUESTION]
 
 The model may be "default", a folder, a hub id, or openai:MODEL.
 """
@@ -12,15 +12,15 @@ from pathlib import Path
 
 import polymodal
 
-PICTURE = Path(__file__).resolve().parent / "pictures" / "coffee.jpg"
+IMAGE = Path(__file__).resolve().parent / "pictures" / "coffee.jpg"
 
 
-def main(model: str = "default", picture: str = str(PICTURE), question: str = "What is shown in this image?") -> None:
-    print(polymodal.load(model).ask(question, picture))
+def main(model: str = "default", image: str = str(IMAGE), question: str = "What is shown in this image?") -> None:
+    print(polymodal.load(model).ask(question, image))
 
 
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:4])
     except polymodal.PolymodalError as error:
-        sys.exit(f"describe_picture: {error}")
+        sys.exit(f"describe_image: {error}")

@@ -1,4 +1,4 @@
-"""Draw how one picture is cut under the field's three usual rules; needs no model.
+"""Draw how one image is cut under the field's three usual rules; needs no model.
 
 python examples/draw_tiles.py examples/pictures/coffee.jpg docs/tiles.jpg [pad | anyres | slice]
 """
@@ -11,7 +11,7 @@ from typing import Any
 from polymodal.config import ImageConfig
 from polymodal.media.image import open_image
 from polymodal.media_plan import Size, plan_image
-from polymodal.processing.image_transform import tile_pictures
+from polymodal.processing.image_transform import tile_images
 from polymodal.viewer.draw import draw_plan, stack
 
 COMMON: dict[str, Any] = {"tile_size": (336, 336), "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
@@ -25,23 +25,23 @@ RULES = {
         mm_patch_merge_type="spatial_unpad",
         **COMMON,
     ),
-    # Tiles as large as the picture asks for, up to a limit, and a thumbnail.
+    # Tiles as large as the image asks for, up to a limit, and a thumbnail.
     "slice": ImageConfig(image_aspect_ratio="slice", max_tiles=6, **COMMON),
 }
 TOKENS = Size(24, 24)  # 336 pixels in patches of 14
 
 
 def main(source: str, target: str, *names: str) -> None:
-    picture = open_image(source)
+    image = open_image(source)
     drawings = []
     for name in names or RULES:
-        plan = plan_image(Size(picture.height, picture.width), RULES[name], TOKENS)
+        plan = plan_image(Size(image.height, image.width), RULES[name], TOKENS)
         print(f"{name}: {plan.num_tiles} tiles, {plan.num_tokens} tokens")
-        drawings.append(draw_plan(picture, plan, tile_pictures(picture, plan, RULES[name])))
+        drawings.append(draw_plan(image, plan, tile_images(image, plan, RULES[name])))
     stack(drawings).save(target, quality=82, optimize=True)
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 3 or set(sys.argv[3:]) - set(RULES):
-        sys.exit("usage: draw_tiles.py PICTURE OUTPUT [pad | anyres | slice]")
+        sys.exit("usage: draw_tiles.py IMAGE OUTPUT [pad | anyres | slice]")
     main(*sys.argv[1:])

@@ -123,7 +123,7 @@ def tiny_config(llm: Path, tower: Path, **image: Any) -> ModelConfig:
     Args:
         llm: The folder of `write_tiny_llm`.
         tower: The folder of `write_tiny_tower`.
-        image: Picture rules that differ from padding to one tile.
+        image: Image rules that differ from padding to one tile.
     """
     from polymodal.config import ImageConfig, LLMConfig, ModelConfig, ProjectorConfig, VisionConfig
 
@@ -193,8 +193,8 @@ def tiny_model_folder(tiny_model_config: ModelConfig, tmp_path_factory: pytest.T
 
 
 @pytest.fixture(scope="session")
-def picture_folder() -> Path:
-    """The pictures that ship with the repository."""
+def image_folder() -> Path:
+    """The images that ship with the repository."""
     return Path(__file__).resolve().parent.parent / "examples" / "pictures"
 
 

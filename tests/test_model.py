@@ -49,8 +49,8 @@ def model(request: pytest.FixtureRequest) -> MultimodalLM:
     return MultimodalLM(tiny_llm(request.param), IMAGE_ID, encoder, projector).eval()
 
 
-def batch_of(model: MultimodalLM, rows: list[list[int]], pictures: list[int]) -> dict:
-    """Rows of ids in which -1 stands for one picture of four tokens; padded right."""
+def batch_of(model: MultimodalLM, rows: list[list[int]], images: list[int]) -> dict:
+    """Rows of ids in which -1 stands for one image of four tokens; padded right."""
     plan = plan_image(Size(40, 50), IMAGE, model.tokens_per_tile)
     expanded = [[x for i in row for x in ([IMAGE_ID] * plan.num_tokens if i < 0 else [i])] for row in rows]
     length = max(map(len, expanded))
@@ -61,8 +61,8 @@ def batch_of(model: MultimodalLM, rows: list[list[int]], pictures: list[int]) ->
         mask[r, : len(row)] = True
     generator = torch.Generator().manual_seed(1)
     return {
-        "input_ids": ids, "attention_mask": mask, "plans": [plan] * len(pictures), "sample_of_image": pictures,
-        "pixel_values": torch.randn(len(pictures), 3, 28, 28, generator=generator),
+        "input_ids": ids, "attention_mask": mask, "plans": [plan] * len(images), "sample_of_image": images,
+        "pixel_values": torch.randn(len(images), 3, 28, 28, generator=generator),
     }  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def test_loss_at_label_positions_equals_full_logits(model: MultimodalLM) -> None
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.projector.parameters())
 
 
-def test_a_batch_without_labels_or_pictures_still_has_a_gradient_path(model: MultimodalLM) -> None:
+def test_a_batch_without_labels_or_images_still_has_a_gradient_path(model: MultimodalLM) -> None:
     batch = batch_of(model, [[1, 2, 3]], [])
     batch["pixel_values"] = None
     out = model(**batch, labels=torch.full_like(batch["input_ids"], -100))

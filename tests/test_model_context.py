@@ -52,9 +52,7 @@ def plans(model: MultimodalLM, config: ModelConfig, tiles: int) -> ImagePlan:
 
 
 @torch.no_grad()
-def test_every_tile_of_a_picture_reads_the_pictures_context(
-    reading: MultimodalLM, tiny_model_config: ModelConfig
-) -> None:
+def test_every_tile_of_a_image_reads_the_images_context(reading: MultimodalLM, tiny_model_config: ModelConfig) -> None:
     pair, single = (plans(reading, tiny_model_config, tiles) for tiles in (2, 1))
     contexts = torch.tensor([[1, 5, 6, 2], [1, 7, 2, -1]])
     first, second = reading.project_images(FEATURES[0], [pair, single], contexts)
@@ -73,7 +71,7 @@ def test_contexts_that_do_not_fit_are_named(
     reading = request.getfixturevalue("reading")
     with pytest.raises(PolymodalError, match="reads the question"):
         reading.project_images(FEATURES[0][:1], [plan])
-    with pytest.raises(PolymodalError, match="1 pictures and 2 contexts"):
+    with pytest.raises(PolymodalError, match="1 images and 2 contexts"):
         reading.project_images(FEATURES[0][:1], [plan], torch.tensor([[1, 2], [1, 2]]))
 
 

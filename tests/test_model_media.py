@@ -1,4 +1,4 @@
-"""A batch without pictures, where other processes may have some: every trained media part takes part, with zero."""
+"""A batch without images, where other processes may have some: every trained media part takes part, with zero."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_with_everything_but_the_projector_frozen_there_is_still_a_backward_pass
     assert not calls  # a frozen tower that lies whole on every process takes part in nothing
 
 
-def test_pictures_are_not_encoded_twice(model: MultimodalLM) -> None:
+def test_images_are_not_encoded_twice(model: MultimodalLM) -> None:
     plan = plan_image(Size(28, 28), IMAGE, model.tokens_per_tile)
     ids = torch.tensor([[1] + [40] * plan.num_tokens + [2, 3]])
     labels = torch.where(ids == 40, -100, ids)
@@ -110,11 +110,11 @@ def test_bytes_without_a_rule_are_refused(model: MultimodalLM) -> None:
 
 
 def test_the_processor_hands_out_bytes_that_become_the_same_features(
-    tiny_model_config: ModelConfig, picture_folder: Path
+    tiny_model_config: ModelConfig, image_folder: Path
 ) -> None:
     built, tokenizer = build_model(tiny_model_config)
     processor = Processor(tiny_model_config, tokenizer, built.tokens_per_tile, built.image_token_id)
-    message = user(Image(sorted(picture_folder.glob("*.jpg"))[0]), "What is this?")
+    message = user(Image(sorted(image_folder.glob("*.jpg"))[0]), "What is this?")
     usual, raw = (processor([message], pixels=kind) for kind in (True, "uint8"))
     assert raw.pixels[0].dtype == torch.uint8 and raw.media_keys == usual.media_keys
     features = [built.encode_images(sample.pixels[0]) for sample in (usual, raw)]
@@ -135,20 +135,18 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def conversation(model: MultimodalLM, length: int, picture: bool, id: str) -> Sample:
+def conversation(model: MultimodalLM, length: int, image: bool, id: str) -> Sample:
     plan = plan_image(Size(28, 28), IMAGE, model.tokens_per_tile)
-    count = plan.num_tokens if picture else 0
+    count = plan.num_tokens if image else 0
     ids = torch.tensor([1, *[40] * count, *range(2, 2 + length)])
     mask = torch.arange(len(ids)) > count
-    slots, plans = ((Slot("image", 1, count, 0),), (plan,)) if picture else ((), ())
-    return Sample(ids, mask, slots, plans, (torch.randn(1, 3, 28, 28),) if picture else (), id=id)
+    slots, plans = ((Slot("image", 1, count, 0),), (plan,)) if image else ((), ())
+    return Sample(ids, mask, slots, plans, (torch.randn(1, 3, 28, 28),) if image else (), id=id)
 
 
 @pytest.mark.parametrize("way", ["right", "left", "packed"])
 def test_a_training_step_never_waits_for_the_device(model: MultimodalLM, way: str) -> None:
-    samples = [
-        conversation(model, length, picture, f"s{length}") for length, picture in ((5, True), (9, False), (3, True))
-    ]
+    samples = [conversation(model, length, image, f"s{length}") for length, image in ((5, True), (9, False), (3, True))]
     batch = collate_packed(samples) if way == "packed" else collate(samples, 0, side=way)
     assert batch.left_padded == (way == "left")
     inputs = batch.inputs()

@@ -187,14 +187,14 @@ def test_layers_can_be_left_alone(tiny_model_config: ModelConfig) -> None:
     assert not is_quantized(other)
 
 
-def test_a_quantised_model_answers_and_its_logits_are_near(tiny_model_folder: Path, picture_folder: Path) -> None:
-    picture = next(picture_folder.glob("*.jpg"))
+def test_a_quantised_model_answers_and_its_logits_are_near(tiny_model_folder: Path, image_folder: Path) -> None:
+    image = next(image_folder.glob("*.jpg"))
     plain, rounded = load(tiny_model_folder, "cpu"), load(tiny_model_folder, quantize="int8")
     assert isinstance(plain, LocalBackend) and isinstance(rounded, LocalBackend)
     assert is_quantized(rounded.model.llm) and not is_quantized(plain.model.llm)
-    reply = rounded.generate([_question(picture)], PARAMS)
+    reply = rounded.generate([_question(image)], PARAMS)
     assert reply.usage.completion_tokens > 0
-    wanted, got = (_logits(backend, picture) for backend in (plain, rounded))
+    wanted, got = (_logits(backend, image) for backend in (plain, rounded))
     assert 0 < relative(got, wanted) < 0.05
 
 
@@ -296,20 +296,20 @@ def test_an_endpoint_cannot_be_quantised() -> None:
 
 
 def test_the_command_line_passes_it_on(
-    tiny_model_folder: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_folder: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture = str(next(picture_folder.glob("*.jpg")))
-    rest = ["--image", picture, "--prompt", "What?", "--max-new-tokens", "2", "--model", str(tiny_model_folder)]
+    image = str(next(image_folder.glob("*.jpg")))
+    rest = ["--image", image, "--prompt", "What?", "--max-new-tokens", "2", "--model", str(tiny_model_folder)]
     assert main(["generate", *rest, "--quantize", "int8"]) == 0
     assert main(["generate", *rest, "--quantize", "int9"]) == 2
     assert "unknown quantize 'int9'; did you mean 'int8'" in capsys.readouterr().err
 
 
-def _question(picture: Path) -> Message:
-    return user(Image(picture), "What is this?")
+def _question(image: Path) -> Message:
+    return user(Image(image), "What is this?")
 
 
-def _logits(backend: LocalBackend, picture: Path) -> torch.Tensor:
-    batch = collate([backend.processor([_question(picture)], add_generation_prompt=True)], 0)
+def _logits(backend: LocalBackend, image: Path) -> torch.Tensor:
+    batch = collate([backend.processor([_question(image)], add_generation_prompt=True)], 0)
     with torch.inference_mode():
         return backend.model(batch.input_ids, None, None, batch.plans, batch.sample_of_image, batch.pixel_values).logits

@@ -3,11 +3,11 @@
     python -m benchmarks.projectors --data data/default --output runs/projectors [--steps 120 120] [--only qformer]
 
 The recipes are those of the default model, shortened to so many steps of stage 1 and of stage 2; all projectors make
-16 tokens of a picture. What the default model takes from its tower's classifier is left out but for the words of the
+16 tokens of an image. What the default model takes from its tower's classifier is left out but for the words of the
 warm start: class scores written into the projector (only an MLP can), and samples made of class prototypes. The last
 row has the small ViT for a tower (64 tokens, an MLP; recipes/default/vit_stage*.yaml). A run that was cut off goes on.
 Scores are those of `polymodal eval`, with the image-blind control. Beside them stands the loss of the held-out right
-answers, with the picture and with grey in its place, which tells models apart long before their answers do. The time to
+answers, with the image and with grey in its place, which tells models apart long before their answers do. The time to
 the first token is measured at the end, model after model in turn, over and over.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes" / "default"
-PICTURE = ROOT / "examples" / "pictures" / "cat.jpg"
+IMAGE = ROOT / "examples" / "pictures" / "cat.jpg"
 
 WIDTH = "hidden_size: 384, num_attention_heads: 6"
 PROJECTORS: dict[str, str] = {
@@ -166,7 +166,7 @@ def polymodal(*arguments: str) -> None:
 
 
 def first_token_times(folders: list[Path], runs: int) -> list[list[float]]:
-    """Seconds from a question about a picture to the first token, the models taking turns."""
+    """Seconds from a question about an image to the first token, the models taking turns."""
     import polymodal
     from polymodal import GenerationParams, Image, user
 
@@ -174,7 +174,7 @@ def first_token_times(folders: list[Path], runs: int) -> list[list[float]]:
     times: list[list[float]] = [[] for _ in models]
     for turn in range(runs + 1):
         for model, seen in zip(models, times, strict=True):
-            reply = model.generate([user(Image(str(PICTURE)), "What is this?")], GenerationParams(max_new_tokens=1))
+            reply = model.generate([user(Image(str(IMAGE)), "What is this?")], GenerationParams(max_new_tokens=1))
             if turn:  # the first turn warms up
                 seen.append(reply.timing.first_token_s)
     return times

@@ -1,11 +1,11 @@
-"""Picture towers compared on frozen features alone: k-NN and linear probe on held-out pictures, and speed.
+"""Image towers compared on frozen features alone: k-NN and linear probe on held-out images, and speed.
 
     polymodal data build pairs --output data/pairs
     python -m benchmarks.towers data/pairs efficientnet_lite0 vit_small
 
-Learnt from are the single things of data/pairs/train.json, at most --views pictures of each; asked is for the held-out
+Learnt from are the single things of data/pairs/train.json, at most --views images of each; asked is for the held-out
 things of classes.json, none of which was trained on: their group (animal, food, ...) and their name, where a training
-picture has the same name. A tower is one of the package (efficientnet_lite0, vit_small), or a folder of SigLIP, CLIP or
+image has the same name. A tower is one of the package (efficientnet_lite0, vit_small), or a folder of SigLIP, CLIP or
 DINOv2. Its features are the mean over its patches, from the last layer before the final norm (EfficientNet: its head).
 """
 
@@ -40,7 +40,7 @@ EFFICIENTNET = "efficientnet_lite0"
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture and what it shows."""
+    """An image and what it shows."""
 
     path: Path
     noun: str
@@ -52,24 +52,24 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.towers", description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="the folder of `polymodal data build pairs`")
     parser.add_argument("towers", nargs="+", help="efficientnet_lite0, vit_small, or a model folder")
-    parser.add_argument("--views", type=int, default=4, metavar="N", help="training pictures of a thing (default 4)")
+    parser.add_argument("--views", type=int, default=4, metavar="N", help="training images of a thing (default 4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args(argv)
     try:
-        train, test = read_pictures(options.data, options.views)
+        train, test = read_images(options.data, options.views)
         rows = [compare(tower, train, test) for tower in options.towers]
     except PolymodalError as error:
         print(f"towers: {error}", file=sys.stderr)
         return 1
-    print(f"{len(train)} training pictures, {len(test)} held-out ones\n")
+    print(f"{len(train)} training images, {len(test)} held-out ones\n")
     print(table(rows))
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 
-def read_pictures(folder: Path, views: int) -> tuple[list[Shown], list[Shown]]:
-    """Training and held-out pictures of single things whose group is known."""
+def read_images(folder: Path, views: int) -> tuple[list[Shown], list[Shown]]:
+    """Training and held-out images of single things whose group is known."""
     try:
         records = json.loads((folder / "train.json").read_text(encoding="utf-8"))
         tasks = json.loads((folder / "classes.json").read_text(encoding="utf-8"))["tasks"]
@@ -93,12 +93,12 @@ def read_pictures(folder: Path, views: int) -> tuple[list[Shown], list[Shown]]:
                 group = groups[entry["noun"]]
                 held_out[entry["image"]] = Shown(folder / entry["image"], entry["noun"], group, entry["sources"][0])
     if not train or not held_out:
-        raise DataError(f"{folder}: no pictures of single things to compare towers on")
+        raise DataError(f"{folder}: no images of single things to compare towers on")
     return train, list(held_out.values())
 
 
 def load_tower(name: str) -> tuple[Any, ImageConfig]:
-    """A tower and its picture rules."""
+    """A tower and its image rules."""
     if name == EFFICIENTNET:
         rules = ImageConfig(
             image_aspect_ratio="squash", tile_size=(224, 224), image_mean=PIXEL_MEAN, image_std=PIXEL_STD
@@ -116,18 +116,18 @@ def load_tower(name: str) -> tuple[Any, ImageConfig]:
 
 
 @torch.no_grad()
-def encode(encoder: Any, rules: ImageConfig, pictures: list[Shown]) -> tuple[torch.Tensor, float]:
+def encode(encoder: Any, rules: ImageConfig, images: list[Shown]) -> tuple[torch.Tensor, float]:
     """[N, E] mean features, and the seconds that the tower took."""
 
     def tile(shown: Shown) -> torch.Tensor:
-        picture = open_image(shown.path)
-        plan = plan_image(Size(picture.height, picture.width), rules, Size(1, 1))
-        return torch.from_numpy(make_tiles(picture, plan, rules)[0])
+        image = open_image(shown.path)
+        plan = plan_image(Size(image.height, image.width), rules, Size(1, 1))
+        return torch.from_numpy(make_tiles(image, plan, rules)[0])
 
     found, waiting, spent = [], [], 0.0
-    for number, one in enumerate(ahead(tile, pictures, 2), 1):
+    for number, one in enumerate(ahead(tile, images, 2), 1):
         waiting.append(one)
-        if len(waiting) == 8 or number == len(pictures):
+        if len(waiting) == 8 or number == len(images):
             start = time.perf_counter()
             found.append(encoder(torch.stack(waiting).to(next(encoder.parameters()).dtype)).float().mean(dim=1))
             spent += time.perf_counter() - start
@@ -143,7 +143,7 @@ def compare(name: str, train: list[Shown], test: list[Shown]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "tower": name,
         "parameters": sum(p.numel() for p in encoder.parameters()) + sum(b.numel() for b in encoder.buffers()),
-        "pictures_per_s": (len(train) + len(test)) / (seconds + more),
+        "images_per_s": (len(train) + len(test)) / (seconds + more),
     }
     for what in ("category", "noun"):
         names = sorted({getattr(shown, what) for shown in train})
@@ -177,8 +177,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 for m in ("knn", "linear")
             ]
             lines.append(
-                f"| {row['tower']} | {row['parameters'] / 1e6:.1f} M | {row['pictures_per_s']:.0f} "
-                f"| {what}, {found['pictures']} of {found['classes']} | {shown[0]} | {shown[1]} "
+                f"| {row['tower']} | {row['parameters'] / 1e6:.1f} M | {row['images_per_s']:.0f} "
+                f"| {what}, {found['images']} of {found['classes']} | {shown[0]} | {shown[1]} "
                 f"| {found['majority']:.1%} |"
             )
     return "\n".join(lines)

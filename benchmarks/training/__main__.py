@@ -111,7 +111,7 @@ def heading(options: argparse.Namespace) -> str:
     lines = [
         f"{', '.join(versions)}; {device}, {options.precision}",
         f"language model: {shape.layers} layers, {shape.width} wide, {shape.vocab} words; tower: CLIP, "
-        f"{shape.tower_layers} layers, {shape.tower_width} wide, {shape.picture_tokens} tokens of {shape.picture} px; "
+        f"{shape.tower_layers} layers, {shape.tower_width} wide, {shape.image_tokens} tokens of {shape.image} px; "
         "mlp2x_gelu; seeded weights",
         f"a step: {options.rows} rows, at most {options.micro} at once; a turn: {options.steps} step(s), one warms up, "
         f"{options.runs} are measured",

@@ -84,7 +84,7 @@ def build_llava(shape: Shape, image_id: int, seed: int) -> LlavaForConditionalGe
         intermediate_size=4 * shape.tower_width,
         num_hidden_layers=shape.tower_layers,
         num_attention_heads=shape.tower_heads,
-        image_size=shape.picture,
+        image_size=shape.image,
         patch_size=shape.patch,
     )
     config = LlavaConfig(
@@ -98,7 +98,7 @@ def build_llava(shape: Shape, image_id: int, seed: int) -> LlavaForConditionalGe
     model = LlavaForConditionalGeneration(config)
     model.tie_weights()
     # Fresh weights of the usual scale score all tokens alike, whatever they see, and then a system that lost its
-    # pictures has the same loss as one that did not. These pass on what they see.
+    # images has the same loss as one that did not. These pass on what they see.
     with torch.no_grad():
         for part in model.modules():
             if isinstance(part, torch.nn.Linear | torch.nn.Conv2d):
@@ -108,11 +108,11 @@ def build_llava(shape: Shape, image_id: int, seed: int) -> LlavaForConditionalGe
 
 def build_processor(shape: Shape, stage: int) -> LlavaProcessor:
     """Transformers' side of the data: the short side is resized, the centre cut out."""
-    pictures = CLIPImageProcessorPil(
-        size={"shortest_edge": shape.picture}, crop_size={"height": shape.picture, "width": shape.picture}
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": shape.image}, crop_size={"height": shape.image, "width": shape.image}
     )
     return LlavaProcessor(
-        pictures,
+        images,
         build_tokenizer(),
         chat_template=PLAIN if stage == 1 else CHATML,
         patch_size=shape.patch,
@@ -167,7 +167,7 @@ def build_parts(shape: Shape, stage: int, seed: int) -> Parts:
     config = ModelConfig(
         vision=VisionConfig(vision_tower="in memory", type="clip"),
         image=ImageConfig(
-            image_aspect_ratio="crop", tile_size=(shape.picture, shape.picture), image_mean=MEAN, image_std=STD
+            image_aspect_ratio="crop", tile_size=(shape.image, shape.image), image_mean=MEAN, image_std=STD
         ),
         llm=LLMConfig(model_name_or_path="in memory"),
         template=TemplateConfig(chat_template="plain" if stage == 1 else "chatml"),

@@ -9,7 +9,7 @@ from pathlib import Path
 SYSTEMS = ("hf", "trl", "polymodal")
 MODES = ("matched", "best", "cached")
 """Matched: the same padded micro-batches everywhere. Best: each system's fastest documented flags that compute every
-picture in every step. Cached: polymodal with the frozen tower's features kept, which the others cannot do."""
+image in every step. Cached: polymodal with the frozen tower's features kept, which the others cannot do."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Shape:
         tower_layers: Of the tower; the last one is not used, as in LLaVA.
         tower_width: Of the tower; its MLPs are four times as wide.
         tower_heads: Of the tower.
-        picture: Side of the tower's input in pixels.
+        image: Side of the tower's input in pixels.
         patch: Side of a patch in pixels.
         lora_r: Rank of the adapter in stage 2.
     """
@@ -40,14 +40,14 @@ class Shape:
     tower_layers: int
     tower_width: int
     tower_heads: int
-    picture: int
+    image: int
     patch: int
     lora_r: int
 
     @property
-    def picture_tokens(self) -> int:
-        """Tokens of one picture."""
-        return (self.picture // self.patch) ** 2
+    def image_tokens(self) -> int:
+        """Tokens of one image."""
+        return (self.image // self.patch) ** 2
 
 
 SHAPES = {

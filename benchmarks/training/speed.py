@@ -46,7 +46,7 @@ def model_flops(shape: Shape, stage: int, lengths: list[int], targets: list[int]
     Args:
         shape: The model.
         stage: 1, or 2 with the adapter.
-        lengths: Tokens of each sample, those of its picture included.
+        lengths: Tokens of each sample, those of its image included.
         targets: Trained tokens of each sample.
         cached: The tower's features are kept, so the tower is not needed.
 
@@ -57,14 +57,14 @@ def model_flops(shape: Shape, stage: int, lengths: list[int], targets: list[int]
     sides = [(width, width), (width, kv), (width, kv), (width, width), (width, inner), (width, inner), (inner, width)]
     frozen = shape.layers * sum(a * b for a, b in sides)
     adapter = shape.layers * sum(shape.lora_r * (a + b) for a, b in sides) if stage == 2 else 0
-    patches, tower = shape.picture_tokens, shape.tower_width
+    patches, tower = shape.image_tokens, shape.tower_width
     tower_matrices = (shape.tower_layers - 1) * 12 * tower * tower
     tower_attention = (shape.tower_layers - 1) * 4 * (patches + 1) ** 2 * tower
     stem = 2 * 3 * shape.patch**2 * tower * patches
-    one_picture = 0 if cached else 2 * tower_matrices * (patches + 1) + tower_attention + stem
+    one_image = 0 if cached else 2 * tower_matrices * (patches + 1) + tower_attention + stem
     # Forward and weights' gradient of both layers, and the second one's input gradient.
-    one_picture += 4 * (tower * width + width * width) * patches + 2 * width * width * patches
-    total = float(one_picture * len(lengths))
+    one_image += 4 * (tower * width + width * width) * patches + 2 * width * width * patches
+    total = float(one_image * len(lengths))
     for length, trained in zip(lengths, targets, strict=True):
         total += 4 * frozen * length + 6 * adapter * length
         total += 6 * length * length * width * shape.layers

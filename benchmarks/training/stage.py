@@ -34,7 +34,7 @@ def run_stage(options: argparse.Namespace, stage: int, folder: Path) -> dict[str
     shape = SHAPES[options.shape]
     data = folder / f"rows-{stage}"
     write_rows(data, stage, options.rows * options.steps, options.seed, 0.2 if options.tiny else 1.0)
-    tokens = [row_tokens(row, stage, shape.picture_tokens) for row in read_rows(data)]
+    tokens = [row_tokens(row, stage, shape.image_tokens) for row in read_rows(data)]
     lengths, targets = [t[0] for t in tokens], [t[1] for t in tokens]
     speeds: list[float] = []
     entries: list[dict[str, Any]] = []

@@ -1,8 +1,8 @@
 """The systems under test. Each trains until the clock ends it; flags come from its documentation, none is patched.
 
 All three: AdamW, constant rate, clipping at norm 1, loss per trained token over the whole step, no checkpoints, a log
-line every step. HF Trainer and polymodal tokenise before training; TRL tokenises pictures' conversations in its
-collator and cannot do otherwise. Pictures are decoded from their files in every step, except in mode "cached".
+line every step. HF Trainer and polymodal tokenise before training; TRL tokenises images' conversations in its
+collator and cannot do otherwise. Images are decoded from their files in every step, except in mode "cached".
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def run_hf(job: Job, clock: Clock) -> None:
             rows = [torch.tensor(sample[name]) for sample in batch]
             return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
-        pictures = []
+        images = []
         for sample in batch:
-            with Image.open(sample["image"]) as picture:
-                pictures.append(picture.convert("RGB"))
+            with Image.open(sample["image"]) as image:
+                images.append(image.convert("RGB"))
         lengths = torch.tensor([len(sample["input_ids"]) for sample in batch])
         return {
             "input_ids": pad("input_ids", processor.tokenizer.pad_token_id),
             "labels": pad("labels", -100),
             "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
-            "pixel_values": processor.image_processor(pictures, return_tensors="pt")["pixel_values"],
+            "pixel_values": processor.image_processor(images, return_tensors="pt")["pixel_values"],
         }
 
     arguments = TrainingArguments(**trainer_arguments(job))
@@ -72,8 +72,8 @@ def tokenise(processor: LlavaProcessor, row: dict[str, Any]) -> dict[str, Any]:
     from PIL import Image
 
     messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in row["messages"]]
-    with Image.open(row["image"]) as picture:
-        messages[0]["content"].insert(0, {"type": "image", "image": picture.convert("RGB")})
+    with Image.open(row["image"]) as image:
+        messages[0]["content"].insert(0, {"type": "image", "image": image.convert("RGB")})
     made = processor.apply_chat_template(
         messages,
         tokenize=True,
@@ -87,7 +87,7 @@ def tokenise(processor: LlavaProcessor, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_trl(job: Job, clock: Clock) -> None:
-    """TRL's SFTTrainer with its own collator for pictures; it refuses packing there, and so pads."""
+    """TRL's SFTTrainer with its own collator for images; it refuses packing there, and so pads."""
     from datasets import Dataset, Image, List
     from trl import SFTConfig, SFTTrainer
 

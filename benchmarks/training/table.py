@@ -13,7 +13,7 @@ NAMES = {"hf": "HF Trainer", "trl": "TRL SFTTrainer", "polymodal": "polymodal"}
 NOTES = {
     "matched": "matched flags: padded, same micro-batches, same order, no feature cache",
     "best": "best flags: HF and TRL {best}, fused AdamW; polymodal packs to {tokens} tokens; no feature cache",
-    "cached": "its own line, since the others have no such flag: the frozen tower runs once per picture, in set-up",
+    "cached": "its own line, since the others have no such flag: the frozen tower runs once per image, in set-up",
 }
 COLUMNS = (
     "", "samples/s", "range", "x HF", "range", "x padded HF", "real tok/s", "CPU s/sample", "peak GB", "padding",

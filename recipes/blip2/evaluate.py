@@ -5,7 +5,7 @@
 RUN holds `stage1/final` and, where it was trained, `stage2/final`. Retrieval is by contrast alone, and with the
 matching head's second look at the nearest (`--rerank`). Matching is judged with hard negatives, drawn as in training.
 Captions are scored by the share of a reference's content words that they have. There are two controls: the same model
-that sees grey, and its captions of other pictures, which are written as well as its own but do not look.
+that sees grey, and its captions of other images, which are written as well as its own but do not look.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Score a BLIP-2 run on held-out pairs.")
     parser.add_argument("run", type=Path, help="the folder of stage1/ and stage2/")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="held-out pairs")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     parser.add_argument("--rerank", type=int, default=16, metavar="K", help="the matching head orders the nearest K")
     parser.add_argument("--group", type=int, default=64, metavar="N", help="pairs that negatives are drawn among")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
@@ -65,18 +65,18 @@ def look_up(folder: Path, records: Sequence[Record], nearest: int, group: int, d
     rules = model.image
     pairs = pairs_of(records)
     features = []
-    for source in pairs.pictures:
-        picture = open_image(source, background=rules.background, max_pixels=rules.max_pixels)
-        plan = plan_image(Size(picture.height, picture.width), rules, Size(1, 1))
-        features.append(model.encode(torch.from_numpy(tile_bytes(picture, plan, rules)[0])[None]))
+    for source in pairs.images:
+        image = open_image(source, background=rules.background, max_pixels=rules.max_pixels)
+        plan = plan_image(Size(image.height, image.width), rules, Size(1, 1))
+        features.append(model.encode(torch.from_numpy(tile_bytes(image, plan, rules)[0])[None]))
     owner = torch.tensor(pairs.image_of_text)
     gallery = open_gallery(model, torch.cat(features), list(pairs.texts), owner)
     plain, looked = retrieval_scores(model, gallery), retrieval_scores(model, gallery, nearest)
-    expected, matching = chance(len(pairs.pictures), owner), matching_scores(model, gallery, group)
+    expected, matching = chance(len(pairs.images), owner), matching_scores(model, gallery, group)
     document |= {"recall": plain, "recall_reranked": looked, "chance": expected, "reranked": nearest}
     document["matching"] = asdict(matching)
     lines = [
-        f"{len(pairs.pictures)} pictures, {len(pairs.texts)} texts",
+        f"{len(pairs.images)} images, {len(pairs.texts)} texts",
         "",
         f"| | contrast | + matching on the nearest {nearest} | chance |",
         "|---|--:|--:|--:|",
@@ -111,11 +111,11 @@ def captions(folder: Path, records: Sequence[Record], document: dict[str, Any]) 
         "of_others": others,
         "items": [asdict(item) for item in items],
     }
-    return [table(rows), "", f"captions of other pictures: {others:.1%}"]
+    return [table(rows), "", f"captions of other images: {others:.1%}"]
 
 
 def of_others(items: Sequence[Item], most: int = 50) -> float:
-    """Mean score of the answers about other pictures, some `most` for each picture."""
+    """Mean score of the answers about other images, some `most` for each image."""
     from polymodal.metrics.text import word_recall
 
     count = len(items)

@@ -35,8 +35,8 @@ def main(folder: Path, each: int = 6) -> None:
             left = column * SIDE // 2 + chance.randint(2, SIDE // 2 - size - 2)
             top = row * SIDE // 2 + chance.randint(2, SIDE // 2 - size - 2)
             grey = chance.randint(225, 255)
-            picture = Image.new("RGB", (SIDE, SIDE), (grey, grey, grey))
-            draw = ImageDraw.Draw(picture)
+            image = Image.new("RGB", (SIDE, SIDE), (grey, grey, grey))
+            draw = ImageDraw.Draw(image)
             box = (left, top, left + size, top + size)
             if shape == "circle":
                 draw.ellipse(box, fill=COLOURS[colour])
@@ -45,7 +45,7 @@ def main(folder: Path, each: int = 6) -> None:
             else:
                 draw.polygon([(left, box[3]), (left + size // 2, top), (box[2], box[3])], fill=COLOURS[colour])
             name = f"pictures/{number}-{copy}.png"
-            picture.save(folder / name)
+            image.save(folder / name)
             captions = [f"a {colour} {shape} at the {place}", f"at the {place} is a {colour} {shape}"]
             turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": captions[0]}]
             record = {"id": f"{number}-{copy}", "image": name, "conversations": turns, "captions": captions}

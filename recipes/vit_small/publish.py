@@ -2,12 +2,12 @@
 
 python recipes/vit_small/publish.py runs/vit_small/siglip/final [src/polymodal/models/vit_small]
 
-The folder holds picture tower, text tower, tokenizer and image processor, and loads in `transformers` (`AutoModel`,
+The folder holds image tower, text tower, tokenizer and image processor, and loads in `transformers` (`AutoModel`,
 `AutoProcessor`) as well as here (`vision_tower: vit_small`, `type: siglip`). Half precision moves no score of a unit
 vector by more than the script says; it refuses to write a folder that scores otherwise.
 
-Pictures are normalised as CLIP's from here on, which the first layer takes up exactly: engines fill the edges of a
-picture that is not square with CLIP's mean colour, some with no other (llama.cpp), so a model with this tower can be
+Images are normalised as CLIP's from here on, which the first layer takes up exactly: engines fill the edges of a
+image that is not square with CLIP's mean colour, some with no other (llama.cpp), so a model with this tower can be
 exported to all of them.
 """
 
@@ -30,7 +30,7 @@ CARD = "MODEL_CARD.md"
 LARGEST = 30_000_000
 """Bytes of it that the package may carry."""
 MOST_MOVED = 0.01
-"""Cosines between pictures and texts may move by this much."""
+"""Cosines between images and texts may move by this much."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEXTS = ["A cat.", "Three dogs on a red background.", 'The word "stop".', "A house to the left of a tree."]
 
@@ -76,7 +76,7 @@ def renormalise(patches: torch.nn.Conv2d, mean: tuple[float, ...], deviation: tu
 
 @torch.no_grad()
 def cosines(embedder: Embedder) -> torch.Tensor:
-    """Four texts with eight pictures of noise, [8, 4]."""
+    """Four texts with eight images of noise, [8, 4]."""
     noise = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (8, 3, *embedder.image.tile_size), generator=noise, dtype=torch.uint8)
     ids = torch.zeros(8, embedder.model.text_length or 1, dtype=torch.int64)

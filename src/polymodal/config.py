@@ -16,7 +16,7 @@ from polymodal.errors import ConfigError, unknown_name
 Resample: TypeAlias = Literal["bilinear", "bicubic", "lanczos"]
 
 RESAMPLE_FILTERS: dict[Resample, int] = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
-"""The resize filters that picture rules may name, and their numbers in Pillow and in stock preprocessor files."""
+"""The resize filters that image rules may name, and their numbers in Pillow and in stock preprocessor files."""
 
 
 class Strict(BaseModel):
@@ -52,29 +52,29 @@ class VisionConfig(Strict):
 
 
 class ImageConfig(Strict):
-    """How a picture becomes tiles; travels with the weights, since it is part of what was trained.
+    """How an image becomes tiles; travels with the weights, since it is part of what was trained.
 
     Attributes:
         image_aspect_ratio: "squash" resizes to the tile regardless of shape; "pad" pads to a square first; "crop"
             resizes the short side and crops the centre; "slice" cuts tiles and adds a thumbnail; "anyres" fits the
-            picture to the best of `image_grid_pinpoints` and adds a global view.
+            image to the best of `image_grid_pinpoints` and adds a global view.
         tile_size: The encoder's input, (height, width) in pixels.
         resize_short_side: For "crop": the short side before cropping; the tile's short side when None.
         image_grid_pinpoints: For "anyres": the canvases allowed, (height, width) in pixels.
         anyres_max: For "anyres": LLaVA-OneVision's anyres_max_N; grids with more tokens than N tiles are shrunk.
         mm_patch_merge_type: For "anyres": see `media_plan.ImagePlan.merge`.
-        several_pictures: For "anyres", in a conversation with more than one picture: "alike" cuts each as if it were
+        several_images: For "anyres", in a conversation with more than one image: "alike" cuts each as if it were
             alone; "pad" pads each to a square and makes it one tile, with one newline token behind it, as
             LLaVA-OneVision does.
         max_tiles: For "slice": the most tiles besides the thumbnail.
-        thumbnail: For "slice": add the whole picture as a last tile when it was cut.
+        thumbnail: For "slice": add the whole image as a last tile when it was cut.
         overview_aspect_ratio: How the overview or thumbnail tile is made: squashed, or padded to a square.
         image_mean: Per channel, after rescaling to 0..1.
         image_std: Per channel, after rescaling to 0..1.
         resample: Pillow's filter.
         background: What shows through transparent pixels and fills padding of "slice", RGB 0..255.
-        pad_color: What "pad" puts beside the picture; None takes the mean colour, as LLaVA does.
-        max_pixels: Pictures with more pixels are refused before they are decoded.
+        pad_color: What "pad" puts beside the image; None takes the mean colour, as LLaVA does.
+        max_pixels: Images with more pixels are refused before they are decoded.
     """
 
     image_aspect_ratio: Literal["squash", "pad", "crop", "slice", "anyres"] = "pad"
@@ -83,7 +83,7 @@ class ImageConfig(Strict):
     image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
     anyres_max: int | None = None
     mm_patch_merge_type: PatchMerge = "flat"
-    several_pictures: Literal["alike", "pad"] = "alike"
+    several_images: Literal["alike", "pad"] = "alike"
     max_tiles: int = 6
     thumbnail: bool = True
     overview_aspect_ratio: Literal["squash", "pad", "crop"] = "squash"
@@ -153,7 +153,7 @@ class TemporalConfig(Strict):
 
 
 class QFormerConfig(Strict):
-    """BLIP-2's Q-Former: a BERT whose learned queries look at the picture; defaults as published.
+    """BLIP-2's Q-Former: a BERT whose learned queries look at the image; defaults as published.
 
     Attributes:
         num_query_tokens: Q, the tokens of one tile.
@@ -161,7 +161,7 @@ class QFormerConfig(Strict):
         num_hidden_layers: Its layers.
         num_attention_heads: Heads of each attention.
         intermediate_size: Width inside the feed-forward parts.
-        cross_attention_frequency: n: layers 0, n, 2n, ... look at the picture.
+        cross_attention_frequency: n: layers 0, n, 2n, ... look at the image.
         hidden_dropout_prob: Dropout on hidden states.
         attention_probs_dropout_prob: Dropout on attention weights.
         initializer_range: Deviation of fresh weights and queries.
@@ -171,7 +171,7 @@ class QFormerConfig(Strict):
         max_position_embeddings: Positions of its text.
         pad_token_id: The row of padding, which is not trained; None for none.
         max_text_length: Where its text is cut, in tokens.
-        text_context: It reads the question beside the picture, as InstructBLIP's does.
+        text_context: It reads the question beside the image, as InstructBLIP's does.
         tokenizer: For `text_context`: the folder or hub id of its tokenizer; None where `projector.pretrained` has it.
             A model folder carries its own.
     """
@@ -334,7 +334,7 @@ class TemplateConfig(Strict):
         chat_template: A preset of `processing.chat_template.encode.PRESETS` ("chatml", "llama2", "llama3", "mistral",
         "vicuna", "t5", "plain"), "tokenizer" for the tokenizer's own, or jinja text.
         default_system: The system message where a conversation has none; None means no system turn.
-        image_newline_text: Text after a picture, as LLaVA's "<image>\\n"; empty for none.
+        image_newline_text: Text after an image, as LLaVA's "<image>\\n"; empty for none.
         stop_token_ids: Further tokens that end an answer, besides the template's and the tokenizer's own; published
             models name them in generation_config.json.
         own_generation_prompt: A question ends with what the template writes for `add_generation_prompt`, also where
@@ -354,7 +354,7 @@ class ModelConfig(Strict):
 
     Attributes:
         vision: The vision encoder; None for a text-only model.
-        image: The picture preprocessing; needed where `vision` is.
+        image: The image preprocessing; needed where `vision` is.
         projector: The vision projector.
         llm: The language model.
         template: The chat template.
@@ -454,11 +454,11 @@ class LoraRecipe(Strict):
     trainable_tokens: tuple[str | int, ...] = ()
 
 
-def new_picture_rules(config: ModelConfig, image: ImageConfig | None) -> ModelConfig:
-    """Let a model go on with other picture rules, as LLaVA-NeXT does between its stages."""
+def new_image_rules(config: ModelConfig, image: ImageConfig | None) -> ModelConfig:
+    """Let a model go on with other image rules, as LLaVA-NeXT does between its stages."""
     if image is None:
         return config
     if config.image is None or config.image.tile_size != image.tile_size:
-        had = "no pictures" if config.image is None else f"tiles of {config.image.tile_size}"
+        had = "no images" if config.image is None else f"tiles of {config.image.tile_size}"
         raise ConfigError(f"init.image: the model takes {had}, the recipe asks for tiles of {image.tile_size}")
     return config.model_copy(update={"image": image})

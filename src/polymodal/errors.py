@@ -1,6 +1,6 @@
 """The one exception that a user's mistake raises.
 
-Everything that a person can put right (a missing file, a wrong key, a picture that is no picture) raises
+Everything that a person can put right (a missing file, a wrong key, an image that is no image) raises
 `PolymodalError` with one line that names the thing at fault and what to do. The command line prints that line and
 exits with status 2; `--debug` shows the traceback. Anything else that escapes is a bug of ours.
 """
@@ -16,7 +16,7 @@ class PolymodalError(Exception):
 
 
 class MediaError(PolymodalError):
-    """A picture, sound or video that cannot be read."""
+    """An image, sound or video that cannot be read."""
 
 
 class ConfigError(PolymodalError):

@@ -1,14 +1,14 @@
-"""Pure integers: how a picture of a given size becomes tiles and tokens. No torch, no Pillow.
+"""Pure integers: how an image of a given size becomes tiles and tokens. No torch, no Pillow.
 
 A plan is made once, by the processor, and carried along; the pixel code, the model, the packer and the cost estimate
-only read it. Five ways to fit a picture are planned: "squash", "pad", "crop" (one tile), "slice" (tiles at the
-picture's own scale, plus a thumbnail) and "anyres" (LLaVA-NeXT, arXiv:2407.07895; `anyres_max` is LLaVA-OneVision,
+only read it. Five ways to fit an image are planned: "squash", "pad", "crop" (one tile), "slice" (tiles at the
+image's own scale, plus a thumbnail) and "anyres" (LLaVA-NeXT, arXiv:2407.07895; `anyres_max` is LLaVA-OneVision,
 arXiv:2408.03326).
 
 AnyRes counts exactly as the reference does, rounding included: the reference works in floating point, so the same
 floating-point steps are taken here and turned into integers once. "slice" differs from Idefics and InternVL in that
-the picture is never stretched: it keeps its own scale and the rest of the last tiles is filled with the background;
-a picture that asks for more than `max_tiles` is scaled down as a whole, and the plan says so.
+the image is never stretched: it keeps its own scale and the rest of the last tiles is filled with the background;
+an image that asks for more than `max_tiles` is scaled down as a whole, and the plan says so.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class Box:
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """Everything integer about one picture's way into the sequence."""
+    """Everything integer about one image's way into the sequence."""
 
-    # Pixels. The picture is laid on its `frame` where it has one (padding comes before resizing, as LLaVA-1.5 does),
+    # Pixels. The image is laid on its `frame` where it has one (padding comes before resizing, as LLaVA-1.5 does),
     # the result is resized to `content_box` and laid on a `canvas`, and the canvas is cut row-major into `grid` tiles
     # of `tile` pixels. One more tile, made the same way from `overview_frame` and `overview_box`, shows the whole
-    # picture: first (`overview="first"`, LLaVA-NeXT's global view) or last (`overview="last"`, a thumbnail).
+    # image: first (`overview="first"`, LLaVA-NeXT's global view) or last (`overview="last"`, a thumbnail).
     # Tokens. Each tile gives `tokens` (rows, columns). With `merge="flat"` the sequence is all tiles' tokens one tile
     # after the other, in the order of the tiles, then a newline embedding where `newline`. Otherwise the model, by
     # integers alone,
@@ -81,13 +81,13 @@ class ImagePlan:
     # 4. where `newline`, ends each row with the newline embedding;
     # 5. reads it row by row, after the overview tile's tokens.
 
-    source: Size  # The picture's size in pixels, after EXIF orientation
+    source: Size  # The image's size in pixels, after EXIF orientation
     tile: Size  # What the encoder takes, in pixels
     canvas: Size  # `grid` times `tile`, in pixels
-    # Where the resized picture (or frame) lies on the canvas; may stick out (centre crop: negative top or left)
+    # Where the resized image (or frame) lies on the canvas; may stick out (centre crop: negative top or left)
     content_box: Box
     grid: Size  # Rows and columns of tiles cut from the canvas
-    overview: Literal["none", "first", "last"]  # Whether and where one more tile shows the whole picture
+    overview: Literal["none", "first", "last"]  # Whether and where one more tile shows the whole image
     tokens: Size  # Projected tokens per tile, as a grid (rows, columns); `Size(1, Q)` where they have no spatial order
     # How tile tokens are laid in the sequence: "flat" one tile after the other; "spatial" the tiles' rows joined
     # across the canvas; "spatial_unpad" the same with the rows and columns that hold only padding taken away and a
@@ -96,18 +96,18 @@ class ImagePlan:
     # Rows and columns of tokens that the grid's tiles come to in the sequence, newlines left out: `kept`'s size, or
     # less where anyres_max_N shrinks it; None for "flat"
     unpadded: Size | None
-    scaled_to_fit: bool  # The picture asked for more tiles than allowed and was scaled down to fit
-    num_tokens: int  # Positions the picture takes in the sequence
-    # The rectangle that the picture is laid on before it is resized: `height` and `width` are the frame's, `top` and
-    # `left` the picture's place in it, all in source pixels. None: the picture itself is resized
+    scaled_to_fit: bool  # The image asked for more tiles than allowed and was scaled down to fit
+    num_tokens: int  # Positions the image takes in the sequence
+    # The rectangle that the image is laid on before it is resized: `height` and `width` are the frame's, `top` and
+    # `left` the image's place in it, all in source pixels. None: the image itself is resized
     frame: Box | None = None
     overview_box: Box | None = None  # As `content_box`, on the overview tile; None where there is no overview
     overview_frame: Box | None = None  # As `frame`, for the overview tile
     # The part of the joined tiles' token field that is kept, in tokens; the whole field unless `merge ==
-    # "spatial_unpad"`; None for "flat". A picture thinner than one token row may keep 0 rows, as in the reference:
+    # "spatial_unpad"`; None for "flat". An image thinner than one token row may keep 0 rows, as in the reference:
     # its overview still shows it
     kept: Box | None = None
-    newline: bool = False  # Each row ends with a newline token; with `merge="flat"`, the whole picture does
+    newline: bool = False  # Each row ends with a newline token; with `merge="flat"`, the whole image does
 
     @property
     def num_tiles(self) -> int:
@@ -116,13 +116,13 @@ class ImagePlan:
 
 
 def plan_image(source: Size, image: ImageConfig, tokens: Size, *, alone: bool = True) -> ImagePlan:
-    """Plan one picture."""
+    """Plan one image."""
     tile = Size(*image.tile_size)
-    _positive("picture size", source)
+    _positive("image size", source)
     _positive("tile_size", tile)
     _positive("tokens per tile", tokens)
     if image.image_aspect_ratio == "anyres":
-        if image.several_pictures == "pad" and not alone:
+        if image.several_images == "pad" and not alone:
             return _plan_padded(source, image, tile, tokens)
         return _plan_anyres(source, image, tile, tokens)
     _refuse_anyres_settings(image)
@@ -135,9 +135,9 @@ def plan_image(source: Size, image: ImageConfig, tokens: Size, *, alone: bool = 
 def fit_tile(
     source: Size, tile: Size, how: AspectRatio, short_side: int | None, max_pixels: int
 ) -> tuple[Box | None, Box]:
-    """Fit a whole picture to one tile."""
-    # "pad" surrounds the picture in source pixels and resizes after, as LLaVA-1.5 does. Where the frame would have
-    # more than `max_pixels` (a picture thousands of times as long as it is high), the picture is resized first
+    """Fit a whole image to one tile."""
+    # "pad" surrounds the image in source pixels and resizes after, as LLaVA-1.5 does. Where the frame would have
+    # more than `max_pixels` (an image thousands of times as long as it is high), the image is resized first
     # instead: the same layout, without the memory.
     whole = Box(0, 0, tile.height, tile.width)
     if how == "squash":
@@ -197,7 +197,7 @@ def _plan_flat(
 
 
 def _plan_slice(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> ImagePlan:
-    """Cut the picture into tiles at its own scale, or at the largest scale that `max_tiles` allows."""
+    """Cut the image into tiles at its own scale, or at the largest scale that `max_tiles` allows."""
     if image.max_tiles < 1:
         raise ConfigError(f"max_tiles must be at least 1, got {image.max_tiles}")
     content = source
@@ -205,7 +205,7 @@ def _plan_slice(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> I
     if scaled:
         content = _scale_to_tiles(source, tile, image.max_tiles)
     grid = _tiles_needed(content, tile)
-    # A tile that is the whole picture must not be a centre crop: nothing may be dropped.
+    # A tile that is the whole image must not be a centre crop: nothing may be dropped.
     whole: AspectRatio = "squash" if image.overview_aspect_ratio == "squash" else "pad"
     if grid.area == 1:
         frame, box = fit_tile(source, tile, whole, None, image.max_pixels)
@@ -238,7 +238,7 @@ def _scale_to_tiles(source: Size, tile: Size, max_tiles: int) -> Size:
 
 
 def _plan_anyres(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> ImagePlan:
-    """Fit the picture to the best pinpoint, add a global view first, and count tokens as LLaVA-NeXT does."""
+    """Fit the image to the best pinpoint, add a global view first, and count tokens as LLaVA-NeXT does."""
     canvas = select_best_resolution(source, _pinpoints(image, tile))
     grid = Size(canvas.height // tile.height, canvas.width // tile.width)
     content = _centre(_fit_canvas(source, canvas), canvas)
@@ -277,7 +277,7 @@ def _plan_anyres(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> 
 
 
 def _plan_padded(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> ImagePlan:
-    """Pad the picture to one tile, as LLaVA-OneVision does with each of several pictures; a newline ends it."""
+    """Pad the image to one tile, as LLaVA-OneVision does with each of several images; a newline ends it."""
     frame, content = fit_tile(source, tile, "pad", None, image.max_pixels)
     plan = _plan_flat(source, tile, tokens, grid=Size(1, 1), frame=frame, content=content)
     newline = image.mm_patch_merge_type == "spatial_unpad"
@@ -285,7 +285,7 @@ def _plan_padded(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> 
 
 
 def select_best_resolution(source: Size, pinpoints: Sequence[Size]) -> Size:
-    """Choose LLaVA-NeXT's canvas: the most pixels of the picture kept, then the fewest wasted, then the first."""
+    """Choose LLaVA-NeXT's canvas: the most pixels of the image kept, then the fewest wasted, then the first."""
 
     def rank(canvas: Size) -> tuple[int, int]:
         scale = min(canvas.width / source.width, canvas.height / source.height)
@@ -296,7 +296,7 @@ def select_best_resolution(source: Size, pinpoints: Sequence[Size]) -> Size:
 
 
 def unpad_box(field: Size, source: Size) -> Box:
-    """Find the tokens of a canvas that show the picture, as LLaVA-NeXT does."""
+    """Find the tokens of a canvas that show the image, as LLaVA-NeXT does."""
     if source.width / source.height > field.width / field.height:
         # Rounding to 7 digits undoes floating-point noise before the cut; the reference does exactly this.
         rows = int(round(source.height * (field.width / source.width), 7))
@@ -308,9 +308,9 @@ def unpad_box(field: Size, source: Size) -> Box:
 
 
 def tile_source_box(plan: ImagePlan, index: int) -> Box:
-    """Find the part of the picture that a tile shows, for drawing tiles on the picture."""
+    """Find the part of the image that a tile shows, for drawing tiles on the image."""
     if not 0 <= index < plan.num_tiles:
-        raise IndexError(f"tile {index} of a picture with {plan.num_tiles} tiles")
+        raise IndexError(f"tile {index} of an image with {plan.num_tiles} tiles")
     on_grid = index - (plan.overview == "first")
     if 0 <= on_grid < plan.grid.area:
         row, column = divmod(on_grid, plan.grid.width)
@@ -393,7 +393,7 @@ def _refuse_anyres_settings(image: ImageConfig) -> None:
         "image_grid_pinpoints": (),
         "anyres_max": None,
         "mm_patch_merge_type": "flat",
-        "several_pictures": "alike",
+        "several_images": "alike",
     }
     for name, value in unset.items():
         if getattr(image, name) != value:

@@ -43,7 +43,7 @@ class TableCell:
 
 
 Source: TypeAlias = "str | Path | bytes | FileSlice | TableCell | PILImage.Image"
-"""Where media come from: a path, a `data:` URL, raw file bytes, a place in an archive, or a picture in memory."""
+"""Where media come from: a path, a `data:` URL, raw file bytes, a place in an archive, or an image in memory."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture."""
+    """An image."""
 
     source: Source
 

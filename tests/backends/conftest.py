@@ -74,11 +74,11 @@ TOWER: dict[str, Any] = {
 TILES = [f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)]
 
 
-def chatml(picture: str) -> str:
+def chatml(image: str) -> str:
     """A template that writes parts where they are."""
     return (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for p in m['content'] %}{% if p['type'] == 'image' %}"
-        + picture
+        + image
         + "{% else %}{{ p['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
@@ -140,9 +140,9 @@ def idefics3(folder: Path) -> Any:
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         pad_token_id=tokenizer.pad_token_id,
     )
-    pictures = Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
     Idefics3Processor(
-        pictures, tokenizer, image_seq_len=4, chat_template=tokenizer.chat_template
+        images, tokenizer, image_seq_len=4, chat_template=tokenizer.chat_template
     ).save_pretrained(folder)  # fmt: skip
     return Idefics3ForConditionalGeneration(config)
 
@@ -161,8 +161,8 @@ def smolvlm(folder: Path) -> Any:
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         pad_token_id=tokenizer.pad_token_id,
     )
-    pictures = SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
-    save_parts(folder, tokenizer, pictures, {"processor_class": "SmolVLMProcessor", "image_seq_len": 4})
+    images = SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    save_parts(folder, tokenizer, images, {"processor_class": "SmolVLMProcessor", "image_seq_len": 4})
     return SmolVLMForConditionalGeneration(config)
 
 
@@ -172,17 +172,17 @@ def qwen2_5_vl(folder: Path) -> Any:
 
     tokens = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer = make_tokenizer(tokens, chatml("<|vision_start|><|image_pad|><|vision_end|>"))
-    start, end, picture, video = tokenizer.convert_tokens_to_ids(tokens)
+    start, end, image, video = tokenizer.convert_tokens_to_ids(tokens)
     config = Qwen2_5_VLConfig(
         text_config=text_config(tokenizer, rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]}),
         vision_config={
             "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
             "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1], "spatial_merge_size": 2,
         },
-        image_token_id=picture, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
+        image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
     )  # fmt: skip
-    pictures = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112)
-    save_parts(folder, tokenizer, pictures, {"processor_class": "Qwen2_5_VLProcessor"})
+    images = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112)
+    save_parts(folder, tokenizer, images, {"processor_class": "Qwen2_5_VLProcessor"})
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
@@ -203,8 +203,8 @@ def internvl(folder: Path) -> Any:
         downsample_ratio=0.5,
         tie_word_embeddings=False,
     )
-    pictures = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=True, max_patches=4)
-    save_parts(folder, tokenizer, pictures, {"processor_class": "InternVLProcessor", "image_seq_length": 4})
+    images = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=True, max_patches=4)
+    save_parts(folder, tokenizer, images, {"processor_class": "InternVLProcessor", "image_seq_length": 4})
     return InternVLForConditionalGeneration(config)
 
 
@@ -231,9 +231,9 @@ def gemma3(folder: Path) -> Any:
     return Gemma3ForConditionalGeneration(config)
 
 
-def save_parts(folder: Path, tokenizer: Any, pictures: Any, settings: dict[str, Any]) -> None:
+def save_parts(folder: Path, tokenizer: Any, images: Any, settings: dict[str, Any]) -> None:
     """Write a processor whose class cannot be made here, part by part as the hub's folders have them."""
-    pictures.save_pretrained(folder)
+    images.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "processor_config.json").write_text(json.dumps(settings))
 

@@ -14,14 +14,14 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-def test_llava_next_describes_a_picture(tiny_vlm: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_llava_next_describes_a_image(tiny_vlm: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "describe_picture.py"))["main"](str(tiny_vlm("llava_next")))
     assert capsys.readouterr().out.strip()
 
 
-def test_three_pictures_are_compared(tiny_vlm: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_three_images_are_compared(tiny_vlm: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "compare_pictures.py"))["main"](str(tiny_vlm("idefics3")))
-    counts = re.search(r"\[3 pictures: (\d+) of (\d+) prompt tokens\]", capsys.readouterr().out)
+    counts = re.search(r"\[3 images: (\d+) of (\d+) prompt tokens\]", capsys.readouterr().out)
     assert counts is not None and 0 < int(counts[1]) < int(counts[2])
 
 

@@ -20,12 +20,12 @@ def model(tiny_model_folder: Path) -> LocalBackend:
     return load(tiny_model_folder, "cpu")
 
 
-def picture(width: int = 40, height: int = 30) -> PILImage.Image:
+def image(width: int = 40, height: int = 30) -> PILImage.Image:
     return PILImage.new("RGB", (width, height), (200, 30, 90))
 
 
 def test_a_reply_counts_its_tokens(model: LocalBackend) -> None:
-    messages = [user(Image(picture()), "What?", Image(picture(10, 60)))]
+    messages = [user(Image(image()), "What?", Image(image(10, 60)))]
     reply = model.generate(messages, GenerationParams(max_new_tokens=7))
     sample = model.processor(messages, add_generation_prompt=True)
     assert reply.usage.prompt_tokens == sample.input_ids.numel()
@@ -52,7 +52,7 @@ def test_a_stop_text_ends_the_answer(model: LocalBackend) -> None:
 
 def test_the_oldest_text_turns_are_cut_and_media_never(model: LocalBackend) -> None:
     long = "word " * 60
-    history = [system("Be short."), user(Image(picture()), "first"), assistant("seen"), user(long), assistant("old")]
+    history = [system("Be short."), user(Image(image()), "first"), assistant("seen"), user(long), assistant("old")]
     history += [user(long[:100]), assistant("new")]
     sample = model.prepare([*history, user("last")], 16)
     text = model.tokenizer.decode([i for i in sample.input_ids.tolist() if i != model.model.image_token_id])
@@ -63,7 +63,7 @@ def test_the_oldest_text_turns_are_cut_and_media_never(model: LocalBackend) -> N
 
 def test_media_that_do_not_fit_are_refused(model: LocalBackend) -> None:
     with pytest.raises(PolymodalError, match=r"takes \d+ tokens and the model's context is 512"):
-        model.generate([user(*[Image(picture())] * 40, "What?")])
+        model.generate([user(*[Image(image())] * 40, "What?")])
 
 
 def test_what_cannot_be_answered_is_refused(model: LocalBackend) -> None:
@@ -75,7 +75,7 @@ def test_what_cannot_be_answered_is_refused(model: LocalBackend) -> None:
         model.generate([user(Audio("a.wav"), "What?")])
 
 
-def test_ask_takes_a_question_and_pictures(model: LocalBackend) -> None:
+def test_ask_takes_a_question_and_images(model: LocalBackend) -> None:
     params = GenerationParams(max_new_tokens=4)
-    expected = model.generate([user(Image(picture()), "What?")], params).text
-    assert model.ask("What?", picture(), params=params) == expected
+    expected = model.generate([user(Image(image()), "What?")], params).text
+    assert model.ask("What?", image(), params=params) == expected

@@ -25,7 +25,7 @@ from polymodal.backends import load, load_processor
 from polymodal.backends.base import Reply, TextDelta
 from polymodal.backends.openai import OpenAIBackend, open_endpoint
 from polymodal.backends.openai.http import Endpoint, Patience, retry_after
-from polymodal.backends.openai.messages import picture_bytes, to_openai
+from polymodal.backends.openai.messages import image_bytes, to_openai
 from polymodal.backends.openai.responses import clean, read_events
 from polymodal.cli import main
 from polymodal.errors import CheckpointError, ConfigError, EndpointError, MediaError, PolymodalError
@@ -206,7 +206,7 @@ def test_an_error_says_what_the_server_said(body: Any, words: str, server: Any, 
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(401, "OPENAI_API_KEY"), (404, "ends in /v1"), (413, "smaller pictures"), (422, "422")]
+    ("status", "words"), [(401, "OPENAI_API_KEY"), (404, "ends in /v1"), (413, "smaller images"), (422, "422")]
 )
 def test_errors_with_a_hint_are_not_tried_again(status: int, words: str, server: Any, model: OpenAIBackend) -> None:
     server.plays(sends(b"<html>not here</html>", status, "text/html"))
@@ -495,8 +495,8 @@ def decoded(part: dict[str, Any]) -> tuple[str, bytes]:
     return head.removeprefix("data:"), base64.b64decode(payload)
 
 
-def test_parts_keep_their_order_and_pictures_their_bytes(picture_folder: Path) -> None:
-    jpeg = picture_folder / "cat.jpg"
+def test_parts_keep_their_order_and_images_their_bytes(image_folder: Path) -> None:
+    jpeg = image_folder / "cat.jpg"
     drawn = PILImage.new("RGB", (5, 4), (1, 2, 3))
     (message,) = to_openai([user("One: ", Image(jpeg), "", Image(drawn), "compare")], detail="low")
     kinds = [part["type"] for part in message["content"]]
@@ -504,40 +504,40 @@ def test_parts_keep_their_order_and_pictures_their_bytes(picture_folder: Path) -
     assert decoded(message["content"][1]) == ("image/jpeg", jpeg.read_bytes())
     assert all(part["image_url"]["detail"] == "low" for part in message["content"][1:3])
     kind, data = decoded(message["content"][2])
-    with PILImage.open(io.BytesIO(data)) as picture:
-        assert kind == "image/png" and picture.size == (5, 4) and picture.getpixel((0, 0)) == (1, 2, 3)
+    with PILImage.open(io.BytesIO(data)) as image:
+        assert kind == "image/png" and image.size == (5, 4) and image.getpixel((0, 0)) == (1, 2, 3)
     assert "detail" not in to_openai([user(Image(drawn))])[0]["content"][0]["image_url"]
     assert to_openai([user("a", "b"), assistant("c")]) == [
         {"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}
     ]  # fmt: skip
 
 
-def encoded(picture: PILImage.Image, kind: str, **more: Any) -> bytes:
+def encoded(image: PILImage.Image, kind: str, **more: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **more)
+    image.save(buffer, kind, **more)
     return buffer.getvalue()
 
 
-def test_pictures_that_are_drawn_anew() -> None:
+def test_images_that_are_drawn_anew() -> None:
     red = PILImage.new("RGB", (8, 6), "red")
     for kind in ("PNG", "WEBP", "GIF", "JPEG"):
         data = encoded(red, kind)
-        assert picture_bytes(data) == (f"image/{kind.lower()}", data)
+        assert image_bytes(data) == (f"image/{kind.lower()}", data)
     for data in (
         encoded(red, "BMP"),
         encoded(red, "TIFF"),
         encoded(red, "GIF", save_all=True, append_images=[PILImage.new("RGB", (8, 6), "blue")]),
     ):
-        kind, sent = picture_bytes(data)
+        kind, sent = image_bytes(data)
         assert kind == "image/png" and PILImage.open(io.BytesIO(sent)).size == (8, 6)
     flat = encoded(PILImage.new("RGB", (60, 60)), "PNG", compress_level=0)
-    kind, sent = picture_bytes(flat, limit=2000)  # too large as it is, small enough anew
+    kind, sent = image_bytes(flat, limit=2000)  # too large as it is, small enough anew
     assert kind == "image/png" and len(sent) <= 2000 < len(flat)
     noisy = PILImage.effect_noise((100, 100), 90)
     with pytest.raises(MediaError, match=r"at most 2,000 are sent; scale it down"):
-        picture_bytes(encoded(noisy, "PNG"), limit=2000)
+        image_bytes(encoded(noisy, "PNG"), limit=2000)
     with pytest.raises(MediaError, match="damaged or cut off"):
-        picture_bytes(encoded(noisy, "PNG")[:500])
+        image_bytes(encoded(noisy, "PNG")[:500])
 
 
 def test_sounds_and_videos(tmp_path: Path) -> None:
@@ -555,11 +555,11 @@ def test_sounds_and_videos(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
-        ([user(Document("a.pdf"))], "Document parts cannot be sent to an endpoint; give the pages as pictures"),
+        ([user(Document("a.pdf"))], "Document parts cannot be sent to an endpoint; give the pages as images"),
         ([user(Audio(b"OggS...."))], "neither WAV nor MP3"),
         ([user(Video(b"not a video"))], "neither MP4"),
         ([user(Audio(PILImage.new("L", (2, 2))))], "give it as an Image part"),
-        ([user(Image(b"no picture"))], "is not a picture"),
+        ([user(Image(b"no image"))], "is not an image"),
         ([user(Image("absent.png"))], "no such file"),
         ([user(Image("https://example.com/a.png"))], "remote fetch is off"),
         ([assistant(Image(b"x")), user("?")], "not the assistant's"),
@@ -592,12 +592,12 @@ def test_clean() -> None:
 
 def test_generate_and_eval_on_the_command_line(
     server: Any,
-    picture_folder: Path,
+    image_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cat = str(picture_folder / "cat.jpg")
+    cat = str(image_folder / "cat.jpg")
     ask = ["generate", "--model", "openai:tiny", "--base-url", server.url, "--image", cat, "--prompt", "What?"]
     server.plays(sends(answer("A cat.")))
     assert main([*ask, "--json"]) == 0
@@ -632,9 +632,9 @@ def test_generate_and_eval_on_the_command_line(
 
 
 def test_chat_on_the_command_line(
-    server: Any, picture_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    server: Any, image_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cat = str(picture_folder / "cat.jpg")
+    cat = str(image_folder / "cat.jpg")
     server.plays(streams(piece("A cat.", "stop"), DONE), sends({"error": {"message": "tired"}}, 400))
     monkeypatch.setattr(sys, "stdin", io.StringIO("what is this?\nand now?\n"))
     assert main(["chat", cat, "--model", "openai:tiny", "--base-url", server.url]) == 2

@@ -16,12 +16,12 @@ from polymodal.modeling.quantization import Int8Linear
 
 @pytest.mark.parametrize(("family", "kind"), [("llava_next", LocalBackend), ("smolvlm", TransformersBackend)])
 def test_a_published_model_answers_with_8_bit_weights(
-    family: str, kind: type, tiny_vlm: Callable[[str], Path], picture_folder: Path
+    family: str, kind: type, tiny_vlm: Callable[[str], Path], image_folder: Path
 ) -> None:
     backend = load(tiny_vlm(family), quantize="int8")
     assert isinstance(backend, kind)
     layers = [name for name, part in backend.model.named_modules() if isinstance(part, Int8Linear)]
     assert layers and not any("vision" in name or "projector" in name or "connector" in name for name in layers)
     assert any(name.endswith("lm_head") for name in layers)
-    answer = backend.ask("What is this?", next(picture_folder.glob("*.jpg")), params=GenerationParams(max_new_tokens=3))
+    answer = backend.ask("What is this?", next(image_folder.glob("*.jpg")), params=GenerationParams(max_new_tokens=3))
     assert isinstance(answer, str)

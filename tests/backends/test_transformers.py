@@ -86,7 +86,7 @@ def test_the_answer_is_that_of_the_models_own_generate(family: str, opened: Open
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_picture_and_its_place_matter(family: str, opened: Opened) -> None:
+def test_the_image_and_its_place_matter(family: str, opened: Opened) -> None:
     def prompt(*messages: Message) -> list[int]:
         return list(opened(family).prepare(messages, 4)["input_ids"][0])
 
@@ -167,11 +167,11 @@ def test_a_template_that_bides_its_time_is_stopped(tiny_vlm: Folders, tmp_path: 
 
 def test_templates_that_move_or_drop_parts_are_refused(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     model = opened("llava_next")
-    pictures_first = (
+    images_first = (
         "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% endif %}{% endfor %}"
         "{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
     )
-    monkeypatch.setattr(model.processor, "chat_template", pictures_first)
+    monkeypatch.setattr(model.processor, "chat_template", images_first)
     assert model.prepare([user(Image(WIDE), "What?")], 4)["input_ids"].numel() > 0
     with pytest.raises(PolymodalError, match="drops or moves a part"):
         model.prepare([user("This is one: ", Image(WIDE), " And this? ", Image(TALL))], 4)
@@ -255,7 +255,7 @@ def test_too_long_a_conversation_loses_old_text_and_never_media(opened: Opened) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 60)])
-def test_odd_pictures_are_answered(family: str, size: tuple[int, int], opened: Opened) -> None:
+def test_odd_images_are_answered(family: str, size: tuple[int, int], opened: Opened) -> None:
     assert opened(family).generate([user(Image(noise(*size)), "x")], SHORT).usage.image_tokens > 0
 
 
@@ -285,8 +285,8 @@ def test_an_error_of_the_model_reaches_the_caller(opened: Opened, monkeypatch: p
 
 
 def test_eval_asks_in_batches(opened: Opened) -> None:
-    def record(picture: PILImage.Image | str) -> Record:
-        messages = (user(Image(picture), "Is it red?"), assistant("Yes"))
+    def record(image: PILImage.Image | str) -> Record:
+        messages = (user(Image(image), "Is it red?"), assistant("Yes"))
         return Record(id="r", messages=messages, kind="exists", source="test", extra={"answers": ["Yes"]})
 
     records = [record(WIDE), record("absent.png"), record(TALL), record(PILImage.new("RGB", (9, 9), (128, 128, 128)))]
@@ -305,7 +305,7 @@ def test_load_opens_a_folder_of_transformers(tiny_vlm: Folders) -> None:
         load(tiny_vlm("idefics3"), base_url="http://localhost/v1")
 
 
-def test_pictures_go_through_pillow_without_torchvision(tiny_vlm: Folders) -> None:
+def test_images_go_through_pillow_without_torchvision(tiny_vlm: Folders) -> None:
     for family in FAMILIES:
         assert type(open_processor(tiny_vlm(family)).image_processor).__name__.endswith("Pil")
 
@@ -319,7 +319,7 @@ def test_smolvlm_sees_what_its_own_processor_makes(
     from polymodal.backends.transformers import folder as transformers_folder
 
     messages = [user("Two: ", Image(WIDE), Image(TALL), "What?")]
-    monkeypatch.setattr(transformers_folder, "PICTURES_ONLY", {})
+    monkeypatch.setattr(transformers_folder, "IMAGES_ONLY", {})
     monkeypatch.setitem(sys.modules, "num2words", types.ModuleType("num2words"))
     monkeypatch.setattr(processing_smolvlm, "num2words", str)
     own = open_processor(tiny_vlm("smolvlm"))
@@ -339,7 +339,7 @@ def test_folders_that_cannot_be_opened_say_why(tiny_vlm: Folders, tiny_llm_folde
     def broken(name: str) -> Path:
         return Path(shutil.copytree(tiny_vlm("idefics3"), tmp_path / name))
 
-    with pytest.raises(CheckpointError, match="'llama' is not one that transformers takes pictures and text with"):
+    with pytest.raises(CheckpointError, match="'llama' is not one that transformers takes images and text with"):
         load(tiny_llm_folder, "cpu")
     folder = broken("no_template")
     (folder / "chat_template.jinja").unlink()

@@ -26,7 +26,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_towers_side_by_side(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
-    from benchmarks.towers.__main__ import main, read_pictures
+    from benchmarks.towers.__main__ import main, read_images
 
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -39,7 +39,7 @@ def test_two_towers_side_by_side(data: Path, tmp_path: Path, capsys: pytest.Capt
     efficient, vit = json.loads(out.read_text())
     assert efficient["tower"] == "efficientnet_lite0" and efficient["parameters"] > 3e6 > vit["parameters"]
     for row in (efficient, vit):
-        assert row["noun"]["classes"] == 8 and row["noun"]["pictures"] == len(read_pictures(data, 4)[1])
+        assert row["noun"]["classes"] == 8 and row["noun"]["pictures"] == len(read_images(data, 4)[1])
         for method in ("knn", "linear"):
             low, high = row["noun"][method]["interval"]
             assert 0 <= low <= row["noun"][method]["score"] <= high <= 1
@@ -48,10 +48,10 @@ def test_two_towers_side_by_side(data: Path, tmp_path: Path, capsys: pytest.Capt
     assert "| efficientnet_lite0 |" in printed and "noun" in printed
 
 
-def test_training_and_held_out_pictures_show_different_things(data: Path) -> None:
-    from benchmarks.towers.__main__ import read_pictures
+def test_training_and_held_out_images_show_different_things(data: Path) -> None:
+    from benchmarks.towers.__main__ import read_images
 
-    train, test = read_pictures(data, 1)
+    train, test = read_images(data, 1)
     assert train and test and not {s.thing for s in train} & {s.thing for s in test}
 
 

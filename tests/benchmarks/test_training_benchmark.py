@@ -62,7 +62,7 @@ def test_all_count_and_train_the_same_tokens(tmp_path: Path, stage: int) -> None
     assert len({len(sample.input_ids) for sample in samples}) > 1
 
 
-def test_the_models_are_one_and_see_the_picture(tmp_path: Path) -> None:
+def test_the_models_are_one_and_see_the_image(tmp_path: Path) -> None:
     from benchmarks.training.models import build_llava
     from benchmarks.training.setting import SHAPES
     from polymodal.processing.collate import collate
@@ -84,7 +84,7 @@ def test_the_models_are_one_and_see_the_picture(tmp_path: Path) -> None:
     if pixels.dtype == torch.uint8:
         pixels = pixels.float() * parts.model.pixel_scale - parts.model.pixel_shift
     assert float(out.loss_sum) / out.num_targets == pytest.approx(their_loss(pixels), abs=1e-4)
-    # More than the tolerance: a system that loses or mixes up its pictures is found out.
+    # More than the tolerance: a system that loses or mixes up its images is found out.
     for wrong in (torch.zeros_like(pixels), pixels.roll(1, 0), pixels.flip(3)):
         assert abs(their_loss(wrong) - their_loss(pixels)) > 1e-3
 
@@ -135,7 +135,7 @@ def test_the_formula_counts_what_torch_counts(tmp_path: Path, stage: int) -> Non
     length, targets = batch.input_ids.numel(), int((batch.labels[:, 1:] != -100).sum())
     whole = model_flops(shape, stage, [length], [targets], cached=False)
     attention = 6 * length**2 * shape.width * shape.layers
-    attention += (shape.tower_layers - 1) * 4 * (shape.picture_tokens + 1) ** 2 * shape.tower_width
+    attention += (shape.tower_layers - 1) * 4 * (shape.image_tokens + 1) ** 2 * shape.tower_width
     assert products == pytest.approx(whole - attention, rel=0.02)
     saved = whole - model_flops(shape, stage, [length], [targets], cached=True)
     assert 0 < saved < whole

@@ -72,8 +72,8 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "another colour": ({"image": {"pad_color": (1, 2, 3)}}, ["pad_color (1, 2, 3)", "(127, 127, 127)"]),
     "another layout of tiles": (
         {"image": {"image_aspect_ratio": "anyres", "image_grid_pinpoints": ((28, 56),), "mm_patch_merge_type": "flat",
-                   "overview_aspect_ratio": "pad", "several_pictures": "pad"}},
-        ["mm_patch_merge_type 'flat'", "overview_aspect_ratio 'pad'", "several_pictures 'pad'"],
+                   "overview_aspect_ratio": "pad", "several_images": "pad"}},
+        ["mm_patch_merge_type 'flat'", "overview_aspect_ratio 'pad'", "several_images 'pad'"],
     ),
     "much at once": (
         {"projector": {"mm_projector_type": "linear", "norm": "layer"}, "vision": {"mm_vision_select_feature": "cls"}},
@@ -139,7 +139,7 @@ def test_a_template_that_no_string_can_say(tiny_model_config: ModelConfig, tmp_p
     template = "{% for m in messages %}<|{{ m['content'] }}{{ '<|im_end|>' }}{% endfor %}"
     changed = build(tiny_model_config, template={"chat_template": template})
     changed.tokenizer.add_tokens(["|W"])
-    with pytest.raises(CheckpointError, match=r"gives other ids for '(text alone|a picture)"):
+    with pytest.raises(CheckpointError, match=r"gives other ids for '(text alone|an image)"):
         export_hf(changed, tmp_path / "out")
 
 
@@ -385,7 +385,7 @@ def test_vllm_is_asked_where_it_is_installed(exported: tuple[Loaded, Path], monk
         def __init__(self, model: str, **options: Any) -> None:
             seen.append(options)
             self.model = AutoModelForImageTextToText.from_pretrained(model)
-            self.pictures = AutoProcessor.from_pretrained(model).image_processor
+            self.images = AutoProcessor.from_pretrained(model).image_processor
 
         def generate(self, prompts: list[dict[str, Any]], params: SimpleNamespace) -> list[Any]:
             return [self.answer(prompt, params) for prompt in prompts]
@@ -393,7 +393,7 @@ def test_vllm_is_asked_where_it_is_installed(exported: tuple[Loaded, Path], monk
         def answer(self, prompt: dict[str, Any], params: SimpleNamespace) -> Any:
             ids = [token for i in prompt["prompt_token_ids"] for token in [i] * (16 if i == 259 else 1)]
             media = prompt.get("multi_modal_data")
-            pixels = self.pictures(media["image"], return_tensors="pt") if media else {}
+            pixels = self.images(media["image"], return_tensors="pt") if media else {}
             out = self.model.generate(
                 input_ids=torch.tensor([ids]), **pixels, max_new_tokens=params.max_tokens, do_sample=False,
                 suppress_tokens=list(params.logit_bias),
@@ -407,7 +407,7 @@ def test_vllm_is_asked_where_it_is_installed(exported: tuple[Loaded, Path], monk
     assert seen[0]["dtype"] == "float32" and seen[0]["limit_mm_per_prompt"] == {"image": 2}
     monkeypatch.setattr(Engine, "answer", lambda *_: SimpleNamespace(outputs=[SimpleNamespace(token_ids=(0, 0, 0))]))
     parity = verify_export(made, folder, tokens=3)
-    assert not parity.passed and "vllm: answers part for one picture" in parity.line
+    assert not parity.passed and "vllm: answers part for one image" in parity.line
 
 
 def test_our_own_folder_exports_alike(tiny_model_folder: Path, tmp_path: Path) -> None:

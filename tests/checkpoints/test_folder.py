@@ -24,30 +24,28 @@ def folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
 
 
-def logits(folder: Path, picture: Path) -> torch.Tensor:
+def logits(folder: Path, image: Path) -> torch.Tensor:
     from polymodal.messages import Image, user
     from polymodal.processing.collate import collate
 
     backend = load(folder, "cpu")
-    batch = collate([backend.processor([user(Image(picture), "What is this?")], add_generation_prompt=True)], 0)
+    batch = collate([backend.processor([user(Image(image), "What is this?")], add_generation_prompt=True)], 0)
     with torch.inference_mode():
         return backend.model(batch.input_ids, None, None, batch.plans, batch.sample_of_image, batch.pixel_values).logits
 
 
-def test_saving_what_was_loaded_changes_nothing(folder: Path, tmp_path: Path, picture_folder: Path) -> None:
-    picture = next(picture_folder.glob("*.jpg"))
+def test_saving_what_was_loaded_changes_nothing(folder: Path, tmp_path: Path, image_folder: Path) -> None:
+    image = next(image_folder.glob("*.jpg"))
     loaded = load_model(folder)
     again = tmp_path / "again"
     save_model(again, loaded.model, loaded.config, loaded.tokenizer, history=[{"name": "x"}], llm_trained=True)
-    assert torch.equal(logits(folder, picture), logits(again, picture))
+    assert torch.equal(logits(folder, image), logits(again, image))
     assert load_model(again).history == [{"name": "x"}]
     old, new = (json.loads((f / "polymodal.json").read_text()) for f in (folder, again))
     assert old["contract_hash"] == new["contract_hash"]
 
 
-def test_an_adapter_travels_with_the_model(
-    tiny_model_config: ModelConfig, tmp_path: Path, picture_folder: Path
-) -> None:
+def test_an_adapter_travels_with_the_model(tiny_model_config: ModelConfig, tmp_path: Path, image_folder: Path) -> None:
     from polymodal.config import LoraRecipe
     from polymodal.modeling.lora import add_adapters
 
@@ -115,7 +113,7 @@ SPOILED = {
         "unknown key 'visoin'; did you mean 'vision'",
     ),
     "edited contract": (spoil_document(lambda d: d["contract"].update(image_token_id=3)), "contract was changed"),
-    "edited picture rule": (
+    "edited image rule": (
         spoil_document(lambda d: d["config"]["image"].update(image_aspect_ratio="squash")),
         "trained with image.image_aspect_ratio = 'pad', asked to run with 'squash'",
     ),
@@ -133,11 +131,11 @@ def before_some_keys(document: dict) -> None:
     document["contract_hash"] = _hash(document["contract"])
 
 
-def test_settings_younger_than_a_folder_have_their_default(folder: Path, picture_folder: Path) -> None:
-    picture = next(picture_folder.glob("*.jpg"))
-    before = logits(folder, picture)
+def test_settings_younger_than_a_folder_have_their_default(folder: Path, image_folder: Path) -> None:
+    image = next(image_folder.glob("*.jpg"))
+    before = logits(folder, image)
     spoil_document(before_some_keys)(folder)
-    assert torch.equal(logits(folder, picture), before)
+    assert torch.equal(logits(folder, image), before)
     spoil_document(lambda d: d["config"]["image"].update(max_tiles=3))(folder)
     with pytest.raises(PolymodalError, match=r"trained with image.max_tiles = 6, asked to run with 3"):
         load_model(folder)

@@ -45,7 +45,7 @@ def ask(tiny_model_folder: Path) -> list[str]:
     return ["generate", "--model", str(tiny_model_folder), "--prompt", "what?", "--max-new-tokens", "2"]
 
 
-def test_missing_picture(ask: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_missing_image(ask: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     expect_error([*ask, "--image", str(tmp_path / "absent.jpg")], capsys, "absent.jpg")
 
 
@@ -53,37 +53,35 @@ def test_missing_picture(ask: list[str], capsys: pytest.CaptureFixture[str], tmp
     ("name", "content"),
     [
         ("empty.jpg", b""),
-        ("text.jpg", b"this is no picture at all"),
+        ("text.jpg", b"this is no image at all"),
         ("huge.png", png_header(30_000, 30_000)),
         ("page.png", b"<!doctype html><html></html>"),
     ],
     ids=["empty", "text", "huge", "page"],
 )
-def test_files_that_are_no_picture(
+def test_files_that_are_no_image(
     name: str, content: bytes, ask: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
     expect_error([*ask, "--image", str(tmp_path / name)], capsys, name)
 
 
-def test_truncated_picture(
-    ask: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, picture_folder: Path
+def test_truncated_image(
+    ask: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, image_folder: Path
 ) -> None:
-    whole = (picture_folder / "cat.jpg").read_bytes()
+    whole = (image_folder / "cat.jpg").read_bytes()
     (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
     expect_error([*ask, "--image", str(tmp_path / "half.jpg")], capsys, "half.jpg")
 
 
-def test_the_second_picture_is_named(
-    ask: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, picture_folder: Path
+def test_the_second_image_is_named(
+    ask: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, image_folder: Path
 ) -> None:
-    good = str(picture_folder / "cat.jpg")
+    good = str(image_folder / "cat.jpg")
     expect_error([*ask, "--image", good, "--image", str(tmp_path / "second.jpg")], capsys, "second.jpg")
 
 
-def test_tiny_and_animated_pictures_are_fine(
-    ask: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_tiny_and_animated_images_are_fine(ask: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
     frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])

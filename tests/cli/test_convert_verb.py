@@ -41,7 +41,7 @@ def repo(tiny_llm_folder: Path, tiny_tower_folder: Path, tmp_path: Path) -> Path
 
 
 def test_an_original_llava_becomes_ours(
-    repo: Path, tmp_path: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str]
+    repo: Path, tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "ours"
     assert main(["convert", str(repo), str(target)]) == 2
@@ -51,7 +51,7 @@ def test_an_original_llava_becomes_ours(
     config = read_config(target)
     assert config.llm.dtype == "bfloat16" and config.template.chat_template == "tokenizer"
     assert not list(target.rglob("*.bin"))
-    answer = load(target, "cpu").ask("What is this?", next(picture_folder.glob("*.jpg")))
+    answer = load(target, "cpu").ask("What is this?", next(image_folder.glob("*.jpg")))
     assert answer
     assert main(["convert", str(repo), str(target), "--allow-pickle"]) == 2
     assert "is there already" in capsys.readouterr().err
@@ -59,13 +59,13 @@ def test_an_original_llava_becomes_ours(
     assert read_config(target).template.chat_template == "plain"
 
 
-def test_a_safe_one_opens_directly(repo: Path, picture_folder: Path) -> None:
+def test_a_safe_one_opens_directly(repo: Path, image_folder: Path) -> None:
     from safetensors.torch import save_file
 
     save_file(torch.load(repo / "pytorch_model.bin"), repo / "model.safetensors", metadata={"format": "pt"})
     backend = load(repo, "cpu")
-    assert backend.ask("Hi?", next(picture_folder.glob("*.jpg")))
-    assert load(repo, "cpu", quantize="int8").ask("Hi?", next(picture_folder.glob("*.jpg")))
+    assert backend.ask("Hi?", next(image_folder.glob("*.jpg")))
+    assert load(repo, "cpu", quantize="int8").ask("Hi?", next(image_folder.glob("*.jpg")))
 
 
 def test_flags_that_do_not_apply_are_refused(

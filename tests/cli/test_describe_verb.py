@@ -147,7 +147,7 @@ Writer = Callable[[Path], int]
         ),
         (
             write_clip,
-            "pair of towers for pictures and texts (CLIPModel)",
+            "pair of towers for images and texts (CLIPModel)",
             {"logit_scale", "text_model", "vision_model", "text_projection", "visual_projection"},
             "apache-2.0 (README.md)",
         ),
@@ -172,7 +172,7 @@ def test_folders_of_transformers(
     if write is write_llava:
         assert {part["dtypes"][0] for part in facts["parts"]} == {"F16"}
         tower = next(part for part in facts["parts"] if part["name"] == "vision_tower")
-        assert tower["kind"].endswith("3 layers, width 32, 4 heads, pictures of 28, patches of 7")
+        assert tower["kind"].endswith("3 layers, width 32, 4 heads, images of 28, patches of 7")
         assert "encoder.layers × 3" in {child["name"] for child in tower["children"]}
         # 336x336 is cut as 56x56: 16 + 8 * 8 + 8 newlines.
         assert facts["visual_tokens"][0] == {"picture": [336, 336], "tokens": 88, "tiles": 5}

@@ -17,7 +17,7 @@ from polymodal.modeling.build import build_model
 
 
 def test_a_stock_folder_with_its_proof(
-    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], picture_folder: Path
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], image_folder: Path
 ) -> None:
     model = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
     (model / "LICENSE").write_text("terms")
@@ -30,7 +30,7 @@ def test_a_stock_folder_with_its_proof(
         for n in range(5)
     ]
     (tmp_path / "asked.json").write_text(json.dumps(asked))
-    argv = ["export", str(model), str(out), "--verify", "--picture", str(picture_folder / "coffee.jpg")]
+    argv = ["export", str(model), str(out), "--verify", "--picture", str(image_folder / "coffee.jpg")]
     argv += ["--questions", str(tmp_path / "asked.json"), "--limit", "2"]
     assert main(argv) == 0
     printed = capsys.readouterr()
@@ -40,7 +40,7 @@ def test_a_stock_folder_with_its_proof(
     assert document["passed"] and document["probes"]["names"][-3:] == ["coffee.jpg", "q0", "q2"]
     assert (out / "LICENSE").read_text() == "terms"
     # What was written opens here, too.
-    assert load(out, "cpu").ask("What is this?", picture_folder / "cat.jpg") is not None
+    assert load(out, "cpu").ask("What is this?", image_folder / "cat.jpg") is not None
 
     assert main(argv) == 2  # it is there
     assert "is there already" in capsys.readouterr().err
@@ -92,7 +92,7 @@ def test_one_folder_of_ours(tiny_model_config: ModelConfig, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
-        (["--picture", "x.jpg"], "--picture and --questions are for --verify"),
+        (["--picture", "x.jpg"], "--image and --questions are for --verify"),
         (["--verify", "--questions", "x.json"], "x.json"),
         (["--verify", "--limit", "0"], "must be at least 1"),
         (["--verify", "--picture", "x.jpg"], "no such file"),

@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_inspect_prints_and_writes(
-    tiny_model_folder: Path, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page, sheet = tmp_path / "seen.html", tmp_path / "seen.png"
     argv = ["inspect", "--model", str(tiny_model_folder), "--prompt", "What? \x1b[2J", "--answer", "A cat."]
-    argv += ["--image", str(picture_folder / "cat.jpg"), "--image", str(picture_folder / "apple.png")]
+    argv += ["--image", str(image_folder / "cat.jpg"), "--image", str(image_folder / "apple.png")]
     assert main([*argv, "--html", str(page), "--png", str(sheet)]) == 0
     out = capsys.readouterr().out
     assert "⟨image 1: 16 tokens⟩⟨image 2: 16 tokens⟩What? \\x1b[2J" in out
@@ -45,12 +45,12 @@ def test_inspect_needs_no_language_model(tiny_model_folder: Path, tmp_path: Path
     assert main(["inspect", "--model", str(tmp_path / "model"), "--prompt", "What?"]) == 0
 
 
-def test_inspect_sees_what_generate_is_given(tiny_model_folder: Path, picture_folder: Path) -> None:
+def test_inspect_sees_what_generate_is_given(tiny_model_folder: Path, image_folder: Path) -> None:
     from polymodal.backends import load, load_processor
-    from polymodal.messages import Image as Picture
+    from polymodal.messages import Image as ImagePart
     from polymodal.messages import user
 
-    messages = [user("a", Picture(picture_folder / "cat.jpg"), "b")]
+    messages = [user("a", ImagePart(image_folder / "cat.jpg"), "b")]
     alone = load_processor(tiny_model_folder)(messages, add_generation_prompt=True)
     loaded = load(tiny_model_folder).processor(messages, add_generation_prompt=True)
     assert alone.input_ids.tolist() == loaded.input_ids.tolist()
@@ -58,10 +58,10 @@ def test_inspect_sees_what_generate_is_given(tiny_model_folder: Path, picture_fo
     assert alone.media_keys == loaded.media_keys
 
 
-def test_draw_tiles_example(picture_folder: Path, tmp_path: Path) -> None:
+def test_draw_tiles_example(image_folder: Path, tmp_path: Path) -> None:
     script, target = ROOT / "examples" / "draw_tiles.py", tmp_path / "tiles.jpg"
     done = subprocess.run(
-        [sys.executable, str(script), str(picture_folder / "coffee.jpg"), str(target)], capture_output=True, text=True
+        [sys.executable, str(script), str(image_folder / "coffee.jpg"), str(target)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "anyres: 5 tiles, 2144 tokens" in done.stdout

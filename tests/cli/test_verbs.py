@@ -22,13 +22,13 @@ from polymodal.messages import Message, assistant
 
 
 @pytest.fixture
-def cat(picture_folder: Path) -> str:
-    return str(picture_folder / "cat.jpg")
+def cat(image_folder: Path) -> str:
+    return str(image_folder / "cat.jpg")
 
 
 @pytest.fixture
-def coffee(picture_folder: Path) -> str:
-    return str(picture_folder / "coffee.jpg")
+def coffee(image_folder: Path) -> str:
+    return str(image_folder / "coffee.jpg")
 
 
 def test_generate_json(tiny_model_folder: Path, cat: str, coffee: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +123,7 @@ def test_chat_goes_on_after_a_mistake_and_reports_it(
     assert err.count("polymodal: error: ") == 2
 
 
-def test_chat_with_pictures(
+def test_chat_with_images(
     tiny_model_folder: Path,
     cat: str,
     coffee: str,
@@ -137,7 +137,7 @@ def test_chat_with_pictures(
     assert f"{coffee}: 600 × 400 pixels, 16 tokens" in err
 
 
-def test_a_bad_picture_on_the_command_line_ends_the_chat(
+def test_a_bad_image_on_the_command_line_ends_the_chat(
     tiny_model_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main(["chat", str(tmp_path / "absent.jpg"), "--model", str(tiny_model_folder)]) == 2
@@ -232,7 +232,7 @@ def test_chat_on_a_real_terminal(tiny_model_folder: Path, cat: str) -> None:
         assert "16 tokens" in seen
         os.write(outer, b"what is this?\n")
         seen = read_until(outer, "tokens/s")
-        assert "16 of pictures" in seen
+        assert "16 of images" in seen
         os.write(outer, b"/nonsense\n")
         read_until(outer, "no command /nonsense")
         os.write(outer, b"/quit\n")

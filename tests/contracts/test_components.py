@@ -81,7 +81,7 @@ def test_vision_encoder(name: str, towers: Path) -> None:
         features = encoder(tiles)
         assert features.shape == (3, encoder.grid.area, encoder.embed_dim)
         assert features.isfinite().all()
-        # Tiles do not see each other, and the same weights give the same numbers; features follow the picture.
+        # Tiles do not see each other, and the same weights give the same numbers; features follow the image.
         scale = features.abs().max()
         again = build_vision_encoder(config, towers / name, tile=tile)
         assert (again(tiles[1:2]) - features[1:2]).abs().max() < 1e-4 * scale

@@ -170,14 +170,14 @@ def write_parts(folder: Path, tower: str, llm: str) -> None:
 
 
 def write_data(folder: Path) -> Path:
-    """Four rows as LLaVA writes them: pictures of several shapes, and one without."""
+    """Four rows as LLaVA writes them: images of several shapes, and one without."""
     from PIL import Image
 
     chance = random.Random(0)
     rows: list[dict[str, Any]] = []
     for number, size in enumerate([(60, 40), (40, 90), (50, 50)]):
         Image.new("RGB", size, tuple(chance.randrange(256) for _ in range(3))).save(folder / f"{number}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"Picture {number}."}]
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"Image {number}."}]
         rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
     turns = [{"from": "human", "value": "Hello!"}, {"from": "gpt", "value": "Hello, what shall we look at?"}]
     rows.append({"id": "text", "conversations": turns})

@@ -16,7 +16,7 @@ from polymodal.messages import Audio, Document, Image, Message, Text, Video, ass
 ROOT = Path("/data/set").absolute()
 
 
-def picture(name: str) -> Image:
+def image(name: str) -> Image:
     return Image(ROOT / name)
 
 
@@ -28,9 +28,9 @@ def llava(*values: str, **fields: Any) -> dict[str, Any]:
 def test_llava_with_placeholders_anywhere() -> None:
     record = llava("<image>\nWhat?", "A cat.", "And <image>, or\n<image>", "Dogs.", image=["a.jpg", "b/c.jpg", "d.jpg"])
     assert read_llava(record, ROOT, "here") == [
-        user(picture("a.jpg"), "What?"),
+        user(image("a.jpg"), "What?"),
         assistant("A cat."),
-        user("And ", picture("b/c.jpg"), ", or", picture("d.jpg")),
+        user("And ", image("b/c.jpg"), ", or", image("d.jpg")),
         assistant("Dogs."),
     ]
 
@@ -79,9 +79,9 @@ def test_messages_with_lists_beside_them() -> None:
         "images": ["a.png", {"path": "b.png", "bytes": None}, str(ROOT / "c.png")],
     }
     assert read_messages(record, ROOT, "here") == [
-        user(picture("a.png"), "Left or\n", picture("b.png"), "?"),
+        user(image("a.png"), "Left or\n", image("b.png"), "?"),
         assistant("Left."),
-        user(picture("c.png"), "<image> is text here"),
+        user(image("c.png"), "<image> is text here"),
     ]
 
 
@@ -106,7 +106,7 @@ def test_openai_parts() -> None:
             "See <image>",
             Image("data:image/png;base64,AA=="),
             Image("https://example.org/a.png"),
-            *(picture(name) for name in ("a.png", "b.png", "c.png", "d.png")),
+            *(image(name) for name in ("a.png", "b.png", "c.png", "d.png")),
             Audio("data:audio/mp3;base64,AAAA"),
             Video(ROOT / "v.mp4"),
             Document(ROOT / "p.pdf"),
@@ -164,7 +164,7 @@ def test_requests_cannot_name_files(path: str) -> None:
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "picture"}]}]},
-            r"messages\[0\].content\[0\]: unknown part type 'picture'; known: text, image_url",
+            r"messages\[0\].content\[0\]: unknown part type 'image'; known: text, image_url",
         ),
         (
             {
@@ -235,5 +235,5 @@ def test_broken_files(content: bytes, complaint: str, tmp_path: Path) -> None:
 def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.json: no such file"):
         load_records(tmp_path / "none.json")
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         load_records(tmp_path)

@@ -64,7 +64,7 @@ def test_rows_come_back_as_the_processor_made_them(data: Path, processor: Proces
         )
         assert index.lengths[row] == len(expected.input_ids)
         assert index.targets[row] == int(expected.loss_mask[1:].sum())
-    assert index.pictures.tolist() == [1] * 9 + [0, 2] and index.tiles.tolist() == [1] * 9 + [0, 2]
+    assert index.images.tolist() == [1] * 9 + [0, 2] and index.tiles.tolist() == [1] * 9 + [0, 2]
     assert len({digest.tobytes() for digest in index.digests}) == 11
 
 
@@ -88,7 +88,7 @@ def test_it_is_built_once_and_again_when_something_changed(
     assert len(seen) == 11
     assert open_index(tmp_path / "index", Reading(data), processor).folder == first.folder
     assert len(seen) == 11
-    # Another picture under the same name: found by its time and size, and rebuilt in the same place.
+    # Another image under the same name: found by its time and size, and rebuilt in the same place.
     Image.new("RGB", (50, 50)).save(data.parent / "3.png")
     second = open_index(tmp_path / "index", Reading(data), processor, say=news.append)
     assert len(seen) == 22 and second.folder == first.folder and "3.png changed" in news[0]
@@ -106,7 +106,7 @@ def test_a_broken_row_stops_the_build_or_is_listed(data: Path, processor: Proces
     lines = data.read_text().splitlines()
     lines[4] = lines[4][:30]
     data.write_text("\n".join(lines) + "\n")
-    (data.parent / "7.png").write_bytes(b"not a picture")
+    (data.parent / "7.png").write_bytes(b"not an image")
     with pytest.raises(PolymodalError, match="line 5"):
         open_index(tmp_path / "index", Reading(data), processor)
     assert not list((tmp_path / "index").glob("data-*"))  # nothing half written
@@ -155,7 +155,7 @@ def test_a_damaged_index_says_so(data: Path, processor: Processor, tmp_path: Pat
         Index(index.folder)
 
 
-def test_captions_without_pictures_or_rows_of_text_alone_work(processor: Processor, tmp_path: Path) -> None:
+def test_captions_without_images_or_rows_of_text_alone_work(processor: Processor, tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
     (tmp_path / "text.jsonl").write_text(json.dumps({"conversations": turns}) + "\n")
     index = open_index(tmp_path / "index", Reading(tmp_path / "text.jsonl"), processor)

@@ -58,8 +58,8 @@ def test_records_are_pairs(tiny: Path) -> None:
         assert len({r.id for r in records}) == len(records) > 3 and not named & {r.id for r in records}
         named |= {r.id for r in records}
         for record in records:
-            (picture,) = record.messages[0].media
-            assert Path(picture.source).is_file() and record.kind == "caption"  # type: ignore[arg-type]
+            (image,) = record.messages[0].media
+            assert Path(image.source).is_file() and record.kind == "caption"  # type: ignore[arg-type]
             captions = record.extra["captions"]
             assert record.messages[1].text in captions
             assert len(set(captions)) == len(captions)
@@ -103,7 +103,7 @@ def test_the_same_photographs_are_held_out(tmp_path: Path) -> None:
     assert not trained & {key for r in small.files["val.json"] for key in r["sources"]} and not trained & photos
 
 
-def test_each_held_out_caption_fits_one_picture(tiny: Path) -> None:
+def test_each_held_out_caption_fits_one_image(tiny: Path) -> None:
     for name in ("val.json", "val_known.json", "val_words.json"):
         captions = [r["captions"] for r in load(tiny, name)]
         assert all(len(own) == 1 for own in captions)
@@ -124,7 +124,7 @@ def one(noun: str, ground: str | None, *, layout: str = "single", count: int = 1
     entry = words.lexicon()[noun]
     thing = Source(f"emoji:{noun}", "emoji", noun, words.sentence(words.phrase(noun)), noun, entry.category, noun)
     white = scenes.Ground("plain", (255, 255, 255), (255, 255, 255), ground)
-    return Scene(scenes.Picture("x.jpg", 0, white, [scenes.Item(0, 0.5, 0.5, 0.8)]), (thing,), layout, count, side)
+    return Scene(scenes.Image("x.jpg", 0, white, [scenes.Item(0, 0.5, 0.5, 0.8)]), (thing,), layout, count, side)
 
 
 def test_what_can_be_confused() -> None:
@@ -158,14 +158,14 @@ def test_places_are_right() -> None:
         for _ in range(40):
             scene = make.make(layout)
             caption = full_caption(scene)
-            places = [getattr(item, axis) for item in scene.picture.items]
+            places = [getattr(item, axis) for item in scene.image.items]
             assert places == sorted(places)
             spots = [caption.lower().index(f"{s.colour} {s.noun}") for s in scene.objects]
             assert spots == sorted(spots) and len(set(spots)) == len(spots)
             assert any(said in caption for said in (" to the left of ", " above ", " from left ", " from top "))
     for _ in range(40):
         scene = make.make("side")
-        item = scene.picture.items[0]
+        item = scene.image.items[0]
         where = {"left": item.x < 0.4, "right": item.x > 0.6, "top": item.y < 0.4, "bottom": item.y > 0.6}
         assert scene.side and where[scene.side] and f" the {scene.side}" in full_caption(scene)
 
@@ -180,9 +180,9 @@ def test_no_two_held_out_scenes_can_be_confused() -> None:
         records = planning._held_out(make, "val", planning.SIZES["small"].held_out)
     finally:
         planning.full_caption = original
-    assert len(records) == len(kept) == len(make.pictures) > 60
+    assert len(records) == len(kept) == len(make.images) > 60
     assert not any(confusable(a, b) for a, b in combinations(kept, 2))
-    assert [r["image"] for r in records] == [p.file for p in make.pictures]
+    assert [r["image"] for r in records] == [p.file for p in make.images]
 
 
 def test_zero_shot_tasks(tiny: Path) -> None:
@@ -194,7 +194,7 @@ def test_zero_shot_tasks(tiny: Path) -> None:
     names = tasks["names"]
     assert {words.phrase(noun) for noun in trained} >= set(names.classes)
     raw = load(tiny, "classes.json")["tasks"][0]["pictures"]
-    for entry, labels, file in zip(raw, names.labels, names.pictures, strict=True):
+    for entry, labels, file in zip(raw, names.labels, names.images, strict=True):
         assert words.phrase(entry["noun"]) in {names.classes[i] for i in labels}
         assert Path(file).is_file()  # type: ignore[arg-type]
 

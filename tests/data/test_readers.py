@@ -67,15 +67,15 @@ def test_vqav2(tmp_path: Path) -> None:
         tmp_path, [question(10, 9), question(11, 9, " What? ")], [annotation(11, 9, "dog"), annotation(10, 9, "2")]
     )
     first, second = load_records(questions, tmp_path / "pictures", annotations=annotations)
-    picture = Image(tmp_path / "pictures/COCO_train2014_000000000009.jpg")
+    image = Image(tmp_path / "pictures/COCO_train2014_000000000009.jpg")
     assert first == Record(
         "10",
-        (user(picture, f"How many?\n{SHORT_ANSWER}"), assistant("2")),
+        (user(image, f"How many?\n{SHORT_ANSWER}"), assistant("2")),
         "vqa",
         "questions",
         {"answer_type": "number"},
     )
-    assert second.messages == (user(picture, f"What?\n{SHORT_ANSWER}"), assistant("dog"))
+    assert second.messages == (user(image, f"What?\n{SHORT_ANSWER}"), assistant("dog"))
     bare = load_records(questions, annotations=annotations, prompt="", kind="counting", source="vqa2")[0]
     assert (bare.messages[0].text, bare.kind, bare.source) == ("How many?", "counting", "vqa2")
     assert (
@@ -83,7 +83,7 @@ def test_vqav2(tmp_path: Path) -> None:
     )
 
 
-def test_vqav2_pictures_in_the_folder_of_their_split(tmp_path: Path) -> None:
+def test_vqav2_images_in_the_folder_of_their_split(tmp_path: Path) -> None:
     files = vqav2(tmp_path, [question(1, 7)], [annotation(1, 7, "a")], "test-dev2015")
     name = "COCO_test2015_000000000007.jpg"
     put(tmp_path / "test2015" / name, "")
@@ -238,17 +238,17 @@ def test_coco_captions_in_either_order(tmp_path: Path) -> None:
     for file in (path, turned):
         assert detect_format(file) == "coco"
         assert faults(file) == [
-            f"{file}: annotation 1: no picture with id 8 in `images`",
+            f"{file}: annotation 1: no image with id 8 in `images`",
             f"{file}: annotation 2: `caption` is missing or empty",
         ]
     put(tmp_path / "train2017" / "000000000009.jpg", "")
     good = [row_record(row) for row in iter_rows(path) if row.error is None]
-    picture = Image(tmp_path / "train2017/000000000009.jpg")
+    image = Image(tmp_path / "train2017/000000000009.jpg")
     assert [(r.id, r.kind, r.source) for r in good] == [("1", "caption", path.stem), ("4", "caption", path.stem)]
-    assert good[0].messages == (user(picture, CAPTION), assistant("A cat."))
+    assert good[0].messages == (user(image, CAPTION), assistant("A cat."))
     assert good[1].messages[1] == assistant("Two <image> cats.")
     silent = row_record(next(iter_rows(path, prompt="")))
-    assert silent.messages[0] == user(picture)
+    assert silent.messages[0] == user(image)
     with pytest.raises(DataError, match="no `images` with `file_name`"):
         load_records(put(tmp_path / "none.json", {"annotations": captions}), format="coco")
 
@@ -275,8 +275,8 @@ def test_folder(tmp_path: Path) -> None:
         found,
         [
             "c: c.png has no caption; add c.txt",
-            "d: d.txt has no picture",
-            "e: one picture and one .txt must have this name, found e.jpg, e.png, e.txt",
+            "d: d.txt has no image",
+            "e: one image and one .txt must have this name, found e.jpg, e.png, e.txt",
             "f: f.txt: the file is empty",
             r"g: g.txt is not UTF-8 text \(byte 0\)",
         ],
@@ -287,9 +287,9 @@ def test_folder(tmp_path: Path) -> None:
 
 
 def test_openai_text_is_text(tmp_path: Path) -> None:
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
     turns = [
-        {"role": "user", "content": [picture, {"type": "text", "text": "<image>?"}]},
+        {"role": "user", "content": [image, {"type": "text", "text": "<image>?"}]},
         {"role": "assistant", "content": "A"},
     ]
     path = put(

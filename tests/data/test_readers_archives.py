@@ -1,4 +1,4 @@
-"""Tar archives and parquet files: pictures stay inside and are read one by one; damage is found and named."""
+"""Tar archives and parquet files: images stay inside and are read one by one; damage is found and named."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def red(source: Any) -> int:
 
 
 def reds(path: Path, **options: Any) -> list[list[int]]:
-    """The colour of each record's pictures, decoded through their sources."""
+    """The colour of each record's images, decoded through their sources."""
     records = load_records(path, **options)
     parts = [[part for message in record.messages for part in message.parts] for record in records]
     return [[red(part.source) for part in found if isinstance(part, Image)] for found in parts]
@@ -106,7 +106,7 @@ def test_tar_of_every_kind_of_sample(tmp_path: Path) -> None:
         ("005", "conversation", "shard-0"),
         ("006", "conversation", "shard-0"),
     ]
-    assert reds(path, kind="x") == [[1], [2, 3], [4], [6, 5], [], []]  # the fourth lists its pictures by name
+    assert reds(path, kind="x") == [[1], [2, 3], [4], [6, 5], [], []]  # the fourth lists its images by name
     assert records[0].messages[0].parts[1:] == (Text(CAPTION),)
     assert records[0].messages[1] == assistant("A cat.")
     assert records[2].messages[0].text == "Red?"
@@ -138,7 +138,7 @@ def test_tar_members_that_are_refused(tmp_path: Path) -> None:
             "hard.png": link("hard.png", "good.png", tarfile.LNKTYPE),
             "pipe.png": link("pipe.png", "", tarfile.FIFOTYPE),
             "mute.png": png(2),
-            "blind.txt": "no picture",
+            "blind.txt": "no image",
             "empty.png": png(2),
             "empty.txt": " \n",
             "bad.png": png(2),
@@ -167,7 +167,7 @@ def test_tar_members_that_are_refused(tmp_path: Path) -> None:
         "sample hard: member hard.png: is a link",
         "sample pipe: member pipe.png: is not a plain file",
         "sample mute: has no text; add a .txt",
-        "sample blind: has no picture and no conversation",
+        "sample blind: has no image and no conversation",
         "sample empty: has no text",
         "sample bad: member bad.json is not valid JSON",
         "sample list: member list.json must be a JSON object",
@@ -298,9 +298,9 @@ def test_parquet_with_texts(tmp_path: Path) -> None:
     assert describe(records[2].messages[0].media[0].source) == f"{path}: row 0 of row group 1, `images`[0]"
 
 
-def test_parquet_reads_no_picture_to_list_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_reads_no_image_to_list_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "x.parquet", {"image": [cell(1)] * 3, "caption": ["c"] * 3}, {"image": STRUCT})
-    monkeypatch.setattr("polymodal.data.readers.parquet.read_column", lambda *a: pytest.fail("pictures were read"))
+    monkeypatch.setattr("polymodal.data.readers.parquet.read_column", lambda *a: pytest.fail("images were read"))
     assert len(load_records(path)) == 3
     assert reds(path) == [[1], [1], [1]]
 
@@ -366,7 +366,7 @@ def test_parquet_without_bytes_has_paths_inside_the_root(tmp_path: Path) -> None
         None,
     ]
     path = write(tmp_path / "x.parquet", {"image": images, "text": ["c"] * 5}, {"image": STRUCT})
-    assert faults(path) == ["row 4: a caption without a picture; fill `image` or `images`"]
+    assert faults(path) == ["row 4: a caption without an image; fill `image` or `images`"]
     sources = [row_record(row).messages[0].media[0].source for row in iter_rows(path) if row.number < 4]
     assert [red(source) for source in sources[:2]] == [1, 2]
     with pytest.raises(MediaError, match=r"row 0 of row group 1, `image`: '\.\./x\.png' leaves the folder"):
@@ -432,7 +432,7 @@ def test_cells_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (TableCell(path, 0, 1, "image"), "the cell is empty"),
         (TableCell(path, 0, 2, "image"), "no such row"),
         (TableCell(path, 1, 0, "image"), "no column `image` in row group 1"),
-        (TableCell(path, 0, 0, "picture"), "no column `picture`"),
+        (TableCell(path, 0, 0, "picture"), "no column `image`"),
         (TableCell(tmp_path / "none", 0, 0, "image"), "cannot be read"),
     ):
         with pytest.raises(MediaError, match=complaint):

@@ -1,4 +1,4 @@
-"""The model that ships: it opens offline, answers about pictures it never saw, and needs the picture to do so."""
+"""The model that ships: it opens offline, answers about images it never saw, and needs the image to do so."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def test_demo(tmp_path: Path) -> None:
     out = run(tmp_path, "examples/demo.py")
     facts = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert set(facts) >= {"picture", "question", "answer", "tokens", "time", "seen"}
-    assert "of the picture" in facts["tokens"]
+    assert "of the image" in facts["tokens"]
     assert "tokens/s" in facts["time"]
     with Image.open(tmp_path / "runs" / "demo" / "seen.png") as seen:
         assert seen.width > 400
@@ -32,7 +32,7 @@ def test_benchmark(tmp_path: Path, tiny_model_folder: Path) -> None:
     out = run(
         tmp_path, "benchmarks/chat_speed.py", str(tiny_model_folder), str(ROOT / "examples/pictures/cat.jpg"), "2"
     )
-    assert "(16 of the picture)" in out
+    assert "(16 of the image)" in out
     for field in ("prepare_s", "encode_s", "first_token_s", "total_s", "tokens_per_s"):
         assert field in out
 

@@ -92,11 +92,11 @@ def test_make_knows_the_targets_that_are_named() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-def test_every_shipped_picture_is_credited() -> None:
+def test_every_shipped_image_is_credited() -> None:
     folder = ROOT / "examples" / "pictures"
     credits = (folder / "CREDITS.md").read_text(encoding="utf-8")
-    pictures = [path.name for path in folder.iterdir() if path.suffix in (".jpg", ".png")]
-    assert len(pictures) >= 4
-    for picture in pictures:
-        assert f"`{picture}`" in credits
-        assert (folder / picture).stat().st_size <= 100_000
+    images = [path.name for path in folder.iterdir() if path.suffix in (".jpg", ".png")]
+    assert len(images) >= 4
+    for image in images:
+        assert f"`{image}`" in credits
+        assert (folder / image).stat().st_size <= 100_000

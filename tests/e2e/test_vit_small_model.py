@@ -15,7 +15,7 @@ from polymodal.modeling.build import build_model
 from polymodal.modeling.encoders.vision import build_vision_encoder
 from polymodal.utils.files import shipped, shipped_folder
 
-PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
+IMAGES = Path(__file__).parents[2] / "examples" / "pictures"
 NAMES = {
     "apple.png": "An apple.",
     "coffee.jpg": "A cup of coffee.",
@@ -36,7 +36,7 @@ def test_names_of_the_package_are_names_and_no_paths() -> None:
 
 
 def test_it_knows_some_drawings_from_others(embedder: Embedder) -> None:
-    seen = embedder.pictures([PICTURES / name for name in NAMES])
+    seen = embedder.images([IMAGES / name for name in NAMES])
     best = (seen @ embedder.texts(list(NAMES.values())).T).argmax(dim=1)
     assert int((best == torch.arange(len(NAMES))).sum()) >= 3
 
@@ -50,11 +50,11 @@ def test_transformers_opens_it_and_scores_the_same(embedder: Embedder) -> None:
     processor = AutoProcessor.from_pretrained(folder)
     assert type(model).__name__ == "SiglipModel"
     texts = list(NAMES.values())
-    pictures = [Image.open(PICTURES / name).convert("RGB") for name in NAMES]
-    given = processor(text=texts, images=pictures, padding="max_length", return_tensors="pt")
+    shown = [Image.open(IMAGES / name).convert("RGB") for name in NAMES]
+    given = processor(text=texts, images=shown, padding="max_length", return_tensors="pt")
     with torch.no_grad():
         found = model(**given)
-    ours = embedder.pictures(pictures) @ embedder.texts(texts).T
+    ours = embedder.images(shown) @ embedder.texts(texts).T
     torch.testing.assert_close(found.image_embeds @ found.text_embeds.T, ours, rtol=0, atol=2e-3)
 
 

@@ -193,7 +193,7 @@ def test_order_matters_to_attention_only_through_time() -> None:
     out = encoder(features, times)
     # Frames with their times may be handed over in any order ...
     torch.testing.assert_close(encoder(features[:, order], times[:, order]), out[:, order])
-    # ... but other pictures at these times are another video.
+    # ... but other images at these times are another video.
     assert (encoder(features[:, order], times) - out[:, order]).abs().max() > 1e-2
     mean = build("mean")
     torch.testing.assert_close(mean(features[:, order]), mean(features))

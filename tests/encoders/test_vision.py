@@ -309,14 +309,14 @@ def test_efficientnet_from_file_folder_and_bundle(tmp_path: Path) -> None:
     (tmp_path / "vision").mkdir()
     weights = tmp_path / "vision" / "efficientnet_lite0.safetensors"
     save_efficientnet_lite0(EfficientNetLite0().eval(), weights)
-    picture = pixels(64, 64)
+    image = pixels(64, 64)
     towers = [str(weights), str(weights.parent), "bundled"]
     features = []
     for tower in towers:
         config = VisionConfig(vision_tower=tower, type="efficientnet_lite0", pool=3, stages=("stride8", "stride16"))
         encoder = build_vision_encoder(config, tmp_path, tile=Size(64, 64))
         assert (encoder.grid, encoder.embed_dim, encoder.tile) == (Size(3, 3), 152, Size(64, 64))
-        features.append(encoder(picture.double()))
+        features.append(encoder(image.double()))
     assert features[0].shape == (2, 9, 152) and torch.equal(features[0], features[1])
     assert torch.equal(features[0], features[2])
     default = build_vision_encoder(VisionConfig(vision_tower=str(weights), type="efficientnet_lite0"))

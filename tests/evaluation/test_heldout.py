@@ -54,21 +54,21 @@ def test_interval_covers_the_mean_and_narrows_with_data() -> None:
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
 
 
-def record(picture: PILImage.Image | str, kind: str = "exists", answer: str = "Yes") -> Record:
-    messages = (user(Image(picture), "Is it red?"), assistant(answer))
+def record(image: PILImage.Image | str, kind: str = "exists", answer: str = "Yes") -> Record:
+    messages = (user(Image(image), "Is it red?"), assistant(answer))
     return Record(id="r", messages=messages, kind=kind, source="test", extra={"answers": [answer]})
 
 
 def test_the_control_sees_grey_of_the_same_size() -> None:
-    picture = PILImage.new("RGB", (30, 20), (255, 0, 0))
-    (blind,) = in_grey([user(Image(picture), "What?")])
+    image = PILImage.new("RGB", (30, 20), (255, 0, 0))
+    (blind,) = in_grey([user(Image(image), "What?")])
     part = blind.parts[0]
     assert isinstance(part, Image) and isinstance(part.source, PILImage.Image)
     assert part.source.size == (30, 20) and part.source.getpixel((3, 3)) == (128, 128, 128)
     assert blind.text == "What?"
 
 
-def test_batches_do_not_change_answers_and_grey_pictures_equal_their_control(tiny_model_folder: Path) -> None:
+def test_batches_do_not_change_answers_and_grey_images_equal_their_control(tiny_model_folder: Path) -> None:
     model = load(tiny_model_folder, "cpu")
     rng = np.random.default_rng(0)
     noise = [PILImage.fromarray(rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)) for i in range(3)]
@@ -85,10 +85,10 @@ class OneByOne:
     name = "one by one"
 
     def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
-        (picture,) = messages[0].media
-        if isinstance(picture.source, str):
+        (image,) = messages[0].media
+        if isinstance(image.source, str):
             raise PolymodalError("no such thing")
-        words = " yes " if picture.source.getpixel((0, 0)) == (255, 0, 0) else "no"
+        words = " yes " if image.source.getpixel((0, 0)) == (255, 0, 0) else "no"
         return Reply(assistant(words), Usage(1, 1, 1), Timing(0, 0, 0, 0, 0), "stop", self.name)
 
 

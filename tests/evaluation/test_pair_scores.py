@@ -78,7 +78,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise = np.random.default_rng(0)
     for number, colour in enumerate(COLOURS):
         PILImage.fromarray(noise.integers(0, 256, (20 + number, 24, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-        captions = [f"A {colour}.", f"A picture of a {colour}."][: 1 + number % 2]
+        captions = [f"A {colour}.", f"An image of a {colour}."][: 1 + number % 2]
         turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": captions[0]}]
         rows.append({"id": colour, "image": f"{number}.png", "conversations": turns, "captions": captions})
         shown.append({"image": f"{number}.png", "labels": [number] if number else [0, 1]})
@@ -95,12 +95,12 @@ def test_vectors_and_recall_are_those_of_transformers(models: dict[str, Path], d
     folder = models[family]
     pairs = retrieval.pairs_of(load_records(data / "val.json"))
     embedder = load_embedder(folder)
-    image, text = embedder.pictures(pairs.pictures, batch_size=3), embedder.texts(pairs.texts, batch_size=5)
+    image, text = embedder.images(pairs.images, batch_size=3), embedder.texts(pairs.texts, batch_size=5)
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
     processor = (CLIPImageProcessorPil if family == "clip" else SiglipImageProcessorPil).from_pretrained(folder)
-    pixels = processor([PILImage.open(p) for p in pairs.pictures], return_tensors="pt")["pixel_values"]  # type: ignore[arg-type]
+    pixels = processor([PILImage.open(p) for p in pairs.images], return_tensors="pt")["pixel_values"]  # type: ignore[arg-type]
     padding: dict[str, Any] = {"padding": "max_length", "max_length": 12} if family == "siglip" else {"padding": True}
     tokens = tokenizer(list(pairs.texts), return_tensors="pt", **padding)
     if family == "siglip":
@@ -112,7 +112,7 @@ def test_vectors_and_recall_are_those_of_transformers(models: dict[str, Path], d
     expected = recall(seen.image_embeds @ seen.text_embeds.T, torch.tensor(pairs.image_of_text))
     found = retrieval.retrieval(embedder, pairs, batch_size=4)
     assert {f"{row.way}@{row.k}": row.score for row in found.recalls} == pytest.approx(expected)
-    assert (found.pictures, found.texts, found.shared) == (8, 12, 0)
+    assert (found.images, found.texts, found.shared) == (8, 12, 0)
     for row in found.recalls:
         assert 0 <= row.low <= row.score <= row.high <= 1
     assert {row.chance for row in found.recalls if row.way == "text_to_image"} == {1 / 8, 5 / 8, 1.0}
@@ -124,10 +124,10 @@ def test_zero_shot_averages_prompts_and_takes_several_right_classes(models: dict
     row = zero_shot.zero_shot_scores(embedder, tasks)[0]
     prompts = [f"{t}a {colour}." for colour in COLOURS for t in ("", "a photo of ")]
     classes = embedder.texts(prompts).unflatten(0, (8, 2)).mean(1)
-    image = embedder.pictures(tasks[0].pictures)
+    image = embedder.images(tasks[0].images)
     nearest = (image @ torch.nn.functional.normalize(classes, dim=-1).T).argmax(1).tolist()
     right = sum(near in labels for near, labels in zip(nearest, tasks[0].labels, strict=True))
-    assert (row.top1, row.pictures, row.classes) == (right / 8, 8, 8)
+    assert (row.top1, row.images, row.classes) == (right / 8, 8, 8)
     assert row.chance1 == pytest.approx((2 + 7) / 64)
     assert row.top5 >= row.top1 and row.top1_interval[0] <= row.top1 <= row.top1_interval[1]
 
@@ -138,7 +138,7 @@ def test_the_command_line_prints_and_writes(
     out = tmp_path / "scores.json"
     command = ["eval", str(models["siglip"]), "--device", "cpu", "--json", str(out)]
     assert main([*command, "--task", "retrieval", "--data", str(data / "val.json"), "--limit", "4"]) == 0
-    assert "4 pictures, 6 texts" in capsys.readouterr().out
+    assert "4 images, 6 texts" in capsys.readouterr().out
     assert len(json.loads(out.read_text())["recalls"]) == 6
     assert main([*command, "--task", "zero-shot", "--data", str(data / "classes.json"), "--limit", "5"]) == 0
     assert "| colours | 5 | 8 |" in capsys.readouterr().out
@@ -155,9 +155,9 @@ def test_the_published_folder_is_stock_half_precision_and_scores_the_same(
     assert "MB, cosines moved by 0.0" in capsys.readouterr().out
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float16}
     pairs = retrieval.pairs_of(load_records(data / "val.json"))
-    before, after = (load_embedder(folder).pictures(pairs.pictures) for folder in (models["siglip"], tmp_path / "out"))
+    before, after = (load_embedder(folder).images(pairs.images) for folder in (models["siglip"], tmp_path / "out"))
     assert torch.allclose(before, after, atol=2e-3)
-    # Its pictures are normalised as CLIP's, whose mean colour every engine can pad with.
+    # Its images are normalised as CLIP's, whose mean colour every engine can pad with.
     published = load_embedder(tmp_path / "out")
     assert published.image.image_mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
     assert tuple(int(value * 255) for value in published.image.image_mean) == (122, 116, 104)
@@ -168,14 +168,14 @@ def test_the_published_folder_is_stock_half_precision_and_scores_the_same(
     assert not (tmp_path / "large").exists()
 
 
-def test_records_of_one_picture_are_put_together(data: Path) -> None:
+def test_records_of_one_image_are_put_together(data: Path) -> None:
     records = load_records(data / "val.json")
     pairs = retrieval.pairs_of([*records, *records[:2]])
-    assert len(pairs.pictures) == 8 and len(pairs.texts) == 12
+    assert len(pairs.images) == 8 and len(pairs.texts) == 12
     assert retrieval.pairs_of(records, limit=3).image_of_text == (0, 1, 1, 2)
 
 
-def test_a_text_of_several_pictures_is_counted(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_a_text_of_several_images_is_counted(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
     rows = json.loads((data / "val.json").read_text())[:3]
     for row in rows:
         row["captions"] = ["A red."]
@@ -187,7 +187,7 @@ def test_a_text_of_several_pictures_is_counted(models: dict[str, Path], data: Pa
     assert {row.score for row in found.recalls if row.way == "image_to_text" and row.k == 1} == {0.0}
 
 
-def test_models_that_cannot_compare_pictures_with_texts(tmp_path: Path, models: dict[str, Path]) -> None:
+def test_models_that_cannot_compare_images_with_texts(tmp_path: Path, models: dict[str, Path]) -> None:
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     SiglipVisionModel(SiglipVisionConfig(**SMALL, image_size=16, patch_size=8)).save_pretrained(tmp_path / "tower")
@@ -217,7 +217,7 @@ def test_models_that_cannot_compare_pictures_with_texts(tmp_path: Path, models: 
         ({"pictures": []}, "`pictures`"),
         ({"picture": {"image": "../x.png", "labels": [0]}}, "leaves the folder"),
         ({"picture": {"image": "0.png", "labels": [8]}}, "classes are numbered 0 to 7"),
-        ({"picture": {"image": "0.png", "labels": []}}, r"pictures\[0\]: `labels`"),
+        ({"picture": {"image": "0.png", "labels": []}}, r"images\[0\]: `labels`"),
         ({"picture": {"labels": [0]}}, "`image`"),
     ],
 )
@@ -241,14 +241,14 @@ def test_records_that_are_no_pairs(data: Path, models: dict[str, Path]) -> None:
         retrieval.pairs_of([replace(record, messages=record.messages[1:])])
     with pytest.raises(DataError, match="no caption"):
         retrieval.pairs_of([replace(record, extra={"captions": [" "]})])
-    with pytest.raises(DataError, match="among 1 pictures"):
+    with pytest.raises(DataError, match="among 1 images"):
         retrieval.retrieval(load_embedder(models["clip"]), retrieval.pairs_of([record]))
 
 
 def test_the_interval_of_groups() -> None:
     hits = (np.random.default_rng(3).random(400) < 0.3).astype(float)
     assert ratio_interval(hits, np.ones(400)) == pytest.approx(mean_interval(hits), abs=0.01)
-    # Captions of a picture that hit together are worth one observation: the interval is wider than for single ones.
+    # Captions of an image that hit together are worth one observation: the interval is wider than for single ones.
     grouped = ratio_interval(hits * 5, np.full(400, 5.0))
     single = ratio_interval(np.repeat(hits, 5), np.ones(2000))
     assert grouped[1] - grouped[0] > 1.8 * (single[1] - single[0])

@@ -71,9 +71,9 @@ def test_groups_stay_together_when_the_strength_is_chosen() -> None:
     labels = torch.randint(2, (things,), generator=random)
     signal = (labels * 2 - 1)[:, None] * 0.7 + torch.randn(things, 1, generator=random)
     marks = torch.randn(things, 60, generator=random)
-    picture = torch.cat([signal, marks], dim=1).repeat_interleave(5, dim=0)
+    image = torch.cat([signal, marks], dim=1).repeat_interleave(5, dim=0)
     groups = [str(i) for i in range(things) for _ in range(5)]
-    train = Labelled(picture + 0.01 * torch.randn(picture.shape, generator=random), labels.repeat_interleave(5), groups)
+    train = Labelled(image + 0.01 * torch.randn(image.shape, generator=random), labels.repeat_interleave(5), groups)
     chosen = []
     original = _Ridge.__call__
 

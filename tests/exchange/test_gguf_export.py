@@ -22,7 +22,7 @@ from polymodal.interop.gguf.export import PAD_COLOUR, export_gguf, find_pre
 from polymodal.interop.gguf.weights import _neighbours
 from polymodal.modeling.build import build_model
 from polymodal.verify.llamacpp import verify_gguf
-from polymodal.verify.side_by_side import picture_probes
+from polymodal.verify.side_by_side import image_probes
 
 gguf = pytest.importorskip("gguf")
 
@@ -142,7 +142,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         )
         torch.manual_seed(5)
         model, words = build_model(config)
-        with torch.no_grad():  # so that a picture changes the answer
+        with torch.no_grad():  # so that an image changes the answer
             for parameter in model.projector.parameters():  # type: ignore[union-attr]
                 parameter.mul_(4)
         save_model(place / "model", model, config, words)
@@ -308,7 +308,7 @@ def test_a_lora_adapter_is_added(make: Make, tmp_path: Path) -> None:
 
 def test_what_llama_cpp_cannot_express(make: Make, tmp_path: Path) -> None:
     for options, reasons in (
-        ({"image": {"image_aspect_ratio": "squash"}}, ["pictures are padded there"]),
+        ({"image": {"image_aspect_ratio": "squash"}}, ["images are padded there"]),
         ({"image": {"pad_color": (255, 255, 255), "resample": "bilinear"}}, ["(122, 116, 104)", "'bicubic'"]),
         ({"projector": {"mm_projector_type": "linear"}}, ["'mlp2x_gelu'"]),
         ({"projector": {"norm": "layer"}}, ["projector.norm 'layer'"]),
@@ -405,9 +405,9 @@ def test_llama_cpp_answers_the_same(
     loaded = make(llm, tower=tower, layer=layer, tokenizer=words, **LLMS[llm])
     export_gguf(loaded, tmp_path / "out", kind="float32")
     rng = np.random.default_rng(0)
-    picture = tmp_path / "square.png"
-    PILImage.fromarray(rng.integers(0, 255, (90, 90, 3), np.uint8)).save(picture)
-    parity = verify_gguf(loaded, tmp_path / "out", more=picture_probes([picture]))
+    image = tmp_path / "square.png"
+    PILImage.fromarray(rng.integers(0, 255, (90, 90, 3), np.uint8)).save(image)
+    parity = verify_gguf(loaded, tmp_path / "out", more=image_probes([image]))
     checks = {check.name: check for check in parity.checks}
     assert checks["token_ids"].passed
     if tower == "clip" and not checks["pictures"].passed:
@@ -421,9 +421,7 @@ def test_llama_cpp_answers_the_same(
     # A tower that is not the one that was exported is found.
     with torch.no_grad():
         loaded.model.vision_encoder.model.embeddings.patch_embedding.weight.mul_(1.5)  # type: ignore[union-attr]
-    other = {
-        check.name: check for check in verify_gguf(loaded, tmp_path / "out", more=picture_probes([picture])).checks
-    }
+    other = {check.name: check for check in verify_gguf(loaded, tmp_path / "out", more=image_probes([image])).checks}
     assert not other["pictures"].passed and other["token_ids"].passed
 
 

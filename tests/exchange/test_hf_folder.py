@@ -111,17 +111,17 @@ def test_the_type_of_the_weights(published: Path) -> None:
     assert isinstance(kept, LocalBackend)
     assert {weight.dtype for weight in kept.model.parameters()} == {torch.bfloat16}
     assert kept.model.llm.config.dtype is torch.bfloat16
-    assert kept.ask("What is this?", picture())
+    assert kept.ask("What is this?", image())
 
 
-def picture() -> Any:
+def image() -> Any:
     from PIL import Image as PILImage
 
     return PILImage.new("RGB", (40, 30), (200, 30, 30))
 
 
 def test_the_processor_alone_is_the_same(published: Path) -> None:
-    messages = [user(Image(picture()), "What is this?")]
+    messages = [user(Image(image()), "What is this?")]
     alone, whole = load_processor(published), load(published, "cpu")
     assert isinstance(whole, LocalBackend)
     first, second = (p(messages, add_generation_prompt=True) for p in (alone, whole.processor))
@@ -285,7 +285,7 @@ def test_preprocessing_in_a_file_of_its_own(copy: Path) -> None:
 
 def test_the_placeholder_must_be_a_token_of_its_own(copy: Path) -> None:
     change_json(copy / "config.json", lambda d: d.update(image_token_index=5))
-    with pytest.raises(CheckpointError, match="names 5 as the picture's token, which is the ordinary token"):
+    with pytest.raises(CheckpointError, match="names 5 as the image's token, which is the ordinary token"):
         load_hf(copy)
 
 

@@ -77,7 +77,7 @@ def test_anyres_max_shrinks() -> None:
 
 
 def test_anyres_of_a_hairline_keeps_the_overview() -> None:
-    # The reference's own rounding leaves no row of the canvas; the global view still shows the picture.
+    # The reference's own rounding leaves no row of the canvas; the global view still shows the image.
     plan = plan_image(Size(1, 6000), anyres(), TOKENS)
     assert plan.kept is not None
     assert plan.kept.height == 0
@@ -99,7 +99,7 @@ def test_squash() -> None:
     assert (plan.num_tiles, plan.num_tokens) == (1, 576)
 
 
-def test_pad_frames_the_picture_in_source_pixels() -> None:
+def test_pad_frames_the_image_in_source_pixels() -> None:
     plan = plan_image(Size(300, 501), config("pad"), TOKENS)
     assert plan.frame == Box(100, 0, 501, 501)
     assert plan.content_box == Box(0, 0, 336, 336)
@@ -123,7 +123,7 @@ def test_crop() -> None:
     # DINOv2: short side to 256, centre 224.
     dino = config("crop", tile_size=(224, 224), resize_short_side=256)
     assert plan_image(Size(500, 301), dino, TOKENS).content_box == Box(-100, -16, 425, 256)
-    # Resized below the tile: the crop is padded, the odd pixel going before the picture.
+    # Resized below the tile: the crop is padded, the odd pixel going before the image.
     small = config("crop", tile_size=(224, 224), resize_short_side=101)
     assert plan_image(Size(300, 300), small, TOKENS).content_box == Box(62, 62, 101, 101)
 
@@ -143,7 +143,7 @@ def test_slice_scales_to_fit_and_says_so() -> None:
     assert (one.grid, one.overview, one.scaled_to_fit) == (Size(1, 1), "none", True)
 
 
-def test_slice_of_a_small_picture_is_one_tile_without_thumbnail() -> None:
+def test_slice_of_a_small_image_is_one_tile_without_thumbnail() -> None:
     plan = plan_image(Size(20, 30), config("slice", overview_aspect_ratio="pad"), TOKENS)
     assert (plan.num_tiles, plan.overview, plan.scaled_to_fit) == (1, "none", False)
     assert plan.frame == Box(5, 0, 30, 30)
@@ -189,7 +189,7 @@ def test_settings_that_cannot_work_are_refused(image: ImageConfig, line: str) ->
 
 
 def test_sizes_must_be_positive() -> None:
-    with pytest.raises(ConfigError, match="picture size must be at least 1x1, got 0x5"):
+    with pytest.raises(ConfigError, match="image size must be at least 1x1, got 0x5"):
         plan_image(Size(0, 5), config("pad"), TOKENS)
     with pytest.raises(ConfigError, match="tokens per tile"):
         plan_image(Size(5, 5), config("pad"), Size(0, 1))
@@ -204,12 +204,12 @@ def test_geometry_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_one_of_several_pictures_is_padded_to_a_tile_and_ends_with_a_newline() -> None:
-    rules = anyres(several_pictures="pad")
+def test_one_of_several_images_is_padded_to_a_tile_and_ends_with_a_newline() -> None:
+    rules = anyres(several_images="pad")
     assert plan_image(Size(480, 640), rules, TOKENS) == plan_image(Size(480, 640), anyres(), TOKENS)
     plan = plan_image(Size(480, 640), rules, TOKENS, alone=False)
     assert (plan.num_tiles, plan.num_tokens, plan.newline, plan.overview) == (1, 24 * 24 + 1, True, "none")
     assert plan.frame == Box(80, 0, 640, 640)
     assert plan_image(Size(480, 640), anyres(), TOKENS, alone=False).num_tokens == 2340
-    with pytest.raises(ConfigError, match="several_pictures is set but image_aspect_ratio is 'pad'"):
-        plan_image(Size(480, 640), config("pad", several_pictures="pad"), TOKENS)
+    with pytest.raises(ConfigError, match="several_images is set but image_aspect_ratio is 'pad'"):
+        plan_image(Size(480, 640), config("pad", several_images="pad"), TOKENS)

@@ -1,4 +1,4 @@
-"""What holds for the plan of any picture, 1x1 and hairlines included."""
+"""What holds for the plan of any image, 1x1 and hairlines included."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_one_tile(source: Size, tile: Size, tokens: Size, how: str) -> None:
 
 @given(SIZES, TOKENS, st.integers(1, 12), st.booleans(), OVERVIEWS)
 @settings(max_examples=60)
-def test_slices_cover_the_picture(source: Size, tokens: Size, most: int, thumbnail: bool, overview: str) -> None:
+def test_slices_cover_the_image(source: Size, tokens: Size, most: int, thumbnail: bool, overview: str) -> None:
     tile = Size(336, 280)
     image = config("slice", tile, max_tiles=most, thumbnail=thumbnail, overview_aspect_ratio=overview)
     plan = plan_image(source, image, tokens)

@@ -1,4 +1,4 @@
-"""Pictures of every kind to RGB, and pictures that are none."""
+"""Images of every kind to RGB, and images that are none."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from polymodal.media.image import FORMATS, open_image
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
-def encode(picture: PILImage.Image, format: str = "PNG", **options: Any) -> bytes:
+def encode(image: PILImage.Image, format: str = "PNG", **options: Any) -> bytes:
     out = io.BytesIO()
-    picture.save(out, format, **options)
+    image.save(out, format, **options)
     return out.getvalue()
 
 
@@ -51,17 +51,17 @@ def test_lossless_formats(format: str, tmp_path: Path) -> None:
     file.write_bytes(data)
     url = f"data:image/x;base64,{base64.b64encode(data).decode()}"
     for source in (file, str(file), data, url, noise()):
-        picture = open_image(source)
-        assert picture.mode == "RGB"
-        assert picture.tobytes() == noise().tobytes()
+        image = open_image(source)
+        assert image.mode == "RGB"
+        assert image.tobytes() == noise().tobytes()
 
 
 def test_jpeg_and_its_many_modes() -> None:
     for mode in ("RGB", "L", "CMYK"):
         flat = PILImage.new("RGB", (16, 16), (200, 200, 200)).convert(mode)
-        picture = open_image(encode(flat, "JPEG"))
-        assert picture.mode == "RGB"
-        assert np.abs(np.asarray(picture).astype(int) - 200).max() < 4
+        image = open_image(encode(flat, "JPEG"))
+        assert image.mode == "RGB"
+        assert np.abs(np.asarray(image).astype(int) - 200).max() < 4
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -79,7 +79,7 @@ def test_animation_gives_its_first_frame(format: str) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_exif_orientation(format: str, orientation: int) -> None:
-    """Corners after opening: what is at the top left, top right and bottom left of the upright picture."""
+    """Corners after opening: what is at the top left, top right and bottom left of the upright image."""
     corners = {"tl": (0, 0), "tr": (31, 0), "bl": (0, 15), "br": (31, 15)}
     colours = {"tl": RED, "tr": GREEN, "bl": BLUE, "br": WHITE}
     stored = PILImage.new("RGB", (32, 16))
@@ -93,17 +93,17 @@ def test_exif_orientation(format: str, orientation: int) -> None:
         options["lossless"] = True
     if format == "JPEG":
         options |= {"quality": 95, "subsampling": 0}
-    picture = open_image(encode(stored, format, **options))
+    image = open_image(encode(stored, format, **options))
     # EXIF: which stored corner is shown at the top left, and which at the top right.
     shown = {1: "tl tr", 2: "tr tl", 3: "br bl", 4: "bl br", 5: "tl bl", 6: "bl tl", 7: "br tr", 8: "tr br"}
     first, second = shown[orientation].split()
-    assert picture.size == ((32, 16) if orientation < 5 else (16, 32))
-    for corner, at in ((first, (1, 1)), (second, (picture.width - 2, 1))):
-        seen, expected = np.asarray(picture.getpixel(at)).astype(int), np.asarray(colours[corner])
+    assert image.size == ((32, 16) if orientation < 5 else (16, 32))
+    for corner, at in ((first, (1, 1)), (second, (image.width - 2, 1))):
+        seen, expected = np.asarray(image.getpixel(at)).astype(int), np.asarray(colours[corner])
         assert np.abs(seen - expected).max() < 12
-    # A picture that was opened by somebody else is turned in the same way.
+    # An image that was opened by somebody else is turned in the same way.
     theirs = PILImage.open(io.BytesIO(encode(stored, format, **options)))
-    assert open_image(theirs).tobytes() == picture.tobytes()
+    assert open_image(theirs).tobytes() == image.tobytes()
 
 
 def test_damaged_exif_does_not_matter() -> None:
@@ -116,22 +116,22 @@ ALL_MODES += ["I", "I;16", "I;16L", "I;16B", "I;16N", "F"]
 
 @pytest.mark.parametrize("mode", ALL_MODES)
 def test_every_mode_gives_rgb(mode: str) -> None:
-    picture = open_image(PILImage.new(mode, (7, 5)))
-    assert (picture.mode, picture.size) == ("RGB", (7, 5))
+    image = open_image(PILImage.new(mode, (7, 5)))
+    assert (image.mode, image.size) == ("RGB", (7, 5))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"])
 def test_opaque_modes_keep_grey(mode: str) -> None:
     value = 255 if mode == "1" else 130
-    picture = open_image(
+    image = open_image(
         PILImage.new("RGB", (4, 4), (value, value, value)).convert(mode, palette=PILImage.Palette.ADAPTIVE)
     )
-    assert np.abs(np.asarray(picture).astype(int) - value).max() <= 2
+    assert np.abs(np.asarray(image).astype(int) - value).max() <= 2
 
 
 def test_lab() -> None:
-    picture = open_image(PILImage.new("LAB", (4, 4), (255, 128, 128)))
-    assert np.asarray(picture).min() > 250
+    image = open_image(PILImage.new("LAB", (4, 4), (255, 128, 128)))
+    assert np.asarray(image).min() > 250
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA"])
@@ -147,21 +147,21 @@ def test_transparency_shows_the_background(mode: str) -> None:
     else:
         layered = rgba.convert(mode)
     assert layered.mode == mode
-    picture = open_image(layered, background=(10, 200, 30))
-    assert picture.getpixel((0, 0)) == (0, 0, 0)
-    assert picture.getpixel((3, 3)) == (10, 200, 30)
+    image = open_image(layered, background=(10, 200, 30))
+    assert image.getpixel((0, 0)) == (0, 0, 0)
+    assert image.getpixel((3, 3)) == (10, 200, 30)
 
 
 def test_half_transparency_is_mixed() -> None:
-    picture = open_image(PILImage.new("RGBA", (2, 2), (255, 0, 0, 128)), background=(0, 0, 255))
-    assert np.abs(np.asarray(picture)[0, 0].astype(int) - (128, 0, 127)).max() <= 1
+    image = open_image(PILImage.new("RGBA", (2, 2), (255, 0, 0, 128)), background=(0, 0, 255))
+    assert np.abs(np.asarray(image)[0, 0].astype(int) - (128, 0, 127)).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["P", "RGB", "L", "1"])
 def test_one_transparent_colour(mode: str) -> None:
-    picture = PILImage.new("RGB", (4, 4), (0, 0, 0))
-    picture.paste(WHITE, (0, 0, 2, 4))
-    stored = picture.convert(mode, palette=PILImage.Palette.ADAPTIVE) if mode == "P" else picture.convert(mode)
+    image = PILImage.new("RGB", (4, 4), (0, 0, 0))
+    image.paste(WHITE, (0, 0, 2, 4))
+    stored = image.convert(mode, palette=PILImage.Palette.ADAPTIVE) if mode == "P" else image.convert(mode)
     key: Any = (0, 0, 0) if mode == "RGB" else stored.getpixel((3, 3))
     opened = open_image(encode(stored, "PNG", transparency=key), background=GREEN)
     assert opened.getpixel((0, 0)) == WHITE
@@ -169,18 +169,18 @@ def test_one_transparent_colour(mode: str) -> None:
 
 
 def test_transparent_gif() -> None:
-    picture = PILImage.new("RGBA", (4, 4), (0, 0, 0, 0))
-    picture.paste((255, 0, 0, 255), (0, 0, 2, 4))
-    opened = open_image(encode(picture, "GIF"), background=BLUE)
+    image = PILImage.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (0, 0, 2, 4))
+    opened = open_image(encode(image, "GIF"), background=BLUE)
     assert (opened.getpixel((0, 0)), opened.getpixel((3, 3))) == (RED, BLUE)
 
 
 def grey(values: Any, dtype: Any, mode: str | None = None) -> list[int]:
     array = np.asarray([values], dtype=dtype)
-    picture = PILImage.fromarray(array)
+    image = PILImage.fromarray(array)
     if mode is not None:
-        assert picture.mode == mode
-    opened = np.asarray(open_image(picture))
+        assert image.mode == mode
+    opened = np.asarray(open_image(image))
     assert (opened == opened[..., :1]).all()
     return [int(v) for v in opened[0, :, 0]]
 
@@ -237,9 +237,9 @@ def test_a_huge_header_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatc
     assert "60x50 pixels (height x width), at most 2,999 are allowed" in refused(png_header(50, 60), max_pixels=2999)
 
 
-def test_a_large_picture_in_memory_is_refused() -> None:
+def test_a_large_image_in_memory_is_refused() -> None:
     assert "at most 50 are allowed" in refused(PILImage.new("RGB", (8, 8)), max_pixels=50)
-    assert "picture in memory: is 0x5 pixels" in refused(PILImage.new("RGB", (5, 0)))
+    assert "image in memory: is 0x5 pixels" in refused(PILImage.new("RGB", (5, 0)))
 
 
 def test_a_gif_frame_larger_than_its_screen() -> None:
@@ -258,20 +258,20 @@ def test_cut_off(format: str) -> None:
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (b"hello, I am text", "is not a picture that can be read"),
-        (b"\x00" * 1000, "is not a picture that can be read"),
+        (b"hello, I am text", "is not an image that can be read"),
+        (b"\x00" * 1000, "is not an image that can be read"),
         (b"%PDF-1.7 ...", "is a PDF document"),
         (b"<?xml version='1.0'?><svg></svg>", "is an SVG drawing"),
         (b"<svg></svg>", "is an SVG drawing"),
         (b"\n<!DOCTYPE html><html>404</html>", "is a web page"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "is a HEIC picture, convert it to JPEG or PNG"),
-        (b"\0\0\0\x18ftypavif\0\0\0\0", "is an AVIF picture"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "is a HEIC image, convert it to JPEG or PNG"),
+        (b"\0\0\0\x18ftypavif\0\0\0\0", "is an AVIF image"),
         (b"\0\0\0\x18ftypisom\0\0\0\0", "is a video"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
-        (b"\x89PNG\r\n\x1a\n", "damaged or cut off|is not a picture"),
+        (b"\x89PNG\r\n\x1a\n", "damaged or cut off|is not an image"),
     ],
 )
-def test_not_a_picture(data: bytes, what: str) -> None:
+def test_not_a_image(data: bytes, what: str) -> None:
     line = refused(data)
     assert any(part in line for part in what.split("|"))
     if "damaged" not in line:
@@ -286,9 +286,9 @@ def test_formats_that_are_not_allowed() -> None:
 def test_names_in_errors(tmp_path: Path) -> None:
     file = tmp_path / "note.png"
     file.write_text("hello")
-    assert refused(file).startswith(f"{file}: is not a picture")
-    assert refused("data:image/png;base64,aGVsbG8=").startswith("data: URL: is not a picture")
-    assert refused(b"hello", name="picture 2").startswith("picture 2: is not a picture")
+    assert refused(file).startswith(f"{file}: is not an image")
+    assert refused("data:image/png;base64,aGVsbG8=").startswith("data: URL: is not an image")
+    assert refused(b"hello", name="image 2").startswith("image 2: is not an image")
     assert "no such file" in refused(tmp_path / "none.png")
     assert "is a directory" in refused(tmp_path)
     (tmp_path / "empty.png").touch()
@@ -308,15 +308,15 @@ SEEDS += [encode(noise(16, 16), "TIFF", compression="tiff_lzw"), encode(noise(16
     st.floats(0, 1),
 )
 @settings(max_examples=300, deadline=None)
-def test_damaged_bytes_give_a_picture_or_one_line(data: bytes, changes: list[tuple[float, int]], cut: float) -> None:
+def test_damaged_bytes_give_a_image_or_one_line(data: bytes, changes: list[tuple[float, int]], cut: float) -> None:
     damaged = bytearray(data)
     for place, value in changes:
         damaged[int(place * len(damaged))] = value
     damaged = damaged[: max(1, int(len(damaged) * max(cut, 0.3)))]
     try:
-        picture = open_image(bytes(damaged), max_pixels=1_000_000)
+        image = open_image(bytes(damaged), max_pixels=1_000_000)
     except MediaError as error:
         assert "\n" not in str(error)
     else:
-        assert picture.mode == "RGB"
-        assert picture.width * picture.height <= 1_000_000
+        assert image.mode == "RGB"
+        assert image.width * image.height <= 1_000_000

@@ -48,14 +48,14 @@ def test_memory(kind: type) -> None:
         ("HTTP://example.org/cat.jpg", "remote fetch is off"),
         ("ftp://example.org/cat.jpg", "ftp: URLs cannot be read"),
         ("no/such/file.png", "no/such/file.png: no such file"),
-        ("", "the path of a picture is empty"),
+        ("", "the path of an image is empty"),
         ("a\0b.png", "a?b.png: cannot be read"),
         ("x" * 5000, "...: cannot be read|x: cannot be read|File name too long"),
         ("data:image/png;base64", "data: URL: has no comma"),
         ("data:image/png;base64,a", "data: URL: its base64 is damaged"),
         ("data:image/png;base64,????", "data: URL: its base64 is damaged"),
         ("data:image/png;base64,", "data: URL: the file is empty"),
-        (b"", "picture of 0 bytes: the file is empty"),
+        (b"", "image of 0 bytes: the file is empty"),
     ],
 )
 def test_refused(source: str | bytes, line: str) -> None:
@@ -94,8 +94,8 @@ def test_limits(tmp_path: Path) -> None:
 
 
 def test_the_name_of_the_caller_is_used() -> None:
-    with pytest.raises(MediaError, match=r"^picture 2: the file is empty"):
-        read_bytes(b"", limit=10, name="picture 2")
+    with pytest.raises(MediaError, match=r"^image 2: the file is empty"):
+        read_bytes(b"", limit=10, name="image 2")
 
 
 def test_describe_is_printable() -> None:

@@ -29,12 +29,12 @@ from polymodal.processing.collate import collate
 
 QUESTION = "What is this?"
 SHAPES = [(75, 100), (31, 150), (140, 60)]
-"""Height and width of the pictures: one wide, one very wide, one tall."""
+"""Height and width of the images: one wide, one very wide, one tall."""
 CORPUS = ["USER: What is this? ASSISTANT: a picture of a cat", "<|im_start|>user What do you see here? A dog, a tree."]
 
 
-def picture(number: int) -> PILImage.Image:
-    """A blurred random picture."""
+def image(number: int) -> PILImage.Image:
+    """A blurred random image."""
     height, width = SHAPES[number]
     noise = np.random.default_rng(height * 1000 + width).integers(0, 256, (height // 8 + 2, width // 8 + 2, 3))
     return PILImage.fromarray(noise.astype(np.uint8)).resize((width, height), PILImage.Resampling.BICUBIC)
@@ -107,7 +107,7 @@ def _finish(raw: Tokenizer, bos: str | None, eos: str, adds_bos: bool, **more: s
 
 
 def add_placeholder(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Give a tokenizer the token that stands for a picture."""
+    """Give a tokenizer the token that stands for an image."""
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
     return int(tokenizer.convert_tokens_to_ids("<image>"))
 
@@ -166,7 +166,7 @@ def saved_as_ours(folder: Path, target: Path, rows: list[int]) -> Loaded:
     save_model(target, first.model, first.config, first.tokenizer, history=first.history)
     second = load_model(target)
     before, after = as_backend(first), as_backend(second)
-    question = [user(*(Image(picture(i)) for i in rows), QUESTION)]
+    question = [user(*(Image(image(i)) for i in rows), QUESTION)]
     samples = [ours.processor(question, add_generation_prompt=True) for ours in (before, after)]
     assert samples[0].input_ids.tolist() == samples[1].input_ids.tolist()
     assert torch.equal(tiles(samples[0]), tiles(samples[1]))
@@ -197,12 +197,12 @@ def same_chat(theirs: Any, inputs: Callable[[list[int]], Any], ours: LocalBacken
 
     Args:
         theirs: The stock model, with a causal language model.
-        inputs: The stock processor: numbers of pictures to its output for one conversation.
+        inputs: The stock processor: numbers of images to its output for one conversation.
         ours: The same model, loaded.
-        rows: The pictures of each conversation.
+        rows: The images of each conversation.
     """
     samples = [
-        ours.processor([user(*(Image(picture(i)) for i in row), QUESTION)], add_generation_prompt=True) for row in rows
+        ours.processor([user(*(Image(image(i)) for i in row), QUESTION)], add_generation_prompt=True) for row in rows
     ]
     batch = collate(samples, ours.processor.pad_id, side="left")
     logits = ours.model(**{**batch.inputs(), "labels": None}).logits
@@ -240,7 +240,7 @@ def real_tiles(pixels: Any, sample: Any) -> torch.Tensor:
 def same_answer(theirs: Any, inputs: Callable[[list[int]], Any], ours: LocalBackend, rows: list[list[int]]) -> None:
     """As `same_chat`, for an encoder-decoder: what is read, the logits of a given answer, and greedy tokens."""
     answers = ["a cat", "a dog, a tree"]
-    messages = [[user(*(Image(picture(i)) for i in row), QUESTION)] for row in rows]
+    messages = [[user(*(Image(image(i)) for i in row), QUESTION)] for row in rows]
     asked = [ours.processor(turns, add_generation_prompt=True) for turns in messages]
     taught = [
         ours.processor([*turns, assistant(answer)])
@@ -271,7 +271,7 @@ def same_answer(theirs: Any, inputs: Callable[[list[int]], Any], ours: LocalBack
 def hf() -> SimpleNamespace:
     """Everything above."""
     names = (
-        "QUESTION picture byte_tokenizer spiece_tokenizer unigram_tokenizer word_tokenizer add_placeholder lively "
+        "QUESTION image byte_tokenizer spiece_tokenizer unigram_tokenizer word_tokenizer add_placeholder lively "
         "older backend as_backend saved_as_ours same_weights same_chat same_answer"
     )
     return SimpleNamespace(**{name: globals()[name] for name in names.split()})

@@ -44,7 +44,7 @@ TEXT: dict[str, Any] = {
     "model_type": "opt", "vocab_size": 80, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32,
     "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64, "init_std": 0.3,
 }  # fmt: skip
-QUERIES, IMAGE_ID, PICTURES = 6, 79, 2
+QUERIES, IMAGE_ID, IMAGES = 6, 79, 2
 SETTINGS: dict[str, Any] = {
     "num_query_tokens": QUERIES, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
     "intermediate_size": 48, "vocab_size": 60, "max_position_embeddings": 20, "max_text_length": 12,
@@ -90,13 +90,13 @@ def our_model(theirs: Any, text_context: bool) -> MultimodalLM:
 
 
 def pixels() -> Tensor:
-    return torch.randn(PICTURES, 3, 28, 28, generator=torch.Generator().manual_seed(5))
+    return torch.randn(IMAGES, 3, 28, 28, generator=torch.Generator().manual_seed(5))
 
 
 def prompts() -> Tensor:
     """[B, T]: the placeholders first, as BLIP-2 writes them, then text."""
-    text = torch.randint(3, 70, (PICTURES, 5), generator=torch.Generator().manual_seed(6))
-    return torch.cat((torch.full((PICTURES, QUERIES), IMAGE_ID), text), dim=1)
+    text = torch.randint(3, 70, (IMAGES, 5), generator=torch.Generator().manual_seed(6))
+    return torch.cat((torch.full((IMAGES, QUERIES), IMAGE_ID), text), dim=1)
 
 
 def questions() -> tuple[Tensor, Tensor]:
@@ -120,14 +120,14 @@ def test_same_tokens_logits_and_greedy_text(family: str) -> None:
         context = ids.masked_fill(mask == 0, -1)
     randomise(theirs)
     ours = our_model(theirs, text_context=family == "instructblip")
-    plans = (plan_image(Size(28, 28), IMAGE, ours.projector.output_grid),) * PICTURES
-    rows = tuple(range(PICTURES))
+    plans = (plan_image(Size(28, 28), IMAGE, ours.projector.output_grid),) * IMAGES
+    rows = tuple(range(IMAGES))
 
     expected = theirs.get_image_features(pixels(), **extra).pooler_output
     projected = torch.stack(ours.project_images(ours.encode_images(pixels()), plans, context))
-    assert projected.shape == (PICTURES, QUERIES, TEXT["hidden_size"])
+    assert projected.shape == (IMAGES, QUERIES, TEXT["hidden_size"])
     torch.testing.assert_close(projected, expected, rtol=1e-5, atol=1e-5)
-    # The queries tell pictures apart, and with a context, questions too.
+    # The queries tell images apart, and with a context, questions too.
     assert (projected[0] - projected[1]).abs().max() > 1e-2
 
     reference = theirs(pixel_values=pixels(), input_ids=prompts(), **extra).logits
@@ -142,7 +142,7 @@ def test_same_tokens_logits_and_greedy_text(family: str) -> None:
     full = torch.ones_like(prompts(), dtype=torch.bool)
     batch = Batch(prompts(), full, prompts(), plans, rows, pixels(), context_ids=context)
     assert generate_ids(ours, batch, GenerationParams(max_new_tokens=10), [-1]) == made.tolist()
-    assert len({tuple(row) for row in made.tolist()}) == PICTURES
+    assert len({tuple(row) for row in made.tolist()}) == IMAGES
 
 
 @torch.inference_mode()
@@ -152,9 +152,9 @@ def test_another_question_gives_other_tokens_and_padding_none() -> None:
     randomise(theirs)
     ours = our_model(theirs, text_context=True)
     features = ours.encode_images(pixels())
-    row = torch.tensor([[2, 11, 12, 3]]).expand(PICTURES, -1)
+    row = torch.tensor([[2, 11, 12, 3]]).expand(IMAGES, -1)
     base = ours.project(features, row)
-    assert (ours.project(features, torch.tensor([[2, 12, 11, 3]]).expand(PICTURES, -1)) - base).abs().max() > 1e-3
+    assert (ours.project(features, torch.tensor([[2, 12, 11, 3]]).expand(IMAGES, -1)) - base).abs().max() > 1e-3
     padded = F.pad(row, (0, 3), value=-1)
     torch.testing.assert_close(ours.project(features, padded), base, rtol=1e-5, atol=1e-5)
 
@@ -182,7 +182,7 @@ def test_retrieval_gives_the_same_features_and_matching_logits() -> None:
 
     matched = theirs(pixel_values=pixels(), input_ids=ids, attention_mask=mask, use_image_text_matching_head=True)
     hidden = qformer.encode(features, ids, mask.bool())
-    assert hidden.shape == (PICTURES, QUERIES + ids.shape[1], SETTINGS["hidden_size"])
+    assert hidden.shape == (IMAGES, QUERIES + ids.shape[1], SETTINGS["hidden_size"])
     logits = theirs.itm_head(qformer.queries(features, ids, mask.bool())).mean(dim=1)
     torch.testing.assert_close(logits, matched.logits_per_image, rtol=1e-5, atol=1e-5)
 

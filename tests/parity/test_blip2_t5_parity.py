@@ -72,7 +72,7 @@ def both(new: bool) -> tuple[Any, MultimodalLM]:
 
 
 def samples() -> list[Sample]:
-    """Two pictures, prompts of 5 and 3 tokens behind them, answers of 4 and 6."""
+    """Two images, prompts of 5 and 3 tokens behind them, answers of 4 and 6."""
     generator = torch.Generator().manual_seed(4)
     plan = plan_image(Size(28, 28), IMAGE, Size(1, QUERIES))
     found = []
@@ -114,7 +114,7 @@ def test_same_encoder_input_loss_logits_and_greedy_text(new: bool) -> None:
     logits = torch.cat([reference.logits[row, : len(answer)] for row, answer in enumerate(answers)])
     torch.testing.assert_close(out.logits, logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out.loss_sum / out.num_targets, reference.loss, rtol=1e-5, atol=1e-5)
-    # It is the picture that is read: with the other one it is another text.
+    # It is the image that is read: with the other one it is another text.
     swapped = [Sample(**{**vars(a), "pixels": b.pixels}) for a, b in zip(samples(), samples()[::-1], strict=True)]
     assert (ours(**collate(swapped, 0).inputs()).logits - logits).abs().max() > 1e-2
 

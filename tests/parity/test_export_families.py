@@ -70,7 +70,7 @@ PUBLISHED = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 KINDS: dict[str, dict[str, Any]] = {
-    "llava_published": {  # a template that takes parts, and a token for pictures, as published folders have
+    "llava_published": {  # a template that takes parts, and a token for images, as published folders have
         "tower": "clip", "llm": "llama", "tokenizer": "published",
         "image": {"image_aspect_ratio": "crop"}, "projector": {"mm_projector_type": "mlp2x_gelu"},
         "template": {"chat_template": PUBLISHED},
@@ -107,7 +107,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llava_onevision": {
         "tower": "siglip", "llm": "qwen2", "tokenizer": "chatml",
         "image": {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "anyres_max": 2,
-                  "several_pictures": "pad", "image_grid_pinpoints": PINPOINTS},
+                  "several_images": "pad", "image_grid_pinpoints": PINPOINTS},
         "projector": {"mm_projector_type": "mlp2x_gelu"}, "template": {"chat_template": "chatml"},
         "vision": {"mm_vision_select_layer": -1},
     },
@@ -229,14 +229,14 @@ def test_transformers_gives_the_same(made: Any, hf: SimpleNamespace) -> None:
     ours = hf.as_backend(made.loaded)
     for row in [[0], [1]] if "blip" in made.kind else [[0], [2, 1]]:
         if "blip" in made.kind:
-            given = processor(images=hf.picture(row[0]), text=hf.QUESTION, return_tensors="pt")
+            given = processor(images=hf.image(row[0]), text=hf.QUESTION, return_tensors="pt")
         else:
-            parts = [*({"type": "image", "image": hf.picture(i)} for i in row), {"type": "text", "text": hf.QUESTION}]
+            parts = [*({"type": "image", "image": hf.image(i)} for i in row), {"type": "text", "text": hf.QUESTION}]
             given = processor.apply_chat_template(
                 [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
                 return_tensors="pt",
             )  # fmt: skip
-        same(stock.eval(), given, ours, [user(*(Image(hf.picture(i)) for i in row), hf.QUESTION)])
+        same(stock.eval(), given, ours, [user(*(Image(hf.image(i)) for i in row), hf.QUESTION)])
 
 
 @torch.inference_mode()
@@ -282,7 +282,7 @@ def test_verify_says_so(made: Any) -> None:
     assert numbers["greedy"]["agreement"] == 1.0 and numbers["greedy"]["tokens"] > 8
     assert numbers["pixels"]["sha256_ours"] == numbers["pixels"]["sha256_exported"]
     names = document["probes"]["names"]
-    assert "one picture" in names and (("two pictures" in names) == ("blip" not in made.kind))
+    assert "one image" in names and (("two images" in names) == ("blip" not in made.kind))
 
 
 def tensors_of(loaded: Loaded) -> dict[str, torch.Tensor]:

@@ -62,7 +62,7 @@ def stock(request: pytest.FixtureRequest, hf: SimpleNamespace, tmp_path_factory:
     processor.save_pretrained(folder)
 
     def inputs(row: list[int]) -> Any:
-        return processor(images=[hf.picture(i) for i in row], text=hf.QUESTION, return_tensors="pt")
+        return processor(images=[hf.image(i) for i in row], text=hf.QUESTION, return_tensors="pt")
 
     return SimpleNamespace(kind=request.param, model=model, inputs=inputs, folder=folder)
 
@@ -101,7 +101,7 @@ def test_older_folders_in_several_files_are_the_same_model(stock: Any, hf: Simpl
 
 def test_a_conversation_goes_on_without_another_beginning(stock: Any, hf: SimpleNamespace) -> None:
     processor = hf.backend(stock.folder).processor
-    turns = [user(Image(hf.picture(0)), "What is this?"), assistant("a cat"), user("What do you see here?")]
+    turns = [user(Image(hf.image(0)), "What is this?"), assistant("a cat"), user("What do you see here?")]
     text = processor.tokenizer.decode(processor(turns, add_generation_prompt=True).input_ids[QUERIES:])
     assert text.count("What") == 2
     assert "a cat</s>" in text

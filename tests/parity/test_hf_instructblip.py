@@ -61,7 +61,7 @@ def stock(request: pytest.FixtureRequest, hf: SimpleNamespace, tmp_path_factory:
     processor.save_pretrained(folder)
 
     def inputs(row: list[int]) -> Any:
-        return processor(images=[hf.picture(i) for i in row], text=hf.QUESTION, return_tensors="pt")
+        return processor(images=[hf.image(i) for i in row], text=hf.QUESTION, return_tensors="pt")
 
     return SimpleNamespace(kind=request.param, model=model, inputs=inputs, folder=folder)
 
@@ -86,7 +86,7 @@ def test_several_files_are_the_same_model(stock: Any, hf: SimpleNamespace, tmp_p
 def test_the_question_reaches_the_q_former(stock: Any, hf: SimpleNamespace) -> None:
     ours = hf.backend(stock.folder)
     for question in ("What is this?", "a dog, a tree."):
-        sample = ours.processor([user(Image(hf.picture(0)), question)], add_generation_prompt=True)
+        sample = ours.processor([user(Image(hf.image(0)), question)], add_generation_prompt=True)
         assert sample.contexts[0].tolist() == ours.model.context_tokenizer(question)["input_ids"]
 
 

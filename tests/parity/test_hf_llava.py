@@ -79,10 +79,10 @@ def build(hf: SimpleNamespace, kind: str) -> tuple[Any, Any]:
 
 
 def inputs_of(hf: SimpleNamespace, processor: Any) -> Any:
-    """Numbers of pictures to what the stock processor gives."""
+    """Numbers of images to what the stock processor gives."""
 
     def inputs(row: list[int]) -> Any:
-        parts = [*({"type": "image", "image": hf.picture(i)} for i in row), {"type": "text", "text": hf.QUESTION}]
+        parts = [*({"type": "image", "image": hf.image(i)} for i in row), {"type": "text", "text": hf.QUESTION}]
         return processor.apply_chat_template(
             [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
             return_tensors="pt",
@@ -155,8 +155,8 @@ def test_a_stage_starts_from_a_published_folder(stock: Any, hf: SimpleNamespace,
 
     rows = []
     for number in range(3):
-        hf.picture(number).save(tmp_path / f"{number}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a picture"}]
+        hf.image(number).save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "an image"}]
         rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
     (tmp_path / "data.json").write_text(json.dumps(rows))
     plain = {

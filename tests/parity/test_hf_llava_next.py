@@ -88,7 +88,7 @@ def stock(request: pytest.FixtureRequest, hf: SimpleNamespace, tmp_path_factory:
     processor.save_pretrained(folder)
 
     def inputs(row: list[int]) -> Any:
-        parts = [*({"type": "image", "image": hf.picture(i)} for i in row), {"type": "text", "text": hf.QUESTION}]
+        parts = [*({"type": "image", "image": hf.image(i)} for i in row), {"type": "text", "text": hf.QUESTION}]
         return processor.apply_chat_template(
             [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
             return_tensors="pt",

@@ -1,4 +1,4 @@
-"""Published LLaVA-OneVision folders: as `LlavaOnevisionForConditionalGeneration`, pictures alone and together.
+"""Published LLaVA-OneVision folders: as `LlavaOnevisionForConditionalGeneration`, images alone and together.
 
 The stock processor insists on a part for videos, which needs torchvision; its class is used here without that part.
 """
@@ -45,7 +45,7 @@ QWEN = (
 )
 
 
-class Pictures(LlavaOnevisionProcessor):
+class Images(LlavaOnevisionProcessor):
     """The stock processor without its part for videos."""
 
     @classmethod
@@ -71,7 +71,7 @@ def stock(hf: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Any:
     pixels = LlavaOnevisionImageProcessorPil(
         size={"height": TILE, "width": TILE}, image_grid_pinpoints=PINPOINTS, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    processor = Pictures(
+    processor = Images(
         pixels, tokenizer, chat_template=QWEN, num_image_tokens=(TILE // PATCH) ** 2,
         vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_2",
     )  # fmt: skip
@@ -85,7 +85,7 @@ def stock(hf: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Any:
     (folder / "processor_config.json").write_text(json.dumps(document | options))
 
     def inputs(row: list[int]) -> Any:
-        parts = [*({"type": "image", "image": hf.picture(i)} for i in row), {"type": "text", "text": hf.QUESTION}]
+        parts = [*({"type": "image", "image": hf.image(i)} for i in row), {"type": "text", "text": hf.QUESTION}]
         return processor.apply_chat_template(
             [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
             return_tensors="pt",
@@ -102,7 +102,7 @@ def test_same_as_the_stock_class(stock: Any, hf: SimpleNamespace) -> None:
 
 def test_it_can_be_saved_as_a_folder_of_ours(stock: Any, hf: SimpleNamespace, tmp_path: Path) -> None:
     again = hf.saved_as_ours(stock.folder, tmp_path / "ours", [0, 1])
-    assert again.config.image.several_pictures == "pad"
+    assert again.config.image.several_images == "pad"
     assert again.model.llm.lm_head.weight is again.model.llm.model.embed_tokens.weight
 
 
@@ -117,16 +117,14 @@ def test_older_spelling_in_several_files_is_the_same_model(stock: Any, hf: Simpl
     hf.same_weights(load_hf(stock.folder), load_hf(older))
 
 
-def test_several_pictures_are_one_tile_and_a_newline_each(stock: Any, hf: SimpleNamespace) -> None:
+def test_several_images_are_one_tile_and_a_newline_each(stock: Any, hf: SimpleNamespace) -> None:
     ours = hf.backend(stock.folder)
     alone, first, _ = (
-        plan
-        for row in ([0], [0, 1])
-        for plan in ours.processor([user(*(Image(hf.picture(i)) for i in row), "?")]).plans
+        plan for row in ([0], [0, 1]) for plan in ours.processor([user(*(Image(hf.image(i)) for i in row), "?")]).plans
     )
     assert (first.num_tiles, first.num_tokens) == (1, (TILE // PATCH) ** 2 + 1)
     assert alone.num_tiles > 2
-    keys = [ours.processor([user(*(Image(hf.picture(i)) for i in row), "?")]).media_keys[0] for row in ([0], [0, 1])]
+    keys = [ours.processor([user(*(Image(hf.image(i)) for i in row), "?")]).media_keys[0] for row in ([0], [0, 1])]
     assert keys[0] != keys[1]
 
 

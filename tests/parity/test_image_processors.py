@@ -60,7 +60,7 @@ PROCESSORS: dict[str, Any] = {
 }
 
 
-def pictures(height: int, width: int) -> list[PILImage.Image]:
+def images(height: int, width: int) -> list[PILImage.Image]:
     """Random noise, which shows any difference in resampling, and a gradient, which shows any shift."""
     noise = np.random.default_rng(height * 10_007 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     rows, columns = np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width)[None]
@@ -72,25 +72,25 @@ def pictures(height: int, width: int) -> list[PILImage.Image]:
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_pixels(name: str, shape: tuple[int, int]) -> None:
     processor = PROCESSORS[name]
-    image = image_config_from_hf(processor.to_dict())
-    plan = plan_image(Size(*shape), image, Size(4, 4))
-    for picture in pictures(*shape):
-        theirs = np.asarray(processor(picture, return_tensors="np")["pixel_values"][0])
-        ours = make_tiles(picture, plan, image)
+    config = image_config_from_hf(processor.to_dict())
+    plan = plan_image(Size(*shape), config, Size(4, 4))
+    for image in images(*shape):
+        theirs = np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
+        ours = make_tiles(image, plan, config)
         assert ours.dtype == np.float32
         assert ours.shape == theirs.reshape(-1, *theirs.shape[-3:]).shape
         np.testing.assert_allclose(ours, theirs.reshape(ours.shape), atol=1e-5, rtol=0)
 
 
 def test_a_long_crop_is_the_same_when_only_its_middle_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    image = image_config_from_hf(PROCESSORS["clip"].to_dict())
-    plan = plan_image(Size(21, 500), image, Size(4, 4))
-    picture = pictures(21, 500)[0]
-    whole = make_tiles(picture, plan, image)
+    config = image_config_from_hf(PROCESSORS["clip"].to_dict())
+    plan = plan_image(Size(21, 500), config, Size(4, 4))
+    image = images(21, 500)[0]
+    whole = make_tiles(image, plan, config)
     monkeypatch.setattr("polymodal.processing.image_transform._LARGEST_RESIZED", 100)
-    part = make_tiles(picture, plan, image)
+    part = make_tiles(image, plan, config)
     # Pillow takes the box in single precision: a level or two of 255 may differ.
-    assert np.abs(whole - part).max() < 2.01 / 255 / min(image.image_std)
+    assert np.abs(whole - part).max() < 2.01 / 255 / min(config.image_std)
 
 
 def random_sizes(count: int) -> list[Size]:

@@ -124,7 +124,7 @@ def build(family: str, tokenizer: PreTrainedTokenizerFast) -> tuple[Any, Any, Lo
     return theirs, processor, LocalBackend(model.eval(), tokenizer, config)
 
 
-def picture(height: int, width: int) -> PILImage.Image:
+def image(height: int, width: int) -> PILImage.Image:
     noise = np.random.default_rng(height * 1000 + width).integers(0, 256, (height // 8 + 2, width // 8 + 2, 3))
     return PILImage.fromarray(noise.astype(np.uint8)).resize((width, height), PILImage.Resampling.BICUBIC)
 
@@ -132,18 +132,18 @@ def picture(height: int, width: int) -> PILImage.Image:
 def their_inputs(processor: Any, conversations: list[list[PILImage.Image]], question: str) -> dict[str, torch.Tensor]:
     texts = [
         processor.apply_chat_template(
-            [{"role": "user", "content": [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]}],
+            [{"role": "user", "content": [*({"type": "image"} for _ in shown), {"type": "text", "text": question}]}],
             add_generation_prompt=True,
         )
-        for pictures in conversations
+        for shown in conversations
     ]
     processor.tokenizer.padding_side = "left"
-    flat = [p for pictures in conversations for p in pictures]
+    flat = [p for shown in conversations for p in shown]
     return processor(text=texts, images=flat, padding=True, return_tensors="pt")
 
 
-def our_messages(pictures: list[PILImage.Image], question: str) -> list[Message]:
-    return [user(*map(Image, pictures), question)]
+def our_messages(images: list[PILImage.Image], question: str) -> list[Message]:
+    return [user(*map(Image, images), question)]
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
@@ -152,12 +152,10 @@ def test_same_ids_logits_and_greedy_text(
     family: str, rows: list[list[int]], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     theirs, processor, ours = build(family, tokenizer)
-    conversations = [[picture(*SHAPES[i]) for i in row] for row in rows]
+    conversations = [[image(*SHAPES[i]) for i in row] for row in rows]
     question = "What is this?"
     expected = their_inputs(processor, conversations, question)
-    samples = [
-        ours.processor(our_messages(pictures, question), add_generation_prompt=True) for pictures in conversations
-    ]
+    samples = [ours.processor(our_messages(images, question), add_generation_prompt=True) for images in conversations]
     batch = collate(samples, ours.processor.pad_id, side="left")
 
     assert torch.equal(batch.input_ids, expected["input_ids"])

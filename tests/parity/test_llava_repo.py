@@ -163,7 +163,7 @@ def whole(tmp_path: Path, tower: Path, tokenizer: PreTrainedTokenizerFast) -> Pa
     return folder
 
 
-def picture(height: int, width: int) -> PILImage.Image:
+def image(height: int, width: int) -> PILImage.Image:
     noise = np.random.default_rng(height * 1000 + width).integers(0, 256, (height // 8 + 2, width // 8 + 2, 3))
     return PILImage.fromarray(noise.astype(np.uint8)).resize((width, height), PILImage.Resampling.BICUBIC)
 
@@ -173,7 +173,7 @@ def check_logits(loaded: Loaded, theirs: Any, *, tolerance: float = 1e-4) -> Non
     backend = LocalBackend(loaded.model, loaded.tokenizer, loaded.config)
     vocabulary = len(loaded.tokenizer)
     for shapes in ([(40, 70)], [(70, 40), (30, 30)], []):
-        messages = [user(*(Image(picture(*shape)) for shape in shapes), "What is this?")]
+        messages = [user(*(Image(image(*shape)) for shape in shapes), "What is this?")]
         batch = collate([backend.processor(messages, add_generation_prompt=True)], 0)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         if batch.pixel_values is not None:
@@ -402,7 +402,7 @@ def edit_state(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[
 
 
 SPOILED = {
-    "tokens around pictures": (edit_config(mm_use_im_start_end=True), "mm_use_im_start_end is True: tokens around"),
+    "tokens around images": (edit_config(mm_use_im_start_end=True), "mm_use_im_start_end is True: tokens around"),
     "several scales": (edit_config(s2=True), "s2 is True"),
     "a resampler": (edit_config(mm_resampler_type="perceiver"), "mm_resampler_type is 'perceiver'"),
     "an unknown projector": (edit_config(mm_projector_type="ldp"), "mm_projector_type is 'ldp', which cannot"),

@@ -1,4 +1,4 @@
-"""What a projector reads beside a picture: framed, cut, of the right turn, and never an answer."""
+"""What a projector reads beside an image: framed, cut, of the right turn, and never an answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from polymodal.processing.collate import Sample, collate, collate_packed
 from polymodal.processing.processor import ContextReader, Processor
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "what", "is", "this", "sure", "?", "red", "[", "]", "sep"]
-PICTURE = Image("picture.png")
+IMAGE = Image("picture.png")
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +44,19 @@ def test_special_tokens_that_are_typed_are_text(tokenizer: PreTrainedTokenizerFa
     assert ContextReader(tokenizer, 9).ids("this [SEP]") == [2, 6, 10, 12, 11, 3]
 
 
-def test_each_picture_has_the_text_of_its_own_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_each_image_has_the_text_of_its_own_turn(tokenizer: PreTrainedTokenizerFast) -> None:
     reader = ContextReader(tokenizer, 9)
     rows = reader(
         [
             system("red"),
-            user(PICTURE, "What is", PICTURE, " this?"),
+            user(IMAGE, "What is", IMAGE, " this?"),
             assistant("red"),
             user("sure?"),
-            assistant(PICTURE, "red"),
-            user(PICTURE),
+            assistant(IMAGE, "red"),
+            user(IMAGE),
         ]
     )
-    # No answer is read, not even beside a picture that an answer holds.
+    # No answer is read, not even beside an image that an answer holds.
     assert [row.tolist() for row in rows] == [[2, 4, 5, 6, 8, 3], [2, 4, 5, 6, 8, 3], [2, 3], [2, 3]]
 
 
@@ -74,7 +74,7 @@ def test_a_tokenizer_without_a_frame_still_gives_one_id(tokenizer: PreTrainedTok
     assert (reader.ids("red"), reader.ids("")) == ([9], [0])
 
 
-def test_batches_carry_contexts_in_order_of_pictures() -> None:
+def test_batches_carry_contexts_in_order_of_images() -> None:
     def sample(*rows: list[int]) -> Sample:
         ids = torch.arange(4)
         return Sample(ids, ids > 1, contexts=tuple(torch.tensor(row) for row in rows))

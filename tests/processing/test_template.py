@@ -237,7 +237,7 @@ PARTS = (
     LOOP + "<|start|>{{ m.role }}:{% for part in m.content %}{% if part.type == 'image' %}<think><image></think>"
     "{% else %}{{ part.text }}{% endif %}{% endfor %}<|stop|>{% endfor %}"
 )
-PICTURES_FIRST = (
+IMAGES_FIRST = (
     LOOP + "{{ m.role.upper() + ': ' }}{% for part in m.content | selectattr('type', 'equalto', 'image') %}<image>\n"
     "{% endfor %}{% for part in m.content | selectattr('type', 'equalto', 'text') %}{{ part.text + ' ' }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -254,7 +254,7 @@ USER_PARTS_ONLY = MIXED.replace(
 )
 
 
-def test_templates_of_vision_models_place_pictures_themselves() -> None:
+def test_templates_of_vision_models_place_images_themselves() -> None:
     rendered = chat(PARTS).render([user("a", CAT, CAT, "b"), assistant("A")], [1, 2])
     assert shown(rendered) == (
         "<|start|>user:a<think><image></think><think><image><image></think>b<|stop|><|start|>assistant:A<|stop|>"
@@ -266,14 +266,14 @@ def test_templates_of_vision_models_place_pictures_themselves() -> None:
         assert shown(rendered) == "<|start|>system:S<|stop|><|start|>user:a<image><|stop|><|start|>assistant:A<|stop|>"
 
 
-def test_template_that_puts_pictures_first() -> None:
-    template = chat(PICTURES_FIRST)
+def test_template_that_puts_images_first() -> None:
+    template = chat(IMAGES_FIRST)
     rendered = template.render([user(CAT, "What?")], [2], add_generation_prompt=True)
     assert shown(rendered) == "USER: <image><image>\nWhat? ASSISTANT:"
-    with pytest.raises(PolymodalError, match="places pictures elsewhere"):
+    with pytest.raises(PolymodalError, match="places images elsewhere"):
         template.render([user("What?", CAT)], [1])
     with pytest.raises(ConfigError, match="leave image_newline_text empty"):
-        chat(PICTURES_FIRST, image_newline_text="\n")
+        chat(IMAGES_FIRST, image_newline_text="\n")
 
 
 @pytest.mark.parametrize(
@@ -345,10 +345,10 @@ class SlowTokenizer:
 @pytest.mark.parametrize(
     ("messages", "counts", "complaint"),
     [
-        ([user(CAT)], [], "has 1 pictures, but 0 token counts"),
-        ([user("Q")], [4], "has 0 pictures, but 1 token counts"),
+        ([user(CAT)], [], "has 1 images, but 0 token counts"),
+        ([user("Q")], [4], "has 0 images, but 1 token counts"),
         ([user(CAT)], [0], "at least one token"),
-        ([user("Q"), assistant(CAT)], [1], "message 2: a picture in an assistant's message is not supported yet"),
+        ([user("Q"), assistant(CAT)], [1], "message 2: an image in an assistant's message is not supported yet"),
         ([user(Audio("a.wav"))], [], "message 1: Audio parts are not supported yet"),
         ([], [], "the conversation is empty"),
         ([user("\ud83d")], [], "message 1: the text holds half of a surrogate pair"),

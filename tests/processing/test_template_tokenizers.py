@@ -148,8 +148,8 @@ def conversations(draw: st.DrawFn) -> list[Message]:
 @given(data=st.data())
 def test_promises(kind: str, preset: str, data: st.DataObject) -> None:
     messages = data.draw(conversations())
-    pictures = sum(len(message.media) for message in messages)
-    counts = data.draw(st.lists(st.integers(1, 3), min_size=pictures, max_size=pictures))
+    images = sum(len(message.media) for message in messages)
+    counts = data.draw(st.lists(st.integers(1, 3), min_size=images, max_size=images))
     template = make_template(kind, preset)
     tokenizer = make_tokenizer(kind)
     rendered = template.render(messages, counts)
@@ -163,7 +163,7 @@ def test_promises(kind: str, preset: str, data: st.DataObject) -> None:
     assert [spoken(kind, preset, turn) for turn in turns] == [answer + end for answer in answers]
     assert template.stop_ids[0] == end_id
 
-    # pictures are runs of placeholders where the slots say, and nowhere else
+    # images are runs of placeholders where the slots say, and nowhere else
     at_slots = [p for slot in rendered.slots for p in range(slot.start, slot.start + slot.length)]
     assert at_slots == [p for p, token in enumerate(ids) if token == image_id(kind)]
     assert [slot.length for slot in rendered.slots] == counts

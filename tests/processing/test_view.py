@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig, VisionConfig
 from polymodal.media_plan import Size
 from polymodal.messages import Image, Message, assistant, system, user
-from polymodal.processing.image_transform import tile_pictures
+from polymodal.processing.image_transform import tile_images
 from polymodal.processing.processor import Processor
 from polymodal.viewer.draw import draw_plan, stack
 from polymodal.viewer.view import View, plan_facts, to_html, to_terminal, view_sample
@@ -45,13 +45,13 @@ def view_of(processor: Processor, *messages: Message) -> View:
     return view_sample(processor(list(messages), pixels=False), processor.tokenizer)
 
 
-def picture(height: int, width: int) -> PILImage.Image:
+def image(height: int, width: int) -> PILImage.Image:
     return PILImage.linear_gradient("L").resize((width, height)).convert("RGB")
 
 
 def test_nothing_is_lost_and_every_kind_is_counted(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     processor = make_processor(byte_tokenizer)
-    messages = [system("be kind"), user(Image(picture(20, 30)), "what?"), assistant("A 猫, é.")]
+    messages = [system("be kind"), user(Image(image(20, 30)), "what?"), assistant("A 猫, é.")]
     sample = processor(messages, pixels=False)
     view = view_sample(sample, byte_tokenizer)
     assert [i for cell in view.cells for i in cell.ids] == sample.input_ids.tolist()
@@ -79,7 +79,7 @@ def test_control_tokens_and_typed_ones_differ(byte_tokenizer: PreTrainedTokenize
 
 
 def test_terminal(byte_tokenizer: PreTrainedTokenizerFast) -> None:
-    view = view_of(make_processor(byte_tokenizer), user(Image(picture(20, 30)), "hi \x1b[2J"), assistant("yes"))
+    view = view_of(make_processor(byte_tokenizer), user(Image(image(20, 30)), "hi \x1b[2J"), assistant("yes"))
     plain = to_terminal(view, colour=False, clean=lambda text: text.replace("\x1b", "ESC"))
     assert "⟨image 1: 16 tokens⟩hi ESC[2J" in plain
     assert "⟦yes<|im_end|>⟧" in plain
@@ -110,11 +110,11 @@ ATTACK = "</span><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & \x
 
 def test_html_runs_nothing_and_loads_nothing(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     processor = make_processor(byte_tokenizer, "slice")
-    source = picture(60, 90)
+    source = image(60, 90)
     view = view_of(processor, user(Image(source), ATTACK), assistant(ATTACK))
     assert processor.config.image is not None
     plan = view.plans[0]
-    page = to_html(view, [draw_plan(source, plan, tile_pictures(source, plan, processor.config.image))])
+    page = to_html(view, [draw_plan(source, plan, tile_images(source, plan, processor.config.image))])
     seen = Tags()
     seen.feed(page)
     assert "script" not in seen.tags
@@ -132,27 +132,27 @@ def test_html_runs_nothing_and_loads_nothing(byte_tokenizer: PreTrainedTokenizer
 @pytest.mark.parametrize("size", [(28, 28), (60, 90), (200, 31), (1, 300)])
 def test_every_plan_can_be_drawn(rule: str, size: tuple[int, int], byte_tokenizer: PreTrainedTokenizerFast) -> None:
     processor = make_processor(byte_tokenizer, rule)
-    source = picture(*size)
+    source = image(*size)
     plan = processor.plan(source)
     assert processor.config.image is not None
-    tiles = tile_pictures(source, plan, processor.config.image)
+    tiles = tile_images(source, plan, processor.config.image)
     drawing = draw_plan(source, plan, tiles)
     assert max(drawing.size) < 4000
-    # The outlines of the grid and the labels of the tiles put strong colours on a grey picture.
+    # The outlines of the grid and the labels of the tiles put strong colours on a grey image.
     colours = {colour for _, colour in drawing.getcolors(1 << 24) or []}
     assert any(max(c) - min(c) > 100 for c in colours if isinstance(c, tuple))
     assert stack([drawing, drawing]).height == 2 * drawing.height
 
 
-def test_plan_facts_say_when_the_picture_was_scaled(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_plan_facts_say_when_the_image_was_scaled(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     processor = make_processor(byte_tokenizer, "slice")
-    facts = plan_facts(processor.plan(picture(600, 900)))
+    facts = plan_facts(processor.plan(image(600, 900)))
     assert "scaled down" in facts["scaled to"]
     assert facts["picture"].startswith("600 × 900")
-    assert facts["tokens in all"] == str(processor.plan(picture(600, 900)).num_tokens)
+    assert facts["tokens in all"] == str(processor.plan(image(600, 900)).num_tokens)
 
 
-def test_pictures_from_files(byte_tokenizer: PreTrainedTokenizerFast, picture_folder: Path) -> None:
+def test_images_from_files(byte_tokenizer: PreTrainedTokenizerFast, image_folder: Path) -> None:
     processor = make_processor(byte_tokenizer)
-    view = view_of(processor, user(Image(picture_folder / "cat.jpg"), Image(picture_folder / "rocket.jpg"), "two"))
+    view = view_of(processor, user(Image(image_folder / "cat.jpg"), Image(image_folder / "rocket.jpg"), "two"))
     assert [c.text for c in view.cells if c.kind == "media"] == ["image 1", "image 2"]

@@ -48,13 +48,13 @@ def features(seed: int = 1) -> Tensor:
 
 
 @torch.no_grad()
-def test_queries_look_at_the_picture_and_text_does_not() -> None:
+def test_queries_look_at_the_image_and_text_does_not() -> None:
     qformer = build()
     hidden = qformer.encode(features(), IDS, MASK)
     assert hidden.shape == (2, 3 + 4, 16)
     alone = qformer.encode(None, IDS, MASK)
     assert alone.shape == (2, 4, 16)
-    # Text reads the picture only through queries: hidden from them, it is what it is alone, whatever the picture.
+    # Text reads the image only through queries: hidden from them, it is what it is alone, whatever the image.
     apart = torch.zeros(2, 1, 7, 7, dtype=torch.bool)
     apart[..., :3, :3] = True
     apart[..., 3:, 3:] = MASK[:, None, None, :]
@@ -111,7 +111,7 @@ def test_autocast_gives_nearly_the_same(text: bool) -> None:
 
 
 def test_what_cannot_be_encoded_says_why() -> None:
-    with pytest.raises(PolymodalError, match="neither picture features nor text"):
+    with pytest.raises(PolymodalError, match="neither image features nor text"):
         build().encode()
     with pytest.raises(PolymodalError, match="no text path"):
         build(text=False).encode(features(), IDS)

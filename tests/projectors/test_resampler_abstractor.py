@@ -57,7 +57,7 @@ def test_a_resampler_gives_any_number_of_tokens_and_knows_places() -> None:
     assert isinstance(resampler, Resampler) and resampler.output_grid == Size(1, 5)
     tokens = resampler(features())
     assert tokens.shape == (2, 5, 12)
-    # The same patches elsewhere are another picture; without positions they were not.
+    # The same patches elsewhere are another image; without positions they were not.
     turned = features().flip(1)
     assert (resampler(turned) - tokens).abs().max() > 1e-4
     resampler.positions.zero_()

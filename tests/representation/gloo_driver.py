@@ -96,11 +96,11 @@ def blip2(step: Step) -> None:
     negative_images = draw_negatives(to_image, own_ids, all_ids, step.offset, random)
     step.found |= {"rows/negative texts": negative_texts, "rows/negative images": negative_images}
 
-    # A head over the picture's features and the text's stands in for the joint pass.
+    # A head over the image's features and the text's stands in for the joint pass.
     head = step.shared(8, 2)
-    pictures, texts = itm_inputs(negative_images, negative_texts, step.offset)
+    images, texts = itm_inputs(negative_images, negative_texts, step.offset)
     image, text = gather_with_grad(step.rows(QUERIES, 4)), gather_with_grad(step.rows(4))
-    both = torch.cat([image[pictures], text[texts][:, None].expand(-1, QUERIES, -1)], dim=-1)
+    both = torch.cat([image[images], text[texts][:, None].expand(-1, QUERIES, -1)], dim=-1)
     loss, right = itm_loss(both @ head, pairs=PAIRS)
     step.keep("itm", loss, [], [head])
     step.found["sum/itm right"] = right
@@ -118,9 +118,9 @@ def blip2(step: Step) -> None:
 def cached(step: Step) -> None:
     """Two micro-batches a process; the encoders are shared, so their gradients add up over processes."""
     image_weight, text_weight, scale = step.shared(4, 6), step.shared(3, 6), step.shared()
-    pictures, words = step.random(PAIRS, 4)[step.own], step.random(PAIRS, 3)[step.own]
+    images, words = step.random(PAIRS, 4)[step.own], step.random(PAIRS, 3)[step.own]
     size = step.count // 2
-    items = list(zip(pictures.split(size), words.split(size), IDS[step.own].split(size), strict=True))
+    items = list(zip(images.split(size), words.split(size), IDS[step.own].split(size), strict=True))
 
     def embed(item: Any) -> Any:
         return [F.normalize(item[0] @ image_weight, dim=-1), F.normalize(item[1] @ text_weight, dim=-1), item[2]], None

@@ -39,32 +39,32 @@ def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor]) -
         assert (found[name].double() - gradient.double()).abs().max() <= 1e-5 * max(scale, 1.0), name
 
 
-def test_negatives_are_never_of_the_same_picture(blip2_model: Make, blip2_batch: Make, blip2_step: Make) -> None:
+def test_negatives_are_never_of_the_same_image(blip2_model: Make, blip2_batch: Make, blip2_step: Make) -> None:
     model = blip2_model()
     batch = blip2_batch(model, ids=[0, 0, 0, 1, 1, 2])
     _, everyone = blip2_step(model, batch)
     drawn = set()
     for seed in range(40):
         turned = Everyone(**{**vars(everyone), "seed": seed})
-        pictures, texts = model.negatives(turned, 6)
+        images, texts = model.negatives(turned, 6)
         ids = batch.image_ids
-        assert not bool((ids[pictures[6:12]] == ids).any()) and not bool((ids[texts[12:]] == ids).any())
-        drawn |= {(tuple(pictures[6:12].tolist()), tuple(texts[12:].tolist()))}
+        assert not bool((ids[images[6:12]] == ids).any()) and not bool((ids[texts[12:]] == ids).any())
+        drawn |= {(tuple(images[6:12].tolist()), tuple(texts[12:].tolist()))}
     assert len(drawn) > 10
-    assert any(pictures != texts for pictures, texts in drawn)
+    assert any(images != texts for images, texts in drawn)
 
 
 def test_the_closest_are_drawn_when_it_is_cold(blip2_model: Make, blip2_batch: Make, blip2_everyone: Make) -> None:
-    """The closest other text of each picture, and the closest other picture of each text, which differ."""
+    """The closest other text of each image, and the closest other image of each text, which differ."""
     model = blip2_model()
     batch = blip2_batch(model)
     everyone = blip2_everyone(model, batch, model.embed(batch))
     with torch.no_grad():
         model.temperature.fill_(1e-6)
     close = torch.stack([everyone.image[:, q] @ everyone.text.T for q in range(4)]).amax(0).fill_diagonal_(-9)
-    pictures, texts = model.negatives(everyone, 6)
+    images, texts = model.negatives(everyone, 6)
     assert texts[12:].tolist() == close.argmax(1).tolist()
-    assert pictures[6:12].tolist() == close.argmax(0).tolist() != close.argmax(1).tolist()
+    assert images[6:12].tolist() == close.argmax(0).tolist() != close.argmax(1).tolist()
 
 
 def test_negatives_are_never_of_the_same_text(blip2_model: Make, blip2_batch: Make, blip2_everyone: Make) -> None:
@@ -74,12 +74,12 @@ def test_negatives_are_never_of_the_same_text(blip2_model: Make, blip2_batch: Ma
     batch = PairBatch(batch.input_ids[texts], batch.attention_mask[texts], batch.image_ids, batch.pixel_values)
     everyone = blip2_everyone(model, batch, model.embed(batch))
     for seed in range(40):
-        pictures, others = model.negatives(Everyone(**{**vars(everyone), "seed": seed}), 6)
-        assert not bool((texts[pictures[6:12]] == texts).any()) and not bool((texts[others[12:]] == texts).any())
+        images, others = model.negatives(Everyone(**{**vars(everyone), "seed": seed}), 6)
+        assert not bool((texts[images[6:12]] == texts).any()) and not bool((texts[others[12:]] == texts).any())
     alike = PairBatch(batch.input_ids[:1].expand(6, -1), batch.attention_mask[:1].expand(6, -1), batch.image_ids)
     same = Everyone(**{**vars(everyone), "input_ids": alike.input_ids, "attention_mask": alike.attention_mask})
-    pictures, others = model.negatives(same, 6)
-    assert not bool((pictures[6:12] == pictures[:6]).any()) and not bool((others[12:] == others[:6]).any())
+    images, others = model.negatives(same, 6)
+    assert not bool((images[6:12] == images[:6]).any()) and not bool((others[12:] == others[:6]).any())
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

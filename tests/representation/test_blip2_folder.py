@@ -239,7 +239,7 @@ def make_retrieval(vocabulary: int, queries: int = 4) -> Any:
 
 
 def compare(ours: Blip2Stage1, theirs: Any, batch: Any) -> None:
-    """Both of its forwards against ours, on every picture with every text of as many."""
+    """Both of its forwards against ours, on every image with every text of as many."""
     with torch.no_grad():
         mask = batch.attention_mask.long()
         embedded = ours.embed(batch)

@@ -85,7 +85,7 @@ def stage1(
     mask: Tensor,
     image_ids: Tensor,
     dec: int,
-    pictures: Tensor,
+    images: Tensor,
     texts: Tensor,
 ) -> dict[str, Tensor]:
     """The three losses.
@@ -98,8 +98,8 @@ def stage1(
         mask: [B, T] bool.
         image_ids: [B].
         dec: The id of [DEC].
-        pictures: [B] negative picture of each text.
-        texts: [B] negative text of each picture.
+        images: [B] negative image of each text.
+        texts: [B] negative text of each image.
     """
     size, length = ids.shape
     vision = norm(w, "ln_vision", features, c.vision_norm_eps)
@@ -121,16 +121,16 @@ def stage1(
     wanted = 0.9 * same / same.sum(1, keepdim=True) + 0.1 / size
     itc = -((close.log_softmax(1) * wanted).sum(1).mean() + (close.T.log_softmax(1) * wanted).sum(1).mean()) / 2
 
-    # Matching: the pairs, negative pictures, negative texts.
-    def matches(which_picture: Tensor, which_text: Tensor) -> Tensor:
+    # Matching: the pairs, negative images, negative texts.
+    def matches(which_image: Tensor, which_text: Tensor) -> Tensor:
         x = torch.cat([queries, words(ids[which_text])], 1)
         seen_by_all = torch.cat([torch.ones(size, count), mask[which_text].double()], 1)
         allowed = seen_by_all[:, None].expand(-1, count + length, -1)
-        hidden, _ = bert(w, c, x, count, vision[which_picture], allowed)
+        hidden, _ = bert(w, c, x, count, vision[which_image], allowed)
         return linear(w, "itm_head", hidden[:, :count]).mean(1)
 
     own = torch.arange(size)
-    logits = torch.cat([matches(own, own), matches(pictures, own), matches(own, texts)]).log_softmax(1)
+    logits = torch.cat([matches(own, own), matches(images, own), matches(own, texts)]).log_softmax(1)
     itm = -(logits[:size, 1].sum() + logits[size:, 0].sum()) / (3 * size)
 
     # Captioning, on the keys and values of the queries' own pass.
@@ -149,15 +149,15 @@ def stage1(
     return {"itc": itc, "itm": itm, "itg": torch.stack(losses).mean()}
 
 
-@pytest.mark.parametrize("ids", [None, [0, 1, 2, 0, 4, 1]], ids=["own pictures", "shared pictures"])
+@pytest.mark.parametrize("ids", [None, [0, 1, 2, 0, 4, 1]], ids=["own images", "shared images"])
 def test_it_is_the_four_passes_of_the_reference_in_float64(
     ids: list[int] | None, blip2_model: Make, blip2_batch: Make, blip2_step: Make
 ) -> None:
     model = blip2_model()
     batch = blip2_batch(model, ids=ids)
     terms, everyone = blip2_step(model, batch)
-    pictures, texts = model.negatives(everyone, 6)
-    assert pictures[:6].tolist() == texts[:6].tolist() == texts[6:12].tolist() == pictures[12:].tolist() == [*range(6)]
+    images, texts = model.negatives(everyone, 6)
+    assert images[:6].tolist() == texts[:6].tolist() == texts[6:12].tolist() == images[12:].tolist() == [*range(6)]
     weights = {
         name.removeprefix("qformer."): p.detach().double().requires_grad_(p.requires_grad)
         for name, p in model.named_parameters()
@@ -172,7 +172,7 @@ def test_it_is_the_four_passes_of_the_reference_in_float64(
         batch.attention_mask,
         batch.image_ids,
         model.tokenizer.bos_token_id,
-        pictures[6:12],
+        images[6:12],
         texts[12:],
     )
     for name, value in wanted.items():

@@ -68,11 +68,11 @@ def test_a_head_that_knows_finds_everything(
     """Where the matching head is always right, looking at all texts finds every pair; always no finds none."""
     model = blip2_model().eval()
     gallery = gallery_of(model, blip2_batch(model))
-    pictures = {tuple(f.flatten().tolist()): number for number, f in enumerate(gallery.features)}
+    images = {tuple(f.flatten().tolist()): number for number, f in enumerate(gallery.features)}
     texts = {tuple(ids.tolist()): number for ids, number in zip(gallery.input_ids, OWNER.tolist(), strict=True)}
 
     def knows(features: torch.Tensor, ids: torch.Tensor, _mask: torch.Tensor) -> torch.Tensor:
-        own = [pictures[tuple(f.flatten().tolist())] for f in features]
+        own = [images[tuple(f.flatten().tolist())] for f in features]
         right = [number == texts[tuple(row.tolist())] for number, row in zip(own, ids, strict=True)]
         yes = torch.where(torch.tensor(right), 9.0, -9.0)
         return torch.stack([-yes, yes], dim=1)[:, None].expand(-1, 4, -1)

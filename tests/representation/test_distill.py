@@ -1,4 +1,4 @@
-"""Distillation against plain loops: grids, standardised channels, both distances, micro-batches, mirrored pictures."""
+"""Distillation against plain loops: grids, standardised channels, both distances, micro-batches, mirrored images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def batch_of(teacher: Tensor | None, count: int = 3) -> PairBatch:
 
 
 def naive(patches: Tensor, teacher: Tensor, fitted: Tensor, module: Distiller, side: int, small: int) -> float:
-    """One picture, cell and channel after the other, in float64."""
+    """One image, cell and channel after the other, in float64."""
     patches, teacher, fitted = patches.double(), teacher.double(), fitted.double()
     weight, bias = module.head.weight.detach().double(), module.head.bias.detach().double()
     step = side // small
@@ -26,15 +26,15 @@ def naive(patches: Tensor, teacher: Tensor, fitted: Tensor, module: Distiller, s
     mean, deviation = flat.mean(0), (((flat - flat.mean(0)) ** 2).sum(0) / (len(flat) - 1)).sqrt()
     deviation = deviation + 0.05 * deviation.mean() + 1e-6
     total, terms = 0.0, 0
-    for picture in range(len(patches)):
+    for image in range(len(patches)):
         for row in range(small):
             for column in range(small):
                 cell = torch.zeros(patches.shape[-1], dtype=torch.float64)
                 for y in range(row * step, (row + 1) * step):
                     for x in range(column * step, (column + 1) * step):
-                        cell += patches[picture, y * side + x] / step**2
+                        cell += patches[image, y * side + x] / step**2
                 said = weight @ cell + bias
-                wanted = (teacher[picture, row * small + column] - mean) / deviation
+                wanted = (teacher[image, row * small + column] - mean) / deviation
                 if module.distance == "cosine":
                     total += float(1 - said @ wanted / (said.norm() * wanted.norm()))
                     terms += 1

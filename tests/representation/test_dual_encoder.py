@@ -74,17 +74,17 @@ def test_the_written_image_processor_makes_our_tiles(family: str, ratio: str) ->
     """And is read back as the same rules."""
     from PIL import Image
 
-    image = image_rules(ratio)
-    processor = image_processor(family, image)
+    config = image_rules(ratio)
+    processor = image_processor(family, config)
     chance = np.random.default_rng(0)
     for height, width in ((60, 40), (28, 28), (33, 90)):
-        picture = Image.fromarray(chance.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        plan = plan_image(Size(height, width), image, Size(1, 1))
-        theirs = processor(picture, return_tensors="np")["pixel_values"]
-        np.testing.assert_allclose(make_tiles(picture, plan, image), theirs, atol=1e-5)
-        ours = as_floats(torch.from_numpy(tile_bytes(picture, plan, image)), image)
+        image = Image.fromarray(chance.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        plan = plan_image(Size(height, width), config, Size(1, 1))
+        theirs = processor(image, return_tensors="np")["pixel_values"]
+        np.testing.assert_allclose(make_tiles(image, plan, config), theirs, atol=1e-5)
+        ours = as_floats(torch.from_numpy(tile_bytes(image, plan, config)), config)
         np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-5)
-    assert image_config_from_hf(processor.to_dict()) == image
+    assert image_config_from_hf(processor.to_dict()) == config
 
 
 def test_encoders_with_weights_become_a_pair(words: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def entropy(rows: Nested, targets: Nested) -> float:
 
 
 def soft_targets(ids: list[int], smoothing: float) -> Nested:
-    """With smoothing 0.1: 0.9 equally over the pairs of the row's picture, and 0.1 over all."""
+    """With smoothing 0.1: 0.9 equally over the pairs of the row's image, and 0.1 over all."""
     return [[(1 - smoothing) * (own == other) / ids.count(own) + smoothing / len(ids) for other in ids] for own in ids]
 
 
@@ -54,9 +54,9 @@ def clip_formula(ids: list[int], smoothing: float, image: Nested, text: Nested, 
 
 def siglip_formula(ids: list[int], image: Nested, text: Nested, logit_scale: float, logit_bias: float) -> float:
     total = 0.0
-    for own, picture in zip(ids, image, strict=True):
+    for own, row in zip(ids, image, strict=True):
         for other, words in zip(ids, text, strict=True):
-            logit = math.exp(logit_scale) * dot(picture, words) + logit_bias
+            logit = math.exp(logit_scale) * dot(row, words) + logit_bias
             total -= math.log(1 / (1 + math.exp(-logit if own == other else logit)))
     return total / len(image)
 

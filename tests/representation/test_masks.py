@@ -35,25 +35,25 @@ def qformer() -> Any:
 
 @pytest.fixture(scope="module")
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Embedded queries and text, and the picture."""
+    """Embedded queries and text, and the image."""
     generator = torch.Generator().manual_seed(1)
     sizes = ((QUERIES, 16), (TEXT, 16), (5, 12))
-    queries, text, picture = (torch.randn(COUNT, *size, generator=generator) for size in sizes)
-    return queries, text, picture
+    queries, text, image = (torch.randn(COUNT, *size, generator=generator) for size in sizes)
+    return queries, text, image
 
 
-def run(qformer: Any, embeds: torch.Tensor, queries: int, mask: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
-    found = qformer(embeds, query_length=queries, attention_mask=mask, encoder_hidden_states=picture)
+def run(qformer: Any, embeds: torch.Tensor, queries: int, mask: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    found = qformer(embeds, query_length=queries, attention_mask=mask, encoder_hidden_states=image)
     return found.last_hidden_state
 
 
 def influence(qformer: Any, mask: torch.Tensor, inputs: Any) -> torch.Tensor:
     """[b, row, column]: the largest gradient of a row's output for a column's input."""
-    queries, text, picture = inputs
+    queries, text, image = inputs
     embeds = torch.cat([queries, text], dim=1).requires_grad_()
     # Not a plain sum: a LayerNorm's outputs sum to a constant.
     weights = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(2))
-    outputs = run(qformer, embeds, QUERIES, mask, picture) * weights
+    outputs = run(qformer, embeds, QUERIES, mask, image) * weights
     rows = []
     for row in range(outputs.shape[1]):
         (gradient,) = torch.autograd.grad(outputs[:, row].sum(), embeds, retain_graph=True)
@@ -96,22 +96,22 @@ def test_what_is_masked_has_no_influence(qformer: Any, inputs: Any, kind: str) -
 
 @pytest.mark.parametrize("kind", ["unilm", "unimodal"])
 def test_queries_are_what_they_are_alone(qformer: Any, inputs: Any, kind: str) -> None:
-    """So one UniLM pass gives the contrastive picture features too; and another text changes nothing at all."""
-    queries, text, picture = inputs
+    """So one UniLM pass gives the contrastive image features too; and another text changes nothing at all."""
+    queries, text, image = inputs
     mask = MASKS[kind](REAL, QUERIES)
     with torch.no_grad():
-        both = run(qformer, torch.cat([queries, text], dim=1), QUERIES, mask, picture)[:, :QUERIES]
-        other = run(qformer, torch.cat([queries, -text], dim=1), QUERIES, mask, picture)[:, :QUERIES]
-        alone = run(qformer, queries, QUERIES, torch.ones(COUNT, QUERIES), picture)
+        both = run(qformer, torch.cat([queries, text], dim=1), QUERIES, mask, image)[:, :QUERIES]
+        other = run(qformer, torch.cat([queries, -text], dim=1), QUERIES, mask, image)[:, :QUERIES]
+        alone = run(qformer, queries, QUERIES, torch.ones(COUNT, QUERIES), image)
     assert (both - other).abs().max().item() == 0.0
     assert torch.allclose(both, alone, rtol=0, atol=5e-6)
 
 
 def test_text_is_what_it_is_alone(qformer: Any, inputs: Any) -> None:
-    queries, text, picture = inputs
+    queries, text, image = inputs
     with torch.no_grad():
-        both = run(qformer, torch.cat([queries, text], 1), QUERIES, unimodal_mask(REAL, QUERIES), picture)[:, QUERIES:]
-        other = run(qformer, torch.cat([-queries, text], 1), QUERIES, unimodal_mask(REAL, QUERIES), picture)
+        both = run(qformer, torch.cat([queries, text], 1), QUERIES, unimodal_mask(REAL, QUERIES), image)[:, QUERIES:]
+        other = run(qformer, torch.cat([-queries, text], 1), QUERIES, unimodal_mask(REAL, QUERIES), image)
         alone = qformer(text, query_length=0, attention_mask=REAL.long()).last_hidden_state
         ours = qformer(text, query_length=0, attention_mask=unimodal_mask(REAL, 0)).last_hidden_state
     assert (both - other[:, QUERIES:])[REAL].abs().max().item() == 0.0
@@ -120,25 +120,25 @@ def test_text_is_what_it_is_alone(qformer: Any, inputs: Any) -> None:
 
 
 def test_text_sees_no_later_token(qformer: Any, inputs: Any) -> None:
-    queries, text, picture = inputs
+    queries, text, image = inputs
     mask = unilm_mask(torch.ones_like(REAL), QUERIES)
     with torch.no_grad():
-        before = run(qformer, torch.cat([queries, text], dim=1), QUERIES, mask, picture)
+        before = run(qformer, torch.cat([queries, text], dim=1), QUERIES, mask, image)
         for place in range(1, TEXT):
             changed = text.clone()
             changed[:, place:] = 7.0
-            after = run(qformer, torch.cat([queries, changed], dim=1), QUERIES, mask, picture)
+            after = run(qformer, torch.cat([queries, changed], dim=1), QUERIES, mask, image)
             assert (after - before)[:, : QUERIES + place].abs().max().item() == 0.0
             assert (after - before)[:, QUERIES + place].abs().max().item() > 0.0
 
 
 def test_the_joint_pass_is_transformers_own(qformer: Any, inputs: Any) -> None:
     """With the 2-D mask of `Blip2ForImageTextRetrieval`: ones for the queries, then the text's."""
-    queries, text, picture = inputs
+    queries, text, image = inputs
     embeds, flat = torch.cat([queries, text], dim=1), torch.cat([torch.ones(COUNT, QUERIES), REAL], dim=1)
     with torch.no_grad():
-        expected = run(qformer, embeds, QUERIES, flat, picture)
-        ours = run(qformer, embeds, QUERIES, bidirectional_mask(REAL, QUERIES), picture)
+        expected = run(qformer, embeds, QUERIES, flat, image)
+        ours = run(qformer, embeds, QUERIES, bidirectional_mask(REAL, QUERIES), image)
     assert torch.equal(ours, expected)
 
 

@@ -1,4 +1,4 @@
-"""Hard negatives: never a pair of the same picture, as often as the softmax says, the same however a step is split."""
+"""Hard negatives: never a pair of the same image, as often as the softmax says, the same however a step is split."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def similarity(rows: int, columns: int, scale: float = 2.0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * scale
 
 
-def test_negatives_are_never_of_the_same_picture() -> None:
+def test_negatives_are_never_of_the_same_image() -> None:
     """Even where the own text is by far the closest, and the others' weights are nothing."""
     for scale in (2.0, 5000.0):
         close = similarity(6, 6, scale) + 10 * scale * (IDS[:, None] == IDS[None])
@@ -58,9 +58,9 @@ def test_torchs_random_numbers_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_pairs_of_a_single_picture_are_refused(count: int) -> None:
+def test_pairs_of_a_single_image_are_refused(count: int) -> None:
     ids = torch.full((count,), 5)
-    with pytest.raises(DataError, match=f"the {count} pairs of a step all show the same picture"):
+    with pytest.raises(DataError, match=f"the {count} pairs of a step all show the same image"):
         draw_negatives(similarity(count, count), ids, ids, 0, 0)
 
 

@@ -22,12 +22,12 @@ from polymodal.metrics.retrieval import (
 
 
 def test_by_hand() -> None:
-    # Two captions of the first picture, one of the second.
+    # Two captions of the first image, one of the second.
     similarity = torch.tensor([[0.1, 0.9, 0.5], [0.2, 0.8, 0.7]])
     found = recall(similarity, torch.tensor([0, 0, 1]), ks=(1, 2))
-    assert found["image_to_text@1"] == 0.5  # the first picture by its second caption; the second picture's is beaten
+    assert found["image_to_text@1"] == 0.5  # the first image by its second caption; the second image's is beaten
     assert found["image_to_text@2"] == 1.0
-    assert found["text_to_image@1"] == pytest.approx(2 / 3)  # the first caption prefers the wrong picture
+    assert found["text_to_image@1"] == pytest.approx(2 / 3)  # the first caption prefers the wrong image
     assert found["text_to_image@2"] == 1.0
 
 
@@ -55,7 +55,7 @@ def test_ties_do_not_help() -> None:
     own = torch.arange(12)
     assert set(recall(torch.zeros(12, 12), own).values()) == {0.0}
     assert zero_shot(torch.ones(3, 4), torch.ones(8, 4), torch.tensor([0, 1, 2])) == {"top1": 0.0, "top5": 0.0}
-    # Two captions of one picture that tie are both right.
+    # Two captions of one image that tie are both right.
     assert recall(torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), torch.tensor([0, 0, 1]), ks=(1,)) == {
         "image_to_text@1": 1.0,
         "text_to_image@1": 1.0,
@@ -117,7 +117,7 @@ def test_several_right_classes() -> None:
     [
         (torch.zeros(2, 3), torch.tensor([0, 1]), "3 texts but image_of_text has 2"),
         (torch.zeros(2, 3), torch.tensor([0, 1, 2]), "0 to 2"),
-        (torch.zeros(2, 3), torch.tensor([0, 0, 0]), "picture 1 has no text"),
+        (torch.zeros(2, 3), torch.tensor([0, 0, 0]), "image 1 has no text"),
         (torch.zeros(0, 0), torch.zeros(0, dtype=torch.long), "nothing"),
         (torch.tensor([[math.nan, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), "not finite"),
     ],
@@ -131,7 +131,7 @@ def test_labels_that_cannot_be_used() -> None:
     image, classes = torch.eye(3), torch.eye(3)
     for labels, message in (
         (torch.tensor([0, 1, 3]), "there are 3 classes"),
-        (torch.zeros(3, 3, dtype=torch.bool), "picture 0 has no right class"),
+        (torch.zeros(3, 3, dtype=torch.bool), "image 0 has no right class"),
         (torch.zeros(3, 2, dtype=torch.bool), "labels for 2 classes"),
         (torch.tensor([0]), "labels of 1"),
     ):

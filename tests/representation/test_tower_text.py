@@ -1,4 +1,4 @@
-"""A text tower on any picture tower: kept features as pixels, a folder that scores the same, what it cannot do."""
+"""A text tower on any image tower: kept features as pixels, a folder that scores the same, what it cannot do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIGLIP = ObjectiveConfig(type="siglip")
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random SigLIP picture tower and a tokenizer of words."""
+    """A random SigLIP image tower and a tokenizer of words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
 

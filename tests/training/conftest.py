@@ -1,4 +1,4 @@
-"""A tiny random language model, tower and picture data set, on disk, as a recipe would name them."""
+"""A tiny random language model, tower and image data set, on disk, as a recipe would name them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with `llm/`, `tower/`, `data.json` and pictures."""
+    """Folder with `llm/`, `tower/`, `data.json` and images."""
     from PIL import Image
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
@@ -79,7 +79,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(24):
         name = list(COLOURS)[number % 4]
         Image.new("RGB", (30 + number, 40), COLOURS[name]).save(root / f"{number}.png")
-        answer = name if number % 3 else f"a {name} picture"
+        answer = name if number % 3 else f"a {name} image"
         turns = [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": answer}]
         if number % 5 == 0:
             turns += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "yes"}]

@@ -30,10 +30,10 @@ def encoder() -> EfficientNetEncoder:
 
 @pytest.fixture(scope="module")
 def features() -> torch.Tensor:
-    """Features like a network's after its last ReLU, of enough pictures for a covariance, [4000, 4, E]."""
+    """Features like a network's after its last ReLU, of enough images for a covariance, [4000, 4, E]."""
     generator = torch.Generator().manual_seed(0)
-    picture = torch.randn(4000, 1, 1320, generator=generator)
-    return torch.relu(0.2 + 0.4 * picture + 0.2 * torch.randn(4000, 4, 1320, generator=generator))
+    image = torch.randn(4000, 1, 1320, generator=generator)
+    return torch.relu(0.2 + 0.4 * image + 0.2 * torch.randn(4000, 4, 1320, generator=generator))
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,12 @@ def head(encoder: EfficientNetEncoder) -> ClassHead:
 
 def test_the_head_reads_its_own_channels(encoder: EfficientNetEncoder, head: ClassHead) -> None:
     assert head.weight.shape == (1000, 1280) and head.channels == slice(40, 1320) and len(head.names) == 1000
-    pictures = torch.rand(2, 3, 96, 96)
+    images = torch.rand(2, 3, 96, 96)
     with torch.inference_mode():
-        maps = encoder.network(pictures)
-        # 96 pixels give a 3 x 3 head map; one pooled token a picture is the classifier's own pooling.
+        maps = encoder.network(images)
+        # 96 pixels give a 3 x 3 head map; one pooled token an image is the classifier's own pooling.
         encoder_1 = EfficientNetEncoder(encoder.network, stages=("stride8", "head"), pool=1)
-        own = encoder_1(pictures)[:, 0, head.channels] @ head.weight.T + head.bias
+        own = encoder_1(images)[:, 0, head.channels] @ head.weight.T + head.bias
         assert torch.allclose(own, encoder.network.logits(maps["head"]), atol=1e-4)
     assert EfficientNetEncoder(encoder.network, stages=("stride8",)).class_head() is None
 
@@ -75,11 +75,11 @@ def test_classes_written_into_a_projector_speak_their_names(head: ClassHead, fea
     middle = torch.zeros(16)
     prototypes = Prototypes.of(head, features)
     classes = torch.arange(200) * 5
-    pictures = prototypes.move(features[:200], classes, torch.Generator().manual_seed(0))
+    images = prototypes.move(features[:200], classes, torch.Generator().manual_seed(0))
 
     def right() -> float:
         with torch.inference_mode():
-            said = F.normalize(projector(pictures).mean(dim=1), dim=-1) @ targets.T
+            said = F.normalize(projector(images).mean(dim=1), dim=-1) @ targets.T
         return float((said.argmax(dim=-1) == classes).float().mean())
 
     before = right()

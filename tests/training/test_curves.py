@@ -1,4 +1,4 @@
-"""The loss picture: a curve for each frequent kind, none for a kind that is seen twice."""
+"""The loss image: a curve for each frequent kind, none for a kind that is seen twice."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_one_kind_is_the_whole_loss_and_gets_none() -> None:
     assert drawn_kinds(lines) == {}
 
 
-def test_a_picture_is_drawn(tmp_path: Path) -> None:
+def test_a_image_is_drawn(tmp_path: Path) -> None:
     file = tmp_path / "log.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in log()))
     assert draw_curves(file, tmp_path / "loss.png", "a run")

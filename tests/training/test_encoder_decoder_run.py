@@ -291,7 +291,7 @@ def test_a_plan_sees_both_halves(t5: dict[str, Any], recipe_of: Make) -> None:
 def test_two_processes_train_what_one_trains(
     t5: dict[str, Any], tmp_path: Path, run_jobs: Callable[[list[dict[str, Any]]], list[Any]]
 ) -> None:
-    """Pictures and text in turn, every weight trained; tied tables are one parameter however they are sharded."""
+    """Images and text in turn, every weight trained; tied tables are one parameter however they are sharded."""
     folder = tmp_path / "t5"
     shutil.copytree(t5["init"]["model"]["llm"]["model_name_or_path"], folder)
     settings = json.loads((folder / "config.json").read_text())

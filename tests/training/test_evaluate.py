@@ -91,7 +91,7 @@ def test_evaluations_without_held_out_data_are_refused(plain: dict[str, Any]) ->
         train(parse_config(Recipe, plain, "recipe"))
 
 
-def test_a_picture_that_went_away_is_a_failed_answer(looking: dict[str, Any], tmp_path: Path) -> None:
+def test_a_image_that_went_away_is_a_failed_answer(looking: dict[str, Any], tmp_path: Path) -> None:
     from PIL import Image
 
     records = json.loads((tmp_path / "held.json").read_text())
@@ -134,7 +134,7 @@ def test_the_report_shows_the_run_and_needs_nothing_else(looking: dict[str, Any]
     page = Page((final.parent / "report.html").read_text(encoding="utf-8"))
     assert "script" not in page.tags and "b" in page.tags
     assert page.links and all(link.startswith("data:image/") for link in page.links)
-    assert page.tags.count("img") == 2 + 3  # two charts, three pictures
+    assert page.tags.count("img") == 2 + 3  # two charts, three images
     words = " ".join(page.words)
     assert "<script>alert(1)</script> & colour?" in words and "<b>bold</b>" in words
     for part in ("Curves", "Loss by kind and source", "Answers (held-out)", "Recipe", "tokens/s", "held-out loss"):

@@ -28,7 +28,7 @@ def test_cached_equals_uncached(plain: dict[str, Any], tmp_path: Path) -> None:
     without = run(plain, tmp_path / "off")
     exact = run(plain, tmp_path / "fp32", feature_cache="memory", feature_dtype="float32")
     half = run(plain, tmp_path / "fp16", feature_cache=str(tmp_path / "cache"))
-    # One picture alone or several together go through other matrix kernels: equal up to float32 rounding.
+    # One image alone or several together go through other matrix kernels: equal up to float32 rounding.
     assert np.allclose(exact, without, atol=1e-5)
     assert np.allclose(half, without, atol=1e-3)
     assert half != without
@@ -72,13 +72,13 @@ def test_a_pass_that_was_killed_goes_on(plain: dict[str, Any], tmp_path: Path, m
 def test_store_gives_back_what_was_put_in(tmp_path: Path, on_disk: bool) -> None:
     store = FeatureStore(tmp_path / "s" if on_disk else None, (2, 3), "float16")
     rng = np.random.default_rng(0)
-    pictures = {str(n): rng.normal(size=(1 + n % 3, 2, 3)).astype(np.float32) for n in range(7)}
-    items = list(pictures.items())
+    images = {str(n): rng.normal(size=(1 + n % 3, 2, 3)).astype(np.float32) for n in range(7)}
+    items = list(images.items())
     store.add(items[:4])
     store.add(items[4:])
     found = store.gather(["5", "0", "5"])
     assert found is not None
-    wanted = np.concatenate([pictures["5"], pictures["0"], pictures["5"]]).astype(np.float16)
+    wanted = np.concatenate([images["5"], images["0"], images["5"]]).astype(np.float16)
     assert torch.equal(found, torch.from_numpy(wanted))
     assert store.gather([]) is None
     with pytest.raises(DataError, match="not complete"):
@@ -112,11 +112,11 @@ def test_a_killed_pass_goes_on_with_the_same_groups(
     cache, groups = tmp_path / "cache", []
     inner = features._encode
 
-    def counted(encode: Any, device: Any, pictures: Any) -> Any:
-        groups.append([key for key, _ in pictures])
+    def counted(encode: Any, device: Any, images: Any) -> Any:
+        groups.append([key for key, _ in images])
         if len(groups) == 3:
             raise KeyboardInterrupt
-        return inner(encode, device, pictures)
+        return inner(encode, device, images)
 
     monkeypatch.setattr(features, "_encode", counted)
     with pytest.raises(KeyboardInterrupt):

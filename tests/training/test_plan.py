@@ -311,7 +311,7 @@ def test_mistakes_are_one_line(arguments: list[str], needle: str, capsys: pytest
     assert needle in error and error.count("\n") == 1
 
 
-def test_picture_rules_may_change_but_not_the_tile(tmp_path: Path) -> None:
+def test_image_rules_may_change_but_not_the_tile(tmp_path: Path) -> None:
     path = RECIPES / "llava_next" / "stage2.yaml"
     with pytest.raises(ConfigError, match="tiles of"):
         recipe = load_recipe(path, ["init.image.tile_size=[224, 224]"])

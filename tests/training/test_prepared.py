@@ -98,7 +98,7 @@ def test_skipped_rows_are_listed_and_nothing_left_is_an_error(
         from_files(short, processor, tmp_path)
 
 
-def test_new_picture_rules_hold_for_prep_too(plain: dict[str, Any], tmp_path: Path) -> None:
+def test_new_image_rules_hold_for_prep_too(plain: dict[str, Any], tmp_path: Path) -> None:
     recipe = load_recipe(write(plain, tmp_path))
     final = train(recipe.model_copy(update={"run": recipe.run.model_copy(update={"max_steps": 1})}))
     image = {**plain["init"]["model"]["image"], "image_aspect_ratio": "slice"}
@@ -106,8 +106,8 @@ def test_new_picture_rules_hold_for_prep_too(plain: dict[str, Any], tmp_path: Pa
     again = load_recipe(write(plain, tmp_path))
     whole = load_parts(again)
     trained = processor_of(whole.model, whole.tokenizer, whole.config)
-    picture = [user(Image(str(Path(recipe.data.mix[0].path).parent / "0.png")), "Colour?")]
-    prepared, expected = recipe_processor(again)(picture), trained(picture)
+    question = [user(Image(str(Path(recipe.data.mix[0].path).parent / "0.png")), "Colour?")]
+    prepared, expected = recipe_processor(again)(question), trained(question)
     assert prepared.plans == expected.plans and prepared.plans[0].num_tiles > 1
     assert prepared.media_keys == expected.media_keys
 

@@ -24,7 +24,7 @@ ALL = [{"match": "*", "train": True}]
 
 @pytest.fixture(scope="module")
 def mixed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Half of the records have a picture, half are text alone: in steps of two, every mixture of ranks comes up."""
+    """Half of the records have an image, half are text alone: in steps of two, every mixture of ranks comes up."""
     records = json.loads((tiny / "data.json").read_text())[:8]
     for number in range(8):
         turns = [{"from": "human", "value": f"Say {number}."}, {"from": "gpt", "value": f"{number}" * (number + 1)}]
@@ -179,12 +179,12 @@ def test_deepspeed_equals_one_process(
     run_jobs: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed and resumed on the way; ZeRO-3 on pictures alone, since it refuses mixtures with one line."""
+    """Killed and resumed on the way; ZeRO-3 on images alone, since it refuses mixtures with one line."""
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    pictures = [record for record in json.loads(mixed.read_text()) if "image" in record]
-    (tmp_path / "pictures.json").write_text(json.dumps(pictures))
+    images = [record for record in json.loads(mixed.read_text()) if "image" in record]
+    (tmp_path / "pictures.json").write_text(json.dumps(images))
     setting = {"run__engine": "deepspeed", "run__deepspeed_config": str(tmp_path / "zero.json"), "train": ALL}
     same: dict[str, Any] = {"train": ALL}
     jobs = []
@@ -200,7 +200,7 @@ def test_deepspeed_equals_one_process(
     results = run_jobs(jobs)
     if stage == 3:
         statuses, ends, _ = results.pop(0)
-        assert statuses == [1, 1] and any("ZeRO-3 cannot train on batches without pictures" in end for end in ends)
+        assert statuses == [1, 1] and any("ZeRO-3 cannot train on batches without images" in end for end in ends)
     assert [statuses for statuses, _, _ in results] == [[0], [-9, -9], [0, 0]], results
     assert_equal_runs(tmp_path / "one", tmp_path / "zero")
 

@@ -79,7 +79,7 @@ def test_a_run_logs_both_and_they_add_up(plain: dict[str, Any], tiny: Path, tmp_
     for record in records:
         turns = sum(turn["from"] == "gpt" for turn in record["conversations"])
         record["kinds"] = ["first", "second"][:turns]
-        record["source"] = "with pictures" if "image" in record else "text"
+        record["source"] = "with images" if "image" in record else "text"
     path = tmp_path / "kinds.json"
     path.write_text(json.dumps(records))
     plain["data"]["mix"] = [{"path": str(path), "image_root": str(tiny)}]
@@ -90,6 +90,6 @@ def test_a_run_logs_both_and_they_add_up(plain: dict[str, Any], tiny: Path, tmp_
     assert len(lines) == 2
     for line in lines:
         assert set(line["loss_by_kind"]) == {"first", "second"}
-        assert set(line["loss_by_source"]) == {"with pictures", "text"}
+        assert set(line["loss_by_source"]) == {"with images", "text"}
         for parts in (line["loss_by_kind"], line["loss_by_source"]):
             assert min(parts.values()) <= line["loss"] + 1e-6 and line["loss"] - 1e-6 <= max(parts.values())

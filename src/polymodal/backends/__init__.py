@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 NO_CHAT = {
     "whisper": "a Whisper, which writes down speech; its encoder is a part for sound",
-    **dict.fromkeys(
-        ("clip", "siglip", "siglip2"), "a pair of towers for pictures and texts; its vision tower is a part"
-    ),
+    **dict.fromkeys(("clip", "siglip", "siglip2"), "a pair of towers for images and texts; its vision tower is a part"),
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), "a vision tower, which is a part"),
 }
 """`model_type` of folders that hold no model to talk to, and what they are."""
@@ -131,7 +129,7 @@ def _open_hf(folder: Path, device: str | None, name: str, dtype: Dtype | None, q
         )
     if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise CheckpointError(
-            f"{folder}: model type {model_type!r} is not one that transformers takes pictures and text with; "
+            f"{folder}: model type {model_type!r} is not one that transformers takes images and text with; "
             "a language model or tower becomes part of a model by a recipe"
         )
     return open_transformers(folder, device, name, dtype, quantize)

@@ -20,7 +20,7 @@ class Usage:
     """Tokens of one call."""
 
     prompt_tokens: int  # Positions before the answer, media included
-    image_tokens: int  # Those of them that are pictures
+    image_tokens: int  # Those of them that are images
     completion_tokens: int  # Tokens made, the end token included
 
 
@@ -28,7 +28,7 @@ class Usage:
 class Timing:
     """Seconds of one call."""
 
-    prepare_s: float  # Decoding pictures, tiling, tokenising
+    prepare_s: float  # Decoding images, tiling, tokenising
     encode_s: float  # Vision encoder, projector and embedding; 0 where the model does not let it be seen apart
     first_token_s: float  # From the call to the first token
     total_s: float  # From the call to the last token
@@ -71,12 +71,12 @@ class Backend(Protocol):
 
     name: str
 
-    def ask(self, prompt: str, *pictures: Source, params: GenerationParams | None = None) -> str:
-        """Ask one question about some pictures.
+    def ask(self, prompt: str, *images: Source, params: GenerationParams | None = None) -> str:
+        """Ask one question about some images.
 
         Args:
             prompt: The question.
-            *pictures: Paths, bytes, `data:` URLs or Pillow pictures.
+            *images: Paths, bytes, `data:` URLs or Pillow images.
             params: The settings; the backend's defaults where None.
 
         Returns:
@@ -111,9 +111,9 @@ class Backend(Protocol):
         ...
 
 
-def ask_once(backend: Backend, prompt: str, *pictures: Source, params: GenerationParams | None = None) -> str:
-    """Ask one question about some pictures: the method `ask` of every backend."""
-    return backend.generate([user(*map(Image, pictures), prompt)], params).text
+def ask_once(backend: Backend, prompt: str, *images: Source, params: GenerationParams | None = None) -> str:
+    """Ask one question about some images: the method `ask` of every backend."""
+    return backend.generate([user(*map(Image, images), prompt)], params).text
 
 
 @runtime_checkable
@@ -150,7 +150,7 @@ def forget_oldest(messages: Sequence[Message], length: int, context: int) -> lis
     if start is None:
         raise PolymodalError(
             f"the conversation takes {length} tokens and the model's context is {context}; "
-            "shorten the text or give fewer or smaller pictures (media are never cut)"
+            "shorten the text or give fewer or smaller images (media are never cut)"
         )
     return [*messages[:start], *messages[start + 2 :]]
 

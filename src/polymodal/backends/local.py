@@ -79,7 +79,7 @@ class LocalBackend:
             The reply.
 
         Raises:
-            PolymodalError: A picture cannot be read, or the conversation does not fit the context.
+            PolymodalError: An image cannot be read, or the conversation does not fit the context.
         """
         *_, reply = self.stream(messages, params)
         assert isinstance(reply, Reply)  # the last event of a stream
@@ -98,7 +98,7 @@ class LocalBackend:
             `TextDelta`s as text becomes certain, then the whole `Reply`.
 
         Raises:
-            PolymodalError: A picture cannot be read, or the conversation does not fit the context.
+            PolymodalError: An image cannot be read, or the conversation does not fit the context.
         """
         params = params or GenerationParams()
         begin = time.perf_counter()

@@ -8,7 +8,7 @@
     tokenizer.json, ...     the tokenizer and its chat template
     qformer_tokenizer/      the tokenizer of a Q-Former that reads the question
 
-The *contract* is what must not change between training and use: template, picture rules, layer choice, special ids,
+The *contract* is what must not change between training and use: template, image rules, layer choice, special ids,
 tokenizer. It is stored with its hash; a folder whose contract was changed by hand, or that is asked to load under
 other rules, is refused with the difference named. Only safetensors and JSON are read. Writes are atomic.
 """

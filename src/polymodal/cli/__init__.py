@@ -17,7 +17,7 @@ from polymodal.cli import common
 from polymodal.errors import ConfigError, PolymodalError
 
 VERBS = {
-    "chat": "talk with a model about pictures",
+    "chat": "talk with a model about images",
     "generate": "ask one question and print the answer",
     "inspect": "show what the model sees: tiles, tokens, counts (runs no model)",
     "env": "print versions, devices, folders and whether the default language model is there",
@@ -25,7 +25,7 @@ VERBS = {
     "plan": "say what a recipe or model will need: tokens, memory, steps, hours (loads no weights)",
     "train": "run a training recipe or pipeline",
     "eval": "score a model on held-out questions, beside an image-blind control",
-    "describe": "say what a model folder holds: parts, sizes, template, pictures, history (loads no weights)",
+    "describe": "say what a model folder holds: parts, sizes, template, images, history (loads no weights)",
     "convert": "turn a published model, such as an original LLaVA folder, into a model folder of ours",
     "export": "write a model as a stock folder of transformers, or whole, and prove that it is the same",
     "data": "check, prepare, look at and build training data",

@@ -1,6 +1,6 @@
-"""Talk with a model about pictures.
+"""Talk with a model about images.
 
-Pictures named on the command line go with the first question. In the chat: /image FILE adds a picture to the next
+Images named on the command line go with the first question. In the chat: /image FILE adds an image to the next
 question, /clear starts over, /help lists the commands, /quit or Ctrl-D ends. Ctrl-C stops an answer; at the prompt it
 ends the chat.
 """
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from polymodal.messages import Image, Message
 
 HELP = """\
-  /image FILE   add a picture to the next question
-  /clear        forget the conversation and its pictures
+  /image FILE   add an image to the next question
+  /clear        forget the conversation and its images
   /help         this list
   /quit         end (also Ctrl-D, or Ctrl-C here)
 Ctrl-C while the model answers stops the answer."""
@@ -31,7 +31,7 @@ Ctrl-C while the model answers stops the answer."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="pictures for the first question")
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="images for the first question")
     parser.add_argument("--system", help="a system message")
     common.add_model_argument(parser)
     common.add_device_argument(parser)
@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the conversation until the input ends."""
     params = common.sampling_params(args)
     chat = Chat(common.open_model(args), params, args.system)
-    for path in args.pictures:
-        chat.add_picture(path)
+    for path in args.images:
+        chat.add_image(path)
     return chat.run()
 
 
@@ -67,7 +67,7 @@ class Chat:
         if self.interactive:
             with suppress(ImportError):  # line editing and history, where Python has it
                 import readline  # noqa: F401
-            common.note("Ask about your pictures. /help lists the commands.")
+            common.note("Ask about your images. /help lists the commands.")
         while (line := self._read()) is not None:
             try:
                 if not self._take(line.strip()):
@@ -84,11 +84,11 @@ class Chat:
         self.messages = [system(self.system)] if self.system else []
         self.pending = []
 
-    def add_picture(self, path: str) -> None:
-        """Check a picture and keep it for the next question."""
-        (picture,) = common.pictures([path])
-        seen = _look_at(self.model, picture)
-        self.pending.append(picture)
+    def add_image(self, path: str) -> None:
+        """Check an image and keep it for the next question."""
+        (image,) = common.images([path])
+        seen = _look_at(self.model, image)
+        self.pending.append(image)
         common.note(f"  {path}: {seen}")
 
     def _read(self) -> str | None:
@@ -114,7 +114,7 @@ class Chat:
         elif command == "/image":
             if not rest.strip():
                 raise PolymodalError("/image needs a file: /image picture.jpg")
-            self.add_picture(os.path.expanduser(rest.strip().strip("'\"")))
+            self.add_image(os.path.expanduser(rest.strip().strip("'\"")))
         elif command.startswith("/") and "/" not in command[1:]:
             raise PolymodalError(f"no command {command}; /help lists them")
         elif line:
@@ -151,21 +151,21 @@ class Chat:
             return
         usage, timing = reply.usage, reply.timing
         line = (
-            f"  {usage.prompt_tokens} tokens in ({usage.image_tokens} of pictures), {usage.completion_tokens} out, "
+            f"  {usage.prompt_tokens} tokens in ({usage.image_tokens} of images), {usage.completion_tokens} out, "
             f"first after {timing.first_token_s:.2f} s, {timing.tokens_per_s:.1f} tokens/s"
         )
         colour = common.colour_wanted("auto", sys.stderr)
         common.note(f"{common.DIM}{line}{common.RESET}" if colour else line)
 
 
-def _look_at(model: Backend, picture: Image) -> str:
-    """Check a picture; its size, and what it takes where the model is ours and its rules are known."""
+def _look_at(model: Backend, image: Image) -> str:
+    """Check an image; its size, and what it takes where the model is ours and its rules are known."""
     from polymodal.backends.local import LocalBackend
     from polymodal.media.image import open_image
     from polymodal.messages import user
 
     if not isinstance(model, LocalBackend):
-        width, height = open_image(picture.source).size
+        width, height = open_image(image.source).size
         return f"{width} × {height} pixels"
-    (plan,) = model.processor([user(picture)], pixels=False).plans
+    (plan,) = model.processor([user(image)], pixels=False).plans
     return f"{plan.source.width} × {plan.source.height} pixels, {plan.num_tokens} tokens"

@@ -79,7 +79,7 @@ def sampling_params(args: argparse.Namespace) -> GenerationParams:
     return parse_config(GenerationParams, {name: getattr(args, name) for name in names}, "command line")
 
 
-def pictures(paths: Sequence[str]) -> list[Image]:
+def images(paths: Sequence[str]) -> list[Image]:
     """Turn paths into parts; the processor opens and checks them."""
     from polymodal.messages import Image
 

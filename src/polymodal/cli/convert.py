@@ -1,4 +1,4 @@
-"""Turn a published model into a model folder of ours: safetensors, prompt and picture rules in one place.
+"""Turn a published model into a model folder of ours: safetensors, prompt and image rules in one place.
 
 What this is for above all: folders of the original LLaVA repository, which leave out the prompt and the tower, are
 often pickles, and may hold only a projector or a LoRA. Examples:

@@ -1,11 +1,11 @@
 """Build, check, prepare and look at training data.
 
-polymodal data check data.jsonl --image-root pictures    decode and tokenise every row; report.html, dropped.jsonl
+polymodal data check data.jsonl --image-root images    decode and tokenise every row; report.html, dropped.jsonl
 polymodal data check data.jsonl --fix                    the same, and write a corrected file
 polymodal data inspect data.jsonl --index 3              what the model sees of a row, trained tokens marked
 polymodal data prep recipes/default/stage1.yaml          tokenise a recipe's data once, before training
 polymodal data build default --output data/default       the data set that the default model is trained on
-polymodal data build pairs --output data/pairs           pictures with captions, for contrastive training
+polymodal data build pairs --output data/pairs           images with captions, for contrastive training
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how a file is read and for which model."""
     parser.add_argument(
-        "--image-root", type=Path, metavar="DIR", help="where picture paths start; the file's own folder if absent"
+        "--image-root", type=Path, metavar="DIR", help="where image paths start; the file's own folder if absent"
     )
     parser.add_argument("--format", default="auto", help=f"{FORMATS} (default: %(default)s)")
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="the answers, for formats in two files")
@@ -128,7 +128,7 @@ def _result(summary: Summary, output: Path, image_root: Path | None) -> str:
     good = summary.rows - len(summary.dropped) - warned
     lines.append(f"{summary.rows} rows: {good} good, {warned} to look at, {len(summary.dropped)} to drop")
     lines += [
-        f"wrote {file.fixed} (its pictures: --image-root {image_root or file.path.parent})"
+        f"wrote {file.fixed} (its images: --image-root {image_root or file.path.parent})"
         for file in summary.files
         if file.fixed is not None
     ]
@@ -140,13 +140,13 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a data file")
     parser.add_argument("--index", type=int, default=0, metavar="N", help="the row, counted from 0; default: 0")
     parser.add_argument("--html", metavar="FILE", help="write the view as one self-contained page")
-    parser.add_argument("--png", metavar="FILE", help="write the tiles drawn on the pictures")
+    parser.add_argument("--png", metavar="FILE", help="write the tiles drawn on the images")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: %(default)s")
     _add_reading(parser)
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Show what the model sees of one row: its tokens by kind, those that carry a loss, and its pictures' tiles."""
+    """Show what the model sees of one row: its tokens by kind, those that carry a loss, and its images' tiles."""
     from polymodal.cli.inspect import show
     from polymodal.data.load import iter_rows, row_record
 
@@ -201,10 +201,10 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
 
 def build(args: argparse.Namespace) -> int:
-    """Build the default model's data set, or pairs of picture and caption."""
-    # Pictures composed from packages of stamps, drawings and emoji that are installed on this machine; for the
+    """Build the default model's data set, or pairs of image and caption."""
+    # Images composed from packages of stamps, drawings and emoji that are installed on this machine; for the
     # default model with captions, questions and dialogues about them, for contrastive training with captions. Both
-    # hold out the same pictures, given the same seed and size.
+    # hold out the same images, given the same seed and size.
     from recipes.default.dataset import build_default
     from recipes.default.dataset.generate import Packages
     from recipes.default.dataset.pairs import build_pairs

@@ -1,4 +1,4 @@
-"""Say what a model folder holds: its parts and their sizes, special tokens, chat template, picture rules, history.
+"""Say what a model folder holds: its parts and their sizes, special tokens, chat template, image rules, history.
 
 Reads configurations and the headers of the weights only; loads and runs nothing. Examples:
   polymodal describe default
@@ -66,8 +66,8 @@ def page(found: Description, tokens: list[dict[str, Any]], *, colour: bool) -> s
             f"{role.removesuffix('_token')} {t['text']!r}{_id(t['id'])}" for role, t in found.special_tokens.items()
         )
         rows.append(("special", ", ".join(shown)))
-    if found.pictures:
-        rows += _picture_rows(found.pictures)
+    if found.images:
+        rows += _image_rows(found.images)
     for entry in tokens:
         height, width = entry["picture"]
         tiles = f"{entry['tiles']} tile{'s' * (entry['tiles'] != 1)}"
@@ -112,8 +112,8 @@ def _tree(found: Description, bold: str, dim: str, reset: str) -> list[str]:
     return [*lines, f"{bold}{'all'.ljust(width)}{reset}  {total}"]
 
 
-def _picture_rows(rules: dict[str, Any]) -> list[tuple[str, str]]:
-    """The picture rules in two lines."""
+def _image_rows(rules: dict[str, Any]) -> list[tuple[str, str]]:
+    """The image rules in two lines."""
     if "not ours" in rules:
         return [("pictures", rules["not ours"])]
     height, width = rules["tile_size"]
@@ -130,13 +130,13 @@ def _picture_rows(rules: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _visual_tokens(found: Description) -> list[dict[str, Any]]:
-    """How many positions pictures of some sizes take; empty where that cannot be found out from configurations."""
+    """How many positions images of some sizes take; empty where that cannot be found out from configurations."""
     from polymodal.errors import PolymodalError
     from polymodal.interop.describe import EXAMPLES
     from polymodal.media_plan import Size
     from polymodal.modeling.language_model import quieten_transformers
 
-    if not found.pictures or "not ours" in found.pictures:
+    if not found.images or "not ours" in found.images:
         return []
     sizes = tuple(Size(height, width) for height, width in EXAMPLES)
     quieten_transformers()

@@ -6,8 +6,8 @@
     polymodal eval runs/vit_small/final --task zero-shot --data data/pairs/classes.json
 
 questions: each record asks one; its `kind` chooses the metric and its `answers` lists what is right. Beside the model
-stand an image-blind control (the same model with every picture replaced by grey) and the majority answer.
-retrieval: recall of captions by pictures and of pictures by captions, for models with a picture tower and a text tower
+stand an image-blind control (the same model with every image replaced by grey) and the majority answer.
+retrieval: recall of captions by images and of images by captions, for models with an image tower and a text tower
 (CLIP, SigLIP, any dual encoder). zero-shot: the nearest of the classes' prompts, for the same models.
 """
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", required=True, type=Path, metavar="FILE", help="held-out records (JSON or JSONL), or classes.json"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N records of each kind, or pictures")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N records of each kind, or images")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write scores, and every answer, here")
     add_device_argument(parser)
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    """Score a model with a picture tower and a text tower."""
+    """Score a model with an image tower and a text tower."""
     import json
     import sys
     from dataclasses import asdict

@@ -1,7 +1,7 @@
 """Write a model in a form that other programs open, and prove that it is the same model.
 
   polymodal export MODEL DST                      a stock class of transformers, which vLLM loads too
-  polymodal export MODEL DST --verify             the same, compared with the model on prompts and pictures
+  polymodal export MODEL DST --verify             the same, compared with the model on prompts and images
   polymodal export MODEL DST --format gguf        two files for llama.cpp: the language model, and the rest (mmproj)
   polymodal export MODEL DST --format polymodal   one folder of ours that needs nothing else
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest file (default: 5)")
     parser.add_argument("--verify", action="store_true", help="compare what was written with the model")
     parser.add_argument(
-        "--picture", action="append", default=[], metavar="FILE", help="with --verify: ask about this picture too"
+        "--picture", action="append", default=[], metavar="FILE", help="with --verify: ask about this image too"
     )
     parser.add_argument("--questions", metavar="FILE", help="with --verify: ask the questions of this data file too")
     parser.add_argument(
@@ -53,15 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Open the model, write it, compare it where asked; 1 where the comparison fails."""
     dst = Path(args.dst).expanduser()
-    if (args.picture or args.questions) and not args.verify:
-        raise ConfigError("--picture and --questions are for --verify")
+    if (args.image or args.questions) and not args.verify:
+        raise ConfigError("--image and --questions are for --verify")
     if args.limit < 1:
         raise ConfigError(f"--limit {args.limit}: must be at least 1")
     if not args.max_shard_gb > 0:
         raise ConfigError(f"--max-shard-gb {args.max_shard_gb}: must be more than 0")
-    missing = next((path for path in args.picture if not Path(path).is_file()), None)
+    missing = next((path for path in args.image if not Path(path).is_file()), None)
     if missing is not None:
-        raise ConfigError(f"--picture {missing}: no such file")
+        raise ConfigError(f"--image {missing}: no such file")
     if dst.exists() and not args.overwrite:
         raise PolymodalError(f"{dst}: is there already; choose another folder or add --overwrite")
     if args.dtype == "q8_0" and args.format != "gguf":
@@ -112,9 +112,9 @@ def _gguf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:
 def _asked(args: argparse.Namespace) -> list[Probe]:
     """What the user wants asked besides the usual conversations."""
     from polymodal.data.load import load_records
-    from polymodal.verify.side_by_side import Probe, picture_probes
+    from polymodal.verify.side_by_side import Probe, image_probes
 
-    probes = picture_probes([Path(path) for path in args.picture])
+    probes = image_probes([Path(path) for path in args.image])
     if args.questions is not None:
         records = load_records(Path(args.questions))
         step = max(1, len(records) // args.limit)

@@ -1,4 +1,4 @@
-"""Ask one question about any number of pictures and print the answer.
+"""Ask one question about any number of images and print the answer.
 
 Example: polymodal generate --image cat.jpg --prompt "What is this?"
          polymodal generate --model openai:gpt-4o --image cat.jpg --prompt "What is this?"
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture; give the flag again for more"
+        "--image", action="append", default=[], metavar="FILE", help="an image; give the flag again for more"
     )
-    parser.add_argument("--prompt", required=True, help="the question; pictures come before it, in order")
+    parser.add_argument("--prompt", required=True, help="the question; images come before it, in order")
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--json", action="store_true", help="print one JSON object with usage and timing")
     parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = common.open_model(args)
     messages = [system(args.system)] if args.system else []
-    messages.append(user(*common.pictures(args.image), args.prompt))
+    messages.append(user(*common.images(args.image), args.prompt))
     if args.stream:
         for event in model.stream(messages, params):
             if isinstance(event, TextDelta):

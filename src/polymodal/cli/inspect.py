@@ -1,4 +1,4 @@
-"""Show what the model sees: every token by kind, the counts, and the tiles drawn on the pictures.
+"""Show what the model sees: every token by kind, the counts, and the tiles drawn on the images.
 
 Runs no language model. With --answer the conversation is shown as it is trained on, the answer's tokens marked.
 Example: polymodal inspect --image cat.jpg --prompt "What is this?" --answer "A cat." --html seen.html
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture; give the flag again for more"
+        "--image", action="append", default=[], metavar="FILE", help="an image; give the flag again for more"
     )
-    parser.add_argument("--prompt", required=True, help="the question; pictures come before it, in order")
+    parser.add_argument("--prompt", required=True, help="the question; images come before it, in order")
     parser.add_argument("--answer", help="an answer, shown as trained tokens")
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--html", metavar="FILE", help="write the view as one self-contained page")
-    parser.add_argument("--png", metavar="FILE", help="write the tiles drawn on the pictures")
+    parser.add_argument("--png", metavar="FILE", help="write the tiles drawn on the images")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: %(default)s")
     common.add_model_argument(parser)
 
@@ -40,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Process the conversation, print the view, write the files asked for."""
     if args.png and not args.image:
-        raise ConfigError("--png draws pictures, and no --image was given")
+        raise ConfigError("--png draws images, and no --image was given")
     from polymodal.backends import load_processor
     from polymodal.messages import assistant, system, user
 
     processor = load_processor(args.model)
     messages = [system(args.system)] if args.system else []
-    messages.append(user(*common.pictures(args.image), args.prompt))
+    messages.append(user(*common.images(args.image), args.prompt))
     if args.answer is not None:
         messages.append(assistant(args.answer))
     show(
@@ -76,7 +76,7 @@ def show(
 
     sources = [part.source for message in messages for part in message.media if isinstance(part, Image)]
     if png and not sources:
-        raise ConfigError("--png draws pictures, and there are none")
+        raise ConfigError("--png draws images, and there are none")
     sample = processor(messages, add_generation_prompt=add_generation_prompt, pixels=False)
     view = view_sample(sample, processor.tokenizer)
     colour = common.colour_wanted(color, sys.stdout)
@@ -95,16 +95,16 @@ def show(
 
 
 def _drawings(processor: Processor, view: View, sources: Sequence[Source]) -> list[PILImage.Image]:
-    """Decode the pictures again, for the eye this time, and draw their plans."""
+    """Decode the images again, for the eye this time, and draw their plans."""
     from polymodal.media.image import open_image
-    from polymodal.processing.image_transform import tile_pictures
+    from polymodal.processing.image_transform import tile_images
     from polymodal.viewer.draw import draw_plan
 
-    image = processor.config.image
-    if image is None:
+    rules = processor.config.image
+    if rules is None:
         return []
     drawings = []
     for source, plan in zip(sources, view.plans, strict=True):
-        picture = open_image(source, background=image.background, max_pixels=image.max_pixels)
-        drawings.append(draw_plan(picture, plan, tile_pictures(picture, plan, image)))
+        image = open_image(source, background=rules.background, max_pixels=rules.max_pixels)
+        drawings.append(draw_plan(image, plan, tile_images(image, plan, rules)))
     return drawings

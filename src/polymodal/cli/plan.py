@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="a recipe or pipeline (.yaml), a model folder, or a hub id")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the recipe's")
     parser.add_argument(
-        "--image", action="append", default=[], metavar="HxW", help="a picture of a sample, in pixels; again for more"
+        "--image", action="append", default=[], metavar="HxW", help="an image of a sample, in pixels; again for more"
     )
     parser.add_argument(
         "--text-tokens", type=int, default=128, metavar="N", help="other tokens of a sample (default: %(default)s)"
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _stages(path: Path, overrides: list[str]) -> list[tuple[Any, Any]]:
     """The training stages of a recipe or pipeline file, each with what it starts from."""
-    from polymodal.config import new_picture_rules
+    from polymodal.config import new_image_rules
     from polymodal.planning.starting_point import Start, starting_point
     from polymodal.training.recipes.load import load_recipe
     from polymodal.training.recipes.pipeline import TrainStage, is_pipeline, load_pipeline
@@ -102,7 +102,7 @@ def _stages(path: Path, overrides: list[str]) -> list[tuple[Any, Any]]:
         if before is None:
             start = starting_point(recipe, path)
         else:
-            start = Start(new_picture_rules(before.config, recipe.init.image), before.trained, before.note)
+            start = Start(new_image_rules(before.config, recipe.init.image), before.trained, before.note)
         found.append((recipe, start))
         parts = {rule.match.split(".")[0] for rule in recipe.train if rule.train}
         left[str(Path(recipe.output_dir) / "final")] = Start(
@@ -166,7 +166,7 @@ def _text(plan: Plan, question: Question) -> str:
     """A training plan for a person."""
     total, trained = sum(plan.parameters.values()), sum(plan.trained.values())
     parts = ", ".join(f"{name} {_count(count)}" for name, count in plan.parameters.items())
-    pictures = ", ".join(
+    images = ", ".join(
         f"{size.height}x{size.width}: {tokens} tokens in {tiles} tile{'s' * (tiles != 1)}"
         for size, tokens, tiles in zip(question.images, plan.visual_tokens, plan.tiles, strict=True)
     )
@@ -175,7 +175,7 @@ def _text(plan: Plan, question: Question) -> str:
     rows = [
         ("model", f"{plan.model}: {parts}"),
         ("trained", f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f} %), {plan.precision}"),
-        ("pictures", pictures or "none (--image HxW)"),
+        ("pictures", images or "none (--image HxW)"),
         ("sample", f"{plan.tokens} tokens, {question.answer_tokens} of them trained{over}"),
         ("key-value cache", _cache(plan.kv_bytes_per_token, plan.tokens, "a sample")),
         ("at once", f"{plan.micro_rows} samples on {_devices(question)} ({question.engine}); {checkpointed}"),
@@ -209,7 +209,7 @@ def _model_text(plan: ModelPlan) -> str:
     parts = ", ".join(f"{name} {_count(count)}" for name, count in plan.parameters.items())
     rows = [("model", f"{plan.name}: {parts}"), ("weights", f"{_gib(plan.weight_bytes)} ({plan.dtype})")]
     for (height, width), tokens, tiles in zip(plan.images, plan.visual_tokens, plan.tiles, strict=True):
-        rows.append((f"picture {height}x{width}", f"{tokens} tokens in {tiles} tile{'s' * (tiles != 1)}"))
+        rows.append((f"image {height}x{width}", f"{tokens} tokens in {tiles} tile{'s' * (tiles != 1)}"))
     rows += [
         ("prompt", f"{plan.tokens} tokens of {plan.context or 'unlimited'}{' - TOO LONG' * plan.too_long}"),
         ("key-value cache", _cache(plan.kv_bytes_per_token, plan.tokens, "for the prompt")),

@@ -1,10 +1,10 @@
 """The tokenised rows of a data source in memory maps: built once, opened in a moment, read row by row.
 
-A folder holds flat arrays of token ids and loss masks, where each row begins in them, its pictures' plans, places and
+A folder holds flat arrays of token ids and loss masks, where each row begins in them, its images' plans, places and
 content hashes, and the rows themselves as records of our own, whatever form they came in (JSON, parquet, tar). So a
 run starts without reading 600,000 rows of JSON, workers share the pages of one file, and a row that cannot be used
-was found before the first step. What it was made from (data files, tokenizer, template, picture rules) decides the
-folder's name; the sizes and times of the pictures are compared when it is opened.
+was found before the first step. What it was made from (data files, tokenizer, template, image rules) decides the
+folder's name; the sizes and times of the images are compared when it is opened.
 
 Rows that were longer than allowed are here too: `max_length` is applied by the reader, and may change.
 """
@@ -48,7 +48,7 @@ def open_index(
     progress: Progress = quiet,
     say: Callable[[str], None] = lambda line: None,
 ) -> Index:
-    """Open the index of a source, and build it where it is not there or its pictures changed."""
+    """Open the index of a source, and build it where it is not there or its images changed."""
     about = identity(reading, processor)
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     target = folder / f"{reading.path.stem.strip('*') or 'data'}-{key}"
@@ -87,7 +87,7 @@ class Index:
         self.targets, self.tiles, self.rows, self.digests = (
             arrays[name] for name in ("targets", "tiles", "rows", "digests")
         )
-        self.lengths, self.pictures = np.diff(self._starts), np.diff(self._media_starts)
+        self.lengths, self.images = np.diff(self._starts), np.diff(self._media_starts)
         self._plans = [_plan(plan) for plan in self.info["plans"]]
         self._contexts = self._context_starts = np.zeros(0, np.int64)
         if (folder / f"{CONTEXT_ARRAYS[0]}.npy").is_file():
@@ -111,12 +111,12 @@ class Index:
         return record_from_json(self._plain(row))
 
     def media_keys(self, row: int) -> tuple[str, ...]:
-        """Content hashes of the row's pictures."""
+        """Content hashes of the row's images."""
         start, end = self._media_starts[row], self._media_starts[row + 1]
         return tuple(key.tobytes().hex() for key in self._keys[start:end])
 
     def _contexts_of(self, row: int) -> tuple[torch.Tensor, ...]:
-        """What the projector reads beside each picture of a row."""
+        """What the projector reads beside each image of a row."""
         if not len(self._context_starts):
             return ()
         media = range(self._media_starts[row], self._media_starts[row + 1])

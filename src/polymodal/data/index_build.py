@@ -74,10 +74,6 @@ def open_array(path: Path) -> np.ndarray:
         return np.load(path, allow_pickle=False)  # type: ignore[no-any-return]
 
 
-# ---- How an index is written: every row of a source tokenised once, streamed into growing arrays ----
-# The parts of `data.index` that are needed only while an index is built.
-
-
 VERSION = 1
 INFO = "index.json"
 MODALITIES = ("image", "video", "audio", "document")
@@ -136,7 +132,7 @@ def identity(reading: Reading, processor: Processor) -> dict[str, Any]:
 
 
 def _file_identity(file: Path, form: str) -> Any:
-    """A data file's content; of archives and folders, which hold the pictures too, names, sizes and times."""
+    """A data file's content; of archives and folders, which hold the images too, names, sizes and times."""
     if form not in ("parquet", "webdataset", "folder"):
         try:
             return sha256_file(file)
@@ -254,7 +250,7 @@ class _Writer:
         self._ends()
 
     def _add_contexts(self, sample: Sample) -> None:
-        """Append what a projector reads beside each picture; only its indices have these arrays."""
+        """Append what a projector reads beside each image; only its indices have these arrays."""
         for name in CONTEXT_ARRAYS:
             if name not in self._arrays:
                 self._arrays[name] = GrowingArray(self.folder / f"{name}.npy", "<i4")
@@ -275,7 +271,7 @@ class _Writer:
 
 
 def sample_digest(sample: Sample) -> bytes:
-    """Hash a sample's tokens, mask, pictures and their contexts."""
+    """Hash a sample's tokens, mask, images and their contexts."""
     digest = hashlib.sha256()
     for part in (sample.input_ids, sample.loss_mask):
         digest.update(part.numpy().tobytes())

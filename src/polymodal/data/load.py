@@ -27,10 +27,10 @@ def load_records(
     source: str = "",
     prompt: str | None = None,
 ) -> list[Record]:
-    """Read all records of a file, checking every one. Pictures are located, not read.
+    """Read all records of a file, checking every one. Images are located, not read.
 
     Args:
-        path: A data file; a folder or a pattern with `*` for shards and for pictures with captions.
+        path: A data file; a folder or a pattern with `*` for shards and for images with captions.
         image_root: The folder that media paths are relative to and may not leave; the file's own folder when None.
         format: A name of `FORMATS`, or "auto".
         annotations: The second file, of formats that have two.

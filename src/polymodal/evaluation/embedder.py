@@ -1,4 +1,4 @@
-"""A model with a picture tower and a text tower, loaded from a stock folder, as a function to vectors.
+"""A model with an image tower and a text tower, loaded from a stock folder, as a function to vectors.
 
 Tokens and pixels are made as the folder's own tokenizer and image processor make them, through our preprocessing
 (which the parity tests hold equal to theirs), so a folder of CLIP, SigLIP or any dual encoder from elsewhere is scored
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
     from polymodal.messages import Source
 
 Progress = Callable[[int], object]
-"""Told how many more pictures or texts are done."""
+"""Told how many more images or texts are done."""
 
 _TOWERS_WITHOUT_TEXT = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "vit", "beit")
 
 
 @dataclass(frozen=True)
 class Embedder:
-    """Pictures and texts to unit vectors of one space."""
+    """Images and texts to unit vectors of one space."""
 
     model: PairModel  # The two towers, in eval mode
-    image: ImageConfig  # The picture rules
+    image: ImageConfig  # The image rules
     device: torch.device  # Where the model is
 
     @torch.no_grad()
-    def pictures(
+    def images(
         self, sources: Sequence[Source], *, batch_size: int = 32, workers: int = 2, progress: Progress | None = None
     ) -> Tensor:
-        """Embed pictures."""
+        """Embed images."""
         # -> [N, D]
         found: list[Tensor] = []
         tiles: list[Tensor] = []
@@ -88,19 +88,19 @@ class Embedder:
         return torch.cat(found)
 
     def _tile(self, source: Source) -> Tensor:
-        picture = open_image(source, background=self.image.background, max_pixels=self.image.max_pixels)
-        plan = plan_image(Size(picture.height, picture.width), self.image, Size(1, 1))
-        return torch.from_numpy(tile_bytes(picture, plan, self.image)[0])
+        image = open_image(source, background=self.image.background, max_pixels=self.image.max_pixels)
+        plan = plan_image(Size(image.height, image.width), self.image, Size(1, 1))
+        return torch.from_numpy(tile_bytes(image, plan, self.image)[0])
 
 
 def load_embedder(source: str | Path, device: str | torch.device = "cpu") -> Embedder:
-    """Load a folder with a picture tower and a text tower."""
+    """Load a folder with an image tower and a text tower."""
     source = str(shipped(str(source)) or source)
     kind = _family(source)
     notes = read_notes(Path(source).expanduser())
     objective = ObjectiveConfig(type=notes.get("objective", "siglip" if kind == "siglip" else "clip"))
     where = f"{source}/{NOTES}: image"
-    image = parse_config(ImageConfig, notes["image"], where) if "image" in notes else _picture_rules(source)
+    image = parse_config(ImageConfig, notes["image"], where) if "image" in notes else _image_rules(source)
     model: Any = load_pair_model(source, image, objective)
     return Embedder(model.to(device).eval(), image, torch.device(device))
 
@@ -111,7 +111,7 @@ def _family(source: str) -> str:
 
     folder = Path(source).expanduser()
     if (folder / "polymodal.json").is_file():
-        raise ConfigError(f"{source}: a chat model has no text tower to compare pictures with; use --task questions")
+        raise ConfigError(f"{source}: a chat model has no text tower to compare images with; use --task questions")
     if folder.is_file():
         raise CheckpointError(f"{source} is a file; name the folder of a CLIP, SigLIP or other dual-encoder model")
     try:
@@ -121,13 +121,13 @@ def _family(source: str) -> str:
     kind = str(settings.get("model_type", ""))
     if kind in _TOWERS_WITHOUT_TEXT:
         raise ConfigError(
-            f"{source}: model_type {kind!r} is a picture tower without a text tower, so no text can be compared with "
+            f"{source}: model_type {kind!r} is an image tower without a text tower, so no text can be compared with "
             "it; name the whole dual-encoder folder, or compare towers with `python -m benchmarks.towers`"
         )
     return kind
 
 
-def _picture_rules(source: str) -> ImageConfig:
+def _image_rules(source: str) -> ImageConfig:
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:

@@ -126,11 +126,6 @@ def _encoder_decoder(model: MultimodalLM, embeds: torch.Tensor, attention_mask: 
     return next_logits
 
 
-# ---- Token by token: read the prompt once, then decode from the key-value cache (`generation.generate`) ----
-# Rows of a batch are padded on the left, so that unequal prompts give the same tokens as one by one. Placeholder ids
-# and rows of the head that belong to no token are never chosen.
-
-
 @dataclass(frozen=True)
 class Step:
     """One decoding step."""

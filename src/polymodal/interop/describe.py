@@ -44,7 +44,7 @@ class Description:
     vocabulary: int | None = None  # Entries of the tokenizer; None without one
     special_tokens: dict[str, dict[str, Any]] = field(default_factory=dict)  # Role -> text and id
     template: dict[str, str] | None = None  # Where the chat template is from, its hash and its text; None without one
-    pictures: dict[str, Any] = field(default_factory=dict)  # The picture rules
+    images: dict[str, Any] = field(default_factory=dict)  # The image rules
     history: list[dict[str, Any]] = field(default_factory=list)  # The stages it went through, oldest first
     # Its hash, and why it does not hold, None where it does; None for folders that have none
     contract: dict[str, str | None] | None = None
@@ -118,7 +118,7 @@ def _ours(name: str, report: FolderReport) -> Description:
         vocabulary=vocabulary,
         special_tokens=special,
         template=template,
-        pictures=_used_rules(config.image) if config.image is not None else {},
+        images=_used_rules(config.image) if config.image is not None else {},
         history=read_history(folder),
         contract={"sha256": str(document.get("contract_hash")), "broken": broken},
         licence=_licence(folder),
@@ -151,7 +151,7 @@ def _theirs(name: str, report: FolderReport) -> Description:
         vocabulary=vocabulary,
         special_tokens=special,
         template=_folder_template(report),
-        pictures=_rules(report),
+        images=_rules(report),
         licence=_licence(report.folder),
         notes=notes,
     )
@@ -206,12 +206,12 @@ def _kind(report: FolderReport) -> str:
         ("ForConditionalGeneration", "model that takes media" if "vision_config" in settings else "encoder-decoder"),
         ("ForCausalLM", "language model"),
         ("VisionModel", "vision tower"),
-        ("ForImageTextRetrieval", "scorer of pictures and texts"),
+        ("ForImageTextRetrieval", "scorer of images and texts"),
     ):
         if name.endswith(ending):
             return f"{words} ({shape})" if settings.get("model_type") != "whisper" else f"speech model ({shape})"
     if "vision_config" in settings and "text_config" in settings:
-        return f"pair of towers for pictures and texts ({name})"
+        return f"pair of towers for images and texts ({name})"
     return f"model of transformers ({shape})" if name else "folder without a config.json"
 
 
@@ -261,12 +261,12 @@ def _template(source: str, text: str) -> dict[str, str]:
 
 
 def _used_rules(image: ImageConfig) -> dict[str, Any]:
-    """The picture rules that have a say under the chosen layout."""
+    """The image rules that have a say under the chosen layout."""
     values = image.model_dump(mode="json", exclude_none=True)
     layout = image.image_aspect_ratio
     drop = {"max_tiles", "thumbnail"} if layout != "slice" else set()
     if layout != "anyres":
-        drop |= {"image_grid_pinpoints", "mm_patch_merge_type", "several_pictures"}
+        drop |= {"image_grid_pinpoints", "mm_patch_merge_type", "several_images"}
     if layout not in ("anyres", "slice"):
         drop |= {"overview_aspect_ratio"}
     return {key: value for key, value in values.items() if key not in drop}
@@ -293,7 +293,7 @@ def _image_config(report: FolderReport) -> ImageConfig | None:
 
 
 def visual_tokens(folder: Path, sizes: Sequence[Size]) -> list[tuple[int, int]]:
-    """Count what pictures take in a published vision-language model, from configurations alone."""
+    """Count what images take in a published vision-language model, from configurations alone."""
     from polymodal.interop.huggingface.families import read_pieces
     from polymodal.interop.huggingface.weights import compose_vision
 

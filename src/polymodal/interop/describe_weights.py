@@ -86,7 +86,7 @@ def kind_of(settings: Mapping[str, Any]) -> str:
         ("{} decoder layers", ("num_decoder_layers", "decoder_layers")),
         ("width {}", ("hidden_size", "d_model", "n_embd")),
         ("{} heads", ("num_attention_heads", "num_heads", "encoder_attention_heads", "n_head")),
-        ("pictures of {}", ("image_size",)),
+        ("images of {}", ("image_size",)),
         ("patches of {}", ("patch_size",)),
         ("{} mel bins", ("num_mel_bins",)),
         ("{} queries", ("num_query_tokens",)),
@@ -126,9 +126,6 @@ def _counted(segment: str, inside: Mapping[str, TensorInfo]) -> str:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"\.", name)]
-
-
-# ---- Where a model to be described lies: on this machine, in the hub's cache, or (headers only) on the hub ----
 
 
 SMALL_FILES = ("*.json", "*.jinja", "*.md", "LICENSE*")

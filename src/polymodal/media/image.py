@@ -1,4 +1,4 @@
-"""A picture of any kind to 8-bit RGB, with limits.
+"""An image of any kind to 8-bit RGB, with limits.
 
 The size is read from the header and checked before a pixel is decoded. EXIF orientation is applied, the first frame of
 an animation is taken, and transparency is composited on a background. Colour profiles are not applied (no vision
@@ -31,7 +31,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is opened. Pillow knows some forty more, most of them old and none of them needed from strangers."""
 
 MAX_PIXELS = 64_000_000
-"""The largest picture unless the caller says otherwise."""
+"""The largest image unless the caller says otherwise."""
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -53,16 +53,16 @@ def open_image(
     limit: int = MAX_BYTES,
     name: str | None = None,
 ) -> PILImage.Image:
-    """Open a picture as upright RGB."""
+    """Open an image as upright RGB."""
     name = name or describe(source)
     if isinstance(source, PILImage.Image):
         return _decode(source, background, max_pixels, name)
     data = read_bytes(source, limit=limit, name=name)
     with warnings.catch_warnings():
-        # Pillow warns of large pictures on stderr; here they are refused, or allowed by the caller's own limit.
+        # Pillow warns of large images on stderr; here they are refused, or allowed by the caller's own limit.
         warnings.simplefilter("ignore")
         try:
-            picture = PILImage.open(io.BytesIO(data), formats=FORMATS)
+            image = PILImage.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
             raise MediaError(f"{name}: {_what_is_it(data)}; allowed are {', '.join(FORMATS)}") from None
         except PILImage.DecompressionBombError:
@@ -72,20 +72,20 @@ def open_image(
             ) from None
         except Exception as error:  # a parser that is fed damaged bytes may raise anything
             raise _damaged(name, error) from error
-        with picture:
-            return _decode(picture, background, max_pixels, name)
+        with image:
+            return _decode(image, background, max_pixels, name)
 
 
-def _decode(picture: PILImage.Image, background: tuple[int, int, int], max_pixels: int, name: str) -> PILImage.Image:
+def _decode(image: PILImage.Image, background: tuple[int, int, int], max_pixels: int, name: str) -> PILImage.Image:
     """Check the size, decode, convert and turn upright."""
-    _check_size(picture, max_pixels, name)
+    _check_size(image, max_pixels, name)
     try:
-        if isinstance(picture, ImageFile.ImageFile) and getattr(picture, "is_animated", False):
-            picture.seek(0)
-        picture.load()
-        _check_size(picture, max_pixels, name)  # a first frame may enlarge the screen that the header gave
-        turn = _UPRIGHT.get(_orientation(picture))
-        rgb = to_rgb(picture, background)
+        if isinstance(image, ImageFile.ImageFile) and getattr(image, "is_animated", False):
+            image.seek(0)
+        image.load()
+        _check_size(image, max_pixels, name)  # a first frame may enlarge the screen that the header gave
+        turn = _UPRIGHT.get(_orientation(image))
+        rgb = to_rgb(image, background)
         return rgb if turn is None else rgb.transpose(turn)
     except MediaError:
         raise
@@ -93,25 +93,25 @@ def _decode(picture: PILImage.Image, background: tuple[int, int, int], max_pixel
         raise _damaged(name, error) from error
 
 
-def to_rgb(picture: PILImage.Image, background: tuple[int, int, int]) -> PILImage.Image:
+def to_rgb(image: PILImage.Image, background: tuple[int, int, int]) -> PILImage.Image:
     """Convert any Pillow mode to RGB; see the module's text for depths beyond 8 bits."""
-    if picture.mode == "I" or picture.mode == "F" or picture.mode.startswith("I;16"):
-        picture = _to_8_bits(picture)
-    elif picture.mode == "La":
-        picture = picture.convert("LA")  # Pillow has no way from La to RGBA
-    if not picture.has_transparency_data:
-        return picture.copy() if picture.mode == "RGB" else picture.convert("RGB")
-    rgba = picture.convert("RGBA")
+    if image.mode == "I" or image.mode == "F" or image.mode.startswith("I;16"):
+        image = _to_8_bits(image)
+    elif image.mode == "La":
+        image = image.convert("LA")  # Pillow has no way from La to RGBA
+    if not image.has_transparency_data:
+        return image.copy() if image.mode == "RGB" else image.convert("RGB")
+    rgba = image.convert("RGBA")
     canvas = PILImage.new("RGBA", rgba.size, (*background, 255))
     return PILImage.alpha_composite(canvas, rgba).convert("RGB")
 
 
-def _to_8_bits(picture: PILImage.Image) -> PILImage.Image:
+def _to_8_bits(image: PILImage.Image) -> PILImage.Image:
     """Bring deep greys to L, or LA where one grey value is marked as transparent."""
     import numpy as np
 
-    values: Any = np.asarray(picture)
-    if picture.mode == "F":
+    values: Any = np.asarray(image)
+    if image.mode == "F":
         finite = np.isfinite(values)
         low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
         values = np.where(finite, values, low).astype(np.float64)
@@ -119,28 +119,28 @@ def _to_8_bits(picture: PILImage.Image) -> PILImage.Image:
             values = values * 255
         elif low < 0 or high > 255:
             values = (values - low) * (255 / (float(high) - float(low))) if high > low else values * 0
-    elif picture.mode != "I" or values.max() > 255:
+    elif image.mode != "I" or values.max() > 255:
         values = values / 257
     grey = PILImage.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
-    clear = picture.info.get("transparency")
+    clear = image.info.get("transparency")
     if isinstance(clear, int):  # of a 16-bit grey PNG
-        grey.putalpha(PILImage.fromarray(np.where(np.asarray(picture) == clear, 0, 255).astype(np.uint8)))
+        grey.putalpha(PILImage.fromarray(np.where(np.asarray(image) == clear, 0, 255).astype(np.uint8)))
     return grey
 
 
-def _orientation(picture: PILImage.Image) -> int:
+def _orientation(image: PILImage.Image) -> int:
     """Read the EXIF orientation; 1 (upright) where there is none or it is damaged, as every viewer does."""
     try:
-        value = picture.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # damaged metadata does not make the picture unreadable
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # damaged metadata does not make the image unreadable
         return 1
     return value if isinstance(value, int) else 1
 
 
-def _check_size(picture: PILImage.Image, max_pixels: int, name: str) -> None:
-    width, height = picture.size
+def _check_size(image: PILImage.Image, max_pixels: int, name: str) -> None:
+    width, height = image.size
     if width < 1 or height < 1:
-        raise MediaError(f"{name}: is {height}x{width} pixels (height x width); give a picture with pixels")
+        raise MediaError(f"{name}: is {height}x{width} pixels (height x width); give an image with pixels")
     if width * height > max_pixels:
         raise MediaError(
             f"{name}: {height}x{width} pixels (height x width), at most {max_pixels:,} are allowed; scale it down"
@@ -153,21 +153,21 @@ def _damaged(name: str, error: Exception) -> MediaError:
 
 
 def _what_is_it(data: bytes) -> str:
-    """Say what a file is instead, for the kinds that people mistake for pictures most."""
+    """Say what a file is instead, for the kinds that people mistake for images most."""
     head = data[:512].lstrip().lower()
     if data[4:8] == b"ftyp":
         brand = data[8:12]
         if brand in (b"heic", b"heix", b"mif1", b"hevc", b"msf1"):
-            return "is a HEIC picture, convert it to JPEG or PNG"
+            return "is a HEIC image, convert it to JPEG or PNG"
         if brand in (b"avif", b"avis"):
-            return "is an AVIF picture, convert it to JPEG or PNG"
-        return "is a video, not a picture"
+            return "is an AVIF image, convert it to JPEG or PNG"
+        return "is a video, not an image"
     if head.startswith(b"%pdf"):
-        return "is a PDF document, not a picture"
+        return "is a PDF document, not an image"
     if head.startswith(b"<svg") or (head.startswith(b"<?xml") and b"<svg" in data[:4096].lower()):
         return "is an SVG drawing, convert it to PNG"
     if head.startswith((b"<!doctype html", b"<html")):
-        return "is a web page, not a picture"
+        return "is a web page, not an image"
     if data.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, fetch the file itself (git lfs pull)"
-    return "is not a picture that can be read"
+    return "is not an image that can be read"

@@ -33,14 +33,14 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 def describe(source: Source) -> str:
     """Name a source for an error line."""
     if isinstance(source, bytes | bytearray | memoryview):
-        return f"picture of {len(source)} bytes"
+        return f"image of {len(source)} bytes"
     if isinstance(source, FileSlice):
         return f"{describe(source.path)}: {describe(source.name) if source.name else f'byte {source.offset}'}"
     if isinstance(source, TableCell):
         item = f"[{source.item}]" if source.item >= 0 else ""
         return f"{describe(source.path)}: row {source.row} of row group {source.group}, `{source.column}`{item}"
     if not isinstance(source, str | Path):
-        return "picture in memory"
+        return "image in memory"
     text = str(source)
     if text[:5].lower() == "data:":
         return "data: URL"
@@ -75,7 +75,7 @@ def _local_path(source: str | Path, name: str) -> Path:
     if isinstance(source, Path):
         return source
     if not source.strip():
-        raise MediaError("the path of a picture is empty; give a file")
+        raise MediaError("the path of an image is empty; give a file")
     found = _SCHEME.match(source)
     if found is None:
         return Path(source).expanduser()
@@ -142,10 +142,10 @@ def _too_large(name: str, size: int, limit: int) -> bytes:
     raise MediaError(f"{name}: {size:,} bytes, at most {limit:,} are allowed; make the file smaller")
 
 
-# ---- Bytes of one cell of a parquet file, the way Hugging Face `datasets` stores pictures ----
+# ---- Bytes of one cell of a parquet file, the way Hugging Face `datasets` stores images ----
 # Parquet has no way to read one cell: a column is read a row group at a time. The last groups are kept, so that reading
-# in order costs one read a group; reading in random order costs one for each picture. `datasets` writes groups of about
-# 100 pictures, which keeps that bearable; a group too large for memory is refused. Where it is not, cache the features
+# in order costs one read a group; reading in random order costs one for each image. `datasets` writes groups of about
+# 100 images, which keeps that bearable; a group too large for memory is refused. Where it is not, cache the features
 # or convert the file.
 
 
@@ -207,7 +207,7 @@ def read_cell(cell: TableCell, limit: int, name: str) -> bytes:
     value = column[cell.row]
     if cell.item >= 0 and value.is_valid:
         if cell.item >= len(value):
-            raise MediaError(f"{name}: no such picture; the file has changed")
+            raise MediaError(f"{name}: no such image; the file has changed")
         value = value[cell.item]
     if hasattr(value, "keys") and value.is_valid:  # a struct
         if "bytes" not in value:
@@ -216,7 +216,7 @@ def read_cell(cell: TableCell, limit: int, name: str) -> bytes:
             return _at_path(str(value["path"].as_py()), cell.root, limit, name)
         value = value["bytes"]
     if not value.is_valid:
-        raise MediaError(f"{name}: the cell is empty; give the picture's bytes")
+        raise MediaError(f"{name}: the cell is empty; give the image's bytes")
     if not hasattr(value, "as_buffer"):
         raise MediaError(f"{name}: holds {value.type}, not bytes; the file is damaged or has changed")
     buffer = value.as_buffer()

@@ -1,12 +1,12 @@
-"""How well pictures find their captions, captions their pictures, and pictures the names of their classes.
+"""How well images find their captions, captions their images, and images the names of their classes.
 
-Recall@k as Karpathy and Fei-Fei report it (2015, arXiv:1412.2306): a picture has found its caption if any of its
-captions is among the k nearest; a caption must find its one picture. Zero-shot classification is CLIP's (Radford et
+Recall@k as Karpathy and Fei-Fei report it (2015, arXiv:1412.2306): an image has found its caption if any of its
+captions is among the k nearest; a caption must find its one image. Zero-shot classification is CLIP's (Radford et
 al. 2021, arXiv:2103.00020, section 3.1.4): a class is the mean of its prompts' unit vectors, made a unit vector again.
 
 Ties are broken pessimistically: what scores the same as the right answer is counted before it. A model that gives one
 score to everything has recall 0, not 1 (`argsort` and `topk` would credit it with the order of the file). Embeddings
-may hold several vectors a picture, as a Q-Former's queries do; the best one counts, as in BLIP-2 (arXiv:2301.12597).
+may hold several vectors an image, as a Q-Former's queries do; the best one counts, as in BLIP-2 (arXiv:2301.12597).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BUDGET = 64 << 20
 class Ranks:
     """How many wrong answers stand before the first right one; 0 is a hit at the first place."""
 
-    image_to_text: Tensor  # [I]; the best placed of a picture's captions counts
+    image_to_text: Tensor  # [I]; the best placed of an image's captions counts
     text_to_image: Tensor  # [T]
 
 
@@ -84,7 +84,7 @@ def embedding_ranks(image: Tensor, text: Tensor, image_of_text: Tensor, *, budge
 
 
 def similarities(image: Tensor, text: Tensor) -> Tensor:  # image [I, D], text [T, D] -> [I, T]
-    """Dot products, the greatest over a picture's vectors."""
+    """Dot products, the greatest over an image's vectors."""
     if image.ndim == 3:
         return torch.einsum("iqd,td->iqt", image, text).amax(dim=1)
     return image @ text.T
@@ -97,7 +97,7 @@ def class_embeddings(prompts: Tensor) -> Tensor:  # [C, N, D] -> [C, D]
 
 
 def zero_shot(image: Tensor, classes: Tensor, labels: Tensor, *, budget: int = BUDGET) -> dict[str, float]:
-    """Share of pictures whose class is the nearest, and among the five nearest."""
+    """Share of images whose class is the nearest, and among the five nearest."""
     # image [I, D], classes [C, D], labels [I]
     ranks = zero_shot_ranks(image, classes, labels, budget=budget)
     return {f"top{k}": float((ranks < k).double().mean()) for k in (1, 5)}
@@ -108,7 +108,7 @@ def zero_shot_ranks(image: Tensor, classes: Tensor, labels: Tensor, *, budget: i
     # image [I, D], classes [C, D], labels [I] -> [I]
     right = right_classes(labels, len(classes)).to(image.device)
     if len(right) != len(image):
-        raise DataError(f"{len(image)} pictures but labels of {len(right)}")
+        raise DataError(f"{len(image)} images but labels of {len(right)}")
     queries = image.shape[1] if image.ndim == 3 else 1
     parts = torch.arange(len(image), device=image.device).split(_rows(len(classes) * queries, budget))
     return torch.cat([_ranks(similarities(image[part], classes), right[part]) for part in parts])
@@ -123,7 +123,7 @@ def right_classes(labels: Tensor, classes: int) -> Tensor:  # labels [I] -> [I, 
     if labels.shape[1] != classes:
         raise DataError(f"labels for {labels.shape[1]} classes, but there are {classes}")
     if not bool(labels.any(dim=1).all()):
-        raise DataError(f"picture {int((~labels.any(dim=1)).nonzero()[0])} has no right class")
+        raise DataError(f"image {int((~labels.any(dim=1)).nonzero()[0])} has no right class")
     return labels.bool()
 
 
@@ -154,10 +154,10 @@ def _check_pairs(images: int, texts: int, image_of_text: Tensor) -> None:
     if len(image_of_text) != texts:
         raise DataError(f"{texts} texts but image_of_text has {len(image_of_text)}")
     if not images or not texts:
-        raise DataError(f"nothing to find: {images} pictures, {texts} texts")
+        raise DataError(f"nothing to find: {images} images, {texts} texts")
     low, high = int(image_of_text.min()), int(image_of_text.max())
     if low < 0 or high >= images:
-        raise DataError(f"image_of_text goes from {low} to {high}, but there are {images} pictures")
+        raise DataError(f"image_of_text goes from {low} to {high}, but there are {images} images")
     lonely = torch.bincount(image_of_text.cpu(), minlength=images) == 0
     if bool(lonely.any()):
-        raise DataError(f"picture {int(lonely.nonzero()[0])} has no text")
+        raise DataError(f"image {int(lonely.nonzero()[0])} has no text")

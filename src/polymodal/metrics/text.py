@@ -65,7 +65,7 @@ def mean_interval(values: np.ndarray, seed: int = 0, draws: int = 10_000) -> tup
 
 
 def ratio_interval(hits: np.ndarray, counts: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
-    """95% bootstrap interval of a share whose items come in groups, such as the captions of a picture."""
+    """95% bootstrap interval of a share whose items come in groups, such as the captions of an image."""
     # hits [n], counts [n]
     random = np.random.default_rng(seed)
     shares = []

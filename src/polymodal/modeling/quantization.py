@@ -3,7 +3,7 @@
 Making a token reads every weight once, so on a CPU it is as quick as the memory: one byte a weight in place of four.
 Weights are rounded after the model was loaded, each output channel by itself and symmetrically, without looking at data
 (what LLM.int8(), arXiv:2208.07339, calls vector-wise). Unlike there, activations are never quantised, and unlike
-torchao nothing has to be compiled. Vision tower and projector keep their weights: they are read once a picture, not
+torchao nothing has to be compiled. Vision tower and projector keep their weights: they are read once an image, not
 once a token. Experts that transformers keeps as one three-dimensional tensor are no linear layers and stay as they are.
 
 On a GPU transformers quantises while it loads, with bitsandbytes or torchao; `gpu_settings` only asks for it.

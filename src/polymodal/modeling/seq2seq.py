@@ -2,13 +2,13 @@
 
 Up to the model there is one representation, whatever the language model: ids with placeholders, and labels on what the
 assistant says. Here the row is cut in two. Everything before the *last* trained run, the last answer, is the encoder's
-input, pictures and earlier answers included; that run is what the decoder is taught, from its start token on. What
+input, images and earlier answers included; that run is what the decoder is taught, from its start token on. What
 comes after it, such as a template's newline, belongs to neither. So of a conversation of several turns only the last
 answer is trained: a decoder cannot be taught an answer whose question's encoding has already seen that answer.
 `Processor(last_answer_only=True)` masks the earlier ones where the loss mask is made, so that trained tokens are
 counted as the model scores them; labels on several runs are refused here.
 
-This is the split of BLIP-2's FlanT5 models (arXiv:2301.12597): picture and prompt into the encoder, the answer out of
+This is the split of BLIP-2's FlanT5 models (arXiv:2301.12597): image and prompt into the encoder, the answer out of
 the decoder. Differences from the reference: the encoder's input ends where the template ends it (the preset "t5" ends
 every message with `</s>`, as T5's tokenizer does); rows are moved to the left before they are encoded, so that models
 with absolute positions see the same whichever side was padded. Pure functions of tensors; shapes as in

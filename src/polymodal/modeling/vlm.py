@@ -65,7 +65,7 @@ class MultimodalLM(nn.Module):
 
     Attributes:
         logits_budget: Bytes of logits above which the loss is taken in chunks; None leaves it to the device.
-        context_tokenizer: Of a projector that reads the question beside a picture; None for one that does not.
+        context_tokenizer: Of a projector that reads the question beside an image; None for one that does not.
     """
 
     pixel_scale: torch.Tensor | None
@@ -137,7 +137,7 @@ class MultimodalLM(nn.Module):
             PolymodalError: The model has no vision encoder, or was not told how to normalise.
         """
         if self.vision_encoder is None:
-            raise PolymodalError("this model has no vision encoder; leave the picture out")
+            raise PolymodalError("this model has no vision encoder; leave the image out")
         if pixel_values.dtype == torch.uint8:
             if self.pixel_scale is None or self.pixel_shift is None:
                 raise PolymodalError("uint8 tiles: this model was built without image_mean and image_std")
@@ -148,7 +148,7 @@ class MultimodalLM(nn.Module):
 
     @property
     def reads_context(self) -> bool:
-        """Whether the projector reads the question beside a picture (InstructBLIP)."""
+        """Whether the projector reads the question beside an image (InstructBLIP)."""
         return bool(getattr(self.projector, "text_context", False))
 
     def project(self, features: torch.Tensor, context_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -167,7 +167,7 @@ class MultimodalLM(nn.Module):
         """
         projector: Any = self.projector
         if projector is None:
-            raise PolymodalError("this model has no vision encoder; leave the picture out")
+            raise PolymodalError("this model has no vision encoder; leave the image out")
         features = features.to(next(projector.parameters()).dtype)
         projected: torch.Tensor
         if self.reads_context:
@@ -181,16 +181,16 @@ class MultimodalLM(nn.Module):
     def project_images(
         self, features: torch.Tensor, plans: Sequence[ImagePlan], context_ids: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
-        """Project features and lay each picture's tokens out as its plan says.
+        """Project features and lay each image's tokens out as its plan says.
 
         Args:
-            features: [N, P, E], the tiles of all pictures, in order.
-            plans: One plan a picture; their tiles add up to N.
-            context_ids: [pictures, t], what the projector reads beside each picture, -1 behind the end of a row; None
+            features: [N, P, E], the tiles of all images, in order.
+            plans: One plan an image; their tiles add up to N.
+            context_ids: [images, t], what the projector reads beside each image, -1 behind the end of a row; None
                 where it reads nothing.
 
         Returns:
-            One [num_tokens, D] tensor a picture.
+            One [num_tokens, D] tensor an image.
 
         Raises:
             PolymodalError: The tiles do not add up, or a layout has another length than planned.
@@ -200,10 +200,10 @@ class MultimodalLM(nn.Module):
             raise PolymodalError(f"image: {tiles} tiles were planned, {len(features)} were given")
         if context_ids is not None:
             if len(context_ids) != len(plans):
-                raise PolymodalError(f"image: {len(plans)} pictures and {len(context_ids)} contexts were given")
+                raise PolymodalError(f"image: {len(plans)} images and {len(context_ids)} contexts were given")
             # Known on the host, the lengths need not be waited for.
-            pictures = [number for number, plan in enumerate(plans) for _ in range(plan.num_tiles)]
-            context_ids = context_ids[torch.tensor(pictures, device=context_ids.device)]
+            images = [number for number, plan in enumerate(plans) for _ in range(plan.num_tiles)]
+            context_ids = context_ids[torch.tensor(images, device=context_ids.device)]
         projected = self.project(features, context_ids)
         split = projected.split([plan.num_tiles for plan in plans])
         return [lay_out(part, plan, self.image_newline) for part, plan in zip(split, plans, strict=True)]
@@ -222,8 +222,8 @@ class MultimodalLM(nn.Module):
 
         Args:
             input_ids: [B, T]; placeholders expanded.
-            plans: One plan a picture, in order of row, then of place.
-            sample_of_image: The row of each picture.
+            plans: One plan an image, in order of row, then of place.
+            sample_of_image: The row of each image.
             pixel_values: [N, 3, H, W], or None.
             features: [N, P, E] in place of `pixel_values`.
             media_places: [M] positions of placeholders in the flattened [B * T], where they are known beforehand.
@@ -285,7 +285,7 @@ class MultimodalLM(nn.Module):
         """
         embeds = self.embed(input_ids, plans, sample_of_image, pixel_values, features, media_places, context_ids)
         if touch_media:
-            embeds = embeds + self._touch(has_pictures=pixel_values is not None or features is not None).to(embeds)
+            embeds = embeds + self._touch(has_images=pixel_values is not None or features is not None).to(embeds)
         if self.encoder_decoder and segments is None:
             return self._answer_losses(embeds, attention_mask, labels)
         if segments is not None:
@@ -337,13 +337,13 @@ class MultimodalLM(nn.Module):
                 )
         return self._packing
 
-    def _touch(self, has_pictures: bool) -> torch.Tensor:
+    def _touch(self, has_images: bool) -> torch.Tensor:
         """Zero, with a gradient path to every trained media part; these run on an empty tile if they have not run."""
         zero = torch.zeros((), device=self.device)
         if self.image_newline is not None:
             zero = zero + self.image_newline.float().sum() * 0
         encoder: Any = self.vision_encoder
-        if has_pictures or encoder is None or self.projector is None:
+        if has_images or encoder is None or self.projector is None:
             return zero
         weights = list(encoder.parameters())
         dtype = next(self.projector.parameters()).dtype
@@ -409,7 +409,7 @@ def _put(text: torch.Tensor, places: torch.Tensor, media: Sequence[torch.Tensor]
 
 
 def lay_out(tiles: torch.Tensor, plan: ImagePlan, newline: torch.Tensor | None) -> torch.Tensor:
-    """Order one picture's projected tokens as its plan says."""
+    """Order one image's projected tokens as its plan says."""
     # tiles [n, Q, D], newline [D] -> [num_tokens, D]
     if plan.merge == "flat" or plan.kept is None or plan.unpadded is None:
         tokens = tiles.flatten(0, 1)

@@ -34,10 +34,10 @@ class Load:
     """What goes through the model at once, on one device."""
 
     rows: int  # Samples
-    tokens: int  # Positions of each, pictures included
+    tokens: int  # Positions of each, images included
     targets: int  # Trained tokens of each
     tiles: int  # Tiles of each
-    visual_tokens: int  # Positions of each that are pictures
+    visual_tokens: int  # Positions of each that are images
     cached: bool = False  # The tower's features come from a cache
 
 

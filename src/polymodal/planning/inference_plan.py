@@ -1,4 +1,4 @@
-"""What a finished model needs to answer: visual tokens of each picture, weights, key-value cache.
+"""What a finished model needs to answer: visual tokens of each image, weights, key-value cache.
 
 Reads configurations only, like `planning.train_plan`.
 """
@@ -27,9 +27,9 @@ class ModelPlan:
     parameters: dict[str, int]  # Parameters of each part
     weight_bytes: int  # Bytes of all weights in memory
     dtype: str  # Of the language model
-    images: tuple[tuple[int, int], ...]  # Height and width of each picture
-    visual_tokens: tuple[int, ...]  # Positions of each picture
-    tiles: tuple[int, ...]  # Tiles of each picture
+    images: tuple[tuple[int, int], ...]  # Height and width of each image
+    visual_tokens: tuple[int, ...]  # Positions of each image
+    tiles: tuple[int, ...]  # Tiles of each image
     tokens: int  # Positions of the prompt
     context: int | None  # Positions that the language model was made for; None where it has no limit
     kv_bytes_per_token: int  # Of the key-value cache

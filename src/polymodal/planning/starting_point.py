@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from polymodal.config import ModelConfig, new_picture_rules
+from polymodal.config import ModelConfig, new_image_rules
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.training.recipes.load import load_recipe
 from polymodal.training.recipes.sft import Recipe
@@ -30,7 +30,7 @@ def starting_point(recipe: Recipe, path: Path | None = None) -> Start:
     folder, image = Path(recipe.init.from_folder), recipe.init.image
     if (folder / CONFIG_NAME).is_file():
         trained = {name for entry in read_history(folder) for name in entry.get("trained", ())}
-        config = new_picture_rules(resolve_bundled(read_config(folder), folder), image)
+        config = new_image_rules(resolve_bundled(read_config(folder), folder), image)
         return Start(config, frozenset(trained), f"as in {folder}")
     for other in sorted(path.parent.glob("*.yaml")) if path is not None else ():
         try:
@@ -40,7 +40,7 @@ def starting_point(recipe: Recipe, path: Path | None = None) -> Start:
         if Path(before.output_dir) / "final" == folder and other != path:
             start = starting_point(before, other)
             parts = {rule.match.split(".")[0] for rule in before.train if rule.train}
-            config = new_picture_rules(start.config, image)
+            config = new_image_rules(start.config, image)
             return Start(config, start.trained | parts, f"as {other} will leave it")
     if (folder / "config.json").is_file():
         raise CheckpointError(

@@ -48,7 +48,7 @@ ASSUMPTIONS = (
 class Question:
     """What is asked of a plan."""
 
-    images: tuple[Size, ...] = ()  # The pictures of one sample
+    images: tuple[Size, ...] = ()  # The images of one sample
     text_tokens: int = 128  # Its other tokens, prompt and answers
     answer_tokens: int = 64  # Those of them that are trained
     rows: int | None = None  # Records of the data set; counted where the files are small and there when None
@@ -68,8 +68,8 @@ class Plan:
     model: str  # Where the model's configuration was found
     parameters: dict[str, int]  # Parameters of each part
     trained: dict[str, int]  # Trained parameters of each part
-    visual_tokens: tuple[int, ...]  # Positions of each picture
-    tiles: tuple[int, ...]  # Tiles of each picture
+    visual_tokens: tuple[int, ...]  # Positions of each image
+    tiles: tuple[int, ...]  # Tiles of each image
     tokens: int  # Positions of one sample
     max_length: int  # The recipe's limit
     micro_rows: int  # Samples that go through the model at once on one device
@@ -120,14 +120,14 @@ def plan_training(recipe: Recipe, start: Start, question: Question) -> Plan:
     parameters, trained = _counts(model)
     shares = _shares(model, groups, bf16)
 
-    tokens_per_picture, tiles = visual_tokens(start.config, built, question.images)
-    length = sum(tokens_per_picture) + question.text_tokens
+    tokens_per_image, tiles = visual_tokens(start.config, built, question.images)
+    length = sum(tokens_per_image) + question.text_tokens
     load = Load(
         rows=_rows_at_once(recipe, length, question.devices),
         tokens=length,
         targets=question.answer_tokens,
         tiles=sum(tiles),
-        visual_tokens=sum(tokens_per_picture),
+        visual_tokens=sum(tokens_per_image),
         cached=recipe.run.feature_cache != "off",
     )
     cost = trace(built, load, bf16=bf16)
@@ -140,7 +140,7 @@ def plan_training(recipe: Recipe, start: Start, question: Question) -> Plan:
         model=start.note,
         parameters=parameters,
         trained=trained,
-        visual_tokens=tokens_per_picture,
+        visual_tokens=tokens_per_image,
         tiles=tiles,
         tokens=length,
         max_length=recipe.data.max_length,
@@ -159,7 +159,7 @@ def plan_training(recipe: Recipe, start: Start, question: Question) -> Plan:
 def visual_tokens(
     config: ModelConfig, built: Outline, images: Sequence[Size]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Tokens and tiles of each picture, as the processor will plan them."""
+    """Tokens and tiles of each image, as the processor will plan them."""
     grid = built.model.tokens_per_tile
     if images and (config.image is None or grid is None):
         raise ConfigError("this model has no vision encoder; leave --image out")

@@ -28,14 +28,14 @@ class Sample:
     input_ids: torch.Tensor  # [T] int64, placeholders expanded
     loss_mask: torch.Tensor  # [T] bool; True where the token is the assistant's (its end token included)
     slots: tuple[Slot, ...] = ()  # Where each media item is, in order
-    plans: tuple[ImagePlan, ...] = ()  # One plan a picture, in order
-    # One [n, 3, H, W] tensor a picture, float32 normalised or uint8 to be normalised on the device; None where
+    plans: tuple[ImagePlan, ...] = ()  # One plan an image, in order
+    # One [n, 3, H, W] tensor an image, float32 normalised or uint8 to be normalised on the device; None where
     # features are cached
     pixels: tuple[torch.Tensor, ...] | None = None
-    # One content hash a picture: pixels and preprocessing; the key of the feature cache
+    # One content hash an image: pixels and preprocessing; the key of the feature cache
     media_keys: tuple[str, ...] = ()
     id: str = ""  # The record's id, for error messages
-    # One [t] int64 tensor a picture: what the projector reads beside it; empty where it reads nothing
+    # One [t] int64 tensor an image: what the projector reads beside it; empty where it reads nothing
     contexts: tuple[torch.Tensor, ...] = ()
 
 
@@ -47,9 +47,9 @@ class Batch:
     attention_mask: torch.Tensor  # [B, T] bool; False on padding
     # [B, T] int64; the token itself where it is trained, -100 elsewhere. Not shifted: the model shifts
     labels: torch.Tensor
-    plans: tuple[ImagePlan, ...] = ()  # All pictures of the batch, in order of sample, then of place
-    sample_of_image: tuple[int, ...] = ()  # For each picture, the row it belongs to
-    # [N, 3, H, W], all tiles of all pictures, float32 normalised or uint8; None when `features` are given or there is
+    plans: tuple[ImagePlan, ...] = ()  # All images of the batch, in order of sample, then of place
+    sample_of_image: tuple[int, ...] = ()  # For each image, the row it belongs to
+    # [N, 3, H, W], all tiles of all images, float32 normalised or uint8; None when `features` are given or there is
     # none
     pixel_values: torch.Tensor | None = None
     features: torch.Tensor | None = None  # [N, P, E], the frozen encoder's output, in place of `pixel_values`
@@ -64,7 +64,7 @@ class Batch:
     media_places: torch.Tensor | None = None
     # Padding is on the left, so the mask is needed; on the right causal attention never sees it
     left_padded: bool = False
-    # [pictures, t] int64, what the projector reads beside each picture, -1 behind the end of a row; None where it
+    # [images, t] int64, what the projector reads beside each image, -1 behind the end of a row; None where it
     # reads nothing
     context_ids: torch.Tensor | None = None
 
@@ -148,8 +148,8 @@ def collate_packed(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def context_ids(samples: Sequence[Sample]) -> torch.Tensor | None:  # -> [pictures, t]
-    """Put what the projector reads beside each picture into one table."""
+def context_ids(samples: Sequence[Sample]) -> torch.Tensor | None:  # -> [images, t]
+    """Put what the projector reads beside each image into one table."""
     rows = [row for sample in samples for row in sample.contexts]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1) if rows else None
 

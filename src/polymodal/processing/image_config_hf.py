@@ -96,7 +96,7 @@ def image_config_from_hf(preprocessor: Mapping[str, Any], *, vision_aspect_ratio
 
 
 def _layout(given: dict[str, Any], name: str, family: Family, vision_aspect_ratio: str | None) -> dict[str, Any]:
-    """Find tile size and the way a picture is fitted to it."""
+    """Find tile size and the way an image is fitted to it."""
     crops = given.get("do_center_crop", name in _CROP_BY_DEFAULT)
     size = _size(given, name, "size", short_side=name in _CROP_BY_DEFAULT)
     crop = _size(given, name, "crop_size", short_side=False) if crops else None
@@ -113,7 +113,7 @@ def _layout(given: dict[str, Any], name: str, family: Family, vision_aspect_rati
             "image_grid_pinpoints": tuple((int(height), int(width)) for height, width in pinpoints),
             "mm_patch_merge_type": "spatial_unpad",
             "anyres_max": _anyres_max(name, vision_aspect_ratio) if family == "onevision" else None,
-            "several_pictures": "pad" if family == "onevision" else "alike",
+            "several_images": "pad" if family == "onevision" else "alike",
         }
     for key in ("image_grid_pinpoints", "aspect_ratio_setting"):
         if key in given:

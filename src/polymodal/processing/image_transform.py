@@ -1,10 +1,10 @@
-"""Pixels: a picture becomes the tiles that its plan says.
+"""Pixels: an image becomes the tiles that its plan says.
 
 Everything here follows the integers of an `ImagePlan`; nothing is decided anew. Pillow resizes 8-bit RGB, padding is
 put in as 8-bit colour, and numbers become floats last, so the tiles equal those of the transformers processors
 (CLIP, SigLIP, BiT/DINOv2, LLaVA, LLaVA-NeXT, LLaVA-OneVision; the Pillow ones) within rounding.
 
-Beside a picture lies: the mean colour or `pad_color` for "pad"; black for "crop" and on the canvas of "anyres";
+Beside an image lies: the mean colour or `pad_color` for "pad"; black for "crop" and on the canvas of "anyres";
 `background` for all tiles of "slice".
 """
 
@@ -27,81 +27,81 @@ Colour = tuple[int, int, int]
 
 _BLACK: Colour = (0, 0, 0)
 _LARGEST_RESIZED = 2**26
-"""Above this many pixels only the part that ends on the canvas is computed (a centre crop of a very long picture)."""
+"""Above this many pixels only the part that ends on the canvas is computed (a centre crop of a very long image)."""
 
 
-def make_tiles(picture: PILImage.Image, plan: ImagePlan, image: ImageConfig) -> NDArray[np.float32]:  # -> [n, 3, H, W]
-    """Make a picture's tiles, ready for the encoder."""
-    return normalise(tile_bytes(picture, plan, image), image)
+def make_tiles(image: PILImage.Image, plan: ImagePlan, config: ImageConfig) -> NDArray[np.float32]:  # -> [n, 3, H, W]
+    """Make an image's tiles, ready for the encoder."""
+    return normalise(tile_bytes(image, plan, config), config)
 
 
-def tile_bytes(picture: PILImage.Image, plan: ImagePlan, image: ImageConfig) -> NDArray[np.uint8]:  # -> [n, 3, H, W]
-    """Make a picture's tiles before normalising; a quarter of the memory, to be normalised on the device."""
-    tiles = np.stack([np.asarray(tile) for tile in tile_pictures(picture, plan, image)])
+def tile_bytes(image: PILImage.Image, plan: ImagePlan, config: ImageConfig) -> NDArray[np.uint8]:  # -> [n, 3, H, W]
+    """Make an image's tiles before normalising; a quarter of the memory, to be normalised on the device."""
+    tiles = np.stack([np.asarray(tile) for tile in tile_images(image, plan, config)])
     return np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))
 
 
-def normalise(tiles: NDArray[np.uint8], image: ImageConfig) -> NDArray[np.float32]:
+def normalise(tiles: NDArray[np.uint8], config: ImageConfig) -> NDArray[np.float32]:
     """Rescale 0..255 to 0..1, subtract the mean and divide by the deviation."""
     # tiles [n, 3, H, W] -> [n, 3, H, W]
-    mean = np.asarray(image.image_mean, dtype=np.float64)[:, None, None]
-    std = np.asarray(image.image_std, dtype=np.float64)[:, None, None]
+    mean = np.asarray(config.image_mean, dtype=np.float64)[:, None, None]
+    std = np.asarray(config.image_std, dtype=np.float64)[:, None, None]
     scaled = tiles.astype(np.float32)
     scaled *= (1 / (255 * std)).astype(np.float32)
     scaled -= (mean / std).astype(np.float32)
     return scaled
 
 
-def tile_pictures(picture: PILImage.Image, plan: ImagePlan, image: ImageConfig) -> list[PILImage.Image]:
-    """Cut a picture into its tiles, as pictures (what the model saw, for `inspect`)."""
-    size = Size(picture.height, picture.width)
+def tile_images(image: PILImage.Image, plan: ImagePlan, config: ImageConfig) -> list[PILImage.Image]:
+    """Cut an image into its tiles, as images (what the model saw, for `inspect`)."""
+    size = Size(image.height, image.width)
     if size != plan.source:
-        raise ValueError(f"the plan is of a picture of {plan.source}, this one is {size}")
-    if picture.mode != "RGB":
-        raise ValueError(f"expected an RGB picture, got mode {picture.mode}; open it with media.image.open_image")
-    fill, whole_fill = _fills(plan, image)
-    canvas = _place(picture, plan.frame, plan.content_box, plan.canvas, fill, image)
+        raise ValueError(f"the plan is of an image of {plan.source}, this one is {size}")
+    if image.mode != "RGB":
+        raise ValueError(f"expected an RGB image, got mode {image.mode}; open it with media.image.open_image")
+    fill, whole_fill = _fills(plan, config)
+    canvas = _place(image, plan.frame, plan.content_box, plan.canvas, fill, config)
     tiles = [canvas.crop(_corners(box)) for box in _grid_boxes(plan)]
     if plan.overview_box is not None:
-        overview = _place(picture, plan.overview_frame, plan.overview_box, plan.tile, whole_fill, image)
+        overview = _place(image, plan.overview_frame, plan.overview_box, plan.tile, whole_fill, config)
         tiles.insert(0 if plan.overview == "first" else len(tiles), overview)
     return tiles
 
 
-def pad_colour(image: ImageConfig) -> Colour:
-    """Give the colour that "pad" puts beside a picture: `pad_color`, else the mean, cut to integers as LLaVA does."""
-    if image.pad_color is not None:
-        return image.pad_color
-    red, green, blue = (min(max(int(value * 255), 0), 255) for value in image.image_mean)
+def pad_colour(config: ImageConfig) -> Colour:
+    """Give the colour that "pad" puts beside an image: `pad_color`, else the mean, cut to integers as LLaVA does."""
+    if config.pad_color is not None:
+        return config.pad_color
+    red, green, blue = (min(max(int(value * 255), 0), 255) for value in config.image_mean)
     return red, green, blue
 
 
-def _fills(plan: ImagePlan, image: ImageConfig) -> tuple[Colour, Colour]:
-    """Give the colours beside the picture, on the canvas and on the overview tile."""
-    if image.image_aspect_ratio == "slice":
-        return image.background, image.background
-    whole = _BLACK if image.overview_aspect_ratio == "crop" else pad_colour(image)
-    padded = image.image_aspect_ratio == "pad"
-    if image.image_aspect_ratio == "anyres":
-        padded = plan.overview == "none"  # one of several pictures, padded to a tile
-    return (pad_colour(image) if padded else _BLACK), whole
+def _fills(plan: ImagePlan, config: ImageConfig) -> tuple[Colour, Colour]:
+    """Give the colours beside the image, on the canvas and on the overview tile."""
+    if config.image_aspect_ratio == "slice":
+        return config.background, config.background
+    whole = _BLACK if config.overview_aspect_ratio == "crop" else pad_colour(config)
+    padded = config.image_aspect_ratio == "pad"
+    if config.image_aspect_ratio == "anyres":
+        padded = plan.overview == "none"  # one of several images, padded to a tile
+    return (pad_colour(config) if padded else _BLACK), whole
 
 
 def _place(
-    picture: PILImage.Image, frame: Box | None, content: Box, canvas: Size, fill: Colour, image: ImageConfig
+    image: PILImage.Image, frame: Box | None, content: Box, canvas: Size, fill: Colour, config: ImageConfig
 ) -> PILImage.Image:
-    """Lay a picture on its frame, resize it, and lay it on a canvas."""
+    """Lay an image on its frame, resize it, and lay it on a canvas."""
     if frame is not None:
         framed = PILImage.new("RGB", (frame.width, frame.height), fill)
-        framed.paste(picture, (frame.left, frame.top))
-        picture = framed
+        framed.paste(image, (frame.left, frame.top))
+        image = framed
     visible = Box(
         max(content.top, 0),
         max(content.left, 0),
         min(content.bottom, canvas.height) - max(content.top, 0),
         min(content.right, canvas.width) - max(content.left, 0),
     )
-    resized = _resize(picture, content, visible, image)
+    resized = _resize(image, content, visible, config)
     if visible == Box(0, 0, canvas.height, canvas.width):
         return resized
     laid = PILImage.new("RGB", (canvas.width, canvas.height), fill)
@@ -109,21 +109,21 @@ def _place(
     return laid
 
 
-def resize_filter(image: ImageConfig) -> PILImage.Resampling:
-    """Pillow's filter of the picture rules."""
-    return PILImage.Resampling(RESAMPLE_FILTERS[image.resample])
+def resize_filter(config: ImageConfig) -> PILImage.Resampling:
+    """Pillow's filter of the image rules."""
+    return PILImage.Resampling(RESAMPLE_FILTERS[config.resample])
 
 
-def _resize(picture: PILImage.Image, content: Box, visible: Box, image: ImageConfig) -> PILImage.Image:
+def _resize(image: PILImage.Image, content: Box, visible: Box, config: ImageConfig) -> PILImage.Image:
     """Resize to `content` and keep the part that is `visible`."""
-    resample = resize_filter(image)
+    resample = resize_filter(config)
     top, left = visible.top - content.top, visible.left - content.left
     if content.size.area <= _LARGEST_RESIZED:
-        resized = picture.resize((content.width, content.height), resample)
+        resized = image.resize((content.width, content.height), resample)
         return resized if visible == content else resized.crop(_corners(Box(top, left, *_sides(visible))))
-    down, across = picture.height / content.height, picture.width / content.width
+    down, across = image.height / content.height, image.width / content.width
     part = (left * across, top * down, (left + visible.width) * across, (top + visible.height) * down)
-    return picture.resize((visible.width, visible.height), resample, box=part)
+    return image.resize((visible.width, visible.height), resample, box=part)
 
 
 def _grid_boxes(plan: ImagePlan) -> list[Box]:

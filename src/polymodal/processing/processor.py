@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# ---- What a projector reads beside a picture: the question, in ids of the projector's own tokenizer (InstructBLIP)
-# The context of a picture is the text of the user turn that holds it; a picture in another turn has an empty one, so
+# ---- What a projector reads beside an image: the question, in ids of the projector's own tokenizer (InstructBLIP)
+# The context of an image is the text of the user turn that holds it; an image in another turn has an empty one, so
 # that no answer is ever read. Ids are framed as the tokenizer frames a text ([CLS] ... [SEP]) and the text is cut to
 # what fits between. Differences from the reference: special tokens that a user types stay plain text.
 
 
 class ContextReader:
-    """Messages to one row of ids a picture."""
+    """Messages to one row of ids an image."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.max_length = max_length
@@ -47,7 +47,7 @@ class ContextReader:
         self.identity = [hashlib.sha256(self._backend.to_str().encode()).hexdigest(), max_length]
 
     def __call__(self, messages: Sequence[Message]) -> tuple[torch.Tensor, ...]:
-        """Read the context of each picture."""
+        """Read the context of each image."""
         rows: list[torch.Tensor] = []
         for message in messages:
             if message.media:
@@ -62,20 +62,17 @@ class ContextReader:
         return [*self._before, *body, *self._after] if body else list(self._empty)
 
 
-# ---- The one road in: messages -> Sample. train, chat, serve and eval all call this ----
-
-
 class Processor:
     """Turns conversations into tensors, in the way one model was trained on.
 
     Args:
-        config: The model's configuration; picture rules and template are read from it.
+        config: The model's configuration; image rules and template are read from it.
         tokenizer: The language model's tokenizer.
         tokens: Projected tokens per tile, as a grid.
         image_token_id: The placeholder's id.
         last_answer_only: Of several answers only the last one is trained, the others are context: what an
             encoder-decoder language model can be taught. The loss mask, and so every count of trained tokens, says so.
-        context_tokenizer: Of a projector that reads the question beside a picture; None for one that does not.
+        context_tokenizer: Of a projector that reads the question beside an image; None for one that does not.
     """
 
     def __init__(
@@ -106,18 +103,16 @@ class Processor:
         pixels: bool | Literal["uint8"] = True,
     ) -> Sample:
         """Process one conversation."""
-        pictures = [self._open(part) for message in messages for part in message.media]
-        plans = tuple(self.plan(picture, alone=len(pictures) == 1) for picture in pictures)
+        images = [self._open(part) for message in messages for part in message.media]
+        plans = tuple(self.plan(image, alone=len(images) == 1) for image in images)
         rendered = self.template.render(
             messages, [plan.num_tokens for plan in plans], add_generation_prompt=add_generation_prompt
         )
-        image = self.config.image
+        rules = self.config.image
         tiles = None
-        if pixels and image is not None:
+        if pixels and rules is not None:
             make = tile_bytes if pixels == "uint8" else make_tiles
-            tiles = tuple(
-                torch.from_numpy(make(picture, plan, image)) for picture, plan in zip(pictures, plans, strict=True)
-            )
+            tiles = tuple(torch.from_numpy(make(image, plan, rules)) for image, plan in zip(images, plans, strict=True))
         loss_mask = torch.tensor(rendered.loss_mask, dtype=torch.bool)
         return Sample(
             input_ids=torch.tensor(rendered.input_ids, dtype=torch.int64),
@@ -125,9 +120,7 @@ class Processor:
             slots=rendered.slots,
             plans=plans,
             pixels=tiles,
-            media_keys=tuple(
-                picture_key(picture, image, alone=len(pictures) == 1) for picture in pictures if image is not None
-            ),
+            media_keys=tuple(image_key(image, rules, alone=len(images) == 1) for image in images if rules is not None),
             id=id,
             contexts=self.context(messages) if self.context is not None else (),
         )
@@ -141,27 +134,27 @@ class Processor:
         return self.with_config(self.config.model_copy(update={"template": template}))
 
     def with_config(self, config: ModelConfig) -> Processor:
-        """The same parts under another configuration: other picture rules of the same tile, another template."""
+        """The same parts under another configuration: other image rules of the same tile, another template."""
         return Processor(
             config, self.tokenizer, self.tokens, self.image_token_id, self.last_answer_only, self.context_tokenizer
         )
 
-    def plan(self, picture: PILImage.Image, *, alone: bool = True) -> ImagePlan:
-        """Plan one decoded picture; `alone` as in `media_plan.plan_image`."""
-        assert self.config.image is not None and self.tokens is not None  # _open refused the picture otherwise
-        return plan_image(Size(picture.height, picture.width), self.config.image, self.tokens, alone=alone)
+    def plan(self, image: PILImage.Image, *, alone: bool = True) -> ImagePlan:
+        """Plan one decoded image; `alone` as in `media_plan.plan_image`."""
+        assert self.config.image is not None and self.tokens is not None  # _open refused the image otherwise
+        return plan_image(Size(image.height, image.width), self.config.image, self.tokens, alone=alone)
 
     def _open(self, part: object) -> PILImage.Image:
-        """Decode a picture part; refuse what this model cannot take."""
+        """Decode an image part; refuse what this model cannot take."""
         if not isinstance(part, Image):
-            raise PolymodalError(f"{type(part).__name__} parts are not supported yet; give pictures and text")
+            raise PolymodalError(f"{type(part).__name__} parts are not supported yet; give images and text")
         if self.config.image is None:
-            raise PolymodalError("this model has no vision encoder; leave the picture out")
+            raise PolymodalError("this model has no vision encoder; leave the image out")
         return open_image(part.source, background=self.config.image.background, max_pixels=self.config.image.max_pixels)
 
 
 def context_reader(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> ContextReader | None:
-    """Make what reads a picture's context."""
+    """Make what reads an image's context."""
     settings = config.projector.qformer
     if config.vision is None or settings is None or not settings.text_context:
         return None
@@ -181,17 +174,17 @@ def last_run(loss_mask: torch.Tensor) -> torch.Tensor:  # [T] -> [T]
     return kept
 
 
-def picture_key(picture: PILImage.Image, image: ImageConfig, *, alone: bool = True) -> str:
-    """Hash a decoded picture together with the rules that turn it into tiles."""
-    digest = hashlib.sha256(_rules(image))
-    if not alone and image.several_pictures != "alike":
+def image_key(image: PILImage.Image, rules: ImageConfig, *, alone: bool = True) -> str:
+    """Hash a decoded image together with the rules that turn it into tiles."""
+    digest = hashlib.sha256(_rules(rules))
+    if not alone and rules.several_images != "alike":
         digest.update(b"one of several ")
-    digest.update(f"{picture.mode} {picture.height} {picture.width} ".encode())
-    digest.update(picture.tobytes())
+    digest.update(f"{image.mode} {image.height} {image.width} ".encode())
+    digest.update(image.tobytes())
     return digest.hexdigest()
 
 
 @lru_cache(maxsize=16)
-def _rules(image: ImageConfig) -> bytes:
-    # Younger than caches that people have; where it changes a picture's tiles, `picture_key` says so.
-    return image.model_dump_json(exclude={"several_pictures"}).encode()
+def _rules(rules: ImageConfig) -> bytes:
+    # Younger than caches that people have; where it changes an image's tiles, `image_key` says so.
+    return rules.model_dump_json(exclude={"several_images"}).encode()

@@ -2,7 +2,7 @@
 
 For those whose cluster is set up for it; FSDP2 does the same with torch alone. It differs from the other engines: the
 weights are bf16 throughout where the precision is bf16 (DeepSpeed keeps float32 masters), a step whose gradient is not
-finite cannot be left out, ZeRO-3 cannot mix batches with and without pictures (stage 2 can), and a checkpoint needs the
+finite cannot be left out, ZeRO-3 cannot mix batches with and without images (stage 2 can), and a checkpoint needs the
 same number of processes when it is read. DeepSpeed's checkpoint
 files are pickles of torch; they are read only from the run's own folder. Saving follows the same protocol as always:
 a temporary folder, `COMPLETE`, a rename.
@@ -82,7 +82,7 @@ class ZeroEngine(Engine):
         """ZeRO-3 gathers weights in the order of its first process's modules, and breaks where another order comes."""
         if self.stage == 3 and self.inner.vision_encoder is not None and not batch.plans:
             raise ConfigError(
-                "run.engine deepspeed: ZeRO-3 cannot train on batches without pictures beside batches with some; use "
+                "run.engine deepspeed: ZeRO-3 cannot train on batches without images beside batches with some; use "
                 "run.engine=fsdp2 or ZeRO stage 2"
             )
 

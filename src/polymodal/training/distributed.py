@@ -3,7 +3,7 @@
 `torchrun -m polymodal train RECIPE` starts the processes; the engine joins them, wraps the model and offers the few
 operations that the loop needs, so that the loop reads the same on a laptop and on a cluster. DDP and FSDP2 are torch's
 own. FSDP2 shards every transformer block by itself and everything else (embeddings, head, projector) together; a
-vision tower that is frozen is not sharded, since a process without pictures would not take part in gathering it.
+vision tower that is frozen is not sharded, since a process without images would not take part in gathering it.
 Unlike `accelerate`'s wrappers, nothing here touches the data or the schedule; DeepSpeed goes through `accelerate` (see
 `training.deepspeed`).
 """

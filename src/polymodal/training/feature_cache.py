@@ -1,10 +1,10 @@
-"""The frozen encoder's output, computed once for each picture and read back in every epoch.
+"""The frozen encoder's output, computed once for each image and read back in every epoch.
 
 The encoder is the same in every step as long as it is frozen, so its work is done once: on a small language model
 this saves a quarter of a step, in BLIP-2's first stage two thirds. Features lie in one file, `features.bin`, read
-through a memory map, beside `index.jsonl`, which says where each picture's rows are. Both only grow; a line of the
+through a memory map, beside `index.jsonl`, which says where each image's rows are. Both only grow; a line of the
 index is written after its rows are on disk, so a killed pass goes on where it stopped. The folder's name holds a hash
-of the encoder's weights, and a picture's key holds its pixels and preprocessing, so nothing stale is ever read.
+of the encoder's weights, and an image's key holds its pixels and preprocessing, so nothing stale is ever read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OFF = "off"
 
 
 class FeatureStore:
-    """Rows of features by picture key."""
+    """Rows of features by image key."""
 
     def __init__(self, folder: Path | None, row: tuple[int, ...], dtype: str) -> None:
         self.folder = folder
@@ -80,7 +80,7 @@ class FeatureStore:
             os.truncate(data, self._rows * self.row_bytes)
 
     def add(self, entries: Sequence[tuple[str, np.ndarray]]) -> None:
-        """Append pictures. Values past the range of float16 are clipped to it rather than made infinite."""
+        """Append images. Values past the range of float16 are clipped to it rather than made infinite."""
         start = self._rows
         places = []
         for key, features in entries:
@@ -113,13 +113,13 @@ class FeatureStore:
         return self._array
 
     def gather(self, keys: Sequence[str]) -> torch.Tensor | None:  # -> [N, P, E]
-        """Features of pictures, tiles one after the other."""
+        """Features of images, tiles one after the other."""
         if not keys:
             return None
         try:
             places = [self.where[key] for key in keys]
         except KeyError as error:
-            raise DataError(f"no features for picture {error}: the cache is not complete") from None
+            raise DataError(f"no features for image {error}: the cache is not complete") from None
         rows = np.concatenate([np.arange(start, start + count) for start, count in places])
         # Memory of torch's own is aligned; numpy's is not always, and a matrix product may then round otherwise.
         found = torch.empty((len(rows), *self.row), dtype=getattr(torch, self.dtype.name))
@@ -127,7 +127,7 @@ class FeatureStore:
         return found
 
     def unfinished(self) -> list[str]:
-        """The pictures that a pass was about to encode, in its order, when it was killed."""
+        """The images that a pass was about to encode, in its order, when it was killed."""
         path = self.folder / "pass.json" if self.folder is not None else None
         if path is None or not path.is_file():
             return []
@@ -135,8 +135,8 @@ class FeatureStore:
         return keys
 
     def begin(self, keys: list[str]) -> list[str]:
-        """Note which pictures a pass encodes."""
-        # What an encoder gives differs in the last bits with the pictures that go through it together. A pass that
+        """Note which images a pass encodes."""
+        # What an encoder gives differs in the last bits with the images that go through it together. A pass that
         # was killed goes on with the same groups, so that its run ends as if nothing had happened.
         before = self.unfinished()
         if sorted(before) == sorted(keys):
@@ -203,7 +203,7 @@ def open_store(model: MultimodalLM, config: ModelConfig, where: str, dtype: str)
 
 def fill_missing(
     store: FeatureStore,
-    pictures: Iterable[tuple[str, Source, int]],
+    images: Iterable[tuple[str, Source, int]],
     decode: Callable[[str, Source], torch.Tensor],
     encode: Callable[[torch.Tensor], torch.Tensor],  # [N, 3, H, W]
     device: torch.device,
@@ -216,30 +216,30 @@ def fill_missing(
         todo: dict[str, Source] = {}
         tiles: dict[str, int] = {}
         unfinished = set(store.unfinished())
-        for key, source, count in pictures:
+        for key, source, count in images:
             if key not in store.where or key in unfinished:
                 todo.setdefault(key, source)
                 tiles[key] = count
         if not todo:
             return 0
-        groups = group_pictures(store.begin(list(todo)), tiles, tiles_at_once)
+        groups = group_images(store.begin(list(todo)), tiles, tiles_at_once)
         groups = [group for group in groups if any(key not in store.where for key in group)]
         wanted = [key for group in groups for key in group]
         missing = sum(key not in store.where for key in wanted)
         decoded = ahead(lambda key: (key, decode(key, todo[key])), wanted, workers, tiles_at_once)
-        entries = iter(progress(decoded, "encoding pictures", len(wanted)))
+        entries = iter(progress(decoded, "encoding images", len(wanted)))
         for group in groups:
             encoded = _encode(encode, device, [next(entries) for _ in group])
             store.add([entry for entry in encoded if entry[0] not in store.where])
         # Let the progress bar see its end.
         for _ in entries:
-            raise DataError("pictures were decoded that nobody asked for")
+            raise DataError("images were decoded that nobody asked for")
         store.end()
         return missing
 
 
-def group_pictures(keys: Sequence[str], tiles: dict[str, int], at_once: int) -> list[list[str]]:
-    """Put pictures together that go through the encoder at once."""
+def group_images(keys: Sequence[str], tiles: dict[str, int], at_once: int) -> list[list[str]]:
+    """Put images together that go through the encoder at once."""
     groups: list[list[str]] = [[]]
     held = 0
     for key in keys:
@@ -255,13 +255,13 @@ def group_pictures(keys: Sequence[str], tiles: dict[str, int], at_once: int) -> 
 def _encode(
     encode: Callable[[torch.Tensor], torch.Tensor],
     device: torch.device,
-    pictures: Sequence[tuple[str, torch.Tensor]],
+    images: Sequence[tuple[str, torch.Tensor]],
 ) -> list[tuple[str, np.ndarray]]:
-    """Encode a few pictures together."""
-    pixels = torch.cat([tiles for _, tiles in pictures]).to(device)
+    """Encode a few images together."""
+    pixels = torch.cat([tiles for _, tiles in images]).to(device)
     features = encode(pixels).float().cpu().numpy()
-    split = np.split(features, np.cumsum([len(tiles) for _, tiles in pictures])[:-1])
-    return [(key, part) for (key, _), part in zip(pictures, split, strict=True)]
+    split = np.split(features, np.cumsum([len(tiles) for _, tiles in images])[:-1])
+    return [(key, part) for (key, _), part in zip(images, split, strict=True)]
 
 
 def _append(path: Path, data: bytes) -> None:

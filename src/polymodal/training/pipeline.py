@@ -132,7 +132,7 @@ def _generate(stage: GenerateStage, model_folder: Path, folder: Path) -> None:
     from polymodal.messages import Image, user
 
     model = load(model_folder)
-    message = user(*(Image(picture) for picture in stage.image), stage.prompt)
+    message = user(*(Image(image) for image in stage.image), stage.prompt)
     reply = model.generate([message], GenerationParams(max_new_tokens=stage.max_new_tokens))
     if not reply.usage.completion_tokens:
         raise PolymodalError(f"{model_folder}: the model gave no token")
@@ -146,12 +146,6 @@ def _generate(stage: GenerateStage, model_folder: Path, folder: Path) -> None:
     }
     write_text(folder / "answer.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     say(f"{stage.prompt} -> {reply.text!r}")
-
-
-# ---- Run a pipeline: each stage once, in order, with a ledger of what is finished and with which settings ----
-# A stage that was finished with the same settings is not done again, nor is one before it. Settings that decide the
-# result are compared key by key; where they differ from those of a finished stage the run stops and names them, so that
-# hours of training are not thrown away by a typing mistake. See `training.recipes.pipeline` for the file itself.
 
 
 LEDGER = "pipeline.json"

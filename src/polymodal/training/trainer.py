@@ -104,13 +104,6 @@ class Window:
     data_wait_s: float = 0.0
 
 
-# ---- The training loop: one optimizer step after the other, exact under accumulation, resume and crash ----
-# The loss of a step is the sum of token losses divided by the step's count of trained tokens over all processes, never
-# a mean of means, so accumulation gives the gradient of the large batch. That count is known beforehand, since all data
-# are tokenised first. The Trainer of `transformers` averages per batch, saves in place and hides the order of the data;
-# `training.distributed` is all that differs between one device and many.
-
-
 MAX_SKIPPED = 5
 """Steps in a row whose gradient may be NaN or infinite before the run is given up."""
 

@@ -22,7 +22,7 @@ def cache_folder() -> Path:
 
 def shipped_folder() -> Path:
     """The folder of the models and towers that come with the package."""
-    return Path(__file__).resolve().parent / "models"
+    return Path(__file__).resolve().parent.parent / "models"
 
 
 def shipped(name: str) -> Path | None:

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""What a browser may do with the page, whatever its text says: show it, with the pictures inside it."""
+"""What a browser may do with the page, whatever its text says: show it, with the images inside it."""
 
 
 def html_page(title: str, style: str, parts: Iterable[str]) -> str:

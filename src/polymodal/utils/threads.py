@@ -1,4 +1,4 @@
-"""Map in threads, in order, a bounded number of items ahead: what decoding pictures needs, and no more."""
+"""Map in threads, in order, a bounded number of items ahead: what decoding images needs, and no more."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 def same_text_in_vllm(comparison: Comparison) -> Check | None:
-    """Compare greedy answers with vLLM's, which sees the same ids and pictures; None where it cannot be compared."""
+    """Compare greedy answers with vLLM's, which sees the same ids and images; None where it cannot be compared."""
     if not _installed() or comparison.plain or (comparison.folder / ADAPTER_NAME).is_dir():
         return None
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found,unused-ignore]
@@ -74,8 +74,8 @@ def same_text_in_vllm(comparison: Comparison) -> Check | None:
     prompts: list[dict[str, Any]] = []
     for probe, sample in zip(comparison.probes, comparison.samples, strict=True):
         ids = _one_placeholder_each(sample, backend.model.image_token_id, image_id)
-        pictures = probe.pictures
-        prompts.append({"prompt_token_ids": ids, **({"multi_modal_data": {"image": pictures}} if pictures else {})})
+        images = probe.images
+        prompts.append({"prompt_token_ids": ids, **({"multi_modal_data": {"image": images}} if images else {})})
     given = [list(reply.outputs[0].token_ids) for reply in engine.generate(prompts, params)]
     equal = total = 0
     wrong = []
@@ -110,19 +110,9 @@ def _release() -> str:
         return "(unknown)"
 
 
-# ---- Proof that an exported folder is the same model: the same prompts through our code and through the stock class
-# The stock side is everything that a user of the folder has: transformers' class, its own processor, its own generate
-# with the folder's settings. Compared are token ids, pixels, logits at all positions and greedy text. What was found is
-# kept in `parity.json` of the folder, passed or not. Logits and text are compared on the stock processor's pixels,
-# which
-# are compared with ours by themselves.
-#
-# `CHECKS` is the list of comparisons; a format of another kind brings its own.
-
-
 REPORT_NAME = "parity.json"
 PIXEL_TOLERANCE = 1e-5
-"""Largest difference of two normalised pixels; the pictures of bytes must be equal."""
+"""Largest difference of two normalised pixels; the images of bytes must be equal."""
 LOGIT_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest difference of two logits by the type of the weights on disk, as a part of the largest logit, which counts as
 1 where it is smaller. Weights that were rounded to half precision cannot do better."""

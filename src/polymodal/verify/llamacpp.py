@@ -1,12 +1,12 @@
 """llama.cpp's answers beside ours, on the GGUF files that were exported; with llama-cpp-python installed.
 
-Everything of llama.cpp's own is used: its tokenizer, its picture rules (mtmd), its towers and its language models.
-Compared are token ids, a picture's tokens behind the projector, logits at the end of a prompt, and greedy answers.
+Everything of llama.cpp's own is used: its tokenizer, its image rules (mtmd), its towers and its language models.
+Compared are token ids, an image's tokens behind the projector, logits at the end of a prompt, and greedy answers.
 llama.cpp takes the tanh form of GELU from a table of half precision, and other orders of summation, so numbers agree to
 a part in a hundred and answers to 95%.
 
-Pictures that are not square are padded after they are resized there, before it here. That difference is measured by
-itself; for the answers such pictures are padded beforehand, so that models are compared and not edges.
+Images that are not square are padded after they are resized there, before it here. That difference is measured by
+itself; for the answers such images are padded beforehand, so that models are compared and not edges.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from polymodal.verify.side_by_side import (
 )
 
 NEAR = {"f32": 0.02, "f16": 0.05, "bf16": 0.1, "q8_0": 0.15}
-"""Largest relative difference (of norms) of a square picture's tokens, and of logits, by the type of the weights."""
+"""Largest relative difference (of norms) of a square image's tokens, and of logits, by the type of the weights."""
 PARTED = {"f32": IN_ANOTHER_ENGINE, "f16": 0.8, "bf16": 0.5, "q8_0": 0.5}
 """Smallest share of greedy tokens before two answers part, by the type of the weights."""
 
@@ -82,18 +82,18 @@ class LlamaCpp:
         self.llama.close()
 
     @contextmanager
-    def chunks(self, pieces: Sequence[str], pictures: Sequence[Any]) -> Iterator[Any]:
-        """Cut a prompt into llama.cpp's chunks of text and pictures."""
+    def chunks(self, pieces: Sequence[str], images: Sequence[Any]) -> Iterator[Any]:
+        """Cut a prompt into llama.cpp's chunks of text and images."""
         api = self.mtmd
         marker: bytes = api.mtmd_default_marker()
         text = marker.join(piece.encode() for piece in pieces)
         bitmaps = []
         chunks = api.mtmd_input_chunks_init()
         try:
-            for picture in pictures:
-                raw = picture.tobytes()
+            for image in images:
+                raw = image.tobytes()
                 data = (ctypes.c_uint8 * len(raw)).from_buffer_copy(raw)
-                bitmaps.append(api.mtmd_bitmap_init(picture.width, picture.height, data))
+                bitmaps.append(api.mtmd_bitmap_init(image.width, image.height, data))
             said = api.mtmd_input_text(text=text, add_special=False, parse_special=True)
             said.text_len = len(text)  # older versions have no such field and look for the end themselves
             listed = (api.mtmd_bitmap_p_ctypes * max(len(bitmaps), 1))(*bitmaps)
@@ -106,7 +106,7 @@ class LlamaCpp:
                 api.mtmd_bitmap_free(bitmap)
 
     def ids(self, chunks: Any) -> list[int | None]:
-        """The prompt's ids, None for each position of a picture."""
+        """The prompt's ids, None for each position of an image."""
         found: list[int | None] = []
         for chunk in self._each(chunks):
             if self.mtmd.mtmd_input_chunk_get_type(chunk) == self.mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
@@ -117,14 +117,14 @@ class LlamaCpp:
                 found += [None] * self.mtmd.mtmd_input_chunk_get_n_tokens(chunk)
         return found
 
-    def picture_tokens(self, chunks: Any, width: int) -> list[Tensor]:
-        """Each picture behind the projector, [tokens, width]."""
+    def image_tokens(self, chunks: Any, width: int) -> list[Tensor]:
+        """Each image behind the projector, [tokens, width]."""
         found = []
         for chunk in self._each(chunks):
             if self.mtmd.mtmd_input_chunk_get_type(chunk) == self.mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
                 continue
             if self.mtmd.mtmd_encode_chunk(self.context, chunk):
-                raise PolymodalError("llama.cpp cannot encode the picture")
+                raise PolymodalError("llama.cpp cannot encode the image")
             count = self.mtmd.mtmd_input_chunk_get_n_tokens(chunk) * width
             values = self.mtmd.mtmd_get_output_embd(self.context)
             found.append(torch.tensor(values[:count]).view(-1, width))
@@ -188,13 +188,13 @@ class GgufComparison:
 
     @contextmanager
     def prompt(self, probe: Probe, *, square: bool = False) -> Iterator[Any]:
-        """The probe as llama.cpp's chunks, pictures padded to squares beforehand where that is wanted."""
+        """The probe as llama.cpp's chunks, images padded to squares beforehand where that is wanted."""
         # The text is what the file's own chat template makes of the probe.
-        pictures = [picture.convert("RGB") for picture in probe.pictures]
+        images = [image.convert("RGB") for image in probe.images]
         if square:
-            pictures = [_padded(picture) for picture in pictures]
+            images = [_padded(image) for image in images]
         pieces = stock_text(self.words, self.jinja, probe.messages).split(self.placeholder)
-        with self.theirs.chunks(pieces, pictures) as chunks:
+        with self.theirs.chunks(pieces, images) as chunks:
             yield chunks
 
 
@@ -228,8 +228,8 @@ def same_ids(comparison: GgufComparison) -> Check:
 
 
 @torch.inference_mode()
-def same_pictures(comparison: GgufComparison) -> Check:
-    """Compare a picture's tokens behind the projector; of pictures that are not square the edges may differ."""
+def same_images(comparison: GgufComparison) -> Check:
+    """Compare an image's tokens behind the projector; of images that are not square the edges may differ."""
     allowed, wrong = NEAR[comparison.kind], []
     worst = {"square": 0.0, "other": 0.0}
     for probe, sample in zip(comparison.probes, comparison.samples, strict=True):
@@ -239,15 +239,15 @@ def same_pictures(comparison: GgufComparison) -> Check:
         assert sample.pixels is not None
         ours = [model.project(model.encode_images(tiles.to(model.device)))[0].float().cpu() for tiles in sample.pixels]
         with comparison.prompt(probe) as chunks:
-            theirs = comparison.theirs.picture_tokens(chunks, ours[0].shape[-1])
-        for picture, one, other in zip(probe.pictures, ours, theirs, strict=True):
-            shape = "square" if picture.width == picture.height else "other"
+            theirs = comparison.theirs.image_tokens(chunks, ours[0].shape[-1])
+        for image, one, other in zip(probe.images, ours, theirs, strict=True):
+            shape = "square" if image.width == image.height else "other"
             difference = _relative(one, other)
             worst[shape] = max(worst[shape], difference)
             if shape == "square" and not difference <= allowed:
                 wrong.append(f"{probe.name} ({difference:.2g})")
     numbers = {"max_relative_difference": worst, "tolerance_of_square": allowed}
-    reason = f"tokens of pictures differ for {', '.join(wrong)}" if wrong else ""
+    reason = f"tokens of images differ for {', '.join(wrong)}" if wrong else ""
     vision = comparison.ours.config.vision
     if wrong and vision is not None and vision.type == "clip":
         reason += f" ({CLASS_TOKEN_NOTE})"
@@ -289,7 +289,7 @@ def same_answers(comparison: GgufComparison) -> Check:
 
 CHECKS: dict[str, Callable[[GgufComparison], Check | None]] = {
     "token_ids": same_ids,
-    "pictures": same_pictures,
+    "pictures": same_images,
     "llama.cpp": same_answers,
 }
 """The comparisons with llama.cpp."""
@@ -308,13 +308,13 @@ def _chat_template(path: Path) -> str:
     return str(field.contents())
 
 
-def _padded(picture: Any) -> Any:
-    """A picture in the middle of a square, as LLaVA pads it."""
+def _padded(image: Any) -> Any:
+    """An image in the middle of a square, as LLaVA pads it."""
     from PIL import Image
 
-    side = max(picture.size)
+    side = max(image.size)
     canvas = Image.new("RGB", (side, side), PAD_COLOUR)
-    canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return canvas
 
 

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from polymodal.processing.collate import Sample
 
 
-# ---- The prompts and pictures on which an exported model is compared with ours; the same on every machine ----
+# ---- The prompts and images on which an exported model is compared with ours; the same on every machine ----
 
 
 SHAPES = ((480, 640), (90, 600), (700, 230), (64, 64))
-"""Height and width of the pictures that are made here: usual, very wide, tall, and smaller than a tile."""
+"""Height and width of the images that are made here: usual, very wide, tall, and smaller than a tile."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Probe:
     """One conversation."""
 
     name: str  # What reports call it
-    messages: tuple[Message, ...]  # The conversation; its pictures are open
+    messages: tuple[Message, ...]  # The conversation; its images are open
 
     @property
-    def pictures(self) -> list[PILImage.Image]:
-        """The pictures, in order."""
+    def images(self) -> list[PILImage.Image]:
+        """The images, in order."""
         return [open_image(part.source) for m in self.messages for part in m.media if isinstance(part, Image)]
 
 
-def make_picture(number: int) -> PILImage.Image:
-    """Make a picture of soft coloured blots; the same number gives the same pixels."""
+def make_image(number: int) -> PILImage.Image:
+    """Make an image of soft coloured blots; the same number gives the same pixels."""
     import numpy as np
     from PIL import Image as PILImage
 
@@ -59,8 +59,8 @@ def make_picture(number: int) -> PILImage.Image:
     rows, columns = np.indices((height // 16 + 2, width // 16 + 2))
     colours = [(rows * a + columns * b + rows * columns * c + number * 37) * 2654435761 for a, b, c in _MIX]
     blots = (np.stack(colours, axis=-1) >> 13) & 0xFF
-    picture = PILImage.fromarray(blots.astype(np.uint8))
-    return picture.resize((width, height), PILImage.Resampling.BICUBIC)
+    image = PILImage.fromarray(blots.astype(np.uint8))
+    return image.resize((width, height), PILImage.Resampling.BICUBIC)
 
 
 _MIX = ((7, 13, 3), (11, 5, 1), (3, 17, 5))
@@ -68,14 +68,14 @@ _MIX = ((7, 13, 3), (11, 5, 1), (3, 17, 5))
 
 def chat_probes() -> list[Probe]:
     """Conversations for a model with a chat template; a model may refuse some, such as a system message."""
-    made = [make_picture(number) for number in range(len(SHAPES))]
+    made = [make_image(number) for number in range(len(SHAPES))]
     return [
-        Probe("one picture", (user(Image(made[0]), "What is shown here?"),)),
-        Probe("a very wide picture", (user(Image(made[1]), "Describe it in one sentence."),)),
-        Probe("a tall picture", (user(Image(made[2]), "How many colours are there? 1, 2, or more than 3?"),)),
-        Probe("a small picture after the text", (user("It's small; what might this be?\n", Image(made[3])),)),
-        Probe("two pictures", (user(Image(made[0]), Image(made[2]), "What do they have in common?"),)),
-        Probe("pictures between texts", (user("First:", Image(made[3]), "second:", Image(made[1]), "Which?"),)),
+        Probe("one image", (user(Image(made[0]), "What is shown here?"),)),
+        Probe("a very wide image", (user(Image(made[1]), "Describe it in one sentence."),)),
+        Probe("a tall image", (user(Image(made[2]), "How many colours are there? 1, 2, or more than 3?"),)),
+        Probe("a small image after the text", (user("It's small; what might this be?\n", Image(made[3])),)),
+        Probe("two images", (user(Image(made[0]), Image(made[2]), "What do they have in common?"),)),
+        Probe("images between texts", (user("First:", Image(made[3]), "second:", Image(made[1]), "Which?"),)),
         Probe("text alone", (user("Write a word that begins with é, or 你好."),)),
         Probe("a system message", (system("Answer briefly."), user(Image(made[0]), "What is it?"))),
         Probe(
@@ -85,13 +85,13 @@ def chat_probes() -> list[Probe]:
     ]
 
 
-def picture_probes(pictures: Sequence[Path]) -> list[Probe]:
-    """Ask about pictures of one's own."""
-    return [Probe(path.name, (user(Image(path), "What is in this picture?"),)) for path in pictures]
+def image_probes(images: Sequence[Path]) -> list[Probe]:
+    """Ask about images of one's own."""
+    return [Probe(path.name, (user(Image(path), "What is in this picture?"),)) for path in images]
 
 
-def one_picture(probes: Sequence[Probe], *, with_text: bool) -> list[Probe]:
-    """Keep what a model can be asked that takes one picture and one text."""
+def one_image(probes: Sequence[Probe], *, with_text: bool) -> list[Probe]:
+    """Keep what a model can be asked that takes one image and one text."""
     kept = [p for p in probes if len(p.messages) == 1 and [type(part) for part in p.messages[0].parts] == [Image, Text]]
     return kept if with_text else [Probe(p.name, (user(*p.messages[0].media),)) for p in kept]
 
@@ -104,12 +104,9 @@ def hash_probes(probes: Sequence[Probe]) -> str:
             digest.update(f"\x00{message.role}".encode())
             for part in message.parts:
                 digest.update(b"\x01" + part.text.encode() if isinstance(part, Text) else b"\x02")
-        for picture in probe.pictures:
-            digest.update(f"{picture.size}".encode() + picture.tobytes())
+        for image in probe.images:
+            digest.update(f"{image.size}".encode() + image.tobytes())
     return digest.hexdigest()
-
-
-# ---- Our model and an exported folder, side by side; what each makes of the same prompts is computed once ----
 
 
 TOKENS = 16
@@ -165,7 +162,7 @@ class Comparison:
         self._without_text = template in PRESETS and PRESETS[template].media_only
         asked = [*chat_probes(), *more]
         if self.plain:
-            asked = one_picture(asked, with_text=not self._without_text)
+            asked = one_image(asked, with_text=not self._without_text)
         later = any(message.role == "assistant" for probe in asked for message in probe.messages)
         self.probes, self.samples, self.left_out = prompts(ours, asked, later and self._later_turns_differ())
 
@@ -181,7 +178,7 @@ class Comparison:
 
     @cached_property
     def processor(self) -> Any:
-        """The folder's own processor, with Pillow for the pictures."""
+        """The folder's own processor, with Pillow for the images."""
         if not self.plain:
             return open_processor(self.folder)
         import transformers
@@ -189,10 +186,10 @@ class Comparison:
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         try:
             processor = transformers.AutoProcessor.from_pretrained(str(self.folder), **options)
-            pictures = transformers.AutoImageProcessor.from_pretrained(str(self.folder), backend="pil", **options)
+            images = transformers.AutoImageProcessor.from_pretrained(str(self.folder), backend="pil", **options)
         except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.folder}: its processor cannot be opened ({first_line(error)})") from error
-        processor.image_processor = pictures
+        processor.image_processor = images
         return processor
 
     @cached_property
@@ -220,13 +217,13 @@ class Comparison:
         return made
 
     def _chat_inputs(self, probe: Probe) -> Any:
-        pictures = iter(probe.pictures)
+        images = iter(probe.images)
         chat = []
         for message in probe.messages:
             parts = [
                 {"type": "text", "text": part.text}
                 if isinstance(part, Text)
-                else {"type": "image", "image": next(pictures)}
+                else {"type": "image", "image": next(images)}
                 for part in message.parts
             ]
             chat.append({"role": message.role, "content": parts})
@@ -235,7 +232,7 @@ class Comparison:
         )
 
     def _plain_inputs(self, probe: Probe) -> Any:
-        return self.processor(images=probe.pictures[0], text=probe.messages[0].text, return_tensors="pt")
+        return self.processor(images=probe.images[0], text=probe.messages[0].text, return_tensors="pt")
 
 
 def greedy_ids(backend: LocalBackend, sample: Sample, tokens: int) -> list[int]:

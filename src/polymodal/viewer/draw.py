@@ -1,4 +1,4 @@
-"""One picture of what the encoder is given: the tiles' outlines on the source, and each tile as it is encoded.
+"""One image of what the encoder is given: the tiles' outlines on the source, and each tile as it is encoded.
 
 Thin lines inside a tile part its tokens; a tile's number is its place in the batch that the encoder sees.
 """
@@ -20,9 +20,9 @@ PALETTE = ((214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 1
 PAPER, INK, EMPTY = (255, 255, 255), (40, 40, 40), (225, 225, 225)
 
 
-def draw_plan(picture: Image.Image, plan: ImagePlan, tiles: Sequence[Image.Image]) -> Image.Image:
-    """Draw one picture's way into the sequence."""
-    source = _draw_source(picture, plan)
+def draw_plan(image: Image.Image, plan: ImagePlan, tiles: Sequence[Image.Image]) -> Image.Image:
+    """Draw one image's way into the sequence."""
+    source = _draw_source(image, plan)
     panel = _draw_tiles(plan, tiles)
     caption = (
         f"{plan.source.height} x {plan.source.width} pixels -> {plan.num_tiles} tile"
@@ -39,7 +39,7 @@ def draw_plan(picture: Image.Image, plan: ImagePlan, tiles: Sequence[Image.Image
 
 
 def stack(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Put the drawings of several pictures under one another."""
+    """Put the drawings of several images under one another."""
     whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), PAPER)
     top = 0
     for sheet in sheets:
@@ -48,10 +48,10 @@ def stack(sheets: Sequence[Image.Image]) -> Image.Image:
     return whole
 
 
-def _draw_source(picture: Image.Image, plan: ImagePlan) -> Image.Image:
+def _draw_source(image: Image.Image, plan: ImagePlan) -> Image.Image:
     """The source with the tiles of the canvas outlined on it; tiles may reach past it into padding."""
     box = plan.content_box
-    # What was resized to the content box: the frame that the picture was laid on, or the picture itself.
+    # What was resized to the content box: the frame that the image was laid on, or the image itself.
     frame = plan.frame or Box(0, 0, plan.source.height, plan.source.width)
     per_row, per_column = frame.height / box.height, frame.width / box.width  # source pixels per canvas pixel
     # The canvas in source pixels: (left, top, right, bottom).
@@ -72,7 +72,7 @@ def _draw_source(picture: Image.Image, plan: ImagePlan) -> Image.Image:
         return round((value - top) * scale)
 
     drawing = Image.new("RGB", (x(right) + 3, y(bottom) + 3), EMPTY)
-    shown = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    shown = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     drawing.paste(shown, (x(0), y(0)))
     pen = ImageDraw.Draw(drawing)
     first = 1 if plan.overview == "first" else 0

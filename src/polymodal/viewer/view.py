@@ -1,7 +1,7 @@
-"""What the model sees, for a person to look at: every token with its kind, and the integers of every picture's plan.
+"""What the model sees, for a person to look at: every token with its kind, and the integers of every image's plan.
 
 This is a view of a `Sample`, so it shows what the model is really given; nothing is worked out a second time. It
-needs the tokenizer and the plan, and no weights of the language model. `view_html` and `view_picture` draw it.
+needs the tokenizer and the plan, and no weights of the language model. `view_html` and `view_image` draw it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 Kind = Literal["text", "media", "trained"]
-"""text: read by the model; media: filled with a picture's features; trained: text that carries a loss."""
+"""text: read by the model; media: filled with an image's features; trained: text that carries a loss."""
 
 _LONGEST_CHARACTER = 8
 """Tokens that one character may be spread over; byte-level tokenizers need up to four, composed emoji more."""
@@ -34,10 +34,10 @@ _RESET = "\x1b[0m"
 
 @dataclass(frozen=True)
 class Cell:
-    """A piece of the sequence: usually one token; several where they spell one character, or are one picture."""
+    """A piece of the sequence: usually one token; several where they spell one character, or are one image."""
 
     kind: Kind  # What the piece is
-    text: str  # The text it stands for; "image 1" for the first picture
+    text: str  # The text it stands for; "image 1" for the first image
     start: int  # Its first position
     ids: tuple[int, ...]  # Its ids
     special: bool = False  # It is a control token of the tokenizer, such as the end of a turn
@@ -48,7 +48,7 @@ class View:
     """A sequence, cut into cells."""
 
     cells: tuple[Cell, ...]  # In order; together they are the whole sequence
-    plans: tuple[ImagePlan, ...]  # One plan a picture, in order
+    plans: tuple[ImagePlan, ...]  # One plan an image, in order
 
     @property
     def counts(self) -> dict[Kind, int]:
@@ -106,7 +106,7 @@ def plan_facts(plan: ImagePlan) -> dict[str, str]:
         "scaled to": f"{box.height} × {box.width}" + (" (scaled down to the tile limit)" if plan.scaled_to_fit else ""),
         "canvas": f"{_size(plan.canvas)}, filled from top {box.top}, left {box.left}",
         "tiles": f"{plan.num_tiles} of {_size(plan.tile)} pixels: grid {_size(plan.grid)}"
-        + ("" if plan.overview == "none" else f" and the whole picture, {plan.overview}"),
+        + ("" if plan.overview == "none" else f" and the whole image, {plan.overview}"),
         "tokens of a tile": f"{plan.tokens.area} ({_size(plan.tokens)})",
     }
     if plan.unpadded is not None:

@@ -1,4 +1,4 @@
-"""Drawn pictures with captions, a tokenizer of words, and a tiny SigLIP recipe over them as plain data."""
+"""Drawn images with captions, a tokenizer of words, and a tiny SigLIP recipe over them as plain data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "nu
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with `tokenizer/`, 16 pictures and `data.json`; every picture has two captions."""
+    """Folder with `tokenizer/`, 16 images and `data.json`; every image has two captions."""
     from PIL import Image, ImageDraw
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -37,11 +37,11 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for place, (column, row) in PLACES.items():
             number = len(records)
             width, height = 36 + 2 * number, 44
-            picture = Image.new("RGB", (width, height), (0, 0, 0))
+            image = Image.new("RGB", (width, height), (0, 0, 0))
             corner = (column * width // 2, row * height // 2)
             box = (*corner, corner[0] + width // 2 - 1, corner[1] + height // 2 - 1)
-            ImageDraw.Draw(picture).rectangle(box, fill=rgb)
-            picture.save(root / f"{number}.png")
+            ImageDraw.Draw(image).rectangle(box, fill=rgb)
+            image.save(root / f"{number}.png")
             captions = [f"{colour} {place}", f"{place}: {colour}"]
             turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": captions[0]}]
             records.append({"id": f"r{number}", "image": f"{number}.png", "conversations": turns, "captions": captions})

@@ -61,7 +61,7 @@ def test_the_recipes_run_one_after_the_other(
         main(["eval", str(out / "stage1" / "final"), "--task", "retrieval", "--data", str(out / "data" / "val.json")])
         == 0
     )
-    assert "picture to text @1" in capsys.readouterr().out
+    assert "image to text @1" in capsys.readouterr().out
 
 
 def test_arguments_of_a_script_are_checked(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_two_processes_take_the_steps_of_one(
 
 
 @pytest.mark.slow
-def test_every_loss_falls_and_pictures_find_their_captions(stage1: dict[str, Any], pair_recipe: Make) -> None:
+def test_every_loss_falls_and_images_find_their_captions(stage1: dict[str, Any], pair_recipe: Make) -> None:
     """On drawn squares, four colours in four corners, seen as patches: random layers would blur them."""
     plain = without_dropout(stage1)
     plain["data"]["eval"] = plain["data"]["mix"]

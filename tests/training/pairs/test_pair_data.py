@@ -1,4 +1,4 @@
-"""Pairs from records, what is drawn for them, how pictures are kept and cut; and what is said of bad input."""
+"""Pairs from records, what is drawn for them, how images are kept and cut; and what is said of bad input."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from polymodal.errors import PolymodalError
 from polymodal.modeling.dual_encoders.registry import build_pair_model
 from polymodal.training import train
-from polymodal.training.contrastive import images as draws
+from polymodal.training.contrastive import augment
 from polymodal.training.contrastive.dataset import PairFeed, PairSteps
-from polymodal.training.contrastive.images import Pictures, Seen, crops, open_pictures, source_name
+from polymodal.training.contrastive.images import Images, Seen, crops, open_images, source_name
 from polymodal.training.contrastive.task import load_pair_parts, make_pair_feed
 from polymodal.training.recipes.contrastive import AugmentConfig, PairRecipe
 from polymodal.training.steps import Order
@@ -40,27 +40,27 @@ def changed(drawn: Path, tmp_path: Path, edit: Callable[[list[dict[str, Any]]], 
 
 
 def test_numbers_are_even_and_depend_on_seed_epoch_sample_and_turn() -> None:
-    keys = draws.sample_keys([str(i) for i in range(2000)])
+    keys = augment.sample_keys([str(i) for i in range(2000)])
     zeros = np.zeros(2000, dtype=np.int64)
-    base = draws.uniforms(1, zeros, keys, zeros, range(draws.COUNT))
-    assert base.shape == (2000, draws.COUNT) and base.min() >= 0 and base.max() < 1
+    base = augment.uniforms(1, zeros, keys, zeros, range(augment.COUNT))
+    assert base.shape == (2000, augment.COUNT) and base.min() >= 0 and base.max() < 1
     assert abs(base.mean() - 0.5) < 0.01 and abs(base.var() - 1 / 12) < 0.005
     assert np.abs(np.corrcoef(base[:, :6].T) - np.eye(6)).max() < 0.1
     others = (
-        draws.uniforms(2, zeros, keys, zeros, [0]),
-        draws.uniforms(1, zeros + 1, keys, zeros, [0]),
-        draws.uniforms(1, zeros, keys, zeros + 1, [0]),
-        draws.uniforms(1, zeros, draws.sample_keys([f"{i}." for i in range(2000)]), zeros, [0]),
+        augment.uniforms(2, zeros, keys, zeros, [0]),
+        augment.uniforms(1, zeros + 1, keys, zeros, [0]),
+        augment.uniforms(1, zeros, keys, zeros + 1, [0]),
+        augment.uniforms(1, zeros, augment.sample_keys([f"{i}." for i in range(2000)]), zeros, [0]),
         base[:, 1:2],
     )
     for other in others:
         assert abs(np.corrcoef(base[:, 0], other[:, 0])[0, 1]) < 0.1
     # A sample's numbers do not depend on who else is asked for, nor on which of them are.
-    some = draws.uniforms(1, zeros[:3], keys[5:8], zeros[:3], [7])
+    some = augment.uniforms(1, zeros[:3], keys[5:8], zeros[:3], [7])
     assert np.array_equal(some[:, 0], base[5:8, 7])
     # A generator must give the same on every machine and in every version.
     for epoch, turn, place in ((0, 0, 0), (3, 1, 2)):
-        drawn = draws.uniforms(7, zeros[:1] + epoch, keys[:1], zeros[:1] + turn, [place])
+        drawn = augment.uniforms(7, zeros[:1] + epoch, keys[:1], zeros[:1] + turn, [place])
         assert drawn[0, 0] == chained(int(keys[0]), [7, epoch, turn, place])
 
 
@@ -76,9 +76,9 @@ def chained(state: int, counts: list[int]) -> float:
 
 
 def test_crops_have_the_area_and_shape_that_were_asked_for() -> None:
-    augment = AugmentConfig(type="crop_flip", scale=(0.3, 0.6), ratio=(0.5, 2.0))
-    numbers = np.random.default_rng(0).random((400, 4 * draws.TRIES))
-    boxes = np.array([draws.crop_box(row, 60, 90, augment) for row in numbers])
+    looks = AugmentConfig(type="crop_flip", scale=(0.3, 0.6), ratio=(0.5, 2.0))
+    numbers = np.random.default_rng(0).random((400, 4 * augment.TRIES))
+    boxes = np.array([augment.crop_box(row, 60, 90, looks) for row in numbers])
     left, top, right, bottom = boxes.T
     assert boxes.min() >= 0 and boxes.max() <= 1 + 1e-12
     areas, ratios = (right - left) * (bottom - top), (right - left) * 90 / ((bottom - top) * 60)
@@ -86,12 +86,12 @@ def test_crops_have_the_area_and_shape_that_were_asked_for() -> None:
     assert 0.5 - 1e-9 <= ratios.min() < 0.6 and 1.7 < ratios.max() <= 2 + 1e-9
     assert left.max() > 0.4 and left.min() < 0.02
     # A strip that no such shape fits into is shown whole.
-    assert draws.crop_box(numbers[0], 2, 500, augment) == (0, 0, 1, 1)
+    assert augment.crop_box(numbers[0], 2, 500, looks) == (0, 0, 1, 1)
 
 
 def test_turns_count_how_often_a_sample_was_seen_in_its_epoch() -> None:
     order = np.array([3, 1, 3, 3, 0, 1])
-    assert draws.turns_of(order).tolist() == [0, 0, 1, 2, 0, 1]
+    assert augment.turns_of(order).tolist() == [0, 0, 1, 2, 0, 1]
     steps = PairSteps(Order([(range(4), 2.5)], seed=3), 4)
     shown: dict[tuple[int, int], list[int]] = {}
     for step in range(5):  # two epochs of ten; the third step spans both
@@ -104,7 +104,7 @@ def test_turns_count_how_often_a_sample_was_seen_in_its_epoch() -> None:
 def test_one_caption_is_drawn_each_epoch(
     pair_plain: dict[str, Any], pair_recipe: Make, drawn: Path, tmp_path: Path
 ) -> None:
-    """Captions of a list, and of several records of one picture, also under another name; templates around them."""
+    """Captions of a list, and of several records of one image, also under another name; templates around them."""
     import shutil
 
     def edit(records: list[dict[str, Any]]) -> None:
@@ -152,33 +152,33 @@ def test_a_batch_is_right(pair_plain: dict[str, Any], pair_recipe: Make, drawn: 
     assert all(clip.prepared.text(t)[-1] == 0 for t in plan.texts)
 
 
-def test_what_is_cut_is_the_picture_at_that_place() -> None:
-    """A picture whose colours are its coordinates: the cut's corners say where it was cut."""
+def test_what_is_cut_is_the_image_at_that_place() -> None:
+    """An image whose colours are its coordinates: the cut's corners say where it was cut."""
     from PIL import Image
 
     from polymodal.config import ImageConfig
 
     across = np.linspace(0, 255, 240)[None].repeat(120, 0)
     down = np.linspace(0, 255, 120)[:, None].repeat(240, 1)
-    picture = Image.fromarray(np.stack([across, down, down * 0], axis=-1).round().astype(np.uint8))
+    shown = Image.fromarray(np.stack([across, down, down * 0], axis=-1).round().astype(np.uint8))
     image = ImageConfig(
         image_aspect_ratio="squash", tile_size=(40, 40), image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5)
     )
-    augment = AugmentConfig(type="crop_flip", scale=(0.3, 0.6))
-    pictures = open_pictures(image, augment, "memory")
-    assert crops(augment) and isinstance(pictures, Pictures) and pictures.store is not None
-    pictures.store.add([("k", pictures.raster(picture, True)[None])])
-    pictures.seen[source_name(picture)] = Seen("k", 120, 240)
-    numbers = np.random.default_rng(1).random(4 * draws.TRIES)
-    left, top, right, bottom = draws.crop_box(numbers, 120, 240, augment)
-    tile = pictures.tile(picture, numbers).astype(float) / 255
+    looks = AugmentConfig(type="crop_flip", scale=(0.3, 0.6))
+    images = open_images(image, looks, "memory")
+    assert crops(looks) and isinstance(images, Images) and images.store is not None
+    images.store.add([("k", images.raster(shown, True)[None])])
+    images.seen[source_name(shown)] = Seen("k", 120, 240)
+    numbers = np.random.default_rng(1).random(4 * augment.TRIES)
+    left, top, right, bottom = augment.crop_box(numbers, 120, 240, looks)
+    tile = images.tile(shown, numbers).astype(float) / 255
     assert tile[0, 20, 0] == pytest.approx(left, abs=0.02) and tile[0, 20, -1] == pytest.approx(right, abs=0.02)
     assert tile[1, 0, 20] == pytest.approx(top, abs=0.02) and tile[1, -1, 20] == pytest.approx(bottom, abs=0.02)
-    mirrored = pictures.tile(picture, numbers, mirrored=True)
-    assert np.array_equal(mirrored[:, :, ::-1], pictures.tile(picture, numbers))
+    mirrored = images.tile(shown, numbers, mirrored=True)
+    assert np.array_equal(mirrored[:, :, ::-1], images.tile(shown, numbers))
 
 
-def test_a_picture_that_changed_is_noticed(
+def test_a_image_that_changed_is_noticed(
     pair_plain: dict[str, Any], pair_recipe: Make, tmp_path: Path, drawn: Path
 ) -> None:
     from PIL import Image
@@ -213,7 +213,7 @@ def _two_answers(records: list[dict[str, Any]]) -> None:
     records[3]["conversations"] += [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "More."}]
 
 
-def _no_picture(records: list[dict[str, Any]]) -> None:
+def _no_image(records: list[dict[str, Any]]) -> None:
     del records[3]["image"]
     records[3]["conversations"][0]["value"] = "Hello."
 
@@ -227,7 +227,7 @@ FAULTS = {
     "`captions` must be a list": _no_list,
     "r3.*(empty|caption)": _empty_answer,
     "has 2 of them": _two_answers,
-    "one picture": _no_picture,
+    "one image": _no_image,
     "nowhere.png": _missing_file,
 }
 
@@ -264,7 +264,7 @@ def test_records_that_are_no_pairs_stop_or_are_listed(
         ({"train": [{"match": "vision_tower.*", "train": True}]}, r"vision_tower\.\*"),
         ({"augment": {"type": "crop_flip", "scale": [0.9, 0.2]}}, "least and the largest part"),
         ({"augment": {"type": "crop_flip"}, "run__feature_cache": "memory"}, r"use data\.tile_cache"),
-        ({"text__templates": ["a picture"]}, "must hold {} once"),
+        ({"text__templates": ["an image"]}, "must hold {} once"),
         ({"run__compile": "on"}, r"run\.compile: not for a pair stage"),
         ({"init": {"from": "nowhere"}}, "nowhere"),
     ],
@@ -306,11 +306,11 @@ def test_another_tile_than_the_encoders_is_refused(
     assert load_pair_parts(pair_recipe(pair_plain, init={"from": str(tmp_path / "model")})).model.image == model.image
 
 
-def test_data_of_one_picture_are_refused(
+def test_data_of_one_image_are_refused(
     pair_plain: dict[str, Any], pair_recipe: Make, drawn: Path, tmp_path: Path
 ) -> None:
     def edit(records: list[dict[str, Any]]) -> None:
         del records[1:]
 
-    with pytest.raises(PolymodalError, match="all pairs are of one picture"):
+    with pytest.raises(PolymodalError, match="all pairs are of one image"):
         feed_of(pair_recipe(pair_plain, data__mix=changed(drawn, tmp_path, edit)))

@@ -14,7 +14,7 @@ from polymodal.errors import PolymodalError
 from polymodal.modeling.dual_encoders.base import METRIC
 from polymodal.training import checkpoint, train
 from polymodal.training import optimizer as policy
-from polymodal.training.contrastive import images as pictures
+from polymodal.training.contrastive import images as images
 from polymodal.training.contrastive import trainer as engine
 from polymodal.training.contrastive.run import make_pair_run
 from polymodal.training.contrastive.task import load_pair_parts
@@ -58,7 +58,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 def test_micro_batches_are_the_whole_batch(
     pair_plain: dict[str, Any], pair_recipe: Make, objective: dict[str, Any], micro: int
 ) -> None:
-    """Also where the micro-batches differ in size, and where a step holds a picture twice."""
+    """Also where the micro-batches differ in size, and where a step holds an image twice."""
     mix = [{**pair_plain["data"]["mix"][0], "repeat": 2.0}]
     changes = {**objective, **CALM, "data__mix": mix, "augment": CUTS}
     whole = take(pair_recipe(pair_plain, **changes))
@@ -69,7 +69,7 @@ def test_micro_batches_are_the_whole_batch(
 
 
 def test_a_frozen_tower_may_be_kept(pair_plain: dict[str, Any], pair_recipe: Make, tmp_path: Path) -> None:
-    """Kept in float32 its output gives the same steps, and it runs once for each picture in the whole run."""
+    """Kept in float32 its output gives the same steps, and it runs once for each image in the whole run."""
     changes: dict[str, Any] = {
         **CLIP,
         "train": [{"match": "*", "train": True}, {"match": "vision_model.*", "train": False}],
@@ -96,10 +96,10 @@ def test_kept_tiles_change_nothing(
         assert take(cached)[0] == plain[0]
 
         def refuse(*_args: Any, **_kwargs: Any) -> Any:
-            raise AssertionError("a picture was decoded again")
+            raise AssertionError("an image was decoded again")
 
         with monkeypatch.context() as patch:
-            patch.setattr(pictures, "open_image", refuse)
+            patch.setattr(images, "open_image", refuse)
             assert take(cached)[0] == plain[0]
 
 
@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on_exactly(
     train_until: Callable[[PairRecipe, int], None],
     cache: str,
 ) -> None:
-    """Weights, optimizer and log, with pictures cut at random, dropout, and a step that spans two epochs."""
+    """Weights, optimizer and log, with images cut at random, dropout, and a step that spans two epochs."""
     changes: dict[str, Any] = {
         **CLIP,
         "augment": CUTS,
@@ -157,7 +157,7 @@ def test_a_killed_run_goes_on_exactly(
         "run__save_every": 2,
         "run__log_every": 2,
         "init__model__text__attention_dropout": 0.2,
-        "text__templates": ["a picture of {}", "{}"],
+        "text__templates": ["an image of {}", "{}"],
     }
     if cache == "folder":
         changes["data__tile_cache"] = str(tmp_path / "tiles")

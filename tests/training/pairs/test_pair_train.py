@@ -64,16 +64,16 @@ def test_it_learns_and_transformers_scores_the_same(
         assert looks[-1]["recall"][f"{side}@1"] >= 2.5 * chance[f"{side}@1"]
         assert looks[-1]["recall"][f"{side}@10"] >= looks[-1]["recall"][f"{side}@1"]
     assert looks[-1]["loss"] < 0.7 * lines[0]["loss"]
-    for picture in ("loss.png", "report.html"):
-        assert (final.parent / picture).stat().st_size > 5000
+    for name in ("loss.png", "report.html"):
+        assert (final.parent / name).stat().st_size > 5000
     notes = json.loads((final / "polymodal_pair.json").read_text())
     assert notes["history"][-1]["steps"] == 80 and notes["held_out"]["recall"] == looks[-1]["recall"]
 
-    pictures = [Image.open(drawn / f"{number}.png") for number in range(16)]
+    shown = [Image.open(drawn / f"{number}.png") for number in range(16)]
     captions = [record["captions"][0] for record in json.loads((drawn / "data.json").read_text())]
     stock, processor = AutoModel.from_pretrained(final), AutoProcessor.from_pretrained(final)
     padding = "max_length" if family == "siglip" else True
-    inputs = processor(text=captions, images=pictures, return_tensors="pt", padding=padding)
+    inputs = processor(text=captions, images=shown, return_tensors="pt", padding=padding)
     with torch.no_grad():
         theirs = stock(**inputs)
     assert notes["facts"]["logit_scale"] == pytest.approx(float(stock.logit_scale.exp().detach()))
@@ -98,7 +98,7 @@ RECIPES = Path(__file__).parents[3] / "recipes"
 
 @pytest.mark.slow
 def test_the_tiny_recipe_runs_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Pictures are drawn, a SigLIP is trained, and finds combinations that it never saw; then nothing is done again."""
+    """Images are drawn, a SigLIP is trained, and finds combinations that it never saw; then nothing is done again."""
     from transformers import AutoModel
 
     from polymodal.cli import main

@@ -52,7 +52,7 @@ def test_the_recipes_run_one_after_the_other(tmp_path: Path, capsys: pytest.Capt
     assert main(["eval", str(final), "--task", "retrieval", "--data", str(data / "val.json"), "--device", "cpu"]) == 0
     assert main(["eval", str(final), "--task", "zero-shot", "--data", str(data / "classes.json")]) == 0
     printed = capsys.readouterr().out
-    assert "picture to text @1" in printed and "| categories |" in printed
+    assert "image to text @1" in printed and "| categories |" in printed
 
     published = tmp_path / "published"
     runpy.run_path(str(RECIPES / "vit_small" / "publish.py"))["main"](str(final), str(published))
@@ -69,5 +69,5 @@ def test_the_recipes_run_one_after_the_other(tmp_path: Path, capsys: pytest.Capt
         assert embedder.texts(["A red circle."]).shape == (1, 16)
         lines = [json.loads(line) for line in (target / "log.jsonl").read_text().splitlines()]
         assert all(line["terms"]["siglip"] > 0 for line in lines) and len(lines) == 2
-    # What the teacher said of the training pictures was kept once, for the stage on that tower too.
+    # What the teacher said of the training images was kept once, for the stage on that tower too.
     assert len(list((tmp_path / "features").iterdir())) == 2

@@ -40,7 +40,7 @@ _HINTS = {
     403: "check the key in OPENAI_API_KEY",
     404: "check the model's name and the base URL, which mostly ends in /v1",
     405: "check the base URL, which mostly ends in /v1",
-    413: "send fewer or smaller pictures",
+    413: "send fewer or smaller images",
 }
 
 

@@ -1,6 +1,6 @@
-"""Messages -> the JSON of OpenAI's chat API, pictures, sounds and videos inside as base64.
+"""Messages -> the JSON of OpenAI's chat API, images, sounds and videos inside as base64.
 
-A picture goes out as the bytes it came in, if it is a still PNG, JPEG, WebP or GIF that is not too large; turning it
+An image goes out as the bytes it came in, if it is a still PNG, JPEG, WebP or GIF that is not too large; turning it
 upright and scaling it is the server's part. Anything else that we can open goes as a PNG. Video parts are an extension
 that vLLM, llama.cpp and others take and OpenAI does not; a server that does not says so itself.
 """
@@ -18,7 +18,7 @@ from polymodal.messages import Audio, Image, Message, Source, Text, Video
 
 Detail = Literal["auto", "low", "high"]
 
-MAX_PICTURE = 20 * 2**20
+MAX_IMAGE = 20 * 2**20
 MAX_SOUND = 25 * 2**20
 MAX_VIDEO = 100 * 2**20
 """The most bytes of one part."""
@@ -41,7 +41,7 @@ def _content(message: Message, index: int, detail: Detail | None) -> str | list[
         return message.text
     if message.role != "user":
         raise PolymodalError(
-            f"message {index + 1}: pictures, sounds and videos must stand in a user's message, not the {message.role}'s"
+            f"message {index + 1}: images, sounds and videos must stand in a user's message, not the {message.role}'s"
         )
     parts: list[dict[str, Any]] = []
     for part in message.parts:
@@ -49,8 +49,8 @@ def _content(message: Message, index: int, detail: Detail | None) -> str | list[
             if part.text:
                 parts.append({"type": "text", "text": part.text})
         elif isinstance(part, Image):
-            picture: dict[str, Any] = {"url": _data_url(*picture_bytes(part.source))}
-            parts.append({"type": "image_url", "image_url": {**picture, **({"detail": detail} if detail else {})}})
+            image: dict[str, Any] = {"url": _data_url(*image_bytes(part.source))}
+            parts.append({"type": "image_url", "image_url": {**image, **({"detail": detail} if detail else {})}})
         elif isinstance(part, Audio):
             kind, data = _sound(part.source)
             sound = {"data": base64.b64encode(data).decode("ascii"), "format": kind}
@@ -60,13 +60,13 @@ def _content(message: Message, index: int, detail: Detail | None) -> str | list[
         else:
             raise PolymodalError(
                 f"message {index + 1}: {type(part).__name__} parts cannot be sent to an endpoint; "
-                "give the pages as pictures"
+                "give the pages as images"
             )
     return parts
 
 
-def picture_bytes(source: Source, limit: int = MAX_PICTURE) -> tuple[str, bytes]:
-    """Read a picture as it is to be sent."""
+def image_bytes(source: Source, limit: int = MAX_IMAGE) -> tuple[str, bytes]:
+    """Read an image as it is to be sent."""
     from PIL import Image as PILImage
 
     from polymodal.media.image import open_image
@@ -76,10 +76,10 @@ def picture_bytes(source: Source, limit: int = MAX_PICTURE) -> tuple[str, bytes]
         opened = open_image(source)
     else:
         data = read_bytes(source)
-        opened = open_image(data, name=describe(source))  # also the check that it is a whole picture
-        with PILImage.open(io.BytesIO(data)) as picture:
-            kind = _SENT_AS_THEY_ARE.get(picture.format or "")
-            moves = getattr(picture, "is_animated", False)
+        opened = open_image(data, name=describe(source))  # also the check that it is a whole image
+        with PILImage.open(io.BytesIO(data)) as image:
+            kind = _SENT_AS_THEY_ARE.get(image.format or "")
+            moves = getattr(image, "is_animated", False)
         if kind is not None and not moves and len(data) <= limit:
             return kind, data
     buffer = io.BytesIO()
@@ -112,7 +112,7 @@ def _read(source: Source, limit: int) -> tuple[bytes, str]:
 
     name = describe(source)
     if isinstance(source, PILImage.Image):
-        raise MediaError(f"{name}: is a picture; give it as an Image part")
+        raise MediaError(f"{name}: is an image; give it as an Image part")
     return read_bytes(source, limit=limit), name
 
 

@@ -82,7 +82,7 @@ class TransformersBackend:
         self, messages: Sequence[Message], params: GenerationParams | None = None
     ) -> Iterator[TextDelta | Reply]:
         """Answer a conversation piece by piece. Closing the iterator stops the model."""
-        # The times of encoding pictures are part of the time to the first token: these models encode inside their
+        # The times of encoding images are part of the time to the first token: these models encode inside their
         # first step.
         params = params or GenerationParams()
         begin = time.perf_counter()
@@ -139,7 +139,7 @@ class TransformersBackend:
         return length + min(room, self.context_length // 4) <= self.context_length
 
     def _together(self, group: dict[int, Chat], params: GenerationParams) -> dict[int, str | PolymodalError]:
-        """Answer a padded batch; nothing where these have to be asked one by one (unequal pictures, too long, ...)."""
+        """Answer a padded batch; nothing where these have to be asked one by one (unequal images, too long, ...)."""
         if len(group) < 2 or params.temperature > 0:
             return {}  # a seed belongs to one answer
         try:

@@ -1,11 +1,11 @@
 """Opening any vision-language model of transformers with its own processor, from a folder.
 
-No code of the folder's is run and no pickle is read. Pictures are resized by Pillow, whatever else is installed, so
-that the same picture gives the same pixels everywhere.
+No code of the folder's is run and no pickle is read. Images are resized by Pillow, whatever else is installed, so
+that the same image gives the same pixels everywhere.
 
 Several processors (Qwen2-VL, InternVL, LLaVA-OneVision, ...) insist on a part that reads videos, and those parts need
-torchvision. Pictures never pass through it, so where torchvision is missing a stand-in takes its place. SmolVLM's
-processor also wants num2words, for its sentence about videos; Idefics3's writes the same prompt for pictures.
+torchvision. Images never pass through it, so where torchvision is missing a stand-in takes its place. SmolVLM's
+processor also wants num2words, for its sentence about videos; Idefics3's writes the same prompt for images.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 PARTS = ("image_processor", "tokenizer", "video_processor")
 """Parts of a processor that are opened here; a processor with others is left to transformers."""
 
-PICTURES_ONLY = {"SmolVLMProcessor": "Idefics3Processor"}
-"""What does the same for pictures, where num2words is missing."""
+IMAGES_ONLY = {"SmolVLMProcessor": "Idefics3Processor"}
+"""What does the same for images, where num2words is missing."""
 
 _NAMED_IN = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -85,7 +85,7 @@ def open_processor(folder: Path) -> ProcessorMixin:
         raise CheckpointError(f"{folder}: its processor cannot be opened ({_reason(error)})") from error
     for part in ("tokenizer", "image_processor"):
         if getattr(processor, part, None) is None:
-            raise CheckpointError(f"{folder}: its processor has no {part}; a model for pictures and text is needed")
+            raise CheckpointError(f"{folder}: its processor has no {part}; a model for images and text is needed")
     if not processor.chat_template:
         processor.chat_template = processor.tokenizer.chat_template
     if not processor.chat_template:
@@ -108,8 +108,8 @@ def _processor_class(folder: Path) -> Any:
     if name is None:
         model_type = read_json(folder / "config.json").get("model_type")
         name = PROCESSOR_MAPPING_NAMES.get(model_type)
-    if name in PICTURES_ONLY and find_spec("num2words") is None:
-        name = PICTURES_ONLY[name]
+    if name in IMAGES_ONLY and find_spec("num2words") is None:
+        name = IMAGES_ONLY[name]
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     return found if hasattr(found, "get_attributes") else None
 
@@ -139,7 +139,7 @@ class _NoVideos(dict[str, Any]):
 def _without_videos(kind: Any) -> Any:
     """A processor's class that takes the stand-in."""
 
-    class Pictures(kind):  # type: ignore[misc]
+    class Images(kind):  # type: ignore[misc]
         def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
             return (
                 _NoVideos
@@ -147,8 +147,8 @@ def _without_videos(kind: Any) -> Any:
                 else super().check_argument_for_proper_class(name, argument)
             )
 
-    Pictures.__name__ = kind.__name__
-    return Pictures
+    Images.__name__ = kind.__name__
+    return Images
 
 
 def _reason(error: Exception) -> str:

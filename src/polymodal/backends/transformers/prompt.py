@@ -1,8 +1,8 @@
 """A conversation in the form that a processor of transformers takes, checked before it goes in.
 
-`apply_chat_template` has three habits that would change a conversation without a word: many templates put all pictures
+`apply_chat_template` has three habits that would change a conversation without a word: many templates put all images
 first, some drop content of a kind they were not written for, and a placeholder that somebody typed ("<image>") is
-taken for a picture. So the conversation is rendered once with a mark in place of every text, which shows where the
+taken for an image. So the conversation is rendered once with a mark in place of every text, which shows where the
 template puts what; and texts with control tokens in them go through transformers' own escape, the result of which is
 counted, or are refused.
 """
@@ -50,7 +50,7 @@ class PromptMaker:
         )
 
     def chat(self, messages: Sequence[Message]) -> Chat:
-        """Open the pictures, and check that the template can express the conversation."""
+        """Open the images, and check that the template can express the conversation."""
         chat: Chat = [{"role": m.role, "content": _parts(m, index)} for index, m in enumerate(messages)]
         expected = [part["type"] for turn in chat for part in turn["content"]]
         problem = None
@@ -63,8 +63,8 @@ class PromptMaker:
             if found == expected or (self.image_token is None and found == [k for k in expected if k == "text"]):
                 return style
         raise problem or PolymodalError(
-            "the model's chat template drops or moves a part of the conversation (some put all pictures first); "
-            "put the pictures of a message before its text, or leave out the system message"
+            "the model's chat template drops or moves a part of the conversation (some put all images first); "
+            "put the images of a message before its text, or leave out the system message"
         )
 
     def inputs(self, chats: Sequence[Chat]) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class PromptMaker:
         return made
 
     def image_tokens(self, ids: torch.Tensor) -> int:
-        """Count the pieces of pictures among input ids."""
+        """Count the pieces of images among input ids."""
         return 0 if self.image_token_id is None else int((ids == self.image_token_id).sum())
 
     def _run(self, chats: Sequence[Chat], **options: Any) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class PromptMaker:
                 continue  # the processor itself says what is wrong
 
     def _written(self, chat: Chat) -> list[str]:
-        """What the template writes, in order: "text" for a text that stands where it should, "image" for a picture."""
+        """What the template writes, in order: "text" for a text that stands where it should, "image" for an image."""
         number = 0
 
         def mark(text: str) -> str:
@@ -126,7 +126,7 @@ class PromptMaker:
 
         rendered = self._render(_with_texts(chat, mark))
         pattern = re.escape(self._nonce) + r"(\d+)x" + (f"|{re.escape(self.image_token)}" if self.image_token else "")
-        # Markers of a string with several texts, and pictures inside it, cannot occur: only texts become strings.
+        # Markers of a string with several texts, and images inside it, cannot occur: only texts become strings.
         found, due = [], 1
         for match in re.finditer(pattern, rendered):
             if match[1] is None:
@@ -177,11 +177,11 @@ def _parts(message: Message, index: int) -> list[dict[str, Any]]:
                 parts.append({"type": "text", "text": part.text})
         elif not isinstance(part, Image):
             raise PolymodalError(
-                f"message {index + 1}: {type(part).__name__} parts are not supported yet; give pictures and text"
+                f"message {index + 1}: {type(part).__name__} parts are not supported yet; give images and text"
             )
         elif message.role != "user":
             raise PolymodalError(
-                f"message {index + 1}: a picture must stand in a user's message, not the {message.role}'s"
+                f"message {index + 1}: an image must stand in a user's message, not the {message.role}'s"
             )
         else:
             parts.append({"type": "image", "image": open_image(part.source)})
@@ -189,7 +189,7 @@ def _parts(message: Message, index: int) -> list[dict[str, Any]]:
 
 
 def _text_as_strings(chat: Chat) -> Chat:
-    """The same conversation with plain strings where a message has no picture: some templates want it so."""
+    """The same conversation with plain strings where a message has no image: some templates want it so."""
     made = []
     for turn in chat:
         plain = all(part["type"] == "text" for part in turn["content"])

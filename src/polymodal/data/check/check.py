@@ -1,4 +1,4 @@
-"""`polymodal data check`: every row read, every picture decoded, every conversation tokenised, before training does it.
+"""`polymodal data check`: every row read, every image decoded, every conversation tokenised, before training does it.
 
 A row goes through the same reader, decoder and processor as in training, so what passes here passes there.
 """
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shown:
-    """A row drawn by chance for the report: its first picture, what is asked and what is answered."""
+    """A row drawn by chance for the report: its first image, what is asked and what is answered."""
 
     id: str
     where: str
-    picture: Source
+    image: Source
     question: str
     answer: str
 
@@ -71,9 +71,9 @@ class Summary:
     tokens: list[int] = field(default_factory=list)  # Tokens of each row that was kept
     targets: list[int] = field(default_factory=list)  # Trained tokens of each
     turns: list[int] = field(default_factory=list)  # Answers of each
-    pictures: list[int] = field(default_factory=list)  # Pictures of each
-    tiles: list[int] = field(default_factory=list)  # Tiles of each row with pictures
-    sizes: list[tuple[int, int]] = field(default_factory=list)  # Height and width of each picture
+    images: list[int] = field(default_factory=list)  # Images of each
+    tiles: list[int] = field(default_factory=list)  # Tiles of each row with images
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # Height and width of each image
     kinds: Counter[str] = field(default_factory=Counter)  # Rows of each kind
     sources: Counter[str] = field(default_factory=Counter)  # Rows of each source
     shown: list[Shown] = field(default_factory=list)  # Rows for the report
@@ -116,14 +116,9 @@ def summary_json(summary: Summary) -> str:
     return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
 
 
-# ---- `polymodal data check`: every row read, every picture decoded, every conversation tokenised, before training does
-# it
-# A row goes through the same reader, decoder and processor as in training, so what passes here passes there.
-
-
 JSON_FORMATS = ("json", "llava", "messages", "openai")
 SAMPLES = 12
-"""Rows shown with their picture in the report."""
+"""Rows shown with their image in the report."""
 EXAMPLES = 5
 """Rows named for each fault in the report."""
 
@@ -223,7 +218,7 @@ class Checker:
         summary.tokens.append(seen.tokens)
         summary.targets.append(seen.targets)
         summary.turns.append(sum(message.role == "assistant" for message in record.messages))
-        summary.pictures.append(len(seen.sizes))
+        summary.images.append(len(seen.sizes))
         if seen.sizes:
             summary.tiles.append(seen.tiles)
         summary.sizes.extend(seen.sizes)
@@ -233,12 +228,12 @@ class Checker:
         self._draw(row, seen, record)
 
     def _draw(self, row: Row, seen: Inspected, record: Record) -> None:
-        """Keep a few rows with pictures, drawn evenly and the same on every run: those of the largest hash."""
+        """Keep a few rows with images, drawn evenly and the same on every run: those of the largest hash."""
         if not seen.sizes:
             return
-        picture = next(part for message in record.messages for part in message.media)
+        image = next(part for message in record.messages for part in message.media)
         said = {role: next((m.text for m in record.messages if m.role == role), "") for role in ("user", "assistant")}
-        shown = Shown(row.id, row.where, picture.source, short(said["user"], 160), short(said["assistant"], 240))
+        shown = Shown(row.id, row.where, image.source, short(said["user"], 160), short(said["assistant"], 240))
         entry = (hashlib.sha256(seen.content).digest(), -row.number, shown)
         if len(self._drawn) < SAMPLES:
             heapq.heappush(self._drawn, entry)

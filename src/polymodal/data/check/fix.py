@@ -1,7 +1,7 @@
 """`polymodal data check --fix`: repairs that have only one right outcome. A row without a fault is never touched.
 
 Each repair is for one fault and has a name that the report counts. What could be meant in two ways is not repaired:
-two placeholders and one picture, two questions in a row, an empty answer.
+two placeholders and one image, two questions in a row, an empty answer.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def role_names(data: dict[str, Any], row: Row) -> bool:
 
 
 def add_placeholder(data: dict[str, Any], row: Row) -> bool:
-    """One picture and no `<image>` anywhere: it belongs before the first question."""
+    """One image and no `<image>` anywhere: it belongs before the first question."""
     key = next((key for key in ("image", "images") if data.get(key)), None)
     if key is None or (isinstance(data[key], list) and len(data[key]) != 1):
         return False

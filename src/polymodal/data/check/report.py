@@ -1,7 +1,7 @@
 """The page that `polymodal data check` writes: one HTML file with everything in it, no scripts, nothing loaded.
 
 Every text of the data is escaped, and a content security policy keeps the page from loading anything even if an
-escape were missed. Histograms are inline SVG; pictures are small JPEGs.
+escape were missed. Histograms are inline SVG; images are small JPEGs.
 """
 
 from __future__ import annotations
@@ -119,11 +119,6 @@ def text(value: str) -> str:
     return html.escape(clean, quote=True)
 
 
-# ---- The page that `polymodal data check` writes: one HTML file with everything in it, no scripts, nothing loaded ----
-# Every text of the data is escaped, and a content security policy keeps the page from loading anything even if an
-# escape were missed. Histograms are inline SVG; pictures are small JPEGs.
-
-
 THUMBNAIL = 220
 
 _STYLE = """
@@ -196,7 +191,7 @@ def _headline(summary: Summary) -> str:
     if repaired:
         tiles.append(("good", f"{repaired:,}", "rows repaired"))
     tiles += [
-        ("", f"{len(summary.sizes):,}", "pictures decoded"),
+        ("", f"{len(summary.sizes):,}", "images decoded"),
         ("", f"{sum(summary.tokens):,}", "tokens"),
         ("", f"{percent(sum(summary.targets), sum(summary.tokens))}", "of them trained"),
     ]
@@ -257,15 +252,15 @@ def _charts(summary: Summary, max_length: int) -> list[str]:
     charts = [
         histogram("Tokens of a row", summary.tokens, limit=max_length),
         histogram("Trained tokens of a row", summary.targets),
-        bars("Pictures of a row", Counter(summary.pictures)),
+        bars("Images of a row", Counter(summary.images)),
         bars("Answers of a row", Counter(summary.turns)),
     ]
     if summary.sizes:
         charts += [
-            histogram("Height of a picture, pixels", heights),
-            histogram("Width of a picture, pixels", widths),
+            histogram("Height of an image, pixels", heights),
+            histogram("Width of an image, pixels", widths),
             histogram("Width ÷ height", ratios),
-            bars("Tiles of a row with pictures", Counter(summary.tiles)),
+            bars("Tiles of a row with images", Counter(summary.tiles)),
         ]
     charts.append(bars("Kinds", summary.kinds))
     if any(summary.sources):
@@ -274,8 +269,8 @@ def _charts(summary: Summary, max_length: int) -> list[str]:
 
 
 def _shown(shown: Shown) -> str:
-    picture = thumbnail(shown.picture)
-    image = f'<img alt="" src="{picture}">' if picture else ""
+    thumb = thumbnail(shown.image)
+    image = f'<img alt="" src="{thumb}">' if thumb else ""
     return (
         f'<figure title="{text(shown.where)}">{image}<div><p class="soft">{text(shown.id)}</p>'
         f'<p>{text(shown.question)}</p><p class="answer">{text(shown.answer)}</p></div></figure>'
@@ -283,12 +278,12 @@ def _shown(shown: Shown) -> str:
 
 
 def thumbnail(source: Source) -> str:
-    """A small JPEG of a picture as a `data:` URL; "" where it cannot be opened."""
+    """A small JPEG of an image as a `data:` URL; "" where it cannot be opened."""
     try:
-        picture = open_image(source)
+        image = open_image(source)
     except PolymodalError:
         return ""
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80, optimize=True)
+    image.save(buffer, "JPEG", quality=80, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

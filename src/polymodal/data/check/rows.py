@@ -1,7 +1,7 @@
 """One row through reader, decoder and processor, as in training; what is wrong with it comes back as findings.
 
 Beyond what would stop training, this finds what would silently teach something wrong: empty answers, answers that
-begin with a space, tokens of a chat template inside the text, pictures of one pixel.
+begin with a space, tokens of a chat template inside the text, images of one pixel.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ FAULTS: dict[str, Fault] = {
     # The form of the row.
     "not-an-object": Fault("drop", "not a JSON object", "make every row an object with conversations or messages"),
     "unknown-form": Fault("drop", "no known form", "give exactly one of conversations (LLaVA) and messages"),
-    "bad-field": Fault("drop", "a field of the wrong type", "give text where text is expected, a path for a picture"),
+    "bad-field": Fault("drop", "a field of the wrong type", "give text where text is expected, a path for an image"),
     "no-turns": Fault("drop", "no turns", "give at least a question and an answer"),
     "unknown-role": Fault("drop", "unknown role", "use human and gpt, or user and assistant"),
     "role-order": Fault("drop", "roles not in turn", "start with the user, then let user and assistant take turns"),
-    "placeholder-count": Fault("drop", "placeholders and pictures differ", "write <image> once for each picture"),
-    "misplaced-medium": Fault("drop", "a picture outside the user's turns", "move <image> to a question"),
+    "placeholder-count": Fault("drop", "placeholders and images differ", "write <image> once for each image"),
+    "misplaced-medium": Fault("drop", "an image outside the user's turns", "move <image> to a question"),
     # What is said.
     "no-answer": Fault("drop", "no answer", "add the assistant's turn; there is nothing to learn from a question"),
     "empty-answer": Fault("drop", "an empty answer", "write the answer; training on it teaches the model to be silent"),
@@ -79,19 +79,19 @@ FAULTS: dict[str, Fault] = {
     "outside-root": Fault("drop", "a path leaves the image root", "keep media inside --image-root, without `..`"),
     "remote-file": Fault("drop", "a URL", "download the file and give its path; nothing is fetched while training"),
     "empty-file": Fault("drop", "an empty file", "fetch the file again"),
-    "damaged-picture": Fault("drop", "a damaged picture", "fetch the file again; it is cut off or changed"),
-    "not-a-picture": Fault("drop", "not a picture", "often a saved error page or a Git LFS pointer; fetch it again"),
-    "too-many-pixels": Fault("drop", "too many pixels or bytes", "scale the picture down"),
+    "damaged-picture": Fault("drop", "a damaged image", "fetch the file again; it is cut off or changed"),
+    "not-a-picture": Fault("drop", "not an image", "often a saved error page or a Git LFS pointer; fetch it again"),
+    "too-many-pixels": Fault("drop", "too many pixels or bytes", "scale the image down"),
     "unreadable-file": Fault("drop", "a file that cannot be read", "look at the reason given"),
     "unsupported-medium": Fault("drop", "a medium that the model cannot take", "leave it out or choose another model"),
-    "tiny-picture": Fault("warn", "a side of 3 pixels or fewer", "often a tracking pixel in place of the picture"),
+    "tiny-picture": Fault("warn", "a side of 3 pixels or fewer", "often a tracking pixel in place of the image"),
     "thin-picture": Fault("warn", "a side 100 times the other", "crop it; little is left of it at the model's size"),
     # As the model sees it.
     "template-refused": Fault("drop", "the chat template cannot show it", "look at the reason given"),
     "too-long": Fault("drop", "more tokens than allowed", "split the conversation or raise data.max_length"),
     "nothing-trained": Fault("drop", "no trained token", "give it an answer that the template trains"),
     # Beside the other rows.
-    "duplicate-row": Fault("drop", "said before, about the same pictures", "keep the first; repeat in the recipe"),
+    "duplicate-row": Fault("drop", "said before, about the same images", "keep the first; repeat in the recipe"),
     "duplicate-id": Fault("warn", "an id used before", "give every row an id of its own"),
 }
 
@@ -114,7 +114,7 @@ _MEDIA_CODES = (
     (r"\(0 bytes\)", "empty-file"),
     ("is damaged", "damaged-picture"),
     ("are allowed; (scale it down|make the file smaller)", "too-many-pixels"),
-    ("not a picture|allowed are PNG|convert it to|web page|LFS pointer", "not-a-picture"),
+    ("not an image|allowed are PNG|convert it to|web page|LFS pointer", "not-a-picture"),
     ("no vision encoder|not supported yet", "unsupported-medium"),
     ("", "unreadable-file"),
 )
@@ -132,11 +132,6 @@ def media_code(error: str) -> str:
 
 def _first(codes: tuple[tuple[str, str], ...], error: str) -> str:
     return next(code for pattern, code in codes if re.search(pattern, error))
-
-
-# ---- One row through reader, decoder and processor, as in training; what is wrong with it comes back as findings ----
-# Beyond what would stop training, this finds what would silently teach something wrong: empty answers, answers that
-# begin with a space, tokens of a chat template inside the text, pictures of one pixel.
 
 
 TINY_SIDE = 3
@@ -177,9 +172,9 @@ class Inspected:
     findings: tuple[Finding, ...] = ()  # What is wrong with it
     tokens: int = 0  # Tokens after tiling; 0 where it could not be tokenised
     targets: int = 0  # Trained tokens
-    tiles: int = 0  # Tiles of all its pictures
-    sizes: tuple[tuple[int, int], ...] = ()  # Height and width of each picture
-    content: bytes = b""  # Hash of its text and decoded pictures; b"" where it could not be tokenised
+    tiles: int = 0  # Tiles of all its images
+    sizes: tuple[tuple[int, int], ...] = ()  # Height and width of each image
+    content: bytes = b""  # Hash of its text and decoded images; b"" where it could not be tokenised
 
 
 def reread(row: Row) -> Row:
@@ -293,7 +288,7 @@ def _look_at_text(messages: Sequence[Message], control: re.Pattern[str] | None) 
 def _decode(
     messages: Sequence[Message], processor: Processor
 ) -> tuple[list[Message], tuple[tuple[int, int], ...], list[Finding]]:
-    """Open every medium once: the messages with pictures in memory, their sizes, and what could not be opened."""
+    """Open every medium once: the messages with images in memory, their sizes, and what could not be opened."""
     rules = processor.config.image
     sizes: list[tuple[int, int]] = []
     broken: list[Finding] = []
@@ -303,14 +298,14 @@ def _decode(
             return part
         try:
             if rules is None:
-                picture = open_image(part.source)
+                image = open_image(part.source)
             else:
-                picture = open_image(part.source, background=rules.background, max_pixels=rules.max_pixels)
+                image = open_image(part.source, background=rules.background, max_pixels=rules.max_pixels)
         except MediaError as error:
             broken.append(Finding(media_code(str(error)), str(error)))
             return part
-        sizes.append((picture.height, picture.width))
-        return Image(picture)
+        sizes.append((image.height, image.width))
+        return Image(image)
 
     result = [replace(message, parts=tuple(opened(part) for part in message.parts)) for message in messages]
     others = {type(part).__name__.lower() for message in messages for part in message.media}

@@ -17,8 +17,8 @@ SHORT_ANSWER = "Answer the question using a single word or phrase."
 CAPTION = "Provide a one-sentence caption for the provided image."
 """What LLaVA-1.5 asks where the answer is a caption; the "plain" template of stage 1 leaves it out."""
 
-PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"})
-"""File names that mean a picture, in folders and archives."""
+IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"})
+"""File names that mean an image, in folders and archives."""
 
 Medium: TypeAlias = "str | Path | FileSlice | TableCell"
 """Text is a path that is still to be located (and may be refused); the others are located already."""
@@ -59,11 +59,11 @@ def broken(number: int, where: str, problem: str, path: Path) -> RawRow:
     return RawRow(number, where, None, DataError(f"{where}: {problem}"), path=path)
 
 
-def dialogue(pictures: Sequence[Medium], turns: Sequence[tuple[str, str]], **fields: Any) -> dict[str, Any]:
-    """Make a record of pictures and then questions with answers. Text is text: `<image>` in it means nothing."""
+def dialogue(images: Sequence[Medium], turns: Sequence[tuple[str, str]], **fields: Any) -> dict[str, Any]:
+    """Make a record of images and then questions with answers. Text is text: `<image>` in it means nothing."""
     messages: list[dict[str, Any]] = []
     for index, (question, answer) in enumerate(turns):
-        parts: list[dict[str, Any]] = [{"type": "image", "image": item} for item in pictures] if index == 0 else []
+        parts: list[dict[str, Any]] = [{"type": "image", "image": item} for item in images] if index == 0 else []
         if question:
             parts.append({"type": "text", "text": question})
         messages.append({"role": "user", "content": parts})

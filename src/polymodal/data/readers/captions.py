@@ -1,7 +1,7 @@
-"""A folder of pictures, each with its caption in a text file of the same name: `cat.jpg` and `cat.txt`.
+"""A folder of images, each with its caption in a text file of the same name: `cat.jpg` and `cat.txt`.
 
-Folders inside are read too, in the order of their names; hidden files are not. A picture without a caption, and a
-caption without a picture, is a broken row.
+Folders inside are read too, in the order of their names; hidden files are not. An image without a caption, and a
+caption without an image, is a broken row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from polymodal.data.readers.base import CAPTION, PICTURES, Options, RawRow, broken, dialogue, text_of
+from polymodal.data.readers.base import CAPTION, IMAGES, Options, RawRow, broken, dialogue, text_of
 from polymodal.data.readers.json_stream import stream
 from polymodal.data.readers.vqa import Layout
 from polymodal.errors import DataError, MediaError
@@ -22,15 +22,15 @@ _MAX_CAPTION = 1 << 20
 
 
 def read_folder(path: Path, options: Options) -> Iterator[RawRow]:
-    """Read a folder of pictures with captions."""
+    """Read a folder of images with captions."""
     stems: dict[Path, list[Path]] = {}
-    pictures = 0
+    count = 0
     for file in _files(path):
-        if file.suffix.lower() in PICTURES or file.suffix.lower() == ".txt":
+        if file.suffix.lower() in IMAGES or file.suffix.lower() == ".txt":
             stems.setdefault(file.with_suffix(""), []).append(file)
-            pictures += file.suffix.lower() in PICTURES
-    if pictures == 0:
-        raise DataError(f"{path}: no pictures; give a folder of pictures with .txt captions, or a data file")
+            count += file.suffix.lower() in IMAGES
+    if count == 0:
+        raise DataError(f"{path}: no images; give a folder of images with .txt captions, or a data file")
     prompt = CAPTION if options.prompt is None else options.prompt
     for number, (stem, files) in enumerate(stems.items()):
         texts = [file for file in files if file.suffix.lower() == ".txt"]
@@ -39,11 +39,11 @@ def read_folder(path: Path, options: Options) -> Iterator[RawRow]:
         where = f"{path}: {name}"
         if len(images) > 1 or len(texts) > 1:
             found = ", ".join(file.name for file in files)
-            yield broken(number, where, f"one picture and one .txt must have this name, found {found}", path)
+            yield broken(number, where, f"one image and one .txt must have this name, found {found}", path)
         elif not texts:
             yield broken(number, where, f"{images[0].name} has no caption; add {stem.name}.txt", path)
         elif not images:
-            yield broken(number, where, f"{texts[0].name} has no picture; add one or take the text away", path)
+            yield broken(number, where, f"{texts[0].name} has no image; add one or take the text away", path)
         else:
             try:
                 caption = read_bytes(texts[0], limit=_MAX_CAPTION, name=texts[0].name).decode("utf-8-sig").strip()
@@ -81,7 +81,7 @@ def _files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 # ---- COCO captions: `captions_train2017.json`, one record for each caption ----
 # The file is `{images: [{id, file_name}], annotations: [{id, image_id, caption}]}` (Chen et al. 2015,
 # arXiv:1504.00325).
-# Pictures are looked for under their `file_name`, or in a folder named like the split (`train2017/`).
+# Images are looked for under their `file_name`, or in a folder named like the split (`train2017/`).
 
 
 def read_coco(path: Path, options: Options) -> Iterator[RawRow]:
@@ -104,12 +104,12 @@ def read_coco(path: Path, options: Options) -> Iterator[RawRow]:
         name = names.get(_key(caption.get("image_id")))
         text = text_of(caption.get("caption"))
         if name is None:
-            yield broken(number, where, f"no picture with id {caption.get('image_id')!r} in `images`", path)
+            yield broken(number, where, f"no image with id {caption.get('image_id')!r} in `images`", path)
         elif not text:
             yield broken(number, where, "`caption` is missing or empty", path)
         else:
-            picture = layout.choose((name, f"{split[0]}/{name}") if split else (name,))
-            data = dialogue([picture], [(prompt, text)], id=f"{caption.get('id', number)}")
+            image = layout.choose((name, f"{split[0]}/{name}") if split else (name,))
+            data = dialogue([image], [(prompt, text)], id=f"{caption.get('id', number)}")
             yield RawRow(number, where, data, path=path, root=options.root, kind="caption")
         number += 1
     if number == 0:

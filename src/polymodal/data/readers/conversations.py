@@ -7,7 +7,7 @@ Three forms, told apart by their keys:
   `<image>` in the text or `{"type": "image"}` parts that take the next item of the list.
 - OpenAI content parts: `{"role", "content": [{"type": "text", ...}, {"type": "image_url", ...}]}`.
 
-LLaVA writes a picture as `<image>` and a newline. In that form one newline beside a placeholder belongs to the
+LLaVA writes an image as `<image>` and a newline. In that form one newline beside a placeholder belongs to the
 placeholder: the one after it, or, where there is none, the one before it. The template's `image_newline_text` puts it
 back for models that want it. Placeholders are resolved here, once, and counted; text that looks like one later is only
 text.

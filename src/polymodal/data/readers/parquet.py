@@ -1,14 +1,14 @@
-"""Parquet as Hugging Face `datasets` writes it, pictures as bytes inside.
+"""Parquet as Hugging Face `datasets` writes it, images as bytes inside.
 
 Columns that are known, the first of these that is there being the text:
 
-- `conversations` or `messages`: as in JSON, with placeholders for the pictures.
-- `texts`: a list of `{user, assistant}` (The Cauldron, FineVision); pictures stand before the first question.
+- `conversations` or `messages`: as in JSON, with placeholders for the images.
+- `texts`: a list of `{user, assistant}` (The Cauldron, FineVision); images stand before the first question.
 - `question` with `multiple_choice_answer`, `answer` or `answers`.
 - `caption` or `text`.
 
-Pictures are in `image` or `images` (`videos`, `audios` likewise): `{bytes, path}`, bytes, paths, or lists of these.
-`id` (or `question_id`), `kind`, `kinds` and `source` are kept. Only texts are read here; a picture's bytes are read
+Images are in `image` or `images` (`videos`, `audios` likewise): `{bytes, path}`, bytes, paths, or lists of these.
+`id` (or `question_id`), `kind`, `kinds` and `source` are kept. Only texts are read here; an image's bytes are read
 from their cell when they are wanted (`media/table.py`). Needs pyarrow.
 """
 
@@ -80,7 +80,7 @@ def _record(
     for name, items in media.items():
         if None in items:
             raise DataError(f"{where}: `{name}`[{items.index(None)}] is empty; give bytes or a path")
-    pictures = [item for name in ("image", "images") for item in media.get(name, [])]
+    images = [item for name in ("image", "images") for item in media.get(name, [])]
     if form in ("conversations", "messages"):
         return {**labels, **{name: items for name, items in media.items() if items}, form: row[form]}, "conversation"
     if form == "texts":
@@ -91,19 +91,19 @@ def _record(
         ]
         if not turns or len(turns) != len(row["texts"]) or not all(answer for _, answer in turns):
             raise DataError(f"{where}: `texts` must be a list of turns with `user` and `assistant`, none of them empty")
-        return dialogue(pictures, turns, **labels), "conversation"
+        return dialogue(images, turns, **labels), "conversation"
     if form == "question":
         question = text_of(row["question"])
         answer = next(filter(None, (best_answer(row.get(name)) for name in _ANSWERS)), "")
         if not question or not answer:
             raise DataError(f"{where}: the {'answer' if question else 'question'} is missing or empty")
-        return dialogue(pictures, [(asked(question, options.prompt, ""), answer)], **labels), "vqa"
+        return dialogue(images, [(asked(question, options.prompt, ""), answer)], **labels), "vqa"
     caption = best_answer(row[form])
     if not caption:
         raise DataError(f"{where}: `{form}` is empty")
-    if not pictures:
-        raise DataError(f"{where}: a caption without a picture; fill `image` or `images`")
-    return dialogue(pictures, [(CAPTION if options.prompt is None else options.prompt, caption)], **labels), "caption"
+    if not images:
+        raise DataError(f"{where}: a caption without an image; fill `image` or `images`")
+    return dialogue(images, [(CAPTION if options.prompt is None else options.prompt, caption)], **labels), "caption"
 
 
 def _cells(path: Path, file: Any, group: int, column: str, root: Path, count: int) -> list[list[Any]]:

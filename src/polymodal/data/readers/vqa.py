@@ -26,14 +26,14 @@ from polymodal.errors import DataError
 
 
 class Layout:
-    """Where a data set's pictures lie under the root: people unpack archives with and without their folders."""
+    """Where a data set's images lie under the root: people unpack archives with and without their folders."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._choice: int | None = None
 
     def choose(self, names: tuple[str, ...]) -> str:
-        """Pick a picture's name; the first picture decides for all, so that millions are not looked for."""
+        """Pick an image's name; the first image decides for all, so that millions are not looked for."""
         if self._choice is None:
             there = [index for index, name in enumerate(names) if (self._root / name).is_file()]
             self._choice = there[0] if there else 0
@@ -66,8 +66,8 @@ def read_vqav2(path: Path, options: Options) -> Iterator[RawRow]:
                 problem = f"question_id {name} is about image {image}, its annotation about {of_image}"
                 yield broken(number, where, problem, path)
             else:
-                picture = layout.choose((file, f"{subtype}/{file}"))
-                data = dialogue([picture], [(asked(text, options.prompt), answer)], id=str(name), answer_type=kind)
+                source = layout.choose((file, f"{subtype}/{file}"))
+                data = dialogue([source], [(asked(text, options.prompt), answer)], id=str(name), answer_type=kind)
                 yield RawRow(number, where, data, path=path, root=options.root, kind="vqa")
         number += 1
     if number == 0:
@@ -75,7 +75,7 @@ def read_vqav2(path: Path, options: Options) -> Iterator[RawRow]:
 
 
 def _vqav2_answers(path: Path) -> dict[Any, tuple[str, Any, str]]:
-    """Answer, picture and type of answer, by question."""
+    """Answer, image and type of answer, by question."""
     answers: dict[Any, tuple[str, Any, str]] = {}
     for item in stream(path):
         if item.key != "annotations" or not isinstance(item.value, dict):
@@ -93,7 +93,7 @@ def _vqav2_answers(path: Path) -> dict[Any, tuple[str, Any, str]]:
 
 
 def _vqav2_subtype(path: Path) -> str:
-    """The split that is part of the pictures' names; questions of test-dev2015 are about pictures of test2015."""
+    """The split that is part of the images' names; questions of test-dev2015 are about images of test2015."""
     for item in stream(path):
         if item.key == "data_subtype" and isinstance(item.value, str):
             return item.value.replace("-dev", "")
@@ -113,8 +113,8 @@ def read_gqa(path: Path, options: Options) -> Iterator[RawRow]:
         if not image or not text or not answer:
             yield broken(number - 1, where, "needs `imageId`, `question` and `answer`", path)
             continue
-        picture = layout.choose((f"{image}.jpg", f"images/{image}.jpg"))
-        data = dialogue([picture], [(asked(text, options.prompt), answer)], id=item.key)
+        source = layout.choose((f"{image}.jpg", f"images/{image}.jpg"))
+        data = dialogue([source], [(asked(text, options.prompt), answer)], id=item.key)
         yield RawRow(number - 1, where, data, path=path, root=options.root, kind="vqa")
     if number == 0:
         raise DataError(f"{path}: no questions; give GQA's *_questions.json")
@@ -135,8 +135,8 @@ def read_textvqa(path: Path, options: Options) -> Iterator[RawRow]:
                 yield broken(number, where, f"image_id {image} is not in {options.annotations}", path)
                 continue
             text = f"{text}\nReference OCR token: {', '.join(tokens[image])}"
-        picture = layout.choose((f"{image}.jpg", f"train_images/{image}.jpg", f"test_images/{image}.jpg"))
-        data = dialogue([picture], [(asked(text, options.prompt), answer)], id=str(question.get("question_id", number)))
+        source = layout.choose((f"{image}.jpg", f"train_images/{image}.jpg", f"test_images/{image}.jpg"))
+        data = dialogue([source], [(asked(text, options.prompt), answer)], id=str(question.get("question_id", number)))
         yield RawRow(number, where, data, path=path, root=options.root, kind="ocr")
 
 
@@ -160,8 +160,8 @@ def read_docvqa(path: Path, options: Options) -> Iterator[RawRow]:
             yield broken(number, where, "needs `image`, `question` and `answers`", path)
             continue
         base = image.rpartition("/")[2]
-        picture = layout.choose((image, base, f"spdocvqa_images/{base}", f"documents/{base}"))
-        data = dialogue([picture], [(asked(text, options.prompt), answer)], id=str(question.get("questionId", number)))
+        source = layout.choose((image, base, f"spdocvqa_images/{base}", f"documents/{base}"))
+        data = dialogue([source], [(asked(text, options.prompt), answer)], id=str(question.get("questionId", number)))
         yield RawRow(number, where, data, path=path, root=options.root, kind="ocr")
 
 

@@ -1,14 +1,14 @@
 """WebDataset: tar archives whose neighbouring members with the same name are one sample.
 
 A member's name up to the first dot of its last part is the sample's key: `a/001.jpg`, `a/001.txt`, `a/001.json`. A
-sample has pictures (`jpg`, `0.png`, ...), and either a conversation or a caption:
+sample has images (`jpg`, `0.png`, ...), and either a conversation or a caption:
 
-- `.json` with `conversations` or `messages`: a record; the sample's pictures are its `images`, by the names that it
+- `.json` with `conversations` or `messages`: a record; the sample's images are its `images`, by the names that it
   lists, else in the order of the archive. Video and audio members likewise.
 - `.json` with `question` and `answer`, or with `caption` or `text`.
 - `.txt` (or `.caption`): a caption. It goes before a `.json` without a conversation, as img2dataset writes both.
 
-Nothing is unpacked: pictures stay where they are (`FileSlice`) and are read one by one at any time, so an archive must
+Nothing is unpacked: images stay where they are (`FileSlice`) and are read one by one at any time, so an archive must
 not be compressed. Links, devices, sparse members, absolute names and names with `..` are broken rows. Members of other
 types are no part of a sample. An archive without its end marker was cut off, which the reference ignores.
 """
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from polymodal.data.readers.base import CAPTION, PICTURES, Options, RawRow, asked, best_answer, dialogue, text_of
+from polymodal.data.readers.base import CAPTION, IMAGES, Options, RawRow, asked, best_answer, dialogue, text_of
 from polymodal.errors import DataError, MediaError, first_line
 from polymodal.media.source import describe, read_bytes
 from polymodal.messages import FileSlice
@@ -30,7 +30,7 @@ from polymodal.messages import FileSlice
 _MAX_TEXT = 16 * 2**20
 _TEXTS = frozenset({".txt", ".caption", ".json"})
 _KINDS = {
-    **dict.fromkeys(PICTURES, "images"),
+    **dict.fromkeys(IMAGES, "images"),
     **dict.fromkeys((".mp4", ".webm", ".mkv", ".mov", ".avi"), "videos"),
     **dict.fromkeys((".wav", ".mp3", ".flac", ".ogg", ".m4a"), "audios"),
 }
@@ -166,18 +166,18 @@ def _record(sample: _Sample, where: str, options: Options) -> tuple[dict[str, An
         if "conversations" in parsed or "messages" in parsed:
             return _with_media(parsed, media), "conversation"
         fields = parsed
-    pictures = media.get("images", [])
-    if not pictures:
-        raise DataError(f"{where}: has no picture and no conversation; add a .jpg or .png, or a .json record")
+    images = media.get("images", [])
+    if not images:
+        raise DataError(f"{where}: has no image and no conversation; add a .jpg or .png, or a .json record")
     labels = {key: fields[key] for key in ("id", "kind", "source") if isinstance(fields.get(key), str)}
     captions = [_text(texts[suffix], where) for suffix in (".txt", ".caption") if suffix in texts]
     caption = next(filter(None, [*captions, text_of(fields.get("caption")), text_of(fields.get("text"))]), "")
     question, answer = text_of(fields.get("question")), best_answer(fields.get("answer", fields.get("answers")))
     if question and answer:
-        return dialogue(pictures, [(asked(question, options.prompt, ""), answer)], **labels), "vqa"
+        return dialogue(images, [(asked(question, options.prompt, ""), answer)], **labels), "vqa"
     if not caption:
         raise DataError(f"{where}: has no text; add a .txt with the caption or a .json with a conversation")
-    return dialogue(pictures, [(CAPTION if options.prompt is None else options.prompt, caption)], **labels), "caption"
+    return dialogue(images, [(CAPTION if options.prompt is None else options.prompt, caption)], **labels), "caption"
 
 
 def _with_media(record: dict[str, Any], media: dict[str, list[FileSlice]]) -> dict[str, Any]:

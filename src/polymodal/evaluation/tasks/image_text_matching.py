@@ -1,10 +1,10 @@
 """What stage 1 of BLIP-2 is judged by: retrieval with its matching head's second look, and matching by itself.
 
-Retrieval is by contrast, which is cheap: every picture and every text is embedded once. The matching head sees picture
+Retrieval is by contrast, which is cheap: every image and every text is embedded once. The matching head sees image
 and text together and is dearer, so it only orders the k that contrast found nearest, as in ALBEF (Li et al. 2021,
 arXiv:2107.07651) and LAVIS, whose sum of both scores is kept here.
 
-Matching is counted as in training, one pair to a hard negative picture and a hard negative text: always saying no would
+Matching is counted as in training, one pair to a hard negative image and a hard negative text: always saying no would
 be right in two of three cases, so the mean over pairs and negatives (of which one half is chance) stands beside it.
 """
 
@@ -25,13 +25,13 @@ FAR = -1000.0
 
 @dataclass(frozen=True)
 class Gallery:
-    """Held-out pictures and texts, as the model sees them."""
+    """Held-out images and texts, as the model sees them."""
 
     features: Tensor  # [I, P, E] of the tower
     input_ids: Tensor  # [T, L], padded on the right
     attention_mask: Tensor  # [T, L] bool
-    image_of_text: Tensor  # [T] the picture that each text belongs to
-    image: Tensor  # [I, Q, D] embedded pictures
+    image_of_text: Tensor  # [T] the image that each text belongs to
+    image: Tensor  # [I, Q, D] embedded images
     text: Tensor  # [T, D] embedded texts
 
 
@@ -49,7 +49,7 @@ class Matching:
 def open_gallery(
     model: Blip2Stage1, features: Tensor, texts: list[str], image_of_text: Tensor, batch: int = 64
 ) -> Gallery:
-    """Embed held-out pictures and texts."""
+    """Embed held-out images and texts."""
     # features [I, P, E], image_of_text [T]
     device = model.words.device
     encoded = model.tokenizer(texts, padding=True, truncation=True, max_length=model.max_text, return_tensors="pt")
@@ -87,9 +87,9 @@ def second_look(
     rows = torch.arange(len(close), device=close.device)[:, None].expand_as(columns)
     found: list[Tensor] = []
     for row, column in zip(rows.flatten().split(batch), columns.flatten().split(batch), strict=True):
-        picture, text = (column, row) if of_texts else (row, column)
+        image, text = (column, row) if of_texts else (row, column)
         logits = model.match_queries(
-            gallery.features[picture], gallery.input_ids[text], gallery.attention_mask[text]
+            gallery.features[image], gallery.input_ids[text], gallery.attention_mask[text]
         ).mean(dim=1)
         found.append(logits[:, 1].to(close.dtype))
     looked = torch.cat(found).view_as(columns) + close.gather(1, columns)
@@ -106,18 +106,18 @@ def matching_scores(model: Blip2Stage1, gallery: Gallery, group: int = 64, seed:
         texts = firsts[start : start + group].to(gallery.text.device)
         if start and len(texts) < group:
             break
-        pictures = torch.arange(start, start + len(texts), device=gallery.text.device)
+        images = torch.arange(start, start + len(texts), device=gallery.text.device)
         everyone = Everyone(
-            gallery.image[pictures],
+            gallery.image[images],
             gallery.text[texts],
-            pictures,
+            images,
             gallery.input_ids[texts],
             gallery.attention_mask[texts],
             seed=seed + start,
         )
-        which_pictures, which_texts = model.negatives(everyone, len(texts))
+        which_images, which_texts = model.negatives(everyone, len(texts))
         logits = model.match_queries(
-            gallery.features[pictures[which_pictures]],
+            gallery.features[images[which_images]],
             everyone.input_ids[which_texts],
             everyone.attention_mask[which_texts],
         ).mean(dim=1)

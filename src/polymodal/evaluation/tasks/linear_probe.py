@@ -3,7 +3,7 @@
 For towers that no text was ever compared with, so that all kinds stand on equal terms: k-NN as DINO reports it (Caron
 et al. 2021, arXiv:2104.14294: cosine, votes weighted with exp(cosine / 0.07)) and a linear classifier, here ridge
 regression to one-hot labels in closed form, which needs no schedule and gives the same answer every time. Its strength
-is chosen on training pictures put aside group by group, so that two views of one thing are never on both sides.
+is chosen on training images put aside group by group, so that two views of one thing are never on both sides.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch.nn import functional as F
 from polymodal.errors import DataError
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Ridge penalties that are tried, as shares of the features' mean variance times the number of pictures."""
+"""Ridge penalties that are tried, as shares of the features' mean variance times the number of images."""
 TEMPERATURE = 0.07
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Features of pictures whose class is known."""
+    """Features of images whose class is known."""
 
-    features: Tensor  # [N, E], one vector a picture
+    features: Tensor  # [N, E], one vector an image
     labels: Tensor  # [N] int64, 0 to C - 1
-    # [N] pictures of one group show the same thing; None where every picture is its own group
+    # [N] images of one group show the same thing; None where every image is its own group
     groups: Sequence[str] | None = None
 
 
 def knn(train: Labelled, test: Labelled, k: int = 20, chunk: int = 1024) -> Tensor:  # -> [n]
-    """Classify by the nearest training pictures."""
+    """Classify by the nearest training images."""
     classes = _check(train, test)
     known, asked = (F.normalize(part.features.float(), dim=-1) for part in (train, test))
     marks = F.one_hot(train.labels, classes).float()

@@ -1,6 +1,6 @@
-"""Questions about held-out pictures, each beside an image-blind control and the majority answer.
+"""Questions about held-out images, each beside an image-blind control and the majority answer.
 
-The control is the same model with every picture replaced by plain grey of the same size, so what it scores comes from
+The control is the same model with every image replaced by plain grey of the same size, so what it scores comes from
 language alone. The majority answer is the one that would score best if given to every question of a kind: what can be
 had without looking or thinking. A failed generation is a failed item in the report, never an empty answer.
 """
@@ -67,7 +67,7 @@ def evaluate(
     params: GenerationParams | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Item]:
-    """Ask every question twice: about the picture, and about grey."""
+    """Ask every question twice: about the image, and about grey."""
     params = params or GenerationParams(max_new_tokens=24)
     questions: list[list[Message] | PolymodalError] = [_question(record) for record in records]
     total = 2 * len(records)
@@ -163,7 +163,7 @@ def _accepted(record: Record) -> tuple[str, ...]:
 
 
 def _blind(messages: Sequence[Message]) -> list[Message] | PolymodalError:
-    """The control's question; a picture that cannot be read fails it as it fails the question itself."""
+    """The control's question; an image that cannot be read fails it as it fails the question itself."""
     try:
         return in_grey(messages)
     except PolymodalError as error:
@@ -171,7 +171,7 @@ def _blind(messages: Sequence[Message]) -> list[Message] | PolymodalError:
 
 
 def in_grey(messages: Sequence[Message]) -> list[Message]:
-    """Hide the pictures of a conversation."""
+    """Hide the images of a conversation."""
     from PIL import Image as PILImage
 
     from polymodal.media.image import open_image

@@ -1,7 +1,7 @@
-"""Retrieval: which caption belongs to a picture, and which picture to a caption, among all of a held-out file.
+"""Retrieval: which caption belongs to an image, and which image to a caption, among all of a held-out file.
 
 Recall@1, 5 and 10 both ways (`metrics.retrieval` says how ties are broken), each beside the chance level and
-a 95% interval: pictures are drawn anew with their captions, since captions of one picture are not independent.
+a 95% interval: images are drawn anew with their captions, since captions of one image are not independent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from polymodal.data.readers.conversations import Record
     from polymodal.messages import Source
 
-_WAYS = {IMAGE_TO_TEXT: "picture to text", TEXT_TO_IMAGE: "text to picture"}
+_WAYS = {IMAGE_TO_TEXT: "image to text", TEXT_TO_IMAGE: "text to image"}
 
 
 @dataclass(frozen=True)
@@ -42,29 +42,29 @@ class Recall:
 class Retrieval:
     """The scores of one file."""
 
-    pictures: int  # How many there are
+    images: int  # How many there are
     texts: int  # How many there are
-    shared: int  # Texts that occur with several pictures. Only one of these counts as right, which costs recall
+    shared: int  # Texts that occur with several images. Only one of these counts as right, which costs recall
     recalls: tuple[Recall, ...]  # All of them
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pictures and their captions."""
+    """Images and their captions."""
 
-    pictures: tuple[Source, ...]  # [I] where each is
+    images: tuple[Source, ...]  # [I] where each is
     texts: tuple[str, ...]  # [T]
-    image_of_text: tuple[int, ...]  # [T] the picture that each text belongs to
+    image_of_text: tuple[int, ...]  # [T] the image that each text belongs to
 
 
 def pairs_of(records: Sequence[Record], limit: int | None = None) -> Pairs:
-    """Read pairs off records: one picture each, captions in `captions` or in the answer."""
+    """Read pairs off records: one image each, captions in `captions` or in the answer."""
     captions: dict[str, dict[str, None]] = {}
     sources: dict[str, Source] = {}
     for record in records:
         media = [part for message in record.messages for part in message.media]
         if len(media) != 1 or not isinstance(media[0], Image):
-            raise DataError(f"record {record.id}: retrieval takes one picture a record, found {len(media)} media")
+            raise DataError(f"record {record.id}: retrieval takes one image a record, found {len(media)} media")
         source = media[0].source
         key = source if isinstance(source, str) else repr(source)
         if key not in captions and limit is not None and len(captions) == limit:
@@ -89,9 +89,9 @@ def retrieval(
     progress: Progress | None = None,
 ) -> Retrieval:
     """Score a model."""
-    if len(pairs.pictures) < 2:
-        raise DataError(f"retrieval among {len(pairs.pictures)} pictures says nothing; give two or more")
-    image = embedder.pictures(pairs.pictures, batch_size=batch_size, progress=progress)
+    if len(pairs.images) < 2:
+        raise DataError(f"retrieval among {len(pairs.images)} images says nothing; give two or more")
+    image = embedder.images(pairs.images, batch_size=batch_size, progress=progress)
     text = embedder.texts(pairs.texts, batch_size=batch_size, progress=progress)
     own = torch.tensor(pairs.image_of_text)
     ranks = embedding_ranks(image, text, own)
@@ -113,7 +113,7 @@ def retrieval(
 def table(result: Retrieval) -> str:
     """The scores as a Markdown table, in percent."""
     lines = [
-        f"{result.pictures} pictures, {result.texts} texts"
+        f"{result.images} images, {result.texts} texts"
         + (f" ({result.shared} of them repeated: only one place counts)" if result.shared else ""),
         "",
         "| | recall | 95% | chance |",

@@ -1,11 +1,11 @@
-"""Zero-shot classification: name a picture by the nearest of the classes' prompts, which nothing was trained on.
+"""Zero-shot classification: name an image by the nearest of the classes' prompts, which nothing was trained on.
 
 As CLIP does (Radford et al. 2021, arXiv:2103.00020): each class is written into every prompt template, and a class is
-the mean of its prompts' directions. The file says what the classes are and which of them are right for each picture;
+the mean of its prompts' directions. The file says what the classes are and which of them are right for each image;
 several may be, since a beagle is rightly called a dog.
 
     {"templates": ["{}.", "A photo of {}."],
-     "tasks": [{"name": "animals", "classes": ["a cat", "a dog"], "pictures": [{"image": "a.jpg", "labels": [1]}]}]}
+     "tasks": [{"name": "animals", "classes": ["a cat", "a dog"], "images": [{"image": "a.jpg", "labels": [1]}]}]}
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ZeroShotTask:
-    """Pictures and the classes to choose from."""
+    """Images and the classes to choose from."""
 
     name: str  # For the table
     templates: tuple[str, ...]  # Sentences with `{}` for the class
     classes: tuple[str, ...]  # Names, with their article where the templates want one
-    pictures: tuple[Source, ...]  # Where each picture is
-    labels: tuple[tuple[int, ...], ...]  # Of each picture, the numbers of the classes that are right
+    images: tuple[Source, ...]  # Where each image is
+    labels: tuple[tuple[int, ...], ...]  # Of each image, the numbers of the classes that are right
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class ZeroShotScore:
     """The scores of one task."""
 
     name: str  # The task's
-    pictures: int  # How many
+    images: int  # How many
     classes: int  # How many to choose from
-    top1: float  # Share of pictures whose nearest class is right
+    top1: float  # Share of images whose nearest class is right
     top1_interval: tuple[float, float]  # 95%
     top5: float  # Share with a right class among the nearest five
     top5_interval: tuple[float, float]  # 95%
@@ -58,7 +58,7 @@ def load_tasks(path: Path, limit: int | None = None) -> list[ZeroShotTask]:
     """Read a file of tasks, as `polymodal data build pairs` writes in `classes.json`."""
     data = _read(Path(path))
     if not isinstance(data, dict) or not isinstance(data.get("tasks"), list) or not data["tasks"]:
-        raise DataError(f"{path}: expected an object with `tasks`, each with `name`, `classes` and `pictures`")
+        raise DataError(f"{path}: expected an object with `tasks`, each with `name`, `classes` and `images`")
     templates = _texts(data.get("templates", ["{}"]), f"{path}: `templates`")
     for template in templates:
         if template.count("{}") != 1:
@@ -73,16 +73,16 @@ def zero_shot_scores(
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> list[ZeroShotScore]:
-    """Score a model on tasks; a picture or prompt that several of them share is embedded once."""
-    pictures = {str(source): source for task in tasks for source in task.pictures}
+    """Score a model on tasks; an image or prompt that several of them share is embedded once."""
+    images = {str(source): source for task in tasks for source in task.images}
     prompts = list(dict.fromkeys(text for task in tasks for text in _prompts(task)))
-    image = embedder.pictures(list(pictures.values()), batch_size=batch_size, progress=progress)
+    image = embedder.images(list(images.values()), batch_size=batch_size, progress=progress)
     text = embedder.texts(prompts, batch_size=batch_size, progress=progress)
-    at = {key: i for i, key in enumerate(pictures)}
+    at = {key: i for i, key in enumerate(images)}
     said = {prompt: i for i, prompt in enumerate(prompts)}
     rows = []
     for task in tasks:
-        own = image[[at[str(source)] for source in task.pictures]]
+        own = image[[at[str(source)] for source in task.images]]
         written = text[[said[prompt] for prompt in _prompts(task)]].unflatten(0, (len(task.classes), -1))
         labels = torch.zeros(len(own), len(task.classes), dtype=torch.bool)
         for row, right in enumerate(task.labels):
@@ -102,13 +102,13 @@ def zero_shot_scores(
 def table(rows: Sequence[ZeroShotScore]) -> str:
     """The scores as a Markdown table, in percent."""
     lines = [
-        "| task | pictures | classes | top 1 | 95% | chance | top 5 | 95% | chance |",
+        "| task | images | classes | top 1 | 95% | chance | top 5 | 95% | chance |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         (low1, high1), (low5, high5) = row.top1_interval, row.top5_interval
         lines.append(
-            f"| {row.name} | {row.pictures} | {row.classes} | {row.top1:.1%} | {low1:.1%} to {high1:.1%} "
+            f"| {row.name} | {row.images} | {row.classes} | {row.top1:.1%} | {low1:.1%} to {high1:.1%} "
             f"| {row.chance1:.1%} | {row.top5:.1%} | {low5:.1%} to {high5:.1%} | {row.chance5:.1%} |"
         )
     return "\n".join(lines)
@@ -132,29 +132,29 @@ def _read(path: Path) -> Any:
 def _task(task: Any, templates: tuple[str, ...], path: Path, number: int, limit: int | None) -> ZeroShotTask:
     where = f"{path}: tasks[{number}]"
     if not isinstance(task, dict):
-        raise DataError(f"{where}: expected an object with `name`, `classes` and `pictures`")
+        raise DataError(f"{where}: expected an object with `name`, `classes` and `images`")
     classes = _texts(task.get("classes"), f"{where}: `classes`")
     shown = task.get("pictures")
     if not isinstance(shown, list) or not shown:
-        raise DataError(f"{where}: `pictures` must be a list with one at least")
-    pictures: list[Source] = []
+        raise DataError(f"{where}: `images` must be a list with one at least")
+    images: list[Source] = []
     labels: list[tuple[int, ...]] = []
     for place, entry in enumerate(shown[:limit]):
-        at = f"{where}: pictures[{place}]"
+        at = f"{where}: images[{place}]"
         name, right = (entry.get("image"), entry.get("labels")) if isinstance(entry, dict) else (None, None)
         if not isinstance(name, str) or not name:
             raise DataError(f"{at}: `image` must be a path")
         root = path.resolve().parent
         file = (root / name).resolve()
         if not file.is_relative_to(root):
-            raise DataError(f"{at}: {name!r} leaves the folder of {path.name}; pictures must lie inside it")
+            raise DataError(f"{at}: {name!r} leaves the folder of {path.name}; images must lie inside it")
         if not isinstance(right, list) or not right or not all(type(i) is int for i in right):
             raise DataError(f"{at}: `labels` must list the numbers of the right classes")
         if min(right) < 0 or max(right) >= len(classes):
             raise DataError(f"{at}: labels {right}, but classes are numbered 0 to {len(classes) - 1}")
-        pictures.append(file)
+        images.append(file)
         labels.append(tuple(right))
-    return ZeroShotTask(str(task.get("name", number)), templates, classes, tuple(pictures), tuple(labels))
+    return ZeroShotTask(str(task.get("name", number)), templates, classes, tuple(images), tuple(labels))
 
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:

@@ -1,12 +1,12 @@
 """Writing a model as GGUF for llama.cpp: the language model, and beside it tower and projector ("mmproj").
 
-`interop.gguf.weights` has the tensors; here the tokenizer, the chat template and the picture rules join in. What
+`interop.gguf.weights` has the tensors; here the tokenizer, the chat template and the image rules join in. What
 llama.cpp would compute otherwise is refused with every reason at once. The folder appears whole or not at all:
 
     model-f16.gguf  mmproj-f16.gguf  README.md  (parity.json, with --verify)
 
-Pictures there keep their shape on a tile of one colour, (122, 116, 104), which is CLIP's mean: the one rule that
-projector type "mlp" has. LLaVA-1.5 pads before it resizes and llama.cpp after, so the edge of a picture that is not
+Images there keep their shape on a tile of one colour, (122, 116, 104), which is CLIP's mean: the one rule that
+projector type "mlp" has. LLaVA-1.5 pads before it resizes and llama.cpp after, so the edge of an image that is not
 square may lie half a pixel beside ours.
 """
 
@@ -151,22 +151,11 @@ def _is_byte(text: str) -> bool:
     return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
-# ---- Writing a model as GGUF for llama.cpp: the language model, and beside it tower and projector ("mmproj") ----
-# `interop.gguf.weights` has the tensors; here the tokenizer, the chat template and the picture rules join in. What
-# llama.cpp would compute otherwise is refused with every reason at once. The folder appears whole or not at all:
-#
-# model-f16.gguf  mmproj-f16.gguf  README.md  (parity.json, with --verify)
-#
-# Pictures there keep their shape on a tile of one colour, (122, 116, 104), which is CLIP's mean: the one rule that
-# projector type "mlp" has. LLaVA-1.5 pads before it resizes and llama.cpp after, so the edge of a picture that is not
-# square may lie half a pixel beside ours.
-
-
 SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
 """Types of the weights as file names have them."""
 PAD_COLOUR = (122, 116, 104)
 CLASS_TOKEN_NOTE = (
-    "builds of llama.cpp since May 2025 put the class token of CLIP towers behind the patches and read wrong pictures "
+    "builds of llama.cpp since May 2025 put the class token of CLIP towers behind the patches and read wrong images "
     "(issue 25814 of ggml-org/llama.cpp); SigLIP towers have none. --verify tells whether a build does"
 )
 
@@ -230,7 +219,7 @@ def reasons_against(model: MultimodalLM, config: ModelConfig) -> list[str]:
     elif config.projector.norm == "layer":
         found.append("projector.norm 'layer' has no place there: train with 'none' or 'standardize'")
     if config.template.image_newline_text:
-        found.append("template.image_newline_text: nothing would write it after a picture there; leave it empty")
+        found.append("template.image_newline_text: nothing would write it after an image there; leave it empty")
     return found + reasons_against_llm(model.llm)
 
 
@@ -265,13 +254,13 @@ def _against_image(image: ImageConfig) -> list[str]:
     mean_colour = tuple(min(max(int(value * 255), 0), 255) for value in image.image_mean)
     if image.image_aspect_ratio != "pad":
         found.append(
-            f"image_aspect_ratio {image.image_aspect_ratio!r}: pictures are padded there, not stretched, cut or tiled: "
+            f"image_aspect_ratio {image.image_aspect_ratio!r}: images are padded there, not stretched, cut or tiled: "
             "train with 'pad'"
         )
     elif (image.pad_color or mean_colour) != PAD_COLOUR:
         found.append(f"image.pad_color {image.pad_color or mean_colour}: llama.cpp always pads with {PAD_COLOUR}")
     if image.resample != "bicubic":
-        found.append(f"image.resample {image.resample!r}: llama.cpp always resizes these pictures by 'bicubic'")
+        found.append(f"image.resample {image.resample!r}: llama.cpp always resizes these images by 'bicubic'")
     return found
 
 
@@ -282,8 +271,8 @@ def _chat_template(loaded: Loaded) -> tuple[str | None, list[str]]:
     found = stock_template(ours, loaded.config.template, loaded.tokenizer, tokenizer, vocabulary.image_token_id)
     notes = list(found.notes)
     notes.append(
-        "pictures that are not square are padded after they are resized there, before it here: edges may lie half a "
-        "pixel apart; pictures that were padded to a square beforehand are read alike"
+        "images that are not square are padded after they are resized there, before it here: edges may lie half a "
+        "pixel apart; images that were padded to a square beforehand are read alike"
     )
     if loaded.config.vision is not None and loaded.config.vision.type == "clip":
         notes.append(CLASS_TOKEN_NOTE)

@@ -1,7 +1,7 @@
 """Writing a model as a stock folder of transformers, without remote code: weights, processor, prompts, card.
 
 `interop.huggingface.export_class` says which class it is and makes configuration and tensors; here the raw-input side
-joins in: picture rules as `preprocessor_config.json`, the chat template as jinja that gives our ids, the tokenizer with
+joins in: image rules as `preprocessor_config.json`, the chat template as jinja that gives our ids, the tokenizer with
 the placeholder as a real token inside the embedding table. Everything is checked before the first tensor is written,
 and the folder appears whole or not at all. Names of weights are those of published folders ("hub"), which transformers,
 vLLM and llama.cpp's converters read; transformers' own `save_pretrained` writes others.
@@ -131,7 +131,7 @@ def export_hf(
 
 
 def image_processor_settings(image: ImageConfig, family: str) -> dict[str, Any]:
-    """Picture rules as `preprocessor_config.json` has them."""
+    """Image rules as `preprocessor_config.json` has them."""
     height, width = image.tile_size
     whole = {"height": height, "width": width}
     settings: dict[str, Any] = {
@@ -180,7 +180,7 @@ def with_placeholder(
         copied.add_special_tokens({"additional_special_tokens": [PLACEHOLDER]}, replace_extra_special_tokens=False)
         image_id = int(copied.convert_tokens_to_ids(PLACEHOLDER))
         notes.append(
-            f"the picture's placeholder, {model.image_token_id} in training, is token {image_id} {PLACEHOLDER!r}"
+            f"the image's placeholder, {model.image_token_id} in training, is token {image_id} {PLACEHOLDER!r}"
         )
     if copied.pad_token is None and copied.eos_token is not None:
         copied.pad_token = copied.eos_token
@@ -206,7 +206,7 @@ def _prompt(
         return found, found.tokenizer
     if tokenizer.convert_ids_to_tokens(image_token_id) != PLACEHOLDER:
         raise CheckpointError(
-            f"the picture's token is {tokenizer.convert_ids_to_tokens(image_token_id)!r}; BLIP-2's processor knows "
+            f"the image's token is {tokenizer.convert_ids_to_tokens(image_token_id)!r}; BLIP-2's processor knows "
             f"only {PLACEHOLDER!r}"
         )
     preset = PRESETS.get(template.chat_template)
@@ -247,8 +247,8 @@ def _write_processor(
     projector: Any = model.projector
     name = {"processor_class": PROCESSORS[family]}
     tokenizer.save_pretrained(folder)
-    pictures = {**image_processor_settings(config.image, family), **name}
-    _write_json(folder / "preprocessor_config.json", pictures)
+    images = {**image_processor_settings(config.image, family), **name}
+    _write_json(folder / "preprocessor_config.json", images)
     settings: dict[str, Any] = {**name}
     if family in BLIP:
         settings["num_query_tokens"] = projector.output_grid.area
@@ -264,7 +264,7 @@ def _write_processor(
         settings["video_token"] = "<video>"
         settings["vision_aspect_ratio"] = f"anyres_max_{config.image.anyres_max}"
         # The class insists on a part for videos, which the same settings describe.
-        videos = {key: value for key, value in pictures.items() if key not in ("image_grid_pinpoints", "do_pad")}
+        videos = {key: value for key, value in images.items() if key not in ("image_grid_pinpoints", "do_pad")}
         del videos["image_processor_type"]
         videos["video_processor_type"] = "LlavaOnevisionVideoProcessor"
         _write_json(folder / "video_preprocessor_config.json", videos)

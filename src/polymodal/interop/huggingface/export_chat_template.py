@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COUNTS = (3, 2)
-"""Tokens of the first and the second picture in the conversations that are tried."""
+"""Tokens of the first and the second image in the conversations that are tried."""
 
 LATER = "a second question"
 """The one conversation that may differ: one string cannot always be cut as answers were trained, piece by piece."""
@@ -37,14 +37,14 @@ LATER_NOTE = (
     "write no end token there, and byte-level tokenizers join an answer with the space before it"
 )
 
-_PICTURE = Image(b"")
+_IMAGE = Image(b"")
 PROBES: dict[str, tuple[Message, ...]] = {
-    "a picture, then a question": (user(_PICTURE, "What is shown here?"),),
-    "a question, then a picture": (user("Describe this in one word:\n", _PICTURE),),
-    "two pictures": (user(_PICTURE, _PICTURE, "Which one is larger, and why? It's 3 to 1."),),
+    "an image, then a question": (user(_IMAGE, "What is shown here?"),),
+    "a question, then an image": (user("Describe this in one word:\n", _IMAGE),),
+    "two images": (user(_IMAGE, _IMAGE, "Which one is larger, and why? It's 3 to 1."),),
     "text alone": (user("Hello! 你好, how are you?"),),
-    "a system message": (system("Be brief."), user(_PICTURE, "What is it?")),
-    LATER: (user(_PICTURE, "What is it?"), assistant("A cat."), user("Which colour?")),
+    "a system message": (system("Be brief."), user(_IMAGE, "What is it?")),
+    LATER: (user(_IMAGE, "What is it?"), assistant("A cat."), user("Which colour?")),
 }
 """Conversations whose ids must be the same; those that our own template refuses are left out."""
 
@@ -89,18 +89,18 @@ def stock_template(
 def check_plain_prompt(
     ours: ChatTemplate, media_only: bool, tokenizer: PreTrainedTokenizerBase, image_token_id: int
 ) -> tuple[str, ...]:
-    """Make sure that BLIP-2's processor, which knows no chat, gives our ids: the picture, then the text as it is."""
+    """Make sure that BLIP-2's processor, which knows no chat, gives our ids: the image, then the text as it is."""
     question = "" if media_only else "What is shown here?"
-    found = ours.render([user(_PICTURE, question)], COUNTS[:1], add_generation_prompt=True).input_ids
+    found = ours.render([user(_IMAGE, question)], COUNTS[:1], add_generation_prompt=True).input_ids
     wanted = [image_token_id] * COUNTS[0] + list(tokenizer(question)["input_ids"])
     if _mapped(found, ours.image_token_id, image_token_id) != wanted:
         raise CheckpointError(
-            "template.chat_template: BLIP-2's processor writes the picture first, before even the beginning of the "
+            "template.chat_template: BLIP-2's processor writes the image first, before even the beginning of the "
             "sequence, then the question as it is; this template writes something else around them. Train with a "
             "jinja text that does the same (for T5 the preset 't5' does)"
         )
-    note = "one picture a prompt, which comes first; there is no chat template"
-    return (note, "ask without text: the template was trained on pictures alone") if media_only else (note,)
+    note = "one image a prompt, which comes first; there is no chat template"
+    return (note, "ask without text: the template was trained on images alone") if media_only else (note,)
 
 
 def differences(ours: ChatTemplate, tokenizer: PreTrainedTokenizerBase, source: str, image_token_id: int) -> list[str]:
@@ -133,7 +133,7 @@ def stock_ids(
     placeholder = str(tokenizer.convert_ids_to_tokens(image_token_id))
     pieces = stock_text(tokenizer, source, messages).split(placeholder)
     if len(pieces) != len(counts) + 1:
-        raise PolymodalError(f"the template writes {len(pieces) - 1} pictures for {len(counts)}")
+        raise PolymodalError(f"the template writes {len(pieces) - 1} images for {len(counts)}")
     text = pieces[0] + "".join(placeholder * n + piece for n, piece in zip(counts, pieces[1:], strict=True))
     begun = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
     return list(tokenizer(text, add_special_tokens=not begun)["input_ids"])
@@ -193,7 +193,7 @@ def _candidates(
     return [whole, cut]
 
 
-def _head(picture: str, default_system: str | None, *, media_only: bool = False) -> str:
+def _head(image: str, default_system: str | None, *, media_only: bool = False) -> str:
     """What turns a list of parts into a string before a template that takes strings."""
     start = "{%- set told = namespace(turns=[]) -%}"
     if default_system is not None:
@@ -212,8 +212,8 @@ def _head(picture: str, default_system: str | None, *, media_only: bool = False)
         f"{start}{{%- for message in messages -%}}{{%- set said = namespace(text='') -%}}"
         f"{{%- if message['content'] is string -%}}{spoken}{{%- else -%}}"
         f"{{%- for part in message['content'] -%}}{{%- if part['type'] == 'text' -%}}{text}"
-        f"{{%- elif part['type'] in ['image', 'image_url'] -%}}{{%- set said.text = said.text + {quoted(picture)} -%}}"
-        "{%- else -%}{{- raise_exception('this model takes text and pictures') -}}{%- endif -%}{%- endfor -%}"
+        f"{{%- elif part['type'] in ['image', 'image_url'] -%}}{{%- set said.text = said.text + {quoted(image)} -%}}"
+        "{%- else -%}{{- raise_exception('this model takes text and images') -}}{%- endif -%}{%- endfor -%}"
         f"{{%- endif -%}}{keep}{{%- endfor -%}}{{%- set messages = told.turns %}}"
     )
 

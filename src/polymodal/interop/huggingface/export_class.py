@@ -316,11 +316,11 @@ def _against_image(image: ImageConfig, family: str) -> list[str]:
     if height != width:
         found.append(f"image.tile_size {height}x{width} is not square, as the class needs it")
     mean_colour = tuple(min(max(int(value * 255), 0), 255) for value in image.image_mean)
-    pads = how == "pad" or (how == "anyres" and image.several_pictures == "pad")
+    pads = how == "pad" or (how == "anyres" and image.several_images == "pad")
     if pads and image.pad_color not in (None, mean_colour):
         found.append(f"image.pad_color {image.pad_color} cannot be said there: only the mean colour {mean_colour} can")
     if family in BLIP and how != "squash":
-        found.append(f"image_aspect_ratio {how!r}: BLIP-2's processor squashes pictures to one tile")
+        found.append(f"image_aspect_ratio {how!r}: BLIP-2's processor squashes images to one tile")
     if how != "anyres":
         return found
     if image.mm_patch_merge_type != "spatial_unpad":
@@ -328,9 +328,9 @@ def _against_image(image: ImageConfig, family: str) -> list[str]:
     if image.overview_aspect_ratio != "squash":
         found.append(f"overview_aspect_ratio {image.overview_aspect_ratio!r}: the overview there is squashed")
     wanted = "alike" if family == "llava_next" else "pad"
-    if image.several_pictures != wanted:
+    if image.several_images != wanted:
         found.append(
-            f"several_pictures {image.several_pictures!r}: LLaVA-NeXT (no anyres_max) cuts them alike, LLaVA-OneVision "
+            f"several_images {image.several_images!r}: LLaVA-NeXT (no anyres_max) cuts them alike, LLaVA-OneVision "
             "(anyres_max) pads them"
         )
     return found

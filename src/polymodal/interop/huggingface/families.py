@@ -38,7 +38,7 @@ class Pieces:
     # The AnyRes canvases that the model counts with, (height, width); none for the other families
     pinpoints: tuple[tuple[int, int], ...] = ()
     vision_aspect_ratio: str | None = None  # LLaVA-OneVision's "anyres_max_N"; None for the others
-    # "chat" for a chat template, "plain" for BLIP-2's: the picture, then the text as it is
+    # "chat" for a chat template, "plain" for BLIP-2's: the image, then the text as it is
     prompt: Literal["chat", "plain"] = "chat"
 
 
@@ -114,7 +114,7 @@ def _selected(settings: Any, family: str, where: str) -> Literal["patch", "cls_p
     return "cls_patch" if strategy == "full" and FAMILIES[family].class_token else "patch"
 
 
-# ---- LLaVA-1.5 (arXiv:2310.03744) as `LlavaForConditionalGeneration`: one tile a picture ----
+# ---- LLaVA-1.5 (arXiv:2310.03744) as `LlavaForConditionalGeneration`: one tile an image ----
 
 
 def read_llava(settings: Any, where: str) -> Pieces:
@@ -216,8 +216,8 @@ def read_instructblip(settings: Any, where: str) -> Pieces:
 
 
 # ---- LLaVA-OneVision (arXiv:2408.03326) as `LlavaOnevisionForConditionalGeneration`: SigLIP, AnyRes with a limit ----
-# A picture that is alone is cut into tiles, and its tokens are shrunk to what the limit allows; several pictures are
-# padded to one tile each (`ImageConfig.several_pictures`), as the chat template of transformers' processor hands them
+# An image that is alone is cut into tiles, and its tokens are shrunk to what the limit allows; several images are
+# padded to one tile each (`ImageConfig.several_images`), as the chat template of transformers' processor hands them
 # over. Video is not read_onevision.
 
 
@@ -234,7 +234,7 @@ def read_onevision(settings: Any, where: str) -> Pieces:
 
 # ---- Published vision-language models in the layout of transformers, read exactly: one module a family ----
 # `READERS` says which families these are. A reader turns `config.json` into `Pieces`; `weights` builds the model from
-# them and fills it; `names` has the one table of tensor names. What the folder says about pictures and prompts is read
+# them and fills it; `names` has the one table of tensor names. What the folder says about images and prompts is read
 # in `interop.huggingface.load`, which joins the two.
 
 

@@ -37,16 +37,16 @@ if TYPE_CHECKING:
 
 # ---- The prompt of a published model as its own processor writes it, as one of our chat templates ----
 # LLaVA's processors take the chat template's text and give it to the tokenizer, which adds its beginning-of-sequence
-# token where the template wrote none. BLIP-2's and InstructBLIP's know no chat: the picture's placeholders come first,
+# token where the template wrote none. BLIP-2's and InstructBLIP's know no chat: the image's placeholders come first,
 # even before that token, then the text as it is. Both become jinja text here that writes everything itself.
 #
-# Nothing is taken on trust: a question about a picture is rendered by that template and tokenised piece by piece, as
+# Nothing is taken on trust: a question about an image is rendered by that template and tokenised piece by piece, as
 # everything is here, and must give the very ids that the stock way gives; otherwise the folder is refused.
 
 
 QUESTION = "What is shown here?"
 PROBE_TOKENS = 3
-"""Placeholders of the picture in the question that is tried."""
+"""Placeholders of the image in the question that is tried."""
 
 _PLAIN = (
     "{%- for message in messages -%}"
@@ -128,7 +128,7 @@ def _in_json(path: Path) -> Any:
 
 
 def _chat_ids(folder: Path, tokenizer: PreTrainedTokenizerBase, source: str, placeholder: str) -> list[int]:
-    """What the folder's processor makes of a question about a picture: render, expand, then tokenise the whole."""
+    """What the folder's processor makes of a question about an image: render, expand, then tokenise the whole."""
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     variables: dict[str, Any] = {str(name): token for name, token in tokenizer.special_tokens_map.items()}
     try:
@@ -140,12 +140,10 @@ def _chat_ids(folder: Path, tokenizer: PreTrainedTokenizerBase, source: str, pla
             add_generation_prompt=True,
         )
     except (PolymodalError, TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: its chat template does not take a question about a picture: {error}"
-        ) from None
+        raise CheckpointError(f"{folder}: its chat template does not take a question about an image: {error}") from None
     if text.count(placeholder) != 1:
         raise CheckpointError(
-            f"{folder}: its chat template writes {placeholder!r} {text.count(placeholder)} times for one picture"
+            f"{folder}: its chat template writes {placeholder!r} {text.count(placeholder)} times for one image"
         )
     text = text.replace(placeholder, placeholder * PROBE_TOKENS)
     begun = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
@@ -172,13 +170,6 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
-# ---- Published vision-language folders of transformers as models of ours, with the same pixels, ids and numbers ----
-# The network side (`interop.huggingface.families`) reads `config.json` and the weights; the raw-input side reads the
-# preprocessor and
-# the chat template; here they are joined into one `ModelConfig`, so that such a model can be asked, trained further and
-# saved as a folder of ours. What cannot be expressed exactly is refused.
-
-
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 HASHED_BYTES = 1 << 30
@@ -195,7 +186,7 @@ class Opened:
     """A published folder, all but its weights."""
 
     pieces: Pieces  # What its `config.json` says
-    config: ModelConfig  # The same as our configuration, with picture rules and template
+    config: ModelConfig  # The same as our configuration, with image rules and template
     tokenizer: PreTrainedTokenizerBase  # Its tokenizer, which knows the placeholder
     image_token_id: int  # The placeholder's id
     context_tokenizer: PreTrainedTokenizerBase | None  # The Q-Former's; None for a projector that reads no text
@@ -291,7 +282,7 @@ def _placeholder(folder: Path, pieces: Pieces, tokenizer: PreTrainedTokenizerBas
     if wanted is not None and wanted < len(tokenizer):
         if wanted not in tokenizer.added_tokens_decoder:
             raise CheckpointError(
-                f"{folder}: config.json names {wanted} as the picture's token, which is the ordinary token "
+                f"{folder}: config.json names {wanted} as the image's token, which is the ordinary token "
                 f"{tokenizer.convert_ids_to_tokens(wanted)!r} of the tokenizer"
             )
         return wanted
@@ -301,13 +292,13 @@ def _placeholder(folder: Path, pieces: Pieces, tokenizer: PreTrainedTokenizerBas
         own = int(tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN))
     if wanted not in (None, own):
         raise CheckpointError(
-            f"{folder}: config.json names {wanted} as the picture's token, the tokenizer has {own} for {_IMAGE_TOKEN!r}"
+            f"{folder}: config.json names {wanted} as the image's token, the tokenizer has {own} for {_IMAGE_TOKEN!r}"
         )
     return own
 
 
 def _image_config(folder: Path, pieces: Pieces) -> ImageConfig:
-    """Read the picture rules, and check that model and processor count alike."""
+    """Read the image rules, and check that model and processor count alike."""
     processor: dict[str, Any] = {}
     if (folder / "processor_config.json").is_file():
         processor = read_json(folder / "processor_config.json")

@@ -9,7 +9,7 @@ named by `mm_vision_tower`. Three kinds of folder are left by its training:
     lora        peft's adapter and `non_lora_trainables.bin`, which holds the projector
 
 Pickles are read only where that is allowed by name, and then as tensors only. `llava_weights` reads the tensors;
-`interop.llava.load` adds pictures and prompts, which such a folder does not describe.
+`interop.llava.load` adds images and prompts, which such a folder does not describe.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _NOT_THE_LANGUAGE_MODELS = re.compile(
 _MERGES: dict[str, PatchMerge] = {"flat": "flat", "spatial": "spatial", "spatial_unpad": "spatial_unpad"}
 _FEATURES: dict[str, Literal["patch", "cls_patch"]] = {"patch": "patch", "cls_patch": "cls_patch"}
 _REFUSED = {
-    "mm_use_im_start_end": "tokens around each picture",
+    "mm_use_im_start_end": "tokens around each image",
     "s2": "a tower at several scales",
     "mm_resampler_type": "a resampler behind the tower",
     "mm_use_4_vision_tokens": "another order of tokens",
@@ -69,7 +69,7 @@ class Repo:
     select_layer: int  # Which hidden state of it; of a tower that is not CLIP the repository always takes -2
     select_feature: Literal["patch", "cls_patch"]  # "patch", or "cls_patch" to keep the class token
     projector: ProjectorConfig  # The projector
-    aspect_ratio: Literal["crop", "pad", "anyres"]  # How a picture is laid out: "crop", "pad" or "anyres"
+    aspect_ratio: Literal["crop", "pad", "anyres"]  # How an image is laid out: "crop", "pad" or "anyres"
     anyres_max: int | None  # N of "anyres_max_N"; None for the others
     pinpoints: tuple[tuple[int, int], ...]  # Of "anyres": (height, width), in pixels or (`in_tiles`) in tiles
     in_tiles: bool  # Whether `pinpoints` count tiles

@@ -1,10 +1,10 @@
-"""Original LLaVA-repository folders as models of ours: what the folder leaves out about pictures and prompts is added.
+"""Original LLaVA-repository folders as models of ours: what the folder leaves out about images and prompts is added.
 
-Such a folder names its tower and how pictures are laid out; the tower's own folder says how pixels are scaled. Which
+Such a folder names its tower and how images are laid out; the tower's own folder says how pixels are scaled. Which
 prompt the model was trained on is not written anywhere: there it is guessed from words in the folder's name. Here it
 follows from the tokenizer and can be said with `template`: the tokenizer's own chat template where it has one; ChatML
 or Llama 3 where it has those tokens; else Mistral's for a Mistral and Vicuna's, which LLaVA-1.5 uses, for the rest. A
-picture is followed by a line break, as there.
+image is followed by a line break, as there.
 """
 
 from __future__ import annotations
@@ -178,15 +178,6 @@ def _one_of(repo: Repo, names: tuple[str, ...]) -> str:
     raise CheckpointError(f"{repo.folder}: {' or '.join(names)} is missing")
 
 
-# ---- Original LLaVA-repository folders as models of ours: what the folder leaves out about pictures and prompts is
-# added
-# Such a folder names its tower and how pictures are laid out; the tower's own folder says how pixels are scaled. Which
-# prompt the model was trained on is not written anywhere: there it is guessed from words in the folder's name. Here it
-# follows from the tokenizer and can be said with `template`: the tokenizer's own chat template where it has one; ChatML
-# or Llama 3 where it has those tokens; else Mistral's for a Mistral and Vicuna's, which LLaVA-1.5 uses, for the rest. A
-# picture is followed by a line break, as there.
-
-
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 BY_TOKENS = ("chatml", "llama3")
@@ -211,7 +202,7 @@ def load_llava_repo(
     quieten_transformers()
     repo = read_repo(folder, allow_pickle=allow_pickle)
     llm_config = _llm_config(repo, base, dtype)
-    vision, image = _pictures(repo, vision_tower or repo.tower)
+    vision, image = _images(repo, vision_tower or repo.tower)
     parts = sort_state(read_state(repo))
     llm: PreTrainedModel
     if repo.kind == "whole":
@@ -274,8 +265,8 @@ def _llm_config(repo: Repo, base: str | None, dtype: Dtype) -> LLMConfig:
     return LLMConfig(model_name_or_path="bundled" if inside else base, dtype=dtype)
 
 
-def _pictures(repo: Repo, tower: str) -> tuple[VisionConfig, ImageConfig]:
-    """The tower and the picture rules."""
+def _images(repo: Repo, tower: str) -> tuple[VisionConfig, ImageConfig]:
+    """The tower and the image rules."""
     kind = _tower_settings(tower).get("model_type")
     family = next((name for name, found in FAMILIES.items() if kind in found.model_types), None)
     if family is None:

@@ -1,6 +1,6 @@
-"""What every model that learns from pairs of picture and text has in common, and what goes between it and its training.
+"""What every model that learns from pairs of image and text has in common, and what goes between it and its training.
 
-One optimizer step is one contrast: each picture against all texts of the step, over all micro-batches and processes.
+One optimizer step is one contrast: each image against all texts of the step, over all micro-batches and processes.
 So a model gives its features (`embed`), contrasts them once they are gathered (`contrast`), and adds what can be
 computed for each pair apart (`extra`). `training.contrastive.step` puts these together, exactly, in as little memory as
 the recipe asks for (Gao et al. 2021, arXiv:2101.06983).
@@ -23,11 +23,11 @@ METRIC = "metric/"
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B pairs of picture and text."""
+    """B pairs of image and text."""
 
     input_ids: torch.Tensor  # [B, T] int64, padded on the right
     attention_mask: torch.Tensor  # [B, T] bool; False for padding
-    image_ids: torch.Tensor  # [B] int64; pairs of one picture share it, and are never each other's negatives
+    image_ids: torch.Tensor  # [B] int64; pairs of one image share it, and are never each other's negatives
     # [B, 3, H, W], float normalised or uint8; None where `features` take their place
     pixel_values: torch.Tensor | None = None
     features: torch.Tensor | None = None  # [B, P, E] kept output of a frozen tower
@@ -78,7 +78,7 @@ class PairModel(Protocol):
     Attributes:
         needs_features: Whether `extra` needs `Everyone.features`.
         tokenizer: Of the texts; it adds what the text encoder wants at both ends, and has a pad token.
-        image: How a picture becomes the one tile that the tower takes.
+        image: How an image becomes the one tile that the tower takes.
         text_length: What every text is padded to, where the text encoder reads its padding (SigLIP); else None, and a
             step is padded to its longest text.
         max_text: Most tokens of a text.
@@ -111,7 +111,7 @@ class PairModel(Protocol):
         ...
 
     def embed(self, batch: PairBatch) -> Embedded:
-        """Encode pictures and texts.
+        """Encode images and texts.
 
         Args:
             batch: The pairs.
@@ -135,7 +135,7 @@ class PairModel(Protocol):
         Args:
             own: All of this process's pairs of the step, with gradient.
             own_ids: Their image ids.
-            all_image: Everyone's picture features.
+            all_image: Everyone's image features.
             all_text: Everyone's text features.
             all_ids: Everyone's image ids.
             offset: Where this process's pairs begin in them.

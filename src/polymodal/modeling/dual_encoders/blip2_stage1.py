@@ -1,13 +1,13 @@
-"""BLIP-2's first stage: a Q-Former learns from pairs of picture and text beside a frozen vision tower.
+"""BLIP-2's first stage: a Q-Former learns from pairs of image and text beside a frozen vision tower.
 
-Li et al. 2023, arXiv:2301.12597, section 3.1. One Q-Former holds 32 learned queries that look at the picture, and a
+Li et al. 2023, arXiv:2301.12597, section 3.1. One Q-Former holds 32 learned queries that look at the image, and a
 text path; the attention mask decides who sees whom, and so which of three things it learns: contrast (ITC), matching
 (ITM) and captioning (ITG). `blip2_loss` has the losses, `masks` the masks, `blip2_folder` what is written and read.
 
 Differences from the reference (LAVIS): three passes instead of four, since the queries' outputs under the captioning
-mask are those of a pass over the queries alone, so one pass gives both the contrastive picture features and the
+mask are those of a pass over the queries alone, so one pass gives both the contrastive image features and the
 captioning logits; only positions that predict a token go through the vocabulary head; negatives are drawn once for the
-whole step, and pairs of one picture, or with one text, are never each other's; the temperature is kept above 0.001, as
+whole step, and pairs of one image, or with one text, are never each other's; the temperature is kept above 0.001, as
 in BLIP.
 Parameters: `vision_encoder.*`, `qformer.*` (with `ln_vision`, trained as in the paper), `vision_projection`,
 `text_projection`, `itm_head` (as in `Blip2ForImageTextRetrieval` of transformers), `lm_head.*`, `temperature`.
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 # ---- Who sees whom in the Q-Former: the three attention masks of BLIP-2's first stage (arXiv:2301.12597, figure 2)
 # Queries and text go through one transformer side by side, [Q; T]; the mask alone makes it two separate encoders, one
 # joint encoder or a captioner. Each mask is [b, 1, Q + T, Q + T], True where a row may look at a column, which
-# transformers' `Blip2QFormerModel` takes as it is with sdpa attention. Cross-attention to the picture is not masked.
+# transformers' `Blip2QFormerModel` takes as it is with sdpa attention. Cross-attention to the image is not masked.
 #
 # Difference from the reference (LAVIS): captioning reuses the keys and values of a pass over the queries there. Under
 # `unilm_mask` the queries' outputs are those of a pass over the queries alone, so one pass gives both (UniLM, Dong et
@@ -89,22 +89,6 @@ def _mask(text_mask: Tensor, queries: int, queries_see_text: bool, text_sees_que
     if not text_sees_queries:
         mask[:, :, queries:, :queries] = False
     return mask
-
-
-# ---- BLIP-2's first stage: a Q-Former learns from pairs of picture and text beside a frozen vision tower ----
-# Li et al. 2023, arXiv:2301.12597, section 3.1. One Q-Former holds 32 learned queries that look at the picture, and a
-# text path; the attention mask decides who sees whom, and so which of three things it learns: contrast (ITC), matching
-# (ITM) and captioning (ITG). `blip2_loss` has the losses, `masks` the masks, `blip2_folder` what is written and read.
-#
-# Differences from the reference (LAVIS): three passes instead of four, since the queries' outputs under the captioning
-# mask are those of a pass over the queries alone, so one pass gives both the contrastive picture features and the
-# captioning logits; only positions that predict a token go through the vocabulary head; negatives are drawn once for
-# the
-# whole step, and pairs of one picture, or with one text, are never each other's; the temperature is kept above 0.001,
-# as
-# in BLIP.
-# Parameters: `vision_encoder.*`, `qformer.*` (with `ln_vision`, trained as in the paper), `vision_projection`,
-# `text_projection`, `itm_head` (as in `Blip2ForImageTextRetrieval` of transformers), `lm_head.*`, `temperature`.
 
 
 LABEL_SMOOTHING = 0.1
@@ -213,7 +197,7 @@ class Blip2Stage1(nn.Module):
     def contrast(
         self, own: Embedded, own_ids: Tensor, all_image: Tensor, all_text: Tensor, all_ids: Tensor, offset: int
     ) -> dict[str, Tensor]:
-        """ITC, and how many pictures have a text of theirs as the nearest of the step; see `PairModel.contrast`."""
+        """ITC, and how many images have a text of theirs as the nearest of the step; see `PairModel.contrast`."""
         if len(all_ids) < 2:
             raise ConfigError("a step of one pair has nothing to contrast it with; raise batch.global_size")
         share, to_text, _ = itc_loss(
@@ -233,9 +217,9 @@ class Blip2Stage1(nn.Module):
     def extra(self, batch: PairBatch, embedded: Embedded, everyone: Everyone) -> dict[str, Tensor]:
         """ITM with hard negatives of the whole step, and ITG from what `embed` carried on; see `PairModel.extra`."""
         assert everyone.features is not None
-        pictures, texts = self.negatives(everyone, len(batch))
+        images, texts = self.negatives(everyone, len(batch))
         logits = self.match_queries(
-            everyone.features[pictures], everyone.input_ids[texts], everyone.attention_mask[texts]
+            everyone.features[images], everyone.input_ids[texts], everyone.attention_mask[texts]
         )
         itm, right = itm_loss(logits, len(everyone.image_ids))
         _, rows, targets = itg_targets(batch.input_ids, batch.attention_mask, self.tokenizer.bos_token_id)
@@ -257,17 +241,17 @@ class Blip2Stage1(nn.Module):
         )
         ids, tokens = everyone.image_ids, everyone.input_ids
         same_text = (tokens[own][:, None] == tokens[None]).all(dim=-1)
-        # Where nothing else is left, another picture with this text has to do.
+        # Where nothing else is left, another image with this text has to do.
         same_text &= (~same_text & (ids[own][:, None] != ids[None])).any(dim=1, keepdim=True)
         random = torch.Generator().manual_seed(everyone.seed)
-        pictures, texts = (
+        images, texts = (
             draw_negatives(logits.masked_fill(same_text, -torch.inf), ids[own], ids, everyone.offset, random)
             for logits in (to_image, to_text)
         )
-        return itm_inputs(pictures, texts, everyone.offset)
+        return itm_inputs(images, texts, everyone.offset)
 
     def embed_images(self, features: Tensor) -> Tensor:  # [B, P, E] -> [B, Q, D]
-        """Picture features for retrieval, from a pass over the queries alone."""
+        """Image features for retrieval, from a pass over the queries alone."""
         return _unit(self.vision_projection(self.qformer.queries(self._cast(features))))
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -277,7 +261,7 @@ class Blip2Stage1(nn.Module):
         return _unit(self.text_projection(hidden[:, 0]))
 
     def match_queries(self, features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What every query says about whether picture and text match."""
+        """What every query says about whether image and text match."""
         # features [B, P, E], input_ids [B, T], attention_mask [B, T] -> [B, Q, 2]
         mask = bidirectional_mask(attention_mask, self.qformer.num_queries)
         logits: Tensor = self.itm_head(self.qformer.queries(self._cast(features), input_ids, mask4d=mask))

@@ -2,7 +2,7 @@
 
 The folder is the Q-Former's own (`modeling.projectors.qformer_files`: `qformer.safetensors`, `config.json`), so stage 2
 starts from it with `projector: {mm_projector_type: qformer, pretrained: FOLDER}` and drops the text path. Beside it lie
-the heads of the three losses, the tokenizer, and in `config.json` where the vision tower is from and how pictures are
+the heads of the three losses, the tokenizer, and in `config.json` where the vision tower is from and how images are
 cut. The tower itself is written only where it was trained.
 
 BERT gives the vocabulary head too, where its folder holds one, as in LAVIS.
@@ -139,17 +139,6 @@ def start_words(table: Tensor, tokenizer: PreTrainedTokenizerBase, source: str, 
     _, axes = torch.linalg.eigh(centred.T @ centred)  # in rising order
     reduced = centred @ axes[:, -width:].flip(1)
     table[list(pieces.values())] = (reduced * (deviation / reduced.std())).to(table)
-
-
-# ---- Stage 1 of BLIP-2 from a recipe, from and to its folder, and from and to `Blip2ForImageTextRetrieval` ----
-# The folder is the Q-Former's own (`modeling.projectors.qformer_files`: `qformer.safetensors`, `config.json`), so stage
-# 2 starts
-# from it with `projector: {mm_projector_type: qformer, pretrained: FOLDER}` and drops the text path. Beside it lie the
-# heads of the three losses, the tokenizer, and in `config.json` where the vision tower is from and how pictures are
-# cut.
-# The tower itself is written only where it was trained.
-#
-# BERT gives the vocabulary head too, where its folder holds one, as in LAVIS.
 
 
 MODEL_TYPE = "blip2-stage1"

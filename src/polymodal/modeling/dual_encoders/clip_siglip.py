@@ -4,7 +4,7 @@ CLIP (Radford et al. 2021, arXiv:2103.00020), SigLIP (Zhai et al. 2023, arXiv:23
 two encoders (Zhai et al. 2022, arXiv:2111.07991; `VisionTextDualEncoderModel`). The networks are those of
 `transformers`, and so is the folder that is written: model, tokenizer and image processor load there and score the
 same. What is added is what they lack for training: a loss that sees all processes' pairs and knows pairs of one
-picture, SigLIP's initial temperature and bias (a fresh `SiglipModel` has zeros there), and a bound on the temperature.
+image, SigLIP's initial temperature and bias (a fresh `SiglipModel` has zeros there), and a bound on the temperature.
 
 Parameters carry the stock names: `vision_model.*`, `text_model.*`, `visual_projection.*`, `text_projection.*`,
 `logit_scale`, `logit_bias`. SigLIP's loss on a model without a bias adds one here; the stock folder has no place for
@@ -175,7 +175,7 @@ class DualEncoder(nn.Module):
         save_processor(folder, self.family, self.tokenizer, self.image)
 
     def _see(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled output [B, E] and patches [B, P, E] of pictures."""
+        """Pooled output [B, E] and patches [B, P, E] of images."""
         pixels = as_floats(pixel_values, self.image)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen(self.vision_model)):
             seen = self.vision_model(pixel_values=pixels)

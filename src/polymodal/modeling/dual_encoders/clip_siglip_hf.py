@@ -1,7 +1,7 @@
 """Stock two-encoder models of `transformers`: made fresh, loaded, and written with all that scoring needs.
 
-A fresh model follows its tokenizer and its picture rules, so that no number is typed twice: vocabulary, special tokens
-and picture size. A folder is written with tokenizer and image processor; `AutoModel` and `AutoProcessor` then see the
+A fresh model follows its tokenizer and its image rules, so that no number is typed twice: vocabulary, special tokens
+and image size. A folder is written with tokenizer and image processor; `AutoModel` and `AutoProcessor` then see the
 same tokens and the same pixels as training did.
 """
 
@@ -113,14 +113,14 @@ def save_processor(folder: Path, family: str, tokenizer: Any, image: ImageConfig
     """Write tokenizer and image processor beside a stock model."""
     import transformers
 
-    pictures = image_processor(family, image)
+    images = image_processor(family, image)
     # Both spellings: one file for all parts is read by transformers 5, the other by what came before.
-    getattr(transformers, PROCESSORS[family])(pictures, tokenizer).save_pretrained(folder)
-    pictures.save_pretrained(folder)
+    getattr(transformers, PROCESSORS[family])(images, tokenizer).save_pretrained(folder)
+    images.save_pretrained(folder)
 
 
 def image_processor(family: str, image: ImageConfig) -> Any:
-    """The stock image processor that does what picture rules say."""
+    """The stock image processor that does what image rules say."""
     from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
     crops = image.image_aspect_ratio == "crop"

@@ -20,7 +20,7 @@ class PairModelConfig(Strict):
         projection_dim: Width of what is contrasted; "siglip" has none: its encoders are equally wide.
         tokenizer: A folder or hub id.
         pad_token: A token of the tokenizer to pad with, where it names none itself.
-        image: How pictures become tiles: "squash" or "crop", which stock image processors can do too.
+        image: How images become tiles: "squash" or "crop", which stock image processors can do too.
     """
 
     family: Literal["clip", "siglip", "pair"]
@@ -49,7 +49,7 @@ class Blip2ModelConfig(Strict):
     Attributes:
         family: "blip2".
         vision: The vision tower. BLIP-2 reads the last layer with its class token, before the last norm.
-        image: How a picture becomes the one tile that the tower takes.
+        image: How an image becomes the one tile that the tower takes.
         qformer: The Q-Former; its `vocab_size` and `pad_token_id` follow the tokenizer.
         norm: What comes before the Q-Former: "standardize" for towers whose channels differ widely in size.
         bert: A folder of a BERT to start from, as wide as the Q-Former and at least as deep; fresh weights when None.
@@ -79,12 +79,12 @@ class Blip2ModelConfig(Strict):
 
 
 class TowerTextConfig(Strict):
-    """A new text tower beside a frozen picture tower of ours, to compare towers by retrieval.
+    """A new text tower beside a frozen image tower of ours, to compare towers by retrieval.
 
     Attributes:
         family: "tower".
-        vision: The picture tower.
-        image: How a picture becomes the one tile that the tower takes.
+        vision: The image tower.
+        image: How an image becomes the one tile that the tower takes.
         text: Keys of `SiglipTextConfig`; vocabulary and special tokens follow the tokenizer.
         projection_dim: Width of what is contrasted, and of the head that pools the tower's patches.
         tokenizer: A folder or hub id.
@@ -103,7 +103,7 @@ class DistillConfig(Strict):
 
     Attributes:
         tower: The teacher.
-        image: The teacher's picture rules; those of the model that is trained when None.
+        image: The teacher's image rules; those of the model that is trained when None.
         weight: Of the distance, beside the contrast.
         loss: "cosine" compares directions, "smooth_l1" values; either on channels of zero mean and unit variance.
     """

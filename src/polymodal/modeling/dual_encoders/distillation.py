@@ -2,7 +2,7 @@
 
 Feature distillation (Romero et al. 2015, arXiv:1412.6550: a regressor between unlike widths; Wei et al. 2022,
 arXiv:2205.14141: the teacher's channels made alike before they are compared). The teacher is frozen and its features
-are kept, so that a picture passes through it once in a whole run. Both grids are averaged to the coarser of the two,
+are kept, so that an image passes through it once in a whole run. Both grids are averaged to the coarser of the two,
 one linear layer leads from the student's width to the teacher's, and the distance is taken on channels of zero mean
 and unit variance: without that, the few strong channels of a network with ReLU are all that is learnt, and a cosine is
 near 1 from the start. The layer is thrown away after training.
@@ -81,9 +81,9 @@ def pool_grid(features: Tensor, grid: Size, target: Size) -> Tensor:  # features
 
 
 def flip_grid(features: Tensor, grid: Size, flipped: Tensor) -> Tensor:  # features [B, P, E], flipped [B] -> [B, P, E]
-    """Mirror the positions of those pictures that were mirrored."""
-    # Kept features are of the picture as it lies on disk; a picture that is seen mirrored needs them mirrored. (A
-    # convolution's features of the mirrored picture are not exactly these, but nearer than those of the other side.)
+    """Mirror the positions of those images that were mirrored."""
+    # Kept features are of the image as it lies on disk; an image that is seen mirrored needs them mirrored. (A
+    # convolution's features of the mirrored image are not exactly these, but nearer than those of the other side.)
     maps = features.unflatten(1, (grid.height, grid.width))
     return torch.where(flipped[:, None, None, None], maps.flip(2), maps).flatten(1, 2)
 

@@ -107,21 +107,6 @@ def _check_shapes(tensor: Tensor) -> None:
         raise ConfigError(f"the processes hold rows of different shapes ({listed}): pad them to the same length")
 
 
-# ---- One contrast over more pairs than fit: the cached-feature method (GradCache; Gao et al. 2021, arXiv:2101.06983)
-# A contrastive loss needs the features of all pairs at once, so adding up gradients of micro-batches would train
-# another
-# objective. But it needs only the features: they are small, unlike what the encoders keep for their backward pass. So
-# every micro-batch is embedded without keeping anything, the loss gives the gradient of the features, and each
-# micro-batch is then embedded again and its features' gradient sent back through the encoders. The result is the big
-# batch's gradient, for one more forward pass; dropout falls on the same places both times.
-#
-# Differences from the reference: the first micro-batch keeps what its backward pass needs and is not embedded twice, so
-# a
-# step of a single micro-batch is one plain pass; terms that each micro-batch has for itself (`extra`: matching,
-# captioning, distillation) join the second pass; plain functions, not a wrapper around models and optimizers.
-# Running statistics (BatchNorm in training mode) would be updated twice: freeze them.
-
-
 Item = TypeVar("Item")
 Carry = TypeVar("Carry")
 Terms = dict[str, Tensor]

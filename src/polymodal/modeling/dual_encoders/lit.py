@@ -1,9 +1,9 @@
-"""A text tower learnt against any frozen picture tower of ours: how retrieval by towers without text is compared.
+"""A text tower learnt against any frozen image tower of ours: how retrieval by towers without text is compared.
 
 Locked-image tuning (Zhai et al. 2022, arXiv:2111.07991) with SigLIP's loss and SigLIP's attention pooling (Zhai et al.
 2023, arXiv:2303.15343): the tower's features are frozen and may be kept; a pooling head over its patches, with learned
 positions so that left and right can be told, and the text tower are trained. The same head and text tower on two
-picture towers make their retrieval scores comparable. LiT pools nothing anew; here towers without a pooled output, such
+image towers make their retrieval scores comparable. LiT pools nothing anew; here towers without a pooled output, such
 as EfficientNet-Lite0, take part.
 
 Parameters: `vision_encoder.*` (the tower), `head.*`, `text_model.*`, `logit_scale`, `logit_bias`. The folder is ours,
@@ -65,7 +65,7 @@ class PoolingHead(nn.Module):
 
 
 class TowerText(nn.Module):
-    """A `PairModel`: a picture tower of ours, a pooling head and a text tower of SigLIP's class."""
+    """A `PairModel`: an image tower of ours, a pooling head and a text tower of SigLIP's class."""
 
     needs_features = False
 
@@ -100,7 +100,7 @@ class TowerText(nn.Module):
 
     @property
     def tower(self) -> nn.Module:
-        """The picture tower, without the head."""
+        """The image tower, without the head."""
         tower: nn.Module = self.vision_encoder
         return tower
 

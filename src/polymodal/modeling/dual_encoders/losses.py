@@ -1,14 +1,14 @@
-"""The losses that pull a picture and its text together: CLIP's softmax and SigLIP's sigmoid.
+"""The losses that pull an image and its text together: CLIP's softmax and SigLIP's sigmoid.
 
-CLIP (Radford et al. 2021, arXiv:2103.00020, figure 3) asks each picture which text of the batch is its own, and each
-text for its picture: softmax cross entropy over the batch, in both directions. SigLIP (Zhai et al. 2023,
-arXiv:2303.15343, equation 1) asks of every picture and text of the batch whether they are a pair: a sigmoid each, so no
+CLIP (Radford et al. 2021, arXiv:2103.00020, figure 3) asks each image which text of the batch is its own, and each
+text for its image: softmax cross entropy over the batch, in both directions. SigLIP (Zhai et al. 2023,
+arXiv:2303.15343, equation 1) asks of every image and text of the batch whether they are a pair: a sigmoid each, so no
 row needs to see the whole batch at once.
 
 Every function here gives the share of one process's pairs ("local loss"): [b, B] logits, not [B, B]. Summed over
 processes the shares are the papers' loss, and with features gathered by `gather_with_grad` so is the gradient.
 
-Differences from the references: several texts of one picture may be counted as right answers (`own_ids`, `all_ids`);
+Differences from the references: several texts of one image may be counted as right answers (`own_ids`, `all_ids`);
 the papers' data does not tell, and takes them for negatives. Logits are taken in float32 under autocast too: at CLIP's
 largest scale, 100, bfloat16 rounds them to the next half.
 """
@@ -91,7 +91,7 @@ def both_directions(
     offset: int,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross entropy of pictures over texts and of texts over pictures: their mean over the global batch, halved."""
+    """Cross entropy of images over texts and of texts over images: their mean over the global batch, halved."""
     if own_ids is None or all_ids is None:
         targets = torch.arange(offset, offset + len(to_text), device=to_text.device)
     else:
@@ -116,7 +116,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _sigmoid_losses(image: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, is_pair: Tensor) -> Tensor:
-    """Sum of -log sigmoid over [b, m] pictures and texts: of the logit where they are a pair, else of its negative."""
+    """Sum of -log sigmoid over [b, m] images and texts: of the logit where they are a pair, else of its negative."""
     logits = at_least_float32(logit_scale).exp() * products(image, texts) + at_least_float32(logit_bias)
     return -F.logsigmoid(torch.where(is_pair, logits, -logits)).sum()
 
@@ -124,9 +124,9 @@ def _sigmoid_losses(image: Tensor, texts: Tensor, logit_scale: Tensor, logit_bia
 # ---- BLIP-2's three losses of its first stage; `masks` has the attention masks that go with them ----
 # Li et al. 2023, arXiv:2301.12597, section 3.1, after ALBEF (arXiv:2107.07651) and BLIP (arXiv:2201.12086):
 #
-# - ITC, contrastive: queries and text do not see each other (`unimodal_mask`); a picture is as close to a text as the
+# - ITC, contrastive: queries and text do not see each other (`unimodal_mask`); an image is as close to a text as the
 # closest of its queries; label smoothing 0.1.
-# - ITM, matching: both see each other (`bidirectional_mask`); is this the picture's text? Negatives are drawn from the
+# - ITM, matching: both see each other (`bidirectional_mask`); is this the image's text? Negatives are drawn from the
 # whole step, the closer the likelier; the logits of all queries are averaged.
 # - ITG, captioning: text sees the queries and the text before it, queries only themselves (`unilm_mask`, from UniLM,
 # Dong
@@ -138,7 +138,7 @@ def _sigmoid_losses(image: Tensor, texts: Tensor, logit_scale: Tensor, logit_bia
 #
 # Differences from the reference (LAVIS): negatives are drawn with one multinomial per direction, not one host-side draw
 # a
-# row, and do not depend on the number of processes; the pairs of one picture are never each other's negatives; the
+# row, and do not depend on the number of processes; the pairs of one image are never each other's negatives; the
 # gradient may cross processes (`gather_with_grad`), where LAVIS cuts it (`gather`).
 
 
@@ -158,7 +158,7 @@ def itc_loss(
     label_smoothing: float = 0.1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This process's share of the contrastive loss."""
-    # Pairs of one picture share 1 - `label_smoothing` of the target equally; the rest goes to all B alike.
+    # Pairs of one image share 1 - `label_smoothing` of the target equally; the rest goes to all B alike.
     to_text, to_image = similarities(image, text, temperature, all_image, all_text)
     share = both_directions(to_text, to_image, own_ids, all_ids, offset, label_smoothing)
     return share, to_text.detach(), to_image.detach()
@@ -167,7 +167,7 @@ def itc_loss(
 def similarities(
     image: Tensor, text: Tensor, temperature: Tensor, all_image: Tensor, all_text: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How close pictures and texts are: the largest cosine over a picture's queries, divided by the temperature."""
+    """How close images and texts are: the largest cosine over an image's queries, divided by the temperature."""
     # image [b, Q, D], text [b, D], all_image [B, Q, D], all_text [B, D] -> [b, B]
     by_query = products(image.flatten(0, 1), all_text).unflatten(0, image.shape[:2])
     to_queries = products(text, all_image.flatten(0, 1)).unflatten(1, all_image.shape[:2])
@@ -189,8 +189,8 @@ def draw_negatives(
     allowed = own_ids[:, None] != all_ids[None]
     if not bool(allowed.any(dim=1).all()):
         raise DataError(
-            f"the {len(all_ids)} pairs of a step all show the same picture, so none can be a negative of another: "
-            "use a larger batch, or more pictures"
+            f"the {len(all_ids)} pairs of a step all show the same image, so none can be a negative of another: "
+            "use a larger batch, or more images"
         )
     weights = similarity.double().masked_fill(~allowed, -torch.inf).softmax(dim=1)
     bounds = weights.cumsum(dim=1)
@@ -202,7 +202,7 @@ def draw_negatives(
 
 
 def itm_inputs(negative_images: Tensor, negative_texts: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """Which picture and which text of the global batch each row of the matching loss takes."""
+    """Which image and which text of the global batch each row of the matching loss takes."""
     # negative_images [b], negative_texts [b] -> [3b]
     own = torch.arange(offset, offset + len(negative_images), device=negative_images.device)
     return torch.cat([own, negative_images, own]), torch.cat([own, own, negative_texts])

@@ -26,18 +26,13 @@ from polymodal.safety.model_folder import check_folder
 
 
 NOTES = "polymodal_pair.json"
-"""History, picture rules, objective, temperature, scores."""
+"""History, image rules, objective, temperature, scores."""
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
     """Read what a pair stage wrote beside its model."""
     path = folder / NOTES
     return read_json(path) if path.is_file() else {}
-
-
-# ---- Every model that learns from pairs, by family: fresh from a recipe, or from a folder ----
-# A family is a row in `PAIR_MODELS`; one that can go on from a folder also has a row in `PAIR_FOLDERS`, under the
-# `model_type` of the folder's `config.json`.
 
 
 PAIR_MODELS: dict[str, Callable[[Any, ObjectiveConfig], PairModel]] = {
@@ -56,7 +51,7 @@ PAIR_FOLDERS: dict[str, Callable[[str, ImageConfig, ObjectiveConfig], PairModel]
     MODEL_TYPE: load_blip2,
     tower_text.MODEL_TYPE: load_tower_text,
 }
-"""`model_type` to loader: folder or hub id, picture rules and objective to a model with the folder's weights."""
+"""`model_type` to loader: folder or hub id, image rules and objective to a model with the folder's weights."""
 
 
 def build_pair_model(settings: Any, objective: ObjectiveConfig) -> PairModel:
@@ -83,7 +78,7 @@ def load_pair_model(source: str, image: ImageConfig, objective: ObjectiveConfig)
 
     Args:
         source: A folder, or a hub id.
-        image: Its picture rules.
+        image: Its image rules.
         objective: The loss.
 
     Returns:

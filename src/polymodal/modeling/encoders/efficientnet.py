@@ -1,9 +1,9 @@
-"""EfficientNet-Lite0 as a vision encoder: pictures to a small grid of feature tokens.
+"""EfficientNet-Lite0 as a vision encoder: images to a small grid of feature tokens.
 
 The network is EfficientNet-B0 (Tan and Le 2019, arXiv:1905.11946, table 1) in its "lite" variant (TensorFlow TPU
 models, ``efficientnet/lite``): no squeeze-and-excitation, ReLU6 in the place of swish, and a stem and a head that the
 scaling rules leave alone. It is small enough (4.7 M parameters, 0.4 GFLOP) that a laptop CPU encodes dozens of
-pictures a second, which is why the default model uses it.
+images a second, which is why the default model uses it.
 
 Padding follows TensorFlow's ``SAME`` rule, which is asymmetric for even sizes and stride 2: the extra row and column
 go to the bottom and to the right. The trained weights need it; symmetric padding shifts every feature map.
@@ -12,7 +12,7 @@ Preprocessing the weights were trained with: RGB, 224 x 224, bicubic, ``(pixel -
 is mean 127/255 and std 128/255 after scaling to 0..1 (`PIXEL_MEAN`, `PIXEL_STD`).
 
 Differences from the reference: batch normalisation is always in inference mode (the tower is frozen in every recipe
-that has used it, and running statistics must not drift with our batches); any picture size works because the padding
+that has used it, and running statistics must not drift with our batches); any image size works because the padding
 is computed per call; several depths are returned, because the last map has lost most of colour and position.
 """
 
@@ -233,7 +233,7 @@ class EfficientNetEncoder(nn.Module):
         save_efficientnet_lite0(self.network, folder / WEIGHTS_FILE, torch.float32)
 
     def forward(self, pixels: Tensor) -> Tensor:  # [N, 3, H, W]
-        """Encode pictures."""
+        """Encode images."""
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         maps = self.network(pixels.to(self.network.classifier.weight.dtype))
         pooled = []

@@ -38,7 +38,7 @@ def _embed_plain(tower: Any, pixels: Tensor, grid: Size, interpolate: bool) -> T
 
 
 def _embed_dinov2(tower: Any, pixels: Tensor, grid: Size, interpolate: bool) -> Tensor:
-    """DINOv2's hidden state 0; it sees from the picture's size whether to interpolate."""
+    """DINOv2's hidden state 0; it sees from the image's size whether to interpolate."""
     return tower.embeddings(pixels)
 
 
@@ -174,7 +174,7 @@ def _resolve_layers(select: int | tuple[int, ...], layers: int) -> tuple[int, ..
 
 
 def _native_tile(config: Any, family: str) -> Size:
-    """The picture size that a tower's position embeddings were made for."""
+    """The image size that a tower's position embeddings were made for."""
     if family == "siglip2":
         side, patch = math.isqrt(config.num_patches), _pair(config.patch_size)
         return Size(side * patch.height, side * patch.width)

@@ -42,7 +42,7 @@ class VisionEncoder(Protocol):
     Attributes:
         embed_dim: E, the width of the features.
         grid: Rows and columns of the features; ``Size(1, P)`` where a class token is among them.
-        tile: Height and width of the pictures it takes, in pixels.
+        tile: Height and width of the images it takes, in pixels.
     """
 
     embed_dim: int
@@ -171,7 +171,7 @@ def build_vision_encoder(
     Args:
         config: The vision part of a model's config.
         folder: The model's own folder, which "bundled" refers to.
-        tile: The pictures' size in pixels; what the tower was trained with when None.
+        tile: The images' size in pixels; what the tower was trained with when None.
 
     Returns:
         The encoder on the CPU, in eval mode, in the weights' own type.

@@ -77,12 +77,6 @@ class LinearProjector(nn.Module):
         return tokens
 
 
-# ---- N linear layers with GELU between them: LLaVA-1.5's "mlpNx_gelu" (arXiv:2310.03744) ----
-# The first layer goes to the language model's width, the others stay there; "mlp1x_gelu" is one linear layer. GELU is
-# the exact one, as in the reference. `norm: layer` is the LayerNorm that InternVL (arXiv:2404.16821) puts first;
-# `hidden_size` widens or narrows what lies between the layers.
-
-
 class MLPProjector(nn.Module):
     """Features ``[N, P, E]`` to tokens ``[N, P, D]``, each by itself."""
 

@@ -1,4 +1,4 @@
-"""BLIP-2's Q-Former (arXiv:2301.12597): learned queries look at a picture through a BERT and become its tokens.
+"""BLIP-2's Q-Former (arXiv:2301.12597): learned queries look at an image through a BERT and become its tokens.
 
 `QFormer` is the network of all three stages. With its text path it learns from pairs (stage 1); without it, it is the
 inside of `QFormerProjector` (stage 2); InstructBLIP (arXiv:2305.06500) keeps the text path there, so that the queries
@@ -25,7 +25,7 @@ from polymodal.modeling.projectors.mlp import NormKind, build_norm
 
 
 class QFormer(nn.Module):
-    """Queries, optionally followed by text, through a BERT that looks at picture features every few layers."""
+    """Queries, optionally followed by text, through a BERT that looks at image features every few layers."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class QFormer(nn.Module):
         elif queries is not None:
             hidden = queries
         else:
-            raise PolymodalError("the Q-Former was given neither picture features nor text")
+            raise PolymodalError("the Q-Former was given neither image features nor text")
         count = 0 if queries is None else self.num_queries
         if mask4d is None and input_ids is not None and attention_mask is not None:
             # Four dimensions: transformers would look into a mask of two, which waits for the device.
@@ -104,7 +104,7 @@ class QFormer(nn.Module):
 
     def _check_text(self, input_ids: Tensor) -> None:
         if self.embeddings is None:
-            raise PolymodalError("this Q-Former has no text path: it was built for pictures alone")
+            raise PolymodalError("this Q-Former has no text path: it was built for images alone")
         if input_ids.shape[1] > self.config.max_position_embeddings:
             raise PolymodalError(
                 f"the Q-Former takes texts of up to {self.config.max_position_embeddings} tokens "

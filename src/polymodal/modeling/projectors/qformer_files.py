@@ -234,7 +234,7 @@ def _layer_of(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-# ---- The tokenizer of a Q-Former that reads the question beside the picture (InstructBLIP, arXiv:2305.06500) ----
+# ---- The tokenizer of a Q-Former that reads the question beside the image (InstructBLIP, arXiv:2305.06500) ----
 # It is not the language model's. A model folder carries it in `qformer_tokenizer/`; a model that is composed takes it
 # from where `projector.qformer.tokenizer` or `projector.pretrained` says.
 

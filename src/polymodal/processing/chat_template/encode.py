@@ -1,8 +1,8 @@
 """Turn a conversation into ids, a loss mask and media slots, all three at once.
 
 The chat template (jinja, as Hugging Face tokenizers carry it) is rendered with a marker in place of every text and
-every picture. Cutting the result at the markers leaves the template's own scaffolding; each piece is then tokenised
-where it stands: scaffolding with special tokens recognised, content with special-token parsing off, pictures as
+every image. Cutting the result at the markers leaves the template's own scaffolding; each piece is then tokenised
+where it stands: scaffolding with special tokens recognised, content with special-token parsing off, images as
 runs of the placeholder id. Since it is known which piece is whose, the loss mask needs no searching, no
 `{% generation %}` blocks and no second tokenisation of a shorter string, which is where LLaVA's "tokenization mismatch"
 came from. What people wrote never passes through the template, so nothing they write can look like a marker or like a
@@ -49,7 +49,7 @@ class Rendered:
 
     input_ids: list[int]  # [T] ids, placeholders expanded
     loss_mask: list[bool]  # [T] True where the token is the assistant's, its end token included
-    slots: tuple[Slot, ...] = ()  # Where each picture is, in order
+    slots: tuple[Slot, ...] = ()  # Where each image is, in order
 
 
 @dataclass
@@ -81,7 +81,7 @@ class ChatTemplate:
         self.style = self._style = self._find_style(in_vocabulary=image_token_id < len(tokenizer))
         if self._style != "string" and config.image_newline_text:
             raise ConfigError(
-                "template.image_newline_text: this chat template places pictures itself; leave image_newline_text empty"
+                "template.image_newline_text: this chat template places images itself; leave image_newline_text empty"
             )
         self._gap = self._find_gap()
         ends = [token for token in (self._find_end(), tokenizer.eos_token_id) if token is not None]
@@ -106,10 +106,10 @@ class ChatTemplate:
         given = sum(piece.text is None for turn in turns for piece in turn.pieces)
         if given != len(media_tokens):
             raise PolymodalError(
-                f"the conversation has {given} pictures, but {len(media_tokens)} token counts were given"
+                f"the conversation has {given} images, but {len(media_tokens)} token counts were given"
             )
         if any(count < 1 for count in media_tokens):
-            raise PolymodalError(f"a picture needs at least one token; token counts given: {list(media_tokens)}")
+            raise PolymodalError(f"an image needs at least one token; token counts given: {list(media_tokens)}")
         if add_generation_prompt:
             if turns and turns[-1].role == "assistant":
                 raise PolymodalError("the conversation ends with an answer; add a user message to ask for another")
@@ -127,7 +127,7 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if self._media_only and message.role == "system":
                 if message.media:
-                    raise PolymodalError(f"message {index + 1}: the plain template has no place for a system's picture")
+                    raise PolymodalError(f"message {index + 1}: the plain template has no place for a system's image")
                 continue
             pieces: list[Piece] = []
             for part in message.parts:
@@ -141,12 +141,11 @@ class ChatTemplate:
                         _append_text(pieces, message.role, index, part.text)
                 elif not isinstance(part, Image):
                     raise PolymodalError(
-                        f"message {index + 1}: {type(part).__name__} parts are not supported yet; "
-                        "give pictures and text"
+                        f"message {index + 1}: {type(part).__name__} parts are not supported yet; give images and text"
                     )
                 elif message.role == "assistant":
                     raise PolymodalError(
-                        f"message {index + 1}: a picture in an assistant's message is not supported yet; "
+                        f"message {index + 1}: an image in an assistant's message is not supported yet; "
                         "put it in a user's message"
                     )
                 else:
@@ -191,7 +190,7 @@ class ChatTemplate:
             expected += 1
             piece = pieces[marked]
             if text is None:
-                self._add_picture(out, piece, media_tokens)
+                self._add_image(out, piece, media_tokens)
             else:
                 answered = piece.role == "assistant"
                 words = self._tokens.content(text, out.ids, space=moved, keep_exact=answered) if text else []
@@ -218,7 +217,7 @@ class ChatTemplate:
     def _add_scaffold(
         self, out: _Output, ids: Sequence[int], pieces: list[Piece], expected: int, media_tokens: list[int]
     ) -> int:
-        """Add scaffolding; placeholders that the template wrote itself become pictures. Returns the next piece."""
+        """Add scaffolding; placeholders that the template wrote itself become images. Returns the next piece."""
         if self._image_id not in ids:
             out.add(ids)
             return expected
@@ -228,20 +227,20 @@ class ChatTemplate:
                 continue
             if expected >= len(pieces) or pieces[expected].text is not None:
                 raise PolymodalError(
-                    "the chat template places pictures elsewhere than the conversation does "
-                    "(some templates put all pictures first); move the pictures to where the template wants them"
+                    "the chat template places images elsewhere than the conversation does "
+                    "(some templates put all images first); move the images to where the template wants them"
                 )
-            self._add_picture(out, pieces[expected], media_tokens)
+            self._add_image(out, pieces[expected], media_tokens)
             expected += 1
         return expected
 
-    def _add_picture(self, out: _Output, piece: Piece, media_tokens: list[int]) -> None:
+    def _add_image(self, out: _Output, piece: Piece, media_tokens: list[int]) -> None:
         count = media_tokens[len(out.slots)]
         out.slots.append(Slot("image", len(out.ids), count, piece.message))
         out.add([self._image_id] * count)
 
     def _find_style(self, *, in_vocabulary: bool) -> Style:
-        """Try how the template takes content; templates that write a picture's surroundings themselves come first."""
+        """Try how the template takes content; templates that write an image's surroundings themselves come first."""
         asked = (Piece("user", 0, None), Piece("user", 0, ""))
         answer = Turn("assistant", (Piece("assistant", 1, ""),))
         styles: tuple[Style, ...] = ("parts", "mixed") if in_vocabulary else ()

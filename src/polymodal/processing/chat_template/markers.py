@@ -1,6 +1,6 @@
 """Render a jinja chat template with markers in place of content, and cut the result at the markers.
 
-Text and pictures never pass through the template; it sees markers, so what it writes around them is known exactly.
+Text and images never pass through the template; it sees markers, so what it writes around them is known exactly.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _EDGE = "\u2003\u2009\u2005"
 """Put around content: white space, so that a template that trims removes it, which tells us that it trims."""
 
 Style: TypeAlias = Literal["parts", "mixed", "string"]
-"""How content is handed to the template: always as a list of parts, only with pictures, or as a string."""
+"""How content is handed to the template: always as a list of parts, only with images, or as a string."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A text or (text None) a picture, in the order in which they were given."""
+    """A text or (text None) an image, in the order in which they were given."""
 
     role: Role
     message: int

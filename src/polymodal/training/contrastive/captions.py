@@ -1,8 +1,8 @@
-"""Records to pairs: pictures with their captions as tokens.
+"""Records to pairs: images with their captions as tokens.
 
-All captions are tokenised before the first step, and every picture is decoded once, so a record that cannot be used is
-found before training. The records of one picture in one source are one sample; which of its captions an epoch sees is
-drawn (`draws`). Pairs of one picture can still meet in a step (two sources, `repeat`, the end of an epoch): they carry
+All captions are tokenised before the first step, and every image is decoded once, so a record that cannot be used is
+found before training. The records of one image in one source are one sample; which of its captions an epoch sees is
+drawn (`draws`). Pairs of one image can still meet in a step (two sources, `repeat`, the end of an epoch): they carry
 the same image id, by which losses know that neither is the other's negative.
 """
 
@@ -23,9 +23,9 @@ from polymodal.data.load import iter_rows, row_record
 from polymodal.data.mixture import epoch_repeats
 from polymodal.errors import DataError, PolymodalError
 from polymodal.messages import Image
-from polymodal.training.contrastive import images as draws
+from polymodal.training.contrastive import augment
 from polymodal.training.contrastive.dataset import Pairs
-from polymodal.training.contrastive.images import Pictures, image_numbers, notes_file, scan, source_name
+from polymodal.training.contrastive.images import Images, image_numbers, notes_file, scan, source_name
 from polymodal.utils.files import write_text
 from polymodal.utils.progress import progress, say
 
@@ -40,11 +40,11 @@ def prepare_pairs(
     mix: Sequence[tuple[Sequence[Record] | Reading, float]],
     weights: Sequence[float | None],
     model: PairModel,
-    pictures: Pictures,
+    images: Images,
     recipe: PairRecipe,
     skipped_file: Path,
 ) -> Pairs:
-    """Read records, tokenise every caption and look at every picture once."""
+    """Read records, tokenise every caption and look at every image once."""
     skip = recipe.data.on_error == "skip"
     faults: list[dict[str, str]] = []
     parts: list[list[_Pair]] = []
@@ -60,7 +60,7 @@ def prepare_pairs(
         parts.append(part)
     folder = Path(recipe.data.index) if recipe.data.index is not None else skipped_file.parent / "index"
     everything = [pair.source for part in parts for pair in part]
-    broken = scan(pictures, everything, notes_file(folder, pictures.image), recipe.run.workers, "reading pictures")
+    broken = scan(images, everything, notes_file(folder, images.image), recipe.run.workers, "reading images")
     kept: list[list[_Pair]] = []
     for part in parts:
         kept.append([])
@@ -77,7 +77,7 @@ def prepare_pairs(
         say(f"left out {len(faults)} records that are no pairs or cannot be read, listed in {skipped_file}")
     if not any(kept):
         raise DataError(f"no pair is left to train on: {len(faults)} records cannot be used, see {skipped_file}")
-    return _collect(kept, [repeat for _, repeat in mix], weights, model, pictures, recipe.text, len(faults))
+    return _collect(kept, [repeat for _, repeat in mix], weights, model, images, recipe.text, len(faults))
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,9 @@ def _pair_of(record: Record) -> _Pair:
     """A record as a pair."""
     where = f"record {record.id}"
     media = [part for message in record.messages for part in message.media]
-    pictures = [part for part in media if isinstance(part, Image)]
-    if len(pictures) != 1 or len(media) != 1:
-        raise DataError(f"{where}: a pair has one picture, this record has {len(pictures)} of {len(media)} media")
+    images = [part for part in media if isinstance(part, Image)]
+    if len(images) != 1 or len(media) != 1:
+        raise DataError(f"{where}: a pair has one image, this record has {len(images)} of {len(media)} media")
     given = record.extra.get("captions")
     if given is None:
         answers = [message.text for message in record.messages if message.role == "assistant"]
@@ -142,7 +142,7 @@ def _pair_of(record: Record) -> _Pair:
     captions = tuple(text.strip() for text in given)
     if not all(captions):
         raise DataError(f"{where}: the caption is empty; write one, or take the record out")
-    return _Pair(record.id, pictures[0].source, captions)
+    return _Pair(record.id, images[0].source, captions)
 
 
 def _collect(
@@ -150,18 +150,18 @@ def _collect(
     repeats: Sequence[float],
     weights: Sequence[float | None],
     model: PairModel,
-    pictures: Pictures,
+    images: Images,
     text: TextConfig,
     left_out: int,
 ) -> Pairs:
-    """Join the records of one picture, and tokenise."""
+    """Join the records of one image, and tokenise."""
     digest = hashlib.sha256()
     found: list[tuple[_Pair, str, dict[str, None]]] = []
     sizes = []
     for part in parts:
         by_key: dict[str, tuple[_Pair, str, dict[str, None]]] = {}
         for pair in part:
-            key = pictures.seen[source_name(pair.source)].key
+            key = images.seen[source_name(pair.source)].key
             by_key.setdefault(key, (pair, key, {}))[2].update(dict.fromkeys(pair.captions))
         sizes.append(len(by_key))
         found += by_key.values()
@@ -189,7 +189,7 @@ def _collect(
     factors = epoch_repeats(sizes, repeats, given if any(weight is not None for weight in given) else None)
     return Pairs(
         ids=ids,
-        keys=draws.sample_keys(ids),
+        keys=augment.sample_keys(ids),
         sources=tuple(pair.source for pair, _, _ in found),
         image_ids=image_numbers(keys),
         captions=ranges,

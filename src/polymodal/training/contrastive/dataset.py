@@ -15,8 +15,8 @@ import torch
 from polymodal.media_plan import Size
 from polymodal.modeling.dual_encoders.base import PairBatch
 from polymodal.modeling.dual_encoders.distillation import flip_grid
-from polymodal.training.contrastive import images as draws
-from polymodal.training.contrastive.images import Pictures
+from polymodal.training.contrastive import augment
+from polymodal.training.contrastive.images import Images
 from polymodal.training.steps import Order
 
 if TYPE_CHECKING:
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The samples of a pair stage, in memory: pictures by their sources, captions as tokens."""
+    """The samples of a pair stage, in memory: images by their sources, captions as tokens."""
 
-    ids: tuple[str, ...]  # [n] of the first record of each picture
+    ids: tuple[str, ...]  # [n] of the first record of each image
     keys: np.ndarray  # [n] uint64 hashes of them, for what is drawn
-    sources: tuple[Source, ...]  # [n] where each picture is
+    sources: tuple[Source, ...]  # [n] where each image is
     image_ids: np.ndarray  # [n] int64, equal for equal pixels
-    captions: tuple[range, ...]  # [n] the numbers of each picture's texts, as ranges of `starts`
+    captions: tuple[range, ...]  # [n] the numbers of each image's texts, as ranges of `starts`
     tokens: np.ndarray  # All texts' tokens, one after the other
     starts: np.ndarray  # [m + 1] where each text begins in `tokens`
     mixture: tuple[tuple[range, float], ...]  # Range of samples and repeat of each data file
     left_out: dict[str, int]  # Why records were left out, with counts
-    fingerprint: str  # Hash of every picture and token; a resumed run must see the same
-    images: tuple[str, ...]  # [n] keys of the pictures' pixels
+    fingerprint: str  # Hash of every image and token; a resumed run must see the same
+    images: tuple[str, ...]  # [n] keys of the images' pixels
 
     @property
     def targets(self) -> np.ndarray:
@@ -47,7 +47,7 @@ class Pairs:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[n] tokens of each picture's first text."""
+        """[n] tokens of each image's first text."""
         return np.diff(self.starts)[[texts.start for texts in self.captions]]
 
     def text(self, number: int) -> np.ndarray:
@@ -79,22 +79,22 @@ class PairFeed:
     """The data of a stage, and how a micro-batch is made of it."""
 
     prepared: Pairs  # The samples
-    pictures: Pictures  # Their pictures
+    images: Images  # Their images
     seed: int  # The run's
     pad_id: int  # Fills texts
     text_length: int | None  # What every text is padded to; the longest of the step when None
     store: FeatureStore | None = None  # Kept output of the frozen tower, or None
     teacher: FeatureStore | None = None  # Kept output of a teacher, or None
     teacher_grid: Size | None = None  # Rows and columns of that output
-    # Each sample's picture under the teacher's rules, by which that output is found
+    # Each sample's image under the teacher's rules, by which that output is found
     teacher_images: tuple[str, ...] = ()
 
     def plan(self, indices: np.ndarray, epochs: np.ndarray, turns: np.ndarray) -> Plan:
         """Draw what a step shows of its samples; every process draws the same."""
         # indices [G], epochs [G], turns [G]
-        augmented = self.pictures.augment.type != "none"
-        places = range(draws.COUNT) if augmented else (draws.CAPTION,)
-        numbers = draws.uniforms(self.seed, epochs, self.prepared.keys[indices], turns, places)
+        augmented = self.images.augment.type != "none"
+        places = range(augment.COUNT) if augmented else (augment.CAPTION,)
+        numbers = augment.uniforms(self.seed, epochs, self.prepared.keys[indices], turns, places)
         own = [self.prepared.captions[i] for i in indices]
         texts = np.array([c.start + int(u * len(c)) for c, u in zip(own, numbers[:, 0], strict=True)], dtype=np.int64)
         return Plan(indices, texts, numbers if augmented else None, self.length(texts))
@@ -130,17 +130,17 @@ class PairFeed:
         )
 
     def _mirrored(self, plan: Plan) -> np.ndarray:
-        """Which pictures are shown mirrored: [b] bool."""
+        """Which images are shown mirrored: [b] bool."""
         if plan.numbers is None:
             return np.zeros(len(plan.indices), dtype=bool)
-        found: np.ndarray = plan.numbers[:, draws.FLIP] < self.pictures.augment.flip
+        found: np.ndarray = plan.numbers[:, augment.FLIP] < self.images.augment.flip
         return found
 
     def _pixels(self, plan: Plan, mirrored: np.ndarray) -> torch.Tensor:
         sources = [self.prepared.sources[index] for index in plan.indices]
-        numbers = [None] * len(sources) if plan.numbers is None else plan.numbers[:, draws.CROP :]
+        numbers = [None] * len(sources) if plan.numbers is None else plan.numbers[:, augment.CROP :]
         looks = zip(sources, numbers, mirrored.tolist(), strict=True)
-        return torch.from_numpy(np.stack([self.pictures.tile(*look) for look in looks]))
+        return torch.from_numpy(np.stack([self.images.tile(*look) for look in looks]))
 
 
 class PairSteps:
@@ -171,5 +171,5 @@ class PairSteps:
     def _epoch_turns(self, epoch: int) -> np.ndarray:
         if self._turns[0] != epoch:
             members = self.order.take(epoch * self.order.epoch_size, self.order.epoch_size)
-            self._turns = (epoch, draws.turns_of(members))
+            self._turns = (epoch, augment.turns_of(members))
         return self._turns[1]

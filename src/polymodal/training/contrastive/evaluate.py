@@ -1,7 +1,7 @@
 """The look at held-out pairs between steps: the loss, and retrieval both ways.
 
 The loss is taken over whole contrasts of `batch.global_size` pairs, since it depends on how many are contrasted;
-pictures that are left over count for retrieval only. Retrieval is over all held-out pictures and all their captions.
+images that are left over count for retrieval only. Retrieval is over all held-out images and all their captions.
 It changes nothing in the run.
 """
 
@@ -59,7 +59,7 @@ class PairEvaluation:
         pairs = self.feed.prepared
         image = torch.cat([part[1] for part in rounds if part[1] is not None])
         text, image_of_text = torch.cat([part[2] for part in rounds]), torch.cat([part[3] for part in rounds])
-        # Pictures of two sources with the same pixels are one picture.
+        # Images of two sources with the same pixels are one image.
         _, first, same = np.unique(pairs.image_ids, return_index=True, return_inverse=True)
         owner = torch.from_numpy(same)[image_of_text]
         line: dict[str, Any] = {"step": step, "data": "held-out", "pictures": len(first), "captions": len(text)}
@@ -101,7 +101,7 @@ class PairEvaluation:
         return min(self.recipe.batch.global_size, len(self.feed.prepared.ids))
 
     def _plans(self) -> list[tuple[Plan, bool]]:
-        """Each picture with its first caption, then with the others; and whether it is the first."""
+        """Each image with its first caption, then with the others; and whether it is the first."""
         captions = self.feed.prepared.captions
         plans: list[tuple[Plan, bool]] = []
         for turn in range(max(len(own) for own in captions)):

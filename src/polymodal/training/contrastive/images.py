@@ -1,11 +1,11 @@
-"""The pictures of a pair stage as small byte rasters: each decoded once, kept where asked for, cut and mirrored.
+"""The images of a pair stage as small byte rasters: each decoded once, kept where asked for, cut and mirrored.
 
-Without a cut a raster is the tile itself. With it, the raster is the whole picture, squeezed to a square larger
+Without a cut a raster is the tile itself. With it, the raster is the whole image, squeezed to a square larger
 than the tile, and each look takes a part of it: a cut is then never enlarged by much, all rasters have one shape and
-lie in one file, and what training sees does not depend on whether they are kept. The part is drawn in the picture's
+lie in one file, and what training sees does not depend on whether they are kept. The part is drawn in the image's
 own proportions, as if it were cut from the original.
 
-A picture's key is a hash of its pixels and the picture rules; two files with the same pixels are one picture.
+An image's key is a hash of its pixels and the image rules; two files with the same pixels are one image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from polymodal.errors import DataError, MediaError
 from polymodal.media.image import open_image
 from polymodal.media_plan import Size, plan_image
 from polymodal.processing.image_transform import resize_filter, tile_bytes
-from polymodal.processing.processor import picture_key
+from polymodal.processing.processor import image_key
+from polymodal.training.contrastive.augment import crop_box
 from polymodal.training.feature_cache import MEMORY, OFF, FeatureStore
 from polymodal.utils.progress import progress
 from polymodal.utils.threads import ahead
@@ -38,110 +39,30 @@ if TYPE_CHECKING:
     from polymodal.training.recipes.contrastive import AugmentConfig
 
 
-# ---- What is random in a pair stage, as pure functions of (seed, epoch, sample): which caption, which part of a
-# picture
-# A counter-based generator (SplitMix64; Steele et al. 2014, doi:10.1145/2660193.2660195) gives every sample numbers of
-# its own without a generator's state, so neither the order, nor the number of threads or processes, nor a resumption
-# changes what is drawn. A sample that is seen twice in an epoch is drawn twice.
-#
-# The crop is that of Inception and CLIP (`RandomResizedCrop`): a part of the area, drawn evenly, of a shape drawn
-# evenly
-# in its logarithm; ten tries that fit, then the whole picture.
-
-
-TRIES = 10
-"""Tries at a crop that fits."""
-
-CAPTION, TEMPLATE, FLIP, CROP = 0, 1, 2, 3
-"""Places of a sample's numbers; a crop takes four for each try, from CROP on."""
-
-COUNT = CROP + 4 * TRIES
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-
-
-def sample_keys(ids: Sequence[str]) -> np.ndarray:
-    """Hash samples' ids to [n] uint64."""
-    digests = [hashlib.sha256(id.encode("utf-8", "surrogatepass")).digest()[:8] for id in ids]
-    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
-
-
-def uniforms(seed: int, epochs: np.ndarray, keys: np.ndarray, turns: np.ndarray, places: Sequence[int]) -> np.ndarray:
-    """Draw numbers for samples."""
-    # epochs [n], keys [n], turns [n] -> [n, len(places)]
-    with np.errstate(over="ignore"):
-        state = _mix(keys + _GOLDEN * np.uint64(seed + 1))
-        state = _mix(state + _GOLDEN * (epochs.astype(np.uint64) + np.uint64(1)))
-        state = _mix(state + _GOLDEN * (turns.astype(np.uint64) + np.uint64(1)))
-        counters = _GOLDEN * (np.asarray(places, dtype=np.uint64) + np.uint64(1))
-        drawn = _mix(state[:, None] + counters[None])
-    return (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def turns_of(order: np.ndarray) -> np.ndarray:
-    """How often each entry of an epoch's order stood in it before: [n]."""
-    found = np.zeros(len(order), dtype=np.int64)
-    sorting = np.argsort(order, kind="stable")
-    ordered = order[sorting]
-    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-    found[sorting] = np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
-    return found
-
-
-def crop_box(numbers: np.ndarray, height: int, width: int, augment: AugmentConfig) -> tuple[float, float, float, float]:
-    """Choose a part of a picture."""
-    # numbers [4 * TRIES]
-    low, high = (math.log(value) for value in augment.ratio)
-    for area, shape, across, down in numbers.reshape(TRIES, 4):
-        size = height * width * (augment.scale[0] + (augment.scale[1] - augment.scale[0]) * area)
-        ratio = math.exp(low + (high - low) * shape)
-        box_width, box_height = math.sqrt(size * ratio), math.sqrt(size / ratio)
-        if box_width <= width and box_height <= height:
-            left, top = across * (width - box_width), down * (height - box_height)
-            return left / width, top / height, (left + box_width) / width, (top + box_height) / height
-    return 0.0, 0.0, 1.0, 1.0
-
-
-def _mix(state: Any) -> Any:
-    state = (state ^ (state >> np.uint64(30))) * _FIRST
-    state = (state ^ (state >> np.uint64(27))) * _SECOND
-    return state ^ (state >> np.uint64(31))
-
-
-# ---- The pictures of a pair stage as small byte rasters: each decoded once, kept where asked for, cut and mirrored
-# Without a cut a raster is the tile itself. With it, the raster is the whole picture, squeezed to a square larger
-# than the tile, and each look takes a part of it: a cut is then never enlarged by much, all rasters have one shape and
-# lie in one file, and what training sees does not depend on whether they are kept. The part is drawn in the picture's
-# own proportions, as if it were cut from the original.
-#
-# A picture's key is a hash of its pixels and the picture rules; two files with the same pixels are one picture.
-
-
 LARGEST = 2.0
 """A raster's side is at most so many times the tile's."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture that was decoded once."""
+    """An image that was decoded once."""
 
-    key: str  # Hash of its pixels and the picture rules
+    key: str  # Hash of its pixels and the image rules
     height: int  # In pixels
     width: int  # In pixels
 
 
 @dataclass
-class Pictures:
+class Images:
     """Sources to rasters and tiles."""
 
-    image: ImageConfig  # The picture rules
-    augment: AugmentConfig  # What is done to pictures
+    image: ImageConfig  # The image rules
+    augment: AugmentConfig  # What is done to images
     store: FeatureStore | None = None  # Kept rasters, or None
     seen: dict[str, Seen] = field(default_factory=dict)  # What is known of each source, by `source_name`
 
     def tile(self, source: Source, numbers: np.ndarray | None = None, mirrored: bool = False) -> np.ndarray:
-        """One look at a picture."""
+        """One look at an image."""
         # -> [3, H, W]
         whole = crops(self.augment)
         if whole and numbers is not None:
@@ -151,24 +72,24 @@ class Pictures:
             tile = self._decoded(source, False) if whole or self.store is None else self._kept(source)
         return np.ascontiguousarray(tile[:, :, ::-1]) if mirrored else tile
 
-    def raster(self, picture: PILImage.Image, whole: bool) -> np.ndarray:  # -> [3, H, W]
-        """A decoded picture as bytes."""
+    def raster(self, image: PILImage.Image, whole: bool) -> np.ndarray:  # -> [3, H, W]
+        """A decoded image as bytes."""
         if whole:
             height, width = raster_size(self.image, self.augment)
-            squeezed = picture.resize((width, height), resize_filter(self.image))
+            squeezed = image.resize((width, height), resize_filter(self.image))
             return np.ascontiguousarray(np.asarray(squeezed).transpose(2, 0, 1))
-        plan = plan_image(Size(picture.height, picture.width), self.image, Size(1, 1))
-        return tile_bytes(picture, plan, self.image)[0]
+        plan = plan_image(Size(image.height, image.width), self.image, Size(1, 1))
+        return tile_bytes(image, plan, self.image)[0]
 
     def open(self, source: Source) -> PILImage.Image:
-        """Decode a picture under the rules' limits."""
+        """Decode an image under the rules' limits."""
         return open_image(source, background=self.image.background, max_pixels=self.image.max_pixels)
 
     def _decoded(self, source: Source, whole: bool) -> np.ndarray:
-        picture = self.open(source)
-        if picture_key(picture, self.image) != self.seen[source_name(source)].key:
-            raise DataError(f"picture {source!r} changed on disk while training")
-        return self.raster(picture, whole)
+        image = self.open(source)
+        if image_key(image, self.image) != self.seen[source_name(source)].key:
+            raise DataError(f"image {source!r} changed on disk while training")
+        return self.raster(image, whole)
 
     def _kept(self, source: Source) -> np.ndarray:
         assert self.store is not None
@@ -179,14 +100,14 @@ class Pictures:
     def _cut(self, raster: np.ndarray, seen: Seen, numbers: np.ndarray) -> np.ndarray:
         left, top, right, bottom = crop_box(numbers, seen.height, seen.width, self.augment)
         _, height, width = raster.shape
-        picture = PILImage.fromarray(np.ascontiguousarray(raster.transpose(1, 2, 0)))
+        image = PILImage.fromarray(np.ascontiguousarray(raster.transpose(1, 2, 0)))
         box = (left * width, top * height, right * width, bottom * height)
-        tile = picture.resize((self.image.tile_size[1], self.image.tile_size[0]), resize_filter(self.image), box=box)
+        tile = image.resize((self.image.tile_size[1], self.image.tile_size[0]), resize_filter(self.image), box=box)
         return np.ascontiguousarray(np.asarray(tile).transpose(2, 0, 1))
 
 
 def raster_size(image: ImageConfig, augment: AugmentConfig) -> tuple[int, int]:
-    """Height and width of a kept picture: the tile, or so much more that the smallest cut has the tile's pixels."""
+    """Height and width of a kept image: the tile, or so much more that the smallest cut has the tile's pixels."""
     if not crops(augment):
         return image.tile_size
     factor = min(LARGEST, 1 / math.sqrt(augment.scale[0]))
@@ -194,51 +115,51 @@ def raster_size(image: ImageConfig, augment: AugmentConfig) -> tuple[int, int]:
 
 
 def crops(augment: AugmentConfig) -> bool:
-    """Whether pictures are cut, and not only mirrored."""
+    """Whether images are cut, and not only mirrored."""
     return augment.type != "none" and augment.scale[0] < 1
 
 
-def open_pictures(image: ImageConfig, augment: AugmentConfig, where: str) -> Pictures:
-    """Prepare pictures, with what an earlier run kept of them."""
+def open_images(image: ImageConfig, augment: AugmentConfig, where: str) -> Images:
+    """Prepare images, with what an earlier run kept of them."""
     if where == OFF:
-        return Pictures(image, augment)
+        return Images(image, augment)
     height, width = raster_size(image, augment)
     kind = "whole" if crops(augment) else "tile"
     folder = None if where == MEMORY else Path(where) / f"{kind}-{height}x{width}"
-    return Pictures(image, augment, FeatureStore(folder, (3, height, width), "uint8"))
+    return Images(image, augment, FeatureStore(folder, (3, height, width), "uint8"))
 
 
 def scan(
-    pictures: Pictures, sources: Iterable[Source], notes: Path | None, workers: int, label: str
+    images: Images, sources: Iterable[Source], notes: Path | None, workers: int, label: str
 ) -> dict[str, MediaError]:
-    """Decode every picture that is not known yet, keep its raster where asked for, and note what it is."""
-    with nullcontext() if pictures.store is None else pictures.store.locked():
-        return _scan(pictures, {source_name(source): source for source in sources}, notes, workers, label)
+    """Decode every image that is not known yet, keep its raster where asked for, and note what it is."""
+    with nullcontext() if images.store is None else images.store.locked():
+        return _scan(images, {source_name(source): source for source in sources}, notes, workers, label)
 
 
 def _scan(
-    pictures: Pictures, distinct: dict[str, Source], notes: Path | None, workers: int, label: str
+    images: Images, distinct: dict[str, Source], notes: Path | None, workers: int, label: str
 ) -> dict[str, MediaError]:
     known = _read_notes(notes)
-    store, todo = pictures.store, []
+    store, todo = images.store, []
     for name, source in distinct.items():
         found = known.get((name, _stamp(source)))
         if found is not None:
-            pictures.seen[name] = found
+            images.seen[name] = found
         if found is None or (store is not None and found.key not in store.where):
             todo.append((name, source))
     faults: dict[str, MediaError] = {}
     lines: list[str] = []
-    whole = crops(pictures.augment)
+    whole = crops(images.augment)
 
     def decode(item: tuple[str, Source]) -> tuple[Seen, np.ndarray | None] | MediaError:
         try:
-            picture = pictures.open(item[1])
+            image = images.open(item[1])
         except MediaError as error:
             return error
-        seen = Seen(picture_key(picture, pictures.image), picture.height, picture.width)
+        seen = Seen(image_key(image, images.image), image.height, image.width)
         wanted = store is not None and seen.key not in store.where
-        return seen, pictures.raster(picture, whole) if wanted else None
+        return seen, images.raster(image, whole) if wanted else None
 
     waiting: dict[str, np.ndarray] = {}
     results = zip(todo, ahead(decode, todo, workers), strict=True)
@@ -247,7 +168,7 @@ def _scan(
             faults[name] = result
             continue
         seen, raster = result
-        pictures.seen[name] = seen
+        images.seen[name] = seen
         if raster is not None and store is not None and seen.key not in store.where:
             waiting[seen.key] = raster
             if len(waiting) >= 256:
@@ -263,11 +184,11 @@ def _scan(
 
 
 def source_name(source: Source) -> str:
-    """What a picture's source is called in notes; bytes and pictures in memory by their content."""
+    """What an image's source is called in notes; bytes and images in memory by their content."""
     if isinstance(source, bytes | bytearray | memoryview):
         return f"bytes {hashlib.sha256(source).hexdigest()}"
     if isinstance(source, PILImage.Image):
-        return f"picture {source.mode} {source.size} {hashlib.sha256(source.tobytes()).hexdigest()}"
+        return f"image {source.mode} {source.size} {hashlib.sha256(source.tobytes()).hexdigest()}"
     return str(source) if isinstance(source, str | Path) else repr(source)
 
 
@@ -278,7 +199,7 @@ def _keep(store: FeatureStore, waiting: dict[str, np.ndarray]) -> None:
 
 
 def _stamp(source: Source) -> str:
-    """Size and time of the file that a picture lies in; "" where it lies in none."""
+    """Size and time of the file that an image lies in; "" where it lies in none."""
     path: Any = getattr(source, "path", source)
     if not isinstance(path, str | Path) or str(path)[:5].lower() == "data:":
         return ""
@@ -304,11 +225,11 @@ def _read_notes(notes: Path | None) -> dict[tuple[str, str], Seen]:
 
 
 def notes_file(folder: Path, image: ImageConfig) -> Path:
-    """Where what is known of pictures under these rules is kept."""
+    """Where what is known of images under these rules is kept."""
     rules = hashlib.sha256(image.model_dump_json().encode()).hexdigest()[:16]
     return folder / f"pictures-{rules}.jsonl"
 
 
 def image_numbers(keys: Sequence[str]) -> np.ndarray:
-    """Pictures' keys as [n] int64 ids; equal exactly for equal pixels."""
+    """Images' keys as [n] int64 ids; equal exactly for equal pixels."""
     return np.array([int(key[:16], 16) for key in keys], dtype=np.uint64).astype(np.int64)

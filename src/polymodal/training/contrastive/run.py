@@ -32,7 +32,7 @@ from polymodal.utils.modules import frozen
 from polymodal.utils.progress import say
 
 MEASURED = 512
-"""Pictures from which a tower's channels are measured."""
+"""Images from which a tower's channels are measured."""
 
 
 def train_pairs(recipe: PairRecipe, force: bool = False) -> Path:
@@ -117,30 +117,30 @@ def make_pair_run(
 
 
 def _tower_output(model: PairModel, feed: PairFeed, world: World) -> torch.Tensor:
-    """What the tower gives for some pictures from all over the data, the same in every process."""
+    """What the tower gives for some images from all over the data, the same in every process."""
     count = len(feed.prepared.images)
     chosen = range(0, count, -(-count // MEASURED))
     if feed.store is not None:
         found = feed.store.gather([feed.prepared.images[i] for i in chosen])
         assert found is not None
         return found.to(world.device)
-    tiles = [torch.from_numpy(feed.pictures.tile(feed.prepared.sources[i])[None]) for i in chosen]
+    tiles = [torch.from_numpy(feed.images.tile(feed.prepared.sources[i])[None]) for i in chosen]
     with torch.no_grad():
         return torch.cat([model.encode(tile.to(world.device)) for tile in tiles])
 
 
 def _measure(model: Any, teacher: Teacher, feed: PairFeed, world: World) -> None:
-    """Measure the teacher's channels on some pictures, the same in every process."""
+    """Measure the teacher's channels on some images, the same in every process."""
     pairs = feed.prepared
     if feed.teacher is not None:
         found = feed.teacher.gather(feed.teacher_images[:MEASURED])
         assert found is not None
     else:
-        if tuple(teacher.image.tile_size) != tuple(model.image.tile_size) and crops(feed.pictures.augment):
+        if tuple(teacher.image.tile_size) != tuple(model.image.tile_size) and crops(feed.images.augment):
             raise ConfigError(
-                "objective.distill: where pictures are cut, the teacher sees the student's tiles; "
+                "objective.distill: where images are cut, the teacher sees the student's tiles; "
                 "make image.tile_size the same, or set augment.scale to [1, 1]"
             )
-        tiles = [feed.pictures.tile(source)[None] for source in pairs.sources[:MEASURED]]
+        tiles = [feed.images.tile(source)[None] for source in pairs.sources[:MEASURED]]
         found = torch.cat([teacher.encode(torch.from_numpy(tile).to(world.device)).cpu() for tile in tiles])
     model.distiller.fit(found.to(world.device))

@@ -2,7 +2,7 @@
 
 With `micro_size` the cached-feature method takes the step (`modeling.dual_encoders.gradient_cache`; Gao et al. 2021,
 arXiv:2101.06983): the gradient is that of the whole batch, while only one micro-batch's activations are kept. A frozen
-tower runs once for each picture, not once for each pass.
+tower runs once for each image, not once for each pass.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from polymodal.modeling.dual_encoders.registry import NOTES, build_pair_model, l
 from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.training.contrastive.captions import prepare_pairs
 from polymodal.training.contrastive.dataset import PairFeed
-from polymodal.training.contrastive.images import Pictures, crops, notes_file, open_pictures, scan, source_name
+from polymodal.training.contrastive.images import Images, crops, notes_file, open_images, scan, source_name
 from polymodal.training.contrastive.teacher import Teacher
 from polymodal.training.feature_cache import MEMORY, OFF, FeatureStore, fill_missing, weights_identity
 from polymodal.training.recipes.contrastive import AugmentConfig, PairRecipe
@@ -49,7 +49,7 @@ def load_pair_parts(recipe: PairRecipe) -> PairParts:
 
 
 def folder_image(source: str, notes: dict[str, Any]) -> ImageConfig:
-    """The picture rules of a model folder."""
+    """The image rules of a model folder."""
     if "image" in notes:
         return parse_config(ImageConfig, notes["image"], f"{source}/{NOTES}")
     from transformers.image_processing_base import ImageProcessingMixin
@@ -58,23 +58,23 @@ def folder_image(source: str, notes: dict[str, Any]) -> ImageConfig:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{source}: no image processor ({first_line(error)}); give the picture rules as init.image"
+            f"{source}: no image processor ({first_line(error)}); give the image rules as init.image"
         ) from error
     image = image_config_from_hf(settings)
     if image.image_aspect_ratio not in ("squash", "crop"):
-        raise ConfigError(f"{source}: its pictures become several tiles; give rules for one tile as init.image")
+        raise ConfigError(f"{source}: its images become several tiles; give rules for one tile as init.image")
     return image
 
 
 def make_pair_feed(recipe: PairRecipe, model: PairModel, output_dir: Path, teacher: Teacher | None) -> PairFeed:
     """Read the pairs, and fill the caches."""
-    pictures = open_pictures(model.image, recipe.augment, recipe.data.tile_cache)
-    feed = _feed(recipe, recipe.data.mix, model, pictures, output_dir / "skipped.jsonl")
-    size, pictures_held = recipe.batch.global_size, len(set(feed.prepared.images))
-    if pictures_held < 2:
-        raise DataError("all pairs are of one picture: there is nothing to tell it from; give more pictures")
-    if size > pictures_held:
-        say(f"{recipe.name}: a step has {size} pairs of only {pictures_held} pictures; pairs of one are no negatives")
+    images = open_images(model.image, recipe.augment, recipe.data.tile_cache)
+    feed = _feed(recipe, recipe.data.mix, model, images, output_dir / "skipped.jsonl")
+    size, images_held = recipe.batch.global_size, len(set(feed.prepared.images))
+    if images_held < 2:
+        raise DataError("all pairs are of one image: there is nothing to tell it from; give more images")
+    if size > images_held:
+        say(f"{recipe.name}: a step has {size} pairs of only {images_held} images; pairs of one are no negatives")
     feed = replace(feed, store=_tower_store(recipe, model, feed))
     if teacher is not None and not crops(recipe.augment):
         feed = _with_teacher(recipe, teacher, feed, output_dir)
@@ -82,20 +82,20 @@ def make_pair_feed(recipe: PairRecipe, model: PairModel, output_dir: Path, teach
 
 
 def make_pair_eval_feed(recipe: PairRecipe, model: PairModel, output_dir: Path) -> PairFeed | None:
-    """Read the held-out pairs; their pictures are never cut or mirrored."""
+    """Read the held-out pairs; their images are never cut or mirrored."""
     if not recipe.data.eval:
         return None
-    pictures = open_pictures(model.image, AugmentConfig(), recipe.data.tile_cache)
-    feed = _feed(recipe, recipe.data.eval, model, pictures, output_dir / "skipped_eval.jsonl")
+    images = open_images(model.image, AugmentConfig(), recipe.data.tile_cache)
+    feed = _feed(recipe, recipe.data.eval, model, images, output_dir / "skipped_eval.jsonl")
     return replace(feed, store=_tower_store(recipe, model, feed))
 
 
-def _feed(recipe: PairRecipe, mix: Any, model: PairModel, pictures: Pictures, skipped_file: Path) -> PairFeed:
+def _feed(recipe: PairRecipe, mix: Any, model: PairModel, images: Images, skipped_file: Path) -> PairFeed:
     data: Any = recipe.data.model_copy(update={"mix": mix})
     readings = read_mix(data, recipe.run.seed)
     weights = [source.weight for source in mix]
-    pairs = prepare_pairs(readings, weights, model, pictures, recipe, skipped_file)
-    return PairFeed(pairs, pictures, recipe.run.seed, model.tokenizer.pad_token_id, model.text_length)
+    pairs = prepare_pairs(readings, weights, model, images, recipe, skipped_file)
+    return PairFeed(pairs, images, recipe.run.seed, model.tokenizer.pad_token_id, model.text_length)
 
 
 def _tower_store(recipe: PairRecipe, model: PairModel, feed: PairFeed) -> FeatureStore | None:
@@ -111,24 +111,24 @@ def _tower_store(recipe: PairRecipe, model: PairModel, feed: PairFeed) -> Featur
     rules = getattr(model, "tower_rules", type(model).__name__)
     store = _open_store(where, weights_identity(model.tower, rules)[:16], model.features_shape, dtype)
     keys = feed.prepared.images
-    _fill(store, model.encode, feed.pictures, keys, feed.prepared.sources, recipe.run.workers, _device(model))
+    _fill(store, model.encode, feed.images, keys, feed.prepared.sources, recipe.run.workers, _device(model))
     return store
 
 
 def _with_teacher(recipe: PairRecipe, teacher: Teacher, feed: PairFeed, output_dir: Path) -> PairFeed:
     """Add kept output of the teacher: in `run.feature_cache`, else beside the kept tiles, else in memory."""
-    # A stage on this tower with the same picture rules keeps the same, under the same names.
+    # A stage on this tower with the same image rules keeps the same, under the same names.
     where = next((w for w in (recipe.run.feature_cache, recipe.data.tile_cache) if w != OFF), MEMORY)
     identity = weights_identity(teacher.encoder, teacher.rules)[:16]
     store = _open_store(where, identity, teacher.features_shape, recipe.run.feature_dtype)
-    pictures, pairs, keys = feed.pictures, feed.prepared, feed.prepared.images
-    if teacher.image != pictures.image:
-        pictures = open_pictures(teacher.image, AugmentConfig(), OFF)
+    images, pairs, keys = feed.images, feed.prepared, feed.prepared.images
+    if teacher.image != images.image:
+        images = open_images(teacher.image, AugmentConfig(), OFF)
         folder = Path(recipe.data.index) if recipe.data.index is not None else output_dir / "index"
-        scan(pictures, pairs.sources, notes_file(folder, teacher.image), recipe.run.workers, "reading pictures")
-        keys = tuple(pictures.seen[source_name(source)].key for source in pairs.sources)
+        scan(images, pairs.sources, notes_file(folder, teacher.image), recipe.run.workers, "reading images")
+        keys = tuple(images.seen[source_name(source)].key for source in pairs.sources)
     device = next(teacher.encoder.parameters()).device
-    _fill(store, teacher.encode, pictures, keys, pairs.sources, recipe.run.workers, device)
+    _fill(store, teacher.encode, images, keys, pairs.sources, recipe.run.workers, device)
     return replace(feed, teacher=store, teacher_grid=teacher.encoder.grid, teacher_images=keys)
 
 
@@ -140,16 +140,16 @@ def _open_store(where: str, identity: str, row: tuple[int, int], dtype: str) -> 
 def _fill(
     store: FeatureStore,
     encode: Callable[[torch.Tensor], torch.Tensor],
-    pictures: Pictures,
+    images: Images,
     keys: Sequence[str],
     sources: Sequence[Source],
     workers: int,
     device: torch.device,
 ) -> None:
-    """Compute what is missing of the pairs' pictures, one tile each."""
+    """Compute what is missing of the pairs' images, one tile each."""
 
     def decode(_key: str, source: Source) -> torch.Tensor:
-        return torch.from_numpy(pictures.tile(source)[None])
+        return torch.from_numpy(images.tile(source)[None])
 
     tiles = ((key, source, 1) for key, source in zip(keys, sources, strict=True))
     fill_missing(store, tiles, decode, encode, device, workers)

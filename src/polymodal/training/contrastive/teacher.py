@@ -1,6 +1,6 @@
-"""The frozen tower that a vision encoder learns from, and what it says of pictures, kept or fresh.
+"""The frozen tower that a vision encoder learns from, and what it says of images, kept or fresh.
 
-Pictures that are not cut pass through the teacher once in a whole run (mirrored ones take the mirrored features);
+Images that are not cut pass through the teacher once in a whole run (mirrored ones take the mirrored features);
 where every look is another cut, the teacher sees each of them.
 """
 
@@ -28,12 +28,12 @@ class Teacher:
     """A frozen tower."""
 
     encoder: Any  # A `VisionEncoder`, in eval mode
-    image: ImageConfig  # Its picture rules
+    image: ImageConfig  # Its image rules
     rules: str  # What decides what it says of a tile, besides its weights
 
     @property
     def features_shape(self) -> tuple[int, int]:
-        """(P, E) of what it says of one picture."""
+        """(P, E) of what it says of one image."""
         return self.encoder.grid.area, self.encoder.embed_dim
 
     @torch.no_grad()

@@ -86,9 +86,6 @@ def _sum_together(gradients: Sequence[torch.Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-# ---- The loop's part of a pair stage: which micro-batches make a step, and what is logged of it ----
-
-
 class PairRun(Run):
     """A pair stage in progress."""
 

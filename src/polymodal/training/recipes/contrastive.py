@@ -23,7 +23,7 @@ class PairInit(Strict):
         from_folder: A folder or hub id of a CLIP, SigLIP or vision-text-dual-encoder model, or an earlier pair stage's
             `final/`; written `from` in the file.
         model: A new model, composed from this configuration.
-        image: With `from`: picture rules in place of the folder's.
+        image: With `from`: image rules in place of the folder's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
@@ -37,14 +37,14 @@ class PairInit(Strict):
         if (self.from_folder is None) == (self.model is None):
             raise ValueError("give exactly one of `from` (a folder or hub id) and `model` (a configuration)")
         if self.image is not None and self.model is not None:
-            raise ValueError("`image` goes with `from`; a new model's picture rules are `model.image`")
+            raise ValueError("`image` goes with `from`; a new model's image rules are `model.image`")
         return self
 
 
 class PairDataConfig(Strict):
-    """The pairs of the stage: records with one picture, whose answer is the caption.
+    """The pairs of the stage: records with one image, whose answer is the caption.
 
-    A picture with several captions (a list `captions` in the record, or several records) is one sample, of which one
+    An image with several captions (a list `captions` in the record, or several records) is one sample, of which one
     caption is drawn each epoch.
 
     Attributes:
@@ -52,9 +52,9 @@ class PairDataConfig(Strict):
         on_error: What to do with a record that is no pair or cannot be read: "stop", or "skip" it, count it and list
             it in `skipped.jsonl`.
         eval: Held-out files, for `run.eval_every`; never trained on.
-        index: The folder where it is kept which pictures were read and what they hold; `index/` in `output_dir` when
+        index: The folder where it is kept which images were read and what they hold; `index/` in `output_dir` when
             None.
-        tile_cache: Where decoded pictures are kept, so that each is decoded once: a folder, "memory", or "off".
+        tile_cache: Where decoded images are kept, so that each is decoded once: a folder, "memory", or "off".
     """
 
     mix: tuple[SourceConfig, ...] = Field(min_length=1)
@@ -91,14 +91,14 @@ class TextConfig(Strict):
 
 
 class AugmentConfig(Strict):
-    """What is done to a picture each time it is seen, drawn from (seed, epoch, sample).
+    """What is done to an image each time it is seen, drawn from (seed, epoch, sample).
 
     Attributes:
-        type: "none", or "crop_flip": a random part of the picture, resized to the tile, and a mirror image of it as
+        type: "none", or "crop_flip": a random part of the image, resized to the tile, and a mirror image of it as
             often as `flip` says.
-        scale: Least and largest part of the picture's area; [1, 1] does not cut.
+        scale: Least and largest part of the image's area; [1, 1] does not cut.
         ratio: Least and largest width to height of the part.
-        flip: How often it is mirrored; 0 where captions name left and right or pictures show text.
+        flip: How often it is mirrored; 0 where captions name left and right or images show text.
     """
 
     type: Literal["none", "crop_flip"] = "none"
@@ -121,7 +121,7 @@ class PairBatchConfig(Strict):
     Attributes:
         global_size: Pairs of one optimizer step, over all processes; decides the objective, unlike elsewhere.
         micro_size: Pairs that go through the encoders at once; changes memory and speed, not the result. All of a
-            process's pairs when None; with less, every picture and text is encoded twice.
+            process's pairs when None; with less, every image and text is encoded twice.
     """
 
     global_size: int = Field(default=256, gt=1)
@@ -137,7 +137,7 @@ class PairRecipe(Strict):
         init: What it starts from.
         data: What it is trained on.
         text: How captions become tokens.
-        augment: What is done to pictures.
+        augment: What is done to images.
         train: Which parameters are trained; everything is frozen where no rule matches.
         optim: Optimizer and schedule.
         batch: Batch sizes.
@@ -166,11 +166,11 @@ class PairRecipe(Strict):
             )
         if self.run.compile == "on":
             raise ValueError("run.compile: not for a pair stage; leave it at auto")
-        # A teacher's features of a picture can be mirrored with it.
+        # A teacher's features of an image can be mirrored with it.
         moves = self.augment.type != "none" and (self.objective.distill is None or self.augment.scale[0] < 1)
         if self.run.feature_cache != "off" and moves:
             raise ValueError(
-                "run.feature_cache: pictures look different in every epoch under augment.type "
+                "run.feature_cache: images look different in every epoch under augment.type "
                 f"{self.augment.type!r}; use data.tile_cache, or set augment.type to none"
             )
         return self

@@ -85,8 +85,8 @@ class GenerateStage(Strict):
 
     Attributes:
         generate: An export or a training stage.
-        prompt: The question; pictures come before it.
-        image: Picture files.
+        prompt: The question; images come before it.
+        image: Image files.
         max_new_tokens: Length at most.
     """
 
@@ -239,11 +239,11 @@ def _stage(
             raise ConfigError(f"{where}: no file {script}")
         return stage.model_copy(update={"make": str(script)})
     if isinstance(stage, GenerateStage):
-        missing = [picture for picture in stage.image if not (path.parent / picture).is_file()]
+        missing = [image for image in stage.image if not (path.parent / image).is_file()]
         if missing:
             raise ConfigError(f"{where}: no file {path.parent / missing[0]}")
         _refer(stage.generate, before, (ExportStage, TrainStage), f"{where}.generate")
-        return stage.model_copy(update={"image": tuple(str(path.parent / picture) for picture in stage.image)})
+        return stage.model_copy(update={"image": tuple(str(path.parent / image) for image in stage.image)})
     if isinstance(stage, ExportStage):
         _refer(stage.export, before, (TrainStage,), f"{where}.export")
     return stage

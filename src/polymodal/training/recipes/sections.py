@@ -33,7 +33,7 @@ class SourceConfig(Strict):
         format: A name of `data.readers.registry.FORMATS` (json, llava, messages, openai, coco, vqav2, gqa, textvqa,
             docvqa, parquet, webdataset, folder); "auto" tells by the content.
         annotations: The second file of formats that have two: VQAv2's answers, TextVQA's OCR tokens.
-        image_root: The folder that picture paths start from; the file's own folder when None.
+        image_root: The folder that image paths start from; the file's own folder when None.
         kind: Of records that do not say: caption, vqa, reasoning, ocr, conversation, or a name of your own.
         source: What the log calls this source, for records that do not say; the file's name when empty.
         prompt: The question of captions, or what follows each question of a VQA set ("" for nothing); the format's own
@@ -129,12 +129,12 @@ class RunConfig(Strict):
         keep: Checkpoints kept.
         resume: "auto" goes on from the newest complete checkpoint in `output_dir`; "never" starts anew.
         threads: CPU threads for torch; its own choice when None.
-        workers: Threads that read pictures ahead of the model, where features are not cached.
+        workers: Threads that read images ahead of the model, where features are not cached.
         feature_cache: Where the frozen encoder's output is kept: a folder, "memory", or "off". Needs an encoder that
             is not trained.
         feature_dtype: Of the cached features.
         eval_every: Steps between looks at the held-out files of `data.eval`; 0 looks once, at the end.
-        eval_generations: Questions that are answered at each look, with their pictures, for the report; 0 for none.
+        eval_generations: Questions that are answered at each look, with their images, for the report; 0 for none.
         trackers: "tensorboard" and "wandb" get every log line too.
         engine: How several processes share the work: "ddp", "fsdp2", "deepspeed"; "auto" is DDP.
         deepspeed_config: DeepSpeed's own JSON file, for that engine.

@@ -17,7 +17,7 @@ class InitConfig(Strict):
         from_folder: A model folder, usually an earlier stage's `final/`; also "default", or a published model's folder
             or hub id. Written `from` in the file.
         model: A new model, composed from this configuration.
-        image: With `from`: the picture rules from this stage on, where they are not the folder's; the tile stays.
+        image: With `from`: the image rules from this stage on, where they are not the folder's; the tile stays.
         template: With `from`: the chat template from this stage on, where it is not the folder's, such as when a
             captioner (BLIP-2's second stage) is tuned to converse.
     """
@@ -34,7 +34,7 @@ class InitConfig(Strict):
         if (self.from_folder is None) == (self.model is None):
             raise ValueError("give exactly one of `from` (a model folder) and `model` (a configuration)")
         if self.image is not None and self.model is not None:
-            raise ValueError("`image` goes with `from`; a new model's picture rules are `model.image`")
+            raise ValueError("`image` goes with `from`; a new model's image rules are `model.image`")
         if self.template is not None and self.model is not None:
             raise ValueError("`template` goes with `from`; a new model's is `model.template`")
         return self
@@ -46,7 +46,7 @@ class DataConfig(Strict):
     Attributes:
         mix: The data files; together they are one epoch.
         template: A chat template for this stage only ("plain" for captions in stage 1); the model keeps its own.
-        max_length: Records with more tokens are left out and counted, since cutting could cut a picture.
+        max_length: Records with more tokens are left out and counted, since cutting could cut an image.
         on_error: What to do with a record that cannot be read: "stop", or "skip" it, count it and list it in
             `skipped.jsonl`.
         eval: Held-out files, for `run.eval_every`; never trained on.
@@ -96,10 +96,10 @@ class WarmStartConfig(Strict):
 
     Attributes:
         steps: Optimizer steps; none of them runs the language model.
-        batch_size: Pictures a step.
+        batch_size: Images a step.
         learning_rate: Peak rate.
         weight_decay: Decoupled decay.
-        tokens: Tokens drawn from each picture.
+        tokens: Tokens drawn from each image.
         classes: Learn the names of the tower's own classifier too, from class prototypes, where it has one.
         write_classes: Before that, write the class scores into the hidden units of an MLP projector.
         prototype_share: Part of a batch that is moved to a class of the classifier.

@@ -1,6 +1,6 @@
 """Loss by kind and by source: which sort of question, and which data set, is learnt.
 
-A kind belongs to a turn: a conversation may describe a picture in one turn and read it in the next. Losses stay on the
+A kind belongs to a turn: a conversation may describe an image in one turn and read it in the next. Losses stay on the
 device until they are logged or saved, so nothing waits for a micro-batch. Sums are kept in float64 and added in order
 of micro-batches, so that a resumed run logs exactly what it would have logged.
 """

@@ -1,6 +1,6 @@
 """`report.html`: a finished run on one page, made of the files in its folder alone; nothing is loaded from elsewhere.
 
-Curves, what the loss is made of, throughput and where time went, a few questions with their pictures and how the
+Curves, what the loss is made of, throughput and where time went, a few questions with their images and how the
 answers changed, and the whole recipe.
 """
 
@@ -21,7 +21,7 @@ from polymodal.utils.files import write_text
 from polymodal.utils.html import html_page
 from polymodal.utils.progress import duration
 
-# ---- The loss-curve picture: loss (raw and smoothed, and by kind), learning rates and gradient norm against samples
+# ---- The loss-curve image: loss (raw and smoothed, and by kind), learning rates and gradient norm against samples
 
 
 def smooth(values: np.ndarray, span: int) -> np.ndarray:  # values [n] -> [n]
@@ -48,7 +48,7 @@ def drawn_kinds(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int,
     return {kind: kept[kind] for kind in sorted(most)}
 
 
-def draw_curves(log: Path, picture: Path, title: str) -> bool:
+def draw_curves(log: Path, image: Path, title: str) -> bool:
     """Draw a run's log."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -80,14 +80,8 @@ def draw_curves(log: Path, picture: Path, title: str) -> bool:
         rates.plot(samples, [line["learning_rate"].get(name, np.nan) for line in lines], linewidth=1, label=name)
     rates.set_ylabel("learning rate")
     rates.legend(fontsize=8)
-    figure.savefig(picture, dpi=110)
+    figure.savefig(image, dpi=110)
     return True
-
-
-# ---- `report.html`: a finished run on one page, made of the files in its folder alone; nothing is loaded from
-# elsewhere
-# Curves, what the loss is made of, throughput and where time went, a few questions with their pictures and how the
-# answers changed, and the whole recipe.
 
 
 REPORT = "report.html"
@@ -102,7 +96,7 @@ table { border-collapse: collapse; font-size: .92rem }
 th, td { text-align: left; padding: .2rem 1.2rem .2rem 0; vertical-align: top; border-bottom: 1px solid #8883 }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 .shown { display: flex; gap: 1.2rem; margin: 1.2rem 0; flex-wrap: wrap }
-.shown .pictures { flex: 0 0 12rem } .shown .pictures img { border: 1px solid #8884; border-radius: 4px; width: 12rem }
+.shown .images { flex: 0 0 12rem } .shown .images img { border: 1px solid #8884; border-radius: 4px; width: 12rem }
 .shown .words { flex: 1 1 20rem; overflow-wrap: anywhere }
 pre { overflow-x: auto; font-size: .85rem }
 .quiet { opacity: .7; font-size: .9rem }
@@ -172,9 +166,9 @@ def _summary(lines: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]], f
 
 def _curves(output_dir: Path, lines: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]]) -> str:
     found = []
-    picture = output_dir / "loss.png"
-    if picture.is_file():
-        found.append(_image(picture.read_bytes(), "image/png", "loss, learning rate and gradient norm", "chart"))
+    image = output_dir / "loss.png"
+    if image.is_file():
+        found.append(_image(image.read_bytes(), "image/png", "loss, learning rate and gradient norm", "chart"))
     if len(lines) > 1:
         found.append(_image(draw_rates(lines, looks), "image/png", "held-out loss and throughput", "chart"))
     return f"<h2>Curves</h2>{''.join(f'<p>{image}</p>' for image in found)}" if found else ""
@@ -244,8 +238,8 @@ def _answers(output_dir: Path, looks: Sequence[dict[str, Any]]) -> str:
     blocks = []
     for entries in by_id.values():
         entry = entries[-1][1]
-        pictures = "".join(
-            _image((output_dir / name).read_bytes(), "image/jpeg", "picture of the question")
+        images = "".join(
+            _image((output_dir / name).read_bytes(), "image/jpeg", "image of the question")
             for name in entry.get("pictures", [])
             if (output_dir / name).is_file()
         )
@@ -259,7 +253,7 @@ def _answers(output_dir: Path, looks: Sequence[dict[str, Any]]) -> str:
             for step, text in changed
         )
         blocks.append(
-            f"<div class=shown><div class=pictures>{pictures}</div><div class=words>"
+            f"<div class=shown><div class=images>{images}</div><div class=words>"
             f"<p><b>{html.escape(entry['question']) or '<i>no text</i>'}</b><br>expected: "
             f"{html.escape(entry['expected'])}</p>"
             f"<table><tr><th class=number>from step</th><th>answer</th></tr>{answers}</table>"

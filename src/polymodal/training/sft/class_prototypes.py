@@ -1,13 +1,13 @@
-"""Class prototypes: what a tower's features would be for a class that no picture of the data shows.
+"""Class prototypes: what a tower's features would be for a class that no image of the data shows.
 
 A tower that was trained as a classifier knows many more things than a small data set shows: EfficientNet-Lite0 tells
 1,000 ImageNet classes apart. Under a Gaussian model of its features with one covariance C for all classes, the
 weights of a linear classifier are w = C^-1 (mu_class - mu) up to a factor (linear discriminant analysis), so the mean
-of a class is mu_class = mu + s C w; mu and C are measured on any pictures, and s is chosen so that the classifier is
-sure of its class. A real picture's tokens moved to such a mean have the variety of pictures and another subject.
+of a class is mu_class = mu + s C w; mu and C are measured on any images, and s is chosen so that the classifier is
+sure of its class. A real image's tokens moved to such a mean have the variety of images and another subject.
 
 They serve twice: in the warm start of the projector, and as caption samples that teach the language model to say the
-names. They are features, not pictures: no data set's pictures are used or shipped.
+names. They are features, not images: no data set's images are used or shipped.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from polymodal.training.sft.task import Feed
 
 MEASURED = 4_000
-"""Pictures from which mean and covariance are measured."""
+"""Images from which mean and covariance are measured."""
 
 KEPT = 0.5
-"""How much of a picture's own deviation is kept at the most; with all of it the classifier often changes its mind."""
+"""How much of an image's own deviation is kept at the most; with all of it the classifier often changes its mind."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Prototypes:
 
     head: ClassHead  # The tower's classifier
     means: Tensor  # [K, channels] of each class
-    middle: Tensor  # [channels] of ordinary pictures
+    middle: Tensor  # [channels] of ordinary images
 
     @classmethod
     def of(cls, head: ClassHead, features: Tensor) -> Prototypes:  # features [n, P, E]
@@ -56,7 +56,7 @@ class Prototypes:
         return cls(head, class_prototypes(head, pooled), pooled.mean(dim=0))
 
     def move(self, features: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
-        """Move pictures' tokens to classes."""
+        """Move images' tokens to classes."""
         # features [n, P, E], classes [n] -> [n, P, E]
         moved = features.float().clone()
         keep = KEPT * torch.rand((len(moved), 1, 1), generator=generator)
@@ -66,7 +66,7 @@ class Prototypes:
 
 
 def class_prototypes(head: ClassHead, pooled: Tensor, wanted: float = 0.9) -> Tensor:
-    """Typical pooled features of each class, without a picture of it."""
+    """Typical pooled features of each class, without an image of it."""
     # pooled [n, channels] -> [K, channels]
     mean, covariance = pooled.mean(dim=0), torch.cov(pooled.T)
     direction = (head.weight - head.weight.mean(dim=0)) @ covariance

@@ -196,10 +196,10 @@ def micro_batches(
 
 
 def with_pixels(record: Record, sample: Sample, processor: Processor) -> Sample:
-    """Decode a record's pictures again, for training without a feature cache."""
+    """Decode a record's images again, for training without a feature cache."""
     if not sample.plans:
         return sample
     again = processor(record.messages, id=record.id, pixels="uint8")
     if again.media_keys != sample.media_keys:
-        raise DataError(f"record {record.id}: its picture changed on disk while training")
+        raise DataError(f"record {record.id}: its image changed on disk while training")
     return replace(sample, pixels=again.pixels)

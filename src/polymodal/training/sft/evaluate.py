@@ -39,8 +39,8 @@ NEW_TOKENS = 48
 SEARCHED = 512
 """Records among which the shown ones are chosen."""
 
-PICTURE_SIDE = 320
-"""Pixels of the longer side of the pictures kept for the report."""
+IMAGE_SIDE = 320
+"""Pixels of the longer side of the images kept for the report."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Evaluation:
     held_out: bool  # Which of the two
     shown: tuple[int, ...]  # Indices of the records whose first question is answered
     recipe: Recipe  # For batch sizes
-    folder: Path  # Where pictures are kept
+    folder: Path  # Where images are kept
 
     def __call__(self, engine: Engine, step: int) -> dict[str, Any]:
         """Evaluate; every process must call it."""
@@ -74,8 +74,8 @@ class Evaluation:
             entry = describe(record)
             try:
                 prompts.append(processor(_question(record), add_generation_prompt=True, id=record.id))
-                entry["pictures"] = _keep_pictures(record, index, self.folder, engine.world)
-            except PolymodalError as error:  # a picture that went away
+                entry["pictures"] = _keep_images(record, index, self.folder, engine.world)
+            except PolymodalError as error:  # an image that went away
                 entry["error"] = str(error)
             answers.append(entry)
         if not prompts:
@@ -133,7 +133,7 @@ def held_out_loss(engine: Engine, feed: Feed, recipe: Recipe) -> dict[str, Any]:
 
 
 def choose_shown(feed: Feed, count: int, seed: int) -> tuple[int, ...]:
-    """Choose records to show: one of each kind in turn, with pictures where the kind has some."""
+    """Choose records to show: one of each kind in turn, with images where the kind has some."""
     records, samples = feed.prepared.records, feed.prepared.samples
     order = np.random.default_rng([seed, len(samples)]).permutation(len(samples))[:SEARCHED].tolist()
     by_kind: dict[str, list[int]] = {}
@@ -166,8 +166,8 @@ def _question(record: Record) -> list[Any]:
     return list(record.messages[:first])
 
 
-def _keep_pictures(record: Record, index: int, folder: Path, world: World) -> list[str]:
-    """Write small copies of a question's pictures, once; returns their names within the run's folder."""
+def _keep_images(record: Record, index: int, folder: Path, world: World) -> list[str]:
+    """Write small copies of a question's images, once; returns their names within the run's folder."""
     names = []
     media = [part for message in _question(record) for part in message.media if isinstance(part, Image)]
     for number, part in enumerate(media):
@@ -175,9 +175,9 @@ def _keep_pictures(record: Record, index: int, folder: Path, world: World) -> li
         names.append(f"{folder.name}/{path.name}")
         if world.is_main and not path.is_file():
             folder.mkdir(exist_ok=True)
-            picture = open_image(part.source).convert("RGB")
-            picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+            image = open_image(part.source).convert("RGB")
+            image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
             work = path.with_suffix(".tmp")
-            picture.save(work, "JPEG", quality=85)
+            image.save(work, "JPEG", quality=85)
             work.replace(path)
     return names

@@ -46,10 +46,10 @@ def recipe_processor(recipe: Recipe) -> Processor:
         return processor_of(parts.model, parts.tokenizer, parts.config).with_template(recipe.data.template)
     if recipe.init.from_folder is not None:
         from polymodal.backends import load_processor
-        from polymodal.config import new_picture_rules
+        from polymodal.config import new_image_rules
 
         processor = load_processor(recipe.init.from_folder)
-        processor = processor.with_config(new_picture_rules(processor.config, recipe.init.image))
+        processor = processor.with_config(new_image_rules(processor.config, recipe.init.image))
         processor = processor.with_template(recipe.init.template)
     else:
         assert recipe.init.model is not None

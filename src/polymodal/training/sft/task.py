@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from polymodal.backends.local import processor_of
-from polymodal.config import new_picture_rules
+from polymodal.config import new_image_rules
 from polymodal.errors import DataError
 from polymodal.messages import Image, Source, user
 from polymodal.modeling.build import build_model
@@ -58,7 +58,7 @@ def load_parts(recipe: Recipe) -> Parts:
 
     assert recipe.init.from_folder is not None
     loaded = open_model(recipe.init.from_folder)
-    config = new_picture_rules(loaded.config, recipe.init.image)
+    config = new_image_rules(loaded.config, recipe.init.image)
     if recipe.init.template is not None:
         config = config.model_copy(update={"template": recipe.init.template})
     if config.image is not None and config.image.mm_patch_merge_type == "spatial_unpad":
@@ -131,17 +131,17 @@ def _filled(feed: Feed, recipe: Recipe, model: MultimodalLM, label: str) -> Feed
     for reason, count in prepared.left_out.items():
         say(f"left out {count} {label} {reason}")
     if feed.store is not None:
-        count = _encode_pictures(feed.store, model, feed.processor, prepared, recipe.run.workers)
-        say(f"features: {count} pictures encoded, {len(feed.store.where)} in the cache")
+        count = _encode_images(feed.store, model, feed.processor, prepared, recipe.run.workers)
+        say(f"features: {count} images encoded, {len(feed.store.where)} in the cache")
     return feed
 
 
-def _encode_pictures(
+def _encode_images(
     store: FeatureStore, model: MultimodalLM, processor: Processor, prepared: Prepared, workers: int
 ) -> int:
-    """Compute the features of the records' pictures; says how many were missing."""
+    """Compute the features of the records' images; says how many were missing."""
 
-    def pictures() -> Iterator[tuple[str, Source, int]]:
+    def images() -> Iterator[tuple[str, Source, int]]:
         for record, sample in zip(prepared.records, prepared.samples, strict=True):
             media = [part for message in record.messages for part in message.media]
             for key, plan, part in zip(sample.media_keys, sample.plans, media, strict=True):
@@ -151,10 +151,10 @@ def _encode_pictures(
     def decode(key: str, source: Source) -> torch.Tensor:
         sample = processor([user(Image(source))], add_generation_prompt=True)
         if sample.media_keys != (key,) or sample.pixels is None:
-            raise DataError(f"picture {source!r} changed on disk while it was being encoded")
+            raise DataError(f"image {source!r} changed on disk while it was being encoded")
         return sample.pixels[0]
 
-    return features.fill_missing(store, pictures(), decode, model.encode_images, model.device, workers)
+    return features.fill_missing(store, images(), decode, model.encode_images, model.device, workers)
 
 
 # ---- The trained model as a model folder, with the stage added to its history ----

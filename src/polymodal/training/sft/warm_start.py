@@ -1,14 +1,14 @@
 """Warm start of a projector: meet the language model's word embeddings before any forward pass of it.
 
 Training a projector through a frozen language model is slow, since every sample costs a pass through the whole model
-only to move two small matrices. Much of what the projector must learn can be had without it: a picture of a sheep
+only to move two small matrices. Much of what the projector must learn can be had without it: an image of a sheep
 should give tokens near the input embedding of "sheep". So, before stage 1,
 
 1. the projector's `Standardize` layer is measured on the features;
 2. where the tower comes with a classifier of its own (EfficientNet's 1,000 ImageNet classes), hidden units of an MLP
    projector are set to the class scores and their outgoing weights to the embeddings of the class names: knowledge
    that the tower was sold with, written down in the language model's terms;
-3. the projector is trained by a softmax over the cosine between a picture's mean token and all concept names, on
+3. the projector is trained by a softmax over the cosine between an image's mean token and all concept names, on
    cached features, with the class prototypes of `training.sft.class_prototypes` mixed in.
 
 This is CLIP's objective (arXiv:2103.00020) against a fixed text table instead of a trained text tower, in the
@@ -47,7 +47,7 @@ CLASS_THRESHOLD = 5.0
 """How far a class score must lie above the mean score before its hidden unit answers."""
 
 SAMPLE_ROWS = 10_000
-"""Pictures from which mean and deviation are measured."""
+"""Images from which mean and deviation are measured."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Concepts:
 def concept_of(caption: str) -> str | None:
     """The name in a short caption: "A red kangaroo." gives "red kangaroo"; None for longer sentences."""
     # Of a caption that quotes what is written, it is the quotation with its marks: `The word "FISH".` gives `"fish"`,
-    # so that a written fish lies near a pictured one among the embeddings, but not on it.
+    # so that a written fish lies near an imaged one among the embeddings, but not on it.
     written = re.fullmatch(r'The (?:word|number) ("[^"]+")\.', caption.strip())
     if written:
         return written.group(1).lower()
@@ -104,7 +104,7 @@ def write_classes(projector: MLPProjector, head: ClassHead, targets: Tensor, mid
 def warm_start(
     model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, feed: Feed, config: WarmStartConfig, seed: int
 ) -> None:
-    """Train the projector towards the embeddings of what the pictures are called."""
+    """Train the projector towards the embeddings of what the images are called."""
     projector = model.projector
     if feed.store is None:
         raise ConfigError("warm_start needs cached features: set run.feature_cache")
@@ -136,7 +136,7 @@ def warm_start(
             write_classes(projector, head, concepts.targets[class_ids], concepts.middle, concepts.norm)
         prototypes = Prototypes.of(head, sample)
         class_order = draw_classes(classes, 20 * len(classes), generator)
-    say(f"warm start: {len(rows)} pictures, {len(names)} names, {len(classes)} classes of the tower")
+    say(f"warm start: {len(rows)} images, {len(names)} names, {len(classes)} classes of the tower")
 
     parameters = [p for p in projector.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -163,13 +163,13 @@ def warm_start(
         schedule.step()
         if step >= config.steps - max(1, config.steps // 10):
             right, total = right + hits, total + len(wanted)
-    say(f"warm start: {right / total:.1%} of the last pictures are nearest to their own name of {len(all_names)}")
+    say(f"warm start: {right / total:.1%} of the last images are nearest to their own name of {len(all_names)}")
 
 
 def align_loss(
     tokens: Tensor, wanted: Tensor, targets: Tensor, middle: Tensor, norm: float, scale: float = 20.0
 ) -> tuple[Tensor, float]:
-    """Softmax over concept names of a picture's mean token and of one token, and a pull to an embedding's length."""
+    """Softmax over concept names of an image's mean token and of one token, and a pull to an embedding's length."""
     # tokens [N, P, D], wanted [N], targets [C, D], middle [D]
     logits = scale * F.normalize(tokens.mean(dim=1) - middle, dim=-1) @ targets.T
     single = scale * F.normalize(tokens[:, 0] - middle, dim=-1) @ targets.T
@@ -180,7 +180,7 @@ def align_loss(
 
 
 def draw_tokens(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draw tokens of each picture, in random order."""
+    """Draw tokens of each image, in random order."""
     # features [N, P, E] -> [N, min(count, P), E]
     places = torch.rand(features.shape[:2], generator=generator)
     seen = places.topk(min(count, features.shape[1]), dim=1).indices.to(features.device)
@@ -188,7 +188,7 @@ def draw_tokens(features: Tensor, count: int, generator: torch.Generator) -> Ten
 
 
 def _labelled(feed: Feed) -> tuple[np.ndarray, list[str], list[str]]:
-    """Feature rows of one-tile pictures that stand alone with a short caption, their labels, and all names."""
+    """Feature rows of one-tile images that stand alone with a short caption, their labels, and all names."""
     assert feed.store is not None
     rows, labels = [], []
     for record, sample in zip(feed.prepared.records, feed.prepared.samples, strict=True):
@@ -200,5 +200,5 @@ def _labelled(feed: Feed) -> tuple[np.ndarray, list[str], list[str]]:
             rows.append(start)
             labels.append(name)
     if not rows:
-        raise ConfigError("warm_start: no record of kind 'caption' shows one picture with a caption of up to 4 words")
+        raise ConfigError("warm_start: no record of kind 'caption' shows one image with a caption of up to 4 words")
     return np.array(rows), labels, sorted(set(labels))
