@@ -64,7 +64,7 @@ bench-training: $(STAMP)  ## training speed beside the HF Trainer and TRL's SFTT
 
 data-default: $(STAMP)  ## build the default model's training data in data/default (needs apt)
 	@root=$$(recipes/default/get_packages.sh data/packages) && \
-	  $(BIN)/polymodal data build default --output $(DATA) --packages "$$root" --workers $(JOBS)
+	  $(BIN)/python -m recipes.default.dataset default --output $(DATA) --packages "$$root" --workers $(JOBS)
 
 # Each stage goes on from the one before; a stage that was finished or cut off is not done twice.
 train-default: $(STAMP)  ## build the data, train the default model, put it into the package

@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.projectors", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("data/default"), help="what `polymodal data build` made")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data/default"), help="what `python -m recipes.default.dataset` made"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/projectors"))
     parser.add_argument(
         "--features", default="runs/features", help="kept features, shared with the default model's runs"

@@ -1,6 +1,6 @@
 """Image towers compared on frozen features alone: k-NN and linear probe on held-out images, and speed.
 
-    polymodal data build pairs --output data/pairs
+    python -m recipes.default.dataset pairs --output data/pairs
     python -m benchmarks.towers data/pairs efficientnet_lite0 vit_small
 
 Learnt from are the single things of data/pairs/train.json, at most --views images of each; asked is for the held-out
@@ -50,7 +50,7 @@ class Shown:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.towers", description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="the folder of `polymodal data build pairs`")
+    parser.add_argument("data", type=Path, help="the folder of `python -m recipes.default.dataset pairs`")
     parser.add_argument("towers", nargs="+", help="efficientnet_lite0, vit_small, or a model folder")
     parser.add_argument("--views", type=int, default=4, metavar="N", help="training images of a thing (default 4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
@@ -74,7 +74,7 @@ def read_images(folder: Path, views: int) -> tuple[list[Shown], list[Shown]]:
         records = json.loads((folder / "train.json").read_text(encoding="utf-8"))
         tasks = json.loads((folder / "classes.json").read_text(encoding="utf-8"))["tasks"]
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: no data set of `polymodal data build pairs` ({error})") from error
+        raise DataError(f"{folder}: no data set of `python -m recipes.default.dataset pairs` ({error})") from error
     seen: Counter[str] = Counter()
     train: list[Shown] = []
     groups: dict[str, str] = {}

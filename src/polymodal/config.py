@@ -7,7 +7,8 @@ Unknown keys are errors that name the nearest key. Names follow the field's habi
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+import warnings
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -23,6 +24,18 @@ class Strict(BaseModel):
     """A frozen model that refuses keys it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    RENAMED: ClassVar[dict[str, str]] = {}
+    """Keys of earlier versions and what each is called now; files that have them stay valid."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_earlier_names(cls, data: Any) -> Any:
+        for old, new in cls.RENAMED.items() if isinstance(data, dict) else ():
+            if old in data and new not in data:
+                warnings.warn(f"the key {old!r} is called {new!r} now", FutureWarning, stacklevel=2)
+                data = {new if key == old else key: value for key, value in data.items()}
+        return data
 
 
 class VisionConfig(Strict):
@@ -76,6 +89,8 @@ class ImageConfig(Strict):
         pad_color: What "pad" puts beside the image; None takes the mean colour, as LLaVA does.
         max_pixels: Images with more pixels are refused before they are decoded.
     """
+
+    RENAMED = {"several_pictures": "several_images"}
 
     image_aspect_ratio: Literal["squash", "pad", "crop", "slice", "anyres"] = "pad"
     tile_size: tuple[int, int]

@@ -39,7 +39,7 @@ def test_two_towers_side_by_side(data: Path, tmp_path: Path, capsys: pytest.Capt
     efficient, vit = json.loads(out.read_text())
     assert efficient["tower"] == "efficientnet_lite0" and efficient["parameters"] > 3e6 > vit["parameters"]
     for row in (efficient, vit):
-        assert row["noun"]["classes"] == 8 and row["noun"]["pictures"] == len(read_images(data, 4)[1])
+        assert row["noun"]["classes"] == 8 and row["noun"]["images"] == len(read_images(data, 4)[1])
         for method in ("knn", "linear"):
             low, high = row["noun"][method]["interval"]
             assert 0 <= low <= row["noun"][method]["score"] <= high <= 1
@@ -59,6 +59,6 @@ def test_what_is_wrong_is_said(data: Path, tmp_path: Path, capsys: pytest.Captur
     from benchmarks.towers.__main__ import main
 
     assert main([str(tmp_path), "efficientnet_lite0"]) == 1
-    assert "no data set of `polymodal data build pairs`" in capsys.readouterr().err
+    assert "no data set of `python -m recipes.default.dataset pairs`" in capsys.readouterr().err
     assert main([str(data), "resnet"]) == 1
     assert "neither efficientnet_lite0 nor a model folder" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`polymodal data build default` in its smallest size, which needs no packages."""
+"""`python -m recipes.default.dataset default` in its smallest size, which needs no packages."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-
-from polymodal.cli import main
+from recipes.default.dataset.__main__ import main
 
 
 def test_build_tiny(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "data"
-    argv = ["data", "build", "default", "--output", str(target), "--size", "tiny", "--workers", "1"]
+    argv = ["default", "--output", str(target), "--size", "tiny", "--workers", "1"]
     assert main(argv) == 0
     assert str(target) in capsys.readouterr().out
     records = [
@@ -29,5 +28,5 @@ def test_build_tiny(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [(["--size", "tinny"], "'tinny'"), (["--packages", "nowhere"], "nowhere"), (["--workers", "0"], "workers")],
 )
 def test_mistakes(flags: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "build", "default", "--output", str(tmp_path / "data"), *flags]) == 2
+    assert main(["default", "--output", str(tmp_path / "data"), *flags]) == 2
     assert word in capsys.readouterr().err

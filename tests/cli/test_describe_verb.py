@@ -71,12 +71,12 @@ def test_our_folder(tiny_model_folder: Path, capsys: pytest.CaptureFixture[str])
     assert parts["projector"]["kind"] == "mlp2x_gelu"
     assert facts["vocabulary"] == 259 and facts["context"] == 512
     assert facts["special_tokens"]["eos_token"] == {"text": "<|im_end|>", "id": 258}
-    assert facts["visual_tokens"][0] == {"picture": [336, 336], "tokens": 16, "tiles": 1}
-    assert facts["pictures"]["image_aspect_ratio"] == "pad" and "max_tiles" not in facts["pictures"]
+    assert facts["visual_tokens"][0] == {"image": [336, 336], "tokens": 16, "tiles": 1}
+    assert facts["images"]["image_aspect_ratio"] == "pad" and "max_tiles" not in facts["images"]
     assert facts["contract"]["broken"] is None and "<|im_start|>" in facts["template"]["text"]
 
     page = page_of(capsys, tiny_model_folder)
-    for line in ("contract", "holds (sha256 ", "pictures", "pad to 28x28", "16 tokens in 1 tile", "layers × 2"):
+    for line in ("contract", "holds (sha256 ", "images", "pad to 28x28", "16 tokens in 1 tile", "layers × 2"):
         assert line in page
     assert main(["describe", str(tiny_model_folder), "--template"]) == 0
     assert capsys.readouterr().out.strip() == facts["template"]["text"].strip()
@@ -175,7 +175,7 @@ def test_folders_of_transformers(
         assert tower["kind"].endswith("3 layers, width 32, 4 heads, images of 28, patches of 7")
         assert "encoder.layers × 3" in {child["name"] for child in tower["children"]}
         # 336x336 is cut as 56x56: 16 + 8 * 8 + 8 newlines.
-        assert facts["visual_tokens"][0] == {"picture": [336, 336], "tokens": 88, "tiles": 5}
+        assert facts["visual_tokens"][0] == {"image": [336, 336], "tokens": 88, "tiles": 5}
 
 
 def test_a_language_model_and_a_tower(

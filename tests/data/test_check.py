@@ -39,8 +39,8 @@ DROPPED = {
     21: "outside-root",
     22: "remote-file",
     23: "empty-file",
-    24: "damaged-picture",
-    25: "not-a-picture",
+    24: "damaged-image",
+    25: "not-an-image",
     26: "too-many-pixels",
     28: "unsupported-medium",
     29: "too-long",
@@ -54,8 +54,8 @@ WARNED = {
     33: "control-token",
     34: "bad-characters",
     35: "unanswered",
-    36: "tiny-picture",
-    37: "thin-picture",
+    36: "tiny-image",
+    37: "thin-image",
 }
 """Line of each row that trains, and that its owner should look at."""
 
@@ -168,7 +168,7 @@ def test_other_formats_are_checked_and_not_fixed(processor: Processor, tmp_path:
         if text is not None:
             (folder / name).with_suffix(".txt").write_text(text)
     summary = run_check(folder, processor, tmp_path / "out")
-    assert sorted(line["code"] for line in summary.dropped) == ["broken-row", "damaged-picture"]
+    assert sorted(line["code"] for line in summary.dropped) == ["broken-row", "damaged-image"]
     assert summary.kinds == {"caption": 1}
     with pytest.raises(Exception, match="--fix writes JSON"):
         run_check(folder, processor, tmp_path / "out", fix=True)

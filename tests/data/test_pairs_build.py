@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from recipes.default.dataset import build_default, scenes, sources, words
+from recipes.default.dataset.__main__ import main
 from recipes.default.dataset.generate import Gathered, Packages
 from recipes.default.dataset.pairs import build_pairs
 from recipes.default.dataset.pairs import plan as planning
@@ -20,7 +21,6 @@ from recipes.default.dataset.plan import Composer
 from recipes.default.dataset.questions import Scene
 from recipes.default.dataset.sources import Source, drawn_shapes
 
-from polymodal.cli import main
 from polymodal.data.load import load_records
 from polymodal.errors import DataError, PolymodalError
 
@@ -238,12 +238,12 @@ def test_failures_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_command_line(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["data", "build", "pairs", "--output", str(tmp_path / "made"), "--size", "tiny", "--workers", "1"]
+    command = ["pairs", "--output", str(tmp_path / "made"), "--size", "tiny", "--workers", "1"]
     assert main(command) == 0
     assert "held out for retrieval" in capsys.readouterr().out
     assert digests(tmp_path / "made") == digests(tiny)
     assert main(command) == 2
     assert "not empty" in capsys.readouterr().err
-    default = ["data", "build", "default", "--output", str(tmp_path / "d"), "--size", "tiny", "--languages", "de"]
+    default = ["default", "--output", str(tmp_path / "d"), "--size", "tiny", "--languages", "de"]
     assert main(default) == 2
-    assert "--languages belongs to `data build pairs`" in capsys.readouterr().err
+    assert "--languages belongs to `pairs`" in capsys.readouterr().err

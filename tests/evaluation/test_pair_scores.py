@@ -83,7 +83,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append({"id": colour, "image": f"{number}.png", "conversations": turns, "captions": captions})
         shown.append({"image": f"{number}.png", "labels": [number] if number else [0, 1]})
     (folder / "val.json").write_text(json.dumps(rows))
-    task = {"name": "colours", "classes": [f"a {colour}" for colour in COLOURS], "pictures": shown}
+    task = {"name": "colours", "classes": [f"a {colour}" for colour in COLOURS], "images": shown}
     (folder / "classes.json").write_text(json.dumps({"templates": ["{}.", "a photo of {}."], "tasks": [task]}))
     return folder
 
@@ -142,7 +142,7 @@ def test_the_command_line_prints_and_writes(
     assert len(json.loads(out.read_text())["recalls"]) == 6
     assert main([*command, "--task", "zero-shot", "--data", str(data / "classes.json"), "--limit", "5"]) == 0
     assert "| colours | 5 | 8 |" in capsys.readouterr().out
-    assert json.loads(out.read_text())["tasks"][0]["pictures"] == 5
+    assert json.loads(out.read_text())["tasks"][0]["images"] == 5
 
 
 def test_the_published_folder_is_stock_half_precision_and_scores_the_same(
@@ -214,20 +214,20 @@ def test_models_that_cannot_compare_images_with_texts(tmp_path: Path, models: di
         ({"tasks": []}, "`tasks`"),
         ({"templates": ["a photo"]}, "must hold {} once"),
         ({"classes": []}, r"tasks\[0\]: `classes`"),
-        ({"pictures": []}, "`pictures`"),
-        ({"picture": {"image": "../x.png", "labels": [0]}}, "leaves the folder"),
-        ({"picture": {"image": "0.png", "labels": [8]}}, "classes are numbered 0 to 7"),
-        ({"picture": {"image": "0.png", "labels": []}}, r"images\[0\]: `labels`"),
-        ({"picture": {"labels": [0]}}, "`image`"),
+        ({"images": []}, "`images`"),
+        ({"image": {"image": "../x.png", "labels": [0]}}, "leaves the folder"),
+        ({"image": {"image": "0.png", "labels": [8]}}, "classes are numbered 0 to 7"),
+        ({"image": {"image": "0.png", "labels": []}}, r"images\[0\]: `labels`"),
+        ({"image": {"labels": [0]}}, "`image`"),
     ],
 )
 def test_task_files_that_cannot_be_used(data: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     content = json.loads((data / "classes.json").read_text())
     for key, value in change.items():
-        if key == "picture":
-            content["tasks"][0]["pictures"][0] = value
+        if key == "image":
+            content["tasks"][0]["images"][0] = value
         else:
-            (content["tasks"][0] if key in ("classes", "pictures") else content)[key] = value
+            (content["tasks"][0] if key in ("classes", "images") else content)[key] = value
     (tmp_path / "classes.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=message):
         zero_shot.load_tasks(tmp_path / "classes.json")

@@ -384,7 +384,7 @@ def test_without_llama_cpp_nothing_is_proved(make: Make, tmp_path: Path) -> None
     loaded = make()
     export_gguf(loaded, tmp_path / "out")
     parity = verify_gguf(loaded, tmp_path / "out")
-    assert not parity.passed and set(parity.not_run) == {"token_ids", "pictures", "llama.cpp"}
+    assert not parity.passed and set(parity.not_run) == {"token_ids", "images", "llama.cpp"}
     assert "nothing could be compared" in parity.line
 
 
@@ -410,10 +410,10 @@ def test_llama_cpp_answers_the_same(
     parity = verify_gguf(loaded, tmp_path / "out", more=image_probes([image]))
     checks = {check.name: check for check in parity.checks}
     assert checks["token_ids"].passed
-    if tower == "clip" and not checks["pictures"].passed:
-        assert "issue 25814" in checks["pictures"].reason
+    if tower == "clip" and not checks["images"].passed:
+        assert "issue 25814" in checks["images"].reason
         pytest.xfail("this build of llama.cpp has the class token of CLIP towers in the wrong place")
-    assert checks["pictures"].passed and checks["pictures"].numbers["max_relative_difference"]["square"] < 0.005
+    assert checks["images"].passed and checks["images"].numbers["max_relative_difference"]["square"] < 0.005
     # Of random weights the likeliest two tokens are nearly as likely: their answers part by chance.
     answers = checks["llama.cpp"].numbers
     assert answers["max_logit_difference"] < 0.02 * answers["largest_logit"] and answers["agreement"] > 0.6
@@ -422,7 +422,7 @@ def test_llama_cpp_answers_the_same(
     with torch.no_grad():
         loaded.model.vision_encoder.model.embeddings.patch_embedding.weight.mul_(1.5)  # type: ignore[union-attr]
     other = {check.name: check for check in verify_gguf(loaded, tmp_path / "out", more=image_probes([image])).checks}
-    assert not other["pictures"].passed and other["token_ids"].passed
+    assert not other["images"].passed and other["token_ids"].passed
 
 
 def test_llama_cpp_pads_with_the_mean_colour_of_clip() -> None:

@@ -62,7 +62,7 @@ def test_the_lines_say_what_was_asked_expected_and_answered(looking: dict[str, A
         for answer in line["answers"]:
             assert answer["question"].endswith("colour?") and answer["expected"]
             assert isinstance(answer["answer"], str)
-            assert all((final.parent / name).is_file() for name in answer["pictures"]) and answer["pictures"]
+            assert all((final.parent / name).is_file() for name in answer["images"]) and answer["images"]
     assert lines[-1]["loss"] != lines[0]["loss"]
 
 

@@ -45,7 +45,7 @@ def test_it_runs_from_nothing_to_an_answer_about_a_photograph(done: Path) -> Non
 
 def test_the_cached_features_are_what_training_used(done: Path) -> None:
     summary = json.loads((done / "features" / "features.json").read_text())
-    assert summary["pictures"] == 87 and any((done / "features" / "cache").iterdir())
+    assert summary["images"] == 87 and any((done / "features" / "cache").iterdir())
 
 
 def test_the_export_is_whole_plain_and_gives_the_same_logits(done: Path) -> None:

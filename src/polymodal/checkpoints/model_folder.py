@@ -255,7 +255,8 @@ def _check_contract(folder: Path, trained: dict[str, Any], now: dict[str, Any], 
 
 def _with_younger(before: dict[str, Any], after: dict[str, Any], settings: Any) -> dict[str, Any]:
     """A setting that is younger than the folder was trained with what is its default today."""
-    fields = type(settings).model_fields
+    fields, renamed = type(settings).model_fields, type(settings).RENAMED
+    before = {renamed.get(key, key): value for key, value in before.items()}
     filled = {k: json.loads(json.dumps(fields[k].default, default=str)) for k in after.keys() - before.keys()} | before
     for key, value in filled.items():
         if (

@@ -31,7 +31,7 @@ Ctrl-C while the model answers stops the answer."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="images for the first question")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="images for the first question")
     parser.add_argument("--system", help="a system message")
     common.add_model_argument(parser)
     common.add_device_argument(parser)
@@ -113,7 +113,7 @@ class Chat:
             common.note("  a new conversation")
         elif command == "/image":
             if not rest.strip():
-                raise PolymodalError("/image needs a file: /image picture.jpg")
+                raise PolymodalError("/image needs a file: /image photo.jpg")
             self.add_image(os.path.expanduser(rest.strip().strip("'\"")))
         elif command.startswith("/") and "/" not in command[1:]:
             raise PolymodalError(f"no command {command}; /help lists them")

@@ -4,8 +4,6 @@ polymodal data check data.jsonl --image-root images    decode and tokenise every
 polymodal data check data.jsonl --fix                    the same, and write a corrected file
 polymodal data inspect data.jsonl --index 3              what the model sees of a row, trained tokens marked
 polymodal data prep recipes/default/stage1.yaml          tokenise a recipe's data once, before training
-polymodal data build default --output data/default       the data set that the default model is trained on
-polymodal data build pairs --output data/pairs           images with captions, for contrastive training
 """
 
 from __future__ import annotations
@@ -31,12 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_check(actions.add_parser("check", help="find what is wrong with data files", description=check.__doc__))
     _add_inspect(actions.add_parser("inspect", help="show what the model sees of a row", description=inspect.__doc__))
     _add_prep(actions.add_parser("prep", help="tokenise a recipe's data once", description=prep.__doc__))
-    _add_build(actions.add_parser("build", help="write a generated data set", description=build.__doc__))
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what was asked for."""
-    actions = {"check": check, "inspect": inspect, "prep": prep, "build": build}
+    actions = {"check": check, "inspect": inspect, "prep": prep}
     return actions[args.action](args)
 
 
@@ -68,10 +65,12 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Read, decode and tokenise every row of data files, and report what is wrong."""
-    # Writes report.html (open it in a browser), dropped.jsonl (id, line, code and reason of each row that must go),
-    # warnings.jsonl and summary.json. With --fix a corrected file: good rows as they were, some faults repaired, the
-    # other faulty rows left out. Exit status 1 if more than --max-dropped of the rows must go.
+    """Read, decode and tokenise every row of data files, and report what is wrong.
+
+    Writes report.html (open it in a browser), dropped.jsonl (id, line, code and reason of each row that must go),
+    warnings.jsonl and summary.json. With --fix a corrected file: good rows as they were, some faults repaired, the
+    other faulty rows left out. Exit status 1 if more than --max-dropped of the rows must go.
+    """
     limit = parse_share(args.max_dropped)
     _at_least_one("--workers", args.workers)
     _at_least_one("--max-length", args.max_length)
@@ -170,8 +169,10 @@ def _add_prep(parser: argparse.ArgumentParser) -> None:
 
 
 def prep(args: argparse.Namespace) -> int:
-    """Read, decode and tokenise a recipe's data once, into memory maps that training opens at once."""
-    # Training does the same when it has to; with this it is done on a machine without a GPU, and before the run.
+    """Read, decode and tokenise a recipe's data once, into memory maps that training opens at once.
+
+    Training does the same when it has to; with this it is done on a machine without a GPU, and before the run.
+    """
     from polymodal.training.recipes.load import load_recipe
     from polymodal.training.recipes.pipeline import is_pipeline
     from polymodal.training.sft.prepare_data import prepare_recipe
@@ -179,54 +180,6 @@ def prep(args: argparse.Namespace) -> int:
     if is_pipeline(args.recipe):
         raise ConfigError(f"{args.recipe} is a pipeline, whose later stages start from earlier ones; give one stage")
     print(common.printable(prepare_recipe(load_recipe(args.recipe, args.overrides))))
-    return 0
-
-
-def _add_build(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=("default", "pairs"), help="which data set")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
-    parser.add_argument("--size", default="full", help="full, small (a smoke run) or tiny (needs no packages)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes; default: %(default)s")
-    parser.add_argument(
-        "--packages", type=Path, metavar="ROOT", help="where the Debian packages were unpacked; / if absent"
-    )
-    parser.add_argument(
-        "--languages",
-        default="",
-        metavar="CODES",
-        help="of pairs: other languages that a share of the captions are in, such as de,fr,zh_CN",
-    )
-    parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")
-
-
-def build(args: argparse.Namespace) -> int:
-    """Build the default model's data set, or pairs of image and caption."""
-    # Images composed from packages of stamps, drawings and emoji that are installed on this machine; for the
-    # default model with captions, questions and dialogues about them, for contrastive training with captions. Both
-    # hold out the same images, given the same seed and size.
-    from recipes.default.dataset import build_default
-    from recipes.default.dataset.generate import Packages
-    from recipes.default.dataset.pairs import build_pairs
-
-    places = Packages.under(args.packages or Path("/"))
-    common_flags = {"seed": args.seed, "size": args.size, "workers": args.workers, "force": args.force}
-    languages = tuple(filter(None, (code.strip() for code in args.languages.split(","))))
-    if args.name == "pairs":
-        print(build_pairs(args.output, packages=places, languages=languages, **common_flags))
-        return 0
-    if languages:
-        raise ConfigError("--languages belongs to `data build pairs`; the default data set has its own Chinese")
-    print(
-        build_default(
-            args.output,
-            stamps=places.stamps,
-            openclipart=places.openclipart,
-            emoji_font=places.emoji_font,
-            fonts=places.fonts,
-            **common_flags,
-        )
-    )
     return 0
 
 

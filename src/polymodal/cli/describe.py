@@ -69,7 +69,7 @@ def page(found: Description, tokens: list[dict[str, Any]], *, colour: bool) -> s
     if found.images:
         rows += _image_rows(found.images)
     for entry in tokens:
-        height, width = entry["picture"]
+        height, width = entry["image"]
         tiles = f"{entry['tiles']} tile{'s' * (entry['tiles'] != 1)}"
         rows.append((f"  {height}x{width}", f"{entry['tokens']:,} tokens in {tiles}"))
     for number, entry in enumerate(found.history, 1):
@@ -115,7 +115,7 @@ def _tree(found: Description, bold: str, dim: str, reset: str) -> list[str]:
 def _image_rows(rules: dict[str, Any]) -> list[tuple[str, str]]:
     """The image rules in two lines."""
     if "not ours" in rules:
-        return [("pictures", rules["not ours"])]
+        return [("images", rules["not ours"])]
     height, width = rules["tile_size"]
     words = [f"{rules['image_aspect_ratio']} to {height}x{width}"]
     if "resize_short_side" in rules:
@@ -126,7 +126,7 @@ def _image_rows(rules: dict[str, Any]) -> list[tuple[str, str]]:
         words.append(f"up to {rules['max_tiles']} tiles{' and a thumbnail' * bool(rules.get('thumbnail'))}")
     words.append(rules["resample"])
     mean, std = (", ".join(f"{number:.4g}" for number in rules[key]) for key in ("image_mean", "image_std"))
-    return [("pictures", ", ".join(words)), ("", f"mean {mean}; deviation {std}")]
+    return [("images", ", ".join(words)), ("", f"mean {mean}; deviation {std}")]
 
 
 def _visual_tokens(found: Description) -> list[dict[str, Any]]:
@@ -153,7 +153,7 @@ def _visual_tokens(found: Description) -> list[dict[str, Any]]:
     except PolymodalError:
         return []
     return [
-        {"picture": [size.height, size.width], "tokens": tokens, "tiles": tiles}
+        {"image": [size.height, size.width], "tokens": tokens, "tiles": tiles}
         for size, (tokens, tiles) in zip(sizes, counts, strict=False)
     ]
 

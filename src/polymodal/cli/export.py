@@ -41,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest file (default: 5)")
     parser.add_argument("--verify", action="store_true", help="compare what was written with the model")
     parser.add_argument(
-        "--picture", action="append", default=[], metavar="FILE", help="with --verify: ask about this image too"
+        "--image",
+        "--picture",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="with --verify: ask about this image too",
     )
     parser.add_argument("--questions", metavar="FILE", help="with --verify: ask the questions of this data file too")
     parser.add_argument(

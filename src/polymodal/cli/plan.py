@@ -175,7 +175,7 @@ def _text(plan: Plan, question: Question) -> str:
     rows = [
         ("model", f"{plan.model}: {parts}"),
         ("trained", f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f} %), {plan.precision}"),
-        ("pictures", images or "none (--image HxW)"),
+        ("images", images or "none (--image HxW)"),
         ("sample", f"{plan.tokens} tokens, {question.answer_tokens} of them trained{over}"),
         ("key-value cache", _cache(plan.kv_bytes_per_token, plan.tokens, "a sample")),
         ("at once", f"{plan.micro_rows} samples on {_devices(question)} ({question.engine}); {checkpointed}"),

@@ -13,6 +13,8 @@ import json
 import os
 import runpy
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -101,11 +103,15 @@ def _make(script: Path, folder: Path, arguments: dict[str, Any]) -> None:
 
 
 def _build(stage: BuildStage, folder: Path) -> None:
-    from recipes.default.dataset import build_default
-    from recipes.default.dataset.pairs import build_pairs
-
-    options: dict[str, Any] = {"seed": stage.seed, "size": stage.size, "progress": False, "force": True}
-    say(str(build_pairs(folder, **options) if stage.build == "pairs" else build_default(folder, **options)))
+    """Run the generator of `recipes/default/dataset`, which is no part of the package, in a process of its own."""
+    if not Path("recipes/default/dataset").is_dir():
+        raise ConfigError(
+            f"build: {stage.build}: the generator lies in recipes/default/dataset of a checkout of polymodal; run the "
+            "pipeline from the checkout's root"
+        )
+    options = ["--output", str(folder), "--size", stage.size, "--seed", str(stage.seed), "--force"]
+    if subprocess.run([sys.executable, "-m", "recipes.default.dataset", stage.build, *options], check=False).returncode:
+        raise PolymodalError(f"build: {stage.build}: the dataset was not built, see above")
 
 
 def _features(recipe: Recipe, folder: Path) -> None:
@@ -121,7 +127,7 @@ def _features(recipe: Recipe, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     feed = make_feed(recipe, parts, folder)
     assert feed.store is not None
-    summary = {"feature_cache": recipe.run.feature_cache, "pictures": len(feed.store.where)}
+    summary = {"feature_cache": recipe.run.feature_cache, "images": len(feed.store.where)}
     write_text(folder / "features.json", json.dumps(summary, indent=2) + "\n")
 
 

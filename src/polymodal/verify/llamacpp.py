@@ -251,7 +251,7 @@ def same_images(comparison: GgufComparison) -> Check:
     vision = comparison.ours.config.vision
     if wrong and vision is not None and vision.type == "clip":
         reason += f" ({CLASS_TOKEN_NOTE})"
-    return Check("pictures", not wrong, numbers, reason)
+    return Check("images", not wrong, numbers, reason)
 
 
 @torch.inference_mode()
@@ -289,7 +289,7 @@ def same_answers(comparison: GgufComparison) -> Check:
 
 CHECKS: dict[str, Callable[[GgufComparison], Check | None]] = {
     "token_ids": same_ids,
-    "pictures": same_images,
+    "images": same_images,
     "llama.cpp": same_answers,
 }
 """The comparisons with llama.cpp."""

@@ -101,7 +101,7 @@ def plan_facts(plan: ImagePlan) -> dict[str, str]:
     """The integers of one plan, as a person would write them."""
     box = plan.content_box
     facts = {
-        "picture": f"{_size(plan.source)} pixels"
+        "image": f"{_size(plan.source)} pixels"
         + (f", padded to {plan.frame.height} × {plan.frame.width}" if plan.frame else ""),
         "scaled to": f"{box.height} × {box.width}" + (" (scaled down to the tile limit)" if plan.scaled_to_fit else ""),
         "canvas": f"{_size(plan.canvas)}, filled from top {box.top}, left {box.left}",

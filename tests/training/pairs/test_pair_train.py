@@ -58,7 +58,7 @@ def test_it_learns_and_transformers_scores_the_same(
     assert lines[-1]["terms"][recipe.objective.type] == pytest.approx(lines[-1]["loss"])
     assert lines[-1]["metrics"]["logit_scale"] <= 100 * (1 + 1e-6)
     assert [look["step"] for look in looks] == [40, 80]
-    assert (looks[-1]["pictures"], looks[-1]["captions"]) == (16, 32)
+    assert (looks[-1]["images"], looks[-1]["captions"]) == (16, 32)
     chance = looks[-1]["chance"]
     for side in ("image_to_text", "text_to_image"):
         assert looks[-1]["recall"][f"{side}@1"] >= 2.5 * chance[f"{side}@1"]

@@ -1,11 +1,11 @@
-"""`polymodal data build pairs`: pictures with captions for contrastive training, and what judges it.
+"""`python -m recipes.default.dataset pairs`: pictures with captions for contrastive training, and what judges it.
 
 Written beside each other: `train.json` (each record has all its true captions in `captions`), `train_words.json` (the
 same of written words), three files of held-out pairs for retrieval, no caption of which fits two pictures of its file
 (`val.json`: drawings that training never shows; `val_known.json`: new pictures of those that it does; `val_words.json`:
 written words), `classes.json` (zero-shot tasks over held-out pictures) and `build.json` (what was used, hashes).
-The pictures come from the packages of `polymodal data build default`, and the same ones are held out. Everything
-follows from the seed; the number of processes changes nothing.
+The pictures come from the packages of `python -m recipes.default.dataset default`, and the same ones are held out.
+Everything follows from the seed; the number of processes changes nothing.
 """
 
 from __future__ import annotations

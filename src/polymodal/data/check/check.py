@@ -100,7 +100,7 @@ def summary_json(summary: Summary) -> str:
         "repairs": dict(sorted(summary.repairs.items())),
         "tokens": sum(summary.tokens),
         "trained_tokens": sum(summary.targets),
-        "pictures": len(summary.sizes),
+        "images": len(summary.sizes),
         "files": [
             {
                 "path": str(file.path),

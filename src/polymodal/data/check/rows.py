@@ -79,13 +79,13 @@ FAULTS: dict[str, Fault] = {
     "outside-root": Fault("drop", "a path leaves the image root", "keep media inside --image-root, without `..`"),
     "remote-file": Fault("drop", "a URL", "download the file and give its path; nothing is fetched while training"),
     "empty-file": Fault("drop", "an empty file", "fetch the file again"),
-    "damaged-picture": Fault("drop", "a damaged image", "fetch the file again; it is cut off or changed"),
-    "not-a-picture": Fault("drop", "not an image", "often a saved error page or a Git LFS pointer; fetch it again"),
+    "damaged-image": Fault("drop", "a damaged image", "fetch the file again; it is cut off or changed"),
+    "not-an-image": Fault("drop", "not an image", "often a saved error page or a Git LFS pointer; fetch it again"),
     "too-many-pixels": Fault("drop", "too many pixels or bytes", "scale the image down"),
     "unreadable-file": Fault("drop", "a file that cannot be read", "look at the reason given"),
     "unsupported-medium": Fault("drop", "a medium that the model cannot take", "leave it out or choose another model"),
-    "tiny-picture": Fault("warn", "a side of 3 pixels or fewer", "often a tracking pixel in place of the image"),
-    "thin-picture": Fault("warn", "a side 100 times the other", "crop it; little is left of it at the model's size"),
+    "tiny-image": Fault("warn", "a side of 3 pixels or fewer", "often a tracking pixel in place of the image"),
+    "thin-image": Fault("warn", "a side 100 times the other", "crop it; little is left of it at the model's size"),
     # As the model sees it.
     "template-refused": Fault("drop", "the chat template cannot show it", "look at the reason given"),
     "too-long": Fault("drop", "more tokens than allowed", "split the conversation or raise data.max_length"),
@@ -112,9 +112,9 @@ _MEDIA_CODES = (
     ("no such file", "missing-file"),
     ("remote fetch is off", "remote-file"),
     (r"\(0 bytes\)", "empty-file"),
-    ("is damaged", "damaged-picture"),
+    ("is damaged", "damaged-image"),
     ("are allowed; (scale it down|make the file smaller)", "too-many-pixels"),
-    ("not an image|allowed are PNG|convert it to|web page|LFS pointer", "not-a-picture"),
+    ("not an image|allowed are PNG|convert it to|web page|LFS pointer", "not-an-image"),
     ("no vision encoder|not supported yet", "unsupported-medium"),
     ("", "unreadable-file"),
 )
@@ -234,9 +234,9 @@ def make_inspector(processor: Processor, max_length: int) -> Callable[[Record], 
         for height, width in sizes:
             short, long = sorted((height, width))
             if short <= TINY_SIDE:
-                findings.append(Finding("tiny-picture", f"{height} × {width} pixels"))
+                findings.append(Finding("tiny-image", f"{height} × {width} pixels"))
             elif long >= THIN * short:
-                findings.append(Finding("thin-picture", f"{height} × {width} pixels"))
+                findings.append(Finding("thin-image", f"{height} × {width} pixels"))
         if broken:
             return Inspected(tuple(findings), sizes=sizes)
         try:

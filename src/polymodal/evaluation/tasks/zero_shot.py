@@ -55,7 +55,7 @@ class ZeroShotScore:
 
 
 def load_tasks(path: Path, limit: int | None = None) -> list[ZeroShotTask]:
-    """Read a file of tasks, as `polymodal data build pairs` writes in `classes.json`."""
+    """Read a file of tasks, as `python -m recipes.default.dataset pairs` writes in `classes.json`."""
     data = _read(Path(path))
     if not isinstance(data, dict) or not isinstance(data.get("tasks"), list) or not data["tasks"]:
         raise DataError(f"{path}: expected an object with `tasks`, each with `name`, `classes` and `images`")
@@ -134,7 +134,7 @@ def _task(task: Any, templates: tuple[str, ...], path: Path, number: int, limit:
     if not isinstance(task, dict):
         raise DataError(f"{where}: expected an object with `name`, `classes` and `images`")
     classes = _texts(task.get("classes"), f"{where}: `classes`")
-    shown = task.get("pictures")
+    shown = task.get("images", task.get("pictures"))  # the second is the name of earlier versions
     if not isinstance(shown, list) or not shown:
         raise DataError(f"{where}: `images` must be a list with one at least")
     images: list[Source] = []

@@ -347,7 +347,7 @@ def _misplaced(pieces: list[Piece], expected: int, marked: int | None) -> Polymo
     if expected >= len(pieces):
         return PolymodalError("the chat template writes some of the content twice; choose another template")
     piece = pieces[expected]
-    what = "picture" if piece.text is None else "text"
+    what = "image" if piece.text is None else "text"
     who = (
         f"the {piece.role}'s {what} (message {piece.message + 1})"
         if piece.message >= 0

@@ -62,7 +62,7 @@ class PairEvaluation:
         # Images of two sources with the same pixels are one image.
         _, first, same = np.unique(pairs.image_ids, return_index=True, return_inverse=True)
         owner = torch.from_numpy(same)[image_of_text]
-        line: dict[str, Any] = {"step": step, "data": "held-out", "pictures": len(first), "captions": len(text)}
+        line: dict[str, Any] = {"step": step, "data": "held-out", "images": len(first), "captions": len(text)}
         if losses:
             means = {name: sum(one[name] for one in losses) / len(losses) for name in losses[0]}
             line["loss"] = sum(value for name, value in means.items() if not name.startswith(METRIC))

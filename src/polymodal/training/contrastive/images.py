@@ -227,7 +227,7 @@ def _read_notes(notes: Path | None) -> dict[tuple[str, str], Seen]:
 def notes_file(folder: Path, image: ImageConfig) -> Path:
     """Where what is known of images under these rules is kept."""
     rules = hashlib.sha256(image.model_dump_json().encode()).hexdigest()[:16]
-    return folder / f"pictures-{rules}.jsonl"
+    return folder / f"images-{rules}.jsonl"
 
 
 def image_numbers(keys: Sequence[str]) -> np.ndarray:

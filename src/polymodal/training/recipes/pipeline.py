@@ -47,7 +47,7 @@ class MakeStage(Strict):
 
 
 class BuildStage(Strict):
-    """Build a generated data set, as `polymodal data build` does.
+    """Build a generated data set, as `python -m recipes.default.dataset` does.
 
     Attributes:
         build: Which data set.

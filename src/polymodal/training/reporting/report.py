@@ -240,7 +240,7 @@ def _answers(output_dir: Path, looks: Sequence[dict[str, Any]]) -> str:
         entry = entries[-1][1]
         images = "".join(
             _image((output_dir / name).read_bytes(), "image/jpeg", "image of the question")
-            for name in entry.get("pictures", [])
+            for name in entry.get("images", entry.get("pictures", []))  # the second in runs of earlier versions
             if (output_dir / name).is_file()
         )
         changed: list[tuple[int, str]] = []

@@ -74,7 +74,7 @@ class Evaluation:
             entry = describe(record)
             try:
                 prompts.append(processor(_question(record), add_generation_prompt=True, id=record.id))
-                entry["pictures"] = _keep_images(record, index, self.folder, engine.world)
+                entry["images"] = _keep_images(record, index, self.folder, engine.world)
             except PolymodalError as error:  # an image that went away
                 entry["error"] = str(error)
             answers.append(entry)
