@@ -17,7 +17,7 @@ from polymodal.media_plan import Size
 from polymodal.modeling.build import build_model
 from polymodal.modeling.lora import NF4_BYTES
 from polymodal.modeling.meta_device import outline
-from polymodal.modeling.published_shapes import DEVICES, KNOWN_SHAPES
+from polymodal.modeling.published_shapes import DEVICES, PUBLISHED_SHAPES
 from polymodal.planning.activation_trace import Load, id_of, trace
 from polymodal.planning.starting_point import starting_point
 from polymodal.planning.train_plan import GIB, Plan, Question, plan_training
@@ -55,17 +55,17 @@ def plan(recipe: Recipe, **question: Any) -> Plan:
 
 
 def test_every_known_shape_has_a_published_count() -> None:
-    assert PUBLISHED.keys() == KNOWN_SHAPES.keys()
+    assert PUBLISHED.keys() == PUBLISHED_SHAPES.keys()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_known_shapes_have_the_published_parameters(name: str, tiny_model_config: ModelConfig) -> None:
-    kind = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}.get(KNOWN_SHAPES[name]["model_type"])
+    kind = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}.get(PUBLISHED_SHAPES[name]["model_type"])
     if kind is None:
         built = outline(ModelConfig(llm=LLMConfig(model_name_or_path=name)))
         assert sum(p.numel() for p in built.model.parameters()) == PUBLISHED[name]
         return
-    side = KNOWN_SHAPES[name]["image_size"]
+    side = PUBLISHED_SHAPES[name]["image_size"]
     assert tiny_model_config.image is not None
     config = tiny_model_config.model_copy(
         update={

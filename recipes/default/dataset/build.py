@@ -1,4 +1,4 @@
-"""`python -m recipes.default.dataset default`: make the default model's training and validation data from free pictures.
+"""`python -m recipes.default.dataset default`: the default model's training and validation data.
 
 The pictures come from Debian packages on the user's machine (Tux Paint stamps, GPL-2; Open Clip Art, public domain;
 Noto Color Emoji, OFL), cut out and laid on plain, graded or textured grounds, with captions and questions whose answers

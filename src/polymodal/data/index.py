@@ -46,7 +46,7 @@ def open_index(
     skip_errors: bool = False,
     workers: int = 2,
     progress: Progress = quiet,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Index:
     """Open the index of a source, and build it where it is not there or its images changed."""
     about = identity(reading, processor)
@@ -59,7 +59,7 @@ def open_index(
             if not changed:
                 index_build.refuse(index.faults, skip_errors)
                 return index
-            say(f"{target.name}: {changed} changed since it was tokenised; tokenising {reading.path} again")
+            log(f"{target.name}: {changed} changed since it was tokenised; tokenising {reading.path} again")
         for old in folder.glob(f".{target.name}.*"):  # of a process that was killed while it built this one
             shutil.rmtree(old, ignore_errors=True)
         with atomic_folder(target, replace=True) as work:

@@ -33,7 +33,7 @@ def _decoder(
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-KNOWN_SHAPES: dict[str, dict[str, Any]] = {
+PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
     SMOLLM2: _decoder(
         _LLAMA, 576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True
     ),
@@ -114,8 +114,8 @@ def _settings(name: str, revision: str | None, fetch: bool) -> dict[str, Any]:
     try:
         found = PreTrainedConfig.get_config_dict(name, revision=revision, local_files_only=not fetch)[0]
     except (OSError, ValueError) as error:
-        if name in KNOWN_SHAPES and not fetch:
-            return dict(KNOWN_SHAPES[name])
+        if name in PUBLISHED_SHAPES and not fetch:
+            return dict(PUBLISHED_SHAPES[name])
         if fetch:
             raise CheckpointError(f"{name}: its config.json cannot be had: {first_line(error)}") from error
         raise CheckpointError(

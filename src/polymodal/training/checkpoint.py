@@ -27,7 +27,7 @@ from polymodal.training.optimizer import Group
 from polymodal.training.process_group import World
 from polymodal.training.recipes.load import AnyRecipe
 from polymodal.utils.files import atomic_folder
-from polymodal.utils.progress import say
+from polymodal.utils.progress import log
 
 COMPLETE = "COMPLETE"
 MODEL = "model.safetensors"
@@ -340,7 +340,7 @@ def find_checkpoint(recipe: AnyRecipe, world: World, force: bool = False) -> Pat
     changed = differences(read_state(found[-1])["recipe"], recipe)
     if changed and force:
         if world.is_main:
-            say(f"{recipe.name}: going on under a changed recipe: {'; '.join(changed)}")
+            log(f"{recipe.name}: going on under a changed recipe: {'; '.join(changed)}")
     elif changed:
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise ConfigError(

@@ -36,7 +36,7 @@ from polymodal.training.recipes.pipeline import (
 )
 from polymodal.training.recipes.sft import Recipe
 from polymodal.utils.files import atomic_folder, write_text
-from polymodal.utils.progress import say
+from polymodal.utils.progress import log
 
 # ---- What each kind of pipeline stage does; `training.pipeline` decides which, and when ----
 
@@ -151,7 +151,7 @@ def _generate(stage: GenerateStage, model_folder: Path, folder: Path) -> None:
         "usage": asdict(reply.usage),
     }
     write_text(folder / "answer.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    say(f"{stage.prompt} -> {reply.text!r}")
+    log(f"{stage.prompt} -> {reply.text!r}")
 
 
 LEDGER = "pipeline.json"
@@ -162,7 +162,7 @@ FINISHED = "finished"
 def run_pipeline(pipeline: Pipeline, *, force: bool = False) -> Path:
     """Run the stages that are not finished yet."""
     from polymodal.modeling.language_model import quieten_transformers
-    from polymodal.utils.progress import duration, say
+    from polymodal.utils.progress import duration, log
 
     quieten_transformers()
     ledger = _Ledger(pipeline)
@@ -173,7 +173,7 @@ def run_pipeline(pipeline: Pipeline, *, force: bool = False) -> Path:
         # The first process decides: another might look when a folder is gone already.
         verdict = on_main_process(partial(ledger.verdict, name, settings, chain))
         if verdict == FINISHED:
-            say(f"[{number}/{len(pipeline.stages)}] {name}: finished before")
+            log(f"[{number}/{len(pipeline.stages)}] {name}: finished before")
             continue
         if verdict is not None and not force:
             raise ConfigError(
@@ -182,12 +182,12 @@ def run_pipeline(pipeline: Pipeline, *, force: bool = False) -> Path:
             )
         if verdict is not None:
             on_main_process(partial(ledger.forget_from, name))
-        say(f"[{number}/{len(pipeline.stages)}] {name}")
+        log(f"[{number}/{len(pipeline.stages)}] {name}")
         began = time.monotonic()
         do_stage(pipeline, name, stage)
         spent = time.monotonic() - began
         on_main_process(partial(ledger.add, name, settings, chain, spent))
-        say(f"[{number}/{len(pipeline.stages)}] {name}: done in {duration(spent)}, {pipeline.folder(name)}")
+        log(f"[{number}/{len(pipeline.stages)}] {name}: done in {duration(spent)}, {pipeline.folder(name)}")
     return pipeline.folder(list(pipeline.stages)[-1])
 
 

@@ -32,7 +32,7 @@ from polymodal.training.sft.task import Parts, export, load_parts, make_feed
 from polymodal.training.steps import Order, Steps
 from polymodal.training.trainer import Run, StopRequest, total_steps
 from polymodal.utils.files import write_text
-from polymodal.utils.progress import say
+from polymodal.utils.progress import log
 
 if TYPE_CHECKING:
     from polymodal.modeling.vlm import MultimodalLM
@@ -50,7 +50,7 @@ def _train(recipe: Recipe, parts: Parts | None, force: bool, world: World) -> Pa
     final = output_dir / "final"
     found = find_checkpoint(recipe, world, force)
     if finished_before(recipe, found, final / "polymodal.json"):
-        say(f"{recipe.name}: finished before, see {final}")
+        log(f"{recipe.name}: finished before, see {final}")
         return final
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
@@ -66,7 +66,7 @@ def _train(recipe: Recipe, parts: Parts | None, force: bool, world: World) -> Pa
             draw_curves(output_dir / "log.jsonl", output_dir / "loss.png", recipe.name)
             export(final, recipe, parts, run.engine.groups, run.state)
             write_report(output_dir)
-            say(f"{recipe.name}: done, {final}")
+            log(f"{recipe.name}: done, {final}")
     return final
 
 
@@ -82,7 +82,7 @@ def make_run(recipe: Recipe, parts: Parts, world: World, found: Path | None = No
     if recipe.batch.packing == "pack":
         parts.model.prepare_packing()
     if world.is_main:
-        say(policy.policy_table(parts.model, groups))
+        log(policy.policy_table(parts.model, groups))
     with world.main_first():
         feed = make_feed(recipe, parts, output_dir)
         evaluation = make_evaluation(recipe, parts.model, feed, output_dir)
@@ -100,7 +100,7 @@ def make_run(recipe: Recipe, parts: Parts, world: World, found: Path | None = No
         policy.cast_frozen_linears(parts.model.llm, torch.bfloat16)
     longest = int(feed.prepared.lengths.max())
     for line in save_memory(recipe, parts.model, world.device, total_steps(recipe, steps), longest, 2 if bf16 else 4):
-        say(f"{recipe.name}: {line}")
+        log(f"{recipe.name}: {line}")
     engine = make_engine(world, recipe, parts.model, groups)
     run = Run(recipe, engine, feed, steps, evaluation)
     if found is not None:
@@ -138,7 +138,7 @@ def take_steps(run: Run) -> None:
     for tracker in run.trackers:
         tracker.close()
     if run.stopped is not None and not run.state.finished:
-        say(f"{run.recipe.name}: stopped after step {run.state.step}, saved; the same command goes on from here")
+        log(f"{run.recipe.name}: stopped after step {run.state.step}, saved; the same command goes on from here")
         raise SystemExit(128 + run.stopped)
 
 

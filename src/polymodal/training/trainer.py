@@ -33,7 +33,7 @@ from polymodal.training.reporting.log import Tracker, append_log, numbers_of
 from polymodal.training.reporting.loss_by_kind import Tally, means, merge
 from polymodal.training.sft.packing import plan_micro
 from polymodal.training.steps import Steps
-from polymodal.utils.progress import Meter, say
+from polymodal.utils.progress import Meter, log
 from polymodal.utils.threads import ahead
 
 # ---- SIGTERM and Ctrl-C: finish the step, save, exit with 128 + the signal's number (143, 130) ----
@@ -147,13 +147,13 @@ class Run:
                     f"{folder}: the data changed since this run began; choose another output_dir, go on all the same "
                     "with --force, or set run.resume=never"
                 )
-            say(f"{self.recipe.name}: the data changed since this run began; going on, as asked")
+            log(f"{self.recipe.name}: the data changed since this run began; going on, as asked")
         self.engine.restore(folder)
         self.state = State(**stored["progress"])
         # A run that was over goes on where its recipe was changed, by force, to take more steps.
         self.state.finished = self.state.finished and (self.state.step >= self.total or not force)
         self._take_tallies(stored.get("tallies", []))
-        say(f"{self.recipe.name}: going on after step {self.state.step}")
+        log(f"{self.recipe.name}: going on after step {self.state.step}")
 
     def _take_tallies(self, tallies: list[dict[str, Any]]) -> None:
         """Each process takes its own sums; where their number changed, the first one takes all."""
@@ -291,7 +291,7 @@ class Run:
         state = self.state
         state.skipped += 1
         state.skipped_in_row += 1
-        say(f"{self.recipe.name}: step {state.step + 1}: the gradient is not finite, step left out")
+        log(f"{self.recipe.name}: step {state.step + 1}: the gradient is not finite, step left out")
         if state.skipped_in_row >= MAX_SKIPPED:
             raise PolymodalError(
                 f"{self.recipe.name}: {MAX_SKIPPED} steps in a row had a gradient that is not finite; lower "

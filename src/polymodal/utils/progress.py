@@ -14,7 +14,7 @@ T = TypeVar("T")
 PLAIN_EVERY_S = 30.0
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print one line of news to standard error, around a progress bar; of several processes only the first speaks."""
     from tqdm import tqdm
 
@@ -69,7 +69,7 @@ class Meter:
             self._spoke = now
             rate = (self.done - self.start) / (now - self._began)
             left = duration((self.total - self.done) / rate) if rate else "?"
-            say(f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.2f} {self.unit}/s, {left} left {note}")
+            log(f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.2f} {self.unit}/s, {left} left {note}")
 
     def close(self) -> None:
         """Take the bar away."""

@@ -27,7 +27,7 @@ from polymodal.training.contrastive import augment
 from polymodal.training.contrastive.dataset import Pairs
 from polymodal.training.contrastive.images import Images, image_numbers, notes_file, scan, source_name
 from polymodal.utils.files import write_text
-from polymodal.utils.progress import progress, say
+from polymodal.utils.progress import log, progress
 
 if TYPE_CHECKING:
     from polymodal.data.readers.conversations import Record
@@ -74,7 +74,7 @@ def prepare_pairs(
                 faults.append({"id": pair.id, "error": str(error)})
     if faults:
         write_text(skipped_file, "".join(json.dumps(fault, ensure_ascii=False) + "\n" for fault in faults))
-        say(f"left out {len(faults)} records that are no pairs or cannot be read, listed in {skipped_file}")
+        log(f"left out {len(faults)} records that are no pairs or cannot be read, listed in {skipped_file}")
     if not any(kept):
         raise DataError(f"no pair is left to train on: {len(faults)} records cannot be used, see {skipped_file}")
     return _collect(kept, [repeat for _, repeat in mix], weights, model, images, recipe.text, len(faults))

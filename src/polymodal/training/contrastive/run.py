@@ -29,7 +29,7 @@ from polymodal.training.reporting.report import draw_curves, write_report
 from polymodal.training.run import begin_logs, finished_before, make_folder, take_steps
 from polymodal.training.steps import Order
 from polymodal.utils.modules import frozen
-from polymodal.utils.progress import say
+from polymodal.utils.progress import log
 
 MEASURED = 512
 """Images from which a tower's channels are measured."""
@@ -47,7 +47,7 @@ def _train(recipe: PairRecipe, force: bool, world: World) -> Path:
     final = output_dir / "final"
     found = find_checkpoint(recipe, world, force)
     if finished_before(recipe, found, final / NOTES):
-        say(f"{recipe.name}: finished before, see {final}")
+        log(f"{recipe.name}: finished before, see {final}")
         return final
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
@@ -62,7 +62,7 @@ def _train(recipe: PairRecipe, force: bool, world: World) -> Path:
             draw_curves(output_dir / "log.jsonl", output_dir / "loss.png", recipe.name)
             export_pair_model(final, recipe, parts, run.engine.groups, run.state)
             write_report(output_dir)
-            say(f"{recipe.name}: done, {final}")
+            log(f"{recipe.name}: done, {final}")
     return final
 
 
@@ -88,7 +88,7 @@ def make_pair_run(
     if teacher is not None and frozen(parts.model.tower):
         raise ConfigError("objective.distill: the vision encoder is not trained; leave it out, or add a `train` rule")
     if world.is_main:
-        say(policy.policy_table(module, groups))
+        log(policy.policy_table(module, groups))
     with world.main_first():
         feed = make_pair_feed(recipe, parts.model, output_dir, teacher)
         held_out = make_pair_eval_feed(recipe, parts.model, output_dir)

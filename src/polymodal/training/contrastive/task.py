@@ -21,7 +21,7 @@ from polymodal.training.feature_cache import MEMORY, OFF, FeatureStore, fill_mis
 from polymodal.training.recipes.contrastive import AugmentConfig, PairRecipe
 from polymodal.training.sft.dataset import read_mix
 from polymodal.utils.modules import frozen
-from polymodal.utils.progress import say
+from polymodal.utils.progress import log
 
 if TYPE_CHECKING:
     from polymodal.messages import Source
@@ -74,7 +74,7 @@ def make_pair_feed(recipe: PairRecipe, model: PairModel, output_dir: Path, teach
     if images_held < 2:
         raise DataError("all pairs are of one image: there is nothing to tell it from; give more images")
     if size > images_held:
-        say(f"{recipe.name}: a step has {size} pairs of only {images_held} images; pairs of one are no negatives")
+        log(f"{recipe.name}: a step has {size} pairs of only {images_held} images; pairs of one are no negatives")
     feed = replace(feed, store=_tower_store(recipe, model, feed))
     if teacher is not None and not crops(recipe.augment):
         feed = _with_teacher(recipe, teacher, feed, output_dir)

@@ -26,7 +26,7 @@ from polymodal.data.mixture import epoch_repeats
 from polymodal.errors import DataError, PolymodalError
 from polymodal.processing.collate import Sample
 from polymodal.utils.files import write_text
-from polymodal.utils.progress import say
+from polymodal.utils.progress import log
 from polymodal.utils.threads import Progress, ahead
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _of_files(
     reading: Reading, processor: Processor, folder: Path, skip: bool, workers: int, progress: Progress
 ) -> _Part:
     """Open a source's index, or build it."""
-    index = open_index(folder, reading, processor, skip_errors=skip, workers=workers, progress=progress, say=say)
+    index = open_index(folder, reading, processor, skip_errors=skip, workers=workers, progress=progress, log=log)
     rows = np.arange(len(index))
     return _Part(
         Picked(index.record, rows),

@@ -26,7 +26,7 @@ from polymodal.training.reporting.log import read_log
 from polymodal.training.reporting.loss_by_kind import kinds_of_targets
 from polymodal.training.sft.dataset import Prepared, prepare, read_mix, with_pixels
 from polymodal.training.trainer import State
-from polymodal.utils.progress import progress, say
+from polymodal.utils.progress import log, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,10 +129,10 @@ def _filled(feed: Feed, recipe: Recipe, model: MultimodalLM, label: str) -> Feed
     """Say what was left out, and compute the features that are missing."""
     prepared = feed.prepared
     for reason, count in prepared.left_out.items():
-        say(f"left out {count} {label} {reason}")
+        log(f"left out {count} {label} {reason}")
     if feed.store is not None:
         count = _encode_images(feed.store, model, feed.processor, prepared, recipe.run.workers)
-        say(f"features: {count} images encoded, {len(feed.store.where)} in the cache")
+        log(f"features: {count} images encoded, {len(feed.store.where)} in the cache")
     return feed
 
 

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from polymodal.errors import ConfigError
 from polymodal.modeling.projectors.mlp import LinearProjector, MLPProjector, Standardize
 from polymodal.training.sft.class_prototypes import Prototypes, class_head_of, draw_classes
-from polymodal.utils.progress import progress, say
+from polymodal.utils.progress import log, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,7 +136,7 @@ def warm_start(
             write_classes(projector, head, concepts.targets[class_ids], concepts.middle, concepts.norm)
         prototypes = Prototypes.of(head, sample)
         class_order = draw_classes(classes, 20 * len(classes), generator)
-    say(f"warm start: {len(rows)} images, {len(names)} names, {len(classes)} classes of the tower")
+    log(f"warm start: {len(rows)} images, {len(names)} names, {len(classes)} classes of the tower")
 
     parameters = [p for p in projector.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -163,7 +163,7 @@ def warm_start(
         schedule.step()
         if step >= config.steps - max(1, config.steps // 10):
             right, total = right + hits, total + len(wanted)
-    say(f"warm start: {right / total:.1%} of the last images are nearest to their own name of {len(all_names)}")
+    log(f"warm start: {right / total:.1%} of the last images are nearest to their own name of {len(all_names)}")
 
 
 def align_loss(
