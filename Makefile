@@ -15,7 +15,7 @@ TESTENV := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM
 PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check format bench bench-training data-default train-default clean
+.PHONY: help install demo test test-all check stats format bench bench-training data-default train-default clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,11 @@ check: $(STAMP)  ## style, types, docstrings
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pydoclint --quiet src
+	$(BIN)/python tools/house.py docstrings
+
+stats: $(STAMP)  ## lines, files, share of imports, circles, with their limits; draws docs/floors.png
+	@$(BIN)/python tools/house.py stats
+	@$(BIN)/python tools/house.py floors
 
 format: $(STAMP)  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .

@@ -1,8 +1,7 @@
-"""The import rule of docs/architecture.md, and that the command line and the package start light."""
+"""The import rule of docs/architecture.md: floors, circles, a light start, and a public face that is all there."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 import time
@@ -11,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import polymodal
+from tools import house
 
-SRC = Path(polymodal.__file__).parent
 HEAVY = {
     "torch",
     "transformers",
@@ -24,121 +23,69 @@ HEAVY = {
     "tokenizers",
     "safetensors",
     "pyarrow",
+    "openai",
 }
 
-BASE = {"errors", "config", "messages", "geometry", "files", "page", "sandbox", "sandbox_size"}
-RAW_INPUT = {"media", "processing"}
-NETWORK = {
-    "encoders",
-    "projectors",
-    "representation",
-    "tokenizers",
-    "llm",
-    "attention",
-    "loss",
-    "seq2seq",
-    "quantize",
-    "model",
-    "compose",
-    "checkpoints",
-}
-JOIN = {"generation", "backends", "exchange"}
-BELOW_TOP = BASE | RAW_INPUT | NETWORK | JOIN
-
-ALLOWED = {
-    **dict.fromkeys(BASE, BASE),
-    **dict.fromkeys(RAW_INPUT, BASE | RAW_INPUT),
-    **dict.fromkeys(NETWORK, BASE | NETWORK),
-    **dict.fromkeys(JOIN, BELOW_TOP),
-    # Records and readers: raw input only, so that data can be checked and built without a model.
-    "data": BASE | RAW_INPUT | {"data"},
-    "training": BELOW_TOP | {"data", "training"},
-    "evaluation": BELOW_TOP | {"data", "evaluation"},
-    "serving": BELOW_TOP | {"serving"},
-    # The package's own front door: `polymodal.load` and the public names.
-    "__init__": BELOW_TOP,
-    "cli": BELOW_TOP | {"data", "training", "evaluation", "serving", "cli"},
-    "__main__": {"cli"},
-}
-"""Which top-level parts of the package each part may import."""
+GRAPH = house.import_graph()
 
 
-def part_of(path: Path) -> str:
-    """The top-level part that a source file belongs to: "media" for media/image.py, "config" for config.py."""
-    first = path.relative_to(SRC).parts[0]
-    return first.removesuffix(".py")
+def test_every_room_has_a_floor() -> None:
+    assert {house.room_of(name) for name in GRAPH} <= {room for rooms in house.FLOORS.values() for room in rooms}
 
 
-def parts_imported(source: str, package: tuple[str, ...]) -> set[str]:
-    """Every part of polymodal that a module imports, at its top or inside functions; type-only imports do not count.
-
-    Args:
-        source: The module's text.
-        package: The dotted package that relative imports start from, ("polymodal", "media") for media/image.py.
-    """
-    found: set[str] = set()
-
-    def add(module: str, names: list[str]) -> None:
-        if module == "polymodal":
-            # `from polymodal import config`, or a public name of the package itself.
-            for name in names:
-                is_part = (SRC / f"{name}.py").exists() or (SRC / name).is_dir()
-                found.add(name if is_part else "__init__")
-        elif module.startswith("polymodal."):
-            found.add(module.split(".")[1])
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for child in node.orelse:
-                visit(child)
-            return
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name == "polymodal":
-                    found.add("__init__")
-                add(alias.name, [])
-        if isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level:
-                start = package[: len(package) - node.level + 1]
-                module = ".".join((*start, *([module] if module else [])))
-            add(module, [alias.name for alias in node.names])
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(ast.parse(source))
-    return found
+@pytest.mark.parametrize("name", GRAPH)
+def test_arrows_point_down(name: str) -> None:
+    room = house.room_of(name)
+    wrong = sorted(other for other in GRAPH[name] if not house.may_import(room, house.room_of(other)))
+    assert not wrong, f"{room} must not import {wrong}"
 
 
-FILES = sorted(SRC.rglob("*.py"))
+def test_no_module_imports_itself_around_a_corner() -> None:
+    # Imports inside functions and for types alone count too.
+    assert house.circles(GRAPH) == []
 
 
-def test_every_part_has_a_rule() -> None:
-    assert {part_of(path) for path in FILES} <= set(ALLOWED)
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
-def test_import_rule(path: Path) -> None:
-    package = ("polymodal", *path.relative_to(SRC).parts[:-1])
-    forbidden = parts_imported(path.read_text(encoding="utf-8"), package) - ALLOWED[part_of(path)]
-    assert not forbidden, f"{part_of(path)} must not import {sorted(forbidden)}"
+def test_a_circle_is_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
+    assert house.circles(graph) == [["a", "b", "c"]]
+    assert house.circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 @pytest.mark.parametrize(
-    ("source", "package", "expected"),
+    ("source", "name", "expected"),
     [
-        ("from polymodal.model import X", ("polymodal",), {"model"}),
-        ("from polymodal import config", ("polymodal",), {"config"}),
-        ("from polymodal import load", ("polymodal",), {"__init__"}),
-        ("import polymodal.media.image as m", ("polymodal",), {"media"}),
-        ("def f():\n    from ..encoders import vision", ("polymodal", "media"), {"encoders"}),
-        ("from . import image", ("polymodal", "media"), {"media"}),
-        ("if TYPE_CHECKING:\n    from polymodal.model import X", ("polymodal",), set()),
-        ("import torch", ("polymodal",), set()),
+        ("from polymodal.config import X", "polymodal.errors", {"polymodal.config"}),
+        ("from polymodal import config", "polymodal.errors", {"polymodal.config"}),
+        ("from polymodal import load", "polymodal.errors", {"polymodal"}),
+        ("import polymodal.media.image as m", "polymodal.errors", {"polymodal.media.image"}),
+        ("def f():\n    from ..config import X", "polymodal.media.image", {"polymodal.config"}),
+        ("from . import image", "polymodal.media.source", {"polymodal.media.image"}),
+        ("if TYPE_CHECKING:\n    from polymodal.config import X", "polymodal.errors", {"polymodal.config"}),
+        ("import torch", "polymodal.errors", set()),
     ],
 )
-def test_the_reader_of_imports_sees_every_form(source: str, package: tuple[str, ...], expected: set[str]) -> None:
-    assert parts_imported(source, package) == expected
+def test_the_reader_of_imports_sees_every_form(source: str, name: str, expected: set[str], tmp_path: Path) -> None:
+    file = tmp_path / "module.py"
+    file.write_text(source, encoding="utf-8")
+    assert house.imports_of(name, file, house.modules()) == expected
+
+
+def test_the_package_keeps_its_size() -> None:
+    figures = house.statistics()
+    assert {name: figures[name] for name, limit in house.LIMITS.items() if figures[name] > limit} == {}
+
+
+@pytest.mark.parametrize("name", polymodal.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(polymodal, name) is not None
+    assert name in dir(polymodal)
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (Path(polymodal.__file__).parent / "py.typed").is_file()
+    namespace: dict[str, object] = {}
+    exec("from polymodal import *", namespace)
+    assert set(polymodal.__all__) <= set(namespace)
 
 
 def heavy_after(code: str) -> set[str]:
@@ -154,7 +101,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_the_base_and_the_command_line_load_nothing_heavy() -> None:
-    code = "import polymodal.cli, polymodal.config, polymodal.messages, polymodal.geometry, polymodal.errors"
+    code = "import polymodal.cli, polymodal.config, polymodal.messages, polymodal.media_plan, polymodal.errors"
     assert heavy_after(f"{code}\npolymodal.cli.build_parser()") == set()
 
 

@@ -31,6 +31,34 @@ REACHED = {
     "polymodal.training.train",
     "polymodal.verify.compare.verify_export",
 }
+# From the ground up. A room imports rooms of lower floors, and those before it on its own.
+FLOORS: dict[str, tuple[str, ...]] = {
+    "base": ("errors", "messages", "config", "media_plan", "utils"),
+    "guards": ("safety",),
+    "media in": ("media", "processing", "viewer"),
+    "model": ("modeling",),
+    "folders": ("checkpoints", "interop"),
+    "answers": ("generation", "backends", "verify"),
+    "data": ("metrics", "data"),
+    "stages": ("training", "planning", "evaluation", "serving"),
+    "door": ("__init__", "cli", "__main__"),
+}
+
+_MODELS = {"modeling", "checkpoints", "interop", "generation", "backends", "verify"}
+
+# And what the floors alone would allow: a model is built without media, data are checked without a model, scores
+# know no trainer.
+NEVER: dict[str, set[str]] = {
+    "modeling": {"media", "processing", "viewer"},
+    "checkpoints": {"media", "processing", "viewer"},
+    "metrics": {"media", "processing", "viewer"} | _MODELS,
+    "data": {"viewer"} | _MODELS,
+    "evaluation": {"training", "planning"},
+    "serving": {"training", "planning", "evaluation"},
+}
+
+LIMITS = {"lines": 31_000, "files": 190, "longest file": 450, "imports": 0.09, "circles": 0}
+
 BASES = {"ABC", "Protocol", "Strict"}
 SECTION = re.compile(r"^\s*(Args|Attributes|Returns|Yields|Raises|Example|Examples|Note|Notes):\s*$", re.MULTILINE)
 LONGEST_PLAIN = 3
@@ -95,6 +123,60 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
         if name not in order:
             visit(name)
     return found
+
+
+def room_of(name: str) -> str:
+    """The room that a module belongs to: "media" for polymodal.media.image, "__init__" for the package itself."""
+    return [*name.split("."), "__init__"][1]
+
+
+def may_import(room: str, other: str) -> bool:
+    """Whether an arrow from one room to another points down."""
+    order = {name: (floor, place) for floor, rooms in enumerate(FLOORS.values()) for place, name in enumerate(rooms)}
+    return room == other or (order[other] < order[room] and other not in NEVER.get(room, ()))
+
+
+def room_graph() -> dict[str, set[str]]:
+    """Room -> the rooms it imports."""
+    rooms: dict[str, set[str]] = defaultdict(set)
+    for name, others in import_graph().items():
+        rooms[room_of(name)] |= {room_of(other) for other in others} - {room_of(name)}
+    return dict(rooms)
+
+
+def _rows(node: ast.AST) -> set[int]:
+    """The line numbers that a statement stands on."""
+    return set(range(node.lineno, node.end_lineno + 1))  # type: ignore[attr-defined]
+
+
+def _is_text(node: ast.AST) -> bool:
+    """Whether a statement is a string alone: a docstring."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def statistics() -> dict[str, float]:
+    """The figures that `LIMITS` bounds, and the share of docstrings; imports are taken over all other lines of code."""
+    total = imported = documented = code = longest = 0
+    for path in modules().values():
+        text = path.read_text(encoding="utf-8")
+        nodes = list(ast.walk(ast.parse(text)))
+        imports = {row for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for row in _rows(node)}
+        docs = {row for node in nodes if _is_text(node) for row in _rows(node)}
+        rows = text.splitlines()
+        total, longest = total + len(rows), max(longest, len(rows))
+        imported, documented = imported + len(imports), documented + len(docs)
+        code += sum(
+            bool(row.strip()) and not row.strip().startswith("#") and number not in imports | docs
+            for number, row in enumerate(rows, 1)
+        )
+    return {
+        "lines": total,
+        "files": len(modules()),
+        "longest file": longest,
+        "imports": imported / code,
+        "docstrings": documented / total,
+        "circles": len(circles(import_graph())),
+    }
 
 
 def definitions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, Definition, ast.ClassDef | None]]:
@@ -210,3 +292,80 @@ def check_docstrings() -> list[str]:
             for fault in faults_of(node, owner, wanted, strict):
                 found.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}: {fault}")
     return found
+
+
+def short_graph() -> dict[str, set[str]]:
+    """The rooms' graph without the arrows that others imply: a -> c goes where a -> b -> c stays."""
+    graph = room_graph()
+
+    def reached(room: str) -> set[str]:
+        return {far for other in graph.get(room, ()) for far in {other} | reached(other)}
+
+    return {
+        room: {other for other in others if not any(other in reached(between) for between in others - {other})}
+        for room, others in graph.items()
+    }
+
+
+def draw_floors(target: Path) -> None:
+    """Draw the rooms on their floors, each with its files and lines, and who imports whom."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for name, path in modules().items():
+        size[room_of(name)][0] += 1
+        size[room_of(name)][1] += len(path.read_text(encoding="utf-8").splitlines())
+    figure, axes = pyplot.subplots(figsize=(10, 9.5), dpi=100)
+    place: dict[str, tuple[float, float]] = {}
+    for floor, (title, rooms) in enumerate(FLOORS.items()):
+        axes.axhspan(floor - 0.42, floor + 0.42, color="#f3f4f6" if floor % 2 else "#e5e7eb", zorder=0)
+        axes.text(-1.9, floor, title, ha="left", va="center", fontsize=11, color="#374151")
+        here = [room for room in rooms if room in size]
+        # Every second floor stands a little to the side, so that arrows over two floors pass between the rooms.
+        shift = 0.45 if floor % 2 else -0.45
+        place |= {room: ((number + 0.5) * 10 / len(here) + shift, floor) for number, room in enumerate(here)}
+    for room, others in short_graph().items():
+        for other in others:
+            (x, y), (to_x, to_y) = place[room], place[other]
+            level = y == to_y
+            bend = "arc3,rad=-0.25" if level and abs(x - to_x) > 3.4 else "arc3"
+            arrow = {"arrowstyle": "-|>", "color": "#2563eb", "alpha": 0.75, "linewidth": 1.1, "connectionstyle": bend}
+            start, end = ((x - 0.8, y), (to_x + 0.8, y)) if level else ((x, y - 0.24), (to_x, to_y + 0.24))
+            axes.annotate("", xy=end, xytext=start, arrowprops=arrow, zorder=1)
+    names = {"__init__": "polymodal", "__main__": "python -m polymodal"}
+    for room, (x, y) in place.items():
+        files, lines = size[room]
+        label = f"{names.get(room, room)}\n{files} file{'s' * (files != 1)}, {lines:,} lines"
+        box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": "#1f2937", "linewidth": 0.9}
+        axes.text(x, y, label, ha="center", va="center", fontsize=8.5, bbox=box, zorder=3)
+    axes.set(xlim=(-2.0, 10.8), ylim=(-0.5, len(FLOORS) - 0.5))
+    axes.axis("off")
+    axes.set_title(
+        "What imports what: arrows point down or to the left; those that others imply are left out", fontsize=11
+    )
+    figure.savefig(target, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def main(arguments: list[str]) -> int:
+    """Run one of the three; status 1 where a limit is broken."""
+    action = arguments[0] if arguments else "stats"
+    if action == "docstrings":
+        found = check_docstrings()
+        print("\n".join(found) or "docstrings: as agreed")
+        return bool(found)
+    if action == "floors":
+        draw_floors(ROOT / "docs" / "floors.png")
+        return 0
+    figures = statistics()
+    for name, value in figures.items():
+        form = ".1%" if isinstance(value, float) else ","
+        print(f"{name:14} {value:>8{form}}" + (f"   at most {LIMITS[name]:{form}}" if name in LIMITS else ""))
+    return any(figures[name] > limit for name, limit in LIMITS.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from recipes.default.dataset.pairs import build_pairs
 
 

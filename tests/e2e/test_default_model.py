@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from recipes.default.dataset import build_default
 
 import polymodal
 from polymodal.backends.local import LocalBackend
 from polymodal.data.load import load_records
 from polymodal.evaluation.tasks.questions import evaluate
 from polymodal.utils.files import shipped_folder
+from recipes.default.dataset import build_default
 
 FOLDER = shipped_folder() / "default"
 

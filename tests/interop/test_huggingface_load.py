@@ -334,7 +334,7 @@ def test_a_mirror_is_asked_where_the_environment_names_one(tmp_path: Path) -> No
 
     server = HTTPServer(("127.0.0.1", 0), Mirror)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    script = "from polymodal.checkpoints.hub import fetch_folder; fetch_folder('owner/llava', 'abc')"
+    script = "from polymodal.checkpoints.locate import fetch_folder; fetch_folder('owner/llava', 'abc')"
     environment = {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret",
         "PATH": "/usr/bin", "no_proxy": "*",

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from recipes.default.dataset.__main__ import main
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from polymodal.errors import PolymodalError
 from recipes.default.dataset import build_default, questions, scenes, words
 from recipes.default.dataset.plan import KINDS
 from recipes.default.dataset.questions import Scene, World
 from recipes.default.dataset.sources import Source, caption_noun, drawn_shapes, read_openclipart
-
-from polymodal.errors import PolymodalError
 
 FILES = ["stage1.json", "stage2.json", "val.json", "heldout_photos.json"]
 

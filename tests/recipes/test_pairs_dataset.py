@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from polymodal.data.load import load_records
+from polymodal.errors import DataError, PolymodalError
 from recipes.default.dataset import build_default, scenes, sources, words
 from recipes.default.dataset.__main__ import main
 from recipes.default.dataset.generate import Gathered, Packages
@@ -20,9 +23,6 @@ from recipes.default.dataset.pairs.captions import captions_of, confusable, full
 from recipes.default.dataset.plan import Composer
 from recipes.default.dataset.questions import Scene
 from recipes.default.dataset.sources import Source, drawn_shapes
-
-from polymodal.data.load import load_records
-from polymodal.errors import DataError, PolymodalError
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from polymodal.errors import ConfigError, PolymodalError
 from recipes.default.dataset import build_default
 from recipes.default.dataset.generate import Packages
 from recipes.default.dataset.pairs import build_pairs
-
-from polymodal.errors import ConfigError, PolymodalError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

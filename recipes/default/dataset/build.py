@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from polymodal.errors import unknown_name
 from recipes.default.dataset import plan as planning
 from recipes.default.dataset import sources
 from recipes.default.dataset.generate import Packages, draw_pictures, gather, new_data_set, package_versions
 from recipes.default.dataset.sources import Source
-
-from polymodal.errors import unknown_name
 
 
 @dataclass(frozen=True)

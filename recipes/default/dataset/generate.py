@@ -22,12 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from polymodal.errors import DataError, PolymodalError
 from recipes.default.dataset import plan as planning
 from recipes.default.dataset import scenes, sources
 from recipes.default.dataset.scenes import Picture
 from recipes.default.dataset.sources import Source
-
-from polymodal.errors import DataError, PolymodalError
 
 HELDOUT_SHARE = 0.12
 _TRAIN_FONTS = [

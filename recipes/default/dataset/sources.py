@@ -19,9 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes.default.dataset import words
-
 from polymodal.errors import DataError
+from recipes.default.dataset import words
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,13 +7,13 @@ import runpy
 from pathlib import Path
 
 import pytest
-from recipes.default.dataset.pairs import build_pairs
 
 from polymodal.cli import main
 from polymodal.config import VisionConfig
 from polymodal.evaluation.embedder import load_embedder
 from polymodal.modeling.encoders.vision import build_vision_encoder
 from polymodal.training import load_any_recipe, train
+from recipes.default.dataset.pairs import build_pairs
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 TEXT = (

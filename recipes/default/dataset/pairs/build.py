@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polymodal.errors import unknown_name
 from recipes.default.dataset import plan as default_plan
 from recipes.default.dataset.generate import Packages, draw_pictures, gather, new_data_set, package_versions
 from recipes.default.dataset.pairs import plan as planning
-
-from polymodal.errors import unknown_name
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from polymodal.errors import DataError
 from recipes.default.dataset import questions, words
 from recipes.default.dataset.questions import Scene
 from recipes.default.dataset.sources import Source
-
-from polymodal.errors import DataError
 
 _PLACES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 
