@@ -21,11 +21,10 @@ from polymodal.checkpoints.model_folder import Loaded, load_model, save_model
 from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.interop.huggingface import export as hf_export
-from polymodal.interop.huggingface.export import export_hf
-from polymodal.interop.huggingface.export_files import write_shards
+from polymodal.interop.huggingface.export import export_hf, write_weights
 from polymodal.modeling.build import build_model
-from polymodal.verify.compare import verify_export
-from polymodal.verify.side_by_side import Check, Comparison
+from polymodal.verify.compare import Comparison, verify_export
+from polymodal.verify.side_by_side import Check
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "llava_clip_llama_keys.txt"
 
@@ -170,7 +169,7 @@ def test_several_files_and_their_index(loaded: Loaded, tmp_path: Path) -> None:
 
 def test_a_name_may_come_once(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="two tensors are called a"):
-        write_shards(tmp_path, [("a", torch.zeros(2)), ("a", torch.zeros(2))])
+        write_weights(tmp_path, [("a", torch.zeros(2)), ("a", torch.zeros(2))], None, 100)
 
 
 def test_the_placeholder_becomes_a_token_with_a_row(loaded: Loaded, tmp_path: Path) -> None:
@@ -186,7 +185,8 @@ def test_the_placeholder_becomes_a_token_with_a_row(loaded: Loaded, tmp_path: Pa
     # The mean of all rows never has the largest logit; besides, the generation settings forbid it.
     torch.testing.assert_close(head[259], head[:259].mean(dim=0))
     assert model.generation_config.suppress_tokens == [259]
-    assert any("259" in note and "260" not in note for note in done.notes) and any("260 rows" in n for n in done.notes)
+    assert any("259" in remark and "260" not in remark for remark in done.remarks)
+    assert any("260 rows" in remark for remark in done.remarks)
 
 
 def test_half_precision_has_bounds_of_its_own(loaded: Loaded, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_an_adapter_is_merged_or_kept(adapted: Loaded, tmp_path: Path) -> None:
     with torch.inference_mode():
         wanted = adapted.model.eval()(ids).logits
     kept = export_hf(adapted, tmp_path / "kept", merge_lora=False)
-    assert any("adapter/" in note for note in kept.notes)
+    assert any("adapter/" in remark for remark in kept.remarks)
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "kept")
     with torch.inference_mode():
         assert (base(input_ids=ids).logits[..., :259] - wanted).abs().max() > 1e-2  # without it, it is another model
@@ -364,10 +364,10 @@ def test_a_tampered_folder_fails(name: str, exported: tuple[Loaded, Path], tmp_p
 def test_further_checks_are_taken_and_missing_programs_are_said(exported: tuple[Loaded, Path]) -> None:
     made, folder = exported
 
-    def looks(comparison: Comparison) -> Check:
-        return Check("looks", len(comparison.probes) > 5, {"probes": len(comparison.probes)})
+    def asks(comparison: Comparison) -> Check:
+        return Check("asks", len(comparison.probes) > 5, {"probes": len(comparison.probes)})
 
-    parity = verify_export(made, folder, checks={"looks": looks, "absent": lambda _: None})
+    parity = verify_export(made, folder, checks={"asks": asks, "absent": lambda _: None})
     assert parity.passed and parity.not_run == ("absent",) and parity.checks[0].numbers["probes"] > 5
     nothing = verify_export(made, folder, checks={"absent": lambda _: None})
     assert not nothing.passed and "nothing could be compared" in nothing.line

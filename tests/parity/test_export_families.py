@@ -333,4 +333,4 @@ def test_a_folder_that_transformers_wrote_comes_back_the_same(made: Any, tmp_pat
 
 def test_the_card_tells_the_history(made: Any) -> None:
     card = (made.folder / "README.md").read_text()
-    assert '"stage": "made"' in card and all(note in card for note in made.done.notes)
+    assert '"stage": "made"' in card and all(remark in card for remark in made.done.remarks)

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from polymodal.checkpoints.model_folder import Loaded
-    from polymodal.verify.compare import Parity
-    from polymodal.verify.side_by_side import Probe
+    from polymodal.verify.side_by_side import Parity, Probe
 
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 
@@ -87,7 +86,7 @@ def _hf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:
         licences=source,
         replace=args.overwrite,
     )
-    for line in done.notes:
+    for line in done.remarks:
         common.note(f"polymodal: {line}")
     print(f"{dst}: {done.family}, {done.weight_bytes / 1e6:,.1f} MB of weights, <image> is token {done.image_token_id}")
     if not args.verify:
@@ -104,7 +103,7 @@ def _gguf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:
         raise ConfigError("--keep-adapter: GGUF holds no adapter beside the weights; leave it out, and it is added")
     loaded, source = _open(args.model)
     done = export_gguf(loaded, dst, kind=args.dtype, licences=source, replace=args.overwrite)
-    for line in done.notes:
+    for line in done.remarks:
         common.note(f"polymodal: {line}")
     print(f"{dst}: {done.model.name} and {done.mmproj.name}, {done.weight_bytes / 1e6:,.1f} MB of weights")
     if not args.verify:

@@ -15,7 +15,6 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,25 +26,36 @@ from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.model_folder import Loaded
 from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.interop.gguf.export import CLASS_TOKEN_NOTE, PAD_COLOUR
-from polymodal.interop.huggingface.export import with_placeholder
-from polymodal.interop.huggingface.export_chat_template import LATER, differences, stock_text
+from polymodal.interop.huggingface.export_chat_template import LATER, differences, stock_text, with_placeholder
 from polymodal.processing.collate import collate
-from polymodal.verify.compare import Parity, local, run_checks
 from polymodal.verify.side_by_side import (
     IN_ANOTHER_ENGINE,
     TOKENS,
     Check,
+    Parity,
     Probe,
+    SideBySide,
     chat_probes,
-    common_prefix,
-    greedy_ids,
-    prompts,
+    run_checks,
+    verdict,
+    version_of,
 )
 
 NEAR = {"f32": 0.02, "f16": 0.05, "bf16": 0.1, "q8_0": 0.15}
-"""Largest relative difference (of norms) of a square image's tokens, and of logits, by the type of the weights."""
+"""Largest relative difference (of norms) of a square image's tokens, by the type of the weights."""
 PARTED = {"f32": IN_ANOTHER_ENGINE, "f16": 0.8, "bf16": 0.5, "q8_0": 0.5}
 """Smallest share of greedy tokens before two answers part, by the type of the weights."""
+
+
+def verify_gguf(
+    source: Loaded | LocalBackend, folder: Path, *, tokens: int = TOKENS, more: Sequence[Probe] = ()
+) -> Parity:
+    """Compare exported GGUF files with the model that they were written from, and write `parity.json` beside them."""
+    comparison = GgufComparison(source, folder, tokens, more)
+    parity = run_checks(comparison, CHECKS if find_spec("llama_cpp") else dict.fromkeys(CHECKS, lambda _: None))
+    if "theirs" in vars(comparison):
+        comparison.theirs.close()
+    return parity
 
 
 class LlamaCpp:
@@ -87,17 +97,17 @@ class LlamaCpp:
         api = self.mtmd
         marker: bytes = api.mtmd_default_marker()
         text = marker.join(piece.encode() for piece in pieces)
-        bitmaps = []
+        bitmaps: list[Any] = []
         chunks = api.mtmd_input_chunks_init()
         try:
             for image in images:
                 raw = image.tobytes()
                 data = (ctypes.c_uint8 * len(raw)).from_buffer_copy(raw)
                 bitmaps.append(api.mtmd_bitmap_init(image.width, image.height, data))
-            said = api.mtmd_input_text(text=text, add_special=False, parse_special=True)
-            said.text_len = len(text)  # older versions have no such field and look for the end themselves
+            given = api.mtmd_input_text(text=text, add_special=False, parse_special=True)
+            given.text_len = len(text)  # older versions have no such field and look for the end themselves
             listed = (api.mtmd_bitmap_p_ctypes * max(len(bitmaps), 1))(*bitmaps)
-            if api.mtmd_tokenize(self.context, chunks, ctypes.byref(said), listed, len(bitmaps)):
+            if api.mtmd_tokenize(self.context, chunks, ctypes.byref(given), listed, len(bitmaps)):
                 raise PolymodalError("llama.cpp refuses the prompt")
             yield chunks
         finally:
@@ -108,8 +118,8 @@ class LlamaCpp:
     def ids(self, chunks: Any) -> list[int | None]:
         """The prompt's ids, None for each position of an image."""
         found: list[int | None] = []
-        for chunk in self._each(chunks):
-            if self.mtmd.mtmd_input_chunk_get_type(chunk) == self.mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
+        for chunk, is_text in self._each(chunks):
+            if is_text:
                 count = ctypes.c_size_t()
                 ids = self.mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(count))
                 found += list(ids[: count.value])
@@ -120,24 +130,19 @@ class LlamaCpp:
     def image_tokens(self, chunks: Any, width: int) -> list[Tensor]:
         """Each image behind the projector, [tokens, width]."""
         found = []
-        for chunk in self._each(chunks):
-            if self.mtmd.mtmd_input_chunk_get_type(chunk) == self.mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
-                continue
+        for chunk in (chunk for chunk, is_text in self._each(chunks) if not is_text):
             if self.mtmd.mtmd_encode_chunk(self.context, chunk):
                 raise PolymodalError("llama.cpp cannot encode the image")
             count = self.mtmd.mtmd_input_chunk_get_n_tokens(chunk) * width
-            values = self.mtmd.mtmd_get_output_embd(self.context)
-            found.append(torch.tensor(values[:count]).view(-1, width))
+            found.append(torch.tensor(self.mtmd.mtmd_get_output_embd(self.context)[:count]).view(-1, width))
         return found
 
     def answer(self, chunks: Any, tokens: int, stops: Sequence[int]) -> tuple[Tensor, list[int]]:
         """Answer greedily; returns the logits behind the prompt, [V], and the ids, the one that ends it included."""
         lib, llama = self.lib, self.llama
         lib.llama_memory_clear(lib.llama_get_memory(llama.ctx), True)
-        past = ctypes.c_int32()
-        if self.mtmd.mtmd_helper_eval_chunks(
-            self.context, llama.ctx, chunks, 0, 0, llama.n_batch, True, ctypes.byref(past)
-        ):
+        past = ctypes.byref(ctypes.c_int32())
+        if self.mtmd.mtmd_helper_eval_chunks(self.context, llama.ctx, chunks, 0, 0, llama.n_batch, True, past):
             raise PolymodalError("llama.cpp cannot read the prompt")
         first = logits = self._logits()
         made: list[int] = []
@@ -154,31 +159,30 @@ class LlamaCpp:
         values = self.lib.llama_get_logits_ith(self.llama.ctx, -1)
         return torch.tensor(values[: self.llama.n_vocab()])
 
-    def _each(self, chunks: Any) -> list[Any]:
-        return [self.mtmd.mtmd_input_chunks_get(chunks, i) for i in range(self.mtmd.mtmd_input_chunks_size(chunks))]
+    def _each(self, chunks: Any) -> Iterator[tuple[Any, bool]]:
+        """Every chunk, and whether it is text."""
+        for i in range(self.mtmd.mtmd_input_chunks_size(chunks)):
+            chunk = self.mtmd.mtmd_input_chunks_get(chunks, i)
+            yield chunk, self.mtmd.mtmd_input_chunk_get_type(chunk) == self.mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT
 
 
-class GgufComparison:
+class GgufComparison(SideBySide):
     """Our model and its GGUF files, side by side."""
 
     def __init__(
-        self,
-        ours: LocalBackend,
-        folder: Path,
-        tokens: int = TOKENS,
-        more: Sequence[Probe] = (),
+        self, source: Loaded | LocalBackend, folder: Path, tokens: int = TOKENS, more: Sequence[Probe] = ()
     ) -> None:
-        self.ours, self.folder, self.tokens = ours, folder, tokens
+        super().__init__(source, folder, tokens)
         found = sorted(folder.glob("model-*.gguf"))
         if len(found) != 1:
             raise CheckpointError(f"{folder}: one model-*.gguf expected, found {len(found)}")
         self.kind = found[0].stem.removeprefix("model-")
         self.files = found[0], folder / f"mmproj-{self.kind}.gguf"
         self.jinja = _chat_template(self.files[0])
-        self.words, vocabulary, _ = with_placeholder(ours.model, ours.tokenizer)
-        self.placeholder = str(self.words.convert_ids_to_tokens(vocabulary.image_token_id))
-        wrong = differences(ours.processor.template, self.words, self.jinja, vocabulary.image_token_id)
-        self.probes, self.samples, self.left_out = prompts(ours, [*chat_probes(), *more], wrong == [LATER])
+        self.words, image_id, _ = with_placeholder(self.ours.tokenizer, self.ours.model.image_token_id)
+        self.placeholder = str(self.words.convert_ids_to_tokens(image_id))
+        wrong = differences(self.ours.processor.template, self.words, self.jinja, image_id)
+        self.ask([*chat_probes(), *more], later_turns_differ=wrong == [LATER])
 
     @cached_property
     def theirs(self) -> LlamaCpp:
@@ -190,101 +194,69 @@ class GgufComparison:
     def prompt(self, probe: Probe, *, square: bool = False) -> Iterator[Any]:
         """The probe as llama.cpp's chunks, images padded to squares beforehand where that is wanted."""
         # The text is what the file's own chat template makes of the probe.
-        images = [image.convert("RGB") for image in probe.images]
-        if square:
-            images = [_padded(image) for image in images]
         pieces = stock_text(self.words, self.jinja, probe.messages).split(self.placeholder)
-        with self.theirs.chunks(pieces, images) as chunks:
+        images = [image.convert("RGB") for image in probe.images]
+        with self.theirs.chunks(pieces, [_padded(image) for image in images] if square else images) as chunks:
             yield chunks
-
-
-def verify_gguf(
-    source: Loaded | LocalBackend,
-    folder: Path,
-    *,
-    tokens: int = TOKENS,
-    more: Sequence[Probe] = (),
-) -> Parity:
-    """Compare exported GGUF files with the model that they were written from, and write `parity.json` beside them."""
-    comparison = GgufComparison(local(source), folder, tokens, more)
-    parity = run_checks(comparison, CHECKS if find_spec("llama_cpp") is not None else dict.fromkeys(CHECKS, _absent))
-    if "theirs" in vars(comparison):
-        comparison.theirs.close()
-    return parity
 
 
 def same_ids(comparison: GgufComparison) -> Check:
     """Compare token ids."""
-    image_id, wrong, total = comparison.ours.model.image_token_id, [], 0
-    for probe, sample in zip(comparison.probes, comparison.samples, strict=True):
+    found = []
+    for probe in comparison.probes:
         with comparison.prompt(probe) as chunks:
-            found = comparison.theirs.ids(chunks)
-        wanted = [None if token == image_id else token for token in sample.input_ids.tolist()]
-        total += len(wanted)
-        if found != wanted:
-            wrong.append(probe.name)
-    numbers = {"probes": len(comparison.probes), "tokens": total, "differ": wrong}
-    return Check("token_ids", not wrong, numbers, f"llama.cpp gives other ids for {', '.join(wrong)}" if wrong else "")
+            found.append(comparison.theirs.ids(chunks))
+    return comparison.compare_ids(found, None, "llama.cpp")
 
 
 @torch.inference_mode()
 def same_images(comparison: GgufComparison) -> Check:
     """Compare an image's tokens behind the projector; of images that are not square the edges may differ."""
-    allowed, wrong = NEAR[comparison.kind], []
-    worst = {"square": 0.0, "other": 0.0}
+    model, config, allowed = comparison.ours.model, comparison.ours.config, NEAR[comparison.kind]
+    worst, wrong = {"square": 0.0, "other": 0.0}, []
     for probe, sample in zip(comparison.probes, comparison.samples, strict=True):
-        if not sample.plans:
+        if sample.pixels is None or not sample.plans:
             continue
-        model = comparison.ours.model
-        assert sample.pixels is not None
         ours = [model.project(model.encode_images(tiles.to(model.device)))[0].float().cpu() for tiles in sample.pixels]
         with comparison.prompt(probe) as chunks:
             theirs = comparison.theirs.image_tokens(chunks, ours[0].shape[-1])
         for image, one, other in zip(probe.images, ours, theirs, strict=True):
             shape = "square" if image.width == image.height else "other"
-            difference = _relative(one, other)
+            difference = float("inf")
+            if one.shape == other.shape:
+                difference = float((one - other).norm() / one.norm().clamp(min=1e-9))
             worst[shape] = max(worst[shape], difference)
             if shape == "square" and not difference <= allowed:
                 wrong.append(f"{probe.name} ({difference:.2g})")
+    if wrong and config.vision is not None and config.vision.type == "clip":
+        wrong[-1] += f" ({CLASS_TOKEN_NOTE})"
     numbers = {"max_relative_difference": worst, "tolerance_of_square": allowed}
-    reason = f"tokens of images differ for {', '.join(wrong)}" if wrong else ""
-    vision = comparison.ours.config.vision
-    if wrong and vision is not None and vision.type == "clip":
-        reason += f" ({CLASS_TOKEN_NOTE})"
-    return Check("images", not wrong, numbers, reason)
+    return verdict("images", wrong, numbers, "tokens of images differ for")
 
 
 @torch.inference_mode()
 def same_answers(comparison: GgufComparison) -> Check:
-    """Compare the logits behind each prompt, and greedy answers, each side stopping where it stops."""
-    backend, least = comparison.ours, PARTED[comparison.kind]
-    wrong, equal, total, furthest, largest = [], 0, 0, 0.0, 0.0
-    stops = backend.processor.template.stop_ids
+    """Compare the logits behind each prompt, and greedy answers."""
+    backend, answers, furthest, largest = comparison.ours, [], 0.0, 0.0
     for probe, sample in zip(comparison.probes, comparison.samples, strict=True):
         with comparison.prompt(probe, square=True) as chunks:
-            logits, made = comparison.theirs.answer(chunks, comparison.tokens, stops)
+            logits, made = comparison.theirs.answer(chunks, comparison.tokens, backend.processor.template.stop_ids)
         batch = collate([sample], backend.processor.pad_id).to(backend.model.device).inputs()
         ours = backend.model(**{**batch, "labels": None}).logits
         assert ours is not None
         last = ours.reshape(-1, ours.shape[-1])[-1].float().cpu()
         furthest = max(furthest, float((last - logits[: len(last)]).abs().max()))
         largest = max(largest, float(last.abs().max()))
-        same, most = common_prefix(greedy_ids(backend, sample, comparison.tokens), made)
-        equal, total = equal + same, total + most
-        if same < most:
-            wrong.append(f"{probe.name} ({same} of {most} tokens)")
-    share = equal / total if total else 1.0
-    numbers = {
-        "agreement": share,
-        "tokens": total,
-        "least": least,
-        "probes": len(comparison.probes),
-        "part": wrong,
-        "max_logit_difference": furthest,
-        "largest_logit": largest,
-        "version": version("llama-cpp-python"),
-    }
-    return Check("llama.cpp", share >= least, numbers, "" if share >= least else f"answers part for {', '.join(wrong)}")
+        answers.append((comparison.greedy(sample), made))
+    return comparison.compare_answers(
+        "llama.cpp",
+        answers,
+        PARTED[comparison.kind],
+        probes=len(comparison.probes),
+        max_logit_difference=furthest,
+        largest_logit=largest,
+        version=version_of("llama-cpp-python"),
+    )
 
 
 CHECKS: dict[str, Callable[[GgufComparison], Check | None]] = {
@@ -293,10 +265,6 @@ CHECKS: dict[str, Callable[[GgufComparison], Check | None]] = {
     "llama.cpp": same_answers,
 }
 """The comparisons with llama.cpp."""
-
-
-def _absent(comparison: GgufComparison) -> None:
-    """Stands for a comparison whose program is not installed."""
 
 
 def _chat_template(path: Path) -> str:
@@ -316,9 +284,3 @@ def _padded(image: Any) -> Any:
     canvas = Image.new("RGB", (side, side), PAD_COLOUR)
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return canvas
-
-
-def _relative(one: Tensor, other: Tensor) -> float:
-    if one.shape != other.shape:
-        return float("inf")
-    return float((one - other).norm() / one.norm().clamp(min=1e-9))

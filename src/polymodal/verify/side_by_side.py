@@ -1,39 +1,43 @@
-"""Our model and an exported folder, side by side; what each makes of the same prompts is computed once."""
+"""Our model beside an exported one: what both are asked, how their answers are compared, and `parity.json`.
+
+The prompts and images are the same on every machine. A comparison (`verify.compare`, `verify.llamacpp`) is a
+`SideBySide` with the other side in it, and a table of checks.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+import json
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from polymodal.backends.local import LocalBackend
-from polymodal.backends.transformers.folder import open_model, open_processor
-from polymodal.checkpoints.model_folder import ADAPTER_NAME
-from polymodal.errors import CheckpointError, PolymodalError, first_line
+from polymodal.checkpoints.model_folder import Loaded
+from polymodal.errors import PolymodalError
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
-from polymodal.interop.huggingface.export_chat_template import LATER, LATER_NOTE, differences
-from polymodal.interop.huggingface.export_class import BLIP
+from polymodal.interop.huggingface.export_chat_template import LATER_NOTE
 from polymodal.media.image import open_image
 from polymodal.messages import Image, Message, Text, assistant, system, user
-from polymodal.processing.chat_template.presets import PRESETS
-from polymodal.processing.collate import collate
-from polymodal.safety.config_json import read_json
+from polymodal.processing.collate import Sample, collate
+from polymodal.utils.files import write_text
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
-    from polymodal.processing.collate import Sample
-
-
-# ---- The prompts and images on which an exported model is compared with ours; the same on every machine ----
-
-
+REPORT_NAME = "parity.json"
+TOKENS = 16
+"""Greedy tokens that are compared of each answer."""
+IN_ANOTHER_ENGINE = 0.95
+"""Smallest share of greedy tokens before two answers part, in an engine that computes in another order: two tokens that
+are nearly as likely may change places."""
 SHAPES = ((480, 640), (90, 600), (700, 230), (64, 64))
 """Height and width of the images that are made here: usual, very wide, tall, and smaller than a tile."""
+_MIX = ((7, 13, 3), (11, 5, 1), (3, 17, 5))
 
 
 @dataclass(frozen=True)
@@ -63,37 +67,26 @@ def make_image(number: int) -> PILImage.Image:
     return image.resize((width, height), PILImage.Resampling.BICUBIC)
 
 
-_MIX = ((7, 13, 3), (11, 5, 1), (3, 17, 5))
-
-
 def chat_probes() -> list[Probe]:
     """Conversations for a model with a chat template; a model may refuse some, such as a system message."""
-    made = [make_image(number) for number in range(len(SHAPES))]
-    return [
-        Probe("one image", (user(Image(made[0]), "What is shown here?"),)),
-        Probe("a very wide image", (user(Image(made[1]), "Describe it in one sentence."),)),
-        Probe("a tall image", (user(Image(made[2]), "How many colours are there? 1, 2, or more than 3?"),)),
-        Probe("a small image after the text", (user("It's small; what might this be?\n", Image(made[3])),)),
-        Probe("two images", (user(Image(made[0]), Image(made[2]), "What do they have in common?"),)),
-        Probe("images between texts", (user("First:", Image(made[3]), "second:", Image(made[1]), "Which?"),)),
-        Probe("text alone", (user("Write a word that begins with é, or 你好."),)),
-        Probe("a system message", (system("Answer briefly."), user(Image(made[0]), "What is it?"))),
-        Probe(
-            "a second question",
-            (user(Image(made[0]), "What is it?"), assistant("Blots of colour."), user("Which colours?")),
-        ),
-    ]
+    usual, wide, tall, small = (Image(make_image(number)) for number in range(len(SHAPES)))
+    asked = {
+        "one image": [user(usual, "What is shown here?")],
+        "a very wide image": [user(wide, "Describe it in one sentence.")],
+        "a tall image": [user(tall, "How many colours are there? 1, 2, or more than 3?")],
+        "a small image after the text": [user("It's small; what might this be?\n", small)],
+        "two images": [user(usual, tall, "What do they have in common?")],
+        "images between texts": [user("First:", small, "second:", wide, "Which?")],
+        "text alone": [user("Write a word that begins with é, or 你好.")],
+        "a system message": [system("Answer briefly."), user(usual, "What is it?")],
+        "a second question": [user(usual, "What is it?"), assistant("Blots of colour."), user("Which colours?")],
+    }
+    return [Probe(name, tuple(messages)) for name, messages in asked.items()]
 
 
 def image_probes(images: Sequence[Path]) -> list[Probe]:
     """Ask about images of one's own."""
     return [Probe(path.name, (user(Image(path), "What is in this picture?"),)) for path in images]
-
-
-def one_image(probes: Sequence[Probe], *, with_text: bool) -> list[Probe]:
-    """Keep what a model can be asked that takes one image and one text."""
-    kept = [p for p in probes if len(p.messages) == 1 and [type(part) for part in p.messages[0].parts] == [Image, Text]]
-    return kept if with_text else [Probe(p.name, (user(*p.messages[0].media),)) for p in kept]
 
 
 def hash_probes(probes: Sequence[Probe]) -> str:
@@ -109,14 +102,6 @@ def hash_probes(probes: Sequence[Probe]) -> str:
     return digest.hexdigest()
 
 
-TOKENS = 16
-"""Greedy tokens that are compared of each answer."""
-AGREEMENT = {"float32": 1.0, "float16": 0.5, "bfloat16": 0.5}
-"""Smallest share of greedy tokens before two answers part, by the type of the weights on disk."""
-IN_ANOTHER_ENGINE = 0.95
-"""The same for an engine that computes in another order: two tokens that are nearly as likely may change places."""
-
-
 @dataclass(frozen=True)
 class Check:
     """One comparison."""
@@ -127,123 +112,123 @@ class Check:
     reason: str = ""  # What is wrong, in one line; empty where nothing is
 
 
-def prompts(
-    ours: LocalBackend, asked: Sequence[Probe], later_turns_differ: bool
-) -> tuple[list[Probe], list[Sample], dict[str, str]]:
-    """Make the prompts of a comparison."""
-    probes: list[Probe] = []
-    samples: list[Sample] = []
-    left_out: dict[str, str] = {}
-    for probe in asked:
-        if later_turns_differ and any(message.role == "assistant" for message in probe.messages):
-            left_out[probe.name] = LATER_NOTE
-            continue
-        try:
-            sample = ours.processor(probe.messages, add_generation_prompt=True)
-        except PolymodalError as error:
-            left_out[probe.name] = str(error)
-            continue
-        probes.append(probe)
-        samples.append(sample)
-    return probes, samples, left_out
+@dataclass(frozen=True)
+class Parity:
+    """What `parity.json` holds."""
+
+    passed: bool  # Every check that could be run passed, and there was one
+    checks: tuple[Check, ...]  # The comparisons
+    not_run: tuple[str, ...]  # Names of those whose program is not installed
+    document: dict[str, Any]  # All of it, as written
+
+    @property
+    def line(self) -> str:
+        """The outcome in one line."""
+        if self.passed:
+            return "parity: " + ", ".join(f"{check.name} ok" for check in self.checks)
+        wrong = [f"{check.name}: {check.reason}" for check in self.checks if not check.passed]
+        return "parity FAILED: " + ("; ".join(wrong) or "nothing could be compared")
 
 
-class Comparison:
-    """Our model and an exported folder, side by side; what each makes of the probes is computed once."""
+class SideBySide:
+    """Our model and an exported folder; a subclass adds the other side, which answers each probe once."""
 
-    def __init__(self, ours: LocalBackend, folder: Path, tokens: int = TOKENS, more: Sequence[Probe] = ()) -> None:
-        self.ours = ours
-        self.folder = folder
-        self.tokens = tokens
-        self.config = read_json(folder / "config.json")
-        self.plain = self.config.get("model_type") in BLIP
-        self.dtype = str(self.config.get("dtype") or "float32")
-        template = ours.config.template.chat_template
-        self._without_text = template in PRESETS and PRESETS[template].media_only
-        asked = [*chat_probes(), *more]
-        if self.plain:
-            asked = one_image(asked, with_text=not self._without_text)
-        later = any(message.role == "assistant" for probe in asked for message in probe.messages)
-        self.probes, self.samples, self.left_out = prompts(ours, asked, later and self._later_turns_differ())
+    def __init__(self, source: Loaded | LocalBackend, folder: Path, tokens: int) -> None:
+        self.ours = LocalBackend(source.model, source.tokenizer, source.config)
+        self.folder, self.tokens = folder, tokens
+        self.probes: list[Probe] = []
+        self.samples: list[Sample] = []
+        self.left_out: dict[str, str] = {}  # probes that the model refuses, and why
 
-    def _later_turns_differ(self) -> bool:
-        """Whether nothing but the ids around earlier answers differs, which an export says beforehand."""
-        try:
-            processor = self.processor
-        except CheckpointError:
-            return False  # the checks will say so
-        image_id = int(self.config.get("image_token_index") or 0)
-        template = str(processor.chat_template)
-        return differences(self.ours.processor.template, processor.tokenizer, template, image_id) == [LATER]
-
-    @cached_property
-    def processor(self) -> Any:
-        """The folder's own processor, with Pillow for the images."""
-        if not self.plain:
-            return open_processor(self.folder)
-        import transformers
-
-        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-        try:
-            processor = transformers.AutoProcessor.from_pretrained(str(self.folder), **options)
-            images = transformers.AutoImageProcessor.from_pretrained(str(self.folder), backend="pil", **options)
-        except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self.folder}: its processor cannot be opened ({first_line(error)})") from error
-        processor.image_processor = images
-        return processor
-
-    @cached_property
-    def model(self) -> Any:
-        """The stock class with the folder's weights, in float32 on the CPU; with the adapter where one was kept."""
-        model: Any = open_model(self.folder, "cpu")
-        adapter = self.folder / ADAPTER_NAME
-        if not adapter.is_dir():
-            return model
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
-
-    @cached_property
-    def inputs(self) -> list[dict[str, Any]]:
-        """What the folder's processor makes of each probe."""
-        made = []
-        for probe in self.probes:
+    def ask(self, probes: Iterable[Probe], *, later_turns_differ: bool) -> None:
+        """Make our prompts of all probes that can be compared."""
+        for probe in probes:
+            if later_turns_differ and any(message.role == "assistant" for message in probe.messages):
+                self.left_out[probe.name] = LATER_NOTE
+                continue
             try:
-                made.append(dict(self._plain_inputs(probe) if self.plain else self._chat_inputs(probe)))
-            except Exception as error:  # whatever a stock processor raises means that it cannot take the probe
-                raise CheckpointError(
-                    f"the exported processor refuses {probe.name!r} ({' '.join(str(error).split())[:200]})"
-                ) from error
-        return made
+                self.samples.append(self.ours.processor(probe.messages, add_generation_prompt=True))
+                self.probes.append(probe)
+            except PolymodalError as error:
+                self.left_out[probe.name] = str(error)
 
-    def _chat_inputs(self, probe: Probe) -> Any:
-        images = iter(probe.images)
-        chat = []
-        for message in probe.messages:
-            parts = [
-                {"type": "text", "text": part.text}
-                if isinstance(part, Text)
-                else {"type": "image", "image": next(images)}
-                for part in message.parts
-            ]
-            chat.append({"role": message.role, "content": parts})
-        return self.processor.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+    def greedy(self, sample: Sample) -> list[int]:
+        """Our model's answer to a prompt."""
+        batch = collate([sample], self.ours.processor.pad_id, side="left")
+        params, stops = GenerationParams(max_new_tokens=self.tokens), self.ours.processor.template.stop_ids
+        return generate_ids(self.ours.model, batch, params, stops, len(self.ours.tokenizer))[0]
 
-    def _plain_inputs(self, probe: Probe) -> Any:
-        return self.processor(images=probe.images[0], text=probe.messages[0].text, return_tensors="pt")
+    def compare_ids(self, found: Iterable[Sequence[int | None]], image_id: int | None, who: str) -> Check:
+        """Compare token ids with ours, the placeholder's given."""
+        old, wrong, total = self.ours.model.image_token_id, [], 0
+        for probe, sample, ids in zip(self.probes, self.samples, found, strict=True):
+            wanted = [image_id if token == old else token for token in sample.input_ids.tolist()]
+            total += len(wanted)
+            if ids != wanted:
+                wrong.append(probe.name)
+        numbers = {"probes": len(self.probes), "tokens": total, "differ": wrong}
+        return verdict("token_ids", wrong, numbers, f"{who} gives other ids for")
+
+    def compare_answers(
+        self, name: str, answers: Iterable[tuple[list[int], list[int]]], least: float, **numbers: Any
+    ) -> Check:
+        """Compare greedy answers, ours and theirs, each side stopping where it stops."""
+        wrong, equal, total = [], 0, 0
+        for probe, (ours, theirs) in zip(self.probes, answers, strict=True):
+            most = max(len(ours), len(theirs))
+            same = next((i for i in range(most) if ours[i : i + 1] != theirs[i : i + 1]), most)
+            equal, total = equal + same, total + most
+            if same < most:
+                wrong.append(f"{probe.name} ({same} of {most} tokens)")
+        share = equal / total if total else 1.0
+        numbers = {"agreement": share, "tokens": total, "least": least, "part": wrong, **numbers}
+        return verdict(name, wrong if share < least else [], numbers, "answers part for")
 
 
-def greedy_ids(backend: LocalBackend, sample: Sample, tokens: int) -> list[int]:
-    """Answer a prompt greedily with our code."""
-    batch = collate([sample], backend.processor.pad_id, side="left")
-    params = GenerationParams(max_new_tokens=tokens)
-    stops = backend.processor.template.stop_ids
-    return generate_ids(backend.model, batch, params, stops, len(backend.tokenizer))[0]
+def verdict(name: str, wrong: Sequence[str], numbers: dict[str, Any], what: str) -> Check:
+    """A check that passes where nothing is wrong."""
+    return Check(name, not wrong, numbers, f"{what} {', '.join(wrong)}" if wrong else "")
 
 
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
-    """Count the ids before two answers part."""
-    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return same, max(len(one), len(other))
+S = TypeVar("S", bound=SideBySide)
+
+
+def run_checks(sides: S, checks: Mapping[str, Callable[[S], Check | None]]) -> Parity:
+    """Run comparisons and write `parity.json`; a check gives None where its program is not installed."""
+    done: list[Check] = []
+    not_run: list[str] = []
+    for name, run in checks.items():
+        try:
+            check = run(sides)
+        except PolymodalError as error:
+            check = Check(name, False, reason=str(error))
+        except (ValueError, RuntimeError, IndexError, KeyError, TypeError) as error:  # of the other side, on a probe
+            check = Check(name, False, reason=f"the exported model fails: {' '.join(str(error).split())[:300]}")
+        if check is None:
+            not_run.append(name)
+        else:
+            done.append(check)
+    passed = bool(done) and all(check.passed for check in done)
+    packages = ("polymodal", "torch", "transformers", "tokenizers", "pillow")
+    document = {
+        "passed": passed,
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in packages}},
+        "probes": {
+            "names": [probe.name for probe in sides.probes],
+            "sha256": hash_probes(sides.probes),
+            "left_out": sides.left_out,
+            "greedy_tokens": sides.tokens,
+        },
+        "checks": [asdict(check) for check in done],
+        "not_run": not_run,
+    }
+    write_text(sides.folder / REPORT_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    return Parity(passed, tuple(done), tuple(not_run), document)
+
+
+def version_of(package: str) -> str:
+    """The version of a package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,4 +1,4 @@
-"""Writing a model as GGUF for llama.cpp: the language model, and beside it tower and projector ("mmproj").
+"""A model of ours as GGUF files for llama.cpp: the language model, and beside it tower and projector ("mmproj").
 
 `interop.gguf.weights` has the tensors; here the tokenizer, the chat template and the image rules join in. What
 llama.cpp would compute otherwise is refused with every reason at once. The folder appears whole or not at all:
@@ -13,22 +13,25 @@ square may lie half a pixel beside ours.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymodal.checkpoints.model_folder import Loaded
 from polymodal.config import ImageConfig, ModelConfig
 from polymodal.errors import CheckpointError, unknown_name
-from polymodal.interop.gguf.weights import KINDS, TOWER_ACTIVATIONS, reasons_against_llm, write_llm, write_mmproj
-from polymodal.interop.huggingface.export import LICENCES, with_placeholder
-from polymodal.interop.huggingface.export_chat_template import stock_template
-from polymodal.interop.huggingface.export_class import LLAVA_TOWERS
+from polymodal.interop.gguf.weights import KINDS, reasons_against_llm, write_llm, write_mmproj
+from polymodal.interop.huggingface.export import about_transparency, copy_licences
+from polymodal.interop.huggingface.export_chat_template import stock_template, with_placeholder
+from polymodal.interop.huggingface.export_class import LLAVA_TOWERS, against_mlp, against_tower, refuse
 from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
 from polymodal.modeling.lora import fold_in, is_peft
 from polymodal.processing.chat_template.encode import ChatTemplate
+from polymodal.processing.image_transform import pad_colour
 from polymodal.utils.files import atomic_folder, write_text
 
 if TYPE_CHECKING:
@@ -37,14 +40,119 @@ if TYPE_CHECKING:
 
     from polymodal.modeling.vlm import MultimodalLM
 
+PAD_COLOUR = (122, 116, 104)
+TOWER_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
+"""What a tower may have between its feed-forward layers; llama.cpp approximates the second by the third."""
+EDGES = (
+    "images that are not square are padded after they are resized there, before it here: edges may lie half a pixel "
+    "apart; images that were padded to a square beforehand are read alike"
+)
+CLASS_TOKEN_NOTE = (
+    "builds of llama.cpp since May 2025 put the class token of CLIP towers behind the patches and read wrong images "
+    "(issue 25814 of ggml-org/llama.cpp); SigLIP towers have none. --verify tells whether a build does"
+)
 
-# ---- A tokenizer of transformers as the metadata of a GGUF file ----
+
+@dataclass(frozen=True)
+class GgufExported:
+    """What was written."""
+
+    folder: Path  # Where
+    model: Path  # The language model's file
+    mmproj: Path  # The file of tower and projector
+    weight_bytes: int  # Size of the weights in both
+    remarks: tuple[str, ...]  # What is not quite as here, in words
+
+
+def export_gguf(
+    loaded: Loaded, dst: Path, *, kind: str | None = None, licences: Path | None = None, replace: bool = False
+) -> GgufExported:
+    """Write a model as two GGUF files."""
+    if find_spec("gguf") is None:
+        raise CheckpointError("--format gguf needs the package gguf: pip install gguf")
+    model, config = loaded.model, loaded.config
+    table = model.llm.get_input_embeddings().weight
+    kind = kind or str(table.dtype).removeprefix("torch.")
+    if kind not in KINDS:
+        raise unknown_name("type of weights for GGUF", kind, KINDS)
+    refuse("llama.cpp cannot run this model", reasons_against(model, config))
+    assert config.image is not None and config.vision is not None  # reasons_against looked
+    if is_peft(model.llm):
+        fold_in(model.llm)
+    ours = ChatTemplate(loaded.tokenizer, config.template, model.image_token_id)
+    tokenizer, image_id, _ = with_placeholder(loaded.tokenizer, model.image_token_id)
+    jinja, _, remarks = stock_template(ours, config.template, tokenizer, image_id)
+    remarks += [EDGES, *([CLASS_TOKEN_NOTE] if config.vision.type == "clip" else []), about_transparency(config)]
+    tokens = partial(describe_tokens, tokenizer=loaded.tokenizer, rows=len(table), stop_ids=ours.stop_ids, jinja=jinja)
+    short = KINDS[kind][0].lower()
+    files = f"model-{short}.gguf", f"mmproj-{short}.gguf"
+    with atomic_folder(dst, replace=replace) as work:
+        size = write_llm(work / files[0], model.llm, kind, dst.name, tokens)
+        size += write_mmproj(work / files[1], model, config.image, kind, dst.name)
+        copy_licences(licences, work)
+        listed = "\n".join(f"- {remark}" for remark in remarks)
+        write_text(work / "README.md", _CARD.format(name=dst.name, model=files[0], mmproj=files[1], remarks=listed))
+    return GgufExported(dst, dst / files[0], dst / files[1], size, tuple(remarks))
+
+
+_CARD = """\
+# {name}
+
+A model of polymodal for llama.cpp: `{model}` (language model) and `{mmproj}` (vision tower and projector).
+
+    llama-mtmd-cli -m {model} --mmproj {mmproj} --image cat.jpg -p 'What is this?' --temp 0
+    llama-server -m {model} --mmproj {mmproj}
+
+What to know:
+
+{remarks}
+"""
+
+
+def reasons_against(model: MultimodalLM, config: ModelConfig) -> Iterator[str]:
+    """Everything that llama.cpp cannot express."""
+    if config.vision is None or config.image is None:
+        yield "the model has no vision encoder: convert its language model with llama.cpp's own script"
+        return
+    yield from against_tower(model, config, LLAVA_TOWERS)
+    if isinstance(model.vision_encoder, HFVisionEncoder) and config.vision.type in LLAVA_TOWERS:
+        yield from _against_layers(model.vision_encoder, config.vision.mm_vision_select_feature)
+    yield from _against_image(config.image)
+    yield from against_mlp(config.projector)
+    if config.template.image_newline_text:
+        yield "template.image_newline_text: nothing would write it after an image there; leave it empty"
+    yield from reasons_against_llm(model.llm)
+
+
+def _against_layers(encoder: HFVisionEncoder, feature: str) -> Iterator[str]:
+    tower: Any = encoder.model
+    layers, settings = list(encoder.select_layers), tower.config
+    if feature != "patch":
+        yield f"mm_vision_select_feature {feature!r}: only the patches are taken there"
+    if layers != sorted(set(layers)) or 0 in layers:
+        yield f"mm_vision_select_layer: layers {layers} must be in rising order, from 1"
+    if settings.hidden_act not in TOWER_ACTIVATIONS:
+        yield f"the tower's hidden_act {settings.hidden_act!r}: only {', '.join(TOWER_ACTIVATIONS)} can be written"
+    if settings.intermediate_size == settings.hidden_size:
+        yield "the tower's feed-forward layers are as wide as its hidden states: llama.cpp would swap them"
+
+
+def _against_image(image: ImageConfig) -> Iterator[str]:
+    if image.image_aspect_ratio != "pad":
+        yield (
+            f"image_aspect_ratio {image.image_aspect_ratio!r}: images are padded there, not stretched, cut or tiled: "
+            "train with 'pad'"
+        )
+    elif pad_colour(image) != PAD_COLOUR:
+        yield f"image.pad_color {pad_colour(image)}: llama.cpp always pads with {PAD_COLOUR}"
+    if image.resample != "bicubic":
+        yield f"image.resample {image.resample!r}: llama.cpp always resizes these images by 'bicubic'"
+
+
 # llama.cpp has its own tokenizers: "gpt2" for byte-level BPE, whose way of cutting a text into words goes by a name
 # ("pre"), and "llama" for SentencePiece. Which name cuts as our tokenizer does is read from its `tokenizer.json` and
-# compared exactly; one that is not known is refused, since another cut gives other ids without a word. (llama.cpp's own
-# converter compares a hash of the ids of one text.)
-
-
+# compared exactly; any other is refused, since another cut gives other ids without a word. (llama.cpp's own converter
+# compares a hash of the ids of one text.)
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _BYTES_ONLY = {**_BYTES, "use_regex": False}
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -65,12 +173,11 @@ _WORDS: dict[str, list[dict[str, Any]]] = {
 
 
 def describe_tokens(
-    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, stop_ids: Sequence[int], jinja: str | None
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, stop_ids: Sequence[int], jinja: str
 ) -> None:
-    """Add a tokenizer to a GGUF file."""
-    import gguf
+    """Add a tokenizer and its chat template to a GGUF file."""
+    from gguf import TokenType
 
-    kinds = gguf.TokenType
     document = json.loads(tokenizer.backend_tokenizer.to_str())
     model = document["model"]
     if model.get("type") != "BPE":
@@ -78,49 +185,39 @@ def describe_tokens(
     if not model["merges"]:
         raise CheckpointError("the tokenizer merges nothing, and llama.cpp opens none that has no merges")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    if model.get("byte_fallback"):
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-    else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(find_pre(document))
-    added = {token["id"]: token for token in document["added_tokens"]}
+    sentence_piece = bool(model.get("byte_fallback"))
+    added = {token["id"]: token["special"] for token in document["added_tokens"]}
     unknown = tokenizer.convert_tokens_to_ids(model["unk_token"]) if model.get("unk_token") else tokenizer.unk_token_id
-    texts, types = [], []
-    for row in range(rows):
-        known = tokenizer.convert_ids_to_tokens(row) if row < len(tokenizer) else None
-        texts.append(f"[UNUSED{row}]" if known is None else str(known))
-        if known is None:
-            types.append(kinds.UNUSED)
-        elif row == unknown and model.get("byte_fallback"):
-            types.append(kinds.UNKNOWN)
-        elif row in added:
-            types.append(kinds.CONTROL if added[row]["special"] else kinds.USER_DEFINED)
-        elif model.get("byte_fallback") and _is_byte(str(known)):
-            types.append(kinds.BYTE)
-        else:
-            types.append(kinds.NORMAL)
-    writer.add_token_list(texts)
-    writer.add_token_types(types)
-    if model.get("byte_fallback"):
+    texts = [tokenizer.convert_ids_to_tokens(row) if row < len(tokenizer) else None for row in range(rows)]
+
+    def type_of(row: int, text: str | None) -> TokenType:
+        if text is None:
+            return TokenType.UNUSED
+        if sentence_piece and row == unknown:
+            return TokenType.UNKNOWN
+        if row in added:
+            return TokenType.CONTROL if added[row] else TokenType.USER_DEFINED
+        return TokenType.BYTE if sentence_piece and re.fullmatch("<0x..>", text) else TokenType.NORMAL
+
+    writer.add_tokenizer_model("llama" if sentence_piece else "gpt2")
+    writer.add_tokenizer_pre("default" if sentence_piece else find_pre(document))
+    writer.add_token_list([f"[UNUSED{row}]" if text is None else text for row, text in enumerate(texts)])
+    writer.add_token_types([type_of(row, text) for row, text in enumerate(texts)])
+    if sentence_piece:
         # Pieces are merged in the order of their scores: those of a BPE are the order in which it learnt them.
         rank = {"".join(pair.split(" ", 1)): -float(place) for place, pair in reversed(list(enumerate(merges)))}
-        writer.add_token_scores([rank.get(text, 0.0 if row in added else -1e6) for row, text in enumerate(texts)])
+        writer.add_token_scores([rank.get(str(text), 0.0 if row in added else -1e6) for row, text in enumerate(texts)])
         writer.add_add_space_prefix(_adds_space(document))
     else:
         writer.add_token_merges(merges)
     for name, token in (("bos", tokenizer.bos_token_id), ("unk", unknown), ("pad", tokenizer.pad_token_id)):
         if token is not None:
             getattr(writer, f"add_{name}_token_id")(token)
-    begins = list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
-    writer.add_add_bos_token(begins)
+    writer.add_add_bos_token(list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id])
     writer.add_add_eos_token(False)
-    ends = list(dict.fromkeys(stop_ids))
-    writer.add_eos_token_id(ends[0])
-    if len(ends) > 1:
-        writer.add_eot_token_id(ends[1])
-    if jinja is not None:
-        writer.add_chat_template(jinja)
+    for name, token in zip(("eos", "eot"), dict.fromkeys(stop_ids), strict=False):
+        getattr(writer, f"add_{name}_token_id")(token)
+    writer.add_chat_template(jinja)
 
 
 def find_pre(document: dict[str, Any]) -> str:
@@ -145,161 +242,3 @@ def _adds_space(document: dict[str, Any]) -> bool:
         step.get("type") == "Prepend" or (step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never")
         for step in steps
     )
-
-
-def _is_byte(text: str) -> bool:
-    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
-
-
-SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
-"""Types of the weights as file names have them."""
-PAD_COLOUR = (122, 116, 104)
-CLASS_TOKEN_NOTE = (
-    "builds of llama.cpp since May 2025 put the class token of CLIP towers behind the patches and read wrong images "
-    "(issue 25814 of ggml-org/llama.cpp); SigLIP towers have none. --verify tells whether a build does"
-)
-
-
-@dataclass(frozen=True)
-class GgufExported:
-    """What was written."""
-
-    folder: Path  # Where
-    model: Path  # The language model's file
-    mmproj: Path  # The file of tower and projector
-    weight_bytes: int  # Size of the weights in both
-    notes: tuple[str, ...]  # What is not quite as here, in words
-
-
-def export_gguf(
-    loaded: Loaded, dst: Path, *, kind: str | None = None, licences: Path | None = None, replace: bool = False
-) -> GgufExported:
-    """Write a model as two GGUF files."""
-    _need_gguf()
-    model, config = loaded.model, loaded.config
-    kind = kind or str(model.llm.get_input_embeddings().weight.dtype).removeprefix("torch.")
-    if kind not in KINDS:
-        raise unknown_name("type of weights for GGUF", kind, KINDS)
-    reasons = reasons_against(model, config)
-    if reasons:
-        listed = "; ".join(f"({number}) {reason}" for number, reason in enumerate(reasons, 1))
-        raise CheckpointError(f"llama.cpp cannot run this model: {listed}")
-    assert config.image is not None  # reasons_against looked
-    if is_peft(model.llm):
-        fold_in(model.llm)
-    jinja, notes = _chat_template(loaded)
-    with atomic_folder(dst, replace=replace) as work:
-        files = [f"{part}-{SHORT[kind]}.gguf" for part in ("model", "mmproj")]
-        rows = model.llm.get_input_embeddings().weight.shape[0]
-        template = ChatTemplate(loaded.tokenizer, config.template, model.image_token_id)
-
-        def tokens(writer: Any) -> None:
-            describe_tokens(writer, loaded.tokenizer, rows, template.stop_ids, jinja)
-
-        size = write_llm(work / files[0], model.llm, kind, dst.name, tokens)
-        mean, deviation = config.image.image_mean, config.image.image_std
-        size += write_mmproj(work / files[1], model, kind, dst.name, mean, deviation)
-        if licences is not None:
-            for path in sorted({p for pattern in LICENCES for p in licences.glob(pattern) if p.is_file()}):
-                shutil.copyfile(path, work / path.name)
-        write_text(work / "README.md", _card(dst.name, files, notes))
-    return GgufExported(dst, dst / files[0], dst / files[1], size, tuple(notes))
-
-
-def reasons_against(model: MultimodalLM, config: ModelConfig) -> list[str]:
-    """List everything that llama.cpp cannot express."""
-    if config.vision is None or config.image is None:
-        return ["the model has no vision encoder: convert its language model with llama.cpp's own script"]
-    found = [*_against_tower(model, config), *_against_image(config.image)]
-    if config.projector.mm_projector_type != "mlp2x_gelu":
-        found.append(
-            f"mm_projector_type {config.projector.mm_projector_type!r}: there are two linear layers with GELU between "
-            "them: train with 'mlp2x_gelu'"
-        )
-    elif config.projector.norm == "layer":
-        found.append("projector.norm 'layer' has no place there: train with 'none' or 'standardize'")
-    if config.template.image_newline_text:
-        found.append("template.image_newline_text: nothing would write it after an image there; leave it empty")
-    return found + reasons_against_llm(model.llm)
-
-
-def _against_tower(model: MultimodalLM, config: ModelConfig) -> list[str]:
-    vision, encoder = config.vision, model.vision_encoder
-    assert vision is not None
-    if not isinstance(encoder, HFVisionEncoder) or vision.type not in LLAVA_TOWERS:
-        return [f"vision.type {vision.type!r} has no place there: train with {' or '.join(map(repr, LLAVA_TOWERS))}"]
-    settings: Any = encoder.model.config
-    found = []
-    if encoder.interpolate:
-        found.append(
-            f"image.tile_size is not the tower's own {settings.image_size}x{settings.image_size}: llama.cpp does not "
-            "interpolate its positions here: train with the tower's size"
-        )
-    if vision.mm_vision_select_feature != "patch":
-        found.append(f"mm_vision_select_feature {vision.mm_vision_select_feature!r}: only the patches are taken there")
-    if list(encoder.select_layers) != sorted(set(encoder.select_layers)) or 0 in encoder.select_layers:
-        found.append(f"mm_vision_select_layer: layers {list(encoder.select_layers)} must be in rising order, from 1")
-    if settings.hidden_act not in TOWER_ACTIVATIONS:
-        found.append(f"the tower's hidden_act {settings.hidden_act!r}: only {', '.join(TOWER_ACTIVATIONS)} are known")
-    if settings.intermediate_size == settings.hidden_size:
-        found.append("the tower's feed-forward layers are as wide as its hidden states: llama.cpp would swap them")
-    return found
-
-
-def _against_image(image: ImageConfig) -> list[str]:
-    found = []
-    height, width = image.tile_size
-    if height != width:
-        found.append(f"image.tile_size {height}x{width} is not square, as llama.cpp needs it")
-    mean_colour = tuple(min(max(int(value * 255), 0), 255) for value in image.image_mean)
-    if image.image_aspect_ratio != "pad":
-        found.append(
-            f"image_aspect_ratio {image.image_aspect_ratio!r}: images are padded there, not stretched, cut or tiled: "
-            "train with 'pad'"
-        )
-    elif (image.pad_color or mean_colour) != PAD_COLOUR:
-        found.append(f"image.pad_color {image.pad_color or mean_colour}: llama.cpp always pads with {PAD_COLOUR}")
-    if image.resample != "bicubic":
-        found.append(f"image.resample {image.resample!r}: llama.cpp always resizes these images by 'bicubic'")
-    return found
-
-
-def _chat_template(loaded: Loaded) -> tuple[str | None, list[str]]:
-    """The jinja text that gives our prompts, and what is not the same."""
-    tokenizer, vocabulary, _ = with_placeholder(loaded.model, loaded.tokenizer)
-    ours = ChatTemplate(loaded.tokenizer, loaded.config.template, loaded.model.image_token_id)
-    found = stock_template(ours, loaded.config.template, loaded.tokenizer, tokenizer, vocabulary.image_token_id)
-    notes = list(found.notes)
-    notes.append(
-        "images that are not square are padded after they are resized there, before it here: edges may lie half a "
-        "pixel apart; images that were padded to a square beforehand are read alike"
-    )
-    if loaded.config.vision is not None and loaded.config.vision.type == "clip":
-        notes.append(CLASS_TOKEN_NOTE)
-    background = loaded.config.image.background if loaded.config.image else None
-    notes.append(f"transparent pixels become {background} here; there the colour that was hidden under them shows")
-    return found.jinja, notes
-
-
-def _card(name: str, files: list[str], notes: list[str]) -> str:
-    model, mmproj = files
-    lines = [
-        f"# {name}",
-        "",
-        f"A model of polymodal for llama.cpp: `{model}` (language model) and `{mmproj}` (vision tower and projector).",
-        "",
-        f"    llama-mtmd-cli -m {model} --mmproj {mmproj} --image cat.jpg -p 'What is this?' --temp 0",
-        f"    llama-server -m {model} --mmproj {mmproj}",
-        "",
-        "What to know:",
-        "",
-        *(f"- {note}" for note in notes),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _need_gguf() -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError(f"--format gguf needs the package gguf: pip install gguf ({error})") from error

@@ -1,61 +1,52 @@
-"""Writing a model as a stock folder of transformers, without remote code: weights, processor, prompts, card.
+"""A model of ours as a stock folder of transformers, without remote code: weights, processor, prompts, card.
 
-`interop.huggingface.export_class` says which class it is and makes configuration and tensors; here the raw-input side
-joins in: image rules as `preprocessor_config.json`, the chat template as jinja that gives our ids, the tokenizer with
-the placeholder as a real token inside the embedding table. Everything is checked before the first tensor is written,
-and the folder appears whole or not at all. Names of weights are those of published folders ("hub"), which transformers,
-vLLM and llama.cpp's converters read; transformers' own `save_pretrained` writes others.
+`export_class` says which class it is and gives configuration and weights, `export_chat_template` tokenizer and chat
+template; here they become files, with the image rules as `preprocessor_config.json`. Everything is checked before the
+first tensor is written, and the folder appears whole or not at all. Names of weights are those of published folders
+("hub"), which transformers, vLLM and llama.cpp's converters read; transformers' own `save_pretrained` writes others.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polymodal.checkpoints.model_folder import Loaded
+import torch
+
+from polymodal.checkpoints.model_folder import ADAPTER_NAME, Loaded
 from polymodal.config import RESAMPLE_FILTERS, ImageConfig, ModelConfig
 from polymodal.errors import CheckpointError
-from polymodal.interop.huggingface.export_chat_template import StockTemplate, check_plain_prompt, stock_template
+from polymodal.interop.huggingface.export_chat_template import check_plain_prompt, stock_template, with_placeholder
 from polymodal.interop.huggingface.export_class import (
     BLIP,
-    Vocabulary,
     check_against_class,
     reasons_against,
     refuse,
+    refuse_nan,
     select_strategy,
     stock_family,
     stock_settings,
-    stock_tensors,
+    stock_weights,
+    token_tables,
 )
-from polymodal.interop.huggingface.export_files import MAX_SHARD_BYTES, write_adapter, write_card, write_shards
 from polymodal.interop.huggingface.families import CLASSES
-from polymodal.interop.huggingface.weight_names import Style
+from polymodal.interop.huggingface.weight_names import Place, Style, to_stock
+from polymodal.interop.huggingface.weights import INDEX_NAME
 from polymodal.modeling.lora import fold_in, is_peft, merge_adapter
 from polymodal.modeling.projectors.mlp import Standardize
 from polymodal.modeling.projectors.qformer_files import TOKENIZER_FOLDER
 from polymodal.processing.chat_template.encode import ChatTemplate
-from polymodal.processing.chat_template.presets import PRESETS
 from polymodal.utils.files import atomic_folder, write_text
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from polymodal.modeling.vlm import MultimodalLM
-
-PLACEHOLDER = "<image>"
-PROCESSORS = {
-    "llava": "LlavaProcessor",
-    "llava_next": "LlavaNextProcessor",
-    "llava_onevision": "LlavaOnevisionProcessor",
-    "blip-2": "Blip2Processor",
-    "instructblip": "InstructBlipProcessor",
-}
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 
 
 @dataclass(frozen=True)
@@ -67,7 +58,7 @@ class Exported:
     image_token_id: int  # The placeholder's id there
     rows: int  # Rows of its vocabulary
     weight_bytes: int  # Size of its weights
-    notes: tuple[str, ...]  # What is not quite as here, or was done on the way, in words
+    remarks: tuple[str, ...]  # What is not quite as here, or was done on the way, in words
 
 
 def export_hf(
@@ -77,7 +68,7 @@ def export_hf(
     merge_lora: bool = True,
     dtype: torch.dtype | None = None,
     style: Style = "hub",
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = 5_000_000_000,
     licences: Path | None = None,
     replace: bool = False,
 ) -> Exported:
@@ -90,7 +81,7 @@ def export_hf(
             the names of the stock class, for `PeftModel.from_pretrained`.
         dtype: Of the weights on disk; None takes the language model's.
         style: The spelling of the weights' names.
-        max_shard_bytes: The largest file of weights.
+        max_shard_bytes: The largest file of weights; a single larger tensor has a file of its own.
         licences: A folder whose licence files are copied.
         replace: Overwrite a folder that is there.
 
@@ -103,31 +94,124 @@ def export_hf(
     """
     model, config = loaded.model, loaded.config
     family = stock_family(config)
-    refuse(family, reasons_against(model, config, family))
-    adapted = is_peft(model.llm)
-    if adapted and merge_lora:
-        fold_in(model.llm)
-    elif adapted:
+    refuse(f"this model cannot be written as a {CLASSES[family]}", reasons_against(model, config, family))
+    assert config.vision is not None  # reasons_against looked
+    tower = config.vision.type
+    adapted, kept = is_peft(model.llm), is_peft(model.llm) and not merge_lora
+    if kept:
         merge_adapter(model, False)
+    elif adapted:
+        fold_in(model.llm)
     dtype = dtype or model.llm.get_input_embeddings().weight.dtype
-    tokenizer, vocabulary, notes = with_placeholder(model, loaded.tokenizer)
-    prompt, tokenizer = _prompt(loaded, family, tokenizer, vocabulary.image_token_id)
-    notes += [*prompt.notes, *_remarks(model, config, adapted, merge_lora)]
-    settings = stock_settings(model, config, family, vocabulary, dtype)
-    check_against_class(model, config, family, settings, vocabulary.rows)
+
+    tokenizer, image_id, remarks = with_placeholder(loaded.tokenizer, model.image_token_id)
+    had = [len(table.weight) for table in token_tables(model.llm)]
+    rows = max(*had, len(tokenizer))
+    if rows > min(had):
+        remarks.append(f"the vocabulary has {rows} rows instead of {min(had)}: a new row is the mean of the others")
+    ours = ChatTemplate(loaded.tokenizer, config.template, model.image_token_id)
+    jinja: str | None = None
+    if family in BLIP:
+        remarks += check_plain_prompt(ours, config.template, tokenizer, image_id)
+    else:
+        jinja, tokenizer, differences = stock_template(ours, config.template, tokenizer, image_id)
+        remarks += differences
+    tokenizer.chat_template = jinja
+    if adapted:
+        how = "lies in adapter/; PeftModel.from_pretrained(model, FOLDER + '/adapter') adds it"
+        remarks.append(f"the LoRA adapter {how if kept else 'was added to the weights'}")
+    remarks += _differences(model, config)
+
+    settings = stock_settings(model, config, family, tokenizer, image_id, rows, dtype)
+    weights = stock_weights(model, family, rows)
+
+    def named(style: Style) -> list[tuple[str, torch.Tensor]]:
+        names = [to_stock(family, place, style=style, tower=tower) for place in weights]
+        return [(name, tensor) for name, tensor in zip(names, weights.values(), strict=True) if name is not None]
+
+    check_against_class(dict(named("memory")), family, settings)
     with atomic_folder(dst, replace=replace) as work:
         settings.save_pretrained(work)
-        tensors = stock_tensors(model, config, family, vocabulary.rows, style)
-        size = write_shards(work, tensors, dtype, max_shard_bytes)
-        _write_processor(work, model, config, family, tokenizer, vocabulary.image_token_id)
-        _write_generation(work, model, loaded, tokenizer, vocabulary)
-        if adapted and not merge_lora:
-            write_adapter(work / "adapter", model, family)
-        if licences is not None:
-            for path in sorted({path for pattern in LICENCES for path in licences.glob(pattern) if path.is_file()}):
-                shutil.copyfile(path, work / path.name)
-        write_card(work, dst.name, CLASSES[family], loaded, notes, chat=prompt.jinja is not None)
-    return Exported(dst, family, vocabulary.image_token_id, vocabulary.rows, size, tuple(notes))
+        size = write_weights(work, named(style), dtype, max_shard_bytes)
+        _write_processor(work, model, config, family, tokenizer, image_id)
+        unsaid = {image_id, *range(len(tokenizer), rows)}
+        _write_generation(work, model.llm, tokenizer, [*config.template.stop_token_ids, *ours.stop_ids], unsaid)
+        if kept:
+            write_adapter(work / ADAPTER_NAME, model, family)
+        copy_licences(licences, work)
+        write_card(work, dst.name, CLASSES[family], loaded, remarks, chat=jinja is not None)
+    return Exported(dst, family, image_id, rows, size, tuple(remarks))
+
+
+def _differences(model: MultimodalLM, config: ModelConfig) -> list[str]:
+    """What a stock class does otherwise, besides prompts."""
+    found = []
+    if isinstance(getattr(model.projector, "norm", None), Standardize):
+        found.append("the projector's fixed standardisation was multiplied into its first layer, which is exact")
+    qformer = config.projector.qformer
+    if qformer is not None and qformer.text_context and qformer.max_text_length < qformer.max_position_embeddings:
+        found.append(
+            f"here the Q-Former reads the first {qformer.max_text_length} tokens of a question, there all of it"
+        )
+    return [*found, about_transparency(config)]
+
+
+def about_transparency(config: ModelConfig) -> str:
+    """What other programs do with transparent pixels."""
+    background = config.image.background if config.image else None
+    return f"transparent pixels become {background} here; there the colour that was hidden under them shows"
+
+
+def write_weights(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None, max_bytes: int
+) -> int:
+    """Write tensors as safetensors, cut as transformers cuts them, one file in memory besides their sources."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    named: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        if name in named:
+            raise CheckpointError(f"two tensors are called {name}; nothing was written")
+        named[name] = tensor
+    kinds = {name: dtype or t.dtype if t.is_floating_point() else t.dtype for name, t in named.items()}
+    # What would be stored, without memory: two tensors that share theirs are stored each by itself.
+    stored = {name: torch.empty(t.shape, dtype=kinds[name], device="meta") for name, t in named.items()}
+    split = split_torch_state_dict_into_shards(stored, max_shard_size=max_bytes)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: named[name].detach().to("cpu", kinds[name], copy=True).contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})  # transformers asks for this
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        _write_json(folder / INDEX_NAME, index)
+    return int(split.metadata["total_size"])
+
+
+def write_adapter(folder: Path, model: MultimodalLM, family: str) -> None:
+    """Write the language model's adapter beside a stock folder, under the names that peft gives its weights there."""
+    from peft import get_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+    from safetensors.torch import save_file
+
+    llm: Any = model.llm
+    settings = deepcopy(llm.peft_config["default"])
+    for name in ("trainable_token_indices", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters"):
+        if getattr(settings, name, None):
+            raise CheckpointError(f"the adapter has {name}, which stock loading does not take; merge it")
+    # Modules are named in full, so that the adapter cannot stray into the vision tower, whose layers are called alike.
+    layers = [name for name, module in llm.named_modules() if isinstance(module, LoraLayer)]
+    settings.target_modules = {to_stock(family, Place("llm", name), style="memory") for name in layers}
+    settings.base_model_name_or_path = None
+    settings.inference_mode = True
+    tensors = {
+        f"base_model.model.{to_stock(family, Place('llm', name), style='memory')}": tensor.detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(llm).items()
+    }
+    for name, tensor in tensors.items():
+        refuse_nan(name, tensor)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings.save_pretrained(str(folder))
 
 
 def image_processor_settings(image: ImageConfig, family: str) -> dict[str, Any]:
@@ -139,98 +223,28 @@ def image_processor_settings(image: ImageConfig, family: str) -> dict[str, Any]:
         "do_resize": True,
         "size": whole,
         "resample": RESAMPLE_FILTERS[image.resample],
-        "do_center_crop": False,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(image.image_mean),
         "image_std": list(image.image_std),
     }
-    cropped = {"do_center_crop": True, "crop_size": whole}
+    tiles = {"image_grid_pinpoints": [list(pinpoint) for pinpoint in image.image_grid_pinpoints], "do_pad": True}
+    cropped = {"do_center_crop": True, "crop_size": whole, "size": {"shortest_edge": height}}
+    how = image.image_aspect_ratio
+    kind, more = "SiglipImageProcessor", {}
     if family in BLIP:
-        settings.pop("do_center_crop")
-        return {"image_processor_type": "BlipImageProcessor", **settings}
-    if image.image_aspect_ratio == "anyres":
-        kind = "LlavaNextImageProcessor" if family == "llava_next" else "LlavaOnevisionImageProcessor"
-        settings |= {"image_grid_pinpoints": [list(pinpoint) for pinpoint in image.image_grid_pinpoints]}
-        if family == "llava_next":
-            settings |= {**cropped, "size": {"shortest_edge": height}, "do_pad": True}
-        else:
-            settings.pop("do_center_crop")
-            settings |= {"do_pad": True}
-        return {"image_processor_type": kind, **settings}
-    if image.image_aspect_ratio == "pad":
-        short = {"size": {"shortest_edge": height}, "do_pad": True}
-        return {"image_processor_type": "LlavaImageProcessor", **settings, **cropped, **short}
-    if image.image_aspect_ratio == "crop":
-        short = {"size": {"shortest_edge": image.resize_short_side or min(height, width)}}
-        return {"image_processor_type": "CLIPImageProcessor", **settings, **cropped, **short}
-    return {"image_processor_type": "SiglipImageProcessor", **{k: v for k, v in settings.items() if "crop" not in k}}
-
-
-def with_placeholder(
-    model: MultimodalLM, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedTokenizerBase, Vocabulary, list[str]]:
-    """Make a copy of the tokenizer in which the placeholder is a token."""
-    copied = deepcopy(tokenizer)
-    notes = []
-    if model.image_token_id < len(copied):
-        image_id = model.image_token_id
-    else:
-        copied.add_special_tokens({"additional_special_tokens": [PLACEHOLDER]}, replace_extra_special_tokens=False)
-        image_id = int(copied.convert_tokens_to_ids(PLACEHOLDER))
-        notes.append(
-            f"the image's placeholder, {model.image_token_id} in training, is token {image_id} {PLACEHOLDER!r}"
-        )
-    if copied.pad_token is None and copied.eos_token is not None:
-        copied.pad_token = copied.eos_token
-        notes.append(f"the tokenizer had no padding token: it pads with {copied.eos_token!r}")
-    head: Any = model.llm.get_output_embeddings()
-    had = [table.weight.shape[0] for table in (model.llm.get_input_embeddings(), head) if table is not None]
-    rows = max(*had, len(copied))
-    if rows > min(had):
-        notes.append(f"the vocabulary has {rows} rows instead of {min(had)}: a new row is the mean of the others")
-    video = copied.get_added_vocab().get("<video>")
-    return copied, Vocabulary(image_id, rows, video), notes
-
-
-def _prompt(
-    loaded: Loaded, family: str, tokenizer: PreTrainedTokenizerBase, image_token_id: int
-) -> tuple[StockTemplate, PreTrainedTokenizerBase]:
-    """The chat template to be written, and the tokenizer that goes with it."""
-    template = loaded.config.template
-    ours = ChatTemplate(loaded.tokenizer, template, loaded.model.image_token_id)
-    if family not in BLIP:
-        found = stock_template(ours, template, loaded.tokenizer, tokenizer, image_token_id)
-        found.tokenizer.chat_template = found.jinja
-        return found, found.tokenizer
-    if tokenizer.convert_ids_to_tokens(image_token_id) != PLACEHOLDER:
-        raise CheckpointError(
-            f"the image's token is {tokenizer.convert_ids_to_tokens(image_token_id)!r}; BLIP-2's processor knows "
-            f"only {PLACEHOLDER!r}"
-        )
-    preset = PRESETS.get(template.chat_template)
-    notes = check_plain_prompt(ours, preset is not None and preset.media_only, tokenizer, image_token_id)
-    tokenizer.chat_template = None
-    return StockTemplate(None, tokenizer, notes), tokenizer
-
-
-def _remarks(model: MultimodalLM, config: ModelConfig, adapted: bool, merge_lora: bool) -> list[str]:
-    notes = []
-    if adapted and merge_lora:
-        notes.append("the LoRA adapter was added to the weights")
-    elif adapted:
-        notes.append("the LoRA adapter lies in adapter/; PeftModel.from_pretrained(model, FOLDER + '/adapter') adds it")
-    if isinstance(getattr(model.projector, "norm", None), Standardize):
-        notes.append("the projector's fixed standardisation was multiplied into its first layer, which is exact")
-    qformer = config.projector.qformer
-    if qformer is not None and qformer.text_context and qformer.max_text_length < qformer.max_position_embeddings:
-        notes.append(
-            f"here the Q-Former reads the first {qformer.max_text_length} tokens of a question, there all of it"
-        )
-    background = config.image.background if config.image else None
-    notes.append(f"transparent pixels become {background} here; there the colour that was hidden under them shows")
-    return notes
+        kind = "BlipImageProcessor"
+    elif family == "llava_next":
+        kind, more = "LlavaNextImageProcessor", tiles | cropped
+    elif family == "llava_onevision":
+        kind, more = "LlavaOnevisionImageProcessor", tiles
+    elif how == "pad":
+        kind, more = "LlavaImageProcessor", cropped | {"do_pad": True}
+    elif how == "crop":
+        short = image.resize_short_side or min(height, width)
+        kind, more = "CLIPImageProcessor", cropped | {"size": {"shortest_edge": short}}
+    return {"image_processor_type": kind, **settings, **more}
 
 
 def _write_processor(
@@ -245,11 +259,12 @@ def _write_processor(
     assert config.image is not None and config.vision is not None
     encoder: Any = model.vision_encoder
     projector: Any = model.projector
-    name = {"processor_class": PROCESSORS[family]}
     tokenizer.save_pretrained(folder)
-    images = {**image_processor_settings(config.image, family), **name}
+    if family == "instructblip" and model.context_tokenizer is not None:
+        model.context_tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+    settings: dict[str, Any] = {"processor_class": CLASSES[family].replace("ForConditionalGeneration", "Processor")}
+    images = {**image_processor_settings(config.image, family), **settings}
     _write_json(folder / "preprocessor_config.json", images)
-    settings: dict[str, Any] = {**name}
     if family in BLIP:
         settings["num_query_tokens"] = projector.output_grid.area
     else:
@@ -264,39 +279,109 @@ def _write_processor(
         settings["video_token"] = "<video>"
         settings["vision_aspect_ratio"] = f"anyres_max_{config.image.anyres_max}"
         # The class insists on a part for videos, which the same settings describe.
-        videos = {key: value for key, value in images.items() if key not in ("image_grid_pinpoints", "do_pad")}
-        del videos["image_processor_type"]
+        only_images = ("image_processor_type", "image_grid_pinpoints", "do_pad")
+        videos = {key: value for key, value in images.items() if key not in only_images}
         videos["video_processor_type"] = "LlavaOnevisionVideoProcessor"
         _write_json(folder / "video_preprocessor_config.json", videos)
     _write_json(folder / "processor_config.json", settings)
-    if family == "instructblip" and model.context_tokenizer is not None:
-        model.context_tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
 
 
 def _write_generation(
-    folder: Path, model: MultimodalLM, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
+    folder: Path, llm: Any, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], unsaid: set[int]
 ) -> None:
     """Where answers end, and what is never said: the placeholder, and rows that belong to no token."""
     from transformers import GenerationConfig
 
-    template = loaded.config.template
-    ours = ChatTemplate(loaded.tokenizer, template, model.image_token_id)
-    ends = list(dict.fromkeys([*template.stop_token_ids, *ours.stop_ids]))
-    known = getattr(model.llm, "generation_config", None)
-    unsaid = {vocabulary.image_token_id, *range(len(tokenizer), vocabulary.rows)}
-    settings = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else _id(known, "bos_token_id"),
-        eos_token_id=ends,
+    def own(name: str) -> int | None:
+        given = (getattr(settings, name, None) for settings in (getattr(llm, "generation_config", None), llm.config))
+        return next((int(token) for token in given if isinstance(token, int)), None)
+
+    GenerationConfig(
+        bos_token_id=own("bos_token_id") if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
+        eos_token_id=list(dict.fromkeys(ends)),
         pad_token_id=tokenizer.pad_token_id,
-        decoder_start_token_id=_id(known, "decoder_start_token_id") or _id(model.llm.config, "decoder_start_token_id"),
+        decoder_start_token_id=own("decoder_start_token_id"),
         suppress_tokens=sorted(unsaid),
+    ).save_pretrained(folder)
+
+
+def copy_licences(source: Path | None, folder: Path) -> None:
+    """Copy the licence files of a folder, where there is one."""
+    patterns = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+    for path in sorted({path for pattern in patterns for path in source.glob(pattern)} if source else ()):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+
+
+_CHAT = """\
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor, model = AutoProcessor.from_pretrained(FOLDER), AutoModelForImageTextToText.from_pretrained(FOLDER)
+question = [{"type": "image", "url": "cat.jpg"}, {"type": "text", "text": "What is this?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=True, return_dict=True,
+    return_tensors="pt",
+)
+made = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(made[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+_PLAIN = """\
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor, model = AutoProcessor.from_pretrained(FOLDER), AutoModelForImageTextToText.from_pretrained(FOLDER)
+inputs = processor(images=Image.open("cat.jpg").convert("RGB"), text="What is this?", return_tensors="pt")
+print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
+"""
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+
+# {name}
+
+A `{kind}` of transformers, written by polymodal. Licence files, where there were any, lie beside this page.
+
+| Part | Parameters |
+|---|--:|
+{components}
+
+## Use
+
+```python
+{use}```
+
+## What is different from the model it was written from
+
+{remarks}
+
+## How it was made
+
+{history}
+"""
+
+
+def write_card(folder: Path, name: str, kind: str, loaded: Loaded, remarks: Sequence[str], *, chat: bool) -> None:
+    """Write the folder's README: what it is, how to ask it, what is different, how it was made."""
+    model, config = loaded.model, loaded.config
+    assert config.vision is not None
+    components = {
+        f"vision tower ({config.vision.type})": model.vision_encoder,
+        f"projector ({config.projector.mm_projector_type})": model.projector,
+        f"language model ({model.llm.config.model_type})": model.llm,
+    }
+    sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in components.items() if module}
+    history = [f"- `{json.dumps(entry, ensure_ascii=False, sort_keys=True)}`" for entry in loaded.history]
+    card = _CARD.format(
+        name=name,
+        kind=kind,
+        components="\n".join(f"| {part} | {size:,} |" for part, size in sizes.items()),
+        use=_CHAT if chat else _PLAIN,
+        remarks="\n".join(f"- {note}" for note in remarks),
+        history="\n".join(history or ["- (no history)"]),
     )
-    settings.save_pretrained(folder)
-
-
-def _id(settings: Any, name: str) -> int | None:
-    found = getattr(settings, name, None)
-    return int(found) if isinstance(found, int) else None
+    write_text(folder / "README.md", card)
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -1,25 +1,24 @@
-"""Our chat template as the jinja text that a stock processor renders, checked on conversations.
+"""Our tokenizer and chat template as a stock processor takes them, checked on conversations.
 
-Stock processors hand a template lists of parts and tokenise what it writes as one string; our presets take strings and
-are tokenised piece by piece. So a preset gets a head that turns parts into strings with the placeholder in them, and
-writes the default system message; templates that take parts themselves stay as they are. Two things of the stock way
-can be in between: the tokenizer adds its beginning-of-sequence token by itself, and a space at the end of the prompt
-becomes a token of its own in SentencePiece tokenizers. Whatever comes out is rendered beside ours, and must give the
-same ids.
+Stock processors hand a template lists of parts and tokenise what it writes as one string, placeholders included; our
+presets take strings and are tokenised piece by piece. So the placeholder becomes a token, and a preset gets a head that
+turns parts into strings with the placeholder in them and writes the default system message; templates that take parts
+themselves stay as they are. Two things of the stock way can be in between: the tokenizer adds its beginning-of-sequence
+token by itself, and a space at the end of the prompt becomes a token of its own in SentencePiece tokenizers. Whatever
+comes out is rendered beside ours, and must give the same ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from polymodal.config import TemplateConfig
 from polymodal.errors import CheckpointError, PolymodalError, first_line
-from polymodal.messages import Image, Message, assistant, system, user
+from polymodal.messages import Image, Message, Part, Text, assistant, system, user
 from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.processing.chat_template.presets import PRESETS
 from polymodal.safety.jinja_sandbox import compile_template
@@ -27,6 +26,7 @@ from polymodal.safety.jinja_sandbox import compile_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PLACEHOLDER = "<image>"
 COUNTS = (3, 2)
 """Tokens of the first and the second image in the conversations that are tried."""
 
@@ -49,37 +49,39 @@ PROBES: dict[str, tuple[Message, ...]] = {
 """Conversations whose ids must be the same; those that our own template refuses are left out."""
 
 
-@dataclass(frozen=True)
-class StockTemplate:
-    """What a stock folder says about prompts."""
-
-    jinja: str | None  # The chat template; None for BLIP-2's family, which has none
-    tokenizer: PreTrainedTokenizerBase  # The tokenizer to be saved with it
-    notes: tuple[str, ...] = ()  # What is not the same, in words; such differences are not of one question
+def with_placeholder(
+    tokenizer: PreTrainedTokenizerBase, image_token_id: int
+) -> tuple[PreTrainedTokenizerBase, int, list[str]]:
+    """Copy a tokenizer so that the placeholder is a token: the copy, the placeholder's id, and what was changed."""
+    copied, changes = deepcopy(tokenizer), []
+    if image_token_id >= len(copied):
+        copied.add_special_tokens({"additional_special_tokens": [PLACEHOLDER]}, replace_extra_special_tokens=False)
+        new = int(copied.convert_tokens_to_ids(PLACEHOLDER))
+        changes.append(f"the image's placeholder, {image_token_id} in training, is token {new} {PLACEHOLDER!r}")
+        image_token_id = new
+    if copied.pad_token is None and copied.eos_token is not None:
+        copied.pad_token = copied.eos_token
+        changes.append(f"the tokenizer had no padding token: it pads with {copied.eos_token!r}")
+    return copied, image_token_id, changes
 
 
 def stock_template(
-    ours: ChatTemplate,
-    config: TemplateConfig,
-    own: PreTrainedTokenizerBase,
-    tokenizer: PreTrainedTokenizerBase,
-    image_token_id: int,
-) -> StockTemplate:
-    """Find the chat template with which a stock processor gives our ids."""
-    placeholder = str(tokenizer.convert_ids_to_tokens(image_token_id))
-    sources = _candidates(ours, config, own, placeholder)
+    ours: ChatTemplate, config: TemplateConfig, tokenizer: PreTrainedTokenizerBase, image_token_id: int
+) -> tuple[str, PreTrainedTokenizerBase, list[str]]:
+    """Find the chat template with which a stock processor gives our ids: its text, its tokenizer, what differs."""
+    sources = _candidates(ours, config, str(tokenizer.convert_ids_to_tokens(image_token_id)))
     first: str | None = None
     for frameless in (False, True):
+        kept = _without_frame(tokenizer) if frameless else tokenizer
         for source in sources:
-            kept = _without_frame(tokenizer) if frameless else tokenizer
             wrong = differences(ours, kept, source, image_token_id)
             if wrong not in ([], [LATER]):
                 first = first or next(name for name in wrong if name != LATER)
                 continue
-            notes = [LATER_NOTE] if wrong else []
+            changes = [LATER_NOTE] if wrong else []
             if frameless:
-                notes.append("the tokenizer adds no special tokens of its own: the chat template writes them all")
-            return StockTemplate(source, kept, tuple(notes))
+                changes.append("the tokenizer adds no special tokens of its own: the chat template writes them all")
+            return source, kept, changes
     raise CheckpointError(
         f"template.chat_template: a stock processor gives other ids for {first!r} than were trained; "
         "train with another template, or export as polymodal"
@@ -87,20 +89,28 @@ def stock_template(
 
 
 def check_plain_prompt(
-    ours: ChatTemplate, media_only: bool, tokenizer: PreTrainedTokenizerBase, image_token_id: int
-) -> tuple[str, ...]:
+    ours: ChatTemplate, config: TemplateConfig, tokenizer: PreTrainedTokenizerBase, image_token_id: int
+) -> list[str]:
     """Make sure that BLIP-2's processor, which knows no chat, gives our ids: the image, then the text as it is."""
-    question = "" if media_only else "What is shown here?"
+    token = tokenizer.convert_ids_to_tokens(image_token_id)
+    if token != PLACEHOLDER:
+        raise CheckpointError(f"the image's token is {token!r}; BLIP-2's processor knows only {PLACEHOLDER!r}")
+    question = "" if drops_text(config) else "What is shown here?"
     found = ours.render([user(_IMAGE, question)], COUNTS[:1], add_generation_prompt=True).input_ids
     wanted = [image_token_id] * COUNTS[0] + list(tokenizer(question)["input_ids"])
-    if _mapped(found, ours.image_token_id, image_token_id) != wanted:
+    if replace_id(found, ours.image_token_id, image_token_id) != wanted:
         raise CheckpointError(
             "template.chat_template: BLIP-2's processor writes the image first, before even the beginning of the "
             "sequence, then the question as it is; this template writes something else around them. Train with a "
             "jinja text that does the same (for T5 the preset 't5' does)"
         )
-    note = "one image a prompt, which comes first; there is no chat template"
-    return (note, "ask without text: the template was trained on images alone") if media_only else (note,)
+    changes = ["one image a prompt, which comes first; there is no chat template"]
+    return [*changes, "ask without text: the template was trained on images alone"] if not question else changes
+
+
+def drops_text(config: TemplateConfig) -> bool:
+    """Whether a template keeps only the images of a question, as LLaVA's for stage 1 does."""
+    return config.chat_template in PRESETS and PRESETS[config.chat_template].media_only
 
 
 def differences(ours: ChatTemplate, tokenizer: PreTrainedTokenizerBase, source: str, image_token_id: int) -> list[str]:
@@ -112,7 +122,7 @@ def differences(ours: ChatTemplate, tokenizer: PreTrainedTokenizerBase, source: 
             rendered = ours.render(messages, counts, add_generation_prompt=True)
         except PolymodalError:
             continue
-        wanted = _mapped(rendered.input_ids, ours.image_token_id, image_token_id)
+        wanted = replace_id(rendered.input_ids, ours.image_token_id, image_token_id)
         try:
             found = stock_ids(tokenizer, source, messages, counts, image_token_id)
         except PolymodalError:
@@ -142,22 +152,24 @@ def stock_ids(
 def stock_text(tokenizer: PreTrainedTokenizerBase, source: str, messages: Sequence[Message]) -> str:
     """What a chat template makes of a conversation."""
     variables: dict[str, Any] = {str(name): token for name, token in tokenizer.special_tokens_map.items()}
-    chat = [
-        {
-            "role": message.role,
-            "content": [
-                {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": getattr(part, "text", "")}
-                for part in message.parts
-            ],
-        }
-        for message in messages
-    ]
     try:
         return compile_template(source)(
-            **variables, messages=chat, tools=None, documents=None, add_generation_prompt=True
+            **variables, messages=stock_chat(messages), tools=None, documents=None, add_generation_prompt=True
         )
     except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise PolymodalError(f"the chat template refuses this conversation: {first_line(error)}") from None
+
+
+def stock_chat(messages: Sequence[Message], images: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    """A conversation as chat templates take it, with the images in their places where they are given."""
+    left = iter(images)
+
+    def content(part: Part) -> dict[str, Any]:
+        if isinstance(part, Text):
+            return {"type": "text", "text": part.text}
+        return {"type": "image", "image": next(left)} if images else {"type": "image"}
+
+    return [{"role": message.role, "content": [content(part) for part in message.parts]} for message in messages]
 
 
 def quoted(text: str) -> str:
@@ -166,24 +178,22 @@ def quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
-def _candidates(
-    ours: ChatTemplate, config: TemplateConfig, own: PreTrainedTokenizerBase, placeholder: str
-) -> list[str]:
+def _candidates(ours: ChatTemplate, config: TemplateConfig, placeholder: str) -> list[str]:
     """Templates to try, the simplest first."""
     source = ours.source
     if ours.style != "string":
         if config.default_system is None:
             return [source]
-        turn = f"[{{'type': 'text', 'text': {quoted(config.default_system)}}}]"
-        if ours.style == "mixed":
-            turn = quoted(config.default_system)
+        turn = quoted(config.default_system)
+        if ours.style != "mixed":
+            turn = f"[{{'type': 'text', 'text': {turn}}}]"
         return [
             "{%- if messages and messages[0]['role'] != 'system' -%}"
             f"{{%- set messages = [{{'role': 'system', 'content': {turn}}}] + messages -%}}{{%- endif %}}\n{source}"
         ]
-    head = _head(placeholder + config.image_newline_text, config.default_system)
-    if config.chat_template in PRESETS and PRESETS[config.chat_template].media_only:
-        head = _head(placeholder, None, media_only=True)
+    media_only = drops_text(config)
+    image = placeholder if media_only else placeholder + config.image_newline_text
+    head = _head(image, None if media_only else config.default_system, media_only=media_only)
     whole = f"{head}\n{source}"
     # The space after "ASSISTANT:" is the answer's where the tokenizer draws it into the first word.
     cut = (
@@ -193,7 +203,7 @@ def _candidates(
     return [whole, cut]
 
 
-def _head(image: str, default_system: str | None, *, media_only: bool = False) -> str:
+def _head(image: str, default_system: str | None, *, media_only: bool) -> str:
     """What turns a list of parts into a string before a template that takes strings."""
     start = "{%- set told = namespace(turns=[]) -%}"
     if default_system is not None:
@@ -230,5 +240,6 @@ def _without_frame(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     return copied
 
 
-def _mapped(ids: Sequence[int], old: int, new: int) -> list[int]:
+def replace_id(ids: Sequence[int], old: int, new: int) -> list[int]:
+    """Ids with one of them replaced."""
     return [new if token == old else token for token in ids]
