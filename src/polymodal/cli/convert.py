@@ -45,18 +45,12 @@ def run(args: argparse.Namespace) -> int:
     from polymodal.interop.llava.load import load_llava_repo
 
     folder = find_model(args.source)
-    given = [flag for flag in ("base", "vision_tower", "template", "allow_pickle") if getattr(args, flag)]
+    flags = ("base", "vision_tower", "template", "allow_pickle")
+    given = {name: value for name in flags if (value := getattr(args, name))}
     if is_llava_repo(folder):
-        loaded = load_llava_repo(
-            folder,
-            base=args.base,
-            vision_tower=args.vision_tower,
-            template=args.template,
-            allow_pickle=args.allow_pickle,
-            dtype=args.dtype,
-        )
+        loaded = load_llava_repo(folder, dtype=args.dtype, **given)
     elif given:
-        flag = given[0].replace("_", "-")
+        flag = next(iter(given)).replace("_", "-")
         raise ConfigError(f"--{flag} is for folders of the LLaVA repository, and {args.source} is none")
     elif is_hf_folder(folder):
         loaded = load_hf(folder, dtype=args.dtype, source=args.source)

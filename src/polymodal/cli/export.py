@@ -12,9 +12,9 @@ express is refused with the reasons. --verify writes DST/parity.json and ends wi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polymodal.cli import common
 from polymodal.errors import ConfigError, PolymodalError
@@ -40,12 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest file (default: 5)")
     parser.add_argument("--verify", action="store_true", help="compare what was written with the model")
     parser.add_argument(
-        "--image",
-        "--picture",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="with --verify: ask about this image too",
+        "--image", "--picture", action="append", default=[], metavar="FILE", help="with --verify: ask about it too"
     )
     parser.add_argument("--questions", metavar="FILE", help="with --verify: ask the questions of this data file too")
     parser.add_argument(
@@ -75,42 +70,33 @@ def run(args: argparse.Namespace) -> int:
 
 def _hf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:
     from polymodal.interop.huggingface.export import export_hf
+    from polymodal.verify.compare import verify_export
 
-    loaded, source = _open(args.model)
+    loaded, options = _open(args)
     done = export_hf(
         loaded,
         dst,
         merge_lora=not args.keep_adapter,
         dtype=_dtype(args.dtype),
         max_shard_bytes=int(args.max_shard_gb * 1e9),
-        licences=source,
-        replace=args.overwrite,
+        **options,
     )
-    for line in done.remarks:
-        common.note(f"polymodal: {line}")
+    _tell(done.remarks)
     print(f"{dst}: {done.family}, {done.weight_bytes / 1e6:,.1f} MB of weights, <image> is token {done.image_token_id}")
-    if not args.verify:
-        return 0
-    from polymodal.verify.compare import verify_export
-
-    return _outcome(verify_export(loaded, dst, more=more))
+    return _outcome(verify_export(loaded, dst, more=more)) if args.verify else 0
 
 
 def _gguf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:
     from polymodal.interop.gguf.export import export_gguf
+    from polymodal.verify.llamacpp import verify_gguf
 
     if args.keep_adapter:
         raise ConfigError("--keep-adapter: GGUF holds no adapter beside the weights; leave it out, and it is added")
-    loaded, source = _open(args.model)
-    done = export_gguf(loaded, dst, kind=args.dtype, licences=source, replace=args.overwrite)
-    for line in done.remarks:
-        common.note(f"polymodal: {line}")
+    loaded, options = _open(args)
+    done = export_gguf(loaded, dst, kind=args.dtype, **options)
+    _tell(done.remarks)
     print(f"{dst}: {done.model.name} and {done.mmproj.name}, {done.weight_bytes / 1e6:,.1f} MB of weights")
-    if not args.verify:
-        return 0
-    from polymodal.verify.llamacpp import verify_gguf
-
-    return _outcome(verify_gguf(loaded, dst, more=more))
+    return _outcome(verify_gguf(loaded, dst, more=more)) if args.verify else 0
 
 
 def _asked(args: argparse.Namespace) -> list[Probe]:
@@ -128,9 +114,14 @@ def _asked(args: argparse.Namespace) -> list[Probe]:
     return probes
 
 
+def _tell(remarks: Iterable[str]) -> None:
+    for remark in remarks:
+        common.note(f"polymodal: {remark}")
+
+
 def _outcome(parity: Parity) -> int:
     if parity.not_run:
-        common.note(f"polymodal: not installed, so not compared: {', '.join(parity.not_run)}")
+        _tell([f"not installed, so not compared: {', '.join(parity.not_run)}"])
     print(common.printable(parity.line))
     return 0 if parity.passed else 1
 
@@ -142,7 +133,7 @@ def _polymodal(args: argparse.Namespace, dst: Path, _more: list[Probe]) -> int:
         raise ConfigError("--keep-adapter: a folder of ours keeps its adapter already; copy the folder")
     if args.verify:
         raise ConfigError("--verify compares with other programs; a folder of ours is checked whenever it is opened")
-    loaded, _ = _open(args.model)
+    loaded, _ = _open(args)
     write_whole(loaded, dst, dtype=_dtype(args.dtype), replace=args.overwrite)
     print(f"{dst}: a whole model of polymodal")
     return 0
@@ -156,12 +147,12 @@ FORMATS: dict[str, Callable[[argparse.Namespace, Path, list[Probe]], int]] = {
 """Each format and what writes it."""
 
 
-def _open(name: str) -> tuple[Loaded, Path]:
-    """Load a model of ours or a published one, and say where it lies."""
+def _open(args: argparse.Namespace) -> tuple[Loaded, dict[str, Any]]:
+    """Load a model of ours or a published one; and the options that all formats share."""
     from polymodal.checkpoints.locate import find_model
     from polymodal.interop.open import open_model
 
-    return open_model(name), find_model(name)
+    return open_model(args.model), {"licences": find_model(args.model), "replace": args.overwrite}
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

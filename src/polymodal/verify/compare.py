@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from polymodal.backends.local import LocalBackend
 from polymodal.backends.transformers.folder import open_model, open_processor
 from polymodal.checkpoints.model_folder import ADAPTER_NAME, Loaded
 from polymodal.errors import CheckpointError, first_line
@@ -37,8 +36,6 @@ from polymodal.verify.side_by_side import (
     Probe,
     SideBySide,
     chat_probes,
-    run_checks,
-    verdict,
     version_of,
 )
 
@@ -54,7 +51,7 @@ ANSWER = "a cat"
 
 
 def verify_export(
-    source: Loaded | LocalBackend,
+    source: Loaded,
     folder: Path,
     *,
     tokens: int = TOKENS,
@@ -76,15 +73,13 @@ def verify_export(
     Raises:
         PolymodalError: The folder holds no model, or the report cannot be written.
     """
-    return run_checks(Comparison(source, folder, tokens, more), CHECKS if checks is None else checks)
+    return Comparison(source, folder, tokens, more).run(CHECKS if checks is None else checks)
 
 
 class Comparison(SideBySide):
     """Our model and a stock folder, side by side."""
 
-    def __init__(
-        self, source: Loaded | LocalBackend, folder: Path, tokens: int = TOKENS, more: Sequence[Probe] = ()
-    ) -> None:
+    def __init__(self, source: Loaded, folder: Path, tokens: int, more: Sequence[Probe]) -> None:
         super().__init__(source, folder, tokens)
         self.config = read_json(folder / "config.json")
         self.plain = self.config.get("model_type") in BLIP
@@ -193,7 +188,7 @@ def same_pixels(comparison: Comparison) -> Check:
         "sha256_ours": hashes[0].hexdigest(),
         "sha256_exported": hashes[1].hexdigest(),
     }
-    return verdict("pixels", wrong, numbers, "the exported processor makes other pixels of")
+    return Check.unless(wrong, "pixels", numbers, "the exported processor makes other pixels of")
 
 
 @torch.inference_mode()
@@ -213,7 +208,7 @@ def same_logits(comparison: Comparison) -> Check:
         if not difference <= allowed * scale:  # NaN is wrong too
             wrong.append(f"{probe.name} (largest difference {difference:.2g} of logits up to {scale:.3g})")
     numbers = {"max_difference": largest, "largest_logit": size, "tolerance": allowed, "dtype": comparison.dtype}
-    return verdict("logits", wrong, numbers, "logits differ for")
+    return Check.unless(wrong, "logits", numbers, "logits differ for")
 
 
 @torch.inference_mode()
@@ -287,34 +282,28 @@ def _logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ours and theirs, [positions, V]."""
     backend = comparison.ours
-    extra: dict[str, Any] = {}
-    if backend.model.encoder_decoder:
+    taught = backend.model.encoder_decoder
+    if taught:
         sample = backend.processor([*probe.messages, assistant(ANSWER)])
-        extra = {"labels": sample.input_ids[sample.loss_mask][None]}
-    batch = collate([_on_same_pixels(sample, given)], backend.processor.pad_id)
-    inputs = batch.to(backend.model.device).inputs()
-    if not extra:
-        inputs["labels"] = None
-    found = backend.model(**inputs).logits
+        given = {**given, "labels": sample.input_ids[sample.loss_mask][None]}
+    batch = collate([_on_same_pixels(sample, given)], backend.processor.pad_id).to(backend.model.device).inputs()
+    found = backend.model(**(batch if taught else {**batch, "labels": None})).logits
     assert found is not None
-    return found.reshape(-1, found.shape[-1]).float().cpu(), comparison.model(**given, **extra).logits[0].float()
+    return found.reshape(-1, found.shape[-1]).float().cpu(), comparison.model(**given).logits[0].float()
 
 
 def _on_same_pixels(sample: Sample, given: dict[str, Any]) -> Sample:
     """Our prompt with the pixels of the stock processor, where they are as many."""
     if not sample.plans or sample.pixels is None:
         return sample
-    tiles, counts = _real_tiles(given["pixel_values"], sample), [plan.num_tiles for plan in sample.plans]
-    if tiles.shape != torch.cat(list(sample.pixels)).shape:
-        return sample
-    return replace(sample, pixels=tiles.split(counts))
+    tiles = _real_tiles(given["pixel_values"], sample)
+    alike = tiles.shape == torch.cat(list(sample.pixels)).shape
+    return replace(sample, pixels=tiles.split([plan.num_tiles for plan in sample.plans])) if alike else sample
 
 
 def _real_tiles(pixels: Any, sample: Sample) -> torch.Tensor:
     """A stock processor's tiles without the rows of zeros that fill its batch."""
-    if isinstance(pixels, list | tuple):
-        return torch.cat([torch.as_tensor(one) for one in pixels]).float()
-    if pixels.ndim == 4:
+    if not isinstance(pixels, list | tuple) and pixels.ndim == 4:
         return torch.as_tensor(pixels).float()
     counts = [plan.num_tiles for plan in sample.plans]
-    return torch.cat([one[:count] for one, count in zip(pixels, counts, strict=True)]).float()
+    return torch.cat([torch.as_tensor(one)[:count] for one, count in zip(pixels, counts, strict=True)]).float()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.model_folder import Loaded
 from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.interop.gguf.export import CLASS_TOKEN_NOTE, PAD_COLOUR
@@ -36,8 +35,6 @@ from polymodal.verify.side_by_side import (
     Probe,
     SideBySide,
     chat_probes,
-    run_checks,
-    verdict,
     version_of,
 )
 
@@ -47,12 +44,10 @@ PARTED = {"f32": IN_ANOTHER_ENGINE, "f16": 0.8, "bf16": 0.5, "q8_0": 0.5}
 """Smallest share of greedy tokens before two answers part, by the type of the weights."""
 
 
-def verify_gguf(
-    source: Loaded | LocalBackend, folder: Path, *, tokens: int = TOKENS, more: Sequence[Probe] = ()
-) -> Parity:
+def verify_gguf(source: Loaded, folder: Path, *, tokens: int = TOKENS, more: Sequence[Probe] = ()) -> Parity:
     """Compare exported GGUF files with the model that they were written from, and write `parity.json` beside them."""
     comparison = GgufComparison(source, folder, tokens, more)
-    parity = run_checks(comparison, CHECKS if find_spec("llama_cpp") else dict.fromkeys(CHECKS, lambda _: None))
+    parity = comparison.run(CHECKS if find_spec("llama_cpp") else dict.fromkeys(CHECKS, lambda _: None))
     if "theirs" in vars(comparison):
         comparison.theirs.close()
     return parity
@@ -169,16 +164,19 @@ class LlamaCpp:
 class GgufComparison(SideBySide):
     """Our model and its GGUF files, side by side."""
 
-    def __init__(
-        self, source: Loaded | LocalBackend, folder: Path, tokens: int = TOKENS, more: Sequence[Probe] = ()
-    ) -> None:
+    def __init__(self, source: Loaded, folder: Path, tokens: int, more: Sequence[Probe]) -> None:
+        from gguf import GGUFReader
+
         super().__init__(source, folder, tokens)
         found = sorted(folder.glob("model-*.gguf"))
         if len(found) != 1:
             raise CheckpointError(f"{folder}: one model-*.gguf expected, found {len(found)}")
         self.kind = found[0].stem.removeprefix("model-")
         self.files = found[0], folder / f"mmproj-{self.kind}.gguf"
-        self.jinja = _chat_template(self.files[0])
+        template = GGUFReader(self.files[0]).fields.get("tokenizer.chat_template")
+        if template is None:
+            raise CheckpointError(f"{self.files[0]}: no tokenizer.chat_template in it")
+        self.jinja = str(template.contents())
         self.words, image_id, _ = with_placeholder(self.ours.tokenizer, self.ours.model.image_token_id)
         self.placeholder = str(self.words.convert_ids_to_tokens(image_id))
         wrong = differences(self.ours.processor.template, self.words, self.jinja, image_id)
@@ -190,14 +188,12 @@ class GgufComparison(SideBySide):
         length = max(len(sample.input_ids) for sample in self.samples) + self.tokens
         return LlamaCpp(*self.files, min(length + 8, self.ours.context_length), torch.get_num_threads())
 
-    @contextmanager
-    def prompt(self, probe: Probe, *, square: bool = False) -> Iterator[Any]:
+    def prompt(self, probe: Probe, *, square: bool = False) -> AbstractContextManager[Any]:
         """The probe as llama.cpp's chunks, images padded to squares beforehand where that is wanted."""
         # The text is what the file's own chat template makes of the probe.
         pieces = stock_text(self.words, self.jinja, probe.messages).split(self.placeholder)
         images = [image.convert("RGB") for image in probe.images]
-        with self.theirs.chunks(pieces, [_padded(image) for image in images] if square else images) as chunks:
-            yield chunks
+        return self.theirs.chunks(pieces, [_padded(image) for image in images] if square else images)
 
 
 def same_ids(comparison: GgufComparison) -> Check:
@@ -231,7 +227,7 @@ def same_images(comparison: GgufComparison) -> Check:
     if wrong and config.vision is not None and config.vision.type == "clip":
         wrong[-1] += f" ({CLASS_TOKEN_NOTE})"
     numbers = {"max_relative_difference": worst, "tolerance_of_square": allowed}
-    return verdict("images", wrong, numbers, "tokens of images differ for")
+    return Check.unless(wrong, "images", numbers, "tokens of images differ for")
 
 
 @torch.inference_mode()
@@ -248,15 +244,9 @@ def same_answers(comparison: GgufComparison) -> Check:
         furthest = max(furthest, float((last - logits[: len(last)]).abs().max()))
         largest = max(largest, float(last.abs().max()))
         answers.append((comparison.greedy(sample), made))
-    return comparison.compare_answers(
-        "llama.cpp",
-        answers,
-        PARTED[comparison.kind],
-        probes=len(comparison.probes),
-        max_logit_difference=furthest,
-        largest_logit=largest,
-        version=version_of("llama-cpp-python"),
-    )
+    numbers = {"probes": len(answers), "max_logit_difference": furthest, "largest_logit": largest}
+    release = version_of("llama-cpp-python")
+    return comparison.compare_answers("llama.cpp", answers, PARTED[comparison.kind], **numbers, version=release)
 
 
 CHECKS: dict[str, Callable[[GgufComparison], Check | None]] = {
@@ -265,15 +255,6 @@ CHECKS: dict[str, Callable[[GgufComparison], Check | None]] = {
     "llama.cpp": same_answers,
 }
 """The comparisons with llama.cpp."""
-
-
-def _chat_template(path: Path) -> str:
-    from gguf import GGUFReader
-
-    field = GGUFReader(path).fields.get("tokenizer.chat_template")
-    if field is None:
-        raise CheckpointError(f"{path}: no tokenizer.chat_template in it")
-    return str(field.contents())
 
 
 def _padded(image: Any) -> Any:

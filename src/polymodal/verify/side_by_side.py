@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.model_folder import Loaded
@@ -111,15 +111,19 @@ class Check:
     numbers: dict[str, Any] = field(default_factory=dict)  # What was measured, and the bounds
     reason: str = ""  # What is wrong, in one line; empty where nothing is
 
+    @classmethod
+    def unless(cls, wrong: Sequence[str], name: str, numbers: dict[str, Any], what: str) -> Check:
+        """A check that passes where nothing is wrong."""
+        return cls(name, not wrong, numbers, f"{what} {', '.join(wrong)}" if wrong else "")
+
 
 @dataclass(frozen=True)
 class Parity:
-    """What `parity.json` holds."""
+    """What was found; `parity.json` holds it."""
 
     passed: bool  # Every check that could be run passed, and there was one
     checks: tuple[Check, ...]  # The comparisons
     not_run: tuple[str, ...]  # Names of those whose program is not installed
-    document: dict[str, Any]  # All of it, as written
 
     @property
     def line(self) -> str:
@@ -133,7 +137,7 @@ class Parity:
 class SideBySide:
     """Our model and an exported folder; a subclass adds the other side, which answers each probe once."""
 
-    def __init__(self, source: Loaded | LocalBackend, folder: Path, tokens: int) -> None:
+    def __init__(self, source: Loaded, folder: Path, tokens: int) -> None:
         self.ours = LocalBackend(source.model, source.tokenizer, source.config)
         self.folder, self.tokens = folder, tokens
         self.probes: list[Probe] = []
@@ -167,7 +171,7 @@ class SideBySide:
             if ids != wanted:
                 wrong.append(probe.name)
         numbers = {"probes": len(self.probes), "tokens": total, "differ": wrong}
-        return verdict("token_ids", wrong, numbers, f"{who} gives other ids for")
+        return Check.unless(wrong, "token_ids", numbers, f"{who} gives other ids for")
 
     def compare_answers(
         self, name: str, answers: Iterable[tuple[list[int], list[int]]], least: float, **numbers: Any
@@ -182,48 +186,39 @@ class SideBySide:
                 wrong.append(f"{probe.name} ({same} of {most} tokens)")
         share = equal / total if total else 1.0
         numbers = {"agreement": share, "tokens": total, "least": least, "part": wrong, **numbers}
-        return verdict(name, wrong if share < least else [], numbers, "answers part for")
+        return Check.unless(wrong if share < least else [], name, numbers, "answers part for")
 
-
-def verdict(name: str, wrong: Sequence[str], numbers: dict[str, Any], what: str) -> Check:
-    """A check that passes where nothing is wrong."""
-    return Check(name, not wrong, numbers, f"{what} {', '.join(wrong)}" if wrong else "")
-
-
-S = TypeVar("S", bound=SideBySide)
-
-
-def run_checks(sides: S, checks: Mapping[str, Callable[[S], Check | None]]) -> Parity:
-    """Run comparisons and write `parity.json`; a check gives None where its program is not installed."""
-    done: list[Check] = []
-    not_run: list[str] = []
-    for name, run in checks.items():
-        try:
-            check = run(sides)
-        except PolymodalError as error:
-            check = Check(name, False, reason=str(error))
-        except (ValueError, RuntimeError, IndexError, KeyError, TypeError) as error:  # of the other side, on a probe
-            check = Check(name, False, reason=f"the exported model fails: {' '.join(str(error).split())[:300]}")
-        if check is None:
-            not_run.append(name)
-        else:
-            done.append(check)
-    passed = bool(done) and all(check.passed for check in done)
-    packages = ("polymodal", "torch", "transformers", "tokenizers", "pillow")
-    document = {
-        "passed": passed,
-        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in packages}},
-        "probes": {
-            "names": [probe.name for probe in sides.probes],
-            "sha256": hash_probes(sides.probes),
-            "left_out": sides.left_out,
-            "greedy_tokens": sides.tokens,
-        },
-        "checks": [asdict(check) for check in done],
-        "not_run": not_run,
-    }
-    write_text(sides.folder / REPORT_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    return Parity(passed, tuple(done), tuple(not_run), document)
+    def run(self, checks: Mapping[str, Callable[[Self], Check | None]]) -> Parity:
+        """Make all checks and write `parity.json`; one whose program is not installed gives None."""
+        done: list[Check] = []
+        not_run: list[str] = []
+        for name, check in checks.items():
+            try:
+                found = check(self)
+            except PolymodalError as error:
+                found = Check(name, False, reason=str(error))
+            except (ValueError, RuntimeError, IndexError, KeyError, TypeError) as error:  # of theirs, on a probe
+                found = Check(name, False, reason=f"the exported model fails: {' '.join(str(error).split())[:300]}")
+            if found is None:
+                not_run.append(name)
+            else:
+                done.append(found)
+        parity = Parity(bool(done) and all(check.passed for check in done), tuple(done), tuple(not_run))
+        packages = ("polymodal", "torch", "transformers", "tokenizers", "pillow")
+        document = {
+            "passed": parity.passed,
+            "versions": {"python": platform.python_version(), **{name: version_of(name) for name in packages}},
+            "probes": {
+                "names": [probe.name for probe in self.probes],
+                "sha256": hash_probes(self.probes),
+                "left_out": self.left_out,
+                "greedy_tokens": self.tokens,
+            },
+            "checks": [asdict(check) for check in done],
+            "not_run": not_run,
+        }
+        write_text(self.folder / REPORT_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        return parity
 
 
 def version_of(package: str) -> str:

@@ -24,14 +24,12 @@ from polymodal.errors import CheckpointError
 from polymodal.interop.huggingface.export_chat_template import check_plain_prompt, stock_template, with_placeholder
 from polymodal.interop.huggingface.export_class import (
     BLIP,
-    check_against_class,
     reasons_against,
     refuse,
     refuse_nan,
     select_strategy,
     stock_family,
-    stock_settings,
-    stock_weights,
+    stock_model,
     token_tables,
 )
 from polymodal.interop.huggingface.families import CLASSES
@@ -95,8 +93,6 @@ def export_hf(
     model, config = loaded.model, loaded.config
     family = stock_family(config)
     refuse(f"this model cannot be written as a {CLASSES[family]}", reasons_against(model, config, family))
-    assert config.vision is not None  # reasons_against looked
-    tower = config.vision.type
     adapted, kept = is_peft(model.llm), is_peft(model.llm) and not merge_lora
     if kept:
         merge_adapter(model, False)
@@ -122,18 +118,11 @@ def export_hf(
         remarks.append(f"the LoRA adapter {how if kept else 'was added to the weights'}")
     remarks += _differences(model, config)
 
-    settings = stock_settings(model, config, family, tokenizer, image_id, rows, dtype)
-    weights = stock_weights(model, family, rows)
-
-    def named(style: Style) -> list[tuple[str, torch.Tensor]]:
-        names = [to_stock(family, place, style=style, tower=tower) for place in weights]
-        return [(name, tensor) for name, tensor in zip(names, weights.values(), strict=True) if name is not None]
-
-    check_against_class(dict(named("memory")), family, settings)
+    settings, tensors = stock_model(loaded, family, tokenizer, image_id, rows, dtype, style)
     with atomic_folder(dst, replace=replace) as work:
         settings.save_pretrained(work)
-        size = write_weights(work, named(style), dtype, max_shard_bytes)
-        _write_processor(work, model, config, family, tokenizer, image_id)
+        size = write_weights(work, tensors, dtype, max_shard_bytes)
+        _write_processor(work, loaded, family, tokenizer, image_id)
         unsaid = {image_id, *range(len(tokenizer), rows)}
         _write_generation(work, model.llm, tokenizer, [*config.template.stop_token_ids, *ours.stop_ids], unsaid)
         if kept:
@@ -248,14 +237,10 @@ def image_processor_settings(image: ImageConfig, family: str) -> dict[str, Any]:
 
 
 def _write_processor(
-    folder: Path,
-    model: MultimodalLM,
-    config: ModelConfig,
-    family: str,
-    tokenizer: PreTrainedTokenizerBase,
-    image_token_id: int,
+    folder: Path, loaded: Loaded, family: str, tokenizer: PreTrainedTokenizerBase, image_token_id: int
 ) -> None:
     """Tokenizers, `preprocessor_config.json` and `processor_config.json`."""
+    model, config = loaded.model, loaded.config
     assert config.image is not None and config.vision is not None
     encoder: Any = model.vision_encoder
     projector: Any = model.projector

@@ -115,38 +115,25 @@ def drops_text(config: TemplateConfig) -> bool:
 
 def differences(ours: ChatTemplate, tokenizer: PreTrainedTokenizerBase, source: str, image_token_id: int) -> list[str]:
     """Name the conversations of `PROBES` that a stock processor tokenises otherwise."""
-    wrong = []
+    placeholder, wrong = str(tokenizer.convert_ids_to_tokens(image_token_id)), []
     for name, messages in PROBES.items():
         counts = COUNTS[: sum(len(message.media) for message in messages)]
         try:
             rendered = ours.render(messages, counts, add_generation_prompt=True)
         except PolymodalError:
             continue
-        wanted = replace_id(rendered.input_ids, ours.image_token_id, image_token_id)
         try:
-            found = stock_ids(tokenizer, source, messages, counts, image_token_id)
+            pieces = stock_text(tokenizer, source, messages).split(placeholder)
         except PolymodalError:
-            found = []
-        if found != wanted:
+            pieces = []
+        # As a stock processor does: repeat the placeholders, then tokenise the whole.
+        text = "".join(piece + placeholder * count for piece, count in zip(pieces, (*counts, 0), strict=False))
+        begun = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
+        found = list(tokenizer(text, add_special_tokens=not begun)["input_ids"])
+        wanted = replace_id(rendered.input_ids, ours.image_token_id, image_token_id)
+        if len(pieces) != len(counts) + 1 or found != wanted:
             wrong.append(name)
     return wrong
-
-
-def stock_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    source: str,
-    messages: Sequence[Message],
-    counts: Sequence[int],
-    image_token_id: int,
-) -> list[int]:
-    """What a stock processor makes of a conversation: render, repeat the placeholders, then tokenise the whole."""
-    placeholder = str(tokenizer.convert_ids_to_tokens(image_token_id))
-    pieces = stock_text(tokenizer, source, messages).split(placeholder)
-    if len(pieces) != len(counts) + 1:
-        raise PolymodalError(f"the template writes {len(pieces) - 1} images for {len(counts)}")
-    text = pieces[0] + "".join(placeholder * n + piece for n, piece in zip(counts, pieces[1:], strict=True))
-    begun = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
-    return list(tokenizer(text, add_special_tokens=not begun)["input_ids"])
 
 
 def stock_text(tokenizer: PreTrainedTokenizerBase, source: str, messages: Sequence[Message]) -> str:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from polymodal.checkpoints.model_folder import Loaded
 from polymodal.config import ImageConfig, ModelConfig, ProjectorConfig
 from polymodal.errors import CheckpointError
 from polymodal.interop.huggingface.families import CLASSES
-from polymodal.interop.huggingface.weight_names import NEWLINE, Place
+from polymodal.interop.huggingface.weight_names import NEWLINE, Place, Style, to_stock
 from polymodal.interop.huggingface.weights import weights_on_meta
 from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
 from polymodal.modeling.projectors.mlp import Standardize
@@ -167,10 +168,34 @@ def _against_llm(llm: Any, family: str) -> Iterator[str]:
         yield f"the language model changes its logits after the head ({name}), which the class leaves out"
 
 
-def stock_settings(
-    model: MultimodalLM, config: ModelConfig, family: str, tokenizer: Any, image_token_id: int, rows: int, dtype: Any
+def stock_model(
+    loaded: Loaded, family: str, tokenizer: Any, image_token_id: int, rows: int, dtype: torch.dtype, style: Style
+) -> tuple[Any, list[tuple[str, torch.Tensor]]]:
+    """Configuration and weights of the stock class, whose vocabulary has so many rows; they fit the class itself."""
+    model, config = loaded.model, loaded.config
+    assert config.vision is not None  # reasons_against looked
+    settings = _settings(model, config, family, image_token_id, rows, dtype)
+    if family == "llava_onevision":
+        settings.video_token_index = tokenizer.get_added_vocab().get("<video>", -1)
+    weights, tower = _weights(model, family, rows), config.vision.type
+
+    def named(style: Style) -> list[tuple[str, torch.Tensor]]:
+        names = [to_stock(family, place, style=style, tower=tower) for place in weights]
+        return [(name, tensor) for name, tensor in zip(names, weights.values(), strict=True) if name is not None]
+
+    with weights_on_meta():
+        stock = stock_type(family, "ForConditionalGeneration")(_copy(settings, dtype))
+    found, tied = dict(named("memory")), stock.all_tied_weights_keys
+    one_is_enough = {*tied, *tied.values()} - found.keys()
+    wanted = {name: tensor for name, tensor in stock.state_dict().items() if name not in one_is_enough}
+    compare_tensors(wanted, found, f"{CLASSES[family]} of this version of transformers")
+    return settings, named(style)
+
+
+def _settings(
+    model: MultimodalLM, config: ModelConfig, family: str, image_token_id: int, rows: int, dtype: torch.dtype
 ) -> Any:
-    """Make the configuration of the stock class, whose vocabulary has so many rows."""
+    """The configuration of the stock class."""
     encoder: Any = model.vision_encoder
     projector: Any = model.projector
     vision, image, qformer = config.vision, config.image, config.projector.qformer
@@ -201,7 +226,6 @@ def stock_settings(
         options["image_grid_pinpoints"] = [list(pinpoint) for pinpoint in image.image_grid_pinpoints]
     if family == "llava_onevision":
         options["vision_aspect_ratio"] = f"anyres_max_{image.anyres_max}"
-        options["video_token_index"] = tokenizer.get_added_vocab().get("<video>", -1)
     settings = stock_type(family, "Config")(vision_config=tower, **options)
     settings.architectures = [CLASSES[family]]
     settings.dtype = dtype
@@ -214,7 +238,7 @@ def select_strategy(config: ModelConfig) -> str:
     return "default" if config.vision.type == "clip" and config.vision.mm_vision_select_feature == "patch" else "full"
 
 
-def stock_weights(model: MultimodalLM, family: str, rows: int) -> dict[Place, torch.Tensor]:
+def _weights(model: MultimodalLM, family: str, rows: int) -> dict[Place, torch.Tensor]:
     """Every weight that is written, changed where it has to be."""
     encoder: Any = model.vision_encoder
     by_token = {parameter.data_ptr() for table in token_tables(model.llm) for parameter in table.parameters()}
@@ -282,16 +306,6 @@ def refuse_nan(name: str, tensor: torch.Tensor) -> None:
     """Make sure that a weight is finite."""
     if not bool(torch.isfinite(tensor).all()):
         raise CheckpointError(f"{name} holds NaN or infinity; nothing was written")
-
-
-def check_against_class(tensors: Mapping[str, torch.Tensor], family: str, settings: Any) -> None:
-    """Build the stock class without memory and compare names and shapes of all weights."""
-    with weights_on_meta():
-        stock = stock_type(family, "ForConditionalGeneration")(_copy(settings, settings.dtype))
-    tied = stock.all_tied_weights_keys
-    one_is_enough = {*tied, *tied.values()} - tensors.keys()
-    wanted = {name: tensor for name, tensor in stock.state_dict().items() if name not in one_is_enough}
-    compare_tensors(wanted, tensors, f"{CLASSES[family]} of this version of transformers")
 
 
 def _copy(settings: Any, dtype: torch.dtype) -> Any:
