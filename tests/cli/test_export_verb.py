@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from polymodal.backends import load
+from polymodal.checkpoints.model_folder import load_model, save_model
 from polymodal.cli import main
-from polymodal.config import ModelConfig
+from polymodal.config import LoraRecipe, ModelConfig
+from polymodal.interop.huggingface import export as hf_export
 from polymodal.modeling.build import build_model
+from polymodal.modeling.lora import add_adapters
 
 
 def test_a_stock_folder_with_its_proof(
@@ -51,8 +54,6 @@ def test_a_stock_folder_with_its_proof(
 def test_a_failed_proof_is_status_1(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from polymodal.interop.huggingface import export as hf_export
-
     wrong = {**hf_export.RESAMPLE_FILTERS, "bicubic": 2}  # as if the resize rule were written wrongly
     monkeypatch.setattr(hf_export, "RESAMPLE_FILTERS", wrong)
     assert main(["export", str(tiny_model_folder), str(tmp_path / "out"), "--verify"]) == 1
@@ -61,10 +62,6 @@ def test_a_failed_proof_is_status_1(
 
 
 def test_one_folder_of_ours(tiny_model_config: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from polymodal.checkpoints.model_folder import load_model, save_model
-    from polymodal.config import LoraRecipe
-    from polymodal.modeling.lora import add_adapters
-
     torch.manual_seed(0)
     model, tokenizer = build_model(tiny_model_config)
     add_adapters(model, LoraRecipe(lora_r=2, lora_alpha=4))
@@ -112,8 +109,6 @@ def test_mistakes_are_one_line(
 def test_reasons_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_config: ModelConfig
 ) -> None:
-    from polymodal.checkpoints.model_folder import save_model
-
     document = tiny_model_config.model_dump()
     document["projector"] = {"mm_projector_type": "linear"}
     config = ModelConfig.model_validate(document)

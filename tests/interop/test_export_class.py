@@ -15,14 +15,27 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
-from polymodal.checkpoints.model_folder import Loaded, load_model, save_model
-from polymodal.config import ModelConfig
+from polymodal.checkpoints.model_folder import Loaded, load_model, read_config, save_model
+from polymodal.config import LoraRecipe, ModelConfig
 from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.interop.huggingface import export as hf_export
 from polymodal.interop.huggingface.export import export_hf, write_weights
+from polymodal.interop.huggingface.export_class import reasons_against, stock_family
 from polymodal.modeling.build import build_model
+from polymodal.modeling.lora import add_adapters
+from polymodal.utils.files import shipped_folder
 from polymodal.verify.compare import Comparison, verify_export
 from polymodal.verify.side_by_side import Check
 
@@ -101,8 +114,6 @@ def test_every_reason_is_named_and_nothing_is_written(
 def test_other_language_models(
     tmp_path: Path, tiny_model_config: ModelConfig, tiny_t5_folder: Path, byte_tokenizer: Any
 ) -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
-
     GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
     Gemma2ForCausalLM(
         Gemma2Config(vocab_size=259, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -123,10 +134,6 @@ def test_other_language_models(
 
 def test_the_default_model_says_why_not(tmp_path: Path, loaded: Loaded) -> None:
     """An EfficientNet has no class in transformers; neither has a projector that is wider than the language model."""
-    from polymodal.checkpoints.model_folder import read_config
-    from polymodal.interop.huggingface.export_class import reasons_against, stock_family
-    from polymodal.utils.files import shipped_folder
-
     config = read_config(shipped_folder() / "default")
     assert config.vision is not None
     text = " ".join(reasons_against(loaded.model, config, stock_family(config)))
@@ -152,8 +159,6 @@ def test_names_are_those_that_other_programs_read(loaded: Loaded, tmp_path: Path
 
 
 def test_several_files_and_their_index(loaded: Loaded, tmp_path: Path) -> None:
-    from transformers import AutoModelForImageTextToText
-
     export_hf(loaded, tmp_path / "one")
     export_hf(loaded, tmp_path / "many", max_shard_bytes=40_000)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
@@ -173,8 +178,6 @@ def test_a_name_may_come_once(tmp_path: Path) -> None:
 
 
 def test_the_placeholder_becomes_a_token_with_a_row(loaded: Loaded, tmp_path: Path) -> None:
-    from transformers import AutoModelForImageTextToText, AutoTokenizer
-
     done = export_hf(loaded, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.convert_tokens_to_ids("<image>") == done.image_token_id == 259 and done.rows == 260
@@ -211,9 +214,6 @@ def test_licences_travel(loaded: Loaded, tmp_path: Path) -> None:
 
 @pytest.fixture
 def adapted(tiny_model_config: ModelConfig) -> Loaded:
-    from polymodal.config import LoraRecipe
-    from polymodal.modeling.lora import add_adapters
-
     made = build(tiny_model_config)
     add_adapters(made.model, LoraRecipe(lora_r=2, lora_alpha=4))
     for name, parameter in made.model.llm.named_parameters():
@@ -223,9 +223,6 @@ def adapted(tiny_model_config: ModelConfig) -> Loaded:
 
 
 def test_an_adapter_is_merged_or_kept(adapted: Loaded, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForImageTextToText
-
     ids = torch.arange(3, 40)[None]
     with torch.inference_mode():
         wanted = adapted.model.eval()(ids).logits
@@ -249,9 +246,6 @@ def test_an_adapter_is_merged_or_kept(adapted: Loaded, tmp_path: Path) -> None:
 
 
 def test_trained_rows_cannot_be_kept_apart(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
-    from polymodal.config import LoraRecipe
-    from polymodal.modeling.lora import add_adapters
-
     made = build(tiny_model_config)
     add_adapters(made.model, LoraRecipe(lora_r=2, trainable_tokens=(5, 9)), made.tokenizer)
     with pytest.raises(CheckpointError, match="trainable_token_indices"):
@@ -375,8 +369,6 @@ def test_further_checks_are_taken_and_missing_programs_are_said(exported: tuple[
 
 def test_vllm_is_asked_where_it_is_installed(exported: tuple[Loaded, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in that has vLLM's interface and answers with transformers; vLLM itself needs a machine for it."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     made, folder = exported
     assert verify_export(made, folder, tokens=3).not_run == ("vllm",)
     seen: list[dict[str, Any]] = []

@@ -12,7 +12,7 @@ express is refused with the reasons. --verify writes DST/parity.json and ends wi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,11 +139,7 @@ def _polymodal(args: argparse.Namespace, dst: Path, _more: list[Probe]) -> int:
     return 0
 
 
-FORMATS: dict[str, Callable[[argparse.Namespace, Path, list[Probe]], int]] = {
-    "hf": _hf,
-    "gguf": _gguf,
-    "polymodal": _polymodal,
-}
+FORMATS = {"hf": _hf, "gguf": _gguf, "polymodal": _polymodal}
 """Each format and what writes it."""
 
 

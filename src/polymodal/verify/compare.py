@@ -28,16 +28,7 @@ from polymodal.interop.huggingface.export_class import BLIP
 from polymodal.messages import Image, Text, assistant, user
 from polymodal.processing.collate import Sample, collate
 from polymodal.safety.config_json import read_json
-from polymodal.verify.side_by_side import (
-    IN_ANOTHER_ENGINE,
-    TOKENS,
-    Check,
-    Parity,
-    Probe,
-    SideBySide,
-    chat_probes,
-    version_of,
-)
+from polymodal.verify.side_by_side import IN_ANOTHER_ENGINE, TOKENS, Check, Parity, Probe, SideBySide, chat_probes
 
 PIXEL_TOLERANCE = 1e-5
 """Largest difference of two normalised pixels; the images of bytes must be equal."""
@@ -137,15 +128,8 @@ class Comparison(SideBySide):
             if self.plain:
                 text = probe.messages[0].text
                 return dict(self.processor(images=probe.images[0], text=text, return_tensors="pt"))
-            return dict(
-                self.processor.apply_chat_template(
-                    stock_chat(probe.messages, probe.images),
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                    return_tensors="pt",
-                )
-            )
+            chat, options = stock_chat(probe.messages, probe.images), {"return_dict": True, "return_tensors": "pt"}
+            return dict(self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, **options))
         except Exception as error:  # whatever a stock processor raises means that it cannot take the probe
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"the exported processor refuses {probe.name!r} ({reason})") from error
@@ -264,7 +248,7 @@ def same_text_in_vllm(comparison: Comparison) -> Check | None:
     given = [list(reply.outputs[0].token_ids) for reply in engine.generate(prompts, params)]
     answers = [(comparison.greedy(sample), made) for sample, made in zip(comparison.samples, given, strict=True)]
     least = min(AGREEMENT[comparison.dtype], IN_ANOTHER_ENGINE)
-    return comparison.compare_answers("vllm", answers, least, version=version_of("vllm"))
+    return comparison.compare_answers("vllm", answers, least, package="vllm")
 
 
 CHECKS: dict[str, Callable[[Comparison], Check | None]] = {

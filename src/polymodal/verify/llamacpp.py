@@ -27,16 +27,7 @@ from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.interop.gguf.export import CLASS_TOKEN_NOTE, PAD_COLOUR
 from polymodal.interop.huggingface.export_chat_template import LATER, differences, stock_text, with_placeholder
 from polymodal.processing.collate import collate
-from polymodal.verify.side_by_side import (
-    IN_ANOTHER_ENGINE,
-    TOKENS,
-    Check,
-    Parity,
-    Probe,
-    SideBySide,
-    chat_probes,
-    version_of,
-)
+from polymodal.verify.side_by_side import IN_ANOTHER_ENGINE, TOKENS, Check, Parity, Probe, SideBySide, chat_probes
 
 NEAR = {"f32": 0.02, "f16": 0.05, "bf16": 0.1, "q8_0": 0.15}
 """Largest relative difference (of norms) of a square image's tokens, by the type of the weights."""
@@ -245,8 +236,8 @@ def same_answers(comparison: GgufComparison) -> Check:
         largest = max(largest, float(last.abs().max()))
         answers.append((comparison.greedy(sample), made))
     numbers = {"probes": len(answers), "max_logit_difference": furthest, "largest_logit": largest}
-    release = version_of("llama-cpp-python")
-    return comparison.compare_answers("llama.cpp", answers, PARTED[comparison.kind], **numbers, version=release)
+    least, package = PARTED[comparison.kind], "llama-cpp-python"
+    return comparison.compare_answers("llama.cpp", answers, least, package=package, **numbers)
 
 
 CHECKS: dict[str, Callable[[GgufComparison], Check | None]] = {

@@ -174,11 +174,11 @@ class SideBySide:
         return Check.unless(wrong, "token_ids", numbers, f"{who} gives other ids for")
 
     def compare_answers(
-        self, name: str, answers: Iterable[tuple[list[int], list[int]]], least: float, **numbers: Any
+        self, name: str, pairs: Iterable[tuple[list[int], list[int]]], least: float, package: str = "", **numbers: Any
     ) -> Check:
         """Compare greedy answers, ours and theirs, each side stopping where it stops."""
         wrong, equal, total = [], 0, 0
-        for probe, (ours, theirs) in zip(self.probes, answers, strict=True):
+        for probe, (ours, theirs) in zip(self.probes, pairs, strict=True):
             most = max(len(ours), len(theirs))
             same = next((i for i in range(most) if ours[i : i + 1] != theirs[i : i + 1]), most)
             equal, total = equal + same, total + most
@@ -186,6 +186,8 @@ class SideBySide:
                 wrong.append(f"{probe.name} ({same} of {most} tokens)")
         share = equal / total if total else 1.0
         numbers = {"agreement": share, "tokens": total, "least": least, "part": wrong, **numbers}
+        if package:
+            numbers["version"] = _version(package)
         return Check.unless(wrong if share < least else [], name, numbers, "answers part for")
 
     def run(self, checks: Mapping[str, Callable[[Self], Check | None]]) -> Parity:
@@ -207,7 +209,7 @@ class SideBySide:
         packages = ("polymodal", "torch", "transformers", "tokenizers", "pillow")
         document = {
             "passed": parity.passed,
-            "versions": {"python": platform.python_version(), **{name: version_of(name) for name in packages}},
+            "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
             "probes": {
                 "names": [probe.name for probe in self.probes],
                 "sha256": hash_probes(self.probes),
@@ -221,8 +223,7 @@ class SideBySide:
         return parity
 
 
-def version_of(package: str) -> str:
-    """The version of a package."""
+def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:

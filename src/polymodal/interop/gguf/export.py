@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymodal.checkpoints.model_folder import Loaded
-from polymodal.config import ImageConfig, ModelConfig
+from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError, unknown_name
 from polymodal.interop.gguf.weights import KINDS, reasons_against_llm, write_llm, write_mmproj
 from polymodal.interop.huggingface.export import about_transparency, copy_licences
@@ -30,6 +30,7 @@ from polymodal.interop.huggingface.export_chat_template import stock_template, w
 from polymodal.interop.huggingface.export_class import LLAVA_TOWERS, against_mlp, against_tower, refuse
 from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
 from polymodal.modeling.lora import fold_in, is_peft
+from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.processing.image_transform import pad_colour
 from polymodal.utils.files import atomic_folder, write_text
@@ -37,8 +38,6 @@ from polymodal.utils.files import atomic_folder, write_text
 if TYPE_CHECKING:
     from gguf import GGUFWriter
     from transformers import PreTrainedTokenizerBase
-
-    from polymodal.modeling.vlm import MultimodalLM
 
 PAD_COLOUR = (122, 116, 104)
 TOWER_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
@@ -117,7 +116,16 @@ def reasons_against(model: MultimodalLM, config: ModelConfig) -> Iterator[str]:
     yield from against_tower(model, config, LLAVA_TOWERS)
     if isinstance(model.vision_encoder, HFVisionEncoder) and config.vision.type in LLAVA_TOWERS:
         yield from _against_layers(model.vision_encoder, config.vision.mm_vision_select_feature)
-    yield from _against_image(config.image)
+    image = config.image
+    if image.image_aspect_ratio != "pad":
+        yield (
+            f"image_aspect_ratio {image.image_aspect_ratio!r}: images are padded there, not stretched, cut or tiled: "
+            "train with 'pad'"
+        )
+    elif pad_colour(image) != PAD_COLOUR:
+        yield f"image.pad_color {pad_colour(image)}: llama.cpp always pads with {PAD_COLOUR}"
+    if image.resample != "bicubic":
+        yield f"image.resample {image.resample!r}: llama.cpp always resizes these images by 'bicubic'"
     yield from against_mlp(config.projector)
     if config.template.image_newline_text:
         yield "template.image_newline_text: nothing would write it after an image there; leave it empty"
@@ -135,18 +143,6 @@ def _against_layers(encoder: HFVisionEncoder, feature: str) -> Iterator[str]:
         yield f"the tower's hidden_act {settings.hidden_act!r}: only {', '.join(TOWER_ACTIVATIONS)} can be written"
     if settings.intermediate_size == settings.hidden_size:
         yield "the tower's feed-forward layers are as wide as its hidden states: llama.cpp would swap them"
-
-
-def _against_image(image: ImageConfig) -> Iterator[str]:
-    if image.image_aspect_ratio != "pad":
-        yield (
-            f"image_aspect_ratio {image.image_aspect_ratio!r}: images are padded there, not stretched, cut or tiled: "
-            "train with 'pad'"
-        )
-    elif pad_colour(image) != PAD_COLOUR:
-        yield f"image.pad_color {pad_colour(image)}: llama.cpp always pads with {PAD_COLOUR}"
-    if image.resample != "bicubic":
-        yield f"image.resample {image.resample!r}: llama.cpp always resizes these images by 'bicubic'"
 
 
 # llama.cpp has its own tokenizers: "gpt2" for byte-level BPE, whose way of cutting a text into words goes by a name

@@ -21,11 +21,10 @@ from torch import Tensor
 from polymodal.config import ImageConfig
 from polymodal.errors import CheckpointError
 from polymodal.interop.huggingface.export_class import plain_state, projector_state, refuse_nan
+from polymodal.modeling.vlm import MultimodalLM
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-
-    from polymodal.modeling.vlm import MultimodalLM
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """`model_type` of a language model to what llama.cpp calls it."""

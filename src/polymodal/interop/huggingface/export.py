@@ -27,7 +27,6 @@ from polymodal.interop.huggingface.export_class import (
     reasons_against,
     refuse,
     refuse_nan,
-    select_strategy,
     stock_family,
     stock_model,
     token_tables,
@@ -38,13 +37,12 @@ from polymodal.interop.huggingface.weights import INDEX_NAME
 from polymodal.modeling.lora import fold_in, is_peft, merge_adapter
 from polymodal.modeling.projectors.mlp import Standardize
 from polymodal.modeling.projectors.qformer_files import TOKENIZER_FOLDER
+from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.utils.files import atomic_folder, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from polymodal.modeling.vlm import MultimodalLM
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def export_hf(
     with atomic_folder(dst, replace=replace) as work:
         settings.save_pretrained(work)
         size = write_weights(work, tensors, dtype, max_shard_bytes)
-        _write_processor(work, loaded, family, tokenizer, image_id)
+        _write_processor(work, loaded, settings, tokenizer)
         unsaid = {image_id, *range(len(tokenizer), rows)}
         _write_generation(work, model.llm, tokenizer, [*config.template.stop_token_ids, *ours.stop_ids], unsaid)
         if kept:
@@ -236,14 +234,10 @@ def image_processor_settings(image: ImageConfig, family: str) -> dict[str, Any]:
     return {"image_processor_type": kind, **settings, **more}
 
 
-def _write_processor(
-    folder: Path, loaded: Loaded, family: str, tokenizer: PreTrainedTokenizerBase, image_token_id: int
-) -> None:
-    """Tokenizers, `preprocessor_config.json` and `processor_config.json`."""
-    model, config = loaded.model, loaded.config
+def _write_processor(folder: Path, loaded: Loaded, stock: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tokenizers, `preprocessor_config.json` and `processor_config.json`, beside the configuration of the class."""
+    model, config, family = loaded.model, loaded.config, stock.model_type
     assert config.image is not None and config.vision is not None
-    encoder: Any = model.vision_encoder
-    projector: Any = model.projector
     tokenizer.save_pretrained(folder)
     if family == "instructblip" and model.context_tokenizer is not None:
         model.context_tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
@@ -251,18 +245,20 @@ def _write_processor(
     images = {**image_processor_settings(config.image, family), **settings}
     _write_json(folder / "preprocessor_config.json", images)
     if family in BLIP:
-        settings["num_query_tokens"] = projector.output_grid.area
+        settings["num_query_tokens"] = stock.num_query_tokens
     else:
-        settings["image_token"] = tokenizer.convert_ids_to_tokens(image_token_id)
-        settings["vision_feature_select_strategy"] = select_strategy(config)
+        settings["image_token"] = tokenizer.convert_ids_to_tokens(stock.image_token_index)
+        settings["vision_feature_select_strategy"] = stock.vision_feature_select_strategy
     if family in ("llava", "llava_next"):
-        settings["patch_size"] = encoder.model.config.patch_size
+        settings["patch_size"] = stock.vision_config.patch_size
         settings["num_additional_image_tokens"] = int(config.vision.type == "clip")
     if family == "llava_onevision":
+        projector: Any = model.projector
         # Its "default" takes one off again, for the class token.
-        settings["num_image_tokens"] = projector.output_grid.area + int(select_strategy(config) == "default")
+        one = int(stock.vision_feature_select_strategy == "default")
+        settings["num_image_tokens"] = projector.output_grid.area + one
         settings["video_token"] = "<video>"
-        settings["vision_aspect_ratio"] = f"anyres_max_{config.image.anyres_max}"
+        settings["vision_aspect_ratio"] = stock.vision_aspect_ratio
         # The class insists on a part for videos, which the same settings describe.
         only_images = ("image_processor_type", "image_grid_pinpoints", "do_pad")
         videos = {key: value for key, value in images.items() if key not in only_images}

@@ -9,7 +9,7 @@ layer, and layers without a bias get one of zeros where the class insists.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,11 +21,9 @@ from polymodal.interop.huggingface.weight_names import NEWLINE, Place, Style, to
 from polymodal.interop.huggingface.weights import weights_on_meta
 from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
 from polymodal.modeling.projectors.mlp import Standardize
+from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.image_transform import pad_colour
 from polymodal.utils.safetensors_io import compare_tensors
-
-if TYPE_CHECKING:
-    from polymodal.modeling.vlm import MultimodalLM
 
 BLIP = ("blip-2", "instructblip")
 BLIP_TOWERS = ("eva_clip",)
@@ -210,10 +208,11 @@ def _settings(
         options["num_query_tokens"] = qformer.num_query_tokens
     else:
         layer = vision.mm_vision_select_layer
+        drops_first = vision.type == "clip" and vision.mm_vision_select_feature == "patch"  # its class token
         options |= {
             "projector_hidden_act": "gelu",
             "vision_feature_layer": layer if isinstance(layer, int) else list(layer),
-            "vision_feature_select_strategy": select_strategy(config),
+            "vision_feature_select_strategy": "default" if drops_first else "full",
             "multimodal_projector_bias": config.projector.bias or isinstance(projector.norm, Standardize),
             "tie_word_embeddings": bool(text.tie_word_embeddings),
         }
@@ -230,12 +229,6 @@ def _settings(
     settings.architectures = [CLASSES[family]]
     settings.dtype = dtype
     return settings
-
-
-def select_strategy(config: ModelConfig) -> str:
-    """What the LLaVA classes call our choice of positions: "default" drops the first, "full" keeps all."""
-    assert config.vision is not None
-    return "default" if config.vision.type == "clip" and config.vision.mm_vision_select_feature == "patch" else "full"
 
 
 def _weights(model: MultimodalLM, family: str, rows: int) -> dict[Place, torch.Tensor]:
