@@ -195,9 +195,9 @@ def test_sizes_must_be_positive() -> None:
         plan_image(Size(5, 5), config("pad"), Size(0, 1))
 
 
-def test_geometry_imports_nothing_heavy() -> None:
+def test_media_plan_imports_nothing_heavy() -> None:
     code = (
-        "import sys, polymodal.geometry;"
+        "import sys, polymodal.media_plan;"
         "print(sorted({'torch', 'numpy', 'PIL', 'pydantic', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
