@@ -73,7 +73,7 @@ class ImagePlan:
     # result is resized to `content_box` and laid on a `canvas`, and the canvas is cut row by row into `grid` tiles of
     # `tile` pixels. One more tile, made so from `overview_frame` and `overview_box`, shows the whole image.
     # Tokens: each tile gives `tokens`. With `merge="flat"` the sequence is the tiles' tokens, one tile after the other,
-    # then a newline embedding where `newline`. Otherwise the model
+    # then a newline embedding where `newline`; `kept` and `unpadded` are None. Otherwise the model
     # 1. joins the grid's tiles to one field of `grid` times `tokens`;
     # 2. keeps the part `kept` of that field;
     # 3. resizes that part to `unpadded` (bilinear), where it has another size;
@@ -87,18 +87,14 @@ class ImagePlan:
     grid: Size  # Rows and columns of tiles
     overview: Literal["none", "first", "last"] = "none"  # LLaVA-NeXT's global view is first, a thumbnail last
     tokens: Size  # Projected tokens per tile, as (rows, columns); `Size(1, Q)` where they have no spatial order
-    merge: PatchMerge = (
-        "flat"  # "spatial_unpad" cuts padding away and ends rows with newlines, "spatial" does not
-    )
-    unpadded: Size | None = (
-        None  # The grid's tokens, no newlines: `kept`'s, or fewer by anyres_max; None for "flat"
-    )
+    merge: PatchMerge = "flat"  # "spatial_unpad" cuts padding away and ends rows with newlines
+    unpadded: Size | None = None  # The grid's tokens, no newlines: `kept`'s, or fewer by anyres_max
     scaled_to_fit: bool = False  # The image asked for more tiles than allowed and was scaled down
     num_tokens: int  # Positions in the sequence
     frame: Box | None = None  # Height and width of the frame, top and left of the image in it, in source pixels
     overview_box: Box | None = None  # As `content_box`, on the overview tile
     overview_frame: Box | None = None  # As `frame`, of the overview tile
-    kept: Box | None = None  # In tokens; None for "flat". Of an image thinner than a token row 0 rows may be kept
+    kept: Box | None = None  # In tokens; of an image thinner than a token row 0 rows may be kept, as in the reference
     newline: bool = False  # Each row ends with a newline token; with `merge="flat"`, the whole image does
 
     @property
