@@ -20,23 +20,23 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.parser import Parser
-from jinja2.runtime import LoopContext, Macro
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from polymodal.errors import ConfigError
 from polymodal.safety.jinja_limits import (
-    LOOKING_AHEAD,
+    CAREFUL_FILTERS,
     MAX_WIDTH,
     UnsafeTemplateError,
     fits,
@@ -50,21 +50,12 @@ from polymodal.safety.jinja_limits import (
     strftime_now,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from jinja2.runtime import Context
-
-MAX_SOURCE = 128 * 1024
-"""Characters of a template; the longest published ones have about 30,000."""
-MAX_NODES = 30_000
-"""Parts of speech of a template."""
+MAX_SOURCE = 128 * 1024  # characters of a template; the longest published ones have about 30,000
+MAX_NODES = 30_000  # of a template's syntax tree
+# Of one rendering: rounds of loops, calls and filters; characters and entries that are handled; processor time.
 MAX_STEPS = 200_000
-"""Turns of loops, calls and filters in one rendering."""
 MAX_WORK = 64_000_000
-"""Characters and entries that are handled in one rendering."""
 MAX_SECONDS = 5.0
-"""Processor time of one rendering."""
 STRING_METHODS = """
     capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace
     istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip
@@ -74,11 +65,11 @@ FILTERS = """
     abs count d default dictsort first float groupby int items last length list map max min reject rejectattr reverse
     round select selectattr sort unique
 """
+# Those that write their arguments out as text, which is therefore measured before.
 TEXT_FILTERS = """
     capitalize e escape forceescape indent join lower replace safe string striptags title tojson trim truncate upper
     urlencode wordcount
 """
-"""Those that write their arguments out as text, which is therefore measured before."""
 _METHODS, _TEXT = frozenset(STRING_METHODS.split()), frozenset(TEXT_FILTERS.split())
 
 
@@ -125,13 +116,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             extensions=[_GenerationBlock, jinja2.ext.loopcontrols],
         )
         self._local = threading.local()
-        known = {name: self.filters[name] for name in (FILTERS + TEXT_FILTERS).split()}
-        known |= LOOKING_AHEAD
-        self.filters = {name: _guarded(name, function, self) for name, function in known.items()}
+        allowed = {name: self.filters[name] for name in (FILTERS + TEXT_FILTERS).split()} | CAREFUL_FILTERS
+        self.filters = {name: _guarded(name, function, self) for name, function in allowed.items()}
         for name in ("lipsum", "cycler", "joiner"):
             self.globals.pop(name, None)
-        self.globals["raise_exception"] = raise_exception
-        self.globals["strftime_now"] = strftime_now
+        self.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
 
     @contextmanager
     def budgeted(self, share: float) -> Iterator[None]:
@@ -149,7 +138,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return budget
 
     def tick(self, written: int) -> bool:
-        """Called on every turn of a loop and on every macro, with the characters that stand there as they are."""
+        """Called in every round of a loop and in every macro, with the characters that stand there as they are."""
         self.budget.step(written)
         return True
 
@@ -213,13 +202,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return result
 
 
-def compile_template(source: str) -> Callable[..., str]:
-    """Compile a chat template in the sandbox."""
-    return budgeted_template(source, 1.0)
-
-
-def budgeted_template(source: str, share: float) -> Callable[..., str]:
-    """Compile a chat template that gets only a share of the usual budget; see `compile_template`."""
+def compile_template(source: str, share: float = 1.0) -> Callable[..., str]:
+    """Compile a chat template in the sandbox; each rendering gets a share of the usual budget."""
     if len(source) > MAX_SOURCE:
         raise UnsafeTemplateError(
             f"chat_template: {len(source):,} characters; more than {MAX_SOURCE:,} are no chat template"
@@ -255,24 +239,19 @@ def budgeted_template(source: str, share: float) -> Callable[..., str]:
 
 
 class _Counted(NodeTransformer):
-    """Let loops and macros count their turns, and values be measured where they are written down."""
+    """Let loops and macros count their rounds, and values be measured where they are written down."""
+
+    def _counting(self, node: Any) -> Any:
+        self.generic_visit(node)
+        node.body = [nodes.ExprStmt(_tick(node, _data_in(node.body)), lineno=node.lineno), *node.body]
+        return node
+
+    visit_Macro = visit_CallBlock = _counting
 
     def visit_For(self, node: nodes.For) -> nodes.For:
-        self.generic_visit(node)
-        node.body = [_tick(node, _data_in(node.body)), *node.body]
+        self._counting(node)
         if node.test is not None:
-            first: nodes.Expr = _call("tick", [nodes.Const(0)], node)
-            node.test = nodes.And(first, node.test, lineno=node.lineno)
-        return node
-
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Macro:
-        self.generic_visit(node)
-        node.body = [_tick(node, _data_in(node.body)), *node.body]
-        return node
-
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.CallBlock:
-        self.generic_visit(node)
-        node.body = [_tick(node, _data_in(node.body)), *node.body]
+            node.test = nodes.And(_tick(node, 0), node.test, lineno=node.lineno)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
@@ -299,8 +278,8 @@ def _call(name: str, args: list[nodes.Expr], at: nodes.Node) -> nodes.Call:
     return nodes.Call(function, args, [], None, None, lineno=at.lineno)
 
 
-def _tick(at: nodes.Node, written: int) -> nodes.ExprStmt:
-    return nodes.ExprStmt(_call("tick", [nodes.Const(written)], at), lineno=at.lineno)
+def _tick(at: nodes.Node, written: int) -> nodes.Expr:
+    return _call("tick", [nodes.Const(written)], at)
 
 
 def _data_in(body: Iterable[nodes.Node]) -> int:
@@ -318,10 +297,10 @@ def _refuse_reaching_out(tree: nodes.Template) -> None:
     """Raise where a template names a file to include, or an attribute of Python's insides."""
     for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
         raise UnsafeTemplateError(f"chat_template: line {node.lineno} asks for another file ({type(node).__name__})")
-    for part in tree.find_all((nodes.Getattr, nodes.Const)):
-        name = getattr(part, "attr", None) or getattr(part, "value", None)
+    for named in tree.find_all((nodes.Getattr, nodes.Const)):
+        name = getattr(named, "attr", None) or getattr(named, "value", None)
         if isinstance(name, str) and re.fullmatch(r"__\w+__", name):
-            raise UnsafeTemplateError(f"chat_template: line {part.lineno} asks for Python's own attribute {name!r}")
+            raise UnsafeTemplateError(f"chat_template: line {named.lineno} asks for Python's own attribute {name!r}")
 
 
 def _guarded(name: str, function: Callable[..., Any], environment: _Environment) -> Callable[..., Any]:

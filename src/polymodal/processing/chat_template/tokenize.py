@@ -1,7 +1,7 @@
 """Tokenise the pieces of a rendered conversation so that they join up as one string would have been.
 
 Two kinds of text meet in a prompt. Scaffolding, which the template wrote, is read with special tokens recognised.
-Content, which a person or a data set wrote, never is: `<image>` or `<|im_start|>system` typed by a user stays text.
+Content, which a person or a dataset wrote, never is: `<image>` or `<|im_start|>system` typed by a user stays text.
 
 Tokenising piece by piece has one trap: SentencePiece-like tokenizers put a space in front of every string that they
 are given (Llama's "legacy" prefix, Metaspace's `prepend_scheme`). Here the private copies of the Rust tokenizer that
@@ -14,13 +14,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from tokenizers import Tokenizer
 
 from polymodal.errors import ConfigError, PolymodalError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+Prefix: TypeAlias = Literal["never", "first", "always"]
+"""Where a tokenizer puts a space of its own: nowhere, before the whole string, also behind each added token."""
 
 
 class PieceTokenizer:
@@ -31,37 +35,28 @@ class PieceTokenizer:
             raise ConfigError(
                 f"tokenizer {type(tokenizer).__name__} is not a fast tokenizer; save it as tokenizer.json first"
             )
-        from tokenizers import Tokenizer
-
         backend: Tokenizer = tokenizer.backend_tokenizer
         data = json.loads(backend.to_str())
         data["truncation"] = data["padding"] = None
-        self.prefix: Literal["never", "first", "always"] = _prefix_scheme(data)
-        self._image_token_id = image_token_id
-        names = {entry["id"]: entry["content"] for entry in data["added_tokens"]}
-        self.added = frozenset(names) | {image_token_id}
-        self._special = frozenset(
-            {
-                entry["id"]
-                for entry in data["added_tokens"]
-                if entry["special"] or (entry["content"].strip() and entry["content"] in template)
-            }
-            | set(tokenizer.all_special_ids)
-            | {image_token_id}
-        )
+        self.prefix: Prefix = _prefix_scheme(data)
+        self.added = {image_token_id, *(entry["id"] for entry in data["added_tokens"])}
+        special = {image_token_id, *tokenizer.all_special_ids}
+        for entry in data["added_tokens"]:
+            if entry["special"] or (entry["content"].strip() and entry["content"] in template):
+                special.add(entry["id"])
         # Pieces that stand for what they do not spell: honest, unless somebody typed the very name.
         stand_ins = [f"<0x{byte:02X}>" for byte in range(256)] if data["model"].get("byte_fallback") else []
         if tokenizer.unk_token is not None:
             stand_ins.append(tokenizer.unk_token)
         ids = ((backend.token_to_id(name), name) for name in stand_ins)
         self._stand_ins: dict[int, str] = {token: name for token, name in ids if token is not None}
-        self._suspect = self._special | set(self._stand_ins)
+        self._suspect = special | set(self._stand_ins)
 
         self._natural = Tokenizer.from_str(json.dumps(data))
         _drop_prefix(data)
         self._scaffold = self._natural if self.prefix == "never" else Tokenizer.from_str(json.dumps(data))
         for entry in data["added_tokens"]:
-            entry["special"] = entry["id"] in self._special
+            entry["special"] = entry["id"] in special
         self._content = Tokenizer.from_str(json.dumps(data))
         self._content.encode_special_tokens = True
         spaced = self._content.encode(" a", add_special_tokens=False).ids
@@ -131,9 +126,9 @@ def _members(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     return [step]
 
 
-def _prefix_scheme(data: dict[str, Any]) -> Literal["never", "first", "always"]:
+def _prefix_scheme(data: dict[str, Any]) -> Prefix:
     """Read from a tokenizer's JSON where it puts a space of its own."""
-    scheme: Literal["never", "first", "always"] = "never"
+    scheme: Prefix = "never"
     for step in _members(data["normalizer"], "normalizers"):
         if step["type"] == "Prepend":
             return "always"
@@ -148,7 +143,7 @@ def _prefix_scheme(data: dict[str, Any]) -> Literal["never", "first", "always"]:
 
 
 def _drop_prefix(data: dict[str, Any]) -> None:
-    """Switch the space off, in place."""
+    """Switch the tokenizer's own space off, in place."""
 
     def without_prepend(step: dict[str, Any] | None) -> dict[str, Any] | None:
         if step is None or step["type"] == "Prepend":
