@@ -82,9 +82,8 @@ def _decode(image: PILImage.Image, background: tuple[int, int, int], max_pixels:
             image.seek(0)
         image.load()
         _check_size(image, max_pixels, name)  # a first frame may enlarge the screen that the header gave
-        turn = _UPRIGHT.get(_orientation(image))
-        rgb = to_rgb(image, background)
-        return rgb if turn is None else rgb.transpose(turn)
+        rgb, orientation = to_rgb(image, background), _orientation(image)
+        return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
     except MediaError:
         raise
     except Exception as error:  # a decoder that is fed damaged bytes may raise anything
