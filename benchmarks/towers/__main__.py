@@ -153,7 +153,7 @@ def compare(name: str, train: list[Shown], test: list[Shown]) -> dict[str, Any]:
         ask = Labelled(asked[keep], torch.tensor([number[getattr(test[i], what)] for i in keep]))
         most = Counter(learn.labels.tolist()).most_common(1)[0][0]
         row[what] = {
-            "pictures": len(keep),
+            "images": len(keep),
             "classes": len(names),
             "majority": float((ask.labels == most).float().mean()),
         }
@@ -166,7 +166,7 @@ def compare(name: str, train: list[Shown], test: list[Shown]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The figures as a Markdown table."""
     lines = [
-        "| tower | numbers | pictures/s | of | k-NN | 95% | linear | 95% | majority |",
+        "| tower | numbers | images/s | of | k-NN | 95% | linear | 95% | majority |",
         "|---|--:|--:|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:

@@ -424,8 +424,8 @@ def parse_config(cls: type[ConfigT], data: Any, where: str) -> ConfigT:
         first = error.errors()[0]
         path = ".".join(str(p) for p in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = _fields_at(cls, first["loc"][:-1])
-            raise ConfigError(f"{where}: {unknown_name('key', path.split('.')[-1], known)} (at {path})") from None
+            unknown = unknown_name("key", path.split(".")[-1], _fields_at(cls, first["loc"][:-1]))
+            raise ConfigError(f"{where}: {unknown} (at {path})") from None
         given = "" if first["type"] == "missing" else f" (given {first['input']!r})"
         raise ConfigError(f"{where}: {path or 'config'}: {first['msg']}{given}") from None
 
