@@ -74,7 +74,7 @@ def read_images(folder: Path, views: int) -> tuple[list[Shown], list[Shown]]:
         records = json.loads((folder / "train.json").read_text(encoding="utf-8"))
         tasks = json.loads((folder / "classes.json").read_text(encoding="utf-8"))["tasks"]
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: no data set of `python -m recipes.default.dataset pairs` ({error})") from error
+        raise DataError(f"{folder}: no dataset of `python -m recipes.default.dataset pairs` ({error})") from error
     seen: Counter[str] = Counter()
     train: list[Shown] = []
     groups: dict[str, str] = {}
