@@ -1,4 +1,4 @@
-"""The generated pairs: the same bytes every time, true captions, held out as the default data set does it."""
+"""The generated pairs: the same bytes every time, true captions, held out as the default dataset does it."""
 
 from __future__ import annotations
 

@@ -31,9 +31,8 @@ from typing import TYPE_CHECKING, Any
 from polymodal.config import TemplateConfig
 from polymodal.errors import ConfigError, PolymodalError, unknown_name
 from polymodal.messages import Image, Message, Role, Text
-from polymodal.processing.chat_template.markers import MarkedTemplate, Piece, Style, Turn
+from polymodal.processing.chat_template.pieces import MarkedTemplate, Piece, PieceTokenizer, Style, Turn
 from polymodal.processing.chat_template.presets import PRESETS, Preset
-from polymodal.processing.chat_template.tokenize import PieceTokenizer
 from polymodal.processing.collate import Slot
 from polymodal.safety.jinja_limits import UnsafeTemplateError
 
