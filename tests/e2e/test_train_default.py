@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipes.default.dataset.__main__ import main as build_dataset
 
 import polymodal
 from polymodal.cli import main
 from polymodal.data.load import load_records
 from polymodal.evaluation.tasks.questions import evaluate, summarise
+from recipes.default.dataset.__main__ import main as build_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 

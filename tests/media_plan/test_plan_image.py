@@ -10,7 +10,8 @@ import pytest
 
 from polymodal.config import ImageConfig
 from polymodal.errors import ConfigError
-from polymodal.media_plan import Box, Size, plan_image, select_best_resolution, tile_source_box, unpad_box
+from polymodal.media_plan import Box, Size, plan_image, select_best_resolution, unpad_box
+from tests.media_plan.source_boxes import tile_source_box
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 TOKENS = Size(24, 24)

@@ -129,8 +129,8 @@ class ChatTemplate:
         pieces: list[Piece] = []
 
         def add_text(text: str) -> None:
-            before = pieces.pop().text or "" if pieces and pieces[-1].text is not None else ""
-            pieces.append(Piece(message.role, index, before + text))
+            before = pieces.pop().text if pieces and pieces[-1].text is not None else None
+            pieces.append(Piece(message.role, index, (before or "") + text))
 
         where = f"message {index + 1}"
         for part in message.parts:
