@@ -94,22 +94,9 @@ class Processor:
         *,
         add_generation_prompt: bool = False,
         id: str = "",
-        pixels: bool | Literal["uint8"] = True,
+        pixels: bool | Literal["uint8"] = True,  # whether to make tiles; "uint8" leaves normalising to the device
     ) -> Sample:
-        """Process one conversation.
-
-        Args:
-            messages: The conversation.
-            add_generation_prompt: End where the model is to answer.
-            id: The record's id, for error messages.
-            pixels: Whether to make tiles; "uint8" leaves them to be normalised on the device.
-
-        Returns:
-            The sample.
-
-        Raises:
-            PolymodalError: A part is not supported, an image cannot be read, or the template refuses the conversation.
-        """
+        """Process one conversation; raises `PolymodalError` where a part or the template does not take it."""
         images = [self._open(part) for message in messages for part in message.media]
         plans = tuple(self.plan(image, alone=len(images) == 1) for image in images)
         rendered = self.template.render(
