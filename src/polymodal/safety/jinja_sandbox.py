@@ -35,20 +35,8 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from polymodal.errors import ConfigError
-from polymodal.safety.jinja_limits import (
-    CAREFUL_FILTERS,
-    MAX_WIDTH,
-    UnsafeTemplateError,
-    fits,
-    format_fits,
-    join_fits,
-    listed,
-    measure,
-    raise_exception,
-    replace_fits,
-    size_of_result,
-    strftime_now,
-)
+from polymodal.safety import jinja_limits as limits
+from polymodal.safety.jinja_limits import UnsafeTemplateError
 
 MAX_SOURCE = 128 * 1024  # characters of a template; the longest published ones have about 30,000
 MAX_NODES = 30_000  # of a template's syntax tree
@@ -116,11 +104,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             extensions=[_GenerationBlock, jinja2.ext.loopcontrols],
         )
         self._local = threading.local()
-        allowed = {name: self.filters[name] for name in (FILTERS + TEXT_FILTERS).split()} | CAREFUL_FILTERS
+        allowed = {name: self.filters[name] for name in (FILTERS + TEXT_FILTERS).split()} | limits.CAREFUL_FILTERS
         self.filters = {name: _guarded(name, function, self) for name, function in allowed.items()}
         for name in ("lipsum", "cycler", "joiner"):
             self.globals.pop(name, None)
-        self.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+        self.globals |= {"raise_exception": limits.raise_exception, "strftime_now": limits.strftime_now}
 
     @contextmanager
     def budgeted(self, share: float) -> Iterator[None]:
@@ -144,12 +132,12 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def bounded(self, value: Any) -> Any:
         """A list, tuple or dictionary that the template wrote down."""
-        self.budget.step(measure(value))
+        self.budget.step(limits.measure(value))
         return value
 
     def joined(self, *parts: Any) -> str:
         """What `~` does."""
-        self.budget.step(measure(parts))
+        self.budget.step(limits.measure(parts))
         return "".join(map(str, parts))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -165,9 +153,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Look ahead at what an operator will make, then do it."""
         if operator == "+" and isinstance(left, str) and isinstance(right, str):  # by far the most frequent
-            self.budget.step(fits(len(left) + len(right)))
+            self.budget.step(limits.fits(len(left) + len(right)))
             return left + right
-        self.budget.step(size_of_result(operator, left, right))
+        self.budget.step(limits.size_of_result(operator, left, right))
         return super().call_binop(context, operator, left, right)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -178,7 +166,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         text = str(value.__self__)
 
         def wrapper(*args: Any, **kwargs: Any) -> str:
-            format_fits(text, text.count("{"), (args, kwargs))
+            limits.format_fits(text, text.count("{"), (args, kwargs))
             return inner(*args, **kwargs)
 
         return wrapper
@@ -191,14 +179,14 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return __obj(*args)
         if isinstance(owner, str):
             if __obj.__name__ == "join":
-                args = tuple(listed(argument) for argument in args)
-                join_fits(owner, *args[:1])
+                args = tuple(limits.listed(argument) for argument in args)
+                limits.join_fits(owner, *args[:1])
             elif __obj.__name__ == "replace":
-                replace_fits(owner, *args[:2])
+                limits.replace_fits(owner, *args[:2])
         __self.budget.step(len(owner) if isinstance(owner, str) else 0)
         result = super().call(__context, __obj, *args, **kwargs)
         if isinstance(result, str) or __obj in (dict, Namespace):
-            __self.budget.step(measure(result))
+            __self.budget.step(limits.measure(result))
         return result
 
 
@@ -309,13 +297,13 @@ def _guarded(name: str, function: Callable[..., Any], environment: _Environment)
     @wraps(function)  # keeps the mark that says what jinja2 passes first
     def guarded(*args: Any, **kwargs: Any) -> Any:
         if name in ("indent", "truncate", "round", "tojson") and any(
-            isinstance(value, int) and abs(value) > MAX_WIDTH for value in (*args[1:], *kwargs.values())
+            isinstance(value, int) and abs(value) > limits.MAX_WIDTH for value in (*args[1:], *kwargs.values())
         ):
-            raise UnsafeTemplateError(f"filter {name!r} is asked for more than {MAX_WIDTH}")
-        environment.budget.step(measure((args, kwargs)) if name in _TEXT else 0)
+            raise UnsafeTemplateError(f"filter {name!r} is asked for more than {limits.MAX_WIDTH}")
+        environment.budget.step(limits.measure((args, kwargs)) if name in _TEXT else 0)
         result = function(*args, **kwargs)
         if isinstance(result, str):
-            environment.budget.step(measure(result))
+            environment.budget.step(limits.measure(result))
         return result
 
     return guarded
@@ -325,5 +313,5 @@ def _guarded(name: str, function: Callable[..., Any], environment: _Environment)
 def _written(context: Context, value: Any) -> Any:
     """What is written out. Asking for the context keeps jinja2 from writing constants while it compiles."""
     environment: Any = context.environment
-    environment.budget.step(measure(value))
+    environment.budget.step(limits.measure(value))
     return value
