@@ -1,6 +1,6 @@
 """Compare three images in one prompt, with any vision-language model that takes several.
 
-python examples/compare_images.py HuggingFaceTB/SmolVLM-256M-Instruct [IMAGE IMAGE IMAGE]
+python examples/compare_pictures.py HuggingFaceTB/SmolVLM-256M-Instruct [IMAGE IMAGE IMAGE]
 
 The model may be "default", a folder, a hub id, or openai:MODEL.
 """
@@ -29,4 +29,4 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except polymodal.PolymodalError as error:
-        sys.exit(f"compare_images: {error}")
+        sys.exit(f"compare_pictures: {error}")

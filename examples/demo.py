@@ -29,7 +29,7 @@ def main(image: str = str(HERE / "pictures" / "coffee.jpg"), question: str = "Wh
     draw_plan(shown, plan, tile_images(shown, plan, processor.config.image)).save(SEEN)
 
     usage, timing = reply.usage, reply.timing
-    print(f"image   {image}")
+    print(f"image     {image}")
     print(f"question  {question}")
     print(f"answer    {reply.text}")
     print(f"tokens    {usage.prompt_tokens} in ({usage.image_tokens} of the image), {usage.completion_tokens} out")

@@ -1,6 +1,6 @@
 """Describe an image with any vision-language model, LLaVA-NeXT for one.
 
-python examples/describe_image.py llava-hf/llava-v1.6-mistral-7b-hf [IMAGE] [QUESTION]
+python examples/describe_picture.py llava-hf/llava-v1.6-mistral-7b-hf [IMAGE] [QUESTION]
 
 The model may be "default", a folder, a hub id, or openai:MODEL.
 """
@@ -23,4 +23,4 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:4])
     except polymodal.PolymodalError as error:
-        sys.exit(f"describe_image: {error}")
+        sys.exit(f"describe_picture: {error}")

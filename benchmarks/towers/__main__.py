@@ -74,7 +74,7 @@ def read_images(folder: Path, views: int) -> tuple[list[Shown], list[Shown]]:
         records = json.loads((folder / "train.json").read_text(encoding="utf-8"))
         tasks = json.loads((folder / "classes.json").read_text(encoding="utf-8"))["tasks"]
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: no data set of `python -m recipes.default.dataset pairs` ({error})") from error
+        raise DataError(f"{folder}: no dataset of `python -m recipes.default.dataset pairs` ({error})") from error
     seen: Counter[str] = Counter()
     train: list[Shown] = []
     groups: dict[str, str] = {}
@@ -153,7 +153,7 @@ def compare(name: str, train: list[Shown], test: list[Shown]) -> dict[str, Any]:
         ask = Labelled(asked[keep], torch.tensor([number[getattr(test[i], what)] for i in keep]))
         most = Counter(learn.labels.tolist()).most_common(1)[0][0]
         row[what] = {
-            "pictures": len(keep),
+            "images": len(keep),
             "classes": len(names),
             "majority": float((ask.labels == most).float().mean()),
         }
@@ -166,7 +166,7 @@ def compare(name: str, train: list[Shown], test: list[Shown]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The figures as a Markdown table."""
     lines = [
-        "| tower | numbers | pictures/s | of | k-NN | 95% | linear | 95% | majority |",
+        "| tower | numbers | images/s | of | k-NN | 95% | linear | 95% | majority |",
         "|---|--:|--:|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--no-captions", action="store_true", help="leave stage 2 out")
     args = parser.parse_args(arguments)
     records = load_records(args.data)[: args.limit]
-    document: dict[str, Any] = {"run": str(args.run), "data": str(args.data), "pictures": len(records)}
+    document: dict[str, Any] = {"run": str(args.run), "data": str(args.data), "images": len(records)}
     lines = look_up(args.run / "stage1" / "final", records, args.rerank, args.group, document)
     if not args.no_captions and (args.run / "stage2" / "final").is_dir():
         lines += ["", *captions(args.run / "stage2" / "final", records, document)]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Put the Debian packages that the default data set is composed from on this machine, and print the folder they lie
+# Put the Debian packages that the default dataset is composed from on this machine, and print the folder they lie
 # under: "/" where they are installed, else the folder given. Needs apt; installs where it may, unpacks where not.
 set -euo pipefail
 target=${1:?usage: get_packages.sh FOLDER}

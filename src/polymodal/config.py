@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from polymodal.errors import ConfigError, unknown_name
 
+AspectRatio: TypeAlias = Literal["squash", "pad", "crop"]
+PatchMerge: TypeAlias = Literal["flat", "spatial", "spatial_unpad"]
 Resample: TypeAlias = Literal["bilinear", "bicubic", "lanczos"]
-
 RESAMPLE_FILTERS: dict[Resample, int] = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
 """The resize filters that image rules may name, and their numbers in Pillow and in stock preprocessor files."""
 
@@ -45,13 +46,11 @@ class VisionConfig(Strict):
         vision_tower: A folder, a hub id, or "bundled" for weights that lie in the model's own folder.
         type: The encoder family; a key of `modeling.encoders.vision.VISION_ENCODERS`.
         revision: The pinned revision of a hub id.
-        mm_vision_select_layer: Which hidden state is used (-1 the last, -2 the one before, as LLaVA counts); several
-            are concatenated along the channels.
+        mm_vision_select_layer: The hidden state that is used (-1 the last, as LLaVA counts); several are concatenated.
         mm_vision_select_feature: "patch" drops the class token, "cls_patch" keeps it, "cls" keeps only it.
         pool: Average-pool the patch grid to this many rows and columns inside the encoder (convolutional towers).
         stages: Which stages of a convolutional tower are concatenated.
-        detail: Cells a side that the shallow stages keep inside each token, laid along the channels (convolutional
-            towers); 1 where None.
+        detail: Cells a side that shallow stages keep inside each token (convolutional towers); 1 where None.
     """
 
     vision_tower: str
@@ -76,9 +75,8 @@ class ImageConfig(Strict):
         image_grid_pinpoints: For "anyres": the canvases allowed, (height, width) in pixels.
         anyres_max: For "anyres": LLaVA-OneVision's anyres_max_N; grids with more tokens than N tiles are shrunk.
         mm_patch_merge_type: For "anyres": see `media_plan.ImagePlan.merge`.
-        several_images: For "anyres", in a conversation with more than one image: "alike" cuts each as if it were
-            alone; "pad" pads each to a square and makes it one tile, with one newline token behind it, as
-            LLaVA-OneVision does.
+        several_images: For "anyres", with more than one image in a conversation: "alike" cuts each as if it were alone;
+            "pad" makes each one padded tile with a newline token behind it, as LLaVA-OneVision does.
         max_tiles: For "slice": the most tiles besides the thumbnail.
         thumbnail: For "slice": add the whole image as a last tile when it was cut.
         overview_aspect_ratio: How the overview or thumbnail tile is made: squashed, or padded to a square.
@@ -101,7 +99,7 @@ class ImageConfig(Strict):
     several_images: Literal["alike", "pad"] = "alike"
     max_tiles: int = 6
     thumbnail: bool = True
-    overview_aspect_ratio: Literal["squash", "pad", "crop"] = "squash"
+    overview_aspect_ratio: AspectRatio = "squash"
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     resample: Resample = "bicubic"
@@ -124,15 +122,15 @@ class TemporalAttentionConfig(Strict):
     """
 
     hidden_size: int | None = Field(default=None, ge=2)
-    num_layers: int = Field(default=1, ge=1)
-    num_attention_heads: int = Field(default=8, ge=1)
+    num_layers: PositiveInt = 1
+    num_attention_heads: PositiveInt = 8
     time_embedding: Literal["sinusoidal", "learned"] = "sinusoidal"
     min_period: float = Field(default=0.25, gt=0)
     max_period: float = Field(default=4096.0, gt=0)
     pool: Literal["mean", "none"] = "none"
 
     @model_validator(mode="after")
-    def _shorter_first(self) -> TemporalAttentionConfig:
+    def _shorter_first(self) -> Self:
         if self.min_period >= self.max_period:
             raise ValueError(f"min_period {self.min_period} is not below max_period {self.max_period}")
         return self
@@ -142,25 +140,17 @@ class TemporalConfig(Strict):
     """How a video's frames are looked at together, before the projector; see `modeling.encoders.video_temporal`.
 
     Attributes:
-        type: "mean" over frames, "attention" along time, or "spatio_temporal_pool"; a key of
-            `modeling.encoders.video_temporal.TEMPORAL_ENCODERS`.
+        type: "mean" over frames, "attention" along time, or "spatio_temporal_pool" over blocks.
         attention: Settings of "attention"; its defaults where None.
         stride: Of "spatio_temporal_pool": frames, rows and columns of a block; (2, 2, 2) where None.
     """
 
     type: str = "mean"
     attention: TemporalAttentionConfig | None = None
-    stride: tuple[int, int, int] | None = None
-
-    @field_validator("stride")
-    @classmethod
-    def _at_least_one(cls, value: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
-        if value is not None and min(value) < 1:
-            raise ValueError("frames, rows and columns of a block must be at least 1")
-        return value
+    stride: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
 
     @model_validator(mode="after")
-    def _no_settings_of_another_type(self) -> TemporalConfig:
+    def _no_settings_of_another_type(self) -> Self:
         for name, owner in (("attention", "attention"), ("stride", "spatio_temporal_pool")):
             if getattr(self, name) is not None and self.type != owner:
                 raise ValueError(f"{name!r} is for type {owner!r}, but type is {self.type!r}")
@@ -191,35 +181,32 @@ class QFormerConfig(Strict):
             A model folder carries its own.
     """
 
-    num_query_tokens: int = Field(default=32, ge=1)
-    hidden_size: int = Field(default=768, ge=1)
-    num_hidden_layers: int = Field(default=12, ge=1)
-    num_attention_heads: int = Field(default=12, ge=1)
-    intermediate_size: int = Field(default=3072, ge=1)
-    cross_attention_frequency: int = Field(default=2, ge=1)
+    num_query_tokens: PositiveInt = 32
+    hidden_size: PositiveInt = 768
+    num_hidden_layers: PositiveInt = 12
+    num_attention_heads: PositiveInt = 12
+    intermediate_size: PositiveInt = 3072
+    cross_attention_frequency: PositiveInt = 2
     hidden_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
     attention_probs_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
     initializer_range: float = Field(default=0.02, gt=0)
     layer_norm_eps: float = Field(default=1e-12, gt=0)
     vision_norm_eps: float = Field(default=1e-6, gt=0)
-    vocab_size: int = Field(default=30523, ge=1)
-    max_position_embeddings: int = Field(default=512, ge=1)
+    vocab_size: PositiveInt = 30523
+    max_position_embeddings: PositiveInt = 512
     pad_token_id: int | None = 0
     max_text_length: int = Field(default=32, ge=3)
     text_context: bool = False
     tokenizer: str | None = None
 
     @model_validator(mode="after")
-    def _fits(self) -> QFormerConfig:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
-            )
-        if self.max_text_length > self.max_position_embeddings:
-            raise ValueError(
-                f"max_text_length {self.max_text_length} is more than max_position_embeddings "
-                f"{self.max_position_embeddings}"
-            )
+    def _fits(self) -> Self:
+        width, heads = self.hidden_size, self.num_attention_heads
+        if width % heads:
+            raise ValueError(f"hidden_size {width} is not divisible by num_attention_heads {heads}")
+        text, most = self.max_text_length, self.max_position_embeddings
+        if text > most:
+            raise ValueError(f"max_text_length {text} is more than max_position_embeddings {most}")
         if self.tokenizer is not None and not self.text_context:
             raise ValueError("tokenizer is read only with text_context: true")
         return self
@@ -237,12 +224,12 @@ class ResamplerConfig(Strict):
         intermediate_ratio: How much wider the inside of a feed-forward part is.
     """
 
-    num_query_tokens: int = Field(default=64, ge=1)
-    hidden_size: int | None = Field(default=None, ge=1)
-    num_layers: int = Field(default=6, ge=1)
-    num_attention_heads: int = Field(default=8, ge=1)
-    head_dim: int = Field(default=64, ge=1)
-    intermediate_ratio: int = Field(default=4, ge=1)
+    num_query_tokens: PositiveInt = 64
+    hidden_size: PositiveInt | None = None
+    num_layers: PositiveInt = 6
+    num_attention_heads: PositiveInt = 8
+    head_dim: PositiveInt = 64
+    intermediate_ratio: PositiveInt = 4
 
 
 class AbstractorConfig(Strict):
@@ -255,10 +242,10 @@ class AbstractorConfig(Strict):
         mlp_depth: Linear layers at the end.
     """
 
-    num_query_tokens: int = Field(default=144, ge=1)
+    num_query_tokens: PositiveInt = 144
     hidden_size: int = Field(default=1024, ge=4)
-    depth: int = Field(default=3, ge=1)
-    mlp_depth: int = Field(default=2, ge=1)
+    depth: PositiveInt = 3
+    mlp_depth: PositiveInt = 2
 
     @field_validator("num_query_tokens")
     @classmethod
@@ -268,6 +255,9 @@ class AbstractorConfig(Strict):
         return value
 
 
+SETTINGS_OF_TYPE = ("qformer", "resampler", "abstractor")  # the projectors that have settings, under their own name
+
+
 class ProjectorConfig(Strict):
     """Which projector takes encoder features to the language model's width.
 
@@ -275,14 +265,13 @@ class ProjectorConfig(Strict):
         mm_projector_type: "linear", "mlp2x_gelu" (any number), "pixel_shuffle<r>[_mlp2x_gelu]", "avg_pool<r>[_...]",
             "qformer", "resampler", "abstractor"; see `projectors.build_projector`.
         bias: Whether linear layers have a bias; of the last three only the one to the language model's width is asked.
-        norm: What comes before the first layer: "layer" a LayerNorm, "standardize" a fixed mean and deviation per
-            channel, measured on the first data.
+        norm: Before the first layer: "layer" a LayerNorm, "standardize" a mean and deviation measured on first data.
         hidden_size: Width between the layers of an MLP; the language model's where None.
         qformer: Settings of "qformer".
         resampler: Settings of "resampler".
         abstractor: Settings of "abstractor".
-        pretrained: Of "qformer": a folder to start from, either what stage 1 of BLIP-2 left or a BERT. Read only when
-            a model is composed; a model folder has its weights and does not name it.
+        pretrained: Of "qformer": a folder to start from, what stage 1 of BLIP-2 left or a BERT. Read only when a model
+            is composed; a model folder has its weights and does not name it.
     """
 
     mm_projector_type: str = "mlp2x_gelu"
@@ -297,14 +286,12 @@ class ProjectorConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _settings_of_the_type(cls, data: Any) -> Any:
-        """Write down the settings of a type that has some, so that they are stored with what was trained."""
+        # A type's settings are written down, defaults too, so that they are stored with the weights.
         kind = data.get("mm_projector_type") if isinstance(data, dict) else None
-        if kind in SETTINGS_OF_TYPE and data.get(kind) is None:
-            return {**data, kind: {}}
-        return data
+        return {**data, kind: {}} if kind in SETTINGS_OF_TYPE and data.get(kind) is None else data
 
     @model_validator(mode="after")
-    def _no_settings_of_another_type(self) -> ProjectorConfig:
+    def _fits_the_type(self) -> Self:
         for kind in SETTINGS_OF_TYPE:
             if kind != self.mm_projector_type and getattr(self, kind) is not None:
                 raise ValueError(f"{kind!r} settings are given, but mm_projector_type is {self.mm_projector_type!r}")
@@ -317,10 +304,6 @@ class ProjectorConfig(Strict):
         return self
 
 
-SETTINGS_OF_TYPE = ("qformer", "resampler", "abstractor")
-"""The projector types that have settings of their own, under their own name."""
-
-
 class LLMConfig(Strict):
     """Which language model.
 
@@ -330,8 +313,8 @@ class LLMConfig(Strict):
         dtype: Of the weights in memory.
         device_map: Passed to transformers; None keeps the model on one device.
         attn_implementation: Passed to transformers.
-        encoder_decoder: Whether it is an encoder-decoder such as T5. Left out, the language model's own configuration
-            is asked; a saved model says so, since a processor is opened without the language model.
+        encoder_decoder: Whether it is an encoder-decoder such as T5; None asks the language model's configuration. A
+            saved model says so, since a processor is opened without the language model.
     """
 
     model_name_or_path: str
@@ -346,15 +329,13 @@ class TemplateConfig(Strict):
     """How a conversation becomes one string of tokens.
 
     Attributes:
-        chat_template: A preset of `processing.chat_template.encode.PRESETS` ("chatml", "llama2", "llama3", "mistral",
-        "vicuna", "t5", "plain"), "tokenizer" for the tokenizer's own, or jinja text.
+        chat_template: A preset of `processing.chat_template.presets.PRESETS` ("chatml", "llama2", "llama3", "mistral",
+            "vicuna", "t5", "plain"), "tokenizer" for the tokenizer's own, or jinja text.
         default_system: The system message where a conversation has none; None means no system turn.
         image_newline_text: Text after an image, as LLaVA's "<image>\\n"; empty for none.
-        stop_token_ids: Further tokens that end an answer, besides the template's and the tokenizer's own; published
-            models name them in generation_config.json.
-        own_generation_prompt: A question ends with what the template writes for `add_generation_prompt`, also where
-            an answer in the conversation begins otherwise, as in LLaVA-OneVision's template. Left out, it ends with
-            what stands before an answer.
+        stop_token_ids: Further tokens that end an answer, such as those that a generation_config.json names.
+        own_generation_prompt: A question ends with what the template writes for `add_generation_prompt`, not with what
+            stands before an answer; LLaVA-OneVision's differ.
     """
 
     chat_template: str = "tokenizer"
@@ -362,6 +343,34 @@ class TemplateConfig(Strict):
     image_newline_text: str = ""
     stop_token_ids: tuple[int, ...] = ()
     own_generation_prompt: bool = False
+
+
+class LoraRecipe(Strict):
+    """Low-rank adapters on the language model (Hu et al. 2021, arXiv:2106.09685), through peft.
+
+    Attributes:
+        match: A glob over full module names, such as `llm.model.layers.*.{q,k,v,o}_proj`.
+        lora_r: Rank.
+        lora_alpha: Scale; the update is multiplied by alpha / r.
+        lora_dropout: Dropout before the adapter.
+        learning_rate: Peak rate; `optim.learning_rate` when None.
+        weight_decay: Of the adapter; `optim.weight_decay` when None.
+        use_rslora: Scale by alpha / sqrt(r) (arXiv:2312.03732).
+        use_dora: Train magnitude and direction apart (arXiv:2402.09353).
+        load_in_4bit: Keep the frozen language model in 4-bit NormalFloat (QLoRA, arXiv:2305.14314); needs bitsandbytes.
+        trainable_tokens: Text or ids whose vocabulary rows are trained too; what the tokenizer lacks takes a spare row.
+    """
+
+    match: str = "llm.model.layers.*.{q,k,v,o,gate,up,down}_proj"
+    lora_r: PositiveInt = 64
+    lora_alpha: float = Field(default=128, gt=0)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    use_rslora: bool = False
+    use_dora: bool = False
+    load_in_4bit: bool = False
+    trainable_tokens: tuple[str | int, ...] = ()
 
 
 class ModelConfig(Strict):
@@ -392,6 +401,16 @@ class ModelConfig(Strict):
         return value
 
 
+def new_image_rules(config: ModelConfig, image: ImageConfig | None) -> ModelConfig:
+    """Let a model go on with other image rules, as LLaVA-NeXT does between its stages."""
+    if image is None:
+        return config
+    if config.image is None or config.image.tile_size != image.tile_size:
+        had = "no images" if config.image is None else f"tiles of {config.image.tile_size}"
+        raise ConfigError(f"init.image: the model takes {had}, the recipe asks for tiles of {image.tile_size}")
+    return config.model_copy(update={"image": image})
+
+
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
@@ -405,26 +424,23 @@ def parse_config(cls: type[ConfigT], data: Any, where: str) -> ConfigT:
         first = error.errors()[0]
         path = ".".join(str(p) for p in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = _fields_at(cls, first["loc"][:-1])
-            raise ConfigError(f"{where}: {unknown_name('key', path.split('.')[-1], known)} (at {path})") from None
+            unknown = unknown_name("key", path.split(".")[-1], _fields_at(cls, first["loc"][:-1]))
+            raise ConfigError(f"{where}: {unknown} (at {path})") from None
         given = "" if first["type"] == "missing" else f" (given {first['input']!r})"
         raise ConfigError(f"{where}: {path or 'config'}: {first['msg']}{given}") from None
 
 
 def _fields_at(cls: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
     """Names of the fields at a location inside a nested config class."""
-    current: Any = cls
-    choice: list[Any] = []
+    models = [cls]  # a union's members until a tag, the next key, picks one; their first until then
     for key in loc:
-        tagged = [c for c in choice if any(key in get_args(f.annotation) for f in c.model_fields.values())]
-        if tagged:  # the value by which a union's members are told apart
-            current, choice = tagged[0], []
-            continue
-        field = None if isinstance(key, int) else current.model_fields.get(key)
-        nested = [] if field is None else _nested_models(field.annotation)
-        if nested:
-            current, choice = nested[0], nested if len(nested) > 1 else []
-    return list(current.model_fields)
+        field = models[0].model_fields.get(key)
+        tagged = [m for m in models if any(key in get_args(f.annotation) for f in m.model_fields.values())]
+        if len(models) > 1 and tagged:
+            models = tagged[:1]
+        elif field is not None:
+            models = _nested_models(field.annotation) or models
+    return list(models[0].model_fields)
 
 
 def _nested_models(annotation: Any) -> list[type[BaseModel]]:
@@ -432,48 +448,3 @@ def _nested_models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [found for inner in getattr(annotation, "__args__", ()) for found in _nested_models(inner)]
-
-
-PatchMerge = Literal["flat", "spatial", "spatial_unpad"]
-
-
-AspectRatio = Literal["squash", "pad", "crop"]
-
-
-class LoraRecipe(Strict):
-    """Low-rank adapters on the language model (Hu et al. 2021, arXiv:2106.09685), through peft.
-
-    Attributes:
-        match: A glob over full module names, such as `llm.model.layers.*.{q,k,v,o}_proj`.
-        lora_r: Rank.
-        lora_alpha: Scale; the update is multiplied by alpha / r.
-        lora_dropout: Dropout before the adapter.
-        learning_rate: Peak rate; `optim.learning_rate` when None.
-        weight_decay: Of the adapter; `optim.weight_decay` when None.
-        use_rslora: Scale by alpha / sqrt(r) (arXiv:2312.03732).
-        use_dora: Train magnitude and direction apart (arXiv:2402.09353).
-        load_in_4bit: Keep the frozen language model in 4-bit NormalFloat (QLoRA, arXiv:2305.14314); needs bitsandbytes.
-        trainable_tokens: Tokens whose vocabulary rows are trained too, as text or ids. A token that the tokenizer
-            lacks takes a spare row of the language model.
-    """
-
-    match: str = "llm.model.layers.*.{q,k,v,o,gate,up,down}_proj"
-    lora_r: int = Field(default=64, gt=0)
-    lora_alpha: float = Field(default=128, gt=0)
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    learning_rate: float | None = Field(default=None, gt=0)
-    weight_decay: float | None = Field(default=None, ge=0)
-    use_rslora: bool = False
-    use_dora: bool = False
-    load_in_4bit: bool = False
-    trainable_tokens: tuple[str | int, ...] = ()
-
-
-def new_image_rules(config: ModelConfig, image: ImageConfig | None) -> ModelConfig:
-    """Let a model go on with other image rules, as LLaVA-NeXT does between its stages."""
-    if image is None:
-        return config
-    if config.image is None or config.image.tile_size != image.tile_size:
-        had = "no images" if config.image is None else f"tiles of {config.image.tile_size}"
-        raise ConfigError(f"init.image: the model takes {had}, the recipe asks for tiles of {image.tile_size}")
-    return config.model_copy(update={"image": image})

@@ -1,4 +1,4 @@
-"""Pure integers: how an image of a given size becomes tiles and tokens. No torch, no Pillow.
+"""Pure integers: how an image of a given size becomes tiles and tokens; imports nothing heavy.
 
 A plan is made once, by the processor, and carried along; the pixel code, the model, the packer and the cost estimate
 only read it. Five ways to fit an image are planned: "squash", "pad", "crop" (one tile), "slice" (tiles at the
@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from polymodal.config import AspectRatio, PatchMerge
 from polymodal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from polymodal.config import ImageConfig
+    from polymodal.config import AspectRatio, ImageConfig, PatchMerge
 
 
 @dataclass(frozen=True, order=True)
@@ -36,6 +35,9 @@ class Size:
     def area(self) -> int:
         """Height times width."""
         return self.height * self.width
+
+    def __mul__(self, inner: Size) -> Size:
+        return Size(self.height * inner.height, self.width * inner.width)
 
 
 @dataclass(frozen=True)
@@ -63,50 +65,36 @@ class Box:
         return self.left + self.width
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImagePlan:
     """Everything integer about one image's way into the sequence."""
 
-    # Pixels. The image is laid on its `frame` where it has one (padding comes before resizing, as LLaVA-1.5 does),
-    # the result is resized to `content_box` and laid on a `canvas`, and the canvas is cut row-major into `grid` tiles
-    # of `tile` pixels. One more tile, made the same way from `overview_frame` and `overview_box`, shows the whole
-    # image: first (`overview="first"`, LLaVA-NeXT's global view) or last (`overview="last"`, a thumbnail).
-    # Tokens. Each tile gives `tokens` (rows, columns). With `merge="flat"` the sequence is all tiles' tokens one tile
-    # after the other, in the order of the tiles, then a newline embedding where `newline`. Otherwise the model, by
-    # integers alone,
-    # 1. joins the grid's tiles to one field of `grid.height * tokens.height` rows by `grid.width * tokens.width`
-    #    columns;
+    # Pixels: the image is laid on its `frame` where it has one (padding comes before resizing, as in LLaVA-1.5), the
+    # result is resized to `content_box` and laid on a `canvas`, and the canvas is cut row by row into `grid` tiles of
+    # `tile` pixels. One more tile, made so from `overview_frame` and `overview_box`, shows the whole image.
+    # Tokens: each tile gives `tokens`. With `merge="flat"` the sequence is the tiles' tokens, one tile after the other,
+    # then a newline embedding where `newline`; `kept` and `unpadded` are None. Otherwise the model
+    # 1. joins the grid's tiles to one field of `grid` times `tokens`;
     # 2. keeps the part `kept` of that field;
-    # 3. where `unpadded` is not `kept`'s size, resizes the part to `unpadded` (bilinear);
-    # 4. where `newline`, ends each row with the newline embedding;
-    # 5. reads it row by row, after the overview tile's tokens.
+    # 3. resizes that part to `unpadded` (bilinear), where it has another size;
+    # 4. ends each row with the newline embedding, where `newline`;
+    # 5. reads it row by row, after the overview's tokens.
 
     source: Size  # The image's size in pixels, after EXIF orientation
     tile: Size  # What the encoder takes, in pixels
     canvas: Size  # `grid` times `tile`, in pixels
-    # Where the resized image (or frame) lies on the canvas; may stick out (centre crop: negative top or left)
-    content_box: Box
-    grid: Size  # Rows and columns of tiles cut from the canvas
-    overview: Literal["none", "first", "last"]  # Whether and where one more tile shows the whole image
-    tokens: Size  # Projected tokens per tile, as a grid (rows, columns); `Size(1, Q)` where they have no spatial order
-    # How tile tokens are laid in the sequence: "flat" one tile after the other; "spatial" the tiles' rows joined
-    # across the canvas; "spatial_unpad" the same with the rows and columns that hold only padding taken away and a
-    # newline token ending each row (as in LLaVA, plain "spatial" has no newlines)
-    merge: PatchMerge
-    # Rows and columns of tokens that the grid's tiles come to in the sequence, newlines left out: `kept`'s size, or
-    # less where anyres_max_N shrinks it; None for "flat"
-    unpadded: Size | None
-    scaled_to_fit: bool  # The image asked for more tiles than allowed and was scaled down to fit
-    num_tokens: int  # Positions the image takes in the sequence
-    # The rectangle that the image is laid on before it is resized: `height` and `width` are the frame's, `top` and
-    # `left` the image's place in it, all in source pixels. None: the image itself is resized
-    frame: Box | None = None
-    overview_box: Box | None = None  # As `content_box`, on the overview tile; None where there is no overview
-    overview_frame: Box | None = None  # As `frame`, for the overview tile
-    # The part of the joined tiles' token field that is kept, in tokens; the whole field unless `merge ==
-    # "spatial_unpad"`; None for "flat". An image thinner than one token row may keep 0 rows, as in the reference:
-    # its overview still shows it
-    kept: Box | None = None
+    content_box: Box  # The resized image on the canvas, in pixels; sticks out of it for "crop" (negative top or left)
+    grid: Size  # Rows and columns of tiles
+    overview: Literal["none", "first", "last"] = "none"  # LLaVA-NeXT's global view is first, a thumbnail last
+    tokens: Size  # Projected tokens per tile, as (rows, columns); `Size(1, Q)` where they have no spatial order
+    merge: PatchMerge = "flat"  # "spatial_unpad" cuts padding away and ends rows with newlines
+    unpadded: Size | None = None  # The grid's tokens, no newlines: `kept`'s, or fewer by anyres_max
+    scaled_to_fit: bool = False  # The image asked for more tiles than allowed and was scaled down
+    num_tokens: int  # Positions in the sequence
+    frame: Box | None = None  # Height and width of the frame, top and left of the image in it, in source pixels
+    overview_box: Box | None = None  # As `content_box`, on the overview tile
+    overview_frame: Box | None = None  # As `frame`, of the overview tile
+    kept: Box | None = None  # In tokens; of an image thinner than a token row 0 rows may be kept, as in the reference
     newline: bool = False  # Each row ends with a newline token; with `merge="flat"`, the whole image does
 
     @property
@@ -116,29 +104,50 @@ class ImagePlan:
 
 
 def plan_image(source: Size, image: ImageConfig, tokens: Size, *, alone: bool = True) -> ImagePlan:
-    """Plan one image."""
+    """Plan an image that the encoder turns into `tokens` a tile; `alone` where its conversation has no other image."""
     tile = Size(*image.tile_size)
-    _positive("image size", source)
-    _positive("tile_size", tile)
-    _positive("tokens per tile", tokens)
-    if image.image_aspect_ratio == "anyres":
-        if image.several_images == "pad" and not alone:
-            return _plan_padded(source, image, tile, tokens)
-        return _plan_anyres(source, image, tile, tokens)
+    for what, size in (("image size", source), ("tile_size", tile), ("tokens per tile", tokens)):
+        _refuse_empty(what, size)
+    how = image.image_aspect_ratio
+    if how == "anyres":
+        if alone or image.several_images == "alike":
+            return _plan_anyres(source, image, tile, tokens)
+        newline = image.mm_patch_merge_type == "spatial_unpad"
+        return _plan_tile(source, image, tile, tokens, "pad", newline=newline)
     _refuse_anyres_settings(image)
-    if image.image_aspect_ratio == "slice":
-        return _plan_slice(source, image, tile, tokens)
-    frame, content = fit_tile(source, tile, image.image_aspect_ratio, image.resize_short_side, image.max_pixels)
-    return _plan_flat(source, tile, tokens, grid=Size(1, 1), frame=frame, content=content)
+    return _plan_slice(source, image, tile, tokens) if how == "slice" else _plan_tile(source, image, tile, tokens, how)
+
+
+def _plan_tile(
+    source: Size,
+    image: ImageConfig,
+    tile: Size,
+    tokens: Size,
+    how: AspectRatio,
+    *,
+    newline: bool = False,
+    scaled_to_fit: bool = False,
+) -> ImagePlan:
+    """Make the whole image one tile."""
+    frame, content = fit_tile(source, tile, how, image.resize_short_side, image.max_pixels)
+    return ImagePlan(
+        source=source,
+        tile=tile,
+        canvas=tile,
+        content_box=content,
+        grid=Size(1, 1),
+        tokens=tokens,
+        scaled_to_fit=scaled_to_fit,
+        num_tokens=tokens.area + newline,
+        frame=frame,
+        newline=newline,
+    )
 
 
 def fit_tile(
     source: Size, tile: Size, how: AspectRatio, short_side: int | None, max_pixels: int
 ) -> tuple[Box | None, Box]:
-    """Fit a whole image to one tile."""
-    # "pad" surrounds the image in source pixels and resizes after, as LLaVA-1.5 does. Where the frame would have
-    # more than `max_pixels` (an image thousands of times as long as it is high), the image is resized first
-    # instead: the same layout, without the memory.
+    """Fit a whole image to one tile: its frame, where it has one, and its place on the tile."""
     whole = Box(0, 0, tile.height, tile.width)
     if how == "squash":
         return None, whole
@@ -149,6 +158,7 @@ def fit_tile(
         )
         if frame == source:
             return None, whole
+        # Of an image thousands of times as long as it is high: the same layout without the memory of the frame.
         if frame.area > max_pixels:
             return None, _centre(_fit_inside(source, tile), tile)
         place = _centre(source, frame)
@@ -165,63 +175,30 @@ def fit_tile(
     return None, Box(top, left, resized.height, resized.width)
 
 
-def _plan_flat(
-    source: Size,
-    tile: Size,
-    tokens: Size,
-    *,
-    grid: Size,
-    content: Box,
-    frame: Box | None = None,
-    overview_box: Box | None = None,
-    overview_frame: Box | None = None,
-    scaled_to_fit: bool = False,
-) -> ImagePlan:
-    """Finish a plan whose tiles follow one another, thumbnail last."""
-    return ImagePlan(
-        source=source,
-        tile=tile,
-        canvas=Size(grid.height * tile.height, grid.width * tile.width),
-        content_box=content,
-        grid=grid,
-        overview="none" if overview_box is None else "last",
-        tokens=tokens,
-        merge="flat",
-        unpadded=None,
-        scaled_to_fit=scaled_to_fit,
-        num_tokens=(grid.area + (overview_box is not None)) * tokens.area,
-        frame=frame,
-        overview_box=overview_box,
-        overview_frame=overview_frame,
-    )
-
-
 def _plan_slice(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> ImagePlan:
     """Cut the image into tiles at its own scale, or at the largest scale that `max_tiles` allows."""
     if image.max_tiles < 1:
         raise ConfigError(f"max_tiles must be at least 1, got {image.max_tiles}")
-    content = source
     scaled = _tiles_needed(source, tile).area > image.max_tiles
-    if scaled:
-        content = _scale_to_tiles(source, tile, image.max_tiles)
+    content = _scale_to_tiles(source, tile, image.max_tiles) if scaled else source
     grid = _tiles_needed(content, tile)
-    # A tile that is the whole image must not be a centre crop: nothing may be dropped.
-    whole: AspectRatio = "squash" if image.overview_aspect_ratio == "squash" else "pad"
     if grid.area == 1:
-        frame, box = fit_tile(source, tile, whole, None, image.max_pixels)
-        return _plan_flat(source, tile, tokens, grid=grid, frame=frame, content=box, scaled_to_fit=scaled)
-    view: tuple[Box | None, Box | None] = (None, None)
-    if image.thumbnail:
-        view = fit_tile(source, tile, image.overview_aspect_ratio, image.resize_short_side, image.max_pixels)
-    return _plan_flat(
-        source,
-        tile,
-        tokens,
+        # A tile that is the whole image must not be a centre crop: nothing may be dropped.
+        whole: AspectRatio = "squash" if image.overview_aspect_ratio == "squash" else "pad"
+        return _plan_tile(source, image, tile, tokens, whole, scaled_to_fit=scaled)
+    frame, box = _fit_overview(source, image, tile) if image.thumbnail else (None, None)
+    return ImagePlan(
+        source=source,
+        tile=tile,
+        canvas=grid * tile,
+        content_box=Box(0, 0, content.height, content.width),
         grid=grid,
-        content=Box(0, 0, content.height, content.width),
-        overview_box=view[1],
-        overview_frame=view[0],
+        overview="last" if image.thumbnail else "none",
+        tokens=tokens,
         scaled_to_fit=scaled,
+        num_tokens=(grid.area + image.thumbnail) * tokens.area,
+        overview_box=box,
+        overview_frame=frame,
     )
 
 
@@ -230,9 +207,8 @@ def _scale_to_tiles(source: Size, tile: Size, max_tiles: int) -> Size:
     best = Size(1, 1)
     for rows in range(1, max_tiles + 1):
         grid = Size(rows, max_tiles // rows)
-        fitted = _fit_inside(source, Size(grid.height * tile.height, grid.width * tile.width))
-        better = (fitted.area, -_tiles_needed(fitted, tile).area) > (best.area, -_tiles_needed(best, tile).area)
-        if better:
+        fitted = _fit_inside(source, grid * tile)
+        if (fitted.area, -_tiles_needed(fitted, tile).area) > (best.area, -_tiles_needed(best, tile).area):
             best = fitted
     return best
 
@@ -242,21 +218,18 @@ def _plan_anyres(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> 
     canvas = select_best_resolution(source, _pinpoints(image, tile))
     grid = Size(canvas.height // tile.height, canvas.width // tile.width)
     content = _centre(_fit_canvas(source, canvas), canvas)
-    overview_frame, overview_box = fit_tile(
-        source, tile, image.overview_aspect_ratio, image.resize_short_side, image.max_pixels
-    )
-    field = Size(grid.height * tokens.height, grid.width * tokens.width)
-    merge = image.mm_patch_merge_type
-    kept = unpad_box(field, source) if merge == "spatial_unpad" else Box(0, 0, field.height, field.width)
-    laid = kept.size
-    if image.anyres_max is not None:
-        if merge != "spatial_unpad" or image.anyres_max < 1:
-            raise ConfigError(
-                "anyres_max must be at least 1 and needs mm_patch_merge_type: spatial_unpad, "
-                f"got {image.anyres_max} with {merge}"
-            )
-        laid = _shrink(kept.size, tokens, image.anyres_max)
+    frame, box = _fit_overview(source, image, tile)
+    field = grid * tokens
+    merge, most = image.mm_patch_merge_type, image.anyres_max
     newline = merge == "spatial_unpad"
+    kept = unpad_box(field, source) if newline else Box(0, 0, field.height, field.width)
+    laid = kept.size
+    if most is not None:
+        if not newline or most < 1:
+            raise ConfigError(
+                f"anyres_max must be at least 1 and needs mm_patch_merge_type: spatial_unpad, got {most} with {merge}"
+            )
+        laid = _shrink(kept.size, tokens, most)
     return ImagePlan(
         source=source,
         tile=tile,
@@ -269,19 +242,15 @@ def _plan_anyres(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> 
         unpadded=None if merge == "flat" else laid,
         scaled_to_fit=content.height < source.height or content.width < source.width,
         num_tokens=tokens.area + laid.height * (laid.width + newline),
-        overview_box=overview_box,
-        overview_frame=overview_frame,
+        overview_box=box,
+        overview_frame=frame,
         kept=None if merge == "flat" else kept,
         newline=newline,
     )
 
 
-def _plan_padded(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> ImagePlan:
-    """Pad the image to one tile, as LLaVA-OneVision does with each of several images; a newline ends it."""
-    frame, content = fit_tile(source, tile, "pad", None, image.max_pixels)
-    plan = _plan_flat(source, tile, tokens, grid=Size(1, 1), frame=frame, content=content)
-    newline = image.mm_patch_merge_type == "spatial_unpad"
-    return replace(plan, newline=newline, num_tokens=plan.num_tokens + newline)
+def _fit_overview(source: Size, image: ImageConfig, tile: Size) -> tuple[Box | None, Box]:
+    return fit_tile(source, tile, image.overview_aspect_ratio, image.resize_short_side, image.max_pixels)
 
 
 def select_best_resolution(source: Size, pinpoints: Sequence[Size]) -> Size:
@@ -305,32 +274,6 @@ def unpad_box(field: Size, source: Size) -> Box:
     columns = int(round(source.width * (field.height / source.height), 7))
     pad = (field.width - columns) // 2
     return Box(0, pad, field.height, field.width - 2 * pad)
-
-
-def tile_source_box(plan: ImagePlan, index: int) -> Box:
-    """Find the part of the image that a tile shows, for drawing tiles on the image."""
-    if not 0 <= index < plan.num_tiles:
-        raise IndexError(f"tile {index} of an image with {plan.num_tiles} tiles")
-    on_grid = index - (plan.overview == "first")
-    if 0 <= on_grid < plan.grid.area:
-        row, column = divmod(on_grid, plan.grid.width)
-        box, frame = plan.content_box, plan.frame
-        top, left = row * plan.tile.height, column * plan.tile.width
-    else:
-        assert plan.overview_box is not None
-        box, frame, top, left = plan.overview_box, plan.overview_frame, 0, 0
-    place = frame or Box(0, 0, plan.source.height, plan.source.width)
-    y0, y1 = _span(top - box.top, plan.tile.height, place.height, box.height, place.top, plan.source.height)
-    x0, x1 = _span(left - box.left, plan.tile.width, place.width, box.width, place.left, plan.source.width)
-    return Box(y0, x0, y1 - y0, x1 - x0)
-
-
-def _span(start: int, length: int, frame: int, content: int, offset: int, source: int) -> tuple[int, int]:
-    """Take a span of resized pixels back to source pixels along one axis."""
-    low = start * frame // content - offset
-    high = _ceil_div((start + length) * frame, content) - offset
-    low, high = min(max(low, 0), source), min(max(high, 0), source)
-    return low, max(low, high)
 
 
 def _shrink(kept: Size, tokens: Size, max_tiles: int) -> Size:
@@ -378,7 +321,7 @@ def _pinpoints(image: ImageConfig, tile: Size) -> list[Size]:
         raise ConfigError("image_aspect_ratio: anyres needs image_grid_pinpoints, and none are given")
     pinpoints = [Size(height, width) for height, width in image.image_grid_pinpoints]
     for point in pinpoints:
-        _positive("image_grid_pinpoints", point)
+        _refuse_empty("image_grid_pinpoints", point)
         if point.height % tile.height or point.width % tile.width:
             raise ConfigError(
                 f"image_grid_pinpoints: {point.height}x{point.width} is no multiple of "
@@ -389,19 +332,13 @@ def _pinpoints(image: ImageConfig, tile: Size) -> list[Size]:
 
 def _refuse_anyres_settings(image: ImageConfig) -> None:
     """Refuse settings that only "anyres" reads, so that none is ignored in silence."""
-    unset: dict[str, object] = {
-        "image_grid_pinpoints": (),
-        "anyres_max": None,
-        "mm_patch_merge_type": "flat",
-        "several_images": "alike",
-    }
-    for name, value in unset.items():
-        if getattr(image, name) != value:
+    for name in ("image_grid_pinpoints", "anyres_max", "mm_patch_merge_type", "several_images"):
+        if getattr(image, name) != type(image).model_fields[name].default:
             raise ConfigError(
                 f"{name} is set but image_aspect_ratio is {image.image_aspect_ratio!r}; only 'anyres' uses it"
             )
 
 
-def _positive(what: str, size: Size) -> None:
+def _refuse_empty(what: str, size: Size) -> None:
     if size.height < 1 or size.width < 1:
         raise ConfigError(f"{what} must be at least 1x1, got {size.height}x{size.width} (height x width)")

@@ -2,7 +2,7 @@
 
 The same types go into every verb (train, chat, serve, eval) and come out of every model. Nothing is decoded here:
 a part only says where its bytes are. `media/` turns sources into arrays, `processing/` turns messages into tokens.
-Readers for the field's JSON formats live in `data/formats.py`.
+Readers for the field's JSON formats live in `data/readers/`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ class TableCell:
     path: Path  # The parquet file
     group: int  # Row group, from 0
     row: int  # Row inside the group, from 0
-    column: str  # Column: binary, or a struct with `bytes`, or a list of either
+    column: str  # Binary, or a struct with `bytes`, or a list of either
     item: int = -1  # Position in the cell's list, from 0; -1 where the cell is no list
-    # The folder that `path` in the cell is relative to and may not leave, where there are no `bytes`
-    root: Path | None = None
+    root: Path | None = None  # Where there are no `bytes`: the folder that `path` in the cell may not leave
 
 
 Source: TypeAlias = "str | Path | bytes | FileSlice | TableCell | PILImage.Image"
@@ -108,15 +107,36 @@ def _message(role: Role, parts: Sequence[Part | str]) -> Message:
 
 
 def user(*parts: Part | str) -> Message:
-    """Make a user message; plain strings become `Text` parts."""
+    """Make a user message.
+
+    Args:
+        *parts: Its parts, in order; plain strings become `Text` parts.
+
+    Returns:
+        The message.
+    """
     return _message("user", parts)
 
 
 def assistant(*parts: Part | str) -> Message:
-    """Make an assistant message; plain strings become `Text` parts."""
+    """Make an assistant message.
+
+    Args:
+        *parts: Its parts, in order; plain strings become `Text` parts.
+
+    Returns:
+        The message.
+    """
     return _message("assistant", parts)
 
 
 def system(*parts: Part | str) -> Message:
-    """Make a system message; plain strings become `Text` parts."""
+    """Make a system message.
+
+    Args:
+        *parts: Its parts, in order; plain strings become `Text` parts.
+
+    Returns:
+        The message.
+    """
     return _message("system", parts)

@@ -60,6 +60,6 @@ def test_what_is_wrong_is_said(data: Path, tmp_path: Path, capsys: pytest.Captur
     from benchmarks.towers.__main__ import main
 
     assert main([str(tmp_path), "efficientnet_lite0"]) == 1
-    assert "no data set of `python -m recipes.default.dataset pairs`" in capsys.readouterr().err
+    assert "no dataset of `python -m recipes.default.dataset pairs`" in capsys.readouterr().err
     assert main([str(data), "resnet"]) == 1
     assert "neither efficientnet_lite0 nor a model folder" in capsys.readouterr().err

@@ -164,7 +164,7 @@ def test_requests_cannot_name_files(path: str) -> None:
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "picture"}]}]},
-            r"messages\[0\].content\[0\]: unknown part type 'image'; known: text, image_url",
+            r"messages\[0\].content\[0\]: unknown part type 'picture'; known: text, image_url",
         ),
         (
             {

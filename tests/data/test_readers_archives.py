@@ -432,7 +432,7 @@ def test_cells_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (TableCell(path, 0, 1, "image"), "the cell is empty"),
         (TableCell(path, 0, 2, "image"), "no such row"),
         (TableCell(path, 1, 0, "image"), "no column `image` in row group 1"),
-        (TableCell(path, 0, 0, "picture"), "no column `image`"),
+        (TableCell(path, 0, 0, "picture"), "no column `picture`"),
         (TableCell(tmp_path / "none", 0, 0, "image"), "cannot be read"),
     ):
         with pytest.raises(MediaError, match=complaint):

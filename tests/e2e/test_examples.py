@@ -21,7 +21,7 @@ def run(cwd: Path, script: str, *arguments: str) -> str:
 def test_demo(tmp_path: Path) -> None:
     out = run(tmp_path, "examples/demo.py")
     facts = dict(line.split(maxsplit=1) for line in out.splitlines())
-    assert set(facts) >= {"picture", "question", "answer", "tokens", "time", "seen"}
+    assert set(facts) >= {"image", "question", "answer", "tokens", "time", "seen"}
     assert "of the image" in facts["tokens"]
     assert "tokens/s" in facts["time"]
     with Image.open(tmp_path / "runs" / "demo" / "seen.png") as seen:

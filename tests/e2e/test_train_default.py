@@ -17,6 +17,7 @@ import polymodal
 from polymodal.cli import main
 from polymodal.data.load import load_records
 from polymodal.evaluation.tasks.questions import evaluate, summarise
+from recipes.default.dataset.__main__ import main as build_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +30,7 @@ def test_the_default_recipes_make_a_working_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llm_folder: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["data", "build", "default", "--output", "data/default", "--size", "tiny"]) == 0
+    assert build_dataset(["default", "--output", "data/default", "--size", "tiny"]) == 0
     few = ["run.max_steps=3", "run.epochs=9", "run.log_every=1", "batch.global_size=8", "prototypes.count=10"]
     stage(1, f"init.model.llm.model_name_or_path={tiny_llm_folder}", "warm_start.steps=20", *few)
     stage(2, *few)

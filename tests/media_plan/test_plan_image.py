@@ -10,7 +10,8 @@ import pytest
 
 from polymodal.config import ImageConfig
 from polymodal.errors import ConfigError
-from polymodal.media_plan import Box, Size, plan_image, select_best_resolution, tile_source_box, unpad_box
+from polymodal.media_plan import Box, Size, plan_image, select_best_resolution, unpad_box
+from tests.media_plan.source_boxes import tile_source_box
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 TOKENS = Size(24, 24)
@@ -195,9 +196,9 @@ def test_sizes_must_be_positive() -> None:
         plan_image(Size(5, 5), config("pad"), Size(0, 1))
 
 
-def test_geometry_imports_nothing_heavy() -> None:
+def test_media_plan_imports_nothing_heavy() -> None:
     code = (
-        "import sys, polymodal.geometry;"
+        "import sys, polymodal.media_plan;"
         "print(sorted({'torch', 'numpy', 'PIL', 'pydantic', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polymodal.config import ImageConfig
-from polymodal.media_plan import Box, ImagePlan, Size, plan_image, tile_source_box
+from polymodal.media_plan import Box, ImagePlan, Size, plan_image
+from tests.media_plan.source_boxes import tile_source_box
 
 SIDES = st.integers(1, 6000)
 SIZES = st.one_of(

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from polymodal.config import ImageConfig
-from polymodal.media_plan import Size, plan_image, tile_source_box
+from polymodal.media_plan import Size, plan_image
 from polymodal.processing.image_transform import make_tiles, normalise, pad_colour, tile_bytes, tile_images
+from tests.media_plan.source_boxes import tile_source_box
 
 TOKENS = Size(4, 4)
 PINPOINTS = ((32, 64), (64, 32), (64, 64))

@@ -1,4 +1,4 @@
-"""The generated data set: the same bytes every time, honest held-out pictures, fair questions, whole or not at all."""
+"""The generated dataset: the same bytes every time, honest held-out pictures, fair questions, whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generated pairs: the same bytes every time, true captions, held out as the default data set does it."""
+"""The generated pairs: the same bytes every time, true captions, held out as the default dataset does it."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def one(noun: str, ground: str | None, *, layout: str = "single", count: int = 1
     entry = words.lexicon()[noun]
     thing = Source(f"emoji:{noun}", "emoji", noun, words.sentence(words.phrase(noun)), noun, entry.category, noun)
     white = scenes.Ground("plain", (255, 255, 255), (255, 255, 255), ground)
-    return Scene(scenes.Image("x.jpg", 0, white, [scenes.Item(0, 0.5, 0.5, 0.8)]), (thing,), layout, count, side)
+    return Scene(scenes.Picture("x.jpg", 0, white, [scenes.Item(0, 0.5, 0.5, 0.8)]), (thing,), layout, count, side)
 
 
 def test_what_can_be_confused() -> None:
@@ -158,14 +158,14 @@ def test_places_are_right() -> None:
         for _ in range(40):
             scene = make.make(layout)
             caption = full_caption(scene)
-            places = [getattr(item, axis) for item in scene.image.items]
+            places = [getattr(item, axis) for item in scene.picture.items]
             assert places == sorted(places)
             spots = [caption.lower().index(f"{s.colour} {s.noun}") for s in scene.objects]
             assert spots == sorted(spots) and len(set(spots)) == len(spots)
             assert any(said in caption for said in (" to the left of ", " above ", " from left ", " from top "))
     for _ in range(40):
         scene = make.make("side")
-        item = scene.image.items[0]
+        item = scene.picture.items[0]
         where = {"left": item.x < 0.4, "right": item.x > 0.6, "top": item.y < 0.4, "bottom": item.y > 0.6}
         assert scene.side and where[scene.side] and f" the {scene.side}" in full_caption(scene)
 
@@ -180,9 +180,9 @@ def test_no_two_held_out_scenes_can_be_confused() -> None:
         records = planning._held_out(make, "val", planning.SIZES["small"].held_out)
     finally:
         planning.full_caption = original
-    assert len(records) == len(kept) == len(make.images) > 60
+    assert len(records) == len(kept) == len(make.pictures) > 60
     assert not any(confusable(a, b) for a, b in combinations(kept, 2))
-    assert [r["image"] for r in records] == [p.file for p in make.images]
+    assert [r["image"] for r in records] == [p.file for p in make.pictures]
 
 
 def test_zero_shot_tasks(tiny: Path) -> None:

@@ -1,4 +1,4 @@
-"""Write a generated data set: the default model's, or pairs of image and caption for contrastive training.
+"""Write a generated dataset: the default model's, or pairs of image and caption for contrastive training.
 
 python -m recipes.default.dataset default --output data/default
 python -m recipes.default.dataset pairs --output data/pairs --languages de,fr

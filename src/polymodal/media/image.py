@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+from PIL import ExifTags, ImageFile, UnidentifiedImageError
 from PIL import Image as PILImage
-from PIL import ImageFile, UnidentifiedImageError
 
 from polymodal.errors import MediaError
 from polymodal.media.source import MAX_BYTES, describe, read_bytes
-
-if TYPE_CHECKING:
-    from polymodal.messages import Source
+from polymodal.messages import Source
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is opened. Pillow knows some forty more, most of them old and none of them needed from strangers."""
@@ -33,7 +32,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 64_000_000
 """The largest image unless the caller says otherwise."""
 
-_ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: PILImage.Transpose.FLIP_LEFT_RIGHT,
     3: PILImage.Transpose.ROTATE_180,
@@ -84,9 +82,8 @@ def _decode(image: PILImage.Image, background: tuple[int, int, int], max_pixels:
             image.seek(0)
         image.load()
         _check_size(image, max_pixels, name)  # a first frame may enlarge the screen that the header gave
-        turn = _UPRIGHT.get(_orientation(image))
-        rgb = to_rgb(image, background)
-        return rgb if turn is None else rgb.transpose(turn)
+        rgb, orientation = to_rgb(image, background), _orientation(image)
+        return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
     except MediaError:
         raise
     except Exception as error:  # a decoder that is fed damaged bytes may raise anything
@@ -108,8 +105,6 @@ def to_rgb(image: PILImage.Image, background: tuple[int, int, int]) -> PILImage.
 
 def _to_8_bits(image: PILImage.Image) -> PILImage.Image:
     """Bring deep greys to L, or LA where one grey value is marked as transparent."""
-    import numpy as np
-
     values: Any = np.asarray(image)
     if image.mode == "F":
         finite = np.isfinite(values)
@@ -131,7 +126,7 @@ def _to_8_bits(image: PILImage.Image) -> PILImage.Image:
 def _orientation(image: PILImage.Image) -> int:
     """Read the EXIF orientation; 1 (upright) where there is none or it is damaged, as every viewer does."""
     try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged metadata does not make the image unreadable
         return 1
     return value if isinstance(value, int) else 1

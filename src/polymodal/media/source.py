@@ -1,7 +1,11 @@
-"""Bytes from a path, a `data:` URL, a place in an archive or memory, never more than a limit.
+"""Bytes from a path, a `data:` URL, an archive, a cell of a parquet file or memory, never more than a limit.
 
 Nothing is fetched over the network here: a training record or a request that names a URL must not make this program
 open a connection. Error lines name the source in a form that is safe to print.
+
+Parquet has no way to read one cell: a column is read a row group at a time. The last groups are kept, so that reading
+in order costs one read a group; reading in random order costs one for each image. Hugging Face `datasets` writes groups
+of about 100 images, which keeps that bearable. Where it is not, cache the features or convert the file.
 """
 
 from __future__ import annotations
@@ -14,19 +18,19 @@ import stat
 import threading
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
 from polymodal.errors import MediaError, first_line
-from polymodal.messages import FileSlice, TableCell
-
-if TYPE_CHECKING:
-    from polymodal.messages import Source
-
+from polymodal.messages import FileSlice, Source, TableCell
 
 MAX_BYTES = 128 * 2**20
 """The largest file that is read unless the caller says otherwise."""
+MAX_GROUP_BYTES = 2 * 2**30
+"""The largest row group of a parquet file, uncompressed, that is read."""
 
+# Held while a row group is read: threads that want the same one wait for it instead of reading it again.
+_LOCK = threading.Lock()
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 
@@ -54,7 +58,8 @@ def read_bytes(
     """Read a source whole."""
     name = name or describe(source)
     if isinstance(source, bytes | bytearray | memoryview):
-        data = bytes(source) if len(source) <= limit else _too_large(name, len(source), limit)
+        _check_size(name, len(source), limit)
+        data = bytes(source)
     elif isinstance(source, str) and source[:5].lower() == "data:":
         data = _data_url(source, limit, name)
     elif isinstance(source, str | Path):
@@ -65,6 +70,7 @@ def read_bytes(
         data = read_cell(source, limit, name)
     else:
         raise MediaError(f"{name}: expected a path, a data: URL or bytes, got {type(source).__name__}")
+    _check_size(name, len(data), limit)
     if not data:
         raise MediaError(f"{name}: the file is empty (0 bytes); give a file with content")
     return data
@@ -96,9 +102,7 @@ def _file(path: Path, limit: int, name: str, part: FileSlice | None = None) -> b
             raise MediaError(f"{name}: is a directory; give a file")
         if not stat.S_ISREG(info.st_mode):
             raise MediaError(f"{name}: is not a regular file; give a file")
-        size = info.st_size if part is None else part.size
-        if size > limit:
-            _too_large(name, size, limit)
+        _check_size(name, info.st_size if part is None else part.size, limit)
         with path.open("rb") as file:
             if part is None:
                 data = file.read(limit + 1)  # the file may have grown since
@@ -114,7 +118,7 @@ def _file(path: Path, limit: int, name: str, part: FileSlice | None = None) -> b
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = getattr(error, "strerror", None) or str(error)
         raise MediaError(f"{name}: cannot be read ({reason}); check the path") from None
-    return data if len(data) <= limit else _too_large(name, len(data), limit)
+    return data
 
 
 def _data_url(url: str, limit: int, name: str) -> bytes:
@@ -124,36 +128,21 @@ def _data_url(url: str, limit: int, name: str) -> bytes:
         raise MediaError(f"{name}: has no comma; it must read data:image/png;base64,...")
     if head.lower().endswith(";base64"):
         if len(payload) > 4 * limit:  # room for percent escapes and line breaks; checked again after decoding
-            _too_large(name, len(payload) * 3 // 4, limit)
+            _check_size(name, len(payload) * 3 // 4, limit)
         packed = re.sub(rb"\s", b"", unquote_to_bytes(payload)).translate(bytes.maketrans(b"-_", b"+/"))
         try:
             data = base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
         except binascii.Error:
             raise MediaError(f"{name}: its base64 is damaged; encode the file again") from None
     else:
-        if len(payload) > 3 * limit:
-            _too_large(name, len(payload) // 3, limit)
+        _check_size(name, len(payload) // 3, limit)
         data = unquote_to_bytes(payload)
-    return data if len(data) <= limit else _too_large(name, len(data), limit)
+    return data
 
 
-def _too_large(name: str, size: int, limit: int) -> bytes:
-    """Raise; typed as bytes so that it can stand where data would."""
-    raise MediaError(f"{name}: {size:,} bytes, at most {limit:,} are allowed; make the file smaller")
-
-
-# ---- Bytes of one cell of a parquet file, the way Hugging Face `datasets` stores images ----
-# Parquet has no way to read one cell: a column is read a row group at a time. The last groups are kept, so that reading
-# in order costs one read a group; reading in random order costs one for each image. `datasets` writes groups of about
-# 100 images, which keeps that bearable; a group too large for memory is refused. Where it is not, cache the features
-# or convert the file.
-
-
-MAX_GROUP_BYTES = 2 * 2**30
-"""The largest row group, uncompressed, that is read."""
-
-_LOCK = threading.Lock()
-"""Held while a group is read: threads that want the same group wait for it instead of reading it again."""
+def _check_size(name: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise MediaError(f"{name}: {size:,} bytes, at most {limit:,} are allowed; make the file smaller")
 
 
 def open_table(path: Path, error: type[Exception] = MediaError) -> Any:
@@ -220,8 +209,7 @@ def read_cell(cell: TableCell, limit: int, name: str) -> bytes:
     if not hasattr(value, "as_buffer"):
         raise MediaError(f"{name}: holds {value.type}, not bytes; the file is damaged or has changed")
     buffer = value.as_buffer()
-    if buffer.size > limit:
-        raise MediaError(f"{name}: {buffer.size:,} bytes, at most {limit:,} are allowed; make the file smaller")
+    _check_size(name, buffer.size, limit)
     return bytes(buffer.to_pybytes())
 
 

@@ -1,14 +1,21 @@
-"""What the processor hands on: one `Sample` a conversation, one `Batch` a step."""
+"""One `Sample` a conversation, and samples collated into one `Batch` a step, padded or packed.
+
+Nothing is computed here: plans and masks are carried along, not rebuilt.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 
 from polymodal.media_plan import ImagePlan
+
+IGNORE = -100
+"""The label of a position that is not trained, as in torch's cross entropy."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +36,11 @@ class Sample:
     loss_mask: torch.Tensor  # [T] bool; True where the token is the assistant's (its end token included)
     slots: tuple[Slot, ...] = ()  # Where each media item is, in order
     plans: tuple[ImagePlan, ...] = ()  # One plan an image, in order
-    # One [n, 3, H, W] tensor an image, float32 normalised or uint8 to be normalised on the device; None where
-    # features are cached
+    # An image: [n, 3, H, W], float32 normalised or uint8 to be normalised on the device. None: features are cached
     pixels: tuple[torch.Tensor, ...] | None = None
-    # One content hash an image: pixels and preprocessing; the key of the feature cache
-    media_keys: tuple[str, ...] = ()
+    media_keys: tuple[str, ...] = ()  # A hash an image, of pixels and preprocessing; the key of the feature cache
     id: str = ""  # The record's id, for error messages
-    # One [t] int64 tensor an image: what the projector reads beside it; empty where it reads nothing
-    contexts: tuple[torch.Tensor, ...] = ()
+    contexts: tuple[torch.Tensor, ...] = ()  # An image: [t] int64, what the projector reads beside it
 
 
 @dataclass(frozen=True)
@@ -45,28 +49,19 @@ class Batch:
 
     input_ids: torch.Tensor  # [B, T] int64
     attention_mask: torch.Tensor  # [B, T] bool; False on padding
-    # [B, T] int64; the token itself where it is trained, -100 elsewhere. Not shifted: the model shifts
-    labels: torch.Tensor
+    labels: torch.Tensor  # [B, T] int64; the token itself or `IGNORE`. Not shifted: the model shifts
     plans: tuple[ImagePlan, ...] = ()  # All images of the batch, in order of sample, then of place
     sample_of_image: tuple[int, ...] = ()  # For each image, the row it belongs to
-    # [N, 3, H, W], all tiles of all images, float32 normalised or uint8; None when `features` are given or there is
-    # none
-    pixel_values: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None  # [N, 3, H, W], all tiles of all images; float32 normalised, or uint8
     features: torch.Tensor | None = None  # [N, P, E], the frozen encoder's output, in place of `pixel_values`
-    ids: tuple[str, ...] = field(default=())  # The samples' ids
-    # Lengths of the samples packed in the single row, in order; None for a padded batch
-    segments: tuple[int, ...] | None = None
-    # [R] int64, the positions of the flattened [B * T] that predict a label, in order. Known here, they need not be
-    # looked for on the device, which would have to be waited for
+    ids: tuple[str, ...] = ()  # The samples' ids
+    segments: tuple[int, ...] | None = None  # Lengths of the samples packed in the single row, in order
+    # [R] int64: where the flattened [B * T] predicts a label. Known here, it need not be looked for on the device,
+    # which would have to be waited for
     target_places: torch.Tensor | None = None
-    # [M] int64, the positions of the flattened [B * T] that hold placeholders, in order; None where the samples do
-    # not say
-    media_places: torch.Tensor | None = None
-    # Padding is on the left, so the mask is needed; on the right causal attention never sees it
-    left_padded: bool = False
-    # [images, t] int64, what the projector reads beside each image, -1 behind the end of a row; None where it
-    # reads nothing
-    context_ids: torch.Tensor | None = None
+    media_places: torch.Tensor | None = None  # [M] int64: where it holds placeholders; None: the samples do not say
+    left_padded: bool = False  # The mask is needed; causal attention never sees padding on the right
+    context_ids: torch.Tensor | None = None  # [images, t] int64, what the projector reads, -1 behind the end of a row
 
     def inputs(self) -> dict[str, Any]:
         """Everything that `MultimodalLM.forward` takes, by name."""
@@ -75,19 +70,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Move every tensor to a device."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         return replace(self, **moved)
-
-
-# ---- Samples -> one batch, padded or packed. Nothing is computed here: plans and masks are carried, not rebuilt ----
-
-
-IGNORE = -100
-"""The label of a position that is not trained, as in torch's cross entropy."""
 
 
 def collate(samples: Sequence[Sample], pad_id: int, side: Literal["right", "left"] = "right") -> Batch:
@@ -105,19 +90,13 @@ def collate(samples: Sequence[Sample], pad_id: int, side: Literal["right", "left
         input_ids[row, place] = sample.input_ids
         attention_mask[row, place] = True
         labels[row, place] = torch.where(sample.loss_mask, sample.input_ids, IGNORE)
-    pixels = [tiles for sample in samples for tiles in (sample.pixels or ())]
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         labels=labels,
-        plans=tuple(plan for sample in samples for plan in sample.plans),
         sample_of_image=tuple(row for row, sample in enumerate(samples) for _ in sample.plans),
-        pixel_values=torch.cat(pixels) if pixels else None,
-        ids=tuple(sample.id for sample in samples),
-        target_places=target_places(labels),
-        media_places=media_places(samples, starts),
         left_padded=side == "left" and not bool(attention_mask.all()),
-        context_ids=context_ids(samples),
+        **_carried(samples, starts, labels),
     )
 
 
@@ -129,29 +108,31 @@ def collate_packed(samples: Sequence[Sample]) -> Batch:
     for mask in masks:
         mask[:1] = False
     input_ids = torch.cat([sample.input_ids for sample in samples])[None]
-    pixels = [tiles for sample in samples for tiles in (sample.pixels or ())]
-    plans = tuple(plan for sample in samples for plan in sample.plans)
     labels = torch.where(torch.cat(masks)[None], input_ids, IGNORE)
     lengths = [sample.input_ids.numel() for sample in samples]
     return Batch(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids, dtype=torch.bool),
         labels=labels,
-        plans=plans,
-        sample_of_image=(0,) * len(plans),
-        pixel_values=torch.cat(pixels) if pixels else None,
-        ids=tuple(sample.id for sample in samples),
+        sample_of_image=(0,) * sum(len(sample.plans) for sample in samples),
         segments=tuple(lengths),
-        target_places=target_places(labels),
-        media_places=media_places(samples, [sum(lengths[:row]) for row in range(len(lengths))]),
-        context_ids=context_ids(samples),
+        **_carried(samples, list(accumulate(lengths, initial=0))[:-1], labels),
     )
 
 
-def context_ids(samples: Sequence[Sample]) -> torch.Tensor | None:  # -> [images, t]
-    """Put what the projector reads beside each image into one table."""
-    rows = [row for sample in samples for row in sample.contexts]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1) if rows else None
+def _carried(samples: Sequence[Sample], starts: Sequence[int], labels: torch.Tensor) -> dict[str, Any]:
+    """What a batch has of its samples, however they are laid out; `starts` are theirs in the flattened batch."""
+    pixels = [tiles for sample in samples for tiles in (sample.pixels or ())]
+    contexts = [row for sample in samples for row in sample.contexts]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "plans": tuple(plan for sample in samples for plan in sample.plans),
+        "pixel_values": torch.cat(pixels) if pixels else None,
+        "ids": tuple(sample.id for sample in samples),
+        "target_places": target_places(labels),
+        "media_places": media_places(samples, starts),
+        "context_ids": pad(contexts, batch_first=True, padding_value=-1) if contexts else None,
+    }
 
 
 def target_places(labels: torch.Tensor) -> torch.Tensor:  # [B, T] -> [R]

@@ -27,45 +27,19 @@ FAMILIES: dict[str, Family] = {
 """Processor class, without "Fast" or "Pil", to the way it is read."""
 
 # The classes that crop the centre, and cut the size to its short side, unless the file says otherwise.
-_CROP_BY_DEFAULT = {
-    "BitImageProcessor",
-    "CLIPImageProcessor",
-    "LlavaImageProcessor",
-    "LlavaNextImageProcessor",
-}
+_CROP_BY_DEFAULT = {"BitImageProcessor", "CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor"}
 _FILTERS: dict[Any, Resample] = {number: name for name, number in RESAMPLE_FILTERS.items()}
-_FLAGS_THAT_MUST_BE_TRUE = ("do_resize", "do_rescale", "do_convert_rgb")
-_KNOWN = {
-    *_FLAGS_THAT_MUST_BE_TRUE,
-    "image_processor_type",
-    "feature_extractor_type",
-    "do_normalize",
-    "do_center_crop",
-    "do_pad",
-    "size",
-    "crop_size",
-    "resample",
-    "rescale_factor",
-    "image_mean",
-    "image_std",
-    "image_grid_pinpoints",
-    "aspect_ratio_setting",
-}
-# Bookkeeping that does not change a pixel.
-_IRRELEVANT = {
-    "processor_class",
-    "_processor_class",
-    "_valid_processor_keys",
-    "auto_map",
-    "data_format",
-    "default_to_square",
-    "device",
-    "disable_grouping",
-    "input_data_format",
-    "model_input_names",
-    "return_tensors",
-    "transformers_version",
-}
+_MUST_BE_TRUE = ("do_resize", "do_rescale", "do_convert_rgb")
+_READ = """
+    aspect_ratio_setting crop_size do_center_crop do_normalize do_pad feature_extractor_type image_grid_pinpoints
+    image_mean image_processor_type image_std resample rescale_factor size
+"""
+# Changes no pixel.
+_IRRELEVANT = """
+    _processor_class _valid_processor_keys auto_map data_format default_to_square device disable_grouping
+    input_data_format model_input_names processor_class return_tensors transformers_version
+"""
+_KNOWN = {*_MUST_BE_TRUE, *_READ.split(), *_IRRELEVANT.split()}
 
 
 def image_config_from_hf(preprocessor: Mapping[str, Any], *, vision_aspect_ratio: str | None = None) -> ImageConfig:
@@ -77,12 +51,11 @@ def image_config_from_hf(preprocessor: Mapping[str, Any], *, vision_aspect_ratio
     family = FAMILIES.get(name)
     if family is None:
         raise unknown_name("image processor", name, FAMILIES)
-    for key in given:
-        if key not in _KNOWN and key not in _IRRELEVANT:
-            raise _refuse(name, key, given[key], "is not understood")
-    for flag in _FLAGS_THAT_MUST_BE_TRUE:
-        if given.get(flag, True) is not True:
-            raise _refuse(name, flag, given[flag], "cannot be expressed; it must be true")
+    for key, value in given.items():
+        if key not in _KNOWN:
+            raise _refuse(name, key, value, "is not understood")
+        if key in _MUST_BE_TRUE and value is not True:
+            raise _refuse(name, key, value, "cannot be expressed; it must be true")
     if abs(given.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         raise _refuse(name, "rescale_factor", given["rescale_factor"], "cannot be expressed; it must be 1/255")
     if family != "onevision" and vision_aspect_ratio is not None:
@@ -100,8 +73,7 @@ def _layout(given: dict[str, Any], name: str, family: Family, vision_aspect_rati
     crops = given.get("do_center_crop", name in _CROP_BY_DEFAULT)
     size = _size(given, name, "size", short_side=name in _CROP_BY_DEFAULT)
     crop = _size(given, name, "crop_size", short_side=False) if crops else None
-    if family != "llava" and family != "one_tile":
-        tile = _fixed_tile(name, size, crop)
+    if family in ("llava_next", "onevision"):
         pinpoints = given.get("image_grid_pinpoints")
         if not pinpoints:
             raise ConfigError(f"{name}: image_grid_pinpoints is missing")
@@ -109,7 +81,7 @@ def _layout(given: dict[str, Any], name: str, family: Family, vision_aspect_rati
             raise _refuse(name, "aspect_ratio_setting", given["aspect_ratio_setting"], "cannot be expressed")
         return {
             "image_aspect_ratio": "anyres",
-            "tile_size": tile,
+            "tile_size": _fixed_tile(name, size, crop),
             "image_grid_pinpoints": tuple((int(height), int(width)) for height, width in pinpoints),
             "mm_patch_merge_type": "spatial_unpad",
             "anyres_max": _anyres_max(name, vision_aspect_ratio) if family == "onevision" else None,
@@ -145,16 +117,15 @@ def _fixed_tile(name: str, size: int | tuple[int, int], crop: int | tuple[int, i
 def _size(given: dict[str, Any], name: str, key: str, *, short_side: bool) -> int | tuple[int, int]:
     """Read a size: an int for a short side, (height, width) for a fixed one."""
     value = given.get(key)
-    if isinstance(value, int):  # as written before transformers 4.2x
-        return value if short_side else (value, value)
-    if isinstance(value, Mapping):
-        sides = {side: length for side, length in value.items() if length is not None}
-        if set(sides) == {"shortest_edge"}:
-            return int(sides["shortest_edge"])
-        if set(sides) == {"height", "width"}:
-            return int(sides["height"]), int(sides["width"])
     if value is None:
         raise ConfigError(f"{name}: {key} is missing")
+    if isinstance(value, int):  # as written before transformers 4.2x
+        return value if short_side else (value, value)
+    sides = {side: length for side, length in value.items() if length is not None} if isinstance(value, Mapping) else {}
+    if set(sides) == {"shortest_edge"}:
+        return int(sides["shortest_edge"])
+    if set(sides) == {"height", "width"}:
+        return int(sides["height"]), int(sides["width"])
     raise _refuse(name, key, value, "cannot be expressed")
 
 
@@ -162,11 +133,11 @@ def _channels(given: dict[str, Any], name: str, key: str, unset: float) -> tuple
     """Read a mean or deviation; `unset` where nothing is normalised."""
     if given.get("do_normalize", True) is False:
         return unset, unset, unset
-    value = given.get(key)
-    if not isinstance(value, list | tuple) or len(value) != 3:
-        raise _refuse(name, key, value, "must be three numbers")
-    red, green, blue = (float(v) for v in value)
-    return red, green, blue
+    match given.get(key):
+        case [red, green, blue]:
+            return float(red), float(green), float(blue)
+        case value:
+            raise _refuse(name, key, value, "must be three numbers")
 
 
 def _resample(given: dict[str, Any], name: str) -> Resample:

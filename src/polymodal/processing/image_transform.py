@@ -10,24 +10,18 @@ Beside an image lies: the mean colour or `pad_color` for "pad"; black for "crop"
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from polymodal.config import RESAMPLE_FILTERS
+from polymodal.config import RESAMPLE_FILTERS, ImageConfig
 from polymodal.media_plan import Box, ImagePlan, Size
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from polymodal.config import ImageConfig
 
 Colour = tuple[int, int, int]
 
 _BLACK: Colour = (0, 0, 0)
+# Above this many pixels only the part that ends on the canvas is computed (a centre crop of a very long image).
 _LARGEST_RESIZED = 2**26
-"""Above this many pixels only the part that ends on the canvas is computed (a centre crop of a very long image)."""
 
 
 def make_tiles(image: PILImage.Image, plan: ImagePlan, config: ImageConfig) -> NDArray[np.float32]:  # -> [n, 3, H, W]
@@ -41,9 +35,8 @@ def tile_bytes(image: PILImage.Image, plan: ImagePlan, config: ImageConfig) -> N
     return np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))
 
 
-def normalise(tiles: NDArray[np.uint8], config: ImageConfig) -> NDArray[np.float32]:
+def normalise(tiles: NDArray[np.uint8], config: ImageConfig) -> NDArray[np.float32]:  # [n, 3, H, W], in and out
     """Rescale 0..255 to 0..1, subtract the mean and divide by the deviation."""
-    # tiles [n, 3, H, W] -> [n, 3, H, W]
     mean = np.asarray(config.image_mean, dtype=np.float64)[:, None, None]
     std = np.asarray(config.image_std, dtype=np.float64)[:, None, None]
     scaled = tiles.astype(np.float32)
@@ -61,7 +54,9 @@ def tile_images(image: PILImage.Image, plan: ImagePlan, config: ImageConfig) -> 
         raise ValueError(f"expected an RGB image, got mode {image.mode}; open it with media.image.open_image")
     fill, whole_fill = _fills(plan, config)
     canvas = _place(image, plan.frame, plan.content_box, plan.canvas, fill, config)
-    tiles = [canvas.crop(_corners(box)) for box in _grid_boxes(plan)]
+    height, width = plan.tile.height, plan.tile.width
+    places = [(row * height, column * width) for row in range(plan.grid.height) for column in range(plan.grid.width)]
+    tiles = [canvas.crop(_corners(Box(top, left, height, width))) for top, left in places]
     if plan.overview_box is not None:
         overview = _place(image, plan.overview_frame, plan.overview_box, plan.tile, whole_fill, config)
         tiles.insert(0 if plan.overview == "first" else len(tiles), overview)
@@ -78,13 +73,12 @@ def pad_colour(config: ImageConfig) -> Colour:
 
 def _fills(plan: ImagePlan, config: ImageConfig) -> tuple[Colour, Colour]:
     """Give the colours beside the image, on the canvas and on the overview tile."""
-    if config.image_aspect_ratio == "slice":
+    how = config.image_aspect_ratio
+    if how == "slice":
         return config.background, config.background
-    whole = _BLACK if config.overview_aspect_ratio == "crop" else pad_colour(config)
-    padded = config.image_aspect_ratio == "pad"
-    if config.image_aspect_ratio == "anyres":
-        padded = plan.overview == "none"  # one of several images, padded to a tile
-    return (pad_colour(config) if padded else _BLACK), whole
+    padded = how == "pad" or (how == "anyres" and plan.overview == "none")  # one of several images, padded to a tile
+    colour = pad_colour(config)
+    return colour if padded else _BLACK, _BLACK if config.overview_aspect_ratio == "crop" else colour
 
 
 def _place(
@@ -95,17 +89,13 @@ def _place(
         framed = PILImage.new("RGB", (frame.width, frame.height), fill)
         framed.paste(image, (frame.left, frame.top))
         image = framed
-    visible = Box(
-        max(content.top, 0),
-        max(content.left, 0),
-        min(content.bottom, canvas.height) - max(content.top, 0),
-        min(content.right, canvas.width) - max(content.left, 0),
-    )
-    resized = _resize(image, content, visible, config)
-    if visible == Box(0, 0, canvas.height, canvas.width):
+    top, left = max(content.top, 0), max(content.left, 0)
+    height, width = min(content.bottom, canvas.height) - top, min(content.right, canvas.width) - left
+    resized = _resize(image, content, Box(top - content.top, left - content.left, height, width), config)
+    if (height, width) == (canvas.height, canvas.width):
         return resized
     laid = PILImage.new("RGB", (canvas.width, canvas.height), fill)
-    laid.paste(resized, (visible.left, visible.top))
+    laid.paste(resized, (left, top))
     return laid
 
 
@@ -115,29 +105,14 @@ def resize_filter(config: ImageConfig) -> PILImage.Resampling:
 
 
 def _resize(image: PILImage.Image, content: Box, visible: Box, config: ImageConfig) -> PILImage.Image:
-    """Resize to `content` and keep the part that is `visible`."""
+    """Resize to the size of `content` and keep the part of it that is `visible`."""
     resample = resize_filter(config)
-    top, left = visible.top - content.top, visible.left - content.left
     if content.size.area <= _LARGEST_RESIZED:
         resized = image.resize((content.width, content.height), resample)
-        return resized if visible == content else resized.crop(_corners(Box(top, left, *_sides(visible))))
+        return resized if visible.size == content.size else resized.crop(_corners(visible))
     down, across = image.height / content.height, image.width / content.width
-    part = (left * across, top * down, (left + visible.width) * across, (top + visible.height) * down)
+    part = (visible.left * across, visible.top * down, visible.right * across, visible.bottom * down)
     return image.resize((visible.width, visible.height), resample, box=part)
-
-
-def _grid_boxes(plan: ImagePlan) -> list[Box]:
-    """List the tiles' places on the canvas, row by row."""
-    height, width = plan.tile.height, plan.tile.width
-    return [
-        Box(row * height, column * width, height, width)
-        for row in range(plan.grid.height)
-        for column in range(plan.grid.width)
-    ]
-
-
-def _sides(box: Box) -> tuple[int, int]:
-    return box.height, box.width
 
 
 def _corners(box: Box) -> tuple[int, int, int, int]:

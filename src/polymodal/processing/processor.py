@@ -1,4 +1,4 @@
-"""The one road in: messages -> Sample. train, chat, serve and eval all call this."""
+"""The one road in: messages -> `Sample`. train, chat, serve and eval all call this."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from PIL import Image as PILImage
 from tokenizers import Tokenizer
 
 from polymodal.config import ImageConfig, ModelConfig, TemplateConfig
@@ -20,18 +21,15 @@ from polymodal.processing.collate import Sample
 from polymodal.processing.image_transform import make_tiles, tile_bytes
 
 if TYPE_CHECKING:
-    from PIL import Image as PILImage
     from transformers import PreTrainedTokenizerBase
 
 
-# ---- What a projector reads beside an image: the question, in ids of the projector's own tokenizer (InstructBLIP)
-# The context of an image is the text of the user turn that holds it; an image in another turn has an empty one, so
-# that no answer is ever read. Ids are framed as the tokenizer frames a text ([CLS] ... [SEP]) and the text is cut to
-# what fits between. Differences from the reference: special tokens that a user types stay plain text.
-
-
 class ContextReader:
-    """Messages to one row of ids an image."""
+    """What a projector reads beside an image, in ids of its own tokenizer: the question, as in InstructBLIP."""
+
+    # That is the text of the user turn that holds the image; an image in another turn has none, so that no answer is
+    # ever read. Ids are framed as the tokenizer frames a text ([CLS] ... [SEP]), and the text is cut to what fits.
+    # Differs from the reference: special tokens that a user types stay plain text.
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.max_length = max_length
@@ -48,12 +46,8 @@ class ContextReader:
 
     def __call__(self, messages: Sequence[Message]) -> tuple[torch.Tensor, ...]:
         """Read the context of each image."""
-        rows: list[torch.Tensor] = []
-        for message in messages:
-            if message.media:
-                ids = self.ids(message.text if message.role == "user" else "")
-                rows += [torch.tensor(ids, dtype=torch.int64)] * len(message.media)
-        return tuple(rows)
+        texts = [message.text if message.role == "user" else "" for message in messages for _ in message.media]
+        return tuple(torch.tensor(self.ids(text), dtype=torch.int64) for text in texts)
 
     def ids(self, text: str) -> list[int]:
         """Tokenise a text, framed and cut."""
@@ -100,9 +94,9 @@ class Processor:
         *,
         add_generation_prompt: bool = False,
         id: str = "",
-        pixels: bool | Literal["uint8"] = True,
+        pixels: bool | Literal["uint8"] = True,  # whether to make tiles; "uint8" leaves normalising to the device
     ) -> Sample:
-        """Process one conversation."""
+        """Process one conversation; raises `PolymodalError` where a part or the template does not take it."""
         images = [self._open(part) for message in messages for part in message.media]
         plans = tuple(self.plan(image, alone=len(images) == 1) for image in images)
         rendered = self.template.render(
@@ -126,7 +120,14 @@ class Processor:
         )
 
     def with_template(self, template: str | TemplateConfig | None) -> Processor:
-        """The same processor under another chat template; itself where that is None."""
+        """The same processor under another chat template.
+
+        Args:
+            template: A preset's name, jinja text or whole settings; None for this processor itself.
+
+        Returns:
+            The processor.
+        """
         if template is None:
             return self
         if isinstance(template, str):
@@ -134,13 +135,28 @@ class Processor:
         return self.with_config(self.config.model_copy(update={"template": template}))
 
     def with_config(self, config: ModelConfig) -> Processor:
-        """The same parts under another configuration: other image rules of the same tile, another template."""
+        """The same processor under another configuration.
+
+        Args:
+            config: With other image rules of the same tile, or another template.
+
+        Returns:
+            The processor.
+        """
         return Processor(
             config, self.tokenizer, self.tokens, self.image_token_id, self.last_answer_only, self.context_tokenizer
         )
 
     def plan(self, image: PILImage.Image, *, alone: bool = True) -> ImagePlan:
-        """Plan one decoded image; `alone` as in `media_plan.plan_image`."""
+        """Plan one decoded image.
+
+        Args:
+            image: The image, upright.
+            alone: Whether it is the only image of its conversation.
+
+        Returns:
+            Its tiles and tokens.
+        """
         assert self.config.image is not None and self.tokens is not None  # _open refused the image otherwise
         return plan_image(Size(image.height, image.width), self.config.image, self.tokens, alone=alone)
 

@@ -17,14 +17,10 @@ from jinja2.utils import Namespace
 
 from polymodal.errors import CheckpointError
 
-MAX_VALUE = 4_000_000
-"""Characters and entries of one value, with everything inside it written out."""
-ENTRY = 8
-"""How many characters an entry of a list or dictionary counts as: going through them is slower."""
-MAX_BITS = 1024
-"""Of an integer."""
-MAX_WIDTH = 1000
-"""Of padding and indentation."""
+MAX_VALUE = 4_000_000  # characters and entries of one value, with everything inside it written out
+ENTRY = 8  # characters that an entry of a list or dictionary counts as: going through them is slower
+MAX_BITS = 1024  # of an integer
+MAX_WIDTH = 1000  # of padding and indentation
 _FORMAT_WIDTH = re.compile(r"\d{4,}|\*|\{[^}]*\{")
 
 
@@ -47,19 +43,13 @@ def measure(value: Any) -> int:
         elif isinstance(item, dict):
             total += 2 * ENTRY * len(item)
             inside = (*item.keys(), *item.values()) if total <= MAX_VALUE else ()
-        elif isinstance(item, list | tuple | set | frozenset):
+        elif isinstance(item, list | tuple | set | frozenset | range):
             total += ENTRY * len(item)
-            inside = item if total <= MAX_VALUE else ()
-        elif isinstance(item, range):
-            total += ENTRY * len(item)
+            inside = item if total <= MAX_VALUE and not isinstance(item, range) else ()
         elif isinstance(item, int):
             total += 1 + item.bit_length() // 3
-        total += ENTRY
-        if total > MAX_VALUE:
-            break
+        total = fits(total + ENTRY)
         stack.extend(inside)
-    if total > MAX_VALUE:
-        raise UnsafeTemplateError(f"it makes a value of more than {MAX_VALUE:,} characters")
     return total
 
 
@@ -70,16 +60,13 @@ def size_of_result(operator: str, left: Any, right: Any) -> int:
         if bits > MAX_BITS:
             raise UnsafeTemplateError("it computes with giant numbers")
         return 1
-    size = 1
     if operator == "*" and (isinstance(left, int) or isinstance(right, int)):
         times, what = (left, right) if isinstance(left, int) else (right, left)
-        size = measure(what) * max(0, times)
-    elif operator == "+":
+        return fits(measure(what) * max(0, times))
+    if operator == "+":
         fits(measure(left) + measure(right))
         return sum(len(side) for side in (left, right) if isinstance(side, str | list | tuple))
-    elif operator == "%" and isinstance(left, str):
-        return format_fits(left, left.count("%"), right)
-    return fits(size)
+    return format_fits(left, left.count("%"), right) if operator == "%" and isinstance(left, str) else 1
 
 
 def fits(size: int) -> int:
@@ -159,10 +146,10 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
-LOOKING_AHEAD: dict[str, Callable[..., str]] = {
+# Filters in place of jinja2's own.
+CAREFUL_FILTERS: dict[str, Callable[..., str]] = {
     "join": _join,
     "replace": _replace,
     "indent": _indent,
     "tojson": _tojson,
 }
-"""Filters in place of jinja2's own."""

@@ -20,51 +20,30 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.parser import Parser
-from jinja2.runtime import LoopContext, Macro
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from polymodal.errors import ConfigError
-from polymodal.safety.jinja_limits import (
-    LOOKING_AHEAD,
-    MAX_WIDTH,
-    UnsafeTemplateError,
-    fits,
-    format_fits,
-    join_fits,
-    listed,
-    measure,
-    raise_exception,
-    replace_fits,
-    size_of_result,
-    strftime_now,
-)
+from polymodal.safety import jinja_limits as limits
+from polymodal.safety.jinja_limits import UnsafeTemplateError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from jinja2.runtime import Context
-
-MAX_SOURCE = 128 * 1024
-"""Characters of a template; the longest published ones have about 30,000."""
-MAX_NODES = 30_000
-"""Parts of speech of a template."""
+MAX_SOURCE = 128 * 1024  # characters of a template; the longest published ones have about 30,000
+MAX_NODES = 30_000  # of a template's syntax tree
+# Of one rendering: rounds of loops, calls and filters; characters and entries that are handled; processor time.
 MAX_STEPS = 200_000
-"""Turns of loops, calls and filters in one rendering."""
 MAX_WORK = 64_000_000
-"""Characters and entries that are handled in one rendering."""
 MAX_SECONDS = 5.0
-"""Processor time of one rendering."""
 STRING_METHODS = """
     capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace
     istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip
@@ -74,11 +53,11 @@ FILTERS = """
     abs count d default dictsort first float groupby int items last length list map max min reject rejectattr reverse
     round select selectattr sort unique
 """
+# Those that write their arguments out as text, which is therefore measured before.
 TEXT_FILTERS = """
     capitalize e escape forceescape indent join lower replace safe string striptags title tojson trim truncate upper
     urlencode wordcount
 """
-"""Those that write their arguments out as text, which is therefore measured before."""
 _METHODS, _TEXT = frozenset(STRING_METHODS.split()), frozenset(TEXT_FILTERS.split())
 
 
@@ -125,13 +104,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             extensions=[_GenerationBlock, jinja2.ext.loopcontrols],
         )
         self._local = threading.local()
-        known = {name: self.filters[name] for name in (FILTERS + TEXT_FILTERS).split()}
-        known |= LOOKING_AHEAD
-        self.filters = {name: _guarded(name, function, self) for name, function in known.items()}
+        allowed = {name: self.filters[name] for name in (FILTERS + TEXT_FILTERS).split()} | limits.CAREFUL_FILTERS
+        self.filters = {name: _guarded(name, function, self) for name, function in allowed.items()}
         for name in ("lipsum", "cycler", "joiner"):
             self.globals.pop(name, None)
-        self.globals["raise_exception"] = raise_exception
-        self.globals["strftime_now"] = strftime_now
+        self.globals |= {"raise_exception": limits.raise_exception, "strftime_now": limits.strftime_now}
 
     @contextmanager
     def budgeted(self, share: float) -> Iterator[None]:
@@ -149,18 +126,18 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return budget
 
     def tick(self, written: int) -> bool:
-        """Called on every turn of a loop and on every macro, with the characters that stand there as they are."""
+        """Called in every round of a loop and in every macro, with the characters that stand there as they are."""
         self.budget.step(written)
         return True
 
     def bounded(self, value: Any) -> Any:
         """A list, tuple or dictionary that the template wrote down."""
-        self.budget.step(measure(value))
+        self.budget.step(limits.measure(value))
         return value
 
     def joined(self, *parts: Any) -> str:
         """What `~` does."""
-        self.budget.step(measure(parts))
+        self.budget.step(limits.measure(parts))
         return "".join(map(str, parts))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -176,9 +153,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Look ahead at what an operator will make, then do it."""
         if operator == "+" and isinstance(left, str) and isinstance(right, str):  # by far the most frequent
-            self.budget.step(fits(len(left) + len(right)))
+            self.budget.step(limits.fits(len(left) + len(right)))
             return left + right
-        self.budget.step(size_of_result(operator, left, right))
+        self.budget.step(limits.size_of_result(operator, left, right))
         return super().call_binop(context, operator, left, right)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -189,7 +166,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         text = str(value.__self__)
 
         def wrapper(*args: Any, **kwargs: Any) -> str:
-            format_fits(text, text.count("{"), (args, kwargs))
+            limits.format_fits(text, text.count("{"), (args, kwargs))
             return inner(*args, **kwargs)
 
         return wrapper
@@ -202,24 +179,19 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return __obj(*args)
         if isinstance(owner, str):
             if __obj.__name__ == "join":
-                args = tuple(listed(argument) for argument in args)
-                join_fits(owner, *args[:1])
+                args = tuple(limits.listed(argument) for argument in args)
+                limits.join_fits(owner, *args[:1])
             elif __obj.__name__ == "replace":
-                replace_fits(owner, *args[:2])
+                limits.replace_fits(owner, *args[:2])
         __self.budget.step(len(owner) if isinstance(owner, str) else 0)
         result = super().call(__context, __obj, *args, **kwargs)
         if isinstance(result, str) or __obj in (dict, Namespace):
-            __self.budget.step(measure(result))
+            __self.budget.step(limits.measure(result))
         return result
 
 
-def compile_template(source: str) -> Callable[..., str]:
-    """Compile a chat template in the sandbox."""
-    return budgeted_template(source, 1.0)
-
-
-def budgeted_template(source: str, share: float) -> Callable[..., str]:
-    """Compile a chat template that gets only a share of the usual budget; see `compile_template`."""
+def compile_template(source: str, share: float = 1.0) -> Callable[..., str]:
+    """Compile a chat template in the sandbox; each rendering gets a share of the usual budget."""
     if len(source) > MAX_SOURCE:
         raise UnsafeTemplateError(
             f"chat_template: {len(source):,} characters; more than {MAX_SOURCE:,} are no chat template"
@@ -255,24 +227,19 @@ def budgeted_template(source: str, share: float) -> Callable[..., str]:
 
 
 class _Counted(NodeTransformer):
-    """Let loops and macros count their turns, and values be measured where they are written down."""
+    """Let loops and macros count their rounds, and values be measured where they are written down."""
+
+    def _counting(self, node: Any) -> Any:
+        self.generic_visit(node)
+        node.body = [nodes.ExprStmt(_tick(node, _data_in(node.body)), lineno=node.lineno), *node.body]
+        return node
+
+    visit_Macro = visit_CallBlock = _counting
 
     def visit_For(self, node: nodes.For) -> nodes.For:
-        self.generic_visit(node)
-        node.body = [_tick(node, _data_in(node.body)), *node.body]
+        self._counting(node)
         if node.test is not None:
-            first: nodes.Expr = _call("tick", [nodes.Const(0)], node)
-            node.test = nodes.And(first, node.test, lineno=node.lineno)
-        return node
-
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Macro:
-        self.generic_visit(node)
-        node.body = [_tick(node, _data_in(node.body)), *node.body]
-        return node
-
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.CallBlock:
-        self.generic_visit(node)
-        node.body = [_tick(node, _data_in(node.body)), *node.body]
+            node.test = nodes.And(_tick(node, 0), node.test, lineno=node.lineno)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
@@ -299,8 +266,8 @@ def _call(name: str, args: list[nodes.Expr], at: nodes.Node) -> nodes.Call:
     return nodes.Call(function, args, [], None, None, lineno=at.lineno)
 
 
-def _tick(at: nodes.Node, written: int) -> nodes.ExprStmt:
-    return nodes.ExprStmt(_call("tick", [nodes.Const(written)], at), lineno=at.lineno)
+def _tick(at: nodes.Node, written: int) -> nodes.Expr:
+    return _call("tick", [nodes.Const(written)], at)
 
 
 def _data_in(body: Iterable[nodes.Node]) -> int:
@@ -318,10 +285,10 @@ def _refuse_reaching_out(tree: nodes.Template) -> None:
     """Raise where a template names a file to include, or an attribute of Python's insides."""
     for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
         raise UnsafeTemplateError(f"chat_template: line {node.lineno} asks for another file ({type(node).__name__})")
-    for part in tree.find_all((nodes.Getattr, nodes.Const)):
-        name = getattr(part, "attr", None) or getattr(part, "value", None)
+    for named in tree.find_all((nodes.Getattr, nodes.Const)):
+        name = getattr(named, "attr", None) or getattr(named, "value", None)
         if isinstance(name, str) and re.fullmatch(r"__\w+__", name):
-            raise UnsafeTemplateError(f"chat_template: line {part.lineno} asks for Python's own attribute {name!r}")
+            raise UnsafeTemplateError(f"chat_template: line {named.lineno} asks for Python's own attribute {name!r}")
 
 
 def _guarded(name: str, function: Callable[..., Any], environment: _Environment) -> Callable[..., Any]:
@@ -330,13 +297,13 @@ def _guarded(name: str, function: Callable[..., Any], environment: _Environment)
     @wraps(function)  # keeps the mark that says what jinja2 passes first
     def guarded(*args: Any, **kwargs: Any) -> Any:
         if name in ("indent", "truncate", "round", "tojson") and any(
-            isinstance(value, int) and abs(value) > MAX_WIDTH for value in (*args[1:], *kwargs.values())
+            isinstance(value, int) and abs(value) > limits.MAX_WIDTH for value in (*args[1:], *kwargs.values())
         ):
-            raise UnsafeTemplateError(f"filter {name!r} is asked for more than {MAX_WIDTH}")
-        environment.budget.step(measure((args, kwargs)) if name in _TEXT else 0)
+            raise UnsafeTemplateError(f"filter {name!r} is asked for more than {limits.MAX_WIDTH}")
+        environment.budget.step(limits.measure((args, kwargs)) if name in _TEXT else 0)
         result = function(*args, **kwargs)
         if isinstance(result, str):
-            environment.budget.step(measure(result))
+            environment.budget.step(limits.measure(result))
         return result
 
     return guarded
@@ -346,5 +313,5 @@ def _guarded(name: str, function: Callable[..., Any], environment: _Environment)
 def _written(context: Context, value: Any) -> Any:
     """What is written out. Asking for the context keeps jinja2 from writing constants while it compiles."""
     environment: Any = context.environment
-    environment.budget.step(measure(value))
+    environment.budget.step(limits.measure(value))
     return value

@@ -89,10 +89,10 @@ def check_template(text: str, where: str = "chat_template") -> None:
     import jinja2
 
     from polymodal.safety.jinja_limits import UnsafeTemplateError
-    from polymodal.safety.jinja_sandbox import budgeted_template
+    from polymodal.safety.jinja_sandbox import compile_template
 
     try:
-        render = budgeted_template(text, 0.25)
+        render = compile_template(text, share=0.25)
     except UnsafeTemplateError as error:
         raise CheckpointError(f"{where}: {str(error).removeprefix('chat_template: ')}") from None
     except ConfigError:

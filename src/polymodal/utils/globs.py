@@ -21,7 +21,7 @@ def expand_braces(pattern: str) -> list[str]:
 def match_names(pattern: str, names: Iterable[str], kind: str) -> list[str]:
     """Names that a glob matches; `*` crosses dots."""
     names = list(names)
-    compiled = [re.compile(translate(part)) for part in expand_braces(pattern)]
+    compiled = [re.compile(translate(choice)) for choice in expand_braces(pattern)]
     found = [name for name in names if any(regex.match(name) for regex in compiled)]
     if not found:
         raise unknown_name(f"{kind}: no name matches", pattern, names if len(names) < 40 else _shorten(names))

@@ -8,21 +8,18 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+from tqdm import tqdm
 
+T = TypeVar("T")
 
 PLAIN_EVERY_S = 30.0
 
 
 def log(line: str) -> None:
-    """Print one line of news to standard error, around a progress bar; of several processes only the first speaks."""
-    from tqdm import tqdm
-
-    if os.environ.get("RANK", "0") != "0":
-        return
-
-    tqdm.write(line, file=sys.stderr)
-    sys.stderr.flush()
+    """Print a line to standard error, around a progress bar; of several processes only the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
 
 
 def duration(seconds: float) -> str:
@@ -52,8 +49,6 @@ class Meter:
         self._began = self._spoke = time.monotonic()
         self._bar: Any = None
         if self.shown and sys.stderr.isatty():
-            from tqdm import tqdm
-
             self._bar = tqdm(total=total, initial=start, desc=label, unit=unit, dynamic_ncols=True, smoothing=0.1)
 
     def advance(self, count: int, note: str = "") -> None:

@@ -1,4 +1,4 @@
-"""One image of what the encoder is given: the tiles' outlines on the source, and each tile as it is encoded.
+"""One drawing of what the encoder is given: the tiles' outlines on the source, and each tile as it is encoded.
 
 Thin lines inside a tile part its tokens; a tile's number is its place in the batch that the encoder sees.
 """
@@ -12,10 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from polymodal.media_plan import Box, ImagePlan
 
 MARGIN = 16
-SHOWN_SOURCE = 480
-"""The longer side of the drawn source, pixels."""
-SHOWN_TILE = 224
-"""The longer side of a drawn tile, pixels."""
+SHOWN_SOURCE = 480  # the longer side of the drawn source, pixels
+SHOWN_TILE = 224  # the longer side of a drawn tile, pixels
 PALETTE = ((214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207))
 PAPER, INK, EMPTY = (255, 255, 255), (40, 40, 40), (225, 225, 225)
 
@@ -54,43 +52,31 @@ def _draw_source(image: Image.Image, plan: ImagePlan) -> Image.Image:
     # What was resized to the content box: the frame that the image was laid on, or the image itself.
     frame = plan.frame or Box(0, 0, plan.source.height, plan.source.width)
     per_row, per_column = frame.height / box.height, frame.width / box.width  # source pixels per canvas pixel
-    # The canvas in source pixels: (left, top, right, bottom).
-    canvas = (
-        -box.left * per_column - frame.left,
-        -box.top * per_row - frame.top,
-        (plan.canvas.width - box.left) * per_column - frame.left,
-        (plan.canvas.height - box.top) * per_row - frame.top,
-    )
-    left, top = min(0.0, canvas[0]), min(0.0, canvas[1])
-    right, bottom = max(float(plan.source.width), canvas[2]), max(float(plan.source.height), canvas[3])
+    # A tile and the canvas, in source pixels.
+    down, across = plan.tile.height * per_row, plan.tile.width * per_column
+    canvas_top, canvas_left = -box.top * per_row - frame.top, -box.left * per_column - frame.left
+    top, left = min(0.0, canvas_top), min(0.0, canvas_left)
+    bottom = max(float(plan.source.height), canvas_top + plan.grid.height * down)
+    right = max(float(plan.source.width), canvas_left + plan.grid.width * across)
     scale = SHOWN_SOURCE / max(right - left, bottom - top)
 
-    def x(value: float) -> int:
-        return round((value - left) * scale)
+    def at(row: float, column: float) -> tuple[int, int]:
+        return round((column - left) * scale), round((row - top) * scale)
 
-    def y(value: float) -> int:
-        return round((value - top) * scale)
-
-    drawing = Image.new("RGB", (x(right) + 3, y(bottom) + 3), EMPTY)
+    width, height = at(bottom, right)
+    drawing = Image.new("RGB", (width + 3, height + 3), EMPTY)
     shown = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    drawing.paste(shown, (x(0), y(0)))
+    drawing.paste(shown, at(0, 0))
     pen = ImageDraw.Draw(drawing)
     first = 1 if plan.overview == "first" else 0
-    font = _font(18)
     for row in range(plan.grid.height):
         for column in range(plan.grid.width):
             number = first + row * plan.grid.width + column
-            corner = (
-                x(canvas[0] + column * plan.tile.width * per_column),
-                y(canvas[1] + row * plan.tile.height * per_row),
-            )
-            far = (
-                x(canvas[0] + (column + 1) * plan.tile.width * per_column),
-                y(canvas[1] + (row + 1) * plan.tile.height * per_row),
-            )
+            x, y = at(canvas_top + row * down, canvas_left + column * across)
+            far = at(canvas_top + (row + 1) * down, canvas_left + (column + 1) * across)
             colour = PALETTE[number % len(PALETTE)]
-            pen.rectangle((*corner, *far), outline=colour, width=3)
-            _label(pen, (corner[0] + 6, corner[1] + 6), str(number + 1), colour, font)
+            pen.rectangle((x, y, *far), outline=colour, width=3)
+            _label(pen, (x + 6, y + 6), str(number + 1), colour, 18)
     return drawing
 
 
@@ -102,33 +88,27 @@ def _draw_tiles(plan: ImagePlan, tiles: Sequence[Image.Image]) -> Image.Image:
     width, height = round(plan.tile.width * scale), round(plan.tile.height * scale)
     gap = 8
     panel = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), PAPER)
-    font = _font(16)
+    whole = {"none": -1, "first": 0, "last": len(tiles) - 1}[plan.overview]
     for number, tile in enumerate(tiles):
         shown = tile.resize((width, height))
         pen = ImageDraw.Draw(shown, "RGBA")
         for row in range(1, plan.tokens.height):
-            at = row * height // plan.tokens.height
-            pen.line((0, at, width, at), fill=(255, 255, 255, 110))
+            y = row * height // plan.tokens.height
+            pen.line((0, y, width, y), fill=(255, 255, 255, 110))
         for column in range(1, plan.tokens.width if plan.tokens.height > 1 else 1):
-            at = column * width // plan.tokens.width
-            pen.line((at, 0, at, height), fill=(255, 255, 255, 110))
-        is_overview = plan.overview != "none" and number == (0 if plan.overview == "first" else len(tiles) - 1)
-        colour = INK if is_overview else PALETTE[number % len(PALETTE)]
+            x = column * width // plan.tokens.width
+            pen.line((x, 0, x, height), fill=(255, 255, 255, 110))
+        colour = INK if number == whole else PALETTE[number % len(PALETTE)]
         pen.rectangle((0, 0, width - 1, height - 1), outline=colour, width=3)
-        _label(pen, (6, 6), f"{number + 1}{' (whole)' if is_overview else ''}", colour, font)
+        _label(pen, (6, 6), f"{number + 1}{' (whole)' if number == whole else ''}", colour, 16)
         panel.paste(shown, ((number % columns) * (width + gap), (number // columns) * (height + gap)))
     return panel
 
 
-def _label(
-    pen: ImageDraw.ImageDraw,
-    at: tuple[int, int],
-    text: str,
-    colour: tuple[int, int, int],
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-) -> None:
-    box = pen.textbbox(at, text, font=font)
-    pen.rectangle((box[0] - 3, box[1] - 2, box[2] + 3, box[3] + 2), fill=colour)
+def _label(pen: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: tuple[int, int, int], size: int) -> None:
+    font = _font(size)
+    left, top, right, bottom = pen.textbbox(at, text, font=font)
+    pen.rectangle((left - 3, top - 2, right + 3, bottom + 2), fill=colour)
     pen.text(at, text, fill=PAPER, font=font)
 
 

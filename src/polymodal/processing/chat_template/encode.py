@@ -31,9 +31,8 @@ from typing import TYPE_CHECKING, Any
 from polymodal.config import TemplateConfig
 from polymodal.errors import ConfigError, PolymodalError, unknown_name
 from polymodal.messages import Image, Message, Role, Text
-from polymodal.processing.chat_template.markers import MarkedTemplate, Piece, Style, Turn
+from polymodal.processing.chat_template.pieces import MarkedTemplate, Piece, PieceTokenizer, Style, Turn
 from polymodal.processing.chat_template.presets import PRESETS, Preset
-from polymodal.processing.chat_template.tokenize import PieceTokenizer
 from polymodal.processing.collate import Slot
 from polymodal.safety.jinja_limits import UnsafeTemplateError
 
@@ -41,28 +40,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A tokenised conversation."""
-
-    input_ids: list[int]  # [T] ids, placeholders expanded
-    loss_mask: list[bool]  # [T] True where the token is the assistant's, its end token included
-    slots: tuple[Slot, ...] = ()  # Where each image is, in order
+_QUESTION = Turn("user", (Piece("user", 0, ""),))
+_ANSWER = Turn("assistant", (Piece("assistant", 1, ""),))
 
 
 @dataclass
-class _Output:
-    """What has been written so far."""
+class Rendered:
+    """A tokenised conversation."""
 
-    ids: list[int] = field(default_factory=list)
-    mask: list[bool] = field(default_factory=list)
-    slots: list[Slot] = field(default_factory=list)
+    input_ids: list[int] = field(default_factory=list)  # [T] ids, placeholders expanded
+    loss_mask: list[bool] = field(default_factory=list)  # [T] True where the token is the assistant's, its end included
+    slots: tuple[Slot, ...] = ()  # Where each image is, in order
 
     def add(self, ids: Sequence[int], *, trained: bool = False) -> None:
-        self.ids.extend(ids)
-        self.mask.extend([trained] * len(ids))
+        """Write on."""
+        self.input_ids.extend(ids)
+        self.loss_mask.extend([trained] * len(ids))
 
 
 class ChatTemplate:
@@ -71,15 +64,15 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TemplateConfig, image_token_id: int) -> None:
         self._made_from = (tokenizer, config, image_token_id)
         self._config = config
-        self.image_token_id = self._image_id = image_token_id
+        self.image_token_id = image_token_id
         source, preset = _source(tokenizer, config.chat_template)
         self._media_only = preset is not None and preset.media_only
         self._jinja = MarkedTemplate(source, dict(tokenizer.special_tokens_map))
         self._tokens = PieceTokenizer(tokenizer, image_token_id, source)
 
         self.source = source
-        self.style = self._style = self._find_style(in_vocabulary=image_token_id < len(tokenizer))
-        if self._style != "string" and config.image_newline_text:
+        self.style = self._find_style(in_vocabulary=image_token_id < len(tokenizer))
+        if self.style != "string" and config.image_newline_text:
             raise ConfigError(
                 "template.image_newline_text: this chat template places images itself; leave image_newline_text empty"
             )
@@ -99,7 +92,7 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], media_tokens: Sequence[int] = (), *, add_generation_prompt: bool = False
     ) -> Rendered:
-        """Tokenise a conversation."""
+        """Tokenise a conversation; `media_tokens` is the number of placeholders of each image."""
         if not messages:
             raise PolymodalError("the conversation is empty; give at least one message")
         turns = self._turns(messages)
@@ -110,104 +103,104 @@ class ChatTemplate:
             )
         if any(count < 1 for count in media_tokens):
             raise PolymodalError(f"an image needs at least one token; token counts given: {list(media_tokens)}")
-        if add_generation_prompt:
-            if turns and turns[-1].role == "assistant":
-                raise PolymodalError("the conversation ends with an answer; add a user message to ask for another")
-            if self._config.own_generation_prompt:
-                return self._emit(turns, list(media_tokens), stop_before_last=False, add_generation_prompt=True)
+        if add_generation_prompt and turns and turns[-1].role == "assistant":
+            raise PolymodalError("the conversation ends with an answer; add a user message to ask for another")
+        own = add_generation_prompt and self._config.own_generation_prompt
+        cut_before_answer = add_generation_prompt and not own
+        if cut_before_answer:
             turns.append(Turn("assistant", (Piece("assistant", len(messages), ""),)))
-        return self._emit(turns, list(media_tokens), stop_before_last=add_generation_prompt)
+        return self._emit(turns, media_tokens, stop_before_last=cut_before_answer, add_generation_prompt=own)
 
     def _turns(self, messages: Sequence[Message]) -> list[Turn]:
-        """Check the messages, add the default system message, and join neighbouring texts."""
+        """Check the messages, and add the default system message."""
         turns: list[Turn] = []
         default = self._config.default_system
         if default is not None and not self._media_only and messages[0].role != "system":
             turns.append(Turn("system", (Piece("system", -1, default),)))
         for index, message in enumerate(messages):
-            if self._media_only and message.role == "system":
-                if message.media:
-                    raise PolymodalError(f"message {index + 1}: the plain template has no place for a system's image")
-                continue
-            pieces: list[Piece] = []
-            for part in message.parts:
-                if isinstance(part, Text):
-                    if _SURROGATE.search(part.text):
-                        raise PolymodalError(
-                            f"message {index + 1}: the text holds half of a surrogate pair, which is no character; "
-                            "mend its encoding"
-                        )
-                    if not self._media_only or message.role == "assistant":
-                        _append_text(pieces, message.role, index, part.text)
-                elif not isinstance(part, Image):
-                    raise PolymodalError(
-                        f"message {index + 1}: {type(part).__name__} parts are not supported yet; give images and text"
-                    )
-                elif message.role == "assistant":
-                    raise PolymodalError(
-                        f"message {index + 1}: an image in an assistant's message is not supported yet; "
-                        "put it in a user's message"
-                    )
-                else:
-                    pieces.append(Piece(message.role, index, None))
-                    if self._config.image_newline_text and not self._media_only:
-                        _append_text(pieces, message.role, index, self._config.image_newline_text)
-            if not pieces:
-                pieces.append(Piece(message.role, index, ""))
-            turns.append(Turn(message.role, tuple(pieces)))
+            if not self._media_only or message.role != "system":
+                turns.append(Turn(message.role, self._pieces(message, index)))
+            elif message.media:
+                raise PolymodalError(f"message {index + 1}: the plain template has no place for a system's image")
         return turns
 
+    def _pieces(self, message: Message, index: int) -> tuple[Piece, ...]:
+        """A message's texts and images; neighbouring texts are joined, so that they are tokenised as one."""
+        pieces: list[Piece] = []
+
+        def add_text(text: str) -> None:
+            before = pieces.pop().text if pieces and pieces[-1].text is not None else None
+            pieces.append(Piece(message.role, index, (before or "") + text))
+
+        where = f"message {index + 1}"
+        for part in message.parts:
+            if isinstance(part, Text):
+                if _SURROGATE.search(part.text):
+                    raise PolymodalError(
+                        f"{where}: the text holds half of a surrogate pair, which is no character; mend its encoding"
+                    )
+                if not self._media_only or message.role == "assistant":
+                    add_text(part.text)
+            elif not isinstance(part, Image):
+                raise PolymodalError(
+                    f"{where}: {type(part).__name__} parts are not supported yet; give images and text"
+                )
+            elif message.role == "assistant":
+                raise PolymodalError(
+                    f"{where}: an image in an assistant's message is not supported yet; put it in a user's message"
+                )
+            else:
+                pieces.append(Piece(message.role, index, None))
+                if self._config.image_newline_text and not self._media_only:
+                    add_text(self._config.image_newline_text)
+        return tuple(pieces) or (Piece(message.role, index, ""),)
+
     def _emit(
-        self, turns: list[Turn], media_tokens: list[int], *, stop_before_last: bool, add_generation_prompt: bool = False
+        self, turns: list[Turn], media_tokens: Sequence[int], *, stop_before_last: bool, add_generation_prompt: bool
     ) -> Rendered:
         """Render, cut at the markers, and tokenise piece by piece."""
         pieces = [piece for turn in turns for piece in turn.pieces]
         last = len(pieces) - 1 if stop_before_last else len(pieces)
-        out = _Output()
+        out = Rendered()
         expected = 0  # the piece that has to come next
         answered = False  # the piece before was an answer, whose end token is due
-        for cut in self._jinja.cuts(turns, self._style, add_generation_prompt=add_generation_prompt):
+        for cut in self._jinja.cuts(turns, self.style, add_generation_prompt=add_generation_prompt):
             marked = cut.marker
-            text: str | None = None
-            moved = ""
-            if marked is not None:
-                text = cut.trim(pieces[marked].text)
-                moved = self._moved(cut.scaffold, pieces[marked].role, text)
+            text = None if marked is None else cut.trim(pieces[marked].text)
+            moved = "" if marked is None else self._moved(cut.scaffold, pieces[marked].role, text)
             scaffold = cut.scaffold[: len(cut.scaffold) - len(moved)]
-            ids = self._tokens.scaffold(scaffold, out.ids)
+            ids = self._tokens.scaffold(scaffold, out.input_ids)
             if answered:
                 end = self._end_of(ids)
                 out.add(ids[:end] if end else (self._end_id,), trained=True)
-                ids = ids[end:] if end else self._tokens.scaffold(scaffold, out.ids)
+                ids = ids[end:] if end else self._tokens.scaffold(scaffold, out.input_ids)
             expected = self._add_scaffold(out, ids, pieces, expected, media_tokens)
-            answered = False
             if marked is None:
                 break
             if marked != expected:
                 raise _misplaced(pieces, expected, marked)
             if marked == last:
-                return Rendered(out.ids, out.mask, tuple(out.slots))
+                return out
             expected += 1
             piece = pieces[marked]
+            answered = piece.role == "assistant" and text is not None
             if text is None:
                 self._add_image(out, piece, media_tokens)
-            else:
-                answered = piece.role == "assistant"
-                words = self._tokens.content(text, out.ids, space=moved, keep_exact=answered) if text else []
+            elif text:
+                words = self._tokens.content(text, out.input_ids, space=moved, keep_exact=answered)
                 out.add(words, trained=answered)
         if expected != len(pieces):
             raise _misplaced(pieces, expected, None)
-        return Rendered(out.ids, out.mask, tuple(out.slots))
+        return out
 
     def _moved(self, scaffold: str, role: Role, text: str | None) -> str:
         """The end of the scaffolding that is tokenised with the content after it, as in the whole string."""
         if text is None:
             return ""
-        if role == "assistant":
-            if self._gap and scaffold.endswith(self._gap):
-                return self._gap
-            return " " if self._tokens.hides_space and scaffold.endswith(" ") else ""
-        return " " if text and scaffold.endswith(" ") else ""
+        if role == "assistant" and self._gap and scaffold.endswith(self._gap):
+            return self._gap
+        wanted = self._tokens.hides_space if role == "assistant" else text
+        return " " if wanted and scaffold.endswith(" ") else ""
 
     def _end_of(self, ids: Sequence[int]) -> int:
         """How many of the ids after an answer belong to its end; 0 where the template writes no end token."""
@@ -215,14 +208,14 @@ class ChatTemplate:
         return index + 1 if index is not None and ids[index] == self._end_id else 0
 
     def _add_scaffold(
-        self, out: _Output, ids: Sequence[int], pieces: list[Piece], expected: int, media_tokens: list[int]
+        self, out: Rendered, ids: Sequence[int], pieces: list[Piece], expected: int, media_tokens: Sequence[int]
     ) -> int:
         """Add scaffolding; placeholders that the template wrote itself become images. Returns the next piece."""
-        if self._image_id not in ids:
+        if self.image_token_id not in ids:
             out.add(ids)
             return expected
         for token in ids:
-            if token != self._image_id:
+            if token != self.image_token_id:
                 out.add((token,))
                 continue
             if expected >= len(pieces) or pieces[expected].text is not None:
@@ -234,21 +227,20 @@ class ChatTemplate:
             expected += 1
         return expected
 
-    def _add_image(self, out: _Output, piece: Piece, media_tokens: list[int]) -> None:
+    def _add_image(self, out: Rendered, piece: Piece, media_tokens: Sequence[int]) -> None:
         count = media_tokens[len(out.slots)]
-        out.slots.append(Slot("image", len(out.ids), count, piece.message))
-        out.add([self._image_id] * count)
+        out.slots += (Slot("image", len(out.input_ids), count, piece.message),)
+        out.add([self.image_token_id] * count)
 
     def _find_style(self, *, in_vocabulary: bool) -> Style:
         """Try how the template takes content; templates that write an image's surroundings themselves come first."""
-        asked = (Piece("user", 0, None), Piece("user", 0, ""))
-        answer = Turn("assistant", (Piece("assistant", 1, ""),))
+        asked = (Piece("user", 0, None), *_QUESTION.pieces)
         styles: tuple[Style, ...] = ("parts", "mixed") if in_vocabulary else ()
         for style in styles:
             for pieces in (asked, asked[::-1]):
-                if self._takes((Turn("user", pieces), answer), style):
+                if self._takes((Turn("user", pieces), _ANSWER), style):
                     return style
-        self._takes((Turn("user", asked[1:]), answer), "string", explain=True)
+        self._takes((_QUESTION, _ANSWER), "string", explain=True)
         return "string"
 
     def _takes(self, turns: Sequence[Turn], style: Style, *, explain: bool = False) -> bool:
@@ -258,7 +250,7 @@ class ChatTemplate:
         try:
             for cut in self._jinja.cuts(turns, style):
                 for token in self._tokens.scaffold(cut.scaffold, ()):
-                    if token == self._image_id:
+                    if token == self.image_token_id:
                         place = len(found)
                         found.append(place if place < len(pieces) and pieces[place].text is None else -1)
                 if cut.marker is not None:
@@ -273,19 +265,15 @@ class ChatTemplate:
         if explain and not right:
             raise ConfigError(
                 "chat_template: the template leaves out text content; if it is made for a vision model, the tokenizer "
-                f"must have its image token as id {self._image_id}"
+                f"must have its image token as id {self.image_token_id}"
             )
         return right
 
-    def _probe(self) -> tuple[Turn, Turn]:
-        return Turn("user", (Piece("user", 0, ""),)), Turn("assistant", (Piece("assistant", 1, ""),))
-
     def _find_gap(self) -> str:
         """White space between the template's own generation prompt and an answer, "" for none."""
-        question, answer = self._probe()
-        cuts = self._jinja.cuts((question, answer), self._style)
+        cuts = self._jinja.cuts((_QUESTION, _ANSWER), self.style)
         try:
-            prompt = self._jinja.cuts((question,), self._style, add_generation_prompt=True)
+            prompt = self._jinja.cuts((_QUESTION,), self.style, add_generation_prompt=True)
         except UnsafeTemplateError:
             raise
         except PolymodalError:
@@ -297,18 +285,10 @@ class ChatTemplate:
 
     def _find_end(self) -> int | None:
         """The token with which the template ends an answer, if any."""
-        tail = self._jinja.cuts(self._probe(), self._style)[-1].scaffold
+        tail = self._jinja.cuts((_QUESTION, _ANSWER), self.style)[-1].scaffold
         ids = self._tokens.scaffold(tail, ())
         index = self._tokens.first_added(ids)
         return None if index is None else ids[index]
-
-
-def _append_text(pieces: list[Piece], role: Role, message: int, text: str) -> None:
-    """Add text, joined to the text before it, so that both are tokenised as one."""
-    if pieces and pieces[-1].text is not None:
-        pieces[-1] = Piece(role, message, pieces[-1].text + text)
-    else:
-        pieces.append(Piece(role, message, text))
 
 
 def _source(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[str, Preset | None]:
@@ -325,11 +305,10 @@ def _source(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[str, Preset 
         return str(own), None
     if "{{" in name or "{%" in name:
         return name, None
-    preset = PRESETS.get(name)
-    if preset is None:
+    if name not in PRESETS:
         raise unknown_name("chat template", name, ["tokenizer", *PRESETS])
-    vocabulary = tokenizer.get_added_vocab()
-    missing = [token for token in preset.tokens if token not in vocabulary]
+    preset = PRESETS[name]
+    missing = [token for token in preset.tokens if token not in tokenizer.get_added_vocab()]
     if missing:
         raise ConfigError(
             f"template.chat_template: {name!r} needs the special tokens {', '.join(missing)}, which the "
@@ -348,11 +327,9 @@ def _misplaced(pieces: list[Piece], expected: int, marked: int | None) -> Polymo
         return PolymodalError("the chat template writes some of the content twice; choose another template")
     piece = pieces[expected]
     what = "image" if piece.text is None else "text"
-    who = (
-        f"the {piece.role}'s {what} (message {piece.message + 1})"
-        if piece.message >= 0
-        else "the default system message"
-    )
+    who = f"the {piece.role}'s {what} (message {piece.message + 1})"
+    if piece.message < 0:
+        who = "the default system message"
     if marked is not None and marked < expected:
         return PolymodalError(f"the chat template repeats or moves content before {who}; choose another template")
     return PolymodalError(f"the chat template drops or moves {who}; change the conversation or choose another template")

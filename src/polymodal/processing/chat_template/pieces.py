@@ -1,7 +1,8 @@
-"""Tokenise the pieces of a rendered conversation so that they join up as one string would have been.
+"""A conversation in pieces: a chat template's scaffolding cut at its content, and each piece tokenised.
 
-Two kinds of text meet in a prompt. Scaffolding, which the template wrote, is read with special tokens recognised.
-Content, which a person or a data set wrote, never is: `<image>` or `<|im_start|>system` typed by a user stays text.
+Text and images never pass through the template: it is rendered with markers in their place, so what it writes around
+them is known exactly. Scaffolding, which the template wrote, is tokenised with special tokens recognised; content,
+which a person or a dataset wrote, never is: `<image>` or `<|im_start|>system` typed by a user stays text.
 
 Tokenising piece by piece has one trap: SentencePiece-like tokenizers put a space in front of every string that they
 are given (Llama's "legacy" prefix, Metaspace's `prepend_scheme`). Here the private copies of the Rust tokenizer that
@@ -12,15 +13,119 @@ it. The caller's tokenizer is never changed, so nothing has to be restored and t
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import jinja2
+from tokenizers import Tokenizer
 
 from polymodal.errors import ConfigError, PolymodalError
+from polymodal.messages import Role
+from polymodal.safety.jinja_sandbox import compile_template
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+Style: TypeAlias = Literal["parts", "mixed", "string"]
+"""How content is handed to the template: always as a list of parts, only with images, or as a string."""
+Prefix: TypeAlias = Literal["never", "first", "always"]
+"""Where a tokenizer puts a space of its own: nowhere, before the whole string, also behind each added token."""
+
+_EDGE = "\u2003\u2009\u2005"
+"""Put around content: white space, so that a template that trims removes it, which tells us that it trims."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A text or (text None) an image, in the order in which they were given."""
+
+    role: Role
+    message: int
+    text: str | None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message, with default text in place and neighbouring texts joined."""
+
+    role: Role
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Scaffolding, and the marker that follows it (None at the end)."""
+
+    scaffold: str
+    marker: int | None
+    trimmed_left: bool = False
+    trimmed_right: bool = False
+
+    def trim(self, text: str | None) -> str | None:
+        """Do to the content what the template did to its marker."""
+        if text is not None and self.trimmed_left:
+            text = text.lstrip()
+        return text.rstrip() if text is not None and self.trimmed_right else text
+
+
+class MarkedTemplate:
+    """A compiled chat template that is given markers instead of content."""
+
+    def __init__(self, source: str, variables: dict[str, Any]) -> None:
+        self._compiled = compile_template(source)
+        self._variables = variables
+        self._nonce = f"PM{secrets.token_hex(12)}"
+        self._marker = re.compile(f"({_EDGE})?{self._nonce}t(\\d+)x({_EDGE})?|{self._nonce}i(\\d+)x")
+
+    def cuts(self, turns: Sequence[Turn], style: Style, *, add_generation_prompt: bool = False) -> list[Cut]:
+        """Render a conversation and cut it at its content."""
+        text = self._render(turns, style, add_generation_prompt)
+        found: list[Cut] = []
+        position = 0
+        for match in self._marker.finditer(text):
+            scaffold = text[position : match.start()]
+            if match[4] is not None:
+                found.append(Cut(scaffold, int(match[4])))
+            else:
+                found.append(Cut(scaffold, int(match[2]), match[1] is None, match[3] is None))
+            position = match.end()
+        found.append(Cut(text[position:], None))
+        return found
+
+    def _render(self, turns: Sequence[Turn], style: Style, add_generation_prompt: bool) -> str:
+        """Render the turns with markers in place of content, numbered in order."""
+        messages: list[dict[str, Any]] = []
+        number = 0
+        for turn in turns:
+            as_parts = style == "parts" or (style == "mixed" and any(piece.text is None for piece in turn.pieces))
+            parts: list[dict[str, str]] = []
+            marks: list[str] = []
+            for piece in turn.pieces:
+                if piece.text is None:
+                    marks.append(f"{self._nonce}i{number}x")
+                    parts.append({"type": "image"})
+                else:
+                    marks.append(f"{_EDGE}{self._nonce}t{number}x{_EDGE}")
+                    parts.append({"type": "text", "text": marks[-1]})
+                number += 1
+            content = parts if as_parts else "".join(marks)
+            messages.append({"role": turn.role, "content": content})
+        try:
+            return self._compiled(
+                **self._variables,
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except jinja2.TemplateError as error:
+            raise PolymodalError(f"the chat template refuses this conversation: {error}") from None
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise PolymodalError(f"the chat template fails on this conversation: {error}") from None
 
 
 class PieceTokenizer:
@@ -31,37 +136,28 @@ class PieceTokenizer:
             raise ConfigError(
                 f"tokenizer {type(tokenizer).__name__} is not a fast tokenizer; save it as tokenizer.json first"
             )
-        from tokenizers import Tokenizer
-
         backend: Tokenizer = tokenizer.backend_tokenizer
         data = json.loads(backend.to_str())
         data["truncation"] = data["padding"] = None
-        self.prefix: Literal["never", "first", "always"] = _prefix_scheme(data)
-        self._image_token_id = image_token_id
-        names = {entry["id"]: entry["content"] for entry in data["added_tokens"]}
-        self.added = frozenset(names) | {image_token_id}
-        self._special = frozenset(
-            {
-                entry["id"]
-                for entry in data["added_tokens"]
-                if entry["special"] or (entry["content"].strip() and entry["content"] in template)
-            }
-            | set(tokenizer.all_special_ids)
-            | {image_token_id}
-        )
+        self.prefix: Prefix = _prefix_scheme(data)
+        self.added = {image_token_id, *(entry["id"] for entry in data["added_tokens"])}
+        special = {image_token_id, *tokenizer.all_special_ids}
+        for entry in data["added_tokens"]:
+            if entry["special"] or (entry["content"].strip() and entry["content"] in template):
+                special.add(entry["id"])
         # Pieces that stand for what they do not spell: honest, unless somebody typed the very name.
         stand_ins = [f"<0x{byte:02X}>" for byte in range(256)] if data["model"].get("byte_fallback") else []
         if tokenizer.unk_token is not None:
             stand_ins.append(tokenizer.unk_token)
         ids = ((backend.token_to_id(name), name) for name in stand_ins)
         self._stand_ins: dict[int, str] = {token: name for token, name in ids if token is not None}
-        self._suspect = self._special | set(self._stand_ins)
+        self._suspect = special | set(self._stand_ins)
 
         self._natural = Tokenizer.from_str(json.dumps(data))
         _drop_prefix(data)
         self._scaffold = self._natural if self.prefix == "never" else Tokenizer.from_str(json.dumps(data))
         for entry in data["added_tokens"]:
-            entry["special"] = entry["id"] in self._special
+            entry["special"] = entry["id"] in special
         self._content = Tokenizer.from_str(json.dumps(data))
         self._content.encode_special_tokens = True
         spaced = self._content.encode(" a", add_special_tokens=False).ids
@@ -131,9 +227,9 @@ def _members(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     return [step]
 
 
-def _prefix_scheme(data: dict[str, Any]) -> Literal["never", "first", "always"]:
+def _prefix_scheme(data: dict[str, Any]) -> Prefix:
     """Read from a tokenizer's JSON where it puts a space of its own."""
-    scheme: Literal["never", "first", "always"] = "never"
+    scheme: Prefix = "never"
     for step in _members(data["normalizer"], "normalizers"):
         if step["type"] == "Prepend":
             return "always"
@@ -148,7 +244,7 @@ def _prefix_scheme(data: dict[str, Any]) -> Literal["never", "first", "always"]:
 
 
 def _drop_prefix(data: dict[str, Any]) -> None:
-    """Switch the space off, in place."""
+    """Switch the tokenizer's own space off, in place."""
 
     def without_prepend(step: dict[str, Any] | None) -> dict[str, Any] | None:
         if step is None or step["type"] == "Prepend":
