@@ -24,9 +24,8 @@ from PIL import Image as PILImage
 from polymodal.backends import load, load_processor
 from polymodal.backends.base import Reply, TextDelta
 from polymodal.backends.openai import OpenAIBackend, open_endpoint
-from polymodal.backends.openai.http import Endpoint, Patience, retry_after
+from polymodal.backends.openai.http import Endpoint, Patience, clean, read_events, retry_after
 from polymodal.backends.openai.messages import image_bytes, to_openai
-from polymodal.backends.openai.responses import clean, read_events
 from polymodal.cli import main
 from polymodal.errors import CheckpointError, ConfigError, EndpointError, MediaError, PolymodalError
 from polymodal.generation.params import GenerationParams

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import Literal, TypeVar
 
 from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
+from polymodal.generation.streaming import TextStream
 from polymodal.messages import Image, Message, Source, assistant, user
 
-if TYPE_CHECKING:
-    from polymodal.generation.streaming import TextStream
+Inputs = TypeVar("Inputs")
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,48 @@ class Reply:
         return self.message.text
 
 
-class Backend(Protocol):
-    """Anything that answers conversations."""
+class Backend(ABC):
+    """Anything that answers conversations: a subclass gives `stream`, and whatever it can do faster than this.
+
+    Attributes:
+        name: What the model is called.
+    """
 
     name: str
+
+    @abstractmethod
+    def stream(
+        self, messages: Sequence[Message], params: GenerationParams | None = None
+    ) -> Iterator[TextDelta | Reply]:
+        """Answer a conversation piece by piece. Closing the iterator stops the model.
+
+        Args:
+            messages: The conversation; ends with a user message.
+            params: The settings; greedy where None.
+
+        Returns:
+            Text deltas as text becomes certain, then the whole `Reply`.
+
+        Raises:
+            PolymodalError: An image cannot be read, or the conversation does not fit the context.
+        """
+
+    def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
+        """Answer a conversation.
+
+        Args:
+            messages: The conversation; ends with a user message.
+            params: The settings; greedy where None.
+
+        Returns:
+            The whole answer.
+
+        Raises:
+            PolymodalError: As for `stream`.
+        """
+        *_, reply = self.stream(messages, params)
+        assert isinstance(reply, Reply)  # the last event of a stream
+        return reply
 
     def ask(self, prompt: str, *images: Source, params: GenerationParams | None = None) -> str:
         """Ask one question about some images.
@@ -77,53 +116,17 @@ class Backend(Protocol):
         Args:
             prompt: The question.
             *images: Paths, bytes, `data:` URLs or Pillow images.
-            params: The settings; the backend's defaults where None.
+            params: The settings; greedy where None.
 
         Returns:
             The answer's text.
         """
-        ...
-
-    def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
-        """Answer a conversation.
-
-        Args:
-            messages: The conversation; ends with a user message.
-            params: The settings; the backend's defaults where None.
-
-        Returns:
-            The whole answer.
-        """
-        ...
-
-    def stream(
-        self, messages: Sequence[Message], params: GenerationParams | None = None
-    ) -> Iterator[TextDelta | Reply]:
-        """Answer a conversation piece by piece; the last event is the whole `Reply`.
-
-        Args:
-            messages: The conversation; ends with a user message.
-            params: The settings; the backend's defaults where None.
-
-        Returns:
-            Text deltas, then the `Reply`.
-        """
-        ...
-
-
-def ask_once(backend: Backend, prompt: str, *images: Source, params: GenerationParams | None = None) -> str:
-    """Ask one question about some images: the method `ask` of every backend."""
-    return backend.generate([user(*map(Image, images), prompt)], params).text
-
-
-@runtime_checkable
-class BatchBackend(Protocol):
-    """A backend that answers many conversations faster than one after the other."""
+        return self.generate([user(*map(Image, images), prompt)], params).text
 
     def generate_batch(
         self, conversations: Sequence[Sequence[Message]], params: GenerationParams
     ) -> list[str | PolymodalError]:
-        """Answer several conversations.
+        """Answer several conversations, one by one unless the model can do it faster.
 
         Args:
             conversations: Each ends with a user message.
@@ -132,10 +135,13 @@ class BatchBackend(Protocol):
         Returns:
             For each the answer's text without white space around it, or why there is none.
         """
-        ...
+        return [self._answer(messages, params) for messages in conversations]
 
-
-# ---- What every backend that runs a model does with a conversation: fit it into the context, stream the answer ----
+    def _answer(self, messages: Sequence[Message], params: GenerationParams) -> str | PolymodalError:
+        try:
+            return self.generate(messages, params).text.strip()
+        except PolymodalError as error:
+            return error
 
 
 def require_question(messages: Sequence[Message]) -> None:
@@ -144,20 +150,48 @@ def require_question(messages: Sequence[Message]) -> None:
         raise PolymodalError("a conversation to answer must end with a user message")
 
 
-def forget_oldest(messages: Sequence[Message], length: int, context: int) -> list[Message]:
-    """Leave out the oldest question of plain text and its answer; media and the last question always stay."""
-    start = next((i for i in range(len(messages) - 2) if _is_text_turn(messages, i)), None)
-    if start is None:
-        raise PolymodalError(
-            f"the conversation takes {length} tokens and the model's context is {context}; "
-            "shorten the text or give fewer or smaller images (media are never cut)"
-        )
-    return [*messages[:start], *messages[start + 2 :]]
+def check_messages(messages: Sequence[Message]) -> None:
+    """Check what neither an endpoint nor a model of transformers can be given."""
+    for number, message in enumerate(messages, start=1):
+        try:
+            message.text.encode()
+        except UnicodeEncodeError:
+            raise PolymodalError(
+                f"message {number}: the text holds half of a surrogate pair, which is no character; mend its encoding"
+            ) from None
+        if message.media and message.role != "user":
+            raise PolymodalError(
+                f"message {number}: images, sounds and videos must stand in a user's message, not the {message.role}'s"
+            )
 
 
-def _is_text_turn(messages: Sequence[Message], start: int) -> bool:
-    """Whether a question of plain text and its answer stand here."""
-    pair = messages[start : start + 2]
+def fits(length: int, room: int, context: int) -> bool:
+    """Whether a prompt leaves room for the answer, or at least a quarter of the context."""
+    return length + min(room, context // 4) <= context
+
+
+def fit_context(
+    messages: Sequence[Message], process: Callable[[list[Message]], tuple[Inputs, int]], room: int, context: int
+) -> Inputs:
+    """Process a conversation without as many of its oldest questions of plain text as do not fit the context."""
+    # `process` gives the prompt and its length; media and the last question always stay.
+    require_question(messages)
+    kept = list(messages)
+    while True:
+        made, length = process(kept)
+        if fits(length, room, context):
+            return made
+        start = next((i for i in range(len(kept) - 2) if _is_text_pair(kept[i : i + 2])), None)
+        if start is None:
+            raise PolymodalError(
+                f"the conversation takes {length} tokens and the model's context is {context}; "
+                "shorten the text or give fewer or smaller images (media are never cut)"
+            )
+        del kept[start : start + 2]
+
+
+def _is_text_pair(pair: Sequence[Message]) -> bool:
+    """Whether two messages are a question of plain text and its answer."""
     return [m.role for m in pair] == ["user", "assistant"] and not any(m.media for m in pair)
 
 

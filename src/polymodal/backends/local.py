@@ -6,35 +6,29 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from polymodal.backends.base import Reply, TextDelta, ask_once, forget_oldest, require_question, stream_reply
+from polymodal.backends.base import Backend, Reply, TextDelta, fit_context, stream_reply
+from polymodal.config import ModelConfig
 from polymodal.errors import PolymodalError
 from polymodal.generation.generate import generate_ids, stream_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import TextStream
 from polymodal.messages import Message
+from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Sample, collate
 from polymodal.processing.processor import Processor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from polymodal.config import ModelConfig
-    from polymodal.modeling.vlm import MultimodalLM
-
 
 def processor_of(model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Processor:
     """The processor that makes what a model takes."""
     return Processor(
-        config,
-        tokenizer,
-        model.tokens_per_tile,
-        model.image_token_id,
-        model.encoder_decoder,
-        model.context_tokenizer,
+        config, tokenizer, model.tokens_per_tile, model.image_token_id, model.encoder_decoder, model.context_tokenizer
     )
 
 
-class LocalBackend:
+class LocalBackend(Backend):
     """Answers conversations with a `MultimodalLM`.
 
     Args:
@@ -44,8 +38,6 @@ class LocalBackend:
         name: What replies call it.
         history: The stages the model went through; plain data.
     """
-
-    ask = ask_once
 
     def __init__(
         self,
@@ -68,23 +60,6 @@ class LocalBackend:
         text_config = self.model.llm.config.get_text_config()
         return int(getattr(text_config, "max_position_embeddings", 1 << 30))
 
-    def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
-        """Answer a conversation.
-
-        Args:
-            messages: The conversation; ends with a user message.
-            params: The settings; greedy where None.
-
-        Returns:
-            The reply.
-
-        Raises:
-            PolymodalError: An image cannot be read, or the conversation does not fit the context.
-        """
-        *_, reply = self.stream(messages, params)
-        assert isinstance(reply, Reply)  # the last event of a stream
-        return reply
-
     def stream(
         self, messages: Sequence[Message], params: GenerationParams | None = None
     ) -> Iterator[TextDelta | Reply]:
@@ -103,10 +78,9 @@ class LocalBackend:
         params = params or GenerationParams()
         begin = time.perf_counter()
         sample = self.prepare(messages, params.max_new_tokens)
-        text = TextStream(self.tokenizer, params.stop, self.processor.template.stop_ids, skip_space=True)
         yield from stream_reply(
             self._tokens(sample, params),
-            text,
+            TextStream(self.tokenizer, params.stop, self.processor.template.stop_ids, skip_space=True),
             begin=begin,
             prompt_tokens=sample.input_ids.numel(),
             image_tokens=sum(plan.num_tokens for plan in sample.plans),
@@ -131,9 +105,8 @@ class LocalBackend:
                 prepared.append(self.prepare(messages, params.max_new_tokens))
             except PolymodalError as error:
                 prepared.append(error)
-        samples = [p for p in prepared if not isinstance(p, PolymodalError)]
         texts: list[str] = []
-        if samples:
+        if samples := [p for p in prepared if not isinstance(p, PolymodalError)]:
             batch = collate(samples, self.processor.pad_id, side="left")
             stop_ids = self.processor.template.stop_ids
             for ids in generate_ids(self.model, batch, params, stop_ids, len(self.tokenizer)):
@@ -157,16 +130,13 @@ class LocalBackend:
         Raises:
             PolymodalError: It does not fit even so; names both lengths.
         """
-        require_question(messages)
-        kept = list(messages)
-        if self.model.encoder_decoder:
-            room = 0  # the answer is the decoder's and takes nothing from what the encoder reads
-        while True:
+
+        def process(kept: list[Message]) -> tuple[Sample, int]:
             sample = self.processor(kept, add_generation_prompt=True)
-            length = sample.input_ids.numel()
-            if length + min(room, self.context_length // 4) <= self.context_length:
-                return sample
-            kept = forget_oldest(kept, length, self.context_length)
+            return sample, sample.input_ids.numel()
+
+        # The answer of an encoder-decoder is the decoder's and takes nothing from what the encoder reads.
+        return fit_context(messages, process, 0 if self.model.encoder_decoder else room, self.context_length)
 
     def _tokens(self, sample: Sample, params: GenerationParams) -> Iterator[tuple[int, float]]:
         """Each token of the answer, and the seconds spent on encoding before it."""

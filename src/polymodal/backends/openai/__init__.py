@@ -9,19 +9,19 @@ give them in `extra` to a server that honours them.
 
 from __future__ import annotations
 
+import codecs
 import os
 import time
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from typing import Any, Literal
 
-from polymodal.backends.base import Reply, TextDelta, Timing, Usage, ask_once, require_question
-from polymodal.backends.openai.http import Endpoint, Event, Patience, Refused
-from polymodal.backends.openai.messages import Detail, to_openai
-from polymodal.backends.openai.request import Accepts, learn, request_body
-from polymodal.backends.openai.responses import clean, finish_of, text_of
+from polymodal.backends.base import Backend, Reply, TextDelta, Timing, Usage, require_question
+from polymodal.backends.openai.http import Endpoint, Event, Patience, Refused, clean, finish_of, text_of
+from polymodal.backends.openai.messages import Accepts, Detail, Json, learn, request_body, to_openai
 from polymodal.checkpoints.locate import ENDPOINT
 from polymodal.errors import ConfigError, EndpointError, PolymodalError
 from polymodal.generation.params import GenerationParams
@@ -31,6 +31,13 @@ OPENAI_URL = "https://api.openai.com/v1"
 
 CONCURRENT = 8
 """Requests that are under way at once in `generate_batch`."""
+
+_NO_ANSWER = {
+    **dict.fromkeys(("content_filter", "safety", "SAFETY"), "the server's content filter stopped the answer"),
+    **dict.fromkeys(("tool_calls", "function_call"), "the model called a tool instead of answering; it was given none"),
+    "error": "the server gave up in the middle of the answer",
+}
+"""Why an answer ended that is none."""
 
 
 def open_endpoint(
@@ -53,20 +60,14 @@ def open_endpoint(
             f"{ENDPOINT}{model}: set OPENAI_API_KEY, or the address of another server (--base-url, OPENAI_BASE_URL)"
         )
     endpoint = Endpoint(url or OPENAI_URL, key, patience, allow_http)
-    return OpenAIBackend(model.strip(), endpoint, detail=detail, extra=extra)
+    return OpenAIBackend(model.strip(), endpoint, detail, extra)
 
 
-class OpenAIBackend:
+class OpenAIBackend(Backend):
     """Answers conversations with a model behind an endpoint."""
 
-    ask = ask_once
-
     def __init__(
-        self,
-        model: str,
-        endpoint: Endpoint,
-        detail: Detail | None = None,
-        extra: Mapping[str, Any] | None = None,
+        self, model: str, endpoint: Endpoint, detail: Detail | None = None, extra: Mapping[str, Any] | None = None
     ) -> None:
         self.model = model
         self.endpoint = endpoint
@@ -79,7 +80,7 @@ class OpenAIBackend:
         return f"OpenAIBackend({self.model!r}, {self.endpoint!r})"
 
     def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
-        """Answer a conversation in one piece."""
+        """Answer a conversation in one piece, which any server can."""
         *_, reply = self._talk(messages, params or GenerationParams(), stream=False)
         assert isinstance(reply, Reply)  # the last event
         return reply
@@ -94,16 +95,9 @@ class OpenAIBackend:
         self, conversations: Sequence[Sequence[Message]], params: GenerationParams
     ) -> list[str | PolymodalError]:
         """Answer several conversations, a few of them at the same time."""
-
-        def answer(messages: Sequence[Message]) -> str | PolymodalError:
-            try:
-                return self.generate(messages, params).text.strip()
-            except PolymodalError as error:
-                return error
-
         with ThreadPoolExecutor(CONCURRENT) as pool:
             try:
-                return list(pool.map(answer, conversations))
+                return list(pool.map(partial(self._answer, params=params), conversations))
             except BaseException:  # Ctrl-C: what has not begun is not sent
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -118,66 +112,59 @@ class OpenAIBackend:
         content = to_openai(messages, self.detail)
         prepared = time.perf_counter()
         first: float | None = None
-        text = ""
-        joiner = _Joiner()
-        finish: str | None = None
-        usage: dict[str, Any] = {}
-        model = self.model
+        text, finish, model = "", None, self.model
+        usage: Json = {}
+        # Servers whose strings are UTF-16 may cut a character beyond the basic plane in two.
+        whole = codecs.getincrementaldecoder("utf-16-le")("replace")
         with closing(self._events(content, params, stream)) as events:
             for event in events:
-                if delta := joiner.push(text_of(event)):
+                if delta := whole.decode(text_of(event).encode("utf-16-le", "surrogatepass")):
                     first = first or time.perf_counter()
                     text += delta
                     yield TextDelta(delta)
                 finish = finish_of(event) or finish
                 usage = event["usage"] if isinstance(event.get("usage"), dict) else usage
                 model = event["model"] if isinstance(event.get("model"), str) and event["model"] else model
-        if delta := joiner.finish():
+        if delta := whole.decode(b"", final=True):
             text += delta
             yield TextDelta(delta)
         end = time.perf_counter()
-        made, first = _count(usage.get("completion_tokens")), first or end
-        streamed_s, details = end - first, usage.get("prompt_tokens_details")
+        first = first or end
+        made, details = _count(usage, "completion_tokens"), usage.get("prompt_tokens_details")
+        images = _count(details, "image_tokens") if isinstance(details, dict) else 0
         yield Reply(
             message=assistant(text),
-            usage=Usage(
-                prompt_tokens=_count(usage.get("prompt_tokens")),
-                image_tokens=_count(details.get("image_tokens") if isinstance(details, dict) else 0),
-                completion_tokens=made,
-            ),
+            usage=Usage(_count(usage, "prompt_tokens"), images, made),
             timing=Timing(
                 prepare_s=prepared - begin,
                 encode_s=0.0,
                 first_token_s=first - begin,
                 total_s=end - begin,
-                tokens_per_s=(made - 1) / streamed_s if stream and made > 1 and streamed_s > 0 else 0.0,
+                tokens_per_s=(made - 1) / (end - first) if stream and made > 1 and end > first else 0.0,
             ),
             finish_reason=self._finish(finish),
             model=clean(model, 200),
         )
 
-    def _events(self, content: list[dict[str, Any]], params: GenerationParams, stream: bool) -> Generator[Event]:
+    def _events(self, content: list[Json], params: GenerationParams, stream: bool) -> Generator[Event]:
         """Send, and send again without what the server says it does not take."""
         accepts, answered = self._accepts, False
         tried = {accepts}
         while True:
-            body = request_body(self.model, content, params, accepts, stream=stream, extra=self.extra)
+            body = request_body(self.model, content, params, accepts, stream, self.extra)
             try:
-                with closing(self.endpoint.send(body, lambda event: bool(text_of(event)))) as events:
+                with closing(self.endpoint.send(body)) as events:
                     for event in events:
                         answered = True
                         yield event
-                self._keep(accepts)
-                return
+                break
             except Refused as error:
                 learnt = learn(accepts, str(error), body)
                 if answered or learnt is None or learnt in tried:
                     raise
                 tried.add(learnt)
                 accepts = learnt
-
-    def _keep(self, accepts: Accepts) -> None:
-        """Remember what the server takes; nobody is to think that answers are the likeliest ones if they are not."""
+        # Nobody is to think that answers are the likeliest ones if they are not.
         if self._accepts.zero_temperature and not accepts.zero_temperature:
             warnings.warn(
                 f"{self.name} takes no temperature 0; its answers are drawn at its own temperature", stacklevel=2
@@ -186,32 +173,11 @@ class OpenAIBackend:
 
     def _finish(self, reason: str | None) -> Literal["stop", "length"]:
         """Our name for why an answer ended; an answer that is none is an error."""
-        if reason in ("content_filter", "safety", "SAFETY"):
-            raise EndpointError(f"{self.endpoint.shown}: the server's content filter stopped the answer")
-        if reason == "error":
-            raise EndpointError(f"{self.endpoint.shown}: the server gave up in the middle of the answer")
-        if reason in ("tool_calls", "function_call"):
-            raise EndpointError(
-                f"{self.endpoint.shown}: the model called a tool instead of answering; it was given none"
-            )
+        if reason in _NO_ANSWER:
+            raise EndpointError(f"{self.endpoint.shown}: {_NO_ANSWER[reason]}")
         return "length" if reason in ("length", "max_tokens", "MAX_TOKENS") else "stop"
 
 
-class _Joiner:
-    """Joins the halves of characters beyond the basic plane that servers with UTF-16 strings cut apart."""
-
-    def __init__(self) -> None:
-        self._half = ""
-
-    def push(self, delta: str) -> str:
-        text, self._half = self._half + delta, ""
-        if text and "\ud800" <= text[-1] <= "\udbff":
-            text, self._half = text[:-1], text[-1]
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-    def finish(self) -> str:
-        return "\N{REPLACEMENT CHARACTER}" if self._half else ""
-
-
-def _count(value: Any) -> int:
+def _count(usage: Json, name: str) -> int:
+    value = usage.get(name)
     return value if isinstance(value, int) and value > 0 else 0

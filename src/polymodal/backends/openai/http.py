@@ -1,40 +1,41 @@
-"""Talking to one server: connecting, waiting, trying again, and saying clearly what went wrong.
+"""One OpenAI-compatible server: its address and key, its answers and errors, waiting and trying again.
 
-The client is the one that huggingface_hub brings (httpx2, or httpx in its older releases); one road serves whole and
-streamed answers. What failed for a passing reason (no connection, a timeout, 408, 409, 429, 5xx) is tried again after a
-wait that doubles and is drawn at random, or as long as the server's Retry-After says; never once text has come. The key
-stands in a request's header and nowhere else: not in errors, not in what is printed of these objects, and it goes to no
-other host and over no open line.
+Whole and streamed answers take one road, through httpx2. What failed for a passing reason (no connection, a timeout,
+408, 409, 429, 5xx) is tried again after a wait that doubles and is drawn at random, or as long as the server's
+Retry-After says; never once text has come. The key stands in a request's header and nowhere else, and goes to no other
+host and over no open line. Nothing a server sends is trusted: sizes are limited, types are checked, and its words are
+cleaned before they are shown.
 """
 
 from __future__ import annotations
 
+import ipaddress
+import itertools
 import json
 import math
 import random
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+import unicodedata
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urljoin, urlsplit
+from typing import Any
 
-from polymodal.backends.openai.responses import clean, error_of, finish_of, is_completion, parse_object, read_events
-from polymodal.backends.openai.url import is_loopback, origin_of, secret_of, shown_url, split_url
+import httpx2
+from pydantic import SecretStr
+
 from polymodal.errors import ConfigError, EndpointError
-
-if TYPE_CHECKING:
-    import httpx2
 
 Event = dict[str, Any]
 
 MAX_BODY = 32 * 2**20
 """The largest whole answer, in bytes."""
 
-_PASSING = (408, 409, 429)
+MAX_EVENT = 8 * 2**20
+"""The longest event of a streamed answer, in bytes."""
+
 _HINTS = {
     401: "check the key in OPENAI_API_KEY",
     403: "check the key in OPENAI_API_KEY",
@@ -73,20 +74,23 @@ class Endpoint:
     def __init__(
         self, base_url: str, key: str | None = None, patience: Patience | None = None, allow_http: bool = False
     ) -> None:
-        parts = split_url(base_url)
-        self._key = secret_of(key)
-        self._loopback = is_loopback(parts.hostname or "")
-        if self._key is not None and parts.scheme == "http" and not (self._loopback or allow_http):
+        self._url = _chat_url(base_url)
+        self._key = _secret(key)
+        self.patience = patience or Patience()
+        loopback = _is_loopback(self._url.host)
+        if self._key is not None and self._url.scheme == "http" and not (loopback or allow_http):
             raise ConfigError(
-                f"{shown_url(parts)}: the key would travel openly over http; use https, unset OPENAI_API_KEY, "
+                f"{self.shown}: the key would travel openly over http; use https, unset OPENAI_API_KEY, "
                 "or allow it (--allow-http, allow_http=True)"
             )
-        path = parts.path.rstrip("/")
-        path = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
-        self._url = parts._replace(path=path, fragment="").geturl()
-        self.patience = patience or Patience()
-        self._lock = threading.Lock()
-        self._client: httpx2.Client | None = None
+        try:
+            # Proxies of the environment are for the world outside, not for a server on this machine.
+            self._client = httpx2.Client(follow_redirects=False, trust_env=not loopback)
+        except (ImportError, ValueError, OSError) as error:
+            raise ConfigError(
+                f"{self.shown}: the proxy or certificate settings of the environment cannot be used "
+                f"({self._safe(str(error))})"
+            ) from error
 
     def __repr__(self) -> str:
         return f"Endpoint({self.shown!r})"
@@ -94,13 +98,12 @@ class Endpoint:
     @property
     def shown(self) -> str:
         """The address for people: without the query."""
-        return shown_url(urlsplit(self._url))
+        return _shown(self._url)
 
-    def send(self, body: dict[str, Any], has_text: Callable[[Event], bool]) -> Generator[Event]:
+    def send(self, body: dict[str, Any]) -> Generator[Event]:
         """Send one request. Closing the generator closes the connection."""
         deadline = time.monotonic() + self.patience.total_s
-        failures = 0
-        while True:
+        for attempt in itertools.count(1):
             held: list[Event] | None = []  # None once text has come
             try:
                 with closing(self._attempt(body, deadline)) as events:
@@ -109,7 +112,7 @@ class Endpoint:
                             yield event
                             continue
                         held.append(event)
-                        if has_text(event):
+                        if text_of(event):
                             ready, held = held, None
                             yield from ready
                 yield from held or ()
@@ -117,84 +120,106 @@ class Endpoint:
             except _Passing as error:
                 if held is None:
                     raise
-                failures += 1
-                self._wait(error, failures, deadline)
+                self._wait(error, attempt, deadline)
 
     def close(self) -> None:
-        """Close the connections that are kept open between calls."""
-        with self._lock:
-            if self._client is not None:
-                self._client.close()
-                self._client = None
+        """Close the connections that are kept open between calls; nothing can be sent after that."""
+        self._client.close()
 
     def _attempt(self, body: dict[str, Any], deadline: float) -> Generator[Event]:
         """Send once, and follow redirects that stay on the server."""
-        http = _client_library()
-        url = self._url
         read_s = self.patience.read_s if body.get("stream") else self.patience.total_s
         left = max(deadline - time.monotonic(), 0.001)
-        timeout = http.Timeout(min(read_s, left), connect=min(self.patience.connect_s, left))
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": "polymodal"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"
+        timeout = httpx2.Timeout(min(read_s, left), connect=min(self.patience.connect_s, left))
         content = json.dumps(body).encode()
+        request = self._client.build_request("POST", self._url, content=content, headers=headers, timeout=timeout)
         try:
             for _ in range(4):
-                with self._open().stream("POST", url, content=content, headers=headers, timeout=timeout) as response:
+                with closing(self._client.send(request, stream=True)) as response:
                     if not 300 <= response.status_code < 400:
                         yield from self._read(response, deadline)
                         return
-                    url = self._redirected(url, response.status_code, response.headers.get("location", ""))
+                    request = self._redirected(response)
             raise Refused(f"{self.shown}: redirects in circles")
-        except http.TimeoutException as error:
-            what = "no connection" if isinstance(error, http.ConnectTimeout) else "no answer"
+        except httpx2.TimeoutException as error:
+            what = "no connection" if isinstance(error, httpx2.ConnectTimeout) else "no answer"
             raise _Passing(f"{self.shown}: {what} in time") from error
-        except http.InvalidURL as error:
-            raise ConfigError(f"{self.shown}: is no address ({self._safe(str(error))})") from error
-        except http.RequestError as error:
+        except httpx2.RequestError as error:
             raise _Passing(f"{self.shown}: the connection failed ({self._safe(str(error))})") from error
 
+    def _redirected(self, response: httpx2.Response) -> httpx2.Request:
+        """The request that a redirect asks for, if it stays on the server and is the same one."""
+        request, here = response.next_request, response.url
+        there = httpx2.URL() if request is None else request.url
+        same = (there.scheme, there.host, there.port) == (here.scheme, here.host, here.port)
+        if request is None or not same or response.status_code not in (307, 308):
+            where = clean(f"{there.scheme}://{there.host}", 100) if there.host else "nowhere"
+            raise Refused(
+                f"{self.shown}: redirects ({response.status_code}) to {where}; refused, since the key would go there "
+                "too; give the new address as the base URL if that is meant"
+            )
+        return request
+
     def _read(self, response: httpx2.Response, deadline: float) -> Iterator[Event]:
+        """Read an answer in either form."""
         if response.status_code != 200:
             raise self._failure(response, deadline)
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        chunks = self._timed(response, deadline)
-        if kind == "text/event-stream":
-            yield from self._streamed(chunks)
-        elif kind in ("application/json", ""):
-            answer = self._checked(parse_object(_join(chunks, MAX_BODY)))
-            if not is_completion(answer):
-                raise Refused(f"{self.shown}: the server sent no chat completion but: {self._safe(json.dumps(answer))}")
-            yield answer
-        else:
+        if kind not in ("text/event-stream", "application/json", ""):
             raise Refused(
                 f"{self.shown}: answers with {clean(kind, 60)}, not with JSON; "
                 "check the base URL, which mostly ends in /v1"
             )
-
-    def _streamed(self, chunks: Iterator[bytes]) -> Iterator[Event]:
+        chunks = self._timed(response, deadline)
+        if kind != "text/event-stream":
+            answer = self._event(self._whole(chunks, MAX_BODY))
+            if not _choice(answer):
+                raise Refused(f"{self.shown}: the server sent no chat completion but: {self._safe(json.dumps(answer))}")
+            yield answer
+            return
         finished = False
         for data in read_events(chunks):
             if data.strip() == "[DONE]":
                 return
-            try:
-                event = parse_object(data)
-            except EndpointError as error:
-                raise Refused(f"{self.shown}: {self._safe(str(error))}") from None
-            event = self._checked(event)
+            event = self._event(data)
             finished = finished or finish_of(event) is not None
             yield event
         if not finished:
             raise _Passing(f"{self.shown}: the stream ended before the answer did")
 
-    def _checked(self, event: Event) -> Event:
-        """Raise what is an error; pieces of a stream that are neither error nor answer are nothing to us."""
-        if event.get("error"):
-            found = event["error"]
-            code = found.get("code") if isinstance(found, dict) else None
+    def _event(self, text: str) -> Event:
+        """Read one JSON object, and raise what is none or an error."""
+        # Pieces of a stream that are neither error nor answer are nothing to us.
+        found = _parsed(text)
+        if not isinstance(found, dict):
+            raise Refused(f"{self.shown}: the server sent no chat completion but: {self._safe(text, 80)!r}")
+        if error := found.get("error"):
+            code = error.get("code") if isinstance(error, dict) else None
             raised = _Passing if isinstance(code, int) and _is_passing(code) else Refused
-            raise raised(f"{self.shown}: the server gave up: {self._safe(error_of(event))}")
-        return event
+            raise raised(f"{self.shown}: the server gave up: {self._safe(_error_of(found))}")
+        return found
+
+    def _failure(self, response: httpx2.Response, deadline: float) -> EndpointError:
+        """Turn an error response into an error."""
+        status = response.status_code
+        try:
+            text = self._whole(self._timed(response, deadline), 1 << 16)
+        except (EndpointError, OSError):
+            text = ""
+        found = _parsed(text)
+        page = "<" in text[:200]  # a page for people says nothing here
+        words = _error_of(found) if found is not None else "" if page else text
+        phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else ""
+        line = ": ".join(filter(None, (self.shown, f"{status} {phrase}".rstrip(), self._safe(words))))
+        message = f"{line} ({_HINTS[status]})" if status in _HINTS else line
+        if not _is_passing(status) or "insufficient_quota" in text:
+            return Refused(message)
+        error = _Passing(message)
+        error.wait_s = retry_after(response.headers.get("retry-after", ""))
+        return error
 
     def _timed(self, response: httpx2.Response, deadline: float) -> Iterator[bytes]:
         for chunk in response.iter_bytes():
@@ -202,25 +227,13 @@ class Endpoint:
                 raise Refused(f"{self.shown}: the answer took more than {self.patience.total_s:g} s")
             yield chunk
 
-    def _failure(self, response: httpx2.Response, deadline: float) -> EndpointError:
-        """Turn an error response into an error."""
-        status = response.status_code
-        try:
-            text = _join(self._timed(response, deadline), 1 << 16).decode("utf-8", "replace")
-        except (EndpointError, OSError):
-            text = ""
-        try:
-            said = error_of(json.loads(text))
-        except (ValueError, RecursionError):
-            said = "" if "<" in text[:200] else text  # a page for people says nothing here
-        phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else ""
-        pieces = [f"{self.shown}: {status} {phrase}".rstrip(), self._safe(said), _HINTS.get(status, "")]
-        message = ": ".join(piece for piece in pieces[:2] if piece) + (f" ({pieces[2]})" if pieces[2] else "")
-        if not _is_passing(status) or "insufficient_quota" in text:
-            return Refused(message)
-        error = _Passing(message)
-        error.wait_s = retry_after(response.headers.get("retry-after", ""))
-        return error
+    def _whole(self, chunks: Iterator[bytes], limit: int) -> str:
+        data = bytearray()
+        for chunk in chunks:
+            data += chunk
+            if len(data) > limit:
+                raise Refused(f"{self.shown}: the server's answer is larger than {limit:,} bytes")
+        return data.decode("utf-8-sig", "replace")
 
     def _wait(self, error: _Passing, failures: int, deadline: float) -> None:
         """Sleep before the next attempt, or raise where there is none."""
@@ -236,40 +249,104 @@ class Endpoint:
             raise EndpointError(f"{error}{tried}, and {patience.total_s:g} s are over") from error
         time.sleep(wait)
 
-    def _redirected(self, url: str, status: int, location: str) -> str:
-        """Where a redirect leads, if it stays on the server and keeps the request as it is."""
-        target = ""
-        try:
-            target = urljoin(url, location)
-            there = origin_of(urlsplit(target))
-        except ValueError:  # an address that cannot be read is another one
-            there = ("", "", None)
-        if there != origin_of(urlsplit(url)) or status not in (307, 308):
-            where = clean(f"{there[0]}://{there[1]}", 100) if there[1] else "nowhere"
-            raise Refused(
-                f"{self.shown}: redirects ({status}) to {where}; refused, since the key would go there too; "
-                "give the new address as the base URL if that is meant"
-            )
-        return target
-
-    def _open(self) -> httpx2.Client:
-        with self._lock:
-            if self._client is None:
-                # Proxies of the environment are for the world outside, not for a server on this machine.
-                try:
-                    self._client = _client_library().Client(follow_redirects=False, trust_env=not self._loopback)
-                except (ImportError, ValueError, OSError) as error:
-                    raise ConfigError(
-                        f"{self.shown}: the proxy or certificate settings of the environment cannot be used "
-                        f"({self._safe(str(error))})"
-                    ) from error
-            return self._client
-
-    def _safe(self, text: str) -> str:
+    def _safe(self, text: str, limit: int = 300) -> str:
         """A server's words without the key, in case it repeats it."""
-        if self._key is not None:
-            text = text.replace(self._key.get_secret_value(), "***")
-        return clean(text)
+        return clean(text if self._key is None else text.replace(self._key.get_secret_value(), "***"), limit)
+
+
+def _chat_url(base_url: str) -> httpx2.URL:
+    """Check a base URL and lead it to the chat completions."""
+    try:
+        url = httpx2.URL(base_url.strip())
+    except httpx2.InvalidURL:
+        raise ConfigError("the base URL cannot be read; it must be like https://host/v1") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigError(f"base URL {_shown(url)!r}: must begin with https:// or http:// and a host")
+    if url.userinfo:
+        raise ConfigError(f"base URL {_shown(url)!r}: holds a user name; give the key in OPENAI_API_KEY instead")
+    path, mark, query = url.raw_path.partition(b"?")
+    path = path.rstrip(b"/").removesuffix(b"/chat/completions") + b"/chat/completions"
+    return url.copy_with(raw_path=path + mark + query, fragment=None)
+
+
+def _shown(url: httpx2.URL) -> str:
+    """An address for people: without user name, query and fragment, any of which may be secret."""
+    return clean(f"{url.scheme}://{url.netloc.decode()}{url.path}", 200)
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a host is this machine, by its name or number alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _secret(key: str | None) -> SecretStr | None:
+    """Wrap a key so that printing it shows stars."""
+    key = (key or "").strip()
+    if any(not "!" <= c <= "~" for c in key):
+        raise ConfigError(
+            "the key holds characters that no key has (white space, a text editor's quotes); copy it again"
+        )
+    return SecretStr(key) if key else None
+
+
+def read_events(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Read the data of server-sent events."""
+    # Servers forget the empty line after the last event, and some begin with a byte order mark.
+    response = httpx2.Response(
+        200,
+        headers={"Content-Type": "text/event-stream; charset=utf-8-sig"},
+        content=itertools.chain(chunks, [b"\n\n"]),
+        request=httpx2.Request("POST", "http://server"),
+    )
+    try:
+        yield from (event.data for event in httpx2.EventSource(response, MAX_EVENT) if event.data)
+    except httpx2.SSEError:
+        raise EndpointError(f"the server sent an event of more than {MAX_EVENT:,} bytes") from None
+
+
+def text_of(event: Event) -> str:
+    """The answer's text in a completion or a piece of one; what a refusing model says is its answer."""
+    message = _choice(event).get("delta") or _choice(event).get("message")
+    if not isinstance(message, dict):
+        return ""
+    content = message.get("content") or message.get("refusal") or ""
+    if isinstance(content, list):  # parts
+        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
+
+
+def finish_of(event: Event) -> str | None:
+    """Why the answer ended, where this piece says so."""
+    reason = _choice(event).get("finish_reason")
+    return str(reason) if reason is not None else None
+
+
+def _choice(event: Event) -> dict[str, Any]:
+    choices = event.get("choices")
+    found = choices[0] if isinstance(choices, list) and choices else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _parsed(text: str) -> Any:
+    """A JSON document; None where it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found[0] if isinstance(found, list) and found else found  # Gemini wraps its errors so
+
+
+def _error_of(document: Any) -> str:
+    """What an error object says, in any of the forms that servers use; "" where it is none."""
+    if not isinstance(document, dict):
+        return ""
+    found = document.get("error") or document.get("message") or document.get("detail")
+    if isinstance(found, dict):
+        found = found.get("message") or found.get("code") or found.get("type") or "no reason given"
+    return found if isinstance(found, str) else json.dumps(found) if found else ""
 
 
 def retry_after(value: str, now: float | None = None) -> float | None:
@@ -285,25 +362,13 @@ def retry_after(value: str, now: float | None = None) -> float | None:
 
 
 def _is_passing(status: int) -> bool:
-    return status in _PASSING or 500 <= status < 600
+    return status in (408, 409, 429) or 500 <= status < 600
 
 
-def _join(chunks: Iterator[bytes], limit: int) -> bytes:
-    data = b""
-    for chunk in chunks:
-        data += chunk
-        if len(data) > limit:
-            raise Refused(f"the server's answer is larger than {limit:,} bytes")
-    return data
-
-
-def _client_library() -> Any:
-    """The HTTP client that huggingface_hub depends on."""
-    try:
-        import httpx2
-
-        return httpx2
-    except ImportError:
-        import httpx  # type: ignore[import-not-found]
-
-        return httpx
+def clean(text: str, limit: int = 300) -> str:
+    """Make a server's words fit for one line on a terminal."""
+    kept = "".join(
+        " " if c.isspace() else c for c in text[: 4 * limit] if c.isspace() or unicodedata.category(c)[0] != "C"
+    )
+    line = " ".join(kept.split())
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polymodal.backends.base import BatchBackend
+from polymodal.backends.base import Backend
 from polymodal.errors import DataError, PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Image, Message
 from polymodal.metrics.text import exact_match, mean_interval, mentions, word_recall
 
 if TYPE_CHECKING:
-    from polymodal.backends.base import Backend
     from polymodal.data.readers.conversations import Record
 
 Metric = Callable[[str, Sequence[str]], float]
@@ -73,12 +72,12 @@ def evaluate(
     total = 2 * len(records)
     answers: list[list[str | PolymodalError]] = []
     for conversations in (questions, [_blind(_question(record)) for record in records]):
-        said: list[str | PolymodalError] = []
+        given: list[str | PolymodalError] = []
         for start in range(0, len(conversations), batch_size):
-            said += _answer(model, conversations[start : start + batch_size], params)
+            given += _answer(model, conversations[start : start + batch_size], params)
             if progress is not None:
-                progress(len(answers) * len(records) + len(said), total)
-        answers.append(said)
+                progress(len(answers) * len(records) + len(given), total)
+        answers.append(given)
     return [_item(record, seen, blind) for record, seen, blind in zip(records, *answers, strict=True)]
 
 
@@ -121,18 +120,8 @@ def _answer(
 ) -> list[str | PolymodalError]:
     """Answer some questions; one that cannot be asked or answered keeps its error."""
     asked = [messages for messages in conversations if not isinstance(messages, PolymodalError)]
-    if isinstance(model, BatchBackend):
-        said = iter(model.generate_batch(asked, params) if asked else [])
-    else:
-        said = (_one(model, messages, params) for messages in asked)
-    return [messages if isinstance(messages, PolymodalError) else next(said) for messages in conversations]
-
-
-def _one(model: Backend, messages: Sequence[Message], params: GenerationParams) -> str | PolymodalError:
-    try:
-        return model.generate(messages, params).text.strip()
-    except PolymodalError as error:
-        return error
+    answers = iter(model.generate_batch(asked, params))
+    return [messages if isinstance(messages, PolymodalError) else next(answers) for messages in conversations]
 
 
 def _item(record: Record, seen: str | PolymodalError, blind: str | PolymodalError) -> Item:
