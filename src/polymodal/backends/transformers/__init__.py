@@ -11,14 +11,15 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import LogitsProcessorList, PreTrainedModel, ProcessorMixin, StoppingCriteriaList
 
-from polymodal.backends.base import Reply, TextDelta, ask_once, forget_oldest, require_question, stream_reply
+from polymodal.backends.base import Backend, Reply, TextDelta, fit_context, fits, require_question, stream_reply
 from polymodal.backends.transformers.folder import open_model, open_processor
 from polymodal.backends.transformers.prompt import Chat, PromptMaker
 from polymodal.errors import PolymodalError
@@ -27,9 +28,6 @@ from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import TextStream
 from polymodal.messages import Message
 from polymodal.safety.model_folder import check_folder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
 
 Inputs = dict[str, Any]
 
@@ -48,10 +46,8 @@ def open_transformers(
     return TransformersBackend(model, processor, name or folder.name)
 
 
-class TransformersBackend:
+class TransformersBackend(Backend):
     """Answers conversations with a model of transformers."""
-
-    ask = ask_once
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, name: str = "model") -> None:
         self.model = model
@@ -72,12 +68,6 @@ class TransformersBackend:
         text_config = self.model.config.get_text_config()
         return int(getattr(text_config, "max_position_embeddings", None) or 1 << 30)
 
-    def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
-        """Answer a conversation."""
-        *_, reply = self.stream(messages, params)
-        assert isinstance(reply, Reply)  # the last event of a stream
-        return reply
-
     def stream(
         self, messages: Sequence[Message], params: GenerationParams | None = None
     ) -> Iterator[TextDelta | Reply]:
@@ -88,11 +78,10 @@ class TransformersBackend:
         begin = time.perf_counter()
         inputs = self.prepare(messages, params.max_new_tokens)
         prompt = inputs["input_ids"]
-        text = TextStream(self.tokenizer, params.stop, self.stop_ids, skip_space=True)
         with closing(self._steps(inputs, params)) as steps:
             yield from stream_reply(
                 ((token, 0.0) for (token,) in steps),
-                text,
+                TextStream(self.tokenizer, params.stop, self.stop_ids, skip_space=True),
                 begin=begin,
                 prompt_tokens=prompt.numel(),
                 image_tokens=self.prompts.image_tokens(prompt),
@@ -115,30 +104,25 @@ class TransformersBackend:
                 groups.setdefault(any(message.media for message in messages), {})[index] = chat
         for group in groups.values():
             answers |= self._together(group, params)
-        for index in set(range(len(conversations))) - set(answers):
-            try:
-                answers[index] = self.generate(conversations[index], params).text.strip()
-            except PolymodalError as error:
-                answers[index] = error
-        return [answers[index] for index in range(len(conversations))]
+        return [
+            answers[index] if index in answers else self._answer(messages, params)
+            for index, messages in enumerate(conversations)
+        ]
 
     def prepare(self, messages: Sequence[Message], room: int) -> Inputs:
-        """Process a conversation so that it fits the context; the oldest turns of text are left out if need be."""
-        require_question(messages)
-        kept = list(messages)
-        while True:
+        """Process a conversation so that it fits the context; the oldest questions of text are left out if need be."""
+
+        def process(kept: list[Message]) -> tuple[Inputs, int]:
             inputs = self.prompts.inputs([self.prompts.chat(kept)])
-            length = inputs["input_ids"].shape[1]
-            if self._fits(length, room):
-                return inputs
-            kept = forget_oldest(kept, length, self.context_length)
+            return inputs, inputs["input_ids"].shape[1]
 
-    def _fits(self, length: int, room: int) -> bool:
-        if self.model.config.is_encoder_decoder:
-            room = 0  # the answer is the decoder's and takes nothing from what the encoder reads
-        return length + min(room, self.context_length // 4) <= self.context_length
+        return fit_context(messages, process, self._room(room), self.context_length)
 
-    def _together(self, group: dict[int, Chat], params: GenerationParams) -> dict[int, str | PolymodalError]:
+    def _room(self, new_tokens: int) -> int:
+        # The answer of an encoder-decoder is the decoder's and takes nothing from what the encoder reads.
+        return 0 if self.model.config.is_encoder_decoder else new_tokens
+
+    def _together(self, group: dict[int, Chat], params: GenerationParams) -> dict[int, str]:
         """Answer a padded batch; nothing where these have to be asked one by one (unequal images, too long, ...)."""
         if len(group) < 2 or params.temperature > 0:
             return {}  # a seed belongs to one answer
@@ -146,9 +130,9 @@ class TransformersBackend:
             inputs = self.prompts.inputs(list(group.values()))
         except PolymodalError:
             return {}
-        if not self._fits(inputs["input_ids"].shape[1], params.max_new_tokens):
+        if not fits(inputs["input_ids"].shape[1], self._room(params.max_new_tokens), self.context_length):
             return {}
-        rows: list[TextStream] = [TextStream(self.tokenizer, params.stop, self.stop_ids, True) for _ in group]
+        rows = [TextStream(self.tokenizer, params.stop, self.stop_ids, skip_space=True) for _ in group]
         with closing(self._steps(inputs, params)) as steps:
             for step in steps:
                 for row, token in zip(rows, step, strict=True):
@@ -185,9 +169,10 @@ class TransformersBackend:
             thread.join()
 
     @torch.inference_mode()
-    def _run(self, inputs: Inputs, params: GenerationParams, put: Any, cancelled: threading.Event) -> None:
-        from transformers import LogitsProcessorList, StoppingCriteriaList
-
+    def _run(
+        self, inputs: Inputs, params: GenerationParams, put: Callable[[list[int]], None], cancelled: threading.Event
+    ) -> None:
+        """Run the model, giving away the ids of each step."""
         moved = {
             key: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
             if isinstance(value, torch.Tensor)

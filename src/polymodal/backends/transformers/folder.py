@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from polymodal.errors import CheckpointError, first_line
+from polymodal.modeling.language_model import quieten_transformers
+from polymodal.modeling.quantization import GPU_WAYS, gpu_settings, quantize_published
 from polymodal.safety.config_json import read_json
 from polymodal.utils.safetensors_io import check_finite
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
 
 PARTS = ("image_processor", "tokenizer", "video_processor")
 """Parts of a processor that are opened here; a processor with others is left to transformers."""
@@ -32,15 +35,10 @@ _NAMED_IN = ("processor_config.json", "preprocessor_config.json", "tokenizer_con
 
 def open_model(folder: Path, device: str, dtype: str | None = None, quantize: str | None = None) -> PreTrainedModel:
     """Load the weights."""
-    from transformers import AutoModelForImageTextToText
-
-    from polymodal.modeling.language_model import quieten_transformers
-    from polymodal.modeling.quantization import GPU_WAYS, gpu_settings, quantize_published
-
     quieten_transformers()
     on_gpu = quantize in GPU_WAYS
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
             str(folder),
             dtype=dtype or ("float32" if device == "cpu" else "auto"),
             use_safetensors=True,
@@ -50,7 +48,7 @@ def open_model(folder: Path, device: str, dtype: str | None = None, quantize: st
             **({"quantization_config": gpu_settings(str(quantize)), "device_map": {"": device}} if on_gpu else {}),
         )
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot open the model ({_reason(error)})") from error
+        raise CheckpointError(f"{folder}: transformers cannot open the model ({reason_of(error)})") from error
     for what in ("missing_keys", "mismatched_keys"):
         if report[what]:
             names = sorted(str(name) for name in report[what])
@@ -67,8 +65,6 @@ def open_model(folder: Path, device: str, dtype: str | None = None, quantize: st
 
 def open_processor(folder: Path) -> ProcessorMixin:
     """Open the processor with a Pillow image processor."""
-    import transformers
-
     try:
         kind = _processor_class(folder)
         if kind is not None and set(kind.get_attributes()) <= set(PARTS):
@@ -82,12 +78,11 @@ def open_processor(folder: Path) -> ProcessorMixin:
                 str(folder), trust_remote_code=False, local_files_only=True
             )
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: its processor cannot be opened ({_reason(error)})") from error
+        raise CheckpointError(f"{folder}: its processor cannot be opened ({reason_of(error)})") from error
     for part in ("tokenizer", "image_processor"):
         if getattr(processor, part, None) is None:
             raise CheckpointError(f"{folder}: its processor has no {part}; a model for images and text is needed")
-    if not processor.chat_template:
-        processor.chat_template = processor.tokenizer.chat_template
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if not processor.chat_template:
         raise CheckpointError(
             f"{folder}: there is no chat template, so how the model wants to be asked is not known; "
@@ -98,9 +93,6 @@ def open_processor(folder: Path) -> ProcessorMixin:
 
 def _processor_class(folder: Path) -> Any:
     """The class that the folder names, else the usual one of its model type; None where neither says."""
-    import transformers
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-
     name = None
     for file in _NAMED_IN:
         if (folder / file).is_file() and name is None:
@@ -116,8 +108,6 @@ def _processor_class(folder: Path) -> Any:
 
 def _part(name: str, folder: Path) -> Any:
     """Open one part of a processor."""
-    import transformers
-
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     if name == "tokenizer":
         return transformers.AutoTokenizer.from_pretrained(str(folder), **options)
@@ -151,7 +141,7 @@ def _without_videos(kind: Any) -> Any:
     return Images
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """One line of an error; what transformers says often begins with an empty line and runs over many."""
     text = " ".join(str(error).split())
     return text if 0 < len(text) <= 300 else first_line(error)[:300]

@@ -14,24 +14,22 @@ import re
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import torch
+from transformers import ProcessorMixin
 
+from polymodal.backends.base import check_messages
+from polymodal.backends.transformers.folder import reason_of
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.media.image import open_image
 from polymodal.messages import Image, Message, Text
 from polymodal.safety.jinja_limits import UnsafeTemplateError
 from polymodal.safety.jinja_sandbox import compile_template
 
-if TYPE_CHECKING:
-    from transformers import ProcessorMixin
-
 Chat = list[dict[str, Any]]
 """Messages as transformers has them: role, and content as a list of parts."""
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class PromptMaker:
@@ -51,8 +49,9 @@ class PromptMaker:
 
     def chat(self, messages: Sequence[Message]) -> Chat:
         """Open the images, and check that the template can express the conversation."""
-        chat: Chat = [{"role": m.role, "content": _parts(m, index)} for index, m in enumerate(messages)]
-        expected = [part["type"] for turn in chat for part in turn["content"]]
+        check_messages(messages)
+        chat: Chat = [{"role": m.role, "content": _content(m, index)} for index, m in enumerate(messages)]
+        expected = [part["type"] for message in chat for part in message["content"]]
         problem = None
         for style in (chat, _text_as_strings(chat)):
             try:
@@ -100,9 +99,7 @@ class PromptMaker:
                 processor_kwargs=padding, **options,
             )  # fmt: skip
         except Exception as error:  # a processor may raise anything; the conversation is what it was given
-            raise PolymodalError(
-                f"the model's processor refuses the conversation ({' '.join(str(error).split())[:300]})"
-            ) from error
+            raise PolymodalError(f"the model's processor refuses the conversation ({reason_of(error)})") from error
         return dict(made)
 
     def _bounded(self, chat: Chat) -> None:
@@ -141,14 +138,12 @@ class PromptMaker:
         try:
             rendered = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template may raise anything
-            raise PolymodalError(
-                f"the model's chat template refuses this conversation ({' '.join(str(error).split())[:300]})"
-            ) from None
+            raise PolymodalError(f"the model's chat template refuses this conversation ({reason_of(error)})") from None
         return str(rendered)
 
     def _typed(self, chat: Chat) -> list[str]:
         """Control tokens that stand in the texts."""
-        texts = list(_texts(chat))
+        texts = _texts(chat)
         return [token for token in self._controls if any(token in text for text in texts)]
 
     def _without_typed(self, chat: Chat) -> Chat:
@@ -161,60 +156,51 @@ class PromptMaker:
         return [int((ids == i).sum()) for i in self.processor.tokenizer.convert_tokens_to_ids(list(self._controls))]
 
 
-def _parts(message: Message, index: int) -> list[dict[str, Any]]:
+def _content(message: Message, index: int) -> list[dict[str, Any]]:
     """A message's content; neighbouring texts are joined, as in our own template."""
-    parts: list[dict[str, Any]] = []
+    content: list[dict[str, Any]] = []
     for part in message.parts:
-        if isinstance(part, Text):
-            if _SURROGATE.search(part.text):
-                raise PolymodalError(
-                    f"message {index + 1}: the text holds half of a surrogate pair, which is no character; "
-                    "mend its encoding"
-                )
-            if parts and parts[-1]["type"] == "text":
-                parts[-1]["text"] += part.text
-            elif part.text:
-                parts.append({"type": "text", "text": part.text})
-        elif not isinstance(part, Image):
+        if isinstance(part, Image):
+            content.append({"type": "image", "image": open_image(part.source)})
+        elif not isinstance(part, Text):
             raise PolymodalError(
                 f"message {index + 1}: {type(part).__name__} parts are not supported yet; give images and text"
             )
-        elif message.role != "user":
-            raise PolymodalError(
-                f"message {index + 1}: an image must stand in a user's message, not the {message.role}'s"
-            )
-        else:
-            parts.append({"type": "image", "image": open_image(part.source)})
-    return parts
+        elif content and content[-1]["type"] == "text":
+            content[-1]["text"] += part.text
+        elif part.text:
+            content.append({"type": "text", "text": part.text})
+    return content
 
 
 def _text_as_strings(chat: Chat) -> Chat:
     """The same conversation with plain strings where a message has no image: some templates want it so."""
-    made = []
-    for turn in chat:
-        plain = all(part["type"] == "text" for part in turn["content"])
-        content = "".join(part["text"] for part in turn["content"]) if plain else turn["content"]
-        made.append({"role": turn["role"], "content": content})
-    return made
+    return [
+        {**message, "content": "".join(_texts([message]))}
+        if all(part["type"] == "text" for part in message["content"])
+        else message
+        for message in chat
+    ]
 
 
-def _with_texts(chat: Chat, change: Any) -> Chat:
+def _with_texts(chat: Chat, change: Callable[[str], str]) -> Chat:
     """A copy with other texts."""
     made = []
-    for turn in chat:
-        content = turn["content"]
+    for message in chat:
+        content = message["content"]
         if isinstance(content, str):
             content = change(content) if content else content
         else:
             content = [{**part, "text": change(part["text"])} if part["type"] == "text" else part for part in content]
-        made.append({"role": turn["role"], "content": content})
+        made.append({**message, "content": content})
     return made
 
 
 def _texts(chat: Chat) -> list[str]:
-    contents = [turn["content"] for turn in chat]
-    as_parts = [[{"type": "text", "text": c}] if isinstance(c, str) else c for c in contents]
-    return [part["text"] for parts in as_parts for part in parts if part["type"] == "text"]
+    texts: list[str] = []
+    for content in (message["content"] for message in chat):
+        texts += [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
+    return texts
 
 
 def _limited(processor: ProcessorMixin) -> list[Callable[..., str]]:
