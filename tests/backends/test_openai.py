@@ -235,6 +235,16 @@ def test_answers_that_are_none(action: Any, words: str, stream: bool, server: An
     assert len(server.bodies) == 1
 
 
+def test_answers_that_are_too_large(server: Any, model: OpenAIBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polymodal.backends.openai.http.MAX_BODY", 5000)
+    monkeypatch.setattr("polymodal.backends.openai.http.MAX_EVENT", 5000)
+    server.plays(sends(answer("x" * 6000)), streams(piece("x" * 6000)), sends(b"x" * 70_000, 400))
+    assert "larger than 5,000 bytes" in fails(model)
+    assert "more than 5,000 bytes" in fails(model, stream=True)
+    assert fails(model).endswith("400 Bad Request")
+    assert len(server.bodies) == 3
+
+
 def test_passing_failures_are_tried_again(server: Any, model: OpenAIBackend) -> None:
     server.plays(sends({"error": {"message": "busy"}}, 503), sends(b"", 429), sends(answer()))
     assert model.generate(HELLO).text == "Hi there" and len(server.bodies) == 3
@@ -389,7 +399,14 @@ def test_the_key_is_nowhere_to_be_seen(server: Any, caplog: pytest.LogCaptureFix
     server.plays(sends(answer()), sends({"error": {"message": f"bad key {KEY}"}}, 401))
     model.generate(HELLO)
     assert server.paths == ["/v1/chat/completions?api-version=1&secret=s3cr3t"]
-    lines = [fails(model), repr(model), str(model), repr(model.endpoint), repr(vars(model.endpoint)["_key"])]
+    lines = [fails(model)]
+    for echo in (f'"{KEY}"', f'{{"echo": "{KEY}"}}', "x" * 70 + KEY):
+        server.plays(sends(echo.encode()))
+        lines.append(fails(model))
+    server.plays(streams(f"data: {KEY}\n\n".encode()))
+    lines.append(fails(model, stream=True))
+    assert "***" in lines[-1]
+    lines += [repr(model), str(model), repr(model.endpoint), repr(vars(model.endpoint)["_key"])]
     assert not any(KEY in line or KEY in str(vars(model)) for line in [*lines, caplog.text])
     assert not any("s3cr3t" in line for line in lines)
 
@@ -412,10 +429,17 @@ def test_a_key_does_not_travel_openly() -> None:
         Endpoint(url, KEY)
 
 
+def test_settings_of_the_environment_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "nonsense://h")
+    with pytest.raises(ConfigError, match="proxy or certificate settings"):
+        Endpoint("https://host/v1")
+    Endpoint("http://127.0.0.1/v1")  # no proxy stands before this machine
+
+
 def test_addresses() -> None:
     assert Endpoint("https://h/v1/").shown == "https://h/v1/chat/completions"
     assert Endpoint("https://h/v1/chat/completions?a=b#c").shown == "https://h/v1/chat/completions"
-    for bad in ("h/v1", "ftp://h", "https://", "https://h:port/v1", "http://[bad", ""):
+    for bad in ("h/v1", "ftp://h", "https://", "https://h:port/v1", "http://[bad", "", "https://h:99999/v1"):
         with pytest.raises(ConfigError, match="base URL"):
             Endpoint(bad)
     with pytest.raises(ConfigError, match="holds a user name") as caught:

@@ -9,13 +9,13 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from polymodal import cli
-from polymodal.backends.base import Reply, TextDelta, Timing, Usage
+from polymodal.backends.base import Backend, Reply, TextDelta, Timing, Usage
 from polymodal.cli import chat, common, main
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Message, assistant
@@ -57,14 +57,18 @@ def test_generate_prints_the_same_streamed_or_whole_and_seeds_repeat(
     assert capsys.readouterr().out != texts[0]
 
 
-class Parrot:
+class Parrot(Backend):
     """A model that repeats the last message, for the chat's own behaviour."""
+
+    name = "parrot"
 
     def __init__(self) -> None:
         self.asked: list[list[Message]] = []
         self.stop_after: int | None = None
 
-    def stream(self, messages: list[Message], params: GenerationParams) -> Iterator[TextDelta | Reply]:
+    def stream(
+        self, messages: Sequence[Message], params: GenerationParams | None = None
+    ) -> Iterator[TextDelta | Reply]:
         self.asked.append(list(messages))
         words = messages[-1].text.split()
         for count, word in enumerate(words, start=1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image as PILImage
 
 from polymodal.backends import load
-from polymodal.backends.base import Reply, Timing, Usage
+from polymodal.backends.base import Backend, Reply, Timing, Usage
 from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError, PolymodalError
 from polymodal.evaluation.tasks.questions import Item, evaluate, in_grey, summarise, table
@@ -79,22 +79,22 @@ def test_batches_do_not_change_answers_and_grey_images_equal_their_control(tiny_
     assert alone[3].answer == alone[3].blind
 
 
-class OneByOne:
+class OneByOne(Backend):
     """A backend that only answers one conversation, and not every one."""
 
     name = "one by one"
 
-    def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
+    def stream(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Iterator[Reply]:
         (image,) = messages[0].media
         if isinstance(image.source, str):
             raise PolymodalError("no such thing")
         words = " yes " if image.source.getpixel((0, 0)) == (255, 0, 0) else "no"
-        return Reply(assistant(words), Usage(1, 1, 1), Timing(0, 0, 0, 0, 0), "stop", self.name)
+        yield Reply(assistant(words), Usage(1, 1, 1), Timing(0, 0, 0, 0, 0), "stop", self.name)
 
 
 def test_any_backend_is_asked_and_its_failures_are_failed_items() -> None:
     red = PILImage.new("RGB", (4, 4), (255, 0, 0))
-    items = evaluate(OneByOne(), [record(red), record("absent.png")])  # type: ignore[arg-type]
+    items = evaluate(OneByOne(), [record(red), record("absent.png")])
     assert [(item.answer, item.blind, item.score, item.blind_score) for item in items] == [
         ("yes", "no", 1.0, 0.0), (None, None, 0.0, 0.0)
     ]  # fmt: skip

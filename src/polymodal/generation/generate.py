@@ -1,4 +1,4 @@
-"""Token by token: read the prompt once, then decode from the key-value cache (`generation.generate`).
+"""Sampling and decoding: read the prompt once, then make token after token from the key-value cache.
 
 Rows of a batch are padded on the left, so that unequal prompts give the same tokens as one by one. Placeholder ids
 and rows of the head that belong to no token are never chosen.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import DynamicCache, EncoderDecoderCache
 
 from polymodal.generation.params import GenerationParams
 from polymodal.modeling.language_model import decoder_start_id
@@ -19,11 +20,8 @@ from polymodal.modeling.seq2seq import move_left, take
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Batch
 
-if TYPE_CHECKING:
-    from transformers import EncoderDecoderCache
-
-
-# ---- Logits -> next ids ----
+NextLogits = Callable[[torch.Tensor | None], torch.Tensor]
+"""Takes the ids [B] chosen in the step before, None in the first; gives logits [B, V]."""
 
 
 def sample_next(
@@ -62,27 +60,15 @@ def new_generator(params: GenerationParams, device: torch.device) -> torch.Gener
     return generator
 
 
-# ---- The next token's logits, step after step, for both kinds of language model ----
-# A causal LM reads the prompt into its key-value cache and goes on from there. An encoder-decoder's encoder reads the
-# prompt once; its decoder starts from its start token, with a cache for what it said and one for what it looks at,
-# which
-# is filled in the first step. Either way the caller gives the ids that were chosen and gets logits.
-
-
-NextLogits = Callable[[torch.Tensor | None], torch.Tensor]
-"""Takes the ids [B] chosen in the step before, None in the first; gives logits [B, V]."""
-
-
 def start_decoding(model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Tensor) -> NextLogits:
-    """Begin a generation."""
+    """Begin a generation: the caller gives the ids that were chosen and gets the next logits, step after step."""
     # embeds [B, T, D], attention_mask [B, T]
     start = _encoder_decoder if model.encoder_decoder else _causal
     return start(model, embeds, attention_mask)
 
 
 def _causal(model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Tensor) -> NextLogits:
-    from transformers import DynamicCache
-
+    """The prompt goes into the key-value cache, and the decoding on from there."""
     cache = DynamicCache(config=model.llm.config.get_text_config())
     mask = attention_mask
     padded = not bool(mask.all())
@@ -102,6 +88,7 @@ def _causal(model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Ten
 
 
 def _encoder_decoder(model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Tensor) -> NextLogits:
+    """The encoder reads the prompt once; the decoder begins with its start token."""
     llm: Any = model.llm
     index, real = move_left(attention_mask)
     mask = None if bool(real.all()) else real
@@ -111,14 +98,11 @@ def _encoder_decoder(model: MultimodalLM, embeds: torch.Tensor, attention_mask: 
 
     def next_logits(ids: torch.Tensor | None) -> torch.Tensor:
         nonlocal cache
-        said = first if ids is None else ids
+        ids = first if ids is None else ids
         out = llm(
-            encoder_outputs=encoded,
-            attention_mask=mask,
-            decoder_input_ids=said[:, None],
-            past_key_values=cache,
+            encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=ids[:, None], past_key_values=cache,
             use_cache=True,
-        )
+        )  # fmt: skip
         cache = out.past_key_values
         last: torch.Tensor = out.logits[:, -1]
         return last
@@ -137,25 +121,16 @@ class Step:
 
 @torch.inference_mode()
 def stream_ids(
-    model: MultimodalLM,
-    batch: Batch,
-    params: GenerationParams,
-    stop_ids: Sequence[int],
-    vocab_size: int | None = None,
+    model: MultimodalLM, batch: Batch, params: GenerationParams, stop_ids: Sequence[int], vocab_size: int | None = None
 ) -> Iterator[Step]:
     """Generate, one step at a time."""
     batch = batch.to(model.device)
     begin = time.perf_counter()
     embeds = model.embed(
-        batch.input_ids,
-        batch.plans,
-        batch.sample_of_image,
-        batch.pixel_values,
-        batch.features,
+        batch.input_ids, batch.plans, batch.sample_of_image, batch.pixel_values, batch.features,
         context_ids=batch.context_ids,
-    )
+    )  # fmt: skip
     encode_s = time.perf_counter() - begin
-
     next_logits = start_decoding(model, embeds, batch.attention_mask)
     generator = new_generator(params, model.device)
     stops = torch.tensor(sorted(set(stop_ids)), device=model.device)
@@ -176,11 +151,7 @@ def stream_ids(
 
 
 def generate_ids(
-    model: MultimodalLM,
-    batch: Batch,
-    params: GenerationParams,
-    stop_ids: Sequence[int],
-    vocab_size: int | None = None,
+    model: MultimodalLM, batch: Batch, params: GenerationParams, stop_ids: Sequence[int], vocab_size: int | None = None
 ) -> list[list[int]]:
     """Generate whole answers."""
     rows: list[list[int]] = [[] for _ in range(len(batch.input_ids))]

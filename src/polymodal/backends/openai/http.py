@@ -260,7 +260,8 @@ def _chat_url(base_url: str) -> httpx2.URL:
         url = httpx2.URL(base_url.strip())
     except httpx2.InvalidURL:
         raise ConfigError("the base URL cannot be read; it must be like https://host/v1") from None
-    if url.scheme not in ("http", "https") or not url.host:
+    # What httpx2 lets through: brackets that do not close, and ports that are too large.
+    if url.scheme not in ("http", "https") or not url.host or "%5B" in url.host or (url.port or 1) >= 1 << 16:
         raise ConfigError(f"base URL {_shown(url)!r}: must begin with https:// or http:// and a host")
     if url.userinfo:
         raise ConfigError(f"base URL {_shown(url)!r}: holds a user name; give the key in OPENAI_API_KEY instead")
