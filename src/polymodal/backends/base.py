@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import TextStream
 from polymodal.messages import Image, Message, Source, assistant, user
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Inputs = TypeVar("Inputs")
+Step = tuple[Sequence[int | None], float]
+"""One id a row, None for rows that ended earlier; and the seconds spent on encoding before it."""
 
 
 @dataclass(frozen=True)
@@ -165,69 +171,106 @@ def check_messages(messages: Sequence[Message]) -> None:
             )
 
 
-def fits(length: int, room: int, context: int) -> bool:
-    """Whether a prompt leaves room for the answer, or at least a quarter of the context."""
-    return length + min(room, context // 4) <= context
+class ModelBackend(Backend, Generic[Inputs]):
+    """A backend that runs the model itself: a subclass makes the prompt and the tokens."""
 
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, config: Any, stop_ids: Sequence[int]) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.stop_ids = tuple(stop_ids)
+        # The most positions that the language model was made for.
+        self.context_length = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+        # The answer of an encoder-decoder is the decoder's and takes nothing from what the encoder reads.
+        self._answer_takes_room = not config.is_encoder_decoder
 
-def fit_context(
-    messages: Sequence[Message], process: Callable[[list[Message]], tuple[Inputs, int]], room: int, context: int
-) -> Inputs:
-    """Process a conversation without as many of its oldest questions of plain text as do not fit the context."""
-    # `process` gives the prompt and its length; media and the last question always stay.
-    require_question(messages)
-    kept = list(messages)
-    while True:
-        made, length = process(kept)
-        if fits(length, room, context):
-            return made
-        start = next((i for i in range(len(kept) - 2) if _is_text_pair(kept[i : i + 2])), None)
-        if start is None:
-            raise PolymodalError(
-                f"the conversation takes {length} tokens and the model's context is {context}; "
-                "shorten the text or give fewer or smaller images (media are never cut)"
-            )
-        del kept[start : start + 2]
+    @abstractmethod
+    def _process(self, messages: Sequence[Message]) -> Inputs:
+        """Turn a conversation into the model's inputs."""
+
+    @abstractmethod
+    def _sizes(self, inputs: Inputs) -> tuple[int, int]:
+        """The positions of a prompt, and those of them that are images."""
+
+    @abstractmethod
+    def _steps(self, inputs: Inputs, params: GenerationParams) -> Generator[Step]:
+        """Run the model."""
+
+    def stream(
+        self, messages: Sequence[Message], params: GenerationParams | None = None
+    ) -> Iterator[TextDelta | Reply]:
+        """Answer a conversation piece by piece. Closing the iterator stops the model."""
+        params = params or GenerationParams()
+        begin = time.perf_counter()
+        inputs = self.prepare(messages, params.max_new_tokens)
+        text = self._text(params)
+        prepared = first = time.perf_counter()
+        made, encode_s = 0, 0.0
+        with closing(self._steps(inputs, params)) as steps:
+            for (token,), seconds in steps:
+                if made == 0:
+                    first, encode_s = time.perf_counter(), seconds
+                made += 1
+                assert token is not None  # a single row ends with the stream
+                if delta := text.push(token):
+                    yield TextDelta(delta)
+                if text.stopped:
+                    break
+        if delta := text.finish():
+            yield TextDelta(delta)
+        end = time.perf_counter()
+        yield Reply(
+            message=assistant(text.text),
+            usage=Usage(*self._sizes(inputs), made),
+            timing=Timing(
+                prepare_s=prepared - begin,
+                encode_s=encode_s,
+                first_token_s=first - begin,
+                total_s=end - begin,
+                tokens_per_s=(made - 1) / (end - first) if made > 1 else 0.0,
+            ),
+            finish_reason="stop" if text.stopped else "length",
+            model=self.name,
+        )
+
+    def prepare(self, messages: Sequence[Message], room: int) -> Inputs:
+        """Process a conversation without the oldest questions of plain text that leave the answer no room."""
+        # Media and the last question are never cut.
+        require_question(messages)
+        kept = list(messages)
+        while True:
+            inputs = self._process(kept)
+            length, _ = self._sizes(inputs)
+            if self._fits(length, room):
+                return inputs
+            start = next((i for i in range(len(kept) - 2) if _is_text_pair(kept[i : i + 2])), None)
+            if start is None:
+                raise PolymodalError(
+                    f"the conversation takes {length} tokens and the model's context is {self.context_length}; "
+                    "shorten the text or give fewer or smaller images (media are never cut)"
+                )
+            del kept[start : start + 2]
+
+    def _fits(self, length: int, room: int) -> bool:
+        """Whether a prompt leaves the answer its room, or at least a quarter of the context."""
+        room = min(room, self.context_length // 4) if self._answer_takes_room else 0
+        return length + room <= self.context_length
+
+    def _text(self, params: GenerationParams) -> TextStream:
+        return TextStream(self.tokenizer, params.stop, self.stop_ids, skip_space=True)
+
+    def _texts(self, steps: Generator[Step], rows: int, params: GenerationParams) -> list[str]:
+        """The texts of a batch."""
+        texts = [self._text(params) for _ in range(rows)]
+        with closing(steps):
+            for ids, _ in steps:
+                for text, token in zip(texts, ids, strict=True):
+                    if token is not None and not text.stopped:
+                        text.push(token)
+                if all(text.stopped for text in texts):
+                    break
+        return [text.text.strip() for text in texts]
 
 
 def _is_text_pair(pair: Sequence[Message]) -> bool:
     """Whether two messages are a question of plain text and its answer."""
     return [m.role for m in pair] == ["user", "assistant"] and not any(m.media for m in pair)
-
-
-def stream_reply(
-    steps: Iterable[tuple[int, float]],
-    text: TextStream,
-    *,
-    begin: float,
-    prompt_tokens: int,
-    image_tokens: int,
-    model: str,
-) -> Iterator[TextDelta | Reply]:
-    """Turn tokens into text as they are made, and take the times; called when the prompt is ready."""
-    prepared = first = time.perf_counter()
-    made, encode_s = 0, 0.0
-    for token, seconds in steps:
-        if made == 0:
-            first, encode_s = time.perf_counter(), seconds
-        made += 1
-        if delta := text.push(token):
-            yield TextDelta(delta)
-        if text.stopped:
-            break
-    if delta := text.finish():
-        yield TextDelta(delta)
-    end = time.perf_counter()
-    yield Reply(
-        message=assistant(text.text),
-        usage=Usage(prompt_tokens, image_tokens, made),
-        timing=Timing(
-            prepare_s=prepared - begin,
-            encode_s=encode_s,
-            first_token_s=first - begin,
-            total_s=end - begin,
-            tokens_per_s=(made - 1) / (end - first) if made > 1 else 0.0,
-        ),
-        finish_reason="stop" if text.stopped else "length",
-        model=model,
-    )

@@ -7,7 +7,7 @@ and rows of the head that belong to no token are never chosen.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +122,7 @@ class Step:
 @torch.inference_mode()
 def stream_ids(
     model: MultimodalLM, batch: Batch, params: GenerationParams, stop_ids: Sequence[int], vocab_size: int | None = None
-) -> Iterator[Step]:
+) -> Generator[Step]:
     """Generate, one step at a time."""
     batch = batch.to(model.device)
     begin = time.perf_counter()

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,12 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel, ProcessorMixin, StoppingCriteriaList
 
-from polymodal.backends.base import Backend, Reply, TextDelta, fit_context, fits, require_question, stream_reply
+from polymodal.backends.base import ModelBackend, Step, require_question
 from polymodal.backends.transformers.folder import open_model, open_processor
 from polymodal.backends.transformers.prompt import Chat, PromptMaker
 from polymodal.errors import PolymodalError
 from polymodal.generation.generate import new_generator, sample_next
 from polymodal.generation.params import GenerationParams
-from polymodal.generation.streaming import TextStream
 from polymodal.messages import Message
 from polymodal.safety.model_folder import check_folder
 
@@ -46,47 +44,19 @@ def open_transformers(
     return TransformersBackend(model, processor, name or folder.name)
 
 
-class TransformersBackend(Backend):
+class TransformersBackend(ModelBackend[Inputs]):
     """Answers conversations with a model of transformers."""
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, name: str = "model") -> None:
+        super().__init__(name, processor.tokenizer, model.config, _stop_ids(model, processor.tokenizer))
         self.model = model
         self.processor = processor
-        self.tokenizer = processor.tokenizer
-        self.name = name
         config = model.config
         media = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
         image_token_id = media[0] if media[0] is not None else getattr(config, "image_token_index", None)
         self.prompts = PromptMaker(processor, image_token_id)
-        self.stop_ids = _stop_ids(model, self.tokenizer)
         self._never = sorted({int(i) for i in (*media, image_token_id) if i is not None})
         self._busy = threading.Lock()
-
-    @property
-    def context_length(self) -> int:
-        """The most positions the language model was made for."""
-        text_config = self.model.config.get_text_config()
-        return int(getattr(text_config, "max_position_embeddings", None) or 1 << 30)
-
-    def stream(
-        self, messages: Sequence[Message], params: GenerationParams | None = None
-    ) -> Iterator[TextDelta | Reply]:
-        """Answer a conversation piece by piece. Closing the iterator stops the model."""
-        # The times of encoding images are part of the time to the first token: these models encode inside their
-        # first step.
-        params = params or GenerationParams()
-        begin = time.perf_counter()
-        inputs = self.prepare(messages, params.max_new_tokens)
-        prompt = inputs["input_ids"]
-        with closing(self._steps(inputs, params)) as steps:
-            yield from stream_reply(
-                ((token, 0.0) for (token,) in steps),
-                TextStream(self.tokenizer, params.stop, self.stop_ids, skip_space=True),
-                begin=begin,
-                prompt_tokens=prompt.numel(),
-                image_tokens=self.prompts.image_tokens(prompt),
-                model=self.name,
-            )
 
     def generate_batch(
         self, conversations: Sequence[Sequence[Message]], params: GenerationParams
@@ -109,19 +79,6 @@ class TransformersBackend(Backend):
             for index, messages in enumerate(conversations)
         ]
 
-    def prepare(self, messages: Sequence[Message], room: int) -> Inputs:
-        """Process a conversation so that it fits the context; the oldest questions of text are left out if need be."""
-
-        def process(kept: list[Message]) -> tuple[Inputs, int]:
-            inputs = self.prompts.inputs([self.prompts.chat(kept)])
-            return inputs, inputs["input_ids"].shape[1]
-
-        return fit_context(messages, process, self._room(room), self.context_length)
-
-    def _room(self, new_tokens: int) -> int:
-        # The answer of an encoder-decoder is the decoder's and takes nothing from what the encoder reads.
-        return 0 if self.model.config.is_encoder_decoder else new_tokens
-
     def _together(self, group: dict[int, Chat], params: GenerationParams) -> dict[int, str]:
         """Answer a padded batch; nothing where these have to be asked one by one (unequal images, too long, ...)."""
         if len(group) < 2 or params.temperature > 0:
@@ -130,22 +87,19 @@ class TransformersBackend(Backend):
             inputs = self.prompts.inputs(list(group.values()))
         except PolymodalError:
             return {}
-        if not fits(inputs["input_ids"].shape[1], self._room(params.max_new_tokens), self.context_length):
+        if not self._fits(inputs["input_ids"].shape[1], params.max_new_tokens):
             return {}
-        rows = [TextStream(self.tokenizer, params.stop, self.stop_ids, skip_space=True) for _ in group]
-        with closing(self._steps(inputs, params)) as steps:
-            for step in steps:
-                for row, token in zip(rows, step, strict=True):
-                    if not row.stopped:
-                        row.push(token)
-                if all(row.stopped for row in rows):
-                    break
-        for row in rows:
-            row.finish()
-        return {index: row.text.strip() for index, row in zip(group, rows, strict=True)}
+        return dict(zip(group, self._texts(self._steps(inputs, params), len(group), params), strict=True))
 
-    def _steps(self, inputs: Inputs, params: GenerationParams) -> Generator[list[int]]:
-        """Run the model in a thread and give one id a row after each step; the thread ends with the iterator."""
+    def _process(self, messages: Sequence[Message]) -> Inputs:
+        return self.prompts.inputs([self.prompts.chat(messages)])
+
+    def _sizes(self, inputs: Inputs) -> tuple[int, int]:
+        return inputs["input_ids"].numel(), self.prompts.image_tokens(inputs["input_ids"])
+
+    def _steps(self, inputs: Inputs, params: GenerationParams) -> Generator[Step]:
+        """Run the model in a thread, which ends with the iterator."""
+        # These models encode images inside their first step, so the time of that is part of the first token's.
         steps: queue.SimpleQueue[list[int] | BaseException | None] = queue.SimpleQueue()
         cancelled = threading.Event()
 
@@ -163,7 +117,7 @@ class TransformersBackend(Backend):
             while (step := steps.get()) is not None:
                 if isinstance(step, BaseException):
                     raise step
-                yield step
+                yield step, 0.0
         finally:
             cancelled.set()
             thread.join()
