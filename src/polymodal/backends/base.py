@@ -7,19 +7,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
 from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
-from polymodal.generation.streaming import TextStream
+from polymodal.generation.streaming import Step, TextStream
 from polymodal.messages import Image, Message, Source, assistant, user
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Inputs = TypeVar("Inputs")
-Step = tuple[Sequence[int | None], float]
-"""One id a row, None for rows that ended earlier; and the seconds spent on encoding before it."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,11 @@ class Reply:
         return self.message.text
 
 
+StreamEvent: TypeAlias = TextDelta | Reply
+Answer: TypeAlias = str | PolymodalError
+"""An answer's text, or why there is none."""
+
+
 class Backend(ABC):
     """Anything that answers conversations: a subclass gives `stream`, and whatever it can do faster than this.
 
@@ -83,9 +86,7 @@ class Backend(ABC):
     name: str
 
     @abstractmethod
-    def stream(
-        self, messages: Sequence[Message], params: GenerationParams | None = None
-    ) -> Iterator[TextDelta | Reply]:
+    def stream(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Iterator[StreamEvent]:
         """Answer a conversation piece by piece. Closing the iterator stops the model.
 
         Args:
@@ -129,9 +130,7 @@ class Backend(ABC):
         """
         return self.generate([user(*map(Image, images), prompt)], params).text
 
-    def generate_batch(
-        self, conversations: Sequence[Sequence[Message]], params: GenerationParams
-    ) -> list[str | PolymodalError]:
+    def generate_batch(self, conversations: Sequence[Sequence[Message]], params: GenerationParams) -> list[Answer]:
         """Answer several conversations, one by one unless the model can do it faster.
 
         Args:
@@ -143,7 +142,7 @@ class Backend(ABC):
         """
         return [self._answer(messages, params) for messages in conversations]
 
-    def _answer(self, messages: Sequence[Message], params: GenerationParams) -> str | PolymodalError:
+    def _answer(self, messages: Sequence[Message], params: GenerationParams) -> Answer:
         try:
             return self.generate(messages, params).text.strip()
         except PolymodalError as error:
@@ -195,9 +194,7 @@ class ModelBackend(Backend, Generic[Inputs]):
     def _steps(self, inputs: Inputs, params: GenerationParams) -> Generator[Step]:
         """Run the model."""
 
-    def stream(
-        self, messages: Sequence[Message], params: GenerationParams | None = None
-    ) -> Iterator[TextDelta | Reply]:
+    def stream(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Iterator[StreamEvent]:
         """Answer a conversation piece by piece. Closing the iterator stops the model."""
         params = params or GenerationParams()
         begin = time.perf_counter()

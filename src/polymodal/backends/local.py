@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from polymodal.backends.base import ModelBackend, Step
+from polymodal.backends.base import Answer, ModelBackend
 from polymodal.config import ModelConfig
 from polymodal.errors import PolymodalError
 from polymodal.generation.generate import stream_ids
 from polymodal.generation.params import GenerationParams
+from polymodal.generation.streaming import Step
 from polymodal.messages import Message
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Sample, collate
@@ -51,9 +52,7 @@ class LocalBackend(ModelBackend[Sample]):
         self.processor = processor_of(model, tokenizer, config)
         super().__init__(name, tokenizer, model.llm.config, self.processor.template.stop_ids)
 
-    def generate_batch(
-        self, conversations: Sequence[Sequence[Message]], params: GenerationParams
-    ) -> list[str | PolymodalError]:
+    def generate_batch(self, conversations: Sequence[Sequence[Message]], params: GenerationParams) -> list[Answer]:
         """Answer several conversations as one padded batch.
 
         Args:
@@ -84,5 +83,4 @@ class LocalBackend(ModelBackend[Sample]):
 
     def _run(self, samples: Sequence[Sample], params: GenerationParams) -> Generator[Step]:
         batch = collate(samples, self.processor.pad_id, side="left")
-        for step in stream_ids(self.model, batch, params, self.stop_ids, len(self.tokenizer)):
-            yield step.ids, step.encode_s
+        return stream_ids(self.model, batch, params, self.stop_ids, len(self.tokenizer))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, TopKLogitsWarper, TopPLogitsWarper
 
 from polymodal.generation.params import GenerationParams
+from polymodal.generation.streaming import Step
 from polymodal.modeling.language_model import decoder_start_id
 from polymodal.modeling.seq2seq import move_left, take
 from polymodal.modeling.vlm import MultimodalLM
@@ -37,14 +37,11 @@ def sample_next(
     if params.temperature == 0.0:
         return logits.argmax(dim=-1)
     logits = logits / params.temperature
+    ids = cast(torch.LongTensor, made)
     if params.top_k:
-        floor = logits.topk(min(params.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < floor, -torch.inf)
+        logits = TopKLogitsWarper(params.top_k)(ids, logits)
     if params.top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-        ordered = ordered.masked_fill(before >= params.top_p, -torch.inf)  # the first token always stays
-        logits = torch.full_like(logits, -torch.inf).scatter(1, order, ordered)
+        logits = TopPLogitsWarper(params.top_p)(ids, logits)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
 
@@ -110,20 +107,11 @@ def _encoder_decoder(model: MultimodalLM, embeds: torch.Tensor, attention_mask: 
     return next_logits
 
 
-@dataclass(frozen=True)
-class Step:
-    """One decoding step."""
-
-    # One id a row; None for rows that ended earlier. A row's last id is its stop id where it met one
-    ids: tuple[int | None, ...]
-    encode_s: float = 0.0  # Seconds spent on embedding and encoding media (first step only)
-
-
 @torch.inference_mode()
 def stream_ids(
     model: MultimodalLM, batch: Batch, params: GenerationParams, stop_ids: Sequence[int], vocab_size: int | None = None
 ) -> Generator[Step]:
-    """Generate, one step at a time."""
+    """Generate, one step at a time; a row's last id is its stop id where it met one."""
     batch = batch.to(model.device)
     begin = time.perf_counter()
     embeds = model.embed(
@@ -140,10 +128,8 @@ def stream_ids(
     for step in range(params.max_new_tokens):
         logits = _forbid(next_logits(next_ids), model.image_token_id, vocab_size)
         next_ids = sample_next(logits, params, made, generator)
-        yield Step(
-            tuple(i if on else None for i, on in zip(next_ids.tolist(), running.tolist(), strict=True)),
-            encode_s if step == 0 else 0.0,
-        )
+        ids = [i if on else None for i, on in zip(next_ids.tolist(), running.tolist(), strict=True)]
+        yield ids, encode_s if step == 0 else 0.0
         running &= ~torch.isin(next_ids, stops)
         if not running.any():
             return
@@ -155,8 +141,8 @@ def generate_ids(
 ) -> list[list[int]]:
     """Generate whole answers."""
     rows: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
-    for step in stream_ids(model, batch, params, stop_ids, vocab_size):
-        for row, token in zip(rows, step.ids, strict=True):
+    for ids, _ in stream_ids(model, batch, params, stop_ids, vocab_size):
+        for row, token in zip(rows, ids, strict=True):
             if token is not None:
                 row.append(token)
     return rows

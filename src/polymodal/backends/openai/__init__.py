@@ -19,11 +19,11 @@ from contextlib import closing
 from functools import partial
 from typing import Any, Literal
 
-from polymodal.backends.base import Backend, Reply, TextDelta, Timing, Usage, require_question
+from polymodal.backends.base import Answer, Backend, Reply, StreamEvent, TextDelta, Timing, Usage, require_question
 from polymodal.backends.openai.http import Endpoint, Event, Patience, Refused, clean, finish_of, text_of
 from polymodal.backends.openai.messages import Accepts, Detail, Json, learn, request_body, to_openai
 from polymodal.checkpoints.locate import ENDPOINT
-from polymodal.errors import ConfigError, EndpointError, PolymodalError
+from polymodal.errors import ConfigError, EndpointError
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Message, assistant
 
@@ -76,24 +76,17 @@ class OpenAIBackend(Backend):
         self.name = f"{ENDPOINT}{model}"
         self._accepts = Accepts()
 
-    def __repr__(self) -> str:
-        return f"OpenAIBackend({self.model!r}, {self.endpoint!r})"
-
     def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
         """Answer a conversation in one piece, which any server can."""
         *_, reply = self._talk(messages, params or GenerationParams(), stream=False)
         assert isinstance(reply, Reply)  # the last event
         return reply
 
-    def stream(
-        self, messages: Sequence[Message], params: GenerationParams | None = None
-    ) -> Iterator[TextDelta | Reply]:
+    def stream(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Iterator[StreamEvent]:
         """Answer a conversation piece by piece. Closing the iterator closes the connection."""
         yield from self._talk(messages, params or GenerationParams(), stream=True)
 
-    def generate_batch(
-        self, conversations: Sequence[Sequence[Message]], params: GenerationParams
-    ) -> list[str | PolymodalError]:
+    def generate_batch(self, conversations: Sequence[Sequence[Message]], params: GenerationParams) -> list[Answer]:
         """Answer several conversations, a few of them at the same time."""
         with ThreadPoolExecutor(CONCURRENT) as pool:
             try:
@@ -106,7 +99,7 @@ class OpenAIBackend(Backend):
         """Close the connections that are kept open between calls."""
         self.endpoint.close()
 
-    def _talk(self, messages: Sequence[Message], params: GenerationParams, stream: bool) -> Iterator[TextDelta | Reply]:
+    def _talk(self, messages: Sequence[Message], params: GenerationParams, stream: bool) -> Iterator[StreamEvent]:
         begin = time.perf_counter()
         require_question(messages)
         content = to_openai(messages, self.detail)
@@ -155,7 +148,7 @@ class OpenAIBackend(Backend):
             try:
                 with closing(self.endpoint.send(body)) as events:
                     for event in events:
-                        answered = True
+                        answered = answered or bool(text_of(event))
                         yield event
                 break
             except Refused as error:

@@ -20,7 +20,6 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from http import HTTPStatus
 from typing import Any
 
 import httpx2
@@ -92,9 +91,6 @@ class Endpoint:
                 f"({self._safe(str(error))})"
             ) from error
 
-    def __repr__(self) -> str:
-        return f"Endpoint({self.shown!r})"
-
     @property
     def shown(self) -> str:
         """The address for people: without the query."""
@@ -104,21 +100,15 @@ class Endpoint:
         """Send one request. Closing the generator closes the connection."""
         deadline = time.monotonic() + self.patience.total_s
         for attempt in itertools.count(1):
-            held: list[Event] | None = []  # None once text has come
+            answered = False
             try:
                 with closing(self._attempt(body, deadline)) as events:
                     for event in events:
-                        if held is None:
-                            yield event
-                            continue
-                        held.append(event)
-                        if text_of(event):
-                            ready, held = held, None
-                            yield from ready
-                yield from held or ()
+                        answered = answered or bool(text_of(event))
+                        yield event
                 return
             except _Passing as error:
-                if held is None:
+                if answered:
                     raise
                 self._wait(error, attempt, deadline)
 
@@ -212,8 +202,8 @@ class Endpoint:
         found = _parsed(text)
         page = "<" in text[:200]  # a page for people says nothing here
         words = _error_of(found) if found is not None else "" if page else text
-        phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else ""
-        line = ": ".join(filter(None, (self.shown, f"{status} {phrase}".rstrip(), self._safe(words))))
+        title = f"{status} {httpx2.codes.get_reason_phrase(status)}".rstrip()
+        line = ": ".join(filter(None, (self.shown, title, self._safe(words))))
         message = f"{line} ({_HINTS[status]})" if status in _HINTS else line
         if not _is_passing(status) or "insufficient_quota" in text:
             return Refused(message)

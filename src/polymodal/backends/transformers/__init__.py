@@ -11,19 +11,19 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel, ProcessorMixin, StoppingCriteriaList
 
-from polymodal.backends.base import ModelBackend, Step, require_question
+from polymodal.backends.base import Answer, ModelBackend, require_question
 from polymodal.backends.transformers.folder import open_model, open_processor
 from polymodal.backends.transformers.prompt import Chat, PromptMaker
 from polymodal.errors import PolymodalError
 from polymodal.generation.generate import new_generator, sample_next
 from polymodal.generation.params import GenerationParams
+from polymodal.generation.streaming import Step
 from polymodal.messages import Message
 from polymodal.safety.model_folder import check_folder
 
@@ -58,11 +58,9 @@ class TransformersBackend(ModelBackend[Inputs]):
         self._never = sorted({int(i) for i in (*media, image_token_id) if i is not None})
         self._busy = threading.Lock()
 
-    def generate_batch(
-        self, conversations: Sequence[Sequence[Message]], params: GenerationParams
-    ) -> list[str | PolymodalError]:
+    def generate_batch(self, conversations: Sequence[Sequence[Message]], params: GenerationParams) -> list[Answer]:
         """Answer several conversations, those of a kind together."""
-        answers: dict[int, str | PolymodalError] = {}
+        answers: dict[int, Answer] = {}
         groups: dict[bool, dict[int, Chat]] = {}
         for index, messages in enumerate(conversations):
             try:
