@@ -50,6 +50,18 @@ def test_a_stop_text_ends_the_answer(model: LocalBackend) -> None:
     assert reply.text == text[: text.index(stop)] and reply.finish_reason == "stop"
 
 
+def test_a_batch_answers_as_one_by_one_and_keeps_its_failures(model: LocalBackend) -> None:
+    asked = [[user("Hello")], [], [user(Image(image()), "What?")], [user("Hello, and what is this?")]]
+    free = GenerationParams(max_new_tokens=20)
+    letter = next(c for c in model.generate(asked[0], free).text[2:] if c.isprintable() and c != " ")
+    for params in (free, free.model_copy(update={"stop": (letter,)})):
+        together = model.generate_batch(asked, params)
+        assert isinstance(together[1], PolymodalError)
+        for messages, answer in zip(asked, together, strict=True):
+            assert not messages or answer == model.generate(messages, params).text.strip()
+    assert model.generate_batch([], free) == []
+
+
 def test_the_oldest_text_turns_are_cut_and_media_never(model: LocalBackend) -> None:
     long = "word " * 60
     history = [system("Be short."), user(Image(image()), "first"), assistant("seen"), user(long), assistant("old")]

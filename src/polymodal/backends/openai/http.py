@@ -163,15 +163,14 @@ class Endpoint:
                 f"{self.shown}: answers with {clean(kind, 60)}, not with JSON; "
                 "check the base URL, which mostly ends in /v1"
             )
-        chunks = self._timed(response, deadline)
         if kind != "text/event-stream":
-            answer = self._event(self._whole(chunks, MAX_BODY))
+            answer = self._event(b"".join(self._chunks(response, deadline, MAX_BODY)).decode("utf-8-sig", "replace"))
             if not _choice(answer):
                 raise Refused(f"{self.shown}: the server sent no chat completion but: {self._safe(json.dumps(answer))}")
             yield answer
             return
         finished = False
-        for data in read_events(chunks):
+        for data in read_events(self._chunks(response, deadline)):
             if data.strip() == "[DONE]":
                 return
             event = self._event(data)
@@ -196,7 +195,7 @@ class Endpoint:
         """Turn an error response into an error."""
         status = response.status_code
         try:
-            text = self._whole(self._timed(response, deadline), 1 << 16)
+            text = b"".join(self._chunks(response, deadline, 1 << 16)).decode("utf-8", "replace")
         except (EndpointError, OSError):
             text = ""
         found = _parsed(text)
@@ -211,19 +210,16 @@ class Endpoint:
         error.wait_s = retry_after(response.headers.get("retry-after", ""))
         return error
 
-    def _timed(self, response: httpx2.Response, deadline: float) -> Iterator[bytes]:
+    def _chunks(self, response: httpx2.Response, deadline: float, limit: float = math.inf) -> Iterator[bytes]:
+        """Read an answer within its limits of time and bytes."""
+        size = 0
         for chunk in response.iter_bytes():
+            size += len(chunk)
             if time.monotonic() > deadline:
                 raise Refused(f"{self.shown}: the answer took more than {self.patience.total_s:g} s")
-            yield chunk
-
-    def _whole(self, chunks: Iterator[bytes], limit: int) -> str:
-        data = bytearray()
-        for chunk in chunks:
-            data += chunk
-            if len(data) > limit:
+            if size > limit:
                 raise Refused(f"{self.shown}: the server's answer is larger than {limit:,} bytes")
-        return data.decode("utf-8-sig", "replace")
+            yield chunk
 
     def _wait(self, error: _Passing, failures: int, deadline: float) -> None:
         """Sleep before the next attempt, or raise where there is none."""
