@@ -93,13 +93,10 @@ def open_processor(folder: Path) -> ProcessorMixin:
 
 def _processor_class(folder: Path) -> Any:
     """The class that the folder names, else the usual one of its model type; None where neither says."""
-    name = None
-    for file in _NAMED_IN:
-        if (folder / file).is_file() and name is None:
-            name = read_json(folder / file).get("processor_class")
+    named = [read_json(folder / file).get("processor_class") for file in _NAMED_IN if (folder / file).is_file()]
+    name = next((name for name in named if name is not None), None)
     if name is None:
-        model_type = read_json(folder / "config.json").get("model_type")
-        name = PROCESSOR_MAPPING_NAMES.get(model_type)
+        name = PROCESSOR_MAPPING_NAMES.get(read_json(folder / "config.json").get("model_type"))
     if name in IMAGES_ONLY and find_spec("num2words") is None:
         name = IMAGES_ONLY[name]
     found = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -131,11 +128,8 @@ def _without_videos(kind: Any) -> Any:
 
     class Images(kind):  # type: ignore[misc]
         def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
-            return (
-                _NoVideos
-                if isinstance(argument, _NoVideos)
-                else super().check_argument_for_proper_class(name, argument)
-            )
+            stands_in = isinstance(argument, _NoVideos)
+            return _NoVideos if stands_in else super().check_argument_for_proper_class(name, argument)
 
     Images.__name__ = kind.__name__
     return Images

@@ -10,6 +10,7 @@ counted, or are refused.
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import secrets
 from collections.abc import Callable, Sequence
@@ -93,14 +94,16 @@ class PromptMaker:
 
     def _run(self, chats: Sequence[Chat], **options: Any) -> dict[str, Any]:
         padding = {"padding": True, "padding_side": "left"} if len(chats) > 1 else None
+        options |= {"return_dict": True, "return_tensors": "pt", "processor_kwargs": padding}
+        return dict(self._apply("processor", list(chats), tokenize=True, **options))
+
+    def _apply(self, what: str, chat: Chat | list[Chat], **options: Any) -> Any:
         try:
-            made = self.processor.apply_chat_template(
-                list(chats), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-                processor_kwargs=padding, **options,
-            )  # fmt: skip
-        except Exception as error:  # a processor may raise anything; the conversation is what it was given
-            raise PolymodalError(f"the model's processor refuses the conversation ({reason_of(error)})") from error
-        return dict(made)
+            return self.processor.apply_chat_template(chat, add_generation_prompt=True, **options)
+        except (
+            Exception
+        ) as error:  # a processor or template may raise anything; the conversation is what it got
+            raise PolymodalError(f"the model's {what} refuses this conversation ({reason_of(error)})") from error
 
     def _bounded(self, chat: Chat) -> None:
         """Raise where the template would loop or grow without end; transformers' sandbox would let it."""
@@ -114,14 +117,10 @@ class PromptMaker:
 
     def _written(self, chat: Chat) -> list[str]:
         """What the template writes, in order: "text" for a text that stands where it should, "image" for an image."""
-        number = 0
-
-        def mark(text: str) -> str:
-            nonlocal number
-            number += 1
-            return f"{self._nonce}{number}x"
-
-        rendered = self._render(_with_texts(chat, mark))
+        numbers = itertools.count(1)
+        marked = _with_texts(chat, lambda _: f"{self._nonce}{next(numbers)}x")
+        self._bounded(marked)
+        rendered = str(self._apply("chat template", marked, tokenize=False))
         pattern = re.escape(self._nonce) + r"(\d+)x" + (f"|{re.escape(self.image_token)}" if self.image_token else "")
         # Markers of a string with several texts, and images inside it, cannot occur: only texts become strings.
         found, due = [], 1
@@ -132,14 +131,6 @@ class PromptMaker:
                 found.append("text" if int(match[1]) == due else "moved")
                 due += 1
         return found
-
-    def _render(self, chat: Chat) -> str:
-        self._bounded(chat)
-        try:
-            rendered = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template may raise anything
-            raise PolymodalError(f"the model's chat template refuses this conversation ({reason_of(error)})") from None
-        return str(rendered)
 
     def _typed(self, chat: Chat) -> list[str]:
         """Control tokens that stand in the texts."""
@@ -215,7 +206,7 @@ def _limited(processor: ProcessorMixin) -> list[Callable[..., str]]:
 
 def _control_tokens(processor: ProcessorMixin) -> tuple[str, ...]:
     """What must not be read as a token when somebody typed it."""
-    template = processor.chat_template if isinstance(processor.chat_template, str) else str(processor.chat_template)
+    template = str(processor.chat_template)
     found = [
         token.content
         for token in processor.tokenizer.added_tokens_decoder.values()
