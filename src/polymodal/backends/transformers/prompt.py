@@ -100,9 +100,7 @@ class PromptMaker:
     def _apply(self, what: str, chat: Chat | list[Chat], **options: Any) -> Any:
         try:
             return self.processor.apply_chat_template(chat, add_generation_prompt=True, **options)
-        except (
-            Exception
-        ) as error:  # a processor or template may raise anything; the conversation is what it got
+        except Exception as error:  # a processor or template may raise anything at all
             raise PolymodalError(f"the model's {what} refuses this conversation ({reason_of(error)})") from error
 
     def _bounded(self, chat: Chat) -> None:
