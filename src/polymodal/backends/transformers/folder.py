@@ -3,7 +3,7 @@
 No code of the folder's is run and no pickle is read. Images are resized by Pillow, whatever else is installed, so
 that the same image gives the same pixels everywhere.
 
-Several processors (Qwen2-VL, InternVL, LLaVA-OneVision, ...) insist on a part that reads videos, and those parts need
+Several processors (Qwen2-VL, InternVL, LLaVA-OneVision, ...) insist on a component for videos, and those need
 torchvision. Images never pass through it, so where torchvision is missing a stand-in takes its place. SmolVLM's
 processor also wants num2words, for its sentence about videos; Idefics3's writes the same prompt for images.
 """
@@ -24,8 +24,8 @@ from polymodal.modeling.quantization import GPU_WAYS, gpu_settings, quantize_pub
 from polymodal.safety.config_json import read_json
 from polymodal.utils.safetensors_io import check_finite
 
-PARTS = ("image_processor", "tokenizer", "video_processor")
-"""Parts of a processor that are opened here; a processor with others is left to transformers."""
+COMPONENTS = ("image_processor", "tokenizer", "video_processor")
+"""Components of a processor that are opened here; a processor with others is left to transformers."""
 
 IMAGES_ONLY = {"SmolVLMProcessor": "Idefics3Processor"}
 """What does the same for images, where num2words is missing."""
@@ -67,12 +67,12 @@ def open_processor(folder: Path) -> ProcessorMixin:
     """Open the processor with a Pillow image processor."""
     try:
         kind = _processor_class(folder)
-        if kind is not None and set(kind.get_attributes()) <= set(PARTS):
-            parts = [_part(name, folder) for name in kind.get_attributes()]
-            if any(isinstance(part, _NoVideos) for part in parts):
+        if kind is not None and set(kind.get_attributes()) <= set(COMPONENTS):
+            components = [_component(name, folder) for name in kind.get_attributes()]
+            if any(isinstance(component, _NoVideos) for component in components):
                 kind = _without_videos(kind)
             settings, _ = kind.get_processor_dict(str(folder))
-            processor = kind.from_args_and_dict(parts, settings)
+            processor = kind.from_args_and_dict(components, settings)
         else:
             processor = transformers.AutoProcessor.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True
@@ -103,8 +103,8 @@ def _processor_class(folder: Path) -> Any:
     return found if hasattr(found, "get_attributes") else None
 
 
-def _part(name: str, folder: Path) -> Any:
-    """Open one part of a processor."""
+def _component(name: str, folder: Path) -> Any:
+    """Open one component of a processor."""
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     if name == "tokenizer":
         return transformers.AutoTokenizer.from_pretrained(str(folder), **options)
@@ -116,7 +116,7 @@ def _part(name: str, folder: Path) -> Any:
 
 
 class _NoVideos(dict[str, Any]):
-    """Stands where a video processor has to be, and reads no videos; a dict, since processors print their parts."""
+    """Stands where a video processor has to be, and reads no videos; a dict, since processors print their components."""
 
     def __init__(self) -> None:
         super().__init__()
