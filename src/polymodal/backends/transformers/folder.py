@@ -116,7 +116,7 @@ def _component(name: str, folder: Path) -> Any:
 
 
 class _NoVideos(dict[str, Any]):
-    """Stands where a video processor has to be, and reads no videos; a dict, since processors print their components."""
+    """Stands where a video processor has to be and reads no videos; a dict, since processors print what they hold."""
 
     def __init__(self) -> None:
         super().__init__()
