@@ -26,6 +26,7 @@ from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.evaluation.tasks.questions import evaluate
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Audio, Image, Message, assistant, system, user
+from polymodal.safety.model_folder import check_folder
 
 FAMILIES = ["llava_next", "idefics3", "smolvlm", "qwen2_5_vl", "internvl", "gemma3"]
 SHORT = GenerationParams(max_new_tokens=8)
@@ -47,7 +48,7 @@ def opened(tiny_vlm: Folders) -> Callable[[str], TransformersBackend]:
 
     def open_family(family: str) -> TransformersBackend:
         if family not in models:
-            models[family] = open_transformers(tiny_vlm(family), "cpu")
+            models[family] = open_transformers(check_folder(tiny_vlm(family)), "cpu")
         return models[family]
 
     return open_family
@@ -159,7 +160,7 @@ def test_a_template_that_bides_its_time_is_stopped(tiny_vlm: Folders, tmp_path: 
     (folder / "chat_template.jinja").write_text(
         "{% if messages | length > 4 %}" + endless + "{% endif %}" + own  # the check on opening asks less
     )
-    backend = open_transformers(folder, "cpu")
+    backend = open_transformers(check_folder(folder), "cpu")
     with pytest.raises(PolymodalError, match="it loops or calls too often"):
         backend.generate([user("a"), assistant("b"), user("c"), assistant("d"), user("e")], SHORT)
     assert backend.generate([user("a")], SHORT).usage.completion_tokens
@@ -217,12 +218,14 @@ def test_settings_mean_the_same_as_for_our_own_models(opened: Opened) -> None:
 def test_the_models_own_end_tokens_stop_it(tiny_vlm: Folders, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_vlm("llava_next"), folder)
-    model = open_transformers(folder, "cpu")
+    model = open_transformers(check_folder(folder), "cpu")
     made = model.model.generate(**model.prepare([user(Image(WIDE), "What?")], 4), max_new_tokens=6, do_sample=False)
     third = int(made[0, -4])
     settings = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [third]}))
-    reply = open_transformers(folder, "cpu").generate([user(Image(WIDE), "What?")], GenerationParams(max_new_tokens=6))
+    reply = open_transformers(check_folder(folder), "cpu").generate(
+        [user(Image(WIDE), "What?")], GenerationParams(max_new_tokens=6)
+    )
     assert reply.finish_reason == "stop" and reply.usage.completion_tokens <= 3
 
 

@@ -102,7 +102,7 @@ SPOILED = {
         rf"of another shape: {BIAS} \(3,\) for",
     ),
     "NaN": (spoil_tensors(lambda t: t[BIAS].fill_(torch.nan)), f"with NaN or infinity: {BIAS}"),
-    "cut file": (lambda f: (f / "projector.safetensors").write_bytes(b"abc"), "too short for safetensors"),
+    "cut file": (lambda f: (f / "projector.safetensors").write_bytes(b"abc"), "damaged, or no safetensors file"),
     "no projector": (lambda f: (f / "projector.safetensors").unlink(), "projector.safetensors is missing"),
     "no document": (lambda f: (f / "polymodal.json").unlink(), "not a polymodal model folder"),
     "no JSON": (lambda f: (f / "polymodal.json").write_text("{"), "not valid JSON"),

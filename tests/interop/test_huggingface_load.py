@@ -34,10 +34,11 @@ from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.model_folder import load_model, save_model
 from polymodal.config import VisionConfig
 from polymodal.errors import CheckpointError, ConfigError
-from polymodal.interop.huggingface.families import NotExpressibleError, is_hf_folder
+from polymodal.interop.huggingface.families import NotExpressibleError
 from polymodal.interop.huggingface.load import load_hf
 from polymodal.messages import Image, user
 from polymodal.modeling.encoders.vision import build_vision_encoder
+from polymodal.safety.model_folder import check_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOWER: dict[str, Any] = {
@@ -102,11 +103,26 @@ def test_load_opens_it_and_says_what_it_was(published: Path) -> None:
     assert (entry["stage"], entry["source"], entry["revision"]) == ("published", str(published), None)
     assert len(entry["files"]["model.safetensors"]["sha256"]) == 64
     assert {weight.dtype for weight in model.model.parameters()} == {torch.float32}
-    assert is_hf_folder(published)
+    assert check_folder(published).kind == "huggingface"
+
+
+def test_each_file_is_read_once(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was checked is what is used: nothing can change between the two."""
+    read: list[str] = []
+    read_text = Path.read_text
+
+    def watch(path: Path, *args: Any, **kwargs: Any) -> str:
+        read.append(path.name)
+        return read_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", watch)
+    load(published, "cpu")
+    assert {"config.json", "processor_config.json", "chat_template.jinja"} <= set(read)
+    assert len(read) == len(set(read))
 
 
 def test_the_type_of_the_weights(published: Path) -> None:
-    assert load_hf(published, dtype="auto").config.llm.dtype == "bfloat16"
+    assert load_hf(check_folder(published), dtype="auto").config.llm.dtype == "bfloat16"
     kept = load(published, "cpu", dtype="bfloat16")
     assert isinstance(kept, LocalBackend)
     assert {weight.dtype for weight in kept.model.parameters()} == {torch.bfloat16}
@@ -141,7 +157,7 @@ def test_no_weight_is_in_memory_twice(published: Path, monkeypatch: pytest.Monke
         fill(model, *args)
 
     monkeypatch.setattr("polymodal.interop.huggingface.load.fill", watch)
-    load_hf(published)
+    load_hf(check_folder(published))
     assert made
     assert all(made)
 
@@ -155,7 +171,7 @@ def drop_layer(tensors: dict[str, torch.Tensor]) -> None:
 def test_tensors_that_do_not_fit_are_listed_in_one_error(copy: Path) -> None:
     change_weights(copy, drop_layer)
     with pytest.raises(CheckpointError) as error:
-        load_hf(copy)
+        load_hf(check_folder(copy))
     text = str(error.value)
     for part in (
         "1 missing: language_model.model.layers.0.mlp.up_proj.weight",
@@ -177,24 +193,26 @@ def test_tensors_that_do_not_fit_are_listed_in_one_error(copy: Path) -> None:
 def test_damaged_weights(copy: Path, change: Callable[[Any], object], message: str) -> None:
     change_weights(copy, change)
     with pytest.raises(CheckpointError, match=message):
-        load_hf(copy)
+        load_hf(check_folder(copy))
 
 
 def test_parts_that_nothing_reads_may_be_missing(copy: Path) -> None:
     change_weights(copy, lambda t: [t.pop(name) for name in list(t) if "post_layernorm" in name])
-    tower = load_hf(copy).model.vision_encoder.model  # type: ignore[union-attr]
+    tower = load_hf(check_folder(copy)).model.vision_encoder.model  # type: ignore[union-attr]
     assert tower.post_layernorm.weight.tolist() == [1.0] * 16
     assert tower.post_layernorm.bias.tolist() == [0.0] * 16
 
 
 def test_tied_weights_as_transformers_ties_them(copy: Path) -> None:
     change_json(copy / "config.json", lambda d: d.update(tie_word_embeddings=True))
-    apart = load_hf(copy).model.llm  # both are there and differ: the configuration is wrong, the weights are right
+    apart = load_hf(
+        check_folder(copy)
+    ).model.llm  # both are there and differ: the configuration is wrong, the weights are right
     assert not torch.equal(apart.lm_head.weight, apart.model.embed_tokens.weight)
     kept = LlavaForConditionalGeneration.from_pretrained(copy, dtype=torch.float32)
     assert torch.equal(apart.lm_head.weight, kept.lm_head.weight)
     change_weights(copy, lambda t: t.pop("language_model.model.embed_tokens.weight"))
-    tied = load_hf(copy).model.llm
+    tied = load_hf(check_folder(copy)).model.llm
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     assert torch.equal(tied.lm_head.weight, apart.lm_head.weight)
 
@@ -202,7 +220,7 @@ def test_tied_weights_as_transformers_ties_them(copy: Path) -> None:
 def test_with_an_adapter_it_is_saved_whole(published: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    loaded = load_hf(published)
+    loaded = load_hf(check_folder(published))
     before = {name: value.clone() for name, value in loaded.model.llm.state_dict().items()}
     adapter = LoraConfig(target_modules=["q_proj", "embed_tokens"], r=2, init_lora_weights=False)
     inject_adapter_in_model(adapter, loaded.model.llm)
@@ -228,7 +246,7 @@ def test_with_an_adapter_it_is_saved_whole(published: Path, tmp_path: Path) -> N
 def test_what_cannot_be_expressed_is_refused(copy: Path, key: str, value: Any, message: str) -> None:
     change_json(copy / "config.json", lambda d: d.update({key: value}))
     with pytest.raises(NotExpressibleError, match=message):
-        load_hf(copy)
+        load_hf(check_folder(copy))
 
 
 def test_load_falls_back_to_transformers_and_says_so(copy: Path) -> None:
@@ -249,7 +267,7 @@ def test_parts_that_do_not_fit(copy: Path, size: int, message: str) -> None:
 
     change_json(copy / "processor_config.json", larger)
     with pytest.raises(ConfigError, match=message):
-        load_hf(copy)
+        load_hf(check_folder(copy))
 
 
 def test_the_chat_template_in_each_of_its_places(copy: Path) -> None:
@@ -286,7 +304,7 @@ def test_preprocessing_in_a_file_of_its_own(copy: Path) -> None:
 def test_the_placeholder_must_be_a_token_of_its_own(copy: Path) -> None:
     change_json(copy / "config.json", lambda d: d.update(image_token_index=5))
     with pytest.raises(CheckpointError, match="names 5 as the image's token, which is the ordinary token"):
-        load_hf(copy)
+        load_hf(check_folder(copy))
 
 
 def test_a_template_whose_prompt_would_differ_is_refused(copy: Path) -> None:

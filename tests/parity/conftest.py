@@ -26,6 +26,7 @@ from polymodal.generation.params import GenerationParams
 from polymodal.interop.huggingface.load import load_hf
 from polymodal.messages import Image, assistant, user
 from polymodal.processing.collate import collate
+from polymodal.safety.model_folder import check_folder
 
 QUESTION = "What is this?"
 SHAPES = [(75, 100), (31, 150), (140, 60)]
@@ -151,7 +152,7 @@ def older(
 
 def backend(folder: Path) -> LocalBackend:
     """Load a published folder and put it behind the chat protocol."""
-    return as_backend(load_hf(folder))
+    return as_backend(load_hf(check_folder(folder)))
 
 
 def as_backend(loaded: Loaded) -> LocalBackend:
@@ -162,7 +163,7 @@ def as_backend(loaded: Loaded) -> LocalBackend:
 @torch.inference_mode()
 def saved_as_ours(folder: Path, target: Path, rows: list[int]) -> Loaded:
     """Load a published folder, save it as a folder of ours, load that, and compare all that decides an answer."""
-    first = load_hf(folder)
+    first = load_hf(check_folder(folder))
     save_model(target, first.model, first.config, first.tokenizer, history=first.history)
     second = load_model(target)
     before, after = as_backend(first), as_backend(second)

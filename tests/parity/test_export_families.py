@@ -43,6 +43,7 @@ from polymodal.messages import Image, Message, assistant, user
 from polymodal.modeling.build import build_model
 from polymodal.modeling.projectors.mlp import Standardize
 from polymodal.processing.collate import collate
+from polymodal.safety.model_folder import check_folder
 from polymodal.verify.compare import verify_export
 
 TILE, PATCH = 28, 7
@@ -295,11 +296,11 @@ def tensors_of(loaded: Loaded) -> dict[str, torch.Tensor]:
 def test_reading_and_writing_again_changes_nothing(made: Any, tmp_path: Path) -> None:
     if made.kind == "llava_plain":
         with pytest.raises(CheckpointError, match="leaves out text"):  # what it writes takes no questions
-            load_hf(made.folder)
+            load_hf(check_folder(made.folder))
         return
-    first = load_hf(made.folder)
+    first = load_hf(check_folder(made.folder))
     export_hf(first, tmp_path / "again")
-    second = load_hf(tmp_path / "again")
+    second = load_hf(check_folder(tmp_path / "again"))
     ours, theirs = tensors_of(first), tensors_of(second)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     contracts = [
@@ -320,9 +321,9 @@ def test_a_folder_that_transformers_wrote_comes_back_the_same(made: Any, tmp_pat
         return  # its processor wants torchvision; see the test before
     AutoModelForImageTextToText.from_pretrained(made.folder).save_pretrained(tmp_path / "stock")
     AutoProcessor.from_pretrained(made.folder).save_pretrained(tmp_path / "stock")
-    first = load_hf(tmp_path / "stock")
+    first = load_hf(check_folder(tmp_path / "stock"))
     export_hf(first, tmp_path / "out")
-    second = load_hf(tmp_path / "out")
+    second = load_hf(check_folder(tmp_path / "out"))
     ours, theirs = tensors_of(first), tensors_of(second)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     one, two = (

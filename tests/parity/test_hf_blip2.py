@@ -15,6 +15,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from polymodal.errors import PolymodalError
 from polymodal.interop.huggingface.load import load_hf
 from polymodal.messages import Image, assistant, system, user
+from polymodal.safety.model_folder import check_folder
 
 LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
 VISION: dict[str, Any] = {**LAYERS, "hidden_size": 24, "intermediate_size": 48, "image_size": 28, "patch_size": 7}
@@ -94,7 +95,7 @@ def test_older_folders_in_several_files_are_the_same_model(stock: Any, hf: Simpl
     settings = json.loads((older / "tokenizer_config.json").read_text())
     names = ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder", "image_token")
     (older / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k not in names}))
-    first, second = load_hf(stock.folder), load_hf(older)
+    first, second = load_hf(check_folder(stock.folder)), load_hf(check_folder(older))
     hf.same_weights(first, second)
     assert second.tokenizer.convert_tokens_to_ids("<image>") == first.model.image_token_id
 

@@ -16,6 +16,7 @@ from polymodal.config import VisionConfig
 from polymodal.interop.huggingface.load import load_hf
 from polymodal.messages import Image, user
 from polymodal.modeling.encoders.vision import build_vision_encoder
+from polymodal.safety.model_folder import check_folder
 
 LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
 VISION: dict[str, Any] = {**LAYERS, "hidden_size": 24, "intermediate_size": 48, "image_size": 28, "patch_size": 7}
@@ -80,7 +81,10 @@ def test_it_can_be_saved_as_a_folder_of_ours(stock: Any, hf: SimpleNamespace, tm
 
 def test_several_files_are_the_same_model(stock: Any, hf: SimpleNamespace, tmp_path: Path) -> None:
     extra = {"qformer.embeddings.position_ids": torch.arange(40)[None]}
-    hf.same_weights(load_hf(stock.folder), load_hf(hf.older(stock.folder, tmp_path / "older", str, extra)))
+    hf.same_weights(
+        load_hf(check_folder(stock.folder)),
+        load_hf(check_folder(hf.older(stock.folder, tmp_path / "older", str, extra))),
+    )
 
 
 def test_the_question_reaches_the_q_former(stock: Any, hf: SimpleNamespace) -> None:

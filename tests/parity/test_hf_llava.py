@@ -24,6 +24,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from polymodal.interop.huggingface.load import load_hf
 from polymodal.interop.huggingface.weight_names import to_ours, to_stock
+from polymodal.safety.model_folder import check_folder
 
 METADATA = {"format": "pt"}
 TILE, PATCH = 28, 7
@@ -121,11 +122,11 @@ def test_older_spellings_in_several_files_are_the_same_model(stock: Any, hf: Sim
     older = hf.older(
         stock.folder, tmp_path / "older", lambda n: n.replace("vision_tower.", "vision_tower.vision_model."), extra
     )
-    hf.same_weights(load_hf(stock.folder), load_hf(older))
+    hf.same_weights(load_hf(check_folder(stock.folder)), load_hf(check_folder(older)))
     memory = tmp_path / "memory"
     hf.older(older, memory, str, {}, stock.model.state_dict())
     assert "model.language_model.layers.0.mlp.up_proj.weight" in (memory / "model.safetensors.index.json").read_text()
-    hf.same_weights(load_hf(stock.folder), load_hf(memory))
+    hf.same_weights(load_hf(check_folder(stock.folder)), load_hf(check_folder(memory)))
 
 
 def test_the_stock_class_reads_the_names_we_write(stock: Any, tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_a_stage_starts_from_a_published_folder(stock: Any, hf: SimpleNamespace,
         "output_dir": str(tmp_path / "run"),
     }
     tuned = load_model(train(parse_config(Recipe, plain, "test")))
-    start = load_hf(stock.folder)
+    start = load_hf(check_folder(stock.folder))
     before, after = start.model.state_dict(), tuned.model.state_dict()
     changed = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed == {"projector"}

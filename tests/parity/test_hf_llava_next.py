@@ -20,6 +20,7 @@ from transformers import (
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from polymodal.interop.huggingface.load import load_hf
+from polymodal.safety.model_folder import check_folder
 
 TILE, PATCH = 28, 7
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
@@ -113,6 +114,6 @@ def test_older_spelling_in_several_files_is_the_same_model(stock: Any, hf: Simpl
     older = hf.older(
         stock.folder, tmp_path / "older", lambda n: n.replace("vision_tower.", "vision_tower.vision_model."), {}
     )
-    hf.same_weights(load_hf(stock.folder), load_hf(older))
+    hf.same_weights(load_hf(check_folder(stock.folder)), load_hf(check_folder(older)))
     memory = hf.older(stock.folder, tmp_path / "memory", str, {}, stock.model.state_dict())
-    hf.same_weights(load_hf(stock.folder), load_hf(memory))
+    hf.same_weights(load_hf(check_folder(stock.folder)), load_hf(check_folder(memory)))

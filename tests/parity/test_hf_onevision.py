@@ -25,6 +25,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from polymodal.errors import CheckpointError
 from polymodal.interop.huggingface.load import load_hf
 from polymodal.messages import Image, user
+from polymodal.safety.model_folder import check_folder
 
 TILE, PATCH = 28, 7
 PINPOINTS = [[28 * rows, 28 * columns] for rows in range(1, 5) for columns in range(1, 5)]
@@ -114,7 +115,7 @@ def test_older_spelling_in_several_files_is_the_same_model(stock: Any, hf: Simpl
         # The head that pools: the configuration says it is not there, some folders hold it all the same.
         {"vision_tower.vision_model.head.probe": torch.ones(1, 1, 32)},
     )
-    hf.same_weights(load_hf(stock.folder), load_hf(older))
+    hf.same_weights(load_hf(check_folder(stock.folder)), load_hf(check_folder(older)))
 
 
 def test_several_images_are_one_tile_and_a_newline_each(stock: Any, hf: SimpleNamespace) -> None:
@@ -135,4 +136,4 @@ def test_model_and_processor_must_count_alike(stock: Any, tmp_path: Path) -> Non
         document = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**document, key: value}))
         with pytest.raises(CheckpointError, match=f"{key}.*make them agree"):
-            load_hf(folder)
+            load_hf(check_folder(folder))

@@ -36,11 +36,11 @@ from transformers import (
 from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.model_folder import Loaded, load_model, save_model
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
-from polymodal.interop.llava.config import is_llava_repo, read_repo
-from polymodal.interop.llava.load import load_llava_repo
+from polymodal.interop.llava import load_llava_repo, read_repo
 from polymodal.messages import Image, user
 from polymodal.modeling.lora import merge_adapter
 from polymodal.processing.collate import collate
+from polymodal.safety.model_folder import check_folder
 
 TILE = 28
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
@@ -66,6 +66,11 @@ LLAVA16 = {
     "rope_theta": 1000000.0, "sliding_window": None, "tokenizer_model_max_length": 512,
     "tokenizer_padding_side": "right", "unfreeze_mm_vision_tower": True,
 }  # fmt: skip
+
+
+def load_repo(folder: Path, *, allow_pickle: bool = False, **options: Any) -> Loaded:
+    """Look a folder over and load it."""
+    return load_llava_repo(check_folder(folder, allow_pickle=allow_pickle), **options)
 
 
 @pytest.fixture
@@ -194,8 +199,8 @@ def check_logits(loaded: Loaded, theirs: Any, *, tolerance: float = 1e-4) -> Non
 
 
 def test_llava_1_5(whole: Path, tower: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    assert is_llava_repo(whole)
-    loaded = load_llava_repo(whole)
+    assert check_folder(whole).kind == "llava"
+    loaded = load_repo(whole)
     assert loaded.config.image is not None and loaded.config.image.image_aspect_ratio == "pad"
     assert loaded.config.template.chat_template == "vicuna"
     assert loaded.config.vision is not None and loaded.config.vision.vision_tower == str(tower)
@@ -216,9 +221,9 @@ def test_pickled_shards_need_the_flag(whole: Path, tower: Path, tokenizer: PreTr
     with pytest.raises(
         CheckpointError, match=r"pytorch_model-00001-of-00002\.bin: weights in a pickle.*--allow-pickle"
     ):
-        load_llava_repo(whole)
+        load_repo(whole)
     theirs = stock(tower, len(tokenizer), "llava").half().float()
-    loaded = load_llava_repo(whole, allow_pickle=True)
+    loaded = load_repo(whole, allow_pickle=True)
     theirs.model.vision_tower.load_state_dict(CLIPVisionModel.from_pretrained(tower).state_dict())
     check_logits(loaded, theirs)
 
@@ -234,7 +239,7 @@ def test_llava_1_6_with_a_tower_that_was_trained(
         parameter.data.mul_(1.1)
     state = repo_state(theirs, len(tokenizer), tower=True)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    loaded = load_llava_repo(folder)
+    loaded = load_repo(folder)
     assert loaded.config.template.chat_template == "mistral"
     assert loaded.config.vision is not None and loaded.config.vision.vision_tower == "bundled"
     assert loaded.config.image is not None
@@ -267,10 +272,10 @@ def test_a_projector_alone(
     state = {name.replace("model.", prefix, 1): tensor for name, tensor in projector_state(theirs).items()}
     torch.save(state, folder / "mm_projector.bin")
     with pytest.raises(CheckpointError, match=r"mm_projector\.bin: weights in a pickle.*--allow-pickle"):
-        load_llava_repo(folder, base=str(language_model))
+        load_repo(folder, base=str(language_model))
     with pytest.raises(CheckpointError, match=r"only a projector; name the language model with --base .*somewhere"):
-        load_llava_repo(folder, allow_pickle=True)
-    loaded = load_llava_repo(folder, base=str(language_model), allow_pickle=True)
+        load_repo(folder, allow_pickle=True)
+    loaded = load_repo(folder, base=str(language_model), allow_pickle=True)
     assert loaded.config.llm.model_name_or_path == str(language_model)
     check_logits(loaded, theirs)
 
@@ -315,11 +320,11 @@ def test_a_lora(
     write_lora(folder, theirs, tower, len(tokenizer), pickled=pickled)
     first = "adapter_model" if pickled else "non_lora_trainables"
     with pytest.raises(CheckpointError, match=rf"{first}\.bin: weights in a pickle"):
-        load_llava_repo(folder, base=str(whole))
+        load_repo(folder, base=str(whole))
     with pytest.raises(CheckpointError, match="holds a LoRA; name the language model with --base"):
-        load_llava_repo(folder, allow_pickle=True)
+        load_repo(folder, allow_pickle=True)
     given = str(whole if base == "LLaVA" else language_model)
-    loaded = load_llava_repo(folder, base=given, allow_pickle=True)
+    loaded = load_repo(folder, base=given, allow_pickle=True)
     check_logits(loaded, theirs)
     save_model(tmp_path / "ours", loaded.model, loaded.config, loaded.tokenizer)
     again = load_model(tmp_path / "ours")
@@ -340,7 +345,7 @@ def test_one_linear_layer_and_no_layout(tmp_path: Path, tower: Path, tokenizer: 
     state = {name: tensor for name, tensor in state.items() if "mm_projector" not in name}
     state |= {"model.mm_projector.weight": torch.ones(32, 24), "model.mm_projector.bias": torch.zeros(32)}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    loaded = load_llava_repo(folder, template="plain")
+    loaded = load_repo(folder, template="plain")
     assert loaded.config.template.chat_template == "plain"
     assert loaded.config.projector.mm_projector_type == "linear"
     assert loaded.config.image is not None and loaded.config.image.image_aspect_ratio == "crop"
@@ -372,7 +377,7 @@ def test_a_siglip_tower_with_its_last_layer_cut_off(
         if "layers.2." not in name and not name.startswith("head."):
             state[f"model.vision_tower.vision_tower.vision_model.{name}"] = tensor * 1.5
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    loaded = load_llava_repo(folder)
+    loaded = load_repo(folder)
     image, vision = loaded.config.image, loaded.config.vision
     assert image is not None and vision is not None
     assert (image.anyres_max, vision.type, vision.mm_vision_select_layer) == (9, "siglip", -2)
@@ -433,7 +438,7 @@ SPOILED = {
 def test_what_cannot_be_expressed_is_refused(spoil: Callable[[Path], object], reason: str, whole: Path) -> None:
     spoil(whole)
     with pytest.raises(PolymodalError, match=reason):
-        load_llava_repo(whole)
+        load_repo(whole)
 
 
 class Evil:
@@ -456,19 +461,21 @@ def test_the_flag_lets_tensors_through_and_nothing_else(
     for content in (pickle.dumps({"model.mm_projector.0.weight": Evil()}), b"", b"\x80\x04."):
         (folder / "mm_projector.bin").write_bytes(content)
         with pytest.raises(CheckpointError, match="not a file of tensors"):
-            load_llava_repo(folder, base=str(language_model), allow_pickle=True)
+            load_repo(folder, base=str(language_model), allow_pickle=True)
     torch.save([torch.ones(1)], folder / "mm_projector.bin")
     with pytest.raises(CheckpointError, match="not a file of tensors by name"):
-        load_llava_repo(folder, base=str(language_model), allow_pickle=True)
+        load_repo(folder, base=str(language_model), allow_pickle=True)
     assert not list(tmp_path.rglob("code_was_run"))
 
 
 def test_other_folders_are_none_of_these(whole: Path, language_model: Path, tower: Path, tmp_path: Path) -> None:
-    assert not is_llava_repo(language_model) and not is_llava_repo(tower) and not is_llava_repo(tmp_path)
+    assert [check_folder(folder).kind for folder in (language_model, tower, tmp_path)] == ["transformers"] * 2 + [
+        "unknown"
+    ]
     with pytest.raises(CheckpointError, match="not a folder of the LLaVA repository"):
-        read_repo(language_model)
+        read_repo(check_folder(language_model))
     with pytest.raises(ConfigError, match="holds a whole model; leave the base out"):
-        load_llava_repo(whole, base=str(language_model))
+        load_repo(whole, base=str(language_model))
     shutil.rmtree(tower)
     with pytest.raises(CheckpointError, match="--vision-tower"):
-        load_llava_repo(whole)
+        load_repo(whole)

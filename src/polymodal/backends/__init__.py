@@ -6,15 +6,17 @@ Nothing heavy is imported until a model is opened, so that talking to an endpoin
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from polymodal.checkpoints.locate import CONFIG_NAME, ENDPOINT, find_model
+from polymodal.checkpoints.locate import ENDPOINT, find_model
 from polymodal.errors import CheckpointError, ConfigError
-from polymodal.safety.config_json import read_json
+from polymodal.safety.model_folder import OURS, FolderReport, Kind, check_folder
 
 if TYPE_CHECKING:
     from polymodal.backends.base import Backend
+    from polymodal.checkpoints.model_folder import Loaded
     from polymodal.interop.huggingface.load import Dtype
     from polymodal.processing.processor import Processor
 
@@ -76,109 +78,134 @@ def load(
         from polymodal.modeling.quantization import check_quantize
 
         device = check_quantize(quantize, device)
-    folder = find_model(name, revision)
-    if (folder / CONFIG_NAME).is_file() or not (folder / "config.json").is_file():
-        if dtype is not None:
-            raise ConfigError(f"{name}: dtype is for published models; this folder says itself (llm.dtype)")
-        return _open_ours(folder, device, str(name), quantize)
-    return _open_hf(folder, device, str(name), dtype, quantize)
+    report = check_folder(find_model(name, revision))
+    return OPENERS[report.kind](report, Options(str(name), device, dtype, quantize))
 
 
-def _open_ours(folder: Path, device: str | None, name: str, quantize: str | None) -> Backend:
-    import torch
+class Options(NamedTuple):
+    """How a folder is to be opened; as the arguments of `load`."""
 
-    from polymodal.backends.local import LocalBackend
+    name: str
+    device: str | None
+    dtype: Dtype | None
+    quantize: str | None
+
+
+def _open_ours(report: FolderReport, options: Options) -> Backend:
+    """Open a model folder of ours."""
     from polymodal.checkpoints.model_folder import load_model
     from polymodal.modeling.lora import merge_adapter
-    from polymodal.modeling.quantization import GPU_WAYS, INT8, quantize_int8
+    from polymodal.modeling.quantization import GPU_WAYS
 
-    on_gpu = quantize if quantize in GPU_WAYS else None
-    loaded = load_model(folder, quantize=on_gpu)
+    if options.dtype is not None:
+        raise ConfigError(f"{options.name}: dtype is for published models; this folder says itself (llm.dtype)")
+    on_gpu = options.quantize if options.quantize in GPU_WAYS else None
+    loaded = load_model(report, quantize=on_gpu)
     if loaded.config.llm.device_map is None:
-        loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        loaded.model.to(options.device or _best_device())
     if on_gpu is None:  # adding an adapter to rounded weights would round it too
         merge_adapter(loaded.model)
-    if quantize == INT8:
-        quantize_int8(loaded.model)
-    return LocalBackend(loaded.model, loaded.tokenizer, loaded.config, name=name, history=loaded.history)
+    return _local(loaded, options)
 
 
-def _open_hf(folder: Path, device: str | None, name: str, dtype: Dtype | None, quantize: str | None) -> Backend:
-    """Open a folder of Hugging Face's layout; its model type decides who reads it."""
-    # What transformers quantises while it loads is opened through transformers whatever its type.
+def _open_published(report: FolderReport, options: Options) -> Backend:
+    """Open a published model that is composed here, or a folder of the original LLaVA repository."""
+    from polymodal.interop.open import open_published
+
+    if options.quantize not in (None, "int8"):
+        raise ConfigError(
+            f"{options.name}: quantize {options.quantize!r} is not for LLaVA-repository folders; convert it first"
+        )
+    device = options.device or _best_device()
+    loaded = open_published(report, options.name, dtype=options.dtype or ("float32" if device == "cpu" else "auto"))
+    loaded.model.to(device)
+    return _local(loaded, options)
+
+
+def _open_huggingface(report: FolderReport, options: Options) -> Backend:
+    """Open a published model of a family that is composed here, where our parts compute it exactly."""
+    from polymodal.interop.huggingface.families import NotExpressibleError
+
+    if options.quantize in (None, "int8"):  # what transformers quantises while it loads is opened through transformers
+        try:
+            return _open_published(report, options)
+        except NotExpressibleError as error:
+            warnings.warn(f"{error}; it is opened through transformers instead", stacklevel=3)
+    return _open_transformers(report, options)
+
+
+def _open_transformers(report: FolderReport, options: Options) -> Backend:
+    """Open any other vision-language model of transformers, through its own class."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     from polymodal.backends.transformers import open_transformers
-    from polymodal.interop.huggingface.families import NotExpressibleError, is_hf_folder
-    from polymodal.interop.llava.config import is_llava_repo
-    from polymodal.modeling.quantization import INT8
 
-    model_type = _model_type(folder)
-    if is_llava_repo(folder):
-        if quantize not in (None, INT8):
-            raise ConfigError(f"{name}: quantize {quantize!r} is not for LLaVA-repository folders; convert it first")
-        return _open_published(folder, device, name, dtype, quantize)
-    if is_hf_folder(folder) and quantize in (None, INT8):
-        try:
-            return _open_published(folder, device, name, dtype, quantize)
-        except NotExpressibleError as error:
-            warnings.warn(f"{error}; it is opened through transformers instead", stacklevel=3)
+    model_type = report.model_type
+    if model_type is None:
+        raise CheckpointError(
+            f"{report.folder / 'config.json'}: model_type is missing; this is not a model folder of transformers"
+        )
     if model_type in NO_CHAT:
         raise CheckpointError(
-            f"{folder}: this is {NO_CHAT[model_type]} that a recipe can build a model from, nothing to talk to"
+            f"{report.folder}: this is {NO_CHAT[model_type]} that a recipe can build a model from, nothing to talk to"
         )
     if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise CheckpointError(
-            f"{folder}: model type {model_type!r} is not one that transformers takes images and text with; "
+            f"{report.folder}: model type {model_type!r} is not one that transformers takes images and text with; "
             "a language model or tower becomes part of a model by a recipe"
         )
-    return open_transformers(folder, device, name, dtype, quantize)
+    return open_transformers(report, options.device, options.name, options.dtype, options.quantize)
 
 
-def _open_published(folder: Path, device: str | None, name: str, dtype: Dtype | None, quantize: str | None) -> Backend:
-    """Open a published model of a family that is composed here, or an original LLaVA folder."""
+OPENERS: dict[Kind, Callable[[FolderReport, Options], Backend]] = {
+    "polymodal": _open_ours,
+    "llava": _open_published,
+    "huggingface": _open_huggingface,
+    "transformers": _open_transformers,
+    "unknown": _open_ours,  # which says what is missing
+}
+"""Who opens a folder, by its kind."""
+
+
+def _local(loaded: Loaded, options: Options) -> Backend:
+    """Put the chat protocol over a model in memory."""
+    from polymodal.backends.local import LocalBackend
+    from polymodal.modeling.quantization import INT8, quantize_int8
+
+    if options.quantize == INT8:
+        quantize_int8(loaded.model)
+    return LocalBackend(loaded.model, loaded.tokenizer, loaded.config, name=options.name, history=loaded.history)
+
+
+def _best_device() -> str:
     import torch
 
-    from polymodal.backends.local import LocalBackend
-    from polymodal.interop.open import open_published
-    from polymodal.modeling.quantization import quantize_int8
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = open_published(folder, name, dtype=dtype or ("float32" if device == "cpu" else "auto"))
-    loaded.model.to(device)
-    if quantize is not None:
-        quantize_int8(loaded.model)
-    return LocalBackend(loaded.model, loaded.tokenizer, loaded.config, name=name, history=loaded.history)
-
-
-def _model_type(folder: Path) -> str:
-    path = folder / "config.json"
-    kind = read_json(path).get("model_type")
-    if not isinstance(kind, str):
-        raise CheckpointError(f"{path}: model_type is missing; this is not a model folder of transformers")
-    return kind
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_processor(name: str | Path = "default") -> Processor:
     """Open only a model's processor: everything up to the tensors, without the language model."""
-    folder = find_model(name)
-    from polymodal.checkpoints.model_folder import read_config
-    from polymodal.interop.huggingface.families import is_hf_folder
+    from polymodal.checkpoints.model_folder import read_document
     from polymodal.interop.huggingface.load import hf_processor
     from polymodal.modeling.build import build_vision
     from polymodal.modeling.language_model import load_tokenizer, quieten_transformers
     from polymodal.modeling.projectors.qformer_files import load_context_tokenizer
     from polymodal.processing.processor import Processor
 
-    if not (folder / CONFIG_NAME).is_file() and is_hf_folder(folder):
-        return hf_processor(folder)
-    config = read_config(folder)
+    report = check_folder(find_model(name), weights=False)
+    if report.kind == "huggingface":
+        return hf_processor(report)
+    folder, config = report.folder, read_document(report.folder, report.configs.get(OURS)).config
     quieten_transformers()
     if config.image_token_id is None:
-        raise CheckpointError(f"{folder / CONFIG_NAME}: config.image_token_id is missing")
-    tokenizer = load_tokenizer(config.llm, folder)
+        raise CheckpointError(f"{folder / OURS}: config.image_token_id is missing")
     # Only the projector's grid is asked for, so the width of the language model does not matter.
     vision = build_vision(config, folder, llm_dim=1)
-    tokens = vision[1].output_grid if vision is not None else None
-    context = load_context_tokenizer(config.projector, folder)
-    return Processor(config, tokenizer, tokens, config.image_token_id, bool(config.llm.encoder_decoder), context)
+    return Processor(
+        config,
+        load_tokenizer(config.llm, folder),
+        vision[1].output_grid if vision is not None else None,
+        config.image_token_id,
+        bool(config.llm.encoder_decoder),
+        load_context_tokenizer(config.projector, folder),
+    )

@@ -1,4 +1,4 @@
-"""Model folders from the Hugging Face hub, through its own client and cache.
+"""Where a model lies: shipped with the package, in a folder, or on the Hugging Face hub, through its own client.
 
 The client is told by the environment where to look and whether to: `HF_ENDPOINT` names a private mirror,
 `HF_HUB_OFFLINE=1` keeps to what is in the cache, `HF_TOKEN` opens private repositories. No token is passed on from
@@ -11,8 +11,11 @@ import re
 from pathlib import Path
 
 from polymodal.errors import CheckpointError, ConfigError, first_line, unknown_name
+from polymodal.safety.model_folder import OURS
 from polymodal.utils.files import shipped_folder
 
+ENDPOINT = "openai:"
+"""What names of models behind an endpoint begin with."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """The form of a hub id: owner and name."""
 
@@ -40,32 +43,22 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-CONFIG_NAME = "polymodal.json"
-"""What makes a folder one of ours (`checkpoints.model_folder` writes it)."""
-
-
-ENDPOINT = "openai:"
-"""What names of models behind an endpoint begin with."""
-
-
 def find_model(name: str | Path, revision: str | None = None) -> Path:
-    """Find a model's folder."""
+    """Find a model's folder by name, path or hub id; of a hub id, fetch it."""
     if str(name).startswith(ENDPOINT):
         raise CheckpointError(f"{name}: the model is behind an endpoint; this needs its folder")
-    shipped = shipped_folder() / str(name)
-    folder = Path(name).expanduser()
-    here = shipped if (shipped / CONFIG_NAME).is_file() else folder
+    here = shipped_folder() / str(name)
+    if not (here / OURS).is_file():
+        here = Path(name).expanduser()
     if here.is_dir():
         if revision is not None:
             raise ConfigError(f"{name}: is a folder here, which has no revisions; leave revision out")
         return here
     if HUB_ID.fullmatch(str(name)):
         found = fetch_folder(str(name), revision)
-        if not any((found / file).is_file() for file in (CONFIG_NAME, "config.json")):
-            raise CheckpointError(
-                f"{name}: the hub's repository has no {CONFIG_NAME} and no config.json; it is no model"
-            )
+        if not any((found / file).is_file() for file in (OURS, "config.json")):
+            raise CheckpointError(f"{name}: the hub's repository has no {OURS} and no config.json; it is no model")
         return found
     if "/" in str(name):
         raise CheckpointError(f"{name}: no such model folder")
-    raise unknown_name("model", str(name), [path.parent.name for path in shipped_folder().glob(f"*/{CONFIG_NAME}")])
+    raise unknown_name("model", str(name), [path.parent.name for path in shipped_folder().glob(f"*/{OURS}")])

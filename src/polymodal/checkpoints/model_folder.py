@@ -21,39 +21,51 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import BaseModel
 
 from polymodal.config import ModelConfig, parse_config
-from polymodal.errors import CheckpointError
+from polymodal.errors import CheckpointError, first_line
 from polymodal.modeling.build import build_model
+from polymodal.modeling.language_model import load_tokenizer
 from polymodal.modeling.lora import attach_adapter, fold_in, is_peft, merge_adapter
-from polymodal.modeling.projectors.qformer_files import TOKENIZER_FOLDER
+from polymodal.modeling.projectors.qformer_files import TOKENIZER_FOLDER, load_context_tokenizer
 from polymodal.modeling.quantization import is_quantized
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.safety.config_json import read_json
-from polymodal.safety.model_folder import check_folder
+from polymodal.safety.model_folder import OURS, FolderReport, check_folder
 from polymodal.utils.files import atomic_folder, write_text
-from polymodal.utils.safetensors_io import check_finite, compare_tensors, read_tensors, write_tensors
+from polymodal.utils.safetensors_io import copy_tensors, read_tensors, write_tensors
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 
 FORMAT = 1
-CONFIG_NAME = "polymodal.json"
+CONFIG_NAME = OURS
 PROJECTOR_NAME = "projector.safetensors"
 ADAPTER_NAME = "adapter"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A model folder in memory."""
 
-    model: MultimodalLM  # The model, in eval mode
-    tokenizer: PreTrainedTokenizerBase  # Its tokenizer
-    config: ModelConfig  # Its configuration
+    model: MultimodalLM  # In eval mode
+    tokenizer: PreTrainedTokenizerBase
+    config: ModelConfig
     history: list[dict[str, Any]] = field(default_factory=list)  # The stages it went through, oldest first; plain data
+
+
+@dataclass(frozen=True)
+class Document:
+    """What `polymodal.json` says."""
+
+    config: ModelConfig
+    contract: dict[str, Any]
+    contract_hash: str
+    history: list[dict[str, Any]]
 
 
 def contract_of(
@@ -94,21 +106,27 @@ def save_model(
         raise CheckpointError(f"{folder}: the model's weights were rounded to 8 bits; save it as it was loaded without")
     config = config.model_copy(update={"image_token_id": model.image_token_id})
     if model.llm.config.is_encoder_decoder:
-        config = config.model_copy(update={"llm": config.llm.model_copy(update={"encoder_decoder": True})})
+        config = _with(config, "llm", encoder_decoder=True)
     # A part that is "bundled" already, such as those of a published folder, is in memory only: it is written too.
     llm_trained = llm_trained or config.llm.model_name_or_path == "bundled"
-    if llm_trained:
-        config = config.model_copy(update={"llm": config.llm.model_copy(update={"model_name_or_path": "bundled"})})
     keep_tower = config.vision is not None and (vision_trained or config.vision.vision_tower == "bundled")
-    if keep_tower and config.vision is not None:
-        config = config.model_copy(update={"vision": config.vision.model_copy(update={"vision_tower": "bundled"})})
-    config = _without_origins(config)
+    if llm_trained:
+        config = _with(config, "llm", model_name_or_path="bundled")
+    if keep_tower:
+        config = _with(config, "vision", vision_tower="bundled")
+    if (qformer := config.projector.qformer) is not None:
+        # The folder holds the projector and its tokenizer itself, and does not say where they began.
+        config = _with(config, "projector", pretrained=None, qformer=qformer.model_copy(update={"tokenizer": None}))
     contract = contract_of(config, model.image_token_id, tokenizer, model.context_tokenizer)
     with atomic_folder(folder, replace=replace) as work:
         write_tensors(work / PROJECTOR_NAME, own_tensors(model), dtype)
         if is_peft(model.llm):
+            from peft import get_peft_model_state_dict
+
             merge_adapter(model, False)  # weights that hold the adapter must not be written beside it
-            _save_adapter(work / ADAPTER_NAME, model, dtype)
+            (work / ADAPTER_NAME).mkdir()
+            write_tensors(work / ADAPTER_NAME / ADAPTER_WEIGHTS, get_peft_model_state_dict(model.llm), dtype)
+            model.llm.peft_config["default"].save_pretrained(str(work / ADAPTER_NAME))
         if llm_trained:
             model.llm.save_pretrained(work / "llm", state_dict=_own_weights(model.llm))
         if keep_tower and model.vision_encoder is not None:
@@ -126,42 +144,95 @@ def save_model(
         write_text(work / CONFIG_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
-def load_model(folder: Path, quantize: str | None = None) -> Loaded:
-    """Read a model folder."""
-    check_folder(folder)
-    document = _read_document(folder)
-    config = _config_in(folder, document)
-    model, tokenizer = build_model(config, folder, quantize)
-    now = contract_of(config, model.image_token_id, tokenizer, model.context_tokenizer)
-    _check_contract(folder, document["contract"], now, config)
-    _load_tensors(folder / PROJECTOR_NAME, model)
-    if (folder / ADAPTER_NAME).is_dir():
-        _load_adapter(folder / ADAPTER_NAME, model)
-    return Loaded(model.eval(), tokenizer, config, document["history"])
+def load_model(folder: Path | FolderReport, quantize: str | None = None) -> Loaded:
+    """Read a model folder, looked over already or not."""
+    report = folder if isinstance(folder, FolderReport) else check_folder(folder)
+    folder, document = report.folder, read_document(report.folder, report.configs.get(CONFIG_NAME))
+    model, tokenizer = build_model(document.config, folder, quantize)
+    now = contract_of(document.config, model.image_token_id, tokenizer, model.context_tokenizer)
+    _check_contract(folder, document.contract, now, document.config)
+    if own := own_tensors(model):
+        copy_tensors(own, read_tensors(folder / PROJECTOR_NAME), folder / PROJECTOR_NAME)
+    if (adapter := folder / ADAPTER_NAME).is_dir():
+        load_adapter(model, adapter, read_tensors(adapter / ADAPTER_WEIGHTS), adapter)
+    return Loaded(model.eval(), tokenizer, document.config, document.history)
+
+
+def load_adapter(model: MultimodalLM, folder: Path, tensors: dict[str, torch.Tensor], where: Path) -> None:
+    """Put a LoRA beside the language model, with the settings that peft left in its folder."""
+    from peft import LoraConfig
+
+    try:
+        settings = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, OSError) as error:
+        raise CheckpointError(f"{folder}: no settings of a LoRA ({first_line(error)})") from None
+    attach_adapter(model, settings, tensors, where)
+
+
+def export_whole(source: Path, target: Path) -> None:
+    """Write a model folder of ours as one that needs nothing else, at the end of a pipeline."""
+    write_whole(load_model(source), target, replace=True)
+
+
+def write_whole(loaded: Loaded, target: Path, *, dtype: torch.dtype | None = None, replace: bool = False) -> None:
+    """Write a model in memory as a folder that needs nothing else, its adapter added to the weights it adapts."""
+    model, config = loaded.model, loaded.config
+    folded = ["adapter"] if is_peft(model.llm) else []
+    fold_in(model.llm)
+    if dtype is not None:
+        model.to(dtype)
+        config = _with(config, "llm", dtype=str(dtype).removeprefix("torch."))
+    save_model(
+        target,
+        model,
+        config,
+        loaded.tokenizer,
+        history=[*loaded.history, {"stage": "export", "folded_in": folded}],
+        llm_trained=True,
+        vision_trained=config.vision is not None,
+        replace=replace,
+    )
 
 
 def read_config(folder: Path) -> ModelConfig:
     """Read a model folder's configuration and nothing else."""
-    return _config_in(folder, _read_document(folder))
-
-
-def verify_contract(folder: Path) -> None:
-    """Make sure that a model folder would be used as it was trained; opens its tokenizers, but no weights."""
-    from polymodal.modeling.language_model import load_tokenizer
-    from polymodal.modeling.projectors.qformer_files import load_context_tokenizer
-
-    document = _read_document(folder)
-    config = _config_in(folder, document)
-    if config.image_token_id is None:
-        raise CheckpointError(f"{folder / CONFIG_NAME}: config.image_token_id is missing")
-    context = load_context_tokenizer(config.projector, folder) if config.vision is not None else None
-    now = contract_of(config, config.image_token_id, load_tokenizer(config.llm, folder), context)
-    _check_contract(folder, document["contract"], now, config)
+    return read_document(folder).config
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
     """Read the stages that a model folder went through, oldest first, and nothing else."""
-    return list(_read_document(folder)["history"])
+    return read_document(folder).history
+
+
+def read_document(folder: Path, document: dict[str, Any] | None = None) -> Document:
+    """Check what a model folder says of itself, read already or not; its contract must not be changed by hand."""
+    path = folder / CONFIG_NAME
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such model folder")
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {CONFIG_NAME}; this is not a polymodal model folder")
+    document = document or read_json(path)
+    if document.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {FORMAT} expected; the file was written by another version")
+    for key in ("config", "contract", "contract_hash", "history"):
+        if key not in document:
+            raise CheckpointError(f"{path}: key {key!r} is missing")
+    if _hash(document["contract"]) != document["contract_hash"]:
+        raise CheckpointError(f"{path}: the contract was changed after training; restore the file")
+    config = parse_config(ModelConfig, document["config"], str(path))
+    if config.llm.model_name_or_path == "bundled":
+        config = _with(config, "llm", model_name_or_path=str((folder / "llm").resolve()))
+    return Document(config, document["contract"], document["contract_hash"], document["history"])
+
+
+def verify_contract(folder: Path, document: Document) -> None:
+    """Make sure that a model folder would be used as it was trained; opens its tokenizers, but no weights."""
+    config = document.config
+    if config.image_token_id is None:
+        raise CheckpointError(f"{folder / CONFIG_NAME}: config.image_token_id is missing")
+    context = load_context_tokenizer(config.projector, folder) if config.vision is not None else None
+    now = contract_of(config, config.image_token_id, load_tokenizer(config.llm, folder), context)
+    _check_contract(folder, document.contract, now, config)
 
 
 def own_tensors(model: MultimodalLM) -> dict[str, torch.Tensor]:
@@ -181,60 +252,9 @@ def _own_weights(llm: Any) -> dict[str, Any] | None:
     return {name.replace(".token_adapter.", ".").replace(".base_layer.", "."): v for name, v in weights.items()}
 
 
-def _save_adapter(folder: Path, model: MultimodalLM, dtype: torch.dtype | None) -> None:
-    from peft import get_peft_model_state_dict
-
-    folder.mkdir()
-    adapter_config = model.llm.peft_config["default"]
-    write_tensors(folder / "adapter_model.safetensors", get_peft_model_state_dict(model.llm), dtype)
-    adapter_config.save_pretrained(str(folder))
-
-
-def _load_adapter(folder: Path, model: MultimodalLM) -> None:
-    from peft import LoraConfig
-
-    tensors = read_tensors(folder / "adapter_model.safetensors")
-    attach_adapter(model, LoraConfig.from_pretrained(str(folder)), tensors, folder)
-
-
-def _load_tensors(path: Path, model: MultimodalLM) -> None:
-    import torch
-
-    wanted = own_tensors(model)
-    if not wanted:
-        return
-    tensors = read_tensors(path)
-    compare_tensors(wanted, tensors, path)
-    check_finite(tensors, path)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            wanted[name].copy_(tensor)
-
-
-def _config_in(folder: Path, document: dict[str, Any]) -> ModelConfig:
-    config = parse_config(ModelConfig, document["config"], str(folder / CONFIG_NAME))
-    if config.llm.model_name_or_path == "bundled":
-        config = config.model_copy(
-            update={"llm": config.llm.model_copy(update={"model_name_or_path": str((folder / "llm").resolve())})}
-        )
-    return config
-
-
-def _read_document(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such model folder")
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: no {CONFIG_NAME}; this is not a polymodal model folder")
-    document = read_json(path)
-    if document.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {FORMAT} expected; the file was written by another version")
-    for key in ("config", "contract", "contract_hash", "history"):
-        if key not in document:
-            raise CheckpointError(f"{path}: key {key!r} is missing")
-    if _hash(document["contract"]) != document["contract_hash"]:
-        raise CheckpointError(f"{path}: the contract was changed after training; restore the file")
-    return document
+def _with(config: ModelConfig, part: str, **values: Any) -> ModelConfig:
+    """The configuration with other values in one part."""
+    return config.model_copy(update={part: getattr(config, part).model_copy(update=values)})
 
 
 def _check_contract(folder: Path, trained: dict[str, Any], now: dict[str, Any], config: ModelConfig) -> None:
@@ -268,16 +288,6 @@ def _with_younger(before: dict[str, Any], after: dict[str, Any], settings: Any) 
     return filled
 
 
-def _without_origins(config: ModelConfig) -> ModelConfig:
-    """A model folder holds the projector and its tokenizer itself, and does not say where they began."""
-    projector = config.projector
-    if projector.qformer is None:
-        return config
-    qformer = projector.qformer.model_copy(update={"tokenizer": None})
-    projector = projector.model_copy(update={"pretrained": None, "qformer": qformer})
-    return config.model_copy(update={"projector": projector})
-
-
 def _hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
     return hashlib.sha256(vocabulary.encode()).hexdigest()
@@ -285,41 +295,3 @@ def _hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _hash(contract: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(contract, sort_keys=True).encode()).hexdigest()
-
-
-# ---- A model in one folder that needs nothing else, its adapters added to the weights they adapt ----
-# Used at the end of a pipeline and by `polymodal export --format polymodal`.
-
-
-def export_whole(source: Path, target: Path) -> None:
-    """Write a model folder of ours as one that needs nothing else."""
-    # Adapters are added to the weights they adapt and are gone; the language model and the vision tower lie in the
-    # folder, also where they were only referred to.
-    write_whole(load_model(source), target, replace=True)
-
-
-def write_whole(
-    loaded: Loaded,
-    target: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    replace: bool = False,
-) -> None:
-    """Write a model in memory as a folder that needs nothing else."""
-    model, config = loaded.model, loaded.config
-    folded = ["adapter"] if is_peft(model.llm) else []
-    fold_in(model.llm)
-    if dtype is not None:
-        model.to(dtype)
-        llm = config.llm.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-        config = config.model_copy(update={"llm": llm})
-    save_model(
-        target,
-        model,
-        config,
-        loaded.tokenizer,
-        history=[*loaded.history, {"stage": "export", "folded_in": folded}],
-        llm_trained=True,
-        vision_trained=config.vision is not None,
-        replace=replace,
-    )

@@ -39,21 +39,19 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.target}: is there already; choose another folder, or replace it with --force")
     from polymodal.checkpoints.locate import find_model
     from polymodal.checkpoints.model_folder import save_model
-    from polymodal.interop.huggingface.families import is_hf_folder
     from polymodal.interop.huggingface.load import load_hf
-    from polymodal.interop.llava.config import is_llava_repo
-    from polymodal.interop.llava.load import load_llava_repo
+    from polymodal.interop.llava import load_llava_repo
+    from polymodal.safety.model_folder import check_folder
 
-    folder = find_model(args.source)
-    flags = ("base", "vision_tower", "template", "allow_pickle")
-    given = {name: value for name in flags if (value := getattr(args, name))}
-    if is_llava_repo(folder):
-        loaded = load_llava_repo(folder, dtype=args.dtype, **given)
-    elif given:
-        flag = next(iter(given)).replace("_", "-")
+    report = check_folder(find_model(args.source), allow_pickle=args.allow_pickle)
+    given = {name: value for name in ("base", "vision_tower", "template") if (value := getattr(args, name))}
+    if report.kind == "llava":
+        loaded = load_llava_repo(report, dtype=args.dtype, **given)
+    elif given or args.allow_pickle:
+        flag = next(iter(given), "allow_pickle").replace("_", "-")
         raise ConfigError(f"--{flag} is for folders of the LLaVA repository, and {args.source} is none")
-    elif is_hf_folder(folder):
-        loaded = load_hf(folder, dtype=args.dtype, source=args.source)
+    elif report.kind == "huggingface":
+        loaded = load_hf(report, dtype=args.dtype, source=args.source)
     else:
         raise CheckpointError(
             f"{args.source}: neither a folder of the LLaVA repository nor a published model that is composed here; "

@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymodal.cli.common import BOLD, DIM, RESET, colour_wanted, printable
 
 if TYPE_CHECKING:
-    from polymodal.interop.describe import Description
-    from polymodal.interop.describe_weights import Part
+    from polymodal.interop.describe import Description, Part
 
 SHOWN_LINES = 6
 """Lines of the chat template on the page."""
@@ -144,7 +142,7 @@ def _visual_tokens(found: Description) -> list[dict[str, Any]]:
         if found.contract is None:
             from polymodal.interop.describe import visual_tokens
 
-            counts = visual_tokens(Path(found.folder), sizes)
+            counts = visual_tokens(found.report, sizes)
         else:
             from polymodal.planning.inference_plan import plan_model
 

@@ -9,33 +9,68 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from polymodal.checkpoints.model_folder import CONFIG_NAME, read_config, read_history, verify_contract
+from polymodal.checkpoints.locate import HUB_ID
+from polymodal.checkpoints.model_folder import read_document, verify_contract
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig
-from polymodal.errors import PolymodalError
-from polymodal.interop.describe_weights import Part, kind_of, looked_over, part_of, referred
-from polymodal.interop.llava.config import is_llava_repo
+from polymodal.errors import CheckpointError, PolymodalError, first_line
 from polymodal.media_plan import Size, plan_image
 from polymodal.processing.chat_template.presets import PRESETS
 from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.safety.config_json import read_json
-from polymodal.safety.model_folder import MAX_TOKENIZER, FolderReport, check_folder
-from polymodal.safety.safetensors_header import TensorInfo
+from polymodal.safety.model_folder import MAX_TOKENIZER, OURS, FolderReport, check_folder
+from polymodal.utils.files import shipped
+from polymodal.utils.safetensors_io import TensorInfo
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "image_token")
 CARDS = ("README.md", "MODEL_CARD.md")
 EXAMPLES = ((336, 336), (480, 640), (1080, 1920))
 """Heights and widths for which visual tokens are said."""
+SMALL_FILES = ("*.json", "*.jinja", "*.md", "LICENSE*")
+NESTED = {
+    "vision_config": ("vision_tower", "vision_model", "visual", "vision_encoder", "vision"),
+    "text_config": ("language_model", "text_model"),
+    "audio_config": ("audio_tower", "audio_model", "audio_encoder"),
+    "qformer_config": ("qformer",),
+}
+"""Parts of a `config.json` and the names that their weights go by."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model."""
+
+    name: str  # Its name in the files; "layers × 24" for layers in a row
+    parameters: int | None  # How many numbers it has; None where that is not known here
+    num_bytes: int | None  # Their size in the files
+    dtypes: tuple[str, ...] = ()  # How they are stored, such as ("BF16",), the most frequent first
+    kind: str = ""  # Its class, and what its configuration says about its shape
+    source: str = ""  # Where it is, if not in the folder
+    children: tuple[Part, ...] = ()  # The parts inside it
+
+    def plain(self) -> dict[str, Any]:
+        """The part as plain data."""
+        return {
+            "name": self.name,
+            "parameters": self.parameters,
+            "bytes": self.num_bytes,
+            "dtypes": list(self.dtypes),
+            "kind": self.kind,
+            "source": self.source,
+            "children": [child.plain() for child in self.children],
+        }
 
 
 @dataclass(frozen=True)
 class Description:
     """A model folder in plain data."""
 
+    report: FolderReport  # The folder, looked over; no part of the plain data
     name: str  # As it was asked for
     kind: str  # What it is, in words
     folder: str  # Where it is
@@ -64,138 +99,105 @@ class Description:
 
     def plain(self) -> dict[str, Any]:
         """The description as plain data."""
+        facts = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "report"}
         parts = [part.plain() for part in self.parts]
-        return {**asdict(self), "parts": parts, "parameters": self.parameters, "bytes": self.num_bytes}
+        return {**facts, "parts": parts, "parameters": self.parameters, "bytes": self.num_bytes}
 
 
 def describe(name: str | Path) -> Description:
     """Describe a model."""
-    report = looked_over(str(name))
-    if (report.folder / CONFIG_NAME).is_file():
-        return _ours(str(name), report)
-    return _theirs(str(name), report)
-
-
-def _ours(name: str, report: FolderReport) -> Description:
-    """A folder of ours: its own files, and the parts that it refers to."""
-    folder = report.folder
-    config = read_config(folder)
-    parts = [_part_of_ours("llm", config.llm.model_name_or_path, report)]
-    if config.vision is not None:
-        parts.append(_part_of_ours("vision", config.vision.vision_tower, report))
-    own = {n: t for f, h in report.headers.items() if "/" not in f for n, t in h.tensors.items()}
-    projector = part_of("projector", own, depth=1)
-    if own:
-        kind = config.projector.mm_projector_type
-        parts.append(Part("projector", projector.parameters, projector.num_bytes, projector.dtypes, kind))
-    if "adapter/adapter_config.json" in report.configs:
-        settings = report.configs["adapter/adapter_config.json"]
-        kind = f"LoRA, r {settings.get('r')}, alpha {settings.get('lora_alpha')}"
-        parts.append(_with_kind(part_of("adapter", _tensors(report, "adapter/"), depth=0), kind))
-    source = config.template.chat_template
-    template: dict[str, str] | None
-    if source in PRESETS:
-        template = _template(f"preset {source}", PRESETS[source].jinja)
-    elif source == "tokenizer":
-        template = _folder_template(report)
-    else:
-        template = _template("polymodal.json", source)
-    try:
-        broken = None
-        verify_contract(folder)
-    except PolymodalError as error:
-        broken = str(error)
+    report = _looked_over(str(name))
     vocabulary, special = _tokens(report)
-    if config.image_token_id is not None:
-        special.setdefault("image_token", {"text": "(the placeholder)", "id": config.image_token_id})
-    document = report.configs[CONFIG_NAME]
     return Description(
-        name=name,
-        kind="polymodal model folder",
-        folder=str(folder),
-        parts=tuple(parts),
-        context=_context(_settings_of("llm", config.llm.model_name_or_path, report)),
+        report=report,
+        name=str(name),
+        folder=str(report.folder),
         vocabulary=vocabulary,
         special_tokens=special,
-        template=template,
-        images=_used_rules(config.image) if config.image is not None else {},
-        history=read_history(folder),
-        contract={"sha256": str(document.get("contract_hash")), "broken": broken},
-        licence=_licence(folder),
+        licence=_licence(report.folder),
+        **(_ours(report, special) if report.kind == "polymodal" else _theirs(report)),
     )
 
 
-def _theirs(name: str, report: FolderReport) -> Description:
+def _ours(report: FolderReport, special: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A folder of ours: its own files, and the parts that it refers to."""
+    document = read_document(report.folder, report.configs[OURS])
+    config = document.config
+    llm, settings = _part_of_ours("llm", config.llm.model_name_or_path, report)
+    parts = [llm]
+    if config.vision is not None:
+        parts.append(_part_of_ours("vision", config.vision.vision_tower, report)[0])
+    if own := report.tensors():
+        parts.append(replace(_part_of("projector", own, depth=0), kind=config.projector.mm_projector_type))
+    if (lora := report.configs.get("adapter/adapter_config.json")) is not None:
+        kind = f"LoRA, r {lora.get('r')}, alpha {lora.get('lora_alpha')}"
+        parts.append(replace(_part_of("adapter", report.tensors("adapter/"), depth=0), kind=kind))
+    source = config.template.chat_template
+    template: tuple[str, str] | None = (OURS, source)
+    if source in PRESETS:
+        template = (f"preset {source}", PRESETS[source].jinja)
+    elif source == "tokenizer":
+        template = report.chat_template
+    try:
+        broken = None
+        verify_contract(report.folder, document)
+    except PolymodalError as error:
+        broken = str(error)
+    if config.image_token_id is not None:
+        special.setdefault("image_token", {"text": "(the placeholder)", "id": config.image_token_id})
+    return {
+        "kind": "polymodal model folder",
+        "parts": tuple(parts),
+        "context": _context(settings),
+        "template": _template(template),
+        "images": _used_rules(config.image) if config.image is not None else {},
+        "history": document.history,
+        "contract": {"sha256": document.contract_hash, "broken": broken},
+    }
+
+
+def _part_of_ours(name: str, source: str, report: FolderReport) -> tuple[Part, dict[str, Any]]:
+    """The language model or tower of a folder of ours, and its `config.json`; empty where it is not here."""
+    if source in ("bundled", str((report.folder / name).resolve())):
+        settings = report.configs.get(f"{name}/config.json", {})
+        return _part_of(name, report.tensors(f"{name}/"), settings, depth=1), settings
+    place = _referred(source)
+    if place is None:
+        return Part(name, None, None, kind=source, source=f"{source} (not on this machine)"), {}
+    found = check_folder(place)
+    whole = _part_of(name, found.tensors(), found.config, depth=1)
+    return replace(whole, kind=whole.kind or source, source=source), found.config
+
+
+def _theirs(report: FolderReport) -> dict[str, Any]:
     """A folder of Hugging Face's layout, or the LLaVA repository's."""
-    settings = report.configs.get("config.json", {})
+    settings, tensors = report.config, report.tensors()
     notes = []
+    whole = _part_of("", tensors, settings)
+    parts = whole.children or ((replace(whole, name="weights"),) if tensors else ())
     if report.pickles:
         opened = "are never opened" if report.headers else "are not opened here, so their sizes are the files'"
         notes.append(f"weights in pickles ({', '.join(report.pickles[:3])}) {opened}")
-    tensors = _tensors(report, "")
-    whole = part_of("", tensors, settings)
-    parts = whole.children or ((_with_name(whole, "weights"),) if tensors else ())
-    if not tensors and report.pickles:
-        size = sum((report.folder / file).stat().st_size for file in report.pickles)
-        parts = (Part("pickles", None, size, kind=kind_of(settings)),)
-    kind = _kind(report)
-    if is_llava_repo(report.folder):
+        if not tensors:
+            size = sum((report.folder / file).stat().st_size for file in report.pickles)
+            parts = (Part("pickles", None, size, kind=_kind_of(settings)),)
+    if report.kind == "llava":
         notes.append("`polymodal convert` turns it into a model folder of ours")
-    vocabulary, special = _tokens(report)
-    return Description(
-        name=name,
-        kind=kind,
-        folder=str(report.folder),
-        parts=parts,
-        context=_context(settings.get("text_config") or settings),
-        vocabulary=vocabulary,
-        special_tokens=special,
-        template=_folder_template(report),
-        images=_rules(report),
-        licence=_licence(report.folder),
-        notes=notes,
-    )
-
-
-def _part_of_ours(name: str, source: str, report: FolderReport) -> Part:
-    """The language model or tower of a folder of ours."""
-    settings = _settings_of(name, source, report)
-    if source in ("bundled", str((report.folder / name).resolve())):
-        return _with_kind(part_of(name, _tensors(report, f"{name}/"), settings, depth=1), kind_of(settings))
-    place = referred(source)
-    if place is None:
-        return Part(name, None, None, kind=source, source=f"{source} (not on this machine)")
-    found = check_folder(place)
-    whole = part_of(name, _tensors(found, ""), settings, depth=1)
-    return Part(
-        name, whole.parameters, whole.num_bytes, whole.dtypes, kind_of(settings) or source, source, whole.children
-    )
-
-
-def _settings_of(name: str, source: str, report: FolderReport) -> dict[str, Any]:
-    """The `config.json` of a part; empty where it has none or is not on this machine."""
-    if f"{name}/config.json" in report.configs:
-        return report.configs[f"{name}/config.json"]
-    place = referred(source)
-    return read_json(place / "config.json") if place is not None and (place / "config.json").is_file() else {}
-
-
-def _tensors(report: FolderReport, prefix: str) -> dict[str, TensorInfo]:
-    """The tensors of a folder's own files, or of one of its subfolders."""
     return {
-        tensor: info
-        for file, header in report.headers.items()
-        if file.startswith(prefix) and "/" not in file.removeprefix(prefix)
-        for tensor, info in header.tensors.items()
+        "kind": _kind(report),
+        "parts": parts,
+        "context": _context(settings.get("text_config") or settings),
+        "template": _template(report.chat_template),
+        "images": _rules(report),
+        "notes": notes,
     }
 
 
 def _kind(report: FolderReport) -> str:
     """What a folder of Hugging Face's layout holds."""
-    settings = report.configs.get("config.json", {})
-    shape = kind_of(settings)
+    settings, shape = report.config, _kind_of(report.config)
     name = shape.partition(",")[0]
-    if is_llava_repo(report.folder):
+    if report.kind == "llava":
         return f"folder of the LLaVA repository ({name})"
     if "adapter_config.json" in report.configs:
         base = report.configs["adapter_config.json"].get("base_model_name_or_path")
@@ -231,12 +233,10 @@ def _tokens(report: FolderReport) -> tuple[int | None, dict[str, dict[str, Any]]
         document = read_json(path, MAX_TOKENIZER)
         vocabulary = (document.get("model") or {}).get("vocab") or {}
         added = {entry["content"]: entry["id"] for entry in document.get("added_tokens") or []}
-        if isinstance(vocabulary, dict):
-            ids = {**vocabulary, **added}
-            size = len(ids)
-        else:  # a list of pieces with their scores
-            ids = {**{piece[0]: place for place, piece in enumerate(vocabulary)}, **added}
-            size = len(ids)
+        if not isinstance(vocabulary, dict):  # a list of pieces with their scores
+            vocabulary = {piece[0]: place for place, piece in enumerate(vocabulary)}
+        ids = {**vocabulary, **added}
+        size = len(ids)
     special: dict[str, dict[str, Any]] = {}
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         for role in SPECIAL:
@@ -247,17 +247,11 @@ def _tokens(report: FolderReport) -> tuple[int | None, dict[str, dict[str, Any]]
     return size, special
 
 
-def _folder_template(report: FolderReport) -> dict[str, str] | None:
-    """The chat template that transformers would take."""
-    for wanted in ("chat_template.jinja", "processor_config.json", "chat_template.json", "tokenizer_config.json"):
-        for label, text in report.templates.items():
-            if label == wanted or label.startswith((f"{wanted} (default", f"{wanted} (None")):
-                return _template(label, text)
-    return None
-
-
-def _template(source: str, text: str) -> dict[str, str]:
-    return {"source": source, "sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text}
+def _template(found: tuple[str, str] | None) -> dict[str, str] | None:
+    """A chat template as plain data, from where it lies and its text."""
+    if found is None:
+        return None
+    return {"source": found[0], "sha256": hashlib.sha256(found[1].encode()).hexdigest(), "text": found[1]}
 
 
 def _used_rules(image: ImageConfig) -> dict[str, Any]:
@@ -274,36 +268,24 @@ def _used_rules(image: ImageConfig) -> dict[str, Any]:
 
 def _rules(report: FolderReport) -> dict[str, Any]:
     """The preprocessing of a folder of Hugging Face's layout, in our terms where it can be said in them."""
+    if report.image_processor is None:
+        return {}
+    ratio = report.config.get("vision_aspect_ratio") if report.model_type == "llava_onevision" else None
     try:
-        image = _image_config(report)
+        return _used_rules(image_config_from_hf(report.image_processor, vision_aspect_ratio=ratio))
     except PolymodalError as error:
         return {"not ours": str(error)}
-    return {} if image is None else _used_rules(image)
 
 
-def _image_config(report: FolderReport) -> ImageConfig | None:
-    settings = report.configs.get("config.json", {})
-    ratio = settings.get("vision_aspect_ratio") if settings.get("model_type") == "llava_onevision" else None
-    nested = report.configs.get("processor_config.json", {}).get("image_processor")
-    plain = report.configs.get("preprocessor_config.json", {})
-    for found in (nested, plain):
-        if isinstance(found, dict) and found and "feature_size" not in found:  # that one is for sound
-            return image_config_from_hf(found, vision_aspect_ratio=ratio)
-    return None
-
-
-def visual_tokens(folder: Path, sizes: Sequence[Size]) -> list[tuple[int, int]]:
-    """Count what images take in a published vision-language model, from configurations alone."""
+def visual_tokens(report: FolderReport, sizes: Sequence[Size]) -> list[tuple[int, int]]:
+    """Count tokens and tiles that images take in a published vision-language model, from configurations alone."""
     from polymodal.interop.huggingface.families import read_pieces
+    from polymodal.interop.huggingface.load import image_rules
     from polymodal.interop.huggingface.weights import compose_vision
 
-    image = _image_config(check_folder(folder, weights=False))
-    if image is None:
-        return []
-    pieces = read_pieces(folder)
-    config = ModelConfig(
-        vision=pieces.vision, image=image, projector=pieces.projector, llm=LLMConfig(model_name_or_path="bundled")
-    )
+    pieces = read_pieces(report)
+    image, bundled = image_rules(report, pieces), LLMConfig(model_name_or_path="bundled")
+    config = ModelConfig(vision=pieces.vision, image=image, projector=pieces.projector, llm=bundled)
     _, projector = compose_vision(pieces, config, llm_dim=1)
     plans = [plan_image(size, image, projector.output_grid) for size in sizes]
     return [(plan.num_tokens, plan.num_tiles) for plan in plans]
@@ -330,9 +312,128 @@ def _licence(folder: Path) -> str | None:
     return None
 
 
-def _with_kind(part: Part, kind: str) -> Part:
-    return Part(part.name, part.parameters, part.num_bytes, part.dtypes, kind, part.source, part.children)
+def _part_of(
+    name: str, tensors: Mapping[str, TensorInfo], settings: Mapping[str, Any] | None = None, depth: int = 2
+) -> Part:
+    """Make the tree of some tensors."""
+    settings = settings or {}
+    sizes: Counter[str] = Counter()
+    for info in tensors.values():
+        sizes[info.dtype] += info.num_bytes
+    children = []
+    for segment, inside in (_groups(tensors) if depth > 0 else {}).items():
+        nested = next((key for key, names in NESTED.items() if segment in names and key in settings), None)
+        children.append(_part_of(segment, inside, settings[nested] if nested else None, depth - 1))
+    count, dtypes = sum(info.numel for info in tensors.values()), tuple(dtype for dtype, _ in sizes.most_common())
+    return Part(name, count, sizes.total(), dtypes, _kind_of(settings), children=tuple(children))
 
 
-def _with_name(part: Part, name: str) -> Part:
-    return Part(name, part.parameters, part.num_bytes, part.dtypes, part.kind, part.source, part.children)
+def _kind_of(settings: Mapping[str, Any]) -> str:
+    """A configuration in a few words: class and shape."""
+    architectures = settings.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else settings.get("model_type")
+    words = [str(first)] if first else []
+    for text, keys in (
+        ("{} layers", ("num_hidden_layers", "num_layers", "encoder_layers", "n_layer")),
+        ("{} decoder layers", ("num_decoder_layers", "decoder_layers")),
+        ("width {}", ("hidden_size", "d_model", "n_embd")),
+        ("{} heads", ("num_attention_heads", "num_heads", "encoder_attention_heads", "n_head")),
+        ("images of {}", ("image_size",)),
+        ("patches of {}", ("patch_size",)),
+        ("{} mel bins", ("num_mel_bins",)),
+        ("{} queries", ("num_query_tokens",)),
+    ):
+        value = next((settings[key] for key in keys if isinstance(settings.get(key), int)), None)
+        if value is not None:
+            words.append(text.format(value))
+    return ", ".join(words)
+
+
+def _groups(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """Tensors by the first level of their names that tells them apart, in the order of the names."""
+    groups: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in sorted(tensors.items(), key=lambda entry: _natural(entry[0])):
+        # transformers puts a level "model." around everything but the head.
+        segment, _, rest = name.removeprefix("model.").partition(".")
+        groups.setdefault(segment, {})[rest] = info
+    if all(segment.isdecimal() for segment in groups) and len(groups) > 1:
+        return {}
+    if len(groups) == 1:
+        (inside,) = groups.values()
+        return _groups(inside) if all(inside) else {}
+    return {_counted(segment, inside): inside for segment, inside in groups.items()}
+
+
+def _counted(segment: str, inside: Mapping[str, TensorInfo]) -> str:
+    """A group's name, with the number of layers in it where that is what it is."""
+    numbers = {rest.partition(".")[0] for rest in inside}
+    if len(numbers) > 1 and segment.endswith(("s", "layer", "h")) and all(number.isdecimal() for number in numbers):
+        return f"{segment} × {len(numbers)}"
+    if len(numbers) == 1 and all("." in rest for rest in inside):
+        (only,) = numbers
+        inner = _counted(only, {rest.partition(".")[2]: info for rest, info in inside.items()})
+        return f"{segment}.{inner}" if inner != only else segment
+    return segment
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"\.", name)]
+
+
+def _looked_over(name: str) -> FolderReport:
+    """Find a model's folder and check it; of a hub id that is not in the cache, fetch what is small."""
+    if (folder := shipped(name) or Path(name).expanduser()).is_dir():
+        return check_folder(folder, allow_pickle=True)
+    if not HUB_ID.fullmatch(name):
+        raise CheckpointError(f"{name}: no such model folder, and no hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    cached = _cached(name)
+    if cached is not None and any(cached.glob("*.safetensors")):
+        return check_folder(cached, allow_pickle=True)
+    try:
+        small = Path(snapshot_download(name, allow_patterns=list(SMALL_FILES)))
+        return replace(check_folder(small, weights=False), headers=_hub_headers(name))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name}: no such folder here, and not to be had from the hub ({first_line(error)})"
+        ) from error
+
+
+def _hub_headers(name: str) -> dict[str, dict[str, TensorInfo]]:
+    """The headers of a repository's safetensors, a few kilobytes of each file."""
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        found = get_safetensors_metadata(name)
+    except NotASafetensorsRepoError:
+        return {}
+    return {
+        file: {tensor: TensorInfo(info.dtype, tuple(info.shape)) for tensor, info in header.tensors.items()}
+        for file, header in found.files_metadata.items()
+    }
+
+
+def _referred(source: str) -> Path | None:
+    """Find the folder of a part that lies elsewhere."""
+    from polymodal.modeling.default_llm import HUB_ID as SMOLLM2
+    from polymodal.modeling.default_llm import converted_folder
+    from polymodal.modeling.language_model import DEFAULT_LLM
+
+    if source == DEFAULT_LLM:
+        if (converted_folder() / "config.json").is_file():
+            return converted_folder()
+        source = SMOLLM2
+    place = shipped(source) or Path(source).expanduser()
+    return place if place.is_dir() else _cached(source)
+
+
+def _cached(name: str) -> Path | None:
+    """A repository's folder in the hub's cache; None where it is not there, or the name is no hub id."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True)) if HUB_ID.fullmatch(name) else None
+    except (OSError, ValueError):
+        return None

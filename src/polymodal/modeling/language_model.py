@@ -118,7 +118,7 @@ def load_tokenizer(config: LLMConfig, folder: Path | None = None) -> PreTrainedT
 
     carried = folder is not None and (folder / "tokenizer.json").is_file()
     source, kwargs = (str(folder), {}) if carried else _source(config)
-    if Path(source).is_dir() and not kwargs:
+    if not carried and Path(source).is_dir() and not kwargs:  # a model folder was looked over when it was opened
         check_folder(Path(source), weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)

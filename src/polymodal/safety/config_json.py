@@ -50,12 +50,9 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
             raise CheckpointError(f"{at} is {str(value)[:80]!r}, which would be fetched and run")
         if key == "parent_library" and not re.fullmatch(r"(transformers|peft)(\.\w+)*", str(value)):
             raise CheckpointError(f"{at} is {str(value)[:80]!r}, a module that would be imported")
-        if (
-            key in LARGEST
-            and isinstance(value, int | float)
-            and (not isinstance(value, int) or not 0 <= value <= LARGEST[key])
-        ):
-            raise CheckpointError(f"{at} is {str(value)[:40]}, which is no model's (0 to {LARGEST[key]:,})")
+        large = LARGEST.get(key)
+        if large and isinstance(value, int | float) and not (isinstance(value, int) and 0 <= value <= large):
+            raise CheckpointError(f"{at} is {str(value)[:40]}, which is no model's (0 to {large:,})")
 
 
 def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
@@ -82,8 +79,8 @@ def _own_class(settings: Mapping[str, Any]) -> str:
     """What a person can do about `auto_map`."""
     model_type = str(settings.get("model_type") or "").replace("-", "_")
     library = find_spec("transformers")
-    known = library is not None and (Path(str(library.origin)).parent / "models" / model_type).is_dir()
-    if known and re.fullmatch(r"\w+", model_type):
+    there = library is not None and (Path(str(library.origin)).parent / "models" / model_type).is_dir()
+    if there and re.fullmatch(r"\w+", model_type):
         return f"; transformers has a class of its own for {model_type!r}: remove the key to use that"
     return "; a model that transformers knows by itself is needed"
 

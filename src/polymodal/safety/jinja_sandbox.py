@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, ClassVar
 
 import jinja2
@@ -190,6 +190,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return result
 
 
+@lru_cache(maxsize=8)  # a folder's template is looked over, tried and then used
 def compile_template(source: str, share: float = 1.0) -> Callable[..., str]:
     """Compile a chat template in the sandbox; each rendering gets a share of the usual budget."""
     if len(source) > MAX_SOURCE:

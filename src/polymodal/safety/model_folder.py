@@ -17,13 +17,15 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.safety.config_json import MAX_CONFIG, check_settings, read_json
-from polymodal.safety.safetensors_header import Header, read_header
+from polymodal.utils.safetensors_io import TensorInfo, read_header
+
+Kind: TypeAlias = Literal["polymodal", "llava", "huggingface", "transformers", "unknown"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Endings of files that run code when they are opened as they always were."""
@@ -31,6 +33,8 @@ NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|ra
 """What a trainer leaves beside the weights; nobody opens it to run a model."""
 SUBFOLDERS = ("llm", "vision", "audio", "adapter", "qformer_tokenizer")
 """Folders inside a model folder that are parts of it."""
+OURS = "polymodal.json"
+"""The file that makes a folder one of ours."""
 CONFIGS = (
     "config.json",
     "generation_config.json",
@@ -42,10 +46,30 @@ CONFIGS = (
     "processor_config.json",
     "chat_template.json",
     "adapter_config.json",
-    "polymodal.json",
+    OURS,
 )
 """The JSON files that decide how a folder is loaded."""
 TEMPLATES = "additional_chat_templates"
+TEMPLATE_FILES = ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json")
+"""Where transformers looks for a chat template, first to last."""
+
+CLASSES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "blip-2": "Blip2ForConditionalGeneration",
+    "instructblip": "InstructBlipForConditionalGeneration",
+}
+"""`model_type` of a published model that is composed here -> its class in transformers."""
+LLAVA_REPO = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_mixtral": "mixtral",
+    "llava_qwen": "qwen2",
+    "llava_gemma": "gemma",
+}
+"""`model_type` in the original LLaVA repository -> of the language model in transformers."""
 
 MAX_INDEX = 64 * 2**20
 """Bytes of an index of shards."""
@@ -55,21 +79,72 @@ MAX_TOKENIZER = 512 * 2**20
 
 @dataclass(frozen=True)
 class FolderReport:
-    """What was found in a folder while it was looked over."""
+    """A folder that was looked over, and what its files say; whoever opens the folder reads it here."""
 
-    folder: Path  # The folder
-    # The content of each JSON file of `CONFIGS`, by its path inside the folder
-    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    headers: dict[str, Header] = field(default_factory=dict)  # Of each safetensors file
+    folder: Path
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # Each JSON of `CONFIGS`, by its path inside
+    headers: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)  # The tensors of each safetensors file
+    shards: dict[str, tuple[str, ...]] = field(default_factory=dict)  # The files that each index names
     templates: dict[str, str] = field(default_factory=dict)  # The chat templates' texts
     pickles: tuple[str, ...] = ()  # Files with weights in a pickle; never opened here
+    allow_pickle: bool = False  # Whether whoever reads the LLaVA repository's folders may open them
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The folder's `config.json`; empty without one."""
+        return self.configs.get("config.json", {})
+
+    @property
+    def model_type(self) -> str | None:
+        """The `model_type` of `config.json`."""
+        found = self.config.get("model_type")
+        return found if isinstance(found, str) else None
+
+    @property
+    def kind(self) -> Kind:
+        """Who can open the folder: we, the reader of LLaVA's repository, that of published models, transformers."""
+        if OURS in self.configs:
+            return "polymodal"
+        if self.model_type in LLAVA_REPO and "mm_vision_tower" in self.config:
+            return "llava"
+        stock, named = CLASSES.get(self.model_type or ""), self.config.get("architectures")
+        if stock is not None and (not named or (isinstance(named, list) and stock in named)):
+            return "huggingface"
+        return "transformers" if "config.json" in self.configs else "unknown"
+
+    @property
+    def chat_template(self) -> tuple[str, str] | None:
+        """The chat template that transformers would take, and where it is from."""
+        for file in TEMPLATE_FILES:
+            for label, text in self.templates.items():
+                if text and (label == file or label in (f"{file} (default)", f"{file} (None)")):
+                    return label, text
+        return None
+
+    @property
+    def image_processor(self) -> dict[str, Any] | None:
+        """How images are scaled, from either of the files that say so; one with a "feature_size" is for sound."""
+        nested = self.configs.get("processor_config.json", {}).get("image_processor")
+        for found in (nested, self.configs.get("preprocessor_config.json")):
+            if isinstance(found, dict) and found and "feature_size" not in found:
+                return found
+        return None
+
+    def tensors(self, prefix: str = "") -> dict[str, TensorInfo]:
+        """The tensors of the folder's own files, or of those of a subfolder."""
+        return {
+            name: info
+            for file, header in self.headers.items()
+            if file.startswith(prefix) and "/" not in file.removeprefix(prefix)
+            for name, info in header.items()
+        }
 
 
 def check_folder(folder: Path, *, allow_pickle: bool = False, weights: bool = True) -> FolderReport:
-    """Look a model folder over, ours or Hugging Face's."""
+    """Look a model folder over, ours or a stranger's; each JSON file is parsed once."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such model folder")
-    report = FolderReport(folder)
+    report = FolderReport(folder, allow_pickle=allow_pickle)
     roots = _roots(folder)
     pickles: list[str] = []
     for part in (folder, *(folder / name for name in SUBFOLDERS)):
@@ -78,8 +153,20 @@ def check_folder(folder: Path, *, allow_pickle: bool = False, weights: bool = Tr
             prefix = "" if part == folder else f"{part.name}/"
             _check_configs(part, names, prefix, report)
             if weights:
-                pickles += [prefix + name for name in _check_weights(part, names, prefix, report, allow_pickle)]
-    return FolderReport(folder, report.configs, report.headers, report.templates, tuple(pickles))
+                pickles += [prefix + name for name in _check_weights(part, names, prefix, report)]
+    return replace(report, pickles=tuple(pickles))
+
+
+def pickle_error(path: Path, kind: Kind) -> CheckpointError:
+    """Build the error for weights that are in a pickle only."""
+    cure = (
+        "if you trust where it is from, `polymodal convert` it with --allow-pickle: tensors are read from it and "
+        "nothing else"
+        if kind == "llava"
+        else "convert them to safetensors (load them where you trust them, save_pretrained) or take a folder that has "
+        "them"
+    )
+    return CheckpointError(f"{path}: weights in a pickle, which can run code when it is opened; {cure}")
 
 
 def check_template(text: str, where: str = "chat_template") -> None:
@@ -156,9 +243,8 @@ def _check_configs(part: Path, names: Sequence[str], prefix: str, report: Folder
         if path.stat().st_size > MAX_CONFIG:
             raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes are no chat template")
         report.templates[prefix + str(path.relative_to(part))] = path.read_text(encoding="utf-8", errors="replace")
-    for label, text in report.templates.items():
-        if label.startswith(prefix):
-            check_template(text, str(report.folder / label))
+    for text, label in {text: label for label, text in report.templates.items() if label.startswith(prefix)}.items():
+        check_template(text, str(report.folder / label))
     for name in ("tokenizer.json", "vocab.json"):
         if name in names and (part / name).stat().st_size > MAX_TOKENIZER:
             raise CheckpointError(f"{part / name}: {(part / name).stat().st_size:,} bytes are no tokenizer")
@@ -177,28 +263,22 @@ def _templates_in(document: Mapping[str, Any], name: str) -> Iterator[tuple[str,
             yield f"{name} ({key})", text
 
 
-def _check_weights(
-    part: Path, names: Sequence[str], prefix: str, report: FolderReport, allow_pickle: bool
-) -> list[str]:
+def _check_weights(part: Path, names: Sequence[str], prefix: str, report: FolderReport) -> list[str]:
     """Check the headers and indexes of one folder; gives the names of its pickles."""
-    for name in names:
-        if name.endswith(".safetensors"):
-            report.headers[prefix + name] = read_header(part / name)
+    headers = {name: read_header(part / name) for name in names if name.endswith(".safetensors")}
+    report.headers.update({prefix + name: header for name, header in headers.items()})
     for name in names:
         if name.endswith(".safetensors.index.json"):
-            _check_index(part / name, {n: report.headers[prefix + n] for n in names if n.endswith(".safetensors")})
+            report.shards[prefix + name] = _check_index(part / name, headers)
     pickles = [name for name in names if name.endswith(PICKLES) and not NO_WEIGHTS.fullmatch(name)]
     safe = any(name.endswith((".safetensors", ".gguf")) for name in names)
-    if pickles and not safe and not allow_pickle:
-        raise CheckpointError(
-            f"{part / pickles[0]}: weights in a pickle, which can run code when it is opened; convert them to "
-            "safetensors (load them where you trust them, save_pretrained) or take a folder that has them"
-        )
+    if pickles and not safe and not report.allow_pickle:
+        raise pickle_error(part / pickles[0], report.kind)
     return pickles
 
 
-def _check_index(path: Path, headers: Mapping[str, Header]) -> None:
-    """Make sure that an index names files of this folder, and tensors that are in them."""
+def _check_index(path: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -> tuple[str, ...]:
+    """Make sure that an index names files of this folder, and tensors that are in them; gives the files."""
     entries = read_json(path, MAX_INDEX).get("weight_map")
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: weight_map is missing")
@@ -209,5 +289,6 @@ def _check_index(path: Path, headers: Mapping[str, Header]) -> None:
             raise CheckpointError(f"{path}: {file[:100]!r} is no safetensors file")
         if file not in headers:
             raise CheckpointError(f"{path}: shard {file} is missing")
-        if tensor not in headers[file].tensors:
+        if tensor not in headers[file]:
             raise CheckpointError(f"{path}: tensor {tensor[:100]!r} is not in {file}")
+    return tuple(sorted(set(entries.values())))

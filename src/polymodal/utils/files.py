@@ -33,11 +33,8 @@ def shipped(name: str) -> Path | None:
 
 def sha256_file(path: Path) -> str:
     """Hash a file's bytes."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

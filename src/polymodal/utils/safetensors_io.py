@@ -1,8 +1,11 @@
-"""One file of safetensors, in and out, with one-line errors."""
+"""One file of safetensors: its header, its tensors in and out, and whether they fit, with one-line errors."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,45 @@ if TYPE_CHECKING:
 
 SHOWN = 4
 """How many names an error lists."""
+MAX_NAME = 1000
+"""Characters of a tensor's name."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says about a tensor."""
+
+    dtype: str  # As the format writes it, such as "F32" or "BF16"
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in the file; a type's first number is its bits, such as 8 of "F8_E4M3"."""
+        bits = re.search(r"\d+", self.dtype)
+        return self.numel * (int(bits[0]) if bits else 8) // 8
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read names, types and shapes of a file's tensors; the format's library checks it and maps no data."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
+            found = {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except SafetensorError as error:
+        reason = first_line(error).removeprefix("Error while deserializing header: ")[:200]
+        raise CheckpointError(f"{path}: damaged, or no safetensors file ({reason})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({first_line(error)})") from error
+    if any(len(name) > MAX_NAME for name in found):
+        raise CheckpointError(f"{path}: the name of a tensor has more than {MAX_NAME:,} characters")
+    return found
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -41,22 +83,29 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.
 
 def compare_tensors(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str | Path = "weights") -> None:
     """Make sure that tensors fit, by their names and shapes."""
-    misshaped = [
-        f"{name} {_shape_of(found[name])} for {_shape_of(wanted[name])}"
-        for name in sorted(wanted.keys() & found.keys())
-        if _shape_of(wanted[name]) != _shape_of(found[name])
-    ]
+    shapes = {name: (_shape_of(found[name]), _shape_of(wanted[name])) for name in sorted(wanted.keys() & found.keys())}
     _raise_faults(
         where,
         ("missing", sorted(wanted.keys() - found.keys())),
         ("not expected", sorted(found.keys() - wanted.keys())),
-        ("of another shape", misshaped),
+        ("of another shape", [f"{name} {given} for {want}" for name, (given, want) in shapes.items() if given != want]),
     )
 
 
 def check_finite(state: Mapping[str, torch.Tensor], where: str | Path = "weights") -> None:
     """Make sure that no weight is NaN or infinite."""
     _raise_faults(where, ("with NaN or infinity", sorted(name for name, t in state.items() if not _is_finite(t))))
+
+
+def copy_tensors(into: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], where: str | Path) -> None:
+    """Copy tensors that fit and are finite into those of a module."""
+    import torch
+
+    compare_tensors(into, given, where)
+    check_finite(given, where)
+    with torch.no_grad():
+        for name, tensor in given.items():
+            into[name].copy_(tensor)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

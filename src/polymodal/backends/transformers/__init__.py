@@ -11,7 +11,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,20 +24,20 @@ from polymodal.generation.generate import new_generator, sample_next
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step
 from polymodal.messages import Message
-from polymodal.safety.model_folder import check_folder
+from polymodal.safety.model_folder import FolderReport
 
 Inputs = dict[str, Any]
 
 
 def open_transformers(
-    folder: Path,
+    report: FolderReport,
     device: str | None = None,
     name: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
 ) -> TransformersBackend:
-    """Open a model folder of transformers."""
-    check_folder(folder)
+    """Open a model folder of transformers that was looked over."""
+    folder = report.folder
     processor = open_processor(folder)  # before the weights: it is quick, and the likelier to be missing something
     model = open_model(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, quantize)
     return TransformersBackend(model, processor, name or folder.name)

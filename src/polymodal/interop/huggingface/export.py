@@ -31,7 +31,6 @@ from polymodal.interop.huggingface.export_class import (
     stock_model,
     token_tables,
 )
-from polymodal.interop.huggingface.families import CLASSES
 from polymodal.interop.huggingface.weight_names import Place, Style, to_stock
 from polymodal.interop.huggingface.weights import INDEX_NAME
 from polymodal.modeling.lora import fold_in, is_peft, merge_adapter
@@ -39,6 +38,7 @@ from polymodal.modeling.projectors.mlp import Standardize
 from polymodal.modeling.projectors.qformer_files import TOKENIZER_FOLDER
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.chat_template.encode import ChatTemplate
+from polymodal.safety.model_folder import CLASSES
 from polymodal.utils.files import atomic_folder, write_text
 
 if TYPE_CHECKING:

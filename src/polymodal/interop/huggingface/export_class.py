@@ -16,13 +16,13 @@ import torch
 from polymodal.checkpoints.model_folder import Loaded
 from polymodal.config import ImageConfig, ModelConfig, ProjectorConfig
 from polymodal.errors import CheckpointError
-from polymodal.interop.huggingface.families import CLASSES
 from polymodal.interop.huggingface.weight_names import NEWLINE, Place, Style, to_stock
 from polymodal.interop.huggingface.weights import weights_on_meta
 from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
 from polymodal.modeling.projectors.mlp import Standardize
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.image_transform import pad_colour
+from polymodal.safety.model_folder import CLASSES
 from polymodal.utils.safetensors_io import compare_tensors
 
 BLIP = ("blip-2", "instructblip")

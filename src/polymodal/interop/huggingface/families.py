@@ -1,7 +1,16 @@
-"""What the `config.json` of a published vision-language model says, in our terms; what all families share.
+"""What the `config.json` of a published vision-language model of transformers says, in our terms: one reader a family.
+
+    llava            LLaVA-1.5 (arXiv:2310.03744): one tile an image
+    llava_next       LLaVA-1.6: AnyRes tiles, rows that end with a newline token
+    llava_onevision  LLaVA-OneVision (arXiv:2408.03326): SigLIP, AnyRes with a limit. An image that is alone is cut into
+                     tiles; several are padded to one tile each (`ImageConfig.several_images`). Video is not read.
+    blip-2           BLIP-2 (arXiv:2301.12597): EVA-CLIP, a Q-Former, OPT or T5
+    instructblip     InstructBLIP (arXiv:2305.06500): its Q-Former sees the question too, so that its queries fetch
+                     what is asked for; its tokenizer lies in `qformer_tokenizer/`
 
 A setting that our parts cannot express is refused and named, since a model that computes nearly the same is worse than
-none.
+none. `weights` builds the model from the `Pieces` and fills it, `weight_names` has the one table of tensor names, and
+`load` adds what the folder says about images and prompts.
 """
 
 from __future__ import annotations
@@ -9,15 +18,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 from polymodal.config import ProjectorConfig, QFormerConfig, VisionConfig, parse_config
 from polymodal.errors import CheckpointError, unknown_name
 from polymodal.modeling.encoders.hf_vision import FAMILIES
-from polymodal.safety.config_json import read_json
-
-CONFIG_NAME = "config.json"
+from polymodal.safety.model_folder import CLASSES, FolderReport
 
 
 class NotExpressibleError(CheckpointError):
@@ -28,31 +35,16 @@ class NotExpressibleError(CheckpointError):
 class Pieces:
     """A published model, taken apart."""
 
-    model_type: str  # As in its `config.json`; a key of `names.RULES`
+    model_type: str  # As in its `config.json`; a key of `weight_names.RULES`
     vision: VisionConfig  # Which tower, and what of it is used; the tower itself is "bundled"
-    projector: ProjectorConfig  # The projector
+    projector: ProjectorConfig
     vision_settings: Any  # The tower's configuration, of the class in transformers that `HFVisionEncoder` wraps
     text_settings: Any  # The language model's configuration
     image_token_id: int | None  # The placeholder's id; None where the folder does not say
     newline: bool = False  # It has the learned token that ends a row of an AnyRes canvas
-    # The AnyRes canvases that the model counts with, (height, width); none for the other families
-    pinpoints: tuple[tuple[int, int], ...] = ()
+    pinpoints: tuple[tuple[int, int], ...] = ()  # The AnyRes canvases that the model counts with, (height, width)
     vision_aspect_ratio: str | None = None  # LLaVA-OneVision's "anyres_max_N"; None for the others
-    # "chat" for a chat template, "plain" for BLIP-2's: the image, then the text as it is
-    prompt: Literal["chat", "plain"] = "chat"
-
-
-def read_settings(folder: Path) -> Any:
-    """Read `config.json` as transformers does, with its defaults for what the file leaves out."""
-    from transformers import AutoConfig
-
-    try:
-        settings = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / CONFIG_NAME}: {' '.join(str(error).split())[:300]}") from error
-    if getattr(settings, "quantization_config", None):
-        raise NotExpressibleError(f"{folder}: its weights are quantised; open the folder that they were quantised from")
-    return settings
+    prompt: Literal["chat", "plain"] = "chat"  # "plain" is BLIP-2's: the image, then the text as it is
 
 
 def tower_family(where: str, settings: Any) -> str:
@@ -114,52 +106,27 @@ def _selected(settings: Any, family: str, where: str) -> Literal["patch", "cls_p
     return "cls_patch" if strategy == "full" and FAMILIES[family].class_token else "patch"
 
 
-# ---- LLaVA-1.5 (arXiv:2310.03744) as `LlavaForConditionalGeneration`: one tile an image ----
-
-
-def read_llava(settings: Any, where: str) -> Pieces:
-    """Take a LLaVA apart."""
-    return llava_pieces(settings, where)
-
-
-# ---- LLaVA-NeXT (LLaVA-1.6) as `LlavaNextForConditionalGeneration`: AnyRes tiles, rows that end with a newline token
-
-
 def read_llava_next(settings: Any, where: str) -> Pieces:
     """Take a LLaVA-NeXT apart."""
-    return llava_pieces(settings, where, newline=True, pinpoints=pinpoints(settings))
+    return llava_pieces(settings, where, newline=True, pinpoints=_pinpoints(settings))
 
 
-def pinpoints(settings: Any) -> tuple[tuple[int, int], ...]:
+def read_onevision(settings: Any, where: str) -> Pieces:
+    """Take a LLaVA-OneVision apart."""
+    ratio = settings.vision_aspect_ratio
+    return llava_pieces(settings, where, newline=True, pinpoints=_pinpoints(settings), vision_aspect_ratio=ratio)
+
+
+def _pinpoints(settings: Any) -> tuple[tuple[int, int], ...]:
     """The AnyRes canvases of a configuration, (height, width)."""
     return tuple((int(height), int(width)) for height, width in settings.image_grid_pinpoints)
 
 
-# ---- BLIP-2 (arXiv:2301.12597) as `Blip2ForConditionalGeneration`: EVA-CLIP, a Q-Former, OPT or T5 ----
-# The norm that transformers calls the tower's `post_layernorm` is the Q-Former's here; see
-# `modeling.projectors.qformer`.
-
-
-_SAME_NAMES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "cross_attention_frequency",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "initializer_range",
-    "layer_norm_eps",
-    "vocab_size",
-    "max_position_embeddings",
-    "pad_token_id",
-)
+_SAME_NAMES = """
+    hidden_size num_hidden_layers num_attention_heads intermediate_size cross_attention_frequency hidden_dropout_prob
+    attention_probs_dropout_prob initializer_range layer_norm_eps vocab_size max_position_embeddings pad_token_id
+""".split()  # noqa: SIM905
 """Settings of a Q-Former that are called alike there and here."""
-
-
-def read_blip2(settings: Any, where: str) -> Pieces:
-    """Take a BLIP-2 apart."""
-    return blip_pieces(settings, where, text_context=False)
 
 
 def blip_pieces(settings: Any, where: str, *, text_context: bool) -> Pieces:
@@ -204,77 +171,32 @@ def _tower_settings(vision: Any) -> Any:
     return Blip2VisionConfig(**{name: values[name] for name in shared})
 
 
-# ---- InstructBLIP (arXiv:2305.06500) as `InstructBlipForConditionalGeneration`: a BLIP-2 that reads the question twice
-# The Q-Former sees the question too, so that its queries fetch what is asked for. Vicuna, another Llama, or T5 behind
-# it.
-# The Q-Former's tokenizer lies in `qformer_tokenizer/` of the folder.
-
-
-def read_instructblip(settings: Any, where: str) -> Pieces:
-    """Take an InstructBLIP apart."""
-    return blip_pieces(settings, where, text_context=True)
-
-
-# ---- LLaVA-OneVision (arXiv:2408.03326) as `LlavaOnevisionForConditionalGeneration`: SigLIP, AnyRes with a limit ----
-# An image that is alone is cut into tiles, and its tokens are shrunk to what the limit allows; several images are
-# padded to one tile each (`ImageConfig.several_images`), as the chat template of transformers' processor hands them
-# over. Video is not read_onevision.
-
-
-def read_onevision(settings: Any, where: str) -> Pieces:
-    """Take a LLaVA-OneVision apart."""
-    return llava_pieces(
-        settings,
-        where,
-        newline=True,
-        pinpoints=pinpoints(settings),
-        vision_aspect_ratio=settings.vision_aspect_ratio,
-    )
-
-
-# ---- Published vision-language models in the layout of transformers, read exactly: one module a family ----
-# `READERS` says which families these are. A reader turns `config.json` into `Pieces`; `weights` builds the model from
-# them and fills it; `names` has the one table of tensor names. What the folder says about images and prompts is read
-# in `interop.huggingface.load`, which joins the two.
-
-
 READERS: dict[str, Callable[[Any, str], Pieces]] = {
-    "llava": read_llava,
+    "llava": llava_pieces,
     "llava_next": read_llava_next,
     "llava_onevision": read_onevision,
-    "blip-2": read_blip2,
-    "instructblip": read_instructblip,
+    "blip-2": partial(blip_pieces, text_context=False),
+    "instructblip": partial(blip_pieces, text_context=True),
 }
-"""`model_type` -> reader."""
-
-CLASSES = {
-    "llava": "LlavaForConditionalGeneration",
-    "llava_next": "LlavaNextForConditionalGeneration",
-    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
-    "blip-2": "Blip2ForConditionalGeneration",
-    "instructblip": "InstructBlipForConditionalGeneration",
-}
-"""`model_type` -> the class of transformers that such a folder holds."""
+"""`model_type` -> reader; the keys of `CLASSES`."""
 
 
-def is_hf_folder(folder: Path) -> bool:
-    """Whether a folder holds a published model of a family that is read here."""
-    if not (folder / CONFIG_NAME).is_file():
-        return False
-    document = read_json(folder / CONFIG_NAME)
-    kind = document.get("model_type")
-    architectures = document.get("architectures") or []
-    return isinstance(kind, str) and kind in READERS and (not architectures or CLASSES[kind] in architectures)
+def read_pieces(report: FolderReport) -> Pieces:
+    """Read what a published folder's `config.json` says, with transformers' defaults for what it leaves out."""
+    from transformers import CONFIG_MAPPING
 
-
-def read_pieces(folder: Path) -> Pieces:
-    """Read what a published folder's `config.json` says."""
-    where = folder / CONFIG_NAME
-    document = read_json(where)
-    kind = str(document.get("model_type"))
+    where, kind = report.folder / "config.json", str(report.model_type)
     if kind not in READERS:
         raise unknown_name("model_type", kind, READERS)
-    architectures = document.get("architectures") or []
-    if architectures and CLASSES[kind] not in architectures:
-        raise CheckpointError(f"{where}: holds a {', '.join(map(str, architectures))}; {CLASSES[kind]} is needed")
-    return READERS[kind](read_settings(folder), str(where))
+    if report.kind != "huggingface":
+        named = report.config.get("architectures") or report.kind
+        raise CheckpointError(f"{where}: holds {named}; {CLASSES[kind]} is needed")
+    try:
+        settings = CONFIG_MAPPING[kind].from_dict(deepcopy(report.config))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+    if getattr(settings, "quantization_config", None):
+        raise NotExpressibleError(
+            f"{report.folder}: its weights are quantised; open the folder that they were quantised from"
+        )
+    return READERS[kind](settings, str(where))

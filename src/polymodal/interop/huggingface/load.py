@@ -1,8 +1,14 @@
 """Published vision-language folders of transformers as models of ours, with the same pixels, ids and numbers.
 
-The network side (`interop.huggingface.families`) reads `config.json` and the weights; the raw-input side reads the
-preprocessor and the chat template; here they are joined into one `ModelConfig`, so that such a model can be asked,
-trained further and saved as a folder of ours. What cannot be expressed exactly is refused.
+`families` reads `config.json` and `weights` the tensors; here the image rules and the prompt of the folder's own
+processor join them in one `ModelConfig`, so that such a model can be asked, trained further and saved as a folder of
+ours. What cannot be expressed exactly is refused.
+
+The prompt: LLaVA's processors take the chat template's text and give it to the tokenizer, which adds its
+beginning-of-sequence token where the template wrote none. BLIP-2's and InstructBLIP's know no chat: the image's
+placeholders come first, even before that token, then the text as it is. Both become jinja text here that writes
+everything itself. Nothing is taken on trust: a question about an image is rendered by that template and tokenised piece
+by piece, as everything is here, and must give the very ids that the stock way gives.
 """
 
 from __future__ import annotations
@@ -11,10 +17,12 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import torch
 from jinja2 import TemplateError
 
+from polymodal.checkpoints.locate import commit_of
 from polymodal.checkpoints.model_folder import Loaded
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig, TemplateConfig
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
@@ -26,73 +34,176 @@ from polymodal.modeling.projectors.qformer_files import load_context_tokenizer
 from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.processing.processor import Processor
-from polymodal.safety.config_json import read_json
 from polymodal.safety.jinja_sandbox import compile_template
-from polymodal.safety.model_folder import FolderReport, check_folder
+from polymodal.safety.model_folder import FolderReport
 from polymodal.utils.files import sha256_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
-# ---- The prompt of a published model as its own processor writes it, as one of our chat templates ----
-# LLaVA's processors take the chat template's text and give it to the tokenizer, which adds its beginning-of-sequence
-# token where the template wrote none. BLIP-2's and InstructBLIP's know no chat: the image's placeholders come first,
-# even before that token, then the text as it is. Both become jinja text here that writes everything itself.
-#
-# Nothing is taken on trust: a question about an image is rendered by that template and tokenised piece by piece, as
-# everything is here, and must give the very ids that the stock way gives; otherwise the folder is refused.
-
-
+HASHED_BYTES = 1 << 30
+"""Files up to this size are hashed; larger ones only where the hub's cache already knows their hash."""
 QUESTION = "What is shown here?"
 PROBE_TOKENS = 3
 """Placeholders of the image in the question that is tried."""
 
-_PLAIN = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}"
-    "{{- raise_exception('this model takes no system message; put the text into the question') -}}"
-    "{%- elif message['role'] == 'user' -%}"
-    "{%- for part in message['content'] if part['type'] == 'image' -%}{{- placeholder -}}{%- endfor -%}"
-    "{{- before if loop.first else space -}}"
-    "{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}"
-    "{{- after -}}"
-    "{%- else -%}"
-    "{{- gap -}}"
-    "{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}"
-    "{{- eos_token -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-)
+_BLOB = re.compile(r"[0-9a-f]{64}")
+_STORED: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16"}
+_IMAGE_TOKEN = "<image>"
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
-def template_of(
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    image_token_id: int,
-    prompt: Literal["chat", "plain"],
-    *,
-    encoder_decoder: bool = False,
-    stop_token_ids: tuple[int, ...] = (),
+@dataclass(frozen=True)
+class Opened:
+    """A published folder, all but its weights."""
+
+    pieces: Pieces  # What its `config.json` says
+    config: ModelConfig  # The same as our configuration, with image rules and template
+    tokenizer: PreTrainedTokenizerBase  # Its tokenizer, which knows the placeholder
+    image_token_id: int  # The placeholder's id
+    context_tokenizer: PreTrainedTokenizerBase | None  # The Q-Former's; None for a projector that reads no text
+
+
+def load_hf(report: FolderReport, *, dtype: Dtype | Literal["auto"] = "float32", source: str | None = None) -> Loaded:
+    """Load a published model."""
+    opened = open_hf(report, dtype=_stored(report) if dtype == "auto" else dtype)
+    model = compose(opened.pieces, opened.config, opened.image_token_id)
+    fill(model, opened.pieces, report, getattr(torch, opened.config.llm.dtype))
+    # The special ids of generation, such as where a decoder starts.
+    for name in _SPECIAL_IDS:
+        if (token := report.configs.get("generation_config.json", {}).get(name)) is not None:
+            setattr(model.llm.generation_config, name, token)
+    model.context_tokenizer = opened.context_tokenizer
+    entry = {
+        "stage": "published",
+        "source": source or str(report.folder),
+        "revision": commit_of(report.folder),
+        "model_type": opened.pieces.model_type,
+        "files": {name: _identity(report.folder / name) for name in ("config.json", *weight_files(report))},
+    }
+    return Loaded(model, opened.tokenizer, opened.config, [entry])
+
+
+def open_hf(report: FolderReport, *, dtype: Dtype = "float32") -> Opened:
+    """Read everything of a published folder but its weights."""
+    quieten_transformers()
+    folder, pieces = report.folder, read_pieces(report)
+    encoder_decoder = bool(pieces.text_settings.is_encoder_decoder)
+    tokenizer = load_tokenizer(LLMConfig(model_name_or_path=str(folder.resolve())), folder)
+    image_token_id = _placeholder(folder, pieces, tokenizer)
+    config = ModelConfig(
+        vision=pieces.vision,
+        image=image_rules(report, pieces),
+        projector=pieces.projector,
+        llm=LLMConfig(model_name_or_path="bundled", dtype=dtype, encoder_decoder=encoder_decoder or None),
+        template=_template(report, pieces, tokenizer, image_token_id),
+        image_token_id=image_token_id,
+    )
+    return Opened(pieces, config, tokenizer, image_token_id, load_context_tokenizer(config.projector, folder))
+
+
+def hf_processor(report: FolderReport) -> Processor:
+    """Open only a published model's processor, without any weights."""
+    opened = open_hf(report)
+    _, projector = compose_vision(opened.pieces, opened.config, llm_dim=1)
+    return Processor(
+        opened.config,
+        opened.tokenizer,
+        projector.output_grid,
+        opened.image_token_id,
+        bool(opened.config.llm.encoder_decoder),
+        opened.context_tokenizer,
+    )
+
+
+def image_rules(report: FolderReport, pieces: Pieces) -> ImageConfig:
+    """Read the image rules, and check that model and processor count alike."""
+    folder, ratio = report.folder, pieces.vision_aspect_ratio
+    processors = report.configs.get("processor_config.json", {}).get("vision_aspect_ratio", ratio)
+    if ratio is not None and processors != ratio:
+        raise CheckpointError(
+            f"{folder}: vision_aspect_ratio is {ratio!r} in config.json and {processors!r} in processor_config.json; "
+            "make them agree"
+        )
+    if report.image_processor is None:
+        raise CheckpointError(f"{folder}: preprocessor_config.json is missing")
+    try:
+        image = image_config_from_hf(report.image_processor, vision_aspect_ratio=ratio)
+    except ConfigError as error:
+        raise NotExpressibleError(f"{folder}: {error}") from None
+    if image.image_grid_pinpoints != pieces.pinpoints:
+        raise CheckpointError(
+            f"{folder}: image_grid_pinpoints of the preprocessor and of config.json differ; make them agree"
+        )
+    return image
+
+
+def _stored(report: FolderReport) -> Dtype:
+    """The type that most weights are stored in."""
+    sizes: Counter[str] = Counter()
+    for name in weight_files(report):
+        for info in report.headers[name].values():
+            sizes[info.dtype] += info.num_bytes
+    return _STORED.get(sizes.most_common(1)[0][0], "float32") if sizes else "float32"
+
+
+def _placeholder(folder: Path, pieces: Pieces, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Find the placeholder's id; where the tokenizer has no such token it is added, as BLIP-2's processor does."""
+    wanted = pieces.image_token_id
+    if wanted is not None and wanted < len(tokenizer):
+        if wanted not in tokenizer.added_tokens_decoder:
+            raise CheckpointError(
+                f"{folder}: config.json names {wanted} as the image's token, which is the ordinary token "
+                f"{tokenizer.convert_ids_to_tokens(wanted)!r} of the tokenizer"
+            )
+        return wanted
+    own = tokenizer.get_added_vocab().get(_IMAGE_TOKEN)
+    if own is None:
+        tokenizer.add_special_tokens({"additional_special_tokens": [_IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+        own = int(tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN))
+    if wanted not in (None, own):
+        raise CheckpointError(
+            f"{folder}: config.json names {wanted} as the image's token, the tokenizer has {own} for {_IMAGE_TOKEN!r}"
+        )
+    return own
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """Size and hash of a file; the hub's cache names a large file by its hash."""
+    size, blob = path.stat().st_size, path.resolve().name
+    if path.is_symlink() and _BLOB.fullmatch(blob):
+        return {"bytes": size, "sha256": blob}
+    return {"bytes": size, "sha256": sha256_file(path)} if size <= HASHED_BYTES else {"bytes": size}
+
+
+def _template(
+    report: FolderReport, pieces: Pieces, tokenizer: PreTrainedTokenizerBase, image_token_id: int
 ) -> TemplateConfig:
     """Find the template that gives the ids of the folder's own processor."""
     placeholder = tokenizer.convert_ids_to_tokens(image_token_id)
     assert isinstance(placeholder, str)  # one id gives one token
     before, after = _frame(tokenizer)
-    if prompt == "chat":
-        source = chat_template_of(folder, tokenizer)
-        wanted = _chat_ids(folder, tokenizer, source, placeholder)
+    if pieces.prompt == "chat":
+        if report.chat_template is None:
+            raise CheckpointError(
+                f"{report.folder}: there is no chat template, so how the model wants to be asked is not known; "
+                "add chat_template.jinja to the folder"
+            )
+        source = report.chat_template[1]
+        wanted = _chat_ids(report.folder, tokenizer, source, placeholder)
         candidates = [source, *(f"{{{{ {_quoted(before + space)} }}}}{source}" for space in ("", " ") if before)]
     else:
         wanted = [image_token_id] * PROBE_TOKENS + list(tokenizer(QUESTION)["input_ids"])
-        gap = "" if encoder_decoder else " "
+        gap = "" if pieces.text_settings.is_encoder_decoder else " "
         candidates = [_plain(placeholder, before, space, after, gap) for space in ("", " ")]
+    stop = _stop_ids(report, pieces)
     reason = "the ids differ"
     # Where the template's own generation prompt is no beginning of an answer, that prompt is taken as it is.
     for candidate, own in ((candidate, own) for own in (False, True) for candidate in candidates):
-        config = TemplateConfig(
-            chat_template=candidate, stop_token_ids=stop_token_ids, own_generation_prompt=own and prompt == "chat"
-        )
+        own = own and pieces.prompt == "chat"
+        config = TemplateConfig(chat_template=candidate, stop_token_ids=stop, own_generation_prompt=own)
         try:
             template = ChatTemplate(tokenizer, config, image_token_id)
             found = template.render([user(Image(b""), QUESTION)], [PROBE_TOKENS], add_generation_prompt=True)
@@ -101,30 +212,19 @@ def template_of(
             continue
         if found.input_ids == wanted:
             return config
-    raise NotExpressibleError(f"{folder}: its prompt cannot be written here as its own processor does ({reason})")
+    raise NotExpressibleError(
+        f"{report.folder}: its prompt cannot be written here as its own processor does ({reason})"
+    )
 
 
-def chat_template_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Find a folder's chat template: the processor's, in any of the files it has been kept in, else the tokenizer's."""
-    found: Any = _in_json(folder / "processor_config.json")
-    if not found:
-        found = _in_json(folder / "chat_template.json")
-    if not found and (folder / "chat_template.jinja").is_file():
-        found = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if not found:
-        found = tokenizer.chat_template
-    if isinstance(found, dict):
-        found = found.get("default")
-    if not isinstance(found, str) or not found:
-        raise CheckpointError(
-            f"{folder}: there is no chat template, so how the model wants to be asked is not known; "
-            "add chat_template.jinja to the folder"
-        )
-    return found
-
-
-def _in_json(path: Path) -> Any:
-    return read_json(path).get("chat_template") if path.is_file() else None
+def _stop_ids(report: FolderReport, pieces: Pieces) -> tuple[int, ...]:
+    """The tokens at which the stock model stops: those of `generation_config.json` and of the language model."""
+    given = (
+        report.configs.get("generation_config.json", {}).get("eos_token_id"),
+        getattr(pieces.text_settings, "eos_token_id", None),
+    )
+    found = [one for ids in given for one in (ids if isinstance(ids, list | tuple) else [ids])]
+    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
 
 
 def _chat_ids(folder: Path, tokenizer: PreTrainedTokenizerBase, source: str, placeholder: str) -> list[int]:
@@ -159,6 +259,25 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     return "".join(tokenizer.convert_ids_to_tokens(before)), "".join(tokenizer.convert_ids_to_tokens(after))
 
 
+_PLAIN = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}"
+    "{{- raise_exception('this model takes no system message; put the text into the question') -}}"
+    "{%- elif message['role'] == 'user' -%}"
+    "{%- for part in message['content'] if part['type'] == 'image' -%}{{- placeholder -}}{%- endfor -%}"
+    "{{- before if loop.first else space -}}"
+    "{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}"
+    "{{- after -}}"
+    "{%- else -%}"
+    "{{- gap -}}"
+    "{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}"
+    "{{- eos_token -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
+"""BLIP-2's prompt; its variables are set in front of it."""
+
+
 def _plain(placeholder: str, before: str, space: str, after: str, gap: str) -> str:
     """BLIP-2's prompt, with the folder's tokens as variables in front of it."""
     values = {"placeholder": placeholder, "before": before + space, "space": space, "after": after, "gap": gap}
@@ -168,172 +287,3 @@ def _plain(placeholder: str, before: str, space: str, after: str, gap: str) -> s
 def _quoted(text: str) -> str:
     """A string as jinja writes it."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
-
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-HASHED_BYTES = 1 << 30
-"""Files up to this size are hashed; larger ones only where the hub's cache already knows their hash."""
-
-_BLOB = re.compile(r"[0-9a-f]{64}")
-_STORED: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16"}
-_IMAGE_TOKEN = "<image>"
-_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A published folder, all but its weights."""
-
-    pieces: Pieces  # What its `config.json` says
-    config: ModelConfig  # The same as our configuration, with image rules and template
-    tokenizer: PreTrainedTokenizerBase  # Its tokenizer, which knows the placeholder
-    image_token_id: int  # The placeholder's id
-    context_tokenizer: PreTrainedTokenizerBase | None  # The Q-Former's; None for a projector that reads no text
-
-
-def load_hf(
-    folder: Path, *, dtype: Dtype | Literal["auto"] = "float32", source: str | None = None, revision: str | None = None
-) -> Loaded:
-    """Load a published model."""
-    import torch
-
-    report = check_folder(folder)
-    opened = open_hf(folder, dtype=_stored(report) if dtype == "auto" else dtype)
-    model = compose(opened.pieces, opened.config, opened.image_token_id)
-    fill(model, opened.pieces, report, getattr(torch, opened.config.llm.dtype))
-    _take_special_ids(model.llm, folder)
-    model.context_tokenizer = opened.context_tokenizer
-    entry = {
-        "stage": "published",
-        "source": source or str(folder),
-        "revision": revision,
-        "model_type": opened.pieces.model_type,
-        "files": {name: _identity(folder / name) for name in ("config.json", *weight_files(report))},
-    }
-    return Loaded(model, opened.tokenizer, opened.config, [entry])
-
-
-def open_hf(folder: Path, *, dtype: Dtype = "float32") -> Opened:
-    """Read everything of a published folder but its weights."""
-    quieten_transformers()
-    pieces = read_pieces(folder)
-    encoder_decoder = bool(pieces.text_settings.is_encoder_decoder)
-    llm = LLMConfig(model_name_or_path="bundled", dtype=dtype, encoder_decoder=encoder_decoder or None)
-    tokenizer = load_tokenizer(LLMConfig(model_name_or_path=str(folder.resolve())))
-    image_token_id = _placeholder(folder, pieces, tokenizer)
-    template = template_of(
-        folder,
-        tokenizer,
-        image_token_id,
-        pieces.prompt,
-        encoder_decoder=encoder_decoder,
-        stop_token_ids=stop_ids(folder, pieces),
-    )
-    config = ModelConfig(
-        vision=pieces.vision,
-        image=_image_config(folder, pieces),
-        projector=pieces.projector,
-        llm=llm,
-        template=template,
-        image_token_id=image_token_id,
-    )
-    return Opened(pieces, config, tokenizer, image_token_id, load_context_tokenizer(config.projector, folder))
-
-
-def hf_processor(folder: Path) -> Processor:
-    """Open only a published model's processor, without any weights."""
-    check_folder(folder, weights=False)
-    opened = open_hf(folder)
-    _, projector = compose_vision(opened.pieces, opened.config, llm_dim=1)
-    return Processor(
-        opened.config,
-        opened.tokenizer,
-        projector.output_grid,
-        opened.image_token_id,
-        bool(opened.config.llm.encoder_decoder),
-        opened.context_tokenizer,
-    )
-
-
-def stop_ids(folder: Path, pieces: Pieces) -> tuple[int, ...]:
-    """The tokens at which the stock model stops: those of `generation_config.json` and of the language model."""
-    path = folder / "generation_config.json"
-    given = (
-        read_json(path).get("eos_token_id") if path.is_file() else None,
-        getattr(pieces.text_settings, "eos_token_id", None),
-    )
-    found = [one for ids in given for one in (ids if isinstance(ids, list | tuple) else [ids])]
-    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
-
-
-def _stored(report: FolderReport) -> Dtype:
-    """The type that most weights are stored in."""
-    sizes: Counter[str] = Counter()
-    for name in weight_files(report):
-        for info in report.headers[name].tensors.values():
-            sizes[info.dtype] += info.num_bytes
-    return _STORED.get(sizes.most_common(1)[0][0], "float32") if sizes else "float32"
-
-
-def _placeholder(folder: Path, pieces: Pieces, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Find the placeholder's id; where the tokenizer has no such token it is added, as BLIP-2's processor does."""
-    wanted = pieces.image_token_id
-    if wanted is not None and wanted < len(tokenizer):
-        if wanted not in tokenizer.added_tokens_decoder:
-            raise CheckpointError(
-                f"{folder}: config.json names {wanted} as the image's token, which is the ordinary token "
-                f"{tokenizer.convert_ids_to_tokens(wanted)!r} of the tokenizer"
-            )
-        return wanted
-    own = tokenizer.get_added_vocab().get(_IMAGE_TOKEN)
-    if own is None:
-        tokenizer.add_special_tokens({"additional_special_tokens": [_IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-        own = int(tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN))
-    if wanted not in (None, own):
-        raise CheckpointError(
-            f"{folder}: config.json names {wanted} as the image's token, the tokenizer has {own} for {_IMAGE_TOKEN!r}"
-        )
-    return own
-
-
-def _image_config(folder: Path, pieces: Pieces) -> ImageConfig:
-    """Read the image rules, and check that model and processor count alike."""
-    processor: dict[str, Any] = {}
-    if (folder / "processor_config.json").is_file():
-        processor = read_json(folder / "processor_config.json")
-    settings = processor.get("image_processor")
-    if not isinstance(settings, dict):
-        settings = read_json(folder / "preprocessor_config.json")
-    ratio = pieces.vision_aspect_ratio
-    if ratio is not None and processor.get("vision_aspect_ratio", ratio) != ratio:
-        raise CheckpointError(
-            f"{folder}: vision_aspect_ratio is {ratio!r} in config.json and {processor['vision_aspect_ratio']!r} in "
-            "processor_config.json; make them agree"
-        )
-    try:
-        image = image_config_from_hf(settings, vision_aspect_ratio=ratio)
-    except ConfigError as error:
-        raise NotExpressibleError(f"{folder}: {error}") from None
-    if image.image_grid_pinpoints != pieces.pinpoints:
-        raise CheckpointError(
-            f"{folder}: image_grid_pinpoints of the preprocessor and of config.json differ; make them agree"
-        )
-    return image
-
-
-def _take_special_ids(llm: Any, folder: Path) -> None:
-    """Let the language model know the special ids of `generation_config.json`, such as where a decoder starts."""
-    path = folder / "generation_config.json"
-    document = read_json(path) if path.is_file() else {}
-    for name in _SPECIAL_IDS:
-        if document.get(name) is not None:
-            setattr(llm.generation_config, name, document[name])
-
-
-def _identity(path: Path) -> dict[str, Any]:
-    """Size and hash of a file; the hub's cache names a large file by its hash."""
-    size, blob = path.stat().st_size, path.resolve().name
-    if path.is_symlink() and _BLOB.fullmatch(blob):
-        return {"bytes": size, "sha256": blob}
-    return {"bytes": size, "sha256": sha256_file(path)} if size <= HASHED_BYTES else {"bytes": size}

@@ -67,11 +67,8 @@ class Rule:
 
     def prefix(self, style: Style) -> str | None:
         """What the names begin with in one style; None where they have no place in it."""
-        if style == "transformers":
-            return self.hub if self.transformers is None else self.transformers
-        if style == "memory":
-            return self.hub if self.memory is None else self.memory
-        return self.hub
+        own: str | None = getattr(self, style)
+        return self.hub if own is None else own
 
     def spellings(self) -> tuple[str, ...]:
         """Every beginning that is read."""

@@ -11,9 +11,11 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import safetensors
 import torch
+import transformers
 from torch import nn
 
 from polymodal.config import ModelConfig
@@ -27,23 +29,15 @@ from polymodal.modeling.encoders.vision import UNUSED_PARTS, VisionEncoder
 from polymodal.modeling.language_model import model_class
 from polymodal.modeling.projectors import Projector, build_projector
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.safety.config_json import read_json
-from polymodal.safety.model_folder import MAX_INDEX, FolderReport
-from polymodal.utils.safetensors_io import check_finite, compare_tensors
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from polymodal.safety.model_folder import FolderReport
+from polymodal.utils.safetensors_io import SHOWN, check_finite, compare_tensors
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-SHOWN = 4
-"""How many names of each kind an error lists."""
 
 
 def compose_vision(pieces: Pieces, config: ModelConfig, llm_dim: int) -> tuple[VisionEncoder, Projector]:
     """Make encoder and projector without memory for their weights."""
-    import transformers
-
     assert config.vision is not None and config.image is not None  # every family has both
     tile = Size(*config.image.tile_size)
     with weights_on_meta():
@@ -66,7 +60,7 @@ def compose(pieces: Pieces, config: ModelConfig, image_token_id: int) -> Multimo
     kind = model_class(bool(pieces.text_settings.is_encoder_decoder))
     with weights_on_meta():
         try:
-            llm: PreTrainedModel = kind.from_config(
+            llm: transformers.PreTrainedModel = kind.from_config(
                 pieces.text_settings, attn_implementation=config.llm.attn_implementation
             )
         except (ValueError, ImportError) as error:
@@ -91,7 +85,7 @@ def fill(model: MultimodalLM, pieces: Pieces, report: FolderReport, dtype: torch
     places = _places(pieces, report, files)
     absent = _compare(pieces, report, modules, places, files)
     for name in files:
-        here = {key: place for key in report.headers[name].tensors if (place := places.get(key)) is not None}
+        here = {key: place for key in report.headers[name] if (place := places.get(key)) is not None}
         _read_file(report.folder / name, here, modules, dtype)
     if model.image_newline is not None:
         model.register_parameter(NEWLINE, modules["newline"].get_parameter(NEWLINE))
@@ -109,8 +103,8 @@ def fill(model: MultimodalLM, pieces: Pieces, report: FolderReport, dtype: torch
 
 def weight_files(report: FolderReport) -> list[str]:
     """Find which files hold a folder's weights."""
-    if (report.folder / INDEX_NAME).is_file():
-        return sorted(set(read_json(report.folder / INDEX_NAME, MAX_INDEX)["weight_map"].values()))
+    if INDEX_NAME in report.shards:
+        return list(report.shards[INDEX_NAME])
     if WEIGHTS_NAME not in report.headers:
         raise CheckpointError(f"{report.folder}: {WEIGHTS_NAME} is missing (only safetensors are read)")
     return [WEIGHTS_NAME]
@@ -134,7 +128,7 @@ def weights_on_meta() -> Iterator[None]:
 
 
 def _modules(model: MultimodalLM) -> dict[str, nn.Module]:
-    """The components as `names.Place` calls them; the newline is put into a module of its own."""
+    """The components as `Place` calls them; the newline is put into a module of its own."""
     encoder: Any = model.vision_encoder
     projector: Any = model.projector
     modules: dict[str, nn.Module] = {"llm": model.llm, "vision": encoder.model, "projector": projector}
@@ -147,7 +141,7 @@ def _modules(model: MultimodalLM) -> dict[str, nn.Module]:
 def _places(pieces: Pieces, report: FolderReport, files: list[str]) -> dict[str, Place | None]:
     """Where each tensor of the files goes; None for one that has no place, or whose place another one has taken."""
     found: dict[str, Place | None] = {}
-    for name in (name for file in files for name in report.headers[file].tensors if not DERIVED.search(name)):
+    for name in (name for file in files for name in report.headers[file] if not DERIVED.search(name)):
         place = to_ours(pieces.model_type, name)
         found[name] = None if place in found.values() else place
     return found
@@ -162,7 +156,7 @@ def _compare(
 ) -> list[Place]:
     """List what does not fit in one error; give back what the files leave out and may."""
     # Tensors that no part of ours has and that nothing would read are struck off `places`.
-    given = {name: info for file in files for name, info in report.headers[file].tensors.items() if name in places}
+    given = {name: info for file in files for name, info in report.headers[file].items() if name in places}
     name_of = {place: name for name, place in places.items()}
     wanted: dict[str, Any] = {}
     absent: list[Place] = []
@@ -201,18 +195,16 @@ def _unused(place: Place) -> bool:
 
 def _read_file(path: Path, places: Mapping[str, Place], modules: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
     """Hand one file's tensors to the modules."""
-    from safetensors import SafetensorError, safe_open
-
     states: dict[str, dict[str, torch.Tensor]] = {}
     try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             for name, place in places.items():
                 tensor = file.get_tensor(name)
                 check_finite({name: tensor}, path)
                 kind = _dtype_of(place, tensor, modules["llm"], dtype)
                 # A copy of our own: what lies in a file that somebody writes anew must not change under the model.
                 states.setdefault(place.component, {})[place.name] = tensor.to(kind, copy=True)
-    except (SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged ({first_line(error)})") from None
     for component, state in states.items():
         modules[component].load_state_dict(state, strict=False, assign=True)
