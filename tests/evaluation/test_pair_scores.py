@@ -19,7 +19,7 @@ from polymodal.errors import CheckpointError, ConfigError, DataError
 from polymodal.evaluation.embedder import load_embedder
 from polymodal.evaluation.tasks import retrieval, zero_shot
 from polymodal.metrics.retrieval import recall
-from polymodal.metrics.text import mean_interval, ratio_interval
+from polymodal.metrics.text import mean_interval
 from polymodal.modeling.dual_encoders.clip_siglip_hf import build_dual_encoder
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig, PairModelConfig
 
@@ -247,8 +247,8 @@ def test_records_that_are_no_pairs(data: Path, models: dict[str, Path]) -> None:
 
 def test_the_interval_of_groups() -> None:
     hits = (np.random.default_rng(3).random(400) < 0.3).astype(float)
-    assert ratio_interval(hits, np.ones(400)) == pytest.approx(mean_interval(hits), abs=0.01)
+    assert mean_interval(hits, np.ones(400)) == pytest.approx(mean_interval(hits), abs=0.01)
     # Captions of an image that hit together are worth one observation: the interval is wider than for single ones.
-    grouped = ratio_interval(hits * 5, np.full(400, 5.0))
-    single = ratio_interval(np.repeat(hits, 5), np.ones(2000))
+    grouped = mean_interval(hits * 5, np.full(400, 5.0))
+    single = mean_interval(np.repeat(hits, 5), np.ones(2000))
     assert grouped[1] - grouped[0] > 1.8 * (single[1] - single[0])

@@ -22,8 +22,8 @@ from polymodal.modeling.build import build_model
 from polymodal.modeling.lora import fold_in, is_adapter
 from polymodal.modeling.meta_device import outline
 from polymodal.planning.activation_trace import Load, id_of, trace
+from polymodal.planning.plan import Question, kv_bytes_per_token, plan_training
 from polymodal.planning.starting_point import starting_point
-from polymodal.planning.train_plan import Question, kv_bytes_per_token, plan_training
 from polymodal.processing.collate import collate
 from polymodal.processing.processor import Processor
 from polymodal.training import checkpoint, train

@@ -24,8 +24,8 @@ from polymodal.messages import Image, user
 from polymodal.modeling.build import build_model
 from polymodal.modeling.dual_encoders.blip2_stage1_folder import train_wordpiece
 from polymodal.modeling.projectors.qformer import QFormerProjector
+from polymodal.planning.plan import Question, plan_training
 from polymodal.planning.starting_point import starting_point
-from polymodal.planning.train_plan import Question, plan_training
 from polymodal.processing.collate import collate
 from polymodal.processing.processor import context_reader
 from polymodal.training.recipes.sft import Recipe

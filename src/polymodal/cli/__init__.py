@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from polymodal.cli import common
@@ -42,21 +43,14 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the whole command; imports only the light modules of `polymodal.cli`."""
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         release = version("polymodal")
     except PackageNotFoundError:
         release = "(not installed)"
-    common = _Parser(add_help=False)
-    common.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-    )
-    parser = _Parser(
-        prog="polymodal",
-        description="Compose, train and run multimodal language models.",
-        parents=[common],
-    )
+    debug = _Parser(add_help=False)
+    debug.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    about = "Compose, train and run multimodal language models."
+    parser = _Parser(prog="polymodal", description=about, parents=[debug])
     parser.add_argument("--version", action="version", version=f"polymodal {release}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, line in VERBS.items():
@@ -65,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
             name,
             help=line,
             description=module.__doc__,
-            parents=[common],
+            parents=[debug],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(verb)

@@ -11,15 +11,12 @@ import argparse
 import os
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
+from polymodal.backends.base import Backend, Reply, TextDelta
 from polymodal.cli import common
 from polymodal.errors import PolymodalError
-
-if TYPE_CHECKING:
-    from polymodal.backends.base import Backend, Reply
-    from polymodal.generation.params import GenerationParams
-    from polymodal.messages import Image, Message
+from polymodal.generation.params import GenerationParams
+from polymodal.messages import Image, Message, assistant, system, user
 
 HELP = """\
   /image FILE   add an image to the next question
@@ -34,10 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="images for the first question")
     parser.add_argument("--system", help="a system message")
     common.add_model_argument(parser)
-    common.add_device_argument(parser)
-    common.add_quantize_argument(parser)
-    common.add_endpoint_arguments(parser)
-    common.add_sampling_arguments(parser, max_new_tokens=256)
+    common.add_loading_arguments(parser)
+    common.add_sampling_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,24 +74,18 @@ class Chat:
 
     def clear(self) -> None:
         """Forget everything but the system message."""
-        from polymodal.messages import system
-
         self.messages = [system(self.system)] if self.system else []
         self.pending = []
 
     def add_image(self, path: str) -> None:
         """Check an image and keep it for the next question."""
-        (image,) = common.images([path])
-        seen = _look_at(self.model, image)
+        image = Image(path)
+        common.note(f"  {path}: {_size(self.model, image)}")
         self.pending.append(image)
-        common.note(f"  {path}: {seen}")
 
     def _read(self) -> str | None:
         try:
-            if self.interactive:
-                return input("> ")
-            line = sys.stdin.readline()
-            return line or None
+            return input("> ") if self.interactive else sys.stdin.readline() or None
         except (EOFError, KeyboardInterrupt):
             print()
             return None
@@ -122,17 +111,13 @@ class Chat:
         return True
 
     def _answer(self, question: str) -> None:
-        from polymodal.backends.base import TextDelta
-        from polymodal.messages import assistant, user
-
         asked = [*self.messages, user(*self.pending, question)]
-        said: list[str] = []
+        pieces: list[str] = []
         try:
             for event in self.model.stream(asked, self.params):
                 if isinstance(event, TextDelta):
-                    said.append(event.text)
-                    sys.stdout.write(common.printable(event.text))
-                    sys.stdout.flush()
+                    pieces.append(event.text)
+                    common.stream_text(event.text)
                 else:
                     print()
                     self._report(event)
@@ -140,10 +125,10 @@ class Chat:
             print()
             common.note("  (stopped)")
         except PolymodalError:
-            if said:
+            if pieces:
                 print()  # the error begins a line of its own
             raise
-        self.messages = [*asked, assistant("".join(said))]
+        self.messages = [*asked, assistant("".join(pieces))]
         self.pending = []
 
     def _report(self, reply: Reply) -> None:
@@ -158,11 +143,10 @@ class Chat:
         common.note(f"{common.DIM}{line}{common.RESET}" if colour else line)
 
 
-def _look_at(model: Backend, image: Image) -> str:
+def _size(model: Backend, image: Image) -> str:
     """Check an image; its size, and what it takes where the model is ours and its rules are known."""
     from polymodal.backends.local import LocalBackend
     from polymodal.media.image import open_image
-    from polymodal.messages import user
 
     if not isinstance(model, LocalBackend):
         width, height = open_image(image.source).size

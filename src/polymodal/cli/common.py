@@ -1,22 +1,25 @@
-"""What several verbs share: sampling flags, printing that is safe on a terminal."""
+"""What several verbs share: flags, opening a model, numbers and rows for people, printing safely on a terminal."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
+from polymodal.backends import load
+from polymodal.backends.base import Backend
+from polymodal.config import parse_config
 from polymodal.errors import ConfigError
-
-if TYPE_CHECKING:
-    from polymodal.backends.base import Backend
-    from polymodal.generation.params import GenerationParams
-    from polymodal.messages import Image
+from polymodal.generation.params import GenerationParams
+from polymodal.messages import Image, Message, system, user
 
 RESET, DIM, BOLD = "\x1b[0m", "\x1b[2m", "\x1b[1m"
+DECIMAL = {" B": 10**9, " M": 10**6, " k": 10**3, "": 1}
+BINARY = {" GiB": 2**30, " MiB": 2**20, " KiB": 2**10, " B": 1}
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +32,16 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of models behind an endpoint; the key has none, since command lines are seen by others."""
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `open_model` reads besides the model's name."""
+    parser.add_argument("--device", help='"cpu" or "cuda"; a GPU where there is one (default)')
+    # The values are those of `polymodal.modeling.quantization`, which loads torch.
+    parser.add_argument(
+        "--quantize",
+        metavar="HOW",
+        help="int8 rounds the language model to 8 bits on a CPU; nf4 (bitsandbytes) and int8-gpu (torchao) on a GPU",
+    )
+    # The key has no flag, since command lines are seen by others.
     group = parser.add_argument_group(
         "endpoints", "a model named openai:MODEL is asked over the network; its key is read from OPENAI_API_KEY"
     )
@@ -40,26 +51,10 @@ def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_model(args: argparse.Namespace) -> Backend:
     """Open the model that the flags name."""
-    from polymodal.backends import load
-
     return load(args.model, args.device, quantize=args.quantize, base_url=args.base_url, allow_http=args.allow_http)
 
 
-def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--device`."""
-    parser.add_argument("--device", help='"cpu" or "cuda"; a GPU where there is one (default)')
-
-
-def add_quantize_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--quantize`; its values are those of `polymodal.modeling.quantization`, which loads torch."""
-    parser.add_argument(
-        "--quantize",
-        metavar="HOW",
-        help="int8 rounds the language model to 8 bits on a CPU; nf4 (bitsandbytes) and int8-gpu (torchao) on a GPU",
-    )
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 256) -> None:
     """Add the flags that become `GenerationParams`."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help="default: %(default)s")
@@ -72,18 +67,32 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
 
 def sampling_params(args: argparse.Namespace) -> GenerationParams:
     """Read the flags of `add_sampling_arguments`; a value out of range is a `ConfigError` that names its key."""
-    from polymodal.config import parse_config
-    from polymodal.generation.params import GenerationParams
-
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
-    return parse_config(GenerationParams, {name: getattr(args, name) for name in names}, "command line")
+    return parse_config(GenerationParams, {name: getattr(args, name) for name in SAMPLING}, "command line")
 
 
-def images(paths: Sequence[str]) -> list[Image]:
-    """Turn paths into parts; the processor opens and checks them."""
-    from polymodal.messages import Image
+def add_question_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `question` reads."""
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="an image; give the flag again for more"
+    )
+    parser.add_argument("--prompt", required=True, help="the question; images come before it, in order")
+    parser.add_argument("--system", help="a system message")
 
-    return [Image(path) for path in paths]
+
+def question(args: argparse.Namespace) -> list[Message]:
+    """The conversation that the flags ask for; the processor opens and checks its images."""
+    return [*([system(args.system)] if args.system else []), user(*map(Image, args.image), args.prompt)]
+
+
+def scaled(number: int, units: Mapping[str, int], digits: int = 4) -> str:
+    """A number in the largest of `DECIMAL` or `BINARY` units that it reaches."""
+    return next(f"{number / unit:.{digits}g}{name}" for name, unit in units.items() if number >= unit or unit == 1)
+
+
+def aligned(rows: Sequence[tuple[str, str]], before: str = "", after: str = "") -> str:
+    """Names and texts, a row a line, the texts under each other; the names stand between two styles."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{before}{name.ljust(width)}{after}  {text}" for name, text in rows)
 
 
 def colour_wanted(choice: str, stream: TextIO) -> bool:
@@ -98,9 +107,19 @@ def printable(text: str) -> str:
     return "".join(c if c in "\n\t" or not _steers(c) else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(text: str) -> str:
+    """A text as one line that cannot steer the terminal."""
+    return printable(" ".join(text.split()))
+
+
 def _steers(char: str) -> bool:
     code = ord(char)
     return code < 0x20 or 0x7F <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
+
+
+def stream_text(text: str) -> None:
+    """Print a piece of an answer at once."""
+    print(printable(text), end="", flush=True)
 
 
 def write_file(path: str, data: bytes) -> None:
@@ -109,11 +128,12 @@ def write_file(path: str, data: bytes) -> None:
         Path(path).write_bytes(data)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    note(f"wrote {path}")
 
 
 def report(error: Exception) -> None:
     """Print a mistake as its one line on standard error."""
-    note(f"polymodal: error: {printable(' '.join(str(error).split()))}")
+    note(f"polymodal: error: {one_line(str(error))}")
 
 
 def note(text: str) -> None:

@@ -13,7 +13,9 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from polymodal.cli.common import BOLD, DIM, RESET, colour_wanted, printable
+from polymodal.cli.common import BINARY, BOLD, DECIMAL, DIM, RESET, aligned, colour_wanted, one_line, printable, scaled
+from polymodal.errors import ConfigError, PolymodalError
+from polymodal.media_plan import Size
 
 if TYPE_CHECKING:
     from polymodal.interop.describe import Description, Part
@@ -32,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Describe and print."""
-    from polymodal.errors import ConfigError
     from polymodal.interop.describe import describe
 
     found = describe(args.model)
@@ -44,25 +45,39 @@ def run(args: argparse.Namespace) -> int:
     tokens = _visual_tokens(found)
     if args.json:
         print(json.dumps({**found.plain(), "visual_tokens": tokens}, ensure_ascii=False))
-        return 0
-    print(page(found, tokens, colour=colour_wanted("auto", sys.stdout)))
+    else:
+        print(_page(found, tokens, colour=colour_wanted("auto", sys.stdout)))
     return 0
 
 
-def page(found: Description, tokens: list[dict[str, Any]], *, colour: bool) -> str:
+def _page(found: Description, tokens: list[dict[str, Any]], *, colour: bool) -> str:
     """Lay a description out for a terminal."""
     bold, dim, reset = (BOLD, DIM, RESET) if colour else ("", "", "")
-    lines = [f"{bold}{_one_line(found.name)}{reset}  {_one_line(found.kind)}", f"{dim}{_one_line(found.folder)}{reset}"]
+    lines = [f"{bold}{one_line(found.name)}{reset}  {one_line(found.kind)}", f"{dim}{one_line(found.folder)}{reset}"]
     lines += ["", *_tree(found, bold, dim, reset), ""]
+    lines.append(aligned([(name, one_line(text)) for name, text in _facts(found, tokens)], dim, reset))
+    if found.template is not None:
+        text = found.template["text"].splitlines()
+        more = f", the first {SHOWN_LINES} (--template prints all)" if len(text) > SHOWN_LINES else ""
+        count = f"{len(text)} line{'s' * (len(text) != 1)}"
+        said = f"from {one_line(found.template['source'])}, sha256 {found.template['sha256'][:16]}..., {count}{more}"
+        lines += ["", f"{dim}chat template{reset}  {said}"]
+        lines += [f"  {printable(line)[:110]}{'...' if len(line) > 110 else ''}" for line in text[:SHOWN_LINES]]
+    return "\n".join(lines)
+
+
+def _facts(found: Description, tokens: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What is known of a model besides its parts and its template, in rows."""
     rows = []
     if found.context is not None:
         rows.append(("context", f"{found.context:,} positions"))
     if found.vocabulary is not None:
         rows.append(("vocabulary", f"{found.vocabulary:,} tokens"))
     if found.special_tokens:
-        shown = (
-            f"{role.removesuffix('_token')} {t['text']!r}{_id(t['id'])}" for role, t in found.special_tokens.items()
-        )
+        shown = []
+        for role, token in found.special_tokens.items():
+            place = "" if token["id"] is None else f" ({token['id']})"
+            shown.append(f"{role.removesuffix('_token')} {token['text']!r}{place}")
         rows.append(("special", ", ".join(shown)))
     if found.images:
         rows += _image_rows(found.images)
@@ -75,18 +90,7 @@ def page(found: Description, tokens: list[dict[str, Any]], *, colour: bool) -> s
     if found.contract is not None:
         holds = "holds" if found.contract["broken"] is None else f"BROKEN: {found.contract['broken']}"
         rows.append(("contract", f"{holds} (sha256 {str(found.contract['sha256'])[:16]}...)"))
-    rows.append(("licence", found.licence or "not said"))
-    rows += [("note", note) for note in found.notes]
-    width = max(len(name) for name, _ in rows)
-    lines += [f"{dim}{name.ljust(width)}{reset}  {_one_line(text)}" for name, text in rows]
-    if found.template is not None:
-        text = found.template["text"].splitlines()
-        more = f", the first {SHOWN_LINES} (--template prints all)" if len(text) > SHOWN_LINES else ""
-        count = f"{len(text)} line{'s' * (len(text) != 1)}"
-        said = f"from {_one_line(found.template['source'])}, sha256 {found.template['sha256'][:16]}..., {count}{more}"
-        lines += ["", f"{dim}chat template{reset}  {said}"]
-        lines += [f"  {printable(line)[:110]}{'...' if len(line) > 110 else ''}" for line in text[:SHOWN_LINES]]
-    return "\n".join(lines)
+    return [*rows, ("licence", found.licence or "not said"), *(("note", note) for note in found.notes)]
 
 
 def _tree(found: Description, bold: str, dim: str, reset: str) -> list[str]:
@@ -96,18 +100,20 @@ def _tree(found: Description, bold: str, dim: str, reset: str) -> list[str]:
         rows += [(0, part), *((1, child) for child in part.children)]
     if not rows:
         return ["no weights here"]
-    width = max(2 * level + len(_one_line(part.name)) for level, part in rows)
+    width = max(2 * level + len(one_line(part.name)) for level, part in rows)
     lines = [f"{dim}{'part'.ljust(width)}  parameters        size{reset}"]
     for level, part in rows:
-        name = ("  " * level + _one_line(part.name)).ljust(width)
-        sizes = f"{_count(part.parameters):>10}  {_size(part.num_bytes):>10}"
-        words = [*([" ".join(part.dtypes)] if part.dtypes else []), *([part.kind] if part.kind else [])]
-        if part.source and part.source != part.kind:
-            words.append(f"from {part.source}")
-        style = bold if level == 0 else dim
-        lines.append(f"{style}{name}{reset}  {sizes}  {_one_line('; '.join(words))}".rstrip())
-    total = f"{_count(found.parameters):>10}  {_size(found.num_bytes):>10}"
-    return [*lines, f"{bold}{'all'.ljust(width)}{reset}  {total}"]
+        name = ("  " * level + one_line(part.name)).ljust(width)
+        origin = f"from {part.source}" if part.source and part.source != part.kind else ""
+        words = "; ".join(filter(None, (" ".join(part.dtypes), part.kind, origin)))
+        style = dim if level else bold
+        lines.append(f"{style}{name}{reset}  {_sizes(part.parameters, part.num_bytes)}  {one_line(words)}".rstrip())
+    return [*lines, f"{bold}{'all'.ljust(width)}{reset}  {_sizes(found.parameters, found.num_bytes)}"]
+
+
+def _sizes(parameters: int | None, num_bytes: int | None) -> str:
+    count = "not known" if parameters is None else scaled(parameters, DECIMAL)
+    return f"{count:>10}  {'' if num_bytes is None else scaled(num_bytes, BINARY):>10}"
 
 
 def _image_rows(rules: dict[str, Any]) -> list[tuple[str, str]]:
@@ -129,23 +135,18 @@ def _image_rows(rules: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _visual_tokens(found: Description) -> list[dict[str, Any]]:
     """How many positions images of some sizes take; empty where that cannot be found out from configurations."""
-    from polymodal.errors import PolymodalError
-    from polymodal.interop.describe import EXAMPLES
-    from polymodal.media_plan import Size
-    from polymodal.modeling.language_model import quieten_transformers
-
     if not found.images or "not ours" in found.images:
         return []
+    from polymodal.interop.describe import EXAMPLES, visual_tokens
+    from polymodal.modeling.language_model import quieten_transformers
+    from polymodal.planning.plan import plan_model
+
     sizes = tuple(Size(height, width) for height, width in EXAMPLES)
     quieten_transformers()
     try:
         if found.contract is None:
-            from polymodal.interop.describe import visual_tokens
-
             counts = visual_tokens(found.report, sizes)
         else:
-            from polymodal.planning.inference_plan import plan_model
-
             plan = plan_model(found.folder, sizes, 0)
             counts = list(zip(plan.visual_tokens, plan.tiles, strict=True))
     except PolymodalError:
@@ -169,29 +170,3 @@ def _stage(entry: dict[str, Any]) -> str:
         if isinstance(value, int | float):
             facts.append(f"{key.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{key} {value:.4g}")
     return f"{name}: {'; '.join(facts)}" if facts else name
-
-
-def _one_line(text: str) -> str:
-    return printable(" ".join(text.split()))
-
-
-def _id(number: int | None) -> str:
-    return "" if number is None else f" ({number})"
-
-
-def _count(number: int | None) -> str:
-    if number is None:
-        return "not known"
-    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= unit:
-            return f"{number / unit:.4g} {name}"
-    return str(number)
-
-
-def _size(number: int | None) -> str:
-    if number is None:
-        return ""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= unit:
-            return f"{number / unit:.4g} {name}"
-    return f"{number} B"

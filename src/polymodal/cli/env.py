@@ -7,23 +7,13 @@ import json
 import os
 import platform
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 PACKAGES = (
-    "polymodal",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "huggingface_hub",
-    "peft",
-    "accelerate",
-    "gguf",
-    "numpy",
-    "pillow",
-    "pydantic",
-    "matplotlib",
-)
+    "polymodal", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "peft", "accelerate", "gguf",
+    "numpy", "pillow", "pydantic", "matplotlib",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +28,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(facts, ensure_ascii=False))
         return 0
     for section, values in facts.items():
-        print(section)
-        for name, value in values.items():
-            print(f"  {name:<18}{value}")
+        print("\n".join([section, *(f"  {name:<18}{value}" for name, value in values.items())]))
     return 0
 
 
@@ -55,10 +43,7 @@ def gather() -> dict[str, dict[str, Any]]:
     if torch.backends.mps.is_available():
         devices["mps"] = "available"
     return {
-        "system": {
-            "python": f"{platform.python_version()} ({sys.executable})",
-            "platform": platform.platform(),
-        },
+        "system": {"python": f"{platform.python_version()} ({sys.executable})", "platform": platform.platform()},
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": devices,
         "models": _models(),
@@ -66,8 +51,6 @@ def gather() -> dict[str, dict[str, Any]]:
 
 
 def _version(name: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version(name)
     except PackageNotFoundError:

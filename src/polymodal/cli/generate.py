@@ -8,31 +8,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
 
+from polymodal.backends.base import TextDelta
 from polymodal.cli import common
 from polymodal.errors import ConfigError
-
-if TYPE_CHECKING:
-    from polymodal.backends.base import Reply
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="an image; give the flag again for more"
-    )
-    parser.add_argument("--prompt", required=True, help="the question; images come before it, in order")
-    parser.add_argument("--system", help="a system message")
+    common.add_question_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object with usage and timing")
     parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
     common.add_model_argument(parser)
-    common.add_device_argument(parser)
-    common.add_quantize_argument(parser)
-    common.add_endpoint_arguments(parser)
-    common.add_sampling_arguments(parser, max_new_tokens=256)
+    common.add_loading_arguments(parser)
+    common.add_sampling_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,34 +30,23 @@ def run(args: argparse.Namespace) -> int:
     if args.json and args.stream:
         raise ConfigError("--json and --stream cannot be combined; leave one out")
     params = common.sampling_params(args)
-
-    from polymodal.backends.base import TextDelta
-    from polymodal.messages import system, user
-
-    model = common.open_model(args)
-    messages = [system(args.system)] if args.system else []
-    messages.append(user(*common.images(args.image), args.prompt))
+    model, messages = common.open_model(args), common.question(args)
     if args.stream:
         for event in model.stream(messages, params):
             if isinstance(event, TextDelta):
-                sys.stdout.write(common.printable(event.text))
-                sys.stdout.flush()
+                common.stream_text(event.text)
         print()
         return 0
     reply = model.generate(messages, params)
-    if args.json:
-        print(json.dumps(reply_json(reply), ensure_ascii=False))
-    else:
+    if not args.json:
         print(common.printable(reply.text))
-    return 0
-
-
-def reply_json(reply: Reply) -> dict[str, Any]:
-    """The object that `--json` prints."""
-    return {
+        return 0
+    document = {
         "text": reply.text,
         "usage": asdict(reply.usage),
         "timing": {name: round(value, 4) for name, value in asdict(reply.timing).items()},
         "model": reply.model,
         "finish_reason": reply.finish_reason,
     }
+    print(json.dumps(document, ensure_ascii=False))
+    return 0

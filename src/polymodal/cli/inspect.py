@@ -12,25 +12,22 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from polymodal.backends import load_processor
 from polymodal.cli import common
 from polymodal.errors import ConfigError
+from polymodal.messages import Image, Message, Source, assistant
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
-    from polymodal.messages import Message, Source
     from polymodal.processing.processor import Processor
     from polymodal.viewer.view import View
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="an image; give the flag again for more"
-    )
-    parser.add_argument("--prompt", required=True, help="the question; images come before it, in order")
+    common.add_question_arguments(parser)
     parser.add_argument("--answer", help="an answer, shown as trained tokens")
-    parser.add_argument("--system", help="a system message")
     parser.add_argument("--html", metavar="FILE", help="write the view as one self-contained page")
     parser.add_argument("--png", metavar="FILE", help="write the tiles drawn on the images")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: %(default)s")
@@ -41,22 +38,11 @@ def run(args: argparse.Namespace) -> int:
     """Process the conversation, print the view, write the files asked for."""
     if args.png and not args.image:
         raise ConfigError("--png draws images, and no --image was given")
-    from polymodal.backends import load_processor
-    from polymodal.messages import assistant, system, user
-
-    processor = load_processor(args.model)
-    messages = [system(args.system)] if args.system else []
-    messages.append(user(*common.images(args.image), args.prompt))
+    processor, messages = load_processor(args.model), common.question(args)
     if args.answer is not None:
         messages.append(assistant(args.answer))
-    show(
-        processor,
-        messages,
-        html=args.html,
-        png=args.png,
-        color=args.color,
-        add_generation_prompt=args.answer is None,
-    )
+    asks = args.answer is None
+    show(processor, messages, html=args.html, png=args.png, color=args.color, add_generation_prompt=asks)
     return 0
 
 
@@ -70,7 +56,6 @@ def show(
     add_generation_prompt: bool = False,
 ) -> None:
     """Print the view of a conversation, and write the files asked for."""
-    from polymodal.messages import Image
     from polymodal.viewer.draw import stack
     from polymodal.viewer.view import to_html, to_terminal, view_sample
 
@@ -86,12 +71,10 @@ def show(
     drawings = _drawings(processor, view, sources)
     if html:
         common.write_file(html, to_html(view, drawings).encode("utf-8"))
-        common.note(f"wrote {html}")
     if png:
         buffer = io.BytesIO()
         stack(drawings).save(buffer, "PNG")
         common.write_file(png, buffer.getvalue())
-        common.note(f"wrote {png}")
 
 
 def _drawings(processor: Processor, view: View, sources: Sequence[Source]) -> list[PILImage.Image]:

@@ -11,16 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from polymodal.cli.common import DECIMAL, aligned, note, scaled
 from polymodal.errors import ConfigError
+from polymodal.media_plan import Size
 
 if TYPE_CHECKING:
-    from polymodal.media_plan import Size
-    from polymodal.planning.inference_plan import ModelPlan
-    from polymodal.planning.train_plan import Plan, Question
+    from polymodal.planning.plan import Plan, Question, TrainingPlan
+    from polymodal.planning.starting_point import Start
+    from polymodal.training.recipes.sft import Recipe
 
 GIB = 2**30
 
@@ -36,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-tokens", type=int, default=128, metavar="N", help="other tokens of a sample (default: %(default)s)"
     )
     parser.add_argument("--answer-tokens", type=int, metavar="N", help="trained tokens of a sample (default: half)")
-    parser.add_argument("--rows", type=int, metavar="N", help="records of the data set; counted in small files")
+    parser.add_argument("--rows", type=int, metavar="N", help="records of the dataset; counted in small files")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--engine", help="single, ddp, fsdp2, zero2 or zero3 (default: as the recipe says)")
+    parser.add_argument("--engine", help="single, ddp or fsdp2 (default: as the recipe says)")
     parser.add_argument("--device", metavar="NAME", help="such as a100-80gb, h100-80gb, rtx4090-24gb or cpu")
     parser.add_argument(
         "--utilization", type=float, default=0.4, metavar="U", help="share of the device's peak (default: %(default)s)"
@@ -53,8 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan and print."""
     from polymodal.modeling.language_model import quieten_transformers
-    from polymodal.planning.inference_plan import plan_model
-    from polymodal.planning.train_plan import plan_training
+    from polymodal.planning.plan import plan_model, plan_training
 
     quieten_transformers()
     if not args.target.endswith((".yaml", ".yml")):
@@ -65,23 +65,22 @@ def run(args: argparse.Namespace) -> int:
         return 0
     plans = []
     for recipe, start in _stages(Path(args.target), args.overrides):
-        plans.append((plan_training(recipe, start, _question(args, recipe.run.engine)), recipe))
+        question = _question(args, recipe.run.engine)
+        plans.append((plan_training(recipe, start, question), question))
     if args.json:
         print(json.dumps([plan.plain() for plan, _ in plans] if len(plans) > 1 else plans[0][0].plain(), indent=2))
         return 0
-    question = _question(args, plans[0][1].run.engine)
-    print("\n\n".join(_text(plan, _question(args, recipe.run.engine)) for plan, recipe in plans))
+    print("\n\n".join(_training_text(plan, question) for plan, question in plans))
     print("\nassumed:\n" + "\n".join(f"- {line}" for line in plans[0][0].assumptions))
-    if len(plans) > 1 and all(plan.hours is not None for plan, _ in plans):
-        hours = _hours(sum(plan.hours or 0.0 for plan, _ in plans))
-        print(f"all stages: {hours} on {question.devices} x {args.device or 'device'}")
+    hours = [plan.hours for plan, _ in plans if plan.hours is not None]
+    if len(hours) == len(plans) > 1:
+        print(f"all stages: {_hours(sum(hours))} on {args.devices} x {args.device or 'device'}")
     return 0
 
 
-def _stages(path: Path, overrides: list[str]) -> list[tuple[Any, Any]]:
+def _stages(path: Path, overrides: list[str]) -> list[tuple[Recipe, Start]]:
     """The training stages of a recipe or pipeline file, each with what it starts from."""
-    from polymodal.config import new_image_rules
-    from polymodal.planning.starting_point import Start, starting_point
+    from polymodal.planning.starting_point import starting_point
     from polymodal.training.recipes.load import load_recipe
     from polymodal.training.recipes.pipeline import TrainStage, is_pipeline, load_pipeline
     from polymodal.training.recipes.sft import Recipe
@@ -96,18 +95,12 @@ def _stages(path: Path, overrides: list[str]) -> list[tuple[Any, Any]]:
             continue
         recipe = stage.recipe
         if not isinstance(recipe, Recipe):
-            print(f"{recipe.name}: learns from pairs, which is not planned here", file=sys.stderr)
+            note(f"{recipe.name}: learns from pairs, which is not planned here")
             continue
         before = left.get(recipe.init.from_folder or "")
-        if before is None:
-            start = starting_point(recipe, path)
-        else:
-            start = Start(new_image_rules(before.config, recipe.init.image), before.trained, before.note)
+        start = starting_point(recipe, path) if before is None else before.with_image(recipe.init.image)
         found.append((recipe, start))
-        parts = {rule.match.split(".")[0] for rule in recipe.train if rule.train}
-        left[str(Path(recipe.output_dir) / "final")] = Start(
-            start.config, start.trained | parts, f"as {recipe.name} will leave it"
-        )
+        left[str(Path(recipe.output_dir) / "final")] = start.after(recipe, recipe.name)
     if not found:
         raise ConfigError(f"{path}: no stage of it trains a language model")
     return found
@@ -115,15 +108,15 @@ def _stages(path: Path, overrides: list[str]) -> list[tuple[Any, Any]]:
 
 def _question(args: argparse.Namespace, engine: str) -> Question:
     """Turn the flags into a question."""
-    from polymodal.planning.train_plan import Question
+    from polymodal.planning.plan import Question
 
-    several = {"auto": "ddp", "deepspeed": "zero2"}.get(engine, engine)
     for name in ("devices", "text_tokens", "rows"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
     if not 0 < args.utilization <= 1:
         raise ConfigError(f"--utilization is {args.utilization}; give a share of the peak, above 0 and up to 1")
+    several = "ddp" if engine == "auto" else engine
     return Question(
         images=_sizes(args.image),
         text_tokens=args.text_tokens,
@@ -133,12 +126,12 @@ def _question(args: argparse.Namespace, engine: str) -> Question:
         engine=args.engine or (several if args.devices > 1 else "single"),
         device=args.device,
         utilization=args.utilization,
-        samples_per_second=args.samples_per_second if args.log is None else measured_speed(args.log),
+        samples_per_second=args.samples_per_second if args.log is None else _measured_speed(args.log),
         fetch=args.fetch,
     )
 
 
-def measured_speed(path: Path) -> float:
+def _measured_speed(path: Path) -> float:
     """The middle of a run's samples per second."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -151,102 +144,82 @@ def measured_speed(path: Path) -> float:
 
 
 def _sizes(texts: list[str]) -> tuple[Size, ...]:
-    from polymodal.media_plan import Size
-
-    found = []
-    for text in texts:
-        match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", text)
-        if match is None:
-            raise ConfigError(f"--image {text!r}: write it as HEIGHTxWIDTH in pixels, such as 480x640")
-        found.append(Size(int(match[1]), int(match[2])))
-    return tuple(found)
+    matches = [re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", text) for text in texts]
+    if None in matches:
+        wrong = texts[matches.index(None)]
+        raise ConfigError(f"--image {wrong!r}: write it as HEIGHTxWIDTH in pixels, such as 480x640")
+    return tuple(Size(int(match[1]), int(match[2])) for match in matches if match is not None)
 
 
-def _text(plan: Plan, question: Question) -> str:
+def _training_text(plan: TrainingPlan, question: Question) -> str:
     """A training plan for a person."""
     total, trained = sum(plan.parameters.values()), sum(plan.trained.values())
-    parts = ", ".join(f"{name} {_count(count)}" for name, count in plan.parameters.items())
-    images = ", ".join(
-        f"{size.height}x{size.width}: {tokens} tokens in {tiles} tile{'s' * (tiles != 1)}"
-        for size, tokens, tiles in zip(question.images, plan.visual_tokens, plan.tiles, strict=True)
-    )
     over = f"; OVER max_length {plan.max_length}: such rows are left out" if plan.tokens > plan.max_length else ""
-    checkpointed = "activations are computed twice" if plan.checkpointing else "activations are kept"
+    each = "one device" if question.devices == 1 else f"each of {question.devices} devices"
+    twice = "computed twice" if plan.checkpointing else "kept"
+    verdict = "" if plan.fits is None else f": {'fits' if plan.fits else 'DOES NOT FIT'} {question.device}"
+    steps = "not known: the data files are not here; give --rows"
+    time = "not known: give --device, or --samples-per-second"
+    if plan.steps is not None:
+        steps = f"{plan.steps:,} ({plan.samples:,} samples)"
+    if plan.hours is not None:
+        how = f"assumed: {question.utilization:.0%} of the peak of {question.device}"
+        if question.samples_per_second is not None:
+            how = f"measured: {question.samples_per_second:g} samples/s a device"
+        time = f"{_hours(plan.hours)} on {question.devices} x {question.device or 'device'} ({how})"
     rows = [
-        ("model", f"{plan.model}: {parts}"),
+        ("model", _parts(plan)),
         ("trained", f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f} %), {plan.precision}"),
-        ("images", images or "none (--image HxW)"),
+        ("images", ", ".join(f"{size}: {text}" for size, text in _images(plan)) or "none (--image HxW)"),
         ("sample", f"{plan.tokens} tokens, {question.answer_tokens} of them trained{over}"),
-        ("key-value cache", _cache(plan.kv_bytes_per_token, plan.tokens, "a sample")),
-        ("at once", f"{plan.micro_rows} samples on {_devices(question)} ({question.engine}); {checkpointed}"),
+        ("key-value cache", f"{_cache(plan)} a sample"),
+        ("at once", f"{plan.micro_rows} samples on {each} ({question.engine}); activations are {twice}"),
         *[(f"  {use}", _gib(size)) for use, size in plan.memory.items() if size],
-        ("memory", f"{_gib(plan.total)} on each device{_verdict(plan, question)}"),
+        ("memory", f"{_gib(plan.total)} on each device{verdict}"),
         (
             "checkpointing",
             f"{_gib(plan.activations_kept)} of activations without, {_gib(plan.activations_checkpointed)} with it",
         ),
         ("compute", f"{plan.flops_per_sample / 1e12:.2f} TFLOP a sample, forward and backward"),
+        ("steps", steps),
+        ("time", time),
     ]
-    if plan.steps is None:
-        rows.append(("steps", "not known: the data files are not here; give --rows"))
-    else:
-        rows.append(("steps", f"{plan.steps:,} ({plan.samples:,} samples)"))
-    if plan.hours is not None:
-        measured = question.samples_per_second
-        how = (
-            f"measured: {measured:g} samples/s a device"
-            if measured is not None
-            else f"assumed: {question.utilization:.0%} of the peak of {question.device}"
-        )
-        rows.append(("time", f"{_hours(plan.hours)} on {question.devices} x {question.device or 'device'} ({how})"))
-    else:
-        rows.append(("time", "not known: give --device, or --samples-per-second"))
-    return f"{plan.name}\n" + _lines(rows)
+    return f"{plan.name}\n{aligned(rows)}"
 
 
-def _model_text(plan: ModelPlan) -> str:
+def _model_text(plan: Plan) -> str:
     """A model's plan for a person."""
-    parts = ", ".join(f"{name} {_count(count)}" for name, count in plan.parameters.items())
-    rows = [("model", f"{plan.name}: {parts}"), ("weights", f"{_gib(plan.weight_bytes)} ({plan.dtype})")]
-    for (height, width), tokens, tiles in zip(plan.images, plan.visual_tokens, plan.tiles, strict=True):
-        rows.append((f"image {height}x{width}", f"{tokens} tokens in {tiles} tile{'s' * (tiles != 1)}"))
-    rows += [
+    rows = [
+        ("model", _parts(plan)),
+        ("weights", f"{_gib(plan.weight_bytes)} ({plan.dtype})"),
+        *[(f"image {size}", text) for size, text in _images(plan)],
         ("prompt", f"{plan.tokens} tokens of {plan.context or 'unlimited'}{' - TOO LONG' * plan.too_long}"),
-        ("key-value cache", _cache(plan.kv_bytes_per_token, plan.tokens, "for the prompt")),
+        ("key-value cache", f"{_cache(plan)} for the prompt"),
     ]
     if plan.context:
         rows.append(("  at full length", _gib(plan.kv_bytes_per_token * plan.context)))
-    return _lines(rows)
+    return aligned(rows)
 
 
-def _verdict(plan: Plan, question: Question) -> str:
-    if plan.fits is None:
-        return ""
-    return f": fits {question.device}" if plan.fits else f": DOES NOT FIT {question.device}"
+def _parts(plan: Plan) -> str:
+    counts = (f"{name} {scaled(count, DECIMAL, 3).replace(' ', '')}" for name, count in plan.parameters.items())
+    return f"{plan.model}: {', '.join(counts)}"
 
 
-def _devices(question: Question) -> str:
-    return "one device" if question.devices == 1 else f"each of {question.devices} devices"
+def _images(plan: Plan) -> list[tuple[str, str]]:
+    """Each image's size, and what it takes."""
+    return [
+        (f"{height}x{width}", f"{tokens} tokens in {tiles} tile{'s' * (tiles != 1)}")
+        for (height, width), tokens, tiles in zip(plan.images, plan.visual_tokens, plan.tiles, strict=True)
+    ]
 
 
-def _cache(a_token: int, tokens: int, of_what: str) -> str:
-    return f"{a_token / 1024:.0f} KiB a token, {_gib(a_token * tokens)} {of_what}"
-
-
-def _lines(rows: list[tuple[str, str]]) -> str:
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name.ljust(width)}  {text}" for name, text in rows)
+def _cache(plan: Plan) -> str:
+    return f"{plan.kv_bytes_per_token / 1024:.0f} KiB a token, {_gib(plan.kv_bytes)}"
 
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
-
-
-def _count(number: int) -> str:
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return str(number)
 
 
 def _hours(hours: float) -> str:

@@ -7,33 +7,31 @@ as `transformers` scores it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.image_processing_base import ImageProcessingMixin
 
 from polymodal.config import ImageConfig, parse_config
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.media.image import open_image
 from polymodal.media_plan import Size, plan_image
+from polymodal.messages import Source
 from polymodal.modeling.dual_encoders.base import PairBatch, PairModel
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig
-from polymodal.modeling.dual_encoders.registry import NOTES, load_pair_model, read_notes
+from polymodal.modeling.dual_encoders.registry import NOTES, folder_type, load_pair_model, read_notes
 from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.processing.image_transform import tile_bytes
 from polymodal.utils.files import shipped
 from polymodal.utils.threads import ahead
 
-if TYPE_CHECKING:
-    from polymodal.messages import Source
-
 Progress = Callable[[int], object]
 """Told how many more images or texts are done."""
-
-_TOWERS_WITHOUT_TEXT = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "vit", "beit")
 
 
 @dataclass(frozen=True)
@@ -45,23 +43,29 @@ class Embedder:
     device: torch.device  # Where the model is
 
     @torch.no_grad()
-    def images(
+    def features(
         self, sources: Sequence[Source], *, batch_size: int = 32, workers: int = 2, progress: Progress | None = None
-    ) -> Tensor:
+    ) -> Iterator[Tensor]:
+        """Run the image tower, a batch at a time."""
+        # each [B, P, E]
+        tiles = ahead(self._tile, sources, workers, batch_size + workers)
+        while batch := list(islice(tiles, batch_size)):
+            yield self.model.encode(torch.stack(batch).to(self.device))
+            if progress is not None:
+                progress(len(batch))
+
+    @torch.no_grad()
+    def images(self, sources: Sequence[Source], *, batch_size: int = 32, progress: Progress | None = None) -> Tensor:
         """Embed images."""
         # -> [N, D]
+        tokenizer = self.model.tokenizer
+        # Texts that nobody looks at; CLIP must find its end token in them.
+        token = next((i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None), 0)
         found: list[Tensor] = []
-        tiles: list[Tensor] = []
-        for tile in ahead(self._tile, sources, workers, batch_size + workers):
-            tiles.append(tile)
-            if len(tiles) == batch_size or len(found) * batch_size + len(tiles) == len(sources):
-                features = self.model.encode(torch.stack(tiles).to(self.device))
-                ids = torch.full((len(tiles), 2), _special_id(self.model.tokenizer), device=self.device)
-                batch = PairBatch(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 0], features=features)
-                found.append(self.model.embed(batch).image.float().cpu())
-                if progress is not None:
-                    progress(len(tiles))
-                tiles = []
+        for features in self.features(sources, batch_size=batch_size, progress=progress):
+            ids = torch.full((len(features), 2), token, device=self.device)
+            batch = PairBatch(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 0], features=features)
+            found.append(self.model.embed(batch).image.float().cpu())
         return torch.cat(found)
 
     @torch.no_grad()
@@ -96,48 +100,29 @@ class Embedder:
 def load_embedder(source: str | Path, device: str | torch.device = "cpu") -> Embedder:
     """Load a folder with an image tower and a text tower."""
     source = str(shipped(str(source)) or source)
-    kind = _family(source)
-    notes = read_notes(Path(source).expanduser())
-    objective = ObjectiveConfig(type=notes.get("objective", "siglip" if kind == "siglip" else "clip"))
-    where = f"{source}/{NOTES}: image"
-    image = parse_config(ImageConfig, notes["image"], where) if "image" in notes else _image_rules(source)
-    model: Any = load_pair_model(source, image, objective)
-    return Embedder(model.to(device).eval(), image, torch.device(device))
-
-
-def _family(source: str) -> str:
-    """The `model_type` of a folder, with a plain word where it is another sort of model."""
-    from transformers import PreTrainedConfig
-
     folder = Path(source).expanduser()
     if (folder / "polymodal.json").is_file():
         raise ConfigError(f"{source}: a chat model has no text tower to compare images with; use --task questions")
     if folder.is_file():
         raise CheckpointError(f"{source} is a file; name the folder of a CLIP, SigLIP or other dual-encoder model")
     try:
-        settings, _ = PreTrainedConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: cannot be opened as a model ({first_line(error)})") from error
-    kind = str(settings.get("model_type", ""))
-    if kind in _TOWERS_WITHOUT_TEXT:
+        family = folder_type(source)
+    except ConfigError as error:
         raise ConfigError(
-            f"{source}: model_type {kind!r} is an image tower without a text tower, so no text can be compared with "
-            "it; name the whole dual-encoder folder, or compare towers with `python -m benchmarks.towers`"
-        )
-    return kind
+            f"{error}; without a text tower nothing can be compared with its images (`python -m benchmarks.towers` "
+            "compares image towers)"
+        ) from error
+    metadata = read_notes(folder)
+    objective = ObjectiveConfig(type=metadata.get("objective", "siglip" if family == "siglip" else "clip"))
+    where = f"{source}/{NOTES}: image"
+    image = parse_config(ImageConfig, metadata["image"], where) if "image" in metadata else _image_rules(source)
+    model: Any = load_pair_model(source, image, objective)
+    return Embedder(model.to(device).eval(), image, torch.device(device))
 
 
 def _image_rules(source: str) -> ImageConfig:
-    from transformers.image_processing_base import ImageProcessingMixin
-
     try:
         rules, _ = ImageProcessingMixin.get_image_processor_dict(source)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}: has no readable preprocessor_config.json ({first_line(error)})") from error
     return image_config_from_hf(rules)
-
-
-def _special_id(tokenizer: Any) -> int:
-    """A token for texts that nobody looks at; CLIP must find its end token."""
-    found = next((i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None), 0)
-    return int(found)

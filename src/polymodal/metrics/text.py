@@ -57,21 +57,17 @@ def word_recall(answer: str, accepted: Sequence[str]) -> float:
     return best
 
 
-def mean_interval(values: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:  # values [n]
-    """95% bootstrap interval of a mean."""
-    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def ratio_interval(hits: np.ndarray, counts: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
-    """95% bootstrap interval of a share whose items come in groups, such as the captions of an image."""
-    # hits [n], counts [n]
+def mean_interval(
+    values: np.ndarray, counts: np.ndarray | None = None, seed: int = 0, resamples: int = 10_000
+) -> tuple[float, float]:
+    """95% bootstrap interval of a mean; of sums over groups, such as the captions of an image, with their counts."""
+    # values [n], counts [n]
+    counts = np.ones(len(values)) if counts is None else counts
     random = np.random.default_rng(seed)
-    shares = []
-    step = max(1, 5_000_000 // len(hits))
-    for start in range(0, draws, step):
-        picks = random.integers(0, len(hits), (min(step, draws - start), len(hits)))
-        shares.append(hits[picks].sum(axis=1) / counts[picks].sum(axis=1))
-    low, high = np.percentile(np.concatenate(shares), [2.5, 97.5])
+    means = []
+    step = max(1, 5_000_000 // len(values))
+    for start in range(0, resamples, step):
+        chosen = random.integers(0, len(values), (min(step, resamples - start), len(values)))
+        means.append(values[chosen].sum(axis=1) / counts[chosen].sum(axis=1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)

@@ -4,6 +4,9 @@ The model's own modules run forward and backward under `FakeTensorMode`, with ho
 counter of matmul and attention FLOPs. Nothing is a formula of ours but the output head, whose loss is taken in chunks
 under a budget (`polymodal.modeling.token_loss`). Frozen layers, adapters, mixed precision and grouped heads therefore
 count as they are. Not seen: memory that a kernel borrows while it runs, and the allocator's fragments.
+
+`training.activation_checkpointing` has a formula for the same: it decides at the start of a run, where a trace would
+take seconds and a second copy of the model's modules, and an estimate is enough.
 """
 
 from __future__ import annotations
@@ -16,11 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from polymodal.modeling.meta_device import Outline, on_no_device
 from polymodal.modeling.token_loss import GPU_BUDGET
-from polymodal.utils.modules import blocks
+from polymodal.utils.modules import blocks, frozen
 
 ATTENTION = "polymodal_plan"
 """transformers' SDPA attention under a name of ours, whose causal mask is left to the kernel, as in a real run."""
@@ -59,7 +65,7 @@ class _Kept:
     """Counts the memory that autograd keeps, each piece once, weights aside."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.known = {id_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+        self.own = {id_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
         self.weights = {tuple(p.shape) for p in model.parameters() if p.ndim > 1 and p.dtype == torch.float32}
         self.pieces: dict[int, Tensor] = {}  # holding on to them keeps their identities from being used again
         self.bytes = 0
@@ -67,7 +73,7 @@ class _Kept:
 
     def pack(self, tensor: Tensor) -> Tensor:
         key = id_of(tensor)
-        if key not in self.known and key not in self.pieces:
+        if key not in self.own and key not in self.pieces:
             self.pieces[key] = tensor
             size = tensor.untyped_storage().nbytes()
             is_copy = tensor.dtype == torch.bfloat16 and self.weights & {tuple(tensor.shape), tuple(tensor.shape[::-1])}
@@ -84,6 +90,8 @@ def id_of(tensor: Tensor) -> int:
 def trace(outline: Outline, load: Load, *, bf16: bool) -> Trace:
     """Run one micro-batch without data."""
     model, llm = outline.model, outline.model.llm
+    tower: Any = model.vision_encoder
+    trained_tower = tower is not None and not frozen(tower)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     on_no_device(model, mode)
     _leave_mask_to_kernel(llm)
@@ -93,32 +101,28 @@ def trace(outline: Outline, load: Load, *, bf16: bool) -> Trace:
         stack.enter_context(mode)
         stack.enter_context(counter)
         stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16))
-        saving = torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor)
-        with saving:
-            trained_tower = model.vision_encoder is not None and any(
-                p.requires_grad for p in model.vision_encoder.parameters()
-            )
-            tower: Any = model.vision_encoder if trained_tower else None
-            with layers.watched(llm, kept, counter), layers.watched(tower, kept, counter):
-                hidden = _forward(outline, load)
-                loss = hidden.float().sum()
+        with (
+            torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor),
+            layers.watched([*blocks(llm), *(blocks(tower) if trained_tower else ())], kept, counter),
+        ):
+            hidden = _forward(outline, load)
+            loss = hidden.float().sum()
         forward = counter.get_total_flops()
         kept_bytes = kept.bytes
         if loss.requires_grad:
             loss.backward()
         backward = counter.get_total_flops() - forward
-    head = 2.0 * load.rows * load.targets * hidden.shape[-1] * _vocabulary(llm)
-    head_trained = any(p.requires_grad for p in llm.get_output_embeddings().parameters())
-    logits = LOGIT_BYTES * load.rows * load.targets * _vocabulary(llm)
-    largest = max(layers.kept, default=0)
+    output: Any = llm.get_output_embeddings()
+    logits = load.rows * load.targets * int(output.weight.shape[0])
+    head = 2.0 * logits * hidden.shape[-1]
     return Trace(
         kept=kept_bytes,
         weight_copies=kept.copies,
-        kept_checkpointed=kept_bytes - sum(layers.kept) + sum(layers.inputs) + largest,
-        loss_bytes=min(logits, LOGIT_BYTES // 4 * GPU_BUDGET),
+        kept_checkpointed=kept_bytes - sum(layers.kept) + sum(layers.inputs) + max(layers.kept, default=0),
+        loss_bytes=min(LOGIT_BYTES * logits, LOGIT_BYTES // 4 * GPU_BUDGET),
         tower_bytes=0 if trained_tower or load.cached else _tower_bytes(outline, load, bf16),
         forward_flops=forward + head,
-        backward_flops=backward + head * (2 if head_trained else 1),
+        backward_flops=backward + head * (1 if frozen(output) else 2),
         layer_flops=float(sum(layers.flops)),
     )
 
@@ -154,10 +158,12 @@ def _forward(outline: Outline, load: Load) -> Tensor:
         found.append(args[0].reshape(-1, args[0].shape[-1]).index_select(0, positions))
         return (found[0][:0].detach(),)
 
-    inputs: dict[str, Tensor] = {"inputs_embeds": embeds}
+    inputs = {"inputs_embeds": embeds}
     if model.encoder_decoder:
-        said = torch.zeros(load.rows, load.targets, dtype=torch.int64)
-        inputs = {"inputs_embeds": embeds[:, : max(1, load.tokens - load.targets)], "decoder_input_ids": said}
+        inputs = {
+            "inputs_embeds": embeds[:, : max(1, load.tokens - load.targets)],
+            "decoder_input_ids": torch.zeros(load.rows, load.targets, dtype=torch.int64),
+        }
     handle = llm.get_output_embeddings().register_forward_pre_hook(keep)
     try:
         llm(**inputs, use_cache=False)
@@ -175,8 +181,8 @@ class _Layers:
         self.flops: list[int] = []
 
     @contextmanager
-    def watched(self, module: nn.Module | None, kept: _Kept, counter: FlopCounterMode) -> Iterator[None]:
-        """While active, note what each layer of a network costs."""
+    def watched(self, layers: list[nn.Module], kept: _Kept, counter: FlopCounterMode) -> Iterator[None]:
+        """While active, note what each layer costs."""
         before: list[tuple[int, int]] = []
 
         def enter(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -189,12 +195,8 @@ class _Layers:
             self.kept.append(kept.bytes - bytes_before)
             self.flops.append(counter.get_total_flops() - flops_before)
 
-        handles = []
-        for layer in blocks(module) if module is not None else ():
-            handles += [
-                layer.register_forward_pre_hook(enter, with_kwargs=True),
-                layer.register_forward_hook(leave),
-            ]
+        handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+        handles += [layer.register_forward_hook(leave) for layer in layers]
         try:
             yield
         finally:
@@ -215,32 +217,20 @@ def _tower_bytes(outline: Outline, load: Load, bf16: bool) -> int:
 
 def _leave_mask_to_kernel(llm: Any) -> None:
     """Keep transformers from making a causal mask: it does so wherever it cannot look into tensors."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_attention_forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, lambda *_args, **_kwargs: None)
     for config in {id(c): c for c in (llm.config, llm.config.get_text_config())}.values():
         config._attn_implementation = ATTENTION
 
 
-def _vocabulary(llm: Any) -> int:
-    return int(llm.get_output_embeddings().weight.shape[0])
-
-
 def _cpu_attention() -> dict[Any, Any]:
     """Formulas for the CPU's attention kernel, which torch's counter does not know."""
-    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
-
     ops: Any = torch.ops.aten
 
-    def forward(query: Any, key: Any, value: Any, *_args: Any, out_shape: Any = None, **_kwargs: Any) -> int:
+    def forward(query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) -> int:
         return int(sdpa_flop_count(query, key, value))
 
-    def backward(
-        grad: Any, query: Any, key: Any, value: Any, *_args: Any, out_shape: Any = None, **_kwargs: Any
-    ) -> int:
+    def backward(grad: Any, query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) -> int:
         return int(sdpa_backward_flop_count(grad, query, key, value))
 
     return {

@@ -1,14 +1,16 @@
-"""What a recipe starts from, also where the stage before it has not run yet."""
+"""The model that a plan begins with: a recipe's, also where the stage before it has not run yet, or one named."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from polymodal.config import ModelConfig, new_image_rules
+from polymodal.checkpoints.model_folder import CONFIG_NAME, read_config, read_history
+from polymodal.config import ImageConfig, LLMConfig, ModelConfig, new_image_rules
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.training.recipes.load import load_recipe
 from polymodal.training.recipes.sft import Recipe
+from polymodal.utils.files import shipped_folder
 
 
 @dataclass(frozen=True)
@@ -17,31 +19,34 @@ class Start:
 
     config: ModelConfig  # The model's configuration
     trained: frozenset[str]  # Parts that earlier stages trained, such as "llm"
-    note: str  # Where the configuration was found, for a person
+    origin: str  # Where the configuration was found, for a person
+
+    def with_image(self, image: ImageConfig | None) -> Start:
+        """The same under a recipe's own image rules."""
+        return replace(self, config=new_image_rules(self.config, image))
+
+    def after(self, recipe: Recipe, maker: str) -> Start:
+        """What a recipe leaves that starts from this."""
+        parts = {rule.match.split(".")[0] for rule in recipe.train if rule.train}
+        return Start(self.config, self.trained | parts, f"as {maker} will leave it")
 
 
 def starting_point(recipe: Recipe, path: Path | None = None) -> Start:
-    """Find out what a recipe starts from, also where the stage before it has not run yet."""
-    from polymodal.checkpoints.model_folder import CONFIG_NAME, read_config, read_history
-
+    """Find out what a recipe starts from; recipes beside its file are searched for the one that makes its folder."""
     if recipe.init.model is not None:
         return Start(recipe.init.model, frozenset(), "as the recipe composes it")
     assert recipe.init.from_folder is not None
     folder, image = Path(recipe.init.from_folder), recipe.init.image
     if (folder / CONFIG_NAME).is_file():
         trained = {name for entry in read_history(folder) for name in entry.get("trained", ())}
-        config = new_image_rules(resolve_bundled(read_config(folder), folder), image)
-        return Start(config, frozenset(trained), f"as in {folder}")
+        return Start(_config_in(folder), frozenset(trained), f"as in {folder}").with_image(image)
     for other in sorted(path.parent.glob("*.yaml")) if path is not None else ():
         try:
             before = load_recipe(other)
         except ConfigError:
             continue  # a pipeline file, or another's recipe with a mistake: not what is looked for
         if Path(before.output_dir) / "final" == folder and other != path:
-            start = starting_point(before, other)
-            parts = {rule.match.split(".")[0] for rule in before.train if rule.train}
-            config = new_image_rules(start.config, image)
-            return Start(config, start.trained | parts, f"as {other} will leave it")
+            return starting_point(before, other).after(before, str(other)).with_image(image)
     if (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: a published model; plan it as a folder of ours (`polymodal convert {folder} DST`)"
@@ -51,9 +56,23 @@ def starting_point(recipe: Recipe, path: Path | None = None) -> Start:
     )
 
 
-def resolve_bundled(config: ModelConfig, folder: Path) -> ModelConfig:
-    """Name the folders of parts that lie in a model's own folder."""
-    if config.vision is not None and config.vision.vision_tower == "bundled":
-        tower = config.vision.model_copy(update={"vision_tower": str(folder / "vision")})
-        return config.model_copy(update={"vision": tower})
-    return config
+def model_config(name: str) -> ModelConfig:
+    """The configuration of a shipped model, a folder of ours, or a language model (a folder or hub id)."""
+    folder = Path(name).expanduser()
+    for place in (shipped_folder() / name, folder):
+        if (place / CONFIG_NAME).is_file():
+            return _config_in(place)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: neither a polymodal.json nor a config.json in it")
+    if not folder.is_dir() and name.count("/") != 1:
+        raise CheckpointError(f"{name}: no such model folder, and no hub id (owner/name)")
+    return ModelConfig(llm=LLMConfig(model_name_or_path=str(folder) if folder.is_dir() else name))
+
+
+def _config_in(folder: Path) -> ModelConfig:
+    """The configuration of a folder of ours, with the place of a tower that lies in it."""
+    config = read_config(folder)
+    if config.vision is None or config.vision.vision_tower != "bundled":
+        return config
+    tower = config.vision.model_copy(update={"vision_tower": str(folder / "vision")})
+    return config.model_copy(update={"vision": tower})

@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image as PILImage
 
 from polymodal.backends.base import Backend
+from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError, PolymodalError
+from polymodal.evaluation.report import markdown_table
 from polymodal.generation.params import GenerationParams
+from polymodal.media.image import open_image
 from polymodal.messages import Image, Message
 from polymodal.metrics.text import exact_match, mean_interval, mentions, word_recall
-
-if TYPE_CHECKING:
-    from polymodal.data.readers.conversations import Record
 
 Metric = Callable[[str, Sequence[str]], float]
 
@@ -86,33 +86,34 @@ def summarise(items: Sequence[Item]) -> list[KindScore]:
     by_kind: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         by_kind[item.kind].append(item)
-    rows = []
-    for kind, group in by_kind.items():
-        scores = np.array([item.score for item in group])
-        blind = np.array([item.blind_score for item in group])
-        rows.append(
-            KindScore(
-                kind, len(group), sum(item.error is not None for item in group), float(scores.mean()),
-                float(blind.mean()), _majority(kind, group), mean_interval(scores - blind),
-            )
-        )  # fmt: skip
-    return rows
+    return [_kind_score(kind, group) for kind, group in by_kind.items()]
+
+
+def _kind_score(kind: str, group: Sequence[Item]) -> KindScore:
+    metric = METRICS.get(kind, exact_match)
+    scores, blind = np.array([(item.score, item.blind_score) for item in group], dtype=float).T
+    constant = {item.accepted[0] for item in group}
+    return KindScore(
+        kind=kind,
+        count=len(group),
+        failed=sum(item.error is not None for item in group),
+        score=float(scores.mean()),
+        blind=float(blind.mean()),
+        majority=max(sum(metric(answer, item.accepted) for item in group) / len(group) for answer in constant),
+        margin=mean_interval(scores - blind),
+    )
 
 
 def table(rows: Sequence[KindScore]) -> str:
     """Rows as a Markdown table, in percent."""
-    lines = [
-        "| kind | metric | questions | model | image-blind | majority | margin over blind (95%) |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    ]
+    head = ("kind", "metric", "questions", "model", "image-blind", "majority", "margin over blind (95%)")
+    cells = []
     for row in rows:
         metric = METRICS.get(row.kind, exact_match).__name__.replace("_", " ")
-        low, high = row.margin
-        lines.append(
-            f"| {row.kind} | {metric} | {row.count} | {row.score:.1%} | {row.blind:.1%} | {row.majority:.1%} "
-            f"| {row.score - row.blind:+.1%} ({low:+.1%} to {high:+.1%}) |"
-        )
-    return "\n".join(lines)
+        means = (f"{mean:.1%}" for mean in (row.score, row.blind, row.majority))
+        margin = f"{row.score - row.blind:+.1%} ({row.margin[0]:+.1%} to {row.margin[1]:+.1%})"
+        cells.append((row.kind, metric, row.count, *means, margin))
+    return markdown_table(head, cells, words=2)
 
 
 def _answer(
@@ -125,30 +126,19 @@ def _answer(
 
 
 def _item(record: Record, seen: str | PolymodalError, blind: str | PolymodalError) -> Item:
-    accepted = _accepted(record)
+    accepted = tuple(record.extra.get("answers") or (record.messages[-1].text,))
     metric = METRICS.get(record.kind, exact_match)
     failed = next((a for a in (seen, blind) if isinstance(a, PolymodalError)), None)
-    return Item(
-        id=record.id,
-        kind=record.kind,
-        accepted=accepted,
-        answer=None if isinstance(seen, PolymodalError) else seen,
-        blind=None if isinstance(blind, PolymodalError) else blind,
-        score=0.0 if isinstance(seen, PolymodalError) else metric(seen, accepted),
-        blind_score=0.0 if isinstance(blind, PolymodalError) else metric(blind, accepted),
-        error=None if failed is None else str(failed),
-    )
+    answer, control = (None if isinstance(a, PolymodalError) else a for a in (seen, blind))
+    score, blind_score = (0.0 if a is None else metric(a, accepted) for a in (answer, control))
+    error = None if failed is None else str(failed)
+    return Item(record.id, record.kind, accepted, answer, control, score, blind_score, error)
 
 
 def _question(record: Record) -> list[Message]:
     if len(record.messages) < 2 or record.messages[-1].role != "assistant":
         raise DataError(f"{record.id}: a held-out record needs a question and its answer")
     return list(record.messages[:-1])
-
-
-def _accepted(record: Record) -> tuple[str, ...]:
-    answers = record.extra.get("answers")
-    return tuple(answers) if answers else (record.messages[-1].text,)
 
 
 def _blind(messages: Sequence[Message]) -> list[Message] | PolymodalError:
@@ -161,10 +151,6 @@ def _blind(messages: Sequence[Message]) -> list[Message] | PolymodalError:
 
 def in_grey(messages: Sequence[Message]) -> list[Message]:
     """Hide the images of a conversation."""
-    from PIL import Image as PILImage
-
-    from polymodal.media.image import open_image
-
     blind = []
     for message in messages:
         parts = [
@@ -173,10 +159,3 @@ def in_grey(messages: Sequence[Message]) -> list[Message]:
         ]
         blind.append(replace(message, parts=tuple(parts)))
     return blind
-
-
-def _majority(kind: str, group: Sequence[Item]) -> float:
-    """Score of the best constant answer among the accepted ones."""
-    metric = METRICS.get(kind, exact_match)
-    candidates = {item.accepted[0] for item in group}
-    return max(sum(metric(answer, item.accepted) for item in group) / len(group) for answer in candidates)

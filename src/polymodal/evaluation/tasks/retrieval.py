@@ -8,22 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError
 from polymodal.evaluation.embedder import Embedder, Progress
-from polymodal.messages import Image
+from polymodal.evaluation.report import markdown_table, span
+from polymodal.messages import Image, Source
 from polymodal.metrics.retrieval import IMAGE_TO_TEXT, KS, TEXT_TO_IMAGE, chance, embedding_ranks, recall_of
-from polymodal.metrics.text import ratio_interval
-
-if TYPE_CHECKING:
-    from polymodal.data.readers.conversations import Record
-    from polymodal.messages import Source
-
-_WAYS = {IMAGE_TO_TEXT: "image to text", TEXT_TO_IMAGE: "text to image"}
+from polymodal.metrics.text import mean_interval
 
 
 @dataclass(frozen=True)
@@ -96,31 +91,22 @@ def retrieval(
     own = torch.tensor(pairs.image_of_text)
     ranks = embedding_ranks(image, text, own)
     scores, expected = recall_of(ranks, ks), chance(len(image), own, ks)
-    captions = np.bincount(pairs.image_of_text, minlength=len(image)).astype(float)
+    owners = {IMAGE_TO_TEXT: np.arange(len(image)), TEXT_TO_IMAGE: own.numpy()}
     rows = []
-    for way in _WAYS:
+    for way, owner in owners.items():
         for k in ks:
-            if way == IMAGE_TO_TEXT:
-                hits, counts = (ranks.image_to_text < k).double().numpy(), np.ones(len(image))
-            else:
-                found = (ranks.text_to_image < k).double().numpy()
-                hits, counts = np.bincount(pairs.image_of_text, weights=found, minlength=len(image)), captions
-            low, high = ratio_interval(hits, counts)
-            rows.append(Recall(way, k, scores[f"{way}@{k}"], low, high, expected[f"{way}@{k}"]))
+            found = (getattr(ranks, way) < k).double().numpy()
+            interval = mean_interval(np.bincount(owner, weights=found), np.bincount(owner))
+            rows.append(Recall(way, k, scores[f"{way}@{k}"], *interval, expected[f"{way}@{k}"]))
     return Retrieval(len(image), len(text), len(text) - len(set(pairs.texts)), tuple(rows))
 
 
 def table(result: Retrieval) -> str:
     """The scores as a Markdown table, in percent."""
-    lines = [
-        f"{result.images} images, {result.texts} texts"
-        + (f" ({result.shared} of them repeated: only one place counts)" if result.shared else ""),
-        "",
-        "| | recall | 95% | chance |",
-        "|---|--:|--:|--:|",
-    ]
-    for row in result.recalls:
-        lines.append(
-            f"| {_WAYS[row.way]} @{row.k} | {row.score:.1%} | {row.low:.1%} to {row.high:.1%} | {row.chance:.1%} |"
-        )
-    return "\n".join(lines)
+    shared = f" ({result.shared} of them repeated: only one place counts)" if result.shared else ""
+    rows = (
+        (f"{row.way.replace('_', ' ')} @{row.k}", f"{row.score:.1%}", span((row.low, row.high)), f"{row.chance:.1%}")
+        for row in result.recalls
+    )
+    table = markdown_table(("", "recall", "95%", "chance"), rows)
+    return f"{result.images} images, {result.texts} texts{shared}\n\n{table}"

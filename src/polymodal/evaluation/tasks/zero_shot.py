@@ -14,18 +14,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 
 from polymodal.errors import DataError
 from polymodal.evaluation.embedder import Embedder, Progress
+from polymodal.evaluation.report import markdown_table, span
+from polymodal.messages import Source
 from polymodal.metrics.retrieval import class_embeddings, zero_shot_chance, zero_shot_ranks
 from polymodal.metrics.text import mean_interval
-
-if TYPE_CHECKING:
-    from polymodal.messages import Source
 
 
 @dataclass(frozen=True)
@@ -89,29 +87,22 @@ def zero_shot_scores(
             labels[row, list(right)] = True
         ranks = zero_shot_ranks(own, class_embeddings(written), labels).numpy()
         expected = zero_shot_chance(labels, len(task.classes))
-        first, five = (ranks < 1).astype(np.float64), (ranks < 5).astype(np.float64)
+        one, five = ((float(hits.mean()), mean_interval(hits)) for hits in (ranks < 1.0, ranks < 5.0))
         rows.append(
-            ZeroShotScore(
-                task.name, len(own), len(task.classes), float(first.mean()), mean_interval(first),
-                float(five.mean()), mean_interval(five), expected["top1"], expected["top5"],
-            )
-        )  # fmt: skip
+            ZeroShotScore(task.name, len(own), len(task.classes), *one, *five, expected["top1"], expected["top5"])
+        )
     return rows
 
 
 def table(rows: Sequence[ZeroShotScore]) -> str:
     """The scores as a Markdown table, in percent."""
-    lines = [
-        "| task | images | classes | top 1 | 95% | chance | top 5 | 95% | chance |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    head = ("task", "images", "classes", "top 1", "95%", "chance", "top 5", "95%", "chance")
+    cells = []
     for row in rows:
-        (low1, high1), (low5, high5) = row.top1_interval, row.top5_interval
-        lines.append(
-            f"| {row.name} | {row.images} | {row.classes} | {row.top1:.1%} | {low1:.1%} to {high1:.1%} "
-            f"| {row.chance1:.1%} | {row.top5:.1%} | {low5:.1%} to {high5:.1%} | {row.chance5:.1%} |"
-        )
-    return "\n".join(lines)
+        one = (f"{row.top1:.1%}", span(row.top1_interval), f"{row.chance1:.1%}")
+        five = (f"{row.top5:.1%}", span(row.top5_interval), f"{row.chance5:.1%}")
+        cells.append((row.name, row.images, row.classes, *one, *five))
+    return markdown_table(head, cells)
 
 
 def _prompts(task: ZeroShotTask) -> list[str]:
