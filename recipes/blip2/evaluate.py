@@ -52,42 +52,29 @@ def look_up(folder: Path, records: Sequence[Record], nearest: int, group: int, d
     """Score stage 1; returns the lines of its tables and adds to the document."""
     import torch
 
+    from polymodal.evaluation.embedder import load_embedder
+    from polymodal.evaluation.report import markdown_table
     from polymodal.evaluation.tasks.image_text_matching import matching_scores, open_gallery, retrieval_scores
     from polymodal.evaluation.tasks.retrieval import pairs_of
-    from polymodal.media.image import open_image
-    from polymodal.media_plan import Size, plan_image
     from polymodal.metrics.retrieval import chance
-    from polymodal.modeling.dual_encoders.blip2_stage1_folder import load_blip2
-    from polymodal.modeling.dual_encoders.config import ObjectiveConfig
-    from polymodal.processing.image_transform import tile_bytes
 
-    model = load_blip2(str(folder), None, ObjectiveConfig(type="blip2")).eval()
-    rules = model.image
+    embedder = load_embedder(folder)
+    model: Any = embedder.model
     pairs = pairs_of(records)
-    features = []
-    for source in pairs.images:
-        image = open_image(source, background=rules.background, max_pixels=rules.max_pixels)
-        plan = plan_image(Size(image.height, image.width), rules, Size(1, 1))
-        features.append(model.encode(torch.from_numpy(tile_bytes(image, plan, rules)[0])[None]))
     owner = torch.tensor(pairs.image_of_text)
-    gallery = open_gallery(model, torch.cat(features), list(pairs.texts), owner)
+    gallery = open_gallery(model, torch.cat([*embedder.features(pairs.images)]), list(pairs.texts), owner)
     plain, looked = retrieval_scores(model, gallery), retrieval_scores(model, gallery, nearest)
     expected, matching = chance(len(pairs.images), owner), matching_scores(model, gallery, group)
     document |= {"recall": plain, "recall_reranked": looked, "chance": expected, "reranked": nearest}
     document["matching"] = asdict(matching)
-    lines = [
+    rows = []
+    for name in plain:
+        shares = (f"{found[name]:.1%}" for found in (plain, looked, expected))
+        rows.append((name.replace("_", " ").replace("@", " @"), *shares))
+    return [
         f"{len(pairs.images)} images, {len(pairs.texts)} texts",
         "",
-        f"| | contrast | + matching on the nearest {nearest} | chance |",
-        "|---|--:|--:|--:|",
-    ]
-    for name in plain:
-        way, _, k = name.partition("@")
-        lines.append(
-            f"| {way.replace('_', ' ')} @{k} | {plain[name]:.1%} | {looked[name]:.1%} | {expected[name]:.1%} |"
-        )
-    return [
-        *lines,
+        markdown_table(("", "contrast", f"+ matching on the nearest {nearest}", "chance"), rows),
         "",
         f"matching: {matching.accuracy:.1%} of pairs and hard negatives right (always no: 66.7%), "
         f"balanced {matching.balanced:.1%} (pairs {matching.pairs:.1%}, negatives {matching.negatives:.1%})",

@@ -50,14 +50,9 @@ def recall_of(ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float]:
 
 def chance(images: int, image_of_text: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:  # image_of_text [T]
     """Recall of a random order, exactly."""
-    texts = len(image_of_text)
-    captions = torch.bincount(image_of_text.cpu(), minlength=images).tolist()
-    found: dict[str, float] = {}
-    for k in ks:
-        # All k places hold wrong texts: C(T - c, k) of C(T, k) draws.
-        missed = {c: math.comb(texts - c, min(k, texts)) / math.comb(texts, min(k, texts)) for c in set(captions)}
-        found[f"{IMAGE_TO_TEXT}@{k}"] = sum(1 - missed[c] for c in captions) / images
-    return found | {f"{TEXT_TO_IMAGE}@{k}": min(1.0, k / images) for k in ks}
+    captions = torch.bincount(image_of_text.cpu(), minlength=images)
+    to_text = {f"{IMAGE_TO_TEXT}@{k}": _hit_by_chance(captions, len(image_of_text), k) for k in ks}
+    return to_text | {f"{TEXT_TO_IMAGE}@{k}": min(1.0, k / images) for k in ks}
 
 
 def similarity_ranks(similarity: Tensor, image_of_text: Tensor) -> Ranks:  # similarity [I, T], image_of_text [T]
@@ -70,16 +65,17 @@ def similarity_ranks(similarity: Tensor, image_of_text: Tensor) -> Ranks:  # sim
 def embedding_ranks(image: Tensor, text: Tensor, image_of_text: Tensor, *, budget: int = BUDGET) -> Ranks:
     """Ranks from embeddings, a part of the matrix at a time."""
     # image [I, D], text [T, D], image_of_text [T]
-    images, texts = len(image), len(text)
-    _check_pairs(images, texts, image_of_text)
-    queries = image.shape[1] if image.ndim == 3 else 1
+    _check_pairs(len(image), len(text), image_of_text)
     own = image_of_text.to(text.device)
-    by_image, by_text = [], []
-    for part in torch.arange(images, device=own.device).split(_rows(texts * queries, budget)):
-        by_image.append(_ranks(similarities(image[part], text), own[None, :] == part[:, None]))
-    every = torch.arange(images, device=own.device)
-    for part in torch.arange(texts, device=own.device).split(_rows(images * queries, budget)):
-        by_text.append(_ranks(similarities(image, text[part]).T, own[part][:, None] == every[None, :]))
+    every = torch.arange(len(image), device=own.device)
+    by_image = [
+        _ranks(similarities(image[part], text), own[None, :] == part[:, None])
+        for part in every.split(_rows(image, len(text), budget))
+    ]
+    by_text = [
+        _ranks(similarities(image, text[part]).T, own[part][:, None] == every[None, :])
+        for part in torch.arange(len(text), device=own.device).split(_rows(image, len(image), budget))
+    ]
     return Ranks(torch.cat(by_image), torch.cat(by_text))
 
 
@@ -109,8 +105,7 @@ def zero_shot_ranks(image: Tensor, classes: Tensor, labels: Tensor, *, budget: i
     right = right_classes(labels, len(classes)).to(image.device)
     if len(right) != len(image):
         raise DataError(f"{len(image)} images but labels of {len(right)}")
-    queries = image.shape[1] if image.ndim == 3 else 1
-    parts = torch.arange(len(image), device=image.device).split(_rows(len(classes) * queries, budget))
+    parts = torch.arange(len(image), device=image.device).split(_rows(image, len(classes), budget))
     return torch.cat([_ranks(similarities(image[part], classes), right[part]) for part in parts])
 
 
@@ -129,12 +124,16 @@ def right_classes(labels: Tensor, classes: int) -> Tensor:  # labels [I] -> [I, 
 
 def zero_shot_chance(labels: Tensor, classes: int) -> dict[str, float]:  # labels [I]
     """What a random order of the classes scores, exactly."""
-    counts = right_classes(labels, classes).sum(dim=1).tolist()
-    places = {k: min(k, classes) for k in (1, 5)}
-    return {
-        f"top{k}": sum(1 - math.comb(classes - c, n) / math.comb(classes, n) for c in counts) / len(counts)
-        for k, n in places.items()
-    }
+    right = right_classes(labels, classes).sum(dim=1)
+    return {f"top{k}": _hit_by_chance(right, classes, k) for k in (1, 5)}
+
+
+def _hit_by_chance(right: Tensor, among: int, k: int) -> float:  # right [N], how many answers of each are right
+    """How often a right answer is among the first k in a random order."""
+    k = min(k, among)
+    # All k places hold wrong answers in C(A - c, k) of C(A, k) orders.
+    hit = {c: 1 - math.comb(among - c, k) / math.comb(among, k) for c in set(right.tolist())}
+    return sum(hit[c] for c in right.tolist()) / len(right)
 
 
 def _ranks(scores: Tensor, right: Tensor) -> Tensor:
@@ -145,9 +144,10 @@ def _ranks(scores: Tensor, right: Tensor) -> Tensor:
     return ((scores >= best) & ~right).sum(dim=1)
 
 
-def _rows(columns: int, budget: int) -> int:
-    # Scores, the masked copy and the masks: about ten bytes an entry.
-    return max(1, budget // (10 * max(1, columns)))
+def _rows(image: Tensor, columns: int, budget: int) -> int:  # image [I, D] or [I, Q, D]
+    # Scores, the masked copy and the masks: about ten bytes an entry, for each of an image's vectors.
+    queries = image.shape[1] if image.ndim == 3 else 1
+    return max(1, budget // (10 * max(1, columns * queries)))
 
 
 def _check_pairs(images: int, texts: int, image_of_text: Tensor) -> None:

@@ -11,8 +11,8 @@ take seconds and a second copy of the model's modules, and an estimate is enough
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,17 +61,22 @@ class Trace:
     layer_flops: float  # FLOPs of the forward pass inside the layers that checkpointing computes twice
 
 
-class _Kept:
-    """Counts the memory that autograd keeps, each piece once, weights aside."""
+class _Meter:
+    """Counts the memory that autograd keeps, each piece once, weights aside, and what each watched layer costs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
         self.own = {id_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
         self.weights = {tuple(p.shape) for p in model.parameters() if p.ndim > 1 and p.dtype == torch.float32}
+        self.counter = counter
         self.pieces: dict[int, Tensor] = {}  # holding on to them keeps their identities from being used again
         self.bytes = 0
         self.copies = 0
+        self.layers_kept: list[int] = []
+        self.layer_inputs: list[int] = []
+        self.layer_flops: list[int] = []
 
     def pack(self, tensor: Tensor) -> Tensor:
+        """A hook on what autograd saves."""
         key = id_of(tensor)
         if key not in self.own and key not in self.pieces:
             self.pieces[key] = tensor
@@ -80,6 +85,30 @@ class _Kept:
             self.copies += size if is_copy else 0
             self.bytes += 0 if is_copy else size
         return tensor
+
+    @contextmanager
+    def watching(self, layers: Sequence[nn.Module]) -> Iterator[None]:
+        """While active, count saved memory, and what each of these layers keeps, takes in and computes."""
+        before: list[tuple[int, int]] = []
+
+        def enter(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            self.layer_inputs.append(hidden.numel() * hidden.element_size() if hidden.requires_grad else 0)
+            before.append((self.bytes, self.counter.get_total_flops()))
+
+        def leave(_layer: nn.Module, _args: Any, _output: Any) -> None:
+            bytes_before, flops_before = before.pop()
+            self.layers_kept.append(self.bytes - bytes_before)
+            self.layer_flops.append(self.counter.get_total_flops() - flops_before)
+
+        handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+        handles += [layer.register_forward_hook(leave) for layer in layers]
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def id_of(tensor: Tensor) -> int:
@@ -95,35 +124,29 @@ def trace(outline: Outline, load: Load, *, bf16: bool) -> Trace:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     on_no_device(model, mode)
     _leave_mask_to_kernel(llm)
-    kept, layers = _Kept(model), _Layers()
     counter = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
-    with ExitStack() as stack:
-        stack.enter_context(mode)
-        stack.enter_context(counter)
-        stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16))
-        with (
-            torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor),
-            layers.watched([*blocks(llm), *(blocks(tower) if trained_tower else ())], kept, counter),
-        ):
-            hidden = _forward(outline, load)
-            loss = hidden.float().sum()
-        forward = counter.get_total_flops()
-        kept_bytes = kept.bytes
+    meter = _Meter(model, counter)
+    layers = [*blocks(llm), *(blocks(tower) if trained_tower else ())]
+    with mode, counter, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16), meter.watching(layers):
+        hidden = _forward(outline, load)
+        loss = hidden.float().sum()
+        forward, kept = counter.get_total_flops(), meter.bytes
         if loss.requires_grad:
             loss.backward()
         backward = counter.get_total_flops() - forward
     output: Any = llm.get_output_embeddings()
     logits = load.rows * load.targets * int(output.weight.shape[0])
     head = 2.0 * logits * hidden.shape[-1]
+    largest = max(meter.layers_kept, default=0)
     return Trace(
-        kept=kept_bytes,
-        weight_copies=kept.copies,
-        kept_checkpointed=kept_bytes - sum(layers.kept) + sum(layers.inputs) + max(layers.kept, default=0),
+        kept=kept,
+        weight_copies=meter.copies,
+        kept_checkpointed=kept - sum(meter.layers_kept) + sum(meter.layer_inputs) + largest,
         loss_bytes=min(LOGIT_BYTES * logits, LOGIT_BYTES // 4 * GPU_BUDGET),
         tower_bytes=0 if trained_tower or load.cached else _tower_bytes(outline, load, bf16),
         forward_flops=forward + head,
         backward_flops=backward + head * (1 if frozen(output) else 2),
-        layer_flops=float(sum(layers.flops)),
+        layer_flops=float(sum(meter.layer_flops)),
     )
 
 
@@ -170,38 +193,6 @@ def _forward(outline: Outline, load: Load) -> Tensor:
     finally:
         handle.remove()
     return found[0]
-
-
-class _Layers:
-    """What each layer keeps, takes in and computes."""
-
-    def __init__(self) -> None:
-        self.kept: list[int] = []
-        self.inputs: list[int] = []
-        self.flops: list[int] = []
-
-    @contextmanager
-    def watched(self, layers: list[nn.Module], kept: _Kept, counter: FlopCounterMode) -> Iterator[None]:
-        """While active, note what each layer costs."""
-        before: list[tuple[int, int]] = []
-
-        def enter(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            self.inputs.append(hidden.numel() * hidden.element_size() if hidden.requires_grad else 0)
-            before.append((kept.bytes, counter.get_total_flops()))
-
-        def leave(_layer: nn.Module, _args: Any, _output: Any) -> None:
-            bytes_before, flops_before = before.pop()
-            self.kept.append(kept.bytes - bytes_before)
-            self.flops.append(counter.get_total_flops() - flops_before)
-
-        handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
-        handles += [layer.register_forward_hook(leave) for layer in layers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _tower_bytes(outline: Outline, load: Load, bf16: bool) -> int:
