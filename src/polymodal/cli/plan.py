@@ -119,15 +119,10 @@ def _question(args: argparse.Namespace, engine: str) -> Question:
     several = "ddp" if engine == "auto" else engine
     return Question(
         images=_sizes(args.image),
-        text_tokens=args.text_tokens,
         answer_tokens=args.answer_tokens if args.answer_tokens is not None else max(1, args.text_tokens // 2),
-        rows=args.rows,
-        devices=args.devices,
         engine=args.engine or (several if args.devices > 1 else "single"),
-        device=args.device,
-        utilization=args.utilization,
         samples_per_second=args.samples_per_second if args.log is None else _measured_speed(args.log),
-        fetch=args.fetch,
+        **{name: getattr(args, name) for name in ("text_tokens", "rows", "devices", "device", "utilization", "fetch")},
     )
 
 

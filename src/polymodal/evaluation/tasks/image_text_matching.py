@@ -70,11 +70,14 @@ def retrieval_scores(
         return recall_of(similarity_ranks(close, owner), ks)
     to_text = second_look(model, gallery, close, reranked, batch)
     to_image = second_look(model, gallery, close.T, reranked, batch, of_texts=True).T
-    ranks = Ranks(
-        similarity_ranks(to_text, owner).image_to_text,
-        similarity_ranks(to_image, owner).text_to_image,
-    )
+    ranks = Ranks(similarity_ranks(to_text, owner).image_to_text, similarity_ranks(to_image, owner).text_to_image)
     return recall_of(ranks, ks)
+
+
+def _match(model: Blip2Stage1, gallery: Gallery, images: Tensor, texts: Tensor) -> Tensor:  # [B], [B] -> [B, 2]
+    """The matching head's logits, the mean over queries."""
+    queries = model.match_queries(gallery.features[images], gallery.input_ids[texts], gallery.attention_mask[texts])
+    return queries.mean(dim=1)
 
 
 @torch.no_grad()
@@ -88,10 +91,7 @@ def second_look(
     found: list[Tensor] = []
     for row, column in zip(rows.flatten().split(batch), columns.flatten().split(batch), strict=True):
         image, text = (column, row) if of_texts else (row, column)
-        logits = model.match_queries(
-            gallery.features[image], gallery.input_ids[text], gallery.attention_mask[text]
-        ).mean(dim=1)
-        found.append(logits[:, 1].to(close.dtype))
+        found.append(_match(model, gallery, image, text)[:, 1].to(close.dtype))
     looked = torch.cat(found).view_as(columns) + close.gather(1, columns)
     return (close + FAR).scatter(1, columns, looked)
 
@@ -107,23 +107,12 @@ def matching_scores(model: Blip2Stage1, gallery: Gallery, group: int = 64, seed:
         if start and len(texts) < group:
             break
         images = torch.arange(start, start + len(texts), device=gallery.text.device)
-        everyone = Everyone(
-            gallery.image[images],
-            gallery.text[texts],
-            images,
-            gallery.input_ids[texts],
-            gallery.attention_mask[texts],
-            seed=seed + start,
-        )
+        pairs = (gallery.image[images], gallery.text[texts], images)
+        everyone = Everyone(*pairs, gallery.input_ids[texts], gallery.attention_mask[texts], seed=seed + start)
         which_images, which_texts = model.negatives(everyone, len(texts))
-        logits = model.match_queries(
-            gallery.features[images[which_images]],
-            everyone.input_ids[which_texts],
-            everyone.attention_mask[which_texts],
-        ).mean(dim=1)
-        said = logits.argmax(dim=1)
-        wanted = torch.arange(len(said), device=said.device) < len(texts)
-        right.append((said == wanted.long()).view(3, -1).double().cpu())
+        verdict = _match(model, gallery, images[which_images], texts[which_texts]).argmax(dim=1)
+        wanted = torch.arange(len(verdict), device=verdict.device) < len(texts)
+        right.append((verdict == wanted.long()).view(3, -1).double().cpu())
     table = torch.cat(right, dim=1)
-    pairs, negatives = float(table[0].mean()), float(table[1:].mean())
-    return Matching(float(table.mean()), (pairs + negatives) / 2, pairs, negatives)
+    positives, negatives = float(table[0].mean()), float(table[1:].mean())
+    return Matching(float(table.mean()), (positives + negatives) / 2, positives, negatives)

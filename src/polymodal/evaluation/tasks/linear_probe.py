@@ -35,11 +35,11 @@ class Labelled:
 def knn(train: Labelled, test: Labelled, k: int = 20, chunk: int = 1024) -> Tensor:  # -> [n]
     """Classify by the nearest training images."""
     classes = _check(train, test)
-    known, asked = (F.normalize(part.features.float(), dim=-1) for part in (train, test))
+    learnt, asked = (F.normalize(part.features.float(), dim=-1) for part in (train, test))
     marks = F.one_hot(train.labels, classes).float()
     right = []
     for start in range(0, len(asked), chunk):
-        near, where = (asked[start : start + chunk] @ known.T).topk(min(k, len(known)), dim=1)
+        near, where = (asked[start : start + chunk] @ learnt.T).topk(min(k, len(learnt)), dim=1)
         votes = ((near / TEMPERATURE).exp()[..., None] * marks[where]).sum(dim=1)
         right.append(_right(votes, test.labels[start : start + chunk]))
     return torch.cat(right)
