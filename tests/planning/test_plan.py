@@ -241,13 +241,15 @@ def test_llava15_is_near_what_was_published() -> None:
     assert found["stage2"].total > 20 * GIB
 
 
-def test_four_bits_shrink_the_frozen_weights(plain: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("precision", "value_bytes"), [("fp32", 4), ("bf16", 2)])
+def test_four_bits_shrink_the_frozen_weights(plain: dict[str, Any], precision: str, value_bytes: int) -> None:
     size = {}
     for bits in (False, True):
         rules = {**RULES["lora"], "lora": {"lora_r": 4, "load_in_4bit": bits, "trainable_tokens": ["<new>"]}}
-        size[bits] = plan(recipe_of(plain, **rules)).memory["weights"]
+        run = {**plain["run"], "precision": precision}
+        size[bits] = plan(recipe_of(plain, run=run, **rules)).memory["weights"]
     matrices = 2 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64)
-    assert size[False] - size[True] == round(matrices * (4 - NF4_BYTES))
+    assert size[False] - size[True] == round(matrices * (value_bytes - NF4_BYTES))
 
 
 def test_the_command_prints_plans_of_recipes_pipelines_and_models(

@@ -67,30 +67,29 @@ def _page(found: Description, tokens: list[dict[str, Any]], *, colour: bool) -> 
 
 
 def _facts(found: Description, tokens: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What is known of a model besides its parts and its template, in rows."""
-    rows = []
-    if found.context is not None:
-        rows.append(("context", f"{found.context:,} positions"))
-    if found.vocabulary is not None:
-        rows.append(("vocabulary", f"{found.vocabulary:,} tokens"))
-    if found.special_tokens:
-        shown = []
-        for role, token in found.special_tokens.items():
-            place = "" if token["id"] is None else f" ({token['id']})"
-            shown.append(f"{role.removesuffix('_token')} {token['text']!r}{place}")
-        rows.append(("special", ", ".join(shown)))
-    if found.images:
-        rows += _image_rows(found.images)
+    """What there is to say of a model besides its parts and its template, in rows."""
+    special, contract = [], ""
+    for role, token in found.special_tokens.items():
+        place = "" if token["id"] is None else f" ({token['id']})"
+        special.append(f"{role.removesuffix('_token')} {token['text']!r}{place}")
+    if found.contract is not None:
+        holds = "holds" if found.contract["broken"] is None else f"BROKEN: {found.contract['broken']}"
+        contract = f"{holds} (sha256 {str(found.contract['sha256'])[:16]}...)"
+    rows = [
+        ("context", "" if found.context is None else f"{found.context:,} positions"),
+        ("vocabulary", "" if found.vocabulary is None else f"{found.vocabulary:,} tokens"),
+        ("special", ", ".join(special)),
+        *_image_rows(found.images),
+    ]
     for entry in tokens:
         height, width = entry["image"]
         tiles = f"{entry['tiles']} tile{'s' * (entry['tiles'] != 1)}"
         rows.append((f"  {height}x{width}", f"{entry['tokens']:,} tokens in {tiles}"))
     for number, entry in enumerate(found.history, 1):
         rows.append(("history" if number == 1 else "", f"{number}. {_stage(entry)}"))
-    if found.contract is not None:
-        holds = "holds" if found.contract["broken"] is None else f"BROKEN: {found.contract['broken']}"
-        rows.append(("contract", f"{holds} (sha256 {str(found.contract['sha256'])[:16]}...)"))
-    return [*rows, ("licence", found.licence or "not said"), *(("note", note) for note in found.notes)]
+    rows += [("contract", contract), ("licence", found.licence or "not said")]
+    rows += [("note", note) for note in found.notes]
+    return [(name, text) for name, text in rows if text]
 
 
 def _tree(found: Description, bold: str, dim: str, reset: str) -> list[str]:
@@ -117,9 +116,9 @@ def _sizes(parameters: int | None, num_bytes: int | None) -> str:
 
 
 def _image_rows(rules: dict[str, Any]) -> list[tuple[str, str]]:
-    """The image rules in two lines."""
-    if "not ours" in rules:
-        return [("images", rules["not ours"])]
+    """The image rules in two lines; none without rules."""
+    if not rules or "not ours" in rules:
+        return [("images", rules.get("not ours", ""))]
     height, width = rules["tile_size"]
     words = [f"{rules['image_aspect_ratio']} to {height}x{width}"]
     if "resize_short_side" in rules:
@@ -139,7 +138,7 @@ def _visual_tokens(found: Description) -> list[dict[str, Any]]:
         return []
     from polymodal.interop.describe import EXAMPLES, visual_tokens
     from polymodal.modeling.language_model import quieten_transformers
-    from polymodal.planning.plan import plan_model
+    from polymodal.planning.plan import Question, plan_model
 
     sizes = tuple(Size(height, width) for height, width in EXAMPLES)
     quieten_transformers()
@@ -147,7 +146,7 @@ def _visual_tokens(found: Description) -> list[dict[str, Any]]:
         if found.contract is None:
             counts = visual_tokens(found.report, sizes)
         else:
-            plan = plan_model(found.folder, sizes, 0)
+            plan = plan_model(found.folder, Question(images=sizes, text_tokens=0))
             counts = list(zip(plan.visual_tokens, plan.tiles, strict=True))
     except PolymodalError:
         return []

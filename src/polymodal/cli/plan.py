@@ -54,13 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan and print."""
     from polymodal.modeling.language_model import quieten_transformers
-    from polymodal.planning.plan import plan_model, plan_training
+    from polymodal.planning.plan import Question, plan_model, plan_training
 
     quieten_transformers()
     if not args.target.endswith((".yaml", ".yml")):
         if args.overrides:
             raise ConfigError(f"{args.overrides[0]!r}: a model has no recipe's keys to replace")
-        found = plan_model(args.target, _sizes(args.image), args.text_tokens, fetch=args.fetch)
+        found = plan_model(args.target, Question(_sizes(args.image), args.text_tokens, fetch=args.fetch))
         print(json.dumps(found.plain(), indent=2) if args.json else _model_text(found))
         return 0
     plans = []

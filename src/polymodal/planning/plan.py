@@ -129,11 +129,11 @@ class TrainingPlan(Plan):
         return {**super().plain(), "total": self.total}
 
 
-def plan_model(name: str, images: Sequence[Size], text_tokens: int, *, fetch: bool = False) -> Plan:
+def plan_model(name: str, question: Question) -> Plan:
     """Plan one prompt for a finished model."""
-    built = outline(model_config(name), fetch=fetch)
+    built = outline(model_config(name), fetch=question.fetch)
     value_bytes = next(built.model.llm.parameters()).element_size()
-    return _sample_plan(name, name, built, images, text_tokens, value_bytes)
+    return _sample_plan(name, name, built, question, value_bytes)
 
 
 def plan_training(recipe: Recipe, start: Start, question: Question) -> TrainingPlan:
@@ -144,10 +144,10 @@ def plan_training(recipe: Recipe, start: Start, question: Question) -> TrainingP
     model = built.model
     if recipe.batch.packing == "pack" and model.encoder_decoder:
         model.prepare_packing()  # says why it cannot
-    saved, lora = 0.0, recipe.lora
+    four_bit: list[Any] = []
+    lora = recipe.lora
     if lora is not None and lora.load_in_4bit:
-        quantised = [model.llm.get_submodule(name).weight for name in four_bit_modules(model.llm)]
-        saved = sum(weight.numel() * (weight.element_size() - NF4_BYTES) for weight in quantised)
+        four_bit = [model.llm.get_submodule(name).weight for name in four_bit_modules(model.llm)]
         lora = lora.model_copy(update={"load_in_4bit": False})
     if lora is not None and any(isinstance(token, str) for token in lora.trainable_tokens):
         # Which rows they are makes no difference here, and a tokenizer need not be on this machine.
@@ -155,10 +155,9 @@ def plan_training(recipe: Recipe, start: Start, question: Question) -> TrainingP
     groups = apply_policy(model, recipe.train, lora, recipe.optim)
     if bf16 and "llm" not in start.trained | {group.name for group in groups}:
         cast_frozen_linears(model.llm, torch.bfloat16)
+    saved = sum(weight.numel() * (weight.element_size() - NF4_BYTES) for weight in four_bit)
 
-    sample = _sample_plan(
-        recipe.name, start.origin, built, question.images, question.text_tokens, 2 if bf16 else 4, round(saved)
-    )
+    sample = _sample_plan(recipe.name, start.origin, built, question, 2 if bf16 else 4, round(saved))
     load = Load(
         rows=_rows_at_once(recipe, sample.tokens, question.devices),
         tokens=sample.tokens,
@@ -193,17 +192,10 @@ def plan_training(recipe: Recipe, start: Start, question: Question) -> TrainingP
     )
 
 
-def _sample_plan(
-    name: str,
-    origin: str,
-    built: Outline,
-    images: Sequence[Size],
-    text_tokens: int,
-    value_bytes: int,  # of a number in the key-value cache
-    saved: int = 0,  # bytes that 4-bit weights save
-) -> Plan:
-    """Count one sample: tokens as the processor will plan them, weights, cache."""
+def _sample_plan(name: str, origin: str, built: Outline, question: Question, kv_bytes: int, saved: int = 0) -> Plan:
+    """Count tokens as the processor will plan them, weights less what 4 bits save, and a cache of such numbers."""
     model, rules, grid = built.model, built.config.image, built.model.tokens_per_tile
+    images = question.images
     if images and (rules is None or grid is None):
         raise ConfigError("this model has no vision encoder; leave --image out")
     plans = [
@@ -221,9 +213,9 @@ def _sample_plan(
         images=tuple((size.height, size.width) for size in images),
         visual_tokens=tuple(plan.num_tokens for plan in plans),
         tiles=tuple(plan.num_tiles for plan in plans),
-        tokens=sum(plan.num_tokens for plan in plans) + text_tokens,
+        tokens=sum(plan.num_tokens for plan in plans) + question.text_tokens,
         context=getattr(llm, "max_position_embeddings", None),
-        kv_bytes_per_token=kv_bytes_per_token(llm, value_bytes),
+        kv_bytes_per_token=kv_bytes_per_token(llm, kv_bytes),
     )
 
 
