@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polymodal.metrics.retrieval import KS, Ranks, recall_of, similarities, similarity_ranks
+from polymodal.metrics.retrieval import Ranks, recall_of, similarities, similarity_ranks
 from polymodal.modeling.dual_encoders.base import Everyone
 from polymodal.modeling.dual_encoders.blip2_stage1 import Blip2Stage1
 
@@ -60,18 +60,16 @@ def open_gallery(
     return Gallery(features, ids, mask, image_of_text.to(device), image, text)
 
 
-def retrieval_scores(
-    model: Blip2Stage1, gallery: Gallery, reranked: int = 0, ks: tuple[int, ...] = KS, batch: int = 64
-) -> dict[str, float]:
+def retrieval_scores(model: Blip2Stage1, gallery: Gallery, reranked: int = 0, batch: int = 64) -> dict[str, float]:
     """Recall both ways."""
     close = similarities(gallery.image, gallery.text)
     owner = gallery.image_of_text
     if not reranked:
-        return recall_of(similarity_ranks(close, owner), ks)
+        return recall_of(similarity_ranks(close, owner))
     to_text = second_look(model, gallery, close, reranked, batch)
     to_image = second_look(model, gallery, close.T, reranked, batch, of_texts=True).T
     ranks = Ranks(similarity_ranks(to_text, owner).image_to_text, similarity_ranks(to_image, owner).text_to_image)
-    return recall_of(ranks, ks)
+    return recall_of(ranks)
 
 
 def _match(model: Blip2Stage1, gallery: Gallery, images: Tensor, texts: Tensor) -> Tensor:  # [B], [B] -> [B, 2]

@@ -75,14 +75,7 @@ def pairs_of(records: Sequence[Record], limit: int | None = None) -> Pairs:
     return Pairs(tuple(sources.values()), tuple(t for t, _ in texts), tuple(n for _, n in texts))
 
 
-def retrieval(
-    embedder: Embedder,
-    pairs: Pairs,
-    *,
-    ks: Sequence[int] = KS,
-    batch_size: int = 32,
-    progress: Progress | None = None,
-) -> Retrieval:
+def retrieval(embedder: Embedder, pairs: Pairs, *, batch_size: int = 32, progress: Progress | None = None) -> Retrieval:
     """Score a model."""
     if len(pairs.images) < 2:
         raise DataError(f"retrieval among {len(pairs.images)} images says nothing; give two or more")
@@ -90,11 +83,11 @@ def retrieval(
     text = embedder.texts(pairs.texts, batch_size=batch_size, progress=progress)
     own = torch.tensor(pairs.image_of_text)
     ranks = embedding_ranks(image, text, own)
-    scores, expected = recall_of(ranks, ks), chance(len(image), own, ks)
+    scores, expected = recall_of(ranks), chance(len(image), own)
     owners = {IMAGE_TO_TEXT: np.arange(len(image)), TEXT_TO_IMAGE: own.numpy()}
     rows = []
     for way, owner in owners.items():
-        for k in ks:
+        for k in KS:
             found = (getattr(ranks, way) < k).double().numpy()
             interval = mean_interval(np.bincount(owner, weights=found), np.bincount(owner))
             rows.append(Recall(way, k, scores[f"{way}@{k}"], *interval, expected[f"{way}@{k}"]))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from polymodal.errors import DataError
+from polymodal.errors import DataError, first_line
 from polymodal.evaluation.embedder import Embedder, Progress
 from polymodal.evaluation.report import markdown_table, span
 from polymodal.messages import Source
@@ -54,22 +54,21 @@ class ZeroShotScore:
 
 def load_tasks(path: Path, limit: int | None = None) -> list[ZeroShotTask]:
     """Read a file of tasks, as `python -m recipes.default.dataset pairs` writes in `classes.json`."""
-    data = _read(Path(path))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({first_line(error)})") from error
     if not isinstance(data, dict) or not isinstance(data.get("tasks"), list) or not data["tasks"]:
         raise DataError(f"{path}: expected an object with `tasks`, each with `name`, `classes` and `images`")
     templates = _texts(data.get("templates", ["{}"]), f"{path}: `templates`")
     for template in templates:
         if template.count("{}") != 1:
             raise DataError(f"{path}: template {template!r} must hold {{}} once, where the class goes")
-    return [_task(task, templates, Path(path), number, limit) for number, task in enumerate(data["tasks"])]
+    return [_task(task, templates, path, number, limit) for number, task in enumerate(data["tasks"])]
 
 
 def zero_shot_scores(
-    embedder: Embedder,
-    tasks: Sequence[ZeroShotTask],
-    *,
-    batch_size: int = 32,
-    progress: Progress | None = None,
+    embedder: Embedder, tasks: Sequence[ZeroShotTask], *, batch_size: int = 32, progress: Progress | None = None
 ) -> list[ZeroShotScore]:
     """Score a model on tasks; an image or prompt that several of them share is embedded once."""
     images = {str(source): source for task in tasks for source in task.images}
@@ -109,15 +108,6 @@ def _prompts(task: ZeroShotTask) -> list[str]:
     """All prompts, the templates of one class after the other; each begins with a capital letter as captions do."""
     filled = [template.replace("{}", name) for name in task.classes for template in task.templates]
     return [text[:1].upper() + text[1:] for text in filled]
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise DataError(f"{path}: is no JSON ({error})") from error
 
 
 def _task(task: Any, templates: tuple[str, ...], path: Path, number: int, limit: int | None) -> ZeroShotTask:
