@@ -3,6 +3,8 @@
 Everything that a person can put right (a missing file, a wrong key, an image that is no image) raises
 `PolymodalError` with one line that names the thing at fault and what to do. The command line prints that line and
 exits with status 2; `--debug` shows the traceback. Anything else that escapes is a bug of ours.
+
+What is wrong with a row of training data has a code too (`data.check.rows.FAULTS`), given where the fault is found.
 """
 
 from __future__ import annotations
@@ -14,9 +16,17 @@ from collections.abc import Iterable
 class PolymodalError(Exception):
     """A mistake the user can mend; the message is one line and says how."""
 
+    code = ""  # What `polymodal data check` calls the fault
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code or self.code
+
 
 class MediaError(PolymodalError):
     """An image, sound or video that cannot be read."""
+
+    code = "unreadable-file"
 
 
 class ConfigError(PolymodalError):
@@ -29,6 +39,8 @@ class CheckpointError(PolymodalError):
 
 class DataError(PolymodalError):
     """A data file or record that cannot be used."""
+
+    code = "bad-field"
 
 
 class EndpointError(PolymodalError):

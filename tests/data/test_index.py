@@ -90,7 +90,7 @@ def test_it_is_built_once_and_again_when_something_changed(
     assert len(seen) == 11
     # Another image under the same name: found by its time and size, and rebuilt in the same place.
     Image.new("RGB", (50, 50)).save(data.parent / "3.png")
-    second = open_index(tmp_path / "index", Reading(data), processor, say=news.append)
+    second = open_index(tmp_path / "index", Reading(data), processor, log=news.append)
     assert len(seen) == 22 and second.folder == first.folder and "3.png changed" in news[0]
     assert second.media_keys(3) != first.media_keys(3)
     # Another template, other labels, another data file: other indices.

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +31,9 @@ from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError, first_line
 from polymodal.media_plan import Box, ImagePlan, Size
 from polymodal.processing.collate import Sample, Slot
+from polymodal.processing.processor import Processor
 from polymodal.utils.files import atomic_folder
 from polymodal.utils.threads import Progress, ahead, quiet
-
-if TYPE_CHECKING:
-    from polymodal.processing.processor import Processor
 
 
 def open_index(

@@ -12,25 +12,22 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
 
 from polymodal.data.load import iter_rows, record_to_json, row_record
+from polymodal.data.readers.base import RawRow
 from polymodal.data.readers.conversations import Record
 from polymodal.data.readers.registry import data_files, detect_format
 from polymodal.errors import DataError, PolymodalError
 from polymodal.media_plan import ImagePlan
 from polymodal.messages import FileSlice, TableCell
 from polymodal.processing.collate import Sample
+from polymodal.processing.processor import Processor
 from polymodal.utils.files import sha256_file
 from polymodal.utils.threads import Progress, ahead
-
-if TYPE_CHECKING:
-    from polymodal.data.readers.base import RawRow
-    from polymodal.processing.processor import Processor
-
 
 # ---- .npy files that grow while they are written, and memory maps of them afterwards ----
 

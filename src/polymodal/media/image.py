@@ -62,11 +62,12 @@ def open_image(
         try:
             image = PILImage.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
-            raise MediaError(f"{name}: {_what_is_it(data)}; allowed are {', '.join(FORMATS)}") from None
+            raise MediaError(f"{name}: {_what_is_it(data)}; allowed are {', '.join(FORMATS)}", "not-an-image") from None
         except PILImage.DecompressionBombError:
             most = min(max_pixels, 2 * (PILImage.MAX_IMAGE_PIXELS or max_pixels))
             raise MediaError(
-                f"{name}: its header claims too many pixels, at most {most:,} are allowed; scale it down"
+                f"{name}: its header claims too many pixels, at most {most:,} are allowed; scale it down",
+                "too-many-pixels",
             ) from None
         except Exception as error:  # a parser that is fed damaged bytes may raise anything
             raise _damaged(name, error) from error
@@ -138,13 +139,14 @@ def _check_size(image: PILImage.Image, max_pixels: int, name: str) -> None:
         raise MediaError(f"{name}: is {height}x{width} pixels (height x width); give an image with pixels")
     if width * height > max_pixels:
         raise MediaError(
-            f"{name}: {height}x{width} pixels (height x width), at most {max_pixels:,} are allowed; scale it down"
+            f"{name}: {height}x{width} pixels (height x width), at most {max_pixels:,} are allowed; scale it down",
+            "too-many-pixels",
         )
 
 
 def _damaged(name: str, error: Exception) -> MediaError:
     reason = " ".join(str(error).split())[:120] or type(error).__name__
-    return MediaError(f"{name}: is damaged or cut off ({reason}); give a whole file")
+    return MediaError(f"{name}: is damaged or cut off ({reason}); give a whole file", "damaged-image")
 
 
 def _what_is_it(data: bytes) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
-from polymodal.errors import MediaError, first_line
+from polymodal.errors import MediaError, PolymodalError, first_line
 from polymodal.messages import FileSlice, Source, TableCell
 
 MAX_BYTES = 128 * 2**20
@@ -72,7 +72,7 @@ def read_bytes(
         raise MediaError(f"{name}: expected a path, a data: URL or bytes, got {type(source).__name__}")
     _check_size(name, len(data), limit)
     if not data:
-        raise MediaError(f"{name}: the file is empty (0 bytes); give a file with content")
+        raise MediaError(f"{name}: the file is empty (0 bytes); give a file with content", "empty-file")
     return data
 
 
@@ -90,7 +90,7 @@ def _local_path(source: str | Path, name: str) -> Path:
         rest = unquote(source[found.end() :])
         return Path(rest[len("localhost") :] if rest.startswith("localhost/") else rest)
     if scheme in ("http", "https"):
-        raise MediaError(f"{name}: remote fetch is off; download the file and give its path")
+        raise MediaError(f"{name}: remote fetch is off; download the file and give its path", "remote-file")
     raise MediaError(f"{name}: {scheme}: URLs cannot be read; give a path or a data: URL")
 
 
@@ -112,7 +112,7 @@ def _file(path: Path, limit: int, name: str, part: FileSlice | None = None) -> b
                 if len(data) < part.size:
                     raise MediaError(f"{name}: the file ends before it; it was cut off or has changed, fetch it again")
     except FileNotFoundError:
-        raise MediaError(f"{name}: no such file; check the path") from None
+        raise MediaError(f"{name}: no such file; check the path", "missing-file") from None
     except PermissionError:
         raise MediaError(f"{name}: no permission to read; check the file's mode") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
@@ -133,7 +133,7 @@ def _data_url(url: str, limit: int, name: str) -> bytes:
         try:
             data = base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
         except binascii.Error:
-            raise MediaError(f"{name}: its base64 is damaged; encode the file again") from None
+            raise MediaError(f"{name}: its base64 is damaged; encode the file again", "damaged-image") from None
     else:
         _check_size(name, len(payload) // 3, limit)
         data = unquote_to_bytes(payload)
@@ -142,10 +142,11 @@ def _data_url(url: str, limit: int, name: str) -> bytes:
 
 def _check_size(name: str, size: int, limit: int) -> None:
     if size > limit:
-        raise MediaError(f"{name}: {size:,} bytes, at most {limit:,} are allowed; make the file smaller")
+        problem = f"{size:,} bytes, at most {limit:,} are allowed; make the file smaller"
+        raise MediaError(f"{name}: {problem}", "too-many-pixels")
 
 
-def open_table(path: Path, error: type[Exception] = MediaError) -> Any:
+def open_table(path: Path, error: type[PolymodalError] = MediaError) -> Any:
     """Open a parquet file."""
     try:
         import pyarrow.parquet as parquet
@@ -154,7 +155,7 @@ def open_table(path: Path, error: type[Exception] = MediaError) -> Any:
     try:
         return parquet.ParquetFile(path)
     except FileNotFoundError:
-        raise error(f"{path}: no such file") from None
+        raise error(f"{path}: no such file", "missing-file") from None
     except Exception as reason:  # pyarrow raises many types for damaged files
         raise error(f"{path}: not a whole parquet file ({first_line(reason)[:160]}); fetch it again") from None
 
@@ -183,9 +184,8 @@ def _column(path: Path, _mtime: int, _size: int, group: int, column: str) -> Any
         try:
             return file.read_row_group(group, columns=[column]).column(column)
         except Exception as error:  # pyarrow raises many types for damaged pages
-            raise MediaError(
-                f"{path}: column `{column}` of row group {group} is damaged ({first_line(error)[:160]}); fetch it again"
-            ) from None
+            problem = f"column `{column}` of row group {group} is damaged ({first_line(error)[:160]}); fetch it again"
+            raise MediaError(f"{path}: {problem}", "damaged-image") from None
 
 
 def read_cell(cell: TableCell, limit: int, name: str) -> bytes:
@@ -200,14 +200,14 @@ def read_cell(cell: TableCell, limit: int, name: str) -> bytes:
         value = value[cell.item]
     if hasattr(value, "keys") and value.is_valid:  # a struct
         if "bytes" not in value:
-            raise MediaError(f"{name}: has no `bytes`; the file is damaged or has changed")
+            raise MediaError(f"{name}: has no `bytes`; the file is damaged or has changed", "damaged-image")
         if not value["bytes"].is_valid and cell.root is not None and "path" in value and value["path"].is_valid:
             return _at_path(str(value["path"].as_py()), cell.root, limit, name)
         value = value["bytes"]
     if not value.is_valid:
         raise MediaError(f"{name}: the cell is empty; give the image's bytes")
     if not hasattr(value, "as_buffer"):
-        raise MediaError(f"{name}: holds {value.type}, not bytes; the file is damaged or has changed")
+        raise MediaError(f"{name}: holds {value.type}, not bytes; the file is damaged or has changed", "damaged-image")
     buffer = value.as_buffer()
     _check_size(name, buffer.size, limit)
     return bytes(buffer.to_pybytes())

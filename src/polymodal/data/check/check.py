@@ -12,25 +12,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from polymodal.data.check.rows import FAULTS, Finding, Inspected, Row, json_rows, make_inspector, other_rows, short
+from polymodal.data.check.fix import Repair, make_repair
+from polymodal.data.check.rows import FAULTS, Finding, Inspected, Row, make_inspector, read_row, short
 from polymodal.data.load import iter_rows
-from polymodal.data.readers.base import RawRow
-from polymodal.data.readers.json_lines import LIST, file_form, text_rows
+from polymodal.data.readers.conversations import Record
+from polymodal.data.readers.json_files import LIST, file_form
 from polymodal.data.readers.registry import detect_format
 from polymodal.errors import DataError
+from polymodal.messages import Source
+from polymodal.processing.processor import Processor
 from polymodal.utils.files import write_text
 from polymodal.utils.threads import Progress, ahead, quiet
-
-if TYPE_CHECKING:
-    from polymodal.data.check.fix import Repair
-    from polymodal.data.readers.conversations import Record
-    from polymodal.messages import Source
-    from polymodal.processing.processor import Processor
-
-
-# ---- What a check of data found: counts by file and fault, the rows to drop, and the numbers behind the charts ----
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,7 @@ class FileResult:
 class Summary:
     """What a check found."""
 
-    files: list[FileResult] = field(default_factory=list)  # Counts of each file
+    files: list[FileResult] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)  # Rows with each fault
     # Place, id and reason of the first rows with each fault
     examples: dict[str, list[tuple[str, str, str]]] = field(default_factory=dict)
@@ -101,19 +95,9 @@ def summary_json(summary: Summary) -> str:
         "tokens": sum(summary.tokens),
         "trained_tokens": sum(summary.targets),
         "images": len(summary.sizes),
-        "files": [
-            {
-                "path": str(file.path),
-                "rows": file.rows,
-                "dropped": file.dropped,
-                "warned": file.warned,
-                "repaired": file.repaired,
-                "fixed": None if file.fixed is None else str(file.fixed),
-            }
-            for file in summary.files
-        ],
+        "files": [vars(file) for file in summary.files],
     }
-    return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(plain, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 JSON_FORMATS = ("json", "llava", "messages", "openai")
@@ -126,12 +110,9 @@ EXAMPLES = 5
 class Checker:
     """A check in progress: what was seen so far, and what becomes of the next row."""
 
-    def __init__(
-        self,
-        inspect: Callable[[Record], Inspected],
-        repair: Repair | None = None,
-    ) -> None:
-        self.inspect, self.repair = inspect, repair
+    def __init__(self, inspect: Callable[[Record], Inspected], *, fix: bool) -> None:
+        self.inspect = inspect
+        self.repair: Repair | None = make_repair(lambda id: id in self._ids) if fix else None
         self.summary = Summary()
         self._seen: dict[bytes, str] = {}
         self._ids: set[str] = set()
@@ -154,20 +135,20 @@ class Checker:
             examples = summary.examples.setdefault(code, [])
             if len(examples) < EXAMPLES:
                 examples.append((row.where, row.id, reason))
-        text = row.text
+        text = row.raw.text
         if findings and self.repair is not None:
             row, seen, findings, names = self._repaired(row, seen, findings)
             summary.repairs.update(names)
             file.repaired += bool(names)
-            text = json.dumps(row.data, ensure_ascii=False) if names else text
+            text = json.dumps(row.raw.data, ensure_ascii=False) if names else text
         fatal = [finding for finding in findings if FAULTS[finding.code].severity == "drop"]
         if findings:
             first = (fatal or findings)[0]
             line = {
                 "file": str(file.path),
                 "id": row.id,
-                "row": row.number,
-                "line": row.line,
+                "row": row.raw.number,
+                "line": row.raw.line,
                 "code": first.code,
                 "reason": first.reason,
                 "advice": FAULTS[first.code].advice,
@@ -206,10 +187,6 @@ class Checker:
             findings = self._findings(row, seen)
         return row, seen, findings, names
 
-    def is_used(self, id: str) -> bool:
-        """Whether a row of this file has the id."""
-        return id in self._ids
-
     def _keep(self, row: Row, seen: Inspected) -> None:
         summary, record = self.summary, row.record
         assert record is not None  # a row that could not be read has a finding that drops it
@@ -234,7 +211,7 @@ class Checker:
         image = next(part for message in record.messages for part in message.media)
         said = {role: next((m.text for m in record.messages if m.role == role), "") for role in ("user", "assistant")}
         shown = Shown(row.id, row.where, image.source, short(said["user"], 160), short(said["assistant"], 240))
-        entry = (hashlib.sha256(seen.content).digest(), -row.number, shown)
+        entry = (hashlib.sha256(seen.content).digest(), -row.raw.number, shown)
         if len(self._drawn) < SAMPLES:
             heapq.heappush(self._drawn, entry)
         elif entry[:2] > self._drawn[0][:2]:
@@ -256,18 +233,15 @@ def check_files(
     progress: Progress = quiet,
 ) -> Summary:
     """Check data files; write `dropped.jsonl`, `warnings.jsonl` and, with `fix`, corrected files."""
-    from polymodal.data.check.fix import make_repair
-
-    checker = Checker(make_inspector(processor, max_length))
-    checker.repair = make_repair(checker.is_used) if fix else None
+    checker = Checker(make_inspector(processor, max_length), fix=fix)
     for number, path in enumerate(paths):
         result = checker.start_file(path)
         found = detect_format(path) if form == "auto" else form
-        is_json = path.is_file() and found in JSON_FORMATS
-        if fix and not is_json:
+        if fix and not (path.is_file() and found in JSON_FORMATS):
             raise DataError(f"{path}: --fix writes JSON lists and JSONL only; check this file without it")
-        rows, total = _open(path, image_root, found, annotations, is_json)
-        judged = progress(_judged(checker, rows, workers), f"checking {path.name}", total)
+        rows, again = (iter_rows(path, image_root, format=found, annotations=annotations) for _ in range(2))
+        total = sum(1 for _ in again)
+        judged = progress(_judged(checker, map(read_row, rows), workers), f"checking {path.name}", total)
         if fix:
             twins = sum(other.name == path.name for other in paths[:number])
             result.fixed = output / f"{path.stem}.fixed{f'-{twins + 1}' if twins else ''}{path.suffix}"
@@ -275,8 +249,6 @@ def check_files(
         else:
             for _ in judged:
                 pass
-        if not result.rows:
-            raise DataError(f"{path}: the file holds no records")
     for name, lines in (("dropped.jsonl", checker.summary.dropped), ("warnings.jsonl", checker.summary.warnings)):
         write_text(output / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return checker.summary
@@ -301,25 +273,11 @@ def _write_rows(path: Path, texts: Iterable[str | None], *, as_list: bool) -> No
         work.unlink(missing_ok=True)
 
 
-def _open(
-    path: Path, image_root: Path | None, form: str, annotations: Path | None, is_json: bool
-) -> tuple[Iterator[Row], int]:
-    """The rows of a file, and how many there are."""
-    if is_json:
-        root = path.parent if image_root is None else image_root
-        return json_rows(path, root, "" if form == "json" else form), sum(1 for _ in text_rows(path))
-
-    def rows() -> Iterator[RawRow]:
-        return iter_rows(path, image_root, format=form, annotations=annotations)
-
-    return other_rows(rows()), sum(1 for _ in rows())
-
-
 def _judged(checker: Checker, rows: Iterator[Row], workers: int) -> Iterator[str | None]:
     """Inspect rows in threads and judge them in order."""
 
-    def look(row: Row) -> tuple[Row, Inspected]:
+    def inspect(row: Row) -> tuple[Row, Inspected]:
         return row, checker.inspect(row.record) if row.record is not None else Inspected()
 
-    for row, seen in ahead(look, rows, workers):
+    for row, seen in ahead(inspect, rows, workers):
         yield checker.add(row, seen)

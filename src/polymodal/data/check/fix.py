@@ -12,14 +12,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
-from polymodal.data.check.rows import Row, reread
+from polymodal.data.check.rows import Finding, Row, read_row
 
-if TYPE_CHECKING:
-    from polymodal.data.check.rows import Finding
-
-Repair: TypeAlias = "Callable[[Row, Sequence[Finding]], tuple[Row, tuple[str, ...]] | None]"
+Repair: TypeAlias = Callable[[Row, Sequence[Finding]], tuple[Row, tuple[str, ...]] | None]
 """From a row and its findings to the repaired row and the names of the repairs; None where nothing can be done."""
 
 _ROLES = {
@@ -42,7 +39,7 @@ _NEVER_MEANT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _PLACEHOLDER = "<image>"
 
 
-def role_names(data: dict[str, Any], row: Row) -> bool:
+def role_names(data: dict[str, Any], root: Path) -> bool:
     """`Human`, `bot`, `model` and the like become the names that the form uses."""
     changed = False
     for turn in _turns(data):
@@ -56,7 +53,7 @@ def role_names(data: dict[str, Any], row: Row) -> bool:
     return changed
 
 
-def add_placeholder(data: dict[str, Any], row: Row) -> bool:
+def add_placeholder(data: dict[str, Any], root: Path) -> bool:
     """One image and no `<image>` anywhere: it belongs before the first question."""
     key = next((key for key in ("image", "images") if data.get(key)), None)
     if key is None or (isinstance(data[key], list) and len(data[key]) != 1):
@@ -72,21 +69,21 @@ def add_placeholder(data: dict[str, Any], row: Row) -> bool:
     return True
 
 
-def mend_paths(data: dict[str, Any], row: Row) -> bool:
+def mend_paths(data: dict[str, Any], root: Path) -> bool:
     """Backslashes and upper or lower case: where exactly one file of the folder can be meant."""
     changed = False
     for holder, key in _path_slots(data):
         value = holder[key]
-        if value.startswith(("data:", "http:", "https:")) or (row.root / value).is_file():
+        if value.startswith(("data:", "http:", "https:")) or (root / value).is_file():
             continue
-        found = _same_file(row.root, value.strip().replace("\\", "/"))
+        found = _same_file(root, value.strip().replace("\\", "/"))
         if found is not None:
             holder[key] = found
             changed = True
     return changed
 
 
-def trim_answers(data: dict[str, Any], row: Row) -> bool:
+def trim_answers(data: dict[str, Any], root: Path) -> bool:
     """Space before and after an answer goes."""
     changed = False
     for holder, key in _texts(data, ("gpt", "assistant")):
@@ -96,7 +93,7 @@ def trim_answers(data: dict[str, Any], row: Row) -> bool:
     return changed
 
 
-def drop_control_characters(data: dict[str, Any], row: Row) -> bool:
+def drop_control_characters(data: dict[str, Any], root: Path) -> bool:
     """Control characters and halves of surrogate pairs go; a replacement character stays, since its place is known."""
     changed = False
     for holder, key in _texts(data, ()):
@@ -107,7 +104,7 @@ def drop_control_characters(data: dict[str, Any], row: Row) -> bool:
     return changed
 
 
-def drop_last_question(data: dict[str, Any], row: Row) -> bool:
+def drop_last_question(data: dict[str, Any], root: Path) -> bool:
     """A last question without an answer goes, where it shows nothing: no token of it is trained."""
     turns = data.get("conversations", data.get("messages"))
     name = "value" if "conversations" in data else "content"
@@ -119,7 +116,7 @@ def drop_last_question(data: dict[str, Any], row: Row) -> bool:
     return True
 
 
-REPAIRS: dict[str, tuple[str, Callable[[dict[str, Any], Row], bool]]] = {
+REPAIRS: dict[str, tuple[str, Callable[[dict[str, Any], Path], bool]]] = {
     "unknown-role": ("role names", role_names),
     "placeholder-count": ("placeholder added", add_placeholder),
     "missing-file": ("path mended", mend_paths),
@@ -134,24 +131,22 @@ NAMES = {**{code: name for code, (name, _) in REPAIRS.items()}, "duplicate-id": 
 """What --fix does about each fault that it can do something about."""
 
 
-def make_repair(
-    is_used: Callable[[str], bool],
-) -> Callable[[Row, Sequence[Finding]], tuple[Row, tuple[str, ...]] | None]:
+def make_repair(is_used: Callable[[str], bool]) -> Repair:
     """Prepare the repair of rows."""
 
     def repair(row: Row, findings: Sequence[Finding]) -> tuple[Row, tuple[str, ...]] | None:
-        if not isinstance(row.data, dict):
+        if not isinstance(row.raw.data, dict):
             return None
-        data, names = copy.deepcopy(row.data), []
+        data, names = copy.deepcopy(row.raw.data), []
         for code in dict.fromkeys(finding.code for finding in findings):
             if code in REPAIRS:
                 name, change = REPAIRS[code]
-                if change(data, row):
+                if change(data, row.raw.root):
                     names.append(name)
             elif code == "duplicate-id":
                 data["id"] = next(new for n in range(2, 1 << 30) if not is_used(new := f"{row.id}-{n}"))
                 names.append(NEW_ID)
-        return (reread(replace(row, data=data)), tuple(names)) if names else None
+        return (read_row(replace(row.raw, data=data)), tuple(names)) if names else None
 
     return repair
 

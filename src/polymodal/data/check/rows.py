@@ -9,26 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
+from polymodal.data.readers.base import RawRow
 from polymodal.data.readers.conversations import Record, read_record
-from polymodal.data.readers.json_lines import LIST, file_form, text_rows
 from polymodal.errors import MediaError, PolymodalError
 from polymodal.media.image import open_image
 from polymodal.messages import Image, Message, Part, Text
-
-if TYPE_CHECKING:
-    from polymodal.data.readers.base import RawRow
-    from polymodal.processing.processor import Processor
-
-
-# ---- What can be wrong with a row of training data: one code each, how grave it is, and what to do about it ----
-# "drop" is a row that training cannot use, or that would teach something wrong; it must go or be repaired. "warn" is a
-# row that trains, and that its owner should look at. Codes are stable: scripts may rely on them.
-
+from polymodal.processing.processor import Processor
 
 Severity = Literal["drop", "warn"]
 
@@ -50,6 +40,8 @@ class Finding:
     reason: str  # What was found there, in one line
 
 
+# "drop" is a row that training cannot use, or that would teach something wrong; it must go or be repaired. "warn" is a
+# row that trains, and that its owner should look at. Codes are stable: scripts may rely on them.
 FAULTS: dict[str, Fault] = {
     # The text of the file.
     "broken-json": Fault("drop", "not valid JSON", "mend or remove the row; often the file was cut while copying"),
@@ -95,45 +87,6 @@ FAULTS: dict[str, Fault] = {
     "duplicate-id": Fault("warn", "an id used before", "give every row an id of its own"),
 }
 
-# Readers and decoders say what is wrong in words for people; these words decide the code.
-_READER_CODES = (
-    ("expected a JSON object, found", "not-an-object"),
-    ("has both `conversations` and `messages`", "unknown-form"),
-    ("expected `conversations`", "unknown-form"),
-    ("must be a list of turns", "no-turns"),
-    ("unknown role", "unknown-role"),
-    ("placeholders but", "placeholder-count"),
-    ("media can only be in the user's turns", "misplaced-medium"),
-    ("must take turns|starts with the assistant|only a system message", "role-order"),
-    ("leaves the folder", "outside-root"),
-    ("", "bad-field"),
-)
-_MEDIA_CODES = (
-    ("no such file", "missing-file"),
-    ("remote fetch is off", "remote-file"),
-    (r"\(0 bytes\)", "empty-file"),
-    ("is damaged", "damaged-image"),
-    ("are allowed; (scale it down|make the file smaller)", "too-many-pixels"),
-    ("not an image|allowed are PNG|convert it to|web page|LFS pointer", "not-an-image"),
-    ("no vision encoder|not supported yet", "unsupported-medium"),
-    ("", "unreadable-file"),
-)
-
-
-def reader_code(error: str) -> str:
-    """The code of what `formats.read_record` complained about."""
-    return _first(_READER_CODES, error)
-
-
-def media_code(error: str) -> str:
-    """The code of what a medium's decoder complained about."""
-    return _first(_MEDIA_CODES, error)
-
-
-def _first(codes: tuple[tuple[str, str], ...], error: str) -> str:
-    return next(code for pattern, code in codes if re.search(pattern, error))
-
-
 TINY_SIDE = 3
 THIN = 100
 _BAD_CHARACTERS = re.compile(
@@ -145,24 +98,23 @@ _BAD_CHARACTERS = re.compile(
 class Row:
     """One row of a data file, read or not."""
 
-    number: int  # Counted from 0, broken rows too
-    line: int  # The line it begins on; 0 where the format has no lines
-    where: str  # File and place, for people
-    text: str = ""  # Its JSON text, unchanged; "" in other formats
-    data: Any = None  # The parsed JSON; None where it could not be parsed
-    record: Record | None = None  # What was read; None where it could not be
+    raw: RawRow  # As it stands in the file, or as it was repaired
+    record: Record | None  # What was read; None where it could not be
     findings: tuple[Finding, ...] = ()  # Why not
-    root: Path = Path()  # The folder that media paths are relative to and may not leave
-    form: str = ""  # The only form that is meant, or ""
-    default_id: str = ""  # Its id where it names none
 
     @property
     def id(self) -> str:
         """The row's id, as far as it is known."""
         if self.record is not None:
             return self.record.id
-        given = self.data.get("id") if isinstance(self.data, dict) else None
+        given = self.raw.data.get("id") if isinstance(self.raw.data, dict) else None
         return "" if given is None else str(given)
+
+    @property
+    def where(self) -> str:
+        """File and place, for people."""
+        where, line = self.raw.where, f"line {self.raw.line}"
+        return where if not self.raw.line or where.endswith(line) else f"{where}, {line}"
 
 
 @dataclass(frozen=True)
@@ -177,47 +129,15 @@ class Inspected:
     content: bytes = b""  # Hash of its text and decoded images; b"" where it could not be tokenised
 
 
-def reread(row: Row) -> Row:
-    """Read a row's parsed data; what the reader complains about becomes a finding."""
+def read_row(raw: RawRow) -> Row:
+    """Read a row's data; what the reader complains about becomes a finding."""
     try:
-        record = read_record(row.data, row.root, row.where, default_id=row.default_id, form=row.form)
-    except PolymodalError as error:
-        message = str(error).removeprefix(f"{row.where}: ")
-        return replace(row, record=None, findings=(Finding(reader_code(message), message),))
-    return replace(row, record=record, findings=())
-
-
-def json_rows(path: Path, root: Path, form: str = "") -> Iterator[Row]:
-    """Read a JSON list or JSONL file row by row, broken rows too."""
-    is_list = file_form(path) == LIST
-    for found in text_rows(path):
-        row = Row(
-            found.number,
-            found.line,
-            f"{path}: record {found.number}, line {found.line}" if is_list else f"{path}: line {found.line}",
-            text=found.text,
-            data={"messages": found.data} if form == "openai" and isinstance(found.data, list) else found.data,
-            root=root,
-            form=form,
-            default_id=f"{path.stem}-{found.number}",
-        )
-        yield replace(row, findings=(Finding(found.code, found.error),)) if found.code else reread(row)
-
-
-def other_rows(rows: Iterable[RawRow]) -> Iterator[Row]:
-    """Read the rows of any other format; they cannot be written back."""
-    for raw in rows:
-        row = Row(
-            raw.number, raw.line, raw.where, data=raw.data, root=raw.root, form=raw.form, default_id=raw.id
-        )  # fmt: skip
         if raw.error is not None:
-            reason = str(raw.error).removeprefix(f"{raw.where}: ")
-            yield replace(row, findings=(Finding("broken-row", reason),))
-        else:
-            read = reread(row)
-            if read.record is not None and not read.record.kind:
-                read = replace(read, record=replace(read.record, kind=raw.kind))
-            yield read
+            raise raw.error
+        record = read_record(raw.data, raw.root, raw.where, default_id=raw.id, form=raw.form)
+    except PolymodalError as error:
+        return Row(raw, None, (Finding(error.code, str(error).removeprefix(f"{raw.where}: ")),))
+    return Row(raw, replace(record, kind=record.kind or raw.kind))
 
 
 def make_inspector(processor: Processor, max_length: int) -> Callable[[Record], Inspected]:
@@ -228,7 +148,7 @@ def make_inspector(processor: Processor, max_length: int) -> Callable[[Record], 
     control = re.compile("|".join(tokens)) if tokens else None
 
     def inspect(record: Record) -> Inspected:
-        findings = list(_look_at_text(record.messages, control))
+        findings = list(_text_findings(record.messages, control))
         messages, sizes, broken = _decode(record.messages, processor)
         findings += broken
         for height, width in sizes:
@@ -261,7 +181,7 @@ def make_inspector(processor: Processor, max_length: int) -> Callable[[Record], 
     return inspect
 
 
-def _look_at_text(messages: Sequence[Message], control: re.Pattern[str] | None) -> Iterator[Finding]:
+def _text_findings(messages: Sequence[Message], control: re.Pattern[str] | None) -> Iterator[Finding]:
     """What is wrong with what is said."""
     if not any(message.role == "assistant" for message in messages):
         yield Finding("no-answer", "no turn of the assistant")
@@ -302,7 +222,7 @@ def _decode(
             else:
                 image = open_image(part.source, background=rules.background, max_pixels=rules.max_pixels)
         except MediaError as error:
-            broken.append(Finding(media_code(str(error)), str(error)))
+            broken.append(Finding(error.code, str(error)))
             return part
         sizes.append((image.height, image.width))
         return Image(image)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +21,9 @@ CAPTION = "Provide a one-sentence caption for the provided image."
 
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"})
 """File names that mean an image, in folders and archives."""
+
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+"""How files begin that gzip, bzip2, xz and zstd wrote."""
 
 Medium: TypeAlias = "str | Path | FileSlice | TableCell"
 """Text is a path that is still to be located (and may be refused); the others are located already."""
@@ -35,6 +40,7 @@ class RawRow:
     path: Path = Path()  # The file that holds the row
     root: Path = Path()  # The folder that media paths are relative to and may not leave
     line: int = 0  # The line it begins on in a JSON file, counted from 1; 0 elsewhere
+    text: str = ""  # Its text in a JSON file, unchanged (bytes that are not UTF-8 are surrogates); "" elsewhere
     form: str = ""  # The only form that is meant ("llava", "messages", "openai"), or ""
     kind: str = ""  # Of a row that names none
     source: str = ""  # Of a row that names none
@@ -54,9 +60,36 @@ Reader: TypeAlias = Callable[[Path, Options], Iterator[RawRow]]
 """Yields every row of one file, broken ones too; raises `DataError` where the file as a whole cannot be used."""
 
 
-def broken(number: int, where: str, problem: str, path: Path) -> RawRow:
+class Layout:
+    """Where a dataset's images lie under the root: people unpack archives with and without their folders."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._choice: int | None = None
+
+    def choose(self, *names: str) -> str:
+        """Pick an image's name; the first image decides for all, so that millions are not looked for."""
+        if self._choice is None:
+            there = [index for index, name in enumerate(names) if (self._root / name).is_file()]
+            self._choice = there[0] if there else 0
+        return names[self._choice]
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[BufferedReader]:
+    """Open a data file."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def broken(number: int, where: str, problem: str, path: Path, code: str = "broken-row", **fields: Any) -> RawRow:
     """Make the row that stands for a broken one."""
-    return RawRow(number, where, None, DataError(f"{where}: {problem}"), path=path)
+    return RawRow(number, where, None, DataError(f"{where}: {problem}", code), path=path, **fields)
 
 
 def dialogue(images: Sequence[Medium], turns: Sequence[tuple[str, str]], **fields: Any) -> dict[str, Any]:
@@ -71,10 +104,20 @@ def dialogue(images: Sequence[Medium], turns: Sequence[tuple[str, str]], **field
     return {**fields, "messages": messages}
 
 
+def caption_of(images: Sequence[Medium], text: str, options: Options, **fields: Any) -> dict[str, Any]:
+    """Make a record of a caption."""
+    return dialogue(images, [(CAPTION if options.prompt is None else options.prompt, text)], **fields)
+
+
 def asked(question: str, prompt: str | None, default: str = SHORT_ANSWER) -> str:
     """Put the prompt after a question, on a line of its own."""
     prompt = default if prompt is None else prompt
     return f"{question}\n{prompt}" if prompt else question
+
+
+def object_of(value: Any) -> dict[str, Any]:
+    """An object as it is; an empty one for what is none, so that its fields are found to be missing."""
+    return value if isinstance(value, dict) else {}
 
 
 def text_of(value: Any) -> str:

@@ -1,7 +1,10 @@
-"""A folder of images, each with its caption in a text file of the same name: `cat.jpg` and `cat.txt`.
+"""Captions: a folder of images with text files, and COCO's `captions_train2017.json`.
 
-Folders inside are read too, in the order of their names; hidden files are not. An image without a caption, and a
-caption without an image, is a broken row.
+- A folder: `cat.jpg` and `cat.txt` of the same name. Folders inside are read too, in the order of their names; hidden
+  files are not. An image without a caption, and a caption without an image, is a broken row.
+- COCO: `{images: [{id, file_name}], annotations: [{id, image_id, caption}]}`, one record for each caption (Chen et al.
+  2015, arXiv:1504.00325). Images are looked for under their `file_name`, or in a folder named like the split
+  (`train2017/`).
 """
 
 from __future__ import annotations
@@ -12,9 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from polymodal.data.readers.base import CAPTION, IMAGES, Options, RawRow, broken, dialogue, text_of
-from polymodal.data.readers.json_stream import stream
-from polymodal.data.readers.vqa import Layout
+from polymodal.data.readers.base import IMAGES, Layout, Options, RawRow, broken, caption_of, object_of, text_of
+from polymodal.data.readers.json_files import elements
 from polymodal.errors import DataError, MediaError
 from polymodal.media.source import read_bytes
 
@@ -31,33 +33,36 @@ def read_folder(path: Path, options: Options) -> Iterator[RawRow]:
             count += file.suffix.lower() in IMAGES
     if count == 0:
         raise DataError(f"{path}: no images; give a folder of images with .txt captions, or a data file")
-    prompt = CAPTION if options.prompt is None else options.prompt
     for number, (stem, files) in enumerate(stems.items()):
-        texts = [file for file in files if file.suffix.lower() == ".txt"]
-        images = [file for file in files if file.suffix.lower() != ".txt"]
         name = stem.relative_to(path).as_posix()
         where = f"{path}: {name}"
-        if len(images) > 1 or len(texts) > 1:
-            found = ", ".join(file.name for file in files)
-            yield broken(number, where, f"one image and one .txt must have this name, found {found}", path)
-        elif not texts:
-            yield broken(number, where, f"{images[0].name} has no caption; add {stem.name}.txt", path)
-        elif not images:
-            yield broken(number, where, f"{texts[0].name} has no image; add one or take the text away", path)
-        else:
-            try:
-                caption = read_bytes(texts[0], limit=_MAX_CAPTION, name=texts[0].name).decode("utf-8-sig").strip()
-            except MediaError as error:
-                yield broken(number, where, str(error), path)
-                continue
-            except UnicodeDecodeError as error:
-                yield broken(number, where, f"{texts[0].name} is not UTF-8 text (byte {error.start})", path)
-                continue
-            if not caption:
-                yield broken(number, where, f"the caption {texts[0].name} is empty", path)
-                continue
-            data = dialogue([images[0]], [(prompt, caption)], id=name)
-            yield RawRow(number, where, data, path=path, root=options.root, kind="caption")
+        try:
+            image, caption = _pair(files)
+        except (DataError, MediaError) as error:
+            yield broken(number, where, str(error), path)
+            continue
+        data = caption_of([image], caption, options, id=name)
+        yield RawRow(number, where, data, path=path, root=options.root, kind="caption")
+
+
+def _pair(files: list[Path]) -> tuple[Path, str]:
+    """The image and the caption among the files of one name."""
+    texts = [file for file in files if file.suffix.lower() == ".txt"]
+    images = [file for file in files if file.suffix.lower() != ".txt"]
+    if len(images) > 1 or len(texts) > 1:
+        found = ", ".join(file.name for file in files)
+        raise DataError(f"one image and one .txt must have this name, found {found}")
+    if not texts:
+        raise DataError(f"{images[0].name} has no caption; add {images[0].stem}.txt")
+    if not images:
+        raise DataError(f"{texts[0].name} has no image; add one or take the text away")
+    try:
+        caption = read_bytes(texts[0], limit=_MAX_CAPTION, name=texts[0].name).decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{texts[0].name} is not UTF-8 text (byte {error.start})") from None
+    if not caption:
+        raise DataError(f"the caption {texts[0].name} is empty")
+    return images[0], caption
 
 
 def _files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
@@ -78,41 +83,32 @@ def _files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
             yield Path(entry.path)
 
 
-# ---- COCO captions: `captions_train2017.json`, one record for each caption ----
-# The file is `{images: [{id, file_name}], annotations: [{id, image_id, caption}]}` (Chen et al. 2015,
-# arXiv:1504.00325).
-# Images are looked for under their `file_name`, or in a folder named like the split (`train2017/`).
-
-
 def read_coco(path: Path, options: Options) -> Iterator[RawRow]:
-    """Read a caption file."""
-    names: dict[Any, str] = {}
-    for item in stream(path):
-        if item.key == "images" and isinstance(item.value, dict) and text_of(item.value.get("file_name")):
-            names[_key(item.value.get("id"))] = item.value["file_name"]
+    """Read a caption file of COCO."""
+    names = {
+        _key(image.get("id")): image["file_name"]
+        for image in map(object_of, elements(path, "images"))
+        if text_of(image.get("file_name"))
+    }
     if not names:
         raise DataError(f"{path}: no `images` with `file_name`; give COCO's captions_*.json")
     split = re.search(r"(train|val|test)20\d\d", path.stem)
     layout = Layout(options.root)
-    prompt = CAPTION if options.prompt is None else options.prompt
-    number = 0
-    for item in stream(path):  # again: the order of the two lists is not fixed
-        if item.key != "annotations":
-            continue
-        where = f"{path}: annotation {item.index}"
-        caption = item.value if isinstance(item.value, dict) else {}
-        name = names.get(_key(caption.get("image_id")))
-        text = text_of(caption.get("caption"))
+    number = -1
+    # Read again, since the order of the two lists is not fixed.
+    for number, annotation in enumerate(map(object_of, elements(path, "annotations"))):
+        where = f"{path}: annotation {number}"
+        name = names.get(_key(annotation.get("image_id")))
+        text = text_of(annotation.get("caption"))
         if name is None:
-            yield broken(number, where, f"no image with id {caption.get('image_id')!r} in `images`", path)
+            yield broken(number, where, f"no image with id {annotation.get('image_id')!r} in `images`", path)
         elif not text:
             yield broken(number, where, "`caption` is missing or empty", path)
         else:
-            image = layout.choose((name, f"{split[0]}/{name}") if split else (name,))
-            data = dialogue([image], [(prompt, text)], id=f"{caption.get('id', number)}")
+            image = layout.choose(name, f"{split[0]}/{name}") if split else name
+            data = caption_of([image], text, options, id=f"{annotation.get('id', number)}")
             yield RawRow(number, where, data, path=path, root=options.root, kind="caption")
-        number += 1
-    if number == 0:
+    if number < 0:
         raise DataError(f"{path}: no `annotations`; give COCO's captions_*.json")
 
 

@@ -98,12 +98,10 @@ class _Pool:
                 continue
             key = self._keys.get(kind)
             if key is None:
-                raise DataError(
-                    f"{self._where}: {taken} <{kind}> placeholders but no `{kind}` key; add the key or take them out"
-                )
-            raise DataError(
-                f"{self._where}: {taken} <{kind}> placeholders but {given} items in `{key}`; make the counts equal"
-            )
+                problem = f"no `{kind}` key; add the key or take them out"
+            else:
+                problem = f"{given} items in `{key}`; make the counts equal"
+            raise DataError(f"{self._where}: {taken} <{kind}> placeholders but {problem}", "placeholder-count")
 
 
 def read_llava(record: Mapping[str, Any], image_root: Path, where: str) -> list[Message]:
@@ -159,13 +157,13 @@ def read_openai(messages: Sequence[Any], where: str, image_root: Path | None = N
 def read_record(record: Any, image_root: Path, where: str, *, default_id: str = "", form: str = "") -> Record:
     """Read a record in whichever form it is."""
     if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a JSON object, found {_kind_of(record)}")
+        raise DataError(f"{where}: expected a JSON object, found {_kind_of(record)}", "not-an-object")
     if "conversations" in record and "messages" in record:
-        raise DataError(f"{where}: the record has both `conversations` and `messages`; keep one")
+        raise DataError(f"{where}: the record has both `conversations` and `messages`; keep one", "unknown-form")
     wanted = {"llava": "conversations", "messages": "messages", "openai": "messages"}.get(form)
     if wanted is not None and wanted not in record:
         found = ", ".join(sorted(map(str, record))) or "no keys"
-        raise DataError(f"{where}: expected `{wanted}` (format {form}), found {found}")
+        raise DataError(f"{where}: expected `{wanted}` (format {form}), found {found}", "unknown-form")
     if form == "openai":
         if beside := [key for kind in _MEDIA for key in (kind, kind + "s") if record.get(key) is not None]:
             raise DataError(f"{where}: format openai has media in its content parts, not in `{beside[0]}`")
@@ -177,7 +175,7 @@ def read_record(record: Any, image_root: Path, where: str, *, default_id: str = 
         messages = read_messages(record, image_root, where)
     else:
         found = ", ".join(sorted(map(str, record))) or "no keys"
-        raise DataError(f"{where}: expected `conversations` (LLaVA) or `messages`, found {found}")
+        raise DataError(f"{where}: expected `conversations` (LLaVA) or `messages`, found {found}", "unknown-form")
     labels = {}
     for key in ("kind", "source"):
         value = record.get(key)
@@ -192,7 +190,7 @@ def read_record(record: Any, image_root: Path, where: str, *, default_id: str = 
 def _list(record: Mapping[str, Any], key: str, where: str) -> list[Any]:
     turns = record.get(key)
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: `{key}` must be a list of turns, found {_kind_of(turns)}")
+        raise DataError(f"{where}: `{key}` must be a list of turns, found {_kind_of(turns)}", "no-turns")
     return turns
 
 
@@ -212,7 +210,7 @@ def _role(turn: Any, key: str, spot: str) -> Role:
     name = turn.get(key)
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise DataError(f"{spot}: unknown role `{key}`: {name!r}; known: {', '.join(_ROLES)}")
+        raise DataError(f"{spot}: unknown role `{key}`: {name!r}; known: {', '.join(_ROLES)}", "unknown-role")
     return role
 
 
@@ -224,7 +222,8 @@ def _split(text: str, role: Role, pool: _Pool, spot: str, *, newline: bool) -> I
         if not pool.holds(kind):
             continue
         if role != "user":
-            raise DataError(f"{spot}: <{kind}> in a turn of the {role}; media can only be in the user's turns")
+            problem = f"<{kind}> in a turn of the {role}; media can only be in the user's turns"
+            raise DataError(f"{spot}: {problem}", "misplaced-medium")
         before = text[position : match.start()]
         position = match.end()
         if newline and text.startswith("\n", position):
@@ -249,7 +248,8 @@ def _parts(content: Any, role: Role, spot: str, image_root: Path | None, pool: _
         at = f"{spot}.content[{index}]"
         part = _part(entry, at, image_root, pool)
         if not isinstance(part, Text) and role != "user":
-            raise DataError(f"{at}: media in a turn of the {role}; media can only be in the user's turns")
+            problem = f"media in a turn of the {role}; media can only be in the user's turns"
+            raise DataError(f"{at}: {problem}", "misplaced-medium")
         if part is not None and part != Text(""):
             parts.append(part)
     return tuple(parts)
@@ -306,7 +306,7 @@ def _source(value: Any, image_root: Path | None, at: str) -> str | Path | FileSl
     root = os.path.abspath(image_root)
     path = os.path.normpath(os.path.join(root, value))
     if path != root and not path.startswith(root.rstrip(os.sep) + os.sep):  # both are normalised
-        raise DataError(f"{at}: {value!r} leaves the folder {image_root}; media must lie inside it")
+        raise DataError(f"{at}: {value!r} leaves the folder {image_root}; media must lie inside it", "outside-root")
     return Path(path)
 
 
@@ -314,14 +314,17 @@ def _check_turns(messages: Sequence[Message], where: str) -> None:
     """An optional system message, then user and assistant in turn."""
     turns = [message.role for message in messages]
     spoken = turns[1:] if turns[0] == "system" else turns
+    wrong = next((i for i, role in enumerate(spoken) if role != ("user", "assistant")[i % 2]), None)
     if not spoken:
-        raise DataError(f"{where}: the conversation has only a system message")
-    if spoken[0] == "assistant":
-        raise DataError(f"{where}: the conversation starts with the assistant; it must start with the user")
-    for index, role in enumerate(spoken):
-        if role != ("user", "assistant")[index % 2]:
-            number = index + 1 + len(turns) - len(spoken)
-            raise DataError(f"{where}: turn {number} is the {role}'s; user and assistant must take turns")
+        problem = "the conversation has only a system message"
+    elif wrong is None:
+        return
+    elif wrong == 0 and spoken[0] == "assistant":
+        problem = "the conversation starts with the assistant; it must start with the user"
+    else:
+        number = wrong + 1 + len(turns) - len(spoken)
+        problem = f"turn {number} is the {spoken[wrong]}'s; user and assistant must take turns"
+    raise DataError(f"{where}: {problem}", "role-order")
 
 
 def _kind_of(value: Any) -> str:

@@ -9,7 +9,7 @@ Columns that are known, the first of these that is there being the text:
 
 Images are in `image` or `images` (`videos`, `audios` likewise): `{bytes, path}`, bytes, paths, or lists of these.
 `id` (or `question_id`), `kind`, `kinds` and `source` are kept. Only texts are read here; an image's bytes are read
-from their cell when they are wanted (`media/table.py`). Needs pyarrow.
+from their cell when they are wanted (`media/source.py`). Needs pyarrow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from polymodal.data.readers.base import CAPTION, Options, RawRow, asked, best_answer, broken, dialogue, text_of
+from polymodal.data.readers.base import (
+    Options,
+    RawRow,
+    asked,
+    best_answer,
+    broken,
+    caption_of,
+    dialogue,
+    object_of,
+    text_of,
+)
 from polymodal.errors import DataError, MediaError, first_line
 from polymodal.media.source import open_table, read_column
 from polymodal.messages import TableCell
@@ -47,31 +57,27 @@ def read_parquet(path: Path, options: Options) -> Iterator[RawRow]:
             try:
                 rows = file.read_row_group(group, columns=wanted).to_pylist()
                 cells = {name: _cells(path, file, group, name, options.root, len(rows)) for name in media}
-            except MediaError as error:
-                yield broken(number, f"{path}: rows {number} to {number + count - 1}", str(error), path)
-                number += count
-                continue
             except Exception as error:  # pyarrow raises many types for damaged pages
                 problem = f"row group {group} is damaged ({first_line(error)[:160]}); fetch the file again"
+                problem = str(error) if isinstance(error, MediaError) else problem
                 yield broken(number, f"{path}: rows {number} to {number + count - 1}", problem, path)
                 number += count
                 continue
             for index, row in enumerate(rows):
                 where = f"{path}: row {number}"
                 try:
-                    data, kind = _record(row, form, {name: cells[name][index] for name in media}, where, options)
-                except DataError as error:
-                    yield RawRow(number, where, None, error, path=path)
-                else:
+                    data, kind = _record(row, form, {name: cells[name][index] for name in media}, options)
                     name = f"{path.stem}-{number}"
                     yield RawRow(number, where, data, path=path, root=options.root, kind=kind, id=name)
+                except DataError as error:
+                    yield broken(number, where, str(error), path)
                 number += 1
     if number == 0:
         raise DataError(f"{path}: the file holds no records")
 
 
 def _record(
-    row: dict[str, Any], form: str, media: dict[str, list[Any]], where: str, options: Options
+    row: dict[str, Any], form: str, media: dict[str, list[Any]], options: Options
 ) -> tuple[dict[str, Any], str]:
     """Make a record of a row, and its kind."""
     labels = {key: row[key] for key in _LABELS if row.get(key) is not None}
@@ -79,31 +85,28 @@ def _record(
         labels.setdefault("id", labels.pop("question_id"))
     for name, items in media.items():
         if None in items:
-            raise DataError(f"{where}: `{name}`[{items.index(None)}] is empty; give bytes or a path")
+            raise DataError(f"`{name}`[{items.index(None)}] is empty; give bytes or a path")
     images = [item for name in ("image", "images") for item in media.get(name, [])]
     if form in ("conversations", "messages"):
         return {**labels, **{name: items for name, items in media.items() if items}, form: row[form]}, "conversation"
     if form == "texts":
-        turns = [
-            (text_of(turn.get("user")), text_of(turn.get("assistant")))
-            for turn in row["texts"] or []
-            if isinstance(turn, dict)
-        ]
-        if not turns or len(turns) != len(row["texts"]) or not all(answer for _, answer in turns):
-            raise DataError(f"{where}: `texts` must be a list of turns with `user` and `assistant`, none of them empty")
+        given = [object_of(turn) for turn in row["texts"] or []]
+        turns = [(text_of(turn.get("user")), text_of(turn.get("assistant"))) for turn in given]
+        if not turns or not all(answer for _, answer in turns):
+            raise DataError("`texts` must be a list of turns with `user` and `assistant`, none of them empty")
         return dialogue(images, turns, **labels), "conversation"
     if form == "question":
         question = text_of(row["question"])
         answer = next(filter(None, (best_answer(row.get(name)) for name in _ANSWERS)), "")
         if not question or not answer:
-            raise DataError(f"{where}: the {'answer' if question else 'question'} is missing or empty")
+            raise DataError(f"the {'answer' if question else 'question'} is missing or empty")
         return dialogue(images, [(asked(question, options.prompt, ""), answer)], **labels), "vqa"
     caption = best_answer(row[form])
     if not caption:
-        raise DataError(f"{where}: `{form}` is empty")
+        raise DataError(f"`{form}` is empty")
     if not images:
-        raise DataError(f"{where}: a caption without an image; fill `image` or `images`")
-    return dialogue(images, [(CAPTION if options.prompt is None else options.prompt, caption)], **labels), "caption"
+        raise DataError("a caption without an image; fill `image` or `images`")
+    return caption_of(images, caption, options, **labels), "caption"
 
 
 def _cells(path: Path, file: Any, group: int, column: str, root: Path, count: int) -> list[list[Any]]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from polymodal.data.readers import captions as coco
-from polymodal.data.readers import captions as folder
-from polymodal.data.readers import json_lines as json_rows
-from polymodal.data.readers import parquet, vqa, webdataset
-from polymodal.data.readers.base import Reader
-from polymodal.data.readers.json_lines import LIST, file_form
-from polymodal.data.readers.json_stream import stream
+from polymodal.data.readers import captions, json_files, parquet, vqa, webdataset
+from polymodal.data.readers.base import PACKED, Reader, open_file
 from polymodal.errors import DataError
 
 
@@ -27,18 +24,18 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "json": Format(json_rows.read_any),
-    "llava": Format(json_rows.read_llava),
-    "messages": Format(json_rows.read_messages),
-    "openai": Format(json_rows.read_openai),
-    "coco": Format(coco.read_coco, prompt=True),
+    "json": Format(json_files.read_rows),
+    "llava": Format(partial(json_files.read_rows, form="llava")),
+    "messages": Format(partial(json_files.read_rows, form="messages")),
+    "openai": Format(partial(json_files.read_rows, form="openai")),
+    "coco": Format(captions.read_coco, prompt=True),
     "vqav2": Format(vqa.read_vqav2, annotations="needed", prompt=True),
     "gqa": Format(vqa.read_gqa, shards="*.json", prompt=True),
     "textvqa": Format(vqa.read_textvqa, annotations="optional", prompt=True),
     "docvqa": Format(vqa.read_docvqa, prompt=True),
     "parquet": Format(parquet.read_parquet, shards="*.parquet", prompt=True),
     "webdataset": Format(webdataset.read_webdataset, shards="*.tar", prompt=True),
-    "folder": Format(folder.read_folder, prompt=True),
+    "folder": Format(captions.read_folder, prompt=True),
 }
 """The forms, by the name that a recipe gives. "json" is rows in LLaVA's form or with `messages`, each as it is."""
 
@@ -69,40 +66,43 @@ def detect_format(path: Path) -> str:
         path = data_files(path, "json")[0]
     if path.is_dir():
         return next((name for name in ("webdataset", "parquet") if any(path.glob(FORMATS[name].shards))), "folder")
-    try:
-        with path.open("rb") as file:
-            head = file.read(512)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    with open_file(path) as file:
+        head = file.read(512)
     if head.startswith(b"PAR1"):
         return "parquet"
     if head[257:262] == b"ustar" or path.suffix.lower() == ".tar":
         return "webdataset"
-    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")):
+    if head.startswith((*PACKED, b"PK\x03\x04")):
         raise DataError(f"{path}: is compressed; unpack it first")
-    return "json" if file_form(path) == LIST else _official(path)
+    if json_files.file_form(path) == json_files.LIST:
+        return "json"
+    try:
+        return _official(path)
+    except DataError as error:
+        if error.code not in ("broken-json", "not-utf8"):
+            raise
+        return "json"
 
 
 def _official(path: Path) -> str:
-    """Tell the official files, which are one object, from lines of records, by the object's first keys."""
-    try:
-        for item in stream(path):
-            value = item.value if isinstance(item.value, dict) else {}
-            if item.key in ("conversations", "messages"):
-                return "json"
-            if item.key == "questions" and "question_id" in value:
-                return "vqav2"
-            if item.key == "annotations" and "question_id" in value:
-                raise DataError(f"{path}: these are VQAv2's annotations; give the questions, and this as `annotations`")
-            if item.key in ("images", "annotations") and ("file_name" in value or "caption" in value):
-                return "coco"
-            if item.key == "data" and item.index >= 0:
-                return "docvqa" if "questionId" in value else "textvqa"
-            if "imageId" in value and "question" in value:
-                return "gqa"
-    except DataError as error:
-        if "not valid JSON" not in str(error) and "not UTF-8" not in str(error):
-            raise
+    """Tell the official files, which are one object, from lines of records, by the keys that come first."""
+    keys: dict[str, set[str]] = defaultdict(set)  # of each object that is open, by its place
+    for place, event, value in json_files.events(path):
+        if place == "data.item" and event not in ("start_map", "map_key"):  # the first element is over
+            return "docvqa" if "questionId" in keys[place] else "textvqa"
+        if event == "end_map":
+            keys.pop(place, None)
+        if event != "map_key":
+            continue
+        keys[place].add(value)
+        if place == "" and value in ("conversations", "messages"):
+            return "json"
+        if place == "questions.item" and value == "question_id":
+            return "vqav2"
+        if place == "annotations.item" and value == "question_id":
+            raise DataError(f"{path}: these are VQAv2's annotations; give the questions, and this as `annotations`")
+        if place in ("images.item", "annotations.item") and value in ("file_name", "caption"):
+            return "coco"
+        if {"imageId", "question"} <= keys[place] and place != "data.item":
+            return "gqa"
     return "json"

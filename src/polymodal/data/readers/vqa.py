@@ -20,73 +20,64 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from polymodal.data.readers.base import Options, RawRow, asked, best_answer, broken, dialogue, text_of
-from polymodal.data.readers.json_stream import stream
+from polymodal.data.readers.base import (
+    Layout,
+    Options,
+    RawRow,
+    asked,
+    best_answer,
+    broken,
+    dialogue,
+    object_of,
+    text_of,
+)
+from polymodal.data.readers.json_files import elements, events, members
 from polymodal.errors import DataError
-
-
-class Layout:
-    """Where a data set's images lie under the root: people unpack archives with and without their folders."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._choice: int | None = None
-
-    def choose(self, names: tuple[str, ...]) -> str:
-        """Pick an image's name; the first image decides for all, so that millions are not looked for."""
-        if self._choice is None:
-            there = [index for index, name in enumerate(names) if (self._root / name).is_file()]
-            self._choice = there[0] if there else 0
-        return names[self._choice]
 
 
 def read_vqav2(path: Path, options: Options) -> Iterator[RawRow]:
     """Read VQAv2."""
     assert options.annotations is not None  # the table of formats says so
     answers = _vqav2_answers(options.annotations)
-    subtype, layout, number = _vqav2_subtype(path), Layout(options.root), 0
-    for item in stream(path):
-        if item.key != "questions":
-            continue
-        where = f"{path}: question {item.index}"
-        question = item.value if isinstance(item.value, dict) else {}
-        name, image = question.get("question_id"), question.get("image_id")
-        text = text_of(question.get("question"))
+    subtype, layout, number = _vqav2_subtype(path), Layout(options.root), -1
+    for number, question in enumerate(map(object_of, elements(path, "questions"))):
+        where = f"{path}: question {number}"
+        name, image, text = question.get("question_id"), question.get("image_id"), text_of(question.get("question"))
         if not isinstance(name, int | str) or not isinstance(image, int) or not text:
             yield broken(number, where, "needs `question_id`, `image_id` and `question`", path)
-        elif name not in answers:
+            continue
+        if name not in answers:
             problem = f"question_id {name} has no annotation in {options.annotations}, or comes twice"
             yield broken(number, where, problem, path)
+            continue
+        answer, of_image, kind = answers.pop(name)
+        if not answer:
+            yield broken(number, where, f"question_id {name}: the answer is missing or empty", path)
+        elif of_image != image:
+            problem = f"question_id {name} is about image {image}, its annotation about {of_image}"
+            yield broken(number, where, problem, path)
         else:
-            answer, of_image, kind = answers.pop(name)
             file = f"COCO_{subtype}_{image:012d}.jpg"
-            if not answer:
-                yield broken(number, where, f"question_id {name}: the answer is missing or empty", path)
-            elif of_image != image:
-                problem = f"question_id {name} is about image {image}, its annotation about {of_image}"
-                yield broken(number, where, problem, path)
-            else:
-                source = layout.choose((file, f"{subtype}/{file}"))
-                data = dialogue([source], [(asked(text, options.prompt), answer)], id=str(name), answer_type=kind)
-                yield RawRow(number, where, data, path=path, root=options.root, kind="vqa")
-        number += 1
-    if number == 0:
+            source = layout.choose(file, f"{subtype}/{file}")
+            data = dialogue([source], [(asked(text, options.prompt), answer)], id=str(name), answer_type=kind)
+            yield RawRow(number, where, data, path=path, root=options.root, kind="vqa")
+    if number < 0:
         raise DataError(f"{path}: no `questions`; give v2_OpenEnded_mscoco_*_questions.json")
 
 
 def _vqav2_answers(path: Path) -> dict[Any, tuple[str, Any, str]]:
     """Answer, image and type of answer, by question."""
     answers: dict[Any, tuple[str, Any, str]] = {}
-    for item in stream(path):
-        if item.key != "annotations" or not isinstance(item.value, dict):
+    for index, entry in enumerate(elements(path, "annotations")):
+        if not isinstance(entry, dict):
             continue
-        name = item.value.get("question_id")
+        name = entry.get("question_id")
         if not isinstance(name, int | str):
-            raise DataError(f"{path}: annotation {item.index}: needs `question_id`")
+            raise DataError(f"{path}: annotation {index}: needs `question_id`")
         if name in answers:
-            raise DataError(f"{path}: annotation {item.index}: question_id {name} comes twice")
-        answer = text_of(item.value.get("multiple_choice_answer")) or best_answer(item.value.get("answers"))
-        answers[name] = (answer, item.value.get("image_id"), text_of(item.value.get("answer_type")))
+            raise DataError(f"{path}: annotation {index}: question_id {name} comes twice")
+        answer = text_of(entry.get("multiple_choice_answer")) or best_answer(entry.get("answers"))
+        answers[name] = (answer, entry.get("image_id"), text_of(entry.get("answer_type")))
     if not answers:
         raise DataError(f"{path}: no `annotations`; give v2_mscoco_*_annotations.json")
     return answers
@@ -94,30 +85,29 @@ def _vqav2_answers(path: Path) -> dict[Any, tuple[str, Any, str]]:
 
 def _vqav2_subtype(path: Path) -> str:
     """The split that is part of the images' names; questions of test-dev2015 are about images of test2015."""
-    for item in stream(path):
-        if item.key == "data_subtype" and isinstance(item.value, str):
-            return item.value.replace("-dev", "")
+    for prefix, event, value in events(path):
+        if prefix == "data_subtype" and event == "string":
+            return str(value).replace("-dev", "")
     raise DataError(f"{path}: no `data_subtype`; give v2_OpenEnded_mscoco_*_questions.json")
 
 
 def read_gqa(path: Path, options: Options) -> Iterator[RawRow]:
     """Read GQA; its questions and answers are one file."""
-    layout, number = Layout(options.root), 0
-    for number, item in enumerate(stream(path), start=1):
-        if item.index >= 0:
-            raise DataError(f"{path}: expected an object of questions by id; give GQA's *_questions.json")
-        where = f"{path}: question {item.key!r}"
-        question = item.value if isinstance(item.value, dict) else {}
-        image, text = text_of(question.get("imageId")), text_of(question.get("question"))
-        answer = text_of(question.get("answer"))
+    layout, number = Layout(options.root), -1
+    for number, (name, value) in enumerate(members(path)):
+        if isinstance(value, list):
+            number = -1
+            break
+        where, question = f"{path}: question {name!r}", object_of(value)
+        image, text, answer = (text_of(question.get(key)) for key in ("imageId", "question", "answer"))
         if not image or not text or not answer:
-            yield broken(number - 1, where, "needs `imageId`, `question` and `answer`", path)
+            yield broken(number, where, "needs `imageId`, `question` and `answer`", path)
             continue
-        source = layout.choose((f"{image}.jpg", f"images/{image}.jpg"))
-        data = dialogue([source], [(asked(text, options.prompt), answer)], id=item.key)
-        yield RawRow(number - 1, where, data, path=path, root=options.root, kind="vqa")
-    if number == 0:
-        raise DataError(f"{path}: no questions; give GQA's *_questions.json")
+        source = layout.choose(f"{image}.jpg", f"images/{image}.jpg")
+        data = dialogue([source], [(asked(text, options.prompt), answer)], id=name)
+        yield RawRow(number, where, data, path=path, root=options.root, kind="vqa")
+    if number < 0:
+        raise DataError(f"{path}: expected an object of questions by id; give GQA's *_questions.json")
 
 
 def read_textvqa(path: Path, options: Options) -> Iterator[RawRow]:
@@ -135,7 +125,7 @@ def read_textvqa(path: Path, options: Options) -> Iterator[RawRow]:
                 yield broken(number, where, f"image_id {image} is not in {options.annotations}", path)
                 continue
             text = f"{text}\nReference OCR token: {', '.join(tokens[image])}"
-        source = layout.choose((f"{image}.jpg", f"train_images/{image}.jpg", f"test_images/{image}.jpg"))
+        source = layout.choose(f"{image}.jpg", f"train_images/{image}.jpg", f"test_images/{image}.jpg")
         data = dialogue([source], [(asked(text, options.prompt), answer)], id=str(question.get("question_id", number)))
         yield RawRow(number, where, data, path=path, root=options.root, kind="ocr")
 
@@ -160,17 +150,15 @@ def read_docvqa(path: Path, options: Options) -> Iterator[RawRow]:
             yield broken(number, where, "needs `image`, `question` and `answers`", path)
             continue
         base = image.rpartition("/")[2]
-        source = layout.choose((image, base, f"spdocvqa_images/{base}", f"documents/{base}"))
+        source = layout.choose(image, base, f"spdocvqa_images/{base}", f"documents/{base}")
         data = dialogue([source], [(asked(text, options.prompt), answer)], id=str(question.get("questionId", number)))
         yield RawRow(number, where, data, path=path, root=options.root, kind="ocr")
 
 
 def _data_list(path: Path, expected: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """The objects of the list `data`."""
-    found = False
-    for item in stream(path):
-        if item.key == "data" and item.index >= 0:
-            found = True
-            yield item.index, f"{path}: data[{item.index}]", item.value if isinstance(item.value, dict) else {}
-    if not found:
+    index = -1
+    for index, value in enumerate(elements(path, "data")):
+        yield index, f"{path}: data[{index}]", object_of(value)
+    if index < 0:
         raise DataError(f"{path}: no list `data`; give {expected}")

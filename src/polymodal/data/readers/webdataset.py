@@ -22,7 +22,18 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from polymodal.data.readers.base import CAPTION, IMAGES, Options, RawRow, asked, best_answer, dialogue, text_of
+from polymodal.data.readers.base import (
+    IMAGES,
+    PACKED,
+    Options,
+    RawRow,
+    asked,
+    best_answer,
+    broken,
+    caption_of,
+    dialogue,
+    text_of,
+)
 from polymodal.errors import DataError, MediaError, first_line
 from polymodal.media.source import describe, read_bytes
 from polymodal.messages import FileSlice
@@ -54,10 +65,10 @@ def read_webdataset(path: Path, options: Options) -> Iterator[RawRow]:
         seen.add(sample.key)
         try:
             if sample.faults:
-                raise DataError(f"{where}: {sample.faults[0]}")
-            data, kind = _record(sample, where, options)
-        except DataError as error:
-            yield RawRow(number, where, None, error, path=path)
+                raise DataError(sample.faults[0])
+            data, kind = _record(sample, options)
+        except (DataError, MediaError) as error:
+            yield broken(number, where, str(error), path)
         else:
             yield RawRow(number, where, data, path=path, root=options.root, kind=kind, id=sample.key)
         number += 1
@@ -107,7 +118,7 @@ def _open(path: Path) -> tarfile.TarFile:
     except (tarfile.TarError, EOFError, OSError) as error:
         with path.open("rb") as file:
             head = file.read(6)
-        packed = head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
+        packed = head.startswith(PACKED)
         why = "is compressed, so its members cannot be read one by one; unpack it to a .tar" if packed else ""
         raise DataError(f"{path}: {why or f'not a tar archive ({first_line(error)})'}") from None
 
@@ -148,7 +159,7 @@ def _key(name: str) -> str:
     return f"{folder}{slash}{base.split('.')[0]}" if not base.startswith(".") else f"{folder}{slash}{base}"
 
 
-def _record(sample: _Sample, where: str, options: Options) -> tuple[dict[str, Any], str]:
+def _record(sample: _Sample, options: Options) -> tuple[dict[str, Any], str]:
     """Make a record of a sample's members, and its kind."""
     media: dict[str, list[FileSlice]] = {}
     texts: dict[str, FileSlice] = {}
@@ -158,26 +169,26 @@ def _record(sample: _Sample, where: str, options: Options) -> tuple[dict[str, An
             media.setdefault(_KINDS[suffix], []).append(member)
         elif suffix in _TEXTS:
             if suffix in texts:
-                raise DataError(f"{where}: has two {suffix} members; keep one")
+                raise DataError(f"has two {suffix} members; keep one")
             texts[suffix] = member
     fields: dict[str, Any] = {}
     if ".json" in texts:
-        parsed = _json(texts[".json"], where)
+        parsed = _json(texts[".json"])
         if "conversations" in parsed or "messages" in parsed:
             return _with_media(parsed, media), "conversation"
         fields = parsed
     images = media.get("images", [])
     if not images:
-        raise DataError(f"{where}: has no image and no conversation; add a .jpg or .png, or a .json record")
+        raise DataError("has no image and no conversation; add a .jpg or .png, or a .json record")
     labels = {key: fields[key] for key in ("id", "kind", "source") if isinstance(fields.get(key), str)}
-    captions = [_text(texts[suffix], where) for suffix in (".txt", ".caption") if suffix in texts]
+    captions = [_text(texts[suffix]) for suffix in (".txt", ".caption") if suffix in texts]
     caption = next(filter(None, [*captions, text_of(fields.get("caption")), text_of(fields.get("text"))]), "")
     question, answer = text_of(fields.get("question")), best_answer(fields.get("answer", fields.get("answers")))
     if question and answer:
         return dialogue(images, [(asked(question, options.prompt, ""), answer)], **labels), "vqa"
     if not caption:
-        raise DataError(f"{where}: has no text; add a .txt with the caption or a .json with a conversation")
-    return dialogue(images, [(CAPTION if options.prompt is None else options.prompt, caption)], **labels), "caption"
+        raise DataError("has no text; add a .txt with the caption or a .json with a conversation")
+    return caption_of(images, caption, options, **labels), "caption"
 
 
 def _with_media(record: dict[str, Any], media: dict[str, list[FileSlice]]) -> dict[str, Any]:
@@ -198,20 +209,18 @@ def _names(member: FileSlice) -> tuple[str, str, str]:
     return member.name, base, base.partition(".")[2]
 
 
-def _text(member: FileSlice, where: str) -> str:
+def _text(member: FileSlice) -> str:
     try:
         return read_bytes(member, limit=_MAX_TEXT).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: member {member.name} is not UTF-8 text (byte {error.start})") from None
-    except MediaError as error:
-        raise DataError(f"{where}: {error}") from None
+        raise DataError(f"member {member.name} is not UTF-8 text (byte {error.start})") from None
 
 
-def _json(member: FileSlice, where: str) -> dict[str, Any]:
+def _json(member: FileSlice) -> dict[str, Any]:
     try:
-        parsed = json.loads(_text(member, where))
+        parsed = json.loads(_text(member))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: member {member.name} is not valid JSON ({first_line(error)})") from None
+        raise DataError(f"member {member.name} is not valid JSON ({first_line(error)})") from None
     if not isinstance(parsed, dict):
-        raise DataError(f"{where}: member {member.name} must be a JSON object")
+        raise DataError(f"member {member.name} must be a JSON object")
     return parsed
