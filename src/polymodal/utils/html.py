@@ -1,23 +1,43 @@
-"""A page of HTML that stands alone: one file, in which nothing runs and which loads nothing."""
+"""Pages of HTML that stand alone: one file, in which nothing runs and which loads nothing.
+
+A page is a Jinja template beside the module that fills it, built on `page.html.jinja` here. Every value is escaped.
+"""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable
+import base64
+import io
+import re
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""What a browser may do with the page, whatever its text says: show it, with the images inside it."""
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Control characters, halves of surrogate pairs, and marks that turn the direction of the text after them.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def html_page(title: str, style: str, parts: Iterable[str]) -> str:
-    """Write a page."""
-    lines = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        f"<title>{html.escape(title)}</title><style>{style}</style></head><body>",
-        *(part for part in parts if part),
-        "</body></html>\n",
-    ]
-    return "\n".join(lines).replace("\x00", "\ufffd")
+@cache
+def _templates() -> Environment:
+    folder = FileSystemLoader(Path(__file__).resolve().parent.parent)
+    return Environment(
+        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )  # fmt: skip
+
+
+def html_page(template: str, **values: Any) -> str:
+    """Fill the template of a page, such as "viewer/view.html.jinja"."""
+    return _UNPRINTABLE.sub("\ufffd", _templates().get_template(template).render(values))
+
+
+def data_url(image: bytes | Image.Image, kind: str, **options: Any) -> str:
+    """An image as a URL that holds it; `kind` is its type, "png" or "jpeg"."""
+    if not isinstance(image, bytes):
+        buffer = io.BytesIO()
+        image.save(buffer, kind.upper(), optimize=True, **options)
+        image = buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}"

@@ -1,4 +1,4 @@
-"""`report.html`: a finished run on one page, made of the files in its folder alone; nothing is loaded from elsewhere.
+"""`loss.png` and `report.html`: a finished run on one page, made of the files in its folder alone.
 
 Curves, what the loss is made of, throughput and where time went, a few questions with their images and how the
 answers changed, and the whole recipe.
@@ -6,11 +6,9 @@ answers changed, and the whole recipe.
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,10 @@ import numpy as np
 
 from polymodal.training.reporting.log import read_log
 from polymodal.utils.files import write_text
-from polymodal.utils.html import html_page
+from polymodal.utils.html import data_url, html_page
 from polymodal.utils.progress import duration
 
-# ---- The loss-curve image: loss (raw and smoothed, and by kind), learning rates and gradient norm against samples
+REPORT = "report.html"
 
 
 def smooth(values: np.ndarray, span: int) -> np.ndarray:  # values [n] -> [n]
@@ -49,7 +47,7 @@ def drawn_kinds(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int,
 
 
 def draw_curves(log: Path, image: Path, title: str) -> bool:
-    """Draw a run's log."""
+    """Draw a run's log: loss (raw, smoothed, by kind), learning rates and gradient norm against samples."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -84,52 +82,33 @@ def draw_curves(log: Path, image: Path, title: str) -> bool:
     return True
 
 
-REPORT = "report.html"
-
-_STYLE = """
-:root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2.2rem }
-img { max-width: 100%; height: auto }
-.chart { background: #fff; border-radius: 6px }
-table { border-collapse: collapse; font-size: .92rem }
-th, td { text-align: left; padding: .2rem 1.2rem .2rem 0; vertical-align: top; border-bottom: 1px solid #8883 }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
-.shown { display: flex; gap: 1.2rem; margin: 1.2rem 0; flex-wrap: wrap }
-.shown .images { flex: 0 0 12rem } .shown .images img { border: 1px solid #8884; border-radius: 4px; width: 12rem }
-.shown .words { flex: 1 1 20rem; overflow-wrap: anywhere }
-pre { overflow-x: auto; font-size: .85rem }
-.quiet { opacity: .7; font-size: .9rem }
-"""
-
-
 def write_report(output_dir: Path) -> Path:
-    """Write the page."""
-    lines = read_log(output_dir / "log.jsonl")
-    looks = read_log(output_dir / "eval.jsonl")
+    """Write `report.html`."""
+    lines, evals = read_log(output_dir / "log.jsonl"), read_log(output_dir / "eval.jsonl")
     recipe = _text(output_dir / "recipe.yaml")
     facts = json.loads(_text(output_dir / "env.json") or "{}")
-    name = next((line[6:] for line in recipe.splitlines() if line.startswith("name: ")), output_dir.name)
-    sections = [
-        f"<h1>{html.escape(name)}</h1>",
-        _summary(lines, looks, facts),
-        _curves(output_dir, lines, looks),
-        _parts(lines, looks),
-        _answers(output_dir, looks),
-        f"<h2>Recipe</h2><details><summary>recipe.yaml, every default spelled out</summary><pre>{html.escape(recipe)}"
-        "</pre></details>",
-        f"<details><summary>versions and hardware</summary><pre>{html.escape(json.dumps(facts, indent=2))}</pre>"
-        "</details>",
-    ]
-    path = output_dir / REPORT
-    write_text(path, html_page(f"{name}: training report", _STYLE, sections))
-    return path
+    terms = bool(lines) and "terms" in lines[-1]
+    held_out = bool(evals) and evals[-1]["data"] == "held-out"
+    page = html_page(
+        "training/reporting/report.html.jinja",
+        name=next((line[6:] for line in recipe.splitlines() if line.startswith("name: ")), output_dir.name),
+        summary=_summary(lines, evals, facts),
+        curves=_curves(output_dir, lines, evals),
+        tables=_loss_tables(lines, evals),
+        tables_title="Terms of the loss" if terms else "Loss by kind and source",
+        answers=_answers(output_dir, evals),
+        answers_title="held-out" if held_out else "training data, seen while training",
+        recipe=recipe,
+        facts=json.dumps(facts, indent=2),
+    )
+    write_text(output_dir / REPORT, page)
+    return output_dir / REPORT
 
 
-def _summary(lines: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
-    """The run in a dozen numbers."""
+def _summary(lines: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, str]:
+    """The run in a dozen numbers; empty where no step was logged."""
     if not lines:
-        return "<p>No step was logged.</p>"
+        return {}
     last = lines[-1]
     losses = [line["loss"] for line in lines if line["loss"] is not None]
     rates = [line for line in lines if line["tokens_per_s"]]
@@ -151,42 +130,42 @@ def _summary(lines: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]], f
         "device": f"{facts.get('device', '?')}, {facts.get('processes', 1)} process(es), "
         f"engine {facts.get('engine', 'single')}",
     }
-    scored = [look["loss"] for look in looks if look.get("loss") is not None]
+    scored = [entry["loss"] for entry in evals if entry.get("loss") is not None]
     if scored:
         rows["held-out loss"] = f"{scored[-1]:.4f} at the end, {min(scored):.4f} at best"
-    if looks and "recall" in looks[-1]:
-        recall, chance = looks[-1]["recall"], looks[-1]["chance"]
+    if evals and "recall" in evals[-1]:
+        recall, chance = evals[-1]["recall"], evals[-1]["chance"]
         rows |= {
             f"recall, {name.replace('_', ' ').replace('@', ' at ')}": f"{value:.1%}, by chance {chance[name]:.1%}"
             for name, value in recall.items()
         }
-    body = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
-    return f"<table>{body}</table>"
+    return rows
 
 
-def _curves(output_dir: Path, lines: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]]) -> str:
-    found = []
+def _curves(output_dir: Path, lines: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Images of the curves, as URLs by what they show."""
+    found = {}
     image = output_dir / "loss.png"
     if image.is_file():
-        found.append(_image(image.read_bytes(), "image/png", "loss, learning rate and gradient norm", "chart"))
+        found["loss, learning rate and gradient norm"] = data_url(image.read_bytes(), "png")
     if len(lines) > 1:
-        found.append(_image(draw_rates(lines, looks), "image/png", "held-out loss and throughput", "chart"))
-    return f"<h2>Curves</h2>{''.join(f'<p>{image}</p>' for image in found)}" if found else ""
+        found["held-out loss and throughput"] = data_url(draw_rates(lines, evals), "png")
+    return found
 
 
-def draw_rates(lines: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]]) -> bytes:
+def draw_rates(lines: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]]) -> bytes:
     """Draw throughput over steps, under the held-out loss where there is one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    scored = [look for look in looks if look.get("loss") is not None]
+    scored = [entry for entry in evals if entry.get("loss") is not None]
     figure = Figure(figsize=(9, 5 if scored else 2.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2 if scored else 1, 1, sharex=True, squeeze=False)[:, 0]
     if scored:
         trained = [line for line in lines if line["loss"] is not None]
         axes[0].plot([line["step"] for line in trained], [line["loss"] for line in trained], color="0.8", label="train")
-        axes[0].plot([look["step"] for look in scored], [look["loss"] for look in scored], "o-", label="held-out")
+        axes[0].plot([entry["step"] for entry in scored], [entry["loss"] for entry in scored], "o-", label="held-out")
         axes[0].set_ylabel("loss (nats per token)")
         axes[0].legend(fontsize=8)
         axes[0].grid(alpha=0.3)
@@ -202,10 +181,10 @@ def draw_rates(lines: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]])
     return buffer.getvalue()
 
 
-def _parts(lines: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]]) -> str:
-    """Loss by kind, source or named term: first and last log lines, and the last look at held-out data."""
+def _loss_tables(lines: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]]) -> list[list[tuple[str, ...]]]:
+    """Loss by kind, source or named term: first and last log lines, and the last evaluation on held-out data."""
     found = []
-    scored = [look for look in looks if look.get("loss") is not None]
+    scored = [entry for entry in evals if entry.get("loss") is not None]
     for key, title in (
         ("loss_by_kind", "kind"),
         ("loss_by_source", "source"),
@@ -215,72 +194,35 @@ def _parts(lines: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]]) -> 
         names = sorted({name for line in lines for name in line.get(key, {})})
         if not names or names == [""]:
             continue
-        rows = []
+        table: list[tuple[str, ...]] = [(title, "first line", "last tenth", "held-out")]
         for name in names:
             values = [line[key][name] for line in lines if name in line.get(key, {})]
             held = scored[-1].get(key, {}).get(name) if scored else None
-            tail = values[-max(1, len(values) // 10) :]
-            rows.append((name or "(not named)", f"{values[0]:.3f}", f"{np.mean(tail):.3f}", _number(held)))
-        header = (title, "first line", "last tenth", "held-out")
-        found.append(_table(header if scored else header[:3], rows if scored else [row[:3] for row in rows]))
-    heading = "Terms of the loss" if lines and "terms" in lines[-1] else "Loss by kind and source"
-    return f"<h2>{heading}</h2>" + "".join(found) if found else ""
+            tail = float(np.mean(values[-max(1, len(values) // 10) :]))
+            held_out = "-" if held is None else f"{held:.3f}"
+            table.append((name or "(not named)", f"{values[0]:.3f}", f"{tail:.3f}", held_out))
+        found.append(table if scored else [row[:3] for row in table])
+    return found
 
 
-def _answers(output_dir: Path, looks: Sequence[dict[str, Any]]) -> str:
-    """Each shown question once, with the answers of all looks."""
+def _answers(output_dir: Path, evals: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each shown question once, with its images and the answers of all evaluations, where they changed."""
     by_id: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for look in looks:
-        for entry in look.get("answers", []):
-            by_id.setdefault(entry["id"], []).append((look["step"], entry))
-    if not by_id:
-        return ""
-    blocks = []
+    for line in evals:
+        for entry in line.get("answers", []):
+            by_id.setdefault(entry["id"], []).append((line["step"], entry))
+    shown = []
     for entries in by_id.values():
         entry = entries[-1][1]
-        images = "".join(
-            _image((output_dir / name).read_bytes(), "image/jpeg", "image of the question")
-            for name in entry.get("images", entry.get("pictures", []))  # the second in runs of earlier versions
-            if (output_dir / name).is_file()
-        )
-        changed: list[tuple[int, str]] = []
-        for step, said in entries:
-            text = said.get("answer", f"failed: {said.get('error', '')}")
-            if not changed or changed[-1][1] != text:
-                changed.append((step, text))
-        answers = "".join(
-            f"<tr><td class=number>{step}</td><td>{html.escape(text) or '<i>nothing</i>'}</td></tr>"
-            for step, text in changed
-        )
-        blocks.append(
-            f"<div class=shown><div class=images>{images}</div><div class=words>"
-            f"<p><b>{html.escape(entry['question']) or '<i>no text</i>'}</b><br>expected: "
-            f"{html.escape(entry['expected'])}</p>"
-            f"<table><tr><th class=number>from step</th><th>answer</th></tr>{answers}</table>"
-            f"<p class=quiet>{html.escape(entry['kind'] or 'record')} {html.escape(entry['id'])}</p></div></div>"
-        )
-    kind = "held-out" if looks[-1]["data"] == "held-out" else "training data, seen while training"
-    return f"<h2>Answers ({kind})</h2>" + "".join(blocks)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def row(tag: str, cells: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=number' if number else ''}>{html.escape(cell)}</{tag}>"
-            for number, cell in enumerate(cells)
-        )
-
-    body = "".join(f"<tr>{row('td', cells)}</tr>" for cells in rows)
-    return f"<table><tr>{row('th', header)}</tr>{body}</table>"
-
-
-def _image(data: bytes, kind: str, alt: str, style: str = "") -> str:
-    encoded = base64.b64encode(data).decode("ascii")
-    return f'<img{f" class={style}" if style else ""} alt="{html.escape(alt)}" src="data:{kind};base64,{encoded}">'
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+        files = [output_dir / name for name in entry.get("images", entry.get("pictures", []))]  # of earlier versions
+        answers: list[tuple[int, str]] = []
+        for step, given in entries:
+            text = given.get("answer", f"failed: {given.get('error', '')}")
+            if not answers or answers[-1][1] != text:
+                answers.append((step, text))
+        images = [data_url(file.read_bytes(), "jpeg") for file in files if file.is_file()]
+        shown.append({**entry, "images": images, "answers": answers})
+    return shown
 
 
 def _text(path: Path) -> str:
