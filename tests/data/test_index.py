@@ -14,10 +14,9 @@ import pytest
 from PIL import Image
 
 from polymodal.backends import load_processor
-from polymodal.data.index import Index, open_index
-from polymodal.data.index_build import GrowingArray, Reading, identity, open_array
-from polymodal.data.lazy_sequence import Joined, Picked
+from polymodal.data.index import GrowingArray, Index, Reading, identity, open_array, open_index
 from polymodal.data.load import load_records
+from polymodal.data.mixture import Joined, Picked
 from polymodal.errors import DataError, PolymodalError
 from polymodal.processing.processor import Processor
 

@@ -130,7 +130,7 @@ def test_training_opens_what_prep_made(
     def refuse(*_: Any, **options: Any) -> None:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr("polymodal.data.index_build.build", refuse)
+    monkeypatch.setattr("polymodal.data.index.build", refuse)
     train(load_recipe(recipe))
     assert [path.name for path in (tmp_path / "shared").glob("data-*")] == built
     assert not (tmp_path / "run" / "index").exists()

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 from polymodal.backends import load, load_processor
 from polymodal.checkpoints.model_folder import load_model
-from polymodal.data.index import open_index
-from polymodal.data.index_build import Reading
+from polymodal.data.index import Reading, open_index
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.media_plan import Size
 from polymodal.messages import Image, user

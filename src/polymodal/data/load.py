@@ -11,10 +11,10 @@ from polymodal.data.readers.base import Options, RawRow
 from polymodal.data.readers.conversations import Record, read_record
 from polymodal.data.readers.registry import FORMATS, data_files, detect_format
 from polymodal.errors import DataError, unknown_name
-from polymodal.messages import Audio, Document, FileSlice, Image, Message, Part, TableCell, Text, Video
+from polymodal.messages import Audio, Document, FileSlice, Image, Media, Message, Part, TableCell, Text, Video
 
 KINDS = ("caption", "vqa", "reasoning", "ocr", "conversation")
-"""The kinds that readers and recipes name; a data set may have its own."""
+"""The kinds that readers and recipes name; a dataset may have its own."""
 
 
 def load_records(
@@ -87,25 +87,17 @@ def row_record(row: RawRow, *, kind: str = "", source: str = "") -> Record:
         try:
             message.text.encode()
         except UnicodeEncodeError:
-            raise DataError(
-                f"{row.where}: the text holds half of a surrogate pair (\\ud83d alone); write the whole character"
-            ) from None
+            problem = "the text holds half of a surrogate pair (\\ud83d alone); write the whole character"
+            raise DataError(f"{row.where}: {problem}") from None
     return replace(record, kind=record.kind or kind or row.kind, source=record.source or source or row.source)
 
 
-_PARTS: Mapping[str, type[Image] | type[Video] | type[Audio] | type[Document]] = {
-    "image": Image,
-    "video": Video,
-    "audio": Audio,
-    "document": Document,
-}
+_PARTS: dict[str, type[Media]] = {"image": Image, "video": Video, "audio": Audio, "document": Document}
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
     """Write a record as plain JSON values, for a file of our own that holds records of every form."""
-    messages = [
-        [message.role, [_part_to_json(part, record.id) for part in message.parts]] for message in record.messages
-    ]
+    messages = [[turn.role, [_part_to_json(part, record.id) for part in turn.parts]] for turn in record.messages]
     plain = {"id": record.id, "kind": record.kind, "source": record.source, "messages": messages}
     return {**plain, "extra": dict(record.extra)} if record.extra else plain
 
@@ -119,21 +111,11 @@ def record_from_json(data: Mapping[str, Any]) -> Record:
 def _part_to_json(part: Part, name: str) -> Any:
     if isinstance(part, Text):
         return part.text
-    kind = type(part).__name__.lower()
-    source = part.source
-    if isinstance(source, FileSlice):
-        return [kind, "slice", str(source.path), source.offset, source.size, source.name]
-    if isinstance(source, TableCell):
-        return [
-            kind,
-            "cell",
-            str(source.path),
-            source.group,
-            source.row,
-            source.column,
-            source.item,
-            str(source.root or ""),
-        ]
+    kind, source = type(part).__name__.lower(), part.source
+    if isinstance(source, FileSlice | TableCell):
+        fields = (str(value) if isinstance(value, Path) else value for value in vars(source).values())
+        where = "slice" if isinstance(source, FileSlice) else "cell"
+        return [kind, where, *("" if value is None else value for value in fields)]
     if isinstance(source, str | Path):
         return [kind, "url" if isinstance(source, str) else "path", str(source)]
     raise DataError(f"record {name}: its {kind} is in memory; give a file")

@@ -1,6 +1,6 @@
-"""How often each source of a mixture is seen in an epoch. Integers only, so every machine gets the same.
+"""How often each source of a mixture is seen in an epoch, and sequences that make their items when asked for them.
 
-Two ways to say it, never both in one mixture:
+Counts are integers, so every machine gets the same. Two ways to give them, never both in one mixture:
 
 - `repeat`: each source by itself. 2.0 shows every record twice in an epoch, 0.25 a quarter of them, drawn anew each
   epoch. The epoch has the sum.
@@ -11,10 +11,17 @@ Two ways to say it, never both in one mixture:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import numpy as np
 
 from polymodal.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def epoch_counts(
@@ -49,3 +56,39 @@ def epoch_repeats(
         return list(repeats)
     counts = epoch_counts(sizes, repeats, weights)
     return [count / size if size else 0.0 for count, size in zip(counts, sizes, strict=True)]
+
+
+class Picked(Sequence[T]):
+    """Items made from row numbers."""
+
+    def __init__(self, make: Callable[[int], T], rows: np.ndarray) -> None:  # rows [n]
+        self._make, self._rows = make, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._make(int(row)) for row in self._rows[index]]
+        return self._make(int(self._rows[index]))
+
+
+class Joined(Sequence[T]):
+    """Several sequences as one."""
+
+    def __init__(self, parts: Sequence[Sequence[T]]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = int(index)
+        at = index + len(self) if index < 0 else index
+        if not 0 <= at < len(self):
+            raise IndexError(f"index {index} of {len(self)} items")
+        which = bisect_right(self._ends, at)
+        return self._parts[which][at - (self._ends[which - 1] if which else 0)]

@@ -60,7 +60,9 @@ def to_html(summary: Summary, *, model: str, max_length: int, fixed: bool) -> st
         fixed=fixed,
         names=", ".join(file.path.name for file in summary.files),
         tiles=tiles,
-        shares={kind: 100 * count / max(1, rows) for kind, count in (("good", good), ("warn", warned), ("bad", dropped))},
+        shares={
+            kind: 100 * count / max(1, rows) for kind, count in (("good", good), ("warn", warned), ("bad", dropped))
+        },
         faults=[(code, FAULTS[code], None if fixed else NAMES.get(code)) for code in codes],
         charts=_charts(summary, max_length) if summary.tokens else [],
         thumbnail=thumbnail,

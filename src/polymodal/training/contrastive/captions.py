@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polymodal.data.index_build import Reading
+from polymodal.data.index import Reading
 from polymodal.data.load import iter_rows, row_record
 from polymodal.data.mixture import epoch_repeats
 from polymodal.errors import DataError, PolymodalError

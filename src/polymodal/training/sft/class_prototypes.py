@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polymodal.data.lazy_sequence import Joined
+from polymodal.data.mixture import Joined
 from polymodal.data.readers.conversations import Record
 from polymodal.errors import ConfigError
 from polymodal.messages import Image, assistant, user

@@ -19,10 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polymodal.data.index import open_index
-from polymodal.data.index_build import Reading, sample_digest
-from polymodal.data.lazy_sequence import Joined, Picked
-from polymodal.data.mixture import epoch_repeats
+from polymodal.data.index import Reading, open_index, sample_digest
+from polymodal.data.mixture import Joined, Picked, epoch_repeats
 from polymodal.errors import DataError, PolymodalError
 from polymodal.processing.collate import Sample
 from polymodal.utils.files import write_text
