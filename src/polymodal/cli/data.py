@@ -20,67 +20,69 @@ if TYPE_CHECKING:
     from polymodal.data.check.check import Summary
     from polymodal.processing.processor import Processor
 
+CHECK = """Read, decode and tokenise every row of data files, and report what is wrong. Writes report.html (open it in a
+browser), dropped.jsonl (id, line, code and reason of each row that must go), warnings.jsonl and summary.json. With
+--fix a corrected file: good rows as they were, some faults repaired, the other faulty rows left out. Exit status 1 if
+more than --max-dropped of the rows must go."""
+PREP = """Read, decode and tokenise a recipe's data once, into memory maps that training opens at once. Training does
+the same when it has to; with this it is done on a machine without a GPU, and before the run."""
 FORMATS = "auto, llava, messages, openai, coco, vqav2, gqa, textvqa, docvqa, parquet, webdataset, folder"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    _add_check(actions.add_parser("check", help="find what is wrong with data files", description=check.__doc__))
-    _add_inspect(actions.add_parser("inspect", help="show what the model sees of a row", description=inspect.__doc__))
-    _add_prep(actions.add_parser("prep", help="tokenise a recipe's data once", description=prep.__doc__))
+    checks = actions.add_parser("check", help="find what is wrong with data files", description=CHECK)
+    inspects = actions.add_parser("inspect", help="show what the model sees of a row", description=inspect.__doc__)
+    preps = actions.add_parser("prep", help="tokenise a recipe's data once", description=PREP)
+    add = checks.add_argument
+    add("files", nargs="+", type=Path, metavar="FILE", help="a data file")
+    output = Path("data-check")
+    add("--output", type=Path, default=output, metavar="DIR", help="for the report; default: %(default)s")
+    add("--fix", action="store_true", help="write a corrected copy of each file (JSON and JSONL)")
+    add("--max-dropped", default="1%", metavar="SHARE", help="exit with 1 if more rows must go; default: 1%%")
+    add("--max-length", type=int, default=2048, metavar="N", help="most tokens; default: %(default)s")
+    workers = min(8, os.cpu_count() or 2)
+    add("--workers", type=int, default=workers, metavar="N", help="threads; default: %(default)s")
+    add = inspects.add_argument
+    add("file", type=Path, metavar="FILE", help="a data file")
+    add("--index", type=int, default=0, metavar="N", help="the row, counted from 0; default: 0")
+    add("--html", metavar="FILE", help="write the view as one self-contained page")
+    add("--png", metavar="FILE", help="write the tiles drawn on the images")
+    add("--color", choices=("auto", "always", "never"), default="auto", help="default: %(default)s")
+    for parser in (checks, inspects):
+        add = parser.add_argument
+        add("--image-root", type=Path, metavar="DIR", help="where image paths start; the file's own folder if absent")
+        add("--format", default="auto", help=f"{FORMATS} (default: %(default)s)")
+        add("--annotations", type=Path, metavar="FILE", help="the answers, for formats in two files")
+        add("--template", help="a chat template in place of the model's own, such as plain for captions")
+        common.add_model_argument(parser)
+    add = preps.add_argument
+    add("recipe", type=Path, metavar="RECIPE", help="a recipe, such as recipes/default/stage1.yaml")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the recipe's")
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what was asked for."""
-    actions = {"check": check, "inspect": inspect, "prep": prep}
-    return actions[args.action](args)
-
-
-def _add_reading(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how a file is read and for which model."""
-    parser.add_argument(
-        "--image-root", type=Path, metavar="DIR", help="where image paths start; the file's own folder if absent"
-    )
-    parser.add_argument("--format", default="auto", help=f"{FORMATS} (default: %(default)s)")
-    parser.add_argument("--annotations", type=Path, metavar="FILE", help="the answers, for formats in two files")
-    parser.add_argument("--template", help="a chat template in place of the model's own, such as plain for captions")
-    common.add_model_argument(parser)
-
-
-def _add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a data file")
-    parser.add_argument(
-        "--output", type=Path, default=Path("data-check"), metavar="DIR", help="for the report; default: %(default)s"
-    )
-    parser.add_argument("--fix", action="store_true", help="write a corrected copy of each file (JSON and JSONL)")
-    parser.add_argument(
-        "--max-dropped", default="1%", metavar="SHARE", help="exit with 1 if more rows must go; default: 1%%"
-    )
-    parser.add_argument("--max-length", type=int, default=2048, metavar="N", help="most tokens; default: %(default)s")
-    parser.add_argument(
-        "--workers", type=int, default=min(8, os.cpu_count() or 2), metavar="N", help="threads; default: %(default)s"
-    )
-    _add_reading(parser)
+    return {"check": check, "inspect": inspect, "prep": prep}[args.action](args)
 
 
 def check(args: argparse.Namespace) -> int:
-    """Read, decode and tokenise every row of data files, and report what is wrong.
-
-    Writes report.html (open it in a browser), dropped.jsonl (id, line, code and reason of each row that must go),
-    warnings.jsonl and summary.json. With --fix a corrected file: good rows as they were, some faults repaired, the
-    other faulty rows left out. Exit status 1 if more than --max-dropped of the rows must go.
-    """
+    """Read, decode and tokenise every row of data files, and report what is wrong."""
     limit = parse_share(args.max_dropped)
-    _at_least_one("--workers", args.workers)
-    _at_least_one("--max-length", args.max_length)
+    for flag, value in (("--workers", args.workers), ("--max-length", args.max_length)):
+        if value < 1:
+            raise ConfigError(f"{flag} {value}: at least 1")
     from polymodal.data.check.check import check_files, summary_json
     from polymodal.data.check.report import to_html
     from polymodal.utils.files import write_text
     from polymodal.utils.progress import progress
 
     processor = _processor(args)
-    _make_folder(args.output)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {args.output}: cannot be made ({error.strerror or error})") from error
     summary = check_files(
         args.files,
         processor,
@@ -135,15 +137,6 @@ def _result(summary: Summary, output: Path, image_root: Path | None) -> str:
     return common.printable("\n".join(lines))
 
 
-def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="a data file")
-    parser.add_argument("--index", type=int, default=0, metavar="N", help="the row, counted from 0; default: 0")
-    parser.add_argument("--html", metavar="FILE", help="write the view as one self-contained page")
-    parser.add_argument("--png", metavar="FILE", help="write the tiles drawn on the images")
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: %(default)s")
-    _add_reading(parser)
-
-
 def inspect(args: argparse.Namespace) -> int:
     """Show what the model sees of one row: its tokens by kind, those that carry a loss, and its images' tiles."""
     from polymodal.cli.inspect import show
@@ -163,16 +156,8 @@ def inspect(args: argparse.Namespace) -> int:
     raise DataError(f"{args.file}: no row {args.index}; the last is {last}")
 
 
-def _add_prep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe, such as recipes/default/stage1.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the recipe's")
-
-
 def prep(args: argparse.Namespace) -> int:
-    """Read, decode and tokenise a recipe's data once, into memory maps that training opens at once.
-
-    Training does the same when it has to; with this it is done on a machine without a GPU, and before the run.
-    """
+    """Read, decode and tokenise a recipe's data once, into memory maps that training opens at once."""
     from polymodal.training.recipes.load import load_recipe
     from polymodal.training.recipes.pipeline import is_pipeline
     from polymodal.training.sft.prepare_data import prepare_recipe
@@ -188,15 +173,3 @@ def _processor(args: argparse.Namespace) -> Processor:
     from polymodal.backends import load_processor
 
     return load_processor(args.model).with_template(args.template)
-
-
-def _at_least_one(flag: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{flag} {value}: at least 1")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output {folder}: cannot be made ({error.strerror or error})") from error

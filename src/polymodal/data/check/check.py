@@ -6,7 +6,6 @@ A row goes through the same reader, decoder and processor as in training, so wha
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +28,7 @@ from polymodal.utils.threads import Progress, ahead, quiet
 
 @dataclass(frozen=True)
 class Shown:
-    """A row drawn by chance for the report: its first image, what is asked and what is answered."""
+    """A row sampled for the report: its first image, what is asked and what is answered."""
 
     id: str
     where: str
@@ -116,7 +115,7 @@ class Checker:
         self.summary = Summary()
         self._seen: dict[bytes, str] = {}
         self._ids: set[str] = set()
-        self._drawn: list[tuple[bytes, int, Shown]] = []
+        self._sampled: list[tuple[bytes, int, Shown]] = []
 
     def start_file(self, path: Path) -> FileResult:
         """Begin a file; ids count from here, duplicate rows over all files."""
@@ -202,21 +201,19 @@ class Checker:
         kinds = record.extra.get("kinds")
         summary.kinds.update([str(kind) for kind in kinds] if isinstance(kinds, list) else [record.kind])
         summary.sources[record.source] += 1
-        self._draw(row, seen, record)
+        self._sample(row, seen, record)
 
-    def _draw(self, row: Row, seen: Inspected, record: Record) -> None:
+    def _sample(self, row: Row, seen: Inspected, record: Record) -> None:
         """Keep a few rows with images, drawn evenly and the same on every run: those of the largest hash."""
         if not seen.sizes:
             return
         image = next(part for message in record.messages for part in message.media)
-        said = {role: next((m.text for m in record.messages if m.role == role), "") for role in ("user", "assistant")}
-        shown = Shown(row.id, row.where, image.source, short(said["user"], 160), short(said["assistant"], 240))
+        first = {message.role: message.text for message in reversed(record.messages)}
+        question, answer = short(first.get("user", ""), 160), short(first.get("assistant", ""), 240)
+        shown = Shown(row.id, row.where, image.source, question, answer)
         entry = (hashlib.sha256(seen.content).digest(), -row.raw.number, shown)
-        if len(self._drawn) < SAMPLES:
-            heapq.heappush(self._drawn, entry)
-        elif entry[:2] > self._drawn[0][:2]:
-            heapq.heapreplace(self._drawn, entry)
-        self.summary.shown = [entry[2] for entry in sorted(self._drawn, key=lambda e: (e[0], e[1]))]
+        self._sampled = sorted([*self._sampled, entry], key=lambda entry: entry[:2])[-SAMPLES:]
+        self.summary.shown = [shown for *_, shown in self._sampled]
 
 
 def check_files(

@@ -39,9 +39,8 @@ _NEVER_MEANT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _PLACEHOLDER = "<image>"
 
 
-def role_names(data: dict[str, Any], root: Path) -> bool:
+def role_names(data: dict[str, Any], root: Path) -> None:
     """`Human`, `bot`, `model` and the like become the names that the form uses."""
-    changed = False
     for turn in _turns(data):
         key = "from" if "conversations" in data else "role"
         name = turn.get(key)
@@ -49,74 +48,53 @@ def role_names(data: dict[str, Any], root: Path) -> bool:
         wanted = _LLAVA_NAMES.get(role or "") if key == "from" else role
         if wanted is not None and name not in (wanted, role):
             turn[key] = wanted
-            changed = True
-    return changed
 
 
-def add_placeholder(data: dict[str, Any], root: Path) -> bool:
+def add_placeholder(data: dict[str, Any], root: Path) -> None:
     """One image and no `<image>` anywhere: it belongs before the first question."""
     key = next((key for key in ("image", "images") if data.get(key)), None)
     if key is None or (isinstance(data[key], list) and len(data[key]) != 1):
-        return False
+        return
     name, who = ("value", "from") if "conversations" in data else ("content", "role")
     texts = [turn.get(name) for turn in _turns(data)]
     if any(not isinstance(text, str) or _PLACEHOLDER in text for text in texts):
-        return False
+        return
     first = next((turn for turn in _turns(data) if turn.get(who) in ("human", "user")), None)
-    if first is None:
-        return False
-    first[name] = f"{_PLACEHOLDER}\n{first[name]}" if name == "value" else f"{_PLACEHOLDER}{first[name]}"
-    return True
+    if first is not None:
+        first[name] = f"{_PLACEHOLDER}\n{first[name]}" if name == "value" else f"{_PLACEHOLDER}{first[name]}"
 
 
-def mend_paths(data: dict[str, Any], root: Path) -> bool:
+def mend_paths(data: dict[str, Any], root: Path) -> None:
     """Backslashes and upper or lower case: where exactly one file of the folder can be meant."""
-    changed = False
     for holder, key in _path_slots(data):
         value = holder[key]
-        if value.startswith(("data:", "http:", "https:")) or (root / value).is_file():
-            continue
-        found = _same_file(root, value.strip().replace("\\", "/"))
-        if found is not None:
-            holder[key] = found
-            changed = True
-    return changed
+        if not value.startswith(("data:", "http:", "https:")) and not (root / value).is_file():
+            holder[key] = _same_file(root, value.strip().replace("\\", "/")) or value
 
 
-def trim_answers(data: dict[str, Any], root: Path) -> bool:
+def trim_answers(data: dict[str, Any], root: Path) -> None:
     """Space before and after an answer goes."""
-    changed = False
     for holder, key in _texts(data, ("gpt", "assistant")):
-        if holder[key] != holder[key].strip():
-            holder[key] = holder[key].strip()
-            changed = True
-    return changed
+        holder[key] = holder[key].strip()
 
 
-def drop_control_characters(data: dict[str, Any], root: Path) -> bool:
+def drop_control_characters(data: dict[str, Any], root: Path) -> None:
     """Control characters and halves of surrogate pairs go; a replacement character stays, since its place is known."""
-    changed = False
     for holder, key in _texts(data, ()):
-        clean = _NEVER_MEANT.sub("", holder[key])
-        if clean != holder[key]:
-            holder[key] = clean
-            changed = True
-    return changed
+        holder[key] = _NEVER_MEANT.sub("", holder[key])
 
 
-def drop_last_question(data: dict[str, Any], root: Path) -> bool:
+def drop_last_question(data: dict[str, Any], root: Path) -> None:
     """A last question without an answer goes, where it shows nothing: no token of it is trained."""
     turns = data.get("conversations", data.get("messages"))
     name = "value" if "conversations" in data else "content"
-    text = turns[-1].get(name) if isinstance(turns, list) and len(turns) > 2 else None
-    if not isinstance(text, str) or re.search("<(image|video|audio)>", text):
-        return False
-    assert isinstance(turns, list)
-    turns.pop()
-    return True
+    if isinstance(turns, list) and len(turns) > 2:
+        text = turns[-1].get(name)
+        if isinstance(text, str) and not re.search("<(image|video|audio)>", text):
+            turns.pop()
 
 
-REPAIRS: dict[str, tuple[str, Callable[[dict[str, Any], Path], bool]]] = {
+REPAIRS: dict[str, tuple[str, Callable[[dict[str, Any], Path], None]]] = {
     "unknown-role": ("role names", role_names),
     "placeholder-count": ("placeholder added", add_placeholder),
     "missing-file": ("path mended", mend_paths),
@@ -124,10 +102,10 @@ REPAIRS: dict[str, tuple[str, Callable[[dict[str, Any], Path], bool]]] = {
     "bad-characters": ("control characters removed", drop_control_characters),
     "unanswered": ("last question removed", drop_last_question),
 }
-"""Repair of each fault: its name, and a function that changes the data and says whether it did."""
+"""Repair of each fault: its name, and a function that changes the data where it can."""
 
 NEW_ID = "new id"
-NAMES = {**{code: name for code, (name, _) in REPAIRS.items()}, "duplicate-id": NEW_ID, "duplicate-row": "left out"}
+NAMES = {"duplicate-id": NEW_ID, "duplicate-row": "left out"} | {code: name for code, (name, _) in REPAIRS.items()}
 """What --fix does about each fault that it can do something about."""
 
 
@@ -141,8 +119,9 @@ def make_repair(is_used: Callable[[str], bool]) -> Repair:
         for code in dict.fromkeys(finding.code for finding in findings):
             if code in REPAIRS:
                 name, change = REPAIRS[code]
-                if change(data, row.raw.root):
-                    names.append(name)
+                before = copy.deepcopy(data)
+                change(data, row.raw.root)
+                names += [name] if data != before else []
             elif code == "duplicate-id":
                 data["id"] = next(new for n in range(2, 1 << 30) if not is_used(new := f"{row.id}-{n}"))
                 names.append(NEW_ID)

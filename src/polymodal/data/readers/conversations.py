@@ -48,7 +48,7 @@ _KNOWN_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation of a data set."""
+    """One conversation of a dataset."""
 
     id: str  # The record's id; the file's name and the record's number where it has none
     messages: tuple[Message, ...]  # The conversation
@@ -64,20 +64,16 @@ class _Pool:
     def __init__(self, record: Mapping[str, Any], image_root: Path, where: str) -> None:
         self._where = where
         self._items: dict[str, list[Media]] = {}
-        self._taken = dict.fromkeys(_MEDIA, 0)
         self._keys: dict[str, str] = {}
+        self._taken = dict.fromkeys(_MEDIA, 0)
         for kind, cls in _MEDIA.items():
             keys = [key for key in (kind, kind + "s") if record.get(key) is not None]
             if len(keys) > 1:
                 raise DataError(f"{where}: the record has both `{kind}` and `{kind}s`; keep one")
-            if not keys:
-                continue
-            value = record[keys[0]]
-            entries = value if isinstance(value, list) else [value]
-            self._keys[kind] = keys[0]
-            self._items[kind] = [
-                cls(_source(entry, image_root, f"{where}: `{keys[0]}`[{i}]")) for i, entry in enumerate(entries)
-            ]
+            for key in keys:
+                entries = record[key] if isinstance(record[key], list) else [record[key]]
+                sources = [_source(entry, image_root, f"{where}: `{key}`[{i}]") for i, entry in enumerate(entries)]
+                self._keys[kind], self._items[kind] = key, [cls(source) for source in sources]
 
     def holds(self, kind: str) -> bool:
         """Whether a placeholder of this kind means a medium; `<video>` in a record without videos is text."""
@@ -94,45 +90,42 @@ class _Pool:
         """Check that every item was asked for exactly once."""
         for kind, taken in self._taken.items():
             given = len(self._items.get(kind, []))
-            if taken == given:
-                continue
-            key = self._keys.get(kind)
-            if key is None:
+            if taken != given:
                 problem = f"no `{kind}` key; add the key or take them out"
-            else:
-                problem = f"{given} items in `{key}`; make the counts equal"
-            raise DataError(f"{self._where}: {taken} <{kind}> placeholders but {problem}", "placeholder-count")
+                if kind in self._keys:
+                    problem = f"{given} items in `{self._keys[kind]}`; make the counts equal"
+                raise DataError(f"{self._where}: {taken} <{kind}> placeholders but {problem}", "placeholder-count")
 
 
 def read_llava(record: Mapping[str, Any], image_root: Path, where: str) -> list[Message]:
     """Read a LLaVA record."""
-    pool = _Pool(record, image_root, where)
-    turns = _list(record, "conversations", where)
-    messages = _leading_system(record, where)
-    for index, turn in enumerate(turns):
-        spot = f"{where}: conversations[{index}]"
-        role = _role(turn, "from", spot)
-        value = turn.get("value")
-        if not isinstance(value, str):
-            raise DataError(f"{spot}: `value` must be text, found {_kind_of(value)}")
-        messages.append(Message(role, tuple(_split(value, role, pool, spot, newline=True))))
-    pool.finish()
-    _check_turns(messages, where)
-    return messages
+    return _conversation(record, "conversations", "from", "value", image_root, where)
 
 
 def read_messages(record: Mapping[str, Any], image_root: Path, where: str) -> list[Message]:
     """Read a record of `messages` with its media beside them in `images`, `videos` and `audios`."""
+    return _conversation(record, "messages", "role", "content", image_root, where)
+
+
+def _conversation(
+    record: Mapping[str, Any], key: str, role_key: str, text_key: str, image_root: Path, where: str
+) -> list[Message]:
     pool = _Pool(record, image_root, where)
+    turns = record.get(key)
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{where}: `{key}` must be a list of turns, found {_kind_of(turns)}", "no-turns")
     messages = _leading_system(record, where)
-    for index, turn in enumerate(_list(record, "messages", where)):
-        spot = f"{where}: messages[{index}]"
-        role = _role(turn, "role", spot)
-        content = turn.get("content")
+    for index, turn in enumerate(turns):
+        spot = f"{where}: {key}[{index}]"
+        role = _role(turn, role_key, spot)
+        content = turn.get(text_key)
         if isinstance(content, str):
-            messages.append(Message(role, tuple(_split(content, role, pool, spot, newline=False))))
+            parts = tuple(_split(content, role, pool, spot, newline=key == "conversations"))
+        elif key == "conversations":
+            raise DataError(f"{spot}: `{text_key}` must be text, found {_kind_of(content)}")
         else:
-            messages.append(Message(role, _parts(content, role, spot, image_root, pool)))
+            parts = _parts(content, role, spot, image_root, pool)
+        messages.append(Message(role, parts))
     pool.finish()
     _check_turns(messages, where)
     return messages
@@ -185,13 +178,6 @@ def read_record(record: Any, image_root: Path, where: str, *, default_id: str = 
     given = record.get("id")
     extra = {key: value for key, value in record.items() if key not in _KNOWN_KEYS}
     return Record(default_id if given is None else str(given), tuple(messages), **labels, extra=extra)
-
-
-def _list(record: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    turns = record.get(key)
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: `{key}` must be a list of turns, found {_kind_of(turns)}", "no-turns")
-    return turns
 
 
 def _leading_system(record: Mapping[str, Any], where: str) -> list[Message]:

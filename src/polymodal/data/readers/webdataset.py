@@ -130,9 +130,8 @@ def _end_of(path: Path, offset: int) -> str:
         block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
         return "the archive has no end marker, so it was cut off; fetch it again"
-    return (
-        f"damaged header at byte {offset}; what follows cannot be read, fetch the archive again" if any(block) else ""
-    )
+    damaged = f"damaged header at byte {offset}; what follows cannot be read, fetch the archive again"
+    return damaged if any(block) else ""
 
 
 def _fault(member: tarfile.TarInfo) -> str:
