@@ -49,7 +49,7 @@ def test_lines(tmp_path: Path) -> None:
     body = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
     path = write(tmp_path, "\ufeff" + body + "\r\n")
     assert file_form(path) == LINES
-    assert [(row.number, row.line, row.data) for row in text_rows(path)] == [
+    assert [(number, row.line, row.data) for number, row in enumerate(text_rows(path))] == [
         (n, 2 * n + 1, row) for n, row in enumerate(ROWS)
     ]
 

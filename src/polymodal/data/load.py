@@ -72,7 +72,7 @@ def iter_rows(
     for file in data_files(path, name):
         root = Path(image_root) if image_root is not None else file if name == "folder" else file.parent
         for row in form.reader(file, Options(root, annotations, prompt)):
-            yield replace(row, number=number, source=path.stem)  # not the shard's name
+            yield replace(row, number=number, root=root, source=path.stem)  # not the shard's name
             number += 1
     if number == 0:
         raise DataError(f"{path}: the file holds no records")

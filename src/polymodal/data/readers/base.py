@@ -33,18 +33,18 @@ Medium: TypeAlias = "str | Path | FileSlice | TableCell"
 class RawRow:
     """One row."""
 
-    number: int  # Counted from 0 over all files of the source, broken rows too
     where: str  # File and row, as errors name it
     data: Any  # The row as a record: an object with `conversations` or `messages`. None for a broken row
     error: DataError | None = None  # What is wrong with a broken row, in one line that starts with `where`
-    path: Path = Path()  # The file that holds the row
-    root: Path = Path()  # The folder that media paths are relative to and may not leave
     line: int = 0  # The line it begins on in a JSON file, counted from 1; 0 elsewhere
     text: str = ""  # Its text in a JSON file, unchanged (bytes that are not UTF-8 are surrogates); "" elsewhere
     form: str = ""  # The only form that is meant ("llava", "messages", "openai"), or ""
     kind: str = ""  # Of a row that names none
-    source: str = ""  # Of a row that names none
     id: str = ""  # Of a row that names none
+    # The rest is filled in by `iter_rows`.
+    number: int = -1  # Counted from 0 over all files of the source, broken rows too
+    root: Path = Path()  # The folder that media paths are relative to and may not leave
+    source: str = ""  # Of a row that names none
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ def open_file(path: Path) -> Iterator[BufferedReader]:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def broken(number: int, where: str, problem: str, path: Path, code: str = "broken-row", **fields: Any) -> RawRow:
+def broken(where: str, problem: str, code: str = "broken-row", **fields: Any) -> RawRow:
     """Make the row that stands for a broken one."""
-    return RawRow(number, where, None, DataError(f"{where}: {problem}", code), path=path, **fields)
+    return RawRow(where, None, DataError(f"{where}: {problem}", code), **fields)
 
 
 def dialogue(images: Sequence[Medium], turns: Sequence[tuple[str, str]], **fields: Any) -> dict[str, Any]:

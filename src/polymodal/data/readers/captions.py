@@ -33,16 +33,16 @@ def read_folder(path: Path, options: Options) -> Iterator[RawRow]:
             count += file.suffix.lower() in IMAGES
     if count == 0:
         raise DataError(f"{path}: no images; give a folder of images with .txt captions, or a data file")
-    for number, (stem, files) in enumerate(stems.items()):
+    for stem, files in stems.items():
         name = stem.relative_to(path).as_posix()
         where = f"{path}: {name}"
         try:
             image, caption = _pair(files)
         except (DataError, MediaError) as error:
-            yield broken(number, where, str(error), path)
+            yield broken(where, str(error))
             continue
         data = caption_of([image], caption, options, id=name)
-        yield RawRow(number, where, data, path=path, root=options.root, kind="caption")
+        yield RawRow(where, data, kind="caption")
 
 
 def _pair(files: list[Path]) -> tuple[Path, str]:
@@ -101,13 +101,13 @@ def read_coco(path: Path, options: Options) -> Iterator[RawRow]:
         name = names.get(_key(annotation.get("image_id")))
         text = text_of(annotation.get("caption"))
         if name is None:
-            yield broken(number, where, f"no image with id {annotation.get('image_id')!r} in `images`", path)
+            yield broken(where, f"no image with id {annotation.get('image_id')!r} in `images`")
         elif not text:
-            yield broken(number, where, "`caption` is missing or empty", path)
+            yield broken(where, "`caption` is missing or empty")
         else:
             image = layout.choose(name, f"{split[0]}/{name}") if split else name
             data = caption_of([image], text, options, id=f"{annotation.get('id', number)}")
-            yield RawRow(number, where, data, path=path, root=options.root, kind="caption")
+            yield RawRow(where, data, kind="caption")
     if number < 0:
         raise DataError(f"{path}: no `annotations`; give COCO's captions_*.json")
 

@@ -55,11 +55,11 @@ def read_rows(path: Path, options: Options, form: str = "") -> Iterator[RawRow]:
         where = f"{path}: record {number}" if is_list else f"{path}: line {line}"
         if fault is not None:
             hint = f" (line {line})" if is_list else "; expected a JSON list, or one object a line"
-            yield broken(number, where, f"{fault}{hint}", path, fault.code, line=line, text=text)
+            yield broken(where, f"{fault}{hint}", fault.code, line=line, text=text)
             continue
         data = {"messages": data} if form == "openai" and isinstance(data, list) else data
-        name = f"{path.stem}-{number}"
-        yield RawRow(number, where, data, None, path, options.root, line, text, form, "conversation", id=name)
+        about = {"line": line, "text": text, "form": form, "kind": "conversation", "id": f"{path.stem}-{number}"}
+        yield RawRow(where, data, **about)  # type: ignore[arg-type]
 
 
 def _of_lines(path: Path) -> Iterator[_Found]:

@@ -60,7 +60,7 @@ def read_parquet(path: Path, options: Options) -> Iterator[RawRow]:
             except Exception as error:  # pyarrow raises many types for damaged pages
                 problem = f"row group {group} is damaged ({first_line(error)[:160]}); fetch the file again"
                 problem = str(error) if isinstance(error, MediaError) else problem
-                yield broken(number, f"{path}: rows {number} to {number + count - 1}", problem, path)
+                yield broken(f"{path}: rows {number} to {number + count - 1}", problem)
                 number += count
                 continue
             for index, row in enumerate(rows):
@@ -68,9 +68,9 @@ def read_parquet(path: Path, options: Options) -> Iterator[RawRow]:
                 try:
                     data, kind = _record(row, form, {name: cells[name][index] for name in media}, options)
                     name = f"{path.stem}-{number}"
-                    yield RawRow(number, where, data, path=path, root=options.root, kind=kind, id=name)
+                    yield RawRow(where, data, kind=kind, id=name)
                 except DataError as error:
-                    yield broken(number, where, str(error), path)
+                    yield broken(where, str(error))
                 number += 1
     if number == 0:
         raise DataError(f"{path}: the file holds no records")

@@ -44,23 +44,22 @@ def read_vqav2(path: Path, options: Options) -> Iterator[RawRow]:
         where = f"{path}: question {number}"
         name, image, text = question.get("question_id"), question.get("image_id"), text_of(question.get("question"))
         if not isinstance(name, int | str) or not isinstance(image, int) or not text:
-            yield broken(number, where, "needs `question_id`, `image_id` and `question`", path)
+            yield broken(where, "needs `question_id`, `image_id` and `question`")
             continue
         if name not in answers:
             problem = f"question_id {name} has no annotation in {options.annotations}, or comes twice"
-            yield broken(number, where, problem, path)
+            yield broken(where, problem)
             continue
         answer, of_image, kind = answers.pop(name)
         if not answer:
-            yield broken(number, where, f"question_id {name}: the answer is missing or empty", path)
+            yield broken(where, f"question_id {name}: the answer is missing or empty")
         elif of_image != image:
             problem = f"question_id {name} is about image {image}, its annotation about {of_image}"
-            yield broken(number, where, problem, path)
+            yield broken(where, problem)
         else:
             file = f"COCO_{subtype}_{image:012d}.jpg"
             source = layout.choose(file, f"{subtype}/{file}")
-            data = dialogue([source], [(asked(text, options.prompt), answer)], id=str(name), answer_type=kind)
-            yield RawRow(number, where, data, path=path, root=options.root, kind="vqa")
+            yield _row(where, options, source, text, answer, "vqa", id=str(name), answer_type=kind)
     if number < 0:
         raise DataError(f"{path}: no `questions`; give v2_OpenEnded_mscoco_*_questions.json")
 
@@ -101,11 +100,10 @@ def read_gqa(path: Path, options: Options) -> Iterator[RawRow]:
         where, question = f"{path}: question {name!r}", object_of(value)
         image, text, answer = (text_of(question.get(key)) for key in ("imageId", "question", "answer"))
         if not image or not text or not answer:
-            yield broken(number, where, "needs `imageId`, `question` and `answer`", path)
+            yield broken(where, "needs `imageId`, `question` and `answer`")
             continue
         source = layout.choose(f"{image}.jpg", f"images/{image}.jpg")
-        data = dialogue([source], [(asked(text, options.prompt), answer)], id=name)
-        yield RawRow(number, where, data, path=path, root=options.root, kind="vqa")
+        yield _row(where, options, source, text, answer, "vqa", id=name)
     if number < 0:
         raise DataError(f"{path}: expected an object of questions by id; give GQA's *_questions.json")
 
@@ -118,16 +116,15 @@ def read_textvqa(path: Path, options: Options) -> Iterator[RawRow]:
         image, text = text_of(question.get("image_id")), text_of(question.get("question"))
         answer = best_answer(question.get("answers"))
         if not image or not text or not answer:
-            yield broken(number, where, "needs `image_id`, `question` and `answers`", path)
+            yield broken(where, "needs `image_id`, `question` and `answers`")
             continue
         if tokens is not None:
             if image not in tokens:
-                yield broken(number, where, f"image_id {image} is not in {options.annotations}", path)
+                yield broken(where, f"image_id {image} is not in {options.annotations}")
                 continue
             text = f"{text}\nReference OCR token: {', '.join(tokens[image])}"
         source = layout.choose(f"{image}.jpg", f"train_images/{image}.jpg", f"test_images/{image}.jpg")
-        data = dialogue([source], [(asked(text, options.prompt), answer)], id=str(question.get("question_id", number)))
-        yield RawRow(number, where, data, path=path, root=options.root, kind="ocr")
+        yield _row(where, options, source, text, answer, "ocr", id=str(question.get("question_id", number)))
 
 
 def _ocr_tokens(path: Path) -> dict[str, list[str]]:
@@ -147,12 +144,11 @@ def read_docvqa(path: Path, options: Options) -> Iterator[RawRow]:
         image = text_of(question.get("image")) or text_of(question.get("image_local_name"))
         text, answer = text_of(question.get("question")), best_answer(question.get("answers"))
         if not image or not text or not answer:
-            yield broken(number, where, "needs `image`, `question` and `answers`", path)
+            yield broken(where, "needs `image`, `question` and `answers`")
             continue
         base = image.rpartition("/")[2]
         source = layout.choose(image, base, f"spdocvqa_images/{base}", f"documents/{base}")
-        data = dialogue([source], [(asked(text, options.prompt), answer)], id=str(question.get("questionId", number)))
-        yield RawRow(number, where, data, path=path, root=options.root, kind="ocr")
+        yield _row(where, options, source, text, answer, "ocr", id=str(question.get("questionId", number)))
 
 
 def _data_list(path: Path, expected: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
@@ -162,3 +158,7 @@ def _data_list(path: Path, expected: str) -> Iterator[tuple[int, str, dict[str, 
         yield index, f"{path}: data[{index}]", object_of(value)
     if index < 0:
         raise DataError(f"{path}: no list `data`; give {expected}")
+
+
+def _row(where: str, options: Options, image: str, question: str, answer: str, kind: str, **fields: str) -> RawRow:
+    return RawRow(where, dialogue([image], [(asked(question, options.prompt), answer)], **fields), kind=kind)

@@ -57,7 +57,6 @@ class _Sample:
 def read_webdataset(path: Path, options: Options) -> Iterator[RawRow]:
     """Read a tar archive."""
     seen: set[str] = set()
-    number = 0
     for sample in _samples(path):
         where = f"{path}: sample {describe(sample.key)}"
         if sample.key in seen:
@@ -68,11 +67,10 @@ def read_webdataset(path: Path, options: Options) -> Iterator[RawRow]:
                 raise DataError(sample.faults[0])
             data, kind = _record(sample, options)
         except (DataError, MediaError) as error:
-            yield broken(number, where, str(error), path)
+            yield broken(where, str(error))
         else:
-            yield RawRow(number, where, data, path=path, root=options.root, kind=kind, id=sample.key)
-        number += 1
-    if number == 0:
+            yield RawRow(where, data, kind=kind, id=sample.key)
+    if not seen:
         raise DataError(f"{path}: the archive holds no samples")
 
 
