@@ -1,4 +1,4 @@
-"""Build, check, prepare and look at training data.
+"""Check, prepare and look at training data.
 
 polymodal data check data.jsonl --image-root images    decode and tokenise every row; report.html, dropped.jsonl
 polymodal data check data.jsonl --fix                    the same, and write a corrected file

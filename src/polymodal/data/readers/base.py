@@ -109,10 +109,12 @@ def caption_of(images: Sequence[Medium], text: str, options: Options, **fields: 
     return dialogue(images, [(CAPTION if options.prompt is None else options.prompt, text)], **fields)
 
 
-def asked(question: str, prompt: str | None, default: str = SHORT_ANSWER) -> str:
-    """Put the prompt after a question, on a line of its own."""
-    prompt = default if prompt is None else prompt
-    return f"{question}\n{prompt}" if prompt else question
+def question_of(
+    images: Sequence[Medium], question: str, answer: str, options: Options, default: str = SHORT_ANSWER, **fields: Any
+) -> dict[str, Any]:
+    """Make a record of a question, with the prompt after it on a line of its own."""
+    prompt = default if options.prompt is None else options.prompt
+    return dialogue(images, [(f"{question}\n{prompt}" if prompt else question, answer)], **fields)
 
 
 def object_of(value: Any) -> dict[str, Any]:

@@ -19,17 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from polymodal.data.readers.base import (
-    Options,
-    RawRow,
-    asked,
-    best_answer,
-    broken,
-    caption_of,
-    dialogue,
-    object_of,
-    text_of,
-)
+from polymodal.data.readers.base import Options, RawRow, best_answer, broken, caption_of, dialogue, question_of, text_of
 from polymodal.errors import DataError, MediaError, first_line
 from polymodal.media.source import open_table, read_column
 from polymodal.messages import TableCell
@@ -90,7 +80,7 @@ def _record(
     if form in ("conversations", "messages"):
         return {**labels, **{name: items for name, items in media.items() if items}, form: row[form]}, "conversation"
     if form == "texts":
-        given = [object_of(turn) for turn in row["texts"] or []]
+        given = [turn if isinstance(turn, dict) else {} for turn in row["texts"] or []]
         turns = [(text_of(turn.get("user")), text_of(turn.get("assistant"))) for turn in given]
         if not turns or not all(answer for _, answer in turns):
             raise DataError("`texts` must be a list of turns with `user` and `assistant`, none of them empty")
@@ -100,7 +90,7 @@ def _record(
         answer = next(filter(None, (best_answer(row.get(name)) for name in _ANSWERS)), "")
         if not question or not answer:
             raise DataError(f"the {'answer' if question else 'question'} is missing or empty")
-        return dialogue(images, [(asked(question, options.prompt, ""), answer)], **labels), "vqa"
+        return question_of(images, question, answer, options, default="", **labels), "vqa"
     caption = best_answer(row[form])
     if not caption:
         raise DataError(f"`{form}` is empty")

@@ -20,17 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from polymodal.data.readers.base import (
-    Layout,
-    Options,
-    RawRow,
-    asked,
-    best_answer,
-    broken,
-    dialogue,
-    object_of,
-    text_of,
-)
+from polymodal.data.readers.base import Layout, Options, RawRow, best_answer, broken, object_of, question_of, text_of
 from polymodal.data.readers.json_files import elements, events, members
 from polymodal.errors import DataError
 
@@ -59,7 +49,8 @@ def read_vqav2(path: Path, options: Options) -> Iterator[RawRow]:
         else:
             file = f"COCO_{subtype}_{image:012d}.jpg"
             source = layout.choose(file, f"{subtype}/{file}")
-            yield _row(where, options, source, text, answer, "vqa", id=str(name), answer_type=kind)
+            data = question_of([source], text, answer, options, id=str(name), answer_type=kind)
+            yield RawRow(where, data, kind="vqa")
     if number < 0:
         raise DataError(f"{path}: no `questions`; give v2_OpenEnded_mscoco_*_questions.json")
 
@@ -103,7 +94,8 @@ def read_gqa(path: Path, options: Options) -> Iterator[RawRow]:
             yield broken(where, "needs `imageId`, `question` and `answer`")
             continue
         source = layout.choose(f"{image}.jpg", f"images/{image}.jpg")
-        yield _row(where, options, source, text, answer, "vqa", id=name)
+        data = question_of([source], text, answer, options, id=name)
+        yield RawRow(where, data, kind="vqa")
     if number < 0:
         raise DataError(f"{path}: expected an object of questions by id; give GQA's *_questions.json")
 
@@ -124,7 +116,8 @@ def read_textvqa(path: Path, options: Options) -> Iterator[RawRow]:
                 continue
             text = f"{text}\nReference OCR token: {', '.join(tokens[image])}"
         source = layout.choose(f"{image}.jpg", f"train_images/{image}.jpg", f"test_images/{image}.jpg")
-        yield _row(where, options, source, text, answer, "ocr", id=str(question.get("question_id", number)))
+        data = question_of([source], text, answer, options, id=str(question.get("question_id", number)))
+        yield RawRow(where, data, kind="ocr")
 
 
 def _ocr_tokens(path: Path) -> dict[str, list[str]]:
@@ -148,7 +141,8 @@ def read_docvqa(path: Path, options: Options) -> Iterator[RawRow]:
             continue
         base = image.rpartition("/")[2]
         source = layout.choose(image, base, f"spdocvqa_images/{base}", f"documents/{base}")
-        yield _row(where, options, source, text, answer, "ocr", id=str(question.get("questionId", number)))
+        data = question_of([source], text, answer, options, id=str(question.get("questionId", number)))
+        yield RawRow(where, data, kind="ocr")
 
 
 def _data_list(path: Path, expected: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
@@ -158,7 +152,3 @@ def _data_list(path: Path, expected: str) -> Iterator[tuple[int, str, dict[str, 
         yield index, f"{path}: data[{index}]", object_of(value)
     if index < 0:
         raise DataError(f"{path}: no list `data`; give {expected}")
-
-
-def _row(where: str, options: Options, image: str, question: str, answer: str, kind: str, **fields: str) -> RawRow:
-    return RawRow(where, dialogue([image], [(asked(question, options.prompt), answer)], **fields), kind=kind)

@@ -27,11 +27,10 @@ from polymodal.data.readers.base import (
     PACKED,
     Options,
     RawRow,
-    asked,
     best_answer,
     broken,
     caption_of,
-    dialogue,
+    question_of,
     text_of,
 )
 from polymodal.errors import DataError, MediaError, first_line
@@ -182,7 +181,7 @@ def _record(sample: _Sample, options: Options) -> tuple[dict[str, Any], str]:
     caption = next(filter(None, [*captions, text_of(fields.get("caption")), text_of(fields.get("text"))]), "")
     question, answer = text_of(fields.get("question")), best_answer(fields.get("answer", fields.get("answers")))
     if question and answer:
-        return dialogue(images, [(asked(question, options.prompt, ""), answer)], **labels), "vqa"
+        return question_of(images, question, answer, options, default="", **labels), "vqa"
     if not caption:
         raise DataError("has no text; add a .txt with the caption or a .json with a conversation")
     return caption_of(images, caption, options, **labels), "caption"
