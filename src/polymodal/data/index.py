@@ -47,6 +47,13 @@ CONTEXT_ARRAYS = ("contexts", "context_lengths")
 MEDIA_COLUMNS = ("plan", "modality", "start", "length", "message")
 """What is known of each medium of a row, in `media.npy`."""
 
+_DTYPES = {
+    "<i4": ("tokens", "targets", "tiles", "media"),
+    "<i8": ("rows", "token_offsets", "media_offsets", "record_offsets"),
+    "|u1": ("digests", "keys"),
+    "|b1": ("mask",),
+}
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -298,28 +305,17 @@ class _Writer:
         self._plans: dict[ImagePlan, int] = {}
         self._files: dict[str, list[int]] = {}
         self._records = (folder / "records.jsonl").open("wb")
-        self._arrays = {
-            "tokens": GrowingArray(folder / "tokens.npy", "<i4"),
-            "mask": GrowingArray(folder / "mask.npy", "|b1"),
-            "targets": GrowingArray(folder / "targets.npy", "<i4"),
-            "rows": GrowingArray(folder / "rows.npy", "<i8"),
-            "tiles": GrowingArray(folder / "tiles.npy", "<i4"),
-            "digests": GrowingArray(folder / "digests.npy", "|u1", (32,)),
-            "media": GrowingArray(folder / "media.npy", "<i4", (len(MEDIA_COLUMNS),)),
-            "keys": GrowingArray(folder / "keys.npy", "|u1", (32,)),
-            "token_offsets": GrowingArray(folder / "token_offsets.npy", "<i8"),
-            "media_offsets": GrowingArray(folder / "media_offsets.npy", "<i8"),
-            "record_offsets": GrowingArray(folder / "record_offsets.npy", "<i8"),
-        }
+        self._arrays: dict[str, GrowingArray] = {}
+        for dtype, names in _DTYPES.items():
+            for name in names:
+                width = {"media": (len(MEDIA_COLUMNS),), "keys": (32,), "digests": (32,)}.get(name, ())
+                self._arrays[name] = GrowingArray(folder / f"{name}.npy", dtype, width)
         self._ends()
 
     def _ends(self) -> None:
-        for name, end in (
-            ("token_offsets", self._arrays["tokens"].rows),
-            ("media_offsets", self._arrays["media"].rows),
-            ("record_offsets", self._records.tell()),
-        ):
-            self._arrays[name].append(np.array([end]))
+        self._arrays["token_offsets"].append(np.array(self._arrays["tokens"].rows))
+        self._arrays["media_offsets"].append(np.array(self._arrays["media"].rows))
+        self._arrays["record_offsets"].append(np.array(self._records.tell()))
 
     def add(self, number: int, record: Record, sample: Sample) -> None:
         """Append a row."""
