@@ -150,6 +150,7 @@ def test_stream_sees_what_json_sees(
         (b'{"a": NaN}', "invalid char in json text.*NaN"),
         (b'{"a": -Infinity}', "Infinity"),
         (b'{"a": "\xff"}', "not UTF-8 text after 0 elements of `a`, near "),
+        (b'{"a": "\xed\xa0\x80"}', "not UTF-8 text"),
         (b"", "premature EOF"),
         (b"[" * 200_000, "nested too deeply"),
         (b'{"a": [' + b'{"b": "\\"]]]\\\\", "c": [' * 600, "nested too deeply"),

@@ -160,8 +160,9 @@ def _walk(path: Path, parse: Callable[[_Shallow], Iterator[Any]], key: str = "")
         try:
             for count, found in enumerate(parse(_Shallow(file, path)), start=1):  # noqa: B007
                 yield found
-        except ijson.JSONError as error:
-            raise _refused(path, error.args[0], f" after {count} elements of `{key}`" if key else "") from None
+        except (ijson.JSONError, UnicodeDecodeError) as error:  # the second for surrogates written as UTF-8
+            said = error.args[0] if isinstance(error, ijson.JSONError) else b""
+            raise _refused(path, said, f" after {count} elements of `{key}`" if key else "") from None
 
 
 class _Shallow:
