@@ -80,9 +80,8 @@ def test_the_models_are_one_and_see_the_image(tmp_path: Path) -> None:
     with torch.no_grad():
         out = parts.model(**batch.inputs())
     assert batch.pixel_values is not None
-    pixels = batch.pixel_values
-    if pixels.dtype == torch.uint8:
-        pixels = pixels.float() * parts.model.pixel_scale - parts.model.pixel_shift
+    assert parts.model.pixel_norm is not None
+    pixels = parts.model.pixel_norm(batch.pixel_values)
     assert float(out.loss_sum) / out.num_targets == pytest.approx(their_loss(pixels), abs=1e-4)
     # More than the tolerance: a system that loses or mixes up its images is found out.
     for wrong in (torch.zeros_like(pixels), pixels.roll(1, 0), pixels.flip(3)):

@@ -159,7 +159,7 @@ def test_env(capsys: pytest.CaptureFixture[str], private_cache: Path) -> None:
 
 
 def test_fetch_has_nothing_to_do_where_the_model_is(private_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from polymodal.modeling.default_llm import converted_folder
+    from polymodal.modeling.language_model import converted_folder
 
     folder = converted_folder()
     folder.mkdir(parents=True)
@@ -172,7 +172,7 @@ def test_fetch_says_why_it_failed(
     private_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from polymodal.cli import fetch
-    from polymodal.modeling import default_llm as smollm2
+    from polymodal.modeling import language_model as smollm2
 
     monkeypatch.setattr(smollm2, "packaged_gguf", lambda: None)
     monkeypatch.setattr(fetch, "_from_package", lambda: "no such package")
@@ -185,7 +185,7 @@ def test_fetch_says_why_it_failed(
 
 def test_the_error_names_the_command_that_fetches(private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from polymodal.errors import CheckpointError
-    from polymodal.modeling import default_llm as smollm2
+    from polymodal.modeling import language_model as smollm2
 
     monkeypatch.setattr(smollm2, "packaged_gguf", lambda: None)
     with pytest.raises(CheckpointError, match="`polymodal fetch`"):

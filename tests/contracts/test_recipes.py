@@ -21,7 +21,7 @@ from polymodal.checkpoints.model_folder import load_model
 from polymodal.cli import build_parser
 from polymodal.config import QFormerConfig
 from polymodal.modeling.dual_encoders.config import Blip2ModelConfig
-from polymodal.modeling.published_shapes import KNOWN_SHAPES
+from polymodal.modeling.meta_device import PUBLISHED_SHAPES
 from polymodal.training import Recipe, load_any_recipe, load_recipe, train
 from polymodal.training.recipes.contrastive import PairRecipe
 from polymodal.training.recipes.pipeline import TrainStage, is_pipeline, load_pipeline
@@ -150,7 +150,7 @@ def write_parts(folder: Path, tower: str, llm: str) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     torch.manual_seed(0)
-    shape = {**KNOWN_SHAPES[tower], "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    shape = {**PUBLISHED_SHAPES[tower], "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
     tower_class = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
     model_class = getattr(transformers, tower_class[shape.pop("model_type")])
     model_class(model_class.config_class(**shape)).save_pretrained(folder / "vision")
@@ -165,7 +165,7 @@ def write_parts(folder: Path, tower: str, llm: str) -> None:
     tokenizer.save_pretrained(folder / "llm")
     small = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    config = transformers.AutoConfig.for_model(**{**KNOWN_SHAPES[llm], **small, **heads})
+    config = transformers.AutoConfig.for_model(**{**PUBLISHED_SHAPES[llm], **small, **heads})
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "llm")
 
 

@@ -110,7 +110,7 @@ def test_what_is_not_there_is_named(name: str, message: str) -> None:
 def test_the_default_language_model_names_the_command_that_fetches_it(
     private_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from polymodal.modeling import default_llm as smollm2
+    from polymodal.modeling import language_model as smollm2
 
     monkeypatch.setattr(smollm2, "packaged_gguf", lambda: None)
     monkeypatch.setattr(smollm2, "in_hub_cache", lambda: False)
@@ -121,7 +121,7 @@ def test_the_default_language_model_names_the_command_that_fetches_it(
 def test_a_packaged_gguf_is_converted_once(
     private_cache: Path, tiny_llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from polymodal.modeling import default_llm as smollm2
+    from polymodal.modeling import language_model as smollm2
 
     path = tmp_path / "package" / "tiny.gguf"
     path.parent.mkdir()

@@ -16,8 +16,7 @@ from polymodal.errors import CheckpointError, ConfigError
 from polymodal.media_plan import Size
 from polymodal.modeling.build import build_model
 from polymodal.modeling.lora import NF4_BYTES
-from polymodal.modeling.meta_device import outline
-from polymodal.modeling.published_shapes import PUBLISHED_SHAPES
+from polymodal.modeling.meta_device import PUBLISHED_SHAPES, outline
 from polymodal.planning.activation_trace import Load, id_of, trace
 from polymodal.planning.plan import DEVICES, GIB, Question, TrainingPlan, plan_training
 from polymodal.planning.starting_point import starting_point

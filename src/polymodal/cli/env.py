@@ -58,7 +58,7 @@ def _version(name: str) -> str:
 
 
 def _models() -> dict[str, str]:
-    from polymodal.modeling.default_llm import converted_folder, in_hub_cache, packaged_gguf
+    from polymodal.modeling.language_model import converted_folder, in_hub_cache, packaged_gguf
     from polymodal.utils.files import cache_folder
 
     folder, gguf = converted_folder(), packaged_gguf()

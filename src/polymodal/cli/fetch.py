@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fetch what is missing, convert it, say where it is."""
-    from polymodal.modeling import default_llm as smollm2
+    from polymodal.modeling import language_model as smollm2
 
     ready = (smollm2.converted_folder() / "model.safetensors").is_file()
     if not ready and smollm2.packaged_gguf() is None and not smollm2.in_hub_cache():
@@ -56,11 +56,11 @@ def _from_hub() -> str | None:
     """Download the hub's copy into the Hugging Face cache; the reason where that fails."""
     from huggingface_hub import snapshot_download
 
-    from polymodal.modeling.default_llm import HUB_ID
+    from polymodal.modeling.language_model import SMOLLM2
 
     patterns = ["*.json", "*.txt", "*.jinja", "model.safetensors"]
     try:
-        snapshot_download(HUB_ID, allow_patterns=patterns)
+        snapshot_download(SMOLLM2, allow_patterns=patterns)
     # The hub's client raises its own, its HTTP library's and the system's errors; each means the same here.
     except Exception as error:
         return first_line(error)

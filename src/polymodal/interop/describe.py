@@ -417,9 +417,7 @@ def _hub_headers(name: str) -> dict[str, dict[str, TensorInfo]]:
 
 def _referred(source: str) -> Path | None:
     """Find the folder of a part that lies elsewhere."""
-    from polymodal.modeling.default_llm import HUB_ID as SMOLLM2
-    from polymodal.modeling.default_llm import converted_folder
-    from polymodal.modeling.language_model import DEFAULT_LLM
+    from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2, converted_folder
 
     if source == DEFAULT_LLM:
         if (converted_folder() / "config.json").is_file():

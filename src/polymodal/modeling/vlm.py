@@ -24,17 +24,17 @@ from torch.nn import functional as F
 
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.media_plan import ImagePlan, Size
+from polymodal.modeling.encoders.pixel_norm import PixelNorm
+from polymodal.modeling.encoders.vision import VisionEncoder
 from polymodal.modeling.language_model import decoder_start_id
 from polymodal.modeling.packed_attention import SEGMENTS, choose_method, packed_inputs
+from polymodal.modeling.projectors import Projector
 from polymodal.modeling.seq2seq import split_rows, take
 from polymodal.modeling.token_loss import label_losses
 from polymodal.utils.modules import evaluating
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
-
-    from polymodal.modeling.encoders.vision import VisionEncoder
-    from polymodal.modeling.projectors import Projector
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,6 @@ class MultimodalLM(nn.Module):
         context_tokenizer: Of a projector that reads the question beside an image; None for one that does not.
     """
 
-    pixel_scale: torch.Tensor | None
-    pixel_shift: torch.Tensor | None
-
     def __init__(
         self,
         llm: PreTrainedModel,
@@ -93,13 +90,9 @@ class MultimodalLM(nn.Module):
         self.logits_budget: int | None = None
         self.context_tokenizer: PreTrainedTokenizerBase | None = None
         self._packing: str | None = None
-        scale = shift = None
+        self.pixel_norm: PixelNorm | None = None
         if image_mean is not None and image_std is not None:
-            mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (image_mean, image_std))
-            scale, shift = (1 / (255 * std)).float(), (mean / std).float()
-        # Not in the state: they follow from the configuration.
-        self.register_buffer("pixel_scale", scale, persistent=False)
-        self.register_buffer("pixel_shift", shift, persistent=False)
+            self.pixel_norm = PixelNorm(image_mean, image_std)
 
     def add_image_newline(self) -> None:
         """Add the learned token that ends each row of an AnyRes canvas, where there is none yet."""
@@ -138,10 +131,10 @@ class MultimodalLM(nn.Module):
         """
         if self.vision_encoder is None:
             raise PolymodalError("this model has no vision encoder; leave the image out")
-        if pixel_values.dtype == torch.uint8:
-            if self.pixel_scale is None or self.pixel_shift is None:
-                raise PolymodalError("uint8 tiles: this model was built without image_mean and image_std")
-            pixel_values = pixel_values.float() * self.pixel_scale - self.pixel_shift
+        if self.pixel_norm is not None:
+            pixel_values = self.pixel_norm(pixel_values)
+        elif pixel_values.dtype == torch.uint8:
+            raise PolymodalError("uint8 tiles: this model was built without image_mean and image_std")
         frozen = not any(p.requires_grad for p in self.vision_encoder.parameters())
         with torch.no_grad() if frozen else nullcontext():
             return self.vision_encoder(pixel_values)

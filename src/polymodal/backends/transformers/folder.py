@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from polymodal.errors import CheckpointError, first_line
-from polymodal.modeling.language_model import quieten_transformers
-from polymodal.modeling.quantization import GPU_WAYS, gpu_settings, quantize_published
+from polymodal.modeling.language_model import gpu_settings, quieten_transformers
+from polymodal.modeling.quantization import GPU_WAYS, quantize_published
 from polymodal.safety.config_json import read_json
 from polymodal.utils.safetensors_io import check_finite
 

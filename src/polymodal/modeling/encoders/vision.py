@@ -23,6 +23,7 @@ from polymodal.modeling.encoders.efficientnet import (
     IMAGE_SIZE,
     WEIGHTS_FILE,
     EfficientNetEncoder,
+    EfficientNetLite0,
     load_efficientnet_lite0,
 )
 from polymodal.modeling.encoders.hf_vision import FAMILIES, Family, HFVisionEncoder
@@ -91,7 +92,7 @@ def _load_tower(family: Family, config: VisionConfig, source: str) -> nn.Module:
         if "model_type" not in settings:
             raise CheckpointError(f"vision_tower {source!r} has no config.json that names a model_type")
         check_settings(settings, f"vision_tower {source!r}")
-        _check_type(family, config, settings["model_type"])
+        check_type(family, config, settings["model_type"])
         # The report that a text tower was left out is what was asked for, no news.
         logging.set_verbosity_error()
         model, report = getattr(transformers, family.model_class).from_pretrained(
@@ -116,7 +117,7 @@ def _load_tower(family: Family, config: VisionConfig, source: str) -> nn.Module:
     return model
 
 
-def _check_type(family: Family, config: VisionConfig, found: str) -> None:
+def check_type(family: Family, config: VisionConfig, found: str | None) -> None:
     """Raise unless a tower's `model_type` is one that the configured family reads."""
     if found in family.model_types:
         return
@@ -151,10 +152,15 @@ def _build_efficientnet(config: VisionConfig, folder: Path | None, tile: Size | 
     if path is None:
         raise ConfigError(f"vision_tower {config.vision_tower!r}: no such file or folder")
     network = load_efficientnet_lite0(path / WEIGHTS_FILE if path.is_dir() else path)
+    return wrap_efficientnet(network, config, tile).eval()
+
+
+def wrap_efficientnet(network: EfficientNetLite0, config: VisionConfig, tile: Size | None) -> EfficientNetEncoder:
+    """EfficientNet-Lite0 as an encoder, pooled as a config says."""
     options: dict[str, Any] = {"stages": config.stages, "pool": config.pool, "detail": config.detail}
     encoder = EfficientNetEncoder(network, **{k: v for k, v in options.items() if v is not None})
     encoder.tile = tile or IMAGE_SIZE
-    return encoder.eval()
+    return encoder
 
 
 VISION_ENCODERS: dict[str, Callable[[VisionConfig, Path | None, Size | None], VisionEncoder]] = {

@@ -61,8 +61,8 @@ def _new_processor(config: ModelConfig) -> Processor:
     """The processor of a model that is composed from a configuration."""
     from polymodal.modeling.build import build_vision, image_token_id_for
     from polymodal.modeling.language_model import load_tokenizer, quieten_transformers
+    from polymodal.modeling.meta_device import llm_settings
     from polymodal.modeling.projectors.qformer_files import load_context_tokenizer
-    from polymodal.modeling.published_shapes import llm_settings
 
     quieten_transformers()
     tokenizer = load_tokenizer(config.llm)
