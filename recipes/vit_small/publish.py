@@ -21,8 +21,8 @@ import torch
 
 from polymodal.evaluation.embedder import Embedder, load_embedder
 from polymodal.modeling.dual_encoders.base import PairBatch
-from polymodal.modeling.dual_encoders.clip_siglip_hf import save_processor
-from polymodal.modeling.dual_encoders.registry import NOTES, read_notes
+from polymodal.modeling.dual_encoders.clip_siglip import save_processor
+from polymodal.modeling.dual_encoders.registry import METADATA_NAME, read_metadata
 from polymodal.utils.files import atomic_folder, write_text
 
 TARGET = Path(__file__).resolve().parents[2] / "src" / "polymodal" / "models" / "vit_small"
@@ -50,10 +50,10 @@ def main(source: str, target: str = str(TARGET)) -> None:
     with atomic_folder(Path(target), replace=True) as folder:
         model.save_pretrained(folder)
         save_processor(folder, "siglip", before.model.tokenizer, image)
-        notes = read_notes(Path(source))
-        if notes:
-            notes["image"] = image.model_dump(mode="json")
-            write_text(folder / NOTES, json.dumps(notes, indent=2, ensure_ascii=False) + "\n")
+        metadata = read_metadata(Path(source))
+        if metadata:
+            metadata["image"] = image.model_dump(mode="json")
+            write_text(folder / METADATA_NAME, json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
         moved = float((cosines(before) - cosines(load_embedder(folder))).abs().max())
         if text is not None:
             write_text(folder / CARD, text)

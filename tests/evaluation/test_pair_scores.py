@@ -20,7 +20,7 @@ from polymodal.evaluation.embedder import load_embedder
 from polymodal.evaluation.tasks import retrieval, zero_shot
 from polymodal.metrics.retrieval import recall
 from polymodal.metrics.text import mean_interval
-from polymodal.modeling.dual_encoders.clip_siglip_hf import build_dual_encoder
+from polymodal.modeling.dual_encoders.clip_siglip import build_dual_encoder
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig, PairModelConfig
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "brown", "gray"]

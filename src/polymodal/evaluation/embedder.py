@@ -24,7 +24,7 @@ from polymodal.media_plan import Size, plan_image
 from polymodal.messages import Source
 from polymodal.modeling.dual_encoders.base import PairBatch, PairModel
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig
-from polymodal.modeling.dual_encoders.registry import NOTES, folder_type, load_pair_model, read_notes
+from polymodal.modeling.dual_encoders.registry import METADATA_NAME, folder_type, load_pair_model, read_metadata
 from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.processing.image_transform import tile_bytes
 from polymodal.utils.files import shipped
@@ -112,9 +112,9 @@ def load_embedder(source: str | Path, device: str | torch.device = "cpu") -> Emb
             f"{error}; without a text tower nothing can be compared with its images (`python -m benchmarks.towers` "
             "compares image towers)"
         ) from error
-    metadata = read_notes(folder)
+    metadata = read_metadata(folder)
     objective = ObjectiveConfig(type=metadata.get("objective", "siglip" if family == "siglip" else "clip"))
-    where = f"{source}/{NOTES}: image"
+    where = f"{source}/{METADATA_NAME}: image"
     image = parse_config(ImageConfig, metadata["image"], where) if "image" in metadata else _image_rules(source)
     model: Any = load_pair_model(source, image, objective)
     return Embedder(model.to(device).eval(), image, torch.device(device))

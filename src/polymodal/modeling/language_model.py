@@ -131,20 +131,23 @@ def decoder_start_id(llm: PreTrainedModel) -> int:
 
 def load_tokenizer(config: LLMConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:
     """Load the language model's tokenizer, or the one saved in a model folder."""
-    from transformers import AutoTokenizer
-
     carried = folder is not None and (folder / "tokenizer.json").is_file()
     source, kwargs = (str(folder), {}) if carried else _source(config)
     if not carried and Path(source).is_dir() and not kwargs:  # a model folder was looked over when it was opened
         check_folder(Path(source), weights=False)
+    return open_tokenizer(source, f"tokenizer of {source!r}", fast=True, **kwargs)
+
+
+def open_tokenizer(source: str, where: str, *, fast: bool = False, **kwargs: str) -> PreTrainedTokenizerBase:
+    """Open any tokenizer; `where` says in an error which it is."""
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"tokenizer of {source!r}: {first_line(error)}") from error
-    if not tokenizer.is_fast:
-        raise CheckpointError(
-            f"tokenizer of {source!r}: a tokenizer.json is needed (slow tokenizers are not supported)"
-        )
+        raise CheckpointError(f"{where}: {first_line(error)}") from error
+    if fast and not tokenizer.is_fast:
+        raise CheckpointError(f"{where}: a tokenizer.json is needed (slow tokenizers are not supported)")
     return tokenizer
 
 

@@ -13,11 +13,12 @@ import torch
 from polymodal.config import ImageConfig
 from polymodal.errors import PolymodalError
 from polymodal.media_plan import Size, plan_image
-from polymodal.modeling.dual_encoders.base import PairBatch, as_floats
-from polymodal.modeling.dual_encoders.clip_siglip_hf import image_processor
+from polymodal.modeling.dual_encoders.base import PairBatch
+from polymodal.modeling.dual_encoders.clip_siglip import image_processor
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig, PairModelConfig
 from polymodal.modeling.dual_encoders.losses import clip_loss
 from polymodal.modeling.dual_encoders.registry import build_pair_model, load_pair_model
+from polymodal.modeling.encoders.pixel_norm import PixelNorm
 from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.processing.image_transform import make_tiles, tile_bytes
 
@@ -82,7 +83,7 @@ def test_the_written_image_processor_makes_our_tiles(family: str, ratio: str) ->
         plan = plan_image(Size(height, width), config, Size(1, 1))
         theirs = processor(image, return_tensors="np")["pixel_values"]
         np.testing.assert_allclose(make_tiles(image, plan, config), theirs, atol=1e-5)
-        ours = as_floats(torch.from_numpy(tile_bytes(image, plan, config)), config)
+        ours = PixelNorm(config.image_mean, config.image_std)(torch.from_numpy(tile_bytes(image, plan, config)))
         np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-5)
     assert image_config_from_hf(processor.to_dict()) == config
 
@@ -106,7 +107,7 @@ def test_encoders_with_weights_become_a_pair(words: Path, tmp_path: Path) -> Non
         assert features.shape == (4, *model.features_shape)
         torch.testing.assert_close(
             features[:, 0],
-            vision.eval()(as_floats(batch.pixel_values, model.image)).pooler_output,  # type: ignore[arg-type]
+            vision.eval()(model.pixel_norm(batch.pixel_values)).pooler_output,  # type: ignore[arg-type]
         )
         live = model.embed(batch)
         kept = model.embed(PairBatch(batch.input_ids, batch.attention_mask, batch.image_ids, features=features))
@@ -116,7 +117,7 @@ def test_encoders_with_weights_become_a_pair(words: Path, tmp_path: Path) -> Non
         theirs = stock(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask.long(),
-            pixel_values=as_floats(batch.pixel_values, model.image),  # type: ignore[arg-type]
+            pixel_values=model.pixel_norm(batch.pixel_values),  # type: ignore[arg-type]
         )
     torch.testing.assert_close(live.image, theirs.image_embeds, atol=1e-6, rtol=0)
     torch.testing.assert_close(live.text, theirs.text_embeds, atol=1e-6, rtol=0)
@@ -157,7 +158,7 @@ def test_the_loss_is_that_of_the_paper_and_smoothing_reaches_it(words: Path) -> 
     stock = model._stock[0](
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask.long(),
-        pixel_values=as_floats(batch.pixel_values, model.image),  # type: ignore[arg-type]
+        pixel_values=model.pixel_norm(batch.pixel_values),  # type: ignore[arg-type]
         return_loss=True,
     )
     torch.testing.assert_close(loss, stock.loss)

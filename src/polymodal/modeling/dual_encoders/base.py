@@ -8,14 +8,20 @@ the recipe asks for (Gao et al. 2021, arXiv:2101.06983).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from polymodal.config import ImageConfig
+from polymodal.config import ImageConfig, VisionConfig
+from polymodal.modeling.encoders.pixel_norm import PixelNorm
+from polymodal.modeling.encoders.vision import BUNDLED, VisionEncoder
+from polymodal.utils.modules import frozen
 
 METRIC = "metric/"
 """How the name of a term begins that is logged (its mean over the micro-batches) and is no part of the loss."""
@@ -25,13 +31,13 @@ METRIC = "metric/"
 class PairBatch:
     """B pairs of image and text."""
 
-    input_ids: torch.Tensor  # [B, T] int64, padded on the right
-    attention_mask: torch.Tensor  # [B, T] bool; False for padding
-    image_ids: torch.Tensor  # [B] int64; pairs of one image share it, and are never each other's negatives
+    input_ids: Tensor  # [B, T] int64, padded on the right
+    attention_mask: Tensor  # [B, T] bool; False for padding
+    image_ids: Tensor  # [B] int64; pairs of one image share it, and are never each other's negatives
     # [B, 3, H, W], float normalised or uint8; None where `features` take their place
-    pixel_values: torch.Tensor | None = None
-    features: torch.Tensor | None = None  # [B, P, E] kept output of a frozen tower
-    teacher: torch.Tensor | None = None  # [B, P', E'] kept features of another tower, to distil from
+    pixel_values: Tensor | None = None
+    features: Tensor | None = None  # [B, P, E] kept output of a frozen tower
+    teacher: Tensor | None = None  # [B, P', E'] kept features of another tower, to distil from
     ids: tuple[str, ...] = ()  # The samples' ids, for messages
 
     def __len__(self) -> int:
@@ -42,7 +48,7 @@ class PairBatch:
         moved: dict[str, Any] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, Tensor):
                 moved[entry.name] = value.to(device)
         return replace(self, **moved)
 
@@ -51,29 +57,29 @@ class PairBatch:
 class Embedded:
     """What is contrasted, with gradient."""
 
-    image: torch.Tensor  # [B, D], or [B, Q, D] for a Q-Former's queries; normalised
-    text: torch.Tensor  # [B, D], normalised
+    image: Tensor  # [B, D], or [B, Q, D] for a Q-Former's queries; normalised
+    text: Tensor  # [B, D], normalised
     # What `extra` goes on with; stays with its micro-batch and is never gathered
-    carry: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    carry: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Everyone:
     """All pairs of a step, over its micro-batches and processes, without gradient, in global order."""
 
-    image: torch.Tensor  # [G, D] or [G, Q, D]
-    text: torch.Tensor  # [G, D]
-    image_ids: torch.Tensor  # [G]
-    input_ids: torch.Tensor  # [G, T]
-    attention_mask: torch.Tensor  # [G, T]
+    image: Tensor  # [G, D] or [G, Q, D]
+    text: Tensor  # [G, D]
+    image_ids: Tensor  # [G]
+    input_ids: Tensor  # [G, T]
+    attention_mask: Tensor  # [G, T]
     # [G, P, E] tower output, for models whose `extra` needs the features of negatives (`needs_features`)
-    features: torch.Tensor | None = None
+    features: Tensor | None = None
     offset: int = 0  # Where the micro-batch at hand begins
     seed: int = 0  # For what a step draws once for all processes, such as hard negatives
 
 
-class PairModel(Protocol):
-    """A model that learns from pairs; every implementation is an `nn.Module`.
+class PairModel(nn.Module, ABC):
+    """A model that learns from pairs.
 
     Attributes:
         needs_features: Whether `extra` needs `Everyone.features`.
@@ -86,20 +92,28 @@ class PairModel(Protocol):
         distiller: Takes a batch and the tower's patches [B, P, E] to the mean distance to `batch.teacher`; or None.
     """
 
-    needs_features: bool
+    needs_features = False
     tokenizer: Any
     image: ImageConfig
     text_length: int | None
     max_text: int
     features_shape: tuple[int, int]
-    distiller: torch.nn.Module | None
+    distiller: nn.Module | None
+
+    def __init__(self, tokenizer: Any, image: ImageConfig) -> None:
+        super().__init__()
+        self.tokenizer, self.image = tokenizer, image
+        tokenizer.padding_side = "right"
+        self.pixel_norm = PixelNorm(image.image_mean, image.image_std)
+        self.text_length = self.distiller = None
 
     @property
-    def tower(self) -> torch.nn.Module:
+    @abstractmethod
+    def tower(self) -> nn.Module:
         """The part that `encode` runs; while it is frozen, its output may be kept from one epoch to the next."""
-        ...
 
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    @abstractmethod
+    def encode(self, pixel_values: Tensor) -> Tensor:
         """Run the tower alone.
 
         Args:
@@ -108,8 +122,8 @@ class PairModel(Protocol):
         Returns:
             [B, P, E]; `embed` gives the same for a batch with these as `features` as for one with the pixels.
         """
-        ...
 
+    @abstractmethod
     def embed(self, batch: PairBatch) -> Embedded:
         """Encode images and texts.
 
@@ -119,17 +133,11 @@ class PairModel(Protocol):
         Returns:
             Their features.
         """
-        ...
 
+    @abstractmethod
     def contrast(
-        self,
-        own: Embedded,
-        own_ids: torch.Tensor,
-        all_image: torch.Tensor,
-        all_text: torch.Tensor,
-        all_ids: torch.Tensor,
-        offset: int,
-    ) -> dict[str, torch.Tensor]:
+        self, own: Embedded, own_ids: Tensor, all_image: Tensor, all_text: Tensor, all_ids: Tensor, offset: int
+    ) -> dict[str, Tensor]:
         """Contrast this process's pairs of a step with everyone's, without a collective: all it needs is given.
 
         Args:
@@ -144,10 +152,9 @@ class PairModel(Protocol):
             Named terms: this process's share, which summed over processes is the loss of the global batch. Names that
             begin with `METRIC` are logged only, as a mean over the pairs.
         """
-        ...
 
-    def extra(self, batch: PairBatch, embedded: Embedded, everyone: Everyone) -> dict[str, torch.Tensor]:
-        """Further terms of one micro-batch, without a collective.
+    def extra(self, batch: PairBatch, embedded: Embedded, everyone: Everyone) -> dict[str, Tensor]:
+        """Further terms of one micro-batch, without a collective; none unless a model has some.
 
         Args:
             batch: The pairs.
@@ -155,35 +162,57 @@ class PairModel(Protocol):
             everyone: All pairs of the step.
 
         Returns:
-            Named terms, each already divided by the global count of pairs; none for CLIP and SigLIP. Names that begin
-            with `METRIC` are logged only, as a mean over the pairs, and not divided.
+            Named terms, each already divided by the global count of pairs. Names that begin with `METRIC` are logged
+            only, as a mean over the pairs, and not divided.
         """
-        ...
+        return {}
 
+    @abstractmethod
     def after_step(self) -> None:
-        """Keep parameters in their range, such as CLIP's temperature; called after every optimizer step."""
-        ...
+        """Keep the temperature in its range; called after every optimizer step."""
 
+    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """Plain numbers worth keeping beside the weights, such as the temperature."""
-        ...
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write the model as a folder that other tools load.
+        """Write the model as a folder that `load_pair_model` reads.
 
         Args:
             folder: An existing folder.
         """
-        ...
 
 
-def as_floats(pixel_values: torch.Tensor, image: ImageConfig) -> torch.Tensor:
-    """Normalise tiles that came as bytes; a quarter of the memory to keep and to move."""
-    # pixel_values [B, 3, H, W] -> [B, 3, H, W]
-    if pixel_values.dtype != torch.uint8:
-        return pixel_values
-    mean = torch.tensor(image.image_mean, dtype=torch.float64)[:, None, None]
-    std = torch.tensor(image.image_std, dtype=torch.float64)[:, None, None]
-    # As `processing.image_transform.normalise` rounds.
-    scale, shift = (1 / (255 * std)).float(), (mean / std).float()
-    return pixel_values.float() * scale.to(pixel_values.device) - shift.to(pixel_values.device)
+class TowerPairModel(PairModel):
+    """A `PairModel` over a vision tower of ours, which is kept only where it is trained or comes from nowhere else."""
+
+    def __init__(self, encoder: VisionEncoder, vision: VisionConfig, tokenizer: Any, image: ImageConfig) -> None:
+        super().__init__(tokenizer, image)
+        self.vision_encoder: Any = encoder
+        self.vision = vision
+        self.features_shape = (encoder.grid.area, encoder.embed_dim)
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower, without what is trained on top of it."""
+        tower: nn.Module = self.vision_encoder
+        return tower
+
+    @property
+    def tower_rules(self) -> str:
+        """What decides the tower's output besides its weights; by it another stage finds what this one kept."""
+        return self.vision.model_dump_json(exclude={"vision_tower", "revision"})
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Run the tower; see `PairModel.encode`."""
+        with torch.no_grad() if frozen(self.tower) else nullcontext():
+            features: Tensor = self.vision_encoder(self.pixel_norm(pixel_values))
+        return features
+
+    def save_tower(self, folder: Path) -> VisionConfig:
+        """Write the tower if it is trained or came from a model's own folder, and say where it is."""
+        if self.vision.vision_tower != BUNDLED and frozen(self.tower):
+            return self.vision
+        self.vision_encoder.save(folder / "vision")
+        return self.vision.model_copy(update={"vision_tower": BUNDLED})

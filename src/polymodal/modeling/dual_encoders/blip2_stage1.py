@@ -2,30 +2,35 @@
 
 Li et al. 2023, arXiv:2301.12597, section 3.1. One Q-Former holds 32 learned queries that look at the image, and a
 text path; the attention mask decides who sees whom, and so which of three things it learns: contrast (ITC), matching
-(ITM) and captioning (ITG). `blip2_loss` has the losses, `masks` the masks, `blip2_folder` what is written and read.
+(ITM) and captioning (ITG); `losses` has their losses.
+
+The folder is the Q-Former's own (`modeling.projectors.qformer_files`: `qformer.safetensors`, `config.json`), so stage 2
+starts from it with `projector: {mm_projector_type: qformer, pretrained: FOLDER}` and drops the text path. Beside it lie
+the heads of the three losses, the tokenizer, and in `config.json` where the vision tower is from and how images are
+cut. `blip2_stage1_folder` reads it.
 
 Differences from the reference (LAVIS): three passes instead of four, since the queries' outputs under the captioning
-mask are those of a pass over the queries alone, so one pass gives both the contrastive image features and the
-captioning logits; only positions that predict a token go through the vocabulary head; negatives are drawn once for the
-whole step, and pairs of one image, or with one text, are never each other's; the temperature is kept above 0.001, as
-in BLIP.
+mask are those of a pass over the queries alone (UniLM, Dong et al. 2019, arXiv:1905.03197), so one pass gives both the
+contrastive image features and the captioning logits; only positions that predict a token go through the vocabulary
+head; negatives are drawn once for the whole step, and pairs of one image, or with one text, are never each other's; the
+temperature is kept above 0.001, as in BLIP.
 Parameters: `vision_encoder.*`, `qformer.*` (with `ln_vision`, trained as in the paper), `vision_projection`,
 `text_projection`, `itm_head` (as in `Blip2ForImageTextRetrieval` of transformers), `lm_head.*`, `temperature`.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polymodal.config import ImageConfig
+from polymodal.config import ImageConfig, VisionConfig
 from polymodal.errors import ConfigError
-from polymodal.modeling.dual_encoders.base import METRIC, Embedded, Everyone, PairBatch, as_floats
+from polymodal.modeling.dual_encoders.base import METRIC, Embedded, Everyone, PairBatch, TowerPairModel
 from polymodal.modeling.dual_encoders.losses import (
     draw_negatives,
     itc_loss,
@@ -35,27 +40,29 @@ from polymodal.modeling.dual_encoders.losses import (
     itm_inputs,
     itm_loss,
     similarities,
+    unit,
 )
+from polymodal.modeling.encoders.vision import VisionEncoder
 from polymodal.modeling.projectors.mlp import Standardize
 from polymodal.modeling.projectors.qformer import QFormer
-from polymodal.utils.modules import frozen
+from polymodal.modeling.projectors.qformer_files import CONFIG_NAME, write_qformer
+from polymodal.safety.config_json import read_json
+from polymodal.utils.files import write_text
+from polymodal.utils.safetensors_io import write_tensors
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+MODEL_TYPE = "blip2-stage1"
+"""`model_type` in `config.json`, by which the folder is told from those of other pair models."""
 
-    from polymodal.config import VisionConfig
-    from polymodal.modeling.encoders.vision import VisionEncoder
+HEADS_NAME = "heads.safetensors"
+HEADS = ("vision_projection.", "text_projection.", "itm_head.", "lm_head.", "temperature")
+LABEL_SMOOTHING = 0.1
+TEMPERATURE = 0.07
+COLDEST = 1e-3
+"""The temperature divides cosines; at zero they would be infinite."""
 
-
-# ---- Who sees whom in the Q-Former: the three attention masks of BLIP-2's first stage (arXiv:2301.12597, figure 2)
-# Queries and text go through one transformer side by side, [Q; T]; the mask alone makes it two separate encoders, one
-# joint encoder or a captioner. Each mask is [b, 1, Q + T, Q + T], True where a row may look at a column, which
+# Who sees whom. Queries and text go through one transformer side by side, [Q; T]; the mask alone makes it two separate
+# encoders, one joint encoder or a captioner (figure 2). Each mask is True where a row may look at a column, which
 # transformers' `Blip2QFormerModel` takes as it is with sdpa attention. Cross-attention to the image is not masked.
-#
-# Difference from the reference (LAVIS): captioning reuses the keys and values of a pass over the queries there. Under
-# `unilm_mask` the queries' outputs are those of a pass over the queries alone, so one pass gives both (UniLM, Dong et
-# al.
-# 2019, arXiv:1905.03197).
 
 
 def bidirectional_mask(text_mask: Tensor, queries: int) -> Tensor:  # text_mask [b, T] -> [b, 1, Q + T, Q + T]
@@ -91,12 +98,6 @@ def _mask(text_mask: Tensor, queries: int, queries_see_text: bool, text_sees_que
     return mask
 
 
-LABEL_SMOOTHING = 0.1
-TEMPERATURE = 0.07
-COLDEST = 1e-3
-"""The temperature divides cosines; at zero they would be infinite."""
-
-
 class VocabularyHead(nn.Module):
     """Hidden states to words as BERT does it: a layer, GELU, LayerNorm, then the word embeddings themselves."""
 
@@ -111,7 +112,7 @@ class VocabularyHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(hidden))), words, self.bias)
 
 
-class Blip2Stage1(nn.Module):
+class Blip2Stage1(TowerPairModel):
     """A `PairModel`: vision tower, Q-Former with its text path, and the heads of the three losses."""
 
     needs_features = True
@@ -121,12 +122,12 @@ class Blip2Stage1(nn.Module):
         encoder: VisionEncoder,
         vision: VisionConfig,
         qformer: QFormer,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         image: ImageConfig,
         projection_dim: int = 256,
         label_smoothing: float = LABEL_SMOOTHING,
     ) -> None:
-        super().__init__()
+        super().__init__(encoder, vision, tokenizer, image)
         settings = qformer.config
         if qformer.embeddings is None:
             raise ConfigError("stage 1 of BLIP-2 needs a Q-Former with its text path, and this one has none")
@@ -141,8 +142,6 @@ class Blip2Stage1(nn.Module):
             )
         if tokenizer.bos_token_id is None:
             raise ConfigError("the text tokenizer has no bos_token ([DEC]), which begins a caption")
-        self.vision_encoder: Any = encoder
-        self.vision, self.image = vision, image
         self.qformer = qformer
         width = settings.hidden_size
         self.vision_projection = nn.Linear(width, projection_dim)
@@ -153,37 +152,15 @@ class Blip2Stage1(nn.Module):
         # LAVIS leaves these two at torch's own start; BERT's head starts as every layer of BERT.
         nn.init.normal_(self.lm_head.dense.weight, std=settings.initializer_range)
         nn.init.zeros_(self.lm_head.dense.bias)
-        self.tokenizer: Any = tokenizer
-        self.tokenizer.padding_side = "right"
         self.label_smoothing = label_smoothing
-        self.text_length: int | None = None
-        self.max_text: int = settings.max_text_length
-        self.features_shape = (encoder.grid.area, encoder.embed_dim)
-        self.distiller: nn.Module | None = None
-
-    @property
-    def tower(self) -> nn.Module:
-        """The vision tower, without `ln_vision`, which is trained."""
-        tower: nn.Module = self.vision_encoder
-        return tower
-
-    @property
-    def tower_rules(self) -> str:
-        """What decides the tower's output besides its weights; by it stage 2 finds what stage 1 kept."""
-        return self.vision.model_dump_json(exclude={"vision_tower", "revision"})
+        self.max_text = settings.max_text_length
 
     @property
     def words(self) -> Tensor:
-        """The word embeddings, ``[V, H]``, which are also the vocabulary head's last layer."""
+        """The word embeddings, [V, H], which are also the vocabulary head's last layer."""
         embeddings: Any = self.qformer.embeddings
         weight: Tensor = embeddings.word_embeddings.weight
         return weight
-
-    def encode(self, pixel_values: Tensor) -> Tensor:
-        """Run the tower; see `PairModel.encode`."""
-        with torch.no_grad() if frozen(self.tower) else nullcontext():
-            features: Tensor = self.vision_encoder(as_floats(pixel_values, self.image))
-        return features
 
     def embed(self, batch: PairBatch) -> Embedded:
         """Two passes: queries and caption under the captioning mask, and the text alone."""
@@ -192,7 +169,7 @@ class Blip2Stage1(nn.Module):
         hidden = self.qformer.encode(self._features(batch), decoder_ids, mask4d=mask)
         queries, caption = hidden.tensor_split([self.qformer.num_queries], dim=1)
         text = self.embed_texts(batch.input_ids, batch.attention_mask)
-        return Embedded(_unit(self.vision_projection(queries)), text, {"caption": caption})
+        return Embedded(unit(self.vision_projection(queries)), text, {"caption": caption})
 
     def contrast(
         self, own: Embedded, own_ids: Tensor, all_image: Tensor, all_text: Tensor, all_ids: Tensor, offset: int
@@ -200,16 +177,9 @@ class Blip2Stage1(nn.Module):
         """ITC, and how many images have a text of theirs as the nearest of the step; see `PairModel.contrast`."""
         if len(all_ids) < 2:
             raise ConfigError("a step of one pair has nothing to contrast it with; raise batch.global_size")
+        smoothing = self.label_smoothing
         share, to_text, _ = itc_loss(
-            own.image,
-            own.text,
-            self.temperature,
-            all_image,
-            all_text,
-            own_ids,
-            all_ids,
-            offset,
-            self.label_smoothing,
+            own.image, own.text, self.temperature, all_image, all_text, own_ids, all_ids, offset, smoothing
         )
         found = (all_ids[to_text.argmax(dim=1)] == own_ids).float().mean()
         return {"itc": share, f"{METRIC}itc_accuracy": found}
@@ -252,13 +222,13 @@ class Blip2Stage1(nn.Module):
 
     def embed_images(self, features: Tensor) -> Tensor:  # [B, P, E] -> [B, Q, D]
         """Image features for retrieval, from a pass over the queries alone."""
-        return _unit(self.vision_projection(self.qformer.queries(self._cast(features))))
+        return unit(self.vision_projection(self.qformer.queries(self._cast(features))))
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Text features, from a pass over the text alone."""
         # input_ids [B, T], attention_mask [B, T] -> [B, D]
         hidden = self.qformer.encode(None, input_ids, attention_mask)
-        return _unit(self.text_projection(hidden[:, 0]))
+        return unit(self.text_projection(hidden[:, 0]))
 
     def match_queries(self, features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """What every query says about whether image and text match."""
@@ -286,10 +256,19 @@ class Blip2Stage1(nn.Module):
         return {"temperature": float(self.temperature.detach())}
 
     def save(self, folder: Path) -> None:
-        """Write what stage 2 starts from, and what stage 1 goes on from; see `blip2_folder`."""
-        from polymodal.modeling.dual_encoders.blip2_stage1_folder import write_blip2
-
-        write_blip2(folder, self)
+        """Write what stage 2 starts from, and what stage 1 goes on from."""
+        heads = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(HEADS)}
+        write_tensors(folder / HEADS_NAME, heads)
+        write_qformer(folder, self.qformer)
+        self.tokenizer.save_pretrained(folder)
+        document = read_json(folder / CONFIG_NAME)
+        document["model_type"] = MODEL_TYPE
+        document["stage1"] = {
+            "vision": self.save_tower(folder).model_dump(mode="json"),
+            "image": self.image.model_dump(mode="json"),
+            "projection_dim": self.vision_projection.out_features,
+        }
+        write_text(folder / CONFIG_NAME, json.dumps(document, indent=2) + "\n")
 
     def _features(self, batch: PairBatch) -> Tensor:
         if batch.features is not None:
@@ -300,7 +279,3 @@ class Blip2Stage1(nn.Module):
     def _cast(self, features: Tensor) -> Tensor:
         """Features are kept in half precision; the Q-Former's own type decides."""
         return features.to(self.qformer.ln_vision.weight.dtype)
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)

@@ -1,31 +1,30 @@
-"""Stage 1 of BLIP-2 from a recipe, from and to its folder, and from and to `Blip2ForImageTextRetrieval`.
+"""Stage 1 of BLIP-2 from a recipe, from its folder, and from and to `Blip2ForImageTextRetrieval` of transformers.
 
-The folder is the Q-Former's own (`modeling.projectors.qformer_files`: `qformer.safetensors`, `config.json`), so stage 2
-starts from it with `projector: {mm_projector_type: qformer, pretrained: FOLDER}` and drops the text path. Beside it lie
-the heads of the three losses, the tokenizer, and in `config.json` where the vision tower is from and how images are
-cut. The tower itself is written only where it was trained.
-
-BERT gives the vocabulary head too, where its folder holds one, as in LAVIS.
+A fresh one takes BERT's weights, as in the paper and with the vocabulary head as in LAVIS; or, in a small run that has
+no BERT, a WordPiece vocabulary learnt from its own captions and word embeddings reduced from a language model's.
 """
 
 from __future__ import annotations
 
-import json
+import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
+from transformers import BertTokenizerFast, Blip2Config, Blip2ForImageTextRetrieval, PreTrainedTokenizerBase
 
-from polymodal.config import ImageConfig, LLMConfig, VisionConfig, parse_config
-from polymodal.errors import CheckpointError, ConfigError, DataError, first_line
+from polymodal.config import ImageConfig, LLMConfig, QFormerConfig, VisionConfig, parse_config
+from polymodal.errors import CheckpointError, ConfigError, DataError
 from polymodal.media_plan import Size
-from polymodal.modeling.dual_encoders.blip2_stage1 import LABEL_SMOOTHING, Blip2Stage1
+from polymodal.modeling.dual_encoders.blip2_stage1 import HEADS, HEADS_NAME, LABEL_SMOOTHING, MODEL_TYPE, Blip2Stage1
 from polymodal.modeling.dual_encoders.config import Blip2ModelConfig, ObjectiveConfig
-from polymodal.modeling.encoders.vision import BUNDLED, build_vision_encoder
-from polymodal.modeling.language_model import load_llm, load_tokenizer
+from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
+from polymodal.modeling.encoders.vision import build_vision_encoder
+from polymodal.modeling.language_model import load_llm, load_tokenizer, open_tokenizer
 from polymodal.modeling.projectors.qformer import QFormer
 from polymodal.modeling.projectors.qformer_files import (
     CONFIG_NAME,
@@ -33,119 +32,20 @@ from polymodal.modeling.projectors.qformer_files import (
     init_from_bert,
     load_exactly,
     load_qformer,
+    modern_name,
     of_qformer,
     read_folder_tensors,
-    write_qformer,
 )
 from polymodal.safety.config_json import read_json
-from polymodal.utils.files import write_text
-from polymodal.utils.modules import frozen
 from polymodal.utils.safetensors_io import read_tensors
-
-if TYPE_CHECKING:
-    from transformers import Blip2ForImageTextRetrieval, PreTrainedTokenizerBase
-
-
-# ---- The text tokenizer of BLIP-2's Q-Former: BERT's WordPiece with the token "[DEC]", read from a folder or trained
-# BLIP-2 (Li et al. 2023, arXiv:2301.12597) takes `bert-base-uncased` and adds "[DEC]", which stands in place of "[CLS]"
-# where the text is to be generated. A small run needs neither BERT's folder nor its 30,522 pieces: `train_wordpiece`
-# learns them from the run's own captions. The `tokenizers` trainer numbers pieces in the order of a hash table, so that
-# two runs differ; here the pieces of single letters are numbered beforehand, which leaves nothing to chance.
-
 
 DECODE_TOKEN = "[DEC]"
 """First token of a text that is to be generated, and the tokenizer's `bos_token`."""
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", DECODE_TOKEN)
-
-
-def train_wordpiece(captions: Sequence[str], size: int = 8000, min_frequency: int = 2) -> PreTrainedTokenizerBase:
-    """Learn a WordPiece vocabulary; the same captions give the same vocabulary."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-    from transformers import BertTokenizerFast
-
-    normalise, split = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    words = {
-        word for caption in captions for word, _ in split.pre_tokenize_str(normalise.normalize_str(caption)) if word
-    }
-    if not words:
-        raise DataError("no text to learn a tokenizer from: every caption is empty")
-    # The trainer meets letters inside words in random order; as special tokens they have fixed numbers.
-    inner = sorted({f"##{letter}" for word in words for letter in word[1:]})
-    letters = len({letter for word in words for letter in word}) + len(inner) + len(SPECIAL_TOKENS)
-    if letters > size:
-        raise DataError(f"the captions need {letters} pieces for their letters alone; allow more than {size}")
-    learner: Any = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    learner.normalizer, learner.pre_tokenizer = normalise, split
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=size,
-        min_frequency=min_frequency,
-        special_tokens=[*SPECIAL_TOKENS, *inner],
-        show_progress=False,
-    )
-    learner.train_from_iterator(captions, trainer)
-    return BertTokenizerFast(vocab=learner.get_vocab(), do_lower_case=True, bos_token=DECODE_TOKEN)
-
-
-def load_wordpiece(folder: Path | str) -> PreTrainedTokenizerBase:
-    """Load a BERT tokenizer, with "[DEC]" added where it is not there yet, as BLIP-2 does."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"text tokenizer {folder}: {first_line(error)}") from error
-    lacking = [name for name in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, name) is None]
-    if lacking:
-        raise CheckpointError(
-            f"text tokenizer {folder}: has no {lacking[0]}; a BERT tokenizer is needed (WordPiece, [CLS] and [SEP])"
-        )
-    if tokenizer.bos_token != DECODE_TOKEN:
-        tokenizer.add_special_tokens({"bos_token": DECODE_TOKEN})
-    return tokenizer
-
-
-# ---- Word embeddings of a Q-Former's text path, started from those of a language model ----
-# Where there is no BERT to start from, the words still need not start as noise: a language model knows which of them
-# are
-# alike. Each piece of the WordPiece vocabulary gets the mean embedding of the language model's tokens for its text,
-# reduced to the Q-Former's width by principal components and scaled as fresh weights are. Special tokens stay random.
-# Ours; BLIP-2 starts the whole Q-Former from bert-base-uncased instead (`modeling.projectors.qformer_files`).
-
-
 CONTINUES = "##"
 """What WordPiece puts before a piece that goes on a word."""
 
-
-@torch.no_grad()
-def start_words(table: Tensor, tokenizer: PreTrainedTokenizerBase, source: str, deviation: float) -> None:
-    """Fill a table of word embeddings."""
-    # table [V, H]
-    settings = LLMConfig(model_name_or_path=source)
-    model: Any = load_llm(settings)
-    words = load_tokenizer(settings)
-    known: Tensor = model.get_input_embeddings().weight.float()
-    width = table.shape[1]
-    if known.shape[1] < width:
-        raise ConfigError(
-            f"init.model.words {source!r} has embeddings of width {known.shape[1]}, the Q-Former needs {width} "
-            "(qformer.hidden_size)"
-        )
-    pieces = {piece: row for piece, row in tokenizer.get_vocab().items() if row not in tokenizer.all_special_ids}
-    texts = [p.removeprefix(CONTINUES) if p.startswith(CONTINUES) else f" {p}" for p in pieces]
-    # One row for each piece: the mean over the tokens of its text.
-    means = torch.stack([known[ids].mean(dim=0) for ids in words(texts, add_special_tokens=False)["input_ids"]])
-    centred = means - means.mean(dim=0)
-    _, axes = torch.linalg.eigh(centred.T @ centred)  # in rising order
-    reduced = centred @ axes[:, -width:].flip(1)
-    table[list(pieces.values())] = (reduced * (deviation / reduced.std())).to(table)
-
-
-MODEL_TYPE = "blip2-stage1"
-"""`model_type` in `config.json`, by which the folder is told from those of other pair models."""
-
-HEADS_NAME = "heads.safetensors"
-_HEADS = ("vision_projection.", "text_projection.", "itm_head.", "lm_head.", "temperature")
 _RETRIEVAL_HEADS = ("vision_projection", "text_projection", "itm_head")
 _BERT_HEAD = {
     "cls.predictions.transform.dense.weight": "dense.weight",
@@ -163,14 +63,9 @@ def build_blip2(settings: Blip2ModelConfig, objective: ObjectiveConfig) -> Blip2
     follows = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     config = settings.qformer.model_copy(update=follows)
     qformer = QFormer(encoder.embed_dim, config, text=True, norm=settings.norm)
+    smoothing = _smoothing(objective)
     model = Blip2Stage1(
-        encoder,
-        settings.vision,
-        qformer,
-        tokenizer,
-        settings.image,
-        settings.projection_dim,
-        _smoothing(objective),
+        encoder, settings.vision, qformer, tokenizer, settings.image, settings.projection_dim, smoothing
     )
     if settings.bert is not None:
         init_from_bert(qformer, Path(settings.bert))
@@ -202,46 +97,81 @@ def load_blip2(source: str, image: ImageConfig | None, objective: ObjectiveConfi
         stage["projection_dim"],
         _smoothing(objective),
     )
-    tensors = read_tensors(folder / HEADS_NAME)
-    load_exactly(model, tensors, str(folder / HEADS_NAME), {name for name in model.state_dict() if _is_head(name)})
+    heads = {name for name in model.state_dict() if name.startswith(HEADS)}
+    load_exactly(model, read_tensors(folder / HEADS_NAME), str(folder / HEADS_NAME), heads)
     return model
 
 
-def write_blip2(folder: Path, model: Blip2Stage1) -> None:
-    """Write stage 1 into a folder that is there, such as one that is being written."""
-    from safetensors.torch import save_file
-
-    heads = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items() if _is_head(name)}
-    for name, tensor in heads.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{folder / HEADS_NAME}: {name} holds NaN or infinity; nothing was saved")
-    write_qformer(folder, model.qformer)
-    save_file(heads, folder / HEADS_NAME)
-    model.tokenizer.save_pretrained(folder)
-    vision = model.vision
-    if vision.vision_tower == BUNDLED or not frozen(model.tower):
-        vision = vision.model_copy(update={"vision_tower": BUNDLED})
-        model.vision_encoder.save(folder / "vision")
-    document = read_json(folder / CONFIG_NAME)
-    document["model_type"] = MODEL_TYPE
-    document["stage1"] = {
-        "vision": vision.model_dump(mode="json"),
-        "image": model.image.model_dump(mode="json"),
-        "projection_dim": model.vision_projection.out_features,
+def train_wordpiece(captions: Sequence[str], size: int = 8000, min_frequency: int = 2) -> PreTrainedTokenizerBase:
+    """Learn a tokenizer like BERT's; the same captions give the same vocabulary."""
+    normalise, split = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = {
+        word for caption in captions for word, _ in split.pre_tokenize_str(normalise.normalize_str(caption)) if word
     }
-    write_text(folder / CONFIG_NAME, json.dumps(document, indent=2) + "\n")
+    if not words:
+        raise DataError("no text to learn a tokenizer from: every caption is empty")
+    # The trainer numbers pieces in the order of a hash table; the letters inside words are numbered beforehand, as
+    # special tokens, which leaves nothing to chance.
+    inner = sorted({f"{CONTINUES}{letter}" for word in words for letter in word[1:]})
+    letters = len({letter for word in words for letter in word}) + len(inner) + len(SPECIAL_TOKENS)
+    if letters > size:
+        raise DataError(f"the captions need {letters} pieces for their letters alone; allow more than {size}")
+    learner: Any = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer, learner.pre_tokenizer = normalise, split
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size, min_frequency=min_frequency, special_tokens=[*SPECIAL_TOKENS, *inner], show_progress=False
+    )
+    learner.train_from_iterator(captions, trainer)
+    return BertTokenizerFast(vocab=learner.get_vocab(), do_lower_case=True, bos_token=DECODE_TOKEN)
+
+
+def load_wordpiece(folder: Path | str) -> PreTrainedTokenizerBase:
+    """Load a BERT tokenizer, with "[DEC]" added where it is not there yet, as BLIP-2 does."""
+    tokenizer = open_tokenizer(str(folder), f"text tokenizer {folder}")
+    lacking = [name for name in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, name) is None]
+    if lacking:
+        raise CheckpointError(
+            f"text tokenizer {folder}: has no {lacking[0]}; a BERT tokenizer is needed (WordPiece, [CLS] and [SEP])"
+        )
+    if tokenizer.bos_token != DECODE_TOKEN:
+        tokenizer.add_special_tokens({"bos_token": DECODE_TOKEN})
+    return tokenizer
+
+
+@torch.no_grad()
+def start_words(table: Tensor, tokenizer: PreTrainedTokenizerBase, source: str, deviation: float) -> None:
+    """Fill a table of word embeddings, [V, H], from those of a language model."""
+    # Where there is no BERT, the words still need not start as noise: each piece of the WordPiece vocabulary gets the
+    # mean embedding of the language model's tokens for its text, reduced to the Q-Former's width by principal
+    # components and scaled as fresh weights are. Special tokens stay random. Ours, not BLIP-2's.
+    settings = LLMConfig(model_name_or_path=source)
+    model: Any = load_llm(settings)
+    words = load_tokenizer(settings)
+    known: Tensor = model.get_input_embeddings().weight.float()
+    width = table.shape[1]
+    if known.shape[1] < width:
+        raise ConfigError(
+            f"init.model.words {source!r} has embeddings of width {known.shape[1]}, the Q-Former needs {width} "
+            "(qformer.hidden_size)"
+        )
+    pieces = {piece: row for piece, row in tokenizer.get_vocab().items() if row not in tokenizer.all_special_ids}
+    texts = [p.removeprefix(CONTINUES) if p.startswith(CONTINUES) else f" {p}" for p in pieces]
+    # One row for each piece: the mean over the tokens of its text.
+    means = torch.stack([known[ids].mean(dim=0) for ids in words(texts, add_special_tokens=False)["input_ids"]])
+    centred = means - means.mean(dim=0)
+    _, axes = torch.linalg.eigh(centred.T @ centred)  # in rising order
+    reduced = centred @ axes[:, -width:].flip(1)
+    table[list(pieces.values())] = (reduced * (deviation / reduced.std())).to(table)
 
 
 def from_retrieval(
     model: Blip2ForImageTextRetrieval, tokenizer: PreTrainedTokenizerBase, vision: VisionConfig, image: ImageConfig
 ) -> Blip2Stage1:
     """Take over a retrieval model of transformers; contrast and matching then score the same."""
-    from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
-
     _check_tower(vision)
     settings = model.config.qformer_config
     config = _qformer_config(settings.to_dict(), model.config.num_query_tokens, model.config.vision_config)
-    encoder = HFVisionEncoder(_copy(model.vision_model), -1, "cls_patch")
+    encoder = HFVisionEncoder(copy.deepcopy(model.vision_model), -1, "cls_patch")
     qformer = QFormer(encoder.embed_dim, config, text=True)
     ours = Blip2Stage1(encoder, vision, qformer, tokenizer, image, model.config.image_text_hidden_size)
     state = model.state_dict()
@@ -253,8 +183,6 @@ def from_retrieval(
 
 def to_retrieval(model: Blip2Stage1) -> Blip2ForImageTextRetrieval:
     """Write our model as the retrieval model of transformers; contrast and matching then score the same."""
-    from transformers import Blip2Config, Blip2ForImageTextRetrieval
-
     _check_tower(model.vision)
     if model.qformer.norm_kind != "none":
         raise ConfigError(f"norm {model.qformer.norm_kind!r} before the Q-Former: transformers' BLIP-2 has none there")
@@ -276,10 +204,6 @@ def to_retrieval(model: Blip2Stage1) -> Blip2ForImageTextRetrieval:
     return theirs.eval()
 
 
-def _is_head(name: str) -> bool:
-    return name.startswith(_HEADS)
-
-
 def _smoothing(objective: ObjectiveConfig) -> float:
     if objective.type != "blip2":
         raise ConfigError(f"objective {objective.type!r} is none for a Q-Former; use blip2")
@@ -292,9 +216,8 @@ def _start_head(model: Blip2Stage1, folder: Path) -> None:
     """Copy BERT's vocabulary head, where its folder has one."""
     found: dict[str, Tensor] = {}
     for name, tensor in read_folder_tensors(folder).items():
-        plain = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name))
-        if plain in _BERT_HEAD:
-            found[_BERT_HEAD[plain]] = tensor
+        if modern_name(name) in _BERT_HEAD:
+            found[_BERT_HEAD[modern_name(name)]] = tensor
     if not found:
         return
     if "bias" in found:  # words that BERT does not have come last
@@ -312,18 +235,10 @@ def _check_tower(vision: VisionConfig) -> None:
         )
 
 
-def _qformer_config(settings: dict[str, Any], queries: int, vision: Any) -> Any:
+def _qformer_config(settings: dict[str, Any], queries: int, vision: Any) -> QFormerConfig:
     """Our settings from those of transformers."""
-    from polymodal.config import QFormerConfig
-
     shared = {key: settings[key] for key in QFormerConfig.model_fields if key in settings}
     return QFormerConfig(
         **{**shared, "num_query_tokens": queries, "vision_norm_eps": vision.layer_norm_eps},
         max_text_length=min(32, settings["max_position_embeddings"]),
     )
-
-
-def _copy(module: Any) -> Any:
-    import copy
-
-    return copy.deepcopy(module)

@@ -2,9 +2,11 @@
 
 CLIP (Radford et al. 2021, arXiv:2103.00020), SigLIP (Zhai et al. 2023, arXiv:2303.15343), and LiT-like pairs of any
 two encoders (Zhai et al. 2022, arXiv:2111.07991; `VisionTextDualEncoderModel`). The networks are those of
-`transformers`, and so is the folder that is written: model, tokenizer and image processor load there and score the
-same. What is added is what they lack for training: a loss that sees all processes' pairs and knows pairs of one
-image, SigLIP's initial temperature and bias (a fresh `SiglipModel` has zeros there), and a bound on the temperature.
+`transformers`, and so is the folder that is written: `AutoModel` and `AutoProcessor` see the same tokens and the same
+pixels as training did, and score the same. What is added is what they lack for training: a loss that sees all
+processes' pairs and knows pairs of one image, SigLIP's initial temperature and bias (a fresh `SiglipModel` has zeros
+there), and a bound on the temperature. A fresh model follows its tokenizer and its image rules, so that no number is
+typed twice: vocabulary, special tokens and image size.
 
 Parameters carry the stock names: `vision_model.*`, `text_model.*`, `visual_projection.*`, `text_projection.*`,
 `logit_scale`, `logit_bias`. SigLIP's loss on a model without a bias adds one here; the stock folder has no place for
@@ -18,38 +20,75 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
-from polymodal.config import ImageConfig
-from polymodal.errors import ConfigError
+from polymodal.config import RESAMPLE_FILTERS, ImageConfig
+from polymodal.errors import CheckpointError, ConfigError, first_line, unknown_name
 from polymodal.media_plan import Size
-from polymodal.modeling.dual_encoders.base import METRIC, Embedded, Everyone, PairBatch, as_floats
-from polymodal.modeling.dual_encoders.config import ObjectiveConfig
-from polymodal.modeling.dual_encoders.losses import (
-    at_least_float32,
-    both_directions,
-    clamp_logit_scale,
-    products,
-    siglip_loss,
-)
+from polymodal.modeling.dual_encoders.base import METRIC, Embedded, Everyone, PairBatch, PairModel
+from polymodal.modeling.dual_encoders.config import ObjectiveConfig, PairModelConfig
+from polymodal.modeling.dual_encoders.losses import clamp_logit_scale, clip_loss, siglip_loss, unit
+from polymodal.modeling.language_model import open_tokenizer
 from polymodal.utils.modules import frozen
 
 LOGIT_SCALE_SIGLIP = math.log(10)
 LOGIT_BIAS_SIGLIP = -10.0
 LOGIT_SCALE_CLIP = math.log(1 / 0.07)
+CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel", "vision-text-dual-encoder": "VisionTextDualEncoderModel"}
+PROCESSORS = {
+    "clip": "CLIPProcessor",
+    "siglip": "SiglipProcessor",
+    "vision-text-dual-encoder": "VisionTextDualEncoderProcessor",
+}
+_COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
+"""Text encoders whose positions begin behind the padding's, so that they have fewer than they say."""
 
 
-class DualEncoder(nn.Module):
+class ScaledPairModel(PairModel):
+    """A `PairModel` with CLIP's or SigLIP's loss: cosines times a learned scale."""
+
+    objective: ObjectiveConfig
+    logit_scale: nn.Parameter
+    logit_bias: nn.Parameter  # SigLIP's
+
+    def contrast(
+        self, own: Embedded, own_ids: Tensor, all_image: Tensor, all_text: Tensor, all_ids: Tensor, offset: int
+    ) -> dict[str, Tensor]:
+        """The loss of this process's pairs against everyone's; see `PairModel.contrast`."""
+        if len(all_ids) < 2:
+            raise ConfigError("a step of one pair has nothing to contrast it with; raise batch.global_size")
+        found = {f"{METRIC}{name}": own.text.new_tensor(value) for name, value in self.facts().items()}
+        if self.objective.type == "siglip":
+            scale, bias, chunk = self.logit_scale, self.logit_bias, self.objective.chunk
+            found["siglip"] = siglip_loss(own.image, own.text, scale, bias, all_text, offset, chunk, own_ids, all_ids)
+        else:
+            smoothing = self.objective.label_smoothing or 0.0
+            found["clip"] = clip_loss(
+                own.image, own.text, self.logit_scale, all_image, all_text, offset, own_ids, all_ids, smoothing
+            )
+        return found
+
+    def after_step(self) -> None:
+        """Bound the temperature: logits of at most 100 times the cosine."""
+        clamp_logit_scale(self.logit_scale)
+
+    def facts(self) -> dict[str, Any]:
+        """The scale that cosines are multiplied with, and SigLIP's bias."""
+        found = {"logit_scale": float(self.logit_scale.detach().exp())}
+        if hasattr(self, "logit_bias"):
+            found["logit_bias"] = float(self.logit_bias.detach())
+        return found
+
+
+class DualEncoder(ScaledPairModel):
     """A `PairModel` over a stock model."""
 
-    needs_features = False
     vision_model: Any
     text_model: Any
-    logit_scale: nn.Parameter
-    logit_bias: nn.Parameter
 
     def __init__(self, model: Any, tokenizer: Any, image: ImageConfig, objective: ObjectiveConfig) -> None:
-        super().__init__()
+        super().__init__(tokenizer, image)
         if objective.type not in ("clip", "siglip"):
             raise ConfigError(f"objective {objective.type!r} is none for two encoders; use clip or siglip")
         self._stock = (model,)  # in a tuple, so that names below start with the encoders' own
@@ -61,23 +100,20 @@ class DualEncoder(nn.Module):
             self.logit_bias = nn.Parameter(torch.tensor(LOGIT_BIAS_SIGLIP))
             with torch.no_grad():
                 self.logit_scale.fill_(LOGIT_SCALE_SIGLIP)
-        self.tokenizer, self.image, self.objective = tokenizer, image, objective
+        self.objective = objective
         self.family: str = model.config.model_type
-        settings = model.config
-        side = settings.vision_config.image_size
-        side = (side, side) if isinstance(side, int) else tuple(side)
+        vision = model.config.vision_config
+        side = (vision.image_size,) * 2 if isinstance(vision.image_size, int) else tuple(vision.image_size)
         if tuple(image.tile_size) != side:
             raise ConfigError(
                 f"image.tile_size {image.tile_size[0]}x{image.tile_size[1]}: the vision encoder takes "
                 f"{side[0]}x{side[1]} (height x width); make them agree"
             )
-        patch = settings.vision_config.patch_size
-        self.patch_grid = Size(side[0] // patch, side[1] // patch)
-        self.max_text: int = tokenizer.model_max_length
+        self.patch_grid = Size(side[0] // vision.patch_size, side[1] // vision.patch_size)
+        self.max_text = tokenizer.model_max_length
         # SigLIP is trained and used with padding that its text encoder reads.
         self.text_length = self.max_text if self.family == "siglip" else None
-        self.features_shape = (1, int(settings.vision_config.hidden_size))
-        self.distiller: nn.Module | None = None
+        self.features_shape = (1, int(vision.hidden_size))
 
     @property
     def tower(self) -> nn.Module:
@@ -109,35 +145,8 @@ class DualEncoder(nn.Module):
         if read is None:
             raise ConfigError(f"the text encoder {type(self.text_model).__name__} gives no pooled output")
         return Embedded(
-            _unit(self._project("visual_projection", pooled)), _unit(self._project("text_projection", read)), carry
+            unit(self._project("visual_projection", pooled)), unit(self._project("text_projection", read)), carry
         )
-
-    def contrast(
-        self, own: Embedded, own_ids: Tensor, all_image: Tensor, all_text: Tensor, all_ids: Tensor, offset: int
-    ) -> dict[str, Tensor]:
-        """The loss of this process's pairs against everyone's; see `PairModel.contrast`."""
-        objective = self.objective
-        if len(all_ids) < 2:
-            raise ConfigError("a step of one pair has nothing to contrast it with; raise batch.global_size")
-        found = {f"{METRIC}{name}": own.text.new_tensor(value) for name, value in self.facts().items()}
-        if objective.type == "siglip":
-            found["siglip"] = siglip_loss(
-                own.image,
-                own.text,
-                self.logit_scale,
-                self.logit_bias,
-                all_text,
-                offset,
-                objective.chunk,
-                own_ids,
-                all_ids,
-            )
-            return found
-        scale = at_least_float32(self.logit_scale).exp()
-        to_text, to_image = scale * products(own.image, all_text), scale * products(own.text, all_image)
-        smoothing = objective.label_smoothing or 0.0
-        found["clip"] = both_directions(to_text, to_image, own_ids, all_ids, offset, smoothing)
-        return found
 
     def extra(self, batch: PairBatch, embedded: Embedded, everyone: Everyone) -> dict[str, Tensor]:
         """The distance to the teacher, where there is one."""
@@ -156,27 +165,14 @@ class DualEncoder(nn.Module):
         """Keep only each layer's input while training, and compute the rest again in the backward pass."""
         self._stock[0].gradient_checkpointing_enable({"use_reentrant": False})
 
-    def after_step(self) -> None:
-        """Bound the temperature: logits of at most 100 times the cosine."""
-        clamp_logit_scale(self.logit_scale)
-
-    def facts(self) -> dict[str, Any]:
-        """The scale that cosines are multiplied with, and SigLIP's bias."""
-        found = {"logit_scale": float(self.logit_scale.detach().exp())}
-        if hasattr(self, "logit_bias"):
-            found["logit_bias"] = float(self.logit_bias.detach())
-        return found
-
     def save(self, folder: Path) -> None:
         """Write a stock folder: weights, config, tokenizer, image processor."""
-        from polymodal.modeling.dual_encoders.clip_siglip_hf import save_processor
-
         self._stock[0].save_pretrained(folder)
         save_processor(folder, self.family, self.tokenizer, self.image)
 
     def _see(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled output [B, E] and patches [B, P, E] of images."""
-        pixels = as_floats(pixel_values, self.image)
+        pixels = self.pixel_norm(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen(self.vision_model)):
             seen = self.vision_model(pixel_values=pixels)
         if getattr(seen, "pooler_output", None) is None:
@@ -188,6 +184,198 @@ class DualEncoder(nn.Module):
         return pooled if layer is None else layer(pooled)
 
 
-def _unit(vectors: Tensor) -> Tensor:
-    vectors = vectors.float()
-    return vectors / vectors.norm(p=2, dim=-1, keepdim=True)
+def build_dual_encoder(settings: PairModelConfig, objective: ObjectiveConfig) -> DualEncoder:
+    """Build two encoders from a recipe."""
+    tokenizer = load_text_tokenizer(settings.tokenizer, settings.pad_token)
+    height, width = settings.image.tile_size
+    if height != width:
+        raise ConfigError(f"image.tile_size {height}x{width}: the vision encoder takes square tiles")
+    if settings.family == "pair":
+        model = _build_pair(settings, tokenizer)
+    else:
+        model = _build_stock(settings, tokenizer)
+    siglip = objective.type == "siglip"
+    with torch.no_grad():
+        model.logit_scale.fill_(LOGIT_SCALE_SIGLIP if siglip else LOGIT_SCALE_CLIP)
+        if hasattr(model, "logit_bias"):
+            model.logit_bias.fill_(LOGIT_BIAS_SIGLIP)
+    ready(tokenizer, model)
+    return DualEncoder(model, tokenizer, settings.image, objective)
+
+
+def load_dual_encoder(source: str, image: ImageConfig, objective: ObjectiveConfig) -> DualEncoder:
+    """Load two encoders."""
+    settings = transformers.AutoConfig.from_pretrained(source)
+    model = _open(getattr(transformers, CLASSES[settings.model_type]), source)
+    tokenizer = load_text_tokenizer(source, None)
+    ready(tokenizer, model)
+    return DualEncoder(model, tokenizer, image, objective)
+
+
+def load_text_tokenizer(source: str, pad_token: str | None) -> Any:
+    """Load a tokenizer that can pad."""
+    tokenizer: Any = open_tokenizer(source, f"tokenizer {source}: cannot be opened")
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ConfigError(f"tokenizer {source}: pad_token {pad_token!r} is no token of it")
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"tokenizer {source}: has no pad token; name one of its tokens as init.model.pad_token")
+    return tokenizer
+
+
+def ready(tokenizer: Any, model: Any) -> None:
+    """Make a tokenizer write texts as the model reads them, and check that it does."""
+    # CLIP reads a text off its end token, so every text must have one; a tokenizer that adds none is made to. SigLIP
+    # reads its padding and takes no mask.
+    text = model.config.text_config
+    if len(tokenizer) > text.vocab_size:
+        raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the text encoder knows {text.vocab_size}")
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is None:
+        raise ConfigError(f"text encoder {text.model_type!r}: has no fixed positions; use one like bert or roberta")
+    if text.model_type in _COUNT_FROM_PADDING:
+        positions -= text.pad_token_id + 1
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    if model.config.model_type == "siglip":
+        tokenizer.model_input_names = ["input_ids"]
+        tokenizer.init_kwargs["model_input_names"] = ["input_ids"]  # what is written to the folder
+    if model.config.model_type != "clip":
+        return
+    # Folders made before transformers 4.31 say 2 and are read off the highest id.
+    end = max(tokenizer.get_vocab().values()) if text.eos_token_id == 2 else text.eos_token_id
+    if tokenizer("a")["input_ids"][-1:] != [end]:
+        if tokenizer.eos_token_id != end or not tokenizer.is_fast:
+            raise ConfigError(
+                f"CLIP reads a text off its end token {end}, which this tokenizer does not put there; use the "
+                "model's own tokenizer"
+            )
+        _append_end(tokenizer)
+
+
+def save_processor(folder: Path, family: str, tokenizer: Any, image: ImageConfig) -> None:
+    """Write tokenizer and image processor beside a stock model."""
+    images = image_processor(family, image)
+    # Both spellings: one file for all parts is read by transformers 5, the other by what came before.
+    getattr(transformers, PROCESSORS[family])(images, tokenizer).save_pretrained(folder)
+    images.save_pretrained(folder)
+
+
+def image_processor(family: str, image: ImageConfig) -> Any:
+    """The stock image processor that does what image rules say."""
+    crops = image.image_aspect_ratio == "crop"
+    if image.image_aspect_ratio not in ("squash", "crop"):
+        raise ConfigError(f"image_aspect_ratio {image.image_aspect_ratio!r}: no stock image processor does this")
+    tile = {"height": image.tile_size[0], "width": image.tile_size[1]}
+    clips = family == "clip" or (family != "siglip" and crops)
+    return (transformers.CLIPImageProcessorPil if clips else transformers.SiglipImageProcessorPil)(
+        do_resize=True,
+        size={"shortest_edge": image.resize_short_side or min(image.tile_size)} if crops else tile,
+        do_center_crop=crops,
+        **({"crop_size": tile} if crops else {}),
+        resample=RESAMPLE_FILTERS[image.resample],
+        do_rescale=True,
+        do_normalize=True,
+        image_mean=list(image.image_mean),
+        image_std=list(image.image_std),
+        do_convert_rgb=True,
+    )
+
+
+def _build_stock(settings: PairModelConfig, tokenizer: Any) -> Any:
+    """A fresh CLIP or SigLIP."""
+    name = {"clip": "CLIP", "siglip": "Siglip"}[settings.family]
+    vision = stock_keys(getattr(transformers, f"{name}VisionConfig"), settings.vision, "init.model.vision")
+    text = stock_keys(getattr(transformers, f"{name}TextConfig"), settings.text, "init.model.text")
+    vision = {**vision, "image_size": settings.image.tile_size[0]}
+    text = {"vocab_size": len(tokenizer), **text, **special_ids(tokenizer)}
+    whole = getattr(transformers, f"{name}Config")
+    if settings.family == "clip":
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"tokenizer {settings.tokenizer}: has no end token, off which CLIP reads a text")
+        if tokenizer.eos_token_id == 2:
+            raise ConfigError(
+                f"tokenizer {settings.tokenizer}: its end token has the id 2, which transformers' CLIP takes for the "
+                "mark of an old folder; use family siglip or pair"
+            )
+        config = whole(vision_config=vision, text_config=text, projection_dim=settings.projection_dim)
+        return transformers.CLIPModel(config)
+    width = transformers.SiglipVisionConfig(**vision).hidden_size
+    config = whole(vision_config=vision, text_config={**text, "projection_size": width})
+    return transformers.SiglipModel(config)
+
+
+def _build_pair(settings: PairModelConfig, tokenizer: Any) -> Any:
+    """Any two encoders, fresh or with their weights, and fresh projections."""
+    size = {"image_size": settings.image.tile_size[0]}
+    vision = _encoder(settings.vision, "init.model.vision", size)
+    text = _encoder(settings.text, "init.model.text", {"vocab_size": len(tokenizer), **special_ids(tokenizer)})
+    made = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+        vision.config, text.config, projection_dim=settings.projection_dim
+    )
+    return transformers.VisionTextDualEncoderModel(config=made, vision_model=vision, text_model=text)
+
+
+def _encoder(given: dict[str, Any] | str, where: str, follows: dict[str, Any]) -> Any:
+    """One encoder of a pair: from a folder or hub id, or fresh from keys."""
+    if isinstance(given, str):
+        try:
+            settings = transformers.AutoConfig.from_pretrained(given)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{where} {given!r}: cannot be opened ({first_line(error)})") from error
+        cls = transformers.AutoModel
+        if settings.model_type in ("clip", "clip_vision_model"):
+            cls = transformers.CLIPVisionModel
+        return _open(cls, given)
+    if "model_type" not in given:
+        raise ConfigError(f"{where}: name the encoder's model_type, such as dinov2 or bert, or a folder of one")
+    kind = given["model_type"]
+    if kind not in transformers.CONFIG_MAPPING:
+        raise unknown_name("model_type", kind, list(transformers.CONFIG_MAPPING.keys()))
+    cls = transformers.CONFIG_MAPPING[kind]
+    keys = stock_keys(cls, {key: value for key, value in given.items() if key != "model_type"}, where)
+    own = cls().to_dict()
+    config = cls(**{key: value for key, value in follows.items() if key in own} | keys)
+    if kind == "clip_vision_model":
+        return transformers.CLIPVisionModel(config)
+    return transformers.AutoModel.from_config(config)
+
+
+def _open(cls: Any, source: str) -> Any:
+    """Load weights, safetensors only, and make sure that none was left at random values."""
+    try:
+        model, report = cls.from_pretrained(source, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{source}: cannot be loaded ({first_line(error)})") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{source}: lacks {len(missing)} tensors, such as {missing[0]}")
+    return model
+
+
+def stock_keys(cls: Any, given: Any, where: str) -> dict[str, Any]:
+    """Keys of a stock config, each checked to be known: `transformers` keeps what it does not know in silence."""
+    known = cls().to_dict()
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{where}: {unknown_name('key', key, known)}")
+    return dict(given)
+
+
+def special_ids(tokenizer: Any) -> dict[str, int | None]:
+    """Ids of special tokens, for a text encoder's config."""
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def _append_end(tokenizer: Any) -> None:
+    """Let a fast tokenizer end every text with its end token, here and in the folder that is saved."""
+    from tokenizers.processors import TemplateProcessing
+
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end[0]}", pair=f"$A {end[0]} $B {end[0]}", special_tokens=[end]
+    )

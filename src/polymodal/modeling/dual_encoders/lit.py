@@ -13,27 +13,32 @@ since no stock class holds such a tower: `config.json`, `model.safetensors` with
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import SiglipTextConfig, SiglipTextModel
 
 from polymodal.config import ImageConfig, VisionConfig, parse_config
-from polymodal.errors import CheckpointError, ConfigError, unknown_name
+from polymodal.errors import CheckpointError, ConfigError
 from polymodal.media_plan import Size
-from polymodal.modeling.dual_encoders.base import METRIC, Embedded, Everyone, PairBatch, as_floats
-from polymodal.modeling.dual_encoders.clip_siglip import LOGIT_BIAS_SIGLIP, LOGIT_SCALE_SIGLIP
-from polymodal.modeling.dual_encoders.clip_siglip_hf import load_text_tokenizer
+from polymodal.modeling.dual_encoders.base import Embedded, PairBatch, TowerPairModel
+from polymodal.modeling.dual_encoders.clip_siglip import (
+    LOGIT_BIAS_SIGLIP,
+    LOGIT_SCALE_SIGLIP,
+    ScaledPairModel,
+    load_text_tokenizer,
+    special_ids,
+    stock_keys,
+)
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig, TowerTextConfig
-from polymodal.modeling.dual_encoders.losses import clamp_logit_scale, siglip_loss
-from polymodal.modeling.encoders.vision import BUNDLED, build_vision_encoder
+from polymodal.modeling.dual_encoders.losses import unit
+from polymodal.modeling.encoders.vision import VisionEncoder, build_vision_encoder
 from polymodal.modeling.projectors.qformer_files import load_exactly
 from polymodal.safety.config_json import read_json
 from polymodal.utils.files import write_text
-from polymodal.utils.modules import frozen
-from polymodal.utils.safetensors_io import read_tensors
+from polymodal.utils.safetensors_io import read_tensors, write_tensors
 
 MODEL_TYPE = "polymodal-tower-text"
 """`model_type` in `config.json`, by which the folder is told from those of other pair models."""
@@ -64,56 +69,32 @@ class PoolingHead(nn.Module):
         return (pooled + self.mlp(self.after(pooled)))[:, 0]
 
 
-class TowerText(nn.Module):
+class TowerText(ScaledPairModel, TowerPairModel):
     """A `PairModel`: an image tower of ours, a pooling head and a text tower of SigLIP's class."""
-
-    needs_features = False
 
     def __init__(
         self,
-        encoder: Any,
+        encoder: VisionEncoder,
         vision: VisionConfig,
         text_model: Any,
         tokenizer: Any,
         image: ImageConfig,
         objective: ObjectiveConfig,
     ) -> None:
-        super().__init__()
+        super().__init__(encoder, vision, tokenizer, image)
         if objective.type != "siglip" or objective.distill is not None:
             raise ConfigError("family 'tower' is trained with objective siglip, without distill: its tower is frozen")
         settings = text_model.config
         if len(tokenizer) > settings.vocab_size:
             raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the text tower knows {settings.vocab_size}")
-        self.vision_encoder, self.text_model = encoder, text_model
-        self.features_shape = (encoder.grid.area, encoder.embed_dim)
+        self.text_model = text_model
         width = settings.projection_size
         self.head = PoolingHead(encoder.embed_dim, encoder.grid.area, width, max(1, width // 64))
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_SIGLIP))
         self.logit_bias = nn.Parameter(torch.tensor(LOGIT_BIAS_SIGLIP))
-        self.vision, self.image, self.objective, self.tokenizer = vision, image, objective, tokenizer
-        tokenizer.padding_side = "right"
+        self.objective = objective
         tokenizer.model_input_names = ["input_ids"]
-        self.max_text: int = settings.max_position_embeddings
-        # As in SigLIP, padding is read.
-        self.text_length: int | None = self.max_text
-        self.distiller: nn.Module | None = None
-
-    @property
-    def tower(self) -> nn.Module:
-        """The image tower, without the head."""
-        tower: nn.Module = self.vision_encoder
-        return tower
-
-    @property
-    def tower_rules(self) -> str:
-        """What decides the tower's output besides its weights."""
-        return self.vision.model_dump_json(exclude={"vision_tower", "revision"})
-
-    def encode(self, pixel_values: Tensor) -> Tensor:
-        """Run the tower: [B, 3, H, W] to [B, P, E]."""
-        with torch.no_grad() if frozen(self.tower) else nullcontext():
-            features: Tensor = self.vision_encoder(as_floats(pixel_values, self.image))
-        return features
+        self.max_text = self.text_length = settings.max_position_embeddings  # as in SigLIP, padding is read
 
     def embed(self, batch: PairBatch) -> Embedded:
         """Encode both sides; see `PairModel.embed`."""
@@ -123,47 +104,15 @@ class TowerText(nn.Module):
             assert batch.pixel_values is not None
             features = self.encode(batch.pixel_values)
         text = self.text_model(input_ids=batch.input_ids).pooler_output
-        return Embedded(_unit(self.head(features)), _unit(text))
-
-    def contrast(
-        self, own: Embedded, own_ids: Tensor, all_image: Tensor, all_text: Tensor, all_ids: Tensor, offset: int
-    ) -> dict[str, Tensor]:
-        """SigLIP's loss; see `PairModel.contrast`."""
-        if len(all_ids) < 2:
-            raise ConfigError("a step of one pair has nothing to contrast it with; raise batch.global_size")
-        found = {f"{METRIC}{name}": own.text.new_tensor(value) for name, value in self.facts().items()}
-        found["siglip"] = siglip_loss(
-            own.image, own.text, self.logit_scale, self.logit_bias, all_text, offset, self.objective.chunk,
-            own_ids, all_ids,
-        )  # fmt: skip
-        return found
-
-    def extra(self, batch: PairBatch, embedded: Embedded, everyone: Everyone) -> dict[str, Tensor]:
-        """No further terms."""
-        return {}
-
-    def after_step(self) -> None:
-        """Bound the temperature."""
-        clamp_logit_scale(self.logit_scale)
-
-    def facts(self) -> dict[str, Any]:
-        """The scale that cosines are multiplied with, and the bias."""
-        return {"logit_scale": float(self.logit_scale.detach().exp()), "logit_bias": float(self.logit_bias.detach())}
+        return Embedded(unit(self.head(features)), unit(text))
 
     def save(self, folder: Path) -> None:
         """Write all but the tower, and the tower too where it is trained or came from a model's own folder."""
-        from safetensors.torch import save_file
-
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith(_TOWER)}
-        save_file(state, folder / _WEIGHTS)
-        vision = self.vision
-        if vision.vision_tower == BUNDLED or not frozen(self.tower):
-            vision = vision.model_copy(update={"vision_tower": BUNDLED})
-            self.vision_encoder.save(folder / "vision")
+        write_tensors(folder / _WEIGHTS, {k: v for k, v in self.state_dict().items() if not k.startswith(_TOWER)})
         self.tokenizer.save_pretrained(folder)
         document = {
             "model_type": MODEL_TYPE,
-            "vision": vision.model_dump(mode="json"),
+            "vision": self.save_tower(folder).model_dump(mode="json"),
             "image": self.image.model_dump(mode="json"),
             "text": self.text_model.config.to_diff_dict(),
         }
@@ -172,16 +121,10 @@ class TowerText(nn.Module):
 
 def build_tower_text(settings: TowerTextConfig, objective: ObjectiveConfig) -> TowerText:
     """Build the model from a recipe."""
-    from transformers import SiglipTextConfig
-
     tokenizer = load_text_tokenizer(settings.tokenizer, None)
-    known = SiglipTextConfig().to_dict()
-    for key in settings.text:
-        if key not in known:
-            raise ConfigError(f"init.model.text: {unknown_name('key', key, known)}")
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    follows = {"vocab_size": len(tokenizer), "projection_size": settings.projection_dim, **ids}
-    return _make(settings.vision, settings.image, {**follows, **settings.text}, tokenizer, objective, None)
+    given = stock_keys(SiglipTextConfig, settings.text, "init.model.text")
+    text = {"vocab_size": len(tokenizer), "projection_size": settings.projection_dim, **special_ids(tokenizer), **given}
+    return _make(settings.vision, settings.image, text, tokenizer, objective, None)
 
 
 def load_tower_text(source: str, image: ImageConfig, objective: ObjectiveConfig) -> TowerText:
@@ -206,11 +149,5 @@ def _make(
     objective: ObjectiveConfig,
     folder: Path | None,
 ) -> TowerText:
-    from transformers import SiglipTextConfig, SiglipTextModel
-
     encoder = build_vision_encoder(vision, folder, tile=Size(*image.tile_size))
     return TowerText(encoder, vision, SiglipTextModel(SiglipTextConfig(**text)), tokenizer, image, objective)
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    return nn.functional.normalize(vectors.float(), dim=-1)

@@ -115,6 +115,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors of length one, in float32 or better."""
+    return F.normalize(at_least_float32(vectors), dim=-1)
+
+
 def _sigmoid_losses(image: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, is_pair: Tensor) -> Tensor:
     """Sum of -log sigmoid over [b, m] images and texts: of the logit where they are a pair, else of its negative."""
     logits = at_least_float32(logit_scale).exp() * products(image, texts) + at_least_float32(logit_bias)

@@ -12,35 +12,24 @@ from typing import Any
 
 from polymodal.config import ImageConfig
 from polymodal.errors import CheckpointError, ConfigError, first_line, unknown_name
-from polymodal.modeling.dual_encoders import lit as tower_text
+from polymodal.modeling.dual_encoders import blip2_stage1, lit
 from polymodal.modeling.dual_encoders.base import PairModel
-from polymodal.modeling.dual_encoders.blip2_stage1_folder import MODEL_TYPE, build_blip2, load_blip2
-from polymodal.modeling.dual_encoders.clip_siglip_hf import build_dual_encoder, load_dual_encoder
+from polymodal.modeling.dual_encoders.blip2_stage1_folder import build_blip2, load_blip2
+from polymodal.modeling.dual_encoders.clip_siglip import build_dual_encoder, load_dual_encoder
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig
-from polymodal.modeling.dual_encoders.lit import build_tower_text, load_tower_text
 from polymodal.modeling.language_model import quieten_transformers
 from polymodal.safety.config_json import read_json
 from polymodal.safety.model_folder import check_folder
 
-# ---- What is ours in the folder of a pair model that is otherwise stock: `polymodal_pair.json` ----
-
-
-NOTES = "polymodal_pair.json"
-"""History, image rules, objective, temperature, scores."""
-
-
-def read_notes(folder: Path) -> dict[str, Any]:
-    """Read what a pair stage wrote beside its model."""
-    path = folder / NOTES
-    return read_json(path) if path.is_file() else {}
-
+METADATA_NAME = "polymodal_pair.json"
+"""What is ours in a folder that is otherwise stock: history, image rules, objective, temperature, scores."""
 
 PAIR_MODELS: dict[str, Callable[[Any, ObjectiveConfig], PairModel]] = {
     "clip": build_dual_encoder,
     "siglip": build_dual_encoder,
     "pair": build_dual_encoder,
     "blip2": build_blip2,
-    "tower": build_tower_text,
+    "tower": lit.build_tower_text,
 }
 """Family to builder: settings of `init.model` and the objective to a model with fresh weights."""
 
@@ -48,8 +37,8 @@ PAIR_FOLDERS: dict[str, Callable[[str, ImageConfig, ObjectiveConfig], PairModel]
     "clip": load_dual_encoder,
     "siglip": load_dual_encoder,
     "vision-text-dual-encoder": load_dual_encoder,
-    MODEL_TYPE: load_blip2,
-    tower_text.MODEL_TYPE: load_tower_text,
+    blip2_stage1.MODEL_TYPE: load_blip2,
+    lit.MODEL_TYPE: lit.load_tower_text,
 }
 """`model_type` to loader: folder or hub id, image rules and objective to a model with the folder's weights."""
 
@@ -92,6 +81,12 @@ def load_pair_model(source: str, image: ImageConfig, objective: ObjectiveConfig)
     if Path(source).is_dir():
         check_folder(Path(source))
     return PAIR_FOLDERS[folder_type(source)](source, image, objective)
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Read what a pair stage wrote beside its model."""
+    path = folder / METADATA_NAME
+    return read_json(path) if path.is_file() else {}
 
 
 def folder_type(source: str) -> str:

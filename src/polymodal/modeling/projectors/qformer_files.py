@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.config import ProjectorConfig, QFormerConfig, parse_config
-from polymodal.errors import CheckpointError, ConfigError, first_line
+from polymodal.errors import CheckpointError, ConfigError
+from polymodal.modeling.language_model import open_tokenizer
 from polymodal.modeling.projectors.mlp import NormKind
 from polymodal.modeling.projectors.qformer import QFormer, QFormerProjector
 from polymodal.safety.config_json import read_json
@@ -204,9 +205,7 @@ def bert_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder}: model_type 'bert' expected, {CONFIG_NAME} says {kind!r}")
     found: dict[str, Tensor] = {}
     for full, tensor in read_folder_tensors(folder).items():
-        # Old checkpoints call a norm's weight and bias gamma and beta.
-        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", full.removeprefix("bert."))
-        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+        name = modern_name(full.removeprefix("bert."))
         if any(re.match(pattern, name) for pattern in _BERT_UNUSED):
             continue
         if name.startswith("embeddings.LayerNorm."):
@@ -228,6 +227,11 @@ def bert_tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def modern_name(name: str) -> str:
+    """A tensor's name; old checkpoints of BERT call a norm's weight and bias gamma and beta."""
+    return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name))
+
+
 def _layer_of(name: str) -> int:
     """The number of the layer that a tensor belongs to; -1 where it belongs to none."""
     found = re.match(r"transformer\.encoder\.layer\.(\d+)\.", name)
@@ -244,8 +248,6 @@ TOKENIZER_FOLDER = "qformer_tokenizer"
 
 def load_context_tokenizer(config: ProjectorConfig, folder: Path | None = None) -> PreTrainedTokenizerBase | None:
     """Load the Q-Former's tokenizer, where it reads a context."""
-    from transformers import AutoTokenizer
-
     if config.qformer is None or not config.qformer.text_context:
         return None
     carried = folder / TOKENIZER_FOLDER if folder is not None else None
@@ -256,12 +258,7 @@ def load_context_tokenizer(config: ProjectorConfig, folder: Path | None = None) 
         if carried is not None:
             raise CheckpointError(f"{carried} is missing: the Q-Former reads the question with its own tokenizer")
         raise ConfigError("projector.qformer.text_context needs projector.qformer.tokenizer, a folder or a hub id")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"tokenizer of the Q-Former {source!r}: {first_line(error)}") from error
-    if not tokenizer.is_fast:
-        raise CheckpointError(f"tokenizer of the Q-Former {source!r}: a tokenizer.json is needed")
+    tokenizer = open_tokenizer(source, f"tokenizer of the Q-Former {source!r}", fast=True)
     if len(tokenizer) > config.qformer.vocab_size:
         raise ConfigError(
             f"tokenizer of the Q-Former {source!r} has {len(tokenizer)} tokens, "

@@ -20,7 +20,7 @@ import torch
 from polymodal.errors import CheckpointError
 from polymodal.metrics.retrieval import chance, embedding_ranks, recall_of
 from polymodal.modeling.dual_encoders.base import METRIC, PairModel
-from polymodal.modeling.dual_encoders.registry import NOTES
+from polymodal.modeling.dual_encoders.registry import METADATA_NAME
 from polymodal.training import optimizer as policy
 from polymodal.training.checkpoint import identity
 from polymodal.training.contrastive.dataset import PairFeed, Plan
@@ -151,4 +151,4 @@ def export_pair_model(
     with atomic_folder(final, replace=True) as work:
         model.eval()
         model.save(work)
-        write_text(work / NOTES, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        write_text(work / METADATA_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")

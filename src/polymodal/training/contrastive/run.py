@@ -13,7 +13,7 @@ import torch
 
 from polymodal.errors import ConfigError
 from polymodal.modeling.dual_encoders.base import PairModel
-from polymodal.modeling.dual_encoders.registry import NOTES
+from polymodal.modeling.dual_encoders.registry import METADATA_NAME
 from polymodal.training import optimizer as policy
 from polymodal.training.checkpoint import find_checkpoint
 from polymodal.training.contrastive.dataset import PairFeed, PairSteps
@@ -46,7 +46,7 @@ def _train(recipe: PairRecipe, force: bool, world: World) -> Path:
     output_dir = Path(recipe.output_dir)
     final = output_dir / "final"
     found = find_checkpoint(recipe, world, force)
-    if finished_before(recipe, found, final / NOTES):
+    if finished_before(recipe, found, final / METADATA_NAME):
         log(f"{recipe.name}: finished before, see {final}")
         return final
     if recipe.run.threads is not None:

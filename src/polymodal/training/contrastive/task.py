@@ -11,7 +11,7 @@ import torch
 
 from polymodal.config import ImageConfig, parse_config
 from polymodal.errors import ConfigError, DataError, first_line
-from polymodal.modeling.dual_encoders.registry import NOTES, build_pair_model, load_pair_model, read_notes
+from polymodal.modeling.dual_encoders.registry import METADATA_NAME, build_pair_model, load_pair_model, read_metadata
 from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.training.contrastive.captions import prepare_pairs
 from polymodal.training.contrastive.dataset import PairFeed
@@ -43,15 +43,15 @@ def load_pair_parts(recipe: PairRecipe) -> PairParts:
         return PairParts(build_pair_model(recipe.init.model, recipe.objective), [])
     source = recipe.init.from_folder
     assert source is not None
-    notes = read_notes(Path(source))
-    image = recipe.init.image or folder_image(source, notes)
-    return PairParts(load_pair_model(source, image, recipe.objective), list(notes.get("history", [])))
+    metadata = read_metadata(Path(source))
+    image = recipe.init.image or folder_image(source, metadata)
+    return PairParts(load_pair_model(source, image, recipe.objective), list(metadata.get("history", [])))
 
 
-def folder_image(source: str, notes: dict[str, Any]) -> ImageConfig:
+def folder_image(source: str, metadata: dict[str, Any]) -> ImageConfig:
     """The image rules of a model folder."""
-    if "image" in notes:
-        return parse_config(ImageConfig, notes["image"], f"{source}/{NOTES}")
+    if "image" in metadata:
+        return parse_config(ImageConfig, metadata["image"], f"{source}/{METADATA_NAME}")
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:

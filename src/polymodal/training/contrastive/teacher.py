@@ -13,8 +13,9 @@ import torch
 
 from polymodal.errors import ConfigError
 from polymodal.media_plan import Size
-from polymodal.modeling.dual_encoders.base import PairBatch, as_floats
+from polymodal.modeling.dual_encoders.base import PairBatch
 from polymodal.modeling.dual_encoders.distillation import Distiller
+from polymodal.modeling.encoders.pixel_norm import PixelNorm
 from polymodal.modeling.encoders.vision import build_vision_encoder
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Teacher:
     """A frozen tower."""
 
     encoder: Any  # A `VisionEncoder`, in eval mode
+    pixel_norm: PixelNorm
     image: ImageConfig  # Its image rules
     rules: str  # What decides what it says of a tile, besides its weights
 
@@ -39,7 +41,7 @@ class Teacher:
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Look at tiles: [B, 3, H, W] uint8 to [B, P, E]."""
-        found: torch.Tensor = self.encoder(as_floats(pixel_values, self.image))
+        found: torch.Tensor = self.encoder(self.pixel_norm(pixel_values))
         return found
 
     def see(self, batch: PairBatch) -> PairBatch:
@@ -54,7 +56,7 @@ def load_teacher(distill: DistillConfig, model: PairModel, device: torch.device)
     encoder: Any = build_vision_encoder(distill.tower, tile=Size(*image.tile_size))
     encoder.to(device).eval().requires_grad_(False)
     rules = distill.tower.model_dump_json(exclude={"vision_tower", "revision"})
-    return Teacher(encoder, image, rules)
+    return Teacher(encoder, PixelNorm(image.image_mean, image.image_std).to(device), image, rules)
 
 
 def add_distiller(model: PairModel, teacher: Teacher, distill: DistillConfig) -> None:
