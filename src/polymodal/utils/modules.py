@@ -4,13 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 
+class ModuleLike(Protocol):
+    """What our interfaces take from `nn.Module`, which all that implement them are."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move the weights, or change their type.
+
+        Args:
+            *args: A device, a type, or both.
+            **kwargs: The same by name.
+
+        Returns:
+            Itself.
+        """
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Iterate over the weights.
+
+        Args:
+            recurse: Those of submodules too.
+
+        Returns:
+            The weights.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the weights by name."""
+        ...
+
+
 @contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Switch dropout and running statistics off for a while, then put every part back into the mode it was in."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
@@ -28,6 +58,6 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     return [layer for part in lists if id(part) not in inside and len({type(x) for x in part}) == 1 for layer in part]
 
 
-def frozen(module: torch.nn.Module) -> bool:
+def frozen(module: nn.Module) -> bool:
     """Whether no parameter of a module is trained."""
     return not any(parameter.requires_grad for parameter in module.parameters())

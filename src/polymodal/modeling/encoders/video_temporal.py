@@ -1,4 +1,4 @@
-"""Temporal encoders: features of frames ``[N, T, P, E]`` to ``[N, T', P', E]``; every kind in one table.
+"""Temporal encoders: features of frames [N, T, P, E] to [N, T', P', E]; every kind in one table.
 
 A vision encoder sees one frame at a time; a temporal encoder then looks along time, before the projector.
 `TEMPORAL_ENCODERS` names three: "mean" takes the mean over frames, as Video-ChatGPT's spatial half (arXiv:2306.05424);
@@ -16,7 +16,7 @@ and come out as zeros. What comes out is known beforehand: `output_frames` and `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -26,10 +26,11 @@ from torch.nn import functional as F
 from polymodal.config import TemporalAttentionConfig, TemporalConfig
 from polymodal.errors import ConfigError, PolymodalError, unknown_name
 from polymodal.media_plan import Size
+from polymodal.utils.modules import ModuleLike
 
 
-class TemporalEncoder(Protocol):
-    """What a temporal encoder offers; every implementation is also an ``nn.Module``.
+class TemporalEncoder(ModuleLike, Protocol):
+    """What a temporal encoder offers.
 
     Attributes:
         output_grid: Rows and columns of P', the features of one output frame.
@@ -40,24 +41,29 @@ class TemporalEncoder(Protocol):
     max_frames: int
 
     def output_frames(self, frames: int) -> int:
-        """Count the frames T' that T frames become."""
+        """Count what comes out.
+
+        Args:
+            frames: T.
+
+        Returns:
+            T'.
+        """
         ...
 
     def output_mask(self, frame_mask: Tensor) -> Tensor:
-        """Turn which frames are real, ``[N, T]`` bool, into which output frames are, ``[N, T']`` bool."""
-        ...
+        """Tell which output frames are real.
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Iterate over the weights, as of ``nn.Module``."""
-        ...
+        Args:
+            frame_mask: [N, T] bool, which frames are.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Give the weights by name, as of ``nn.Module``."""
+        Returns:
+            [N, T'] bool.
+        """
         ...
 
     def __call__(self, features: Tensor, times: Tensor | None = None, frame_mask: Tensor | None = None) -> Tensor:
-        """Encode frames."""
-        # features [N, T, P, E], times [N, T], frame_mask [N, T] -> [N, T', P', E]
+        """Encode frames: features [N, T, P, E], times [N, T] and frame_mask [N, T] to [N, T', P', E]."""
         ...
 
 
@@ -189,7 +195,7 @@ class TrackLayer(nn.Module):
         self.inner = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, tracks: Tensor, mask: Tensor | None) -> Tensor:
-        """Run over tracks ``[B, T, D]``; `mask` ``[B, 1, 1, T]`` is False on frames not to look at."""
+        """Run over tracks [B, T, D]; `mask` [B, 1, 1, T] is False on frames not to look at."""
         parts = self.query_key_value(self.attention_norm(tracks)).unflatten(-1, (3, self.heads, -1))
         query, key, value = parts.permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -209,12 +215,12 @@ class TimeEmbedding(nn.Module):
             self.layers = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, times: Tensor) -> Tensor:
-        """Embed times ``[N, T]`` in seconds to ``[N, T, D]``."""
+        """Embed times [N, T] in seconds to [N, T, D]."""
         # Made here and not kept, so that no change of the model's type reaches it: bfloat16 knows an hour to 16 s.
         shortest, longest = (math.log(period) for period in self.periods)
         rates = torch.linspace(-shortest, -longest, self.width // 2, device=times.device).exp()
-        turns = times.float()[..., None] * rates
-        angles = 2 * math.pi * (turns - turns.floor())
+        cycles = times.float()[..., None] * rates
+        angles = 2 * math.pi * (cycles - cycles.floor())
         waves = torch.cat((angles.sin(), angles.cos()), dim=-1)
         if self.layers is None:
             return waves
@@ -222,28 +228,14 @@ class TimeEmbedding(nn.Module):
         return out
 
 
-TemporalBuilder = Callable[[TemporalConfig, int, Size, int], TemporalEncoder]
-
-
-def _attention(config: TemporalConfig, embed_dim: int, grid: Size, max_frames: int) -> TemporalEncoder:
-    """Build "attention"."""
-    return TemporalAttention(embed_dim, grid, max_frames, config.attention or TemporalAttentionConfig())
-
-
-def _mean_over_frames(config: TemporalConfig, embed_dim: int, grid: Size, max_frames: int) -> TemporalEncoder:
-    """Build "mean"."""
-    return MeanOverFrames(grid, max_frames)
-
-
-def _spatio_temporal_pool(config: TemporalConfig, embed_dim: int, grid: Size, max_frames: int) -> TemporalEncoder:
-    """Build "spatio_temporal_pool"."""
-    return SpatioTemporalPool(grid, max_frames, config.stride or (2, 2, 2))
-
-
-TEMPORAL_ENCODERS: dict[str, TemporalBuilder] = {
-    "mean": _mean_over_frames,
-    "attention": _attention,
-    "spatio_temporal_pool": _spatio_temporal_pool,
+TEMPORAL_ENCODERS: dict[str, Callable[[TemporalConfig, int, Size, int], TemporalEncoder]] = {
+    "mean": lambda config, embed_dim, grid, most: MeanOverFrames(grid, most),
+    "attention": lambda config, embed_dim, grid, most: TemporalAttention(
+        embed_dim, grid, most, config.attention or TemporalAttentionConfig()
+    ),
+    "spatio_temporal_pool": lambda config, embed_dim, grid, most: SpatioTemporalPool(
+        grid, most, config.stride or (2, 2, 2)
+    ),
 }
 """Name -> builder."""
 
@@ -275,7 +267,7 @@ def _real(features: Tensor, frame_mask: Tensor) -> Tensor:
 
 
 def _mean(features: Tensor, frame_mask: Tensor | None) -> Tensor:
-    """The mean over real frames, ``[N, 1, P, E]``; added up in float32."""
+    """The mean over real frames, [N, 1, P, E]; added up in float32."""
     if frame_mask is None:
         total = features.sum(dim=1, keepdim=True, dtype=torch.float32)
         return (total / features.shape[1]).to(features.dtype)

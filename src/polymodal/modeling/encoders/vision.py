@@ -1,4 +1,4 @@
-"""Vision encoders: tiles of pixels ``[N, 3, H, W]`` to features ``[N, P, E]``; every family in one table.
+"""Vision encoders: tiles of pixels [N, 3, H, W] to features [N, P, E]; every family in one table.
 
 `VISION_ENCODERS` names them: the towers of `transformers` (see `modeling.encoders.hf_vision` for what is read from
 them) and the small EfficientNet-Lite0 of `modeling.encoders.efficientnet`. Weights come with the package (the bare
@@ -10,11 +10,14 @@ configured or lacks weights, which would otherwise stay at random values.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from polymodal.config import VisionConfig
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
@@ -30,6 +33,7 @@ from polymodal.modeling.encoders.hf_vision import FAMILIES, Family, HFVisionEnco
 from polymodal.safety.config_json import check_settings
 from polymodal.safety.model_folder import check_folder
 from polymodal.utils.files import shipped
+from polymodal.utils.modules import ModuleLike
 from polymodal.utils.safetensors_io import check_finite
 
 BUNDLED = "bundled"
@@ -37,12 +41,12 @@ BUNDLED = "bundled"
 UNUSED_PARTS = ("head.", "post_layernorm.", "layernorm.", "embeddings.mask_token")
 
 
-class VisionEncoder(Protocol):
-    """What a vision encoder offers; every implementation is also an ``nn.Module``.
+class VisionEncoder(ModuleLike, Protocol):
+    """What a vision encoder offers.
 
     Attributes:
         embed_dim: E, the width of the features.
-        grid: Rows and columns of the features; ``Size(1, P)`` where a class token is among them.
+        grid: Rows and columns of the features; `Size(1, P)` where a class token is among them.
         tile: Height and width of the images it takes, in pixels.
     """
 
@@ -50,20 +54,15 @@ class VisionEncoder(Protocol):
     grid: Size
     tile: Size
 
-    def to(self, target: Any) -> Any:
-        """Move the weights to a device or type, as of ``nn.Module``."""
-        ...
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Iterate over the weights, as of ``nn.Module``."""
-        ...
-
     def save(self, folder: Path) -> None:
-        """Write the tower into a folder that `build_vision_encoder` reads."""
-        ...
+        """Write the tower into a folder that `build_vision_encoder` reads.
+
+        Args:
+            folder: Made where it is missing.
+        """
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Encode tiles ``[N, 3, H, W]`` to features ``[N, P, E]``."""
+        """Encode tiles [N, 3, H, W] to features [N, P, E]."""
         ...
 
 
@@ -80,10 +79,6 @@ def _build_hf(config: VisionConfig, folder: Path | None, tile: Size | None) -> V
 
 def _load_tower(family: Family, config: VisionConfig, source: str) -> nn.Module:
     """Read a tower's weights (safetensors only) and make sure that none was left at random values."""
-    import transformers
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
     verbosity = logging.get_verbosity()
     if Path(source).is_dir():
         check_folder(Path(source))
@@ -104,8 +99,7 @@ def _load_tower(family: Family, config: VisionConfig, source: str) -> nn.Module:
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        line = " ".join(str(error).split())
-        raise CheckpointError(f"vision_tower {source!r} cannot be loaded: {line}") from error
+        raise CheckpointError(f"vision_tower {source!r} cannot be loaded: {' '.join(str(error).split())}") from error
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(UNUSED_PARTS))

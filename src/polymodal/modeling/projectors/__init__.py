@@ -1,4 +1,4 @@
-"""Encoder features ``[N, P, E]`` to language-model tokens ``[N, Q, D]``: one table, one builder.
+"""Encoder features [N, P, E] to language-model tokens [N, Q, D]: one table, one builder.
 
 `mm_projector_type` is LLaVA's name for the choice. Simple types carry their numbers in their names ("mlp2x_gelu",
 "pixel_shuffle2_mlp2x_gelu"), so each entry of `PROJECTORS` is a pattern for the whole name and a builder; "qformer",
@@ -8,10 +8,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from polymodal.config import AbstractorConfig, ProjectorConfig, QFormerConfig, ResamplerConfig
@@ -28,31 +27,20 @@ from polymodal.modeling.projectors.mlp import (
 )
 from polymodal.modeling.projectors.qformer import QFormer, QFormerProjector
 from polymodal.modeling.projectors.resampler import Resampler
+from polymodal.utils.modules import ModuleLike
 
 
-class Projector(Protocol):
-    """What a projector offers; every implementation is also an ``nn.Module``.
+class Projector(ModuleLike, Protocol):
+    """What a projector offers.
 
     Attributes:
-        output_grid: Rows and columns of the tokens of one tile; ``Size(1, Q)`` where they have no order in space.
+        output_grid: Rows and columns of the tokens of one tile; `Size(1, Q)` where they have no order in space.
     """
 
     output_grid: Size
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Iterate over the weights, as of ``nn.Module``."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Give the weights by name, as of ``nn.Module``."""
-        ...
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """Move the weights and change their type, as of ``nn.Module``."""
-        ...
-
     def __call__(self, features: Tensor) -> Tensor:
-        """Project features ``[N, P, E]`` to tokens ``[N, Q, D]``, Q = ``output_grid.area``."""
+        """Project features [N, P, E] to tokens [N, Q, D], Q = `output_grid.area`."""
         ...
 
 
@@ -60,31 +48,23 @@ class Widths(NamedTuple):
     """The sizes a projector is built between."""
 
     embed_dim: int
-    grid: Size
     llm_dim: int
+    grid: Size
+
+
+Build = Callable[[re.Match[str], ProjectorConfig, Widths], Projector]
 
 
 def _linear(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Projector:
-    """Build "linear"."""
-    return LinearProjector(sizes.embed_dim, sizes.llm_dim, sizes.grid, bias=config.bias, norm=config.norm)
+    return LinearProjector(*sizes, bias=config.bias, norm=config.norm)
 
 
 def _mlp(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Projector:
-    """Build "mlp<N>x_gelu"."""
-    return MLPProjector(
-        sizes.embed_dim,
-        sizes.llm_dim,
-        sizes.grid,
-        int(match["depth"]),
-        bias=config.bias,
-        norm=config.norm,
-        hidden_size=config.hidden_size,
-    )
+    depth, hidden_size = int(match["depth"]), config.hidden_size
+    return MLPProjector(*sizes, depth, bias=config.bias, norm=config.norm, hidden_size=hidden_size)
 
 
-def _pooled(
-    pool: Callable[[Tensor, Size, int], Tensor],
-) -> Callable[[re.Match[str], ProjectorConfig, Widths], Projector]:
+def _pooled(pool: Callable[[Tensor, Size, int], Tensor]) -> Build:
     """Make the builder of "<pool><r>", "<pool><r>_linear" and "<pool><r>_mlp<N>x_gelu"."""
 
     def build(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Projector:
@@ -100,42 +80,33 @@ def _pooled(
 
 
 def _qformer(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Projector:
-    """Build "qformer"; its text path only where it reads a context."""
     settings = config.qformer or QFormerConfig()
     qformer = QFormer(sizes.embed_dim, settings, text=settings.text_context, norm=config.norm)
     return QFormerProjector(qformer, sizes.llm_dim, bias=config.bias)
 
 
 def _resampler(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Projector:
-    """Build "resampler"."""
     settings = (config.resampler or ResamplerConfig()).model_dump()
-    return Resampler(sizes.embed_dim, sizes.llm_dim, sizes.grid, bias=config.bias, norm=config.norm, **settings)
+    return Resampler(*sizes, bias=config.bias, norm=config.norm, **settings)
 
 
 def _abstractor(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Projector:
-    """Build "abstractor"."""
     settings = (config.abstractor or AbstractorConfig()).model_dump()
-    return CAbstractor(sizes.embed_dim, sizes.llm_dim, sizes.grid, bias=config.bias, norm=config.norm, **settings)
-
-
-class Kind(NamedTuple):
-    """One entry of the table: which names it answers to, and how it is built."""
-
-    pattern: re.Pattern[str]
-    build: Callable[[re.Match[str], ProjectorConfig, Widths], Projector]
+    return CAbstractor(*sizes, bias=config.bias, norm=config.norm, **settings)
 
 
 _RATIO_THEN = r"(?P<ratio>[1-9]\d*)(_(?P<then>linear|mlp[1-9]\d*x_gelu))?"
 
-PROJECTORS: dict[str, Kind] = {
-    "linear": Kind(re.compile(r"linear"), _linear),
-    "mlp<N>x_gelu": Kind(re.compile(r"mlp(?P<depth>[1-9]\d*)x_gelu"), _mlp),
-    "pixel_shuffle<r>": Kind(re.compile(rf"pixel_shuffle{_RATIO_THEN}"), _pooled(pixel_shuffle)),
-    "avg_pool<r>": Kind(re.compile(rf"avg_pool{_RATIO_THEN}"), _pooled(average_pool)),
-    "qformer": Kind(re.compile(r"qformer"), _qformer),
-    "resampler": Kind(re.compile(r"resampler"), _resampler),
-    "abstractor": Kind(re.compile(r"abstractor"), _abstractor),
+PROJECTORS: dict[str, tuple[str, Build]] = {
+    "linear": (r"linear", _linear),
+    "mlp<N>x_gelu": (r"mlp(?P<depth>[1-9]\d*)x_gelu", _mlp),
+    "pixel_shuffle<r>": (rf"pixel_shuffle{_RATIO_THEN}", _pooled(pixel_shuffle)),
+    "avg_pool<r>": (rf"avg_pool{_RATIO_THEN}", _pooled(average_pool)),
+    "qformer": (r"qformer", _qformer),
+    "resampler": (r"resampler", _resampler),
+    "abstractor": (r"abstractor", _abstractor),
 }
+"""Name -> the pattern of the names it answers to, and its builder."""
 
 
 def build_projector(config: ProjectorConfig, embed_dim: int, grid: Size, llm_dim: int) -> Projector:
@@ -149,15 +120,15 @@ def build_projector(config: ProjectorConfig, embed_dim: int, grid: Size, llm_dim
         llm_dim: D, the language model's width.
 
     Returns:
-        The projector, an ``nn.Module``.
+        The projector, an nn.Module.
 
     Raises:
         ConfigError: An unknown type, or one that does not fit the grid.
     """
     name = config.mm_projector_type
-    for kind in PROJECTORS.values():
-        match = kind.pattern.fullmatch(name)
+    for pattern, build in PROJECTORS.values():
+        match = re.fullmatch(pattern, name)
         if match:
-            return kind.build(match, config, Widths(embed_dim, grid, llm_dim))
+            return build(match, config, Widths(embed_dim, llm_dim, grid))
     examples = [name.replace("<N>", number).replace("<r>", number) for name in PROJECTORS for number in "234"]
     raise unknown_name("mm_projector_type", name, {*examples, *PROJECTORS})
