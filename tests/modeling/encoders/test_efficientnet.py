@@ -104,14 +104,14 @@ def test_published_names_convert_to_the_same_network(network: EfficientNetLite0)
 def test_conversion_names_the_missing_tensor(network: EfficientNetLite0) -> None:
     weights = published_names(network)
     del weights["_fc.bias"]
-    with pytest.raises(PolymodalError, match=r"missing \['_fc.bias'\]"):
+    with pytest.raises(PolymodalError, match=r"1 missing: _fc\.bias"):
         convert_efficientnet_lite0(weights)
 
 
 def test_conversion_names_the_wrong_shape(network: EfficientNetLite0) -> None:
     weights = published_names(network)
     weights["_fc.bias"] = torch.zeros(10)
-    with pytest.raises(PolymodalError, match=r"classifier.bias is \(10,\).*\(1000,\)"):
+    with pytest.raises(PolymodalError, match=r"classifier.bias \(10,\) for \(1000,\)"):
         convert_efficientnet_lite0(weights)
 
 
@@ -140,7 +140,7 @@ def test_loading_refuses_other_files(tmp_path: Path) -> None:
         load_efficientnet_lite0(junk)
     other = tmp_path / "other.safetensors"
     save_file({"a": torch.zeros(1)}, other)
-    with pytest.raises(PolymodalError, match="tensor a is"):
+    with pytest.raises(PolymodalError, match="1 not expected: a"):
         load_efficientnet_lite0(other)
 
 

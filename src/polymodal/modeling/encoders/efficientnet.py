@@ -1,14 +1,14 @@
 """EfficientNet-Lite0 as a vision encoder: images to a small grid of feature tokens.
 
 The network is EfficientNet-B0 (Tan and Le 2019, arXiv:1905.11946, table 1) in its "lite" variant (TensorFlow TPU
-models, ``efficientnet/lite``): no squeeze-and-excitation, ReLU6 in the place of swish, and a stem and a head that the
+models, efficientnet/lite): no squeeze-and-excitation, ReLU6 in the place of swish, and a stem and a head that the
 scaling rules leave alone. It is small enough (4.7 M parameters, 0.4 GFLOP) that a laptop CPU encodes dozens of
 images a second, which is why the default model uses it.
 
-Padding follows TensorFlow's ``SAME`` rule, which is asymmetric for even sizes and stride 2: the extra row and column
+Padding follows TensorFlow's SAME rule, which is asymmetric for even sizes and stride 2: the extra row and column
 go to the bottom and to the right. The trained weights need it; symmetric padding shifts every feature map.
 
-Preprocessing the weights were trained with: RGB, 224 x 224, bicubic, ``(pixel - 127) / 128`` on 0..255 values, that
+Preprocessing the weights were trained with: RGB, 224 x 224, bicubic, (pixel - 127) / 128 on 0..255 values, that
 is mean 127/255 and std 128/255 after scaling to 0..1 (`PIXEL_MEAN`, `PIXEL_STD`).
 
 Differences from the reference: batch normalisation is always in inference mode (the tower is frozen in every recipe
@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from polymodal.errors import PolymodalError
 from polymodal.media_plan import Size
 from polymodal.utils.files import shipped_folder
+from polymodal.utils.safetensors_io import compare_tensors, read_tensors, write_tensors
 
 PIXEL_MEAN: tuple[float, float, float] = (127 / 255, 127 / 255, 127 / 255)
 PIXEL_STD: tuple[float, float, float] = (128 / 255, 128 / 255, 128 / 255)
@@ -74,7 +75,7 @@ SHALLOW = ("stride4", "stride8", "stride16")
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution without bias that pads as TensorFlow's ``SAME``: output size = ceil(input size / stride)."""
+    """A convolution without bias that pads as TensorFlow's SAME: output size = ceil(input size / stride)."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride=stride, groups=groups, bias=False)
@@ -132,7 +133,7 @@ class InvertedResidual(nn.Module):
         self.project = nn.Sequential(SameConv2d(hidden, outputs, 1), FrozenBatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the block to ``[N, C, H, W]``."""
+        """Apply the block to [N, C, H, W]."""
         y: Tensor = self.project(self.depthwise(self.expand(x)))
         return x + y if self.residual else y
 
@@ -160,11 +161,10 @@ class EfficientNetLite0(nn.Module):
         wanted = {index: name for name, (index, _) in FEATURES.items()}
         maps: dict[str, Tensor] = {}
         x = self.stem(pixels)
-        for index, stage in enumerate(self.stages):
+        for index, stage in enumerate((*self.stages, self.head)):
             x = stage(x)
             if index in wanted:
                 maps[wanted[index]] = x
-        maps["head"] = self.head(x)
         return maps
 
     def logits(self, head: Tensor) -> Tensor:  # -> [N, 1000]
@@ -183,7 +183,7 @@ class ClassHead(NamedTuple):
 
 
 class EfficientNetEncoder(nn.Module):
-    """A `VisionEncoder`: pixels ``[N, 3, H, W]`` to tokens ``[N, P, E]`` on a pooled grid, row by row."""
+    """A `VisionEncoder`: pixels [N, 3, H, W] to tokens [N, P, E] on a pooled grid, row by row."""
 
     # Each chosen depth is average-pooled to the same grid, then all are put side by side along E: the deep map says
     # what it is, the shallow ones keep colour, edges and place. The depths differ tenfold in size, so a projector
@@ -256,12 +256,10 @@ def convert_efficientnet_lite0(weights: Mapping[str, Tensor]) -> dict[str, Tenso
             names |= _unit(theirs + "_depthwise_conv", theirs + "_bn1", ours + "depthwise")
             names |= _unit(theirs + "_project_conv", theirs + "_bn2", ours + "project")
             number += 1
-    given = {key for key in weights if not key.endswith("num_batches_tracked")}
-    if given != set(names):
-        missing, extra = sorted(set(names) - given), sorted(given - set(names))
-        raise PolymodalError(f"not EfficientNet-Lite0 weights: missing {missing[:3]}, unexpected {extra[:3]}")
-    converted = {ours: weights[theirs].contiguous() for theirs, ours in names.items()}
-    _check_shapes(converted, "the weights to convert")
+    found = {key: tensor for key, tensor in weights.items() if not key.endswith("num_batches_tracked")}
+    compare_tensors(dict.fromkeys(names, ()), dict.fromkeys(found, ()), "not EfficientNet-Lite0 weights")
+    converted = {ours: found[theirs].contiguous() for theirs, ours in names.items()}
+    compare_tensors(_expected(), converted, "the weights to convert")
     return converted
 
 
@@ -271,29 +269,16 @@ def _unit(conv: str, norm: str, ours: str) -> dict[str, str]:
     return {f"{conv}.weight": f"{ours}.0.weight"} | {f"{norm}.{part}": f"{ours}.1.{part}" for part in parts}
 
 
-def _check_shapes(weights: Mapping[str, Tensor], source: str) -> None:
-    """Raise unless the names and shapes are exactly those of the network."""
+def _expected() -> dict[str, Tensor]:
+    """The network's tensors, without data."""
     with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in EfficientNetLite0().state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise PolymodalError(
-                f"{source}: tensor {name} is {found.get(name, 'missing')}, "
-                f"EfficientNet-Lite0 has {expected.get(name, 'no such tensor')}"
-            )
+        return EfficientNetLite0().state_dict()
 
 
 def load_efficientnet_lite0(weights: Path) -> EfficientNetLite0:
     """Build the network from a safetensors file with our names."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise PolymodalError(f"cannot read EfficientNet-Lite0 weights from {weights}: {error}") from error
-    _check_shapes(tensors, str(weights))
+    tensors = read_tensors(weights)
+    compare_tensors(_expected(), tensors, weights)
     network = EfficientNetLite0()
     network.load_state_dict({name: value.float() for name, value in tensors.items()})
     # Depthwise convolutions are about a quarter faster with channels last, on a CPU and on a GPU.
@@ -305,6 +290,4 @@ def load_efficientnet_lite0(weights: Path) -> EfficientNetLite0:
 
 def save_efficientnet_lite0(network: EfficientNetLite0, weights: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write the network as a safetensors file that `load_efficientnet_lite0` reads."""
-    from safetensors.torch import save_file
-
-    save_file({name: value.to(dtype).contiguous() for name, value in network.state_dict().items()}, weights)
+    write_tensors(weights, network.state_dict(), dtype)

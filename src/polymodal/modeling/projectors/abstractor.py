@@ -29,7 +29,7 @@ class LayerNorm2d(nn.LayerNorm):
     """A LayerNorm over the channels of maps."""
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Normalise maps ``[N, C, H, W]``."""
+        """Normalise maps [N, C, H, W]."""
         return super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -42,7 +42,7 @@ class SqueezeExcite(nn.Module):
         self.excite = nn.Conv2d(inner, channels, 1)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Weigh maps ``[N, C, H, W]``."""
+        """Weigh maps [N, C, H, W]."""
         gate = self.excite(F.silu(self.squeeze(maps.mean(dim=(2, 3), keepdim=True))))
         return maps * gate.sigmoid()
 
@@ -68,12 +68,12 @@ class Bottleneck(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, bias=False), LayerNorm2d(after))
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Take maps ``[N, C, H, W]`` to ``[N, C', H, W]``."""
+        """Take maps [N, C, H, W] to [N, C', H, W]."""
         return F.silu(self.body(maps) + self.shortcut(maps))
 
 
 class CAbstractor(nn.Module):
-    """Features ``[N, P, E]`` on a grid to a square of tokens ``[N, Q, D]``."""
+    """Features [N, P, E] on a grid to a square of tokens [N, Q, D]."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class CAbstractor(nn.Module):
             self.readout.extend([nn.GELU(), nn.Linear(inside, outside, bias=bias)])
 
     def forward(self, features: Tensor) -> Tensor:
-        """Project features ``[N, P, E]`` to ``[N, Q, D]``, row by row."""
+        """Project features [N, P, E] to [N, Q, D], row by row."""
         patches = self.norm(features) + self.positions
         maps = patches.transpose(1, 2).unflatten(2, (self.grid.height, self.grid.width))
         pooled = F.adaptive_avg_pool2d(self.before(maps), (self.output_grid.height, self.output_grid.width))

@@ -1,8 +1,14 @@
-"""N linear layers with GELU between them: LLaVA-1.5's "mlpNx_gelu" (arXiv:2310.03744).
+"""Projectors that look at each token by itself: one linear layer, an MLP, and either after a pooling; and their norms.
 
-The first layer goes to the language model's width, the others stay there; "mlp1x_gelu" is one linear layer. GELU is
-the exact one, as in the reference. `norm: layer` is the LayerNorm that InternVL (arXiv:2404.16821) puts first;
-`hidden_size` widens or narrows what lies between the layers.
+"linear" is the first LLaVA's (arXiv:2304.08485), "mlpNx_gelu" LLaVA-1.5's (arXiv:2310.03744): the first layer goes to
+the language model's width, the others stay there, with the exact GELU between them. `norm: layer` is the LayerNorm that
+InternVL (arXiv:2404.16821) puts first; `hidden_size` widens or narrows what lies between the layers.
+
+Pooling makes one token of r x r neighbouring patches. `pixel_shuffle` puts them side by side along E (space to depth;
+Shi et al. 2016, arXiv:1609.05158, run backwards), as InternVL, Idefics3 (arXiv:2408.12637) and SmolVLM
+(arXiv:2504.05299) do: nothing is lost, the first layer gets r*r times wider; channels are ordered row offset, column
+offset, E, as there. `average_pool` takes the mean. Difference from the reference: the grid may be any rectangle; the
+references take the root of P as its side.
 """
 
 from __future__ import annotations
@@ -16,9 +22,6 @@ from torch import Tensor, nn
 
 from polymodal.errors import ConfigError
 from polymodal.media_plan import Size
-
-# ---- What comes before a projector's first layer: nothing, a LayerNorm, or a fixed standardisation ----
-
 
 NormKind = Literal["none", "layer", "standardize"]
 
@@ -48,7 +51,7 @@ class Standardize(nn.Module):
         self.scale.copy_(1 / (deviation + 0.05 * deviation.mean() + 1e-6))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Standardise features ``[..., E]``."""
+        """Standardise features [..., E]."""
         return (features - self.mean) * self.scale
 
 
@@ -59,11 +62,8 @@ def build_norm(kind: NormKind, embed_dim: int) -> nn.Module:
     return Standardize(embed_dim) if kind == "standardize" else nn.Identity()
 
 
-# ---- One linear layer from the encoder's width to the language model's, as in the first LLaVA (arXiv:2304.08485) ----
-
-
 class LinearProjector(nn.Module):
-    """Features ``[N, P, E]`` to tokens ``[N, P, D]``, each by itself."""
+    """Features [N, P, E] to tokens [N, P, D], each by itself."""
 
     def __init__(self, embed_dim: int, llm_dim: int, grid: Size, *, bias: bool = True, norm: NormKind = "none") -> None:
         super().__init__()
@@ -72,13 +72,13 @@ class LinearProjector(nn.Module):
         self.linear = nn.Linear(embed_dim, llm_dim, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Project features ``[N, P, E]`` to ``[N, P, D]``."""
+        """Project features [N, P, E] to [N, P, D]."""
         tokens: Tensor = self.linear(self.norm(features))
         return tokens
 
 
 class MLPProjector(nn.Module):
-    """Features ``[N, P, E]`` to tokens ``[N, P, D]``, each by itself."""
+    """Features [N, P, E] to tokens [N, P, D], each by itself."""
 
     def __init__(
         self,
@@ -100,31 +100,27 @@ class MLPProjector(nn.Module):
             self.layers.extend([nn.GELU(), nn.Linear(before, after, bias=bias)])
 
     def forward(self, features: Tensor) -> Tensor:
-        """Project features ``[N, P, E]`` to ``[N, P, D]``."""
+        """Project features [N, P, E] to [N, P, D]."""
         tokens: Tensor = self.layers(self.norm(features))
         return tokens
 
 
-# ---- Fewer tokens per tile: r x r neighbouring patches become one, then a linear layer or MLP projects it ----
-# `pixel_shuffle` puts the r x r patches side by side along E (space to depth; Shi et al. 2016, arXiv:1609.05158, run
-# backwards), as InternVL (arXiv:2404.16821), Idefics3 (arXiv:2408.12637) and SmolVLM (arXiv:2504.05299) do: nothing is
-# lost, the first layer gets r*r times wider; channels are ordered row offset, column offset, E, as there.
-# `average_pool` takes the mean.
-# Difference from the reference: the grid may be any rectangle; the references take the root of P as its side.
-
-
 def pixel_shuffle(features: Tensor, grid: Size, ratio: int) -> Tensor:  # features [N, P, E] -> [N, P / r**2, E * r**2]
     """Put each `ratio` x `ratio` block of patches side by side along the channels."""
-    count, _, width = features.shape
-    blocks = features.reshape(count, grid.height // ratio, ratio, grid.width // ratio, ratio, width)
-    return blocks.permute(0, 1, 3, 2, 4, 5).reshape(count, -1, width * ratio**2)
+    return (
+        _blocks(features, grid, ratio)
+        .permute(0, 1, 3, 2, 4, 5)
+        .reshape(len(features), -1, features.shape[2] * ratio**2)
+    )
 
 
 def average_pool(features: Tensor, grid: Size, ratio: int) -> Tensor:  # features [N, P, E] -> [N, P / r**2, E]
     """Take the mean of each `ratio` x `ratio` block of patches."""
-    count, _, width = features.shape
-    blocks = features.reshape(count, grid.height // ratio, ratio, grid.width // ratio, ratio, width)
-    return blocks.mean(dim=(2, 4)).reshape(count, -1, width)
+    return _blocks(features, grid, ratio).mean(dim=(2, 4)).flatten(1, 2)
+
+
+def _blocks(features: Tensor, grid: Size, ratio: int) -> Tensor:  # -> [N, rows, r, columns, r, E]
+    return features.unflatten(1, (grid.height // ratio, ratio, grid.width // ratio, ratio))
 
 
 def pooled_grid(name: str, grid: Size, ratio: int) -> Size:
@@ -138,7 +134,7 @@ def pooled_grid(name: str, grid: Size, ratio: int) -> Size:
 
 
 class PooledProjector(nn.Module):
-    """Features ``[N, P, E]`` to fewer tokens ``[N, Q, D]``: pool, then project."""
+    """Features [N, P, E] to fewer tokens [N, Q, D]: pool, then project."""
 
     def __init__(
         self, pool: Callable[[Tensor, Size, int], Tensor], grid: Size, ratio: int, projector: nn.Module
@@ -151,6 +147,6 @@ class PooledProjector(nn.Module):
         self.output_grid = Size(grid.height // ratio, grid.width // ratio)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Pool and project features ``[N, P, E]`` to ``[N, Q, D]``."""
+        """Pool and project features [N, P, E] to [N, Q, D]."""
         tokens: Tensor = self.projector(self.pool(features, self.grid, self.ratio))
         return tokens

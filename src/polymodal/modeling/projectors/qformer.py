@@ -113,7 +113,7 @@ class QFormer(nn.Module):
 
 
 class QFormerProjector(nn.Module):
-    """Features ``[N, P, E]`` to tokens ``[N, Q, D]``: the queries of a Q-Former, then one linear layer."""
+    """Features [N, P, E] to tokens [N, Q, D]: the queries of a Q-Former, then one linear layer."""
 
     def __init__(self, qformer: QFormer, llm_dim: int, *, bias: bool = True) -> None:
         super().__init__()

@@ -1,8 +1,15 @@
-"""Q-Former weights from and to files: what stage 1 leaves, and the names that transformers gives them.
+"""A Q-Former's weights and tokenizer from and to files: its own folder, transformers' names, a BERT.
 
 A stage-1 folder holds `qformer.safetensors`, under the names of `QFormer`, and `config.json` with its settings; what
 else lies there (heads, a tokenizer) belongs to whoever wrote it. Only safetensors are read. Nothing is loaded in part:
 tensors that are missing, left over or of another shape are listed in the error.
+
+A BERT gives a Q-Former its embeddings, self-attention and feed-forward parts, the latter to text and queries alike;
+cross-attention and queries stay random. As in LAVIS, BERT's token types are left out.
+
+A Q-Former that reads the question beside the image (InstructBLIP, arXiv:2305.06500) has a tokenizer that is not the
+language model's. A model folder carries it in `qformer_tokenizer/`; a model that is composed takes it from where
+`projector.qformer.tokenizer` or `projector.pretrained` says.
 """
 
 from __future__ import annotations
@@ -29,12 +36,29 @@ from polymodal.utils.safetensors_io import check_finite, compare_tensors, read_t
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 WEIGHTS_NAME = "qformer.safetensors"
 CONFIG_NAME = "config.json"
+TOKENIZER_FOLDER = "qformer_tokenizer"
 FORMAT = "polymodal-qformer-1"
 TEXT_PARTS = (r"embeddings\.", r"transformer\.encoder\.layer\.\d+\.(intermediate|output)\.")
 """What a Q-Former without a text path lacks."""
+
+_FROM_TRANSFORMERS = (
+    (r"query_tokens$", "qformer.query_tokens"),
+    (r"vision_model\.post_layernorm\.", "qformer.ln_vision."),
+    (r"embeddings\.(?=word|position)", "qformer.embeddings."),
+    (r"qformer\.embeddings\.layernorm\.", "qformer.transformer.layernorm."),  # InstructBLIP's place for it
+    (r"qformer\.embeddings\.", "qformer.embeddings."),
+    (r"qformer\.", "qformer.transformer."),
+    (r"language_projection\.", "language_projection."),
+)
+_BERT_LAYER = (
+    (r"attention\.self\.", "attention.attention."),
+    (r"attention\.output\.", "attention.output."),
+    (r"intermediate\.", "intermediate."),
+    (r"output\.", "output."),
+)
+_BERT_UNUSED = (r"embeddings\.(token_type_embeddings|position_ids)", r"pooler\.", r"cls\.")
 
 
 def save_qformer(folder: Path, qformer: QFormer, *, replace: bool = False) -> None:
@@ -74,24 +98,11 @@ def load_stage1(qformer: QFormer, folder: Path) -> None:
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Take the projector out of the weights of a BLIP-2 of transformers."""
-    prefixes = (
-        (r"query_tokens$", "qformer.query_tokens"),
-        (r"vision_model\.post_layernorm\.", "qformer.ln_vision."),
-        (r"embeddings\.(?=word|position)", "qformer.embeddings."),
-        (r"qformer\.embeddings\.layernorm\.", "qformer.transformer.layernorm."),  # InstructBLIP's place for it
-        (r"qformer\.embeddings\.", "qformer.embeddings."),
-        (r"qformer\.", "qformer.transformer."),
-        (r"language_projection\.", "language_projection."),
-    )
     found = {}
     for full, tensor in state.items():
         name = full.removeprefix("model.")
-        if name.endswith("position_ids"):
-            continue
-        for pattern, ours in prefixes:
-            if re.match(pattern, name):
-                found[re.sub(f"^{pattern}", ours, name)] = tensor
-                break
+        if not name.endswith("position_ids") and (ours := _renamed(name, _FROM_TRANSFORMERS)) is not None:
+            found[ours] = tensor
     if "qformer.query_tokens" not in found:
         raise CheckpointError("no Q-Former among the tensors: query_tokens is missing")
     return found
@@ -140,20 +151,6 @@ def _read_document(folder: Path) -> dict[str, Any]:
         if key not in document:
             raise CheckpointError(f"{path}: key {key!r} is missing")
     return document
-
-
-# ---- What a Q-Former starts from: what stage 1 left, or a BERT ----
-# BERT gives a Q-Former its embeddings, self-attention and feed-forward parts, the latter to text and queries alike;
-# cross-attention and queries stay random. As in LAVIS, BERT's token types are left out.
-
-
-_BERT_LAYER = (
-    (r"attention\.self\.", "attention.attention."),
-    (r"attention\.output\.", "attention.output."),
-    (r"intermediate\.", "intermediate."),
-    (r"output\.", "output."),
-)
-_BERT_UNUSED = (r"embeddings\.(token_type_embeddings|position_ids)", r"pooler\.", r"cls\.")
 
 
 def start_projector(projector: object, pretrained: str) -> None:
@@ -216,15 +213,17 @@ def bert_tensors(folder: Path) -> dict[str, Tensor]:
             found[name] = tensor
             continue
         number, rest = layer.groups()
-        for pattern, ours in _BERT_LAYER:
-            if re.match(pattern, rest):
-                rest = re.sub(f"^{pattern}", ours, rest)
-                break
+        rest = _renamed(rest, _BERT_LAYER) or rest
         found[f"transformer.encoder.layer.{number}.{rest}"] = tensor
         if rest.startswith(("intermediate.", "output.")):
             part, _, leaf = rest.partition(".")
             found[f"transformer.encoder.layer.{number}.{part}_query.{leaf}"] = tensor
     return found
+
+
+def _renamed(name: str, beginnings: tuple[tuple[str, str], ...]) -> str | None:
+    """A name with another beginning, the first that fits; None where none does."""
+    return next((re.sub(f"^{pattern}", ours, name) for pattern, ours in beginnings if re.match(pattern, name)), None)
 
 
 def modern_name(name: str) -> str:
@@ -238,14 +237,6 @@ def _layer_of(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-# ---- The tokenizer of a Q-Former that reads the question beside the image (InstructBLIP, arXiv:2305.06500) ----
-# It is not the language model's. A model folder carries it in `qformer_tokenizer/`; a model that is composed takes it
-# from where `projector.qformer.tokenizer` or `projector.pretrained` says.
-
-
-TOKENIZER_FOLDER = "qformer_tokenizer"
-
-
 def load_context_tokenizer(config: ProjectorConfig, folder: Path | None = None) -> PreTrainedTokenizerBase | None:
     """Load the Q-Former's tokenizer, where it reads a context."""
     if config.qformer is None or not config.qformer.text_context:
@@ -254,9 +245,9 @@ def load_context_tokenizer(config: ProjectorConfig, folder: Path | None = None) 
     source = config.qformer.tokenizer or config.pretrained
     if carried is not None and carried.is_dir():
         source = str(carried)
+    if source is None and carried is not None:
+        raise CheckpointError(f"{carried} is missing: the Q-Former reads the question with its own tokenizer")
     if source is None:
-        if carried is not None:
-            raise CheckpointError(f"{carried} is missing: the Q-Former reads the question with its own tokenizer")
         raise ConfigError("projector.qformer.text_context needs projector.qformer.tokenizer, a folder or a hub id")
     tokenizer = open_tokenizer(source, f"tokenizer of the Q-Former {source!r}", fast=True)
     if len(tokenizer) > config.qformer.vocab_size:

@@ -37,7 +37,7 @@ class ResamplerLayer(nn.Module):
         )
 
     def forward(self, patches: Tensor, latents: Tensor) -> Tensor:
-        """Update latents ``[N, Q, W]`` from patches ``[N, P, W]``."""
+        """Update latents [N, Q, W] from patches [N, P, W]."""
         count = len(latents)
         normed = self.norm_latents(latents)
         seen = torch.cat((self.norm_patches(patches), normed), dim=1)
@@ -50,7 +50,7 @@ class ResamplerLayer(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Features ``[N, P, E]`` to a fixed number of tokens ``[N, Q, D]``."""
+    """Features [N, P, E] to a fixed number of tokens [N, Q, D]."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Resampler(nn.Module):
         self.output = nn.Linear(width, llm_dim, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Project features ``[N, P, E]`` to ``[N, Q, D]``."""
+        """Project features [N, P, E] to [N, Q, D]."""
         patches = self.input(self.norm(features)) + self.positions
         latents = self.latents.to(patches.dtype).expand(len(features), -1, -1)
         for layer in self.layers:
