@@ -104,6 +104,8 @@ def compose(
         image_mean=image.image_mean if image is not None else None,
         image_std=image.image_std if image is not None else None,
     )
+    if model.pixel_norm is not None:
+        model.pixel_norm.to(embeddings.device)
     return model.eval()
 
 

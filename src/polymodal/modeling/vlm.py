@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polymodal.errors import ConfigError, PolymodalError
@@ -31,7 +31,7 @@ from polymodal.modeling.packed_attention import SEGMENTS, choose_method, packed_
 from polymodal.modeling.projectors import Projector
 from polymodal.modeling.seq2seq import split_rows, take
 from polymodal.modeling.token_loss import label_losses
-from polymodal.utils.modules import evaluating
+from polymodal.utils.modules import evaluating, frozen
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -42,13 +42,13 @@ class Output:
     """What `forward` returns."""
 
     # Sum of the token losses, float32 scalar; divide by the global count of targets. None without labels
-    loss_sum: torch.Tensor | None
+    loss_sum: Tensor | None
     num_targets: int  # How many tokens carry a label
     # [R, V] at the positions that predict a label, or [B, T, V] without labels; None where they would not fit into
     # memory and the loss was taken in chunks
-    logits: torch.Tensor | None
-    targets: torch.Tensor | None  # [R] the labels those logits predict, row by row; None without labels
-    losses: torch.Tensor | None = None  # [R] float32, each target's loss, detached; None without labels
+    logits: Tensor | None
+    targets: Tensor | None  # [R] the labels those logits predict, row by row; None without labels
+    losses: Tensor | None = None  # [R] float32, each target's loss, detached; None without labels
 
 
 class MultimodalLM(nn.Module):
@@ -117,7 +117,7 @@ class MultimodalLM(nn.Module):
         """Projected tokens per tile, as a grid; None for a text-only model."""
         return self.projector.output_grid if self.projector is not None else None
 
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Encode tiles.
 
         Args:
@@ -135,8 +135,7 @@ class MultimodalLM(nn.Module):
             pixel_values = self.pixel_norm(pixel_values)
         elif pixel_values.dtype == torch.uint8:
             raise PolymodalError("uint8 tiles: this model was built without image_mean and image_std")
-        frozen = not any(p.requires_grad for p in self.vision_encoder.parameters())
-        with torch.no_grad() if frozen else nullcontext():
+        with torch.no_grad() if frozen(self.vision_encoder) else nullcontext():
             return self.vision_encoder(pixel_values)
 
     @property
@@ -144,7 +143,7 @@ class MultimodalLM(nn.Module):
         """Whether the projector reads the question beside an image (InstructBLIP)."""
         return bool(getattr(self.projector, "text_context", False))
 
-    def project(self, features: torch.Tensor, context_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def project(self, features: Tensor, context_ids: Tensor | None = None) -> Tensor:
         """Project tiles.
 
         Args:
@@ -162,18 +161,14 @@ class MultimodalLM(nn.Module):
         if projector is None:
             raise PolymodalError("this model has no vision encoder; leave the image out")
         features = features.to(next(projector.parameters()).dtype)
-        projected: torch.Tensor
-        if self.reads_context:
-            projected = projector(features, context_ids)
-            return projected
-        if context_ids is not None:
+        if context_ids is not None and not self.reads_context:
             raise PolymodalError("context_ids were given, but this model's projector reads no text")
-        projected = projector(features)
+        projected: Tensor = projector(features, context_ids) if self.reads_context else projector(features)
         return projected
 
     def project_images(
-        self, features: torch.Tensor, plans: Sequence[ImagePlan], context_ids: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
+        self, features: Tensor, plans: Sequence[ImagePlan], context_ids: Tensor | None = None
+    ) -> list[Tensor]:
         """Project features and lay each image's tokens out as its plan says.
 
         Args:
@@ -188,29 +183,28 @@ class MultimodalLM(nn.Module):
         Raises:
             PolymodalError: The tiles do not add up, or a layout has another length than planned.
         """
-        tiles = sum(plan.num_tiles for plan in plans)
-        if self.projector is None or tiles != len(features):
-            raise PolymodalError(f"image: {tiles} tiles were planned, {len(features)} were given")
+        counts = [plan.num_tiles for plan in plans]
+        if self.projector is None or sum(counts) != len(features):
+            raise PolymodalError(f"image: {sum(counts)} tiles were planned, {len(features)} were given")
         if context_ids is not None:
             if len(context_ids) != len(plans):
                 raise PolymodalError(f"image: {len(plans)} images and {len(context_ids)} contexts were given")
             # Known on the host, the lengths need not be waited for.
-            images = [number for number, plan in enumerate(plans) for _ in range(plan.num_tiles)]
+            images = [number for number, count in enumerate(counts) for _ in range(count)]
             context_ids = context_ids[torch.tensor(images, device=context_ids.device)]
-        projected = self.project(features, context_ids)
-        split = projected.split([plan.num_tiles for plan in plans])
+        split = self.project(features, context_ids).split(counts)
         return [lay_out(part, plan, self.image_newline) for part, plan in zip(split, plans, strict=True)]
 
     def embed(
         self,
-        input_ids: torch.Tensor,
+        input_ids: Tensor,
         plans: Sequence[ImagePlan] = (),
         sample_of_image: Sequence[int] = (),
-        pixel_values: torch.Tensor | None = None,
-        features: torch.Tensor | None = None,
-        media_places: torch.Tensor | None = None,
-        context_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        pixel_values: Tensor | None = None,
+        features: Tensor | None = None,
+        media_places: Tensor | None = None,
+        context_ids: Tensor | None = None,
+    ) -> Tensor:
         """Embed text and scatter media into their placeholders.
 
         Args:
@@ -237,20 +231,20 @@ class MultimodalLM(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         plans: Sequence[ImagePlan] = (),
         sample_of_image: Sequence[int] = (),
-        pixel_values: torch.Tensor | None = None,
-        features: torch.Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        features: Tensor | None = None,
         segments: Sequence[int] | None = None,
-        target_places: torch.Tensor | None = None,
-        media_places: torch.Tensor | None = None,
+        target_places: Tensor | None = None,
+        media_places: Tensor | None = None,
         touch_media: bool = False,
-        context_ids: torch.Tensor | None = None,
+        context_ids: Tensor | None = None,
     ) -> Output:
-        """Run the model over whole sequences.
+        """Run the model over whole sequences; media come as in `embed`.
 
         Args:
             input_ids: [B, T].
@@ -290,21 +284,19 @@ class MultimodalLM(nn.Module):
         # Position t predicts token t + 1; the last position predicts nothing.
         shifted = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
         rows = (shifted != -100).nonzero().squeeze(1) if target_places is None else target_places
-        targets = shifted.index_select(0, rows)
-        logits, losses, loss_sum = label_losses(self.llm, embeds, kwargs, rows, targets, self.logits_budget)
-        return Output(loss_sum, rows.numel(), logits, targets, losses)
+        return self._score(embeds, kwargs, rows, shifted.index_select(0, rows))
 
-    def _answer_losses(
-        self, embeds: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None
-    ) -> Output:
+    def _answer_losses(self, embeds: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Output:
         """The losses of an encoder-decoder: it reads what lies before the answer and is scored on the answer."""
         if labels is None:
             raise PolymodalError("an encoder-decoder has no logits without labels; to generate, see `generation`")
         split = split_rows(labels, attention_mask, decoder_start_id(self.llm))
         kwargs = {"attention_mask": split.source_mask, "decoder_input_ids": split.decoder_input_ids}
-        source, rows = take(embeds, split.source_index), split.places
-        logits, losses, loss_sum = label_losses(self.llm, source, kwargs, rows, split.targets, self.logits_budget)
-        return Output(loss_sum, rows.numel(), logits, split.targets, losses)
+        return self._score(take(embeds, split.source_index), kwargs, split.places, split.targets)
+
+    def _score(self, embeds: Tensor, kwargs: dict[str, Any], rows: Tensor, targets: Tensor) -> Output:
+        logits, losses, loss_sum = label_losses(self.llm, embeds, kwargs, rows, targets, self.logits_budget)
+        return Output(loss_sum, rows.numel(), logits, targets, losses)
 
     def prepare_packing(self) -> str:
         """Find out once how this language model keeps packed samples apart, and install what it needs.
@@ -330,7 +322,7 @@ class MultimodalLM(nn.Module):
                 )
         return self._packing
 
-    def _touch(self, has_images: bool) -> torch.Tensor:
+    def _touch(self, has_images: bool) -> Tensor:
         """Zero, with a gradient path to every trained media part; these run on an empty tile if they have not run."""
         zero = torch.zeros((), device=self.device)
         if self.image_newline is not None:
@@ -339,21 +331,18 @@ class MultimodalLM(nn.Module):
         if has_images or encoder is None or self.projector is None:
             return zero
         weights = list(encoder.parameters())
-        dtype = next(self.projector.parameters()).dtype
-        shape = (1, encoder.grid.area, encoder.embed_dim)
-        features = torch.zeros(shape, device=self.device, dtype=dtype)
+        features = torch.zeros((1, encoder.grid.area, encoder.embed_dim), device=self.device)
         # A sharded encoder gathers its weights from all processes even when it is frozen.
         if any(weight.requires_grad or hasattr(weight, "full_tensor") for weight in weights):
-            tile = encoder.tile
-            pixels = torch.zeros((1, 3, tile.height, tile.width), device=self.device, dtype=weights[0].dtype)
+            pixels = torch.zeros(
+                (1, 3, encoder.tile.height, encoder.tile.width), device=self.device, dtype=weights[0].dtype
+            )
             with evaluating(encoder):
-                features = self.encode_images(pixels).to(dtype)
+                features = self.encode_images(pixels)
         context = torch.zeros((1, 1), dtype=torch.int64, device=self.device) if self.reads_context else None
         return zero + self.project(features, context).float().sum() * 0
 
-    def decoder_inputs(
-        self, attention_mask: torch.Tensor | None, cache: Cache | None = None
-    ) -> dict[str, torch.Tensor | Cache | None]:
+    def decoder_inputs(self, attention_mask: Tensor | None, cache: Cache | None = None) -> dict[str, Any]:
         """Masks and positions for the decoder.
 
         Args:
@@ -366,7 +355,7 @@ class MultimodalLM(nn.Module):
         if attention_mask is None or (bool(attention_mask[:, 0].all()) and cache is None):
             # Padding on the right is invisible to causal attention: no mask means the fast causal kernel.
             return {}
-        kwargs: dict[str, torch.Tensor | Cache | None] = {"attention_mask": attention_mask.long()}
+        kwargs: dict[str, Any] = {"attention_mask": attention_mask.long()}
         if self._takes_positions:
             positions = attention_mask.long().cumsum(dim=1).sub(1).clamp(min=0)
             seen = cache.get_seq_length() if cache is not None else 0
@@ -375,13 +364,13 @@ class MultimodalLM(nn.Module):
 
 
 def merge_media(
-    text: torch.Tensor,  # [B, T, D]
-    is_media: torch.Tensor,  # [B, T]
-    media: Sequence[torch.Tensor],
+    text: Tensor,  # [B, T, D]
+    is_media: Tensor,  # [B, T]
+    media: Sequence[Tensor],
     sample_of_media: Sequence[int],
     modality: str,
-    places: torch.Tensor | None = None,  # [M]
-) -> torch.Tensor:  # [B, T, D]
+    places: Tensor | None = None,  # [M]
+) -> Tensor:  # [B, T, D]
     """Put media tokens where the placeholders are; the length does not change."""
     if places is not None and len(places) == sum(len(item) for item in media):
         return _put(text, places, media)
@@ -394,14 +383,14 @@ def merge_media(
     return _put(text, is_media.reshape(-1).nonzero().squeeze(1), media)
 
 
-def _put(text: torch.Tensor, places: torch.Tensor, media: Sequence[torch.Tensor]) -> torch.Tensor:
+def _put(text: Tensor, places: Tensor, media: Sequence[Tensor]) -> Tensor:
     if not media:
         return text
     flat = text.reshape(-1, text.shape[-1])
     return flat.index_copy(0, places, torch.cat(list(media)).to(flat.dtype)).view_as(text)
 
 
-def lay_out(tiles: torch.Tensor, plan: ImagePlan, newline: torch.Tensor | None) -> torch.Tensor:
+def lay_out(tiles: Tensor, plan: ImagePlan, newline: Tensor | None) -> Tensor:
     """Order one image's projected tokens as its plan says."""
     # tiles [n, Q, D], newline [D] -> [num_tokens, D]
     if plan.merge == "flat" or plan.kept is None or plan.unpadded is None:

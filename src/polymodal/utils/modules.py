@@ -58,6 +58,6 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     return [layer for part in lists if id(part) not in inside and len({type(x) for x in part}) == 1 for layer in part]
 
 
-def frozen(module: nn.Module) -> bool:
+def frozen(module: ModuleLike) -> bool:
     """Whether no parameter of a module is trained."""
     return not any(parameter.requires_grad for parameter in module.parameters())

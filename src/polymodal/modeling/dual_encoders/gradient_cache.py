@@ -1,20 +1,27 @@
-"""One contrast over more pairs than fit: the cached-feature method (GradCache; Gao et al. 2021, arXiv:2101.06983).
+"""One contrast over more pairs than fit: rows from every process, and the cached-feature method over micro-batches.
 
 A contrastive loss needs the features of all pairs at once, so adding up gradients of micro-batches would train another
 objective. But it needs only the features: they are small, unlike what the encoders keep for their backward pass. So
 every micro-batch is embedded without keeping anything, the loss gives the gradient of the features, and each
-micro-batch is then embedded again and its features' gradient sent back through the encoders. The result is the big
-batch's gradient, for one more forward pass; dropout falls on the same places both times.
+micro-batch is then embedded again and its features' gradient sent back through the encoders (GradCache; Gao et al.
+2021, arXiv:2101.06983). The result is the big batch's gradient, for one more forward pass; dropout falls on the same
+places both times. Running statistics (BatchNorm in training mode) would be updated twice: freeze them.
 
-Differences from the reference: the first micro-batch keeps what its backward pass needs and is not embedded twice, so a
-step of a single micro-batch is one plain pass; terms that each micro-batch has for itself (`extra`: matching,
-captioning, distillation) join the second pass; plain functions, not a wrapper around models and optimizers.
-Running statistics (BatchNorm in training mode) would be updated twice: freeze them.
+Each process computes the loss of its own rows; the rows of the others come from here. `gather_with_grad` lets the
+gradient of every process's share flow back to the rows that it used, wherever they were computed, so that the sum of
+the shares has exactly the gradient of the big batch. `gather` cuts it, with one process too, as BLIP-2's reference does
+(LAVIS), and carries ids, masks and whatever else is only looked at.
+
+Differences from the references: the first micro-batch keeps what its backward pass needs and is not embedded twice, so
+a step of a single micro-batch is one plain pass; terms that each micro-batch has for itself (`extra`: matching,
+captioning, distillation) join the second pass; plain functions, not a wrapper around models and optimizers; rows are
+checked to be equally many everywhere, where torch's collectives hang or mix them up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -25,18 +32,9 @@ from torch.autograd.function import once_differentiable
 from polymodal.errors import ConfigError
 from polymodal.modeling.dual_encoders.base import METRIC
 
-# ---- Every process's rows of a batch, so that each pair is contrasted with those of the whole step ----
-# A contrastive loss looks at all pairs of the global batch. Each process computes the share of its own rows; the rows
-# of
-# the others come from here. `gather_with_grad` lets the gradient of every process's share flow back to the rows that it
-# used, wherever they were computed, so that the sum of the shares has exactly the gradient of the big batch. `gather`
-# cuts it, as BLIP-2's reference does (LAVIS), and carries ids, masks and whatever else is only looked at.
-#
-# Difference from the references: rows are checked to be equally many everywhere. torch's collectives hang or mix up
-# rows
-# where they are not. With one process, `gather` cuts the gradient too, so that a run does not depend on how many there
-# are.
-
+Item = TypeVar("Item")
+Carry = TypeVar("Carry")
+Terms = dict[str, Tensor]
 
 MOST_DIMENSIONS = 8
 """Of a gathered tensor; its shape travels in a vector of a fixed length."""
@@ -107,11 +105,6 @@ def _check_shapes(tensor: Tensor) -> None:
         raise ConfigError(f"the processes hold rows of different shapes ({listed}): pad them to the same length")
 
 
-Item = TypeVar("Item")
-Carry = TypeVar("Carry")
-Terms = dict[str, Tensor]
-
-
 def cached_backward(
     embed: Callable[[Item], tuple[Sequence[Tensor], Carry]],
     contrast: Callable[..., Terms],
@@ -129,10 +122,9 @@ def cached_backward(
     # An older torch would use weights again, under autocast, that it cast while there was no gradient.
     torch.clear_autocast_cache()
 
-    leaves = [_leaf(torch.cat(rows)) for rows in zip(*cached, strict=True)]
-    starts = [0]
-    for parts in cached:
-        starts.append(starts[-1] + len(parts[0]))
+    joined = [torch.cat(rows) for rows in zip(*cached, strict=True)]
+    leaves = [tensor.requires_grad_(tensor.is_floating_point()) for tensor in joined]  # ids and masks have no gradient
+    starts = [0, *accumulate(len(rows[0]) for rows in cached)]
     del cached
     terms = contrast(*leaves)
     found = {name: term.detach() for name, term in terms.items()}
@@ -158,23 +150,11 @@ def cached_backward(
 
 def _backward(terms: Terms, tensors: Sequence[Tensor] = (), gradients: Sequence[Tensor | None] = ()) -> None:
     """Run one backward pass from the loss terms and from tensors whose gradient is known."""
-    roots: list[Tensor] = []
-    seeds: list[Tensor | None] = []
-    for tensor, gradient in zip(tensors, gradients, strict=True):
-        if tensor.requires_grad and gradient is not None:
-            roots.append(tensor)
-            seeds.append(gradient)
-    for name, term in terms.items():
-        if term.requires_grad and not name.startswith(METRIC):
-            roots.append(term)
-            seeds.append(None)
+    given = zip(tensors, gradients, strict=True)
+    roots: list[Any] = [(root, seed) for root, seed in given if root.requires_grad and seed is not None]
+    roots += [(term, None) for name, term in terms.items() if term.requires_grad and not name.startswith(METRIC)]
     if roots:
-        torch.autograd.backward(roots, seeds)
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    """What gathers the gradient of the loss; ids and masks have none."""
-    return tensor.requires_grad_(tensor.is_floating_point())
+        torch.autograd.backward([root for root, _ in roots], [seed for _, seed in roots])
 
 
 def _replayed(embed: Callable[[Item], tuple[Sequence[Tensor], Carry]], item: Item, state: Any) -> Any:

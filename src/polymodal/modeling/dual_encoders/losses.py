@@ -1,21 +1,32 @@
-"""The losses that pull an image and its text together: CLIP's softmax and SigLIP's sigmoid.
+"""The losses that pull an image and its text together: CLIP's softmax, SigLIP's sigmoid, and BLIP-2's three.
 
 CLIP (Radford et al. 2021, arXiv:2103.00020, figure 3) asks each image which text of the batch is its own, and each
 text for its image: softmax cross entropy over the batch, in both directions. SigLIP (Zhai et al. 2023,
 arXiv:2303.15343, equation 1) asks of every image and text of the batch whether they are a pair: a sigmoid each, so no
-row needs to see the whole batch at once.
+row needs to see the whole batch at once. The first stage of BLIP-2 (Li et al. 2023, arXiv:2301.12597, section 3.1,
+after ALBEF, arXiv:2107.07651, and BLIP, arXiv:2201.12086) adds up three:
+
+- ITC, contrastive: queries and text do not see each other; an image is as close to a text as the closest of its
+  queries; label smoothing 0.1.
+- ITM, matching: both see each other; is this the image's text? Negatives are drawn from the whole step, the closer the
+  likelier; the logits of all queries are averaged.
+- ITG, captioning: the text sees the queries and its own past (UniLM, Dong et al. 2019, arXiv:1905.03197); label
+  smoothing 0.1.
 
 Every function here gives the share of one process's pairs ("local loss"): [b, B] logits, not [B, B]. Summed over
-processes the shares are the papers' loss, and with features gathered by `gather_with_grad` so is the gradient.
+micro-batches and processes the shares are the papers' loss, and with features gathered by `gather_with_grad` so is the
+gradient.
 
-Differences from the references: several texts of one image may be counted as right answers (`own_ids`, `all_ids`);
-the papers' data does not tell, and takes them for negatives. Logits are taken in float32 under autocast too: at CLIP's
-largest scale, 100, bfloat16 rounds them to the next half.
+Differences from the references: pairs of one image (`own_ids`, `all_ids`) are right answers for each other and never
+negatives; the papers' data does not tell. Logits are taken in float32 under autocast too: at CLIP's largest scale, 100,
+bfloat16 rounds them to the next half. BLIP-2's negatives are drawn with one multinomial per direction, not one
+host-side draw a row as in LAVIS, and do not depend on the number of processes.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +37,9 @@ from polymodal.errors import ConfigError, DataError
 
 MAX_LOGIT_SCALE = math.log(100)
 """The temperature's logarithm is kept at most here, as CLIP does."""
+
+IGNORED = -100
+"""The label of a position that predicts nothing."""
 
 
 def clip_loss(
@@ -97,11 +111,9 @@ def both_directions(
     else:
         same = (own_ids[:, None] == all_ids[None]).to(to_text.dtype)
         targets = same / same.sum(dim=1, keepdim=True)
-    summed = [
-        F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
-        for logits in (to_text, to_image)
-    ]
-    return (summed[0] + summed[1]) / (2 * to_text.shape[1])
+    options: dict[str, Any] = {"reduction": "sum", "label_smoothing": label_smoothing}
+    summed = F.cross_entropy(to_text, targets, **options) + F.cross_entropy(to_image, targets, **options)
+    return summed / (2 * to_text.shape[1])
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:  # left [n, D], right [m, D] -> [n, m]
@@ -124,31 +136,6 @@ def _sigmoid_losses(image: Tensor, texts: Tensor, logit_scale: Tensor, logit_bia
     """Sum of -log sigmoid over [b, m] images and texts: of the logit where they are a pair, else of its negative."""
     logits = at_least_float32(logit_scale).exp() * products(image, texts) + at_least_float32(logit_bias)
     return -F.logsigmoid(torch.where(is_pair, logits, -logits)).sum()
-
-
-# ---- BLIP-2's three losses of its first stage; `masks` has the attention masks that go with them ----
-# Li et al. 2023, arXiv:2301.12597, section 3.1, after ALBEF (arXiv:2107.07651) and BLIP (arXiv:2201.12086):
-#
-# - ITC, contrastive: queries and text do not see each other (`unimodal_mask`); an image is as close to a text as the
-# closest of its queries; label smoothing 0.1.
-# - ITM, matching: both see each other (`bidirectional_mask`); is this the image's text? Negatives are drawn from the
-# whole step, the closer the likelier; the logits of all queries are averaged.
-# - ITG, captioning: text sees the queries and the text before it, queries only themselves (`unilm_mask`, from UniLM,
-# Dong
-# et al. 2019, arXiv:1905.03197); label smoothing 0.1.
-#
-# The loss is their plain sum. Each function gives a share that sums over micro-batches and processes to the mean over
-# the
-# global batch.
-#
-# Differences from the reference (LAVIS): negatives are drawn with one multinomial per direction, not one host-side draw
-# a
-# row, and do not depend on the number of processes; the pairs of one image are never each other's negatives; the
-# gradient may cross processes (`gather_with_grad`), where LAVIS cuts it (`gather`).
-
-
-IGNORED = -100
-"""The label of a position that predicts nothing."""
 
 
 def itc_loss(
