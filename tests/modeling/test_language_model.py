@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from polymodal.config import LLMConfig
 from polymodal.errors import CheckpointError
-from polymodal.modeling.language_model import head_only_at, load_llm, load_tokenizer
+from polymodal.modeling.language_model import load_llm, load_tokenizer
+from polymodal.modeling.token_loss import head_only_at
 
 
 def write_gguf(folder: Path, path: Path) -> None:

@@ -13,8 +13,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,66 +155,6 @@ def quieten_transformers() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def output_head(llm: PreTrainedModel) -> torch.nn.Module:
-    """The layer that makes logits."""
-    head = llm.get_output_embeddings()
-    if head is None:
-        raise ConfigError(
-            f"{type(llm).__name__} has no output head; a causal or encoder-decoder language model is needed"
-        )
-    return head
-
-
-@contextmanager
-def head_only_at(llm: PreTrainedModel, rows: torch.Tensor) -> Iterator[None]:  # rows [R]
-    """While active, the language model's head sees only the chosen positions."""
-    # The head is the dearest layer of a small model (a fifth to a quarter of the whole step), and most positions of a
-    # multimodal sample carry no label. Selecting before the head, inside the model's own forward, keeps whatever the
-    # architecture does after its head (soft caps, logit scales).
-
-    def select(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        hidden = args[0]
-        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows),)
-
-    handle = output_head(llm).register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def hidden_before_head(
-    llm: PreTrainedModel,
-    rows: torch.Tensor,  # [R]
-    shown: int,
-) -> Iterator[list[torch.Tensor]]:
-    """While active, keep what the head would see at the chosen positions, and let it see only the first few of them."""
-    kept: list[torch.Tensor] = []
-
-    def keep(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        kept.append(args[0].reshape(-1, args[0].shape[-1]).index_select(0, rows))
-        return (kept[-1][:shown],)
-
-    handle = output_head(llm).register_forward_pre_hook(keep)
-    try:
-        yield kept
-    finally:
-        handle.remove()
-
-
-def after_head(llm: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
-    """What architectures do to their logits after the head: Gemma's soft cap, Cohere's and Granite's scales."""
-    config = llm.config.get_text_config()
-    scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
-    cap = getattr(config, "final_logit_softcapping", None)
-    if scale is not None:
-        logits = logits * scale
-    if divisor is not None:
-        logits = logits / divisor
-    return torch.tanh(logits / cap) * cap if cap is not None else logits
 
 
 def find_smollm2() -> Path | str:

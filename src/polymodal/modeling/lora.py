@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from polymodal.config import LoraRecipe
 from polymodal.errors import ConfigError
@@ -204,7 +204,7 @@ def merge_adapter(model: MultimodalLM, merged: bool = True) -> None:
             module.merge() if merged else module.unmerge()
 
 
-def attach_adapter(model: MultimodalLM, settings: Any, tensors: dict[str, torch.Tensor], where: str | Path) -> None:
+def attach_adapter(model: MultimodalLM, settings: Any, tensors: dict[str, Tensor], where: str | Path) -> None:
     """Put a LoRA adapter beside the language model's weights."""
     from peft import inject_adapter_in_model, set_peft_model_state_dict
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from polymodal.config import LLMConfig, ModelConfig, VisionConfig
@@ -31,16 +31,25 @@ _LLAMA: dict[str, Any] = {"model_type": "llama"}
 _QWEN: dict[str, Any] = {"model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 32768}
 
 
+def _layers(width: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return dict(zip(names, (width, inner, layers, heads), strict=True))
+
+
 def _decoder(
     base: dict[str, Any], width: int, inner: int, layers: int, heads: int, kv_heads: int, **more: Any
 ) -> dict[str, Any]:
+    return {**base, **_layers(width, inner, layers, heads), "num_key_value_heads": kv_heads, **more}
+
+
+def _tower(
+    kind: str, width: int, inner: int, layers: int, heads: int, tile: int, patch: int, **more: Any
+) -> dict[str, Any]:
     return {
-        **base,
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "model_type": kind,
+        **_layers(width, inner, layers, heads),
+        "image_size": image,
+        "patch_size": patch,
         **more,
     }
 
@@ -54,34 +63,9 @@ PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-0.5B-Instruct": _decoder(_QWEN, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
     "Qwen/Qwen2.5-1.5B-Instruct": _decoder(_QWEN, 1536, 8960, 28, 12, 2, tie_word_embeddings=True),
     "Qwen/Qwen2.5-7B-Instruct": _decoder(_QWEN, 3584, 18944, 28, 28, 4, vocab_size=152064, tie_word_embeddings=False),
-    "openai/clip-vit-large-patch14-336": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-        "projection_dim": 768,
-    },
-    "google/siglip-base-patch16-224": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-        "patch_size": 16,
-    },
-    "google/siglip-so400m-patch14-384": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 14,
-    },
+    "openai/clip-vit-large-patch14-336": _tower("clip_vision_model", 1024, 4096, 24, 16, 336, 14, projection_dim=768),
+    "google/siglip-base-patch16-224": _tower("siglip_vision_model", 768, 3072, 12, 12, 224, 16),
+    "google/siglip-so400m-patch14-384": _tower("siglip_vision_model", 1152, 4304, 27, 16, 384, 14),
 }
 """Hub id -> the part of `config.json` that decides shapes."""
 
@@ -111,16 +95,16 @@ def outline(config: ModelConfig, *, fetch: bool = False) -> Outline:
         embeddings = llm.get_input_embeddings().weight
         encoder = projector = None
         if config.vision is not None:
-            encoder = _tower(config.vision, Size(*config.image.tile_size) if config.image else None, fetch)
+            encoder = _vision_encoder(config.vision, Size(*config.image.tile_size) if config.image else None, fetch)
             projector = fit_projector(config, encoder, embeddings.shape[1])
         return Outline(compose(config, llm, embeddings.shape[0], encoder, projector), config)
 
 
 def on_no_device(model: nn.Module, mode: FakeTensorMode) -> None:
     """Move a model from the meta device, where a policy can be applied, to tensors that can be computed with."""
-    moved: dict[int, torch.Tensor] = {}
+    moved: dict[int, Tensor] = {}
 
-    def move(tensor: torch.Tensor) -> torch.Tensor:
+    def move(tensor: Tensor) -> Tensor:
         if id(tensor) not in moved:
             new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             is_parameter = isinstance(tensor, nn.Parameter)
@@ -168,7 +152,7 @@ def _config_json(name: str, revision: str | None, fetch: bool) -> dict[str, Any]
     return dict(found)
 
 
-def _tower(vision: VisionConfig, tile: Size | None, fetch: bool) -> VisionEncoder:
+def _vision_encoder(vision: VisionConfig, tile: Size | None, fetch: bool) -> VisionEncoder:
     """Build a vision tower from its configuration; of a whole model, from its vision part."""
     if vision.type not in VISION_ENCODERS:
         raise unknown_name("vision encoder type", vision.type, VISION_ENCODERS)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from polymodal.errors import ConfigError
@@ -45,9 +46,9 @@ class Segments:
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = tuple(lengths)
         self.windows: list[int | None] = []
-        self._offsets: torch.Tensor | None = None
+        self._offsets: Tensor | None = None
 
-    def offsets(self, device: torch.device) -> torch.Tensor:
+    def offsets(self, device: torch.device) -> Tensor:
         """Where segments begin and the last one ends, [n + 1] int32; made once for all layers."""
         if self._offsets is None or self._offsets.device != device:
             lengths = torch.tensor((0, *self.lengths), dtype=torch.int32)
@@ -55,18 +56,18 @@ class Segments:
         return self._offsets
 
 
-def segment_positions(lengths: Sequence[int], device: torch.device | str) -> torch.Tensor:
+def segment_positions(lengths: Sequence[int], device: torch.device | str) -> Tensor:
     """Positions that start anew in each segment, [1, T]."""
     return torch.cat([torch.arange(length) for length in lengths])[None].to(device, non_blocking=True)
 
 
-def segment_mask(lengths: Sequence[int], device: torch.device | str) -> torch.Tensor:
+def segment_mask(lengths: Sequence[int], device: torch.device | str) -> Tensor:
     """True where a token may look: at itself and before it, in its own segment; [1, 1, T, T]."""
     owner = torch.repeat_interleave(torch.tensor(tuple(lengths))).to(device)
     return (owner[:, None] == owner[None, :]).tril()[None, None]
 
 
-def packed_inputs(llm: PreTrainedModel, method: str, lengths: Sequence[int], embeds: torch.Tensor) -> dict[str, Any]:
+def packed_inputs(llm: PreTrainedModel, method: str, lengths: Sequence[int], embeds: Tensor) -> dict[str, Any]:
     """Keyword arguments that make a causal LM treat a row as separate samples."""
     # embeds [1, T, D]
     if embeds.shape[:2] != (1, sum(lengths)):
@@ -88,15 +89,15 @@ def packed_inputs(llm: PreTrainedModel, method: str, lengths: Sequence[int], emb
 
 
 def segment_attention(
-    query: torch.Tensor,  # [1, H, T, d]
-    key: torch.Tensor,  # [1, h, T, d]
-    value: torch.Tensor,  # [1, h, T, d]
+    query: Tensor,  # [1, H, T, d]
+    key: Tensor,  # [1, h, T, d]
+    value: Tensor,  # [1, h, T, d]
     segments: Segments,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-) -> torch.Tensor:  # [1, T, H, d]
+) -> Tensor:  # [1, T, H, d]
     """Causal attention within each segment."""
     window = sliding_window if sliding_window is not None and sliding_window < max(segments.lengths) else None
     if query.is_cuda and softcap is None and dropout == 0.0 and query.dtype in (torch.float16, torch.bfloat16):
@@ -162,13 +163,13 @@ def install(llm: PreTrainedModel) -> None:
 
     def attend(
         module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
         segments: Segments | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         if segments is None:
             usual: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get(before) or _eager(module)
             return usual(module, query, key, value, attention_mask, **kwargs)
@@ -180,20 +181,14 @@ def install(llm: PreTrainedModel) -> None:
 
 
 @torch.compiler.disable
-def _attend_opaquely(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segments: Segments,
-    options: dict[str, Any],
-) -> torch.Tensor:
+def _attend_opaquely(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: dict[str, Any]) -> Tensor:
     """Keep the compiler out: lengths differ in every pack, and it would specialise on each."""
     segments.windows.append(options.get("sliding_window"))
     known = {name: options[name] for name in ("scaling", "dropout", "sliding_window", "softcap") if name in options}
     return segment_attention(query, key, value, segments, **known)
 
 
-def _agrees(llm: PreTrainedModel, method: str, row: torch.Tensor, changed: torch.Tensor, alone: torch.Tensor) -> bool:
+def _agrees(llm: PreTrainedModel, method: str, row: Tensor, changed: Tensor, alone: Tensor) -> bool:
     """Whether packed samples give the logits they give alone, and nothing of one reaches the next."""
     inputs = packed_inputs(llm, method, _PROBE, row)
     packed = llm(inputs_embeds=row, use_cache=False, **inputs).logits
@@ -229,19 +224,19 @@ def _eager(module: torch.nn.Module) -> Callable[..., Any]:
 
 def _by_kernel(
     kernel: Callable[..., Any],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     segments: Segments,
     scaling: float | None,
     window: int | None,
-) -> torch.Tensor:
+) -> Tensor:
     """All segments in one call; it counts a window without the token itself, and takes heads after tokens."""
     offsets, longest = segments.offsets(query.device), max(segments.lengths)
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     left = -1 if window is None else window - 1
     options = {"scale": scaling, "window_size": (left, 0), "enable_gqa": q.shape[1] != k.shape[1]}
-    attended: torch.Tensor = kernel(q, k, v, offsets, offsets, longest, longest, **options)
+    attended: Tensor = kernel(q, k, v, offsets, offsets, longest, longest, **options)
     return attended[None]
 
 
@@ -255,20 +250,20 @@ def _varlen_kernel() -> Callable[..., Any] | None:
     return varlen_attn if {"window_size", "enable_gqa", "scale"} <= set(known) else None
 
 
-def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
+def _band(length: int, window: int, device: torch.device) -> Tensor:
     """True on the last `window` tokens up to each one, [length, length]."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 def _capped(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
     scaling: float | None,
     dropout: float,
     softcap: float,
-) -> torch.Tensor:
+) -> Tensor:
     """Attention with squashed scores, which no fused kernel of torch offers."""
     scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     scores = torch.tanh(scores / softcap) * softcap

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
@@ -53,15 +53,15 @@ class Int8Linear(nn.Module):
     # one 4.9; 8 rows 15.5, 9.9; 32 rows 29.5, and 18.0 by way of bfloat16 on a CPU with AVX512-BF16, 28.4 by way of
     # float32.
 
-    weight: torch.Tensor
-    scale: torch.Tensor
-    bias: torch.Tensor | None
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
-        weight: torch.Tensor,  # [out, in]
-        scale: torch.Tensor,  # [out]
-        bias: torch.Tensor | None = None,  # [out]
+        weight: Tensor,  # [out, in]
+        scale: Tensor,  # [out]
+        bias: Tensor | None = None,  # [out]
         prompt_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Int8Linear(nn.Module):
         # The product would round its scales to bfloat16.
         self._ones = torch.ones(self.out_features, dtype=torch.bfloat16)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in] -> [..., out]
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         """Multiply."""
         rows = x.reshape(-1, self.in_features)
         if len(rows) <= FEW_ROWS and self.in_features % STEP == 0 and x.device.type == "cpu":
@@ -86,7 +86,7 @@ class Int8Linear(nn.Module):
             y = y + self.bias
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
-    def dequantized(self) -> torch.Tensor:
+    def dequantized(self) -> Tensor:
         """The weights that this layer stands for, [out, in] float32."""
         return self.weight.float() * self.scale.float()[:, None]
 
@@ -109,7 +109,7 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if has else torch.float32
 
 
-def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [out, in] -> [out, in]
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:  # [out, in] -> [out, in]
     """Round weights to 8 bits, each row by itself."""
     weight = weight.detach().float()
     scale = weight.abs().amax(dim=1) / LEVELS

@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from polymodal.errors import PolymodalError
 
@@ -31,15 +32,15 @@ IGNORE = -100
 class Split:
     """Rows of a batch, cut into what is read and what is said."""
 
-    source_index: torch.Tensor  # [B, S] positions of the row that the encoder reads, moved to the left; any on padding
-    source_mask: torch.Tensor | None  # [B, S] bool, False on padding; None where nothing is padded
+    source_index: Tensor  # [B, S] positions of the row that the encoder reads, moved to the left; any on padding
+    source_mask: Tensor | None  # [B, S] bool, False on padding; None where nothing is padded
     # [B, U] the answer behind the start token, moved one to the right; the start token on padding
-    decoder_input_ids: torch.Tensor
-    places: torch.Tensor  # [R] positions of the flattened [B * U] that predict a target, row by row
-    targets: torch.Tensor  # [R] what they predict
+    decoder_input_ids: Tensor
+    places: Tensor  # [R] positions of the flattened [B * U] that predict a target, row by row
+    targets: Tensor  # [R] what they predict
 
 
-def split_rows(labels: torch.Tensor, attention_mask: torch.Tensor | None, start_id: int) -> Split:
+def split_rows(labels: Tensor, attention_mask: Tensor | None, start_id: int) -> Split:
     """Cut rows before their answers."""
     # labels [B, T], attention_mask [B, T]
     rows, length = labels.shape
@@ -80,7 +81,7 @@ def split_rows(labels: torch.Tensor, attention_mask: torch.Tensor | None, start_
     )
 
 
-def move_left(mask: torch.Tensor, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def move_left(mask: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
     """Find what is real in each row, and put it to the left."""
     # mask [B, T] -> [B, S]
     if length is None:
@@ -89,6 +90,6 @@ def move_left(mask: torch.Tensor, length: int | None = None) -> tuple[torch.Tens
     return index, mask.gather(1, index)
 
 
-def take(embeds: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # embeds [B, T, D], index [B, S] -> [B, S, D]
+def take(embeds: Tensor, index: Tensor) -> Tensor:  # embeds [B, T, D], index [B, S] -> [B, S, D]
     """Pick positions of each row."""
     return embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1]))

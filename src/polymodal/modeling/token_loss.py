@@ -10,15 +10,16 @@ is far slower on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polymodal.modeling.language_model import after_head, head_only_at, hidden_before_head, output_head
+from polymodal.errors import ConfigError
 from polymodal.utils.modules import evaluating
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 CPU_BUDGET, GPU_BUDGET = 256 * 2**20, 2 * 2**30
 """Bytes of float32 logits up to which they are computed at once."""
 
-Head = Callable[[torch.Tensor], torch.Tensor]
+Head = Callable[[Tensor], Tensor]
 
 _KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Whether `after_head` is all that a language model does after its head; looked at once."""
@@ -35,12 +36,12 @@ _KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 def label_losses(
     llm: PreTrainedModel,
-    embeds: torch.Tensor,  # [B, T, D]
+    embeds: Tensor,  # [B, T, D]
     inputs: dict[str, Any],
-    rows: torch.Tensor,  # [R]
-    targets: torch.Tensor,  # [R]
+    rows: Tensor,  # [R]
+    targets: Tensor,  # [R]
     budget: int | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """Run a language model and take the cross entropy at the chosen positions only."""
     vocab_size = llm.config.get_text_config().vocab_size
     if not fits(len(rows), vocab_size, embeds.device, budget):
@@ -61,7 +62,7 @@ def knows_head(llm: PreTrainedModel) -> bool:
         rows = torch.arange(2, device=weight.device)
         # An encoder-decoder's head sees the decoder's positions.
         inputs = {"decoder_input_ids": rows[None]} if llm.config.is_encoder_decoder else {}
-        with evaluating(llm), torch.no_grad(), hidden_before_head(llm, rows, shown=2) as kept:
+        with evaluating(llm), torch.no_grad(), head_only_at(llm, rows, shown=2) as kept:
             logits = llm(inputs_embeds=embeds.to(weight.device, weight.dtype), use_cache=False, **inputs).logits
         with torch.no_grad():
             ours = after_head(llm, output_head(llm)(kept[0]))
@@ -70,14 +71,50 @@ def knows_head(llm: PreTrainedModel) -> bool:
     return _KNOWN[llm]
 
 
+def output_head(llm: PreTrainedModel) -> torch.nn.Module:
+    """The layer that makes logits."""
+    head = llm.get_output_embeddings()
+    if head is None:
+        raise ConfigError(
+            f"{type(llm).__name__} has no output head; a causal or encoder-decoder language model is needed"
+        )
+    return head
+
+
+@contextmanager
+def head_only_at(llm: PreTrainedModel, rows: Tensor, shown: int | None = None) -> Iterator[list[Tensor]]:  # rows [R]
+    """While active, the head sees only the chosen positions, or only the first few of them; all are kept."""
+    # The head is the dearest layer of a small model (a fifth to a quarter of the whole step), and most positions of a
+    # multimodal sample carry no label. Selecting before the head, inside the model's own forward, keeps whatever the
+    # architecture does after its head (soft caps, logit scales).
+    kept: list[Tensor] = []
+
+    def select(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        kept.append(args[0].reshape(-1, args[0].shape[-1]).index_select(0, rows))
+        return (kept[-1] if shown is None else kept[-1][:shown],)
+
+    handle = output_head(llm).register_forward_pre_hook(select)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+def after_head(llm: PreTrainedModel, logits: Tensor) -> Tensor:
+    """What architectures do to their logits after the head: Gemma's soft cap, Cohere's and Granite's scales."""
+    config = llm.config.get_text_config()
+    scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if scale is not None:
+        logits = logits * scale
+    if divisor is not None:
+        logits = logits / divisor
+    return torch.tanh(logits / cap) * cap if cap is not None else logits
+
+
 def _in_chunks(
-    llm: PreTrainedModel,
-    embeds: torch.Tensor,
-    inputs: dict[str, Any],
-    rows: torch.Tensor,
-    targets: torch.Tensor,
-    chunk: int,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+    llm: PreTrainedModel, embeds: Tensor, inputs: dict[str, Any], rows: Tensor, targets: Tensor, chunk: int
+) -> tuple[Tensor, Tensor] | None:
     """Losses and their sum; None where it is not known what this model does after its head."""
     head = output_head(llm)
     parameters = list(head.parameters())
@@ -85,13 +122,13 @@ def _in_chunks(
     if any(hasattr(parameter, "full_tensor") for parameter in parameters):
         return None
 
-    def logits_of(hidden: torch.Tensor) -> torch.Tensor:
+    def logits_of(hidden: Tensor) -> Tensor:
         return after_head(llm, head(hidden))
 
     if not knows_head(llm):
         return None
     # The model's own head sees one position only; what it makes of it is not used.
-    with hidden_before_head(llm, rows, shown=1) as kept:
+    with head_only_at(llm, rows, shown=1) as kept:
         llm(inputs_embeds=embeds, use_cache=False, **inputs)
     loss_sum, losses = chunked_losses(kept[0], targets, logits_of, parameters, chunk)
     return losses, loss_sum
@@ -99,19 +136,26 @@ def _in_chunks(
 
 def fits(rows: int, vocab_size: int, device: torch.device, budget: int | None = None) -> bool:
     """Whether the logits of so many positions may be held at once."""
-    if budget is None:
-        budget = CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
-    return rows * vocab_size * 4 <= budget
+    return rows * vocab_size * 4 <= _budget(device, budget)
 
 
-def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def chunk_rows(vocab_size: int, device: torch.device, budget: int | None = None) -> int:
+    """Positions at a time: half the budget, since the gradient of the logits needs as much again."""
+    return max(1, _budget(device, budget) // (2 * 4 * vocab_size))
+
+
+def _budget(device: torch.device, given: int | None) -> int:
+    return given if given is not None else CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of each position, [R] float32."""
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def chunked_losses(
-    hidden: torch.Tensor, targets: torch.Tensor, head: Head, parameters: list[nn.Parameter], chunk: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: Tensor, targets: Tensor, head: Head, parameters: list[nn.Parameter], chunk: int
+) -> tuple[Tensor, Tensor]:
     """Head and cross entropy, a few positions at a time."""
     # hidden [R, D], targets [R], head [r, D]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -121,20 +165,13 @@ def chunked_losses(
     return loss_sum, losses
 
 
-def chunk_rows(vocab_size: int, device: torch.device, budget: int | None = None) -> int:
-    """Positions at a time: half the budget, since the gradient of the logits needs as much again."""
-    if budget is None:
-        budget = CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
-    return max(1, budget // (2 * 4 * vocab_size))
-
-
 class _Chunked(torch.autograd.Function):
     """Takes gradients in the forward pass, chunk by chunk, and scales them in the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, chunk: int, *trained: nn.Parameter
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk: int, *trained: nn.Parameter
+    ) -> tuple[Tensor, Tensor]:
         wanted = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grads = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained] if wanted else []
@@ -161,7 +198,7 @@ class _Chunked(torch.autograd.Function):
         return losses.sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, scale: torch.Tensor, _losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, scale: Tensor, _losses: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, *grads = ctx.saved_tensors
         scaled = [(grad * scale).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
         return (grad_hidden * scale if grad_hidden is not None else None, None, None, None, *scaled)

@@ -120,11 +120,9 @@ class HFVisionEncoder(nn.Module):
             raise ConfigError(
                 f"tile of {_text(self.tile)} pixels is smaller than a patch of {self.family} ({_text(patch)})"
             )
-        self.grid = {
-            "patch": self.patch_grid,
-            "cls_patch": Size(1, self.patch_grid.area + 1),
-            "cls": Size(1, 1),
-        }[select_feature]
+        self.grid = {"patch": self.patch_grid, "cls_patch": Size(1, self.patch_grid.area + 1), "cls": Size(1, 1)}[
+            select_feature
+        ]
         self.embed_dim = config.hidden_size * len(self.select_layers)
 
     def save(self, folder: Path) -> None:

@@ -27,14 +27,7 @@ from polymodal.modeling.projectors.mlp import NormKind, build_norm
 class QFormer(nn.Module):
     """Queries, optionally followed by text, through a BERT that looks at image features every few layers."""
 
-    def __init__(
-        self,
-        embed_dim: int,
-        config: QFormerConfig,
-        *,
-        text: bool,
-        norm: NormKind = "none",
-    ) -> None:
+    def __init__(self, embed_dim: int, config: QFormerConfig, *, text: bool, norm: NormKind = "none") -> None:
         super().__init__()
         from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2TextEmbeddings
 
