@@ -224,17 +224,8 @@ def fold_in(llm: nn.Module) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import TrainableTokensWrapper
 
-    while True:
-        found = next(
-            (
-                (name, module)
-                for name, module in llm.named_modules()
-                if isinstance(module, BaseTunerLayer | TrainableTokensWrapper)
-            ),
-            None,
-        )
-        if found is None:
-            break
+    kinds = (BaseTunerLayer, TrainableTokensWrapper)
+    while found := next((pair for pair in llm.named_modules() if isinstance(pair[1], kinds)), None):
         name, module = found
         parent, _, leaf = name.rpartition(".")
         if isinstance(module, TrainableTokensWrapper):

@@ -27,45 +27,37 @@ from polymodal.modeling.encoders.vision import VISION_ENCODERS, VisionEncoder, c
 from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2, model_class
 from polymodal.modeling.vlm import MultimodalLM
 
-_LLAMA: dict[str, Any] = {"model_type": "llama"}
-_QWEN: dict[str, Any] = {"model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 32768}
 
-
-def _layers(width: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
+def _shape(kind: str, width: int, inner: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    return dict(zip(names, (width, inner, layers, heads), strict=True))
+    return {"model_type": kind, **dict(zip(names, (width, inner, layers, heads), strict=True)), **more}
 
 
-def _decoder(
-    base: dict[str, Any], width: int, inner: int, layers: int, heads: int, kv_heads: int, **more: Any
-) -> dict[str, Any]:
-    return {**base, **_layers(width, inner, layers, heads), "num_key_value_heads": kv_heads, **more}
-
-
-def _tower(
-    kind: str, width: int, inner: int, layers: int, heads: int, tile: int, patch: int, **more: Any
-) -> dict[str, Any]:
-    return {
-        "model_type": kind,
-        **_layers(width, inner, layers, heads),
-        "image_size": image,
-        "patch_size": patch,
-        **more,
-    }
+def _decoder(kind: str, *sizes: int, rows: int, positions: int, kv_heads: int, **more: bool) -> dict[str, Any]:
+    table = {"vocab_size": rows, "max_position_embeddings": positions, "num_key_value_heads": kv_heads}
+    return {**_shape(kind, *sizes), **table, **{f"{name}_word_embeddings": value for name, value in more.items()}}
 
 
 PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
-    SMOLLM2: _decoder(
-        _LLAMA, 576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True
+    SMOLLM2: _decoder("llama", 576, 1536, 30, 9, kv_heads=3, rows=49152, positions=8192, tie=True),
+    "lmsys/vicuna-7b-v1.5": _decoder("llama", 4096, 11008, 32, 32, kv_heads=32, rows=32000, positions=4096),
+    "lmsys/vicuna-13b-v1.5": _decoder("llama", 5120, 13824, 40, 40, kv_heads=40, rows=32000, positions=4096),
+    "Qwen/Qwen2.5-0.5B-Instruct": _decoder(
+        "qwen2", 896, 4864, 24, 14, kv_heads=2, rows=151936, positions=32768, tie=True
     ),
-    "lmsys/vicuna-7b-v1.5": _decoder(_LLAMA, 4096, 11008, 32, 32, 32, vocab_size=32000, max_position_embeddings=4096),
-    "lmsys/vicuna-13b-v1.5": _decoder(_LLAMA, 5120, 13824, 40, 40, 40, vocab_size=32000, max_position_embeddings=4096),
-    "Qwen/Qwen2.5-0.5B-Instruct": _decoder(_QWEN, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
-    "Qwen/Qwen2.5-1.5B-Instruct": _decoder(_QWEN, 1536, 8960, 28, 12, 2, tie_word_embeddings=True),
-    "Qwen/Qwen2.5-7B-Instruct": _decoder(_QWEN, 3584, 18944, 28, 28, 4, vocab_size=152064, tie_word_embeddings=False),
-    "openai/clip-vit-large-patch14-336": _tower("clip_vision_model", 1024, 4096, 24, 16, 336, 14, projection_dim=768),
-    "google/siglip-base-patch16-224": _tower("siglip_vision_model", 768, 3072, 12, 12, 224, 16),
-    "google/siglip-so400m-patch14-384": _tower("siglip_vision_model", 1152, 4304, 27, 16, 384, 14),
+    "Qwen/Qwen2.5-1.5B-Instruct": _decoder(
+        "qwen2", 1536, 8960, 28, 12, kv_heads=2, rows=151936, positions=32768, tie=True
+    ),
+    "Qwen/Qwen2.5-7B-Instruct": _decoder(
+        "qwen2", 3584, 18944, 28, 28, kv_heads=4, rows=152064, positions=32768, tie=False
+    ),
+    "openai/clip-vit-large-patch14-336": _shape(
+        "clip_vision_model", 1024, 4096, 24, 16, image_size=336, patch_size=14, projection_dim=768
+    ),
+    "google/siglip-base-patch16-224": _shape("siglip_vision_model", 768, 3072, 12, 12, image_size=224, patch_size=16),
+    "google/siglip-so400m-patch14-384": _shape(
+        "siglip_vision_model", 1152, 4304, 27, 16, image_size=384, patch_size=14
+    ),
 }
 """Hub id -> the part of `config.json` that decides shapes."""
 

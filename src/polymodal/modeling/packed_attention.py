@@ -29,6 +29,8 @@ from polymodal.utils.modules import evaluating
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Kernel = Callable[..., Any]
+
 PREFIX = "polymodal_segments_"
 """Registered name of the segment attention; what the model used before is appended."""
 
@@ -128,10 +130,9 @@ def choose_method(llm: PreTrainedModel) -> str:
     if "flash" in str(llm.config._attn_implementation):
         return POSITIONS  # transformers hands the segments to FlashAttention itself
     with evaluating(llm), torch.no_grad():
-        width = llm.get_input_embeddings().weight.shape[1]
         weight = llm.get_input_embeddings().weight
         generator = torch.Generator().manual_seed(0)
-        first, second, other = (torch.randn(1, n, width, generator=generator) for n in (*_PROBE, _PROBE[0]))
+        first, second, other = (torch.randn(1, n, weight.shape[1], generator=generator) for n in (*_PROBE, _PROBE[0]))
         row, changed = (torch.cat((part, second), dim=1).to(weight.device, weight.dtype) for part in (first, other))
         alone = torch.cat([llm(inputs_embeds=x, use_cache=False).logits for x in row.split(_PROBE, dim=1)], dim=1)
         for method in (SEGMENTS, POSITIONS, MASK):
@@ -171,7 +172,7 @@ def install(llm: PreTrainedModel) -> None:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if segments is None:
-            usual: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get(before) or _eager(module)
+            usual: Kernel = ALL_ATTENTION_FUNCTIONS.get(before) or _eager(module)
             return usual(module, query, key, value, attention_mask, **kwargs)
         return _attend_opaquely(query, key, value, segments, kwargs), None
 
@@ -198,9 +199,8 @@ def _agrees(llm: PreTrainedModel, method: str, row: Tensor, changed: Tensor, alo
     after = llm(inputs_embeds=changed, use_cache=False, **inputs).logits
     exact = alone.dtype is torch.float32 and not torch.is_autocast_enabled(row.device.type)
     tolerance = (1e-3 if exact else 5e-2) * float(alone.abs().max()) + 1e-7
-    return torch.equal(packed[:, _PROBE[0] :], after[:, _PROBE[0] :]) and bool(
-        ((packed - alone).abs() <= tolerance).all()
-    )
+    untouched = torch.equal(packed[:, _PROBE[0] :], after[:, _PROBE[0] :])
+    return untouched and bool(((packed - alone).abs() <= tolerance).all())
 
 
 def _windows(llm: PreTrainedModel) -> list[int | None] | None:
@@ -216,31 +216,25 @@ def _windows(llm: PreTrainedModel) -> list[int | None] | None:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def _eager(module: torch.nn.Module) -> Callable[..., Any]:
+def _eager(module: torch.nn.Module) -> Kernel:
     """The plain attention that transformers keeps beside each architecture."""
-    function: Callable[..., Any] = sys.modules[type(module).__module__].__dict__["eager_attention_forward"]
+    function: Kernel = sys.modules[type(module).__module__].__dict__["eager_attention_forward"]
     return function
 
 
 def _by_kernel(
-    kernel: Callable[..., Any],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    scaling: float | None,
-    window: int | None,
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float | None, window: int | None
 ) -> Tensor:
     """All segments in one call; it counts a window without the token itself, and takes heads after tokens."""
-    offsets, longest = segments.offsets(query.device), max(segments.lengths)
-    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    at, longest = segments.offsets(q.device), max(segments.lengths)
+    q, k, v = (part[0].transpose(0, 1) for part in (q, k, v))
     left = -1 if window is None else window - 1
     options = {"scale": scaling, "window_size": (left, 0), "enable_gqa": q.shape[1] != k.shape[1]}
-    attended: Tensor = kernel(q, k, v, offsets, offsets, longest, longest, **options)
+    attended: Tensor = kernel(q, k, v, at, at, longest, longest, **options)
     return attended[None]
 
 
-def _varlen_kernel() -> Callable[..., Any] | None:
+def _varlen_kernel() -> Kernel | None:
     """The variable-length kernel where this torch has it, with windows and grouped queries."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -256,17 +250,11 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 
 
 def _capped(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, dropout: float, softcap: float
 ) -> Tensor:
     """Attention with squashed scores, which no fused kernel of torch offers."""
-    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scores = q @ k.transpose(2, 3) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
     scores = torch.tanh(scores / softcap) * softcap
-    allowed = mask if mask is not None else _band(query.shape[2], query.shape[2], query.device)
-    weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return F.dropout(weights, dropout) @ value
+    allowed = mask if mask is not None else _band(q.shape[2], q.shape[2], q.device)
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout) @ v

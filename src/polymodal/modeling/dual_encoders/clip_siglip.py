@@ -121,11 +121,6 @@ class DualEncoder(ScaledPairModel):
         tower: nn.Module = self.vision_model
         return tower
 
-    @property
-    def patch_width(self) -> int:
-        """Width of the vision encoder's patches, for a distiller."""
-        return self.features_shape[1]
-
     def encode(self, pixel_values: Tensor) -> Tensor:
         """The vision encoder's pooled output, [B, 1, E]."""
         return self._see(pixel_values)[0][:, None]
@@ -158,8 +153,7 @@ class DualEncoder(ScaledPairModel):
 
     def attend_plainly(self) -> None:
         """Attend by plain matrix products instead of torch's fused attention; the same to rounding."""
-        (model,) = self._stock
-        model.set_attn_implementation("eager")
+        self._stock[0].set_attn_implementation("eager")
 
     def checkpoint_layers(self) -> None:
         """Keep only each layer's input while training, and compute the rest again in the backward pass."""
@@ -190,10 +184,7 @@ def build_dual_encoder(settings: PairModelConfig, objective: ObjectiveConfig) ->
     height, width = settings.image.tile_size
     if height != width:
         raise ConfigError(f"image.tile_size {height}x{width}: the vision encoder takes square tiles")
-    if settings.family == "pair":
-        model = _build_pair(settings, tokenizer)
-    else:
-        model = _build_stock(settings, tokenizer)
+    model = (_build_pair if settings.family == "pair" else _build_stock)(settings, tokenizer)
     siglip = objective.type == "siglip"
     with torch.no_grad():
         model.logit_scale.fill_(LOGIT_SCALE_SIGLIP if siglip else LOGIT_SCALE_CLIP)
@@ -323,10 +314,8 @@ def _encoder(given: dict[str, Any] | str, where: str, follows: dict[str, Any]) -
             settings = transformers.AutoConfig.from_pretrained(given)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{where} {given!r}: cannot be opened ({first_line(error)})") from error
-        cls = transformers.AutoModel
-        if settings.model_type in ("clip", "clip_vision_model"):
-            cls = transformers.CLIPVisionModel
-        return _open(cls, given)
+        of_clip = settings.model_type in ("clip", "clip_vision_model")
+        return _open(transformers.CLIPVisionModel if of_clip else transformers.AutoModel, given)
     if "model_type" not in given:
         raise ConfigError(f"{where}: name the encoder's model_type, such as dinov2 or bert, or a folder of one")
     kind = given["model_type"]
@@ -364,11 +353,7 @@ def stock_keys(cls: Any, given: Any, where: str) -> dict[str, Any]:
 
 def special_ids(tokenizer: Any) -> dict[str, int | None]:
     """Ids of special tokens, for a text encoder's config."""
-    return {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+    return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
 
 
 def _append_end(tokenizer: Any) -> None:

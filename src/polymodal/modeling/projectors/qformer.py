@@ -143,21 +143,8 @@ def _settings_of_transformers(embed_dim: int, config: QFormerConfig, text: bool)
     """Our settings as transformers names them."""
     from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 
-    settings = Blip2QFormerConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-        hidden_dropout_prob=config.hidden_dropout_prob,
-        attention_probs_dropout_prob=config.attention_probs_dropout_prob,
-        max_position_embeddings=config.max_position_embeddings,
-        initializer_range=config.initializer_range,
-        layer_norm_eps=config.layer_norm_eps,
-        pad_token_id=config.pad_token_id,
-        cross_attention_frequency=config.cross_attention_frequency,
-        encoder_hidden_size=embed_dim,
-        use_qformer_text_input=text,
-    )
+    theirs = Blip2QFormerConfig().to_dict()
+    shared = {key: value for key, value in config.model_dump().items() if key in theirs}
+    settings = Blip2QFormerConfig(**shared, encoder_hidden_size=embed_dim, use_qformer_text_input=text)
     settings._attn_implementation = "sdpa"  # the one that takes a mask of four dimensions as it is
     return settings

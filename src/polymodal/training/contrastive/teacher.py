@@ -61,7 +61,9 @@ def load_teacher(distill: DistillConfig, model: PairModel, device: torch.device)
 
 def add_distiller(model: PairModel, teacher: Teacher, distill: DistillConfig) -> None:
     """Give a model the layer that compares its patches with a teacher's features."""
-    grid, width = getattr(model, "patch_grid", None), getattr(model, "patch_width", None)
-    if grid is None or width is None:
+    grid = getattr(model, "patch_grid", None)
+    if grid is None:
         raise ConfigError("objective.distill: this model's vision encoder cannot be distilled; leave it out")
-    model.distiller = Distiller(width, grid, teacher.encoder.embed_dim, teacher.encoder.grid, distill.loss)
+    model.distiller = Distiller(
+        model.features_shape[1], grid, teacher.encoder.embed_dim, teacher.encoder.grid, distill.loss
+    )
