@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 
 from polymodal.config import LLMConfig
 from polymodal.errors import CheckpointError, ConfigError, first_line
@@ -38,8 +39,6 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
     """Load the language model; whether it is a causal LM or an encoder-decoder is up to its own configuration."""
-    from transformers import AutoConfig
-
     source, kwargs = _source(config)
     _look_over(source, kwargs, f"language model {config.model_name_or_path!r}")
     dtype = getattr(torch, config.dtype)
@@ -54,7 +53,7 @@ def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
         if "gguf_file" in kwargs:
             found, known = False, {}
         else:
-            settings = AutoConfig.from_pretrained(source, **kwargs)
+            settings = transformers.AutoConfig.from_pretrained(source, **kwargs)
             found, known = bool(settings.is_encoder_decoder), {"config": settings}
         model = model_class(found).from_pretrained(
             source,
@@ -83,10 +82,8 @@ def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
 
 def gpu_settings(how: str) -> Any:
     """The settings with which transformers quantises a model as it loads it on a GPU."""
-    from transformers import BitsAndBytesConfig, TorchAoConfig
-
     if how == "nf4":
-        return BitsAndBytesConfig(
+        return transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
@@ -94,14 +91,12 @@ def gpu_settings(how: str) -> Any:
         )
     from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-not-found,unused-ignore]
 
-    return TorchAoConfig(quant_type=Int8WeightOnlyConfig())
+    return transformers.TorchAoConfig(quant_type=Int8WeightOnlyConfig())
 
 
 def model_class(encoder_decoder: bool) -> Any:
     """The class of transformers that opens a language model of this kind."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    return AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+    return transformers.AutoModelForSeq2SeqLM if encoder_decoder else transformers.AutoModelForCausalLM
 
 
 def layer_counts(config: Any) -> tuple[int, int]:
@@ -138,10 +133,10 @@ def load_tokenizer(config: LLMConfig, folder: Path | None = None) -> PreTrainedT
 
 def open_tokenizer(source: str, where: str, *, fast: bool = False, **kwargs: str) -> PreTrainedTokenizerBase:
     """Open any tokenizer; `where` says in an error which it is."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+            source, trust_remote_code=False, **kwargs
+        )
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"{where}: {first_line(error)}") from error
     if fast and not tokenizer.is_fast:
@@ -197,14 +192,13 @@ def in_hub_cache() -> bool:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Write the GGUF's weights and tokenizer as a float32 Hugging Face folder."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     print(f"polymodal: converting {gguf.name} once (about a minute)", file=sys.stderr)
-    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    where, causal = {"gguf_file": gguf.name}, transformers.AutoModelForCausalLM
+    model = causal.from_pretrained(str(gguf.parent), dtype=torch.float32, **where)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), **where)
     # transformers marks a model read from GGUF as quantised and refuses to save it; a plain one takes its weights.
     settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    plain = causal.from_config(transformers.AutoConfig.for_model(**settings), dtype=torch.float32)
     plain.load_state_dict(model.state_dict())
     with atomic_folder(folder, replace=True) as work:
         plain.save_pretrained(work)
@@ -230,15 +224,13 @@ def _source(config: LLMConfig) -> tuple[str, dict[str, str]]:
 
 def _look_over(source: str, kwargs: dict[str, str], where: str) -> None:
     """Check a folder, or the configuration of a hub id, before transformers acts on it; a GGUF file is none."""
-    from transformers import PreTrainedConfig
-
     if "gguf_file" in kwargs:
         return
     if Path(source).is_dir():
         check_folder(Path(source))
         return
     try:
-        settings, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
+        settings, _ = transformers.PreTrainedConfig.get_config_dict(source, **kwargs)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{where}: {first_line(error)}") from error
     check_settings(settings, where)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from polymodal.config import ImageConfig
 from polymodal.errors import CheckpointError, ConfigError, first_line, unknown_name
 from polymodal.modeling.dual_encoders import blip2_stage1, lit
@@ -91,10 +93,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 def folder_type(source: str) -> str:
     """The `model_type` of a folder or hub id, checked to be one of `PAIR_FOLDERS`."""
-    from transformers import PreTrainedConfig
-
     try:
-        settings, _ = PreTrainedConfig.get_config_dict(source)
+        settings, _ = transformers.PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}: cannot be opened as a model ({first_line(error)})") from error
     found = settings.get("model_type")
