@@ -51,13 +51,13 @@ def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
         options = {"device_map": config.device_map or {"": "cuda"}, "quantization_config": gpu_settings(quantize)}
     try:
         if "gguf_file" in kwargs:
-            found, known = False, {}
+            found, more = False, {}
         else:
             settings = transformers.AutoConfig.from_pretrained(source, **kwargs)
-            found, known = bool(settings.is_encoder_decoder), {"config": settings}
+            found, more = bool(settings.is_encoder_decoder), {"config": settings}
         model = model_class(found).from_pretrained(
             source,
-            **known,
+            **more,
             dtype=dtype,
             **options,
             attn_implementation=config.attn_implementation,

@@ -185,8 +185,8 @@ def install(llm: PreTrainedModel) -> None:
 def _attend_opaquely(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: dict[str, Any]) -> Tensor:
     """Keep the compiler out: lengths differ in every pack, and it would specialise on each."""
     segments.windows.append(options.get("sliding_window"))
-    known = {name: options[name] for name in ("scaling", "dropout", "sliding_window", "softcap") if name in options}
-    return segment_attention(query, key, value, segments, **known)
+    taken = {name: options[name] for name in ("scaling", "dropout", "sliding_window", "softcap") if name in options}
+    return segment_attention(query, key, value, segments, **taken)
 
 
 def _agrees(llm: PreTrainedModel, method: str, row: Tensor, changed: Tensor, alone: Tensor) -> bool:
@@ -240,8 +240,8 @@ def _varlen_kernel() -> Kernel | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    known = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"window_size", "enable_gqa", "scale"} <= set(known) else None
+    parameters = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"window_size", "enable_gqa", "scale"} <= set(parameters) else None
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:

@@ -142,8 +142,8 @@ def quantize_layers(module: nn.Module, skip: Sequence[str] = (), inside: Sequenc
     linears = {name: part for name, part in module.named_modules() if type(part) in (nn.Linear, Conv1D)}
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in linears):
-            known = next(iter(linears), "none at all")
-            raise ConfigError(f"skip: no linear layer is called {pattern!r}; the first one is {known!r}")
+            first = next(iter(linears), "none at all")
+            raise ConfigError(f"skip: no linear layer is called {pattern!r}; the first one is {first!r}")
     chosen = [
         name
         for name in linears

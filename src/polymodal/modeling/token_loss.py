@@ -30,7 +30,7 @@ CPU_BUDGET, GPU_BUDGET = 256 * 2**20, 2 * 2**30
 
 Head = Callable[[Tensor], Tensor]
 
-_KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_CHECKED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Whether `after_head` is all that a language model does after its head; looked at once."""
 
 
@@ -56,7 +56,7 @@ def label_losses(
 
 def knows_head(llm: PreTrainedModel) -> bool:
     """Whether `after_head` is all that a model does after its head, so that its loss can be taken in chunks."""
-    if llm not in _KNOWN:
+    if llm not in _CHECKED:
         weight = llm.get_input_embeddings().weight
         embeds = torch.randn((1, 2, weight.shape[1]), generator=torch.Generator().manual_seed(0))
         rows = torch.arange(2, device=weight.device)
@@ -67,8 +67,8 @@ def knows_head(llm: PreTrainedModel) -> bool:
         with torch.no_grad():
             ours = after_head(llm, output_head(llm)(kept[0]))
         tolerance = 1e-3 if logits.dtype is torch.float32 else 5e-2
-        _KNOWN[llm] = bool((ours - logits.view_as(ours)).abs().max() <= tolerance * logits.abs().max() + 1e-6)
-    return _KNOWN[llm]
+        _CHECKED[llm] = bool((ours - logits.view_as(ours)).abs().max() <= tolerance * logits.abs().max() + 1e-6)
+    return _CHECKED[llm]
 
 
 def output_head(llm: PreTrainedModel) -> torch.nn.Module:

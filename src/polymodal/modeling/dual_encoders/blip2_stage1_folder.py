@@ -147,17 +147,17 @@ def start_words(table: Tensor, tokenizer: PreTrainedTokenizerBase, source: str, 
     settings = LLMConfig(model_name_or_path=source)
     model: Any = load_llm(settings)
     words = load_tokenizer(settings)
-    known: Tensor = model.get_input_embeddings().weight.float()
+    embeddings: Tensor = model.get_input_embeddings().weight.float()
     width = table.shape[1]
-    if known.shape[1] < width:
+    if embeddings.shape[1] < width:
         raise ConfigError(
-            f"init.model.words {source!r} has embeddings of width {known.shape[1]}, the Q-Former needs {width} "
+            f"init.model.words {source!r} has embeddings of width {embeddings.shape[1]}, the Q-Former needs {width} "
             "(qformer.hidden_size)"
         )
     pieces = {piece: row for piece, row in tokenizer.get_vocab().items() if row not in tokenizer.all_special_ids}
     texts = [p.removeprefix(CONTINUES) if p.startswith(CONTINUES) else f" {p}" for p in pieces]
     # One row for each piece: the mean over the tokens of its text.
-    means = torch.stack([known[ids].mean(dim=0) for ids in words(texts, add_special_tokens=False)["input_ids"]])
+    means = torch.stack([embeddings[ids].mean(dim=0) for ids in words(texts, add_special_tokens=False)["input_ids"]])
     centred = means - means.mean(dim=0)
     _, axes = torch.linalg.eigh(centred.T @ centred)  # in rising order
     reduced = centred @ axes[:, -width:].flip(1)

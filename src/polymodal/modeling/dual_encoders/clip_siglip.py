@@ -344,10 +344,10 @@ def _open(cls: Any, source: str) -> Any:
 
 def stock_keys(cls: Any, given: Any, where: str) -> dict[str, Any]:
     """Keys of a stock config, each checked to be known: `transformers` keeps what it does not know in silence."""
-    known = cls().to_dict()
+    keys = cls().to_dict()
     for key in given:
-        if key not in known:
-            raise ConfigError(f"{where}: {unknown_name('key', key, known)}")
+        if key not in keys:
+            raise ConfigError(f"{where}: {unknown_name('key', key, keys)}")
     return dict(given)
 
 
