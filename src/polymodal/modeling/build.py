@@ -6,9 +6,9 @@ Only these functions see a configuration; the parts themselves take plain argume
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from polymodal.config import ModelConfig
 from polymodal.errors import ConfigError
@@ -18,9 +18,6 @@ from polymodal.modeling.language_model import load_llm, load_tokenizer
 from polymodal.modeling.projectors import Projector, build_projector
 from polymodal.modeling.projectors.qformer_files import load_context_tokenizer, start_projector
 from polymodal.modeling.vlm import MultimodalLM
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def build_model(

@@ -11,20 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import LoraRecipe
 from polymodal.errors import ConfigError
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.utils.globs import match_names
 from polymodal.utils.safetensors_io import check_finite, compare_tensors
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 LORA_MARK = ".lora_"
 """What peft puts into the name of every LoRA parameter (DoRA's magnitudes too)."""

@@ -17,17 +17,17 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from polymodal.errors import ConfigError
 from polymodal.utils.modules import evaluating
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Kernel = Callable[..., Any]
 
@@ -155,9 +155,6 @@ def choose_method(llm: PreTrainedModel) -> str:
 
 def install(llm: PreTrainedModel) -> None:
     """Make a model use our attention for packs, and what it used before for everything else."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     before = llm.config._attn_implementation or "eager"
     if before.startswith(PREFIX):
         return

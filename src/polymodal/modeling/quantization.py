@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
 from polymodal.modeling.lora import fold_in
@@ -135,8 +136,6 @@ def quantize_int8(model: MultimodalLM, skip: Sequence[str] = ()) -> list[str]:
 
 def quantize_layers(module: nn.Module, skip: Sequence[str] = (), inside: Sequence[str] = ("*",)) -> list[str]:
     """Give a module's linear layers 8-bit weights, in place."""
-    from transformers.pytorch_utils import Conv1D
-
     if is_quantized(module):
         raise ConfigError("the model was quantised already")
     linears = {name: part for name, part in module.named_modules() if type(part) in (nn.Linear, Conv1D)}

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from polymodal.errors import ConfigError
 from polymodal.utils.modules import evaluating
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 CPU_BUDGET, GPU_BUDGET = 256 * 2**20, 2 * 2**30
 """Bytes of float32 logits up to which they are computed at once."""

@@ -16,11 +16,12 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.media_plan import ImagePlan, Size
@@ -32,9 +33,6 @@ from polymodal.modeling.projectors import Projector
 from polymodal.modeling.seq2seq import split_rows, take
 from polymodal.modeling.token_loss import label_losses
 from polymodal.utils.modules import evaluating, frozen
-
-if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import ProjectorConfig, QFormerConfig, parse_config
 from polymodal.errors import CheckpointError, ConfigError
@@ -32,9 +33,6 @@ from polymodal.safety.config_json import read_json
 from polymodal.safety.model_folder import MAX_INDEX
 from polymodal.utils.files import atomic_folder, write_text
 from polymodal.utils.safetensors_io import check_finite, compare_tensors, read_tensors, write_tensors
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 WEIGHTS_NAME = "qformer.safetensors"
 CONFIG_NAME = "config.json"
