@@ -22,7 +22,7 @@ from polymodal.config import ImageConfig, LLMConfig, ModelConfig, TemplateConfig
 from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
 from polymodal.modeling.projectors import build_projector
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.training.sft.task import Parts
+from polymodal.training.sft.task import StageInputs
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -146,7 +146,7 @@ def freeze_for_stage(model: LlavaForConditionalGeneration, stage: int, shape: Sh
     return trained
 
 
-def build_parts(shape: Shape, stage: int, seed: int) -> Parts:
+def build_inputs(shape: Shape, stage: int, seed: int) -> StageInputs:
     """polymodal's model out of the very modules of `build_llava`, nothing copied but the small projector.
 
     Args:
@@ -177,4 +177,4 @@ def build_parts(shape: Shape, stage: int, seed: int) -> Parts:
         for ours, other in zip(projector.parameters(), theirs.model.multi_modal_projector.parameters(), strict=True):
             ours.copy_(other)
     model = MultimodalLM(llm, image_id, encoder, projector, image_mean=MEAN, image_std=STD)
-    return Parts(model, tokenizer, config)
+    return StageInputs(model, tokenizer, config)

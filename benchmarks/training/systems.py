@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.training.models import build_llava, build_parts, build_processor, freeze_for_stage
+from benchmarks.training.models import build_inputs, build_llava, build_processor, freeze_for_stage
 from benchmarks.training.rows import read_rows
 from benchmarks.training.setting import SHAPES, Job
 from benchmarks.training.turns import Clock
@@ -158,8 +158,8 @@ def run_polymodal(job: Job, clock: Clock) -> None:
     from polymodal.training.reporting.log import read_log
 
     shape = SHAPES[job.shape]
-    parts = build_parts(shape, job.stage, job.seed)
-    clock.watch(parts.model, parts.tokenizer.pad_token_id)
+    inputs = build_inputs(shape, job.stage, job.seed)
+    clock.watch(inputs.model, inputs.tokenizer.pad_token_id)
     matched = job.mode == "matched"
     batch: dict[str, Any] = {"global_size": job.rows, "micro_size": job.micro}
     if matched:
@@ -169,7 +169,7 @@ def run_polymodal(job: Job, clock: Clock) -> None:
     plain = {
         "name": f"{job.mode}-{job.stage}",
         # Not read, since the model is handed over in memory.
-        "init": {"model": parts.config.model_dump(exclude_none=True)},
+        "init": {"model": inputs.config.model_dump(exclude_none=True)},
         "data": {"mix": [{"path": str(Path(job.data) / "rows.json")}]},
         "train": [{"match": "projector.*", "train": True}],
         "lora": {"lora_r": shape.lora_r, "lora_alpha": 2 * shape.lora_r} if job.stage == 2 else None,
@@ -188,7 +188,7 @@ def run_polymodal(job: Job, clock: Clock) -> None:
         "output_dir": job.folder,
     }
     clock.first_loss = lambda: float(read_log(Path(job.folder) / "log.jsonl")[0]["loss"])
-    train(parse_config(Recipe, plain, "benchmark"), parts)
+    train(parse_config(Recipe, plain, "benchmark"), inputs)
 
 
 RUN: dict[str, Callable[[Job, Clock], None]] = {"hf": run_hf, "trl": run_trl, "polymodal": run_polymodal}

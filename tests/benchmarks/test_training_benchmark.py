@@ -34,15 +34,15 @@ def rows_of(folder: Path, stage: int) -> list[dict[str, Any]]:
 
 
 def our_samples(folder: Path, stage: int) -> tuple[Any, list[Any]]:
-    from benchmarks.training.models import build_parts
+    from benchmarks.training.models import build_inputs
     from benchmarks.training.setting import SHAPES
     from polymodal.data.load import load_records
     from polymodal.processing.processor import Processor
 
-    parts = build_parts(SHAPES["tiny"], stage, seed=0)
-    model = parts.model
-    processor = Processor(parts.config, parts.tokenizer, model.tokens_per_tile, model.image_token_id)
-    return parts, [processor(record.messages) for record in load_records(folder / "rows.json")]
+    inputs = build_inputs(SHAPES["tiny"], stage, seed=0)
+    model = inputs.model
+    processor = Processor(inputs.config, inputs.tokenizer, model.tokens_per_tile, model.image_token_id)
+    return inputs, [processor(record.messages) for record in load_records(folder / "rows.json")]
 
 
 def test_all_count_and_train_the_same_tokens(tmp_path: Path, stage: int) -> None:
@@ -68,8 +68,8 @@ def test_the_models_are_one_and_see_the_image(tmp_path: Path) -> None:
     from polymodal.processing.collate import collate
 
     rows_of(tmp_path, 2)
-    parts, samples = our_samples(tmp_path, 2)
-    theirs = build_llava(SHAPES["tiny"], parts.model.image_token_id, seed=0)
+    inputs, samples = our_samples(tmp_path, 2)
+    theirs = build_llava(SHAPES["tiny"], inputs.model.image_token_id, seed=0)
     batch = collate(samples, 0)
 
     def their_loss(pixels: torch.Tensor) -> float:
@@ -78,10 +78,10 @@ def test_the_models_are_one_and_see_the_image(tmp_path: Path) -> None:
             return float(theirs(**inputs, pixel_values=pixels, labels=batch.labels).loss)
 
     with torch.no_grad():
-        out = parts.model(**batch.inputs())
+        out = inputs.model(**batch.inputs())
     assert batch.pixel_values is not None
-    assert parts.model.pixel_norm is not None
-    pixels = parts.model.pixel_norm(batch.pixel_values)
+    assert inputs.model.pixel_norm is not None
+    pixels = inputs.model.pixel_norm(batch.pixel_values)
     assert float(out.loss_sum) / out.num_targets == pytest.approx(their_loss(pixels), abs=1e-4)
     # More than the tolerance: a system that loses or mixes up its images is found out.
     for wrong in (torch.zeros_like(pixels), pixels.roll(1, 0), pixels.flip(3)):
@@ -112,20 +112,20 @@ def test_the_formula_counts_what_torch_counts(tmp_path: Path, stage: int) -> Non
     """Matrix products of one sample, against torch's own counter; attention apart, which kernels do in full squares."""
     from dataclasses import replace
 
-    from benchmarks.training.models import build_parts
+    from benchmarks.training.models import build_inputs
     from benchmarks.training.setting import SHAPES
     from benchmarks.training.speed import model_flops
     from polymodal.config import LoraRecipe
     from polymodal.processing.collate import collate
-    from polymodal.training import optimizer as policy
+    from polymodal.training.optimizer import apply_policy
     from polymodal.training.recipes.sections import OptimConfig, RuleConfig
 
     shape = SHAPES["tiny"]
     rows_of(tmp_path, stage)
     _, samples = our_samples(tmp_path, stage)
-    model = build_parts(shape, stage, seed=0).model
+    model = build_inputs(shape, stage, seed=0).model
     lora = LoraRecipe(lora_r=shape.lora_r, lora_alpha=8) if stage == 2 else None
-    policy.apply_policy(model, [RuleConfig(match="projector.*", train=True)], lora, OptimConfig())
+    apply_policy(model, [RuleConfig(match="projector.*", train=True)], lora, OptimConfig())
     batch = collate(samples[:1], 0)
     with FlopCounterMode(display=False) as counter:
         model(**batch.inputs()).loss_sum.backward()

@@ -15,9 +15,9 @@ import torch
 
 from polymodal.config import parse_config
 from polymodal.training import train
-from polymodal.training.recipes.load import AnyRecipe
+from polymodal.training.recipes.sections import RecipeBase
 from polymodal.training.recipes.sft import Recipe
-from polymodal.training.trainer import Run
+from polymodal.training.trainer import Trainer
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -134,19 +134,19 @@ def recipe_of() -> Callable[..., Recipe]:
 
 
 @pytest.fixture
-def train_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[AnyRecipe, int], None]:
+def train_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[RecipeBase, int], None]:
     """Train a recipe, and kill it after so many steps."""
 
-    def start(recipe: AnyRecipe, step: int) -> None:
-        inner = Run._step
+    def start(recipe: RecipeBase, step: int) -> None:
+        inner = Trainer.step
 
-        def stopping(run: Run, *rest: Any) -> float:
+        def stopping(run: Trainer, *rest: Any) -> float:
             if run.state.step == step:
                 raise KeyboardInterrupt
             return inner(run, *rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "_step", stopping)
+            patch.setattr(Trainer, "step", stopping)
             with pytest.raises(KeyboardInterrupt):
                 train(recipe)
 

@@ -32,7 +32,8 @@ import safetensors.torch
 from polymodal.training import train
 from polymodal.training.process_group import leave_world
 from polymodal.training.recipes.load import load_any_recipe
-from polymodal.training.trainer import Run
+from polymodal.training.sft.task import SFTTask
+from polymodal.training.trainer import Trainer
 
 TIMEOUT_S = 120
 """A process that takes longer hangs, and is ended by a signal."""
@@ -45,15 +46,15 @@ def die() -> None:
 
 
 def at_step(step: int, act: Callable[[], Any]) -> None:
-    inner, begun = Run._step, [0]
+    inner, begun = Trainer.step, [0]
 
-    def counted(run: Run, *rest: Any) -> float:
+    def counted(run: Trainer, *rest: Any) -> float:
         begun[0] += 1
         if begun[0] == step:
             threading.Thread(target=act, daemon=True).start()
         return inner(run, *rest)
 
-    Run._step = counted  # type: ignore[method-assign]
+    Trainer.step = counted  # type: ignore[method-assign]
 
 
 def die_by_file(number: int, folder: str) -> None:
@@ -82,14 +83,20 @@ def die_half_written(name: str) -> None:
 
 def record_order(path: Path) -> None:
     """Append the ids of each micro-batch, with its step, when it goes through the model."""
-    inner = Run._forward_backward
+    backward, forward_backward = SFTTask.backward, SFTTask.forward_backward
+    at = [0]
 
-    def recorded(run: Run, batch: Any, *rest: Any) -> Any:
+    def counted(task: SFTTask, engine: Any, plan: Any, *rest: Any) -> Any:
+        at[0] = plan.step
+        return backward(task, engine, plan, *rest)
+
+    def recorded(task: SFTTask, engine: Any, named: Any, *rest: Any) -> Any:
         with path.open("a") as file:
-            file.write(json.dumps([run.state.step, list(batch.ids)]) + "\n")
-        return inner(run, batch, *rest)
+            file.write(json.dumps([at[0], list(named.batch.ids)]) + "\n")
+        return forward_backward(task, engine, named, *rest)
 
-    Run._forward_backward = recorded  # type: ignore[method-assign]
+    SFTTask.backward = counted  # type: ignore[method-assign]
+    SFTTask.forward_backward = recorded  # type: ignore[method-assign]
 
 
 def child(job: dict[str, Any], rank: int, port: int) -> None:

@@ -27,16 +27,16 @@ from polymodal.planning.starting_point import starting_point
 from polymodal.processing.collate import collate
 from polymodal.processing.processor import Processor
 from polymodal.training import checkpoint, train
-from polymodal.training import optimizer as policy
 from polymodal.training.activation_checkpointing import activation_bytes, checkpoint_layers
+from polymodal.training.optimizer import apply_policy, cast_frozen_linears, set_modes
 from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
-from polymodal.training.reporting.log import read_log
-from polymodal.training.reporting.loss_by_kind import kinds_of_targets
-from polymodal.training.run import make_run
+from polymodal.training.reporting.log import LossByKind, read_log
+from polymodal.training.run import make_trainer
+from polymodal.training.sft.dataset import kinds_of_targets
 from polymodal.training.sft.prepare_data import prepare_recipe, recipe_processor
-from polymodal.training.sft.task import load_parts
-from polymodal.training.trainer import Run
+from polymodal.training.sft.task import SFTTask
+from polymodal.training.trainer import Trainer
 from polymodal.utils.modules import blocks
 
 Make = Callable[..., Recipe]
@@ -58,9 +58,9 @@ def config_of(plain: dict[str, Any]) -> ModelConfig:
     return config
 
 
-def start(recipe: Recipe) -> Run:
+def start(recipe: Recipe) -> Trainer:
     Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
-    return make_run(recipe, load_parts(recipe), World())
+    return make_trainer(SFTTask(recipe, World()))
 
 
 WHOLE = [{"match": "{projector,llm}.*", "train": True}]
@@ -101,13 +101,13 @@ def test_a_stage_learns_resumes_and_loads(
 def test_what_is_counted_is_what_is_scored(t5: dict[str, Any], recipe_of: Make) -> None:
     """Prepared counts decide the denominator of a step; records of two turns train their last answer."""
     run = start(recipe_of(t5))
-    prepared = run.feed.prepared
+    prepared = run.task.dataset.prepared
     several = 0
     for index, (record, sample) in enumerate(zip(prepared.records, prepared.samples, strict=True)):
-        batch = run.feed.batch(torch.tensor([index]).numpy())
+        batch = run.task.dataset.batch(torch.tensor([index]).numpy())
         out = run.engine.inner(**batch.inputs())
         assert out.num_targets == prepared.targets[index] == int(sample.loss_mask.sum())
-        last = run.feed.processor.tokenizer.decode(sample.input_ids[sample.loss_mask])
+        last = run.task.dataset.processor.tokenizer.decode(sample.input_ids[sample.loss_mask])
         assert last == record.messages[-1].text + "<|im_end|>"
         several += sum(message.role == "assistant" for message in record.messages) > 1
     assert several >= 2
@@ -117,11 +117,11 @@ def test_gradients_do_not_depend_on_micro_batches(t5: dict[str, Any], recipe_of:
     found = []
     for micro in (1, 8):
         run = start(recipe_of(t5, batch__micro_size=micro, output_dir=t5["output_dir"] + str(micro)))
-        tokens = int(run.feed.prepared.targets[run.steps.indices(0)].sum())
-        batches = run._batches()
-        policy.set_modes(run.engine.inner)
-        for _ in run._micro(0):
-            run._forward_backward(next(batches)[0], 1 / tokens, True, False, ["x"] * tokens, ["x"] * tokens)
+        tokens = int(run.task.dataset.prepared.targets[run.task.steps.indices(0)].sum())
+        batches = run.batches()
+        set_modes(run.engine.inner)
+        for _ in run.task.plan(0).micro:
+            run.task.forward_backward(run.engine, next(batches), 1 / tokens, True, False, LossByKind())
         found.append([p.grad.clone() for _, p in run.engine.groups[0].parameters if p.grad is not None])
         batches.close()
     assert len(found[0]) == 4
@@ -144,7 +144,7 @@ def test_data_prep_and_training_share_one_index(t5: dict[str, Any], tiny_llm_fol
     assert recipe_processor(recipe).last_answer_only
     said = prepare_recipe(recipe)
     run = start(recipe)
-    assert f"{int(run.feed.prepared.targets.sum()):,} of them trained" in said
+    assert f"{int(run.task.dataset.prepared.targets.sum()):,} of them trained" in said
     folder = Path(recipe.output_dir) / "index"
     assert len([path for path in folder.iterdir() if path.is_dir()]) == 1
     # A causal model of the same tokenizer trains every answer, from an index of its own.
@@ -153,7 +153,7 @@ def test_data_prep_and_training_share_one_index(t5: dict[str, Any], tiny_llm_fol
     plain["init"]["model"]["llm"]["model_name_or_path"] = str(tiny_llm_folder)
     other = start(parse_config(Recipe, plain, "recipe"))
     assert len([path for path in folder.iterdir() if path.is_dir()]) == 2
-    assert other.feed.prepared.targets.sum() > run.feed.prepared.targets.sum()
+    assert other.task.dataset.prepared.targets.sum() > run.task.dataset.prepared.targets.sum()
 
 
 def test_packing_is_refused_in_one_line(t5: dict[str, Any], recipe_of: Make) -> None:
@@ -168,11 +168,11 @@ def test_lora_names_the_layers_there_are(t5: dict[str, Any], tmp_path: Path, rec
     model, tokenizer = build_model(config)
     optim = recipe_of(t5).optim
     with pytest.raises(ConfigError) as refused:
-        policy.apply_policy(model, [], LoraRecipe(), optim)
+        apply_policy(model, [], LoraRecipe(), optim)
     assert f"lora.match={EVERY_LINEAR!r}" in str(refused.value) and "T5ForConditionalGeneration" in str(refused.value)
     with pytest.raises(ConfigError, match=r"lora\.trainable_tokens: .*encoder-decoder"):
-        policy.apply_policy(model, [], LoraRecipe(match=EVERY_LINEAR, trainable_tokens=(5,)), optim)
-    groups = policy.apply_policy(model, [], LoraRecipe(match=EVERY_LINEAR, lora_r=4, lora_alpha=8), optim)
+        apply_policy(model, [], LoraRecipe(match=EVERY_LINEAR, trainable_tokens=(5,)), optim)
+    groups = apply_policy(model, [], LoraRecipe(match=EVERY_LINEAR, lora_r=4, lora_alpha=8), optim)
     names = [name for group in groups for name, _ in group.parameters]
     # q, k, v and o of each attention, wi and wo of each feed-forward part; two matrices each.
     assert len(names) == 2 * (2 * (4 + 2) + 3 * (8 + 2)) and all(is_adapter(name) for name in names)
@@ -219,16 +219,16 @@ def test_casting_frozen_layers_changes_nothing_under_autocast(tiny_t5_folder: Pa
         model, _ = build_model(config_of(t5))
         model.requires_grad_(False)
         if cast:
-            policy.cast_frozen_linears(model.llm, torch.bfloat16)
+            cast_frozen_linears(model.llm, torch.bfloat16)
             assert model.llm.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype is torch.bfloat16
             assert model.llm.lm_head.weight.dtype is model.llm.shared.weight.dtype is torch.float32
         with torch.autocast("cpu", dtype=torch.bfloat16):
             losses.append(model(ids, labels=labels).losses)
     assert torch.equal(*losses) and torch.isfinite(losses[0]).all()
     # As transformers does on loading: T5's wo overflows in float16 and not in bfloat16.
-    policy.cast_frozen_linears(model.llm, torch.float16)
+    cast_frozen_linears(model.llm, torch.float16)
     fresh = build_model(config_of(t5))[0].llm.requires_grad_(False)
-    policy.cast_frozen_linears(fresh, torch.float16)
+    cast_frozen_linears(fresh, torch.float16)
     feed_forward = fresh.decoder.block[0].layer[2].DenseReluDense
     assert feed_forward.wo.weight.dtype is torch.float32 and feed_forward.wi.weight.dtype is torch.float16
 
@@ -258,8 +258,8 @@ def test_a_plan_sees_both_halves(t5: dict[str, Any], recipe_of: Make) -> None:
     }
     # Heads times width, keys and values, three layers of the decoder; the encoder has no cache.
     assert kv_bytes_per_token(model.llm.config, 4) == 2 * 3 * 4 * 8 * 4
-    policy.apply_policy(model, recipe.train, None, recipe.optim)
-    policy.apply_policy(empty.model, recipe.train, None, recipe.optim)
+    apply_policy(model, recipe.train, None, recipe.optim)
+    apply_policy(empty.model, recipe.train, None, recipe.optim)
     model.requires_grad_(True)
     source, answer = 60, 20
     processor = Processor(config, tokenizer, model.tokens_per_tile, model.image_token_id, last_answer_only=True)

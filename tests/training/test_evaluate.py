@@ -20,9 +20,9 @@ from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import numbers_of, read_log
 from polymodal.training.reporting.report import write_report
-from polymodal.training.run import make_run
+from polymodal.training.run import make_trainer
 from polymodal.training.sft.evaluate import choose_shown, held_out_loss, make_evaluation
-from polymodal.training.sft.task import load_parts
+from polymodal.training.sft.task import SFTTask
 
 
 @pytest.fixture
@@ -69,20 +69,24 @@ def test_the_lines_say_what_was_asked_expected_and_answered(looking: dict[str, A
 def test_the_held_out_loss_is_the_mean_over_all_tokens(looking: dict[str, Any]) -> None:
     recipe = parse_config(Recipe, looking, "recipe")
     Path(recipe.output_dir).mkdir()
-    run = make_run(recipe, load_parts(recipe), World())
-    assert run.evaluation is not None
-    line = held_out_loss(run.engine, run.evaluation.feed, recipe)
+    run = make_trainer(SFTTask(recipe, World()))
+    assert run.task.evaluation is not None
+    line = held_out_loss(run.engine, run.task.evaluation.dataset, recipe)
     total, count = 0.0, 0
     for index in range(5):
-        batch = run.evaluation.feed.batch([index])  # type: ignore[arg-type]  # any sequence of indices
+        batch = run.task.evaluation.dataset.batch([index])  # type: ignore[arg-type]  # any sequence of indices
         with torch.no_grad():
             out = run.engine.inner(**batch.inputs())
         total, count = total + float(out.loss_sum), count + out.num_targets
     assert (line["loss"], line["tokens"]) == (pytest.approx(total / count, rel=1e-5), count)
-    shown = choose_shown(run.evaluation.feed, 3, seed=0)
-    kinds = {run.evaluation.feed.prepared.records[index].kind for index in shown}
+    held_out = run.task.evaluation.dataset
+    shown = choose_shown(held_out, 3, seed=0)
+    kinds = {held_out.prepared.records[index].kind for index in shown}
     assert len(set(shown)) == 3 and kinds == {"caption", "<b>bold</b>"}
-    assert choose_shown(run.evaluation.feed, 99, seed=0) != () and len(choose_shown(run.evaluation.feed, 99, 0)) == 5
+    assert (
+        choose_shown(run.task.evaluation.dataset, 99, seed=0) != ()
+        and len(choose_shown(run.task.evaluation.dataset, 99, 0)) == 5
+    )
 
 
 def test_evaluations_without_held_out_data_are_refused(plain: dict[str, Any]) -> None:
@@ -103,10 +107,10 @@ def test_a_image_that_went_away_is_a_failed_answer(looking: dict[str, Any], tmp_
     looking["run"]["feature_cache"] = "memory"
     recipe = parse_config(Recipe, looking, "recipe")
     Path(recipe.output_dir).mkdir()
-    run = make_run(recipe, load_parts(recipe), World())
+    run = make_trainer(SFTTask(recipe, World()))
     (tmp_path / "here.png").unlink()
-    assert run.evaluation is not None
-    line = run.evaluation(run.engine, 3)
+    assert run.task.evaluation is not None
+    line = run.task.evaluation(run.engine, 3)
     assert line["loss"] > 0
     assert all("here.png" in answer["error"] and "answer" not in answer for answer in line["answers"])
 
@@ -211,7 +215,6 @@ def test_tensorboard_writes_events(looking: dict[str, Any]) -> None:
 def test_no_evaluation_at_all(plain: dict[str, Any]) -> None:
     plain["run"]["eval_generations"] = 0
     recipe = parse_config(Recipe, plain, "recipe")
-    parts = load_parts(recipe)
     Path(recipe.output_dir).mkdir()
-    run = make_run(recipe, parts, World())
-    assert make_evaluation(recipe, parts.model, run.feed, Path(recipe.output_dir)) is None
+    task = make_trainer(SFTTask(recipe, World())).task
+    assert make_evaluation(recipe, task.model, task.dataset, Path(recipe.output_dir)) is None

@@ -93,9 +93,9 @@ def test_huge_values_stay_finite() -> None:
 
 
 def test_other_weights_are_another_cache(plain: dict[str, Any]) -> None:
-    from polymodal.training.sft.task import load_parts
+    from polymodal.training.sft.task import load_inputs
 
-    parts = load_parts(parse_config(Recipe, plain, "recipe"))
+    parts = load_inputs(parse_config(Recipe, plain, "recipe"))
     encoder = parts.model.vision_encoder
     assert isinstance(encoder, torch.nn.Module)
     before = features.encoder_identity(encoder, parts.config)

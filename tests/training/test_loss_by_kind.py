@@ -16,8 +16,8 @@ from polymodal.messages import assistant, user
 from polymodal.processing.collate import Sample
 from polymodal.training import train
 from polymodal.training.recipes.sft import Recipe
-from polymodal.training.reporting.log import read_log
-from polymodal.training.reporting.loss_by_kind import Tally, kinds_of_targets, means, merge, turn_of_target
+from polymodal.training.reporting.log import LossByKind, means, merge, read_log
+from polymodal.training.sft.dataset import kinds_of_targets, turn_of_target
 
 
 def sample_of(mask: str) -> Sample:
@@ -56,12 +56,12 @@ def test_sums_do_not_depend_on_when_they_are_folded() -> None:
     rng = np.random.default_rng(0)
     batches = [torch.from_numpy(rng.random(7).astype(np.float32)) for _ in range(6)]
     kinds = [["a", "b", "a", "b", "b", "a", "c"]] * 6
-    late, often = Tally(), Tally()
+    late, often = LossByKind(), LossByKind()
     for batch, names in zip(batches, kinds, strict=True):
         late.add(batch, names, names)
         often.add(batch, names, names)
         often.fold()
-        often = Tally(often.kinds, often.sources)  # as a checkpoint keeps it
+        often = LossByKind(often.kinds, often.sources)  # as a checkpoint keeps it
     late.fold()
     assert late.kinds == often.kinds and late.sources == often.sources
     assert sum(tokens for _, tokens in late.kinds.values()) == 42

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from polymodal.training.sft.dataset import micro_batches
+from polymodal.training.sft.packing import micro_batches
 from polymodal.training.steps import Order, epoch_order
 from polymodal.utils.threads import ahead
 

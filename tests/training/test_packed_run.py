@@ -14,7 +14,7 @@ from polymodal.config import parse_config
 from polymodal.training import train
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import read_log
-from polymodal.training.sft.task import load_parts
+from polymodal.training.sft.task import SFTTask, load_inputs
 
 
 def recipe_of(plain: dict[str, Any], folder: Path, **sections: dict[str, Any]) -> Recipe:
@@ -44,7 +44,7 @@ def test_a_packed_run_equals_the_padded_one(
         plain, tmp_path / "packed",
         batch={"packing": "pack", "micro_tokens": 96}, run={"checkpointing": "on" if chunks else "off"},
     )  # fmt: skip
-    parts = load_parts(recipe)
+    parts = load_inputs(recipe)
     parts.model.logits_budget = 20_000 if chunks else None
     final = train(recipe, parts)
     lines = read_log(tmp_path / "packed" / "log.jsonl")
@@ -74,14 +74,14 @@ def test_a_packed_run_goes_on_where_it_stopped(plain: dict[str, Any], tmp_path: 
     train(recipe_of(plain, tmp_path / "whole", batch=packed))
     parts = recipe_of(plain, tmp_path / "parts", batch=packed)
     from polymodal.training.process_group import World
-    from polymodal.training.run import make_run
+    from polymodal.training.run import make_trainer
 
     Path(parts.output_dir).mkdir()
-    run = make_run(parts, load_parts(parts), World())
-    batches = run._batches()
+    run = make_trainer(SFTTask(parts, World()))
+    batches = run.batches()
     for _ in range(3):
-        run._step(batches)
+        run.step(batches)
     batches.close()
-    run._save()
+    run.save()
     train(parts)
     assert curve(tmp_path / "parts")[-3:] == curve(tmp_path / "whole")[-3:]

@@ -9,8 +9,7 @@ import torch
 from polymodal.errors import ConfigError
 from polymodal.processing.collate import IGNORE, Sample, collate_packed
 from polymodal.training.recipes.sft import BatchConfig
-from polymodal.training.sft.dataset import micro_batches
-from polymodal.training.sft.packing import make_packs, plan_micro
+from polymodal.training.sft.packing import make_packs, micro_batches, plan_micro
 from polymodal.training.steps import Order, Steps, equal_cuts
 
 
@@ -75,14 +74,14 @@ def test_fewer_samples_than_processes_is_an_error() -> None:
 def test_steps_by_tokens_are_even_cover_the_epoch_and_come_back_alike() -> None:
     lengths = lengths_like_llava(1000)
     sources = ((range(0, 600), 1.0), (range(600, 1000), 0.5))
-    steps = Steps(Order(sources, 3), lengths, BatchConfig(global_tokens=8000))
+    steps = Steps(Order(sources, 3), 32, 8000, lengths)
     count = int(steps.per_epoch)
     assert count == pytest.approx(800 * lengths.mean() / 8000, rel=0.1)
     tokens = [int(lengths[steps.indices(step)].sum()) for step in range(2 * count)]
     assert max(tokens) < 8000 + 1600 and min(tokens) > 8000 - 1600
     first = np.concatenate([steps.indices(step) for step in range(count)])
     assert len(first) == 800 and set(range(600)) <= set(first.tolist())
-    again = Steps(Order(sources, 3), lengths, BatchConfig(global_tokens=8000))
+    again = Steps(Order(sources, 3), 32, 8000, lengths)
     for step in (count + 3, 1, count - 1):
         assert again.indices(step).tolist() == steps.indices(step).tolist()
     assert steps.total(2.0) == 2 * count
@@ -90,7 +89,7 @@ def test_steps_by_tokens_are_even_cover_the_epoch_and_come_back_alike() -> None:
 
 def test_steps_by_samples_are_the_old_ones() -> None:
     order = Order(((range(50), 1.0),), 0)
-    steps = Steps(order, np.full(50, 7), BatchConfig(global_size=16))
+    steps = Steps(order, 16)
     assert steps.total(3.0) == round(3 * 50 / 16)
     assert steps.indices(5).tolist() == order.take(80, 16).tolist()
 

@@ -19,10 +19,11 @@ from polymodal.processing.processor import Processor
 from polymodal.training import train
 from polymodal.training.recipes.load import load_recipe
 from polymodal.training.recipes.sft import Recipe
-from polymodal.training.sft.dataset import Prepared, prepare, read_mix
+from polymodal.training.sft.dataset import Prepared, prepare
 from polymodal.training.sft.prepare_data import recipe_processor
-from polymodal.training.sft.task import load_parts
+from polymodal.training.sft.task import load_inputs
 from polymodal.training.steps import Order
+from polymodal.training.task import read_mix
 from polymodal.utils.threads import quiet
 
 
@@ -104,7 +105,7 @@ def test_new_image_rules_hold_for_prep_too(plain: dict[str, Any], tmp_path: Path
     image = {**plain["init"]["model"]["image"], "image_aspect_ratio": "slice"}
     plain["init"] = {"from": str(final), "image": image}
     again = load_recipe(write(plain, tmp_path))
-    whole = load_parts(again)
+    whole = load_inputs(again)
     trained = processor_of(whole.model, whole.tokenizer, whole.config)
     question = [user(Image(str(Path(recipe.data.mix[0].path).parent / "0.png")), "Colour?")]
     prepared, expected = recipe_processor(again)(question), trained(question)

@@ -9,7 +9,7 @@ import yaml
 
 from polymodal.config import parse_config
 from polymodal.errors import ConfigError
-from polymodal.training.lr_schedule import lr_factor
+from polymodal.training.optimizer import lr_factor
 from polymodal.training.recipes.load import dump_recipe, load_recipe
 from polymodal.training.recipes.sft import Recipe
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import signal
 import sys
@@ -15,7 +14,8 @@ import pytest
 import torch
 import yaml
 
-from polymodal.training import checkpoint
+from polymodal.errors import CheckpointError, ConfigError
+from polymodal.training import checkpoint, load_any_recipe, train
 from polymodal.training.reporting.log import read_log
 
 STEPS = 10
@@ -158,51 +158,21 @@ def test_a_process_that_hangs_is_given_up(write: Callable[..., Any], run_jobs: C
     assert seconds < 60
 
 
-def test_deepspeed_is_one_line_where_it_is_not_installed(
-    write: Callable[..., Any], run_jobs: Callable[..., Any]
-) -> None:
-    if importlib.util.find_spec("deepspeed"):
-        pytest.skip("it is installed")
-    ((statuses, ends, _),) = run_jobs([write("zero", 2, run__engine="deepspeed")])
-    assert statuses == [1, 1]
-    assert "pip install deepspeed" in ends[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_equals_one_process(
-    write: Callable[..., Any],
-    mixed: Path,
-    tiny: Path,
-    tmp_path: Path,
-    stage: int,
-    run_jobs: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Killed and resumed on the way; ZeRO-3 on images alone, since it refuses mixtures with one line."""
-    pytest.importorskip("deepspeed")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    images = [record for record in json.loads(mixed.read_text()) if "image" in record]
-    (tmp_path / "pictures.json").write_text(json.dumps(images))
-    setting = {"run__engine": "deepspeed", "run__deepspeed_config": str(tmp_path / "zero.json"), "train": ALL}
-    same: dict[str, Any] = {"train": ALL}
-    jobs = []
-    if stage == 3:
-        jobs.append(write("refused", 2, **setting))
-        same["data__mix"] = [{"path": str(tmp_path / "pictures.json"), "image_root": str(tiny)}]
-    clock = ["clock", 7, 0]
-    jobs += [
-        write("one", **same),
-        write("killed", moments=[clock, clock], folder="zero", **setting | same),
-        write("zero", 2, **setting | same),
-    ]
-    results = run_jobs(jobs)
-    if stage == 3:
-        statuses, ends, _ = results.pop(0)
-        assert statuses == [1, 1] and any("ZeRO-3 cannot train on batches without images" in end for end in ends)
-    assert [statuses for statuses, _, _ in results] == [[0], [-9, -9], [0, 0]], results
-    assert_equal_runs(tmp_path / "one", tmp_path / "zero")
+def test_deepspeed_was_removed_in_one_line(write: Callable[..., Any], tmp_path: Path) -> None:
+    """In a recipe, as an override, and in a checkpoint that it wrote."""
+    needle = r"run\.engine deepspeed was removed; FSDP2 does the same: set run\.engine=fsdp2"
+    for setting in ({"run__engine": "deepspeed"}, {"run__deepspeed_config": "zero.json"}):
+        with pytest.raises(ConfigError, match=needle) as error:
+            load_any_recipe(write("zero", 2, **setting)["recipe"])
+        assert "\n" not in str(error.value)
+    recipe = write("two", run__deepspeed_config=None)["recipe"]
+    with pytest.raises(ConfigError, match=needle):
+        load_any_recipe(recipe, ["run.engine=deepspeed"])
+    train(load_any_recipe(recipe, ["run.max_steps=2"]))
+    newest = checkpoint.complete_checkpoints(tmp_path / "two")[-1]
+    (newest / "zero").mkdir()
+    with pytest.raises(CheckpointError, match="was written by DeepSpeed, which was removed"):
+        train(load_any_recipe(recipe, ["run.max_steps=3"]), force=True)
 
 
 @pytest.mark.slow

@@ -13,34 +13,33 @@ import torch
 from polymodal.checkpoints.model_folder import load_model
 from polymodal.errors import CheckpointError, ConfigError, DataError, PolymodalError
 from polymodal.training import checkpoint, train
-from polymodal.training import optimizer as policy
+from polymodal.training.optimizer import set_modes
 from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import read_log
-from polymodal.training.run import make_run
-from polymodal.training.sft.task import load_parts
-from polymodal.training.trainer import Run
+from polymodal.training.run import make_trainer
+from polymodal.training.sft.task import SFTTask, load_inputs
+from polymodal.training.trainer import Trainer
 
 Make = Callable[..., Recipe]
 Until = Callable[[Recipe, int], None]
 LORA = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "learning_rate": 5e-3}
 
 
-def start(recipe: Recipe) -> Run:
+def start(recipe: Recipe) -> Trainer:
     """Everything that `train` sets up, without taking a step."""
     Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
-    return make_run(recipe, load_parts(recipe), World())
+    return make_trainer(SFTTask(recipe, World()))
 
 
-def gradients(run: Run) -> dict[str, torch.Tensor]:
+def gradients(run: Trainer) -> dict[str, torch.Tensor]:
     """The gradient of the first step, before the optimizer."""
-    tokens = int(run.feed.prepared.targets[run.steps.indices(0)].sum())
-    batches = run._batches()
-    policy.set_modes(run.engine.inner)
-    for members in run._micro(0):
-        batch, kinds, sources = next(batches)
+    tokens = int(run.task.dataset.prepared.targets[run.task.steps.indices(0)].sum())
+    batches = run.batches()
+    set_modes(run.engine.inner)
+    for members in run.task.plan(0).micro:
         assert len(members) <= run.recipe.batch.micro_size
-        run._forward_backward(batch, 1 / tokens, True, False, kinds, sources)
+        run.task.forward_backward(run.engine, next(batches), 1 / tokens, True, False, run.losses)
     parameters = [pair for group in run.engine.groups for pair in group.parameters]
     return {name: p.grad.clone() for name, p in parameters if p.grad is not None}
 
@@ -68,8 +67,8 @@ def test_the_loss_is_the_mean_over_tokens_not_over_batches(plain: dict[str, Any]
     """Against transformers' own loss over the same samples one by one."""
     run = start(recipe_of(plain, batch__micro_size=1))
     total, count = 0.0, 0
-    for index in run.steps.indices(0):
-        batch = run.feed.batch(np.array([index]))
+    for index in run.task.steps.indices(0):
+        batch = run.task.dataset.batch(np.array([index]))
         embeds = run.engine.inner.embed(
             batch.input_ids, batch.plans, batch.sample_of_image, batch.pixel_values, batch.features
         )
@@ -77,13 +76,13 @@ def test_the_loss_is_the_mean_over_tokens_not_over_batches(plain: dict[str, Any]
         with torch.no_grad():
             total += float(run.engine.inner.llm(inputs_embeds=embeds, labels=batch.labels).loss) * targets
         count += targets
-    policy.set_modes(run.engine.inner)
-    assert run._step(run._batches()) == pytest.approx(total / count, rel=1e-5)
+    set_modes(run.engine.inner)
+    assert run.step(run.batches()) == pytest.approx(total / count, rel=1e-5)
 
 
 def test_only_what_the_rules_name_changes_and_it_learns(plain: dict[str, Any], recipe_of: Make) -> None:
     recipe = recipe_of(plain, run__max_steps=60, run__epochs=100, run__save_every=0, run__log_every=4)
-    before = load_parts(recipe).model.state_dict()
+    before = load_inputs(recipe).model.state_dict()
     final = train(recipe)
     after = load_model(final).model.state_dict()
     assert before.keys() == after.keys()
@@ -103,7 +102,7 @@ def test_projector_and_lora_overfit(plain: dict[str, Any], recipe_of: Make) -> N
     assert (final / "adapter" / "adapter_model.safetensors").is_file()
     # The saved folder is the model that was trained: the same loss on the same batch.
     run = start(recipe_of(plain, output_dir=str(Path(recipe.output_dir).parent / "other")))
-    batch = run.feed.batch(np.arange(6))
+    batch = run.task.dataset.batch(np.arange(6))
     again = load_model(final).model
     with torch.no_grad():
         arguments = (batch.input_ids, batch.attention_mask, batch.labels, batch.plans, batch.sample_of_image)
@@ -119,7 +118,7 @@ def test_measured_buffers_come_back_after_a_resume(
     plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch, recipe_of: Make
 ) -> None:
     """A projector's fixed mean is measured before the first step, by the warm start, and only then."""
-    from polymodal.training.sft import warm_start as align
+    from polymodal.training.sft import task
 
     plain["init"]["model"]["projector"]["norm"] = "standardize"
     recipe = recipe_of(plain, warm_start={"steps": 3}, run__feature_cache="memory")
@@ -127,10 +126,10 @@ def test_measured_buffers_come_back_after_a_resume(
     def measure(model: Any, *_rest: Any) -> None:
         model.projector.norm.mean.fill_(0.25)
 
-    monkeypatch.setattr(align, "warm_start", measure)
+    monkeypatch.setattr(task, "warm_start", measure)
     final = train(recipe)
     (final / "polymodal.json").unlink()
-    monkeypatch.delattr(align, "warm_start")
+    monkeypatch.delattr(task, "warm_start")
     train(recipe)
     assert load_model(final).model.state_dict()["projector.norm.mean"].eq(0.25).all()
 
@@ -216,15 +215,15 @@ def test_a_signal_saves_and_exits_with_its_code(
     import signal
 
     recipe = recipe_of(plain, run__save_every=0)
-    step = Run._step
+    step = Trainer.step
 
-    def signalled(run: Run, *rest: Any) -> float:
+    def signalled(run: Trainer, *rest: Any) -> float:
         loss = step(run, *rest)
         if run.state.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return loss
 
-    monkeypatch.setattr(Run, "_step", signalled)
+    monkeypatch.setattr(Trainer, "step", signalled)
     with pytest.raises(SystemExit) as stopped:
         train(recipe)
     assert stopped.value.code == 143
@@ -233,7 +232,7 @@ def test_a_signal_saves_and_exits_with_its_code(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def spoil(run: Run, times: int) -> None:
+def spoil(run: Trainer, times: int) -> None:
     """Make the next `times` forward passes return NaN."""
     inner, left = run.engine.inner.forward, [times]
 
@@ -249,20 +248,20 @@ def spoil(run: Run, times: int) -> None:
 
 def test_a_nan_step_is_left_out_and_five_end_the_run(plain: dict[str, Any], recipe_of: Make) -> None:
     run = start(recipe_of(plain, batch__micro_size=8, run__max_steps=20))
-    policy.set_modes(run.engine.inner)
+    set_modes(run.engine.inner)
     before = [p.detach().clone() for p in run.engine.trained]
     spoil(run, times=1)
-    batches = run._batches()
-    run._step(batches)
+    batches = run.batches()
+    run.step(batches)
     assert (run.state.skipped, run.state.step) == (1, 1)
     assert all(torch.equal(a, b) for a, b in zip(before, run.engine.trained, strict=True))
-    run._step(batches)
+    run.step(batches)
     assert run.state.skipped_in_row == 0
     assert all(bool(torch.isfinite(p).all()) for p in run.engine.trained)
     spoil(run, times=100)
     with pytest.raises(PolymodalError, match="5 steps in a row"):
         for _ in range(5):
-            run._step(batches)
+            run.step(batches)
 
 
 def test_time_can_bound_a_run(plain: dict[str, Any], recipe_of: Make) -> None:

@@ -34,24 +34,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Resolve the recipe, then print or run it."""
     from polymodal.training import train
-    from polymodal.training.pipeline import run_pipeline
-    from polymodal.training.process_group import leave_world
     from polymodal.training.recipes.load import dump_recipe, load_any_recipe
     from polymodal.training.recipes.pipeline import dump_pipeline, is_pipeline, load_pipeline
 
     if is_pipeline(args.recipe):
         pipeline = load_pipeline(args.recipe, args.overrides)
-        shown = dump_pipeline(pipeline) if args.dry_run else run_pipeline(pipeline, force=args.force)
-        leave_world()
-        if os.environ.get("RANK", "0") == "0":
-            print(shown)
-        return 0
-    recipe = load_any_recipe(args.recipe, [*args.overrides, *(["run.resume=auto"] if args.resume else [])])
-    if args.dry_run:
-        print(dump_recipe(recipe), end="")
-        return 0
-    final = train(recipe, force=args.force)
+        if args.dry_run:
+            print(dump_pipeline(pipeline))
+            return 0
+        from polymodal.training.pipeline import run_pipeline
+
+        done = run_pipeline(pipeline, force=args.force)
+    else:
+        recipe = load_any_recipe(args.recipe, [*args.overrides, *(["run.resume=auto"] if args.resume else [])])
+        if args.dry_run:
+            print(dump_recipe(recipe), end="")
+            return 0
+        done = train(recipe, force=args.force)
+    from polymodal.training.process_group import leave_world
+
     leave_world()
     if os.environ.get("RANK", "0") == "0":
-        print(final)
+        print(done)
     return 0

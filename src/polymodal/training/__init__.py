@@ -1,39 +1,34 @@
 """Training stages: one YAML recipe says what is trained, on which data, for how long; `train` runs it.
 
-Read in this order: `recipe` (the file), `train_recipe` (what happens when), `policy` (what trains), `samples` (records
-to tokens, and their order), `features` (the frozen encoder's output, computed once), `packing` (what makes a step),
-`loop` (the steps), `engine` (one device or many), `checkpoint` and `resume` (crash-safe state), `evaluate`, `report`.
+Read in this order: `recipes` (the files), `run` (what happens when), `task` (what a kind of training gives the
+trainer: `sft`, `contrastive`), `trainer` (the steps), `optimizer` (what trains), `distributed` (one device or many),
+`checkpoint` (crash-safe state), `feature_cache` (a frozen encoder's output, computed once), `reporting`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from polymodal.training.recipes.load import AnyRecipe, load_any_recipe, load_recipe
+from polymodal.training.recipes.load import load_any_recipe, load_recipe
+from polymodal.training.recipes.sections import RecipeBase
 from polymodal.training.recipes.sft import Recipe
-
-if TYPE_CHECKING:
-    from polymodal.training.sft.task import Parts
 
 __all__ = ["Recipe", "load_any_recipe", "load_recipe", "train"]
 
 
-def train(recipe: AnyRecipe, parts: Parts | None = None, force: bool = False) -> Path:
-    """Run one training stage; see `train_recipe.train`, and `pairs.train` for a recipe with an `objective`.
+def train(recipe: RecipeBase, inputs: Any = None, force: bool = False) -> Path:
+    """Run one training stage, or go on with it from its newest checkpoint.
 
     Args:
-        recipe: The stage.
-        parts: A language model already in memory, in place of what `recipe.init` names.
+        recipe: The stage, of any task.
+        inputs: A model already in memory, in place of what `recipe.init` names; see the task, such as
+            `sft.dataset.StageInputs`.
         force: Go on from a checkpoint although recipe or data changed.
 
     Returns:
         The folder of the trained model.
     """
-    if not isinstance(recipe, Recipe):
-        from polymodal.training.contrastive.run import train_pairs
+    from polymodal.training.run import train as run  # torch is imported only here
 
-        return train_pairs(recipe, force)
-    from polymodal.training.run import train as run
-
-    return run(recipe, parts, force)
+    return run(recipe, inputs, force)

@@ -12,17 +12,15 @@ import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from polymodal.modeling.language_model import layer_counts
+from polymodal.training.recipes.sft import Recipe
 from polymodal.utils.modules import blocks
-
-if TYPE_CHECKING:
-    from polymodal.training.recipes.sft import Recipe
 
 MEMORY_SHARE = 0.6
 """Of the free memory, what activations may fill before "auto" checkpoints."""

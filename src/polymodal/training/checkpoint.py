@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from polymodal.config import parse_config
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.training.optimizer import Group
 from polymodal.training.process_group import World
-from polymodal.training.recipes.load import AnyRecipe
+from polymodal.training.recipes.sections import RecipeBase
 from polymodal.utils.files import atomic_folder
 from polymodal.utils.progress import log
 
@@ -33,6 +34,22 @@ COMPLETE = "COMPLETE"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
+
+
+@dataclass
+class State:
+    """Where a run is; plain numbers, stored in each checkpoint."""
+
+    step: int = 0  # Optimizer steps done
+    samples: int = 0  # Samples seen
+    trained_tokens: int = 0  # Tokens with a label seen
+    real_tokens: int = 0  # Tokens seen, padding not counted
+    elapsed_s: float = 0.0  # Time in the loop, by the first process's clock
+    skipped: int = 0  # Steps left out because of a gradient that was not finite
+    skipped_in_row: int = 0  # The same, since the last good step
+    pending_loss: float = 0.0  # Sum of losses since the last log line
+    pending_tokens: int = 0  # Trained tokens since the last log line
+    finished: bool = False  # The run is over
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -78,23 +95,13 @@ def save_checkpoint(
                     _rank_folder(target, rank).rmdir()
             else:
                 _write(work, tensors, target, World())
-            seal(work, state)
-        prune(output_dir, keep)
+            (work / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            # Last comes the marker, with the size of every file.
+            sizes = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
+            (work / COMPLETE).write_text(json.dumps(sizes) + "\n", encoding="utf-8")
+        for old in complete_checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
     return target
-
-
-def seal(folder: Path, state: dict[str, Any]) -> None:
-    """Write the plain data and, last, the marker with the size of every file."""
-    (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    (folder / COMPLETE).write_text(json.dumps(sizes) + "\n", encoding="utf-8")
-
-
-def prune(output_dir: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints."""
-    for old in complete_checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
@@ -127,6 +134,11 @@ def restore(folder: Path, model: torch.nn.Module, groups: Sequence[Group], optim
     """Load parameters and optimizer state, in place; every process calls it, sharded or not."""
     from safetensors import SafetensorError
 
+    if (folder / "zero").is_dir():
+        raise CheckpointError(
+            f"{folder} was written by DeepSpeed, which was removed; export it with the version that wrote it, or start "
+            "anew with run.resume=never and run.engine=fsdp2"
+        )
     own = trained_tensors(model, groups)
     try:
         stored, moments = _places(folder, MODEL), _places(folder, OPTIMIZER)
@@ -285,40 +297,35 @@ def _whole(folder: Path) -> bool:
         return False
 
 
-# ---- Going on from a checkpoint: which one, and whether the recipe is still the one it was made under ----
-# What decides a run's result is compared key by key, and every difference is shown, old -> new; with a difference a run
-# goes on only by force. What only changes speed, memory or what is reported may differ freely.
-
-
 FREE = frozenset(
     {"output_dir", "data.eval", "data.index", "data.tile_cache", "batch.micro_size", "batch.micro_tokens"}
     | {f"run.{key}" for key in ("log_every", "save_every", "keep", "resume", "threads", "workers", "feature_cache")}
-    | {f"run.{key}" for key in ("eval_every", "eval_generations", "trackers", "engine", "deepspeed_config")}
+    | {f"run.{key}" for key in ("eval_every", "eval_generations", "trackers", "engine")}
     | {f"run.{key}" for key in ("timeout_minutes", "checkpointing", "compile")}
 )
-"""Keys that may change between a run and its resumption: they change rounding at most."""
+"""Keys that may change between a run and its resumption: they change speed, memory, reports, and rounding at most."""
 
 SHOWN = 6
 """Differences that an error lists."""
 
 
-def identity(recipe: AnyRecipe) -> dict[str, Any]:
+def identity(recipe: RecipeBase) -> dict[str, Any]:
     """What of a recipe decides the result, as plain nested data."""
     plain: dict[str, Any] = json.loads(recipe.model_dump_json(by_alias=True))
     for key in FREE:
         section, _, inner = key.partition(".")
         if inner:
-            plain[section].pop(inner, None)
+            plain.get(section, {}).pop(inner, None)
         else:
             plain.pop(section, None)
     return plain
 
 
-def differences(before: dict[str, Any], recipe: AnyRecipe) -> list[str]:
+def differences(before: dict[str, Any], recipe: RecipeBase) -> list[str]:
     """Compare a stored identity with a recipe."""
     with suppress(ConfigError):  # made by a version with other keys: the difference shows which
         before = identity(parse_config(type(recipe), {**before, "output_dir": recipe.output_dir}, "checkpoint"))
-    old, new = _flat(before), _flat(identity(recipe))
+    old, new = flatten(before, whole_lists=True), flatten(identity(recipe), whole_lists=True)
     return [
         f"{key} {_short(old.get(key))} -> {_short(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
@@ -326,7 +333,7 @@ def differences(before: dict[str, Any], recipe: AnyRecipe) -> list[str]:
     ]
 
 
-def find_checkpoint(recipe: AnyRecipe, world: World, force: bool = False) -> Path | None:
+def find_checkpoint(recipe: RecipeBase, world: World, force: bool = False) -> Path | None:
     """Find the checkpoint to go on from; clears the folder for a new start."""
     output_dir = Path(recipe.output_dir)
     if world.is_main:
@@ -350,17 +357,17 @@ def find_checkpoint(recipe: AnyRecipe, world: World, force: bool = False) -> Pat
     return found[-1]
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested data as dotted keys."""
+def flatten(value: Any, prefix: str = "", whole_lists: bool = False) -> dict[str, Any]:
+    """Nested plain data as dotted keys, for comparing settings key by key; lists of plain values may stay whole."""
     if isinstance(value, dict) and value:
         pairs = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+    elif isinstance(value, list) and (any(isinstance(i, dict | list) for i in value) if whole_lists else value):
         pairs = [(str(number), item) for number, item in enumerate(value)]
     else:
         return {prefix: value}
     found: dict[str, Any] = {}
     for key, item in pairs:
-        found |= _flat(item, f"{prefix}.{key}" if prefix else key)
+        found |= flatten(item, f"{prefix}.{key}" if prefix else key, whole_lists)
     return found
 
 

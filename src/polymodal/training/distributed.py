@@ -1,11 +1,11 @@
-"""What a step runs on: one device, or many processes with DDP, FSDP2 or DeepSpeed ZeRO.
+"""What a step runs on: one device, or many processes with DDP, FSDP2 or summed gradients.
 
 `torchrun -m polymodal train RECIPE` starts the processes; the engine joins them, wraps the model and offers the few
-operations that the loop needs, so that the loop reads the same on a laptop and on a cluster. DDP and FSDP2 are torch's
+operations that the trainer needs, so that it reads the same on a laptop and on a cluster. DDP and FSDP2 are torch's
 own. FSDP2 shards every transformer block by itself and everything else (embeddings, head, projector) together; a
 vision tower that is frozen is not sharded, since a process without images would not take part in gathering it.
-Unlike `accelerate`'s wrappers, nothing here touches the data or the schedule; DeepSpeed goes through `accelerate` (see
-`training.deepspeed`).
+Contrastive tasks have gathers inside their loss and embed every micro-batch twice, which DDP's hooks do not expect:
+their gradients are summed once a step. Unlike `accelerate`'s wrappers, nothing here touches data or schedule.
 """
 
 from __future__ import annotations
@@ -15,22 +15,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from polymodal.errors import ConfigError
 from polymodal.training.checkpoint import is_sharded, restore, save_checkpoint
 from polymodal.training.optimizer import Group, make_optimizer
 from polymodal.training.process_group import World
-from polymodal.utils.modules import blocks
+from polymodal.training.recipes.sections import RecipeBase
+from polymodal.utils.modules import blocks, frozen
 
-if TYPE_CHECKING:
-    from polymodal.modeling.vlm import MultimodalLM, Output
-    from polymodal.processing.collate import Batch
-    from polymodal.training.recipes.sft import Recipe
+BUCKET_BYTES = 32 << 20
+"""Gradients that go over the wire together."""
 
 
 def wants_bf16(precision: str) -> bool:
@@ -50,10 +48,13 @@ def has_fast_bf16() -> bool:
 class Engine:
     """One way to run a step."""
 
-    def __init__(self, world: World, recipe: Recipe, model: MultimodalLM, groups: Sequence[Group]) -> None:
-        self.world, self.inner = world, model
+    def __init__(
+        self, world: World, recipe: RecipeBase, model: nn.Module, groups: Sequence[Group], sums_gradients: bool = False
+    ) -> None:
+        self.world = world
+        self.inner: Any = model
         self.bf16 = wants_bf16(recipe.run.precision)
-        self.kind = engine_kind(recipe.run.engine, world)
+        self.kind = engine_kind(recipe.run.engine, world, sums_gradients)
         self.clip = recipe.optim.clip
         self.groups = list(groups)
         self.model: nn.Module = model
@@ -63,38 +64,33 @@ class Engine:
             self.groups = same_groups(model, groups)
         else:
             model.to(world.device)
-            if self.kind == "ddp":
-                self.model = nn.parallel.DistributedDataParallel(
-                    model,
-                    device_ids=[world.device.index] if world.device.type == "cuda" else None,
-                    broadcast_buffers=False,  # none of ours changes while training
-                    find_unused_parameters=bool(unreached(model)),
-                )
+        if self.kind == "all-reduce":
+            share_start(model, groups, world)
+        elif self.kind == "ddp":
+            self.model = nn.parallel.DistributedDataParallel(
+                model,
+                device_ids=[world.device.index] if world.device.type == "cuda" else None,
+                broadcast_buffers=False,  # none of ours changes while training
+                find_unused_parameters=bool(unreached(model)),
+            )
         self.optimizer = make_optimizer(self.groups, recipe.optim, world.device)
         self.trained = [parameter for group in self.groups for _, parameter in group.parameters]
 
-    def forward(self, batch: Batch, touch_media: bool, grads_reduced: bool) -> Output:
-        """Run a micro-batch."""
+    def forward(self, last: bool, **inputs: Any) -> Any:
+        """Run a micro-batch; gradients are averaged over processes in the backward pass of a step's last one."""
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            self.model.require_backward_grad_sync = grads_reduced
+            self.model.require_backward_grad_sync = last
         with self.autocast():
-            return self.model(**batch.inputs(), touch_media=touch_media)
-
-    def score(self, batch: Batch) -> Output:
-        """Run a micro-batch without a gradient, in eval mode; every process must take part."""
-        with torch.no_grad(), self.autocast():
-            return self.inner(**batch.inputs(), touch_media=self.world.size > 1)
+            return self.model(**inputs)
 
     def autocast(self) -> Any:
         """The context that a forward pass runs in."""
         return torch.autocast(self.world.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add a micro-batch's gradient; gradients are averaged over processes."""
-        loss.backward()
-
     def step(self) -> float:
         """Clip, and step unless the gradient is not finite; returns the gradient's norm before clipping."""
+        if self.kind == "all-reduce":
+            sum_gradients(self.trained)
         norm = nn.utils.clip_grad_norm_(self.trained, self.clip or math.inf)
         value = float(_full(norm))
         if math.isfinite(value):
@@ -108,12 +104,10 @@ class Engine:
 
     def restore(self, folder: Path) -> None:
         """Load a checkpoint's weights and optimizer state."""
-        if (folder / "zero").is_dir():
-            raise ConfigError(f"{folder} was written by DeepSpeed: go on with run.engine=deepspeed")
         restore(folder, self.inner, self.groups, self.optimizer)
 
     @contextmanager
-    def whole_for_generation(self) -> Iterator[MultimodalLM]:
+    def whole_for_generation(self) -> Iterator[Any]:
         """The model for generating, outside of a training step; under FSDP2 every process must do the same."""
         root: Any = self.model
         if self.kind == "fsdp2":
@@ -147,23 +141,47 @@ class Engine:
         before.clear()
 
 
-def engine_kind(wanted: str, world: World) -> str:
+def engine_kind(wanted: str, world: World, sums_gradients: bool = False) -> str:
     """Resolve `run.engine`: "auto" is DDP where there are several processes; one process needs neither."""
     if world.size == 1:
         return "single"
+    if sums_gradients:
+        return "all-reduce"
     return "ddp" if wanted == "auto" else wanted
 
 
-def unreached(model: MultimodalLM) -> list[str]:
+@torch.no_grad()
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum gradients over all processes, in place; a parameter without one in every process keeps none."""
+    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=parameters[0].device)
+    dist.all_reduce(has, op=dist.ReduceOp.MAX)
+    bucket: list[torch.Tensor] = []
+    for parameter in (parameter for parameter, flag in zip(parameters, has.tolist(), strict=True) if flag):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter.grad)
+        if sum(grad.numel() * grad.element_size() for grad in bucket) >= BUCKET_BYTES:
+            _sum_together(bucket)
+            bucket = []
+    if bucket:
+        _sum_together(bucket)
+
+
+def _sum_together(gradients: Sequence[torch.Tensor]) -> None:
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
+def unreached(model: nn.Module) -> list[str]:
     """Trained parameters that no forward pass reaches: layers of the tower behind the selected one."""
     # DDP waits for every trained parameter's gradient unless it is told that some have none; that search costs a walk
     # over the graph in each step, so it is made only where it is needed.
-    encoder: Any = model.vision_encoder
-    if encoder is None or not any(p.requires_grad for p in encoder.parameters()):
-        return []
     from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
 
-    if not isinstance(encoder, HFVisionEncoder):
+    encoder = getattr(model, "vision_encoder", None)
+    if not isinstance(encoder, HFVisionEncoder) or frozen(encoder):
         return []
     tower: Any = encoder.model
     layers = list(getattr(tower.encoder, FAMILIES[encoder.family].layers))
@@ -180,7 +198,7 @@ def share_start(model: nn.Module, groups: Sequence[Group], world: World) -> None
         dist.broadcast(tensor, 0)
 
 
-def shard(model: MultimodalLM, world: World, bf16: bool) -> None:
+def shard(model: nn.Module, world: World, bf16: bool) -> None:
     """Shard a model over all processes with FSDP2."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -189,14 +207,14 @@ def shard(model: MultimodalLM, world: World, bf16: bool) -> None:
     # bf16 on the wire only: what is trained stays float32.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     kwargs: dict[str, Any] = {"mesh": mesh, **({"mp_policy": policy} if bf16 else {})}
-    encoder: Any = model.vision_encoder
-    frozen = set()
-    if encoder is not None and not any(p.requires_grad for p in encoder.parameters()):
+    encoder = getattr(model, "vision_encoder", None)
+    whole: set[nn.Parameter] = set()
+    if encoder is not None and frozen(encoder):
         encoder.to(world.device)
-        frozen = set(encoder.parameters())
-    for block in blocks(model.llm) + ([] if encoder is None or frozen else blocks(encoder)):
+        whole = set(encoder.parameters())
+    for block in blocks(model.get_submodule("llm")) + ([] if encoder is None or whole else blocks(encoder)):
         fully_shard(block, **kwargs)
-    fully_shard(model, ignored_params=frozen, **kwargs)
+    fully_shard(model, ignored_params=whole, **kwargs)
     model.to(world.device)
 
 

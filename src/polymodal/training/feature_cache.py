@@ -13,26 +13,21 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 
+from polymodal.config import ModelConfig
 from polymodal.errors import ConfigError, DataError
+from polymodal.messages import Source
+from polymodal.modeling.vlm import MultimodalLM
 from polymodal.utils.files import write_text
 from polymodal.utils.progress import progress
 from polymodal.utils.threads import ahead
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from polymodal.config import ModelConfig
-    from polymodal.messages import Source
-    from polymodal.modeling.encoders.vision import VisionEncoder
-    from polymodal.modeling.vlm import MultimodalLM
 
 MEMORY = "memory"
 OFF = "off"
@@ -52,6 +47,11 @@ class FeatureStore:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self._read_index()
+
+    @classmethod
+    def under(cls, where: str, identity: Callable[[], str], row: tuple[int, ...], dtype: str) -> FeatureStore:
+        """The store of what an encoder gives, in memory or in a folder that is named after the encoder."""
+        return cls(None if where == MEMORY else Path(where) / f"{identity()[:16]}-{dtype}", row, dtype)
 
     @property
     def row_bytes(self) -> int:
@@ -135,7 +135,7 @@ class FeatureStore:
         return keys
 
     def begin(self, keys: list[str]) -> list[str]:
-        """Note which images a pass encodes."""
+        """Write down which images a pass encodes."""
         # What an encoder gives differs in the last bits with the images that go through it together. A pass that
         # was killed goes on with the same groups, so that its run ends as if nothing had happened.
         before = self.unfinished()
@@ -147,7 +147,7 @@ class FeatureStore:
         return keys
 
     def end(self) -> None:
-        """Note that the pass is over."""
+        """Write down that the pass is over."""
         if self.folder is not None:
             (self.folder / "pass.json").unlink(missing_ok=True)
 
@@ -185,20 +185,16 @@ def weights_identity(module: torch.nn.Module, rules: str) -> str:
 
 def open_store(model: MultimodalLM, config: ModelConfig, where: str, dtype: str) -> FeatureStore:
     """Open the store of a model's encoder."""
-    encoder = model.vision_encoder
-    if not isinstance(encoder, torch.nn.Module) or config.image is None:
+    encoder: Any = model.vision_encoder
+    if encoder is None or config.image is None:
         raise ConfigError("run.feature_cache: this model has no vision encoder; set it to off")
     trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
     if trained:
         raise ConfigError(
             f"run.feature_cache: the vision encoder is trained (vision_encoder.{trained[0]}); set it to off"
         )
-    shape: VisionEncoder = model.vision_encoder  # type: ignore[assignment]  # not None: checked above
-    row = (shape.grid.area, shape.embed_dim)
-    folder = None
-    if where != MEMORY:
-        folder = Path(where) / f"{encoder_identity(encoder, config)[:16]}-{dtype}"
-    return FeatureStore(folder, row, dtype)
+    row = (encoder.grid.area, encoder.embed_dim)
+    return FeatureStore.under(where, lambda: encoder_identity(encoder, config), row, dtype)
 
 
 def fill_missing(

@@ -1,4 +1,4 @@
-"""What trains: ordered rules over full parameter names, adapters, optimizer groups.
+"""What trains, and how fast: ordered rules over full parameter names, adapters, optimizer groups, learning rates.
 
 Full dotted paths are matched, never leaf names: LLaVA collects leaf names such as `q_proj`, which peft then finds in
 the vision tower as well. Frozen modules stay in eval mode, so that dropout and batch statistics of what is not
@@ -7,6 +7,7 @@ trained do not change (LAVIS's `disabled_train`). Trained parameters are float32
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -133,31 +134,27 @@ def policy_table(model: nn.Module, groups: Sequence[Group]) -> str:
     """Lay out who is trained, for the log."""
     rates = {id(p): group.learning_rate for group in groups for _, p in group.parameters}
     rows = [("module", "parameters", "trained", "learning rate", "dtype")]
-    totals: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    modules: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        totals.setdefault("llm (adapter)" if is_adapter(name) else name.split(".")[0], []).append((name, parameter))
-    for module, members in totals.items():
-        trained = [p for _, p in members if p.requires_grad]
-        lrs = sorted({rates[id(p)] for p in trained})
-        dtypes = sorted({str(p.dtype).removeprefix("torch.") for _, p in members})
-        rows.append(
-            (
-                module,
-                f"{sum(p.numel() for _, p in members):,}",
-                f"{sum(p.numel() for p in trained):,}",
-                ", ".join(f"{lr:g}" for lr in lrs) or "-",
-                ", ".join(dtypes),
-            )
-        )
-    everything = list(model.parameters())
-    count, share = sum(p.numel() for p in everything), sum(p.numel() for p in everything if p.requires_grad)
-    rows.append(("total", f"{count:,}", f"{share:,}", f"{100 * share / count:.2f} %", ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        modules.setdefault("llm (adapter)" if is_adapter(name) else name.split(".")[0], []).append(parameter)
+    for module, members in modules.items():
+        count, trained = _counts(members)
+        lrs = sorted({rates[id(p)] for p in members if p.requires_grad})
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in members})
+        rows.append((module, f"{count:,}", f"{trained:,}", ", ".join(f"{r:g}" for r in lrs) or "-", ", ".join(dtypes)))
+    count, trained = _counts(list(model.parameters()))
+    rows.append(("total", f"{count:,}", f"{trained:,}", f"{100 * trained / count:.2f} %", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [cell.ljust(w) if i in (0, 4) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def _counts(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
+    """How many values there are, and how many of them are trained."""
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def make_optimizer(groups: Sequence[Group], optim: OptimConfig, device: torch.device) -> torch.optim.AdamW:
@@ -175,3 +172,17 @@ def make_optimizer(groups: Sequence[Group], optim: OptimConfig, device: torch.de
         eps=optim.eps,
         fused=device.type == "cuda",
     )
+
+
+def lr_factor(position: float, total: int, optim: OptimConfig) -> float:
+    """Factor on the peak learning rate: linear warm-up, then cosine, linear or constant."""
+    # Unlike `transformers.get_cosine_schedule_with_warmup`, the first step already has a rate above zero (the field's
+    # version wastes it), and the position may be a fraction, for runs bounded by time.
+    warm = math.ceil(optim.warmup * total)
+    if position < warm:
+        return min(1.0, (position + 1) / warm)
+    if optim.schedule == "constant":
+        return 1.0
+    done = min(1.0, (position - warm) / max(1, total - warm))
+    shape = 1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * shape

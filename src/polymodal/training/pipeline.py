@@ -22,148 +22,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from polymodal.backends import load
+from polymodal.checkpoints.model_folder import export_whole
 from polymodal.errors import ConfigError, PolymodalError, unknown_name
-from polymodal.training.recipes.pipeline import (
-    BuildStage,
-    ExportStage,
-    FeaturesStage,
-    GenerateStage,
-    MakeStage,
-    Pipeline,
-    Stage,
-    TrainStage,
-    map_text,
-)
+from polymodal.generation.params import GenerationParams
+from polymodal.messages import Image, user
+from polymodal.modeling.language_model import quieten_transformers
+from polymodal.training.checkpoint import flatten, identity
+from polymodal.training.feature_cache import MEMORY, OFF
+from polymodal.training.process_group import World, join_world
+from polymodal.training.recipes import pipeline as stages
+from polymodal.training.recipes.pipeline import Pipeline, Stage, TrainStage
 from polymodal.training.recipes.sft import Recipe
+from polymodal.training.run import train
+from polymodal.training.sft.task import SFTTask
 from polymodal.utils.files import atomic_folder, write_text
-from polymodal.utils.progress import log
-
-# ---- What each kind of pipeline stage does; `training.pipeline` decides which, and when ----
-
+from polymodal.utils.progress import duration, log
 
 T = TypeVar("T")
 
-
-def do_stage(pipeline: Pipeline, name: str, stage: Stage) -> None:
-    """Do one stage; with several processes, all but training is done by the first, and the others wait."""
-    folder = pipeline.folder(name)
-    if isinstance(stage, TrainStage):
-        from polymodal.training import train
-
-        train(stage.recipe)
-    elif isinstance(stage, MakeStage):
-        on_main_process(lambda: _make(Path(stage.make), folder, stage.arguments))
-    elif isinstance(stage, BuildStage):
-        on_main_process(lambda: _build(stage, folder))
-    elif isinstance(stage, FeaturesStage):
-        target = pipeline.stages.get(stage.features)
-        if not isinstance(target, TrainStage):
-            known = [other for other, kind in pipeline.stages.items() if isinstance(kind, TrainStage)]
-            raise unknown_name("training stage", stage.features, known)
-        recipe = target.recipe
-        if not isinstance(recipe, Recipe):
-            raise ConfigError(f"stage {name}: {stage.features} learns from pairs and fills its own caches")
-        on_main_process(lambda: _features(recipe, folder))
-    elif isinstance(stage, ExportStage):
-        source = pipeline.stages[stage.export]
-        if isinstance(source, TrainStage) and not isinstance(source.recipe, Recipe):
-            raise ConfigError(f"stage {name}: the model of {stage.export} is a whole folder already; leave it out")
-        from polymodal.checkpoints.model_folder import export_whole
-
-        on_main_process(lambda: export_whole(pipeline.model_folder(stage.export), folder))
-    else:
-        on_main_process(lambda: _generate(stage, pipeline.model_folder(stage.generate), folder))
-
-
-def on_main_process(work: Callable[[], T]) -> T:
-    """Run something in the first process only; the others wait for it, fail with it, and get what it returns."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return work()
-    from polymodal.training.process_group import join_world
-
-    world = join_world(timeout_minutes=10)
-    result: list[T] = []
-    with world.together():
-        if world.is_main:
-            result.append(work())
-    return world.gather(result)[0][0]
-
-
-def _make(script: Path, folder: Path, arguments: dict[str, Any]) -> None:
-    """Let a script fill a folder that appears whole or not at all."""
-    main = runpy.run_path(str(script)).get("main")
-    if not callable(main):
-        raise ConfigError(f"{script}: has no function main(folder)")
-    try:
-        inspect.signature(main).bind(folder, **arguments)
-    except TypeError as error:
-        raise ConfigError(f"{script}: main cannot be given `arguments` {arguments}: {error}") from None
-    with atomic_folder(folder, replace=True) as work:
-        main(work, **arguments)
-
-
-def _build(stage: BuildStage, folder: Path) -> None:
-    """Run the generator of `recipes/default/dataset`, which is no part of the package, in a process of its own."""
-    if not Path("recipes/default/dataset").is_dir():
-        raise ConfigError(
-            f"build: {stage.build}: the generator lies in recipes/default/dataset of a checkout of polymodal; run the "
-            "pipeline from the checkout's root"
-        )
-    options = ["--output", str(folder), "--size", stage.size, "--seed", str(stage.seed), "--force"]
-    if subprocess.run([sys.executable, "-m", "recipes.default.dataset", stage.build, *options], check=False).returncode:
-        raise PolymodalError(f"build: {stage.build}: the dataset was not built, see above")
-
-
-def _features(recipe: Recipe, folder: Path) -> None:
-    """Fill a training stage's feature cache."""
-    from polymodal.training import feature_cache as features
-    from polymodal.training import optimizer as policy
-    from polymodal.training.sft.task import load_parts, make_feed
-
-    if recipe.run.feature_cache in (features.OFF, features.MEMORY):
-        raise ConfigError(f"{recipe.name} keeps no features on disk: set its run.feature_cache to a folder")
-    parts = load_parts(recipe)
-    policy.apply_policy(parts.model, recipe.train, recipe.lora, recipe.optim, parts.tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
-    feed = make_feed(recipe, parts, folder)
-    assert feed.store is not None
-    summary = {"feature_cache": recipe.run.feature_cache, "images": len(feed.store.where)}
-    write_text(folder / "features.json", json.dumps(summary, indent=2) + "\n")
-
-
-def _generate(stage: GenerateStage, model_folder: Path, folder: Path) -> None:
-    """Ask one question and keep the answer."""
-    from polymodal.backends import load
-    from polymodal.generation.params import GenerationParams
-    from polymodal.messages import Image, user
-
-    model = load(model_folder)
-    message = user(*(Image(image) for image in stage.image), stage.prompt)
-    reply = model.generate([message], GenerationParams(max_new_tokens=stage.max_new_tokens))
-    if not reply.usage.completion_tokens:
-        raise PolymodalError(f"{model_folder}: the model gave no token")
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "prompt": stage.prompt,
-        "image": list(stage.image),
-        "answer": reply.text,
-        "finish_reason": reply.finish_reason,
-        "usage": asdict(reply.usage),
-    }
-    write_text(folder / "answer.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    log(f"{stage.prompt} -> {reply.text!r}")
-
-
 LEDGER = "pipeline.json"
 """Which stages are finished, and with which settings."""
+
 FINISHED = "finished"
 
 
 def run_pipeline(pipeline: Pipeline, *, force: bool = False) -> Path:
     """Run the stages that are not finished yet."""
-    from polymodal.modeling.language_model import quieten_transformers
-    from polymodal.utils.progress import duration, log
-
     quieten_transformers()
     ledger = _Ledger(pipeline)
     chain = ""
@@ -224,7 +109,7 @@ class _Ledger:
         self._write()
 
     def add(self, name: str, settings: dict[str, Any], chain: str, seconds: float) -> None:
-        """Note a finished stage."""
+        """Enter a finished stage."""
         self.entries[name] = {"chain": chain, "settings": settings, "seconds": round(seconds, 2)}
         self._write()
 
@@ -233,31 +118,111 @@ class _Ledger:
         write_text(self.path, json.dumps(self.entries, indent=2, ensure_ascii=False) + "\n")
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested plain data as dotted keys, for comparing settings key by key."""
-    if isinstance(value, dict) and value:
-        pairs = value.items()
-    elif isinstance(value, list) and value:
-        pairs = enumerate(value)  # type: ignore[assignment]
-    else:
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, item in pairs:
-        found |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
-    return found
-
-
 def _settings(pipeline: Pipeline, stage: Stage) -> dict[str, Any]:
     """What of a stage decides its result, as plain data; the place of the pipeline's folder does not."""
-    from polymodal.training.checkpoint import identity
-
     if isinstance(stage, TrainStage):
         plain: dict[str, Any] = {"recipe": identity(stage.recipe)}
     else:
         plain = stage.model_dump(mode="json")
-    if isinstance(stage, MakeStage):
+    if isinstance(stage, stages.MakeStage):
         plain["sha256"] = hashlib.sha256(Path(stage.make).read_bytes()).hexdigest()
         if not stage.arguments:  # pipelines of before there were any go on
             del plain["arguments"]
     whole = json.loads(json.dumps(plain))
-    return dict(map_text(whole, lambda text: text.replace(str(pipeline.output_dir), "${output_dir}")))
+    return dict(stages.map_text(whole, lambda text: text.replace(str(pipeline.output_dir), "${output_dir}")))
+
+
+def do_stage(pipeline: Pipeline, name: str, stage: Stage) -> None:
+    """Do one stage; with several processes, all but training is done by the first, and the others wait."""
+    folder = pipeline.folder(name)
+    if isinstance(stage, TrainStage):
+        train(stage.recipe)
+    elif isinstance(stage, stages.MakeStage):
+        on_main_process(lambda: _make(Path(stage.make), folder, stage.arguments))
+    elif isinstance(stage, stages.BuildStage):
+        on_main_process(lambda: _build(stage, folder))
+    elif isinstance(stage, stages.FeaturesStage):
+        target = pipeline.stages.get(stage.features)
+        if not isinstance(target, TrainStage):
+            names = [other for other, kind in pipeline.stages.items() if isinstance(kind, TrainStage)]
+            raise unknown_name("training stage", stage.features, names)
+        recipe = target.recipe
+        if not isinstance(recipe, Recipe):
+            raise ConfigError(f"stage {name}: {stage.features} learns from pairs and fills its own caches")
+        on_main_process(lambda: _features(recipe, folder))
+    elif isinstance(stage, stages.ExportStage):
+        source = pipeline.stages[stage.export]
+        if isinstance(source, TrainStage) and not isinstance(source.recipe, Recipe):
+            raise ConfigError(f"stage {name}: the model of {stage.export} is a whole folder already; leave it out")
+        on_main_process(lambda: export_whole(pipeline.model_folder(stage.export), folder))
+    else:
+        on_main_process(lambda: _generate(stage, pipeline.model_folder(stage.generate), folder))
+
+
+def on_main_process(work: Callable[[], T]) -> T:
+    """Run something in the first process only; the others wait for it, fail with it, and get what it returns."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return work()
+    world = join_world(timeout_minutes=10)
+    result: list[T] = []
+    with world.together():
+        if world.is_main:
+            result.append(work())
+    return world.gather(result)[0][0]
+
+
+def _make(script: Path, folder: Path, arguments: dict[str, Any]) -> None:
+    """Let a script fill a folder that appears whole or not at all."""
+    main = runpy.run_path(str(script)).get("main")
+    if not callable(main):
+        raise ConfigError(f"{script}: has no function main(folder)")
+    try:
+        inspect.signature(main).bind(folder, **arguments)
+    except TypeError as error:
+        raise ConfigError(f"{script}: main cannot be given `arguments` {arguments}: {error}") from None
+    with atomic_folder(folder, replace=True) as work:
+        main(work, **arguments)
+
+
+def _build(stage: stages.BuildStage, folder: Path) -> None:
+    """Run the generator of `recipes/default/dataset`, which is no part of the package, in a process of its own."""
+    if not Path("recipes/default/dataset").is_dir():
+        raise ConfigError(
+            f"build: {stage.build}: the generator lies in recipes/default/dataset of a checkout of polymodal; run the "
+            "pipeline from the checkout's root"
+        )
+    options = ["--output", str(folder), "--size", stage.size, "--seed", str(stage.seed), "--force"]
+    if subprocess.run([sys.executable, "-m", "recipes.default.dataset", stage.build, *options], check=False).returncode:
+        raise PolymodalError(f"build: {stage.build}: the dataset was not built, see above")
+
+
+def _features(recipe: Recipe, folder: Path) -> None:
+    """Fill a training stage's feature cache."""
+    if recipe.run.feature_cache in (OFF, MEMORY):
+        raise ConfigError(f"{recipe.name} keeps no features on disk: set its run.feature_cache to a folder")
+    task = SFTTask(recipe, World())
+    task.choose_parameters()
+    folder.mkdir(parents=True, exist_ok=True)
+    store = task.make_dataset(folder).store
+    assert store is not None
+    summary = {"feature_cache": recipe.run.feature_cache, "images": len(store.where)}
+    write_text(folder / "features.json", json.dumps(summary, indent=2) + "\n")
+
+
+def _generate(stage: stages.GenerateStage, model_folder: Path, folder: Path) -> None:
+    """Ask one question and keep the answer."""
+    model = load(model_folder)
+    message = user(*(Image(image) for image in stage.image), stage.prompt)
+    reply = model.generate([message], GenerationParams(max_new_tokens=stage.max_new_tokens))
+    if not reply.usage.completion_tokens:
+        raise PolymodalError(f"{model_folder}: the model gave no token")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "prompt": stage.prompt,
+        "image": list(stage.image),
+        "answer": reply.text,
+        "finish_reason": reply.finish_reason,
+        "usage": asdict(reply.usage),
+    }
+    write_text(folder / "answer.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    log(f"{stage.prompt} -> {reply.text!r}")

@@ -1,57 +1,16 @@
-"""Which samples make an optimizer step: the order of an epoch, and its cut into steps."""
+"""Which samples make an optimizer step: the order of an epoch, and its cut into steps.
+
+Both are pure functions of (sizes, repeats, seed, epoch), so a resumed run needs one integer, and the number of
+processes does not matter.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from polymodal.errors import ConfigError
-
-if TYPE_CHECKING:
-    from polymodal.training.recipes.sft import BatchConfig
-
-
-class Steps:
-    """The samples of each optimizer step."""
-
-    def __init__(self, order: Order, lengths: np.ndarray, batch: BatchConfig) -> None:  # lengths [n]
-        self.order, self.lengths, self.batch = order, lengths, batch
-        self.per_epoch: float = order.epoch_size / batch.global_size
-        self._cuts: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-        if batch.global_tokens is not None:
-            tokens = int(lengths[order.take(0, order.epoch_size)].sum())
-            self.per_epoch = min(max(1, round(tokens / batch.global_tokens)), order.epoch_size)
-
-    def total(self, epochs: float) -> int:
-        """Optimizer steps of a run."""
-        return max(1, round(epochs * self.per_epoch))
-
-    def indices(self, step: int) -> np.ndarray:
-        """The samples of one step, [G]."""
-        if self.batch.global_tokens is None:
-            size = self.batch.global_size
-            return self.order.take(step * size, size)
-        epoch, number = divmod(step, int(self.per_epoch))
-        start = epoch * self.order.epoch_size
-        if self._cuts[0] != epoch:
-            members = self.order.take(start, self.order.epoch_size)
-            self._cuts = (epoch, equal_cuts(self.lengths[members], int(self.per_epoch)))
-        first, last = self._cuts[1][number : number + 2]
-        return self.order.take(start + int(first), int(last - first))
-
-
-def equal_cuts(lengths: np.ndarray, count: int) -> np.ndarray:  # lengths [n] -> [count + 1]
-    """Cut a sequence of samples into parts of about equally many tokens."""
-    ends = np.cumsum(lengths)
-    marks = ends[-1] * np.arange(1, count) / count
-    inner = np.searchsorted(ends - lengths / 2, marks)
-    # A very long sample may lie over several marks: every part keeps at least one sample.
-    steps = np.arange(1, count)
-    inner = np.maximum.accumulate(np.maximum(inner, 1) - steps) + steps
-    inner = np.minimum(inner, len(lengths) - count + steps)
-    return np.concatenate(([0], inner, [len(lengths)])).astype(np.int64)
 
 
 def epoch_order(sources: Sequence[tuple[range, float]], seed: int, epoch: int) -> np.ndarray:  # -> [n]
@@ -90,3 +49,56 @@ class Order:
             found.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(found)
+
+
+class Steps:
+    """The samples of each optimizer step: equally many, or of about equally many tokens."""
+
+    def __init__(
+        self,
+        order: Order,
+        global_size: int,
+        global_tokens: int | None = None,
+        lengths: np.ndarray | None = None,  # [n], with global_tokens
+    ) -> None:
+        self.order, self.global_size = order, global_size
+        self.per_epoch: float = order.epoch_size / global_size
+        self._lengths: np.ndarray | None = None
+        self._cuts: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        if global_tokens is not None and lengths is not None:
+            self._lengths = lengths
+            tokens = int(lengths[order.take(0, order.epoch_size)].sum())
+            self.per_epoch = min(max(1, round(tokens / global_tokens)), order.epoch_size)
+
+    def total(self, epochs: float) -> int:
+        """Optimizer steps of a run."""
+        return max(1, round(epochs * self.per_epoch))
+
+    def indices(self, step: int) -> np.ndarray:
+        """The samples of one step, [G]."""
+        if self._lengths is None:
+            return self.order.take(step * self.global_size, self.global_size)
+        epoch, number = divmod(step, int(self.per_epoch))
+        start = epoch * self.order.epoch_size
+        if self._cuts[0] != epoch:
+            members = self.order.take(start, self.order.epoch_size)
+            self._cuts = (epoch, equal_cuts(self._lengths[members], int(self.per_epoch)))
+        first, last = self._cuts[1][number : number + 2]
+        return self.order.take(start + int(first), int(last - first))
+
+
+def equal_cuts(lengths: np.ndarray, count: int) -> np.ndarray:  # lengths [n] -> [count + 1]
+    """Cut a sequence of samples into parts of about equally many tokens."""
+    ends = np.cumsum(lengths)
+    marks = ends[-1] * np.arange(1, count) / count
+    inner = np.searchsorted(ends - lengths / 2, marks)
+    # A very long sample may lie over several marks: every part keeps at least one sample.
+    steps = np.arange(1, count)
+    inner = np.maximum.accumulate(np.maximum(inner, 1) - steps) + steps
+    inner = np.minimum(inner, len(lengths) - count + steps)
+    return np.concatenate(([0], inner, [len(lengths)])).astype(np.int64)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """One seed for dropout of each step and process, so that a resumed step draws the same numbers."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)

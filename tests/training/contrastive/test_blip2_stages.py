@@ -18,14 +18,14 @@ from polymodal.modeling.dual_encoders.blip2_stage1_folder import load_blip2, tra
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig
 from polymodal.modeling.projectors.qformer_files import load_qformer
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.training import optimizer as policy
 from polymodal.training import train
-from polymodal.training.contrastive.run import make_pair_run
-from polymodal.training.contrastive.task import load_pair_parts
+from polymodal.training.contrastive.task import ContrastiveTask
+from polymodal.training.optimizer import set_modes
 from polymodal.training.process_group import World
 from polymodal.training.recipes.contrastive import PairRecipe
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import read_log
+from polymodal.training.run import make_trainer
 
 Make = Callable[..., PairRecipe]
 QFORMER = {
@@ -62,10 +62,10 @@ def stage1(pair_plain: dict[str, Any], drawn: Path, tiny: Path, tmp_path: Path) 
 
 def take(recipe: PairRecipe, steps: int = 3) -> tuple[list[float], dict[str, torch.Tensor]]:
     Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
-    run = make_pair_run(recipe, load_pair_parts(recipe), World())
-    policy.set_modes(run.engine.inner)
-    batches = run._batches()
-    losses = [run._step(batches) for _ in range(steps)]
+    run = make_trainer(ContrastiveTask(recipe, World()))
+    set_modes(run.engine.inner)
+    batches = run.batches()
+    losses = [run.step(batches) for _ in range(steps)]
     batches.close()
     return losses, {name: p.detach().clone() for name, p in run.engine.inner.named_parameters()}
 
@@ -133,7 +133,7 @@ def test_every_loss_falls_and_images_find_their_captions(stage1: dict[str, Any],
     model = load_blip2(str(final), None, ObjectiveConfig(type="blip2"))
     assert isinstance(model, Blip2Stage1) and not (final / "vision").exists()
     assert float(model.qformer.state_dict()["norm.mean"].abs().max()) > 0  # measured before the first step, and kept
-    again = load_pair_parts(pair_recipe(plain, init={"from": str(final)}))
+    again = ContrastiveTask(pair_recipe(plain, init={"from": str(final)}), World())
     assert [entry["stage"] for entry in again.history] == ["tiny-stage1"]
     assert again.model.image == model.image
 

@@ -15,19 +15,19 @@ from polymodal.errors import PolymodalError
 from polymodal.modeling.dual_encoders.registry import build_pair_model
 from polymodal.training import train
 from polymodal.training.contrastive import augment
-from polymodal.training.contrastive.dataset import PairFeed, PairSteps
-from polymodal.training.contrastive.images import Images, Seen, crops, open_images, source_name
-from polymodal.training.contrastive.task import load_pair_parts, make_pair_feed
+from polymodal.training.contrastive.dataset import PairDataset, PairSteps
+from polymodal.training.contrastive.images import ImageMetadata, Images, crops, open_images, source_name
+from polymodal.training.contrastive.task import load_start, make_pair_dataset
 from polymodal.training.recipes.contrastive import AugmentConfig, PairRecipe
 from polymodal.training.steps import Order
 
 Make = Callable[..., PairRecipe]
 
 
-def feed_of(recipe: PairRecipe) -> PairFeed:
+def dataset_of(recipe: PairRecipe) -> PairDataset:
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    return make_pair_feed(recipe, load_pair_parts(recipe).model, folder, None)
+    return make_pair_dataset(recipe, load_start(recipe)[0], folder, None)
 
 
 def changed(drawn: Path, tmp_path: Path, edit: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def changed(drawn: Path, tmp_path: Path, edit: Callable[[list[dict[str, Any]]], 
     return [{"path": str(path), "image_root": str(drawn)}]
 
 
-def test_numbers_are_even_and_depend_on_seed_epoch_sample_and_turn() -> None:
+def test_numbers_are_even_and_depend_on_seed_epoch_sample_and_view() -> None:
     keys = augment.sample_keys([str(i) for i in range(2000)])
     zeros = np.zeros(2000, dtype=np.int64)
     base = augment.uniforms(1, zeros, keys, zeros, range(augment.COUNT))
@@ -59,9 +59,9 @@ def test_numbers_are_even_and_depend_on_seed_epoch_sample_and_turn() -> None:
     some = augment.uniforms(1, zeros[:3], keys[5:8], zeros[:3], [7])
     assert np.array_equal(some[:, 0], base[5:8, 7])
     # A generator must give the same on every machine and in every version.
-    for epoch, turn, place in ((0, 0, 0), (3, 1, 2)):
-        drawn = augment.uniforms(7, zeros[:1] + epoch, keys[:1], zeros[:1] + turn, [place])
-        assert drawn[0, 0] == chained(int(keys[0]), [7, epoch, turn, place])
+    for epoch, view, place in ((0, 0, 0), (3, 1, 2)):
+        drawn = augment.uniforms(7, zeros[:1] + epoch, keys[:1], zeros[:1] + view, [place])
+        assert drawn[0, 0] == chained(int(keys[0]), [7, epoch, view, place])
 
 
 def chained(state: int, counts: list[int]) -> float:
@@ -76,9 +76,9 @@ def chained(state: int, counts: list[int]) -> float:
 
 
 def test_crops_have_the_area_and_shape_that_were_asked_for() -> None:
-    looks = AugmentConfig(type="crop_flip", scale=(0.3, 0.6), ratio=(0.5, 2.0))
+    cuts = AugmentConfig(type="crop_flip", scale=(0.3, 0.6), ratio=(0.5, 2.0))
     numbers = np.random.default_rng(0).random((400, 4 * augment.TRIES))
-    boxes = np.array([augment.crop_box(row, 60, 90, looks) for row in numbers])
+    boxes = np.array([augment.crop_box(row, 60, 90, cuts) for row in numbers])
     left, top, right, bottom = boxes.T
     assert boxes.min() >= 0 and boxes.max() <= 1 + 1e-12
     areas, ratios = (right - left) * (bottom - top), (right - left) * 90 / ((bottom - top) * 60)
@@ -86,19 +86,19 @@ def test_crops_have_the_area_and_shape_that_were_asked_for() -> None:
     assert 0.5 - 1e-9 <= ratios.min() < 0.6 and 1.7 < ratios.max() <= 2 + 1e-9
     assert left.max() > 0.4 and left.min() < 0.02
     # A strip that no such shape fits into is shown whole.
-    assert augment.crop_box(numbers[0], 2, 500, looks) == (0, 0, 1, 1)
+    assert augment.crop_box(numbers[0], 2, 500, cuts) == (0, 0, 1, 1)
 
 
-def test_turns_count_how_often_a_sample_was_seen_in_its_epoch() -> None:
+def test_views_count_how_often_a_sample_was_seen_in_its_epoch() -> None:
     order = np.array([3, 1, 3, 3, 0, 1])
-    assert augment.turns_of(order).tolist() == [0, 0, 1, 2, 0, 1]
+    assert augment.views_of(order).tolist() == [0, 0, 1, 2, 0, 1]
     steps = PairSteps(Order([(range(4), 2.5)], seed=3), 4)
     shown: dict[tuple[int, int], list[int]] = {}
     for step in range(5):  # two epochs of ten; the third step spans both
-        for index, epoch, turn in zip(steps.indices(step), *steps.places(step), strict=True):
-            shown.setdefault((int(epoch), int(index)), []).append(int(turn))
+        for index, epoch, view in zip(steps.indices(step), *steps.places(step), strict=True):
+            shown.setdefault((int(epoch), int(index)), []).append(int(view))
     assert {epoch for epoch, _ in shown} == {0, 1} and sum(map(len, shown.values())) == 20
-    assert all(sorted(turns) == list(range(len(turns))) for turns in shown.values())
+    assert all(sorted(views) == list(range(len(views))) for views in shown.values())
 
 
 def test_one_caption_is_drawn_each_epoch(
@@ -119,24 +119,24 @@ def test_one_caption_is_drawn_each_epoch(
         record["image"] = str(drawn / record["image"])
     Path(mix[0]["path"]).write_text(json.dumps(records))
     recipe = pair_recipe(pair_plain, data__mix=mix, text__templates=["{}", "top {}"])
-    feed = feed_of(recipe)
-    pairs = feed.prepared
+    dataset = dataset_of(recipe)
+    pairs = dataset.prepared
     assert len(pairs.ids) == 16 and len(pairs.captions[0]) == 6 and len(pairs.captions[1]) == 4
     assert len(np.unique(pairs.image_ids)) == 16
     zero = np.zeros(200, dtype=np.int64)
-    texts = feed.plan(zero, np.arange(200), zero).texts
+    texts = dataset.plan(zero, np.arange(200), zero).texts
     counts = np.bincount(texts, minlength=6)
     assert len(counts) == 6 and counts.min() > 15
-    again = feed.plan(zero[:5], np.arange(100, 105), zero[:5]).texts
+    again = dataset.plan(zero[:5], np.arange(100, 105), zero[:5]).texts
     assert np.array_equal(again, texts[100:105])
-    tokenizer = load_pair_parts(recipe).model.tokenizer
+    tokenizer = load_start(recipe)[0].tokenizer
     assert tokenizer.decode(pairs.text(3)) == "top top left : red"
 
 
 def test_a_batch_is_right(pair_plain: dict[str, Any], pair_recipe: Make, drawn: Path) -> None:
-    feed = feed_of(pair_recipe(pair_plain))
+    dataset = dataset_of(pair_recipe(pair_plain))
     zero = np.zeros(3, dtype=np.int64)
-    batch = feed.batch(feed.plan(np.array([2, 5, 2]), zero, zero))
+    batch = dataset.batch(dataset.plan(np.array([2, 5, 2]), zero, zero))
     assert batch.ids == ("r2", "r5", "r2")
     assert batch.image_ids[0] == batch.image_ids[2] != batch.image_ids[1]
     # SigLIP reads its padding: every text is as long as its text encoder.
@@ -145,7 +145,7 @@ def test_a_batch_is_right(pair_plain: dict[str, Any], pair_recipe: Make, drawn: 
     own = batch.attention_mask.sum(1).tolist()
     assert all(batch.input_ids[row, n:].eq(1).all() and n in (3, 4) for row, n in enumerate(own))
     assert torch.equal(batch.pixel_values[0], batch.pixel_values[2])
-    clip = feed_of(pair_recipe(pair_plain, objective__type="clip", init__model__family="clip"))
+    clip = dataset_of(pair_recipe(pair_plain, objective__type="clip", init__model__family="clip"))
     plan = clip.plan(np.array([2, 5, 2]), zero, zero)
     # CLIP's text ends with its end token, and a step is padded to its own longest text.
     assert plan.length == max(len(clip.prepared.text(t)) for t in plan.texts) <= 5
@@ -164,13 +164,13 @@ def test_what_is_cut_is_the_image_at_that_place() -> None:
     image = ImageConfig(
         image_aspect_ratio="squash", tile_size=(40, 40), image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5)
     )
-    looks = AugmentConfig(type="crop_flip", scale=(0.3, 0.6))
-    images = open_images(image, looks, "memory")
-    assert crops(looks) and isinstance(images, Images) and images.store is not None
+    cuts = AugmentConfig(type="crop_flip", scale=(0.3, 0.6))
+    images = open_images(image, cuts, "memory")
+    assert crops(cuts) and isinstance(images, Images) and images.store is not None
     images.store.add([("k", images.raster(shown, True)[None])])
-    images.seen[source_name(shown)] = Seen("k", 120, 240)
+    images.metadata[source_name(shown)] = ImageMetadata("k", 120, 240)
     numbers = np.random.default_rng(1).random(4 * augment.TRIES)
-    left, top, right, bottom = augment.crop_box(numbers, 120, 240, looks)
+    left, top, right, bottom = augment.crop_box(numbers, 120, 240, cuts)
     tile = images.tile(shown, numbers).astype(float) / 255
     assert tile[0, 20, 0] == pytest.approx(left, abs=0.02) and tile[0, 20, -1] == pytest.approx(right, abs=0.02)
     assert tile[1, 0, 20] == pytest.approx(top, abs=0.02) and tile[1, -1, 20] == pytest.approx(bottom, abs=0.02)
@@ -187,12 +187,12 @@ def test_a_image_that_changed_is_noticed(
         Image.open(drawn / f"{number}.png").save(tmp_path / f"{number}.png")
     mix = [{"path": str(drawn / "data.json"), "image_root": str(tmp_path)}]
     recipe = pair_recipe(pair_plain, data__mix=mix)
-    feed = feed_of(recipe)
+    dataset = dataset_of(recipe)
     Image.new("RGB", (30, 30), (1, 2, 3)).save(tmp_path / "4.png")
     zero = np.zeros(1, dtype=np.int64)
     with pytest.raises(PolymodalError, match=r"4\.png.*changed on disk"):
-        feed.batch(feed.plan(zero + 4, zero, zero))
-    assert feed_of(recipe).prepared.fingerprint != feed.prepared.fingerprint
+        dataset.batch(dataset.plan(zero + 4, zero, zero))
+    assert dataset_of(recipe).prepared.fingerprint != dataset.prepared.fingerprint
 
 
 def _no_caption(records: list[dict[str, Any]]) -> None:
@@ -238,10 +238,10 @@ def test_records_that_are_no_pairs_stop_or_are_listed(
 ) -> None:
     mix = changed(drawn, tmp_path, FAULTS[needle])
     with pytest.raises(PolymodalError, match=needle) as error:
-        feed_of(pair_recipe(pair_plain, data__mix=mix))
+        dataset_of(pair_recipe(pair_plain, data__mix=mix))
     assert "\n" not in str(error.value) and ("r3" in str(error.value) or "record 3" in str(error.value))
     recipe = pair_recipe(pair_plain, data__mix=mix, data__on_error="skip")
-    assert len(feed_of(recipe).prepared.ids) == 15
+    assert len(dataset_of(recipe).prepared.ids) == 15
     (listed,) = (Path(recipe.output_dir) / "skipped.jsonl").read_text().splitlines()
     assert json.loads(listed)["error"]
 
@@ -287,9 +287,9 @@ def test_a_tokenizer_without_padding_is_refused(
     tokenizer.save_pretrained(tmp_path / "bare")
     bare = {"init__model__tokenizer": str(tmp_path / "bare")}
     with pytest.raises(PolymodalError, match=r"has no pad token; name one .* init\.model\.pad_token"):
-        load_pair_parts(pair_recipe(pair_plain, **bare))
+        load_start(pair_recipe(pair_plain, **bare))
     recipe = pair_recipe(pair_plain, **bare, init__model__pad_token="<|pad|>")
-    assert load_pair_parts(recipe).model.tokenizer.pad_token_id == 1
+    assert load_start(recipe)[0].tokenizer.pad_token_id == 1
 
 
 def test_another_tile_than_the_encoders_is_refused(
@@ -302,8 +302,8 @@ def test_another_tile_than_the_encoders_is_refused(
     model.save(tmp_path / "model")
     image = {**pair_plain["init"]["model"]["image"], "tile_size": [32, 32]}
     with pytest.raises(PolymodalError, match="32x32: the vision encoder takes 28x28"):
-        load_pair_parts(pair_recipe(pair_plain, init={"from": str(tmp_path / "model"), "image": image}))
-    assert load_pair_parts(pair_recipe(pair_plain, init={"from": str(tmp_path / "model")})).model.image == model.image
+        load_start(pair_recipe(pair_plain, init={"from": str(tmp_path / "model"), "image": image}))
+    assert load_start(pair_recipe(pair_plain, init={"from": str(tmp_path / "model")}))[0].image == model.image
 
 
 def test_data_of_one_image_are_refused(
@@ -313,4 +313,4 @@ def test_data_of_one_image_are_refused(
         del records[1:]
 
     with pytest.raises(PolymodalError, match="all pairs are of one image"):
-        feed_of(pair_recipe(pair_plain, data__mix=changed(drawn, tmp_path, edit)))
+        dataset_of(pair_recipe(pair_plain, data__mix=changed(drawn, tmp_path, edit)))

@@ -16,7 +16,7 @@ from polymodal.errors import ConfigError
 from polymodal.training import train
 from polymodal.training.contrastive.dataset import Plan
 from polymodal.training.contrastive.step import pair_losses
-from polymodal.training.contrastive.task import load_pair_parts, make_pair_eval_feed
+from polymodal.training.contrastive.task import load_start, make_pair_eval_dataset
 from polymodal.training.recipes.contrastive import PairRecipe
 from polymodal.training.reporting.log import read_log
 
@@ -52,22 +52,22 @@ def test_it_learns_and_transformers_scores_the_same(
         batch__global_size=16,
     )
     final = train(recipe)
-    lines, looks = read_log(final.parent / "log.jsonl"), read_log(final.parent / "eval.jsonl")
+    lines, evals = read_log(final.parent / "log.jsonl"), read_log(final.parent / "eval.jsonl")
     assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
     assert lines[-1]["terms"].keys() == {recipe.objective.type}
     assert lines[-1]["terms"][recipe.objective.type] == pytest.approx(lines[-1]["loss"])
     assert lines[-1]["metrics"]["logit_scale"] <= 100 * (1 + 1e-6)
-    assert [look["step"] for look in looks] == [40, 80]
-    assert (looks[-1]["images"], looks[-1]["captions"]) == (16, 32)
-    chance = looks[-1]["chance"]
+    assert [look["step"] for look in evals] == [40, 80]
+    assert (evals[-1]["images"], evals[-1]["captions"]) == (16, 32)
+    chance = evals[-1]["chance"]
     for side in ("image_to_text", "text_to_image"):
-        assert looks[-1]["recall"][f"{side}@1"] >= 2.5 * chance[f"{side}@1"]
-        assert looks[-1]["recall"][f"{side}@10"] >= looks[-1]["recall"][f"{side}@1"]
-    assert looks[-1]["loss"] < 0.7 * lines[0]["loss"]
+        assert evals[-1]["recall"][f"{side}@1"] >= 2.5 * chance[f"{side}@1"]
+        assert evals[-1]["recall"][f"{side}@10"] >= evals[-1]["recall"][f"{side}@1"]
+    assert evals[-1]["loss"] < 0.7 * lines[0]["loss"]
     for name in ("loss.png", "report.html"):
         assert (final.parent / name).stat().st_size > 5000
-    notes = json.loads((final / "polymodal_pair.json").read_text())
-    assert notes["history"][-1]["steps"] == 80 and notes["held_out"]["recall"] == looks[-1]["recall"]
+    metadata = json.loads((final / "polymodal_pair.json").read_text())
+    assert metadata["history"][-1]["steps"] == 80 and metadata["held_out"]["recall"] == evals[-1]["recall"]
 
     shown = [Image.open(drawn / f"{number}.png") for number in range(16)]
     captions = [record["captions"][0] for record in json.loads((drawn / "data.json").read_text())]
@@ -76,16 +76,18 @@ def test_it_learns_and_transformers_scores_the_same(
     inputs = processor(text=captions, images=shown, return_tensors="pt", padding=padding)
     with torch.no_grad():
         theirs = stock(**inputs)
-    assert notes["facts"]["logit_scale"] == pytest.approx(float(stock.logit_scale.exp().detach()))
+    assert metadata["facts"]["logit_scale"] == pytest.approx(float(stock.logit_scale.exp().detach()))
     with torch.no_grad():
         loss = float(stock(**inputs, return_loss=True).loss)
-    parts = load_pair_parts(pair_recipe(pair_plain, objective=recipe.objective.model_dump(), init={"from": str(final)}))
-    assert parts.history == notes["history"]
-    model = parts.model.eval()  # type: ignore[attr-defined]  # a module
-    feed = make_pair_eval_feed(recipe, model, final.parent)
-    assert feed is not None
-    firsts = np.array([own.start for own in feed.prepared.captions])
-    batch = feed.batch(Plan(np.arange(16), firsts, None, feed.length(firsts)))
+    model, history = load_start(
+        pair_recipe(pair_plain, objective=recipe.objective.model_dump(), init={"from": str(final)})
+    )
+    assert history == metadata["history"]
+    model.eval()  # type: ignore[attr-defined]  # a module
+    dataset = make_pair_eval_dataset(recipe, model, final.parent)
+    assert dataset is not None
+    firsts = np.array([own.start for own in dataset.prepared.captions])
+    batch = dataset.batch(Plan(np.arange(16), firsts, None, dataset.length(firsts)))
     terms, image, text = pair_losses(model, [batch], nullcontext, 0)
     torch.testing.assert_close(image, theirs.image_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(text, theirs.text_embeds, atol=1e-5, rtol=0)

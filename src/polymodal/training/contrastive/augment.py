@@ -13,12 +13,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from polymodal.training.recipes.contrastive import AugmentConfig
+from polymodal.training.recipes.contrastive import AugmentConfig
 
 TRIES = 10
 """Tries at a crop that fits."""
@@ -38,20 +37,20 @@ def sample_keys(ids: Sequence[str]) -> np.ndarray:
     return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
 
 
-def uniforms(seed: int, epochs: np.ndarray, keys: np.ndarray, turns: np.ndarray, places: Sequence[int]) -> np.ndarray:
+def uniforms(seed: int, epochs: np.ndarray, keys: np.ndarray, views: np.ndarray, places: Sequence[int]) -> np.ndarray:
     """Draw numbers for samples."""
-    # epochs [n], keys [n], turns [n] -> [n, len(places)]
+    # epochs [n], keys [n], views [n] -> [n, len(places)]
     with np.errstate(over="ignore"):
         state = _mix(keys + _GOLDEN * np.uint64(seed + 1))
         state = _mix(state + _GOLDEN * (epochs.astype(np.uint64) + np.uint64(1)))
-        state = _mix(state + _GOLDEN * (turns.astype(np.uint64) + np.uint64(1)))
+        state = _mix(state + _GOLDEN * (views.astype(np.uint64) + np.uint64(1)))
         counters = _GOLDEN * (np.asarray(places, dtype=np.uint64) + np.uint64(1))
         drawn = _mix(state[:, None] + counters[None])
     return (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def turns_of(order: np.ndarray) -> np.ndarray:
-    """How often each entry of an epoch's order stood in it before: [n]."""
+def views_of(order: np.ndarray) -> np.ndarray:
+    """Which view of its sample each entry of an epoch's order is, the first being 0: [n]."""
     found = np.zeros(len(order), dtype=np.int64)
     sorting = np.argsort(order, kind="stable")
     ordered = order[sorting]

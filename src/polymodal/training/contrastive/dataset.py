@@ -1,27 +1,42 @@
-"""Pairs in memory, what each step shows of them, and how a batch is made.
+"""Records to pairs of image and caption, what each step shows of them, and how a batch is made.
+
+All captions are tokenised before the first step, and every image is decoded once, so a record that cannot be used is
+found before training. The records of one image in one source are one sample; which of its captions an epoch sees is
+drawn. Pairs of one image can still meet in a step (two sources, `repeat`, the end of an epoch): they carry the same
+image id, by which losses know that neither is the other's negative.
 
 The order is that of every stage, a pure function of the seed; what is drawn for a sample is one of (seed, epoch,
-sample), see `draws`. So a resumed run needs one integer, and neither threads nor processes change what is seen.
+sample), see `augment`. So a resumed run needs one integer, and neither threads nor processes change what is seen.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from polymodal.data.index import Reading
+from polymodal.data.load import row_record
+from polymodal.data.mixture import epoch_repeats
+from polymodal.data.readers.conversations import Record
+from polymodal.errors import DataError, PolymodalError
 from polymodal.media_plan import Size
-from polymodal.modeling.dual_encoders.base import PairBatch
+from polymodal.messages import Image, Source
+from polymodal.modeling.dual_encoders.base import PairBatch, PairModel
 from polymodal.modeling.dual_encoders.distillation import flip_grid
 from polymodal.training.contrastive import augment
-from polymodal.training.contrastive.images import Images
-from polymodal.training.steps import Order
-
-if TYPE_CHECKING:
-    from polymodal.messages import Source
-    from polymodal.training.feature_cache import FeatureStore
+from polymodal.training.contrastive.images import Images, image_numbers, index_file, scan, source_name
+from polymodal.training.feature_cache import FeatureStore
+from polymodal.training.recipes.contrastive import PairRecipe, TextConfig
+from polymodal.training.steps import Order, Steps
+from polymodal.utils.files import write_text
+from polymodal.utils.progress import log, progress
 
 
 @dataclass(frozen=True)
@@ -36,19 +51,8 @@ class Pairs:
     tokens: np.ndarray  # All texts' tokens, one after the other
     starts: np.ndarray  # [m + 1] where each text begins in `tokens`
     mixture: tuple[tuple[range, float], ...]  # Range of samples and repeat of each data file
-    left_out: dict[str, int]  # Why records were left out, with counts
     fingerprint: str  # Hash of every image and token; a resumed run must see the same
     images: tuple[str, ...]  # [n] keys of the images' pixels
-
-    @property
-    def targets(self) -> np.ndarray:
-        """[n] what a sample counts for in a step: one pair."""
-        return np.ones(len(self.ids), dtype=np.int64)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """[n] tokens of each image's first text."""
-        return np.diff(self.starts)[[texts.start for texts in self.captions]]
 
     def text(self, number: int) -> np.ndarray:
         """The tokens of one text."""
@@ -61,7 +65,7 @@ class Plan:
 
     indices: np.ndarray  # [b] samples
     texts: np.ndarray  # [b] numbers of their texts
-    numbers: np.ndarray | None  # [b, COUNT] what else is drawn, or None for plain tiles
+    numbers: np.ndarray | None  # [b, COUNT] uniform numbers of the augmentation, or None for plain tiles
     length: int  # What the texts are padded to; the same over the whole step
 
     def cut(self, part: slice) -> Plan:
@@ -75,7 +79,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class PairFeed:
+class PairDataset:
     """The data of a stage, and how a micro-batch is made of it."""
 
     prepared: Pairs  # The samples
@@ -89,12 +93,12 @@ class PairFeed:
     # Each sample's image under the teacher's rules, by which that output is found
     teacher_images: tuple[str, ...] = ()
 
-    def plan(self, indices: np.ndarray, epochs: np.ndarray, turns: np.ndarray) -> Plan:
+    def plan(self, indices: np.ndarray, epochs: np.ndarray, views: np.ndarray) -> Plan:
         """Draw what a step shows of its samples; every process draws the same."""
-        # indices [G], epochs [G], turns [G]
+        # indices [G], epochs [G], views [G]
         augmented = self.images.augment.type != "none"
         places = range(augment.COUNT) if augmented else (augment.CAPTION,)
-        numbers = augment.uniforms(self.seed, epochs, self.prepared.keys[indices], turns, places)
+        numbers = augment.uniforms(self.seed, epochs, self.prepared.keys[indices], views, places)
         own = [self.prepared.captions[i] for i in indices]
         texts = np.array([c.start + int(u * len(c)) for c, u in zip(own, numbers[:, 0], strict=True)], dtype=np.int64)
         return Plan(indices, texts, numbers if augmented else None, self.length(texts))
@@ -139,37 +143,184 @@ class PairFeed:
     def _pixels(self, plan: Plan, mirrored: np.ndarray) -> torch.Tensor:
         sources = [self.prepared.sources[index] for index in plan.indices]
         numbers = [None] * len(sources) if plan.numbers is None else plan.numbers[:, augment.CROP :]
-        looks = zip(sources, numbers, mirrored.tolist(), strict=True)
-        return torch.from_numpy(np.stack([self.images.tile(*look) for look in looks]))
+        views = zip(sources, numbers, mirrored.tolist(), strict=True)
+        return torch.from_numpy(np.stack([self.images.tile(*view) for view in views]))
 
 
-class PairSteps:
-    """The samples of each optimizer step."""
+class PairSteps(Steps):
+    """The samples of each optimizer step, and which view of each sample a step shows."""
 
     def __init__(self, order: Order, global_size: int) -> None:
-        self.order, self.global_size = order, global_size
-        self._turns: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        super().__init__(order, global_size)
+        self._views: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def total(self, epochs: float) -> int:
         """Optimizer steps of a run."""
         return max(1, round(epochs * self.order.epoch_size / self.global_size))
 
-    def indices(self, step: int) -> np.ndarray:
-        """The samples of one step, [G]."""
-        return self.order.take(step * self.global_size, self.global_size)
-
     def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch of each of a step's samples, and how often it was seen in it before: [G], [G]."""
         positions = np.arange(step * self.global_size, (step + 1) * self.global_size)
         epochs, offsets = np.divmod(positions, self.order.epoch_size)
-        turns = np.zeros(len(positions), dtype=np.int64)
+        views = np.zeros(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs):
             inside = epochs == epoch
-            turns[inside] = self._epoch_turns(int(epoch))[offsets[inside]]
-        return epochs, turns
+            views[inside] = self._epoch_views(int(epoch))[offsets[inside]]
+        return epochs, views
 
-    def _epoch_turns(self, epoch: int) -> np.ndarray:
-        if self._turns[0] != epoch:
+    def _epoch_views(self, epoch: int) -> np.ndarray:
+        if self._views[0] != epoch:
             members = self.order.take(epoch * self.order.epoch_size, self.order.epoch_size)
-            self._turns = (epoch, augment.turns_of(members))
-        return self._turns[1]
+            self._views = (epoch, augment.views_of(members))
+        return self._views[1]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A record as a pair."""
+
+    id: str
+    source: Source
+    captions: tuple[str, ...]
+
+
+def prepare_pairs(
+    mix: Sequence[tuple[Sequence[Record] | Reading, float]],
+    weights: Sequence[float | None],
+    model: PairModel,
+    images: Images,
+    recipe: PairRecipe,
+    skipped_file: Path,
+) -> Pairs:
+    """Read records, tokenise every caption and decode every image once."""
+    faults: list[dict[str, str]] = []
+
+    def leave_out(id: str, error: PolymodalError, where: str = "") -> None:
+        if recipe.data.on_error != "skip":
+            raise type(error)(f"{where}{error}")
+        faults.append({"id": id, "error": str(error)})
+
+    read: list[list[_Pair]] = []
+    for source, _ in mix:
+        read.append([])
+        for record in _records(source, leave_out):
+            try:
+                read[-1].append(_pair_of(record))
+            except DataError as error:
+                leave_out(record.id, error)
+    folder = Path(recipe.data.index) if recipe.data.index is not None else skipped_file.parent / "index"
+    everything = [pair.source for pairs in read for pair in pairs]
+    broken = scan(images, everything, index_file(folder, images.image), recipe.run.workers, "reading images")
+    for pair in (pair for pairs in read for pair in pairs):
+        if source_name(pair.source) in broken:
+            leave_out(pair.id, broken[source_name(pair.source)], f"record {pair.id}: ")
+    kept = [[pair for pair in pairs if source_name(pair.source) not in broken] for pairs in read]
+    if faults:
+        write_text(skipped_file, "".join(json.dumps(fault, ensure_ascii=False) + "\n" for fault in faults))
+        log(f"left out {len(faults)} records that are no pairs or cannot be read, listed in {skipped_file}")
+    if not any(kept):
+        raise DataError(f"no pair is left to train on: {len(faults)} records cannot be used, see {skipped_file}")
+    return _collect(kept, [repeat for _, repeat in mix], weights, model, images, recipe.text)
+
+
+def _records(source: Sequence[Record] | Reading, leave_out: Callable[[str, PolymodalError], None]) -> Iterator[Record]:
+    """The records of a source that can be read."""
+    if not isinstance(source, Reading):
+        yield from source
+        return
+    taken = None
+    if source.draw is not None:
+        total = sum(1 for _ in source.rows())
+        count, seed = source.draw
+        if count < total:
+            taken = set(np.random.default_rng(seed).permutation(total)[:count].tolist())
+    for row in source.rows():
+        if taken is not None and row.number not in taken:
+            continue
+        try:
+            record = row_record(row, kind=source.kind, source=source.source)
+        except PolymodalError as error:
+            leave_out(str(row.id), error)
+        else:
+            yield record
+
+
+def _pair_of(record: Record) -> _Pair:
+    """A record as a pair."""
+    where = f"record {record.id}"
+    media = [part for message in record.messages for part in message.media]
+    images = [part for part in media if isinstance(part, Image)]
+    if len(images) != 1 or len(media) != 1:
+        raise DataError(f"{where}: a pair has one image, this record has {len(images)} of {len(media)} media")
+    given = record.extra.get("captions")
+    if given is None:
+        answers = [message.text for message in record.messages if message.role == "assistant"]
+        if len(answers) != 1:
+            raise DataError(
+                f"{where}: its caption is its answer, and it has {len(answers)} of them; give one, or a list `captions`"
+            )
+        given = answers
+    if not isinstance(given, list | tuple) or not given or not all(isinstance(text, str) for text in given):
+        raise DataError(f"{where}: `captions` must be a list of texts with one at least")
+    captions = tuple(text.strip() for text in given)
+    if not all(captions):
+        raise DataError(f"{where}: the caption is empty; write one, or take the record out")
+    return _Pair(record.id, images[0].source, captions)
+
+
+def _collect(
+    sources: Sequence[Sequence[_Pair]],
+    repeats: Sequence[float],
+    weights: Sequence[float | None],
+    model: PairModel,
+    images: Images,
+    text: TextConfig,
+) -> Pairs:
+    """Join the records of one image, and tokenise."""
+    found: list[tuple[_Pair, str, dict[str, None]]] = []
+    spans: list[range] = []
+    for pairs in sources:
+        by_key: dict[str, tuple[_Pair, str, dict[str, None]]] = {}
+        for pair in pairs:
+            key = images.metadata[source_name(pair.source)].key
+            by_key.setdefault(key, (pair, key, {}))[2].update(dict.fromkeys(pair.captions))
+        spans.append(range(len(found), len(found) + len(by_key)))
+        found += by_key.values()
+    templates = text.templates or ("{}",)
+    texts = [
+        template.replace("{}", caption) for *_, captions in found for caption in captions for template in templates
+    ]
+    tokens = tokenise(model.tokenizer, texts, min(text.max_length or model.max_text, model.max_text))
+    flat, starts = np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]).astype(np.int64)
+    counts = [len(captions) * len(templates) for *_, captions in found]
+    ends = np.cumsum(counts).tolist()
+    keys, ids = tuple(key for _, key, _ in found), tuple(pair.id for pair, *_ in found)
+    digest = hashlib.sha256("".join(keys).encode())
+    digest.update(flat.tobytes() + starts.tobytes() + json.dumps(counts).encode())
+    sizes = [len(span) for span in spans]
+    given = list(weights) if any(weight is not None for weight in weights) else None
+    return Pairs(
+        ids=ids,
+        keys=augment.sample_keys(ids),
+        sources=tuple(pair.source for pair, *_ in found),
+        image_ids=image_numbers(keys),
+        captions=tuple(range(end - count, end) for end, count in zip(ends, counts, strict=True)),
+        tokens=flat,
+        starts=starts,
+        mixture=tuple(zip(spans, epoch_repeats(sizes, repeats, given), strict=True)),
+        fingerprint=digest.hexdigest(),
+        images=keys,
+    )
+
+
+def tokenise(tokenizer: Any, texts: Sequence[str], limit: int) -> list[np.ndarray]:
+    """Tokenise texts as the model's own folder does."""
+    found: list[np.ndarray] = []
+    starts = range(0, len(texts), 1024)
+    for start in progress(starts, "tokenising", len(starts)):
+        encoded = tokenizer(list(texts[start : start + 1024]), truncation=True, max_length=limit)["input_ids"]
+        found += [np.asarray(ids, dtype=np.int32) for ids in encoded]
+    for text, ids in zip(texts, found, strict=True):
+        if not len(ids):
+            raise DataError(f"caption {text!r}: the tokenizer makes no token of it")
+    return found

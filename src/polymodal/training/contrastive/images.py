@@ -1,7 +1,7 @@
 """The images of a pair stage as small byte rasters: each decoded once, kept where asked for, cut and mirrored.
 
 Without a cut a raster is the tile itself. With it, the raster is the whole image, squeezed to a square larger
-than the tile, and each look takes a part of it: a cut is then never enlarged by much, all rasters have one shape and
+than the tile, and each view takes a part of it: a cut is then never enlarged by much, all rasters have one shape and
 lie in one file, and what training sees does not depend on whether they are kept. The part is drawn in the image's
 own proportions, as if it were cut from the original.
 
@@ -18,33 +18,30 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
 
+from polymodal.config import ImageConfig
 from polymodal.errors import DataError, MediaError
 from polymodal.media.image import open_image
 from polymodal.media_plan import Size, plan_image
+from polymodal.messages import Source
 from polymodal.processing.image_transform import resize_filter, tile_bytes
 from polymodal.processing.processor import image_key
 from polymodal.training.contrastive.augment import crop_box
 from polymodal.training.feature_cache import MEMORY, OFF, FeatureStore
+from polymodal.training.recipes.contrastive import AugmentConfig
 from polymodal.utils.progress import progress
 from polymodal.utils.threads import ahead
-
-if TYPE_CHECKING:
-    from polymodal.config import ImageConfig
-    from polymodal.messages import Source
-    from polymodal.training.recipes.contrastive import AugmentConfig
-
 
 LARGEST = 2.0
 """A raster's side is at most so many times the tile's."""
 
 
 @dataclass(frozen=True)
-class Seen:
+class ImageMetadata:
     """An image that was decoded once."""
 
     key: str  # Hash of its pixels and the image rules
@@ -59,15 +56,15 @@ class Images:
     image: ImageConfig  # The image rules
     augment: AugmentConfig  # What is done to images
     store: FeatureStore | None = None  # Kept rasters, or None
-    seen: dict[str, Seen] = field(default_factory=dict)  # What is known of each source, by `source_name`
+    metadata: dict[str, ImageMetadata] = field(default_factory=dict)  # By `source_name`
 
     def tile(self, source: Source, numbers: np.ndarray | None = None, mirrored: bool = False) -> np.ndarray:
-        """One look at an image."""
+        """One view of an image."""
         # -> [3, H, W]
         whole = crops(self.augment)
         if whole and numbers is not None:
             raster = self._decoded(source, True) if self.store is None else self._kept(source)
-            tile = self._cut(raster, self.seen[source_name(source)], numbers)
+            tile = self._cut(raster, self.metadata[source_name(source)], numbers)
         else:
             tile = self._decoded(source, False) if whole or self.store is None else self._kept(source)
         return np.ascontiguousarray(tile[:, :, ::-1]) if mirrored else tile
@@ -87,17 +84,17 @@ class Images:
 
     def _decoded(self, source: Source, whole: bool) -> np.ndarray:
         image = self.open(source)
-        if image_key(image, self.image) != self.seen[source_name(source)].key:
+        if image_key(image, self.image) != self.metadata[source_name(source)].key:
             raise DataError(f"image {source!r} changed on disk while training")
         return self.raster(image, whole)
 
     def _kept(self, source: Source) -> np.ndarray:
         assert self.store is not None
-        found = self.store.gather([self.seen[source_name(source)].key])
+        found = self.store.gather([self.metadata[source_name(source)].key])
         assert found is not None
         return found[0].numpy()
 
-    def _cut(self, raster: np.ndarray, seen: Seen, numbers: np.ndarray) -> np.ndarray:
+    def _cut(self, raster: np.ndarray, seen: ImageMetadata, numbers: np.ndarray) -> np.ndarray:
         left, top, right, bottom = crop_box(numbers, seen.height, seen.width, self.augment)
         _, height, width = raster.shape
         image = PILImage.fromarray(np.ascontiguousarray(raster.transpose(1, 2, 0)))
@@ -130,45 +127,45 @@ def open_images(image: ImageConfig, augment: AugmentConfig, where: str) -> Image
 
 
 def scan(
-    images: Images, sources: Iterable[Source], notes: Path | None, workers: int, label: str
+    images: Images, sources: Iterable[Source], index: Path | None, workers: int, label: str
 ) -> dict[str, MediaError]:
-    """Decode every image that is not known yet, keep its raster where asked for, and note what it is."""
+    """Decode every image that is not in the index yet, keep its raster where asked for, and index it."""
     with nullcontext() if images.store is None else images.store.locked():
-        return _scan(images, {source_name(source): source for source in sources}, notes, workers, label)
+        return _scan(images, {source_name(source): source for source in sources}, index, workers, label)
 
 
 def _scan(
-    images: Images, distinct: dict[str, Source], notes: Path | None, workers: int, label: str
+    images: Images, distinct: dict[str, Source], index: Path | None, workers: int, label: str
 ) -> dict[str, MediaError]:
-    known = _read_notes(notes)
-    store, todo = images.store, []
-    for name, source in distinct.items():
-        found = known.get((name, _stamp(source)))
-        if found is not None:
-            images.seen[name] = found
-        if found is None or (store is not None and found.key not in store.where):
-            todo.append((name, source))
+    store, whole = images.store, crops(images.augment)
+    before = _read_index(index)
+    found = {name: before.get((name, _stamp(source))) for name, source in distinct.items()}
+    images.metadata |= {name: entry for name, entry in found.items() if entry is not None}
+    todo = [
+        (name, source)
+        for name, source in distinct.items()
+        if (entry := found[name]) is None or (store is not None and entry.key not in store.where)
+    ]
     faults: dict[str, MediaError] = {}
     lines: list[str] = []
-    whole = crops(images.augment)
+    waiting: dict[str, np.ndarray] = {}
 
-    def decode(item: tuple[str, Source]) -> tuple[Seen, np.ndarray | None] | MediaError:
+    def decode(item: tuple[str, Source]) -> tuple[ImageMetadata, np.ndarray | None] | MediaError:
         try:
             image = images.open(item[1])
         except MediaError as error:
             return error
-        seen = Seen(image_key(image, images.image), image.height, image.width)
+        seen = ImageMetadata(image_key(image, images.image), image.height, image.width)
         wanted = store is not None and seen.key not in store.where
         return seen, images.raster(image, whole) if wanted else None
 
-    waiting: dict[str, np.ndarray] = {}
     results = zip(todo, ahead(decode, todo, workers), strict=True)
     for (name, source), result in progress(results, label, len(todo)):
         if isinstance(result, MediaError):
             faults[name] = result
             continue
         seen, raster = result
-        images.seen[name] = seen
+        images.metadata[name] = seen
         if raster is not None and store is not None and seen.key not in store.where:
             waiting[seen.key] = raster
             if len(waiting) >= 256:
@@ -176,15 +173,15 @@ def _scan(
         lines.append(json.dumps([name, _stamp(source), seen.key, seen.height, seen.width]) + "\n")
     if store is not None:
         _keep(store, waiting)
-    if notes is not None and lines:
-        notes.parent.mkdir(parents=True, exist_ok=True)
-        with notes.open("a", encoding="utf-8") as file:
+    if index is not None and lines:
+        index.parent.mkdir(parents=True, exist_ok=True)
+        with index.open("a", encoding="utf-8") as file:
             file.writelines(lines)
     return faults
 
 
 def source_name(source: Source) -> str:
-    """What an image's source is called in notes; bytes and images in memory by their content."""
+    """What an image's source is called in the index; bytes and images in memory by their content."""
     if isinstance(source, bytes | bytearray | memoryview):
         return f"bytes {hashlib.sha256(source).hexdigest()}"
     if isinstance(source, PILImage.Image):
@@ -210,22 +207,22 @@ def _stamp(source: Source) -> str:
     return f"{found.st_size} {found.st_mtime_ns}"
 
 
-def _read_notes(notes: Path | None) -> dict[tuple[str, str], Seen]:
+def _read_index(index: Path | None) -> dict[tuple[str, str], ImageMetadata]:
     """Read what earlier runs found; a line that a crash cut short is passed over."""
-    found: dict[tuple[str, str], Seen] = {}
-    if notes is None or not notes.is_file():
+    found: dict[tuple[str, str], ImageMetadata] = {}
+    if index is None or not index.is_file():
         return found
-    for line in notes.read_text(encoding="utf-8").splitlines():
+    for line in index.read_text(encoding="utf-8").splitlines():
         try:
             name, stamp, key, height, width = json.loads(line)
         except ValueError:
             continue
-        found[(name, stamp)] = Seen(key, height, width)
+        found[(name, stamp)] = ImageMetadata(key, height, width)
     return found
 
 
-def notes_file(folder: Path, image: ImageConfig) -> Path:
-    """Where what is known of images under these rules is kept."""
+def index_file(folder: Path, image: ImageConfig) -> Path:
+    """Where the metadata of images under these rules is kept."""
     rules = hashlib.sha256(image.model_dump_json().encode()).hexdigest()[:16]
     return folder / f"images-{rules}.jsonl"
 

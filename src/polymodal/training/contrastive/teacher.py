@@ -1,27 +1,35 @@
-"""The frozen tower that a vision encoder learns from, and what it says of images, kept or fresh.
+"""What is kept of frozen towers: the model's own, and the teacher that its vision encoder learns from.
 
-Images that are not cut pass through the teacher once in a whole run (mirrored ones take the mirrored features);
-where every look is another cut, the teacher sees each of them.
+Images that are not cut pass through a teacher once in a whole run (mirrored ones take the mirrored features); where
+every view is another cut, the teacher sees each of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from polymodal.config import ImageConfig
 from polymodal.errors import ConfigError
 from polymodal.media_plan import Size
-from polymodal.modeling.dual_encoders.base import PairBatch
+from polymodal.messages import Source
+from polymodal.modeling.dual_encoders.base import PairBatch, PairModel
+from polymodal.modeling.dual_encoders.config import DistillConfig
 from polymodal.modeling.dual_encoders.distillation import Distiller
 from polymodal.modeling.encoders.pixel_norm import PixelNorm
 from polymodal.modeling.encoders.vision import build_vision_encoder
+from polymodal.training.contrastive.dataset import PairDataset
+from polymodal.training.contrastive.images import Images, crops, index_file, open_images, scan, source_name
+from polymodal.training.feature_cache import MEMORY, OFF, FeatureStore, fill_missing, weights_identity
+from polymodal.training.recipes.contrastive import AugmentConfig, PairRecipe
+from polymodal.utils.modules import frozen
 
-if TYPE_CHECKING:
-    from polymodal.config import ImageConfig
-    from polymodal.modeling.dual_encoders.base import PairModel
-    from polymodal.modeling.dual_encoders.config import DistillConfig
+MEASURED = 512
+"""Images from which a tower's channels are measured."""
 
 
 @dataclass(frozen=True)
@@ -31,39 +39,111 @@ class Teacher:
     encoder: Any  # A `VisionEncoder`, in eval mode
     pixel_norm: PixelNorm
     image: ImageConfig  # Its image rules
-    rules: str  # What decides what it says of a tile, besides its weights
+    rules: str  # What decides its features of a tile, besides its weights
 
-    @property
-    def features_shape(self) -> tuple[int, int]:
-        """(P, E) of what it says of one image."""
-        return self.encoder.grid.area, self.encoder.embed_dim
+    @classmethod
+    def load(cls, distill: DistillConfig, model: PairModel, device: torch.device) -> Teacher:
+        """Load a teacher, and give the model the layer that compares its patches with the teacher's features."""
+        image = distill.image or model.image
+        encoder: Any = build_vision_encoder(distill.tower, tile=Size(*image.tile_size))
+        encoder.to(device).eval().requires_grad_(False)
+        grid = getattr(model, "patch_grid", None)
+        if grid is None:
+            raise ConfigError("objective.distill: this model's vision encoder cannot be distilled; leave it out")
+        model.distiller = Distiller(model.features_shape[1], grid, encoder.embed_dim, encoder.grid, distill.loss)
+        rules = distill.tower.model_dump_json(exclude={"vision_tower", "revision"})
+        return cls(encoder, PixelNorm(image.image_mean, image.image_std).to(device), image, rules)
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Look at tiles: [B, 3, H, W] uint8 to [B, P, E]."""
+        """Encode tiles: [B, 3, H, W] uint8 to [B, P, E]."""
         found: torch.Tensor = self.encoder(self.pixel_norm(pixel_values))
         return found
 
     def see(self, batch: PairBatch) -> PairBatch:
-        """A batch with what the teacher says of its pixels."""
+        """A batch with the teacher's features of its pixels."""
         assert batch.pixel_values is not None
         return replace(batch, teacher=self.encode(batch.pixel_values))
 
+    def keep(self, recipe: PairRecipe, dataset: PairDataset, output_dir: Path) -> PairDataset:
+        """Add kept features: in `run.feature_cache`, else beside the kept tiles, else in memory."""
+        # A stage on this tower with the same image rules keeps the same, under the same names.
+        where = next((w for w in (recipe.run.feature_cache, recipe.data.tile_cache) if w != OFF), MEMORY)
+        images, sources, keys = dataset.images, dataset.prepared.sources, dataset.prepared.images
+        if self.image != images.image:
+            images = open_images(self.image, AugmentConfig(), OFF)
+            folder = Path(recipe.data.index) if recipe.data.index is not None else output_dir / "index"
+            scan(images, sources, index_file(folder, self.image), recipe.run.workers, "reading images")
+            keys = tuple(images.metadata[source_name(source)].key for source in sources)
+        grid = self.encoder.grid
+        row = (grid.area, self.encoder.embed_dim)
+        store = _fill(recipe, where, self.encoder, self.rules, row, self.encode, images, keys, sources)
+        return replace(dataset, teacher=store, teacher_grid=grid, teacher_images=keys)
 
-def load_teacher(distill: DistillConfig, model: PairModel, device: torch.device) -> Teacher:
-    """Load a teacher."""
-    image = distill.image or model.image
-    encoder: Any = build_vision_encoder(distill.tower, tile=Size(*image.tile_size))
-    encoder.to(device).eval().requires_grad_(False)
-    rules = distill.tower.model_dump_json(exclude={"vision_tower", "revision"})
-    return Teacher(encoder, PixelNorm(image.image_mean, image.image_std).to(device), image, rules)
+    def measure(self, model: Any, dataset: PairDataset, device: torch.device) -> None:
+        """Measure the teacher's channels on some images, the same in every process."""
+        if dataset.teacher is not None:
+            found = dataset.teacher.gather(dataset.teacher_images[:MEASURED])
+            assert found is not None
+        else:
+            if tuple(self.image.tile_size) != tuple(model.image.tile_size) and crops(dataset.images.augment):
+                raise ConfigError(
+                    "objective.distill: where images are cut, the teacher sees the student's tiles; "
+                    "make image.tile_size the same, or set augment.scale to [1, 1]"
+                )
+            tiles = [dataset.images.tile(source)[None] for source in dataset.prepared.sources[:MEASURED]]
+            found = torch.cat([self.encode(torch.from_numpy(tile).to(device)).cpu() for tile in tiles])
+        model.distiller.fit(found.to(device))
 
 
-def add_distiller(model: PairModel, teacher: Teacher, distill: DistillConfig) -> None:
-    """Give a model the layer that compares its patches with a teacher's features."""
-    grid = getattr(model, "patch_grid", None)
-    if grid is None:
-        raise ConfigError("objective.distill: this model's vision encoder cannot be distilled; leave it out")
-    model.distiller = Distiller(
-        model.features_shape[1], grid, teacher.encoder.embed_dim, teacher.encoder.grid, distill.loss
-    )
+def tower_store(recipe: PairRecipe, model: PairModel, dataset: PairDataset) -> FeatureStore | None:
+    """Kept output of the model's frozen tower."""
+    if recipe.run.feature_cache == OFF:
+        return None
+    if not frozen(model.tower):
+        if recipe.objective.distill is not None:
+            return None  # the folder is for the teacher
+        raise ConfigError("run.feature_cache: the vision encoder is trained; set it to off")
+    # A tower with the rules of a language model's stage shares what that keeps: both read the same output.
+    rules = getattr(model, "tower_rules", type(model).__name__)
+    pairs = dataset.prepared
+    return _fill(
+        recipe, recipe.run.feature_cache, model.tower, rules, model.features_shape, model.encode, dataset.images,
+        pairs.images, pairs.sources,
+    )  # fmt: skip
+
+
+def _fill(
+    recipe: PairRecipe,
+    where: str,
+    tower: torch.nn.Module,
+    rules: str,
+    row: tuple[int, int],
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    images: Images,
+    keys: Sequence[str],
+    sources: Sequence[Source],
+) -> FeatureStore:
+    """Open a tower's store, and compute what is missing of the pairs' images, one tile each."""
+    dtype, device = recipe.run.feature_dtype, next(tower.parameters()).device
+    store = FeatureStore.under(where, lambda: weights_identity(tower, rules), row, dtype)
+
+    def decode(_key: str, source: Source) -> torch.Tensor:
+        return torch.from_numpy(images.tile(source)[None])
+
+    tiles = ((key, source, 1) for key, source in zip(keys, sources, strict=True))
+    fill_missing(store, tiles, decode, encode, device, recipe.run.workers)
+    return store
+
+
+def tower_output(model: PairModel, dataset: PairDataset, device: torch.device) -> torch.Tensor:
+    """What the tower gives for some images from all over the data, the same in every process."""
+    count = len(dataset.prepared.images)
+    chosen = range(0, count, -(-count // MEASURED))
+    if dataset.store is not None:
+        found = dataset.store.gather([dataset.prepared.images[i] for i in chosen])
+        assert found is not None
+        return found.to(device)
+    tiles = [torch.from_numpy(dataset.images.tile(dataset.prepared.sources[i])[None]) for i in chosen]
+    with torch.no_grad():
+        return torch.cat([model.encode(tile.to(device)) for tile in tiles])

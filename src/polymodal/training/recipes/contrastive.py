@@ -7,68 +7,37 @@ gradients are never accumulated over smaller contrasts, which would be another o
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from polymodal.config import ImageConfig, Strict
+from polymodal.config import Strict
 from polymodal.modeling.dual_encoders.config import AnyPairModelConfig, ObjectiveConfig
-from polymodal.training.recipes.sections import OptimConfig, Place, RuleConfig, RunConfig, SourceConfig
+from polymodal.training.recipes.sections import DataBase, InitBase, Place, RecipeBase
 
 
-class PairInit(Strict):
-    """What the stage starts from; exactly one of the two.
+class PairInit(InitBase):
+    """What the stage starts from; exactly one of `from` and `model`.
 
     Attributes:
-        from_folder: A folder or hub id of a CLIP, SigLIP or vision-text-dual-encoder model, or an earlier pair stage's
-            `final/`; written `from` in the file.
-        model: A new model, composed from this configuration.
-        image: With `from`: image rules in place of the folder's.
+        model: A new model, composed from this configuration; `from` is a CLIP, SigLIP or vision-text-dual-encoder
+            model, or an earlier pair stage's `final/`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
-
-    from_folder: str | None = Field(default=None, alias="from")
     model: AnyPairModelConfig | None = None
-    image: ImageConfig | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> PairInit:
-        if (self.from_folder is None) == (self.model is None):
-            raise ValueError("give exactly one of `from` (a folder or hub id) and `model` (a configuration)")
-        if self.image is not None and self.model is not None:
-            raise ValueError("`image` goes with `from`; a new model's image rules are `model.image`")
-        return self
 
 
-class PairDataConfig(Strict):
+class PairDataConfig(DataBase):
     """The pairs of the stage: records with one image, whose answer is the caption.
 
     An image with several captions (a list `captions` in the record, or several records) is one sample, of which one
     caption is drawn each epoch.
 
     Attributes:
-        mix: The data files; together they are one epoch.
-        on_error: What to do with a record that is no pair or cannot be read: "stop", or "skip" it, count it and list
-            it in `skipped.jsonl`.
-        eval: Held-out files, for `run.eval_every`; never trained on.
-        index: The folder where it is kept which images were read and what they hold; `index/` in `output_dir` when
-            None.
         tile_cache: Where decoded images are kept, so that each is decoded once: a folder, "memory", or "off".
     """
 
-    mix: tuple[SourceConfig, ...] = Field(min_length=1)
-    on_error: Literal["stop", "skip"] = "stop"
-    eval: tuple[SourceConfig, ...] = ()
-    index: str | None = None
     tile_cache: Place = "off"
-
-    @model_validator(mode="after")
-    def _weights(self) -> PairDataConfig:
-        without = [source.path for source in self.mix if source.weight is None]
-        if 0 < len(without) < len(self.mix):
-            raise ValueError(f"give every source of the mix a `weight` or none; {without[0]} has none")
-        return self
 
 
 class TextConfig(Strict):
@@ -128,34 +97,29 @@ class PairBatchConfig(Strict):
     micro_size: int | None = Field(default=None, gt=0)
 
 
-class PairRecipe(Strict):
+class PairRecipe(RecipeBase):
     """One pair stage. `run.feature_cache` keeps what a frozen vision encoder, or the teacher of `distill`, gives.
 
     Attributes:
-        name: For logs and the model's history.
         objective: What is learnt.
         init: What it starts from.
         data: What it is trained on.
+        batch: Batch sizes.
         text: How captions become tokens.
         augment: What is done to images.
-        train: Which parameters are trained; everything is frozen where no rule matches.
-        optim: Optimizer and schedule.
-        batch: Batch sizes.
-        run: Length, seed, checkpoints.
-        output_dir: The run's folder; the trained model is in its `final/`.
+        task: See `RecipeBase`.
+        marker: See `RecipeBase`.
     """
 
-    name: str
+    task: ClassVar[str] = "polymodal.training.contrastive.task:ContrastiveTask"
+    marker: ClassVar[str | None] = "objective"
+
     objective: ObjectiveConfig
     init: PairInit
     data: PairDataConfig
+    batch: PairBatchConfig = Field(default_factory=PairBatchConfig)
     text: TextConfig = Field(default_factory=TextConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
-    train: tuple[RuleConfig, ...] = ()
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    batch: PairBatchConfig = Field(default_factory=PairBatchConfig)
-    run: RunConfig = Field(default_factory=RunConfig)
-    output_dir: str
 
     @model_validator(mode="after")
     def _run_fits(self) -> PairRecipe:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
+import yaml
 from pydantic import BaseModel
 
 from polymodal.config import parse_config
 from polymodal.errors import ConfigError, unknown_name
+from polymodal.training.recipes.contrastive import PairRecipe
+from polymodal.training.recipes.sections import RecipeBase
 from polymodal.training.recipes.sft import Recipe
 
-if TYPE_CHECKING:
-    from polymodal.training.recipes.contrastive import PairRecipe
-
-
-AnyRecipe: TypeAlias = "Recipe | PairRecipe"
-"""A stage of a language model, or one that learns from pairs."""
+RECIPES: tuple[type[RecipeBase], ...] = (PairRecipe, Recipe)
+"""Every kind of recipe: the first whose `marker` stands in the file, or that has none."""
 
 
 def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
@@ -39,8 +38,8 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
     return recipe
 
 
-def load_any_recipe(path: Path | str, overrides: list[str] | None = None) -> AnyRecipe:
-    """Read a recipe of either kind; see `load_recipe`.
+def load_any_recipe(path: Path | str, overrides: list[str] | None = None) -> RecipeBase:
+    """Read a recipe of any kind; see `load_recipe`.
 
     Args:
         path: The YAML file.
@@ -60,13 +59,10 @@ def load_any_recipe(path: Path | str, overrides: list[str] | None = None) -> Any
     return parse_config(recipe_class(data), data, where)
 
 
-def recipe_class(data: Any) -> type[Recipe] | type[PairRecipe]:
-    """Which kind of recipe plain data are: an `objective` makes a pair recipe."""
-    if isinstance(data, dict) and "objective" in data:
-        from polymodal.training.recipes.contrastive import PairRecipe
-
-        return PairRecipe
-    return Recipe
+def recipe_class(data: Any) -> type[RecipeBase]:
+    """Which kind of recipe plain data are."""
+    keys = data if isinstance(data, dict) else {}
+    return next(kind for kind in RECIPES if kind.marker is None or kind.marker in keys)
 
 
 def read_yaml(path: Path) -> Any:
@@ -80,18 +76,14 @@ def read_yaml(path: Path) -> Any:
     return _yaml(text, str(path))
 
 
-def dump_recipe(recipe: AnyRecipe) -> str:
+def dump_recipe(recipe: RecipeBase) -> str:
     """Write a recipe as YAML, with every default spelled out; `load_any_recipe` reads it back unchanged."""
-    import yaml
-
     plain = json.loads(recipe.model_dump_json(by_alias=True, exclude_none=True))
     return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
 def _yaml(text: str, where: str) -> Any:
     """Parse YAML, with one-line errors; `1e-3` is a number here, as every recipe writes it."""
-    import yaml
-
     try:
         return _numbers(yaml.safe_load(text))
     except yaml.YAMLError as error:

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field
 
 from polymodal.config import Strict, parse_config
 from polymodal.errors import ConfigError, unknown_name
-from polymodal.training.recipes.contrastive import PairRecipe
 from polymodal.training.recipes.load import apply_override, dump_recipe, read_yaml, recipe_class
-from polymodal.training.recipes.sft import Recipe
+from polymodal.training.recipes.sections import RecipeBase
 
 
 class MakeStage(Strict):
@@ -103,7 +103,7 @@ class TrainStage(Strict):
         recipe: The whole recipe.
     """
 
-    recipe: Recipe | PairRecipe
+    recipe: RecipeBase
 
 
 Stage = MakeStage | BuildStage | FeaturesStage | ExportStage | GenerateStage | TrainStage
@@ -173,18 +173,15 @@ def load_pipeline(path: Path | str, overrides: Sequence[str] = ()) -> Pipeline:
         if name not in parsed.stages:
             raise ConfigError(f"override {override!r}: {unknown_name('stage', name, parsed.stages)}")
         to_stage.setdefault(name, []).append(rest)
-    folder = Path(parsed.output_dir)
-    stages: dict[str, Stage] = {}
+    pipeline = Pipeline(parsed.name, Path(parsed.output_dir), {}, path)
     for name, raw in parsed.stages.items():
-        where = f"{path}: stages.{name}"
-        stages[name] = _stage(name, _fill_in(raw, str(folder)), to_stage.get(name, []), stages, path, folder, where)
-    return Pipeline(parsed.name, folder, stages, path)
+        filled = dict(map_text(raw, lambda text: text.replace("${output_dir}", str(pipeline.output_dir))))
+        pipeline.stages[name] = _stage(pipeline, name, filled, to_stage.get(name, []))
+    return pipeline
 
 
 def dump_pipeline(pipeline: Pipeline) -> str:
     """Write a resolved pipeline for a person to read: every stage with every default."""
-    import yaml
-
     plain: dict[str, Any] = {"name": pipeline.name, "output_dir": str(pipeline.output_dir), "stages": {}}
     for name, stage in pipeline.stages.items():
         plain["stages"][name] = (
@@ -193,10 +190,6 @@ def dump_pipeline(pipeline: Pipeline) -> str:
             else stage.model_dump(mode="json")
         )
     return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-
-
-def _fill_in(raw: dict[str, Any], output_dir: str) -> dict[str, Any]:
-    return dict(map_text(raw, lambda text: text.replace("${output_dir}", output_dir)))
 
 
 def map_text(value: Any, change: Callable[[str], str]) -> Any:
@@ -208,16 +201,9 @@ def map_text(value: Any, change: Callable[[str], str]) -> Any:
     return change(value) if isinstance(value, str) else value
 
 
-def _stage(
-    name: str,
-    raw: dict[str, Any],
-    overrides: list[str],
-    before: dict[str, Stage],
-    path: Path,
-    output_dir: Path,
-    where: str,
-) -> Stage:
-    """Resolve one stage of a pipeline file."""
+def _stage(pipeline: Pipeline, name: str, raw: dict[str, Any], overrides: list[str]) -> Stage:
+    """Resolve one stage of a pipeline file; the pipeline has those before it."""
+    where, folder = f"{pipeline.source}: stages.{name}", pipeline.source.parent
     if not name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"{where}: a stage's name is also its folder's; use letters, digits, - and _")
     found = [key for key in KINDS if key in raw]
@@ -229,39 +215,32 @@ def _stage(
         )
     kind = found[0]
     if kind == "recipe":
-        return _train_stage(name, raw, overrides, before, path, output_dir, where)
+        return _train_stage(pipeline, name, raw, overrides)
     for override in overrides:
         apply_override(raw, override, KINDS[kind])
     stage: Any = parse_config(KINDS[kind], raw, where)
     if isinstance(stage, MakeStage):
-        script = path.parent / stage.make
+        script = folder / stage.make
         if not script.is_file():
             raise ConfigError(f"{where}: no file {script}")
         return stage.model_copy(update={"make": str(script)})
     if isinstance(stage, GenerateStage):
-        missing = [image for image in stage.image if not (path.parent / image).is_file()]
+        missing = [image for image in stage.image if not (folder / image).is_file()]
         if missing:
-            raise ConfigError(f"{where}: no file {path.parent / missing[0]}")
-        _refer(stage.generate, before, (ExportStage, TrainStage), f"{where}.generate")
-        return stage.model_copy(update={"image": tuple(str(path.parent / image) for image in stage.image)})
+            raise ConfigError(f"{where}: no file {folder / missing[0]}")
+        _refer(pipeline, stage.generate, (ExportStage, TrainStage), f"{where}.generate")
+        return stage.model_copy(update={"image": tuple(str(folder / image) for image in stage.image)})
     if isinstance(stage, ExportStage):
-        _refer(stage.export, before, (TrainStage,), f"{where}.export")
+        _refer(pipeline, stage.export, (TrainStage,), f"{where}.export")
     return stage
 
 
-def _train_stage(
-    name: str,
-    raw: dict[str, Any],
-    overrides: list[str],
-    before: dict[str, Stage],
-    path: Path,
-    output_dir: Path,
-    where: str,
-) -> TrainStage:
+def _train_stage(pipeline: Pipeline, name: str, raw: dict[str, Any], overrides: list[str]) -> TrainStage:
     """Resolve a training stage: the recipe file, the pipeline's sections over it, the overrides over both."""
+    where, output_dir = f"{pipeline.source}: stages.{name}", pipeline.folder(name)
     chosen = [override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
     overrides = [override for override in overrides if not override.startswith("recipe=")]
-    file = path.parent / (chosen[-1] if chosen else str(raw["recipe"]))
+    file = pipeline.source.parent / (chosen[-1] if chosen else str(raw["recipe"]))
     data = read_yaml(file)
     if not isinstance(data, dict):
         raise ConfigError(f"{file}: expected a mapping of keys, found {type(data).__name__}")
@@ -271,14 +250,15 @@ def _train_stage(
         apply_override(data, override, recipe_class(data))
         sections |= {override.partition(".")[0].partition("=")[0]: override}
     if "output_dir" in sections:
-        raise ConfigError(f"{where}: a pipeline puts this stage into {output_dir / name}; leave its output_dir out")
-    data["output_dir"] = str(output_dir / name)
+        raise ConfigError(f"{where}: a pipeline puts this stage into {output_dir}; leave its output_dir out")
+    data["output_dir"] = str(output_dir)
     kind = recipe_class(data)
     recipe = parse_config(kind, data, where)
     # A language model does not go on from a pair of encoders, nor the other way round.
-    trained = [o for o, stage in before.items() if isinstance(stage, TrainStage) and isinstance(stage.recipe, kind)]
+    stages = pipeline.stages.items()
+    trained = [o for o, stage in stages if isinstance(stage, TrainStage) and isinstance(stage.recipe, kind)]
     if recipe.init.from_folder is not None and "init" not in sections and trained:
-        start: Any = recipe.init.model_copy(update={"from_folder": str(output_dir / trained[-1] / "final")})
+        start: Any = recipe.init.model_copy(update={"from_folder": str(pipeline.model_folder(trained[-1]))})
         recipe = recipe.model_copy(update={"init": start})
     return TrainStage(recipe=recipe)
 
@@ -292,8 +272,8 @@ def _lay_over(data: dict[str, Any], sections: dict[str, Any]) -> None:
             data[key] = value
 
 
-def _refer(name: str, before: dict[str, Stage], kinds: tuple[type, ...], where: str) -> None:
+def _refer(pipeline: Pipeline, name: str, kinds: tuple[type, ...], where: str) -> None:
     """Raise unless a name is that of an earlier stage of the right kind."""
-    fitting = [other for other, stage in before.items() if isinstance(stage, kinds)]
+    fitting = [other for other, stage in pipeline.stages.items() if isinstance(stage, kinds)]
     if name not in fitting:
         raise ConfigError(f"{where}: {unknown_name('stage before it', name, fitting)}")

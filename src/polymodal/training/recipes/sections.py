@@ -1,4 +1,4 @@
-"""A training stage as one YAML file: what it starts from, what is trained, on which data, for how long.
+"""The sections that every recipe has: a training stage is one YAML file, whatever its task.
 
 Unknown keys are errors that name the nearest key; `section.key=value` overrides come from the command line, with
 `data.mix.0.path=...` for an entry of a list. Names follow the field where it has one (LLaVA's `learning_rate`,
@@ -8,12 +8,12 @@ Unknown keys are errors that name the nearest key; `section.key=value` overrides
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from polymodal.config import Strict
-from polymodal.errors import unknown_name
+from polymodal.config import ImageConfig, Strict
+from polymodal.errors import ConfigError, unknown_name
 
 # YAML 1.1 reads a bare on or off as true or false.
 Place = Annotated[str, BeforeValidator(lambda value: "off" if value is False else value)]
@@ -56,7 +56,7 @@ class SourceConfig(Strict):
     max_samples: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
-    def _known_format(self) -> SourceConfig:
+    def _check_format(self) -> SourceConfig:
         from polymodal.data.readers.registry import FORMATS
 
         if self.format != "auto" and self.format not in FORMATS:
@@ -69,6 +69,56 @@ class SourceConfig(Strict):
     def _repeat_or_weight(self) -> SourceConfig:
         if self.weight is not None and self.repeat != 1:
             raise ValueError("give `repeat` or `weight`, not both")
+        return self
+
+
+class InitBase(Strict):
+    """What a stage starts from: exactly one of `from` and `model`.
+
+    Attributes:
+        from_folder: A folder or hub id, often an earlier stage's `final/`; written `from` in the file.
+        model: A new model, composed from this configuration.
+        image: With `from`: the image rules from this stage on, where they are not the folder's.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
+
+    from_folder: str | None = Field(default=None, alias="from")
+    model: Any = None
+    image: ImageConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.from_folder is None) == (self.model is None):
+            raise ValueError("give exactly one of `from` (a folder or hub id) and `model` (a configuration)")
+        for key in ("image", "template"):
+            if getattr(self, key, None) is not None and self.model is not None:
+                raise ValueError(f"`{key}` goes with `from`; a new model's is `model.{key}`")
+        return self
+
+
+class DataBase(Strict):
+    """The data of a stage.
+
+    Attributes:
+        mix: The data files; together they are one epoch.
+        on_error: What to do with a record that cannot be used: "stop", or "skip" it, count it and list it in
+            `skipped.jsonl`.
+        eval: Held-out files, for `run.eval_every`; never trained on.
+        index: The folder where what was made of the data is kept, to be shared by runs; `index/` in `output_dir` when
+            None.
+    """
+
+    mix: tuple[SourceConfig, ...] = Field(min_length=1)
+    on_error: Literal["stop", "skip"] = "stop"
+    eval: tuple[SourceConfig, ...] = ()
+    index: str | None = None
+
+    @model_validator(mode="after")
+    def _all_or_no_weights(self) -> Self:
+        without = [source.path for source in self.mix if source.weight is None]
+        if 0 < len(without) < len(self.mix):
+            raise ValueError(f"give every source of the mix a `weight` or none; {without[0]} has none")
         return self
 
 
@@ -133,11 +183,10 @@ class RunConfig(Strict):
         feature_cache: Where the frozen encoder's output is kept: a folder, "memory", or "off". Needs an encoder that
             is not trained.
         feature_dtype: Of the cached features.
-        eval_every: Steps between looks at the held-out files of `data.eval`; 0 looks once, at the end.
-        eval_generations: Questions that are answered at each look, with their images, for the report; 0 for none.
+        eval_every: Steps between evaluations on the held-out files of `data.eval`; 0 for one, at the end.
+        eval_generations: Questions that are answered at each, with their images, for the report; 0 for none.
         trackers: "tensorboard" and "wandb" get every log line too.
-        engine: How several processes share the work: "ddp", "fsdp2", "deepspeed"; "auto" is DDP.
-        deepspeed_config: DeepSpeed's own JSON file, for that engine.
+        engine: How several processes share the work: "ddp" or "fsdp2"; "auto" is DDP.
         timeout_minutes: How long a process waits in a step for one that hangs.
         checkpointing: Keep only the input of each layer and compute the rest again in the backward pass: less memory,
             a third more time, same result. "auto" does so where activations would not fit.
@@ -160,8 +209,45 @@ class RunConfig(Strict):
     eval_every: int = Field(default=0, ge=0)
     eval_generations: int = Field(default=4, ge=0)
     trackers: tuple[str, ...] = ()
-    engine: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"
-    deepspeed_config: str | None = None
+    engine: Literal["auto", "ddp", "fsdp2"] = "auto"
     timeout_minutes: float = Field(default=10, gt=0)
     checkpointing: Switch = "auto"
     compile: Switch = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _deepspeed_was_removed(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if data.get("engine") == "deepspeed" or data.get("deepspeed_config") is not None:
+            raise ConfigError("run.engine deepspeed was removed; FSDP2 does the same: set run.engine=fsdp2")
+        return {key: value for key, value in data.items() if key != "deepspeed_config"}
+
+
+class RecipeBase(Strict):
+    """One training stage, whatever its task.
+
+    Attributes:
+        task: The class that trains it, as `module:name`; a `training.task.Task`.
+        marker: The key that tells this kind of recipe from the others; None for the kind without one.
+        name: For logs and the model's history.
+        init: What it starts from.
+        data: What it is trained on.
+        train: Which parameters are trained; everything is frozen where no rule matches.
+        optim: Optimizer and schedule.
+        batch: Batch sizes.
+        run: Length, seed, checkpoints.
+        output_dir: The run's folder; the trained model is in its `final/`.
+    """
+
+    task: ClassVar[str]
+    marker: ClassVar[str | None] = None
+
+    name: str
+    init: Any
+    data: Any
+    train: tuple[RuleConfig, ...] = ()
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    batch: Any
+    run: RunConfig = Field(default_factory=RunConfig)
+    output_dir: str

@@ -2,70 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field
 
-from polymodal.config import ImageConfig, LoraRecipe, ModelConfig, Strict, TemplateConfig
-from polymodal.training.recipes.sections import OptimConfig, RuleConfig, RunConfig, SourceConfig
+from polymodal.config import LoraRecipe, ModelConfig, Strict, TemplateConfig
+from polymodal.training.recipes.sections import DataBase, InitBase, RecipeBase
 
 
-class InitConfig(Strict):
-    """What the stage starts from; exactly one of the two.
+class InitConfig(InitBase):
+    """What the stage starts from; exactly one of `from` and `model`.
 
     Attributes:
-        from_folder: A model folder, usually an earlier stage's `final/`; also "default", or a published model's folder
-            or hub id. Written `from` in the file.
-        model: A new model, composed from this configuration.
-        image: With `from`: the image rules from this stage on, where they are not the folder's; the tile stays.
+        model: A new model, composed from this configuration; `from` may also be "default".
         template: With `from`: the chat template from this stage on, where it is not the folder's, such as when a
             captioner (BLIP-2's second stage) is tuned to converse.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
-
-    from_folder: str | None = Field(default=None, alias="from")
     model: ModelConfig | None = None
-    image: ImageConfig | None = None
     template: TemplateConfig | None = None
 
-    @model_validator(mode="after")
-    def _one_source(self) -> InitConfig:
-        if (self.from_folder is None) == (self.model is None):
-            raise ValueError("give exactly one of `from` (a model folder) and `model` (a configuration)")
-        if self.image is not None and self.model is not None:
-            raise ValueError("`image` goes with `from`; a new model's image rules are `model.image`")
-        if self.template is not None and self.model is not None:
-            raise ValueError("`template` goes with `from`; a new model's is `model.template`")
-        return self
 
-
-class DataConfig(Strict):
-    """The data of the stage.
+class DataConfig(DataBase):
+    """The data of the stage: conversations.
 
     Attributes:
-        mix: The data files; together they are one epoch.
         template: A chat template for this stage only ("plain" for captions in stage 1); the model keeps its own.
         max_length: Records with more tokens are left out and counted, since cutting could cut an image.
-        on_error: What to do with a record that cannot be read: "stop", or "skip" it, count it and list it in
-            `skipped.jsonl`.
-        eval: Held-out files, for `run.eval_every`; never trained on.
-        index: The folder that tokenised data are kept in, to be shared by runs; `index/` in `output_dir` when None.
     """
 
-    mix: tuple[SourceConfig, ...] = Field(min_length=1)
     template: str | None = None
     max_length: int = Field(default=2048, gt=1)
-    on_error: Literal["stop", "skip"] = "stop"
-    eval: tuple[SourceConfig, ...] = ()
-    index: str | None = None
-
-    @model_validator(mode="after")
-    def _weights(self) -> DataConfig:
-        without = [source.path for source in self.mix if source.weight is None]
-        if 0 < len(without) < len(self.mix):
-            raise ValueError(f"give every source of the mix a `weight` or none; {without[0]} has none")
-        return self
 
 
 class BatchConfig(Strict):
@@ -127,31 +94,24 @@ class PrototypeConfig(Strict):
     questions: tuple[str, ...] = Field(default=("What is this?",), min_length=1)
 
 
-class Recipe(Strict):
-    """One training stage.
+class Recipe(RecipeBase):
+    """One supervised stage of a language model.
 
     Attributes:
-        name: For logs and the model's history.
         init: What it starts from.
         data: What it is trained on.
-        train: Which parameters are trained; everything is frozen where no rule matches.
+        batch: Batch sizes.
         lora: Adapters on the language model, or None.
         warm_start: Train the projector towards word embeddings first, or None.
         prototypes: Samples made of the tower's own classes, or None.
-        optim: Optimizer and schedule.
-        batch: Batch sizes.
-        run: Length, seed, checkpoints.
-        output_dir: The run's folder; the trained model is in its `final/`.
+        task: See `RecipeBase`.
     """
 
-    name: str
+    task: ClassVar[str] = "polymodal.training.sft.task:SFTTask"
+
     init: InitConfig
     data: DataConfig
-    train: tuple[RuleConfig, ...] = ()
+    batch: BatchConfig = Field(default_factory=BatchConfig)
     lora: LoraRecipe | None = None
     warm_start: WarmStartConfig | None = None
     prototypes: PrototypeConfig | None = None
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    batch: BatchConfig = Field(default_factory=BatchConfig)
-    run: RunConfig = Field(default_factory=RunConfig)
-    output_dir: str

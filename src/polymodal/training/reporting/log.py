@@ -1,16 +1,22 @@
-"""What a run says: a JSONL line every few steps, a progress bar on a terminal, plain lines elsewhere, `env.json`."""
+"""What a run logs: JSONL lines, loss by kind and by source, `env.json`, and trackers for those who want them.
+
+`run.trackers: [tensorboard, wandb]` get every line too; a run's own files never depend on them. A resumed run goes on
+in the same charts: TensorBoard drops what it saw after the checkpoint's step, and wandb resumes the run whose id is
+derived from the output folder.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from polymodal.errors import ConfigError, PolymodalError, unknown_name
@@ -68,10 +74,59 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-# ---- TensorBoard and Weights & Biases, for those who want them; a run's own files never depend on them ----
-# `run.trackers: [tensorboard, wandb]`. A resumed run goes on in the same charts: TensorBoard drops what it saw after
-# the
-# checkpoint's step, and wandb resumes the run whose id is derived from the output folder.
+Sums = dict[str, list[float]]
+"""Name -> [sum of losses, tokens]."""
+
+
+class LossByKind:
+    """Sums of losses by kind and by source since the last log line, of this process."""
+
+    # Losses stay on the device until they are logged or saved, so nothing waits for a micro-batch. Sums are float64 and
+    # added in order of micro-batches, so that a resumed run logs exactly what it would have logged.
+    def __init__(self, kinds: Sums | None = None, sources: Sums | None = None) -> None:
+        self.kinds: Sums = {name: list(sums) for name, sums in (kinds or {}).items()}
+        self.sources: Sums = {name: list(sums) for name, sums in (sources or {}).items()}
+        self._waiting: list[tuple[torch.Tensor, list[str], list[str]]] = []
+
+    def add(self, losses: torch.Tensor, kinds: list[str], sources: list[str]) -> None:
+        """Remember a micro-batch."""
+        # losses [R], kinds [R], sources [R]
+        self._waiting.append((losses.detach(), kinds, sources))
+
+    def fold(self) -> None:
+        """Add what is waiting to the sums; waits for the device."""
+        for losses, kinds, sources in self._waiting:
+            values = losses.double().cpu().numpy()
+            self.kinds = merge([self.kinds, _sums_of(kinds, values)])
+            self.sources = merge([self.sources, _sums_of(sources, values)])
+        self._waiting = []
+
+    def clear(self) -> None:
+        """Start anew, after a log line."""
+        self.kinds, self.sources = {}, {}
+
+
+def merge(sums: Iterable[Sums]) -> Sums:
+    """Add sums, of several processes or micro-batches, in order."""
+    total: Sums = {}
+    for own in sums:
+        for name, (loss, tokens) in own.items():
+            entry = total.setdefault(name, [0.0, 0.0])
+            entry[0] += loss
+            entry[1] += tokens
+    return total
+
+
+def means(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Loss per token by name, sorted."""
+    return {name: loss / tokens for name, (loss, tokens) in sorted(sums.items()) if tokens}
+
+
+def _sums_of(names: Sequence[str], values: np.ndarray) -> Sums:
+    distinct, inverse = np.unique(np.array(names, dtype=np.str_), return_inverse=True)
+    losses = np.bincount(inverse, weights=values, minlength=len(distinct)).tolist()
+    counts = np.bincount(inverse, minlength=len(distinct)).tolist()
+    return {str(name): [loss, float(count)] for name, loss, count in zip(distinct, losses, counts, strict=True)}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,14 +24,11 @@ from polymodal.data.mixture import Joined
 from polymodal.data.readers.conversations import Record
 from polymodal.errors import ConfigError
 from polymodal.messages import Image, assistant, user
-from polymodal.modeling.encoders.efficientnet import EfficientNetEncoder
+from polymodal.modeling.encoders.efficientnet import ClassHead, EfficientNetEncoder
+from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Sample
-
-if TYPE_CHECKING:
-    from polymodal.modeling.encoders.efficientnet import ClassHead
-    from polymodal.modeling.vlm import MultimodalLM
-    from polymodal.training.recipes.sft import PrototypeConfig
-    from polymodal.training.sft.task import Feed
+from polymodal.training.recipes.sft import PrototypeConfig
+from polymodal.training.sft.dataset import SFTDataset
 
 MEASURED = 4_000
 """Images from which mean and covariance are measured."""
@@ -86,8 +82,8 @@ def draw_classes(names: Sequence[str], count: int, generator: torch.Generator) -
         members.setdefault(name, []).append(number)
     groups = list(members.values())
     chances = torch.rand(count, generator=generator).tolist()
-    turns = [groups[turn % len(groups)] for turn in range(count)]
-    return torch.tensor([group[int(chance * len(group))] for group, chance in zip(turns, chances, strict=True)])
+    drawn = [groups[number % len(groups)] for number in range(count)]
+    return torch.tensor([group[int(chance * len(group))] for group, chance in zip(drawn, chances, strict=True)])
 
 
 def class_head_of(model: MultimodalLM) -> ClassHead | None:
@@ -96,15 +92,15 @@ def class_head_of(model: MultimodalLM) -> ClassHead | None:
     return encoder.class_head() if isinstance(encoder, EfficientNetEncoder) else None
 
 
-def add_samples(feed: Feed, model: MultimodalLM, config: PrototypeConfig, seed: int) -> Feed:
+def add_samples(dataset: SFTDataset, model: MultimodalLM, config: PrototypeConfig, seed: int) -> SFTDataset:
     """Append caption samples whose features are prototypes."""
     head = class_head_of(model)
-    if feed.store is None or head is None:
+    if dataset.store is None or head is None:
         raise ConfigError(
             "prototypes need cached features (run.feature_cache) and a tower with a classifier of its own"
         )
     generator = torch.Generator().manual_seed(seed)
-    prepared, store = feed.prepared, feed.store
+    prepared, store = dataset.prepared, dataset.store
     real = [
         i for i, s in enumerate(prepared.samples) if len(s.media_keys) == 1 and store.where[s.media_keys[0]][1] == 1
     ]
@@ -129,12 +125,13 @@ def add_samples(feed: Feed, model: MultimodalLM, config: PrototypeConfig, seed: 
             key = f"{origin}-{start + number}"
             answer = f"{'An' if name[0].lower() in 'aeiou' else 'A'} {name}."
             messages = (user(Image(key), config.questions[question]), assistant(answer))
-            rendered = feed.processor.template.render(messages, [plan.num_tokens])
+            rendered = dataset.processor.template.render(messages, [plan.num_tokens])
+            contexts = dataset.processor.context(messages) if dataset.processor.context is not None else ()
             records.append(Record(id=key, messages=messages, kind="prototype", source="classifier", extra={}))
             samples.append(
                 Sample(
                     torch.tensor(rendered.input_ids), torch.tensor(rendered.loss_mask), rendered.slots, (plan,),
-                    None, (key,), key, feed.processor.context(messages) if feed.processor.context is not None else (),
+                    None, (key,), key, contexts,
                 )
             )  # fmt: skip
             if key not in store.where:
@@ -150,4 +147,4 @@ def add_samples(feed: Feed, model: MultimodalLM, config: PrototypeConfig, seed: 
         lengths=np.concatenate([prepared.lengths, [s.input_ids.numel() for s in samples]]),
         sources=(*prepared.sources, (range(first, first + len(samples)), 1.0)),
     )
-    return replace(feed, prepared=extended)
+    return replace(dataset, prepared=extended)

@@ -1,36 +1,35 @@
-"""Records to tokens, once, before the first step; and the order in which they are seen.
+"""Conversations to tokens, once, before the first step; and micro-batches of them.
 
 Data files become an index of memory maps (`data.index`), which the next run opens in a moment; records that are in
-memory already are tokenised in memory. Both give the same `Prepared`.
-
-The order is a pure function of (sizes, repeats, seed, epoch), so a resumed run needs one integer, and the number of
-processes does not matter. Since every length is known beforehand, the loss denominator of a step is known to every
-process without communication.
+memory already are tokenised in memory. Both give the same `Prepared`. Since every length is known beforehand, the loss
+denominator of a step is known to every process without communication.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from polymodal.data.index import Reading, open_index, sample_digest
 from polymodal.data.mixture import Joined, Picked, epoch_repeats
+from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError, PolymodalError
-from polymodal.processing.collate import Sample
+from polymodal.messages import Image, Source, user
+from polymodal.modeling.vlm import MultimodalLM
+from polymodal.processing.collate import Batch, Sample, collate, collate_packed
+from polymodal.processing.processor import Processor
+from polymodal.training.feature_cache import FeatureStore, fill_missing
+from polymodal.training.recipes.sft import DataConfig
 from polymodal.utils.files import write_text
 from polymodal.utils.progress import log
 from polymodal.utils.threads import Progress, ahead
-
-if TYPE_CHECKING:
-    from polymodal.data.readers.conversations import Record
-    from polymodal.processing.processor import Processor
-    from polymodal.training.recipes.sft import DataConfig
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Source:
     """One source, tokenised: as `Prepared`, before anything is left out."""
 
     records: Sequence[Record]
@@ -56,26 +55,6 @@ class _Part:
     lengths: np.ndarray
     digests: np.ndarray
     faults: list[dict[str, Any]]
-
-
-def read_mix(data: DataConfig, seed: int) -> list[tuple[Reading, float]]:
-    """List the data files; nothing is read yet."""
-    return [
-        (
-            Reading(
-                path=Path(source.path),
-                image_root=Path(source.image_root) if source.image_root is not None else None,
-                format=source.format,
-                annotations=Path(source.annotations) if source.annotations is not None else None,
-                kind=source.kind,
-                source=source.source,
-                prompt=source.prompt,
-                draw=(source.max_samples, (seed, number)) if source.max_samples is not None else None,
-            ),
-            source.repeat,
-        )
-        for number, source in enumerate(data.mix)
-    ]
 
 
 def prepare(
@@ -89,46 +68,43 @@ def prepare(
     """Tokenise every record once, without making pixel tensors, or open what an earlier run made of them."""
     folder = Path(data.index) if data.index is not None else skipped_file.parent / "index"
     skip = data.on_error == "skip"
-    parts = [
+    sources = [
         _of_files(source, processor, folder, skip, workers, progress)
         if isinstance(source, Reading)
         else _of_records(source, processor, skip, workers, progress)
         for source, _ in mix
     ]
     left_out: dict[str, int] = {}
-    skipped: list[dict[str, Any]] = []
-    kept, digest = [], hashlib.sha256()
-    for part in parts:
-        long, untrained = part.lengths > data.max_length, part.targets == 0
-        reasons = (
-            ("unreadable", len(part.faults)),
+    kept: list[tuple[_Source, np.ndarray]] = []
+    digest = hashlib.sha256()
+    for source in sources:
+        long, untrained = source.lengths > data.max_length, source.targets == 0
+        for reason, count in (
+            ("unreadable", len(source.faults)),
             (f"longer than max_length {data.max_length}", int(long.sum())),
             ("without a trained token", int((untrained & ~long).sum())),
-        )
-        for reason, count in reasons:
+        ):
             if count:
                 left_out[reason] = left_out.get(reason, 0) + count
-        skipped += [{"id": fault["id"], "error": fault["error"]} for fault in part.faults]
-        kept.append(np.flatnonzero(~(long | untrained)))
-        digest.update(np.ascontiguousarray(part.digests[kept[-1]]).tobytes())
+        rows = np.flatnonzero(~(long | untrained))
+        kept.append((source, rows))
+        digest.update(np.ascontiguousarray(source.digests[rows]).tobytes())
+    skipped = [{"id": fault["id"], "error": fault["error"]} for source in sources for fault in source.faults]
     if skipped:
-        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped)
-        write_text(skipped_file, lines)
-    sizes = [len(rows) for rows in kept]
+        write_text(skipped_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped))
+    sizes = [len(rows) for _, rows in kept]
     if not sum(sizes):
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise DataError(f"no record is left to train on: {counts}")
-    repeats = [repeat for _, repeat in mix]
     weights = [source.weight for source in data.mix] if len(data.mix) == len(mix) else None
-    starts = np.cumsum([0, *sizes]).tolist()
-    ranges = [range(start, start + size) for start, size in zip(starts, sizes, strict=False)]
-    pairs = list(zip(parts, kept, strict=True))
+    repeats = epoch_repeats(sizes, [repeat for _, repeat in mix], weights)
+    ends = np.cumsum(sizes).tolist()
     return Prepared(
-        records=Joined([Picked(part.records.__getitem__, rows) for part, rows in pairs]),
-        samples=Joined([Picked(part.samples.__getitem__, rows) for part, rows in pairs]),
-        targets=np.concatenate([part.targets[rows] for part, rows in pairs]).astype(np.int64),
-        lengths=np.concatenate([part.lengths[rows] for part, rows in pairs]).astype(np.int64),
-        sources=tuple(zip(ranges, epoch_repeats(sizes, repeats, weights), strict=True)),
+        records=Joined([Picked(source.records.__getitem__, rows) for source, rows in kept]),
+        samples=Joined([Picked(source.samples.__getitem__, rows) for source, rows in kept]),
+        targets=np.concatenate([source.targets[rows] for source, rows in kept]).astype(np.int64),
+        lengths=np.concatenate([source.lengths[rows] for source, rows in kept]).astype(np.int64),
+        sources=tuple((range(end - size, end), each) for end, size, each in zip(ends, sizes, repeats, strict=True)),
         left_out=left_out,
         fingerprint=digest.hexdigest(),
     )
@@ -136,21 +112,17 @@ def prepare(
 
 def _of_files(
     reading: Reading, processor: Processor, folder: Path, skip: bool, workers: int, progress: Progress
-) -> _Part:
+) -> _Source:
     """Open a source's index, or build it."""
     index = open_index(folder, reading, processor, skip_errors=skip, workers=workers, progress=progress, log=log)
     rows = np.arange(len(index))
-    return _Part(
-        Picked(index.record, rows),
-        Picked(index.sample, rows),
-        index.targets,
-        index.lengths,
-        index.digests,
-        index.faults,
-    )
+    records, samples = Picked(index.record, rows), Picked(index.sample, rows)
+    return _Source(records, samples, index.targets, index.lengths, index.digests, index.faults)
 
 
-def _of_records(records: Sequence[Record], processor: Processor, skip: bool, workers: int, progress: Progress) -> _Part:
+def _of_records(
+    records: Sequence[Record], processor: Processor, skip: bool, workers: int, progress: Progress
+) -> _Source:
     """Tokenise records that are in memory."""
 
     def tokenise(record: Record) -> Sample | PolymodalError:
@@ -171,7 +143,7 @@ def _of_records(records: Sequence[Record], processor: Processor, skip: bool, wor
         if not skip:
             raise type(result)(f"record {record.id}: {result}")
         faults.append({"id": record.id, "error": str(result)})
-    return _Part(
+    return _Source(
         good,
         samples,
         # The first token is never predicted, whatever its mask says.
@@ -182,17 +154,6 @@ def _of_records(records: Sequence[Record], processor: Processor, skip: bool, wor
     )
 
 
-def micro_batches(
-    indices: np.ndarray, lengths: np.ndarray, micro_size: int, group_by_length: bool, rank: int = 0, world: int = 1
-) -> list[np.ndarray]:
-    """Cut one step's samples into micro-batches."""
-    # indices [G]
-    if group_by_length:
-        indices = indices[np.argsort(lengths[indices], kind="stable")]
-    mine = indices[rank::world]
-    return [mine[i : i + micro_size] for i in range(0, len(mine), micro_size)]
-
-
 def with_pixels(record: Record, sample: Sample, processor: Processor) -> Sample:
     """Decode a record's images again, for training without a feature cache."""
     if not sample.plans:
@@ -201,3 +162,85 @@ def with_pixels(record: Record, sample: Sample, processor: Processor) -> Sample:
     if again.media_keys != sample.media_keys:
         raise DataError(f"record {record.id}: its image changed on disk while training")
     return replace(sample, pixels=again.pixels)
+
+
+def turn_of_target(sample: Sample) -> np.ndarray:  # -> [R]
+    """Number the assistant's turns, runs of the loss mask, for each token that is a target."""
+    mask = sample.loss_mask.numpy()
+    starts = mask & ~np.concatenate(([False], mask[:-1]))
+    return (np.cumsum(starts) - 1)[1:][mask[1:]]
+
+
+def kinds_of_targets(record: Record, sample: Sample, last_answer_only: bool = False) -> list[str]:
+    """The kind of each target: its turn's where the record has as many `kinds` as turns, else the record's."""
+    turns = turn_of_target(sample)
+    kinds = record.extra.get("kinds")
+    answers = sum(message.role == "assistant" for message in record.messages)
+    if not isinstance(kinds, (list, tuple)) or len(kinds) != answers or not len(turns) or turns[-1] >= answers:
+        return [record.kind] * len(turns)
+    return [str(kinds[-1 if last_answer_only else turn]) for turn in turns]
+
+
+class NamedBatch(NamedTuple):
+    """A batch with the kind and the source of each of its targets, in order."""
+
+    batch: Batch
+    kinds: list[str]
+    sources: list[str]
+
+
+@dataclass(frozen=True)
+class SFTDataset:
+    """The data of a stage, and how a micro-batch is made of it."""
+
+    prepared: Prepared  # Tokens, without pixels
+    processor: Processor  # Makes pixels where features are not cached
+    store: FeatureStore | None  # Cached features, or None
+    packed: bool = False  # Put the samples of a batch into one row, in place of padding them
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Collate or pack samples, with features from the cache or pixels from the files."""
+        samples = [self.prepared.samples[i] for i in indices]
+        if self.store is None:
+            records = self.prepared.records
+            samples = [
+                with_pixels(records[i], sample, self.processor) for i, sample in zip(indices, samples, strict=True)
+            ]
+        made = collate_packed(samples) if self.packed else collate(samples, self.processor.pad_id)
+        if self.store is None:
+            return made
+        return replace(made, features=self.store.gather([key for sample in samples for key in sample.media_keys]))
+
+    def named_batch(self, indices: np.ndarray) -> NamedBatch:
+        """A batch, and what its targets are called in the log."""
+        records, samples = self.prepared.records, self.prepared.samples
+        kinds: list[str] = []
+        sources: list[str] = []
+        for index in indices:
+            of_targets = kinds_of_targets(records[index], samples[index], self.processor.last_answer_only)
+            kinds += of_targets
+            sources += [records[index].source] * len(of_targets)
+        return NamedBatch(self.batch(indices), kinds, sources)
+
+    def fill_store(self, model: MultimodalLM, workers: int, label: str) -> SFTDataset:
+        """Log what was left out, and compute the features that are missing."""
+        for reason, count in self.prepared.left_out.items():
+            log(f"left out {count} {label} {reason}")
+        if self.store is not None:
+            count = fill_missing(self.store, self._images(), self._decode, model.encode_images, model.device, workers)
+            log(f"features: {count} images encoded, {len(self.store.where)} in the cache")
+        return self
+
+    def _images(self) -> Iterator[tuple[str, Source, int]]:
+        """Key, source and count of tiles of every image."""
+        for record, sample in zip(self.prepared.records, self.prepared.samples, strict=True):
+            media = [part for message in record.messages for part in message.media]
+            for key, plan, part in zip(sample.media_keys, sample.plans, media, strict=True):
+                if isinstance(part, Image):
+                    yield key, part.source, plan.num_tiles
+
+    def _decode(self, key: str, source: Source) -> torch.Tensor:
+        sample = self.processor([user(Image(source))], add_generation_prompt=True)
+        if sample.media_keys != (key,) or sample.pixels is None:
+            raise DataError(f"image {source!r} changed on disk while it was being encoded")
+        return sample.pixels[0]

@@ -1,4 +1,4 @@
-"""The look at held-out data between steps: loss by kind and by source, and a few answers beside what was expected.
+"""Evaluation between steps: held-out loss by kind and by source, and a few answers beside what was expected.
 
 It changes nothing in the run: a run with evaluations ends bit for bit as one without. Scores of tasks are another
 matter (`polymodal eval`); this is to see early that something goes wrong. Without held-out data the finished model
@@ -8,30 +8,30 @@ still answers a few questions of its training data, marked as such, so that the 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from polymodal.data.readers.conversations import Record
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.media.image import open_image
 from polymodal.messages import Image
+from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import collate
-from polymodal.training.reporting.loss_by_kind import Tally, means, merge
+from polymodal.training.distributed import Engine
+from polymodal.training.process_group import World
+from polymodal.training.recipes.sft import Recipe
+from polymodal.training.reporting.log import LossByKind, means, merge
+from polymodal.training.sft.dataset import SFTDataset, prepare
 from polymodal.training.sft.packing import plan_micro
-from polymodal.training.sft.task import Feed, make_eval_feed
+from polymodal.training.task import read_mix
+from polymodal.utils.progress import progress
 from polymodal.utils.threads import ahead
-
-if TYPE_CHECKING:
-    from polymodal.data.readers.conversations import Record
-    from polymodal.modeling.vlm import MultimodalLM
-    from polymodal.training.distributed import Engine
-    from polymodal.training.process_group import World
-    from polymodal.training.recipes.sft import Recipe
 
 NEW_TOKENS = 48
 """Length of an answer at most."""
@@ -47,7 +47,7 @@ IMAGE_SIDE = 320
 class Evaluation:
     """Call it with an engine and a step."""
 
-    feed: Feed  # The held-out data, or the training data
+    dataset: SFTDataset  # The held-out data, or the training data
     held_out: bool  # Which of the two
     shown: tuple[int, ...]  # Indices of the records whose first question is answered
     recipe: Recipe  # For batch sizes
@@ -59,18 +59,18 @@ class Evaluation:
         engine.inner.eval()
         line: dict[str, Any] = {"step": step, "data": "held-out" if self.held_out else "training"}
         if self.held_out:
-            line |= held_out_loss(engine, self.feed, self.recipe)
+            line |= held_out_loss(engine, self.dataset, self.recipe)
         line["answers"] = self._answers(engine) if self.shown else []
         line["seconds"] = round(time.monotonic() - began, 2)
         return line
 
     def _answers(self, engine: Engine) -> list[dict[str, Any]]:
         """Answer the first question of each shown record."""
-        processor, tokenizer = self.feed.processor, self.feed.processor.tokenizer
+        processor, tokenizer = self.dataset.processor, self.dataset.processor.tokenizer
         stop_ids = processor.template.stop_ids
         answers, prompts = [], []
         for index in self.shown:
-            record = self.feed.prepared.records[index]
+            record = self.dataset.prepared.records[index]
             entry = describe(record)
             try:
                 prompts.append(processor(_question(record), add_generation_prompt=True, id=record.id))
@@ -92,49 +92,52 @@ class Evaluation:
         return answers
 
 
-def make_evaluation(recipe: Recipe, model: MultimodalLM, feed: Feed, output_dir: Path) -> Evaluation | None:
-    """Prepare what is evaluated."""
-    held_out = make_eval_feed(recipe, model, feed, output_dir)
-    if held_out is None and recipe.run.eval_every:
+def make_evaluation(recipe: Recipe, model: MultimodalLM, dataset: SFTDataset, output_dir: Path) -> Evaluation | None:
+    """Prepare what is evaluated: the held-out files, as the training data were prepared."""
+    run, held_out = recipe.run, bool(recipe.data.eval)
+    if held_out:
+        data = recipe.data.model_copy(update={"mix": recipe.data.eval})
+        mix, skipped = read_mix(data, run.seed), output_dir / "skipped_eval.jsonl"
+        prepared = prepare(mix, dataset.processor, data, progress, run.workers, skipped)
+        dataset = replace(dataset, prepared=prepared).fill_store(model, run.workers, "held-out records")
+    elif run.eval_every:
         raise ConfigError("run.eval_every: name held-out files in data.eval, or set it to 0")
-    if held_out is None and not recipe.run.eval_generations:
+    elif not run.eval_generations:
         return None
-    used = held_out or feed
-    shown = choose_shown(used, recipe.run.eval_generations, recipe.run.seed)
-    return Evaluation(used, held_out is not None, shown, recipe, output_dir / "eval")
+    shown = choose_shown(dataset, run.eval_generations, run.seed)
+    return Evaluation(dataset, held_out, shown, recipe, output_dir / "eval")
 
 
 @torch.no_grad()
-def held_out_loss(engine: Engine, feed: Feed, recipe: Recipe) -> dict[str, Any]:
+def held_out_loss(engine: Engine, dataset: SFTDataset, recipe: Recipe) -> dict[str, Any]:
     """The loss per trained token over all held-out data, shared among processes."""
-    world, prepared = engine.world, feed.prepared
-    everything = np.arange(len(prepared.lengths))
-    parts = np.array_split(everything, max(1, len(everything) // recipe.batch.global_size))
+    world, lengths = engine.world, dataset.prepared.lengths
+    everything = np.arange(len(lengths))
     plan = [
-        indices
-        for part in parts
-        for indices in plan_micro(part, prepared.lengths, recipe.batch, world.rank, world.size)
+        micro
+        for indices in np.array_split(everything, max(1, len(everything) // recipe.batch.global_size))
+        for micro in plan_micro(indices, lengths, recipe.batch, world.rank, world.size)
     ]
-    tally = Tally()
-    for batch, kinds, sources in ahead(feed.named_batch, plan, recipe.run.workers):
-        out = engine.score(batch.to(world.device))
-        assert out.losses is not None
-        tally.add(out.losses, kinds, sources)
-    tally.fold()
-    both = world.gather((tally.kinds, tally.sources))
-    kinds_sums, source_sums = merge(part[0] for part in both), merge(part[1] for part in both)
-    loss, tokens = (sum(column) for column in zip(*kinds_sums.values(), strict=True))
+    own = LossByKind()
+    for batch, kinds, sources in ahead(dataset.named_batch, plan, recipe.run.workers):
+        with engine.autocast():  # the model itself, not DDP's wrapper, and touched in every process
+            out = engine.inner(**batch.to(world.device).inputs(), touch_media=world.size > 1)
+        own.add(out.losses, kinds, sources)
+    own.fold()
+    everyone = world.gather((own.kinds, own.sources))
+    kind_sums, source_sums = merge(sums for sums, _ in everyone), merge(sums for _, sums in everyone)
+    loss, tokens = (sum(column) for column in zip(*kind_sums.values(), strict=True))
     return {
         "loss": loss / tokens,
         "tokens": round(tokens),
-        "loss_by_kind": means(kinds_sums),
+        "loss_by_kind": means(kind_sums),
         "loss_by_source": means(source_sums),
     }
 
 
-def choose_shown(feed: Feed, count: int, seed: int) -> tuple[int, ...]:
+def choose_shown(dataset: SFTDataset, count: int, seed: int) -> tuple[int, ...]:
     """Choose records to show: one of each kind in turn, with images where the kind has some."""
-    records, samples = feed.prepared.records, feed.prepared.samples
+    records, samples = dataset.prepared.records, dataset.prepared.samples
     order = np.random.default_rng([seed, len(samples)]).permutation(len(samples))[:SEARCHED].tolist()
     by_kind: dict[str, list[int]] = {}
     for index in sorted(order, key=lambda i: not samples[i].media_keys):  # stable: the drawn order stays

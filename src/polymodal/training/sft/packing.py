@@ -11,15 +11,11 @@ step's samples, and with them a published learning rate, as they were.
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from polymodal.errors import ConfigError
-from polymodal.training.sft.dataset import micro_batches
-
-if TYPE_CHECKING:
-    from polymodal.training.recipes.sft import BatchConfig
+from polymodal.training.recipes.sft import BatchConfig
 
 LINEAR_COST = 6144
 """Tokens at which attention (quadratic) costs a decoder layer as much as its matrices (linear): 6 times a usual width
@@ -45,6 +41,17 @@ def plan_micro(
     most = -(-len(indices) // world)
     # The process with the fewest samples has one less than `most`, at least one: no part is empty.
     return np.array_split(indices[rank::world], min(-(-most // batch.micro_size), len(indices) // world))
+
+
+def micro_batches(
+    indices: np.ndarray, lengths: np.ndarray, micro_size: int, group_by_length: bool, rank: int = 0, world: int = 1
+) -> list[np.ndarray]:
+    """Cut one step's samples into micro-batches."""
+    # indices [G]
+    if group_by_length:
+        indices = indices[np.argsort(lengths[indices], kind="stable")]
+    mine = indices[rank::world]
+    return [mine[i : i + micro_size] for i in range(0, len(mine), micro_size)]
 
 
 def make_packs(indices: np.ndarray, lengths: np.ndarray, capacity: int, multiple: int = 1) -> list[np.ndarray]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from polymodal.config import ModelConfig
 from polymodal.processing.processor import Processor
-from polymodal.training.sft.dataset import Prepared, prepare, read_mix
+from polymodal.training.recipes.sft import Recipe
+from polymodal.training.sft.dataset import Prepared, prepare
+from polymodal.training.task import read_mix
 from polymodal.utils.progress import progress
-
-if TYPE_CHECKING:
-    from polymodal.config import ModelConfig
-    from polymodal.training.recipes.sft import Recipe
 
 
 def prepare_recipe(recipe: Recipe) -> str:
@@ -38,12 +36,12 @@ def recipe_processor(recipe: Recipe) -> Processor:
     if recipe.lora is not None and recipe.lora.trainable_tokens:
         # New tokens change the tokenizer, and which rows they take is decided on the whole model.
         from polymodal.backends.local import processor_of
-        from polymodal.training import optimizer as policy
-        from polymodal.training.sft.task import load_parts
+        from polymodal.training.optimizer import apply_policy
+        from polymodal.training.sft.task import load_inputs
 
-        parts = load_parts(recipe)
-        policy.apply_policy(parts.model, recipe.train, recipe.lora, recipe.optim, parts.tokenizer)
-        return processor_of(parts.model, parts.tokenizer, parts.config).with_template(recipe.data.template)
+        start = load_inputs(recipe)
+        apply_policy(start.model, recipe.train, recipe.lora, recipe.optim, start.tokenizer)
+        return processor_of(start.model, start.tokenizer, start.config).with_template(recipe.data.template)
     if recipe.init.from_folder is not None:
         from polymodal.backends import load_processor
         from polymodal.config import new_image_rules

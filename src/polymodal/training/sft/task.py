@@ -1,43 +1,45 @@
-"""What a stage works with: the model it starts from, its data as tokens, and the features of its frozen encoder."""
+"""Supervised tuning: a language model learns the assistant's answers to text and images, token by token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from polymodal.backends.local import processor_of
-from polymodal.config import new_image_rules
-from polymodal.errors import DataError
-from polymodal.messages import Image, Source, user
+from polymodal.checkpoints.model_folder import save_model
+from polymodal.config import ModelConfig, new_image_rules
+from polymodal.data.readers.conversations import Record
+from polymodal.interop.open import open_model
 from polymodal.modeling.build import build_model
+from polymodal.modeling.token_loss import knows_head
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.processing.collate import Batch, Sample, collate, collate_packed
-from polymodal.processing.processor import Processor
-from polymodal.training import feature_cache as features
-from polymodal.training import optimizer as policy
-from polymodal.training.checkpoint import identity
+from polymodal.training.activation_checkpointing import save_memory
+from polymodal.training.checkpoint import State, identity
+from polymodal.training.distributed import Engine, wants_bf16
+from polymodal.training.feature_cache import OFF, open_store
+from polymodal.training.optimizer import Group, apply_policy, cast_frozen_linears, is_adapter
+from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
-from polymodal.training.reporting.log import read_log
-from polymodal.training.reporting.loss_by_kind import kinds_of_targets
-from polymodal.training.sft.dataset import Prepared, prepare, read_mix, with_pixels
-from polymodal.training.trainer import State
+from polymodal.training.reporting.log import LossByKind
+from polymodal.training.sft.class_prototypes import add_samples
+from polymodal.training.sft.dataset import NamedBatch, SFTDataset, prepare
+from polymodal.training.sft.evaluate import Evaluation, make_evaluation
+from polymodal.training.sft.packing import plan_micro
+from polymodal.training.sft.warm_start import warm_start
+from polymodal.training.steps import Order, Steps
+from polymodal.training.task import StepPlan, Task, read_mix
 from polymodal.utils.progress import log, progress
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from polymodal.config import ModelConfig
-    from polymodal.data.readers.conversations import Record
-    from polymodal.training.feature_cache import FeatureStore
+MEDIA_MODULES = ("vision_encoder.", "projector.", "image_newline")
 
 
 @dataclass
-class Parts:
+class StageInputs:
     """A model in memory, and optionally the records to train it on."""
 
     model: MultimodalLM  # The model
@@ -48,14 +50,12 @@ class Parts:
     mix: list[tuple[list[Record], float]] | None = None
 
 
-def load_parts(recipe: Recipe) -> Parts:
+def load_inputs(recipe: Recipe) -> StageInputs:
     """Load or build the model that the recipe starts from."""
     if recipe.init.model is not None:
         torch.manual_seed(recipe.run.seed)
         model, tokenizer = build_model(recipe.init.model)
-        return Parts(model, tokenizer, recipe.init.model)
-    from polymodal.interop.open import open_model
-
+        return StageInputs(model, tokenizer, recipe.init.model)
     assert recipe.init.from_folder is not None
     loaded = open_model(recipe.init.from_folder)
     config = new_image_rules(loaded.config, recipe.init.image)
@@ -64,127 +64,143 @@ def load_parts(recipe: Recipe) -> Parts:
     if config.image is not None and config.image.mm_patch_merge_type == "spatial_unpad":
         torch.manual_seed(recipe.run.seed)
         loaded.model.add_image_newline()
-    return Parts(loaded.model, loaded.tokenizer, config, list(loaded.history))
+    return StageInputs(loaded.model, loaded.tokenizer, config, list(loaded.history))
 
 
-@dataclass(frozen=True)
-class Feed:
-    """The data of a stage, and how a micro-batch is made of it."""
+class SFTTask(Task):
+    """See `Task`."""
 
-    prepared: Prepared  # Tokens, without pixels
-    processor: Processor  # Makes pixels where features are not cached
-    store: FeatureStore | None  # Cached features, or None
-    packed: bool = False  # Put the samples of a batch into one row, in place of padding them
+    document: ClassVar[str] = "polymodal.json"
+    log_keys: ClassVar[tuple[str, str]] = ("loss_by_kind", "loss_by_source")
 
-    def batch(self, indices: np.ndarray) -> Batch:
-        """Collate or pack samples, with features from the cache or pixels from the files."""
-        samples = [self.prepared.samples[i] for i in indices]
-        if self.store is None:
-            records = self.prepared.records
-            samples = [
-                with_pixels(records[i], sample, self.processor) for i, sample in zip(indices, samples, strict=True)
-            ]
-            return self._collate(samples)
-        keys = [key for sample in samples for key in sample.media_keys]
-        return replace(self._collate(samples), features=self.store.gather(keys))
+    def __init__(self, recipe: Recipe, world: World, inputs: StageInputs | None = None) -> None:
+        self.recipe: Recipe = recipe
+        self.world = world
+        self.inputs = inputs or load_inputs(recipe)
+        self.model: MultimodalLM = self.inputs.model
+        self.trains_media = False
+        self.dataset: SFTDataset
+        self.evaluation: Evaluation | None = None
 
-    def named_batch(self, indices: np.ndarray) -> tuple[Batch, list[str], list[str]]:
-        """A batch, and the kind and the source of each of its targets, in order."""
-        records, samples = self.prepared.records, self.prepared.samples
-        kinds: list[str] = []
-        sources: list[str] = []
-        for index in indices:
-            of_targets = kinds_of_targets(records[index], samples[index], self.processor.last_answer_only)
-            kinds += of_targets
-            sources += [records[index].source] * len(of_targets)
-        return self.batch(indices), kinds, sources
+    def choose_parameters(self) -> list[Group]:
+        """Apply the recipe's rules, and inject adapters."""
+        recipe = self.recipe
+        groups = apply_policy(self.model, recipe.train, recipe.lora, recipe.optim, self.inputs.tokenizer)
+        self.trains_media = any(name.startswith(MEDIA_MODULES) for group in groups for name, _ in group.parameters)
+        return groups
 
-    def _collate(self, samples: list[Sample]) -> Batch:
-        return collate_packed(samples) if self.packed else collate(samples, self.processor.pad_id)
+    def load_data(self) -> None:
+        """Tokenise the data and the held-out data, and fill the feature cache."""
+        # Both look at the language model's output once; sharded, they would have to do so in step.
+        knows_head(self.model.llm)
+        if self.recipe.batch.packing == "pack":
+            self.model.prepare_packing()
+        folder = Path(self.recipe.output_dir)
+        self.dataset = self.make_dataset(folder)
+        self.evaluation = make_evaluation(self.recipe, self.model, self.dataset, folder)
 
+    def make_dataset(self, folder: Path) -> SFTDataset:
+        """Tokenise the data and fill the feature cache; lists and indices go to a folder."""
+        recipe, run, inputs = self.recipe, self.recipe.run, self.inputs
+        store = None
+        if run.feature_cache != OFF:
+            store = open_store(self.model, inputs.config, run.feature_cache, run.feature_dtype)
+        processor = processor_of(self.model, inputs.tokenizer, inputs.config).with_template(recipe.data.template)
+        mix = inputs.mix if inputs.mix is not None else read_mix(recipe.data, run.seed)
+        prepared = prepare(mix, processor, recipe.data, progress, run.workers, folder / "skipped.jsonl")
+        dataset = SFTDataset(prepared, processor, store, recipe.batch.packing == "pack")
+        return dataset.fill_store(self.model, run.workers, "records")
 
-def make_feed(recipe: Recipe, parts: Parts, output_dir: Path) -> Feed:
-    """Tokenise the data and fill the feature cache."""
-    run, model = recipe.run, parts.model
-    store = None
-    if run.feature_cache != features.OFF:
-        store = features.open_store(model, parts.config, run.feature_cache, run.feature_dtype)
-    processor = processor_of(model, parts.tokenizer, parts.config).with_template(recipe.data.template)
-    mix = parts.mix if parts.mix is not None else read_mix(recipe.data, run.seed)
-    prepared = prepare(mix, processor, recipe.data, progress, run.workers, output_dir / "skipped.jsonl")
-    return _filled(Feed(prepared, processor, store, recipe.batch.packing == "pack"), recipe, model, "records")
+    def prepare(self, fresh: bool) -> None:
+        """Warm the projector up, add prototypes, and save memory."""
+        recipe, run = self.recipe, self.recipe.run
+        if recipe.warm_start is not None and fresh:
+            warm_start(self.model, self.inputs.tokenizer, self.dataset, recipe.warm_start, run.seed)
+        if recipe.prototypes is not None:
+            self.dataset = add_samples(self.dataset, self.model, recipe.prototypes, run.seed)
+        prepared, batch = self.dataset.prepared, recipe.batch
+        self.fingerprint = prepared.fingerprint
+        order = Order(prepared.sources, run.seed)
+        self.steps = Steps(order, batch.global_size, batch.global_tokens, prepared.lengths)
+        bf16 = wants_bf16(run.precision)
+        if bf16 and not any("llm" in stage.get("trained", ()) for stage in self.inputs.history):
+            cast_frozen_linears(self.model.llm, torch.bfloat16)
+        longest, value_bytes = int(prepared.lengths.max()), 2 if bf16 else 4
+        for line in save_memory(recipe, self.model, self.world.device, self.total_steps, longest, value_bytes):
+            log(f"{recipe.name}: {line}")
 
+    def plan(self, step: int) -> StepPlan:
+        """Cut a step into micro-batches: padded ones of like lengths, or packs."""
+        prepared, indices = self.dataset.prepared, self.steps.indices(step)
+        return StepPlan(
+            step,
+            plan_micro(indices, prepared.lengths, self.recipe.batch, self.world.rank, self.world.size),
+            samples=len(indices),
+            targets=int(prepared.targets[indices].sum()),
+            tokens=int(prepared.lengths[indices].sum()),
+        )
 
-def make_eval_feed(recipe: Recipe, model: MultimodalLM, feed: Feed, output_dir: Path) -> Feed | None:
-    """Prepare the held-out files as the training data were prepared."""
-    if not recipe.data.eval:
-        return None
-    data = recipe.data.model_copy(update={"mix": recipe.data.eval})
-    mix = read_mix(data, recipe.run.seed)
-    prepared = prepare(mix, feed.processor, data, progress, recipe.run.workers, output_dir / "skipped_eval.jsonl")
-    return _filled(replace(feed, prepared=prepared), recipe, model, "held-out records")
+    def load(self, micro: Any) -> NamedBatch:
+        """Collate or pack samples."""
+        return self.dataset.named_batch(micro)
 
+    def padded_tokens(self, batch: NamedBatch) -> int:
+        """Count the tokens of a micro-batch, padding among them."""
+        return batch.batch.input_ids.numel()
 
-def _filled(feed: Feed, recipe: Recipe, model: MultimodalLM, label: str) -> Feed:
-    """Say what was left out, and compute the features that are missing."""
-    prepared = feed.prepared
-    for reason, count in prepared.left_out.items():
-        log(f"left out {count} {label} {reason}")
-    if feed.store is not None:
-        count = _encode_images(feed.store, model, feed.processor, prepared, recipe.run.workers)
-        log(f"features: {count} images encoded, {len(feed.store.where)} in the cache")
-    return feed
+    def backward(
+        self, engine: Engine, plan: StepPlan, batches: Iterator[NamedBatch], losses: LossByKind
+    ) -> torch.Tensor | float:
+        """Add up the micro-batches' gradients; the loss is a sum over tokens."""
+        total: torch.Tensor | float = 0.0
+        seen_media = False
+        for number, named in enumerate(batches, start=1):
+            seen_media |= bool(named.batch.plans)
+            last = number == len(plan.micro)
+            # Every process must take part in every collective, and a step of text alone must leave the same gradients,
+            # zero, whether one process takes it or several.
+            touch = self.world.size > 1 or (self.trains_media and last and not seen_media)
+            total = total + self.forward_backward(engine, named, self.world.size / plan.targets, last, touch, losses)
+        return total
 
+    def forward_backward(
+        self, engine: Engine, named: NamedBatch, scale: float, last: bool, touch_media: bool, losses: LossByKind
+    ) -> torch.Tensor:
+        """One micro-batch; returns its sum of losses, detached. Gradients are averaged over processes at the last."""
+        inputs = named.batch.to(self.world.device).inputs()
+        out = engine.forward(last, touch_media=touch_media, **inputs)
+        loss: torch.Tensor = out.loss_sum
+        # A micro-batch of text alone has no way to a projector; nothing is to be learnt from it.
+        if loss.requires_grad:
+            (loss * scale).backward()
+        losses.add(out.losses, named.kinds, named.sources)
+        return loss.detach()
 
-def _encode_images(
-    store: FeatureStore, model: MultimodalLM, processor: Processor, prepared: Prepared, workers: int
-) -> int:
-    """Compute the features of the records' images; says how many were missing."""
+    def evaluate(self, engine: Engine, step: int) -> dict[str, Any] | None:
+        """Held-out loss, and a few answers."""
+        return None if self.evaluation is None else self.evaluation(engine, step)
 
-    def images() -> Iterator[tuple[str, Source, int]]:
-        for record, sample in zip(prepared.records, prepared.samples, strict=True):
-            media = [part for message in record.messages for part in message.media]
-            for key, plan, part in zip(sample.media_keys, sample.plans, media, strict=True):
-                if isinstance(part, Image):
-                    yield key, part.source, plan.num_tiles
-
-    def decode(key: str, source: Source) -> torch.Tensor:
-        sample = processor([user(Image(source))], add_generation_prompt=True)
-        if sample.media_keys != (key,) or sample.pixels is None:
-            raise DataError(f"image {source!r} changed on disk while it was being encoded")
-        return sample.pixels[0]
-
-    return features.fill_missing(store, images(), decode, model.encode_images, model.device, workers)
-
-
-# ---- The trained model as a model folder, with the stage added to its history ----
-
-
-def export(final: Path, recipe: Recipe, parts: Parts, groups: Sequence[policy.Group], state: State) -> None:
-    """Write the trained model; the folder does not show how many processes trained it."""
-    from polymodal.checkpoints.model_folder import save_model
-
-    names = [name for group in groups for name, _ in group.parameters]
-    trained = sorted({"lora" if policy.is_adapter(name) else name.split(".")[0] for name in names})
-    lines = [line for line in read_log(Path(recipe.output_dir) / "log.jsonl") if line["loss"] is not None]
-    stage = {
-        "stage": recipe.name,
-        "trained": trained,
-        "steps": state.step,
-        "samples": state.samples,
-        "trained_tokens": state.trained_tokens,
-        "loss": lines[-1]["loss"] if lines else None,
-        "recipe": identity(recipe),
-    }
-    history = [*parts.history, stage]
-    ever = {name for entry in history for name in entry.get("trained", ())}
-    save_model(
-        final,
-        parts.model.eval(),
-        parts.config,
-        parts.tokenizer,
-        history=history,
-        llm_trained="llm" in ever,
-        vision_trained="vision_encoder" in ever,
-        replace=True,
-    )
+    def export(self, final: Path, groups: Sequence[Group], state: State) -> None:
+        """Write a model folder, with the stage added to its history."""
+        names = [name for group in groups for name, _ in group.parameters]
+        stage = {
+            "stage": self.recipe.name,
+            "trained": sorted({"lora" if is_adapter(name) else name.split(".")[0] for name in names}),
+            "steps": state.step,
+            "samples": state.samples,
+            "trained_tokens": state.trained_tokens,
+            "loss": self.last_loss(),
+            "recipe": identity(self.recipe),
+        }
+        history = [*self.inputs.history, stage]
+        ever = {name for entry in history for name in entry.get("trained", ())}
+        save_model(
+            final,
+            self.model.eval(),
+            self.inputs.config,
+            self.inputs.tokenizer,
+            history=history,
+            llm_trained="llm" in ever,
+            vision_trained="vision_encoder" in ever,
+            replace=True,
+        )

@@ -20,25 +20,21 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from polymodal.errors import ConfigError
+from polymodal.modeling.encoders.efficientnet import ClassHead
 from polymodal.modeling.projectors.mlp import LinearProjector, MLPProjector, Standardize
+from polymodal.modeling.vlm import MultimodalLM
+from polymodal.training.recipes.sft import WarmStartConfig
 from polymodal.training.sft.class_prototypes import Prototypes, class_head_of, draw_classes
+from polymodal.training.sft.dataset import SFTDataset
 from polymodal.utils.progress import log, progress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from polymodal.modeling.encoders.efficientnet import ClassHead
-    from polymodal.modeling.vlm import MultimodalLM
-    from polymodal.training.recipes.sft import WarmStartConfig
-    from polymodal.training.sft.task import Feed
 
 MAX_WORDS = 4
 """Captions with more words say more than one thing and are no concept."""
@@ -102,17 +98,17 @@ def write_classes(projector: MLPProjector, head: ClassHead, targets: Tensor, mid
 
 
 def warm_start(
-    model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, feed: Feed, config: WarmStartConfig, seed: int
+    model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, dataset: SFTDataset, config: WarmStartConfig, seed: int
 ) -> None:
     """Train the projector towards the embeddings of what the images are called."""
     projector = model.projector
-    if feed.store is None:
+    if dataset.store is None:
         raise ConfigError("warm_start needs cached features: set run.feature_cache")
     assert isinstance(projector, torch.nn.Module)
     generator = torch.Generator().manual_seed(seed)
     device = next(projector.parameters()).device
-    rows, labels, names = _labelled(feed)
-    store = feed.store.array()
+    rows, labels, names = _labelled(dataset)
+    store = dataset.store.array()
     head = class_head_of(model)
     classes = [name.lower() for name in head.names] if head is not None and config.classes else []
     all_names = sorted({*names, *classes})
@@ -187,15 +183,15 @@ def draw_tokens(features: Tensor, count: int, generator: torch.Generator) -> Ten
     return features.gather(1, seen[..., None].expand(-1, -1, features.shape[-1]))
 
 
-def _labelled(feed: Feed) -> tuple[np.ndarray, list[str], list[str]]:
+def _labelled(dataset: SFTDataset) -> tuple[np.ndarray, list[str], list[str]]:
     """Feature rows of one-tile images that stand alone with a short caption, their labels, and all names."""
-    assert feed.store is not None
+    assert dataset.store is not None
     rows, labels = [], []
-    for record, sample in zip(feed.prepared.records, feed.prepared.samples, strict=True):
+    for record, sample in zip(dataset.prepared.records, dataset.prepared.samples, strict=True):
         if len(sample.media_keys) != 1 or record.kind not in ("caption", "caption_ocr"):
             continue
         name = concept_of(record.messages[-1].text)
-        start, count = feed.store.where[sample.media_keys[0]]
+        start, count = dataset.store.where[sample.media_keys[0]]
         if name is not None and count == 1:
             rows.append(start)
             labels.append(name)
