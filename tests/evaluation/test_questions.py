@@ -13,7 +13,7 @@ from polymodal.backends import load
 from polymodal.backends.base import Backend, Reply, Timing, Usage
 from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError, PolymodalError
-from polymodal.evaluation.tasks.questions import Item, evaluate, in_grey, summarise, table
+from polymodal.evaluation.tasks.questions import Item, constant_text, evaluate, in_grey, summarise, table
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Image, Message, assistant, user
 from polymodal.metrics.text import exact_match, mean_interval, mentions, word_recall
@@ -117,4 +117,17 @@ def test_summary_and_table() -> None:
     (row,) = summarise(items)
     assert (row.count, row.failed, row.score, row.blind, row.majority) == (4, 1, 0.75, 0.25, 0.75)
     assert row.margin[0] <= 0.5 <= row.margin[1]
-    assert "| count | exact match | 4 | 75.0% | 25.0% | 75.0% | +50.0% " in table([row])
+    assert "| count | exact match | 4 | 75.0% | 25.0% | 75.0% | 75.0% | +50.0% " in table([row])
+
+
+def test_a_constant_text_that_mentions_much_is_a_control_of_its_own() -> None:
+    def item(answer: str, accepted: str) -> Item:
+        return Item("i", "name", (accepted,), answer, "", 0.0, 0.0)
+
+    names = ["cat", "dog", "cow", "cat"]
+    (row,) = summarise([item("a cat and a dog", name) for name in names])
+    # One answer names the cat; five words have room for all three.
+    assert (row.majority, row.constant) == (0.5, 1.0)
+    (short,) = summarise([item("a cat", name) for name in names])
+    assert short.constant == 0.75
+    assert constant_text(word_recall, [("a red house",), ("the red dog",)], 1) == "red"
