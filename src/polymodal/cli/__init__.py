@@ -1,7 +1,7 @@
 """The `polymodal` command: one module per verb, each with `add_arguments(parser)` and `run(args) -> int`.
 
-Nothing heavy is imported until a verb runs, so `--help` answers at once. A mistake of the user's is one line on
-standard error and exit status 2; `--debug`, before or after the verb, shows the traceback.
+Only the module of the verb that is asked for is imported, so `--help` answers at once. A mistake of the user's is one
+line on standard error and exit status 2; `--debug`, before or after the verb, shows the traceback.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from polymodal.cli import common
 from polymodal.errors import ConfigError, PolymodalError
 
 VERBS = {
@@ -41,8 +40,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of the whole command; imports only the light modules of `polymodal.cli`."""
+def build_parser(wanted: Container[str] = tuple(VERBS)) -> argparse.ArgumentParser:
+    """Build the parser of the whole command; only the verbs that are wanted get their flags."""
     try:
         release = version("polymodal")
     except PackageNotFoundError:
@@ -54,16 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"polymodal {release}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, line in VERBS.items():
-        module = importlib.import_module(f"polymodal.cli.{name}")
-        verb = verbs.add_parser(
-            name,
-            help=line,
-            description=module.__doc__,
-            parents=[debug],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(verb)
-        verb.set_defaults(run=module.run)
+        verb = verbs.add_parser(name, help=line, parents=[debug], formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name in wanted:
+            module = importlib.import_module(f"polymodal.cli.{name}")
+            verb.description = module.__doc__
+            module.add_arguments(verb)
+            verb.set_defaults(run=module.run)
     return parser
 
 
@@ -71,12 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = build_parser().parse_args(given)
+        args = build_parser(given).parse_args(given)
         return int(args.run(args))
     except PolymodalError as error:
         if "--debug" in given:
             raise
-        common.report(error)
+        from polymodal.cli.common import report
+
+        report(error)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
