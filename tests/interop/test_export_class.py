@@ -245,6 +245,34 @@ def test_an_adapter_is_merged_or_kept(adapted: Loaded, tmp_path: Path) -> None:
     assert verify_export(adapted, tmp_path / "merged", tokens=2).passed
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_adapter_on_a_tied_head_leaves_the_embeddings_alone(
+    keep: bool, tiny_model_config: ModelConfig, tmp_path: Path
+) -> None:
+    """Merged here, or by somebody else who gets it beside the weights: the head has weights of its own from then on."""
+    made = build(tiny_model_config)
+    llm: Any = made.model.llm
+    llm.lm_head.weight, llm.config.tie_word_embeddings = llm.model.embed_tokens.weight, True
+    add_adapters(made.model, LoraRecipe(match="llm.*", lora_r=2, lora_alpha=6, use_rslora=True, lora_dropout=0.1))
+    for name, parameter in llm.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3)
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        wanted = made.model.eval()(ids).logits
+    export_hf(made, tmp_path / "out", merge_lora=not keep)
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not settings["tie_word_embeddings"] and not settings["text_config"]["tie_word_embeddings"]
+    stock: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    if keep:
+        settings = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+        assert [settings[key] for key in ("r", "lora_alpha", "use_rslora", "lora_dropout")] == [2, 6, True, 0.1]
+        stock = PeftModel.from_pretrained(stock, str(tmp_path / "out" / "adapter")).merge_and_unload()
+    with torch.inference_mode():
+        torch.testing.assert_close(stock.eval()(input_ids=ids).logits[..., :259], wanted, rtol=1e-4, atol=1e-4)
+    assert verify_export(made, tmp_path / "out", tokens=2).passed
+
+
 def test_trained_rows_cannot_be_kept_apart(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
     made = build(tiny_model_config)
     add_adapters(made.model, LoraRecipe(lora_r=2, trainable_tokens=(5, 9)), made.tokenizer)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from polymodal.checkpoints.model_folder import load_model, save_model
-from polymodal.config import LoraRecipe, ModelConfig
+from polymodal.checkpoints.model_folder import load_model, save_model, write_whole
+from polymodal.config import LLMConfig, LoraRecipe, ModelConfig
 from polymodal.errors import ConfigError
 from polymodal.modeling.build import build_model
-from polymodal.modeling.lora import NF4_BYTES, fold_in, is_adapter
+from polymodal.modeling.language_model import load_llm
+from polymodal.modeling.lora import NF4_BYTES, add_adapters, fold_in, is_adapter, merge_adapter
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.training.optimizer import apply_policy, check_groups, policy_table, set_modes
 from polymodal.training.recipes.sections import OptimConfig
@@ -42,7 +46,16 @@ def train_a_little(model: MultimodalLM, groups: list[Any], steps: int = 3) -> No
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-    "kind", [{}, {"use_rslora": True}, {"use_dora": True}, {"trainable_tokens": (5, "<|im_start|>")}], ids=str
+    "kind",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"trainable_tokens": (5, "<|im_start|>")},
+        {"match": "llm.*"},  # the head too, which may share its weights with the embeddings
+        {"match": "llm.*", "use_dora": True},
+    ],
+    ids=str,
 )
 def test_an_adapter_survives_saving_and_folding_in(
     kind: dict[str, Any], tied: bool, tiny_model_config: ModelConfig, tmp_path: Path
@@ -54,6 +67,7 @@ def test_an_adapter_survives_saving_and_folding_in(
         llm = AutoModelForCausalLM.from_pretrained(config.llm.model_name_or_path)
         llm.config.tie_word_embeddings = True
         llm.lm_head.weight = llm.model.embed_tokens.weight
+        llm.lm_head.weight.data.normal_(0, 0.02)  # the padding row too
         llm.save_pretrained(tmp_path / "llm")
         for path in Path(config.llm.model_name_or_path).glob("*token*"):
             (tmp_path / "llm" / path.name).write_bytes(path.read_bytes())
@@ -74,7 +88,15 @@ def test_an_adapter_survives_saving_and_folding_in(
     assert (trained - before).abs().max() > 1e-3
 
     save_model(tmp_path / "saved", model, config, tokenizer)
-    torch.testing.assert_close(logits(load_model(tmp_path / "saved").model), trained, rtol=1e-4, atol=1e-5)
+    held = load_file(tmp_path / "saved" / "adapter" / "adapter_model.safetensors")
+    assert not any(name.endswith(("base_layer.weight", "embed_tokens.weight")) for name in held)
+    loaded = load_model(tmp_path / "saved")
+    torch.testing.assert_close(logits(loaded.model), trained, rtol=1e-4, atol=1e-5)
+    for merged in (True, False, True):
+        merge_adapter(loaded.model, merged)
+        torch.testing.assert_close(logits(loaded.model), trained, rtol=1e-4, atol=1e-4)
+    write_whole(loaded, tmp_path / "whole")
+    torch.testing.assert_close(logits(load_model(tmp_path / "whole").model), trained, rtol=1e-4, atol=1e-4)
     again = load_model(tmp_path / "saved").model
     same = apply_policy(again, [], lora, OPTIM, tokenizer)
     assert sum(len(group.parameters) for group in same) == sum(len(group.parameters) for group in groups)
@@ -82,6 +104,85 @@ def test_an_adapter_survives_saving_and_folding_in(
     fold_in(model.llm)
     assert not any(is_adapter(name) for name, _ in model.named_parameters()) and not hasattr(model.llm, "peft_config")
     torch.testing.assert_close(logits(model), trained, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_an_adapter_cannot_be_put_on(tiny_model_config: ModelConfig) -> None:
+    model, tokenizer = build_model(tiny_model_config)
+    with pytest.raises(ConfigError, match=r"output head 'lm_head', whose rows lora\.trainable_tokens trains"):
+        add_adapters(model, LoraRecipe(match="llm.*", trainable_tokens=(5,)), tokenizer)
+    model.llm.lm_head.weight.data[7] = 0
+    with pytest.raises(ConfigError, match=r"use_dora: a row of llm\.lm_head is zero"):
+        add_adapters(model, LoraRecipe(match="llm.*", use_dora=True))
+
+
+@pytest.mark.parametrize("match", ["llm.*", "llm.lm_head"])
+@pytest.mark.parametrize("version", [{}, {"tie_word_embeddings": False}], ids=["t5", "t5_v1_1"])
+def test_the_tied_head_of_a_t5_is_merged_alone(
+    version: dict[str, Any], match: str, tiny_t5_folder: Path, tmp_path: Path
+) -> None:
+    """T5's head is its embeddings, and its `tie_word_embeddings` says whether logits are scaled."""
+    from transformers import T5ForConditionalGeneration
+
+    config = Path(shutil.copytree(tiny_t5_folder, tmp_path / "t5")) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | version))
+    llm = load_llm(LLMConfig(model_name_or_path=str(tmp_path / "t5")))
+    add_adapters(torch.nn.ModuleDict({"llm": llm}), LoraRecipe(lora_r=2, lora_alpha=8, match=match))
+    ids = torch.arange(3, 40)[None]
+
+    def answers(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model.eval()(input_ids=ids, labels=ids).logits
+        return found
+
+    before = answers(llm)
+    for name, parameter in llm.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3)
+    trained = answers(llm)
+    assert (trained - before).abs().max() > 0.1
+    fold_in(llm)
+    torch.testing.assert_close(answers(llm), trained, rtol=1e-4, atol=1e-3)
+    llm.save_pretrained(tmp_path / "out")
+    again = T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(answers(again), trained, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 24 / 4), (True, 24 / 4**0.5)])
+def test_a_layer_gets_alpha_over_r_times_the_product(
+    rslora: bool, scale: float, tiny_model_config: ModelConfig, tmp_path: Path
+) -> None:
+    """LoRA: W + alpha / r * B A; rsLoRA: W + alpha / sqrt(r) * B A; in training, in a saved folder, and merged."""
+    model, tokenizer = build_model(tiny_model_config)
+    name = "model.layers.1.mlp.up_proj"
+    plain = model.llm.get_submodule(name).weight.detach().clone()
+    add_adapters(model, LoraRecipe(lora_r=4, lora_alpha=24, lora_dropout=0.3, use_rslora=rslora))
+    layer: Any = model.llm.get_submodule(name)
+    a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+    b.normal_()
+    wanted = plain + scale * b @ a
+    x = torch.randn(5, plain.shape[1])
+    model.eval()
+    torch.testing.assert_close(layer(x), x @ wanted.T, rtol=1e-4, atol=1e-4)
+    save_model(tmp_path / "saved", model, tiny_model_config, tokenizer)
+    for made in (model, load_model(tmp_path / "saved").model):
+        fold_in(made.llm)
+        torch.testing.assert_close(made.llm.get_submodule(name).weight, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_is_before_the_adapter_and_only_in_training(tiny_model_config: ModelConfig) -> None:
+    model, _ = build_model(tiny_model_config)
+    name = "model.layers.0.self_attn.q_proj"
+    plain = model.llm.get_submodule(name)
+    add_adapters(model, LoraRecipe(lora_r=4, lora_alpha=4, lora_dropout=0.5))
+    layer: Any = model.llm.get_submodule(name)
+    layer.lora_A["default"].weight.data.copy_(torch.eye(4, plain.in_features))
+    layer.lora_B["default"].weight.data.copy_(torch.eye(plain.out_features, 4))
+    x = torch.ones(1000, plain.in_features)
+    with torch.no_grad():
+        added = (layer.train()(x) - plain(x))[:, :4]
+        # Each input is dropped or doubled by itself, half of them either way.
+        assert set(added.round(decimals=3).unique().tolist()) == {0.0, 2.0} and 0.9 < float(added.mean()) < 1.1
+        torch.testing.assert_close(layer.eval()(x)[:, :4], plain(x)[:, :4] + 1)
 
 
 def test_rows_are_trained_alone_and_never_decay(tiny_model_config: ModelConfig) -> None:

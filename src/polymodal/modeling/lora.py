@@ -9,7 +9,10 @@ never written. `checkpoints.model_folder` folds adapters in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,7 @@ def add_adapters(model: nn.Module, lora: LoraRecipe, tokenizer: PreTrainedTokeni
     if present:
         _check_same(present, targets, rows, lora, llm)
         return
+    _check_targets(llm, targets, rows, lora)
     if lora.load_in_4bit:
         quantize_frozen(llm)
     config = LoraConfig(
@@ -80,7 +84,33 @@ def add_adapters(model: nn.Module, lora: LoraRecipe, tokenizer: PreTrainedTokeni
         bias="none",
         task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
     )
-    inject_adapter_in_model(config, llm)
+    with _without_advice():
+        inject_adapter_in_model(config, llm)
+
+
+def _check_targets(llm: nn.Module, targets: Sequence[str], rows: Sequence[int], lora: LoraRecipe) -> None:
+    """Refuse layers that the asked kind of adapter cannot be put on."""
+    head: Any = llm.get_output_embeddings()  # type: ignore[operator]  # a language model
+    for name in targets:
+        layer: Any = llm.get_submodule(name)
+        if rows and layer is head:
+            raise ConfigError(
+                f"lora.match {lora.match!r} names the output head {name!r}, whose rows lora.trainable_tokens trains; "
+                "match the layers without the head, or leave trainable_tokens out"
+            )
+        if lora.use_dora and not bool(layer.weight.norm(dim=-1).all()):
+            raise ConfigError(
+                f"lora.use_dora: a row of llm.{name} is zero, and DoRA divides by its length; leave the layer out of "
+                "lora.match, or use_dora"
+            )
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """While active, peft does not warn of adapters on tied layers, which `untie` takes care of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
+        yield
 
 
 def token_rows(llm: nn.Module, tokens: Sequence[str | int], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
@@ -196,9 +226,25 @@ def merge_adapter(model: MultimodalLM, merged: bool = True) -> None:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if merged:
+        untie(model.llm)
     for module in model.llm.modules():
         if isinstance(module, BaseTunerLayer) and module.merged != merged:
             module.merge() if merged else module.unmerge()
+
+
+def untie(llm: Any) -> None:
+    """Give an adapted layer weights of its own where another shares them, so that a merge changes it alone."""
+    from peft.tuners.lora import LoraLayer
+
+    users = Counter(id(weight) for module in llm.modules() for weight in module._parameters.values())
+    for layer in [module.get_base_layer() for module in llm.modules() if isinstance(module, LoraLayer)]:
+        for name, weight in list(layer.named_parameters(recurse=False)):
+            if users[id(weight)] > 1:
+                setattr(layer, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+                # T5 takes this setting for another, whether its logits are scaled; transformers reads both tables.
+                if not llm.config.is_encoder_decoder:
+                    llm.config.tie_word_embeddings = False
 
 
 def attach_adapter(model: MultimodalLM, settings: Any, tensors: dict[str, Tensor], where: str | Path) -> None:
@@ -207,7 +253,8 @@ def attach_adapter(model: MultimodalLM, settings: Any, tensors: dict[str, Tensor
 
     check_finite(tensors, where)
     settings.inference_mode = True
-    inject_adapter_in_model(settings, model.llm)
+    with _without_advice():
+        inject_adapter_in_model(settings, model.llm)
     model.llm.peft_config = {"default": settings}
     result = set_peft_model_state_dict(model.llm, tensors)
     # A tied head shares the rows of the input embeddings; parameters are listed once.
@@ -221,6 +268,7 @@ def fold_in(llm: nn.Module) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import TrainableTokensWrapper
 
+    untie(llm)
     kinds = (BaseTunerLayer, TrainableTokensWrapper)
     while found := next((pair for pair in llm.named_modules() if isinstance(pair[1], kinds)), None):
         name, module = found

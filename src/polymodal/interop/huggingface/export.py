@@ -24,6 +24,7 @@ from polymodal.errors import CheckpointError
 from polymodal.interop.huggingface.export_chat_template import check_plain_prompt, stock_template, with_placeholder
 from polymodal.interop.huggingface.export_class import (
     BLIP,
+    grown,
     reasons_against,
     refuse,
     refuse_nan,
@@ -33,7 +34,7 @@ from polymodal.interop.huggingface.export_class import (
 )
 from polymodal.interop.huggingface.weight_names import Place, Style, to_stock
 from polymodal.interop.huggingface.weights import INDEX_NAME
-from polymodal.modeling.lora import fold_in, is_peft, merge_adapter
+from polymodal.modeling.lora import fold_in, is_peft, merge_adapter, untie
 from polymodal.modeling.projectors.mlp import Standardize
 from polymodal.modeling.projectors.qformer_files import TOKENIZER_FOLDER
 from polymodal.modeling.vlm import MultimodalLM
@@ -94,6 +95,7 @@ def export_hf(
     adapted, kept = is_peft(model.llm), is_peft(model.llm) and not merge_lora
     if kept:
         merge_adapter(model, False)
+        untie(model.llm)  # whoever merges it elsewhere must not change the embeddings through a tied head
     elif adapted:
         fold_in(model.llm)
     dtype = dtype or model.llm.get_input_embeddings().weight.dtype
@@ -124,7 +126,7 @@ def export_hf(
         unsaid = {image_id, *range(len(tokenizer), rows)}
         _write_generation(work, model.llm, tokenizer, [*config.template.stop_token_ids, *ours.stop_ids], unsaid)
         if kept:
-            write_adapter(work / ADAPTER_NAME, model, family)
+            write_adapter(work / ADAPTER_NAME, model, family, rows)
         copy_licences(licences, work)
         write_card(work, dst.name, CLASSES[family], loaded, remarks, chat=jinja is not None)
     return Exported(dst, family, image_id, rows, size, tuple(remarks))
@@ -174,7 +176,7 @@ def write_weights(
     return int(split.metadata["total_size"])
 
 
-def write_adapter(folder: Path, model: MultimodalLM, family: str) -> None:
+def write_adapter(folder: Path, model: MultimodalLM, family: str, rows: int) -> None:
     """Write the language model's adapter beside a stock folder, under the names that peft gives its weights there."""
     from peft import get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
@@ -186,13 +188,18 @@ def write_adapter(folder: Path, model: MultimodalLM, family: str) -> None:
         if getattr(settings, name, None):
             raise CheckpointError(f"the adapter has {name}, which stock loading does not take; merge it")
     # Modules are named in full, so that the adapter cannot stray into the vision tower, whose layers are called alike.
-    layers = [name for name, module in llm.named_modules() if isinstance(module, LoraLayer)]
-    settings.target_modules = {to_stock(family, Place("llm", name), style="memory") for name in layers}
+    layers = {name: module for name, module in llm.named_modules() if isinstance(module, LoraLayer)}
+    head = next((name for name, module in layers.items() if module is llm.get_output_embeddings()), None)
+    weights = [to_stock(family, Place("llm", f"{name}.weight"), style="memory") for name in layers]
+    settings.target_modules = {str(name).removesuffix(".weight") for name in weights}
     settings.base_model_name_or_path = None
     settings.inference_mode = True
+    state = get_peft_model_state_dict(llm, save_embedding_layers=False)
+    for name in [name for name in state if name.startswith(f"{head}.") and ".lora_A." not in name]:
+        state[name] = grown(state[name], rows)
     tensors = {
         f"base_model.model.{to_stock(family, Place('llm', name), style='memory')}": tensor.detach().cpu().contiguous()
-        for name, tensor in get_peft_model_state_dict(llm).items()
+        for name, tensor in state.items()
     }
     for name, tensor in tensors.items():
         refuse_nan(name, tensor)

@@ -237,7 +237,7 @@ def _weights(model: MultimodalLM, family: str, rows: int) -> dict[Place, torch.T
     by_token = {parameter.data_ptr() for table in token_tables(model.llm) for parameter in table.parameters()}
     states: dict[Any, Mapping[str, torch.Tensor]] = {
         "llm": {
-            name: _grown(tensor, rows) if tensor.data_ptr() in by_token else tensor
+            name: grown(tensor, rows) if tensor.data_ptr() in by_token else tensor
             for name, tensor in plain_state(model.llm).items()
         },
         "vision": encoder.model.state_dict(),
@@ -269,7 +269,7 @@ def plain_state(llm: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if name not in doubled}
 
 
-def _grown(table: torch.Tensor, rows: int) -> torch.Tensor:
+def grown(table: torch.Tensor, rows: int) -> torch.Tensor:
     """Add rows to a table; the mean of all rows gives the mean logit, which no sampling prefers."""
     more = rows - len(table)
     if more <= 0:
