@@ -3,9 +3,10 @@
 Stock processors hand a template lists of parts and tokenise what it writes as one string, placeholders included; our
 presets take strings and are tokenised piece by piece. So the placeholder becomes a token, and a preset gets a head that
 turns parts into strings with the placeholder in them and writes the default system message; templates that take parts
-themselves stay as they are. Two things of the stock way can be in between: the tokenizer adds its beginning-of-sequence
-token by itself, and a space at the end of the prompt becomes a token of its own in SentencePiece tokenizers. Whatever
-comes out is rendered beside ours, and must give the same ids.
+themselves stay as they are. A placeholder that somebody typed would be counted as an image: it is broken up. Two things
+of the stock way can be in between: the tokenizer adds its beginning-of-sequence token by itself, and a space at the end
+of the prompt becomes a token of its own in SentencePiece tokenizers. Whatever comes out is rendered beside ours, and
+must give the same ids.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ LATER_NOTE = (
     "write no end token there, and byte-level tokenizers join an answer with the space before it"
 )
 
+TYPED_NOTE = (
+    "a literal {placeholder!r} in a text is written {broken!r} there, since it would be counted as an image; other "
+    "control tokens that somebody types are text here and control tokens there"
+)
+
 _IMAGE = Image(b"")
 PROBES: dict[str, tuple[Message, ...]] = {
     "an image, then a question": (user(_IMAGE, "What is shown here?"),),
@@ -62,6 +68,7 @@ def with_placeholder(
     if copied.pad_token is None and copied.eos_token is not None:
         copied.pad_token = copied.eos_token
         changes.append(f"the tokenizer had no padding token: it pads with {copied.eos_token!r}")
+    copied.padding_side = "left"  # answers of a batch are written on at the right
     return copied, image_token_id, changes
 
 
@@ -69,7 +76,8 @@ def stock_template(
     ours: ChatTemplate, config: TemplateConfig, tokenizer: PreTrainedTokenizerBase, image_token_id: int
 ) -> tuple[str, PreTrainedTokenizerBase, list[str]]:
     """Find the chat template with which a stock processor gives our ids: its text, its tokenizer, what differs."""
-    sources = _candidates(ours, config, str(tokenizer.convert_ids_to_tokens(image_token_id)))
+    placeholder = str(tokenizer.convert_ids_to_tokens(image_token_id))
+    sources = [one for one in _candidates(ours, config, placeholder) if not counts_typed(tokenizer, one, placeholder)]
     first: str | None = None
     for frameless in (False, True):
         kept = _without_frame(tokenizer) if frameless else tokenizer
@@ -78,10 +86,11 @@ def stock_template(
             if wrong not in ([], [LATER]):
                 first = first or next(name for name in wrong if name != LATER)
                 continue
-            changes = [LATER_NOTE] if wrong else []
+            changes = [*([LATER_NOTE] if wrong else []), typed_note(placeholder)]
             if frameless:
                 changes.append("the tokenizer adds no special tokens of its own: the chat template writes them all")
             return source, kept, changes
+    first = first or "a typed placeholder"
     raise CheckpointError(
         f"template.chat_template: a stock processor gives other ids for {first!r} than were trained; "
         "train with another template, or export as polymodal"
@@ -104,7 +113,10 @@ def check_plain_prompt(
             "sequence, then the question as it is; this template writes something else around them. Train with a "
             "jinja text that does the same (for T5 the preset 't5' does)"
         )
-    changes = ["one image a prompt, which comes first; there is no chat template"]
+    changes = [
+        "one image a prompt, which comes first; there is no chat template",
+        f"a text must not hold {PLACEHOLDER!r}, which would be counted as an image",
+    ]
     return [*changes, "ask without text: the template was trained on images alone"] if not question else changes
 
 
@@ -134,6 +146,28 @@ def differences(ours: ChatTemplate, tokenizer: PreTrainedTokenizerBase, source: 
         if len(pieces) != len(counts) + 1 or found != wanted:
             wrong.append(name)
     return wrong
+
+
+def broken(placeholder: str) -> str:
+    """A placeholder as a text may hold it: a space in it, and it is none."""
+    return f"{placeholder[:1]} {placeholder[1:]}"
+
+
+def typed_note(placeholder: str) -> str:
+    """What becomes of control tokens that somebody types."""
+    return TYPED_NOTE.format(placeholder=placeholder, broken=broken(placeholder))
+
+
+def counts_typed(tokenizer: PreTrainedTokenizerBase, source: str, placeholder: str) -> bool:
+    """Whether a chat template lets a placeholder that somebody typed pass for an image."""
+    typed = f"What is {placeholder}{placeholder}?"
+    asked = [user(_IMAGE, typed), assistant(typed), user(Text(placeholder[:2]), Text(placeholder[2:]))]
+    for messages in (asked, asked[:1]):
+        try:
+            return stock_text(tokenizer, source, messages).count(placeholder) != 1
+        except PolymodalError:
+            continue  # templates of a single turn; one that refuses all is refused for its ids
+    return False
 
 
 def stock_text(tokenizer: PreTrainedTokenizerBase, source: str, messages: Sequence[Message]) -> str:
@@ -169,18 +203,20 @@ def _candidates(ours: ChatTemplate, config: TemplateConfig, placeholder: str) ->
     """Templates to try, the simplest first."""
     source = ours.source
     if ours.style != "string":
+        guarded = f"{_guard(placeholder)}\n{source}"
         if config.default_system is None:
-            return [source]
+            return [source, guarded]
         turn = quoted(config.default_system)
         if ours.style != "mixed":
             turn = f"[{{'type': 'text', 'text': {turn}}}]"
-        return [
+        told = (
             "{%- if messages and messages[0]['role'] != 'system' -%}"
-            f"{{%- set messages = [{{'role': 'system', 'content': {turn}}}] + messages -%}}{{%- endif %}}\n{source}"
-        ]
+            f"{{%- set messages = [{{'role': 'system', 'content': {turn}}}] + messages -%}}{{%- endif %}}\n"
+        )
+        return [told + source, told + guarded]
     media_only = drops_text(config)
     image = placeholder if media_only else placeholder + config.image_newline_text
-    head = _head(image, None if media_only else config.default_system, media_only=media_only)
+    head = _head(image, placeholder, None if media_only else config.default_system, media_only=media_only)
     whole = f"{head}\n{source}"
     # The space after "ASSISTANT:" is the answer's where the tokenizer draws it into the first word.
     cut = (
@@ -190,7 +226,33 @@ def _candidates(ours: ChatTemplate, config: TemplateConfig, placeholder: str) ->
     return [whole, cut]
 
 
-def _head(image: str, default_system: str | None, *, media_only: bool) -> str:
+def _break_up(text: str, placeholder: str) -> str:
+    """Jinja that breaks up what was typed; every engine knows these two, and not all know `replace`."""
+    return f"{text}.split({quoted(placeholder)}) | join({quoted(broken(placeholder))})"
+
+
+def _guard(placeholder: str) -> str:
+    """What breaks up typed placeholders before a template that takes parts; messages without them stay as they are."""
+    typed = f"{quoted(placeholder)} in "
+    broken_up = _break_up("part['text']", placeholder)
+    text = f"{{'type': 'text', 'text': {broken_up}}}"
+    return (
+        "{%- set told = namespace(turns=[]) -%}{%- for message in messages -%}{%- set content = message['content'] -%}"
+        "{%- set said = namespace(parts=[], typed=false) -%}"
+        f"{{%- if content is string -%}}{{%- if {typed}content -%}}{{%- set said.typed = true -%}}"
+        f"{{%- set said.parts = {_break_up('content', placeholder)} -%}}{{%- endif -%}}"
+        "{%- elif content -%}{%- for part in message['content'] -%}"
+        f"{{%- if part['type'] == 'text' and {typed}part['text'] -%}}{{%- set said.typed = true -%}}"
+        f"{{%- set said.parts = said.parts + [{text}] -%}}"
+        "{%- else -%}{%- set said.parts = said.parts + [part] -%}{%- endif -%}{%- endfor -%}{%- endif -%}"
+        "{%- if said.typed -%}"
+        "{%- set told.turns = told.turns + [{'role': message['role'], 'content': said.parts}] -%}"
+        "{%- else -%}{%- set told.turns = told.turns + [message] -%}{%- endif -%}"
+        "{%- endfor -%}{%- set messages = told.turns %}"
+    )
+
+
+def _head(image: str, placeholder: str, default_system: str | None, *, media_only: bool) -> str:
     """What turns a list of parts into a string before a template that takes strings."""
     start = "{%- set told = namespace(turns=[]) -%}"
     if default_system is not None:
@@ -198,18 +260,21 @@ def _head(image: str, default_system: str | None, *, media_only: bool) -> str:
             "{%- if messages and messages[0]['role'] != 'system' -%}"
             f"{{%- set told.turns = [{{'role': 'system', 'content': {quoted(default_system)}}}] -%}}{{%- endif -%}}"
         )
-    text = "{%- set said.text = said.text + part['text'] -%}"
-    spoken = "{%- set said.text = message['content'] -%}"
-    keep = "{%- set told.turns = told.turns + [{'role': message['role'], 'content': said.text}] -%}"
+    # Neighbouring texts are joined first: a placeholder may be typed over two of them.
+    typed = f"({_break_up('said.typed', placeholder)})"
+    text = "{%- set said.typed = said.typed + part['text'] -%}"
+    spoken = "{%- set said.typed = message['content'] -%}"
+    keep = f"{{%- set told.turns = told.turns + [{{'role': message['role'], 'content': said.text + {typed}}}] -%}}"
     if media_only:
         answer = "{%- if message['role'] == 'assistant' -%}"
         text, spoken = (f"{answer}{line}{{%- endif -%}}" for line in (text, spoken))
         keep = f"{{%- if message['role'] != 'system' -%}}{keep}{{%- endif -%}}"
     return (
-        f"{start}{{%- for message in messages -%}}{{%- set said = namespace(text='') -%}}"
+        f"{start}{{%- for message in messages -%}}{{%- set said = namespace(text='', typed='') -%}}"
         f"{{%- if message['content'] is string -%}}{spoken}{{%- else -%}}"
         f"{{%- for part in message['content'] -%}}{{%- if part['type'] == 'text' -%}}{text}"
-        f"{{%- elif part['type'] in ['image', 'image_url'] -%}}{{%- set said.text = said.text + {quoted(image)} -%}}"
+        f"{{%- elif part['type'] in ['image', 'image_url'] -%}}"
+        f"{{%- set said.text = said.text + {typed} + {quoted(image)} -%}}{{%- set said.typed = '' -%}}"
         "{%- else -%}{{- raise_exception('this model takes text and images') -}}{%- endif -%}{%- endfor -%}"
         f"{{%- endif -%}}{keep}{{%- endfor -%}}{{%- set messages = told.turns %}}"
     )
