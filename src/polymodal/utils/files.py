@@ -7,10 +7,10 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from polymodal.errors import PolymodalError
+from polymodal.errors import PolymodalError, first_line
 
 
 def cache_folder() -> Path:
@@ -40,28 +40,35 @@ def sha256_file(path: Path) -> str:
 @contextmanager
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Write a folder that appears whole or not at all."""
-    if target.exists() and not replace:
-        raise PolymodalError(f"{target}: is there already; choose another folder or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
     work = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-    work.mkdir()
+    old = work.with_suffix(".old")
     try:
+        if target.exists() and not replace:
+            raise PolymodalError(f"{target}: is there already; choose another folder or remove it")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir()
         yield work
         for path in work.rglob("*"):
             _fsync(path)
         _fsync(work)
-        old = None
         if target.exists():
-            old = work.with_suffix(".old")
             target.rename(old)
         work.rename(target)
         _fsync(target.parent)
-        if old is not None:
-            shutil.rmtree(old)
-    except OSError as error:
-        raise PolymodalError(f"{target}: cannot be written ({error.strerror or error}); nothing was changed") from error
+    except PolymodalError as error:
+        raise type(error)(str(error).replace(str(work), str(target))) from error.__cause__
+    except Exception as error:
+        # Libraries written in Rust raise types of their own.
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise PolymodalError(f"{target}: cannot be written ({reason}); nothing was changed") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):
+            if old.exists() and not target.exists():
+                old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,7 +81,8 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         raise PolymodalError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        work.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk even what is not there cannot be removed
+            work.unlink()
 
 
 def _fsync(path: Path) -> None:
