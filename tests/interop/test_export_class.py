@@ -28,13 +28,22 @@ from transformers import (
 )
 
 from polymodal.checkpoints.model_folder import Loaded, load_model, read_config, save_model
-from polymodal.config import LoraRecipe, ModelConfig
+from polymodal.config import LoraRecipe, ModelConfig, TemplateConfig
 from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.interop.huggingface import export as hf_export
 from polymodal.interop.huggingface.export import export_hf, write_weights
+from polymodal.interop.huggingface.export_chat_template import (
+    counts_typed,
+    stock_template,
+    stock_text,
+    with_placeholder,
+)
 from polymodal.interop.huggingface.export_class import reasons_against, stock_family
+from polymodal.interop.huggingface.load import load_hf
+from polymodal.messages import Image, assistant, user
 from polymodal.modeling.build import build_model
 from polymodal.modeling.lora import add_adapters
+from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.utils.files import shipped_folder
 from polymodal.verify.compare import Comparison, verify_export
 from polymodal.verify.side_by_side import Check
@@ -381,6 +390,52 @@ def test_a_tampered_folder_fails(name: str, exported: tuple[Loaded, Path], tmp_p
     assert not parity.passed and check in failed
     assert parity.line.startswith("parity FAILED: ") and "\n" not in parity.line
     assert json.loads((copied / "parity.json").read_text())["passed"] is False
+
+
+def test_the_stock_class_on_the_source_is_asked_too(exported: tuple[Loaded, Path], tmp_path: Path) -> None:
+    """What was read wrongly is written as it was read, and computes what we compute: only the source knows better."""
+    source = exported[1]
+    read = load_hf(source)
+    export_hf(read, tmp_path / "right")
+    parity = verify_export(read, tmp_path / "right", tokens=2, published=source)
+    assert parity.passed and parity.checks[0].name == "source" and parity.checks[0].numbers["max_difference"] < 1e-4
+    read.model.llm.get_submodule("model.layers.1.mlp.up_proj").weight.data.mul_(1.5)
+    export_hf(read, tmp_path / "wrong")
+    assert verify_export(read, tmp_path / "wrong", tokens=2).passed
+    parity = verify_export(read, tmp_path / "wrong", tokens=2, published=source)
+    assert not parity.passed and "source: the stock class on out gives other logits for one image" in parity.line
+
+
+def test_a_typed_placeholder_is_no_image(exported: tuple[Loaded, Path], tmp_path: Path) -> None:
+    made, folder = exported
+    processor = AutoProcessor.from_pretrained(folder)
+    said = "Is <image><image> two, <ima"
+    for content in (said, [{"type": "text", "text": said}, {"type": "text", "text": "ge> three?"}, {"type": "image"}]):
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        assert "Is < image>< image> two" in text and text.count("<image>") == int(not isinstance(content, str))
+    assert "'< image>'" in (folder / "README.md").read_text()
+    # A template that takes parts by itself is guarded before it; one that was guarded already stays as it is.
+    parts = (
+        "{% for m in messages %}{{ m['role'] }}: {% for p in m['content'] %}{% if p['type'] == 'image' %}<image>"
+        "{% else %}{{ p['text'] }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    words, image_id, _ = with_placeholder(made.tokenizer, 259)
+    words.chat_template = parts
+    jinja, _, notes = stock_template(ChatTemplate(words, TemplateConfig(), 259), TemplateConfig(), words, image_id)
+    assert jinja.endswith(parts) and len(jinja) > len(parts) and any("'< image>'" in note for note in notes)
+    asked = [user(Image(b""), "Say <image>."), assistant("<image>"), user("And?")]
+    assert stock_text(words, jinja, asked).count("<image>") == 1
+    assert counts_typed(words, parts, "<image>") and not counts_typed(words, jinja, "<image>")
+    words.chat_template = jinja
+    again = stock_template(ChatTemplate(words, TemplateConfig(), 259), TemplateConfig(), words, image_id)
+    assert again[0] == jinja
+    # And the proof asks.
+    copied = Path(shutil.copytree(folder, tmp_path / "out"))
+    path = copied / "chat_template.jinja"
+    path.write_text(path.read_text().replace("'< image>'", "'<image>'"))
+    parity = verify_export(made, copied, tokens=2)
+    assert not parity.passed and "token_ids: a typed '<image>' counts as an image beside one image" in parity.line
 
 
 def test_further_checks_are_taken_and_missing_programs_are_said(exported: tuple[Loaded, Path]) -> None:

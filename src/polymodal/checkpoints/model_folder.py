@@ -125,7 +125,8 @@ def save_model(
 
             merge_adapter(model, False)  # weights that hold the adapter must not be written beside it
             (work / ADAPTER_NAME).mkdir()
-            write_tensors(work / ADAPTER_NAME / ADAPTER_WEIGHTS, get_peft_model_state_dict(model.llm), dtype)
+            adapter = get_peft_model_state_dict(model.llm, save_embedding_layers=False)
+            write_tensors(work / ADAPTER_NAME / ADAPTER_WEIGHTS, adapter, dtype)
             model.llm.peft_config["default"].save_pretrained(str(work / ADAPTER_NAME))
         if llm_trained:
             model.llm.save_pretrained(work / "llm", state_dict=_own_weights(model.llm))

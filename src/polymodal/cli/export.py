@@ -69,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _hf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:
+    from polymodal.checkpoints.model_folder import CONFIG_NAME
     from polymodal.interop.huggingface.export import export_hf
+    from polymodal.interop.huggingface.families import is_hf_folder
     from polymodal.verify.compare import verify_export
 
     loaded, options = _open(args)
@@ -83,7 +85,11 @@ def _hf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:
     )
     _tell(done.remarks)
     print(f"{dst}: {done.family}, {done.weight_bytes / 1e6:,.1f} MB of weights, <image> is token {done.image_token_id}")
-    return _outcome(verify_export(loaded, dst, more=more)) if args.verify else 0
+    if not args.verify:
+        return 0
+    source = options["licences"]
+    published = source if is_hf_folder(source) and not (source / CONFIG_NAME).is_file() else None
+    return _outcome(verify_export(loaded, dst, more=more, published=published))
 
 
 def _gguf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from polymodal.backends.transformers.folder import open_model, open_processor
 from polymodal.checkpoints.model_folder import ADAPTER_NAME, Loaded
 from polymodal.errors import CheckpointError, first_line
+from polymodal.interop.huggingface.export import QFORMER_PADDING
 from polymodal.interop.huggingface.export_chat_template import LATER, differences, drops_text, stock_chat
 from polymodal.interop.huggingface.export_class import BLIP
 from polymodal.messages import Image, Text, assistant, user
@@ -37,6 +38,8 @@ LOGIT_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 1 where it is smaller. Weights that were rounded to half precision cannot do better."""
 AGREEMENT = {"float32": 1.0, "float16": 0.5, "bfloat16": 0.5}
 """Smallest share of greedy tokens before two answers part, by the type of the weights on disk."""
+BATCHED = 1e-3
+"""Largest difference of two logits alone and in a batch, in float32, as a part of the largest logit."""
 ANSWER = "a cat"
 """What an encoder-decoder's logits are compared on."""
 
@@ -47,6 +50,7 @@ def verify_export(
     *,
     tokens: int = TOKENS,
     more: Sequence[Probe] = (),
+    published: Path | None = None,
     checks: Mapping[str, Callable[[Comparison], Check | None]] | None = None,
 ) -> Parity:
     """Compare an exported folder with the model that it was written from, and write `parity.json` into it.
@@ -56,6 +60,8 @@ def verify_export(
         folder: The exported folder.
         tokens: Greedy tokens of each answer.
         more: What is asked besides the usual conversations; see `chat_probes`.
+        published: The folder that the model was read from, where it is one of transformers too: what the stock class
+            makes of it is compared as well, since a model that was read wrongly is written as it was read.
         checks: Names to comparisons, each None where its program is not installed; `CHECKS` where None.
 
     Returns:
@@ -64,7 +70,10 @@ def verify_export(
     Raises:
         PolymodalError: The folder holds no model, or the report cannot be written.
     """
-    return Comparison(source, folder, tokens, more).run(CHECKS if checks is None else checks)
+    comparison = Comparison(source, folder, tokens, more)
+    if checks is None:
+        checks = CHECKS if published is None else {"source": partial(same_as_published, published=published), **CHECKS}
+    return comparison.run(checks)
 
 
 class Comparison(SideBySide):
@@ -125,14 +134,26 @@ class Comparison(SideBySide):
 
     def _inputs(self, probe: Probe) -> dict[str, Any]:
         try:
-            if self.plain:
-                text = probe.messages[0].text
-                return dict(self.processor(images=probe.images[0], text=text, return_tensors="pt"))
-            chat, options = stock_chat(probe.messages, probe.images), {"return_dict": True, "return_tensors": "pt"}
-            return dict(self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, **options))
+            return self.batch([probe])
         except Exception as error:  # whatever a stock processor raises means that it cannot take the probe
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"the exported processor refuses {probe.name!r} ({reason})") from error
+
+    def first_logits(self, probes: Sequence[Probe]) -> torch.Tensor:
+        """The stock model's logits of the first token of each answer, padded in one batch, [B, V]."""
+        made = self.model.generate(
+            **self.batch(probes), max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        return torch.as_tensor(made.logits[0]).float()
+
+    def batch(self, probes: Sequence[Probe]) -> dict[str, Any]:
+        """What the folder's processor makes of several probes at once, padded as its tokenizer does."""
+        if self.plain:
+            images, texts = [probe.images[0] for probe in probes], [probe.messages[0].text for probe in probes]
+            return dict(self.processor(images=images, text=texts, padding=True, return_tensors="pt"))
+        chats = [stock_chat(probe.messages, probe.images) for probe in probes]
+        options: dict[str, Any] = {"return_dict": True, "return_tensors": "pt", "padding": True}
+        return dict(self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, **options))
 
     def each(self) -> Iterable[tuple[Probe, Sample, dict[str, Any]]]:
         """Every probe with our prompt and theirs."""
@@ -140,9 +161,18 @@ class Comparison(SideBySide):
 
 
 def same_ids(comparison: Comparison) -> Check:
-    """Compare token ids, placeholders expanded."""
+    """Compare token ids, placeholders expanded; a placeholder that somebody typed must be no image."""
     found = (given["input_ids"][0].tolist() for given in comparison.inputs)
-    return comparison.compare_ids(found, comparison.config.get("image_token_index"), "the exported processor")
+    check = comparison.compare_ids(found, comparison.config.get("image_token_index"), "the exported processor")
+    if not check.passed or comparison.plain:  # BLIP-2's processor has no template to see to it
+        return check
+    token = comparison.processor.tokenizer.convert_ids_to_tokens(int(comparison.config["image_token_index"]))
+    typed = [
+        Probe(probe.name, (user(*probe.messages[-1].media, f"Is {token} a word?"),)) for probe in comparison.probes
+    ]
+    counts = [comparison.processor.apply_chat_template(stock_chat(p.messages, p.images)).count(token) for p in typed]
+    wrong = [probe.name for probe, count in zip(typed, counts, strict=True) if count != len(probe.images)]
+    return Check.unless(wrong, "token_ids", check.numbers, f"a typed {token!r} counts as an image beside")
 
 
 def same_pixels(comparison: Comparison) -> Check:
@@ -210,6 +240,46 @@ def same_text(comparison: Comparison) -> Check:
     return comparison.compare_answers("greedy", answers, AGREEMENT[comparison.dtype], dtype=comparison.dtype)
 
 
+@torch.inference_mode()
+def same_in_a_batch(comparison: Comparison) -> Check:
+    """Compare the first token's logits of two unequal prompts in one batch with those of each prompt alone."""
+    if comparison.config["model_type"] == "instructblip" and not comparison.ours.model.encoder_decoder:
+        return Check("batch", True, {"not_compared": QFORMER_PADDING})
+    lengths = {len(sample.input_ids): probe for probe, sample, _ in comparison.each() if len(probe.images) == 1}
+    pair = [lengths[length] for length in sorted({min(lengths, default=0), max(lengths, default=0)} & lengths.keys())]
+    alone = [comparison.first_logits([probe])[0] for probe in pair]
+    together = comparison.first_logits(pair)
+    largest, wrong = 0.0, []
+    for probe, one, other in zip(pair, alone, together, strict=True):
+        largest = max(largest, difference := float((one - other).abs().max()))
+        if not difference <= BATCHED * max(1.0, float(one.abs().max())):
+            wrong.append(f"{probe.name} (largest difference {difference:.2g})")
+    numbers = {"prompts": [probe.name for probe in pair], "max_difference": largest, "tolerance": BATCHED}
+    return Check.unless(wrong, "batch", numbers, "padded in a batch, logits differ for")
+
+
+@torch.inference_mode()
+def same_as_published(comparison: Comparison, published: Path) -> Check:
+    """Compare logits with those of the stock class on the folder that the model was read from."""
+    allowed, model = LOGIT_TOLERANCE[comparison.dtype], open_model(published, "cpu")
+    old, new = (int(one.config.image_token_id) for one in (model, comparison.model))
+    largest, size, wrong = 0.0, 0.0, []
+    for probe, _, given in comparison.each():
+        ids = given["input_ids"]
+        if comparison.ours.model.encoder_decoder:
+            given = {**given, "labels": ids[:, -2:]}
+        theirs = model(**{**given, "input_ids": torch.where(ids == new, old, ids)}).logits[0].float()
+        written = comparison.model(**given).logits[0].float()
+        width = min(theirs.shape[1], written.shape[1], len(comparison.ours.tokenizer))
+        difference = float((theirs[:, :width] - written[:, :width]).abs().max())
+        scale = max(1.0, float(theirs.abs().max()))
+        largest, size = max(largest, difference), max(size, scale)
+        if not difference <= allowed * scale:
+            wrong.append(f"{probe.name} (largest difference {difference:.2g} of logits up to {scale:.3g})")
+    numbers = {"max_difference": largest, "largest_logit": size, "tolerance": allowed}
+    return Check.unless(wrong, "source", numbers, f"the stock class on {published.name} gives other logits for")
+
+
 def same_text_in_vllm(comparison: Comparison) -> Check | None:
     """Compare greedy answers with vLLM's, which sees the same ids and images; None where it cannot be compared."""
     if comparison.plain or (comparison.folder / ADAPTER_NAME).is_dir():
@@ -256,6 +326,7 @@ CHECKS: dict[str, Callable[[Comparison], Check | None]] = {
     "pixels": same_pixels,
     "logits": same_logits,
     "greedy": same_text,
+    "batch": same_in_a_batch,
     "vllm": same_text_in_vllm,
 }
 """The comparisons with a stock folder of transformers; the last where vLLM is installed."""

@@ -101,6 +101,8 @@ def export_hf(
     dtype = dtype or model.llm.get_input_embeddings().weight.dtype
 
     tokenizer, image_id, remarks = with_placeholder(loaded.tokenizer, model.image_token_id)
+    # Answers are written on at the right; an encoder may end in padding, and BLIP-2's image comes before it.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right" if model.encoder_decoder else "left"
     had = [len(table.weight) for table in token_tables(model.llm)]
     rows = max(*had, len(tokenizer))
     if rows > min(had):
@@ -142,7 +144,15 @@ def _differences(model: MultimodalLM, config: ModelConfig) -> list[str]:
         found.append(
             f"here the Q-Former reads the first {qformer.max_text_length} tokens of a question, there all of it"
         )
+    if qformer is not None and qformer.text_context and not model.encoder_decoder:
+        found.append(QFORMER_PADDING)
     return [*found, about_transparency(config)]
+
+
+QFORMER_PADDING = (
+    "in a batch InstructBLIP's processor pads the Q-Former's question on the left as well, which moves it: ask one at "
+    "a time, or questions of one length"
+)
 
 
 def about_transparency(config: ModelConfig) -> str:

@@ -68,7 +68,6 @@ def with_placeholder(
     if copied.pad_token is None and copied.eos_token is not None:
         copied.pad_token = copied.eos_token
         changes.append(f"the tokenizer had no padding token: it pads with {copied.eos_token!r}")
-    copied.padding_side = "left"  # answers of a batch are written on at the right
     return copied, image_token_id, changes
 
 
@@ -77,7 +76,7 @@ def stock_template(
 ) -> tuple[str, PreTrainedTokenizerBase, list[str]]:
     """Find the chat template with which a stock processor gives our ids: its text, its tokenizer, what differs."""
     placeholder = str(tokenizer.convert_ids_to_tokens(image_token_id))
-    sources = [one for one in _candidates(ours, config, placeholder) if not counts_typed(tokenizer, one, placeholder)]
+    sources = _candidates(ours, config, placeholder)
     first: str | None = None
     for frameless in (False, True):
         kept = _without_frame(tokenizer) if frameless else tokenizer
@@ -86,11 +85,13 @@ def stock_template(
             if wrong not in ([], [LATER]):
                 first = first or next(name for name in wrong if name != LATER)
                 continue
+            if counts_typed(kept, source, placeholder):
+                first = first or "a typed placeholder"
+                continue
             changes = [*([LATER_NOTE] if wrong else []), typed_note(placeholder)]
             if frameless:
                 changes.append("the tokenizer adds no special tokens of its own: the chat template writes them all")
             return source, kept, changes
-    first = first or "a typed placeholder"
     raise CheckpointError(
         f"template.chat_template: a stock processor gives other ids for {first!r} than were trained; "
         "train with another template, or export as polymodal"
@@ -233,20 +234,22 @@ def _break_up(text: str, placeholder: str) -> str:
 
 def _guard(placeholder: str) -> str:
     """What breaks up typed placeholders before a template that takes parts; messages without them stay as they are."""
-    typed = f"{quoted(placeholder)} in "
-    broken_up = _break_up("part['text']", placeholder)
-    text = f"{{'type': 'text', 'text': {broken_up}}}"
+    # Neighbouring texts are joined first, here as below: a placeholder may be typed over two of them.
+    flush = (
+        "{%- if said.text -%}{%- set said.parts = said.parts + "
+        f"[{{'type': 'text', 'text': {_break_up('said.text', placeholder)}}}] -%}}"
+        f"{{%- if {quoted(placeholder)} in said.text -%}}{{%- set said.typed = true -%}}{{%- endif -%}}"
+        "{%- set said.text = '' -%}{%- endif -%}"
+    )
     return (
-        "{%- set told = namespace(turns=[]) -%}{%- for message in messages -%}{%- set content = message['content'] -%}"
-        "{%- set said = namespace(parts=[], typed=false) -%}"
-        f"{{%- if content is string -%}}{{%- if {typed}content -%}}{{%- set said.typed = true -%}}"
-        f"{{%- set said.parts = {_break_up('content', placeholder)} -%}}{{%- endif -%}}"
-        "{%- elif content -%}{%- for part in message['content'] -%}"
-        f"{{%- if part['type'] == 'text' and {typed}part['text'] -%}}{{%- set said.typed = true -%}}"
-        f"{{%- set said.parts = said.parts + [{text}] -%}}"
-        "{%- else -%}{%- set said.parts = said.parts + [part] -%}{%- endif -%}{%- endfor -%}{%- endif -%}"
-        "{%- if said.typed -%}"
-        "{%- set told.turns = told.turns + [{'role': message['role'], 'content': said.parts}] -%}"
+        "{%- set told = namespace(turns=[]) -%}{%- for message in messages -%}"
+        "{%- set said = namespace(parts=[], text='', typed=false) -%}"
+        "{%- if message['content'] is string -%}{%- set said.text = message['content'] -%}"
+        "{%- elif message['content'] -%}{%- for part in message['content'] -%}"
+        "{%- if part['type'] == 'text' -%}{%- set said.text = said.text + part['text'] -%}"
+        f"{{%- else -%}}{flush}{{%- set said.parts = said.parts + [part] -%}}{{%- endif -%}}"
+        f"{{%- endfor -%}}{{%- endif -%}}{flush}{{%- if said.typed -%}}{{%- set told.turns = told.turns + [{{'role': message['role'], 'content': "
+        "said.parts[0]['text'] if message['content'] is string else said.parts}] -%}"
         "{%- else -%}{%- set told.turns = told.turns + [message] -%}{%- endif -%}"
         "{%- endfor -%}{%- set messages = told.turns %}"
     )
@@ -260,7 +263,6 @@ def _head(image: str, placeholder: str, default_system: str | None, *, media_onl
             "{%- if messages and messages[0]['role'] != 'system' -%}"
             f"{{%- set told.turns = [{{'role': 'system', 'content': {quoted(default_system)}}}] -%}}{{%- endif -%}}"
         )
-    # Neighbouring texts are joined first: a placeholder may be typed over two of them.
     typed = f"({_break_up('said.typed', placeholder)})"
     text = "{%- set said.typed = said.typed + part['text'] -%}"
     spoken = "{%- set said.typed = message['content'] -%}"
