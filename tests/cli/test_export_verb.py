@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,10 @@ def test_a_stock_folder_with_its_proof(
     assert (out / "LICENSE").read_text() == "terms"
     # What was written opens here, too.
     assert load(out, "cpu").ask("What is this?", image_folder / "cat.jpg") is not None
+
+    # And is compared with what the stock class makes of it, not with what was read here.
+    assert main(["export", str(out), str(tmp_path / "again"), "--verify"]) == 0
+    assert "parity: source ok, token_ids ok" in capsys.readouterr().out
 
     assert main(argv) == 2  # it is there
     assert "is there already" in capsys.readouterr().err
@@ -104,6 +109,22 @@ def test_mistakes_are_one_line(
     assert main(["export", str(tiny_model_folder), str(tmp_path / "out"), *flags]) == 2
     error = capsys.readouterr().err
     assert part in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["hf", "polymodal"])
+@pytest.mark.parametrize("size", [20, 3000, 40_000])  # the first file, the tokenizer, the weights
+def test_a_full_disk_is_one_line(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, size: int
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        status = main(["export", str(tiny_model_folder), str(tmp_path / "out"), "--format", kind])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err.splitlines()
+    assert status == 2 and "out: cannot be written (" in error[-1] and "too large" in error[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_reasons_are_one_line(

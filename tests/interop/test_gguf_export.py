@@ -398,7 +398,9 @@ def test_the_command_line(make: Make, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "model-q8_0.gguf and mmproj-q8_0.gguf" in printed.out and "padded after they are resized" in printed.err
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} == {"model-q8_0.gguf", "mmproj-q8_0.gguf", "README.md", "LICENSE"}
-    assert "llama-mtmd-cli -m model-q8_0.gguf --mmproj mmproj-q8_0.gguf" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "llama-mtmd-cli -m model-q8_0.gguf --mmproj mmproj-q8_0.gguf" in card
+    assert card.startswith("---\nlibrary_name: gguf\n") and "\nlicense: " in card and str(tmp_path) not in card
     assert main([*argv, "--keep-adapter", "--overwrite"]) == 2
     assert main([*argv[:3], "--dtype", "q8_0", "--overwrite"]) == 2
     assert "--dtype q8_0 is for --format gguf" in capsys.readouterr().err

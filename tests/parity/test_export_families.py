@@ -355,3 +355,5 @@ def test_a_folder_that_transformers_wrote_comes_back_the_same(made: Any, tmp_pat
 def test_the_card_tells_the_history(made: Any) -> None:
     card = (made.folder / "README.md").read_text()
     assert '"stage": "made"' in card and all(remark in card for remark in made.done.remarks)
+    side = "right" if made.loaded.model.encoder_decoder else "left"
+    assert f"pads on the {side}" in card and ("vllm serve" in card) == ("blip" not in made.kind)

@@ -25,7 +25,14 @@ from polymodal.checkpoints.model_folder import Loaded
 from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError, unknown_name
 from polymodal.interop.gguf.weights import KINDS, reasons_against_llm, write_llm, write_mmproj
-from polymodal.interop.huggingface.export import about_transparency, copy_licences
+from polymodal.interop.huggingface.export import about_transparency
+from polymodal.interop.huggingface.export_card import (
+    about_licences,
+    about_training,
+    copy_licences,
+    front_matter,
+    origins,
+)
 from polymodal.interop.huggingface.export_chat_template import stock_template, with_placeholder
 from polymodal.interop.huggingface.export_class import LLAVA_TOWERS, against_mlp, against_tower, refuse
 from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
@@ -88,13 +95,24 @@ def export_gguf(
     with atomic_folder(dst, replace=replace) as work:
         size = write_llm(work / files[0], model.llm, kind, dst.name, tokens)
         size += write_mmproj(work / files[1], model, config.image, kind, dst.name)
-        copy_licences(licences, work)
-        listed = "\n".join(f"- {remark}" for remark in remarks)
-        write_text(work / "README.md", _CARD.format(name=dst.name, model=files[0], mmproj=files[1], remarks=listed))
+        parts = origins(loaded, licences)
+        copy_licences(licences, work, parts)
+        card = _CARD.format(
+            front=front_matter(parts, "gguf"),
+            name=dst.name,
+            model=files[0],
+            mmproj=files[1],
+            remarks="\n".join(f"- {remark}" for remark in remarks),
+            licences=about_licences(parts),
+            history=about_training(loaded.history),
+        )
+        write_text(work / "README.md", card)
     return GgufExported(dst, dst / files[0], dst / files[1], size, tuple(remarks))
 
 
 _CARD = """\
+{front}
+
 # {name}
 
 A model of polymodal for llama.cpp: `{model}` (language model) and `{mmproj}` (vision tower and projector).
@@ -105,6 +123,14 @@ A model of polymodal for llama.cpp: `{model}` (language model) and `{mmproj}` (v
 What to know:
 
 {remarks}
+
+Licences:
+
+{licences}
+
+How it was made:
+
+{history}
 """
 
 

@@ -9,7 +9,6 @@ first tensor is written, and the folder appears whole or not at all. Names of we
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from polymodal.checkpoints.model_folder import ADAPTER_NAME, Loaded
 from polymodal.config import RESAMPLE_FILTERS, ImageConfig, ModelConfig
 from polymodal.errors import CheckpointError
+from polymodal.interop.huggingface.export_card import copy_licences, origins, write_card
 from polymodal.interop.huggingface.export_chat_template import check_plain_prompt, stock_template, with_placeholder
 from polymodal.interop.huggingface.export_class import (
     BLIP,
@@ -79,7 +79,7 @@ def export_hf(
         dtype: Of the weights on disk; None takes the language model's.
         style: The spelling of the weights' names.
         max_shard_bytes: The largest file of weights; a single larger tensor has a file of its own.
-        licences: A folder whose licence files are copied.
+        licences: The folder that the model came from: its licence files are copied, its card says its licence.
         replace: Overwrite a folder that is there.
 
     Returns:
@@ -129,8 +129,9 @@ def export_hf(
         _write_generation(work, model.llm, tokenizer, [*config.template.stop_token_ids, *ours.stop_ids], unsaid)
         if kept:
             write_adapter(work / ADAPTER_NAME, model, family, rows)
-        copy_licences(licences, work)
-        write_card(work, dst.name, CLASSES[family], loaded, remarks, chat=jinja is not None)
+        parts = origins(loaded, licences)
+        copy_licences(licences, work, parts)
+        write_card(work, dst.name, CLASSES[family], loaded, remarks, parts, chat=jinja is not None)
     return Exported(dst, family, image_id, rows, size, tuple(remarks))
 
 
@@ -301,85 +302,6 @@ def _write_generation(
         decoder_start_token_id=own("decoder_start_token_id"),
         suppress_tokens=sorted(unsaid),
     ).save_pretrained(folder)
-
-
-def copy_licences(source: Path | None, folder: Path) -> None:
-    """Copy the licence files of a folder, where there is one."""
-    patterns = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
-    for path in sorted({path for pattern in patterns for path in source.glob(pattern)} if source else ()):
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
-
-
-_CHAT = """\
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor, model = AutoProcessor.from_pretrained(FOLDER), AutoModelForImageTextToText.from_pretrained(FOLDER)
-question = [{"type": "image", "url": "cat.jpg"}, {"type": "text", "text": "What is this?"}]
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=True, return_dict=True,
-    return_tensors="pt",
-)
-made = model.generate(**inputs, max_new_tokens=64)
-print(processor.decode(made[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-"""
-_PLAIN = """\
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor, model = AutoProcessor.from_pretrained(FOLDER), AutoModelForImageTextToText.from_pretrained(FOLDER)
-inputs = processor(images=Image.open("cat.jpg").convert("RGB"), text="What is this?", return_tensors="pt")
-print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
-"""
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: image-text-to-text
----
-
-# {name}
-
-A `{kind}` of transformers, written by polymodal. Licence files, where there were any, lie beside this page.
-
-| Part | Parameters |
-|---|--:|
-{components}
-
-## Use
-
-```python
-{use}```
-
-## What is different from the model it was written from
-
-{remarks}
-
-## How it was made
-
-{history}
-"""
-
-
-def write_card(folder: Path, name: str, kind: str, loaded: Loaded, remarks: Sequence[str], *, chat: bool) -> None:
-    """Write the folder's README: what it is, how to ask it, what is different, how it was made."""
-    model, config = loaded.model, loaded.config
-    assert config.vision is not None
-    components = {
-        f"vision tower ({config.vision.type})": model.vision_encoder,
-        f"projector ({config.projector.mm_projector_type})": model.projector,
-        f"language model ({model.llm.config.model_type})": model.llm,
-    }
-    sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in components.items() if module}
-    history = [f"- `{json.dumps(entry, ensure_ascii=False, sort_keys=True)}`" for entry in loaded.history]
-    card = _CARD.format(
-        name=name,
-        kind=kind,
-        components="\n".join(f"| {part} | {size:,} |" for part, size in sizes.items()),
-        use=_CHAT if chat else _PLAIN,
-        remarks="\n".join(f"- {note}" for note in remarks),
-        history="\n".join(history or ["- (no history)"]),
-    )
-    write_text(folder / "README.md", card)
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
