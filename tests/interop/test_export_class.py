@@ -44,6 +44,7 @@ from polymodal.messages import Image, assistant, user
 from polymodal.modeling.build import build_model
 from polymodal.modeling.lora import add_adapters
 from polymodal.processing.chat_template.encode import ChatTemplate
+from polymodal.safety.model_folder import check_folder
 from polymodal.utils.files import shipped_folder
 from polymodal.verify.compare import Comparison, verify_export
 from polymodal.verify.side_by_side import Check
@@ -395,7 +396,7 @@ def test_a_tampered_folder_fails(name: str, exported: tuple[Loaded, Path], tmp_p
 def test_the_stock_class_on_the_source_is_asked_too(exported: tuple[Loaded, Path], tmp_path: Path) -> None:
     """What was read wrongly is written as it was read, and computes what we compute: only the source knows better."""
     source = exported[1]
-    read = load_hf(source)
+    read = load_hf(check_folder(source))
     export_hf(read, tmp_path / "right")
     parity = verify_export(read, tmp_path / "right", tokens=2, published=source)
     assert parity.passed and parity.checks[0].name == "source" and parity.checks[0].numbers["max_difference"] < 1e-4

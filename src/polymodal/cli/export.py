@@ -69,9 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _hf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:
-    from polymodal.checkpoints.model_folder import CONFIG_NAME
     from polymodal.interop.huggingface.export import export_hf
-    from polymodal.interop.huggingface.families import is_hf_folder
+    from polymodal.safety.model_folder import check_folder
     from polymodal.verify.compare import verify_export
 
     loaded, options = _open(args)
@@ -88,7 +87,7 @@ def _hf(args: argparse.Namespace, dst: Path, more: list[Probe]) -> int:
     if not args.verify:
         return 0
     source = options["licences"]
-    published = source if is_hf_folder(source) and not (source / CONFIG_NAME).is_file() else None
+    published = source if check_folder(source).kind == "huggingface" else None
     return _outcome(verify_export(loaded, dst, more=more, published=published))
 
 

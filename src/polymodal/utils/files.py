@@ -56,6 +56,8 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         work.rename(target)
         _fsync(target.parent)
     except PolymodalError as error:
+        if str(work) not in str(error):
+            raise
         raise type(error)(str(error).replace(str(work), str(target))) from error.__cause__
     except Exception as error:
         # Libraries written in Rust raise types of their own.

@@ -17,8 +17,7 @@ from typing import Any
 
 from polymodal.checkpoints.locate import HUB_ID
 from polymodal.checkpoints.model_folder import CONFIG_NAME, Loaded
-from polymodal.modeling.default_llm import HUB_ID as DEFAULT_HUB_ID
-from polymodal.modeling.language_model import DEFAULT_LLM
+from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2
 from polymodal.utils.files import shipped, write_text
 
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
@@ -80,7 +79,7 @@ def _origin(part: str, name: str) -> Origin | None:
     if name == "bundled":
         return None
     if name == DEFAULT_LLM:
-        return Origin(part, DEFAULT_HUB_ID, None, "apache-2.0", True)
+        return Origin(part, SMOLLM2, None, "apache-2.0", True)
     if (folder := shipped(name)) is not None:
         return Origin(part, f"{name} (of polymodal)", folder, "apache-2.0", False)
     folder = Path(name).expanduser()
