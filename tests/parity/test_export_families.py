@@ -6,6 +6,7 @@ Every model is composed by our configuration from parts on disk; nothing is buil
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +35,7 @@ from transformers import (
 )
 
 from polymodal.checkpoints.model_folder import Loaded, contract_of, own_tensors
-from polymodal.config import ModelConfig
+from polymodal.config import LoraRecipe, ModelConfig
 from polymodal.errors import CheckpointError
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
@@ -42,6 +43,7 @@ from polymodal.interop.huggingface.export import export_hf
 from polymodal.interop.huggingface.load import load_hf
 from polymodal.messages import Image, Message, assistant, user
 from polymodal.modeling.build import build_model
+from polymodal.modeling.lora import add_adapters
 from polymodal.modeling.projectors.mlp import Standardize
 from polymodal.processing.collate import collate
 from polymodal.safety.model_folder import check_folder
@@ -357,3 +359,20 @@ def test_the_card_tells_the_history(made: Any) -> None:
     assert '"stage": "made"' in card and all(remark in card for remark in made.done.remarks)
     side = "right" if made.loaded.model.encoder_decoder else "left"
     assert f"pads on the {side}" in card and ("vllm serve" in card) == ("blip" not in made.kind)
+
+
+@pytest.mark.parametrize("kind", ["llava_onevision", "blip2_t5"])
+def test_an_adapter_on_the_head_of_tied_words(kind: str, hf: SimpleNamespace, tmp_path: Path) -> None:
+    """What was trained is what the stock class computes from the merged weights."""
+    loaded = compose(hf, tmp_path, kind)
+    llm: Any = loaded.model.llm
+    assert llm.get_output_embeddings().weight is llm.get_input_embeddings().weight
+    add_adapters(loaded.model, LoraRecipe(lora_r=2, lora_alpha=8, match="llm.*"))
+    for name, parameter in llm.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.2)
+    loaded.model.eval()
+    trained = deepcopy(loaded)
+    export_hf(loaded, tmp_path / "out")
+    parity = verify_export(trained, tmp_path / "out", tokens=4)
+    assert parity.passed, parity.line
