@@ -30,7 +30,7 @@ def main(name: str = "default", image: str = str(CAT), runs: str = "5") -> None:
     print(f"model {name} on {model.model.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{usage.prompt_tokens} tokens in ({usage.image_tokens} of the image), {usage.completion_tokens} out")
     for field in asdict(replies[0].timing):
-        values = sorted(getattr(reply.timing, field) for reply in replies)
+        values = sorted(getattr(reply.timing, field) or 0.0 for reply in replies)
         print(f"  {field:<14}{statistics.median(values):9.4f}   ({values[0]:.4f} to {values[-1]:.4f})")
 
 

@@ -33,7 +33,7 @@ def main(image: str = str(HERE / "pictures" / "coffee.jpg"), question: str = "Wh
     print(f"question  {question}")
     print(f"answer    {reply.text}")
     print(f"tokens    {usage.prompt_tokens} in ({usage.image_tokens} of the image), {usage.completion_tokens} out")
-    print(f"time      first token after {timing.first_token_s:.2f} s, then {timing.tokens_per_s:.1f} tokens/s")
+    print(f"time      first token after {timing.first_token_s:.2f} s, then {timing.tokens_per_s or 0:.1f} tokens/s")
     print(f"seen      {SEEN} shows the image as the model saw it")
 
 

@@ -8,27 +8,32 @@ import json
 import logging
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image as PILImage
 
 from polymodal.backends import load, load_processor
-from polymodal.backends.base import Reply, TextDelta
+from polymodal.backends.base import Reply, TextDelta, Usage
 from polymodal.backends.openai import OpenAIBackend, open_endpoint
-from polymodal.backends.openai.http import Endpoint, Patience, clean, read_events, retry_after
+from polymodal.backends.openai.answers import clean, read_events
+from polymodal.backends.openai.http import Endpoint, Patience, retry_after
 from polymodal.backends.openai.messages import image_bytes, to_openai
 from polymodal.cli import main
 from polymodal.errors import CheckpointError, ConfigError, EndpointError, MediaError, PolymodalError
 from polymodal.generation.params import GenerationParams
+from polymodal.media.image import open_image
 from polymodal.messages import Audio, Document, Image, Video, assistant, system, user
 
 KEY = "sk-test-0123456789abcdef"
@@ -120,7 +125,8 @@ def test_a_whole_answer(server: Any, model: OpenAIBackend) -> None:
     reply = model.generate([system("Be kind."), user("Hello")], params)
     assert reply.text == "Hi there" and reply.finish_reason == "stop" and reply.model == "tiny-2026"
     assert (reply.usage.prompt_tokens, reply.usage.image_tokens, reply.usage.completion_tokens) == (11, 7, 3)
-    assert 0 < reply.timing.first_token_s <= reply.timing.total_s and reply.timing.encode_s == 0
+    assert 0 < reply.timing.first_token_s <= reply.timing.total_s
+    assert reply.timing.encode_s is None and reply.timing.tokens_per_s is None  # unknown, not 0
     assert server.paths == ["/v1/chat/completions"]
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"
     assert server.bodies[0] == {
@@ -161,13 +167,124 @@ def test_other_forms_of_an_answer(server: Any, model: OpenAIBackend) -> None:
     parts["choices"][0]["message"] = {"content": [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]}
     refusal = answer()
     refusal["choices"][0]["message"] = {"content": None, "refusal": "I would rather not."}
-    thought = answer()
-    thought["choices"][0]["message"] = {"content": None, "reasoning_content": "hm"}
     bare = {"choices": [{"message": {"content": "bare"}}], "usage": None, "model": 7}
-    server.plays(*(sends(body) for body in (parts, refusal, thought, bare)))
-    replies = [model.generate(HELLO) for _ in range(4)]
-    assert [reply.text for reply in replies] == ["in parts", "I would rather not.", "", "bare"]
-    assert replies[3].usage.completion_tokens == 0 and replies[3].model == "tiny"
+    server.plays(*(sends(body) for body in (parts, refusal, bare)))
+    replies = [model.generate(HELLO) for _ in range(3)]
+    assert [reply.text for reply in replies] == ["in parts", "I would rather not.", "bare"]
+    assert replies[2].usage == Usage(None, None, None) and replies[2].model == "tiny"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "thought",
+    [
+        {"reasoning_content": "hm"}, {"reasoning": "hm", "content": ""}, {"content": [{"type": "thinking"}]},
+        {"reasoning_details": [{"text": "hm"}], "content": "\n\n"},
+    ],
+)  # fmt: skip
+def test_thoughts_are_no_answer(thought: dict[str, Any], stream: bool, server: Any, model: OpenAIBackend) -> None:
+    body = answer()
+    body["choices"][0] |= {"message": thought, "finish_reason": "length"}
+    pieces = {"choices": [{"delta": thought}]}, piece(finish="length"), DONE
+    server.plays(streams(*pieces) if stream else sends(body))
+    assert "thought and gave no answer; 256 tokens were too few (max_new_tokens)" in fails(model, stream)
+    hidden = {"completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 9}}
+    server.plays(sends({**answer(""), "usage": hidden}))
+    assert fails(model, stream).endswith("the model thought and gave no answer")
+    server.plays(streams(*pieces[:1], piece("A cat.", "stop"), DONE))
+    assert model.generate(HELLO).text.strip() == "A cat."
+
+
+def test_an_answer_has_no_leading_spaces(server: Any, model: OpenAIBackend) -> None:
+    server.plays(streams(piece(" "), piece("  A"), piece(" cat.", "stop"), DONE))
+    assert [event.text for event in model.stream(HELLO)] == ["A", " cat.", "A cat."]
+    server.plays(sends(answer("  A cat.\n")))
+    assert model.generate(HELLO).text == "A cat.\n"
+
+
+def test_one_of_several_answers(server: Any, model: OpenAIBackend) -> None:
+    def of(index: int, text: str, finish: str | None = None) -> dict[str, Any]:
+        return {"choices": [{"index": index, "delta": {"content": text}, "finish_reason": finish}]}
+
+    server.plays(streams(of(1, "B"), of(0, "A"), of(1, "B", "length"), of(0, "a", "stop"), DONE))
+    *_, reply = model.stream(HELLO)
+    assert reply.text == "Aa" and reply.finish_reason == "stop"
+    two = [{"index": n, "message": {"content": text}, "finish_reason": "stop"} for n, text in ((1, "B"), (0, "A"))]
+    server.plays(sends({"choices": two}))
+    assert model.generate(HELLO).text == "A"
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/octet-stream", "application/json", "text/html", "text/event-stream"]
+)
+@pytest.mark.parametrize("first", [b"", b": ping\n\n", b"\n\nevent: message\n", b"\xef\xbb\xbf", b"data: {}\n\n"])
+def test_streams_are_known_by_their_first_bytes(kind: str, first: bytes, server: Any, model: OpenAIBackend) -> None:
+    raw = b"".join(b"data: " + json.dumps(p).encode() + b"\n\n" for p in (piece("a"), piece("b", "stop")))
+    server.plays(sends(first + raw + DONE, kind=kind))
+    assert [event.text for event in model.stream(HELLO)] == ["a", "b", "ab"]
+    assert model.generate(HELLO).text == "ab"
+
+
+def test_a_whole_answer_as_plain_text(server: Any, model: OpenAIBackend) -> None:
+    server.plays(sends(answer(), kind="text/plain"), sends(answer(), kind="application/problem+json"))
+    assert [model.generate(HELLO).text for _ in range(2)] == ["Hi there"] * 2
+
+
+TROUBLE = {"code": 400, "message": "too long", "type": "invalid_request_error"}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("done", [[], [DONE]])
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        b"error: " + json.dumps(TROUBLE).encode() + b"\n\n", b"error: too long\n\n",
+        b"event: error\ndata: " + json.dumps(TROUBLE).encode() + b"\n\n", b"event: error\ndata: too long\n\n",
+        b"event: error\ndata: " + json.dumps({"type": "error", "error": TROUBLE}).encode() + b"\n\n",
+        json.dumps({"error": TROUBLE}).encode() + b"\n\n", json.dumps({"error": TROUBLE}, indent=1).encode() + b"\n\n",
+        {"object": "error", **TROUBLE}, {"object": "error", "message": "too long", "code": 40303},
+        {"text": "too long", "error_code": 50001}, {"error_code": 336003, "error_msg": "too long"},
+        {"choices": None, "base_resp": {"status_code": 1004, "status_msg": "too long"}}, {"detail": "too long"},
+        {"success": False, "code": 1210, "msg": "too long"}, {"errors": ["too long"]},
+        {"choices": [{"index": 0, "delta": {}, "error": TROUBLE}]},
+    ],
+)  # fmt: skip
+def test_an_error_inside_a_stream(
+    trouble: Any, done: list[bytes], begun: bool, server: Any, model: OpenAIBackend
+) -> None:
+    server.plays(streams(*[piece("Half an ans")] * begun, trouble, *done))
+    line = fails(model, stream=True)
+    assert "the server gave up: " in line and "too long" in line and "tried" not in line
+
+
+def test_a_stream_without_an_answer(server: Any, model: OpenAIBackend) -> None:
+    server.plays(streams(DONE))
+    assert "the stream ended before the answer did; tried 3 times" in fails(model, stream=True)
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [
+        ("model_length", "length"), ("max_output_tokens", "length"), ("MAX_TOKENS", "length"), ("eos", "stop"),
+        ("end_turn", "stop"), ({"type": "length", "length": 5}, "length"), ("", "stop"), ("abort", "gave up"),
+        ("SAFETY", "content filter"), ("sensitive", "content filter"), ("tool_use", "called a tool"),
+    ],
+)  # fmt: skip
+def test_why_an_answer_ended(reason: Any, expected: str, server: Any, model: OpenAIBackend) -> None:
+    for stream in (False, True):
+        # What came first is not forgotten for a later "stop".
+        server.plays(streams(piece("part", reason), piece("", "stop"), DONE) if stream else sends(answer("x", reason)))
+        if expected in ("length", "stop"):
+            *_, reply = model.stream(HELLO) if stream else [model.generate(HELLO)]
+            assert isinstance(reply, Reply) and reply.finish_reason == expected
+        else:
+            assert expected in fails(model, stream)
+
+
+def test_an_unknown_end_is_said(server: Any, model: OpenAIBackend) -> None:
+    server.plays(sends(answer("part", "moonrise")))
+    with pytest.warns(UserWarning, match="not known here .'moonrise'.; it may not be whole"):
+        assert model.generate(HELLO).text == "part"
 
 
 def fails(model: OpenAIBackend, stream: bool = False) -> str:
@@ -237,7 +354,7 @@ def test_answers_that_are_none(action: Any, words: str, stream: bool, server: An
 
 def test_answers_that_are_too_large(server: Any, model: OpenAIBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("polymodal.backends.openai.http.MAX_BODY", 5000)
-    monkeypatch.setattr("polymodal.backends.openai.http.MAX_EVENT", 5000)
+    monkeypatch.setattr("polymodal.backends.openai.answers.MAX_EVENT", 5000)
     server.plays(sends(answer("x" * 6000)), streams(piece("x" * 6000)), sends(b"x" * 70_000, 400))
     assert "larger than 5,000 bytes" in fails(model)
     assert "more than 5,000 bytes" in fails(model, stream=True)
@@ -354,6 +471,46 @@ def test_names_of_limits_are_learnt(server: Any, model: OpenAIBackend) -> None:
     assert "max_completion_tokens" in server.bodies[-1]
 
 
+@pytest.mark.parametrize(
+    ("refusal", "most"),
+    [
+        ("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", 8192),
+        ("Range of max_tokens should be [1, 2000]", 2000),
+        ("max_tokens must be at most 100", 100),
+        ("max_tokens: 10000 > 4096, which is the maximum allowed number of output tokens for claude-3-20240307", 4096),
+        ("max_tokens is too large: 10000. This model supports at most 4,096 completion tokens, you gave 10000.", 4096),
+        ("maxOutputTokens is 10000 but the supported range is from 1 (inclusive) to 8193 (exclusive)", 8192),
+        ("max_tokens must be less than 513", 512),
+        ("`max_new_tokens` must be <= 1024. Given: 10000", 1024),
+        ("max_tokens (10000) exceeds the limit of this model, which is 4000", 4000),
+        ("1 <= max_tokens <= 8192 is wanted", 8192),
+        ("max_tokens 不能超过 4096", 4096),
+    ],
+)
+def test_a_limit_that_is_too_large_is_lowered(refusal: str, most: int, server: Any, model: OpenAIBackend) -> None:
+    params = GenerationParams(max_new_tokens=10_000)
+    server.plays(sends({"error": {"message": refusal}}, 400), sends(answer("cut", "length")))
+    with pytest.warns(UserWarning, match=f"makes at most {most:,} tokens an answer"):
+        assert model.generate(HELLO, params).finish_reason == "length"
+    model.generate(HELLO, params)
+    model.generate(HELLO, GenerationParams(max_new_tokens=7))
+    assert [body.get("max_tokens") for body in server.bodies] == [10_000, most, most, 7]
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "max_tokens is out of range",
+        "Expected a max_tokens value >= 16, but got 4 instead",
+        "'max_tokens' or 'max_completion_tokens' is too large: 256. This model's maximum context length is 128 tokens "
+        "and your request has 40 input tokens (256 > 128 - 40).",
+    ],
+)
+def test_a_limit_that_nobody_knows_is_not_left_out(refusal: str, server: Any, model: OpenAIBackend) -> None:
+    server.plays(sends({"error": {"message": refusal}}, 400), sends(answer()))
+    assert refusal[:20] in fails(model) and len(server.bodies) == 1
+
+
 def test_a_server_that_takes_no_temperature_0(server: Any, model: OpenAIBackend) -> None:
     text = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is supported."
     refuse = sends({"error": {"message": text, "param": "temperature"}}, 400)
@@ -379,13 +536,14 @@ def test_redirects_to_another_host_are_refused(server: Any, model: OpenAIBackend
     other = server.root.replace("127.0.0.1", "127.0.0.2")
     for status, target in (
         (307, f"{other}/v1"), (308, "https://evil.example/x"), (302, "/v2"), (307, "//evil.example"), (307, ""),
-        (307, "http://[bad"),
+        (307, "http://[bad"), (307, server.url.replace("http:", "https:")),
+        (307, f"http://127.0.0.1:{server.http.server_address[1] % 65535 + 1}/v1/chat/completions"),
     ):  # fmt: skip
         server.paths.clear()
         server.plays(sends(b"", status, Location=target))
         line = fails(model)
         assert "redirects" in line and len(server.paths) <= 4
-        if status != 307 or target:
+        if status != 307 or target:  # another port is another server
             assert "refused" in line and server.paths == ["/v1/chat/completions"]
     server.plays(sends(b"", 307, Location="/moved/here"), sends(answer()))
     assert model.generate(HELLO).text == "Hi there"
@@ -409,6 +567,17 @@ def test_the_key_is_nowhere_to_be_seen(server: Any, caplog: pytest.LogCaptureFix
     lines += [repr(model), str(model), repr(model.endpoint), repr(vars(model.endpoint)["_key"])]
     assert not any(KEY in line or KEY in str(vars(model)) for line in [*lines, caplog.text])
     assert not any("s3cr3t" in line for line in lines)
+
+
+@pytest.mark.parametrize("key", ["x", "token", "max", "test", "EMPTY", "completion"])
+def test_a_key_that_is_a_word_is_hidden_where_it_is_the_key(key: str, server: Any) -> None:
+    said = f"max_tokens, texts, tokens, EMPTYING and completions {key}ed; the key '{key}' is wrong"
+    server.plays(sends({"error": {"message": said}}, 401))
+    line = fails(open_endpoint("tiny", base_url=server.url, api_key=key, patience=QUICK))
+    assert said.replace(f"'{key}'", "'***'") in line
+    real = "sk-12345678"
+    server.plays(sends({"error": {"message": f"bad{real}x"}}, 401))
+    assert "bad***x" in fails(open_endpoint("tiny", base_url=server.url, api_key=real, patience=QUICK))
 
 
 @pytest.mark.parametrize("key", ["sk-a\nb", "sk-a b", "sk-‘a’", "ключ"])
@@ -543,12 +712,18 @@ def encoded(image: PILImage.Image, kind: str, **more: Any) -> bytes:
 
 def test_images_that_are_drawn_anew() -> None:
     red = PILImage.new("RGB", (8, 6), "red")
-    for kind in ("PNG", "WEBP", "GIF", "JPEG"):
-        data = encoded(red, kind)
-        assert image_bytes(data) == (f"image/{kind.lower()}", data)
+    for kind in ("PNG", "JPEG"):
+        for image in (red, red.convert("L")):
+            data = encoded(image, kind)
+            assert image_bytes(data) == (f"image/{kind.lower()}", data)
+    phone = encoded(red, "MPO", save_all=True, append_images=[red.resize((4, 3))])
+    assert image_bytes(phone) == ("image/jpeg", phone)
     for data in (
         encoded(red, "BMP"),
         encoded(red, "TIFF"),
+        encoded(red, "WEBP"),
+        encoded(red, "GIF"),
+        encoded(red.convert("P"), "PNG"),
         encoded(red, "GIF", save_all=True, append_images=[PILImage.new("RGB", (8, 6), "blue")]),
     ):
         kind, sent = image_bytes(data)
@@ -561,6 +736,50 @@ def test_images_that_are_drawn_anew() -> None:
         image_bytes(encoded(noisy, "PNG"), limit=2000)
     with pytest.raises(MediaError, match="damaged or cut off"):
         image_bytes(encoded(noisy, "PNG")[:500])
+    kind, sent = image_bytes(encoded(noisy.convert("RGB"), "BMP"), limit=16_000)  # larger than that as a PNG
+    assert kind == "image/jpeg" and len(sent) <= 16_000
+
+
+def seen(data: bytes) -> PILImage.Image:
+    """What a server sees that looks at pixels only."""
+    return PILImage.open(io.BytesIO(image_bytes(data)[1])).convert("RGB")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_images_are_sent_upright(kind: str, orientation: int) -> None:
+    exif = PILImage.Exif()
+    exif[0x0112] = orientation
+    data = encoded(PILImage.linear_gradient("L").resize((96, 64)).convert("RGB"), kind, exif=exif)
+    upright = open_image(data)
+    sent, expected = np.asarray(seen(data), int), np.asarray(upright, int)
+    assert sent.shape == expected.shape and np.abs(sent - expected).max() <= 6
+    assert image_bytes(data)[0] == ("image/jpeg" if kind in ("JPEG", "MPO") else "image/png")
+
+
+def test_images_are_sent_as_our_own_models_see_them() -> None:
+    clear = PILImage.new("RGBA", (8, 8))
+    clear.putpixel((3, 3), (255, 0, 0, 255))
+    marked = PILImage.new("P", (4, 4))
+    deep = PILImage.fromarray(np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16))
+    depth = 16  # of colour, which Pillow cannot write
+    header = struct.pack(">2I5B", 2, 1, depth, 2, 0, 0, 0)
+    lines = b"\0" + struct.pack(">6H", 65535, 0, 0, 257 * 100, 257 * 7, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    wide = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+    moving = encoded(clear.convert("RGB"), "PNG", save_all=True, append_images=[PILImage.new("RGB", (8, 8), "blue")])
+    for data in (
+        encoded(clear, "PNG"), encoded(clear.convert("LA"), "PNG"), encoded(marked, "PNG", transparency=0), wide,
+        moving, encoded(deep, "PNG"), encoded(clear, "WEBP", lossless=True),
+        encoded(clear.convert("P"), "GIF", transparency=0),
+    ):  # fmt: skip
+        kind, sent = image_bytes(data)
+        assert kind == "image/png" and sent != data and PILImage.open(io.BytesIO(sent)).mode == "RGB"
+        assert np.array_equal(np.asarray(seen(data)), np.asarray(open_image(data)))
+    inks = encoded(clear.convert("RGB").convert("CMYK"), "JPEG")
+    assert image_bytes(inks)[0] == "image/jpeg" and PILImage.open(io.BytesIO(image_bytes(inks)[1])).mode == "RGB"
 
 
 def test_sounds_and_videos(tmp_path: Path) -> None:
@@ -624,7 +843,12 @@ def test_generate_and_eval_on_the_command_line(
     ask = ["generate", "--model", "openai:tiny", "--base-url", server.url, "--image", cat, "--prompt", "What?"]
     server.plays(sends(answer("A cat.")))
     assert main([*ask, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["text"] == "A cat."
+    made = json.loads(capsys.readouterr().out)
+    assert made["text"] == "A cat." and made["usage"]["image_tokens"] == 7
+    assert made["timing"]["encode_s"] is None and made["timing"]["tokens_per_s"] is None
+    server.plays(sends({**answer(), "usage": None}))
+    assert main([*ask, "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["usage"].values()) == {None}
     server.plays(streams(piece("A "), piece("cat.", "stop"), DONE))
     assert main([*ask, "--stream"]) == 0
     assert capsys.readouterr().out == "A cat.\n"

@@ -22,11 +22,11 @@ Inputs = TypeVar("Inputs")
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one call."""
+    """Tokens of one call; None where a server does not tell."""
 
-    prompt_tokens: int  # Positions before the answer, media included
-    image_tokens: int  # Those of them that are images
-    completion_tokens: int  # Tokens made, the end token included
+    prompt_tokens: int | None  # Positions before the answer, media included
+    image_tokens: int | None  # Those of them that are images
+    completion_tokens: int | None  # Tokens made, the end token included
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Timing:
     """Seconds of one call."""
 
     prepare_s: float  # Decoding images, tiling, tokenising
-    encode_s: float  # Vision encoder, projector and embedding; 0 where the model does not let it be seen apart
+    encode_s: float | None  # Vision encoder, projector and embedding; None where it is not seen apart
     first_token_s: float  # From the call to the first token
     total_s: float  # From the call to the last token
-    tokens_per_s: float  # Decoding speed after the first token; 0 where there was only one
+    tokens_per_s: float | None  # Decoding speed after the first token; None where there was only one, or all at once
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class ModelBackend(Backend, Generic[Inputs]):
         inputs = self.prepare(messages, params.max_new_tokens)
         text = self._text(params)
         prepared = first = time.perf_counter()
-        made, encode_s = 0, 0.0
+        made, encode_s = 0, None
         with closing(self._steps(inputs, params)) as steps:
             for (token,), seconds in steps:
                 if made == 0:
@@ -223,7 +223,7 @@ class ModelBackend(Backend, Generic[Inputs]):
                 encode_s=encode_s,
                 first_token_s=first - begin,
                 total_s=end - begin,
-                tokens_per_s=(made - 1) / (end - first) if made > 1 else 0.0,
+                tokens_per_s=(made - 1) / (end - first) if made > 1 else None,
             ),
             finish_reason="stop" if text.stopped else "length",
             model=self.name,

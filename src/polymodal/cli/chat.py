@@ -135,10 +135,11 @@ class Chat:
         if not self.interactive:
             return
         usage, timing = reply.usage, reply.timing
-        line = (
-            f"  {usage.prompt_tokens} tokens in ({usage.image_tokens} of images), {usage.completion_tokens} out, "
-            f"first after {timing.first_token_s:.2f} s, {timing.tokens_per_s:.1f} tokens/s"
-        )
+        images = "" if usage.image_tokens is None else f" ({usage.image_tokens} of images)"
+        counts = "" if usage.prompt_tokens is None else f"{usage.prompt_tokens} tokens in{images}, "
+        counts += "" if usage.completion_tokens is None else f"{usage.completion_tokens} out, "
+        speed = "" if timing.tokens_per_s is None else f", {timing.tokens_per_s:.1f} tokens/s"
+        line = f"  {counts}first after {timing.first_token_s:.2f} s{speed}"
         colour = common.colour_wanted("auto", sys.stderr)
         common.note(f"{common.DIM}{line}{common.RESET}" if colour else line)
 

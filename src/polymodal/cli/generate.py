@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     document = {
         "text": reply.text,
         "usage": asdict(reply.usage),
-        "timing": {name: round(value, 4) for name, value in asdict(reply.timing).items()},
+        "timing": {name: value if value is None else round(value, 4) for name, value in asdict(reply.timing).items()},
         "model": reply.model,
         "finish_reason": reply.finish_reason,
     }

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Step = tuple[Sequence[int | None], float]
-"""A decoding step: one id a row, None for rows that ended earlier, and the seconds of encoding media before it."""
+Step = tuple[Sequence[int | None], float | None]
+"""A decoding step: one id a row, None for rows that ended earlier; and the seconds of encoding media before it."""
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 

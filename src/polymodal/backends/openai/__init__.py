@@ -1,10 +1,10 @@
 """Any OpenAI-compatible chat endpoint behind the chat protocol: OpenAI, Gemini, Claude, vLLM, llama.cpp, ...
 
 Named `openai:MODEL`; the address and the key come from OPENAI_BASE_URL and OPENAI_API_KEY. What differs from a model of
-ours: times are taken here, so `encode_s` is always 0; token counts are the server's, 0 where it gives none; stop texts
-and the seed are the server's to honour; thoughts that a server sends apart from the answer are not shown. `top_k` and
-`repetition_penalty` are no part of OpenAI's API and some servers take them and do nothing, so they are refused here;
-give them in `extra` to a server that honours them.
+ours: times are taken here and token counts are the server's, None where it gives none; stop texts and the seed are the
+server's to honour; thoughts that a server sends apart from the answer are not shown, and alone are no answer. `top_k`
+and `repetition_penalty` are no part of OpenAI's API and some servers take them and do nothing, so they are refused
+here; give them in `extra` to a server that honours them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from functools import partial
 from typing import Any, Literal
 
 from polymodal.backends.base import Answer, Backend, Reply, StreamEvent, TextDelta, Timing, Usage, require_question
-from polymodal.backends.openai.http import Endpoint, Event, Patience, Refused, clean, finish_of, text_of
+from polymodal.backends.openai.answers import Event, clean, finish_of, text_of, thinks
+from polymodal.backends.openai.http import Endpoint, Patience, Refused
 from polymodal.backends.openai.messages import Accepts, Detail, Json, learn, request_body, to_openai
 from polymodal.checkpoints.locate import ENDPOINT
 from polymodal.errors import ConfigError, EndpointError
@@ -32,12 +33,23 @@ OPENAI_URL = "https://api.openai.com/v1"
 CONCURRENT = 8
 """Requests that are under way at once in `generate_batch`."""
 
+_FILTERED = "the server's content filter stopped the answer"
+_TOOL = "the model called a tool instead of answering; it was given none"
+_GAVE_UP = "the server gave up in the middle of the answer"
 _NO_ANSWER = {
-    **dict.fromkeys(("content_filter", "safety", "SAFETY"), "the server's content filter stopped the answer"),
-    **dict.fromkeys(("tool_calls", "function_call"), "the model called a tool instead of answering; it was given none"),
-    "error": "the server gave up in the middle of the answer",
+    **dict.fromkeys(("content_filter", "safety", "sensitive", "blocklist", "prohibited_content", "spii"), _FILTERED),
+    **dict.fromkeys(("recitation", "image_safety", "content_filtered", "guardrail_intervened"), _FILTERED),
+    **dict.fromkeys(("tool_calls", "function_call", "tool_use", "malformed_function_call"), _TOOL),
+    **dict.fromkeys(("error", "abort", "aborted", "cancelled", "canceled", "network_error", "server_error"), _GAVE_UP),
+    **dict.fromkeys(("timeout", "insufficient_system_resource", "failed", "interrupted"), _GAVE_UP),
 }
 """Why an answer ended that is none."""
+
+_LENGTH = ("length", "max_tokens", "max_output_tokens", "max_new_tokens", "max_length", "model_length", "token_limit",
+           "model_context_window_exceeded", "length_limit", "incomplete")  # fmt: skip
+_STOP = ("stop", "stop_sequence", "stop_token", "end_turn", "end", "eos", "eos_token", "eos_token_id", "complete",
+         "completed", "finished", "finish", "done", "refusal")  # fmt: skip
+"""What servers call the limit of tokens, and an end; OpenAI's own are "length" and "stop"."""
 
 
 def open_endpoint(
@@ -105,17 +117,21 @@ class OpenAIBackend(Backend):
         content = to_openai(messages, self.detail)
         prepared = time.perf_counter()
         first: float | None = None
-        text, finish, model = "", None, self.model
+        text, model = "", self.model
+        finish: set[str] = set()
+        thought = False
         usage: Json = {}
         # Servers whose strings are UTF-16 may cut a character beyond the basic plane in two.
         whole = codecs.getincrementaldecoder("utf-16-le")("replace")
         with closing(self._events(content, params, stream)) as events:
             for event in events:
-                if delta := whole.decode(text_of(event).encode("utf-16-le", "surrogatepass")):
+                thought = thought or thinks(event)
+                delta = whole.decode(text_of(event).encode("utf-16-le", "surrogatepass"))
+                if delta := delta if text else delta.lstrip(" "):  # as in the answers of our models
                     first = first or time.perf_counter()
                     text += delta
                     yield TextDelta(delta)
-                finish = finish_of(event) or finish
+                finish |= {self._finish(reason)} if (reason := finish_of(event)) else set()
                 usage = event["usage"] if isinstance(event.get("usage"), dict) else usage
                 model = event["model"] if isinstance(event.get("model"), str) and event["model"] else model
         if delta := whole.decode(b"", final=True):
@@ -123,19 +139,27 @@ class OpenAIBackend(Backend):
             yield TextDelta(delta)
         end = time.perf_counter()
         first = first or end
-        made, details = _count(usage, "completion_tokens"), usage.get("prompt_tokens_details")
-        images = _count(details, "image_tokens") if isinstance(details, dict) else 0
+        made = _count(usage, "completion_tokens")
+        thought = thought or bool(_count(usage.get("completion_tokens_details"), "reasoning_tokens"))
+        if thought and not text.strip():
+            at_limit = "length" in finish
+            raise EndpointError(
+                f"{self.endpoint.shown}: the model thought and gave no answer"
+                + (f"; {params.max_new_tokens} tokens were too few (max_new_tokens)" if at_limit else "")
+            )
         yield Reply(
             message=assistant(text),
-            usage=Usage(_count(usage, "prompt_tokens"), images, made),
+            usage=Usage(
+                _count(usage, "prompt_tokens"), _count(usage.get("prompt_tokens_details"), "image_tokens"), made
+            ),
             timing=Timing(
                 prepare_s=prepared - begin,
-                encode_s=0.0,
+                encode_s=None,
                 first_token_s=first - begin,
                 total_s=end - begin,
-                tokens_per_s=(made - 1) / (end - first) if stream and made > 1 and end > first else 0.0,
+                tokens_per_s=(made - 1) / (end - first) if stream and made and made > 1 and end > first else None,
             ),
-            finish_reason=self._finish(finish),
+            finish_reason="length" if "length" in finish else "stop",
             model=clean(model, 200),
         )
 
@@ -153,7 +177,7 @@ class OpenAIBackend(Backend):
                 break
             except Refused as error:
                 learnt = learn(accepts, str(error), body)
-                if answered or learnt is None or learnt in tried:
+                if answered or learnt is None or learnt in tried or len(tried) > 6:
                     raise
                 tried.add(learnt)
                 accepts = learnt
@@ -162,15 +186,28 @@ class OpenAIBackend(Backend):
             warnings.warn(
                 f"{self.name} takes no temperature 0; its answers are drawn at its own temperature", stacklevel=2
             )
+        if accepts.most_tokens != self._accepts.most_tokens:
+            warnings.warn(f"{self.name} makes at most {accepts.most_tokens:,} tokens an answer", stacklevel=2)
         self._accepts = accepts
 
-    def _finish(self, reason: str | None) -> Literal["stop", "length"]:
+    def _finish(self, reason: str) -> Literal["stop", "length"]:
         """Our name for why an answer ended; an answer that is none is an error."""
-        if reason in _NO_ANSWER:
-            raise EndpointError(f"{self.endpoint.shown}: {_NO_ANSWER[reason]}")
-        return "length" if reason in ("length", "max_tokens", "MAX_TOKENS") else "stop"
+        word = reason.strip().lower()
+        if word in _NO_ANSWER:
+            raise EndpointError(f"{self.endpoint.shown}: {_NO_ANSWER[word]} ({word})")
+        if word not in (*_LENGTH, *_STOP):
+            warnings.warn(
+                f"{self.name}: the answer ended for a reason that is not known here ({clean(reason, 60)!r}); "
+                "it may not be whole",
+                stacklevel=2,
+            )
+        return "length" if word in _LENGTH else "stop"
 
 
-def _count(usage: Json, name: str) -> int:
-    value = usage.get(name)
-    return value if isinstance(value, int) and value > 0 else 0
+def _count(usage: Any, name: str) -> int | None:
+    """A number of tokens; None where the server does not tell it."""
+    value = usage.get(name) if isinstance(usage, dict) else None
+    try:
+        return max(int(value), 0) if isinstance(value, int | float | str) else None
+    except (ValueError, OverflowError):
+        return None

@@ -14,8 +14,8 @@ import itertools
 import json
 import math
 import random
+import re
 import time
-import unicodedata
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,15 +25,28 @@ from typing import Any
 import httpx2
 from pydantic import SecretStr
 
+from polymodal.backends.openai.answers import (
+    Event,
+    choice,
+    clean,
+    code_of,
+    finish_of,
+    parsed,
+    read_events,
+    text_of,
+    trouble,
+    words_of,
+)
 from polymodal.errors import ConfigError, EndpointError
-
-Event = dict[str, Any]
 
 MAX_BODY = 32 * 2**20
 """The largest whole answer, in bytes."""
 
-MAX_EVENT = 8 * 2**20
-"""The longest event of a streamed answer, in bytes."""
+_JSON = re.compile(r"(application/(.+[+])?json|application/octet-stream|text/plain)?")
+"""The types under which servers send answers; what a stream is shows in its first bytes."""
+
+_EVENTS = re.compile(rb"(\xef\xbb\xbf)?\s*(data|event|id|retry|error)?:")
+"""How a stream of events begins, whatever its type says."""
 
 _HINTS = {
     401: "check the key in OPENAI_API_KEY",
@@ -158,22 +171,32 @@ class Endpoint:
         if response.status_code != 200:
             raise self._failure(response, deadline)
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind not in ("text/event-stream", "application/json", ""):
+        chunks, head = self._chunks(response, deadline), b""
+        while len(head.strip()) < len("event:") and (chunk := next(chunks, b"")):
+            head += chunk
+        rest = itertools.chain([head], chunks)
+        if kind == "text/event-stream" or _EVENTS.match(head):
+            yield from self._stream(rest)
+            return
+        if not _JSON.fullmatch(kind):
             raise Refused(
                 f"{self.shown}: answers with {clean(kind, 60)}, not with JSON; "
                 "check the base URL, which mostly ends in /v1"
             )
-        if kind != "text/event-stream":
-            answer = self._event(b"".join(self._chunks(response, deadline, MAX_BODY)).decode("utf-8-sig", "replace"))
-            if not _choice(answer):
-                raise Refused(f"{self.shown}: the server sent no chat completion but: {self._safe(json.dumps(answer))}")
-            yield answer
-            return
-        finished = False
-        for data in read_events(self._chunks(response, deadline)):
+        answer = self._event(self._whole(rest, MAX_BODY).decode("utf-8-sig", "replace"))
+        if not choice(answer):
+            raise Refused(f"{self.shown}: the server sent no chat completion but: {self._safe(json.dumps(answer))}")
+        yield answer
+
+    def _stream(self, chunks: Iterable[bytes]) -> Iterator[Event]:
+        """Read a streamed answer, which has to end."""
+        begun = finished = False
+        for data in read_events(chunks):
             if data.strip() == "[DONE]":
-                return
+                finished = begun
+                break
             event = self._event(data)
+            begun = begun or bool(choice(event))
             finished = finished or finish_of(event) is not None
             yield event
         if not finished:
@@ -182,25 +205,25 @@ class Endpoint:
     def _event(self, text: str) -> Event:
         """Read one JSON object, and raise what is none or an error."""
         # Pieces of a stream that are neither error nor answer are nothing to us.
-        found = _parsed(text)
+        found = parsed(text)
         if not isinstance(found, dict):
             raise Refused(f"{self.shown}: the server sent no chat completion but: {self._safe(text, 80)!r}")
-        if error := found.get("error"):
-            code = error.get("code") if isinstance(error, dict) else None
-            raised = _Passing if isinstance(code, int) and _is_passing(code) else Refused
-            raise raised(f"{self.shown}: the server gave up: {self._safe(_error_of(found))}")
+        if (error := trouble(found)) is not None:
+            code = code_of(error)
+            raised = _Passing if code is not None and _is_passing(code) else Refused
+            raise raised(f"{self.shown}: the server gave up: {self._safe(words_of(error))}")
         return found
 
     def _failure(self, response: httpx2.Response, deadline: float) -> EndpointError:
         """Turn an error response into an error."""
         status = response.status_code
         try:
-            text = b"".join(self._chunks(response, deadline, 1 << 16)).decode("utf-8", "replace")
+            text = self._whole(self._chunks(response, deadline), 1 << 16).decode("utf-8", "replace")
         except (EndpointError, OSError):
             text = ""
-        found = _parsed(text)
+        found = parsed(text)
         page = "<" in text[:200]  # a page for people says nothing here
-        words = _error_of(found) if found is not None else "" if page else text
+        words = words_of(found) if found is not None else "" if page else text
         title = f"{status} {httpx2.codes.get_reason_phrase(status)}".rstrip()
         line = ": ".join(filter(None, (self.shown, title, self._safe(words))))
         message = f"{line} ({_HINTS[status]})" if status in _HINTS else line
@@ -210,16 +233,21 @@ class Endpoint:
         error.wait_s = retry_after(response.headers.get("retry-after", ""))
         return error
 
-    def _chunks(self, response: httpx2.Response, deadline: float, limit: float = math.inf) -> Iterator[bytes]:
-        """Read an answer within its limits of time and bytes."""
-        size = 0
+    def _chunks(self, response: httpx2.Response, deadline: float) -> Iterator[bytes]:
+        """Read an answer within its limit of time."""
         for chunk in response.iter_bytes():
-            size += len(chunk)
             if time.monotonic() > deadline:
                 raise Refused(f"{self.shown}: the answer took more than {self.patience.total_s:g} s")
-            if size > limit:
-                raise Refused(f"{self.shown}: the server's answer is larger than {limit:,} bytes")
             yield chunk
+
+    def _whole(self, chunks: Iterable[bytes], limit: int) -> bytes:
+        """Join an answer within a limit of bytes."""
+        whole = bytearray()
+        for chunk in chunks:
+            whole += chunk
+            if len(whole) > limit:
+                raise Refused(f"{self.shown}: the server's answer is larger than {limit:,} bytes")
+        return bytes(whole)
 
     def _wait(self, error: _Passing, failures: int, deadline: float) -> None:
         """Sleep before the next attempt, or raise where there is none."""
@@ -237,7 +265,7 @@ class Endpoint:
 
     def _safe(self, text: str, limit: int = 300) -> str:
         """A server's words without the key, in case it repeats it."""
-        return clean(text if self._key is None else text.replace(self._key.get_secret_value(), "***"), limit)
+        return clean(text if self._key is None else _hidden(self._key.get_secret_value(), text), limit)
 
 
 def _chat_url(base_url: str) -> httpx2.URL:
@@ -269,6 +297,13 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
+def _hidden(key: str, text: str) -> str:
+    """A server's words with stars in place of a key."""
+    # A real key is no word of any language; "x" or "token", which servers at home are given, stand inside many.
+    real = len(key) >= 16 or (len(key) >= 8 and not key.isalpha() and not key.isdecimal())
+    return text.replace(key, "***") if real else re.sub(rf"(?<![\w-]){re.escape(key)}(?![\w-])", "***", text)
+
+
 def _secret(key: str | None) -> SecretStr | None:
     """Wrap a key so that printing it shows stars."""
     key = (key or "").strip()
@@ -277,63 +312,6 @@ def _secret(key: str | None) -> SecretStr | None:
             "the key holds characters that no key has (white space, a text editor's quotes); copy it again"
         )
     return SecretStr(key) if key else None
-
-
-def read_events(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Read the data of server-sent events."""
-    # Servers forget the empty line after the last event, and some begin with a byte order mark.
-    response = httpx2.Response(
-        200,
-        headers={"Content-Type": "text/event-stream; charset=utf-8-sig"},
-        content=itertools.chain(chunks, [b"\n\n"]),
-        request=httpx2.Request("POST", "http://server"),
-    )
-    try:
-        yield from (event.data for event in httpx2.EventSource(response, MAX_EVENT) if event.data)
-    except httpx2.SSEError:
-        raise EndpointError(f"the server sent an event of more than {MAX_EVENT:,} bytes") from None
-
-
-def text_of(event: Event) -> str:
-    """The answer's text in a completion or a piece of one; what a refusing model says is its answer."""
-    message = _choice(event).get("delta") or _choice(event).get("message")
-    if not isinstance(message, dict):
-        return ""
-    content = message.get("content") or message.get("refusal") or ""
-    if isinstance(content, list):  # parts
-        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
-    return content if isinstance(content, str) else ""
-
-
-def finish_of(event: Event) -> str | None:
-    """Why the answer ended, where this piece says so."""
-    reason = _choice(event).get("finish_reason")
-    return str(reason) if reason is not None else None
-
-
-def _choice(event: Event) -> dict[str, Any]:
-    choices = event.get("choices")
-    found = choices[0] if isinstance(choices, list) and choices else {}
-    return found if isinstance(found, dict) else {}
-
-
-def _parsed(text: str) -> Any:
-    """A JSON document; None where it is none."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return found[0] if isinstance(found, list) and found else found  # Gemini wraps its errors so
-
-
-def _error_of(document: Any) -> str:
-    """What an error object says, in any of the forms that servers use; "" where it is none."""
-    if not isinstance(document, dict):
-        return ""
-    found = document.get("error") or document.get("message") or document.get("detail")
-    if isinstance(found, dict):
-        found = found.get("message") or found.get("code") or found.get("type") or "no reason given"
-    return found if isinstance(found, str) else json.dumps(found) if found else ""
 
 
 def retry_after(value: str, now: float | None = None) -> float | None:
@@ -350,12 +328,3 @@ def retry_after(value: str, now: float | None = None) -> float | None:
 
 def _is_passing(status: int) -> bool:
     return status in (408, 409, 429) or 500 <= status < 600
-
-
-def clean(text: str, limit: int = 300) -> str:
-    """Make a server's words fit for one line on a terminal."""
-    kept = "".join(
-        " " if c.isspace() else c for c in text[: 4 * limit] if c.isspace() or unicodedata.category(c)[0] != "C"
-    )
-    line = " ".join(kept.split())
-    return line if len(line) <= limit else f"{line[: limit - 3]}..."

@@ -1,8 +1,9 @@
 """Messages and settings -> the JSON of a request to OpenAI's chat API, media inside as base64.
 
-An image goes out as the bytes it came in, if it is a still PNG, JPEG, WebP or GIF that is not too large; turning it
-upright and scaling it is the server's part. Anything else that we can open goes as a PNG. Video parts are an extension
-that vLLM, llama.cpp and others take and OpenAI does not; a server that does not says so itself.
+A server is to see what a model of ours would. An image goes out as the bytes it came in if that is what they show
+everywhere: an upright, opaque 8-bit JPEG or PNG that is not too large. Anything else (EXIF rotation, transparency, 16
+bits, CMYK, WebP, GIF, ...) is opened here and drawn anew. Video parts are an extension that vLLM, llama.cpp and others
+take and OpenAI does not; a server that does not says so itself.
 
 Servers differ in small ways that only a refusal shows. What was learnt is kept, so that it costs one request.
 """
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from PIL import ExifTags
 from PIL import Image as PILImage
 
 from polymodal.backends.base import check_messages
@@ -32,7 +35,11 @@ MAX_SOUND = 25 * 2**20
 MAX_VIDEO = 100 * 2**20
 """The most bytes of one part."""
 
-_SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
+MAX_DRAWN_PNG = 4 * 2**20
+"""An image that is drawn anew and larger than this as a PNG goes as a JPEG; some servers take 5 MB in base64."""
+
+_SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "MPO": "image/jpeg"}
+"""By Pillow's name; MPO is what cameras write: a JPEG, and further ones behind it that a reader of JPEG never sees."""
 
 _LIMITS = ("max_tokens", "max_completion_tokens")
 """Older servers know only the first; OpenAI's reasoning models refuse it and want the second."""
@@ -43,6 +50,7 @@ class Accepts:
     """What a server takes, as far as it has shown."""
 
     limit: str = _LIMITS[0]  # The name of the most tokens to make
+    most_tokens: int | None = None  # The most that it makes
     stream_options: bool = True  # Whether a streamed answer may be asked to count its tokens
     zero_temperature: bool = True  # Whether temperature 0 may be asked for; reasoning models take nothing but their own
 
@@ -53,8 +61,46 @@ def learn(accepts: Accepts, refusal: str, body: Mapping[str, Any]) -> Accepts | 
         return replace(accepts, stream_options=False)
     if "temperature" in refusal and body.get("temperature") == 0.0 and accepts.zero_temperature:
         return replace(accepts, zero_temperature=False)
-    if accepts.limit in refusal:
-        return replace(accepts, limit=_LIMITS[_LIMITS.index(accepts.limit) - 1])
+    if not _NAMES_LIMIT.search(refusal):
+        return None
+    if "context" not in refusal and (most := _most_tokens(refusal, body.get(accepts.limit))) is not None:
+        return replace(accepts, most_tokens=most)
+    other = _LIMITS[_LIMITS.index(accepts.limit) - 1]
+    if accepts.limit in refusal and (other in refusal or _UNKNOWN.search(refusal)) and not _TOO_MANY.search(refusal):
+        return replace(accepts, limit=other)
+    return None
+
+
+_NAMES_LIMIT = re.compile(r"max[_ ]?((new|output|completion)[_ ]?)?tokens", re.IGNORECASE)
+_UNKNOWN = re.compile(
+    r"not support|unsupported|unknown|unrecogni[sz]ed|unexpected|extra|not (permitted|allowed)|deprecated"
+    r"|invalid (parameter|field|argument|key|property)",
+    re.IGNORECASE,
+)
+_TOO_MANY = re.compile(
+    r"too (large|many|big|high|long)|at most|exceed|\brange\b|less than|greater than|maximum|context|大|超过",
+    re.IGNORECASE,
+)
+_MOST = re.compile(
+    r"(?:[\[(]\s*\d+\s*,|\bbetween \d+ and|\bfrom \d+(?: \(inclusive\))? to|(?<![\w.-])\d+\s*(?:~|–|to)"
+    r"|\brange\D{0,20}\d+\s*-|\bat most|\bup to|\bno more than|\bless than or equal to|<=|≤"
+    r"|(?P<below>\bless than|\bbelow|<)|(?:exceed|maximum|limit|max\b|超过|不大于|最大)\D{0,60}?)"
+    r"\s*(?P<most>\d+)(?P<open>\s*\(exclusive\)|\s*\))?",
+    re.IGNORECASE,
+)
+"""Words before the most tokens of an answer, in the refusals of servers."""
+
+
+def _most_tokens(refusal: str, asked: Any) -> int | None:
+    """The most tokens that a refusal allows; None where it names no number below what was asked for."""
+    if not isinstance(asked, int):
+        return None
+    plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", refusal)
+    plain = re.sub(rf"\b{asked}\s*>", "at most", plain)  # "256 > 100"
+    for found in _MOST.finditer(plain):
+        most = int(found["most"]) - bool(found["below"] or (found["open"] or "").endswith("(exclusive)"))
+        if 1 <= most < asked:
+            return most
     return None
 
 
@@ -67,7 +113,8 @@ def request_body(
             raise ConfigError(
                 f"{name} is no part of OpenAI's API; leave it out, or give it in `extra` to a server that takes it"
             )
-    body: Json = {"model": model, "messages": messages, accepts.limit: params.max_new_tokens}
+    most = min(params.max_new_tokens, accepts.most_tokens or params.max_new_tokens)
+    body: Json = {"model": model, "messages": messages, accepts.limit: most}
     if params.temperature > 0 or accepts.zero_temperature:
         body["temperature"] = params.temperature
     if params.top_p != 1.0:
@@ -115,22 +162,36 @@ def _content(message: Message, index: int, detail: Detail | None) -> str | list[
 
 def image_bytes(source: Source, limit: int = MAX_IMAGE) -> tuple[str, bytes]:
     """Read an image as it is to be sent."""
+    lossy = False
     if isinstance(source, PILImage.Image):
         opened = open_image(source)
     else:
         data = read_bytes(source)
         opened = open_image(data, name=describe(source))  # also the check that it is a whole image
         with PILImage.open(io.BytesIO(data)) as image:
-            kind = _SENT_AS_THEY_ARE.get(image.format or "")
-            moves = getattr(image, "is_animated", False)
-        if kind is not None and not moves and len(data) <= limit:
-            return kind, data
-    buffer = io.BytesIO()
-    opened.save(buffer, "PNG")
-    data = buffer.getvalue()
-    if len(data) > limit:
-        raise MediaError(f"{describe(source)}: {len(data):,} bytes as a PNG, at most {limit:,} are sent; scale it down")
-    return "image/png", data
+            kind, lossy = _SENT_AS_THEY_ARE.get(image.format or ""), image.format in ("JPEG", "MPO")
+            if kind is not None and len(data) <= limit and _shows_everywhere(image, data):
+                return kind, data
+    for kind, most in (("PNG", min(limit, MAX_DRAWN_PNG)), ("JPEG", limit)):
+        if lossy and kind == "PNG":
+            continue  # it has been through JPEG already, and would be several times larger
+        buffer = io.BytesIO()
+        opened.save(buffer, kind, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
+        data = buffer.getvalue()
+        if len(data) <= most:
+            return f"image/{kind.lower()}", data
+    raise MediaError(f"{describe(source)}: {len(data):,} bytes as a JPEG, at most {limit:,} are sent; scale it down")
+
+
+def _shows_everywhere(image: PILImage.Image, data: bytes) -> bool:
+    """Whether every reader of JPEG and PNG shows the same as `open_image`."""
+    try:
+        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    except Exception:  # damaged metadata, of which readers may make anything
+        return False
+    still = image.format == "MPO" or not getattr(image, "is_animated", False)
+    deep = image.format == "PNG" and data[24] > 8  # bits, in the header; Pillow opens 16 of colour as 8
+    return upright and still and not deep and image.mode in ("RGB", "L") and not image.has_transparency_data
 
 
 def _sound(source: Source) -> tuple[str, bytes]:

@@ -114,7 +114,7 @@ class TransformersBackend(ModelBackend[Inputs]):
             while (step := steps.get()) is not None:
                 if isinstance(step, BaseException):
                     raise step
-                yield step, 0.0
+                yield step, None
         finally:
             cancelled.set()
             thread.join()
