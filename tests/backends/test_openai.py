@@ -362,11 +362,18 @@ def test_answers_that_are_too_large(server: Any, model: OpenAIBackend, monkeypat
     assert len(server.bodies) == 3
 
 
-def test_passing_failures_are_tried_again(server: Any, model: OpenAIBackend) -> None:
-    server.plays(sends({"error": {"message": "busy"}}, 503), sends(b"", 429), sends(answer()))
+def test_passing_failures_are_tried_again(server: Any, model: OpenAIBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("polymodal.backends.openai.http.time.sleep", waits.append)
+    server.plays(sends({"error": {"message": "busy"}}, 503), sends(b"", 429, Retry_After="0.2"), sends(answer()))
     assert model.generate(HELLO).text == "Hi there" and len(server.bodies) == 3
+    assert 0 < waits[0] < waits[1] == 0.2  # each after a wait, and as long as the server asks for
+    waits.clear()
+    monkeypatch.undo()
     server.plays(hangs_up, hangs(), streams(piece("a", "stop"), DONE))
     assert [event.text for event in model.stream(HELLO)] == ["a", "a"] and len(server.bodies) == 6
+    server.plays(sends({"error": {"message": f"no quota for {KEY}"}}, 403))
+    assert server.headers[-1]["authorization"] == f"Bearer {KEY}" and "no quota for ***" in fails(model)
 
 
 def test_retries_end(server: Any, model: OpenAIBackend) -> None:
@@ -477,6 +484,7 @@ def test_names_of_limits_are_learnt(server: Any, model: OpenAIBackend) -> None:
         ("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", 8192),
         ("Range of max_tokens should be [1, 2000]", 2000),
         ("max_tokens must be at most 100", 100),
+        ("max_tokens has to lie in [1,512]", 512),
         ("max_tokens: 10000 > 4096, which is the maximum allowed number of output tokens for claude-3-20240307", 4096),
         ("max_tokens is too large: 10000. This model supports at most 4,096 completion tokens, you gave 10000.", 4096),
         ("maxOutputTokens is 10000 but the supported range is from 1 (inclusive) to 8193 (exclusive)", 8192),

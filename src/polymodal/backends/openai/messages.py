@@ -95,7 +95,7 @@ def _most_tokens(refusal: str, asked: Any) -> int | None:
     """The most tokens that a refusal allows; None where it names no number below what was asked for."""
     if not isinstance(asked, int):
         return None
-    plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", refusal)
+    plain = re.sub(r"(?<![\[(\d])\d{1,3}(?:,\d{3})+\b", lambda m: m[0].replace(",", ""), refusal)  # not "[1,512]"
     plain = re.sub(rf"\b{asked}\s*>", "at most", plain)  # "256 > 100"
     for found in _MOST.finditer(plain):
         most = int(found["most"]) - bool(found["below"] or (found["open"] or "").endswith("(exclusive)"))
