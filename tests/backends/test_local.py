@@ -78,6 +78,25 @@ def test_media_that_do_not_fit_are_refused(model: LocalBackend) -> None:
         model.generate([user(*[Image(image())] * 40, "What?")])
 
 
+def test_an_answer_ends_at_the_last_position(model: LocalBackend) -> None:
+    params = GenerationParams(max_new_tokens=10**6)
+    reply = model.generate([user("word " * 60)], params)
+    assert reply.usage.prompt_tokens + reply.usage.completion_tokens == 512 and reply.finish_reason == "length"
+    batch = model.generate_batch([[user("word " * 60)], [user(Image(image()), "word " * 62)]], params)
+    assert batch[0] == reply.text.strip() and isinstance(batch[1], str)
+
+
+def test_a_refusal_names_the_room_for_the_answer(model: LocalBackend) -> None:
+    asked = [user("word " * 85)]
+    length = model.prepare(asked, 1).input_ids.numel()
+    assert 384 < length < 512
+    words = f"takes {length} tokens and the model's context is 512, 128 of it kept for the answer; lower max_new_tokens"
+    for answer in (lambda: model.generate(asked), lambda: model.generate_batch([asked], GenerationParams())[0]):
+        with pytest.raises(PolymodalError, match=words):
+            raise answer()
+    assert model.generate(asked, GenerationParams(max_new_tokens=512 - length)).finish_reason == "length"
+
+
 def test_what_cannot_be_answered_is_refused(model: LocalBackend) -> None:
     with pytest.raises(PolymodalError, match="must end with a user message"):
         model.generate([user("Hello"), assistant("Hi")])

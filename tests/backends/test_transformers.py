@@ -256,6 +256,18 @@ def test_too_long_a_conversation_loses_old_text_and_never_media(opened: Opened) 
         model.generate([user(*[Image(WIDE)] * 30, "What?")], SHORT)
 
 
+def test_an_answer_ends_at_the_last_position(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = opened("llava_next")
+    asked = [[user("Hello")], [user("Hello there")], [user("Hi")]]
+    length = model.prepare(asked[1], 1)["input_ids"].shape[1]
+    monkeypatch.setattr(model, "context_length", 2 * length)
+    params = GenerationParams(max_new_tokens=10**6)
+    replies = [model.generate(messages, params) for messages in asked]
+    assert {r.usage.prompt_tokens + r.usage.completion_tokens for r in replies} == {2 * length}
+    assert {r.finish_reason for r in replies} == {"length"}
+    assert model.generate_batch(asked, params) == [r.text.strip() for r in replies]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 60)])
 def test_odd_images_are_answered(family: str, size: tuple[int, int], opened: Opened) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from pydantic import ValidationError
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from polymodal.generation.generate import generate_ids, sample_next
 from polymodal.generation.params import GenerationParams
@@ -60,6 +61,56 @@ def test_a_row_ends_at_its_stop_id_and_the_others_go_on(model: MultimodalLM) -> 
     stopped = generate_ids(model, collate([prompt(p) for p in prompts], 0, "left"), params, [stop])
     assert stopped[0] == free[0][: free[0].index(stop) + 1]
     assert stopped[1] == free[1]
+
+
+@pytest.fixture(scope="module")
+def learned() -> MultimodalLM:
+    """A model with a table of 24 positions, past which there is nothing."""
+    torch.manual_seed(0)
+    llm = OPTForCausalLM(
+        OPTConfig(vocab_size=VOCAB, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2,
+                  num_attention_heads=2, max_position_embeddings=24)
+    )  # fmt: skip
+    llm.lm_head.weight.data.mul_(30)
+    return MultimodalLM(llm, image_token_id=7).eval()
+
+
+def test_an_answer_ends_at_the_last_position(model: MultimodalLM, learned: MultimodalLM) -> None:
+    params = GenerationParams(max_new_tokens=500)
+    for made_for, most in ((model, 128), (learned, 24)):
+        prompts = [[1, 5, 9, 2, 30], [3], [8, 8, 8, 1, 2, 3, 4, 5, 6]]
+        together = generate_ids(made_for, collate([prompt(p) for p in prompts], 0, "left"), params, [])
+        assert [len(made) for made in together] == [most - len(p) for p in prompts]
+        for ids, made in zip(prompts, together, strict=True):
+            assert generate_ids(made_for, collate([prompt(ids)], 0, "left"), params, []) == [made]
+            assert made[:10] == greedy_without_cache(made_for, ids, 10)
+
+
+def test_a_row_that_has_ended_takes_no_positions(learned: MultimodalLM) -> None:
+    long, short = [8, 8, 8, 1, 2, 3, 4, 5, 6, 1, 1, 1], [3]
+    params = GenerationParams(max_new_tokens=22)
+    alone = [generate_ids(learned, collate([prompt(p)], 0, "left"), params, [])[0] for p in (long, short)]
+    stop = next(i for i in alone[0] if i not in alone[1])
+    together = generate_ids(learned, collate([prompt(long), prompt(short)], 0, "left"), params, [stop])
+    assert together == [alone[0][: alone[0].index(stop) + 1], alone[1]]
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-300, 1e-6])
+def test_a_temperature_near_0_takes_the_likeliest(model: MultimodalLM, temperature: float) -> None:
+    batch = collate([prompt([1, 5, 9])], 0, "left")
+    greedy = generate_ids(model, batch, GenerationParams(max_new_tokens=12), [])
+    cold = GenerationParams(max_new_tokens=12, temperature=temperature, top_p=1e-45, top_k=10**30, seed=2**64 - 1)
+    assert generate_ids(model, batch, cold, []) == greedy
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", float("inf")), ("temperature", float("nan")), ("seed", 2**64), ("seed", -(2**63) - 1),
+     ("repetition_penalty", 1e-45), ("repetition_penalty", float("inf")), ("repetition_penalty", 0.0)],
+)  # fmt: skip
+def test_settings_that_no_arithmetic_bears(name: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=name):
+        GenerationParams(**{name: value})
 
 
 def test_placeholder_and_ids_past_the_tokenizer_are_never_made(model: MultimodalLM) -> None:

@@ -42,6 +42,51 @@ def test_stop_text_is_cut_and_never_shown(stop: str) -> None:
     assert shown == f"EN is no {stop[:1]} yet" and stream.text == shown
 
 
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """Words of SentencePiece's kind, and a token for each byte, as Llama 2 has them."""
+    words = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "b", "▁"]
+    raw = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], byte_fallback=True))
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+
+
+BYTES = byte_fallback()
+
+
+def streamed(data: bytes, before: tuple[str, ...] = (), after: tuple[str, ...] = ()) -> tuple[list[str], str]:
+    """The pieces of a text given as bytes, and the whole."""
+    stream = TextStream(BYTES, stop_ids=[1])
+    tokens = [*before, *(f"<0x{byte:02X}>" for byte in data), *after]
+    pieces = [stream.push(i) for i in BYTES.convert_tokens_to_ids(tokens)]
+    return [*pieces, stream.finish()], stream.text
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_character_that_is_cut_off_spoils_no_other(cut: int) -> None:
+    pieces, text = streamed("描述 🐈".encode()[:-cut], before=("▁a",))
+    assert text == "a描述 " + UNFINISHED * (4 - cut) and "".join(pieces) == text
+    assert pieces[3] == "描" and pieces[6] == "述"  # as soon as they are whole
+
+
+def test_a_wrong_byte_spoils_no_character() -> None:
+    assert (
+        streamed(b"\xff" + "猫".encode() + b"\x80" + "é".encode(), ("▁a",), ("b",))[1]
+        == f"a{UNFINISHED}猫{UNFINISHED}éb"
+    )
+    assert streamed("猫 🐈".encode())[1] == "猫 🐈"
+
+
+@given(st.binary(max_size=12))
+def test_bytes_are_never_lost(data: bytes) -> None:
+    pieces, text = streamed(data, after=("b",))
+    assert "".join(pieces) == text
+    assert (
+        text.replace(UNFINISHED, "") == data.decode("utf-8", "ignore").replace(UNFINISHED, "").removeprefix(" ") + "b"
+    )
+
+
 def test_stop_id_ends_without_text() -> None:
     a, b = TOKENIZER.encode("ab", add_special_tokens=False)
     stream = TextStream(TOKENIZER, stop_ids=[b])

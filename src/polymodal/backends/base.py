@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
 from polymodal.errors import PolymodalError
-from polymodal.generation.params import GenerationParams
+from polymodal.generation.params import GenerationParams, context_length
 from polymodal.generation.streaming import Step, TextStream
 from polymodal.messages import Image, Message, Source, assistant, user
 
@@ -177,8 +177,7 @@ class ModelBackend(Backend, Generic[Inputs]):
         self.name = name
         self.tokenizer = tokenizer
         self.stop_ids = tuple(stop_ids)
-        # The most positions that the language model was made for.
-        self.context_length = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+        self.context_length = context_length(config)
         # The answer of an encoder-decoder is the decoder's and takes nothing from what the encoder reads.
         self._answer_takes_room = not config.is_encoder_decoder
 
@@ -241,16 +240,20 @@ class ModelBackend(Backend, Generic[Inputs]):
                 return inputs
             start = next((i for i in range(len(kept) - 2) if _is_text_pair(kept[i : i + 2])), None)
             if start is None:
+                kept_free = self._room(room)
                 raise PolymodalError(
-                    f"the conversation takes {length} tokens and the model's context is {self.context_length}; "
-                    "shorten the text or give fewer or smaller images (media are never cut)"
+                    f"the conversation takes {length} tokens and the model's context is {self.context_length}"
+                    + (f", {kept_free} of it kept for the answer; lower max_new_tokens, " if kept_free else "; ")
+                    + "shorten the text or give fewer or smaller images (media are never cut)"
                 )
             del kept[start : start + 2]
 
     def _fits(self, length: int, room: int) -> bool:
-        """Whether a prompt leaves the answer its room, or at least a quarter of the context."""
-        room = min(room, self.context_length // 4) if self._answer_takes_room else 0
-        return length + room <= self.context_length
+        return length + self._room(room) <= self.context_length
+
+    def _room(self, room: int) -> int:
+        """What is kept for an answer: as much as it may take, but no more than a quarter of the context."""
+        return min(room, self.context_length // 4) if self._answer_takes_room else 0
 
     def _text(self, params: GenerationParams) -> TextStream:
         return TextStream(self.tokenizer, params.stop, self.stop_ids, skip_space=True)

@@ -13,15 +13,16 @@ from typing import Any, cast
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, TopKLogitsWarper, TopPLogitsWarper
 
-from polymodal.generation.params import GenerationParams
+from polymodal.generation.params import GenerationParams, context_length
 from polymodal.generation.streaming import Step
 from polymodal.modeling.language_model import decoder_start_id
 from polymodal.modeling.seq2seq import move_left, take
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Batch
 
-NextLogits = Callable[[torch.Tensor | None], torch.Tensor]
-"""Takes the ids [B] chosen in the step before, None in the first; gives logits [B, V]."""
+NextLogits = Callable[..., torch.Tensor]
+"""Takes the ids [B] chosen in the step before, None in the first, and which rows go on [B], all where it is left out;
+gives logits [B, V]."""
 
 
 def sample_next(
@@ -36,7 +37,8 @@ def sample_next(
         logits = logits.scatter(1, made, seen)
     if params.temperature == 0.0:
         return logits.argmax(dim=-1)
-    logits = logits / params.temperature
+    # From the largest down, so that a temperature near 0 gives zeros and not infinity.
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / max(params.temperature, 1e-30)
     ids = cast(torch.LongTensor, made)
     if params.top_k:
         logits = TopKLogitsWarper(params.top_k)(ids, logits)
@@ -70,11 +72,12 @@ def _causal(model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Ten
     mask = attention_mask
     padded = not bool(mask.all())
 
-    def next_logits(ids: torch.Tensor | None) -> torch.Tensor:
-        nonlocal mask
+    def next_logits(ids: torch.Tensor | None, running: torch.Tensor | None = None) -> torch.Tensor:
+        nonlocal mask  # a row that has ended takes no further position, of which there may be none
         inputs = {"inputs_embeds": embeds} if ids is None else {"input_ids": ids[:, None]}
         if ids is not None and padded:
-            mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+            running = mask.new_ones(len(mask)) if running is None else running
+            mask = torch.cat((mask, running[:, None]), dim=1)
         kwargs = model.decoder_inputs(mask, cache) if padded else {}
         logits: torch.Tensor = model.llm(
             **inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **kwargs
@@ -93,7 +96,7 @@ def _encoder_decoder(model: MultimodalLM, embeds: torch.Tensor, attention_mask: 
     cache: EncoderDecoderCache | None = None  # the model makes its own, one part for each of the decoder's attentions
     first = torch.full((len(embeds),), decoder_start_id(llm), device=embeds.device)
 
-    def next_logits(ids: torch.Tensor | None) -> torch.Tensor:
+    def next_logits(ids: torch.Tensor | None, _running: torch.Tensor | None = None) -> torch.Tensor:
         nonlocal cache
         ids = first if ids is None else ids
         out = llm(
@@ -111,7 +114,7 @@ def _encoder_decoder(model: MultimodalLM, embeds: torch.Tensor, attention_mask: 
 def stream_ids(
     model: MultimodalLM, batch: Batch, params: GenerationParams, stop_ids: Sequence[int], vocab_size: int | None = None
 ) -> Generator[Step]:
-    """Generate, one step at a time; a row's last id is its stop id where it met one."""
+    """Generate, one step at a time; a row's last id is its stop id where it met one, or stands at its last position."""
     batch = batch.to(model.device)
     begin = time.perf_counter()
     embeds = model.embed(
@@ -125,12 +128,13 @@ def stream_ids(
     running = torch.ones(len(embeds), dtype=torch.bool, device=model.device)
     made = torch.empty((len(embeds), 0), dtype=torch.int64, device=model.device)
     next_ids: torch.Tensor | None = None
+    room = context_length(model.llm.config) - (0 if model.encoder_decoder else batch.attention_mask.sum(dim=1))
     for step in range(params.max_new_tokens):
-        logits = _forbid(next_logits(next_ids), model.image_token_id, vocab_size)
+        logits = _forbid(next_logits(next_ids, running), model.image_token_id, vocab_size)
         next_ids = sample_next(logits, params, made, generator)
         ids = [i if on else None for i, on in zip(next_ids.tolist(), running.tolist(), strict=True)]
         yield ids, encode_s if step == 0 else 0.0
-        running &= ~torch.isin(next_ids, stops)
+        running &= ~torch.isin(next_ids, stops) & (step + 1 < room)
         if not running.any():
             return
         made = torch.cat((made, next_ids[:, None]), dim=1)

@@ -84,9 +84,13 @@ class TransformersBackend(ModelBackend[Inputs]):
             inputs = self.prompts.inputs(list(group.values()))
         except PolymodalError:
             return {}
-        if not self._fits(inputs["input_ids"].shape[1], params.max_new_tokens):
+        if params.max_new_tokens > self._most(inputs["input_ids"].shape[1]):
             return {}
         return dict(zip(group, self._texts(self._steps(inputs, params), len(group), params), strict=True))
+
+    def _most(self, length: int) -> int:
+        """The tokens that fit behind a prompt; the answer ends at the last position."""
+        return self.context_length - (length if self._answer_takes_room else 0)
 
     def _process(self, messages: Sequence[Message]) -> Inputs:
         return self.prompts.inputs([self.prompts.chat(messages)])
@@ -149,7 +153,7 @@ class TransformersBackend(ModelBackend[Inputs]):
 
         self.model.generate(
             **moved,
-            max_new_tokens=params.max_new_tokens,
+            max_new_tokens=min(params.max_new_tokens, self._most(inputs["input_ids"].shape[1])),
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,
