@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from polymodal.backends.base import Reply, TextDelta
 from polymodal.backends.local import LocalBackend
 from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
+from polymodal.generation.streaming import Step
 from polymodal.messages import Audio, Image, assistant, system, user
+from polymodal.processing.collate import Batch
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,18 @@ def test_a_batch_answers_as_one_by_one_and_keeps_its_failures(model: LocalBacken
         for messages, answer in zip(asked, together, strict=True):
             assert not messages or answer == model.generate(messages, params).text.strip()
     assert model.generate_batch([], free) == []
+
+
+def test_a_batch_is_padded_on_the_left(model: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = []
+
+    def seen(_model: object, batch: Batch, *_: object) -> Iterator[Step]:
+        masks.append(batch.attention_mask)
+        yield from ()
+
+    monkeypatch.setattr("polymodal.backends.local.stream_ids", seen)
+    model.generate_batch([[user("Hello")], [user("Hello, and what is this?")]], GenerationParams())
+    assert masks[0][:, -1].all() and masks[0][:, 0].tolist() == [False, True]
 
 
 def test_the_oldest_text_turns_are_cut_and_media_never(model: LocalBackend) -> None:

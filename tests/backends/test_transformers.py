@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ def test_a_batch_runs_the_model_once_a_kind(opened: Opened, monkeypatch: pytest.
 
     def counted(**inputs: Any) -> Any:
         calls.append(len(inputs["input_ids"]))
+        assert inputs["attention_mask"][:, -1].all() and not inputs["attention_mask"][:, 0].all()  # padded on the left
         return own(**inputs)
 
     monkeypatch.setattr(model.model, "generate", counted)
@@ -227,6 +229,69 @@ def test_the_models_own_end_tokens_stop_it(tiny_vlm: Folders, tmp_path: Path) ->
         [user(Image(WIDE), "What?")], GenerationParams(max_new_tokens=6)
     )
     assert reply.finish_reason == "stop" and reply.usage.completion_tokens <= 3
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+def test_the_templates_end_token_stops_it(family: str, tiny_vlm: Folders, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_vlm(family), tmp_path / "model"))
+    start, end = (f"<|{name}|>" for name in ("endoftext", "im_end"))
+    change_json(folder / "tokenizer_config.json", eos_token=start)  # as in folders that were tuned from a base model
+    model = open_transformers(folder, "cpu")
+    change_json(folder / "generation_config.json", eos_token_id=model.tokenizer.eos_token_id)
+    model = open_transformers(folder, "cpu")
+    assert set(model.stop_ids) == set(model.tokenizer.convert_tokens_to_ids([start, end]))
+    with torch.no_grad():
+        model.model.get_output_embeddings().weight.zero_()[model.tokenizer.convert_tokens_to_ids(end)] = 1e-3
+        hidden = model.model.get_output_embeddings()
+        hidden.register_forward_pre_hook(lambda _, args: (torch.ones_like(args[0]),))
+    reply = model.generate([user("Hello")], SHORT)
+    assert reply.finish_reason == "stop" and reply.usage.completion_tokens == 1
+
+
+LEFT_OUT: dict[str, Any] = {
+    "stop_strings": ["<|endofturn|>"], "num_beams": 4, "num_return_sequences": 2, "repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 1, "min_new_tokens": 5, "max_time": 1e-4, "penalty_alpha": 0.6, "guidance_scale": 1.5,
+    "prompt_lookup_num_tokens": 3, "dola_layers": "high", "forced_eos_token_id": 70, "bad_words_ids": [[5]],
+    "watermarking_config": {"greenlist_ratio": 0.25, "bias": 2.0}, "suppress_tokens": [80, 81], "token_healing": True,
+    "exponential_decay_length_penalty": [2, 1.2], "sequence_bias": [[[5], -10.0]], "chat_format": "chatml",
+    "begin_suppress_tokens": [1], "forced_bos_token_id": 9, "min_p": 0.5, "typical_p": 0.2,
+    "encoder_no_repeat_ngram_size": 2,
+}  # fmt: skip
+
+
+def test_generation_settings_of_the_folder_do_not_leak(tiny_vlm: Folders, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_vlm("qwen2_5_vl"), tmp_path / "model"))
+    messages = [user(Image(WIDE), "What?")]
+    silent = {"max_length": 20, "cache_implementation": "static", "use_cache": False, "num_beams": 1, "top_k": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = open_transformers(folder, "cpu").generate(messages, SHORT)
+        change_json(folder / "generation_config.json", **silent, repetition_penalty=1.0, suppress_tokens=None)
+        models = [open_transformers(folder, "cpu")]
+    change_json(folder / "generation_config.json", **LEFT_OUT)
+    names = ", ".join(sorted(LEFT_OUT))
+    with pytest.warns(UserWarning, match=f"generation_config.json: left out {names}; only temperature, top_p, top_k"):
+        models.append(open_transformers(folder, "cpu"))
+    for model in models:
+        reply = model.generate(messages, SHORT)
+        assert (reply.text, reply.usage, reply.finish_reason) == (expected.text, expected.usage, "length")
+    change_json(folder / "generation_config.json", eos_token_id=["<|im_end|>"])
+    with pytest.raises(CheckpointError, match=r"eos_token_id is .* ids of tokens are whole numbers"):
+        open_transformers(folder, "cpu")
+
+
+def test_the_folders_sampling_is_for_callers_without_settings(tiny_vlm: Folders, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_vlm("qwen2_5_vl"), tmp_path / "model"))
+    asked = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    change_json(folder / "generation_config.json", **asked)
+    assert open_transformers(folder, "cpu").defaults == GenerationParams()  # unless it says that it samples
+    change_json(folder / "generation_config.json", do_sample=True)
+    model = open_transformers(folder, "cpu")
+    assert model.defaults == GenerationParams(**asked)
+    assert model.generate([user("Hi")], SHORT).text == model.generate([user("Hi")], SHORT).text  # greedy, as asked
+    change_json(folder / "generation_config.json", temperature=-1.0)
+    with pytest.raises(PolymodalError, match=r"generation_config.json: temperature: .* greater than or equal to 0"):
+        open_transformers(folder, "cpu")
 
 
 def test_closing_a_stream_stops_the_model(opened: Opened) -> None:

@@ -91,7 +91,7 @@ class Backend(ABC):
 
         Args:
             messages: The conversation; ends with a user message.
-            params: The settings; greedy where None.
+            params: The settings; where None those of the model's folder, greedy where it says nothing.
 
         Returns:
             Text deltas as text becomes certain, then the whole `Reply`.
@@ -105,7 +105,7 @@ class Backend(ABC):
 
         Args:
             messages: The conversation; ends with a user message.
-            params: The settings; greedy where None.
+            params: The settings; where None those of the model's folder, greedy where it says nothing.
 
         Returns:
             The whole answer.
@@ -123,7 +123,7 @@ class Backend(ABC):
         Args:
             prompt: The question.
             *images: Paths, bytes, `data:` URLs or Pillow images.
-            params: The settings; greedy where None.
+            params: The settings; where None those of the model's folder, greedy where it says nothing.
 
         Returns:
             The answer's text.
@@ -177,6 +177,7 @@ class ModelBackend(Backend, Generic[Inputs]):
         self.name = name
         self.tokenizer = tokenizer
         self.stop_ids = tuple(stop_ids)
+        self.defaults = GenerationParams()
         self.context_length = context_length(config)
         # The answer of an encoder-decoder is the decoder's and takes nothing from what the encoder reads.
         self._answer_takes_room = not config.is_encoder_decoder
@@ -195,7 +196,7 @@ class ModelBackend(Backend, Generic[Inputs]):
 
     def stream(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Iterator[StreamEvent]:
         """Answer a conversation piece by piece. Closing the iterator stops the model."""
-        params = params or GenerationParams()
+        params = params or self.defaults
         begin = time.perf_counter()
         inputs = self.prepare(messages, params.max_new_tokens)
         text = self._text(params)

@@ -2,28 +2,32 @@
 
 Unlike `backends.local`, nothing of the model is ours: what its processor makes goes into its own `generate`. Choosing
 the next token is ours (`generation.generate`), so that the same settings mean the same everywhere and a seed belongs to
-one answer only; so is the text as it streams. The model runs in a thread of its own, one conversation after the other,
-since several classes keep positions of the conversation at hand on themselves.
+one answer only; so is the text as it streams. Of the folder's generation_config.json end tokens are taken, and what is
+sampled by where a caller gives no settings; the rest is left out, with a warning. The model runs in a thread of its
+own, one conversation after the other, since several classes keep positions of the conversation at hand on themselves.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel, ProcessorMixin, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, ProcessorMixin, StoppingCriteriaList
 
 from polymodal.backends.base import Answer, ModelBackend, require_question
 from polymodal.backends.transformers.folder import open_model, open_processor
 from polymodal.backends.transformers.prompt import Chat, PromptMaker
-from polymodal.errors import PolymodalError
+from polymodal.config import parse_config
+from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.generation.generate import new_generator, sample_next
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step
 from polymodal.messages import Message
+from polymodal.safety.config_json import read_json
 from polymodal.safety.model_folder import FolderReport
 
 Inputs = dict[str, Any]
@@ -40,20 +44,27 @@ def open_transformers(
     folder = report.folder
     processor = open_processor(folder)  # before the weights: it is quick, and the likelier to be missing something
     model = open_model(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, quantize)
-    return TransformersBackend(model, processor, name or folder.name)
+    path = folder / "generation_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    return TransformersBackend(model, processor, name or folder.name, settings, str(path))
 
 
 class TransformersBackend(ModelBackend[Inputs]):
     """Answers conversations with a model of transformers."""
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, name: str = "model") -> None:
-        super().__init__(name, processor.tokenizer, model.config, _stop_ids(model, processor.tokenizer))
-        self.model = model
-        self.processor = processor
+    def __init__(
+        self, model: PreTrainedModel, processor: ProcessorMixin, name: str, settings: dict[str, Any], where: str
+    ) -> None:
         config = model.config
         media = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
         image_token_id = media[0] if media[0] is not None else getattr(config, "image_token_index", None)
         self.prompts = PromptMaker(processor, image_token_id)
+        defaults = _take_settings(model, settings, where)
+        stop_ids = _stop_ids(model, processor.tokenizer, self.prompts.end_id())
+        super().__init__(name, processor.tokenizer, config, stop_ids)
+        self.model = model
+        self.processor = processor
+        self.defaults = defaults
         self._never = sorted({int(i) for i in (*media, image_token_id) if i is not None})
         self._busy = threading.Lock()
 
@@ -163,8 +174,47 @@ class TransformersBackend(ModelBackend[Inputs]):
         )
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
-    """What ends an answer: the model's own generation settings, and the tokenizer's end token."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
-    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+SAMPLED_BY = ("temperature", "top_p", "top_k")
+"""What is taken from a folder's generation settings where a caller gives none, beside the end tokens."""
+_IDS = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "eos_token_id")
+_SILENT = {
+    "do_sample", "max_length", "max_new_tokens", "use_cache", "cache_implementation", "cache_config", "output_scores",
+    "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_logits", "transformers_version",
+}  # fmt: skip
+"""What changes no answer, or is the caller's to say."""
+_NOTHING_AT_1 = {"num_beams", "num_beam_groups", "num_return_sequences", "guidance_scale", "typical_p",
+                 "repetition_penalty", "encoder_repetition_penalty", "length_penalty"}  # fmt: skip
+
+
+def _take_settings(model: PreTrainedModel, said: dict[str, Any], where: str) -> GenerationParams:
+    """Take what this backend goes by from a folder's generation settings."""
+    own = GenerationConfig.from_model_config(model.config)
+    ids = {key: said[key] if said.get(key) is not None else getattr(own, key, None) for key in _IDS}
+    for key, value in ids.items():
+        if not all(type(one) is int for one in (value if isinstance(value, list) else [value]) if one is not None):
+            raise CheckpointError(f"{where}: {key} is {str(value)[:40]!r}; ids of tokens are whole numbers")
+    model.generation_config = GenerationConfig(**ids)
+    ours = {*SAMPLED_BY, *_IDS, *_SILENT}
+    if left_out := sorted(k for k, v in said.items() if k not in ours and k[0] != "_" and not _does_nothing(k, v)):
+        warnings.warn(
+            f"{where}: left out {', '.join(left_out)}; only temperature, top_p, top_k and the end tokens are taken",
+            stacklevel=2,
+        )
+    if said.get("do_sample") is not True:
+        return GenerationParams()
+    taken = {key: said[key] for key in SAMPLED_BY if said.get(key) is not None}
+    return parse_config(GenerationParams, {"temperature": 1.0, **taken}, where)
+
+
+def _does_nothing(key: str, value: Any) -> bool:
+    """Whether a generation setting is its own absence: one beam, a penalty of 1, an empty list, ..."""
+    if value is None or key.endswith(("_id", "_ids", "_tokens")):
+        return value is None
+    return not value or (value == 1 and value is not True and key in _NOTHING_AT_1)
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: Any, end_id: int | None) -> tuple[int, ...]:
+    """What ends an answer: the model's own end tokens, the tokenizer's and the chat template's."""
+    own = model.generation_config.eos_token_id
+    ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, end_id]
+    return tuple(dict.fromkeys(i for i in ids if i is not None))

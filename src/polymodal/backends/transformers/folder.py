@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from polymodal.errors import CheckpointError, first_line
@@ -45,6 +45,7 @@ def open_model(folder: Path, device: str, dtype: str | None = None, quantize: st
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            generation_config=GenerationConfig(),  # the folder's own may not even open the model
             **({"quantization_config": gpu_settings(str(quantize)), "device_map": {"": device}} if on_gpu else {}),
         )
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError) as error:

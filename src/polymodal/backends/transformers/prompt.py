@@ -92,6 +92,20 @@ class PromptMaker:
         """Count the pieces of images among input ids."""
         return 0 if self.image_token_id is None else int((ids == self.image_token_id).sum())
 
+    def end_id(self) -> int | None:
+        """The token with which the template ends an answer, if any."""
+        turns = (("user", "Hi"), ("assistant", self._nonce))
+        chat: Chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+        for style in (chat, _text_as_strings(chat)):
+            with suppress(PolymodalError):
+                self._bounded(style)
+                rendered = self._apply("chat template", style, tokenize=False, add_generation_prompt=False)
+                _, found, tail = str(rendered).rpartition(self._nonce)
+                if found:
+                    ids = self.processor.tokenizer(tail, add_special_tokens=False)["input_ids"]
+                    return next((i for i in ids if i in self.processor.tokenizer.added_tokens_decoder), None)
+        return None
+
     def _run(self, chats: Sequence[Chat], **options: Any) -> dict[str, Any]:
         padding = {"padding": True, "padding_side": "left"} if len(chats) > 1 else None
         options |= {"return_dict": True, "return_tensors": "pt", "processor_kwargs": padding}
@@ -99,7 +113,7 @@ class PromptMaker:
 
     def _apply(self, what: str, chat: Chat | list[Chat], **options: Any) -> Any:
         try:
-            return self.processor.apply_chat_template(chat, add_generation_prompt=True, **options)
+            return self.processor.apply_chat_template(chat, **{"add_generation_prompt": True, **options})
         except Exception as error:  # a processor or template may raise anything at all
             raise PolymodalError(f"the model's {what} refuses this conversation ({reason_of(error)})") from error
 
