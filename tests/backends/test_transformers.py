@@ -182,6 +182,12 @@ def test_templates_that_move_or_drop_parts_are_refused(opened: Opened, monkeypat
     monkeypatch.setattr(model.processor, "chat_template", no_system + "{% endfor %}{% endfor %}")
     with pytest.raises(PolymodalError, match="leave out the system message"):
         model.prepare([system("Be short."), user("Hi")], 4)
+    no_system = images_first.replace("in messages %", "in messages if m['role'] != 'system' %")
+    monkeypatch.setattr(model.processor, "chat_template", no_system)
+    with pytest.raises(PolymodalError, match="drops the system message; leave out the system message"):
+        model.prepare([system("Be short."), user(Image(WIDE), "Hi")], 4)
+    with pytest.raises(PolymodalError, match=r"drops or moves a part .*; put images before the text"):
+        model.prepare([user("Hi", Image(WIDE))], 4)
     refuses = "{{ raise_exception('only one user turn, please') }}"
     monkeypatch.setattr(model.processor, "chat_template", refuses)
     with pytest.raises(PolymodalError, match="only one user turn, please"):

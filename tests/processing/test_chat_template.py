@@ -276,6 +276,15 @@ def test_template_that_puts_images_first() -> None:
         chat(IMAGES_FIRST, image_newline_text="\n")
 
 
+def test_a_template_that_drops_the_system_message_is_told_so_beside_images() -> None:
+    no_system = IMAGES_FIRST.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    assert no_system != IMAGES_FIRST
+    template = chat(no_system)
+    template.render([user(CAT, "What?")], [2])
+    with pytest.raises(PolymodalError, match=r"drops or moves the system's text \(message 1\)"):
+        template.render([system("S"), user(CAT, "What?")], [2])
+
+
 @pytest.mark.parametrize(
     ("jinja", "messages", "complaint"),
     [

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from polymodal.checkpoints.locate import ENDPOINT, find_model
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.safety.model_folder import OURS, FolderReport, Kind, check_folder
+from polymodal.utils.devices import check_device
 
 if TYPE_CHECKING:
     from polymodal.backends.base import Backend
@@ -45,7 +46,7 @@ def load(
     Args:
         name: "default" for the small model that comes with the package; a model folder, ours or of any vision-language
             model of transformers, or the hub id of one; "openai:MODEL" for one behind an OpenAI-compatible endpoint.
-        device: Where to put it ("cpu", "cuda"); None takes a GPU where there is one.
+        device: Where to put it ("cpu", "cuda", "cuda:1", "mps"); None takes a GPU where there is one.
         revision: Of a hub id: a commit, tag or branch; the newest when None.
         dtype: Of a published model's weights in memory ("float32", "bfloat16", "float16"); None takes float32 on a
             CPU, and what the folder stores on a GPU.
@@ -74,6 +75,8 @@ def load(
         raise ConfigError(
             f"{name}: an address and a key are for endpoints; call the model {ENDPOINT}MODEL if it is one"
         )
+    if device is not None:
+        check_device(device)
     if quantize is not None:
         from polymodal.modeling.quantization import check_quantize
 

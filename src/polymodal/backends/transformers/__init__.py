@@ -46,20 +46,24 @@ def open_transformers(
     model = open_model(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, quantize)
     path = folder / "generation_config.json"
     settings = read_json(path) if path.is_file() else {}
-    return TransformersBackend(model, processor, name or folder.name, settings, str(path))
+    return TransformersBackend(model, processor, name or folder.name, settings)
 
 
 class TransformersBackend(ModelBackend[Inputs]):
     """Answers conversations with a model of transformers."""
 
     def __init__(
-        self, model: PreTrainedModel, processor: ProcessorMixin, name: str, settings: dict[str, Any], where: str
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        name: str = "model",
+        settings: dict[str, Any] | None = None,  # What the folder's generation_config.json says
     ) -> None:
         config = model.config
         media = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
         image_token_id = media[0] if media[0] is not None else getattr(config, "image_token_index", None)
         self.prompts = PromptMaker(processor, image_token_id)
-        defaults = _take_settings(model, settings, where)
+        defaults = _take_settings(model, settings or {}, f"{name}: generation_config.json")
         stop_ids = _stop_ids(model, processor.tokenizer, self.prompts.end_id())
         super().__init__(name, processor.tokenizer, config, stop_ids)
         self.model = model

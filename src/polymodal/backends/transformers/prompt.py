@@ -52,6 +52,16 @@ class PromptMaker:
         """Open the images, and check that the template can express the conversation."""
         check_messages(messages)
         chat: Chat = [{"role": m.role, "content": _content(m, index)} for index, m in enumerate(messages)]
+        style, problem = self._expressed(chat)
+        if style is not None:
+            return style
+        what = "drops or moves a part of the conversation (some put all images first); put images before the text"
+        if chat[0]["role"] == "system" and self._expressed(chat[1:])[0] is not None:
+            what = "drops the system message; leave out the system message, or write it into the first question"
+        raise problem or PolymodalError(f"the model's chat template {what}")
+
+    def _expressed(self, chat: Chat) -> tuple[Chat | None, PolymodalError | None]:
+        """A conversation as the template writes all of it in order; else what it says, where it says something."""
         expected = [part["type"] for message in chat for part in message["content"]]
         problem = None
         for style in (chat, _text_as_strings(chat)):
@@ -61,11 +71,8 @@ class PromptMaker:
                 problem = problem or error
                 continue
             if found == expected or (self.image_token is None and found == [k for k in expected if k == "text"]):
-                return style
-        raise problem or PolymodalError(
-            "the model's chat template drops or moves a part of the conversation (some put all images first); "
-            "put the images of a message before its text, or leave out the system message"
-        )
+                return style, None
+        return None, problem
 
     def inputs(self, chats: Sequence[Chat]) -> dict[str, Any]:
         """Run the processor."""

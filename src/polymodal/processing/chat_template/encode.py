@@ -219,6 +219,9 @@ class ChatTemplate:
                 out.add((token,))
                 continue
             if expected >= len(pieces) or pieces[expected].text is not None:
+                image = next((piece for piece in pieces[expected:] if piece.text is None), None)
+                if image is not None and image.message != pieces[expected].message:  # a whole message is missing
+                    raise _misplaced(pieces, expected, None)
                 raise PolymodalError(
                     "the chat template places images elsewhere than the conversation does "
                     "(some templates put all images first); move the images to where the template wants them"

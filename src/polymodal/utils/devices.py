@@ -1,0 +1,18 @@
+"""Which devices there are."""
+
+from __future__ import annotations
+
+from polymodal.errors import ConfigError
+
+
+def check_device(name: str) -> None:
+    """Make sure that a device is known and on this machine, before anything is loaded."""
+    import torch
+
+    kind, colon, number = name.partition(":")
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in here or (colon and not number.isdecimal()):
+        raise ConfigError(f"device {name!r} is none that is known; choose cpu, cuda, cuda:NUMBER or mps")
+    if int(number or 0) >= here[kind]:
+        found = ", ".join(other for other, count in here.items() if count)
+        raise ConfigError(f"device {name!r} is not on this machine, which has {found}; leave it out to take the best")
