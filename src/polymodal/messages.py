@@ -7,10 +7,12 @@ Readers for the field's JSON formats live in `data/readers/`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+from polymodal.errors import PolymodalError
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -140,3 +142,75 @@ def system(*parts: Part | str) -> Message:
         The message.
     """
     return _message("system", parts)
+
+
+Conversation: TypeAlias = "str | Message | Sequence[Message | Mapping[str, Any] | Part | str]"
+"""What a model can be asked: messages, ours or dictionaries as OpenAI and transformers have them; or one question, as a
+text or as the parts of a user message."""
+
+_ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
+_PARTS: dict[str, type[Image] | type[Video] | type[Audio]] = {
+    **dict.fromkeys(("image", "image_url", "input_image"), Image),
+    **dict.fromkeys(("video", "video_url"), Video),
+    **dict.fromkeys(("audio", "audio_url", "input_audio"), Audio),
+}
+
+
+def as_messages(given: Conversation) -> list[Message]:
+    """Read a conversation in any of the forms that people write."""
+    parts = (str, Text, Image, Video, Audio, Document)
+    try:
+        items: list[Any] = [given] if isinstance(given, (Message, Mapping, *parts)) else [*given]
+    except TypeError:
+        raise PolymodalError(f"a conversation is a text or a list of messages, not {_kind(given)}") from None
+    if items and all(isinstance(item, parts) for item in items):
+        return [user(*items)]
+    return [_as_message(item, f"message {number}") for number, item in enumerate(items, start=1)]
+
+
+def _as_message(item: Any, where: str) -> Message:
+    """Read one message."""
+    role: Any
+    content: Any
+    if isinstance(item, Mapping):
+        role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+        known = ("role", "from", "content", "value", "name", "id")
+        if unknown := [key for key, value in item.items() if value and key not in known]:
+            raise PolymodalError(f"{where}: {unknown[0]!r} cannot be given to a model here; leave it out")
+    elif isinstance(item, Message):
+        role, content = item.role, item.parts
+    else:
+        raise PolymodalError(f"{where}: expected a Message or a dictionary with role and content, not {_kind(item)}")
+    role = _ROLES.get(str(role), role)
+    if role not in get_args(Role):
+        raise PolymodalError(f"{where}: the role {role!r} is none of {', '.join(get_args(Role))}")
+    if not isinstance(content, str | list | tuple):
+        raise PolymodalError(f"{where}: its content must be a text or a list of parts, not {_kind(content)}")
+    found = tuple(_as_part(part, where) for part in ([content] if isinstance(content, str) else content))
+    return replace(item, parts=found) if isinstance(item, Message) else Message(role, found)
+
+
+def _as_part(part: Any, where: str) -> Part:
+    """Read one part of a message."""
+    if isinstance(part, Text | Image | Video | Audio | Document):
+        return part
+    if isinstance(part, str):
+        return Text(part)
+    if not isinstance(part, Mapping):
+        raise PolymodalError(f"{where}: expected a part such as Text or Image, not {_kind(part)}")
+    kind = part.get("type") or next(iter(part), None)
+    if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+        return Text(part["text"])
+    value = next((part[key] for key in (kind, "url", "path") if part.get(key) is not None), None)
+    if isinstance(value, Mapping):  # {"url": ...}, or a sound's {"data": ..., "format": ...}
+        packed = f"data:audio/{value.get('format')};base64,{value['data']}" if value.get("data") else None
+        value = value.get("url") or packed
+    if kind not in _PARTS or value is None:
+        raise PolymodalError(
+            f"{where}: a part of type {kind!r} cannot be read; give text, or an image, video or sound with its source"
+        )
+    return _PARTS[kind](value)
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__

@@ -123,5 +123,11 @@ def test_what_cannot_be_answered_is_refused(model: LocalBackend) -> None:
 
 def test_ask_takes_a_question_and_images(model: LocalBackend) -> None:
     params = GenerationParams(max_new_tokens=4)
+    asked = {"role": "user", "content": [{"type": "image", "image": image()}, {"type": "text", "text": "What?"}]}
     expected = model.generate([user(Image(image()), "What?")], params).text
+    assert model.generate([asked], params).text == expected
+    assert model.generate("Hello", params).text == model.generate([user("Hello")], params).text
+    assert model.generate_batch(["Hello", [asked], None], params)[:2] == [
+        model.generate("Hello", params).text.strip(), expected.strip()
+    ]  # fmt: skip
     assert model.ask("What?", image(), params=params) == expected

@@ -649,6 +649,16 @@ def test_load_reads_the_environment(server: Any, monkeypatch: pytest.MonkeyPatch
         load_processor("openai:x")
 
 
+def test_a_text_alone_and_dictionaries(server: Any, model: OpenAIBackend) -> None:
+    server.plays(sends(answer()))
+    model.generate("Hello")
+    model.generate([{"role": "system", "content": "S"}, {"role": "user", "content": [{"type": "text", "text": "Q"}]}])
+    *_, reply = model.stream("Hello")
+    assert reply.text == "Hi there" and model.generate_batch(["a", "b"], GenerationParams()) == ["Hi there"] * 2
+    assert server.bodies[0]["messages"] == [{"role": "user", "content": "Hello"}]
+    assert server.bodies[1]["messages"] == [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
+
+
 def test_settings_that_cannot_be_sent_are_refused(server: Any, model: OpenAIBackend) -> None:
     for params in (GenerationParams(top_k=3), GenerationParams(repetition_penalty=1.1)):
         with pytest.raises(ConfigError, match="no part of OpenAI's API"):

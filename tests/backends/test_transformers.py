@@ -242,9 +242,9 @@ def test_the_templates_end_token_stops_it(family: str, tiny_vlm: Folders, tmp_pa
     folder = Path(shutil.copytree(tiny_vlm(family), tmp_path / "model"))
     start, end = (f"<|{name}|>" for name in ("endoftext", "im_end"))
     change_json(folder / "tokenizer_config.json", eos_token=start)  # as in folders that were tuned from a base model
-    model = open_transformers(folder, "cpu")
+    model = open_transformers(check_folder(folder), "cpu")
     change_json(folder / "generation_config.json", eos_token_id=model.tokenizer.eos_token_id)
-    model = open_transformers(folder, "cpu")
+    model = open_transformers(check_folder(folder), "cpu")
     assert set(model.stop_ids) == set(model.tokenizer.convert_tokens_to_ids([start, end]))
     with torch.no_grad():
         model.model.get_output_embeddings().weight.zero_()[model.tokenizer.convert_tokens_to_ids(end)] = 1e-3
@@ -271,33 +271,35 @@ def test_generation_settings_of_the_folder_do_not_leak(tiny_vlm: Folders, tmp_pa
     silent = {"max_length": 20, "cache_implementation": "static", "use_cache": False, "num_beams": 1, "top_k": None}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        expected = open_transformers(folder, "cpu").generate(messages, SHORT)
+        expected = open_transformers(check_folder(folder), "cpu").generate(messages, SHORT)
         change_json(folder / "generation_config.json", **silent, repetition_penalty=1.0, suppress_tokens=None)
-        models = [open_transformers(folder, "cpu")]
+        models = [open_transformers(check_folder(folder), "cpu")]
     change_json(folder / "generation_config.json", **LEFT_OUT)
     names = ", ".join(sorted(LEFT_OUT))
     with pytest.warns(UserWarning, match=f"generation_config.json: left out {names}; only temperature, top_p, top_k"):
-        models.append(open_transformers(folder, "cpu"))
+        models.append(open_transformers(check_folder(folder), "cpu"))
     for model in models:
         reply = model.generate(messages, SHORT)
         assert (reply.text, reply.usage, reply.finish_reason) == (expected.text, expected.usage, "length")
     change_json(folder / "generation_config.json", eos_token_id=["<|im_end|>"])
     with pytest.raises(CheckpointError, match=r"eos_token_id is .* ids of tokens are whole numbers"):
-        open_transformers(folder, "cpu")
+        open_transformers(check_folder(folder), "cpu")
 
 
 def test_the_folders_sampling_is_for_callers_without_settings(tiny_vlm: Folders, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_vlm("qwen2_5_vl"), tmp_path / "model"))
     asked = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
     change_json(folder / "generation_config.json", **asked)
-    assert open_transformers(folder, "cpu").defaults == GenerationParams()  # unless it says that it samples
+    assert (
+        open_transformers(check_folder(folder), "cpu").defaults == GenerationParams()
+    )  # unless it says that it samples
     change_json(folder / "generation_config.json", do_sample=True)
-    model = open_transformers(folder, "cpu")
+    model = open_transformers(check_folder(folder), "cpu")
     assert model.defaults == GenerationParams(**asked)
     assert model.generate([user("Hi")], SHORT).text == model.generate([user("Hi")], SHORT).text  # greedy, as asked
     change_json(folder / "generation_config.json", temperature=-1.0)
     with pytest.raises(PolymodalError, match=r"generation_config.json: temperature: .* greater than or equal to 0"):
-        open_transformers(folder, "cpu")
+        open_transformers(check_folder(folder), "cpu")
 
 
 def test_closing_a_stream_stops_the_model(opened: Opened) -> None:
@@ -347,6 +349,8 @@ def test_odd_images_are_answered(family: str, size: tuple[int, int], opened: Ope
 
 def test_what_cannot_be_asked_is_refused(opened: Opened) -> None:
     model = opened("llava_next")
+    assert model.generate("Hello", SHORT).text == model.generate([user("Hello")], SHORT).text
+    assert model.generate_batch(["Hello", "Hi"], SHORT)[0] == model.generate("Hello", SHORT).text.strip()
     for messages, reason in [
         ([], "must end with a user message"),
         ([user("a"), assistant("b")], "must end with a user message"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -176,6 +178,13 @@ def test_a_missing_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         (["generate", "--prompt", "x", "--max-new-tokens", "0"], ("max_new_tokens",)),
         (["generate", "--prompt", "x", "--temperature", "-1"], ("temperature",)),
         (["generate", "--prompt", "x", "--top-p", "2"], ("top_p",)),
+        (["generate", "--prompt", "x", "--temperature", "inf"], ("temperature", "finite")),
+        (["generate", "--prompt", "x", "--temperature", "nan"], ("temperature",)),
+        (["generate", "--prompt", "x", "--seed", str(2**64)], ("seed", "less than")),
+        (["generate", "--prompt", "x", "--repetition-penalty", "1e-45"], ("repetition_penalty", "0.01")),
+        (["generate", "--prompt", "x", "--device", "gpu"], ("device 'gpu'", "cpu, cuda, cuda:NUMBER or mps")),
+        (["generate", "--prompt", "x", "--device", "cuda:977"], ("device 'cuda:977' is not on this machine",)),
+        (["generate", "--prompt", "x", "--device", "cuda:-1"], ("device 'cuda:-1'",)),
         (["generate", "--prompt", "x", "--json", "--stream"], ("--json", "--stream")),
         (["inspect", "--prompt", "x", "--png", "seen.png"], ("--image",)),
     ],
@@ -190,6 +199,45 @@ def test_a_file_that_cannot_be_written(
     target = tmp_path / "no" / "such" / "folder.html"
     assert main(["inspect", "--model", str(tiny_model_folder), "--prompt", "x", "--html", str(target)]) == 2
     assert f"cannot write {target}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_device_that_is_not_here(kind: str, ask: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available() if kind == "cuda" else torch.backends.mps.is_available():
+        pytest.skip("it is here")
+    expect_error([*ask, "--device", kind], capsys, f"device '{kind}' is not on this machine, which has cpu")
+
+
+def test_a_terminal_that_is_not_utf8(tiny_model_folder: Path) -> None:
+    script = (
+        "import sys, polymodal.cli as c, polymodal.backends.base as b, polymodal.messages as m\n"
+        "class Said(b.Backend):\n"
+        "    name = 'x'\n"
+        "    def stream(self, messages, params=None):\n"
+        "        yield b.TextDelta('猫 🐈 é')\n"
+        "        yield b.Reply(m.assistant('猫 🐈 é'), b.Usage(1, 0, 1), b.Timing(0, 0, 0, 0, 0), 'stop', 'x')\n"
+        "c.common.open_model = lambda args: Said()\n"
+        "sys.exit(c.main(['generate', '--prompt', 'x', *sys.argv[1:]]))"
+    )
+    for encoding, expected in (("ascii", rb"\u732b \U0001f408 \xe9"), ("utf-8", "猫 🐈 é".encode())):
+        for flag in ([], ["--stream"], ["--json"]):
+            environment = {**os.environ, "PYTHONIOENCODING": encoding}
+            argv = [sys.executable, "-c", script, *flag]
+            done = subprocess.run(argv, capture_output=True, env=environment)
+            assert done.returncode == 0 and done.stderr == b""
+            if flag == ["--json"]:
+                assert json.loads(done.stdout.decode(encoding))["text"] == "猫 🐈 é"
+            else:
+                assert done.stdout.strip() == expected
+
+
+def test_a_pipe_that_is_not_utf8(
+    tiny_model_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("größe\n".encode("latin-1")), encoding="utf-8"))
+    expect_error(["chat", "--model", str(tiny_model_folder)], capsys, "standard input is not utf-8")
 
 
 def test_debug_raises(ask: list[str], tmp_path: Path) -> None:

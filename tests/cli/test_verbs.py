@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from polymodal import cli
 from polymodal.backends.base import Backend, Reply, TextDelta, Timing, Usage
+from polymodal.backends.local import LocalBackend
 from polymodal.cli import chat, common, main
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Message, assistant
@@ -106,6 +108,29 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
     assert [m.text for m in model.asked[1]] == ["a b c d", "a b ", "go on"]
 
 
+def test_an_answer_of_nothing_is_forgotten_and_its_images_are_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cat: str
+) -> None:
+    class Slow(Parrot):
+        def stream(
+            self, messages: Sequence[Message], params: GenerationParams | None = None
+        ) -> Iterator[TextDelta | Reply]:
+            self.asked.append(list(messages))
+            if messages[-1].text == "never":
+                raise KeyboardInterrupt
+            said = "" if messages[-1].text == "nothing" else "yes"
+            yield TextDelta(said)
+            yield Reply(assistant(said), Usage(3, 0, 1), Timing(0, 0, 0.1, 0.2, None), "stop", "slow")
+
+    model = Slow()
+    assert talk(model, f"one\n/image {cat}\nnever\nnothing\ntwo\nthree\n", monkeypatch) == 0
+    assert capsys.readouterr().err.count("(no answer; the question is forgotten, its images go with the next one)") == 2
+    assert [m.text for m in model.asked[-1]] == ["one", "yes", "two", "yes", "three"]
+    assert [[len(m.media) for m in asked] for asked in model.asked] == [
+        [0], [0, 0, 1], [0, 0, 1], [0, 0, 1], [0, 0, 1, 0, 0],
+    ]  # fmt: skip
+
+
 def test_ctrl_c_at_the_prompt_ends_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted(io.StringIO):
         def readline(self, size: int | None = -1, /) -> str:
@@ -134,11 +159,27 @@ def test_chat_with_images(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"what is this?\n/image {coffee}\nand this?\n"))
-    assert main(["chat", cat, "--model", str(tiny_model_folder), "--max-new-tokens", "2"]) == 0
+    asked: list[list[Message]] = []
+    own, hot = LocalBackend.stream, ["--temperature", "3", "--seed", "4"]
+
+    def stream(model: LocalBackend, messages: Sequence[Message], params: GenerationParams) -> Iterator[Any]:
+        asked.append(list(messages))
+        for count, event in enumerate(own(model, messages, params), start=1):
+            yield TextDelta("word") if isinstance(event, TextDelta) else event
+            if messages[-1].text == "stop me" and count == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalBackend, "stream", stream)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"what is this?\nstop me\n/image {coffee}\nand this?\n"))
+    assert main(["chat", cat, "--model", str(tiny_model_folder), "--max-new-tokens", "20", *hot]) == 0
     err = capsys.readouterr().err
     assert f"{cat}: 451 × 300 pixels, 16 tokens" in err
     assert f"{coffee}: 600 × 400 pixels, 16 tokens" in err
+    # Every question goes with all that was said before, the answer that Ctrl-C stopped included.
+    assert "(stopped)" in err and [len(messages) for messages in asked] == [1, 3, 5]
+    assert [m.role for m in asked[2]] == ["user", "assistant", "user", "assistant", "user"]
+    assert [m.text for m in asked[2]][2:] == ["stop me", "wordword", "and this?"]
+    assert [[part.source for part in m.media] for m in asked[2]] == [[cat], [], [], [], [coffee]]
 
 
 def test_a_bad_image_on_the_command_line_ends_the_chat(

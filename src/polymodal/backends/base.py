@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams, context_length
 from polymodal.generation.streaming import Step, TextStream
-from polymodal.messages import Image, Message, Source, assistant, user
+from polymodal.messages import Conversation, Image, Message, Source, as_messages, assistant, user
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,11 +86,12 @@ class Backend(ABC):
     name: str
 
     @abstractmethod
-    def stream(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Iterator[StreamEvent]:
+    def stream(self, messages: Conversation, params: GenerationParams | None = None) -> Iterator[StreamEvent]:
         """Answer a conversation piece by piece. Closing the iterator stops the model.
 
         Args:
-            messages: The conversation; ends with a user message.
+            messages: The conversation, which ends with a user message: messages, dictionaries with role and content, or
+                a text alone.
             params: The settings; where None those of the model's folder, greedy where it says nothing.
 
         Returns:
@@ -100,11 +101,12 @@ class Backend(ABC):
             PolymodalError: An image cannot be read, or the conversation does not fit the context.
         """
 
-    def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
+    def generate(self, messages: Conversation, params: GenerationParams | None = None) -> Reply:
         """Answer a conversation.
 
         Args:
-            messages: The conversation; ends with a user message.
+            messages: The conversation, which ends with a user message: messages, dictionaries with role and content, or
+                a text alone.
             params: The settings; where None those of the model's folder, greedy where it says nothing.
 
         Returns:
@@ -130,7 +132,7 @@ class Backend(ABC):
         """
         return self.generate([user(*map(Image, images), prompt)], params).text
 
-    def generate_batch(self, conversations: Sequence[Sequence[Message]], params: GenerationParams) -> list[Answer]:
+    def generate_batch(self, conversations: Sequence[Conversation], params: GenerationParams) -> list[Answer]:
         """Answer several conversations, one by one unless the model can do it faster.
 
         Args:
@@ -142,17 +144,19 @@ class Backend(ABC):
         """
         return [self._answer(messages, params) for messages in conversations]
 
-    def _answer(self, messages: Sequence[Message], params: GenerationParams) -> Answer:
+    def _answer(self, messages: Conversation, params: GenerationParams) -> Answer:
         try:
             return self.generate(messages, params).text.strip()
         except PolymodalError as error:
             return error
 
 
-def require_question(messages: Sequence[Message]) -> None:
-    """Check that a conversation asks for an answer."""
+def require_question(conversation: Conversation) -> list[Message]:
+    """Read a conversation, which has to ask for an answer."""
+    messages = as_messages(conversation)
     if not messages or messages[-1].role != "user":
         raise PolymodalError("a conversation to answer must end with a user message")
+    return messages
 
 
 def check_messages(messages: Sequence[Message]) -> None:
@@ -194,7 +198,7 @@ class ModelBackend(Backend, Generic[Inputs]):
     def _steps(self, inputs: Inputs, params: GenerationParams) -> Generator[Step]:
         """Run the model."""
 
-    def stream(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Iterator[StreamEvent]:
+    def stream(self, messages: Conversation, params: GenerationParams | None = None) -> Iterator[StreamEvent]:
         """Answer a conversation piece by piece. Closing the iterator stops the model."""
         params = params or self.defaults
         begin = time.perf_counter()
@@ -229,11 +233,10 @@ class ModelBackend(Backend, Generic[Inputs]):
             model=self.name,
         )
 
-    def prepare(self, messages: Sequence[Message], room: int) -> Inputs:
+    def prepare(self, messages: Conversation, room: int) -> Inputs:
         """Process a conversation without the oldest questions of plain text that leave the answer no room."""
         # Media and the last question are never cut.
-        require_question(messages)
-        kept = list(messages)
+        kept = require_question(messages)
         while True:
             inputs = self._process(kept)
             length, _ = self._sizes(inputs)

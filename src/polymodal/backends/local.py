@@ -11,7 +11,7 @@ from polymodal.errors import PolymodalError
 from polymodal.generation.generate import stream_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step
-from polymodal.messages import Message
+from polymodal.messages import Conversation, Message
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Sample, collate
 from polymodal.processing.processor import Processor
@@ -52,7 +52,7 @@ class LocalBackend(ModelBackend[Sample]):
         self.processor = processor_of(model, tokenizer, config)
         super().__init__(name, tokenizer, model.llm.config, self.processor.template.stop_ids)
 
-    def generate_batch(self, conversations: Sequence[Sequence[Message]], params: GenerationParams) -> list[Answer]:
+    def generate_batch(self, conversations: Sequence[Conversation], params: GenerationParams) -> list[Answer]:
         """Answer several conversations as one padded batch.
 
         Args:

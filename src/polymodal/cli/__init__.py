@@ -65,6 +65,7 @@ def build_parser(wanted: Container[str] = tuple(VERBS)) -> argparse.ArgumentPars
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     given = list(sys.argv[1:] if argv is None else argv)
+    common.take_any_text()
     try:
         args = build_parser(given).parse_args(given)
         return int(args.run(args))

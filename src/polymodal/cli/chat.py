@@ -86,6 +86,8 @@ class Chat:
     def _read(self) -> str | None:
         try:
             return input("> ") if self.interactive else sys.stdin.readline() or None
+        except UnicodeDecodeError as error:
+            raise PolymodalError(f"standard input is not {error.encoding} ({error.reason}); convert it") from None
         except (EOFError, KeyboardInterrupt):
             print()
             return None
@@ -128,6 +130,14 @@ class Chat:
             if pieces:
                 print()  # the error begins a line of its own
             raise
+        if not "".join(pieces).strip():
+            # Servers refuse a conversation with an empty answer in it, and would refuse all that follows.
+            common.note(
+                "  (no answer; the question is forgotten, its images go with the next one)"
+                if asked[-1].media
+                else "  (no answer; the question is forgotten)"
+            )
+            return
         self.messages = [*asked, assistant("".join(pieces))]
         self.pending = []
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from polymodal.backends import load
 from polymodal.backends.base import Backend
@@ -115,6 +117,18 @@ def one_line(text: str) -> str:
 def _steers(char: str) -> bool:
     code = ord(char)
     return code < 0x20 or 0x7F <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
+
+
+def print_json(document: Any) -> None:
+    """Print a document as one line, as the characters that standard output has."""
+    print(json.dumps(document, ensure_ascii="utf" not in (sys.stdout.encoding or "utf-8").lower()))
+
+
+def take_any_text() -> None:
+    """Let both streams write what their encoding lacks as escapes, instead of failing in the middle of an answer."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+            stream.reconfigure(errors="backslashreplace")
 
 
 def stream_text(text: str) -> None:

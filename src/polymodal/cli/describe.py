@@ -9,11 +9,22 @@ Reads configurations and the headers of the weights only; loads and runs nothing
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from polymodal.cli.common import BINARY, BOLD, DECIMAL, DIM, RESET, aligned, colour_wanted, one_line, printable, scaled
+from polymodal.cli.common import (
+    BINARY,
+    BOLD,
+    DECIMAL,
+    DIM,
+    RESET,
+    aligned,
+    colour_wanted,
+    one_line,
+    print_json,
+    printable,
+    scaled,
+)
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.media_plan import Size
 
@@ -44,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     tokens = _visual_tokens(found)
     if args.json:
-        print(json.dumps({**found.plain(), "visual_tokens": tokens}, ensure_ascii=False))
+        print_json({**found.plain(), "visual_tokens": tokens})
     else:
         print(_page(found, tokens, colour=colour_wanted("auto", sys.stdout)))
     return 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from polymodal.cli.common import print_json
 
 PACKAGES = (
     "polymodal", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "peft", "accelerate", "gguf",
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Gather and print."""
     facts = gather()
     if args.json:
-        print(json.dumps(facts, ensure_ascii=False))
+        print_json(facts)
         return 0
     for section, values in facts.items():
         print("\n".join([section, *(f"  {name:<18}{value}" for name, value in values.items())]))

@@ -7,7 +7,6 @@ Example: polymodal generate --image cat.jpg --prompt "What is this?"
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 
 from polymodal.backends.base import TextDelta
@@ -48,5 +47,5 @@ def run(args: argparse.Namespace) -> int:
         "model": reply.model,
         "finish_reason": reply.finish_reason,
     }
-    print(json.dumps(document, ensure_ascii=False))
+    common.print_json(document)
     return 0

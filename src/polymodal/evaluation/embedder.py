@@ -27,6 +27,7 @@ from polymodal.modeling.dual_encoders.config import ObjectiveConfig
 from polymodal.modeling.dual_encoders.registry import METADATA_NAME, folder_type, load_pair_model, read_metadata
 from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.processing.image_transform import tile_bytes
+from polymodal.utils.devices import check_device
 from polymodal.utils.files import shipped
 from polymodal.utils.threads import ahead
 
@@ -99,6 +100,7 @@ class Embedder:
 
 def load_embedder(source: str | Path, device: str | torch.device = "cpu") -> Embedder:
     """Load a folder with an image tower and a text tower."""
+    check_device(str(device))
     source = str(shipped(str(source)) or source)
     folder = Path(source).expanduser()
     if (folder / "polymodal.json").is_file():

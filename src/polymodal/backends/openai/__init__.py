@@ -26,7 +26,7 @@ from polymodal.backends.openai.messages import Accepts, Detail, Json, learn, req
 from polymodal.checkpoints.locate import ENDPOINT
 from polymodal.errors import ConfigError, EndpointError
 from polymodal.generation.params import GenerationParams
-from polymodal.messages import Message, assistant
+from polymodal.messages import Conversation, assistant
 
 OPENAI_URL = "https://api.openai.com/v1"
 
@@ -88,17 +88,17 @@ class OpenAIBackend(Backend):
         self.name = f"{ENDPOINT}{model}"
         self._accepts = Accepts()
 
-    def generate(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Reply:
+    def generate(self, messages: Conversation, params: GenerationParams | None = None) -> Reply:
         """Answer a conversation in one piece, which any server can."""
         *_, reply = self._talk(messages, params or GenerationParams(), stream=False)
         assert isinstance(reply, Reply)  # the last event
         return reply
 
-    def stream(self, messages: Sequence[Message], params: GenerationParams | None = None) -> Iterator[StreamEvent]:
+    def stream(self, messages: Conversation, params: GenerationParams | None = None) -> Iterator[StreamEvent]:
         """Answer a conversation piece by piece. Closing the iterator closes the connection."""
         yield from self._talk(messages, params or GenerationParams(), stream=True)
 
-    def generate_batch(self, conversations: Sequence[Sequence[Message]], params: GenerationParams) -> list[Answer]:
+    def generate_batch(self, conversations: Sequence[Conversation], params: GenerationParams) -> list[Answer]:
         """Answer several conversations, a few of them at the same time."""
         with ThreadPoolExecutor(CONCURRENT) as pool:
             try:
@@ -111,10 +111,9 @@ class OpenAIBackend(Backend):
         """Close the connections that are kept open between calls."""
         self.endpoint.close()
 
-    def _talk(self, messages: Sequence[Message], params: GenerationParams, stream: bool) -> Iterator[StreamEvent]:
+    def _talk(self, messages: Conversation, params: GenerationParams, stream: bool) -> Iterator[StreamEvent]:
         begin = time.perf_counter()
-        require_question(messages)
-        content = to_openai(messages, self.detail)
+        content = to_openai(require_question(messages), self.detail)
         prepared = time.perf_counter()
         first: float | None = None
         text, model = "", self.model

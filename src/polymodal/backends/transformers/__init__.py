@@ -26,7 +26,7 @@ from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.generation.generate import new_generator, sample_next
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step
-from polymodal.messages import Message
+from polymodal.messages import Conversation, Message
 from polymodal.safety.config_json import read_json
 from polymodal.safety.model_folder import FolderReport
 
@@ -72,18 +72,18 @@ class TransformersBackend(ModelBackend[Inputs]):
         self._never = sorted({int(i) for i in (*media, image_token_id) if i is not None})
         self._busy = threading.Lock()
 
-    def generate_batch(self, conversations: Sequence[Sequence[Message]], params: GenerationParams) -> list[Answer]:
+    def generate_batch(self, conversations: Sequence[Conversation], params: GenerationParams) -> list[Answer]:
         """Answer several conversations, those of a kind together."""
         answers: dict[int, Answer] = {}
         groups: dict[bool, dict[int, Chat]] = {}
         for index, messages in enumerate(conversations):
             try:
-                require_question(messages)
-                chat = self.prompts.chat(messages)
+                asked = require_question(messages)
+                chat = self.prompts.chat(asked)
             except PolymodalError as error:
                 answers[index] = error
             else:
-                groups.setdefault(any(message.media for message in messages), {})[index] = chat
+                groups.setdefault(any(message.media for message in asked), {})[index] = chat
         for group in groups.values():
             answers |= self._together(group, params)
         return [
