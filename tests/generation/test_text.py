@@ -76,6 +76,8 @@ def test_a_wrong_byte_spoils_no_character() -> None:
         == f"a{UNFINISHED}猫{UNFINISHED}éb"
     )
     assert streamed("猫 🐈".encode())[1] == "猫 🐈"
+    spelled = f"猫{UNFINISHED}é"  # a character like any other
+    assert streamed(spelled.encode(), before=("▁a",), after=("b",))[1] == f"a{spelled}b"
 
 
 @given(st.binary(max_size=12))

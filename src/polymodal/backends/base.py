@@ -37,7 +37,7 @@ class Timing:
     encode_s: float | None  # Vision encoder, projector and embedding; None where it is not seen apart
     first_token_s: float  # From the call to the first token
     total_s: float  # From the call to the last token
-    tokens_per_s: float | None  # Decoding speed after the first token; None where there was only one, or all at once
+    tokens_per_s: float | None  # Decoding speed after the first token; 0 where there was only one, None if not known
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class ModelBackend(Backend, Generic[Inputs]):
                 encode_s=encode_s,
                 first_token_s=first - begin,
                 total_s=end - begin,
-                tokens_per_s=(made - 1) / (end - first) if made > 1 else None,
+                tokens_per_s=(made - 1) / (end - first) if made > 1 else 0.0,
             ),
             finish_reason="stop" if text.stopped else "length",
             model=self.name,

@@ -71,8 +71,8 @@ class TextStream:
             pieces = list(run)
             if is_byte:
                 # Each byte that belongs to no character comes out as one surrogate.
-                text = bytes(int(token[3:5], 16) for token in pieces).decode("utf-8", "surrogateescape")
-                widths = [0 if "\ud800" <= char <= "\udfff" else len(char.encode()) for char in text]
+                chars = bytes(int(token[3:5], 16) for token in pieces).decode("utf-8", "surrogateescape")
+                widths = [0 if "\ud800" <= char <= "\udfff" else len(char.encode()) for char in chars]
                 ends = itertools.accumulate(width or 1 for width in widths)
                 pieces = [
                     token
