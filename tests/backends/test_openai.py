@@ -191,6 +191,8 @@ def test_thoughts_are_no_answer(thought: dict[str, Any], stream: bool, server: A
     hidden = {"completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 9}}
     server.plays(sends({**answer(""), "usage": hidden}))
     assert fails(model, stream).endswith("the model thought and gave no answer")
+    server.plays(sends(answer("", "length")))  # thoughts that are not even counted
+    assert fails(model, stream).endswith("the model gave no answer; 256 tokens were too few (max_new_tokens)")
     server.plays(streams(*pieces[:1], piece("A cat.", "stop"), DONE))
     assert model.generate(HELLO).text.strip() == "A cat."
 

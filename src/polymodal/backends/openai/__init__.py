@@ -140,10 +140,10 @@ class OpenAIBackend(Backend):
         first = first or end
         made = _count(usage, "completion_tokens")
         thought = thought or bool(_count(usage.get("completion_tokens_details"), "reasoning_tokens"))
-        if thought and not text.strip():
-            at_limit = "length" in finish
+        at_limit = "length" in finish
+        if (thought or at_limit) and not text.strip():
             raise EndpointError(
-                f"{self.endpoint.shown}: the model thought and gave no answer"
+                f"{self.endpoint.shown}: the model {'thought and ' if thought else ''}gave no answer"
                 + (f"; {params.max_new_tokens} tokens were too few (max_new_tokens)" if at_limit else "")
             )
         yield Reply(
@@ -158,7 +158,7 @@ class OpenAIBackend(Backend):
                 total_s=end - begin,
                 tokens_per_s=(made - 1) / (end - first) if stream and made and made > 1 and end > first else None,
             ),
-            finish_reason="length" if "length" in finish else "stop",
+            finish_reason="length" if at_limit else "stop",
             model=clean(model, 200),
         )
 
