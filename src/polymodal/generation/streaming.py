@@ -17,6 +17,30 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
+def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of an answer; a byte that is no part of a character spoils no character beside it."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if UNFINISHED not in text:
+        return text
+    # SentencePiece's decoders give up a whole run of bytes for one that is cut off or wrong.
+    tokens: list[str] = tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True)
+    mended = []
+    for is_byte, run in itertools.groupby(tokens, key=lambda token: bool(_BYTE.fullmatch(token))):
+        pieces = list(run)
+        if is_byte:
+            # Each byte that belongs to no character comes out as one surrogate.
+            chars = bytes(int(token[3:5], 16) for token in pieces).decode("utf-8", "surrogateescape")
+            widths = [0 if "\ud800" <= char <= "\udfff" else len(char.encode()) for char in chars]
+            ends = itertools.accumulate(width or 1 for width in widths)
+            pieces = [
+                token
+                for width, end in zip(widths, ends, strict=True)
+                for token in (pieces[end - width : end] if width else [UNFINISHED])
+            ]
+        mended += pieces
+    return text if mended == tokens else str(tokenizer.convert_tokens_to_string(mended))
+
+
 class TextStream:
     """Decodes one row of a generation."""
 
@@ -45,7 +69,7 @@ class TextStream:
             self.stopped = True
             return self.finish()
         self.ids.append(token)
-        self.text = self._decode()
+        self.text = decode_ids(self.tokenizer, self.ids)
         if self.skip_space:
             self.text = self.text.lstrip(" ")
         for stop in self.stop:
@@ -58,29 +82,6 @@ class TextStream:
     def finish(self) -> str:
         """Return what was held back; call once after the last id."""
         return self._send(len(self.text))
-
-    def _decode(self) -> str:
-        """The text so far; a byte that is no part of a character spoils no character beside it."""
-        text: str = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if UNFINISHED not in text:
-            return text
-        # SentencePiece's decoders give up a whole run of bytes for one that is cut off or wrong.
-        tokens: list[str] = self.tokenizer.convert_ids_to_tokens(self.ids, skip_special_tokens=True)
-        mended = []
-        for is_byte, run in itertools.groupby(tokens, key=lambda token: bool(_BYTE.fullmatch(token))):
-            pieces = list(run)
-            if is_byte:
-                # Each byte that belongs to no character comes out as one surrogate.
-                chars = bytes(int(token[3:5], 16) for token in pieces).decode("utf-8", "surrogateescape")
-                widths = [0 if "\ud800" <= char <= "\udfff" else len(char.encode()) for char in chars]
-                ends = itertools.accumulate(width or 1 for width in widths)
-                pieces = [
-                    token
-                    for width, end in zip(widths, ends, strict=True)
-                    for token in (pieces[end - width : end] if width else [UNFINISHED])
-                ]
-            mended += pieces
-        return text if mended == tokens else str(self.tokenizer.convert_tokens_to_string(mended))
 
     def _send(self, end: int) -> str:
         delta = self.text[self.sent : end]

@@ -19,6 +19,7 @@ from polymodal.data.readers.conversations import Record
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
+from polymodal.generation.streaming import decode_ids
 from polymodal.media.image import open_image
 from polymodal.messages import Image
 from polymodal.modeling.vlm import MultimodalLM
@@ -88,7 +89,7 @@ class Evaluation:
         for entry in answers:
             if "error" not in entry:
                 ids = [i for i in next(texts) if i not in stop_ids]
-                entry["answer"] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                entry["answer"] = decode_ids(tokenizer, ids).strip()
         return answers
 
 
