@@ -242,6 +242,7 @@ TROUBLE = {"code": 400, "message": "too long", "type": "invalid_request_error"}
     [
         b"error: " + json.dumps(TROUBLE).encode() + b"\n\n", b"error: too long\n\n",
         b"event: error\ndata: " + json.dumps(TROUBLE).encode() + b"\n\n", b"event: error\ndata: too long\n\n",
+        b"Error: too long\n\n",
         b"event: error\ndata: " + json.dumps({"type": "error", "error": TROUBLE}).encode() + b"\n\n",
         json.dumps({"error": TROUBLE}).encode() + b"\n\n", json.dumps({"error": TROUBLE}, indent=1).encode() + b"\n\n",
         {"object": "error", **TROUBLE}, {"object": "error", "message": "too long", "code": 40303},
@@ -758,6 +759,19 @@ def test_images_that_are_drawn_anew() -> None:
         image_bytes(encoded(noisy, "PNG")[:500])
     kind, sent = image_bytes(encoded(noisy.convert("RGB"), "BMP"), limit=16_000)  # larger than that as a PNG
     assert kind == "image/jpeg" and len(sent) <= 16_000
+
+
+def test_a_photograph_that_is_turned_stays_small() -> None:
+    rng = np.random.default_rng(0)
+    coarse = PILImage.fromarray(rng.integers(0, 256, (150, 200, 3), dtype=np.uint8)).resize((2400, 1800))
+    grainy = np.asarray(coarse, int) + rng.integers(-12, 13, (1800, 2400, 3))
+    photo = PILImage.fromarray(grainy.clip(0, 255).astype(np.uint8))
+    exif = PILImage.Exif()
+    exif[0x0112] = 6
+    for data in (encoded(photo, "MPO", quality=90, exif=exif), encoded(photo, "BMP")):
+        kind, sent = image_bytes(data)
+        assert kind == "image/jpeg" and len(sent) < 3_500_000
+        assert PILImage.open(io.BytesIO(sent)).size == open_image(data).size
 
 
 def seen(data: bytes) -> PILImage.Image:

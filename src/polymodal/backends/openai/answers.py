@@ -41,8 +41,8 @@ def read_events(chunks: Iterable[bytes]) -> Iterator[str]:
         elif name == "data":
             data.append(value)
         elif name == "event":
-            failed = value.strip() == "error"
-        elif name == "error":
+            failed = "error" in value.lower()
+        elif name.lower() in ("error", "exception"):
             data.append(value)
             failed = True
         elif not colon or not name.replace("-", "_").isidentifier():

@@ -35,8 +35,15 @@ MAX_SOUND = 25 * 2**20
 MAX_VIDEO = 100 * 2**20
 """The most bytes of one part."""
 
-MAX_DRAWN_PNG = 4 * 2**20
-"""An image that is drawn anew and larger than this as a PNG goes as a JPEG; some servers take 5 MB in base64."""
+MAX_DRAWN = 3_500_000
+"""Bytes that an image drawn anew is to keep to, if a JPEG of good quality can; some servers take 5 MB in base64."""
+
+_DRAWN: tuple[tuple[str, dict[str, int]], ...] = (
+    ("PNG", {}),
+    ("JPEG", {"quality": 95, "subsampling": 0}),
+    ("JPEG", {"quality": 85}),
+)
+"""How it is drawn: the first that is small enough."""
 
 _SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "MPO": "image/jpeg"}
 """By Pillow's name; MPO is what cameras write: a JPEG, and further ones behind it that a reader of JPEG never sees."""
@@ -172,14 +179,14 @@ def image_bytes(source: Source, limit: int = MAX_IMAGE) -> tuple[str, bytes]:
             kind, lossy = _SENT_AS_THEY_ARE.get(image.format or ""), image.format in ("JPEG", "MPO")
             if kind is not None and len(data) <= limit and _shows_everywhere(image, data):
                 return kind, data
-    for kind, most in (("PNG", min(limit, MAX_DRAWN_PNG)), ("JPEG", limit)):
-        if lossy and kind == "PNG":
-            continue  # it has been through JPEG already, and would be several times larger
+    for form, options in _DRAWN[lossy:]:  # what was a JPEG would be several times larger as a PNG
         buffer = io.BytesIO()
-        opened.save(buffer, kind, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
+        opened.save(buffer, form, **options)
         data = buffer.getvalue()
-        if len(data) <= most:
-            return f"image/{kind.lower()}", data
+        if len(data) <= min(limit, MAX_DRAWN):
+            return f"image/{form.lower()}", data
+    if len(data) <= limit:
+        return "image/jpeg", data
     raise MediaError(f"{describe(source)}: {len(data):,} bytes as a JPEG, at most {limit:,} are sent; scale it down")
 
 
