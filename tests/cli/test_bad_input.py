@@ -212,13 +212,13 @@ def test_a_device_that_is_not_here(kind: str, ask: list[str], capsys: pytest.Cap
 
 def test_a_terminal_that_is_not_utf8(tiny_model_folder: Path) -> None:
     script = (
-        "import sys, polymodal.cli as c, polymodal.backends.base as b, polymodal.messages as m\n"
+        "import sys, polymodal.cli as c, polymodal.cli.common as k, polymodal.backends.base as b, polymodal.messages as m\n"
         "class Said(b.Backend):\n"
         "    name = 'x'\n"
         "    def stream(self, messages, params=None):\n"
         "        yield b.TextDelta('猫 🐈 é')\n"
         "        yield b.Reply(m.assistant('猫 🐈 é'), b.Usage(1, 0, 1), b.Timing(0, 0, 0, 0, 0), 'stop', 'x')\n"
-        "c.common.open_model = lambda args: Said()\n"
+        "k.open_model = lambda args: Said()\n"
         "sys.exit(c.main(['generate', '--prompt', 'x', *sys.argv[1:]]))"
     )
     for encoding, expected in (("ascii", rb"\u732b \U0001f408 \xe9"), ("utf-8", "猫 🐈 é".encode())):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Container, Sequence
@@ -65,7 +66,9 @@ def build_parser(wanted: Container[str] = tuple(VERBS)) -> argparse.ArgumentPars
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     given = list(sys.argv[1:] if argv is None else argv)
-    common.take_any_text()
+    for stream in (sys.stdout, sys.stderr):  # what their encoding lacks becomes an escape, no error in mid-answer
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = build_parser(given).parse_args(given)
         return int(args.run(args))

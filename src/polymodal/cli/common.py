@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -122,13 +121,6 @@ def _steers(char: str) -> bool:
 def print_json(document: Any) -> None:
     """Print a document as one line, as the characters that standard output has."""
     print(json.dumps(document, ensure_ascii="utf" not in (sys.stdout.encoding or "utf-8").lower()))
-
-
-def take_any_text() -> None:
-    """Let both streams write what their encoding lacks as escapes, instead of failing in the middle of an answer."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
-            stream.reconfigure(errors="backslashreplace")
 
 
 def stream_text(text: str) -> None:
