@@ -212,7 +212,8 @@ def test_a_device_that_is_not_here(kind: str, ask: list[str], capsys: pytest.Cap
 
 def test_a_terminal_that_is_not_utf8(tiny_model_folder: Path) -> None:
     script = (
-        "import sys, polymodal.cli as c, polymodal.cli.common as k, polymodal.backends.base as b, polymodal.messages as m\n"
+        "import sys, polymodal.cli as c, polymodal.cli.common as k\n"
+        "import polymodal.backends.base as b, polymodal.messages as m\n"
         "class Said(b.Backend):\n"
         "    name = 'x'\n"
         "    def stream(self, messages, params=None):\n"
