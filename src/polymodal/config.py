@@ -334,8 +334,11 @@ class TemplateConfig(Strict):
         default_system: The system message where a conversation has none; None means no system turn.
         image_newline_text: Text after an image, as LLaVA's "<image>\\n"; empty for none.
         stop_token_ids: Further tokens that end an answer, such as those that a generation_config.json names.
-        own_generation_prompt: A question ends with what the template writes for `add_generation_prompt`, not with what
-            stands before an answer; LLaVA-OneVision's differ.
+        own_generation_prompt: A question ends with what the template writes for `add_generation_prompt` even where
+            that is not how an answer begins in training; LLaVA-OneVision's differ.
+        enable_thinking: Handed to templates that ask for it, such as Qwen3's; None leaves it to the template.
+        text_restarts: The first text, and each after an image, is tokenised as a string of its own, as LLaVA's training
+            does; SentencePiece tokenizers with `legacy: false` then put a space there.
     """
 
     chat_template: str = "tokenizer"
@@ -343,6 +346,8 @@ class TemplateConfig(Strict):
     image_newline_text: str = ""
     stop_token_ids: tuple[int, ...] = ()
     own_generation_prompt: bool = False
+    enable_thinking: bool | None = None
+    text_restarts: bool = False
 
 
 class LoraRecipe(Strict):

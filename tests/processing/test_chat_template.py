@@ -71,15 +71,31 @@ TWO_TURNS = [system("S"), user(CAT, "Q1"), assistant("A1"), user("Q2"), assistan
         ("mistral", "<s>[INST] S\n\n<image><image>Q1 [/INST] A1</s>[INST] Q2 [/INST] A2</s>", "A1</s>A2</s>"),
         ("vicuna", "<s>S USER: <image><image>Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT: A2</s>", "A1</s>A2</s>"),
         ("t5", "S <image><image>Q1</s>A1</s>Q2</s>A2</s>", "A1</s>A2</s>"),
-        ("plain", "<s><image><image>A1</s>A2</s>", "A1</s>A2</s>"),
+        ("plain", "<s><image><image>A1</s>", "A1</s>"),
     ],
 )
 def test_presets_write(preset: str, text: str, answers: str) -> None:
-    rendered = chat(preset).render(TWO_TURNS, [2])
+    rendered = chat(preset).render(TWO_TURNS[:3] if preset == "plain" else TWO_TURNS, [2])
     assert shown(rendered) == text
     assert trained(rendered) == answers
     slot = rendered.slots[0]
     assert (slot.modality, slot.length, slot.message) == ("image", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        (TWO_TURNS, "this conversation has 4 turns"),
+        ([user(CAT, "Q"), user("R"), assistant("A")], "has 3 turns"),
+        ([assistant("A")], "has 1 turns"),
+        ([user("2+2?"), assistant("Four.")], "keeps only the images of a question, and this one has none"),
+        ([user("2+2?")], "this one has none"),
+    ],
+)
+def test_plain_takes_one_image_and_its_caption(messages: list[Message], complaint: str) -> None:
+    counts = [1] * sum(len(message.media) for message in messages)
+    with pytest.raises(PolymodalError, match=complaint):
+        chat("plain").render(messages, counts)
 
 
 def test_vicuna_opens_as_llava_does() -> None:
@@ -130,7 +146,8 @@ def test_typed_special_tokens_stay_text() -> None:
 def test_tokens_named_by_the_template_are_never_typed() -> None:
     think = TOKENIZER.convert_tokens_to_ids("<think>")
     jinja = PRESETS["chatml"].jinja.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>'")
-    assert think not in chat(jinja).render([user("<think>")]).input_ids
+    config = TemplateConfig(chat_template=jinja, own_generation_prompt=True)
+    assert think not in ChatTemplate(TOKENIZER, config, IMAGE_ID).render([user("<think>")]).input_ids
     assert think in chat("chatml").render([user("<think>")]).input_ids  # an ordinary word of this tokenizer
 
 
@@ -174,28 +191,31 @@ def test_space_that_only_answers_have_is_the_models_to_say() -> None:
     assert trained(template.render([*asked, assistant("")])) == "</s>"
 
 
-def test_prompt_that_is_no_prefix_of_training_is_replaced() -> None:
-    template = chat(
+def test_prompt_that_is_no_prefix_of_training_is_refused() -> None:
+    source = (
         LOOP + "<|start|>{{ m.role }}:{{ m.content }}<|stop|>{% endfor %}"
         "{% if add_generation_prompt %}<|start|>assistant:<think>{% endif %}"
     )
-    assert (
-        shown(template.render([user("Q")], add_generation_prompt=True)) == "<|start|>user:Q<|stop|><|start|>assistant:"
-    )
+    with pytest.raises(ConfigError, match=re.escape("asks for an answer with '<|stop|><|start|>assistant:<think>'")):
+        chat(source)
+    template = ChatTemplate(TOKENIZER, TemplateConfig(chat_template=source, own_generation_prompt=True), IMAGE_ID)
+    prompt = template.render([user("Q")], add_generation_prompt=True)
+    assert shown(prompt) == "<|start|>user:Q<|stop|><|start|>assistant:<think>"
     stop, eos = (TOKENIZER.convert_tokens_to_ids(t) for t in ("<|stop|>", "</s>"))
     assert template.stop_ids == (stop, eos)
 
 
-def test_header_that_ends_in_more_than_the_prompt_is_not_trained() -> None:
+def test_header_that_ends_in_more_than_the_prompt_is_trained() -> None:
+    """What stands between the template's own prompt and the answer is for the model to write."""
     template = chat(
         LOOP + "<|start|>{{ m.role }}:{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
         "{{ m.content }}<|stop|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant:{% endif %}"
     )
     full = template.render([user("Q"), assistant("A")])
-    assert trained(full) == "A<|stop|>"
+    assert trained(full) == "<think></think>A<|stop|>"
     prompt = template.render([user("Q")], add_generation_prompt=True)
     assert full.input_ids[: len(prompt.input_ids)] == prompt.input_ids
-    assert shown(prompt).endswith("<think></think>")
+    assert shown(prompt).endswith("<|start|>assistant:")
 
 
 def test_end_token_is_added_where_the_template_has_none() -> None:
@@ -385,6 +405,6 @@ def test_a_template_with_a_prompt_of_its_own_can_have_its_way() -> None:
     start = "<|start|>user Q1<|stop|><|start|>assistant A1<|stop|><|start|>user <image><image>Q2<|stop|>"
     assert shown(rendered) == start + "<|start|>assistant\n"
     assert trained(rendered) == "A1<|stop|>"
-    cut = chat(source).render(turns, [2], add_generation_prompt=True)
-    assert shown(cut) == start + "<|start|>assistant "
-    assert template.stop_ids == (*chat(source).stop_ids, 7)
+    with pytest.raises(ConfigError, match=re.escape("set template.own_generation_prompt")):
+        chat(source)
+    assert template.stop_ids == (*(TOKENIZER.convert_tokens_to_ids(t) for t in ("<|stop|>", "</s>")), 7)

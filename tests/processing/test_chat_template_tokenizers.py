@@ -148,6 +148,9 @@ def conversations(draw: st.DrawFn) -> list[Message]:
 @given(data=st.data())
 def test_promises(kind: str, preset: str, data: st.DataObject) -> None:
     messages = data.draw(conversations())
+    if preset == "plain":  # one question with an image, one answer
+        messages = [m for m in messages if m.role != "user"][: 1 + (messages[0].role == "system")]
+        messages.insert(-1, Message("user", (Image("a.png"), *data.draw(parts_strategy(ANY_TEXT)))))
     images = sum(len(message.media) for message in messages)
     counts = data.draw(st.lists(st.integers(1, 3), min_size=images, max_size=images))
     template = make_template(kind, preset)
@@ -196,7 +199,6 @@ def hugging_face(messages: list[Message]) -> list[dict[str, str]]:
     [
         ("byte_level", "chatml"),
         ("byte_level", "llama3"),
-        ("byte_level", "plain"),
         *itertools.product(
             ("legacy", "metaspace", "metaspace_first", "unigram"), ("llama2", "mistral", "vicuna", "t5")
         ),
@@ -210,10 +212,9 @@ def test_ordinary_conversations_tokenise_as_one_string(
 ) -> None:
     messages = [system(words.pop())] if first_is_system else []
     messages += [(user, assistant)[i % 2](text) for i, text in enumerate(words)]
-    shown = [m for m in messages if m.role == "assistant"] if preset == "plain" else messages
     tokenizer = make_tokenizer(kind)
     whole = tokenizer.apply_chat_template(
-        hugging_face(shown), chat_template=PRESETS[preset].jinja, tokenize=True, return_dict=False
+        hugging_face(messages), chat_template=PRESETS[preset].jinja, tokenize=True, return_dict=False
     )
     ours = make_template(kind, preset).render(messages).input_ids
     assert ours == whole
@@ -247,3 +248,38 @@ def test_words_that_are_marked_after_they_were_cut_out_keep_their_marks() -> Non
     whole = tokenizer("a cab Q: a bad?</s>a bad cab</s>", add_special_tokens=False)["input_ids"]
     assert rendered.input_ids == whole
     assert runs(rendered) == [tokenizer("a bad cab</s>", add_special_tokens=False)["input_ids"]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_tokenises_as_one_string(kind: str) -> None:
+    ids = (
+        make_template(kind, "plain")
+        .render([user(Image("a.png"), "Describe."), assistant("the small cat")], [1])
+        .input_ids
+    )
+    whole = make_tokenizer(kind)("<s><image>the small cat</s>", add_special_tokens=False)["input_ids"]
+    assert ids == whole
+
+
+@pytest.mark.parametrize("preset", ["t5", "vicuna"])
+@pytest.mark.parametrize("typed", ["</s>", "a </s> word ", "<s></s>", "<unk><0x41>", "<" * 9 + "/s>"])
+def test_a_control_token_typed_often_costs_its_length_only(
+    preset: str, typed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models that list their control tokens among their pieces are made to take them apart, in a few passes."""
+    tokenizer, template = make_tokenizer("unigram"), make_template("unigram", preset)
+    read: list[int] = []
+    reader = template._tokens._content
+
+    class Counting:
+        def encode(self, text: str, **options: bool) -> object:
+            read.append(len(text))
+            return reader.encode(text, **options)
+
+    monkeypatch.setattr(template._tokens, "_content", Counting())
+    rendered = template.render([user("What? " + typed * 3000), assistant("ok")])
+    assert sum(read) < 4 * 3000 * len(typed) + 1000
+    specials = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    harmless = template.render([user("What?"), assistant("ok")]).input_ids
+    assert [i for i in rendered.input_ids if i in specials] == [i for i in harmless if i in specials]
+    assert (typed * 3000).strip() in tokenizer.decode(rendered.input_ids, clean_up_tokenization_spaces=False)

@@ -12,11 +12,17 @@ Rules worth knowing:
 
 - A turn's loss covers the assistant's text and its end token. Where a template ends an answer with no token, the
   tokenizer's end token is added, since a model that never sees one never stops.
-- The generation prompt is cut from the rendering of the same conversation with an answer, so it is always a prefix of
-  the training ids. Where the template's own prompt stops before a space that precedes every answer ("ASSISTANT:" and
-  " It is ..."), so does ours, and that space is the model's to say: it is trained with the answer. A template whose
-  own prompt is no such prefix can have its way (`TemplateConfig.own_generation_prompt`).
-- Templates that trim content trim it here too. Templates that drop or move content are refused.
+- The generation prompt is the template's own, or, where it has none, what stands before an answer; either way it is a
+  prefix of the training ids. What the template writes between its prompt and an answer (a space, an empty block of
+  reasoning) is the model's to say: it is trained with the answer. A template whose own prompt is no such prefix is
+  refused, unless it is to have its way all the same (`TemplateConfig.own_generation_prompt`).
+- Templates that trim content trim it here too. Templates that drop or move content are refused, and so are those that
+  look at content and write something else for it: each conversation is rendered with its real texts too and compared.
+  An assistant's reasoning, in <think>...</think>, is shown to a template that knows these tags, which may move or drop
+  it as it does in `apply_chat_template`; the tags it writes are tokens, and trained.
+- Text is tokenised from one control token, image or border of the loss to the next, as in the whole string. So ids are
+  those of `apply_chat_template`, but for control tokens that somebody typed, which stay text, and for an answer that
+  begins with white space, which the whole string may join with the header's.
 - The beginning-of-sequence token is the template's business: it is there when the template writes it, as in
   `apply_chat_template`.
 """
@@ -30,9 +36,9 @@ from typing import TYPE_CHECKING, Any
 
 from polymodal.config import TemplateConfig
 from polymodal.errors import ConfigError, PolymodalError, unknown_name
-from polymodal.messages import Image, Message, Role, Text
-from polymodal.processing.chat_template.pieces import MarkedTemplate, Piece, PieceTokenizer, Style, Turn
-from polymodal.processing.chat_template.presets import PRESETS, Preset
+from polymodal.messages import Image, Message, Text
+from polymodal.processing.chat_template.pieces import Cut, MarkedTemplate, Piece, PieceTokenizer, Style, Turn, reasoned
+from polymodal.processing.chat_template.presets import PRESETS, Preset, check_plain
 from polymodal.processing.collate import Slot
 from polymodal.safety.jinja_limits import UnsafeTemplateError
 
@@ -58,6 +64,48 @@ class Rendered:
         self.loss_mask.extend([trained] * len(ids))
 
 
+class _Writer:
+    """Writes a conversation down; text waits until a control token, an image or a border of the loss ends it."""
+
+    def __init__(self, tokens: PieceTokenizer) -> None:
+        self.out = Rendered()
+        self._tokens = tokens
+        self._text, self._trained, self._own = "", False, True
+        self._space: str | None = None  # what stands before the waiting text where that begins with an answer
+        self._stripped = False  # the control token before takes the white space after it
+
+    def text(self, text: str, *, trained: bool = False, own: bool = False, space: str | None = None) -> None:
+        """Write a text; `own` where the template wrote it, `space` where an answer begins behind the template's."""
+        if trained != self._trained or space is not None:
+            self.flush()
+            self._trained, self._space = trained, space
+        if self._stripped and not self._text:
+            text = text.lstrip()
+        if text:
+            self._text, self._own = self._text + text, self._own and own
+
+    def token(self, token: int, *, trained: bool = False, count: int = 1) -> None:
+        """Write a control token or the placeholders of an image."""
+        if self._tokens.strips(token, "lstrip"):
+            self._text = self._text.rstrip()
+        self.flush()
+        self.out.add([token] * count, trained=trained)
+        self._stripped = self._tokens.strips(token, "rstrip")
+
+    def flush(self) -> Rendered:
+        """Tokenise what waits; gives all that was written."""
+        if self._text:
+            before, space = self.out.input_ids, self._space
+            if space is not None:
+                ids = self._tokens.answer(self._text, before, "" if self._stripped else space)
+            else:
+                ids = self._tokens.text(self._text, before, own=self._own)
+            self.out.add(ids, trained=self._trained)
+            self._stripped = False
+        self._text, self._own, self._space = "", True, None
+        return self.out
+
+
 class ChatTemplate:
     """One model's chat template over one tokenizer. Safe to use from several threads, and can be pickled."""
 
@@ -67,8 +115,12 @@ class ChatTemplate:
         self.image_token_id = image_token_id
         source, preset = _source(tokenizer, config.chat_template)
         self._media_only = preset is not None and preset.media_only
-        self._jinja = MarkedTemplate(source, dict(tokenizer.special_tokens_map))
-        self._tokens = PieceTokenizer(tokenizer, image_token_id, source)
+        self._preset = preset is not None
+        variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        if config.enable_thinking is not None:
+            variables["enable_thinking"] = config.enable_thinking
+        self._jinja = MarkedTemplate(source, variables)
+        self._tokens = PieceTokenizer(tokenizer, image_token_id, source, restarts=config.text_restarts)
 
         self.source = source
         self.style = self._find_style(in_vocabulary=image_token_id < len(tokenizer))
@@ -76,7 +128,7 @@ class ChatTemplate:
             raise ConfigError(
                 "template.image_newline_text: this chat template places images itself; leave image_newline_text empty"
             )
-        self._gap = self._find_gap()
+        self._prompt, self._gap = self._find_prompt()
         ends = [token for token in (self._find_end(), tokenizer.eos_token_id) if token is not None]
         if not ends:
             raise ConfigError(
@@ -105,7 +157,7 @@ class ChatTemplate:
             raise PolymodalError(f"an image needs at least one token; token counts given: {list(media_tokens)}")
         if add_generation_prompt and turns and turns[-1].role == "assistant":
             raise PolymodalError("the conversation ends with an answer; add a user message to ask for another")
-        own = add_generation_prompt and self._config.own_generation_prompt
+        own = add_generation_prompt and (self._config.own_generation_prompt or bool(self._prompt))
         cut_before_answer = add_generation_prompt and not own
         if cut_before_answer:
             turns.append(Turn("assistant", (Piece("assistant", len(messages), ""),)))
@@ -122,6 +174,8 @@ class ChatTemplate:
                 turns.append(Turn(message.role, self._pieces(message, index)))
             elif message.media:
                 raise PolymodalError(f"message {index + 1}: the plain template has no place for a system's image")
+        if self._media_only:
+            check_plain(messages)
         return turns
 
     def _pieces(self, message: Message, index: int) -> tuple[Piece, ...]:
@@ -153,6 +207,8 @@ class ChatTemplate:
                 pieces.append(Piece(message.role, index, None))
                 if self._config.image_newline_text and not self._media_only:
                     add_text(self._config.image_newline_text)
+        if message.role == "assistant" and pieces and "</think>" in self.source:
+            return reasoned(pieces[0])
         return tuple(pieces) or (Piece(message.role, index, ""),)
 
     def _emit(
@@ -161,64 +217,90 @@ class ChatTemplate:
         """Render, cut at the markers, and tokenise piece by piece."""
         pieces = [piece for turn in turns for piece in turn.pieces]
         last = len(pieces) - 1 if stop_before_last else len(pieces)
-        out = Rendered()
+        out = _Writer(self._tokens)
+        cuts = self._jinja.cuts(turns, self.style, add_generation_prompt=add_generation_prompt)
         expected = 0  # the piece that has to come next
-        answered = False  # the piece before was an answer, whose end token is due
-        for cut in self._jinja.cuts(turns, self.style, add_generation_prompt=add_generation_prompt):
+        answered = reasoned = False  # the piece before was an answer, whose end token is due; or its reasoning
+        for cut, text in zip(cuts, self._texts(cuts, pieces, turns, add_generation_prompt), strict=True):
             marked = cut.marker
-            text = None if marked is None else cut.trim(pieces[marked].text)
-            moved = "" if marked is None else self._moved(cut.scaffold, pieces[marked].role, text)
-            scaffold = cut.scaffold[: len(cut.scaffold) - len(moved)]
-            ids = self._tokens.scaffold(scaffold, out.input_ids)
+            begins = marked is not None and pieces[marked].role == "assistant" and text is not None and not reasoned
+            scaffold, gap = self._part(cut.scaffold, begins, marked is None and add_generation_prompt)
+            bits = self._tokens.cut_up(scaffold) if scaffold else ()
             if answered:
-                end = self._end_of(ids)
-                out.add(ids[:end] if end else (self._end_id,), trained=True)
-                ids = ids[end:] if end else self._tokens.scaffold(scaffold, out.input_ids)
-            expected = self._add_scaffold(out, ids, pieces, expected, media_tokens)
+                bits = self._end_answer(out, bits)
+            expected = self._add_scaffold(out, bits, pieces, expected, media_tokens, trained=reasoned)
             if marked is None:
                 break
+            while expected < marked and pieces[expected].reasoning:
+                expected += 1
             if marked != expected:
                 raise _misplaced(pieces, expected, marked)
             if marked == last:
-                return out
+                return out.flush()
             expected += 1
             piece = pieces[marked]
-            answered = piece.role == "assistant" and text is not None
             if text is None:
                 self._add_image(out, piece, media_tokens)
+            elif not begins:
+                out.text(text, trained=reasoned)
+            elif gap.strip():
+                self._add_scaffold(out, self._tokens.cut_up(gap), pieces, expected, media_tokens, trained=True)
+                out.text(text, trained=True)
             elif text:
-                words = self._tokens.content(text, out.input_ids, space=moved, keep_exact=answered)
-                out.add(words, trained=answered)
+                out.text(text, trained=True, space=gap)
+            reasoned = piece.reasoning
+            answered = piece.role == "assistant" and text is not None and not reasoned
         if expected != len(pieces):
             raise _misplaced(pieces, expected, None)
-        return out
+        return out.flush()
 
-    def _moved(self, scaffold: str, role: Role, text: str | None) -> str:
-        """The end of the scaffolding that is tokenised with the content after it, as in the whole string."""
-        if text is None:
-            return ""
-        if role == "assistant" and self._gap and scaffold.endswith(self._gap):
-            return self._gap
-        wanted = self._tokens.hides_space if role == "assistant" else text
-        return " " if wanted and scaffold.endswith(" ") else ""
+    def _texts(
+        self, cuts: list[Cut], pieces: list[Piece], turns: list[Turn], add_generation_prompt: bool
+    ) -> list[str | None]:
+        """What the template makes of the texts; presets, which are ours, look at none."""
+        if self._preset:
+            return [None if cut.marker is None else cut.trim(pieces[cut.marker].text) for cut in cuts]
+        return self._jinja.texts(cuts, turns, self.style, add_generation_prompt=add_generation_prompt)
 
-    def _end_of(self, ids: Sequence[int]) -> int:
-        """How many of the ids after an answer belong to its end; 0 where the template writes no end token."""
-        index = self._tokens.first_added(ids)
-        return index + 1 if index is not None and ids[index] == self._end_id else 0
+    def _part(self, scaffold: str, answer: bool, prompt: bool) -> tuple[str, str]:
+        """Part scaffolding from the end of it that is the answer's to say, or would be after a prompt."""
+        head = len(scaffold)
+        if answer and self._prompt and scaffold.startswith(self._prompt):
+            head = len(self._prompt)
+        elif answer and self._gap and scaffold.endswith(self._gap):
+            head -= len(self._gap)
+        elif (answer or (prompt and self._prompt)) and self._tokens.hides_space and scaffold.endswith(" "):
+            head -= 1
+        return scaffold[:head], scaffold[head:]
+
+    def _end_answer(self, out: _Writer, bits: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        """Write an answer's end: the template's, with the white space before it, else the tokenizer's."""
+        blank = bits[0] if bits and isinstance(bits[0], str) and not bits[0].strip() else ""
+        rest = bits[1:] if blank else bits
+        if rest and rest[0] == self._end_id:
+            out.text(str(blank), trained=True)
+            out.token(self._end_id, trained=True)
+            return rest[1:]
+        out.token(self._end_id, trained=True)
+        return bits
 
     def _add_scaffold(
-        self, out: Rendered, ids: Sequence[int], pieces: list[Piece], expected: int, media_tokens: Sequence[int]
+        self,
+        out: _Writer,
+        bits: Sequence[int | str],
+        pieces: list[Piece],
+        expected: int,
+        media_tokens: Sequence[int],
+        *,
+        trained: bool,
     ) -> int:
         """Add scaffolding; placeholders that the template wrote itself become images. Returns the next piece."""
-        if self.image_token_id not in ids:
-            out.add(ids)
-            return expected
-        for token in ids:
-            if token != self.image_token_id:
-                out.add((token,))
-                continue
-            if expected >= len(pieces) or pieces[expected].text is not None:
+        for bit in bits:
+            if isinstance(bit, str):
+                out.text(bit, trained=trained, own=True)
+            elif bit != self.image_token_id:
+                out.token(bit, trained=trained)
+            elif expected >= len(pieces) or pieces[expected].text is not None:
                 image = next((piece for piece in pieces[expected:] if piece.text is None), None)
                 if image is not None and image.message != pieces[expected].message:  # a whole message is missing
                     raise _misplaced(pieces, expected, None)
@@ -226,14 +308,16 @@ class ChatTemplate:
                     "the chat template places images elsewhere than the conversation does "
                     "(some templates put all images first); move the images to where the template wants them"
                 )
-            self._add_image(out, pieces[expected], media_tokens)
-            expected += 1
+            else:
+                self._add_image(out, pieces[expected], media_tokens)
+                expected += 1
         return expected
 
-    def _add_image(self, out: Rendered, piece: Piece, media_tokens: Sequence[int]) -> None:
-        count = media_tokens[len(out.slots)]
-        out.slots += (Slot("image", len(out.input_ids), count, piece.message),)
-        out.add([self.image_token_id] * count)
+    def _add_image(self, out: _Writer, piece: Piece, media_tokens: Sequence[int]) -> None:
+        rendered = out.flush()
+        count = media_tokens[len(rendered.slots)]
+        rendered.slots += (Slot("image", len(rendered.input_ids), count, piece.message),)
+        out.token(self.image_token_id, count=count)
 
     def _find_style(self, *, in_vocabulary: bool) -> Style:
         """Try how the template takes content; templates that write an image's surroundings themselves come first."""
@@ -252,8 +336,8 @@ class ChatTemplate:
         found: list[int] = []
         try:
             for cut in self._jinja.cuts(turns, style):
-                for token in self._tokens.scaffold(cut.scaffold, ()):
-                    if token == self.image_token_id:
+                for bit in self._tokens.cut_up(cut.scaffold):
+                    if bit == self.image_token_id:
                         place = len(found)
                         found.append(place if place < len(pieces) and pieces[place].text is None else -1)
                 if cut.marker is not None:
@@ -272,26 +356,40 @@ class ChatTemplate:
             )
         return right
 
-    def _find_gap(self) -> str:
-        """White space between the template's own generation prompt and an answer, "" for none."""
+    def _find_prompt(self) -> tuple[str, str]:
+        """The template's own generation prompt, "" for none, and what it writes between that and an answer."""
         cuts = self._jinja.cuts((_QUESTION, _ANSWER), self.style)
         try:
-            prompt = self._jinja.cuts((_QUESTION,), self.style, add_generation_prompt=True)
+            bare = self._jinja.cuts((_QUESTION,), self.style)
+            asked = self._jinja.cuts((_QUESTION,), self.style, add_generation_prompt=True)
         except UnsafeTemplateError:
             raise
         except PolymodalError:
-            return ""  # the template has no prompt of its own
-        if len(prompt) != 2 or prompt[0] != cuts[0] or not cuts[1].scaffold.startswith(prompt[1].scaffold):
-            return ""
-        gap = cuts[1].scaffold[len(prompt[1].scaffold) :]
-        return gap if not gap.strip() else ""
+            return "", ""  # it takes no question that is still to be answered
+        if len(asked) != 2:
+            return "", ""
+        prompt, header = asked[-1].scaffold, cuts[1].scaffold
+        own, begun = asked != bare and not self._config.own_generation_prompt, header.startswith(prompt)
+        if own and not begun:
+            raise ConfigError(
+                f"chat_template: it asks for an answer with {_end_of(prompt)!r}, but writes answers after "
+                f"{_end_of(header)!r}, so what is asked for is not what is trained; set "
+                "template.own_generation_prompt: true to ask so all the same, or choose another template"
+            )
+        gap = header[len(prompt) :] if begun else ""
+        if own and self._tokens.hides_space and prompt.endswith(" "):
+            prompt, gap = prompt[:-1], f" {gap}"
+        return (prompt, gap) if own else ("", "" if gap.strip() else gap)
 
     def _find_end(self) -> int | None:
         """The token with which the template ends an answer, if any."""
         tail = self._jinja.cuts((_QUESTION, _ANSWER), self.style)[-1].scaffold
-        ids = self._tokens.scaffold(tail, ())
-        index = self._tokens.first_added(ids)
-        return None if index is None else ids[index]
+        bits = [bit for bit in self._tokens.cut_up(tail) if not isinstance(bit, str) or bit.strip()]
+        return bits[0] if bits and isinstance(bits[0], int) else None
+
+
+def _end_of(text: str) -> str:
+    return text if len(text) <= 60 else f"...{text[-60:]}"
 
 
 def _source(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[str, Preset | None]:

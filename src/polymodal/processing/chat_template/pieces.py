@@ -16,7 +16,7 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -39,6 +39,9 @@ _EDGE = "\u2003\u2009\u2005"
 """Put around content: white space, so that a template that trims removes it, which tells us that it trims."""
 
 
+_REASONED = re.compile(r"(\s*(?:<think>\s*)?)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
+
+
 @dataclass(frozen=True)
 class Piece:
     """A text or (text None) an image, in the order in which they were given."""
@@ -46,6 +49,10 @@ class Piece:
     role: Role
     message: int
     text: str | None
+    # What the template may look for around the text, and so gets to see: the tags of an assistant's reasoning.
+    before: str = ""
+    after: str = ""
+    reasoning: bool = False  # It may be dropped, as templates do to the reasoning of earlier turns
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,17 @@ class Turn:
 
     role: Role
     pieces: tuple[Piece, ...]
+
+
+def reasoned(answer: Piece) -> tuple[Piece, ...]:
+    """An assistant's text whose reasoning and answer are told apart, for templates that tell them apart too."""
+    match = _REASONED.fullmatch(answer.text or "")
+    if match is None:
+        return (answer,)
+    before, thought, after, text = match.groups()
+    if not thought:
+        return (replace(answer, text=text, before=before + after),)
+    return replace(answer, text=thought, before=before, after=after, reasoning=True), replace(answer, text=text)
 
 
 @dataclass(frozen=True)
@@ -96,8 +114,42 @@ class MarkedTemplate:
         found.append(Cut(text[position:], None))
         return found
 
-    def _render(self, turns: Sequence[Turn], style: Style, add_generation_prompt: bool) -> str:
-        """Render the turns with markers in place of content, numbered in order."""
+    def texts(
+        self, cuts: Sequence[Cut], turns: Sequence[Turn], style: Style, *, add_generation_prompt: bool = False
+    ) -> list[str | None]:
+        """What the template makes of each text; raises where it looks at one and writes something else around it."""
+        pieces = [piece for turn in turns for piece in turn.pieces]
+        whole = self._render(turns, style, add_generation_prompt, real=True)
+        found: list[str | None] = []
+        position = 0
+        for place, cut in enumerate(cuts):
+            position += len(cut.scaffold)
+            if cut.marker is None:
+                found.append(None)
+                break
+            following = cuts[place + 1].scaffold
+            text = cut.trim(pieces[cut.marker].text)
+            shown = f"{self._nonce}i{cut.marker}x" if text is None and style == "string" else text or ""
+            cut_down = (shown, shown.lstrip("\n"), shown.strip("\n"), shown.rstrip("\n"), shown.strip())
+            fits = next(
+                (t for t in cut_down if whole.startswith(cut.scaffold + t + following, position - len(cut.scaffold))),
+                None,
+            )
+            if fits is None:
+                raise PolymodalError(
+                    f"the chat template looks at what message {pieces[cut.marker].message + 1} says and writes "
+                    "something else for it; change that message or choose another template"
+                )
+            found.append(None if text is None else fits)
+            position += len(fits)
+        if position != len(whole):
+            raise PolymodalError(
+                "the chat template looks at what is said and writes more for it; choose another template"
+            )
+        return found
+
+    def _render(self, turns: Sequence[Turn], style: Style, add_generation_prompt: bool, *, real: bool = False) -> str:
+        """Render the turns with markers in place of content, numbered in order, or with the real texts."""
         messages: list[dict[str, Any]] = []
         number = 0
         for turn in turns:
@@ -109,8 +161,12 @@ class MarkedTemplate:
                     marks.append(f"{self._nonce}i{number}x")
                     parts.append({"type": "image"})
                 else:
-                    marks.append(f"{_EDGE}{self._nonce}t{number}x{_EDGE}")
-                    parts.append({"type": "text", "text": marks[-1]})
+                    text = piece.text if real else f"{_EDGE}{self._nonce}t{number}x{_EDGE}"
+                    marks.append(f"{piece.before}{text}{piece.after}")
+                    if parts and parts[-1]["type"] == "text":  # reasoning and its answer are one text
+                        parts[-1]["text"] += marks[-1]
+                    else:
+                        parts.append({"type": "text", "text": marks[-1]})
                 number += 1
             content = parts if as_parts else "".join(marks)
             messages.append({"role": turn.role, "content": content})
@@ -129,9 +185,11 @@ class MarkedTemplate:
 
 
 class PieceTokenizer:
-    """Tokenises scaffolding and content, each as a continuation of the ids before it."""
+    """Tokenises runs of text, each as a continuation of the ids before it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token_id: int, template: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, image_token_id: int, template: str, *, restarts: bool = False
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
                 f"tokenizer {type(tokenizer).__name__} is not a fast tokenizer; save it as tokenizer.json first"
@@ -140,11 +198,13 @@ class PieceTokenizer:
         data = json.loads(backend.to_str())
         data["truncation"] = data["padding"] = None
         self.prefix: Prefix = _prefix_scheme(data)
+        self._image_token_id, self._restarts = image_token_id, restarts
         self.added = {image_token_id, *(entry["id"] for entry in data["added_tokens"])}
         special = {image_token_id, *tokenizer.all_special_ids}
         for entry in data["added_tokens"]:
             if entry["special"] or (entry["content"].strip() and entry["content"] in template):
                 special.add(entry["id"])
+        self._control = {entry["id"]: entry for entry in data["added_tokens"] if entry["id"] in special}
         # Pieces that stand for what they do not spell: honest, unless somebody typed the very name.
         stand_ins = [f"<0x{byte:02X}>" for byte in range(256)] if data["model"].get("byte_fallback") else []
         if tokenizer.unk_token is not None:
@@ -153,69 +213,92 @@ class PieceTokenizer:
         self._stand_ins: dict[int, str] = {token: name for token, name in ids if token is not None}
         self._suspect = special | set(self._stand_ins)
 
-        self._natural = Tokenizer.from_str(json.dumps(data))
+        kept = json.dumps(data)
         _drop_prefix(data)
-        self._scaffold = self._natural if self.prefix == "never" else Tokenizer.from_str(json.dumps(data))
-        for entry in data["added_tokens"]:
-            entry["special"] = entry["id"] in special
-        self._content = Tokenizer.from_str(json.dumps(data))
-        self._content.encode_special_tokens = True
+        self._scaffold = Tokenizer.from_str(json.dumps(data))
+        self._content = self._reader(json.dumps(data), special)
+        self._fresh = self._content if self.prefix == "never" else self._reader(kept, special)
         spaced = self._content.encode(" a", add_special_tokens=False).ids
         self.hides_space = self.prefix != "never" and self._content.decode(spaced) == "a"
-        self._cached_scaffold = lru_cache(maxsize=4096)(self._encode_scaffold)
+        self.cut_up = lru_cache(maxsize=4096)(self._cut_up)
+        self._of_template = lru_cache(maxsize=4096)(self._plain)
+
+    @staticmethod
+    def _reader(data: str, special: set[int]) -> Tokenizer:
+        """A tokenizer that reads no special token in a text."""
+        document = json.loads(data)
+        for entry in document["added_tokens"]:
+            entry["special"] = entry["id"] in special
+        made = Tokenizer.from_str(json.dumps(document))
+        made.encode_special_tokens = True
+        return made
 
     def is_fresh(self, ids: Sequence[int]) -> bool:
         """Whether the tokenizer would put its own space in front of text that follows these ids."""
         if self.prefix == "always":
             return not ids or ids[-1] in self.added
-        return self.prefix == "first" and not ids
+        begins = not ids or (
+            self._restarts and (ids[-1] == self._image_token_id or (len(ids) == 1 and ids[0] in self.added))
+        )
+        return self.prefix == "first" and begins
 
-    def scaffold(self, text: str, before: Sequence[int]) -> tuple[int, ...]:
-        """Tokenise what the template wrote, special tokens recognised."""
-        return self._cached_scaffold(text, self.is_fresh(before)) if text else ()
-
-    def _encode_scaffold(self, text: str, fresh: bool) -> tuple[int, ...]:
-        if fresh or self.prefix == "never":
-            return tuple(self._natural.encode(text, add_special_tokens=False).ids)
+    def _cut_up(self, text: str) -> tuple[int | str, ...]:
+        """Cut what the template wrote at its control tokens, which become ids."""
+        found: list[int | str] = []
+        position = 0
         encoding = self._scaffold.encode(text, add_special_tokens=False)
-        if self.prefix == "always":
-            for index, (token, (_, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
-                if token in self.added and end < len(text):  # what follows an added token is fresh again
-                    rest = self._natural.encode(text[end:], add_special_tokens=False).ids
-                    return (*encoding.ids[: index + 1], *rest)
-        return tuple(encoding.ids)
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token in self._control and self._control[token]["content"] in text[start:end]:
+                found += [text[position:start], token]
+                position = end
+        return tuple(bit for bit in (*found, text[position:]) if bit != "")
 
-    def first_added(self, ids: Sequence[int]) -> int | None:
-        """Index of the first added token, if nothing but white space comes before it."""
-        for index, token in enumerate(ids):
-            if token in self.added:
-                blank = not self._natural.decode(list(ids[:index]), skip_special_tokens=False).strip()
-                return index if blank else None
-        return None
+    def strips(self, token: int, side: Literal["lstrip", "rstrip"]) -> bool:
+        """Whether a control token takes the white space beside it away."""
+        return token in self._control and bool(self._control[token][side])
 
-    def content(self, text: str, before: Sequence[int], *, space: str = "", keep_exact: bool = False) -> list[int]:
-        """Tokenise what somebody wrote; nothing in it is read as a special token."""
-        wanted = self.hides_space or not (keep_exact or text.startswith(" "))
-        if not space and wanted and self.is_fresh(before):
+    def text(self, text: str, before: Sequence[int], *, own: bool = False) -> list[int]:
+        """Tokenise text as the tokenizer would where it stands; `own` where all of it is the template's."""
+        return list((self._of_template if own else self._plain)(text, self.is_fresh(before)))
+
+    def answer(self, text: str, before: Sequence[int], space: str) -> list[int]:
+        """Tokenise an answer behind a given space, so that it decodes to itself."""
+        if not space and self.hides_space and self.is_fresh(before):
             space = " "
-        return self._plain(space + text)
+        return list(self._plain(space + text, False))
 
-    def _plain(self, text: str) -> list[int]:
+    def _plain(self, text: str, fresh: bool) -> tuple[int, ...]:
         """Tokenise without specials; models that list them as ordinary pieces are made to take them apart."""
-        encoding = self._content.encode(text, add_special_tokens=False)
-        if self._suspect.isdisjoint(encoding.ids):
-            return list(encoding.ids)
+        found: list[int] = []
+        waiting = [(text, fresh)]  # what is left, the next part last
+        while waiting:
+            part, begins = waiting.pop()
+            encoding = (self._fresh if begins else self._content).encode(part, add_special_tokens=False)
+            cuts = [] if self._suspect.isdisjoint(encoding.ids) else self._suspicious(part, encoding)
+            if not cuts:
+                found.extend(encoding.ids)
+                continue
+            ends = [*cuts, len(part)]
+            parts = [part[start:end] for start, end in zip([0, *cuts], ends, strict=True)]
+            waiting.extend((piece, begins and place == 0) for place, piece in reversed(list(enumerate(parts))))
+        return tuple(found)
+
+    def _suspicious(self, text: str, encoding: Any) -> list[int]:
+        """Where a text has to be cut, so that no piece of the model that is a special token is left in it."""
+        cuts: list[int] = []
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             name = self._stand_ins.get(token)
             if token not in self._suspect or (name is not None and name not in text[start:end]):
                 continue
-            cut = start + 1
-            if cut >= len(text):
+            if start + 1 < len(text):
+                cuts.append(start + 1)
+            elif len(text) == 1:
                 raise PolymodalError(
                     f"the text holds {text[start:end]!r}, which is a special token of one character; take it out"
                 )
-            return self._plain(text[:cut]) + self._plain(text[cut:])
-        return list(encoding.ids)
+            else:
+                cuts.append(start)
+        return sorted(set(cuts))
 
 
 def _members(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

@@ -10,7 +10,11 @@ the answer and its end token. SentencePiece tokenizers draw that space into the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from polymodal.errors import PolymodalError
+from polymodal.messages import Message
 
 _SYSTEM_FIRST = r"""
 {%- if messages and messages[0]['role'] == 'system' -%}
@@ -132,3 +136,18 @@ PRESETS: dict[str, Preset] = {
     "plain": Preset(_PLAIN.strip(), needs_eos=True, media_only=True),
 }
 """Name -> preset."""
+
+
+def check_plain(messages: Sequence[Message]) -> None:
+    """Refuse what the template of LLaVA's first stage, which drops questions, would make nonsense of."""
+    turns = [message for message in messages if message.role != "system"]
+    if [turn.role for turn in turns[:2]] not in (["user"], ["user", "assistant"]) or len(turns) > 2:
+        raise PolymodalError(
+            "the plain template takes one question and one answer, since it leaves questions out; this conversation "
+            f"has {len(turns)} turns: choose another template, or give each answer a conversation of its own"
+        )
+    if not turns[0].media:
+        raise PolymodalError(
+            "the plain template keeps only the images of a question, and this one has none, so nothing would be left "
+            "to answer; choose another template, or leave it out"
+        )
