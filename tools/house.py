@@ -33,7 +33,7 @@ REACHED = {
 }
 # From the ground up. A room imports rooms of lower floors, and those before it on its own.
 FLOORS: dict[str, tuple[str, ...]] = {
-    "base": ("errors", "messages", "config", "media_plan", "utils"),
+    "base": ("errors", "utils", "messages", "config", "media_plan"),
     "guards": ("safety",),
     "media in": ("media", "processing", "viewer"),
     "model": ("modeling",),

@@ -7,12 +7,13 @@ Unknown keys are errors that name the nearest key. Names follow the field's habi
 from __future__ import annotations
 
 import math
-import warnings
-from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from polymodal.errors import ConfigError, unknown_name
+from polymodal.errors import ConfigError
+from polymodal.utils.strict import Strict as Strict
+from polymodal.utils.strict import parse_config as parse_config
 
 AspectRatio: TypeAlias = Literal["squash", "pad", "crop"]
 PatchMerge: TypeAlias = Literal["flat", "spatial", "spatial_unpad"]
@@ -21,22 +22,11 @@ RESAMPLE_FILTERS: dict[Resample, int] = {"lanczos": 1, "bilinear": 2, "bicubic":
 """The resize filters that image rules may name, and their numbers in Pillow and in stock preprocessor files."""
 
 
-class Strict(BaseModel):
-    """A frozen model that refuses keys it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    RENAMED: ClassVar[dict[str, str]] = {}
-    """Keys of earlier versions and what each is called now; files that have them stay valid."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_earlier_names(cls, data: Any) -> Any:
-        for old, new in cls.RENAMED.items() if isinstance(data, dict) else ():
-            if old in data and new not in data:
-                warnings.warn(f"the key {old!r} is called {new!r} now", FutureWarning, stacklevel=2)
-                data = {new if key == old else key: value for key, value in data.items()}
-        return data
+# What a stranger's file may ask for; the largest published towers take 1,536 pixels a side and cut 36 tiles.
+MAX_TILE, MAX_CANVAS, MAX_PIXELS = 4096, 2**27, 400_000_000
+Side: TypeAlias = Annotated[int, Field(ge=1, le=MAX_TILE)]
+Channel: TypeAlias = Annotated[int, Field(ge=0, le=255)]
+Deviation: TypeAlias = Annotated[float, Field(gt=0)]
 
 
 class VisionConfig(Strict):
@@ -58,9 +48,9 @@ class VisionConfig(Strict):
     revision: str | None = None
     mm_vision_select_layer: int | tuple[int, ...] = -2
     mm_vision_select_feature: Literal["patch", "cls_patch", "cls"] = "patch"
-    pool: int | None = None
+    pool: Side | None = None
     stages: tuple[str, ...] | None = None
-    detail: int | None = None
+    detail: Side | None = None
 
 
 class ImageConfig(Strict):
@@ -85,27 +75,37 @@ class ImageConfig(Strict):
         resample: Pillow's filter.
         background: What shows through transparent pixels and fills padding of "slice", RGB 0..255.
         pad_color: What "pad" puts beside the image; None takes the mean colour, as LLaVA does.
-        max_pixels: Images with more pixels are refused before they are decoded.
+        max_pixels: Images with more pixels are refused before they are decoded; `--max-pixels` goes before it.
     """
 
-    RENAMED = {"several_pictures": "several_images"}
+    RENAMED: ClassVar[dict[str, str]] = {"several_pictures": "several_images"}
 
     image_aspect_ratio: Literal["squash", "pad", "crop", "slice", "anyres"] = "pad"
-    tile_size: tuple[int, int]
-    resize_short_side: int | None = None
-    image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
-    anyres_max: int | None = None
+    tile_size: tuple[Side, Side]
+    resize_short_side: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    image_grid_pinpoints: Annotated[tuple[tuple[PositiveInt, PositiveInt], ...], Field(max_length=1024)] = ()
+    anyres_max: PositiveInt | None = None
     mm_patch_merge_type: PatchMerge = "flat"
     several_images: Literal["alike", "pad"] = "alike"
-    max_tiles: int = 6
+    max_tiles: int = Field(default=6, ge=1, le=1024)
     thumbnail: bool = True
     overview_aspect_ratio: AspectRatio = "squash"
     image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
+    image_std: tuple[Deviation, Deviation, Deviation]
     resample: Resample = "bicubic"
-    background: tuple[int, int, int] = (255, 255, 255)
-    pad_color: tuple[int, int, int] | None = None
-    max_pixels: int = 64_000_000
+    background: tuple[Channel, Channel, Channel] = (255, 255, 255)
+    pad_color: tuple[Channel, Channel, Channel] | None = None
+    max_pixels: int = Field(default=64_000_000, ge=1, le=MAX_PIXELS)
+
+    @model_validator(mode="after")
+    def _has_room(self) -> Self:
+        height, width = self.tile_size
+        canvases = {"max_tiles": self.max_tiles * height * width if self.image_aspect_ratio == "slice" else 0}
+        canvases |= {"image_grid_pinpoints": max((h * w for h, w in self.image_grid_pinpoints), default=0)}
+        for name, area in canvases.items():
+            if area > MAX_CANVAS:
+                raise ValueError(f"{name} asks for {area:,} pixels an image, at most {MAX_CANVAS:,} are allowed")
+        return self
 
 
 class TemporalAttentionConfig(Strict):
@@ -398,12 +398,12 @@ class ModelConfig(Strict):
     template: TemplateConfig = Field(default_factory=TemplateConfig)
     image_token_id: int | None = None
 
-    @field_validator("image")
-    @classmethod
-    def _image_needs_vision(cls, value: ImageConfig | None, info: Any) -> ImageConfig | None:
-        if (value is None) != (info.data.get("vision") is None):
-            raise ValueError("`vision` and `image` come together: give both or neither")
-        return value
+    @model_validator(mode="after")
+    def _image_needs_vision(self) -> Self:
+        if (self.image is None) != (self.vision is None):
+            missing = "image" if self.image is None else "vision"
+            raise ValueError(f"`vision` and `image` come together, and {missing!r} is missing: give both or neither")
+        return self
 
 
 def new_image_rules(config: ModelConfig, image: ImageConfig | None) -> ModelConfig:
@@ -414,42 +414,3 @@ def new_image_rules(config: ModelConfig, image: ImageConfig | None) -> ModelConf
         had = "no images" if config.image is None else f"tiles of {config.image.tile_size}"
         raise ConfigError(f"init.image: the model takes {had}, the recipe asks for tiles of {image.tile_size}")
     return config.model_copy(update={"image": image})
-
-
-ConfigT = TypeVar("ConfigT", bound=BaseModel)
-
-
-def parse_config(cls: type[ConfigT], data: Any, where: str) -> ConfigT:
-    """Validate plain data into a config, with one-line errors."""
-    if not isinstance(data, dict):
-        raise ConfigError(f"{where}: expected a mapping of keys, found {type(data).__name__}")
-    try:
-        return cls.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(p) for p in first["loc"])
-        if first["type"] == "extra_forbidden":
-            unknown = unknown_name("key", path.split(".")[-1], _fields_at(cls, first["loc"][:-1]))
-            raise ConfigError(f"{where}: {unknown} (at {path})") from None
-        given = "" if first["type"] == "missing" else f" (given {first['input']!r})"
-        raise ConfigError(f"{where}: {path or 'config'}: {first['msg']}{given}") from None
-
-
-def _fields_at(cls: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    """Names of the fields at a location inside a nested config class."""
-    models = [cls]  # a union's members until a tag, the next key, picks one; their first until then
-    for key in loc:
-        field = models[0].model_fields.get(key)
-        tagged = [m for m in models if any(key in get_args(f.annotation) for f in m.model_fields.values())]
-        if len(models) > 1 and tagged:
-            models = tagged[:1]
-        elif field is not None:
-            models = _nested_models(field.annotation) or models
-    return list(models[0].model_fields)
-
-
-def _nested_models(annotation: Any) -> list[type[BaseModel]]:
-    """The config classes inside an annotation, in order."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for inner in getattr(annotation, "__args__", ()) for found in _nested_models(inner)]

@@ -106,7 +106,7 @@ class ImagePlan:
 def plan_image(source: Size, image: ImageConfig, tokens: Size, *, alone: bool = True) -> ImagePlan:
     """Plan an image that the encoder turns into `tokens` a tile; `alone` where its conversation has no other image."""
     tile = Size(*image.tile_size)
-    for what, size in (("image size", source), ("tile_size", tile), ("tokens per tile", tokens)):
+    for what, size in (("image size", source), ("tokens per tile", tokens)):
         _refuse_empty(what, size)
     how = image.image_aspect_ratio
     if how == "anyres":
@@ -164,8 +164,6 @@ def fit_tile(
         place = _centre(source, frame)
         return Box(place.top, place.left, frame.height, frame.width), whole
     short = min(tile.height, tile.width) if short_side is None else short_side
-    if short < 1:
-        raise ConfigError(f"resize_short_side must be at least 1, got {short}")
     if source.width <= source.height:
         resized = Size(int(short * source.height / source.width), short)
     else:
@@ -177,8 +175,6 @@ def fit_tile(
 
 def _plan_slice(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> ImagePlan:
     """Cut the image into tiles at its own scale, or at the largest scale that `max_tiles` allows."""
-    if image.max_tiles < 1:
-        raise ConfigError(f"max_tiles must be at least 1, got {image.max_tiles}")
     scaled = _tiles_needed(source, tile).area > image.max_tiles
     content = _scale_to_tiles(source, tile, image.max_tiles) if scaled else source
     grid = _tiles_needed(content, tile)
@@ -225,10 +221,8 @@ def _plan_anyres(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> 
     kept = unpad_box(field, source) if newline else Box(0, 0, field.height, field.width)
     laid = kept.size
     if most is not None:
-        if not newline or most < 1:
-            raise ConfigError(
-                f"anyres_max must be at least 1 and needs mm_patch_merge_type: spatial_unpad, got {most} with {merge}"
-            )
+        if not newline:
+            raise ConfigError(f"anyres_max needs mm_patch_merge_type: spatial_unpad, got {most} with {merge}")
         laid = _shrink(kept.size, tokens, most)
     return ImagePlan(
         source=source,
@@ -321,7 +315,6 @@ def _pinpoints(image: ImageConfig, tile: Size) -> list[Size]:
         raise ConfigError("image_aspect_ratio: anyres needs image_grid_pinpoints, and none are given")
     pinpoints = [Size(height, width) for height, width in image.image_grid_pinpoints]
     for point in pinpoints:
-        _refuse_empty("image_grid_pinpoints", point)
         if point.height % tile.height or point.width % tile.width:
             raise ConfigError(
                 f"image_grid_pinpoints: {point.height}x{point.width} is no multiple of "

@@ -170,7 +170,7 @@ def write_parts(folder: Path, tower: str, llm: str) -> None:
 
 
 def write_data(folder: Path) -> Path:
-    """Four rows as LLaVA writes them: images of several shapes, and one without."""
+    """Four rows as LLaVA writes them: images of several shapes, and one without; captions.json lacks that one."""
     from PIL import Image
 
     chance = random.Random(0)
@@ -179,6 +179,7 @@ def write_data(folder: Path) -> Path:
         Image.new("RGB", size, tuple(chance.randrange(256) for _ in range(3))).save(folder / f"{number}.png")
         turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"Image {number}."}]
         rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (folder / "captions.json").write_text(json.dumps(rows))
     turns = [{"from": "human", "value": "Hello!"}, {"from": "gpt", "value": "Hello, what shall we look at?"}]
     rows.append({"id": "text", "conversations": turns})
     (folder / "data.json").write_text(json.dumps(rows))
@@ -207,7 +208,8 @@ def test_every_stage_takes_a_step(name: str, tmp_path: Path) -> None:
         f"init.model.llm.model_name_or_path={tmp_path / 'llm'}",
         "init.model.llm.dtype=float32",
     ]
-    train(load_recipe(first, [*common, *parts, f"output_dir={tmp_path / 'first'}"]))
+    captions = f"data.mix=[{{path: {tmp_path / 'captions.json'}}}]"  # the plain template takes images only
+    train(load_recipe(first, [*common, captions, *parts, f"output_dir={tmp_path / 'first'}"]))
     for path in stages:
         if path == first:
             continue

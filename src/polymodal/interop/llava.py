@@ -30,7 +30,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 
 from polymodal.checkpoints.model_folder import Loaded, load_adapter
-from polymodal.config import ImageConfig, LLMConfig, ModelConfig, ProjectorConfig, TemplateConfig, VisionConfig
+from polymodal.config import (
+    ImageConfig,
+    LLMConfig,
+    ModelConfig,
+    ProjectorConfig,
+    TemplateConfig,
+    VisionConfig,
+    parse_config,
+)
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.interop.huggingface.load import Dtype
 from polymodal.interop.huggingface.weight_names import DERIVED
@@ -293,7 +301,7 @@ def _images(repo: Repo, tower: str) -> tuple[VisionConfig, ImageConfig]:
     if repo.in_tiles:
         height, width = image.tile_size
         changes["image_grid_pinpoints"] = tuple((r * height, c * width) for r, c in changes["image_grid_pinpoints"])
-    return vision, ImageConfig(**{**image.model_dump(), **changes})
+    return vision, parse_config(ImageConfig, {**image.model_dump(), **changes}, f"vision tower {tower!r}")
 
 
 def _tower_file(tower: str, name: str) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from polymodal.config import RESAMPLE_FILTERS, ImageConfig, Resample
-from polymodal.errors import ConfigError, unknown_name
+from polymodal.config import RESAMPLE_FILTERS, ImageConfig, Resample, parse_config
+from polymodal.errors import ConfigError, first_line, unknown_name
 
 Family = Literal["one_tile", "llava", "llava_next", "onevision"]
 
@@ -44,6 +44,13 @@ _KNOWN = {*_MUST_BE_TRUE, *_READ.split(), *_IRRELEVANT.split()}
 
 def image_config_from_hf(preprocessor: Mapping[str, Any], *, vision_aspect_ratio: str | None = None) -> ImageConfig:
     """Read CLIP's, SigLIP's, DINOv2's, LLaVA's, LLaVA-NeXT's or LLaVA-OneVision's preprocessing."""
+    try:
+        return _read(preprocessor, vision_aspect_ratio)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"the preprocessor config holds a value of another kind ({first_line(error)})") from None
+
+
+def _read(preprocessor: Mapping[str, Any], vision_aspect_ratio: str | None) -> ImageConfig:
     if isinstance(nested := preprocessor.get("image_processor"), Mapping):
         preprocessor = nested
     given = {key: value for key, value in preprocessor.items() if value is not None}
@@ -56,16 +63,17 @@ def image_config_from_hf(preprocessor: Mapping[str, Any], *, vision_aspect_ratio
             raise _refuse(name, key, value, "is not understood")
         if key in _MUST_BE_TRUE and value is not True:
             raise _refuse(name, key, value, "cannot be expressed; it must be true")
-    if abs(given.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+    if not abs(given.get("rescale_factor", 1 / 255) * 255 - 1) <= 1e-6:
         raise _refuse(name, "rescale_factor", given["rescale_factor"], "cannot be expressed; it must be 1/255")
     if family != "onevision" and vision_aspect_ratio is not None:
         raise ConfigError(f"{name}: vision_aspect_ratio is {vision_aspect_ratio!r}, only LLaVA-OneVision has one")
-    return ImageConfig(
+    found = {
         **_layout(given, name, family, vision_aspect_ratio),
-        image_mean=_channels(given, name, "image_mean", 0.0),
-        image_std=_channels(given, name, "image_std", 1.0),
-        resample=_resample(given, name),
-    )
+        "image_mean": _channels(given, name, "image_mean", 0.0),
+        "image_std": _channels(given, name, "image_std", 1.0),
+        "resample": _resample(given, name),
+    }
+    return parse_config(ImageConfig, found, name)
 
 
 def _layout(given: dict[str, Any], name: str, family: Family, vision_aspect_ratio: str | None) -> dict[str, Any]:

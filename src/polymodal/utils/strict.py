@@ -1,0 +1,78 @@
+"""Configuration classes that refuse what they do not know, and their one-line errors."""
+
+from __future__ import annotations
+
+import reprlib
+import warnings
+from typing import Any, ClassVar, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from polymodal.errors import ConfigError, unknown_name
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses keys it does not know, and numbers that are none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    RENAMED: ClassVar[dict[str, str]] = {}
+    """Keys of earlier versions and what each is called now; files that have them stay valid."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_earlier_names(cls, data: Any) -> Any:
+        for old, new in cls.RENAMED.items() if isinstance(data, dict) else ():
+            if old in data and new not in data:
+                warnings.warn(f"the key {old!r} is called {new!r} now", FutureWarning, stacklevel=2)
+                data = {new if key == old else key: value for key, value in data.items()}
+        return data
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def parse_config(cls: type[ConfigT], data: Any, where: str) -> ConfigT:
+    """Validate plain data into a config, with one-line errors."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected a mapping of keys, found {type(data).__name__}")
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(p) for p in first["loc"])
+        if first["type"] == "extra_forbidden":
+            unknown = unknown_name("key", path.split(".")[-1], _fields_at(cls, first["loc"][:-1]))
+            raise ConfigError(f"{where}: {unknown} (at {path})") from None
+        told = first["type"] != "missing" and not (first["type"] == "value_error" and isinstance(first["input"], dict))
+        given = f" (given {_shown(first['input'])})" if told else ""
+        raise ConfigError(f"{where}: {path or 'config'}: {first['msg'].removeprefix('Value error, ')}{given}") from None
+
+
+def _shown(value: Any) -> str:
+    """A value as an error line has room for; a number of thousands of digits cannot be written at all."""
+    try:
+        text = repr(value[:100]) if isinstance(value, str) else reprlib.repr(value)
+    except ValueError:
+        return f"a number of {value.bit_length():,} bits" if isinstance(value, int) else type(value).__name__
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _fields_at(cls: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    """Names of the fields at a location inside a nested config class."""
+    models = [cls]  # a union's members until a tag, the next key, picks one; their first until then
+    for key in loc:
+        field = models[0].model_fields.get(key)
+        tagged = [m for m in models if any(key in get_args(f.annotation) for f in m.model_fields.values())]
+        if len(models) > 1 and tagged:
+            models = tagged[:1]
+        elif field is not None:
+            models = _nested_models(field.annotation) or models
+    return list(models[0].model_fields)
+
+
+def _nested_models(annotation: Any) -> list[type[BaseModel]]:
+    """The config classes inside an annotation, in order."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for inner in getattr(annotation, "__args__", ()) for found in _nested_models(inner)]
