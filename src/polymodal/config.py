@@ -7,7 +7,7 @@ Unknown keys are errors that name the nearest key. Names follow the field's habi
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -78,7 +78,7 @@ class ImageConfig(Strict):
         max_pixels: Images with more pixels are refused before they are decoded; `--max-pixels` goes before it.
     """
 
-    RENAMED: ClassVar[dict[str, str]] = {"several_pictures": "several_images"}
+    RENAMED = {"several_pictures": "several_images"}  # noqa: RUF012  # a class variable, as `Strict` says
 
     image_aspect_ratio: Literal["squash", "pad", "crop", "slice", "anyres"] = "pad"
     tile_size: tuple[Side, Side]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -66,3 +67,17 @@ def test_draw_tiles_example(image_folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "anyres: 5 tiles, 2144 tokens" in done.stdout
     assert target.stat().st_size > 10_000
+
+
+def test_the_largest_image_may_be_set(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("POLYMODAL_MAX_PIXELS", raising=False)
+    Image.new("L", (300, 200)).save(tmp_path / "photo.png")
+    argv = ["inspect", "--model", str(tiny_model_folder), "--prompt", "What?", "--image", str(tmp_path / "photo.png")]
+    assert main(["--max-pixels", "59999", *argv]) == 2
+    assert "at most 59,999 are allowed; scale it down, or allow it with --max-pixels 60000" in capsys.readouterr().err
+    assert main([*argv, "--max-pixels", "60000"]) == 0
+    assert main([*argv, "--max-pixels", "0"]) == 2
+    assert "must be a whole number from 1 to 400,000,000" in capsys.readouterr().err
+    assert "POLYMODAL_MAX_PIXELS" not in os.environ

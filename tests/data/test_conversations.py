@@ -117,6 +117,12 @@ def test_openai_parts() -> None:
     assert len(record.messages[0].media) == 9
 
 
+@pytest.mark.parametrize("url", ["file://{}", "file://localhost{}", "FILE://{}", "file:{}"])
+def test_file_urls(url: str) -> None:
+    message = {"role": "user", "content": [{"type": "image", "url": url.format(ROOT / "my%20cat%231.png")}]}
+    assert read_openai([message], "request", ROOT) == [user(Image(ROOT / "my cat#1.png"))]
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "a.png", "file:///etc/passwd", "../a.png"])
 def test_requests_cannot_name_files(path: str) -> None:
     part = {"type": "image_url", "image_url": {"url": path}}

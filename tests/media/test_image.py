@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from polymodal.errors import MediaError
+from polymodal.errors import ConfigError, MediaError
+from polymodal.media import image as image_module
 from polymodal.media.image import FORMATS, open_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -265,6 +266,10 @@ def test_cut_off(format: str) -> None:
         (b"<svg></svg>", "is an SVG drawing"),
         (b"\n<!DOCTYPE html><html>404</html>", "is a web page"),
         (b"\0\0\0\x18ftypheic\0\0\0\0", "is a HEIC image, convert it to JPEG or PNG"),
+        (b"\0\0\0\x18ftypheim\0\0\0\0", "is a HEIC image"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1avif", "is an AVIF image"),
+        (b"\0\0\0\x1cftypisom\0\0\0\0isomMiHBheic", "is a HEIC image"),
+        (b"\0\0\0\x18ftypqt  \0\0\0\0qt  mdatheic", "is a video"),
         (b"\0\0\0\x18ftypavif\0\0\0\0", "is an AVIF image"),
         (b"\0\0\0\x18ftypisom\0\0\0\0", "is a video"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
@@ -320,3 +325,76 @@ def test_damaged_bytes_give_a_image_or_one_line(data: bytes, changes: list[tuple
     else:
         assert image.mode == "RGB"
         assert image.width * image.height <= 1_000_000
+
+
+def test_the_user_may_allow_a_larger_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    photo = encode(PILImage.new("L", (300, 200)), "PNG")
+    assert "or allow it with --max-pixels 60000" in refused(photo, max_pixels=50_000)
+    monkeypatch.setenv("POLYMODAL_MAX_PIXELS", "60000")
+    assert open_image(photo, max_pixels=50_000).size == (300, 200)
+    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 10_000)  # Pillow's own limit, which is twice this
+    assert open_image(photo, max_pixels=50_000).size == (300, 200)
+    assert PILImage.MAX_IMAGE_PIXELS == 10_000
+    monkeypatch.setenv("POLYMODAL_MAX_PIXELS", "59999")
+    assert "at most 59,999 are allowed" in refused(photo)
+    assert "--max-pixels" not in refused(png_header(30_000, 30_000))  # no more than 400 million are ever opened
+    for wrong in ("0", "-1", "1e8", "many", "9" * 5000, "400000001", "²"):
+        monkeypatch.setenv("POLYMODAL_MAX_PIXELS", wrong)
+        with pytest.raises(ConfigError, match="must be a whole number from 1 to 400,000,000"):
+            open_image(photo)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_few_bits_in_many_are_warned_about(mode: str) -> None:
+    values = np.asarray([[0, 4095]], dtype=np.uint16 if mode == "I;16" else np.int32)
+    with pytest.warns(UserWarning, match=r"scan.png: its values end at 4,095 of 65,535, so it comes out nearly black"):
+        opened = open_image(encode(PILImage.fromarray(values), "TIFF"), name="scan.png")
+    assert opened.getpixel((1, 0)) == (16, 16, 16)
+    assert opened.info.get("highest") is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_image(PILImage.fromarray(np.asarray([[0, 30000]], dtype=np.uint16)))
+        open_image(PILImage.fromarray(np.asarray([[0, 200]], dtype=np.int32)))
+        open_image(PILImage.fromarray(np.zeros((1, 2), dtype=np.uint16)))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "CMYK", "I;16", "I", "F", "1", "PA", "La", "I;16B"])
+def test_large_images_are_converted_in_bands(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step holds a part of the image only, and the parts come out as the whole would."""
+    grey = np.linspace(0, 60_000, 40 * 30).reshape(40, 30)
+    types = {"I;16": np.uint16, "I;16B": np.dtype(">u2"), "I": np.int32, "F": np.float32}
+    image = PILImage.fromarray(grey.astype(types[mode])) if mode in types else noise(40, 30)
+    if mode in ("PA", "La"):
+        image = PILImage.new(mode, (30, 40))
+    elif mode == "P":
+        image = image.quantize(16)
+        image.info["transparency"] = 3
+    elif mode not in types:
+        image.putalpha(PILImage.fromarray((grey / 256).astype(np.uint8)))
+        image = image.convert(mode) if mode not in ("CMYK", "1") else image.convert("RGB").convert(mode)
+    whole = open_image(image, background=RED).tobytes()
+    seen: list[int] = []
+    band = image_module._band_to_rgb
+
+    def watched(part: PILImage.Image, *rest: Any) -> PILImage.Image:
+        seen.append(part.width * part.height)
+        return band(part, *rest)
+
+    monkeypatch.setattr(image_module, "_BAND", 100)
+    monkeypatch.setattr(image_module, "_band_to_rgb", watched)
+    assert open_image(image, background=RED).tobytes() == whole
+    assert max(seen) <= 100 and sum(seen) == 1200
+
+
+def test_files_that_take_minutes_to_decode_are_refused() -> None:
+    photo = encode(noise(64, 64), "JPEG", progressive=True)
+    scan = photo[photo.rindex(b"\xff\xda") : -2]
+    assert open_image(photo[:-2] + scan * 20 + photo[-2:]).size == (64, 64)
+    assert "a JPEG of more than 100 scans" in refused(photo[:-2] + scan * 3000 + photo[-2:])
+    # What stands behind the end, or inside a segment, is no scan of this image.
+    assert open_image(photo + b"\xff\xda\0\x02" * 3000).size == (64, 64)
+    comment = b"\xff\xfe" + struct.pack(">H", 2 + 4 * 3000) + b"\xff\xda\0\x02" * 3000
+    assert open_image(photo[:2] + comment + photo[2:]).size == (64, 64)
+    assert open_image(b"P3\n2 1\n255\n1 2 3 4 5 6\n").getpixel((1, 0)) == (4, 5, 6)
+    assert "a PPM in letters of" in refused(b"P3\n1000 1000\n255\n" + b"1 2 3 " * 1_000_000)
+    assert open_image(encode(noise(1200, 1200), "PPM")).size == (1200, 1200)

@@ -20,7 +20,9 @@ def test_paths(tmp_path: Path) -> None:
     assert read_bytes(file, limit=100) == b"content"
     assert read_bytes(str(file), limit=7) == b"content"
     assert read_bytes(file.as_uri(), limit=100) == b"content"
-    assert read_bytes(f"file://localhost{file}", limit=100) == b"content"
+    quoted = str(file).replace(" ", "%20")
+    for url in (f"file://localhost{quoted}", f"FILE://LOCALHOST{quoted}", f"file:{quoted}", f"file://{file}"):
+        assert read_bytes(url, limit=100) == b"content"
 
 
 @given(st.binary(min_size=1, max_size=200))
@@ -47,6 +49,10 @@ def test_memory(kind: type) -> None:
         ("https://example.org/cat.jpg", "https://example.org/cat.jpg: remote fetch is off; download the file"),
         ("HTTP://example.org/cat.jpg", "remote fetch is off"),
         ("ftp://example.org/cat.jpg", "ftp: URLs cannot be read"),
+        ("file://elsewhere/a.png", "a file: URL names a file of this machine"),
+        ("file://", "a file: URL names a file of this machine"),
+        ("~nouser-here/x.png", "~nouser-here/x.png: no such file"),
+        ("/dev/zero", "/dev/zero: is not a regular file"),
         ("no/such/file.png", "no/such/file.png: no such file"),
         ("", "the path of an image is empty"),
         ("a\0b.png", "a?b.png: cannot be read"),
@@ -82,6 +88,17 @@ def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(MediaError, match="is not a regular file"):
         read_bytes(tmp_path / "pipe", limit=10)
+
+
+def test_links_are_followed_and_circles_of_them_refused(tmp_path: Path) -> None:
+    """Who made the folder made the link, so it may lead out of it; see the top of `media.source`."""
+    (tmp_path / "elsewhere").write_bytes(b"content")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a.png").symlink_to(tmp_path / "elsewhere")
+    assert read_bytes(tmp_path / "root" / "a.png", limit=10) == b"content"
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(MediaError, match=r"loop: cannot be read \(Too many levels of symbolic links\); check the path"):
+        read_bytes(tmp_path / "loop", limit=10)
 
 
 def test_limits(tmp_path: Path) -> None:

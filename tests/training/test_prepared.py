@@ -120,7 +120,7 @@ def test_training_opens_what_prep_made(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    recipe = write(plain, tmp_path, index=str(tmp_path / "shared"), template="plain")
+    recipe = write(plain, tmp_path, index=str(tmp_path / "shared"), template="vicuna")
     plain["run"] |= {"feature_cache": "memory", "max_steps": 2}
     recipe.write_text(yaml.safe_dump(plain))
     assert main(["data", "prep", str(recipe)]) == 0

@@ -12,6 +12,7 @@ import io
 import os
 import sys
 from collections.abc import Container, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
@@ -47,14 +48,16 @@ def build_parser(wanted: Container[str] = tuple(VERBS)) -> argparse.ArgumentPars
         release = version("polymodal")
     except PackageNotFoundError:
         release = "(not installed)"
-    debug = _Parser(add_help=False)
-    debug.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    everywhere = _Parser(add_help=False)
+    add = partial(everywhere.add_argument, default=argparse.SUPPRESS)
+    add("--debug", action="store_true", help="show the traceback of an error")
+    add("--max-pixels", type=int, metavar="N", help="the largest image that is opened (64,000,000, or the model's)")
     about = "Compose, train and run multimodal language models."
-    parser = _Parser(prog="polymodal", description=about, parents=[debug])
+    parser = _Parser(prog="polymodal", description=about, parents=[everywhere])
     parser.add_argument("--version", action="version", version=f"polymodal {release}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, line in VERBS.items():
-        verb = verbs.add_parser(name, help=line, parents=[debug], formatter_class=argparse.RawDescriptionHelpFormatter)
+        verb = verbs.add_parser(name, help=line, parents=[everywhere], formatter_class=argparse.RawDescriptionHelpFormatter)
         if name in wanted:
             module = importlib.import_module(f"polymodal.cli.{name}")
             verb.description = module.__doc__
@@ -69,8 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # what their encoding lacks becomes an escape, no error in mid-answer
         if isinstance(stream, io.TextIOWrapper) and not stream.closed:
             stream.reconfigure(errors="backslashreplace")
+    before = os.environ.get("POLYMODAL_MAX_PIXELS")
     try:
         args = build_parser(given).parse_args(given)
+        if hasattr(args, "max_pixels"):
+            os.environ["POLYMODAL_MAX_PIXELS"] = str(args.max_pixels)  # media.image reads it, in workers too
         return int(args.run(args))
     except PolymodalError as error:
         if "--debug" in given:
@@ -86,3 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader went away (`polymodal … | head`); keep Python from complaining when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    finally:
+        if before is None:
+            os.environ.pop("POLYMODAL_MAX_PIXELS", None)
+        else:
+            os.environ["POLYMODAL_MAX_PIXELS"] = before

@@ -1,7 +1,9 @@
 """Bytes from a path, a `data:` URL, an archive, a cell of a parquet file or memory, never more than a limit.
 
 Nothing is fetched over the network here: a training record or a request that names a URL must not make this program
-open a connection. Error lines name the source in a form that is safe to print.
+open a connection. Error lines name the source in a form that is safe to print. A path may not climb out of the folder
+that its data lie in; a symbolic link inside that folder is followed wherever it leads, since who made the folder made
+the link, and image folders are often linked from another disk.
 
 Parquet has no way to read one cell: a column is read a row group at a time. The last groups are kept, so that reading
 in order costs one read a group; reading in random order costs one for each image. Hugging Face `datasets` writes groups
@@ -14,7 +16,6 @@ import base64
 import binascii
 import os
 import re
-import stat
 import threading
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from polymodal.errors import MediaError, PolymodalError, first_line
 from polymodal.messages import FileSlice, Source, TableCell
+from polymodal.utils.files import home_path, regular_size
 
 MAX_BYTES = 128 * 2**20
 """The largest file that is read unless the caller says otherwise."""
@@ -31,7 +33,7 @@ MAX_GROUP_BYTES = 2 * 2**30
 
 # Held while a row group is read: threads that want the same one wait for it instead of reading it again.
 _LOCK = threading.Lock()
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(?i:(file)):(?=/)")
 
 
 def describe(source: Source) -> str:
@@ -84,25 +86,31 @@ def _local_path(source: str | Path, name: str) -> Path:
         raise MediaError("the path of an image is empty; give a file")
     found = _SCHEME.match(source)
     if found is None:
-        return Path(source).expanduser()
-    scheme = found[1].lower()
+        return home_path(source)
+    scheme = (found[1] or found[2]).lower()
     if scheme == "file":
-        rest = unquote(source[found.end() :])
-        return Path(rest[len("localhost") :] if rest.startswith("localhost/") else rest)
+        return Path(from_file_url(source, name))
     if scheme in ("http", "https"):
         raise MediaError(f"{name}: remote fetch is off; download the file and give its path", "remote-file")
     raise MediaError(f"{name}: {scheme}: URLs cannot be read; give a path or a data: URL")
 
 
+def from_file_url(text: str, name: str, error: type[PolymodalError] = MediaError) -> str:
+    """The path that a `file:` URL names; any other text as it is."""
+    found = _SCHEME.match(text)
+    if found is None or (found[1] or found[2]).lower() != "file":
+        return text
+    host, slash, rest = text[found.end() :].partition("/")
+    if host.lower() not in ("", "localhost") or not slash:
+        raise error(f"{name}: a file: URL names a file of this machine, as file:///folder/image.png does")
+    return unquote(f"/{rest}")
+
+
 def _file(path: Path, limit: int, name: str, part: FileSlice | None = None) -> bytes:
     """Read a regular file, or a part of one; devices and pipes could block or never end."""
+    size = regular_size(path, name, MediaError)
+    _check_size(name, size if part is None else part.size, limit)
     try:
-        info = path.stat()
-        if stat.S_ISDIR(info.st_mode):
-            raise MediaError(f"{name}: is a directory; give a file")
-        if not stat.S_ISREG(info.st_mode):
-            raise MediaError(f"{name}: is not a regular file; give a file")
-        _check_size(name, info.st_size if part is None else part.size, limit)
         with path.open("rb") as file:
             if part is None:
                 data = file.read(limit + 1)  # the file may have grown since
@@ -111,13 +119,8 @@ def _file(path: Path, limit: int, name: str, part: FileSlice | None = None) -> b
                 data = file.read(part.size)
                 if len(data) < part.size:
                     raise MediaError(f"{name}: the file ends before it; it was cut off or has changed, fetch it again")
-    except FileNotFoundError:
-        raise MediaError(f"{name}: no such file; check the path", "missing-file") from None
-    except PermissionError:
-        raise MediaError(f"{name}: no permission to read; check the file's mode") from None
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        reason = getattr(error, "strerror", None) or str(error)
-        raise MediaError(f"{name}: cannot be read ({reason}); check the path") from None
+    except OSError as error:
+        raise MediaError(f"{name}: cannot be read ({error.strerror}); check the path") from None
     return data
 
 
@@ -148,14 +151,13 @@ def _check_size(name: str, size: int, limit: int) -> None:
 
 def open_table(path: Path, error: type[PolymodalError] = MediaError) -> Any:
     """Open a parquet file."""
+    regular_size(path, error=error)
     try:
         import pyarrow.parquet as parquet
     except ImportError:
         raise error(f"{path}: reading parquet needs pyarrow; pip install 'polymodal[data]'") from None
     try:
         return parquet.ParquetFile(path)
-    except FileNotFoundError:
-        raise error(f"{path}: no such file", "missing-file") from None
     except Exception as reason:  # pyarrow raises many types for damaged files
         raise error(f"{path}: not a whole parquet file ({first_line(reason)[:160]}); fetch it again") from None
 
@@ -214,7 +216,7 @@ def read_cell(cell: TableCell, limit: int, name: str) -> bytes:
 
 
 def _at_path(value: str, root: Path, limit: int, name: str) -> bytes:
-    """Read the file that a cell names in place of its bytes."""
+    """Read the file that a cell names in place of its bytes; links inside the folder are followed."""
     path = Path(os.path.normpath(root.absolute() / value))
     if not path.is_relative_to(os.path.normpath(root.absolute())):
         raise MediaError(f"{name}: {value!r} leaves the folder {root}; media must lie inside it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +36,30 @@ def sha256_file(path: Path) -> str:
     """Hash a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def regular_size(path: Path, name: str = "", error: type[PolymodalError] = PolymodalError) -> int:
+    """The size of a file in bytes; pipes and devices, which may block or never end, are refused unopened."""
+    name = name or str(path)
+    try:
+        info = path.stat()
+    except FileNotFoundError:
+        raise error(f"{name}: no such file; check the path", "missing-file") from None
+    except PermissionError:
+        raise error(f"{name}: no permission to read; check the file's mode") from None
+    except (OSError, ValueError) as reason:  # ValueError: a null character in the path
+        why = getattr(reason, "strerror", None) or str(reason)
+        raise error(f"{name}: cannot be read ({why}); check the path") from None
+    if stat.S_ISDIR(info.st_mode):
+        raise error(f"{name}: is a directory; give a file")
+    if not stat.S_ISREG(info.st_mode):
+        raise error(f"{name}: is not a regular file; give a file")
+    return info.st_size
+
+
+def home_path(name: str | Path) -> Path:
+    """A path as a person writes it, `~` being the home folder; a user that there is not stays as written."""
+    return Path(os.path.expanduser(name))
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.errors import DataError
+from polymodal.media.source import from_file_url
 from polymodal.messages import Audio, Document, FileSlice, Image, Media, Message, Part, Role, TableCell, Text, Video
 
 _ROLES: dict[str, Role] = {
@@ -275,7 +276,7 @@ def _part(entry: Any, at: str, image_root: Path | None, pool: _Pool | None) -> P
 
 
 def _source(value: Any, image_root: Path | None, at: str) -> str | Path | FileSlice | TableCell:
-    """Locate a medium: a URL as it is, a path inside the root. What a reader has located already comes as no text."""
+    """Locate a medium: a URL as it is, a path inside the root (links in it are followed), what a reader has located."""
     if isinstance(value, Path | FileSlice | TableCell):
         return value
     if isinstance(value, dict):  # Hugging Face datasets: {"path": ..., "bytes": None}
@@ -284,9 +285,9 @@ def _source(value: Any, image_root: Path | None, at: str) -> str | Path | FileSl
         raise DataError(f"{at} must be a path or URL, found {_kind_of(value)}")
     if value[:5].lower() == "data:" or re.match(r"https?://", value, re.IGNORECASE):
         return value
+    value = from_file_url(value, at, DataError)
     if "\0" in value:
         raise DataError(f"{at}: {value!r} is not a path")
-    value = value[7:] if value.startswith("file://") else value
     if image_root is None:
         raise DataError(f"{at}: local files cannot be named here; send the file as a data: URL")
     root = os.path.abspath(image_root)

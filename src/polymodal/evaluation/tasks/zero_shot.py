@@ -11,6 +11,7 @@ several may be, since a beagle is rightly called a dog.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def _task(task: Any, templates: tuple[str, ...], path: Path, number: int, limit:
         if not isinstance(name, str) or not name:
             raise DataError(f"{at}: `image` must be a path")
         root = path.resolve().parent
-        file = (root / name).resolve()
+        file = Path(os.path.normpath(root / name))  # links in the folder are followed, as in training data
         if not file.is_relative_to(root):
             raise DataError(f"{at}: {name!r} leaves the folder of {path.name}; images must lie inside it")
         if not isinstance(right, list) or not right or not all(type(i) is int for i in right):
