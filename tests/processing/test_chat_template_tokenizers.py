@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 from functools import cache
+from pathlib import Path
 
 import pytest
+import sentencepiece as spm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -283,3 +285,67 @@ def test_a_control_token_typed_often_costs_its_length_only(
     harmless = template.render([user("What?"), assistant("ok")]).input_ids
     assert [i for i in rendered.input_ids if i in specials] == [i for i in harmless if i in specials]
     assert (typed * 3000).strip() in tokenizer.decode(rendered.input_ids, clean_up_tokenization_spaces=False)
+
+
+@cache
+def sentence_piece(folder: str) -> spm.SentencePieceProcessor:
+    """A model as LLaMA's: BPE with bytes to fall back to, and a space in front of every string."""
+    lines = [line for text in CORPUS for line in text.splitlines() if line] * 9
+    Path(folder, "corpus.txt").write_text("\n".join(lines))
+    spm.SentencePieceTrainer.train(
+        input=f"{folder}/corpus.txt", model_prefix=f"{folder}/sp", vocab_size=340, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    return spm.SentencePieceProcessor(model_file=f"{folder}/sp.model")
+
+
+def converted(pieces: spm.SentencePieceProcessor, how: str) -> PreTrainedTokenizerFast:
+    """The same model as transformers converts it."""
+    names = [pieces.id_to_piece(i) for i in range(len(pieces))]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    pairs = [(n[:i], n[i:], k) for k, n in enumerate(names) if k > 258 for i in range(1, len(n))]
+    merges = [(a, b) for a, b, _ in pairs if a in vocabulary and b in vocabulary]
+    raw = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if how == "never":  # of a model_type that transformers has no tokenizer for, such as "llava"
+        raw.normalizer = normalizers.Replace(" ", "▁")
+    else:  # `legacy: false` and `legacy: true`
+        raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=how, split=False)
+        steps.append(decoders.Strip(" ", 1, 0))
+    raw.decoder = decoders.Sequence(steps)
+    raw.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("how", ["first", "never", "always"])
+@pytest.mark.parametrize("question", ["What is this?", "  two spaces", "é 猫\n", "<image>"])
+def test_ids_are_those_of_llavas_own_prompt(how: str, question: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """`tokenizer_image_token` there: what is between images is tokenised by itself, and each later <s> dropped."""
+    pieces = sentence_piece(str(tmp_path_factory.getbasetemp()))
+    tokenizer = converted(pieces, how)
+    image = len(tokenizer)
+    config = TemplateConfig(chat_template="vicuna", image_newline_text="\n", text_restarts=True)
+    template = ChatTemplate(tokenizer, config, image)
+    words = [
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: ",
+        f"\n{question} ASSISTANT:",
+    ]
+    chunks = [pieces.encode(chunk) for chunk in words]
+    asked = template.render([user(Image("a.png"), question)], [1], add_generation_prompt=True).input_ids
+    assert asked == [1, *chunks[0], image, *chunks[1]]
+    rendered = template.render([user(Image("a.png"), question), assistant("a cat")], [1])
+    assert rendered.input_ids == [1, *chunks[0], image, *pieces.encode(words[1] + " a cat"), 2]
+    assert [t for t, mask in zip(rendered.input_ids, rendered.loss_mask) if mask] == [*pieces.encode("a cat"), 2]
+    two = template.render([user(Image("a.png"), Image("b.png"), question)], [1, 2], add_generation_prompt=True)
+    assert two.input_ids == [1, *chunks[0], image, *pieces.encode("\n"), image, image, *chunks[1]]
+    plain = ChatTemplate(tokenizer, config.model_copy(update={"chat_template": "plain"}), image)
+    caption = plain.render([user(Image("a.png")), assistant("a cat\n")], [1]).input_ids
+    assert caption == [1, image, *pieces.encode("a cat\n"), 2]
+
+
+def test_restarting_changes_nothing_for_bytes() -> None:
+    chat = [user(Image("a.png"), "What is this?"), assistant("a cat")]
+    config = TemplateConfig(chat_template="chatml", text_restarts=True)
+    again = ChatTemplate(make_tokenizer("byte_level"), config, image_id("byte_level")).render(chat, [1])
+    assert again == make_template("byte_level", "chatml").render(chat, [1])

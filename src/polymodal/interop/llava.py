@@ -237,7 +237,9 @@ def load_llava_repo(
         image=image,
         projector=repo.projector,
         llm=llm_config,
-        template=TemplateConfig(chat_template=template or _template(repo, tokenizer), image_newline_text="\n"),
+        template=TemplateConfig(
+            chat_template=template or _template(repo, tokenizer), image_newline_text="\n", text_restarts=True
+        ),
     )
     embeddings = llm.get_input_embeddings().weight
     built = build_vision(config.model_copy(update={"vision": vision}), None, embeddings.shape[1])

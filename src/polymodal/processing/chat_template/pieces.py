@@ -198,7 +198,7 @@ class PieceTokenizer:
         data = json.loads(backend.to_str())
         data["truncation"] = data["padding"] = None
         self.prefix: Prefix = _prefix_scheme(data)
-        self._image_token_id, self._restarts = image_token_id, restarts
+        self._image_token_id = image_token_id
         self.added = {image_token_id, *(entry["id"] for entry in data["added_tokens"])}
         special = {image_token_id, *tokenizer.all_special_ids}
         for entry in data["added_tokens"]:
@@ -219,7 +219,10 @@ class PieceTokenizer:
         self._content = self._reader(json.dumps(data), special)
         self._fresh = self._content if self.prefix == "never" else self._reader(kept, special)
         spaced = self._content.encode(" a", add_special_tokens=False).ids
-        self.hides_space = self.prefix != "never" and self._content.decode(spaced) == "a"
+        # SentencePiece puts its space in front of every string; its conversions may have lost that (`text_restarts`).
+        marked = (self._content.id_to_token(spaced[0]) or "").startswith("▁") if spaced else False
+        self._restarts = restarts and marked and self.prefix != "always"
+        self.hides_space = self._restarts or (self.prefix != "never" and self._content.decode(spaced) == "a")
         self.cut_up = lru_cache(maxsize=4096)(self._cut_up)
         self._of_template = lru_cache(maxsize=4096)(self._plain)
 
@@ -237,10 +240,9 @@ class PieceTokenizer:
         """Whether the tokenizer would put its own space in front of text that follows these ids."""
         if self.prefix == "always":
             return not ids or ids[-1] in self.added
-        begins = not ids or (
-            self._restarts and (ids[-1] == self._image_token_id or (len(ids) == 1 and ids[0] in self.added))
-        )
-        return self.prefix == "first" and begins
+        if self._restarts:
+            return not ids or ids[-1] == self._image_token_id or (len(ids) == 1 and ids[0] in self.added)
+        return self.prefix == "first" and not ids
 
     def _cut_up(self, text: str) -> tuple[int | str, ...]:
         """Cut what the template wrote at its control tokens, which become ids."""
@@ -259,7 +261,10 @@ class PieceTokenizer:
 
     def text(self, text: str, before: Sequence[int], *, own: bool = False) -> list[int]:
         """Tokenise text as the tokenizer would where it stands; `own` where all of it is the template's."""
-        return list((self._of_template if own else self._plain)(text, self.is_fresh(before)))
+        fresh = self.is_fresh(before)
+        if fresh and self._restarts:
+            text, fresh = f" {text}", False
+        return list((self._of_template if own else self._plain)(text, fresh))
 
     def answer(self, text: str, before: Sequence[int], space: str) -> list[int]:
         """Tokenise an answer behind a given space, so that it decodes to itself."""
