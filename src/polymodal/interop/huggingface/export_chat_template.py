@@ -217,6 +217,9 @@ def _candidates(ours: ChatTemplate, config: TemplateConfig, placeholder: str) ->
         return [told + source, told + guarded]
     media_only = drops_text(config)
     image = placeholder if media_only else placeholder + config.image_newline_text
+    if ours.restarts and not media_only:  # the space that is put before each text has to be written out
+        image = f"{placeholder} {config.image_newline_text}"
+        source = source.replace("{{- bos_token -}}", "{{- bos_token + ' ' -}}", 1)
     head = _head(image, placeholder, None if media_only else config.default_system, media_only=media_only)
     whole = f"{head}\n{source}"
     # The space after "ASSISTANT:" is the answer's where the tokenizer draws it into the first word.

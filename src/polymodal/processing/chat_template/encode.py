@@ -123,6 +123,7 @@ class ChatTemplate:
         self._tokens = PieceTokenizer(tokenizer, image_token_id, source, restarts=config.text_restarts)
 
         self.source = source
+        self.restarts = self._tokens.restarts  # `TemplateConfig.text_restarts`, where it changes ids
         self.style = self._find_style(in_vocabulary=image_token_id < len(tokenizer))
         if self.style != "string" and config.image_newline_text:
             raise ConfigError(

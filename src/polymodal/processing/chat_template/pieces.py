@@ -221,8 +221,8 @@ class PieceTokenizer:
         spaced = self._content.encode(" a", add_special_tokens=False).ids
         # SentencePiece puts its space in front of every string; its conversions may have lost that (`text_restarts`).
         marked = (self._content.id_to_token(spaced[0]) or "").startswith("▁") if spaced else False
-        self._restarts = restarts and marked and self.prefix != "always"
-        self.hides_space = self._restarts or (self.prefix != "never" and self._content.decode(spaced) == "a")
+        self.restarts = restarts and marked and self.prefix != "always"
+        self.hides_space = self.restarts or (self.prefix != "never" and self._content.decode(spaced) == "a")
         self.cut_up = lru_cache(maxsize=4096)(self._cut_up)
         self._of_template = lru_cache(maxsize=4096)(self._plain)
 
@@ -240,7 +240,7 @@ class PieceTokenizer:
         """Whether the tokenizer would put its own space in front of text that follows these ids."""
         if self.prefix == "always":
             return not ids or ids[-1] in self.added
-        if self._restarts:
+        if self.restarts:
             return not ids or ids[-1] == self._image_token_id or (len(ids) == 1 and ids[0] in self.added)
         return self.prefix == "first" and not ids
 
@@ -262,7 +262,7 @@ class PieceTokenizer:
     def text(self, text: str, before: Sequence[int], *, own: bool = False) -> list[int]:
         """Tokenise text as the tokenizer would where it stands; `own` where all of it is the template's."""
         fresh = self.is_fresh(before)
-        if fresh and self._restarts:
+        if fresh and self.restarts:
             text, fresh = f" {text}", False
         return list((self._of_template if own else self._plain)(text, fresh))
 
