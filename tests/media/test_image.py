@@ -119,6 +119,22 @@ ALL_MODES += ["I", "I;16", "I;16L", "I;16B", "I;16N", "F"]
 def test_every_mode_gives_rgb(mode: str) -> None:
     image = open_image(PILImage.new(mode, (7, 5)))
     assert (image.mode, image.size) == ("RGB", (7, 5))
+    # Turned as its EXIF says, and on the background where it is transparent.
+    turned = PILImage.new(mode, (7, 5))
+    turned.getexif()[0x0112] = 6
+    if mode == "La":
+        turned.paste(PILImage.new("LA", (7, 5), (80, 255)).convert("La").crop((0, 0, 3, 5)), (0, 0))
+    elif mode == "RGBa":
+        turned.paste(PILImage.new("RGBA", (7, 5), (80, 80, 80, 255)).convert("RGBa").crop((0, 0, 3, 5)), (0, 0))
+    elif mode in ("RGBA", "LA", "PA"):
+        opaque = {"RGBA": (80, 80, 80, 255), "LA": (80, 255), "PA": (0, 255)}
+        turned.paste(PILImage.new(mode, (3, 5), opaque[mode]), (0, 0))
+    opened = open_image(turned, background=(10, 200, 30))
+    assert (opened.mode, opened.size) == ("RGB", (5, 7))
+    if mode in ("RGBA", "RGBa", "LA", "La", "PA"):
+        # A quarter turn to the right takes the left part, which is not transparent, to the top.
+        assert opened.getpixel((2, 6)) == (10, 200, 30)
+        assert opened.getpixel((2, 0)) != (10, 200, 30)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from polymodal.errors import CheckpointError, ConfigError, first_line, unknown_name
 from polymodal.safety.model_folder import OURS
-from polymodal.utils.files import shipped_folder
+from polymodal.utils.files import home_path, shipped_folder
 
 ENDPOINT = "openai:"
 """What names of models behind an endpoint begin with."""
@@ -49,7 +49,7 @@ def find_model(name: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"{name}: the model is behind an endpoint; this needs its folder")
     here = shipped_folder() / str(name)
     if not (here / OURS).is_file():
-        here = Path(name).expanduser()
+        here = home_path(name)
     if here.is_dir():
         if revision is not None:
             raise ConfigError(f"{name}: is a folder here, which has no revisions; leave revision out")

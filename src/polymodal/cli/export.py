@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from polymodal.cli import common
 from polymodal.errors import ConfigError, PolymodalError
+from polymodal.utils.files import home_path
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Open the model, write it, compare it where asked; 1 where the comparison fails."""
-    dst = Path(args.dst).expanduser()
+    dst = home_path(args.dst)
     if (args.image or args.questions) and not args.verify:
         raise ConfigError("--image and --questions are for --verify")
     if args.limit < 1:

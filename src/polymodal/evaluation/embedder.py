@@ -28,7 +28,7 @@ from polymodal.modeling.dual_encoders.registry import METADATA_NAME, folder_type
 from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.processing.image_transform import tile_bytes
 from polymodal.utils.devices import check_device
-from polymodal.utils.files import shipped
+from polymodal.utils.files import home_path, shipped
 from polymodal.utils.threads import ahead
 
 Progress = Callable[[int], object]
@@ -102,7 +102,7 @@ def load_embedder(source: str | Path, device: str | torch.device = "cpu") -> Emb
     """Load a folder with an image tower and a text tower."""
     check_device(str(device))
     source = str(shipped(str(source)) or source)
-    folder = Path(source).expanduser()
+    folder = home_path(source)
     if (folder / "polymodal.json").is_file():
         raise ConfigError(f"{source}: a chat model has no text tower to compare images with; use --task questions")
     if folder.is_file():

@@ -24,7 +24,7 @@ from polymodal.processing.chat_template.presets import PRESETS
 from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.safety.config_json import read_json
 from polymodal.safety.model_folder import MAX_TOKENIZER, OURS, FolderReport, check_folder
-from polymodal.utils.files import shipped
+from polymodal.utils.files import home_path, shipped
 from polymodal.utils.safetensors_io import TensorInfo
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "image_token")
@@ -382,7 +382,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _looked_over(name: str) -> FolderReport:
     """Find a model's folder and check it; of a hub id that is not in the cache, fetch what is small."""
-    if (folder := shipped(name) or Path(name).expanduser()).is_dir():
+    if (folder := shipped(name) or home_path(name)).is_dir():
         return check_folder(folder, allow_pickle=True)
     if not HUB_ID.fullmatch(name):
         raise CheckpointError(f"{name}: no such model folder, and no hub id (owner/name)")
@@ -423,7 +423,7 @@ def _referred(source: str) -> Path | None:
         if (converted_folder() / "config.json").is_file():
             return converted_folder()
         source = SMOLLM2
-    place = shipped(source) or Path(source).expanduser()
+    place = shipped(source) or home_path(source)
     return place if place.is_dir() else _cached(source)
 
 

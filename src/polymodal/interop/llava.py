@@ -51,6 +51,7 @@ from polymodal.processing.chat_template.presets import PRESETS
 from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.safety.config_json import check_settings, read_json
 from polymodal.safety.model_folder import LLAVA_REPO, FolderReport, check_folder, pickle_error
+from polymodal.utils.files import home_path
 from polymodal.utils.safetensors_io import check_finite, compare_tensors, copy_tensors, read_tensors
 
 if TYPE_CHECKING:
@@ -308,7 +309,7 @@ def _images(repo: Repo, tower: str) -> tuple[VisionConfig, ImageConfig]:
 
 def _tower_file(tower: str, name: str) -> dict[str, Any]:
     """A JSON file of a tower, from its folder or the hub."""
-    folder = Path(tower).expanduser()
+    folder = home_path(tower)
     if folder.is_dir():
         return read_json(folder / name)
     from huggingface_hub import hf_hub_download

@@ -23,7 +23,7 @@ from polymodal.config import LLMConfig
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.safety.config_json import check_settings
 from polymodal.safety.model_folder import check_folder
-from polymodal.utils.files import atomic_folder, cache_folder, sha256_file, write_text
+from polymodal.utils.files import atomic_folder, cache_folder, home_path, sha256_file, write_text
 from polymodal.utils.safetensors_io import check_finite
 
 if TYPE_CHECKING:
@@ -216,9 +216,9 @@ def _source(config: LLMConfig) -> tuple[str, dict[str, str]]:
             raise CheckpointError(f"language model: no file {name}")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_absolute() or name.startswith(("./", "../", "~")):
-        if not path.expanduser().is_dir():
+        if not home_path(path).is_dir():
             raise CheckpointError(f"language model: no folder {name}")
-        return str(path.expanduser()), {}
+        return str(home_path(path)), {}
     return name, {"revision": config.revision} if config.revision else {}
 
 

@@ -9,7 +9,6 @@ their pages on the Hugging Face hub). Nothing is fetched unless asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
 from polymodal.modeling.encoders.vision import VISION_ENCODERS, VisionEncoder, check_type, wrap_efficientnet
 from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2, model_class
 from polymodal.modeling.vlm import MultimodalLM
+from polymodal.utils.files import home_path
 
 
 def _shape(kind: str, width: int, inner: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def on_no_device(model: nn.Module, mode: FakeTensorMode) -> None:
 def llm_settings(config: LLMConfig, *, fetch: bool = False) -> Any:
     """Read a language model's configuration, as transformers has it."""
     name = SMOLLM2 if config.model_name_or_path == DEFAULT_LLM else config.model_name_or_path
-    path = Path(name).expanduser()
+    path = home_path(name)
     try:
         if path.suffix == ".gguf":
             return transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
@@ -125,7 +125,7 @@ def llm_settings(config: LLMConfig, *, fetch: bool = False) -> Any:
 
 def _config_json(name: str, revision: str | None, fetch: bool) -> dict[str, Any]:
     """A `config.json` as plain data: from a folder, the hub's cache, the table of known shapes, or the hub."""
-    path = Path(name).expanduser()
+    path = home_path(name)
     if path.is_dir():
         return dict(transformers.PreTrainedConfig.get_config_dict(str(path))[0])
     if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1:

@@ -10,7 +10,7 @@ from polymodal.config import ImageConfig, LLMConfig, ModelConfig, new_image_rule
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.training.recipes.load import load_recipe
 from polymodal.training.recipes.sft import Recipe
-from polymodal.utils.files import shipped_folder
+from polymodal.utils.files import home_path, shipped_folder
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def starting_point(recipe: Recipe, path: Path | None = None) -> Start:
 
 def model_config(name: str) -> ModelConfig:
     """The configuration of a shipped model, a folder of ours, or a language model (a folder or hub id)."""
-    folder = Path(name).expanduser()
+    folder = home_path(name)
     for place in (shipped_folder() / name, folder):
         if (place / CONFIG_NAME).is_file():
             return _config_in(place)

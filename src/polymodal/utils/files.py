@@ -17,8 +17,8 @@ from polymodal.errors import PolymodalError, first_line
 def cache_folder() -> Path:
     """The folder for converted models and other things that can be made again."""
     if own := os.environ.get("POLYMODAL_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "polymodal"
+        return home_path(own)
+    return home_path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "polymodal"
 
 
 def shipped_folder() -> Path:

@@ -32,7 +32,7 @@ from polymodal.modeling.encoders.efficientnet import (
 from polymodal.modeling.encoders.hf_vision import FAMILIES, Family, HFVisionEncoder
 from polymodal.safety.config_json import check_settings
 from polymodal.safety.model_folder import check_folder
-from polymodal.utils.files import shipped
+from polymodal.utils.files import home_path, shipped
 from polymodal.utils.modules import ModuleLike
 from polymodal.utils.safetensors_io import check_finite
 
@@ -131,7 +131,7 @@ def _local(config: VisionConfig, folder: Path | None) -> Path | None:
         if not path.exists():
             raise CheckpointError(f"{path} is missing: the model's vision_tower is 'bundled'")
         return path
-    path = shipped(config.vision_tower) or Path(config.vision_tower).expanduser()
+    path = shipped(config.vision_tower) or home_path(config.vision_tower)
     return path if path.exists() else None
 
 

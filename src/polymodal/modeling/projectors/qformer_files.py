@@ -31,7 +31,7 @@ from polymodal.modeling.projectors.mlp import NormKind
 from polymodal.modeling.projectors.qformer import QFormer, QFormerProjector
 from polymodal.safety.config_json import read_json
 from polymodal.safety.model_folder import MAX_INDEX
-from polymodal.utils.files import atomic_folder, write_text
+from polymodal.utils.files import atomic_folder, home_path, write_text
 from polymodal.utils.safetensors_io import check_finite, compare_tensors, read_tensors, write_tensors
 
 WEIGHTS_NAME = "qformer.safetensors"
@@ -155,7 +155,7 @@ def start_projector(projector: object, pretrained: str) -> None:
     """Start a projector from pretrained weights."""
     if not isinstance(projector, QFormerProjector):
         raise ConfigError(f"projector.pretrained is for a Q-Former, not for {type(projector).__name__}")
-    start_from(projector.qformer, Path(pretrained).expanduser())
+    start_from(projector.qformer, home_path(pretrained))
 
 
 def start_from(qformer: QFormer, folder: Path) -> None:
