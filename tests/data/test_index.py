@@ -93,9 +93,9 @@ def test_it_is_built_once_and_again_when_something_changed(
     assert len(seen) == 22 and second.folder == first.folder and "3.png changed" in news[0]
     assert second.media_keys(3) != first.media_keys(3)
     # Another template, other labels, another data file: other indices.
-    plain = processor.with_template("plain")
-    assert identity(Reading(data), plain) != identity(Reading(data), processor)
-    assert open_index(tmp_path / "index", Reading(data), plain).folder != first.folder
+    other = processor.with_template("vicuna")
+    assert identity(Reading(data), other) != identity(Reading(data), processor)
+    assert open_index(tmp_path / "index", Reading(data), other).folder != first.folder
     assert open_index(tmp_path / "index", Reading(data, kind="ocr"), processor).record(0).kind == "ocr"
     data.write_text(data.read_text().replace("Number 5.", "Number five."))
     assert open_index(tmp_path / "index", Reading(data), processor).folder != first.folder

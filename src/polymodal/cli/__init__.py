@@ -48,16 +48,16 @@ def build_parser(wanted: Container[str] = tuple(VERBS)) -> argparse.ArgumentPars
         release = version("polymodal")
     except PackageNotFoundError:
         release = "(not installed)"
-    everywhere = _Parser(add_help=False)
-    add = partial(everywhere.add_argument, default=argparse.SUPPRESS)
+    shared = _Parser(add_help=False)
+    add = partial(shared.add_argument, default=argparse.SUPPRESS)
     add("--debug", action="store_true", help="show the traceback of an error")
     add("--max-pixels", type=int, metavar="N", help="the largest image that is opened (64,000,000, or the model's)")
     about = "Compose, train and run multimodal language models."
-    parser = _Parser(prog="polymodal", description=about, parents=[everywhere])
+    parser = _Parser(prog="polymodal", description=about, parents=[shared])
     parser.add_argument("--version", action="version", version=f"polymodal {release}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, line in VERBS.items():
-        verb = verbs.add_parser(name, help=line, parents=[everywhere], formatter_class=argparse.RawDescriptionHelpFormatter)
+        verb = verbs.add_parser(name, help=line, parents=[shared], formatter_class=argparse.RawDescriptionHelpFormatter)
         if name in wanted:
             module = importlib.import_module(f"polymodal.cli.{name}")
             verb.description = module.__doc__

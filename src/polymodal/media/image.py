@@ -116,11 +116,11 @@ def _open(data: bytes, max_pixels: int, name: str) -> PILImage.Image:
             finally:
                 PILImage.MAX_IMAGE_PIXELS = usual
     except UnidentifiedImageError:
-        raise MediaError(f"{name}: {_what_is_it(data)}; allowed are {', '.join(FORMATS)}") from None
+        raise MediaError(f"{name}: {_what_is_it(data)}; allowed are {', '.join(FORMATS)}", "not-an-image") from None
     except PILImage.DecompressionBombError:
         most = min(max_pixels, 2 * (usual or max_pixels))
         raise MediaError(
-            f"{name}: its header claims too many pixels, at most {most:,} are allowed; scale it down"
+            f"{name}: its header claims too many pixels, at most {most:,} are allowed; scale it down", "too-many-pixels"
         ) from None
     except Exception as error:  # a parser that is fed damaged bytes may raise anything
         raise _damaged(name, error) from error
