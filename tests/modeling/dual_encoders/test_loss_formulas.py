@@ -20,6 +20,8 @@ from polymodal.modeling.dual_encoders.losses import (
     itg_loss,
     itg_targets,
     itm_loss,
+    pair_ids,
+    right_pairs,
     siglip_loss,
 )
 
@@ -295,3 +297,40 @@ def test_itg_targets() -> None:
     assert targets.tolist() == [2, 1, 6, 3, 4, 4, 1, 2]
     empty = itg_loss(torch.zeros(0, 7, requires_grad=True), torch.zeros(0, dtype=torch.int64))
     assert empty.item() == 0.0
+
+
+# Image 7 is shown with texts 0 and 1, image 3 with text 1 too, image 5 with text 2.
+SHOWN = [(7, 0), (7, 1), (3, 1), (5, 2)]
+RIGHT = [[1, 1, 1, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+
+
+def test_equal_texts_are_right_for_every_image_they_are_shown_with() -> None:
+    tokens = torch.tensor([[4, 5, 0], [6, 0, 0], [6, 0, 9], [4, 5, 5]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 1, 1]], dtype=torch.bool)
+    ids = pair_ids(torch.tensor([image for image, _ in SHOWN]) * 2**40, tokens, mask)
+    texts, images = right_pairs(ids, ids)
+    assert texts.int().tolist() == RIGHT and torch.equal(images, texts.T)
+    halves = [right_pairs(ids[part], ids) for part in (slice(0, 2), slice(2, 4))]
+    assert torch.equal(torch.cat([half[0] for half in halves]), texts)
+    assert torch.equal(torch.cat([half[1] for half in halves]), images)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_eight_images_of_one_caption_are_not_each_others_negatives(chunk: int | None) -> None:
+    image, text = features(8, 4), features(1, 4).expand(8, 4)
+    ids = pair_ids(torch.arange(8), torch.full((8, 3), 5), torch.ones(8, 3))
+    logits = scalar(2.0).exp() * image @ text.T - 0.7
+    found = siglip_loss(image, text, scalar(2.0), scalar(-0.7), text, 0, chunk, ids, ids)
+    assert torch.isclose(found, -F.logsigmoid(logits).sum() / 8)
+
+
+def test_two_captions_of_eight_images_reach_the_least_loss() -> None:
+    """Pairs whose features say exactly what the captions do: nothing is left to learn, and no gradient."""
+    kinds = torch.arange(8) % 2
+    place = torch.eye(2, dtype=torch.float64)[kinds]
+    ids = pair_ids(torch.arange(8), kinds[:, None], torch.ones(8, 1))
+    scale = scalar(8.0)
+    known = place.clone().requires_grad_()
+    loss = clip_loss(known, place, scale, known, place, 0, ids, ids)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(4)) and known.grad is not None and known.grad.abs().max() < 1e-9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,20 @@ def test_micro_batches_are_the_whole_batch(
     assert parts[0] == pytest.approx(whole[0], rel=1e-5)
     for name, value in whole[1].items():
         assert torch.allclose(parts[1][name], value, atol=1e-5), name
+
+
+@pytest.mark.parametrize("micro", [None, 3])
+def test_equal_captions_of_different_images_are_no_negatives(
+    pair_plain: dict[str, Any], pair_recipe: Make, drawn: Path, tmp_path: Path, micro: int | None
+) -> None:
+    """SigLIP begins at 10 cos - 10: a pair costs from 0 to 20, a negative nothing. 64 pairs cost more than any 8."""
+    records = json.loads((drawn / "data.json").read_text())
+    for record in records:
+        record["image"], record["captions"] = str(drawn / record["image"]), ["red top left"]
+    (tmp_path / "same.json").write_text(json.dumps(records))
+    mix = [{"path": str(tmp_path / "same.json"), "image_root": str(drawn)}]
+    losses, _ = take(pair_recipe(pair_plain, data__mix=mix, batch__micro_size=micro), 1)
+    assert losses[0] > 40
 
 
 def test_a_frozen_tower_may_be_kept(pair_plain: dict[str, Any], pair_recipe: Make, tmp_path: Path) -> None:

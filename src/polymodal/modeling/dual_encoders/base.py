@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.config import ImageConfig, VisionConfig
+from polymodal.modeling.dual_encoders.losses import pair_ids
 from polymodal.modeling.encoders.pixel_norm import PixelNorm
 from polymodal.modeling.encoders.vision import BUNDLED, VisionEncoder
 from polymodal.utils.modules import frozen
@@ -33,7 +34,7 @@ class PairBatch:
 
     input_ids: Tensor  # [B, T] int64, padded on the right
     attention_mask: Tensor  # [B, T] bool; False for padding
-    image_ids: Tensor  # [B] int64; pairs of one image share it, and are never each other's negatives
+    image_ids: Tensor  # [B] int64; pairs of one image share it, and are never each other's negatives (as for a text)
     # [B, 3, H, W], float normalised or uint8; None where `features` take their place
     pixel_values: Tensor | None = None
     features: Tensor | None = None  # [B, P, E] kept output of a frozen tower
@@ -76,6 +77,11 @@ class Everyone:
     features: Tensor | None = None
     offset: int = 0  # Where the micro-batch at hand begins
     seed: int = 0  # For what a step draws once for all processes, such as hard negatives
+
+    @property
+    def pair_ids(self) -> Tensor:  # [G, 2]
+        """The number of each pair's image and text, by which equal ones are known."""
+        return pair_ids(self.image_ids, self.input_ids, self.attention_mask)
 
 
 class PairModel(nn.Module, ABC):
@@ -142,10 +148,10 @@ class PairModel(nn.Module, ABC):
 
         Args:
             own: All of this process's pairs of the step, with gradient.
-            own_ids: Their image ids.
+            own_ids: [b, 2] numbers of their images and texts; or [b] of images alone, where all texts differ.
             all_image: Everyone's image features.
             all_text: Everyone's text features.
-            all_ids: Everyone's image ids.
+            all_ids: Everyone's, in the same form.
             offset: Where this process's pairs begin in them.
 
         Returns:

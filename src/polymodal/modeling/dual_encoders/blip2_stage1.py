@@ -39,6 +39,7 @@ from polymodal.modeling.dual_encoders.losses import (
     itg_targets,
     itm_inputs,
     itm_loss,
+    right_pairs,
     similarities,
     unit,
 )
@@ -181,7 +182,8 @@ class Blip2Stage1(TowerPairModel):
         share, to_text, _ = itc_loss(
             own.image, own.text, self.temperature, all_image, all_text, own_ids, all_ids, offset, smoothing
         )
-        found = (all_ids[to_text.argmax(dim=1)] == own_ids).float().mean()
+        right = right_pairs(own_ids, all_ids)[0]
+        found = right.gather(1, to_text.argmax(dim=1, keepdim=True)).float().mean()
         return {"itc": share, f"{METRIC}itc_accuracy": found}
 
     def extra(self, batch: PairBatch, embedded: Embedded, everyone: Everyone) -> dict[str, Tensor]:
@@ -209,15 +211,14 @@ class Blip2Stage1(TowerPairModel):
         to_text, to_image = similarities(
             everyone.image[own], everyone.text[own], self.temperature, everyone.image, everyone.text
         )
-        ids, tokens = everyone.image_ids, everyone.input_ids
-        same_text = (tokens[own][:, None] == tokens[None]).all(dim=-1)
-        # Where nothing else is left, another image with this text has to do.
-        same_text &= (~same_text & (ids[own][:, None] != ids[None])).any(dim=1, keepdim=True)
-        random = torch.Generator().manual_seed(everyone.seed)
-        images, texts = (
-            draw_negatives(logits.masked_fill(same_text, -torch.inf), ids[own], ids, everyone.offset, random)
-            for logits in (to_image, to_text)
-        )
+        ids, random = everyone.pair_ids, torch.Generator().manual_seed(everyone.seed)
+        right_texts, right_images = right_pairs(ids[own], ids)
+        drawn = []
+        for logits, right in ((to_image, right_images), (to_text, right_texts)):
+            # Where nothing else is left, another image with this text has to do.
+            logits = logits.masked_fill(right & ~right.all(dim=1, keepdim=True), -torch.inf)
+            drawn.append(draw_negatives(logits, ids[own, 0], ids[:, 0], everyone.offset, random))
+        images, texts = drawn
         return itm_inputs(images, texts, everyone.offset)
 
     def embed_images(self, features: Tensor) -> Tensor:  # [B, P, E] -> [B, Q, D]

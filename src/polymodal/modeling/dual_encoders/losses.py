@@ -17,10 +17,10 @@ Every function here gives the share of one process's pairs ("local loss"): [b, B
 micro-batches and processes the shares are the papers' loss, and with features gathered by `gather_with_grad` so is the
 gradient.
 
-Differences from the references: pairs of one image (`own_ids`, `all_ids`) are right answers for each other and never
-negatives; the papers' data does not tell. Logits are taken in float32 under autocast too: at CLIP's largest scale, 100,
-bfloat16 rounds them to the next half. BLIP-2's negatives are drawn with one multinomial per direction, not one
-host-side draw a row as in LAVIS, and do not depend on the number of processes.
+Differences from the references: pairs of one image, or of one text, are right answers for each other and never
+negatives (`pair_ids`, `right_pairs`); the papers' data does not tell. Logits are taken in float32 under autocast too:
+at CLIP's largest scale, 100, bfloat16 rounds them to the next half. BLIP-2's negatives are drawn with one multinomial
+per direction, not one host-side draw a row as in LAVIS, and do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -42,6 +42,26 @@ IGNORED = -100
 """The label of a position that predicts nothing."""
 
 
+def pair_ids(image_ids: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Number the images and texts of a step, equal ones alike."""
+    # image_ids [B], input_ids [B, T], attention_mask [B, T] -> [B, 2]
+    texts = input_ids.masked_fill(~attention_mask.bool(), -1)
+    numbers = [torch.unique(rows, dim=0, return_inverse=True)[1] for rows in (image_ids, texts)]
+    return torch.stack(numbers, dim=1)
+
+
+def right_pairs(own_ids: Tensor, all_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Which texts of a step are right for each image, and which images for each text: shown together by any pair."""
+    # own_ids [b], all_ids [B] of images, every text another; or of images and texts, [b, 2] and [B, 2] -> [b, B] twice
+    if all_ids.ndim == 1:
+        same = own_ids[:, None] == all_ids[None]
+        return same, same
+    images, texts = all_ids.unbind(1)
+    together = torch.zeros((int(images.max()) + 1, int(texts.max()) + 1), dtype=torch.bool, device=all_ids.device)
+    together[images, texts] = True
+    return together[own_ids[:, :1], texts[None]], together[images[None], own_ids[:, 1:]]
+
+
 def clip_loss(
     image: Tensor,  # [b, D]
     text: Tensor,  # [b, D]
@@ -49,8 +69,8 @@ def clip_loss(
     all_image: Tensor,  # [B, D]
     all_text: Tensor,  # [B, D]
     offset: int,
-    own_ids: Tensor | None = None,  # [b]
-    all_ids: Tensor | None = None,  # [B]
+    own_ids: Tensor | None = None,  # [b], or [b, 2] with the texts
+    all_ids: Tensor | None = None,  # [B] or [B, 2]
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """This process's share of CLIP's loss: the mean cross entropy of both directions over the global batch, halved."""
@@ -67,8 +87,8 @@ def siglip_loss(
     all_text: Tensor,  # [B, D]
     offset: int,
     chunk: int | None = None,
-    own_ids: Tensor | None = None,  # [b]
-    all_ids: Tensor | None = None,  # [B]
+    own_ids: Tensor | None = None,  # [b], or [b, 2] with the texts
+    all_ids: Tensor | None = None,  # [B] or [B, 2]
 ) -> Tensor:
     """This process's share of SigLIP's loss: -log sigmoid of every image with every text, over the batch's B."""
     if chunk is not None and chunk < 1:
@@ -77,13 +97,12 @@ def siglip_loss(
     rows = columns[offset : offset + len(text)]
     size = chunk or total
     loss = image.new_zeros((), dtype=torch.promote_types(image.dtype, torch.float32))
+    if own_ids is None or all_ids is None:
+        own_ids, all_ids = rows, columns
+    right = right_pairs(own_ids, all_ids)[0]
     for start in range(0, total, size):
         part = slice(start, start + size)
-        if own_ids is None or all_ids is None:
-            is_pair = rows[:, None] == columns[None, part]
-        else:
-            is_pair = own_ids[:, None] == all_ids[None, part]
-        inputs = (image, all_text[part], logit_scale, logit_bias, is_pair)
+        inputs = (image, all_text[part], logit_scale, logit_bias, right[:, part])
         if size < total and torch.is_grad_enabled():
             loss = loss + checkpoint(_sigmoid_losses, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -100,19 +119,20 @@ def clamp_logit_scale(logit_scale: Tensor) -> None:
 def both_directions(
     to_text: Tensor,  # [b, B]
     to_image: Tensor,  # [b, B]
-    own_ids: Tensor | None,  # [b]
-    all_ids: Tensor | None,  # [B]
+    own_ids: Tensor | None,  # [b] or [b, 2]
+    all_ids: Tensor | None,  # [B] or [B, 2]
     offset: int,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Cross entropy of images over texts and of texts over images: their mean over the global batch, halved."""
     if own_ids is None or all_ids is None:
-        targets = torch.arange(offset, offset + len(to_text), device=to_text.device)
+        plain = torch.arange(offset, offset + len(to_text), device=to_text.device)
+        targets = (plain, plain)
     else:
-        same = (own_ids[:, None] == all_ids[None]).to(to_text.dtype)
-        targets = same / same.sum(dim=1, keepdim=True)
+        right = [found.to(to_text.dtype) for found in right_pairs(own_ids, all_ids)]
+        targets = (right[0] / right[0].sum(dim=1, keepdim=True), right[1] / right[1].sum(dim=1, keepdim=True))
     options: dict[str, Any] = {"reduction": "sum", "label_smoothing": label_smoothing}
-    summed = F.cross_entropy(to_text, targets, **options) + F.cross_entropy(to_image, targets, **options)
+    summed = F.cross_entropy(to_text, targets[0], **options) + F.cross_entropy(to_image, targets[1], **options)
     return summed / (2 * to_text.shape[1])
 
 
@@ -144,13 +164,13 @@ def itc_loss(
     temperature: Tensor,
     all_image: Tensor,  # [B, Q, D]
     all_text: Tensor,  # [B, D]
-    own_ids: Tensor | None,  # [b]
-    all_ids: Tensor | None,  # [B]
+    own_ids: Tensor | None,  # [b] or [b, 2]
+    all_ids: Tensor | None,  # [B] or [B, 2]
     offset: int,
     label_smoothing: float = 0.1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This process's share of the contrastive loss."""
-    # Pairs of one image share 1 - `label_smoothing` of the target equally; the rest goes to all B alike.
+    # What is right shares 1 - `label_smoothing` of the target equally; the rest goes to all B alike.
     to_text, to_image = similarities(image, text, temperature, all_image, all_text)
     share = both_directions(to_text, to_image, own_ids, all_ids, offset, label_smoothing)
     return share, to_text.detach(), to_image.detach()

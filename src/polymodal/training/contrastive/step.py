@@ -42,22 +42,22 @@ def pair_gradients(
 
     def contrast(image: torch.Tensor, text: torch.Tensor) -> Terms:
         collect = gather_with_grad if with_grad else gather
-        own_ids = torch.cat([batch.image_ids for batch in batches])
-        all_image, all_text, all_ids = collect(image), collect(text), gather(own_ids)
-        everyone.append(
-            Everyone(
-                image=all_image.detach(),
-                text=all_text.detach(),
-                image_ids=all_ids,
-                input_ids=gather(torch.cat([batch.input_ids for batch in batches])),
-                attention_mask=gather(torch.cat([batch.attention_mask for batch in batches])),
-                features=gather(torch.cat(towers)) if towers else None,
-                offset=rank * own_pairs,
-                seed=seed,
-            )
+        all_image, all_text, offset = collect(image), collect(text), rank * own_pairs
+        all_of_them = Everyone(
+            image=all_image.detach(),
+            text=all_text.detach(),
+            image_ids=gather(torch.cat([batch.image_ids for batch in batches])),
+            input_ids=gather(torch.cat([batch.input_ids for batch in batches])),
+            attention_mask=gather(torch.cat([batch.attention_mask for batch in batches])),
+            features=gather(torch.cat(towers)) if towers else None,
+            offset=offset,
+            seed=seed,
         )
+        everyone.append(all_of_them)
+        ids = all_of_them.pair_ids
+        own_ids = ids[offset : offset + own_pairs]
         with autocast():
-            return model.contrast(Embedded(image, text), own_ids, all_image, all_text, all_ids, rank * own_pairs)
+            return model.contrast(Embedded(image, text), own_ids, all_image, all_text, ids, offset)
 
     def extra(start: int, batch: PairBatch, tensors: Sequence[torch.Tensor], embedded: Embedded) -> Terms:
         here = replace(everyone[0], offset=rank * own_pairs + start)
@@ -76,16 +76,16 @@ def pair_losses(
     with autocast():
         found = [model.embed(batch) for batch in batches]
     image, text = torch.cat([one.image for one in found]), torch.cat([one.text for one in found])
-    ids = torch.cat([batch.image_ids for batch in batches])
     everyone = Everyone(
         image,
         text,
-        ids,
+        torch.cat([batch.image_ids for batch in batches]),
         torch.cat([batch.input_ids for batch in batches]),
         torch.cat([batch.attention_mask for batch in batches]),
         torch.cat(towers) if towers else None,
         seed=seed,
     )
+    ids = everyone.pair_ids
     with autocast():
         terms = dict(model.contrast(Embedded(image, text), ids, image, text, ids, 0))
         start = 0
