@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 NO_CHAT = {
     "whisper": "a Whisper, which writes down speech; its encoder is a part for sound",
-    **dict.fromkeys(("clip", "siglip", "siglip2"), "a pair of towers for images and texts; its vision tower is a part"),
+    **dict.fromkeys(
+        ("clip", "siglip", "siglip2"), "a pair of towers, which `polymodal embed` runs; its vision tower is a part"
+    ),
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), "a vision tower, which is a part"),
 }
 """`model_type` of folders that hold no model to talk to, and what they are."""
@@ -142,6 +144,7 @@ def _open_transformers(report: FolderReport, options: Options) -> Backend:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     from polymodal.backends.transformers import open_transformers
+    from polymodal.backends.transformers.captioner import CAPTIONERS, open_captioner
 
     model_type = report.model_type
     if model_type is None:
@@ -152,6 +155,9 @@ def _open_transformers(report: FolderReport, options: Options) -> Backend:
         raise CheckpointError(
             f"{report.folder}: this is {NO_CHAT[model_type]} that a recipe can build a model from, nothing to talk to"
         )
+    if model_type in CAPTIONERS:
+        device = options.device or _best_device()
+        return open_captioner(report, device, options.name, options.dtype, options.quantize)
     if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise CheckpointError(
             f"{report.folder}: model type {model_type!r} is not one that transformers takes images and text with; "

@@ -71,18 +71,23 @@ def sampling_params(args: argparse.Namespace) -> GenerationParams:
     return parse_config(GenerationParams, {name: getattr(args, name) for name in SAMPLING}, "command line")
 
 
-def add_question_arguments(parser: argparse.ArgumentParser) -> None:
+def add_question_arguments(parser: argparse.ArgumentParser, prompt_required: bool = True) -> None:
     """Add the flags that `question` reads."""
     parser.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="an image; give the flag again for more"
     )
-    parser.add_argument("--prompt", required=True, help="the question; images come before it, in order")
+    goes_on = "" if prompt_required else "; a captioner goes on from it, and needs none"
+    about = f"the question; images come before it, in order{goes_on}"
+    parser.add_argument("--prompt", required=prompt_required, help=about)
     parser.add_argument("--system", help="a system message")
 
 
 def question(args: argparse.Namespace) -> list[Message]:
     """The conversation that the flags ask for; the processor opens and checks its images."""
-    return [*([system(args.system)] if args.system else []), user(*map(Image, args.image), args.prompt)]
+    if args.prompt is None and not args.image:
+        raise ConfigError("nothing is asked: give --prompt, --image or both")
+    text = [] if args.prompt is None else [args.prompt]
+    return [*([system(args.system)] if args.system else []), user(*map(Image, args.image), *text)]
 
 
 def scaled(number: int, units: Mapping[str, int], digits: int = 4) -> str:

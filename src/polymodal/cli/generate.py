@@ -1,6 +1,7 @@
-"""Ask one question about any number of images and print the answer.
+"""Ask one question about any number of images and print the answer; a captioner needs none.
 
 Example: polymodal generate --image cat.jpg --prompt "What is this?"
+         polymodal generate --model Salesforce/blip-image-captioning-base --image cat.jpg [--prompt "a picture of"]
          polymodal generate --model openai:gpt-4o --image cat.jpg --prompt "What is this?"
 """
 
@@ -16,7 +17,7 @@ from polymodal.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    common.add_question_arguments(parser)
+    common.add_question_arguments(parser, prompt_required=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object with usage and timing")
     parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
     common.add_model_argument(parser)
@@ -29,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json and args.stream:
         raise ConfigError("--json and --stream cannot be combined; leave one out")
     params = common.sampling_params(args)
-    model, messages = common.open_model(args), common.question(args)
+    messages = common.question(args)
+    model = common.open_model(args)
     if args.stream:
         for event in model.stream(messages, params):
             if isinstance(event, TextDelta):

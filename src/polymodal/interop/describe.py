@@ -206,7 +206,8 @@ def _kind(report: FolderReport) -> str:
         return f"part of a model of ours ({settings['format']})"
     for ending, words in (
         ("ForConditionalGeneration", "model that takes media" if "vision_config" in settings else "encoder-decoder"),
-        ("ForCausalLM", "language model"),
+        ("ForCausalLM", "model that takes media" if "vision_config" in settings else "language model"),
+        ("ForQuestionAnswering", "model that takes media" if "vision_config" in settings else "answers about texts"),
         ("VisionModel", "vision tower"),
         ("ForImageTextRetrieval", "scorer of images and texts"),
     ):

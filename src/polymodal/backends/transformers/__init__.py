@@ -113,6 +113,10 @@ class TransformersBackend(ModelBackend[Inputs]):
     def _sizes(self, inputs: Inputs) -> tuple[int, int]:
         return inputs["input_ids"].numel(), self.prompts.image_tokens(inputs["input_ids"])
 
+    def _known_rows(self) -> int | None:
+        """Rows of the head that may be chosen: none past the tokenizer."""
+        return len(self.tokenizer)
+
     def _steps(self, inputs: Inputs, params: GenerationParams) -> Generator[Step]:
         """Run the model in a thread, which ends with the iterator."""
         # These models encode images inside their first step, so the time of that is part of the first token's.
@@ -158,7 +162,8 @@ class TransformersBackend(ModelBackend[Inputs]):
             start = ids.shape[1] if start is None else start
             scores = scores.clone()
             scores[:, [i for i in self._never if i < scores.shape[1]]] = -torch.inf
-            scores[:, len(self.tokenizer) :] = -torch.inf  # head rows past the tokenizer
+            if (known := self._known_rows()) is not None:
+                scores[:, known:] = -torch.inf
             chosen = sample_next(scores, params, ids[:, start:], generator)
             put(chosen.tolist())
             return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
@@ -33,12 +34,14 @@ IMAGES_ONLY = {"SmolVLMProcessor": "Idefics3Processor"}
 _NAMED_IN = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
-def open_model(folder: Path, device: str, dtype: str | None = None, quantize: str | None = None) -> PreTrainedModel:
-    """Load the weights."""
+def open_model(
+    folder: Path, device: str, dtype: str | None = None, quantize: str | None = None, kind: Any = None
+) -> PreTrainedModel:
+    """Load the weights, into the usual class of their model type unless another is given."""
     quieten_transformers()
     on_gpu = quantize in GPU_WAYS
     try:
-        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+        model, report = (kind or transformers.AutoModelForImageTextToText).from_pretrained(
             str(folder),
             dtype=dtype or ("float32" if device == "cpu" else "auto"),
             use_safetensors=True,
@@ -84,12 +87,32 @@ def open_processor(folder: Path) -> ProcessorMixin:
         if getattr(processor, part, None) is None:
             raise CheckpointError(f"{folder}: its processor has no {part}; a model for images and text is needed")
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
-    if not processor.chat_template:
+    if not processor.chat_template and not _puts_images(processor):
         raise CheckpointError(
             f"{folder}: there is no chat template, so how the model wants to be asked is not known; "
             "add chat_template.jinja to the folder"
         )
     return processor
+
+
+def _puts_images(processor: ProcessorMixin) -> bool:
+    """Whether a processor puts an image before a text by itself, as PaliGemma's and Kosmos-2's do."""
+    try:
+        made = processor(images=np.zeros((64, 64, 3), dtype=np.uint8), text="", return_tensors="pt")
+        tokens = made["input_ids"] == getattr(processor, "image_token_id", -1)
+    except Exception:  # a processor may raise anything at all
+        return False
+    return bool(tokens.any()) or "image_embeds_position_mask" in made
+
+
+def open_parts(folder: Path) -> tuple[Any, Any]:
+    """Open image processor and tokenizer, where no processor is needed to put the two together."""
+    try:
+        return _component("image_processor", folder), _component("tokenizer", folder)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder}: its image processor or tokenizer cannot be opened ({reason_of(error)})"
+        ) from error
 
 
 def _processor_class(folder: Path) -> Any:

@@ -51,6 +51,8 @@ class PromptMaker:
     def chat(self, messages: Sequence[Message]) -> Chat:
         """Open the images, and check that the template can express the conversation."""
         check_messages(messages)
+        if not self.processor.chat_template:
+            return _alone(messages)
         chat: Chat = [{"role": m.role, "content": _content(m, index)} for index, m in enumerate(messages)]
         style, problem = self._expressed(chat)
         if style is not None:
@@ -114,9 +116,21 @@ class PromptMaker:
         return None
 
     def _run(self, chats: Sequence[Chat], **options: Any) -> dict[str, Any]:
+        if not self.processor.chat_template:
+            return self._beside(chats, **options)
         padding = {"padding": True, "padding_side": "left"} if len(chats) > 1 else None
         options |= {"return_dict": True, "return_tensors": "pt", "processor_kwargs": padding}
         return dict(self._apply("processor", list(chats), tokenize=True, **options))
+
+    def _beside(self, chats: Sequence[Chat], **options: Any) -> dict[str, Any]:
+        """One image and its text as a processor takes them that puts the two together by itself."""
+        if len(chats) > 1 or options:
+            raise PolymodalError("the model has no chat template; it is asked one by one, without control tokens")
+        image = chats[0][0]["content"][0]
+        try:
+            return dict(self.processor(images=image["image"], text="".join(_texts(chats[0])), return_tensors="pt"))
+        except Exception as error:  # a processor may raise anything at all
+            raise PolymodalError(f"the model's processor refuses this image or text ({reason_of(error)})") from error
 
     def _apply(self, what: str, chat: Chat | list[Chat], **options: Any) -> Any:
         try:
@@ -181,6 +195,17 @@ def _content(message: Message, index: int) -> list[dict[str, Any]]:
         elif part.text:
             content.append({"type": "text", "text": part.text})
     return content
+
+
+def _alone(messages: Sequence[Message]) -> Chat:
+    """One image, and at most one text, for a model without a chat template."""
+    content = _content(messages[0], 0)
+    if len(messages) != 1 or sorted(part["type"] for part in content) not in (["image"], ["image", "text"]):
+        raise PolymodalError(
+            "the model has no chat template and knows no conversation: give one image and at most one text, without a "
+            "system message or earlier turns"
+        )
+    return [{"role": "user", "content": sorted(content, key=lambda part: str(part["type"]))}]
 
 
 def _text_as_strings(chat: Chat) -> Chat:
