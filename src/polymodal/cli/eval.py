@@ -3,12 +3,13 @@
     polymodal eval default --data data/default/val.json
     polymodal eval runs/stage2/final --data data/default/val.json --json scores.json --limit 200
     polymodal eval runs/vit_small/final --task retrieval --data data/pairs/val.json
+    polymodal eval Salesforce/blip-itm-base-coco --task retrieval --data data/pairs/val.json
     polymodal eval runs/vit_small/final --task zero-shot --data data/pairs/classes.json
 
 questions: each record asks one; its `kind` chooses the metric and its `answers` lists what is right. Beside the model
 stand an image-blind control (the same model with every image replaced by grey) and the majority answer.
 retrieval: recall of captions by images and of images by captions, for models with an image tower and a text tower
-(CLIP, SigLIP, any dual encoder). zero-shot: the nearest of the classes' prompts, for the same models.
+(CLIP, SigLIP, BLIP, any dual encoder). zero-shot: the nearest of the classes' prompts, for the same models.
 """
 
 from __future__ import annotations

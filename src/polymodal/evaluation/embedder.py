@@ -1,8 +1,8 @@
 """A model with an image tower and a text tower, loaded from a stock folder, as a function to vectors.
 
 Tokens and pixels are made as the folder's own tokenizer and image processor make them, through our preprocessing
-(which the parity tests hold equal to theirs), so a folder of CLIP, SigLIP or any dual encoder from elsewhere is scored
-as `transformers` scores it.
+(which the parity tests hold equal to theirs), so a folder of CLIP, SigLIP, BLIP or any dual encoder from elsewhere is
+scored as `transformers` scores it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 
+from polymodal.checkpoints.locate import find_model
 from polymodal.config import ImageConfig, parse_config
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.media.image import open_image
@@ -104,9 +105,11 @@ def load_embedder(source: str | Path, device: str | torch.device = "cpu") -> Emb
     source = str(shipped(str(source)) or source)
     folder = home_path(source)
     if (folder / "polymodal.json").is_file():
-        raise ConfigError(f"{source}: a chat model has no text tower to compare images with; use --task questions")
+        raise ConfigError(f"{source}: a chat model has no text tower; `eval --task questions` scores it")
     if folder.is_file():
         raise CheckpointError(f"{source} is a file; name the folder of a CLIP, SigLIP or other dual-encoder model")
+    folder = find_model(source)
+    source = str(folder)
     try:
         family = folder_type(source)
     except ConfigError as error:

@@ -35,11 +35,17 @@ from polymodal.utils.modules import frozen
 LOGIT_SCALE_SIGLIP = math.log(10)
 LOGIT_BIAS_SIGLIP = -10.0
 LOGIT_SCALE_CLIP = math.log(1 / 0.07)
-CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel", "vision-text-dual-encoder": "VisionTextDualEncoderModel"}
+CLASSES = {
+    "clip": "CLIPModel",
+    "siglip": "SiglipModel",
+    "vision-text-dual-encoder": "VisionTextDualEncoderModel",
+    "blip": "BlipForImageTextRetrieval",
+}
 PROCESSORS = {
     "clip": "CLIPProcessor",
     "siglip": "SiglipProcessor",
     "vision-text-dual-encoder": "VisionTextDualEncoderProcessor",
+    "blip": "BlipProcessor",
 }
 _COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 """Text encoders whose positions begin behind the padding's, so that they have fewer than they say."""
@@ -86,6 +92,7 @@ class DualEncoder(ScaledPairModel):
 
     vision_model: Any
     text_model: Any
+    projections = ("visual_projection", "text_projection")
 
     def __init__(self, model: Any, tokenizer: Any, image: ImageConfig, objective: ObjectiveConfig) -> None:
         super().__init__(tokenizer, image)
@@ -96,6 +103,8 @@ class DualEncoder(ScaledPairModel):
             self.add_module(name, child)
         for name, parameter in list(model.named_parameters(recurse=False)):
             self.register_parameter(name, parameter)
+        if not hasattr(self, "logit_scale"):  # BLIP's folder has no place for it either
+            self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_CLIP))
         if objective.type == "siglip" and not hasattr(self, "logit_bias"):
             self.logit_bias = nn.Parameter(torch.tensor(LOGIT_BIAS_SIGLIP))
             with torch.no_grad():
@@ -135,13 +144,9 @@ class DualEncoder(ScaledPairModel):
             pooled, patches = self._see(batch.pixel_values)
             if self.distiller is not None and batch.teacher is not None:
                 carry["patches"] = patches
-        mask = {} if self.text_length is not None else {"attention_mask": batch.attention_mask.long()}
-        read = getattr(self.text_model(input_ids=batch.input_ids, **mask), "pooler_output", None)
-        if read is None:
-            raise ConfigError(f"the text encoder {type(self.text_model).__name__} gives no pooled output")
-        return Embedded(
-            unit(self._project("visual_projection", pooled)), unit(self._project("text_projection", read)), carry
-        )
+        sides = zip(self.projections, (pooled, self._read(batch)), strict=True)
+        image, text = (unit(self._project(name, side)) for name, side in sides)
+        return Embedded(image, text, carry)
 
     def extra(self, batch: PairBatch, embedded: Embedded, everyone: Everyone) -> dict[str, Tensor]:
         """The distance to the teacher, where there is one."""
@@ -173,9 +178,36 @@ class DualEncoder(ScaledPairModel):
             raise ConfigError(f"the vision encoder {type(self.vision_model).__name__} gives no pooled output")
         return seen.pooler_output, seen.last_hidden_state[:, -self.patch_grid.area :]
 
+    def _read(self, batch: PairBatch) -> Tensor:
+        """Pooled output [B, E] of texts."""
+        mask = {} if self.text_length is not None else {"attention_mask": batch.attention_mask.long()}
+        read = getattr(self.text_model(input_ids=batch.input_ids, **mask), "pooler_output", None)
+        if read is None:
+            raise ConfigError(f"the text encoder {type(self.text_model).__name__} gives no pooled output")
+        pooled: Tensor = read
+        return pooled
+
     def _project(self, name: str, pooled: Tensor) -> Tensor:
         layer = getattr(self, name, None)
         return pooled if layer is None else layer(pooled)
+
+
+class BlipRetrieval(DualEncoder):
+    """BLIP's class for retrieval (Li et al. 2022, arXiv:2201.12086): its contrast; the matching head stays as it is."""
+
+    text_encoder: Any
+    projections = ("vision_proj", "text_proj")
+
+    def _see(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        # The stock class reads the first position of both encoders, not a pooled output.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen(self.vision_model)):
+            seen = self.vision_model(pixel_values=self.pixel_norm(pixel_values)).last_hidden_state
+        return seen[:, 0], seen[:, 1:]
+
+    def _read(self, batch: PairBatch) -> Tensor:
+        mask = batch.attention_mask.long()
+        read: Tensor = self.text_encoder(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state[:, 0]
+        return read
 
 
 def build_dual_encoder(settings: PairModelConfig, objective: ObjectiveConfig) -> DualEncoder:
@@ -197,10 +229,14 @@ def build_dual_encoder(settings: PairModelConfig, objective: ObjectiveConfig) ->
 def load_dual_encoder(source: str, image: ImageConfig, objective: ObjectiveConfig) -> DualEncoder:
     """Load two encoders."""
     settings = transformers.AutoConfig.from_pretrained(source)
-    model = _open(getattr(transformers, CLASSES[settings.model_type]), source)
+    stock = CLASSES[settings.model_type]
+    named = (settings.architectures or [stock])[0]
+    if settings.model_type == "blip" and named != stock:
+        raise ConfigError(f"{source}: a {named} scores no pairs of image and text; of BLIP's classes {stock} does")
+    model = _open(getattr(transformers, stock), source)
     tokenizer = load_text_tokenizer(source, None)
     ready(tokenizer, model)
-    return DualEncoder(model, tokenizer, image, objective)
+    return (BlipRetrieval if settings.model_type == "blip" else DualEncoder)(model, tokenizer, image, objective)
 
 
 def load_text_tokenizer(source: str, pad_token: str | None) -> Any:

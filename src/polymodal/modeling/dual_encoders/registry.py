@@ -39,6 +39,7 @@ PAIR_FOLDERS: dict[str, Callable[[str, ImageConfig, ObjectiveConfig], PairModel]
     "clip": load_dual_encoder,
     "siglip": load_dual_encoder,
     "vision-text-dual-encoder": load_dual_encoder,
+    "blip": load_dual_encoder,
     blip2_stage1.MODEL_TYPE: load_blip2,
     lit.MODEL_TYPE: lit.load_tower_text,
 }
