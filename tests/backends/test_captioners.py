@@ -175,6 +175,7 @@ def test_streams_batches_and_sampling_are_those_of_any_backend(captioner: Folder
     one, fault, other = model.generate_batch(asked, PARAMS)
     assert isinstance(fault, PolymodalError)
     assert [one, other] == [model.generate(asked[i], PARAMS).text.strip() for i in (0, 2)]
+    assert model.generate([user(Image(image()))]).usage.completion_tokens <= 64  # the decoder's positions
     hot = GenerationParams(max_new_tokens=12, temperature=2.0, seed=3)
     assert model.generate(asked[0], hot).text == model.generate(asked[0], hot).text != one
 
@@ -235,3 +236,14 @@ def test_a_processor_that_puts_the_image_itself_needs_no_template(text: str | No
         model.generate([user("hello")], PARAMS)
     with pytest.raises(PolymodalError, match="'<image>', which this model's processor would take for control"):
         model.generate([user(Image(image()), "<image> what")], PARAMS)
+
+
+def test_of_the_folders_generation_settings_the_end_and_sampling_are_taken(captioner: Folders, tmp_path: Path) -> None:
+    shutil.copytree(captioner("git"), tmp_path / "model")
+    said = {"eos_token_id": 3, "bos_token_id": 2, "num_beams": 4, "min_length": 9, "do_sample": True, "top_k": 5}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(said))
+    with pytest.warns(UserWarning, match="left out min_length, num_beams"):
+        model: Any = load(tmp_path / "model", "cpu")
+    assert (model.defaults.temperature, model.defaults.top_k) == (1.0, 5)
+    plain = load(captioner("git"), "cpu").generate([user(Image(image()))], PARAMS)
+    assert model.generate([user(Image(image()))], PARAMS).text == plain.text

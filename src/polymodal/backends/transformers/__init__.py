@@ -63,7 +63,7 @@ class TransformersBackend(ModelBackend[Inputs]):
         media = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
         image_token_id = media[0] if media[0] is not None else getattr(config, "image_token_index", None)
         self.prompts = PromptMaker(processor, image_token_id)
-        defaults = _take_settings(model, settings or {}, f"{name}: generation_config.json")
+        defaults = take_settings(model, settings or {}, f"{name}: generation_config.json")
         stop_ids = _stop_ids(model, processor.tokenizer, self.prompts.end_id())
         super().__init__(name, processor.tokenizer, config, stop_ids)
         self.model = model
@@ -195,7 +195,7 @@ _NOTHING_AT_1 = {"num_beams", "num_beam_groups", "num_return_sequences", "guidan
                  "repetition_penalty", "encoder_repetition_penalty", "length_penalty"}  # fmt: skip
 
 
-def _take_settings(model: PreTrainedModel, said: dict[str, Any], where: str) -> GenerationParams:
+def take_settings(model: PreTrainedModel, said: dict[str, Any], where: str) -> GenerationParams:
     """Take what this backend goes by from a folder's generation settings."""
     own = GenerationConfig.from_model_config(model.config)
     ids = {key: said[key] if said.get(key) is not None else getattr(own, key, None) for key in _IDS}

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from polymodal.backends.base import Answer, ModelBackend, check_messages
-from polymodal.backends.transformers import Inputs, TransformersBackend
+from polymodal.backends.transformers import Inputs, TransformersBackend, take_settings
 from polymodal.backends.transformers.folder import open_model, open_parts
 from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.generation.params import GenerationParams
@@ -59,8 +59,9 @@ class Captioner(TransformersBackend):
     def __init__(self, model: Any, images: Any, tokenizer: Any, name: str, said: Mapping[str, Any]) -> None:
         config = model.config
         self.asks = type(model).__name__ == "BlipForQuestionAnswering"
-        self.writer = _Writer(model, said)
+        self.writer = _Writer(model, said, f"{name}: generation_config.json")
         ModelBackend.__init__(self, name, tokenizer, config, self.writer.ends)
+        self.defaults = self.writer.defaults
         self._answer_takes_room = not self.asks  # the question is the encoder's
         self.model: Any = self.writer
         self.images = images
@@ -116,18 +117,15 @@ class Captioner(TransformersBackend):
 class _Writer:
     """A stock class as `TransformersBackend` runs it: `generate` from pixels and the ids that are written on from."""
 
-    def __init__(self, model: Any, said: Mapping[str, Any]) -> None:
+    def __init__(self, model: Any, said: Mapping[str, Any], where: str) -> None:
         self.inner, self.family, config = model, str(model.config.model_type), model.config
-        own = transformers.GenerationConfig.from_model_config(config)
-        keys = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "eos_token_id")
-        ids = {key: said[key] if said.get(key) is not None else getattr(own, key, None) for key in keys}
-        ends: Any = ids["eos_token_id"]
-        starts = ids["bos_token_id"], ids["decoder_start_token_id"]
+        self.defaults = take_settings(model, dict(said), where)
+        ids: Any = model.generation_config
+        ends, starts = ids.eos_token_id, (ids.bos_token_id, ids.decoder_start_token_id)
         self.start: Any = starts[1] if starts[0] is None else starts[0]
         if self.family == "blip":
             ends, self.start = config.text_config.sep_token_id, config.text_config.bos_token_id
             model.text_decoder.generation_config = transformers.GenerationConfig()
-        model.generation_config = transformers.GenerationConfig(**ids)
         self.ends = [int(i) for i in (ends if isinstance(ends, list) else [ends]) if i is not None]
 
     def generate(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, **options: Any) -> Any:
