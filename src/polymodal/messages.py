@@ -92,6 +92,7 @@ class Message:
 
     role: Role
     parts: tuple[Part, ...]
+    train: bool = True  # Whether a loss is taken on it, where it is an answer
 
     @property
     def text(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from polymodal.data.load import load_records
+from polymodal.data.load import load_records, record_from_json, record_to_json
 from polymodal.data.readers.conversations import read_llava, read_messages, read_openai, read_record
 from polymodal.errors import DataError
 from polymodal.messages import Audio, Document, Image, Message, Text, Video, assistant, system, user
@@ -67,6 +67,116 @@ def test_llava_roles_system_and_other_media() -> None:
         system("S"),
         user("The <video> tag?"),
     ]
+
+
+SPELLINGS = [(who, what, names) for who in ("from", "role") for what in ("value", "content") for names in (0, 1)]
+
+
+@pytest.mark.parametrize("key", ["conversations", "messages"])
+@pytest.mark.parametrize(("who", "what", "names"), SPELLINGS)
+def test_every_mixture_of_the_two_spellings_reads(key: str, who: str, what: str, names: int) -> None:
+    question, answer = (("human", "gpt"), ("user", "assistant"))[names]
+    chinese = "<image>描述这张图片中的内容"
+    turns: list[dict[str, Any]] = [{who: question, what: chinese}, {who: answer, what: "一个红色的圆。"}]
+    turns += [{"from": "human", "value": "More?"}, {"role": "assistant", "content": "No."}]
+    record = {"id": "1", "image": "a.jpg", key: turns}
+    expected = (user(image("a.jpg"), chinese[7:]), assistant("一个红色的圆。"), user("More?"), assistant("No."))
+    assert read_record(record, ROOT, "here").messages == expected
+    # As a table with columns for both: what is empty is not there.
+    wide = [{"from": None, "role": None, "value": None, "content": None, **turn} for turn in turns]
+    assert read_record({**record, key: wide}, ROOT, "here").messages == expected
+    with pytest.raises(DataError, match=r"\[0\]: has both .*, which differ; keep one"):
+        read_record({**record, key: [{**turns[0], "from": "human", "role": "system"}, turns[1]]}, ROOT, "here")
+
+
+def test_the_newline_belongs_to_the_placeholder_in_conversations_only() -> None:
+    turns = [{"role": "user", "content": "<image>\n描述"}, {"role": "assistant", "content": "A"}]
+    assert read_record({"image": "a", "conversations": turns}, ROOT, "x").messages[0] == user(image("a"), "描述")
+    assert read_record({"image": "a", "messages": turns}, ROOT, "x").messages[0] == user(image("a"), "\n描述")
+
+
+@pytest.mark.parametrize("none", ["", [""], None, [None], [], ["", None]])
+@pytest.mark.parametrize("key", ["image", "images"])
+def test_ways_to_say_that_there_is_no_image(none: Any, key: str) -> None:
+    assert read_record(llava("Q", "A", **{key: none}), ROOT, "x").messages == (user("Q"), assistant("A"))
+    other = {"image": "images", "images": "image"}[key]
+    both = read_record(llava("<image>Q", "A", **{key: none, other: "a"}), ROOT, "x")
+    assert both.messages[0] == user(image("a"), "Q")
+    with pytest.raises(DataError, match=r"1 <image> placeholders but (0 items in `images?`|no `image` key)") as caught:
+        read_record(llava("<image>Q", "A", **{key: none}), ROOT, "x")
+    assert caught.value.code == "placeholder-count"
+    with pytest.raises(DataError, match=r"`images`\[1\] must be a path or URL, found"):
+        read_record(llava("<image>Q<image>", "A", images=["a", ""]), ROOT, "x")
+
+
+@pytest.mark.parametrize("key", ["conversations", "messages", "openai"])
+@pytest.mark.parametrize(("name", "value"), [("loss", False), ("weight", 0), ("weight", 0.0), ("train", False)])
+def test_a_turn_that_is_not_trained(key: str, name: str, value: Any) -> None:
+    turns = [
+        {"role": "user", "content": "Q", name: value},
+        {"role": "assistant", "content": "BAD", name: value},
+        {"role": "user", "content": "Again."},
+        {"role": "assistant", "content": "Two.", name: not value},
+    ]
+    form, key = (key, "messages") if key == "openai" else ("", key)
+    record = read_record({key: turns}, ROOT, "here", form=form)
+    assert [message.train for message in record.messages] == [True, False, True, True]
+    assert record_from_json(json.loads(json.dumps(record_to_json(record)))) == record
+
+
+UNTOLD = {"role": "user", "content": "Q"}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "turn", "complaint"),
+    [
+        ({}, {"reasoning_content": "two and two"}, r"messages\[1\]: `reasoning_content` cannot be followed"),
+        ({}, {"tool_calls": [CALL]}, r"messages\[1\]: `tool_calls` cannot be followed"),
+        ({}, {"content": None, "tool_calls": [CALL]}, r"messages\[1\]: `tool_calls` cannot be followed"),
+        ({}, {"function_call": CALL}, "`function_call` cannot be followed"),
+        ({}, {"weight": 0.5}, "`weight`: 0.5 cannot be followed; give true or false, 1 or 0"),
+        ({}, {"loss": "false"}, "`loss`: 'false' cannot be followed"),
+        ({}, {"loss": True, "weight": 0}, "`loss` and `weight` contradict each other"),
+        ({"tools": [CALL]}, {}, "here: `tools` cannot be followed"),
+        ({"tools": json.dumps([CALL])}, {}, "here: `tools` cannot be followed"),
+        ({"objects": {"ref": ["square"], "bbox": [[1, 2, 3, 4]]}}, {}, "here: `objects` cannot be followed"),
+        ({"objects": [[1, 2, 3, 4]]}, {"content": "At <bbox>."}, "here: `objects` cannot be followed"),
+        ({"system": "A", "system_prompt": "B"}, {}, "has both `system` and `system_prompt`, which differ"),
+    ],
+)
+def test_keys_that_change_the_meaning_are_refused_by_name(
+    fields: dict[str, Any], turn: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(DataError, match=complaint) as caught:
+        read_record({**fields, "messages": [UNTOLD, {"role": "assistant", "content": "A", **turn}]}, ROOT, "here")
+    assert caught.value.code in ("unsupported-key", "bad-field")
+    with pytest.raises(DataError, match="`train`: True cannot be followed; only an answer is trained"):
+        read_record({"messages": [{**UNTOLD, "train": True}, {"role": "assistant", "content": "A"}]}, ROOT, "here")
+
+
+def test_keys_that_say_nothing_are_no_fault() -> None:
+    empty = {"tools": "[]", "objects": {}, "functions": None, "chat_template_kwargs": {}}
+    turn = {"tool_calls": None, "reasoning_content": "", "loss": None, "name": "x"}
+    record = read_record({**empty, "messages": [UNTOLD, {"role": "assistant", "content": "A", **turn}]}, ROOT, "x")
+    assert record.messages == (user("Q"), assistant("A"))
+    notes = read_record({"objects": ["cat"], **llava("Q", "A", system_prompt="Be short.")}, ROOT, "x")
+    assert notes.messages[0] == system("Be short.") and notes.extra == {"objects": ["cat"]}
+
+
+def test_turns_that_say_nothing_are_refused_where_they_are_read() -> None:
+    for values, code in ((("Q", " \n"), "empty-answer"), ((" ", "A"), "empty-question")):
+        with pytest.raises(DataError, match=r"turn \d \(\w+\) says nothing; write it or take it out") as caught:
+            read_record(llava(*values), ROOT, "x")
+        assert caught.value.code == code
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "loss": False}]
+    assert len(read_record({"messages": turns}, ROOT, "x").messages) == 2
+
+
+def test_a_conversation_of_endless_text_is_refused() -> None:
+    with pytest.raises(DataError, match=r"16,777,218 characters of text, at most 16,777,216") as caught:
+        read_record(llava("Q" * 2**24, "AB"), ROOT, "x")
+    assert caught.value.code == "too-long"
 
 
 def test_messages_with_lists_beside_them() -> None:
@@ -145,7 +255,7 @@ def test_requests_cannot_name_files(path: str) -> None:
         (llava("<image>", "A", image="/etc/passwd"), "'/etc/passwd' leaves the folder"),
         (llava("<image>", "A", image="/data/set2/a"), "leaves the folder"),
         (llava("<image>", "A", image=[7]), r"`image`\[0\] must be a path or URL, found int"),
-        (llava("<image>", "A", image=""), r"`image`\[0\] must be a path or URL, found empty text"),
+        (llava("<image>", "A", image=""), r"1 <image> placeholders but 0 items in `image`"),
         (llava("Q", "A", "Q", kind=3), "`kind` must be text, found int"),
         ({"conversations": [{"from": "gpt", "value": "A"}]}, "starts with the assistant"),
         ({"conversations": [{"from": "system", "value": "A"}]}, "only a system message"),
@@ -225,7 +335,7 @@ def test_json_lines(tmp_path: Path) -> None:
             b'{"messages": [{"role": "user", "content": "Q"}]}\n{"messages": [',
             "line 2: not valid JSON: .*one object a line",
         ),
-        (b'{\n "messages": []\n}', "line 1: not valid JSON"),
+        (b'{\n "messages": []\n}', "line 1: `messages` must be a list of turns, found empty list"),
         (b"\xff\xfe[", r"line 1: not UTF-8 text"),
         (b"[3]", "record 0: expected a JSON object, found int"),
     ],

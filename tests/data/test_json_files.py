@@ -83,6 +83,70 @@ def test_what_no_parser_takes_is_one_broken_row(tmp_path: Path) -> None:
     assert codes(rows) == ["not-utf8", ""] and [row.data for row in rows] == [None, {"a": 1}]
 
 
+def joined(*texts: str) -> str:
+    return "\n".join(texts) + "\n"
+
+
+LINE = [json.dumps(row) for row in ROWS]
+PRETTY = [json.dumps(row, indent=2) for row in ROWS]
+WHOLE = {
+    "cat of two lists": joined(json.dumps(ROWS[:2], indent=1), json.dumps(ROWS[2:], indent=1)),
+    "lists on one line": json.dumps(ROWS[:2]) + json.dumps(ROWS[2:]),
+    "lines appended to a list": joined(json.dumps(ROWS[:2]), *LINE[2:]),
+    "a list of one row a line": joined(*(f"[{line}]" for line in LINE)),
+    "objects over several lines": joined(*PRETTY),
+    "the same with a mark": "\ufeff" + joined(*PRETTY),
+    "some over several lines": joined(LINE[0], PRETTY[1], LINE[2], PRETTY[3]),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_no_row_is_lost_after_the_first_value(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, WHOLE[name])
+    rows = text_rows(path)
+    assert [row.data for row in rows] == ROWS and not any(row.error for row in rows)
+    lines = path.read_text("utf-8-sig").split("\n")
+    for row in rows:
+        assert json.loads(row.text) == row.data and row.text.split("\n")[0] in lines[row.line - 1]
+
+
+def test_a_list_that_ends_too_early_is_said_and_read_on(tmp_path: Path) -> None:
+    rows = text_rows(write(tmp_path, "[" + LINE[0] + ",\n" + LINE[1] + "\n],\n" + LINE[2] + ",\n" + LINE[3] + "]\n"))
+    assert [row.data for row in rows] == [*ROWS[:2], None, *ROWS[2:]] and codes(rows)[2] == "broken-json"
+    assert rows[2].line == 3 and "more follows after the end of a list" in str(rows[2].error)
+    twice = text_rows(write(tmp_path, json.dumps(ROWS) + "]\nrest"))
+    assert [row.data for row in twice] == [*ROWS, None, None] and [row.line for row in twice[4:]] == [1, 2]
+
+
+@pytest.mark.parametrize(("own", "key"), [(("role", "content"), "messages"), (("from", "value"), "conversations")])
+def test_a_list_of_turns_is_a_row(tmp_path: Path, own: tuple[str, str], key: str) -> None:
+    chats = [
+        [dict(zip(own, ("user", f"Q{n}"), strict=True)), dict(zip(own, ("assistant", "A"), strict=True))]
+        for n in (1, 2)
+    ]
+    for text in (joined(*map(json.dumps, chats)), json.dumps(chats), joined(*(json.dumps(c, indent=1) for c in chats))):
+        path = write(tmp_path, text)
+        assert [row.data for row in text_rows(path)] == [{key: chat} for chat in chats]
+    assert file_form(write(tmp_path, joined(*map(json.dumps, chats)))) == LINES
+
+
+def test_a_line_that_is_broken_does_not_swallow_the_next(tmp_path: Path) -> None:
+    rows = text_rows(write(tmp_path, joined(LINE[0], LINE[1][:-30], LINE[2], LINE[3] + LINE[0], LINE[1])))
+    assert codes(rows) == ["", "broken-json", "", "broken-json", ""]
+    assert [row.line for row in rows] == [1, 2, 3, 4, 5]
+
+
+def test_a_key_that_comes_twice_breaks_its_row(tmp_path: Path) -> None:
+    twice = '{"id": "a", "conversations": [], "id": "b"}'
+    for text in (joined(twice, LINE[0]), f"[{twice}, {LINE[0]}]"):
+        rows = text_rows(write(tmp_path, text))
+        assert codes(rows) == ["broken-json", ""] and "the key 'id' comes twice" in str(rows[0].error)
+    with pytest.raises(DataError, match="the key 'n' comes twice in one object; keep one"):
+        list(elements(write(tmp_path, '{"a": [{"n": 1}, {"m": {"n": 1, "n": 2}}]}'), "a"))
+    with pytest.raises(DataError, match="the key 'n' comes twice"):
+        list(members(write(tmp_path, '{"a": {"n": 1, "n": 2}}')))
+
+
 def test_files_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no records"):
         (text_rows(write(tmp_path, " \n ")))

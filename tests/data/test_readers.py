@@ -190,6 +190,17 @@ def test_textvqa_with_and_without_ocr(tmp_path: Path) -> None:
         load_records(path, annotations=path)
 
 
+def test_rows_inside_an_object_are_not_taken_for_textvqa(tmp_path: Path) -> None:
+    rows = [{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}] * 3
+    for indent in (None, 1):
+        path = put(tmp_path / "w.json", json.dumps({"version": 1, "data": rows}, indent=indent))
+        assert detect_format(path) == "json"
+        assert faults(path) == [
+            f"{path}: line 1: expected `conversations` (LLaVA) or `messages`, found data, version; "
+            "where the rows are its list `data`, give that list alone"
+        ]
+
+
 def test_docvqa_and_infographics(tmp_path: Path) -> None:
     entry = {
         "questionId": 3,

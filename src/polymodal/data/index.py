@@ -40,7 +40,7 @@ from polymodal.processing.processor import Processor
 from polymodal.utils.files import atomic_folder, sha256_file
 from polymodal.utils.threads import Progress, ahead, quiet
 
-VERSION = 1
+VERSION = 2
 INFO = "index.json"
 MODALITIES = ("image", "video", "audio", "document")
 CONTEXT_ARRAYS = ("contexts", "context_lengths")

@@ -97,14 +97,19 @@ _PARTS: dict[str, type[Media]] = {"image": Image, "video": Video, "audio": Audio
 
 def record_to_json(record: Record) -> dict[str, Any]:
     """Write a record as plain JSON values, for a file of our own that holds records of every form."""
-    messages = [[turn.role, [_part_to_json(part, record.id) for part in turn.parts]] for turn in record.messages]
+    messages = [
+        [turn.role, [_part_to_json(part, record.id) for part in turn.parts], *([] if turn.train else [False])]
+        for turn in record.messages
+    ]
     plain = {"id": record.id, "kind": record.kind, "source": record.source, "messages": messages}
     return {**plain, "extra": dict(record.extra)} if record.extra else plain
 
 
 def record_from_json(data: Mapping[str, Any]) -> Record:
     """Read what `record_to_json` wrote. For our own files only: paths are taken as they are."""
-    messages = tuple(Message(role, tuple(map(_part_from_json, parts))) for role, parts in data["messages"])
+    messages = tuple(
+        Message(role, tuple(map(_part_from_json, parts)), *marks) for role, parts, *marks in data["messages"]
+    )
     return Record(data["id"], messages, data["kind"], data["source"], data.get("extra", {}))
 
 

@@ -108,9 +108,12 @@ class Processor:
             make = tile_bytes if pixels == "uint8" else make_tiles
             tiles = tuple(torch.from_numpy(make(image, plan, rules)) for image, plan in zip(images, plans, strict=True))
         loss_mask = torch.tensor(rendered.loss_mask, dtype=torch.bool)
+        if self.last_answer_only:
+            last = next((message.train for message in reversed(messages) if message.role == "assistant"), True)
+            loss_mask = last_run(loss_mask) & last
         return Sample(
             input_ids=torch.tensor(rendered.input_ids, dtype=torch.int64),
-            loss_mask=last_run(loss_mask) if self.last_answer_only else loss_mask,
+            loss_mask=loss_mask,
             slots=rendered.slots,
             plans=plans,
             pixels=tiles,

@@ -7,6 +7,9 @@ Three forms, told apart by their keys:
   `<image>` in the text or `{"type": "image"}` parts that take the next item of the list.
 - OpenAI content parts: `{"role", "content": [{"type": "text", ...}, {"type": "image_url", ...}]}`.
 
+A turn may be spelled `from` and `value` or `role` and `content` in either list. A turn with `loss: false`, `weight: 0`
+or `train: false` is shown and not trained. What would change the meaning and cannot be followed is refused by name.
+
 LLaVA writes an image as `<image>` and a newline. In that form one newline beside a placeholder belongs to the
 placeholder: the one after it, or, where there is none, the one before it. The template's `image_newline_text` puts it
 back for models that want it. Placeholders are resolved here, once, and counted; text that looks like one later is only
@@ -41,9 +44,22 @@ _ROLES: dict[str, Role] = {
 _MEDIA: dict[str, type[Image] | type[Video] | type[Audio]] = {"image": Image, "video": Video, "audio": Audio}
 
 _PLACEHOLDER = re.compile(r"<(image|video|audio)>")
+_NAMES = {
+    "conversations": (("from", "role"), ("value", "content")),
+    "messages": (("role", "from"), ("content", "value")),
+}
+_SYSTEM = ("system", "system_prompt")
+_MARKS = ("loss", "weight", "train")
+"""Keys of a turn that say whether it is trained."""
+_REFUSED_IN_TURNS = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
+"""Keys of a turn that are part of what is said, for which there is no place."""
+REFUSED_IN_RECORDS = ("tools", "functions", "chat_template_kwargs", "objects")
+"""The same of a record."""
+_CANNOT = "cannot be followed; write it into the text, or take it out"
+_MAX_TEXT = 16 * 2**20
 
 _KNOWN_KEYS = frozenset(
-    {"id", "kind", "source", "conversations", "messages", "system"} | {key + s for key in _MEDIA for s in ("", "s")}
+    {"id", "kind", "source", "conversations", "messages", *_SYSTEM} | {key + s for key in _MEDIA for s in ("", "s")}
 )
 
 
@@ -69,10 +85,17 @@ class _Pool:
         self._taken = dict.fromkeys(_MEDIA, 0)
         for kind, cls in _MEDIA.items():
             keys = [key for key in (kind, kind + "s") if record.get(key) is not None]
+            if len(keys) > 1:  # one of them may say that there is none
+                keys = [key for key in keys if listed(record[key])] or keys[:1]
             if len(keys) > 1:
                 raise DataError(f"{where}: the record has both `{kind}` and `{kind}s`; keep one")
             for key in keys:
-                entries = record[key] if isinstance(record[key], list) else [record[key]]
+                entries = listed(record[key])
+                if names := _named(entries):
+                    problem = (
+                        f"names its media by placeholder ({', '.join(names)}); write <{kind}> in the text and a list"
+                    )
+                    raise DataError(f"{where}: `{key}` {problem}", "placeholder-count")
                 sources = [_source(entry, image_root, f"{where}: `{key}`[{i}]") for i, entry in enumerate(entries)]
                 self._keys[kind], self._items[kind] = key, [cls(source) for source in sources]
 
@@ -98,19 +121,29 @@ class _Pool:
                 raise DataError(f"{self._where}: {taken} <{kind}> placeholders but {problem}", "placeholder-count")
 
 
+def listed(value: Any) -> list[Any]:
+    """What a record has in a media key, as a list; null, "" and lists of these mean none."""
+    entries = value if isinstance(value, list) else [value]
+    return [] if all(entry is None or entry == "" for entry in entries) else entries
+
+
+def _named(entries: list[Any]) -> list[str]:
+    """The names in MiniCPM's form, {"<image_00>": path}."""
+    lone = entries[0] if len(entries) == 1 and isinstance(entries[0], dict) else {}
+    return [str(key) for key in lone] if all(str(key).startswith("<") for key in lone) else []
+
+
 def read_llava(record: Mapping[str, Any], image_root: Path, where: str) -> list[Message]:
     """Read a LLaVA record."""
-    return _conversation(record, "conversations", "from", "value", image_root, where)
+    return _conversation(record, "conversations", image_root, where)
 
 
 def read_messages(record: Mapping[str, Any], image_root: Path, where: str) -> list[Message]:
     """Read a record of `messages` with its media beside them in `images`, `videos` and `audios`."""
-    return _conversation(record, "messages", "role", "content", image_root, where)
+    return _conversation(record, "messages", image_root, where)
 
 
-def _conversation(
-    record: Mapping[str, Any], key: str, role_key: str, text_key: str, image_root: Path, where: str
-) -> list[Message]:
+def _conversation(record: Mapping[str, Any], key: str, image_root: Path, where: str) -> list[Message]:
     pool = _Pool(record, image_root, where)
     turns = record.get(key)
     if not isinstance(turns, list) or not turns:
@@ -118,18 +151,27 @@ def _conversation(
     messages = _leading_system(record, where)
     for index, turn in enumerate(turns):
         spot = f"{where}: {key}[{index}]"
-        role = _role(turn, role_key, spot)
+        role, train = _speaker(turn, _NAMES[key][0], spot)
+        text_key = spelled(turn, _NAMES[key][1], spot)
         content = turn.get(text_key)
         if isinstance(content, str):
             parts = tuple(_split(content, role, pool, spot, newline=key == "conversations"))
-        elif key == "conversations":
+        elif key == "conversations" and not isinstance(content, list):
             raise DataError(f"{spot}: `{text_key}` must be text, found {_kind_of(content)}")
         else:
             parts = _parts(content, role, spot, image_root, pool)
-        messages.append(Message(role, parts))
+        messages.append(Message(role, parts, train))
     pool.finish()
     _check_turns(messages, where)
     return messages
+
+
+def spelled(turn: Mapping[str, Any], names: Sequence[str], spot: str = "") -> str:
+    """Which of two names a turn uses; the first where it has neither."""
+    found = [name for name in names if turn.get(name) is not None]
+    if len(found) > 1 and turn[found[0]] != turn[found[1]]:
+        raise DataError(f"{spot}: has both `{found[0]}` and `{found[1]}`, which differ; keep one")
+    return found[0] if found else names[0]
 
 
 def read_openai(messages: Sequence[Any], where: str, image_root: Path | None = None) -> list[Message]:
@@ -139,12 +181,12 @@ def read_openai(messages: Sequence[Any], where: str, image_root: Path | None = N
     result = []
     for index, turn in enumerate(messages):
         spot = f"{where}[{index}]"
-        role = _role(turn, "role", spot)
+        role, train = _speaker(turn, ("role",), spot)
         content = turn.get("content")
         if isinstance(content, str):
-            result.append(Message(role, (Text(content),) if content else ()))
+            result.append(Message(role, (Text(content),) if content else (), train))
         else:
-            result.append(Message(role, _parts(content, role, spot, image_root, None)))
+            result.append(Message(role, _parts(content, role, spot, image_root, None), train))
     return result
 
 
@@ -169,7 +211,13 @@ def read_record(record: Any, image_root: Path, where: str, *, default_id: str = 
         messages = read_messages(record, image_root, where)
     else:
         found = ", ".join(sorted(map(str, record))) or "no keys"
-        raise DataError(f"{where}: expected `conversations` (LLaVA) or `messages`, found {found}", "unknown-form")
+        rows = [
+            key for key, value in record.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
+        hint = f"; where the rows are its list `{rows[0]}`, give that list alone" if len(rows) == 1 else ""
+        raise DataError(f"{where}: expected `conversations` (LLaVA) or `messages`, found {found}{hint}", "unknown-form")
+    _check_followed(record, messages, where)
+    _check_said(messages, where)
     labels = {}
     for key in ("kind", "source"):
         value = record.get(key)
@@ -183,22 +231,67 @@ def read_record(record: Any, image_root: Path, where: str, *, default_id: str = 
 
 def _leading_system(record: Mapping[str, Any], where: str) -> list[Message]:
     """The system message that ShareGPT-like records keep in a field of its own."""
-    value = record.get("system")
+    key = spelled({name: record.get(name) or None for name in _SYSTEM}, _SYSTEM, where)
+    value = record.get(key)
     if value is None or value == "":
         return []
     if not isinstance(value, str):
-        raise DataError(f"{where}: `system` must be text, found {_kind_of(value)}")
+        raise DataError(f"{where}: `{key}` must be text, found {_kind_of(value)}")
     return [Message("system", (Text(value),))]
 
 
-def _role(turn: Any, key: str, spot: str) -> Role:
+def _speaker(turn: Any, names: Sequence[str], spot: str) -> tuple[Role, bool]:
+    """Who says a turn, and whether it is trained."""
     if not isinstance(turn, dict):
-        raise DataError(f"{spot}: expected an object with `{key}`, found {_kind_of(turn)}")
+        raise DataError(f"{spot}: expected an object with `{names[0]}`, found {_kind_of(turn)}")
+    key = spelled(turn, names, spot)
     name = turn.get(key)
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise DataError(f"{spot}: unknown role `{key}`: {name!r}; known: {', '.join(_ROLES)}", "unknown-role")
-    return role
+    for key in _REFUSED_IN_TURNS:
+        if not _says_nothing(turn.get(key)):
+            raise DataError(f"{spot}: `{key}` {_CANNOT}", "unsupported-key")
+    marks = {key: turn[key] for key in _MARKS if turn.get(key) is not None}
+    for key, value in marks.items():
+        if value not in (0, 1) or (value and role != "assistant"):
+            hint = "only an answer is trained" if value == 1 else "give true or false, 1 or 0"
+            raise DataError(f"{spot}: `{key}`: {value!r} cannot be followed; {hint}", "unsupported-key")
+    if len(set(map(bool, marks.values()))) > 1:
+        raise DataError(f"{spot}: {' and '.join(f'`{key}`' for key in marks)} contradict each other; keep one")
+    return role, role != "assistant" or all(marks.values())
+
+
+def _says_nothing(value: Any) -> bool:
+    return value is None or value in ("", [], {}, "[]", "{}", "null")
+
+
+def _check_followed(record: Mapping[str, Any], messages: Sequence[Message], where: str) -> None:
+    """Refuse a record's keys that change what it means and that nothing here can do."""
+    for key in REFUSED_IN_RECORDS:
+        value = record.get(key)
+        if _says_nothing(value):
+            continue
+        if key == "objects":  # of ms-swift; elsewhere the name is given to notes that change nothing
+            filled = any(name in message.text for message in messages for name in ("<bbox>", "<ref-object>"))
+            if not filled and not (isinstance(value, dict) and not {"bbox", "ref"}.isdisjoint(value)):
+                continue
+        raise DataError(f"{where}: `{key}` {_CANNOT}", "unsupported-key")
+
+
+def _check_said(messages: Sequence[Message], where: str) -> None:
+    """Every turn says something, and none says more than can be read in reasonable time."""
+    size = sum(len(message.text) for message in messages)
+    if size > _MAX_TEXT:
+        raise DataError(
+            f"{where}: {size:,} characters of text, at most {_MAX_TEXT:,} are allowed; split it", "too-long"
+        )
+    for number, message in enumerate(messages, start=1):
+        if message.media or message.text.strip():
+            continue
+        if message.role == "user" or (message.role == "assistant" and message.train):
+            code = "empty-question" if message.role == "user" else "empty-answer"
+            raise DataError(f"{where}: turn {number} ({message.role}) says nothing; write it or take it out", code)
 
 
 def _split(text: str, role: Role, pool: _Pool, spot: str, *, newline: bool) -> Iterator[Part]:

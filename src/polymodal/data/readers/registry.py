@@ -89,7 +89,8 @@ def _official(path: Path) -> str:
     keys: dict[str, set[str]] = defaultdict(set)  # of each object that is open, by its place
     for place, event, value in json_files.events(path):
         if place == "data.item" and event not in ("start_map", "map_key"):  # the first element is over
-            return "docvqa" if "questionId" in keys[place] else "textvqa"
+            is_textvqa = {"image_id", "question"} <= keys[place]
+            return "docvqa" if "questionId" in keys[place] else "textvqa" if is_textvqa else "json"
         if event == "end_map":
             keys.pop(place, None)
         if event != "map_key":

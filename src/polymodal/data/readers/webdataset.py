@@ -15,7 +15,6 @@ types are no part of a sample. An archive without its end marker was cut off, wh
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from polymodal.data.readers.base import (
     question_of,
     text_of,
 )
+from polymodal.data.readers.json_files import parse_json
 from polymodal.errors import DataError, MediaError, first_line
 from polymodal.media.source import describe, read_bytes
 from polymodal.messages import FileSlice
@@ -127,6 +127,9 @@ def _end_of(path: Path, offset: int) -> str:
         block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
         return "the archive has no end marker, so it was cut off; fetch it again"
+        while not any(block) and (more := file.read(1 << 20)):
+            if any(more):
+                return f"more follows after the end at byte {offset}; join archives with `tar --concatenate`, not `cat`"
     damaged = f"damaged header at byte {offset}; what follows cannot be read, fetch the archive again"
     return damaged if any(block) else ""
 
@@ -214,7 +217,7 @@ def _text(member: FileSlice) -> str:
 
 def _json(member: FileSlice) -> dict[str, Any]:
     try:
-        parsed = json.loads(_text(member))
+        parsed = parse_json(_text(member))
     except (ValueError, RecursionError) as error:
         raise DataError(f"member {member.name} is not valid JSON ({first_line(error)})") from None
     if not isinstance(parsed, dict):

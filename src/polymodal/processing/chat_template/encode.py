@@ -10,8 +10,8 @@ header.
 
 Rules worth knowing:
 
-- A turn's loss covers the assistant's text and its end token. Where a template ends an answer with no token, the
-  tokenizer's end token is added, since a model that never sees one never stops.
+- A turn's loss covers the assistant's text and its end token, unless `Message.train` is off. Where a template ends an
+  answer with no token, the tokenizer's end token is added, since a model that never sees one never stops.
 - The generation prompt is the template's own, or, where it has none, what stands before an answer; either way it is a
   prefix of the training ids. What the template writes between its prompt and an answer (a space, an empty block of
   reasoning) is the model's to say: it is trained with the answer. A template whose own prompt is no such prefix is
@@ -30,7 +30,7 @@ Rules worth knowing:
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,7 @@ class _Writer:
         self._text, self._trained, self._own = "", False, True
         self._space: str | None = None  # what stands before the waiting text where that begins with an answer
         self._stripped = False  # the control token before takes the white space after it
+        self.silent = False  # what is trained is an answer without a loss; its borders stay, so its ids do
 
     def text(self, text: str, *, trained: bool = False, own: bool = False, space: str | None = None) -> None:
         """Write a text; `own` where the template wrote it, `space` where an answer begins behind the template's."""
@@ -89,7 +90,7 @@ class _Writer:
         if self._tokens.strips(token, "lstrip"):
             self._text = self._text.rstrip()
         self.flush()
-        self.out.add([token] * count, trained=trained)
+        self.out.add([token] * count, trained=trained and not self.silent)
         self._stripped = self._tokens.strips(token, "rstrip")
 
     def flush(self) -> Rendered:
@@ -100,7 +101,7 @@ class _Writer:
                 ids = self._tokens.answer(self._text, before, "" if self._stripped else space)
             else:
                 ids = self._tokens.text(self._text, before, own=self._own)
-            self.out.add(ids, trained=self._trained)
+            self.out.add(ids, trained=self._trained and not self.silent)
             self._stripped = False
         self._text, self._own, self._space = "", True, None
         return self.out
@@ -162,7 +163,8 @@ class ChatTemplate:
         cut_before_answer = add_generation_prompt and not own
         if cut_before_answer:
             turns.append(Turn("assistant", (Piece("assistant", len(messages), ""),)))
-        return self._emit(turns, media_tokens, stop_before_last=cut_before_answer, add_generation_prompt=own)
+        silent = {index for index, message in enumerate(messages) if not message.train}
+        return self._emit(turns, media_tokens, silent, stop_before_last=cut_before_answer, add_generation_prompt=own)
 
     def _turns(self, messages: Sequence[Message]) -> list[Turn]:
         """Check the messages, and add the default system message."""
@@ -213,7 +215,7 @@ class ChatTemplate:
         return tuple(pieces) or (Piece(message.role, index, ""),)
 
     def _emit(
-        self, turns: list[Turn], media_tokens: Sequence[int], *, stop_before_last: bool, add_generation_prompt: bool
+        self, turns: list[Turn], media_tokens: Sequence[int], silent: Collection[int], *, stop_before_last: bool, add_generation_prompt: bool
     ) -> Rendered:
         """Render, cut at the markers, and tokenise piece by piece."""
         pieces = [piece for turn in turns for piece in turn.pieces]
@@ -240,6 +242,7 @@ class ChatTemplate:
                 return out.flush()
             expected += 1
             piece = pieces[marked]
+            out.silent = piece.message in silent
             if text is None:
                 self._add_image(out, piece, media_tokens)
             elif not begins:
