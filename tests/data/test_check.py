@@ -12,8 +12,12 @@ import pytest
 from polymodal.backends import load_processor
 from polymodal.cli import main
 from polymodal.data.check.check import Summary, check_files
+from polymodal.data.check.fix import add_placeholder
 from polymodal.data.check.rows import FAULTS
 from polymodal.data.load import load_records
+from polymodal.data.readers.conversations import read_record
+from polymodal.errors import DataError
+from polymodal.messages import Image, user
 from polymodal.processing.processor import Processor
 
 PLANTED = Path(__file__).parent / "planted"
@@ -45,8 +49,9 @@ DROPPED = {
     28: "unsupported-medium",
     29: "too-long",
     30: "duplicate-row",
+    39: "unsupported-key",
 }
-"""Line of each row that training could not use, and why: 23 faults, two of them planted twice."""
+"""Line of each row that training could not use, and why: 24 faults, two of them planted twice."""
 
 WARNED = {
     31: "duplicate-id",
@@ -56,6 +61,7 @@ WARNED = {
     35: "unanswered",
     36: "tiny-image",
     37: "thin-image",
+    40: "other-placeholder",
 }
 """Line of each row that trains, and that its owner should look at."""
 
@@ -104,10 +110,11 @@ def test_fix_repairs_what_has_one_outcome_and_touches_no_good_row(processor: Pro
     before, after = BAD.read_bytes().splitlines(), (tmp_path / "bad.fixed.jsonl").read_bytes().splitlines()
     for line in GOOD:
         assert before[line - 1] in after
-    assert summary.files[0].repaired == 7
+    assert summary.files[0].repaired == 8
     assert dict(summary.repairs) == {
         "role names": 1,
         "placeholder added": 1,
+        "placeholder replaced": 1,
         "path mended": 1,
         "new id": 1,
         "answer trimmed": 1,
@@ -118,6 +125,7 @@ def test_fix_repairs_what_has_one_outcome_and_touches_no_good_row(processor: Pro
     assert len(fixed) == len(after) == len(GOOD) + len(WARNED) + 3
     assert [turn["from"] for turn in fixed["fault-unknown-role"]["conversations"]] == ["human", "gpt"]
     assert fixed["fault-placeholder-count"]["conversations"][0]["value"] == "<image>\nWhich colour has the triangle?"
+    assert fixed["fault-other-placeholder"]["conversations"][0]["value"] == "<image>\nWhich form?"
     assert fixed["fault-path-case"]["image"] == "pictures/Yellow-Circle.png"
     assert fixed["fault-outer-space"]["conversations"][1]["value"] == "Six."
     assert fixed["fault-bad-characters"]["conversations"][1]["value"] == "In the square."
@@ -128,6 +136,91 @@ def test_fix_repairs_what_has_one_outcome_and_touches_no_good_row(processor: Pro
     again = run_check(tmp_path / "bad.fixed.jsonl", processor, tmp_path / "again", image_root=PLANTED, fix=True)
     assert again.dropped == [] and not again.repairs
     assert (tmp_path / "again" / "bad.fixed.fixed.jsonl").read_bytes().splitlines() == after
+
+
+OTHERS = {
+    "none": "What is it?",
+    "qwen": "<|vision_start|><|image_pad|><|vision_end|>What is it?",
+    "qwen-vl": "Picture 1: <img>red-circle.png</img>\nWhat is it?",
+    "upper": "<IMAGE>\nWhat is it?",
+    "phi": "<|image_1|>\nWhat is it?",
+    "minicpm": "<image_00>\nWhat is it?",
+    "mistral": "[IMG]What is it?",
+    "xcomposer": "<ImageHere>What is it?",
+    "minigpt4": "<Img><ImageHere></Img>What is it?",
+    "internvl": "<img><IMG_CONTEXT><IMG_CONTEXT></img>\nWhat is it?",
+    "gemma": "<start_of_image>What is it?",
+    "closed": "<image/>What is it?",
+    "html": '<img src="red-circle.png">What is it?',
+}
+
+
+@pytest.mark.parametrize(("key", "who", "what"), [("conversations", "from", "value"), ("messages", "role", "content")])
+def test_fix_replaces_the_placeholders_of_other_tools(key: str, who: str, what: str, tmp_path: Path) -> None:
+    for name, text in OTHERS.items():
+        data = {"image": "red-circle.png", key: [{who: "user", what: text}, {who: "assistant", what: "A circle."}]}
+        add_placeholder(data, tmp_path)
+        gap = "\n" if key == "conversations" or "\n" in text else ""
+        assert data[key][0][what] == f"<image>{gap}What is it?", name
+
+
+@pytest.mark.parametrize(
+    ("images", "text", "mended"),
+    [
+        (["a.png", "b.png"], "<|image_1|> or <|image_2|>?", "<image> or <image>?"),
+        (["a.png", "b.png"], "<img>x/a.png</img> or <img>b.png</img>?", "<image> or <image>?"),
+        (["a.png", "b.png"], "<|image_2|> or <|image_1|>?", ""),
+        (["a.png", "b.png"], "<img>b.png</img> or <img>a.png</img>?", ""),
+        (["a.png", "b.png"], "Is [IMG] red?", ""),
+        ("a.png", "Is [IMG] or [IMG] red?", ""),
+        ("a.png", "<img>b.png</img>What?", ""),
+        ("a.png", "<image>\nIs <|image_pad|> a token?", ""),
+    ],
+)
+def test_fix_leaves_placeholders_that_with_two_meanings(images: Any, text: str, mended: str, tmp_path: Path) -> None:
+    data = {"images": images, "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "A."}]}
+    add_placeholder(data, tmp_path)
+    assert data["messages"][0]["content"] == (mended or text)
+
+
+def test_fix_reads_images_by_name(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "<image_01> or\n<image_00>?"}, {"role": "assistant", "content": "The first."}]
+    data = {"image": {"<image_00>": "a.png", "<image_01>": "b.png"}, "conversations": turns}
+    with pytest.raises(DataError, match=r"`image` names its media by placeholder .*; write <image> in the text"):
+        read_record(data, tmp_path, "x")
+    add_placeholder(data, tmp_path)
+    assert data["image"] == ["b.png", "a.png"]
+    first = read_record(data, tmp_path, "x").messages[0]
+    assert first == user(Image(tmp_path / "b.png"), " or", Image(tmp_path / "a.png"), "?")
+
+
+def test_the_mission_s_own_format_is_checked_fixed_and_read(processor: Processor, tmp_path: Path) -> None:
+    shutil.copytree(PLANTED / "pictures", tmp_path / "pictures")
+    rows = []
+    for number, (question, answer) in enumerate(
+        [("<image>\nDescribe this image.", "A red circle."), ("<image>\n描述这张图片中的内容", "一个红色的圆。")]
+    ):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows.append({"id": f"r{number}", "image": "pictures/red-circle.png", "conversations": turns})
+    rows.append({**rows[1], "id": "bare", "conversations": [{**turns[0], "content": "描述"}, turns[1]]})
+    rows.append(
+        {"id": "role", "image": "", "conversations": [{**turns[0], "role": "User", "content": "你好"}, turns[1]]}
+    )
+    for name, text in (("m.json", json.dumps(rows, ensure_ascii=False)), ("m.jsonl", "\n".join(map(json.dumps, rows)))):
+        data = tmp_path / name
+        data.write_text(text, encoding="utf-8")
+        summary = run_check(data, processor, tmp_path / "out", fix=True)
+        assert not summary.dropped and not summary.warnings
+        assert dict(summary.repairs) == {"placeholder added": 1, "role names": 1}
+        fixed = load_records(tmp_path / "out" / f"m.fixed{data.suffix}", tmp_path)
+        assert [record.messages[1].text for record in fixed] == ["A red circle.", *["一个红色的圆。"] * 3]
+        assert [record.messages[0].text for record in fixed] == [
+            "Describe this image.",
+            "描述这张图片中的内容",
+            "描述",
+            "你好",
+        ]
+        assert [len(record.messages[0].media) for record in fixed] == [1, 1, 1, 0]
 
 
 def test_a_list_with_a_broken_element_keeps_the_others(processor: Processor, tmp_path: Path) -> None:
@@ -180,14 +273,14 @@ def test_the_verb_writes_a_page_that_loads_nothing(
     argv = ["data", "check", str(BAD), "--model", str(tiny_model_folder), "--output", str(tmp_path / "out")]
     assert main([*argv, "--max-length", str(MAX_LENGTH)]) == 1
     said = capsys.readouterr()
-    assert "38 rows: 6 good, 7 to look at, 25 to drop" in said.out
+    assert "40 rows: 6 good, 8 to look at, 26 to drop" in said.out
     assert "more than --max-dropped 1%" in said.err
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") >= 9 and page.count("data:image/jpeg;base64,") >= 6
     assert "<script" not in page and 'src="http' not in page and "href=" not in page
     assert all(f"<code>{code}</code>" in page for code in {*DROPPED.values(), *WARNED.values()})
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["dropped"] == 25 and summary["faults"]["missing-file"] == 2
+    assert summary["dropped"] == 26 and summary["faults"]["missing-file"] == 2
     assert main([*argv, "--max-length", str(MAX_LENGTH), "--max-dropped", "70%"]) == 0
     assert main([*argv, "--max-dropped", "lots"]) == 2
     assert main(["data", "check", str(tmp_path / "no.jsonl"), "--model", str(tiny_model_folder)]) == 2
@@ -224,4 +317,4 @@ def test_inspect_shows_a_row_as_it_is_trained(
     assert main([*argv, "--index", "2"]) == 2
     assert "line 3" in capsys.readouterr().err
     assert main([*argv, "--index", "99"]) == 2
-    assert "no row 99; the last is 37" in capsys.readouterr().err
+    assert "no row 99; the last is 39" in capsys.readouterr().err

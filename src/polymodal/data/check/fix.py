@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from polymodal.data.check.rows import Finding, Row, read_row
+from polymodal.data.check.rows import OTHERS, Finding, Row, read_row
+from polymodal.data.readers.conversations import listed
 
 Repair: TypeAlias = Callable[[Row, Sequence[Finding]], tuple[Row, tuple[str, ...]] | None]
 """From a row and its findings to the repaired row and the names of the repairs; None where nothing can be done."""
@@ -37,12 +38,14 @@ _ROLES = {
 _LLAVA_NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
 _NEVER_MEANT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _PLACEHOLDER = "<image>"
+_IMAGES = ("image", "images")
+_SAID = ("value", "content")
 
 
 def role_names(data: dict[str, Any], root: Path) -> None:
     """`Human`, `bot`, `model` and the like become the names that the form uses."""
     for turn in _turns(data):
-        key = "from" if "conversations" in data else "role"
+        key = _key(turn, "from", "role")
         name = turn.get(key)
         role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
         wanted = _LLAVA_NAMES.get(role or "") if key == "from" else role
@@ -51,17 +54,56 @@ def role_names(data: dict[str, Any], root: Path) -> None:
 
 
 def add_placeholder(data: dict[str, Any], root: Path) -> None:
-    """One image and no `<image>` anywhere: it belongs before the first question."""
-    key = next((key for key in ("image", "images") if data.get(key)), None)
-    if key is None or (isinstance(data[key], list) and len(data[key]) != 1):
+    """One image and no placeholder of any kind: it belongs before the first question."""
+    replace_placeholders(data, root)
+    key = next((key for key in _IMAGES if listed(data.get(key))), None)
+    if key is None or len(listed(data[key])) != 1:
         return
-    name, who = ("value", "from") if "conversations" in data else ("content", "role")
-    texts = [turn.get(name) for turn in _turns(data)]
-    if any(not isinstance(text, str) or _PLACEHOLDER in text for text in texts):
+    texts = [turn.get(_key(turn, *_SAID)) for turn in _turns(data)]
+    if any(not isinstance(text, str) or _PLACEHOLDER in text or OTHERS.search(text) for text in texts):
         return
-    first = next((turn for turn in _turns(data) if turn.get(who) in ("human", "user")), None)
-    if first is not None:
-        first[name] = f"{_PLACEHOLDER}\n{first[name]}" if name == "value" else f"{_PLACEHOLDER}{first[name]}"
+    first = next((turn for turn in _turns(data) if _is_question(turn)), None)
+    if first is not None and not isinstance(listed(data[key])[0], dict):
+        said = _key(first, *_SAID)
+        first[said] = f"{_PLACEHOLDER}{_gap(data)}{first[said]}"
+
+
+def replace_placeholders(data: dict[str, Any], root: Path) -> None:
+    """The placeholders of other tools, one for each image and in their order, become `<image>`."""
+    key = next((key for key in _IMAGES if listed(data.get(key))), "")
+    images, marks = listed(data.get(key)), OTHERS
+    if named := images[0] if len(images) == 1 and isinstance(images[0], dict) and "path" not in images[0] else {}:
+        images, marks = list(named.values()), re.compile("|".join(map(re.escape, map(str, named))))
+    questions = [(turn, _key(turn, *_SAID)) for turn in _turns(data) if _is_question(turn)]
+    texts = [text for turn, said in questions if isinstance(text := turn.get(said), str)]
+    if not images or len(texts) < len(questions):
+        return
+    found = [match for text in texts for match in marks.finditer(text)]
+    left = any(_PLACEHOLDER in marks.sub("", text) for text in texts)
+    if left or len(found) != len(images) or (named and len({match[0] for match in found}) < len(named)):
+        return
+    if named:
+        data[key] = [named[match[0]] for match in found]
+    elif not _in_order(found, images):
+        return
+    for turn, said in questions:
+        text = marks.sub(_PLACEHOLDER, turn[said])
+        rest = text.removeprefix(_PLACEHOLDER)
+        is_bare = text != turn[said] and rest != text and rest and not rest[0].isspace()
+        turn[said] = f"{_PLACEHOLDER}{_gap(data)}{rest}" if is_bare else text
+
+
+def _in_order(found: Sequence[re.Match[str]], images: Sequence[Any]) -> bool:
+    """Whether the numbers and paths of placeholders say nothing else than their order."""
+    paths = [(match["path"] or "").strip() for match in found]
+    marks = [match[0].replace(path, "") if path else match[0] for match, path in zip(found, paths, strict=True)]
+    numbers = [int(number[0]) for mark in marks if (number := re.search(r"\d+", mark))]
+    if numbers and numbers not in ([*range(len(images))], [*range(1, len(images) + 1)]):
+        return False
+    return all(
+        not OTHERS.sub("", path) or Path(path).name == Path(str(image)).name
+        for path, image in zip(paths, images, strict=True)
+    )
 
 
 def mend_paths(data: dict[str, Any], root: Path) -> None:
@@ -87,9 +129,8 @@ def drop_control_characters(data: dict[str, Any], root: Path) -> None:
 def drop_last_question(data: dict[str, Any], root: Path) -> None:
     """A last question without an answer goes, where it shows nothing: no token of it is trained."""
     turns = data.get("conversations", data.get("messages"))
-    name = "value" if "conversations" in data else "content"
     if isinstance(turns, list) and len(turns) > 2:
-        text = turns[-1].get(name)
+        text = turns[-1].get(_key(turns[-1], *_SAID))
         if isinstance(text, str) and not re.search("<(image|video|audio)>", text):
             turns.pop()
 
@@ -97,6 +138,7 @@ def drop_last_question(data: dict[str, Any], root: Path) -> None:
 REPAIRS: dict[str, tuple[str, Callable[[dict[str, Any], Path], None]]] = {
     "unknown-role": ("role names", role_names),
     "placeholder-count": ("placeholder added", add_placeholder),
+    "other-placeholder": ("placeholder replaced", replace_placeholders),
     "missing-file": ("path mended", mend_paths),
     "outer-space": ("answer trimmed", trim_answers),
     "bad-characters": ("control characters removed", drop_control_characters),
@@ -135,10 +177,24 @@ def _turns(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield from (turn for turn in turns if isinstance(turn, dict)) if isinstance(turns, list) else ()
 
 
+def _key(turn: dict[str, Any], *names: str) -> str:
+    """The name that a turn uses."""
+    return next((name for name in names if turn.get(name) is not None), names[0])
+
+
+def _is_question(turn: dict[str, Any]) -> bool:
+    return turn.get(_key(turn, "from", "role")) in ("human", "user")
+
+
+def _gap(data: dict[str, Any]) -> str:
+    """What stands between a placeholder and the text after it."""
+    return "\n" if "conversations" in data else ""
+
+
 def _texts(data: dict[str, Any], roles: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
     """Where the texts of some roles (all when empty) are: the object and its key."""
     for turn in _turns(data):
-        if roles and turn.get("from", turn.get("role")) not in roles:
+        if roles and turn.get(_key(turn, "from", "role")) not in roles:
             continue
         for key in ("value", "content"):
             if isinstance(turn.get(key), str):

@@ -55,6 +55,7 @@ FAULTS: dict[str, Fault] = {
     "unknown-role": Fault("drop", "unknown role", "use human and gpt, or user and assistant"),
     "role-order": Fault("drop", "roles not in turn", "start with the user, then let user and assistant take turns"),
     "placeholder-count": Fault("drop", "placeholders and images differ", "write <image> once for each image"),
+    "unsupported-key": Fault("drop", "a key that cannot be followed", "write it into the text, or take it out"),
     "misplaced-medium": Fault("drop", "an image outside the user's turns", "move <image> to a question"),
     # What is said.
     "no-answer": Fault("drop", "no answer", "add the assistant's turn; there is nothing to learn from a question"),
@@ -65,6 +66,7 @@ FAULTS: dict[str, Fault] = {
     "control-token": Fault(
         "warn", "a chat template's token in the text", "take it out; it is read as plain text, never as the token"
     ),
+    "other-placeholder": Fault("warn", "a placeholder of another tool", "write <image>; this is read as plain text"),
     "bad-characters": Fault("warn", "damaged or control characters", "convert the text from its true encoding"),
     # Media.
     "missing-file": Fault("drop", "a file is missing", "check the path and --image-root"),
@@ -87,6 +89,15 @@ FAULTS: dict[str, Fault] = {
     "duplicate-id": Fault("warn", "an id used before", "give every row an id of its own"),
 }
 
+OTHERS = re.compile(
+    r"""(?:Picture\ \d+:\ ?)?<(?P<tag>img|image)>(?P<path>(?:(?!</?(?P=tag)>)[^\n]){0,999})</(?P=tag)>
+    | </(?:img|image)>
+    | <img(?:\s[^<>\n]{0,999})?/?> | <image(?:[_-]?\d{1,4}/?|\s*/|[_-]?(?:here|token|placeholder|soft_token|pad))>
+    | <\|vision_start\|>(?:<\|image_pad\|>)*<\|vision_end\|> | <\|(?:image|img|image_pad)(?:_\d{1,4})?\|>
+    | (?!(?-i:<image>))<image> | <(?:start_of_image|img_context|__media__)> | \[(?:img|image)\](?:\[img_end\])?""",
+    re.IGNORECASE | re.VERBOSE,
+)
+"""An image as other tools write it: Qwen, Phi, MiniCPM, Mistral, XComposer, Gemma, InternVL, HTML."""
 TINY_SIDE = 3
 THIN = 100
 _BAD_CHARACTERS = re.compile(
@@ -167,7 +178,7 @@ def make_inspector(processor: Processor, max_length: int) -> Callable[[Record], 
         if length > max_length:
             findings.append(Finding("too-long", f"{length} tokens, at most {max_length} are allowed"))
         # A row without an answer has been found already; here is one whose answer the template does not train.
-        if not targets and not any(f.code in ("no-answer", "empty-answer") for f in findings):
+        if not targets and not any(f.code == "no-answer" for f in findings):
             findings.append(Finding("nothing-trained", f"{length} tokens, none of them trained"))
         return Inspected(
             tuple(findings),
@@ -191,12 +202,10 @@ def _text_findings(messages: Sequence[Message], control: re.Pattern[str] | None)
     for number, message in enumerate(messages, start=1):
         spot, text = f"turn {number} ({message.role})", message.text
         found = []
-        if message.role == "assistant" and not text.strip():
-            found.append(Finding("empty-answer", f"{spot} says nothing"))
-        elif message.role == "assistant" and text != text.strip():
+        if message.role == "assistant" and message.train and text != text.strip():
             found.append(Finding("outer-space", f"{spot} begins or ends with space: {short(text)}"))
-        if message.role == "user" and not text.strip() and not message.media:
-            found.append(Finding("empty-question", f"{spot} says nothing"))
+        if message.role == "user" and (match := OTHERS.search(text)):
+            found.append(Finding("other-placeholder", f"{spot} contains {short(match[0])}"))
         if control is not None and (match := control.search(text)):
             found.append(Finding("control-token", f"{spot} contains {match[0]}"))
         if match := _BAD_CHARACTERS.search(text):
