@@ -14,7 +14,7 @@ from polymodal.cli import main
 from polymodal.data.check.check import Summary, check_files
 from polymodal.data.check.fix import add_placeholder
 from polymodal.data.check.rows import FAULTS
-from polymodal.data.load import load_records
+from polymodal.data.load import iter_rows, load_records, row_record
 from polymodal.data.readers.conversations import read_record
 from polymodal.errors import DataError
 from polymodal.messages import Image, user
@@ -221,6 +221,52 @@ def test_the_mission_s_own_format_is_checked_fixed_and_read(processor: Processor
             "你好",
         ]
         assert [len(record.messages[0].media) for record in fixed] == [1, 1, 1, 0]
+
+
+def test_marks_on_turns_are_followed_and_said(
+    tiny_model_folder: Path, processor: Processor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def row(**mark: Any) -> dict[str, Any]:
+        turns = [{"role": "user", "content": f"Add {mark}."}, {"role": "assistant", "content": "BAD", **mark}]
+        return {"messages": [*turns, {"role": "user", "content": "Again."}, {"role": "assistant", "content": "Two."}]}
+
+    marks: list[dict[str, Any]] = [{"loss": False}, {"weight": 0}, {"train": False}, {"loss": True}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row(**mark)) + "\n" for mark in [*marks, {"reasoning_content": "one and one"}]))
+    argv = ["data", "check", str(data), "--model", str(tiny_model_folder), "--output", str(tmp_path / "out")]
+    assert main(argv) == 1
+    said = capsys.readouterr().out
+    assert "3 answers are shown and not trained (loss: false, weight: 0, train: false)" in said
+    assert "1  unsupported-key" in said and "5 rows: 4 good, 0 to look at, 1 to drop" in said
+    assert "`reasoning_content` cannot be followed" in lines_of(tmp_path / "out" / "dropped.jsonl")[0]["reason"]
+    for raw, mark in zip(iter_rows(data), marks, strict=False):
+        sample = processor(row_record(raw).messages)
+        trained = processor.tokenizer.decode(sample.input_ids[sample.loss_mask])
+        assert ("BAD" in trained) == ("loss" in mark and mark["loss"]) and "Two." in trained
+
+
+def test_the_same_text_about_another_image_is_another_row(processor: Processor, tmp_path: Path) -> None:
+    shutil.copytree(PLANTED / "pictures", tmp_path / "pictures")
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A form."}]
+    shutil.copy(tmp_path / "pictures" / "red-circle.png", tmp_path / "pictures" / "copy.png")
+    names = ["red-circle.png", "green-square.jpg", "blue-triangle.png", "copy.png"]
+    rows = [{"id": name, "image": f"pictures/{name}", "conversations": turns} for name in names]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    summary = run_check(tmp_path / "rows.json", processor, tmp_path / "out")
+    assert [(line["id"], line["code"]) for line in summary.dropped] == [("copy.png", "duplicate-row")]
+
+
+@pytest.mark.parametrize(("question", "answer", "code"), [("Q", " ", "empty-answer"), (" ", "A", "empty-question")])
+def test_check_and_training_refuse_the_same_empty_turns(
+    question: str, answer: str, code: str, processor: Processor, tmp_path: Path
+) -> None:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": "e", "conversations": turns}]))
+    summary = run_check(tmp_path / "rows.json", processor, tmp_path / "out")
+    with pytest.raises(DataError) as caught:
+        load_records(tmp_path / "rows.json")
+    assert summary.dropped[0]["code"] == caught.value.code == code
+    assert str(caught.value).endswith(summary.dropped[0]["reason"])
 
 
 def test_a_list_with_a_broken_element_keeps_the_others(processor: Processor, tmp_path: Path) -> None:

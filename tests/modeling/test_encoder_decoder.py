@@ -6,6 +6,7 @@ BART has absolute positions, so whatever moved a prompt by its padding would sho
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,8 @@ def test_only_the_last_answer_is_trained_and_counted(tiny_t5_folder: Path) -> No
         assert torch.equal(sample.input_ids, usual(conversation(answers)).input_ids)
         out = model(**collate([sample], processor.pad_id).inputs())
         assert out.num_targets == int(sample.loss_mask[1:].sum())
+    silent = [*conversation(2)[:3], replace(conversation(2)[3], train=False)]
+    assert not processor(silent).loss_mask.any()
     with pytest.raises(PolymodalError, match="trained on the last answer only"):
         model(**collate([usual(conversation(2))], usual.pad_id).inputs())
     assert processor.with_template("vicuna").last_answer_only

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
@@ -386,6 +387,17 @@ class SlowTokenizer:
 def test_conversations_that_cannot_be_used(messages: list[Message], counts: list[int], complaint: str) -> None:
     with pytest.raises(PolymodalError, match=complaint):
         chat("chatml").render(messages, counts)
+
+
+@pytest.mark.parametrize("preset", ["chatml", "llama2", "mistral", "vicuna", "t5", "plain"])
+def test_an_answer_that_is_not_trained_is_shown_without_a_loss(preset: str) -> None:
+    turns = [*TWO_TURNS[:2], replace(assistant("BAD"), train=False), *TWO_TURNS[3:]]
+    rendered, usual = (
+        chat(preset).render(turns, [2]),
+        chat(preset).render([*turns[:2], assistant("BAD"), *turns[3:]], [2]),
+    )
+    assert rendered.input_ids == usual.input_ids and "BAD" in shown(rendered)
+    assert trained(rendered) == trained(usual).partition("BAD")[2].partition(">")[2]
 
 
 def test_prompt_after_an_answer_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ def test_kinds_follow_turns_where_there_is_one_a_turn() -> None:
     assert kinds_of_targets(record_of(["vqa", "ocr"]), sample) == ["vqa", "vqa", "ocr"]
     for wrong in (None, ["vqa"], ["vqa", "ocr", "vqa"], "vqa"):
         assert kinds_of_targets(record_of(wrong), sample) == ["caption"] * 3
+
+
+def test_kinds_skip_a_turn_that_is_not_trained() -> None:
+    messages = (user("a"), replace(assistant("b"), train=False), user("c"), assistant("d"))
+    record = replace(record_of(["vqa", "ocr"]), messages=messages)
+    assert kinds_of_targets(record, sample_of("......x")) == ["ocr"]
 
 
 def test_sums_do_not_depend_on_when_they_are_folded() -> None:

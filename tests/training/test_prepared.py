@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
+from polymodal.backends import load_processor
 from polymodal.backends.local import processor_of
 from polymodal.cli import main
+from polymodal.data.check.check import check_files
 from polymodal.data.load import load_records
 from polymodal.errors import DataError
 from polymodal.messages import Image, user
@@ -19,6 +23,7 @@ from polymodal.processing.processor import Processor
 from polymodal.training import train
 from polymodal.training.recipes.load import load_recipe
 from polymodal.training.recipes.sft import Recipe
+from polymodal.training.reporting.log import read_log
 from polymodal.training.sft.dataset import Prepared, prepare
 from polymodal.training.sft.prepare_data import recipe_processor
 from polymodal.training.sft.task import load_inputs
@@ -67,6 +72,55 @@ def test_files_and_memory_come_to_the_same(tiny: Path, plain: dict[str, Any], tm
     # The same index serves another limit.
     loose = load_recipe(write(plain, tmp_path, max_length=500))
     same(from_files(loose, processor, tmp_path), in_memory(loose, processor, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["rotary", "learned"])
+def test_rows_beyond_the_model_s_positions_are_left_out_and_checked(
+    kind: str, tiny: Path, plain: dict[str, Any], tmp_path: Path
+) -> None:
+    llm = tmp_path / "llm"
+    shutil.copytree(tiny / "llm", llm)
+    settings: Any = LlamaConfig.from_pretrained(llm)
+    if kind == "learned":
+        ids = {name: getattr(settings, name) for name in ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")}
+        settings = GPT2Config(n_positions=62, n_embd=32, n_layer=2, n_head=4, **ids)
+        GPT2LMHeadModel(settings).save_pretrained(llm)
+    else:
+        settings.max_position_embeddings = 62
+        settings.save_pretrained(llm)
+    plain["init"]["model"]["llm"]["model_name_or_path"] = str(llm)
+    plain["run"]["eval_generations"] = 0
+    recipe = load_recipe(write(plain, tmp_path))
+    processor = recipe_processor(recipe)
+    found = from_files(recipe, processor, tmp_path)
+    same(found, in_memory(recipe, processor, tmp_path))
+    assert found.left_out == {"longer than the language model's 62 positions": 5} and found.lengths.max() <= 62
+    summary = check_files([tiny / "data.json"], processor, tmp_path)
+    assert [line["code"] for line in summary.dropped] == ["too-long"] * 5
+    assert all(line["reason"].endswith(" tokens, the model has 62 positions") for line in summary.dropped)
+    train(recipe)
+    assert load_processor(tmp_path / "run" / "final").positions == 62
+
+
+@pytest.mark.parametrize(("question", "answer"), [("Colour?", "red"), ("描述这张图片中的内容", "一个红色的方块。")])
+def test_a_conversation_of_roles_and_contents_trains_as_llava_s_form_does(
+    question: str, answer: str, tiny: Path, plain: dict[str, Any], tmp_path: Path
+) -> None:
+    llava = {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}
+    other = {"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}
+    found = []
+    for name, turns in (("llava", llava), ("roles", other)):
+        rows = [{"id": str(n), "image": f"{n}.png", "conversations": turns} for n in range(8)]
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+        changed = {**plain, "output_dir": str(tmp_path / name)}
+        mix = [{"path": str(path), "image_root": str(tiny), "source": "x"}]
+        recipe = load_recipe(write(changed, tmp_path, mix=mix))
+        found.append(from_files(recipe, recipe_processor(recipe), tmp_path))
+        train(recipe)
+    same(*found)
+    losses = [[line["loss"] for line in read_log(tmp_path / name / "log.jsonl")] for name in ("llava", "roles")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
 def test_weights_share_out_the_epoch(tiny: Path, plain: dict[str, Any], tmp_path: Path) -> None:

@@ -198,6 +198,7 @@ def load_processor(name: str | Path = "default") -> Processor:
     from polymodal.interop.huggingface.load import hf_processor
     from polymodal.modeling.build import build_vision
     from polymodal.modeling.language_model import load_tokenizer, quieten_transformers
+    from polymodal.modeling.meta_device import llm_positions
     from polymodal.modeling.projectors.qformer_files import load_context_tokenizer
     from polymodal.processing.processor import Processor
 
@@ -217,4 +218,5 @@ def load_processor(name: str | Path = "default") -> Processor:
         config.image_token_id,
         bool(config.llm.encoder_decoder),
         load_context_tokenizer(config.projector, folder),
+        llm_positions(config.llm),
     )

@@ -12,6 +12,7 @@ from polymodal.generation.generate import stream_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step
 from polymodal.messages import Conversation, Message
+from polymodal.modeling.language_model import positions_of
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Sample, collate
 from polymodal.processing.processor import Processor
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
 
 def processor_of(model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Processor:
     """The processor that makes what a model takes."""
-    return Processor(
-        config, tokenizer, model.tokens_per_tile, model.image_token_id, model.encoder_decoder, model.context_tokenizer
-    )
+    more = (model.encoder_decoder, model.context_tokenizer, positions_of(model.llm.config))
+    return Processor(config, tokenizer, model.tokens_per_tile, model.image_token_id, *more)
 
 
 class LocalBackend(ModelBackend[Sample]):

@@ -122,6 +122,12 @@ def decoder_start_id(llm: PreTrainedModel) -> int:
     )
 
 
+def positions_of(settings: Any) -> int | None:
+    """The positions that a language model's configuration names; None for models without a limit."""
+    found = getattr(settings.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def load_tokenizer(config: LLMConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:
     """Load the language model's tokenizer, or the one saved in a model folder."""
     carried = folder is not None and (folder / "tokenizer.json").is_file()

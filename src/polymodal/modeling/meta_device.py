@@ -23,7 +23,7 @@ from polymodal.modeling.build import compose, fit_projector
 from polymodal.modeling.encoders.efficientnet import EfficientNetLite0
 from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
 from polymodal.modeling.encoders.vision import VISION_ENCODERS, VisionEncoder, check_type, wrap_efficientnet
-from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2, model_class
+from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2, model_class, positions_of
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.utils.files import home_path
 
@@ -121,6 +121,14 @@ def llm_settings(config: LLMConfig, *, fetch: bool = False) -> Any:
         return transformers.AutoConfig.for_model(**_config_json(name, config.revision, fetch))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"language model {name!r}: no readable configuration: {first_line(error)}") from error
+
+
+def llm_positions(config: LLMConfig) -> int | None:
+    """The positions of a language model; None where its configuration is not on this machine."""
+    try:
+        return positions_of(llm_settings(config))
+    except PolymodalError:
+        return None
 
 
 def _config_json(name: str, revision: str | None, fetch: bool) -> dict[str, Any]:

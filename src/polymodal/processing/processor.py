@@ -67,6 +67,7 @@ class Processor:
         last_answer_only: Of several answers only the last one is trained, the others are context: what an
             encoder-decoder language model can be taught. The loss mask, and so every count of trained tokens, says so.
         context_tokenizer: Of a projector that reads the question beside an image; None for one that does not.
+        positions: Most tokens that the language model was made for; None where it has no limit, or none is known.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class Processor:
         image_token_id: int,
         last_answer_only: bool = False,
         context_tokenizer: PreTrainedTokenizerBase | None = None,
+        positions: int | None = None,
     ) -> None:
         self.config = config
+        self.positions = positions
         self.tokenizer = tokenizer
         self.tokens = tokens
         self.image_token_id = image_token_id
@@ -146,9 +149,19 @@ class Processor:
         Returns:
             The processor.
         """
-        return Processor(
-            config, self.tokenizer, self.tokens, self.image_token_id, self.last_answer_only, self.context_tokenizer
-        )
+        more = (self.last_answer_only, self.context_tokenizer, self.positions)
+        return Processor(config, self.tokenizer, self.tokens, self.image_token_id, *more)
+
+    def longest(self, max_length: int) -> int:
+        """The most tokens of a row.
+
+        Args:
+            max_length: What the user allows.
+
+        Returns:
+            That, or the language model's positions where these are fewer.
+        """
+        return max_length if self.positions is None else min(max_length, self.positions)
 
     def plan(self, image: PILImage.Image, *, alone: bool = True) -> ImagePlan:
         """Plan one decoded image.

@@ -64,6 +64,7 @@ class Summary:
     tokens: list[int] = field(default_factory=list)  # Tokens of each row that was kept
     targets: list[int] = field(default_factory=list)  # Trained tokens of each
     turns: list[int] = field(default_factory=list)  # Answers of each
+    silent: int = 0  # Answers that the data keep out of the loss
     images: list[int] = field(default_factory=list)  # Images of each
     tiles: list[int] = field(default_factory=list)  # Tiles of each row with images
     sizes: list[tuple[int, int]] = field(default_factory=list)  # Height and width of each image
@@ -93,6 +94,7 @@ def summary_json(summary: Summary) -> str:
         "repairs": dict(sorted(summary.repairs.items())),
         "tokens": sum(summary.tokens),
         "trained_tokens": sum(summary.targets),
+        "answers_without_loss": summary.silent,
         "images": len(summary.sizes),
         "files": [vars(file) for file in summary.files],
     }
@@ -193,7 +195,9 @@ class Checker:
         self._seen.setdefault(seen.content, row.where)
         summary.tokens.append(seen.tokens)
         summary.targets.append(seen.targets)
-        summary.turns.append(sum(message.role == "assistant" for message in record.messages))
+        answers = [message for message in record.messages if message.role == "assistant"]
+        summary.turns.append(len(answers))
+        summary.silent += sum(not answer.train for answer in answers)
         summary.images.append(len(seen.sizes))
         if seen.sizes:
             summary.tiles.append(seen.tiles)

@@ -177,6 +177,8 @@ def make_inspector(processor: Processor, max_length: int) -> Callable[[Record], 
         length, targets = sample.input_ids.numel(), int(sample.loss_mask[1:].sum())
         if length > max_length:
             findings.append(Finding("too-long", f"{length} tokens, at most {max_length} are allowed"))
+        elif length > processor.longest(max_length):
+            findings.append(Finding("too-long", f"{length} tokens, the model has {processor.positions} positions"))
         # A row without an answer has been found already; here is one whose answer the template does not train.
         if not targets and not any(f.code == "no-answer" for f in findings):
             findings.append(Finding("nothing-trained", f"{length} tokens, none of them trained"))

@@ -29,7 +29,7 @@ from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.interop.huggingface.families import NotExpressibleError, Pieces, read_pieces
 from polymodal.interop.huggingface.weights import compose, compose_vision, fill, weight_files
 from polymodal.messages import Image, user
-from polymodal.modeling.language_model import load_tokenizer, quieten_transformers
+from polymodal.modeling.language_model import load_tokenizer, positions_of, quieten_transformers
 from polymodal.modeling.projectors.qformer_files import load_context_tokenizer
 from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.processing.image_config_hf import image_config_from_hf
@@ -115,6 +115,7 @@ def hf_processor(report: FolderReport) -> Processor:
         opened.image_token_id,
         bool(opened.config.llm.encoder_decoder),
         opened.context_tokenizer,
+        positions_of(opened.pieces.text_settings),
     )
 
 

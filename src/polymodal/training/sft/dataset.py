@@ -76,12 +76,14 @@ def prepare(
     ]
     left_out: dict[str, int] = {}
     kept: list[tuple[_Source, np.ndarray]] = []
+    longest = processor.longest(data.max_length)
+    limit = f"max_length {longest}" if longest == data.max_length else f"the language model's {longest} positions"
     digest = hashlib.sha256()
     for source in sources:
-        long, untrained = source.lengths > data.max_length, source.targets == 0
+        long, untrained = source.lengths > longest, source.targets == 0
         for reason, count in (
             ("unreadable", len(source.faults)),
-            (f"longer than max_length {data.max_length}", int(long.sum())),
+            (f"longer than {limit}", int(long.sum())),
             ("without a trained token", int((untrained & ~long).sum())),
         ):
             if count:
@@ -175,10 +177,13 @@ def kinds_of_targets(record: Record, sample: Sample, last_answer_only: bool = Fa
     """The kind of each target: its turn's where the record has as many `kinds` as turns, else the record's."""
     turns = turn_of_target(sample)
     kinds = record.extra.get("kinds")
-    answers = sum(message.role == "assistant" for message in record.messages)
-    if not isinstance(kinds, (list, tuple)) or len(kinds) != answers or not len(turns) or turns[-1] >= answers:
+    trained = [message.train for message in record.messages if message.role == "assistant"]
+    if not isinstance(kinds, (list, tuple)) or len(kinds) != len(trained) or not len(turns):
         return [record.kind] * len(turns)
-    return [str(kinds[-1 if last_answer_only else turn]) for turn in turns]
+    kinds = [str(kind) for kind, is_trained in zip(kinds, trained, strict=True) if is_trained]
+    if turns[-1] >= len(kinds):
+        return [record.kind] * len(turns)
+    return [kinds[-1 if last_answer_only else turn] for turn in turns]
 
 
 class NamedBatch(NamedTuple):

@@ -58,7 +58,7 @@ def recipe_processor(recipe: Recipe) -> Processor:
 def _new_processor(config: ModelConfig) -> Processor:
     """The processor of a model that is composed from a configuration."""
     from polymodal.modeling.build import build_vision, image_token_id_for
-    from polymodal.modeling.language_model import load_tokenizer, quieten_transformers
+    from polymodal.modeling.language_model import load_tokenizer, positions_of, quieten_transformers
     from polymodal.modeling.meta_device import llm_settings
     from polymodal.modeling.projectors.qformer_files import load_context_tokenizer
 
@@ -70,7 +70,8 @@ def _new_processor(config: ModelConfig) -> Processor:
     tokens = vision[1].output_grid if vision is not None else None
     image_token_id = image_token_id_for(config, tokenizer, vocabulary)
     context = load_context_tokenizer(config.projector)
-    return Processor(config, tokenizer, tokens, image_token_id, bool(settings.is_encoder_decoder), context)
+    more = (bool(settings.is_encoder_decoder), context, positions_of(settings))
+    return Processor(config, tokenizer, tokens, image_token_id, *more)
 
 
 def describe(label: str, prepared: Prepared) -> list[str]:
