@@ -239,7 +239,7 @@ def test_records_that_are_no_pairs(data: Path, models: dict[str, Path]) -> None:
     record = load_records(data / "val.json")[0]
     with pytest.raises(DataError, match="found 0 media"):
         retrieval.pairs_of([replace(record, messages=record.messages[1:])])
-    with pytest.raises(DataError, match="no caption"):
+    with pytest.raises(DataError, match="the caption is empty"):
         retrieval.pairs_of([replace(record, extra={"captions": [" "]})])
     with pytest.raises(DataError, match="among 1 images"):
         retrieval.retrieval(load_embedder(models["clip"]), retrieval.pairs_of([record]))

@@ -225,7 +225,7 @@ def _missing_file(records: list[dict[str, Any]]) -> None:
 FAULTS = {
     "caption is empty": _no_caption,
     "`captions` must be a list": _no_list,
-    "r3.*(empty|caption)": _empty_answer,
+    r"record 3: turn 2 \(assistant\) says nothing": _empty_answer,
     "has 2 of them": _two_answers,
     "one image": _no_image,
     "nowhere.png": _missing_file,

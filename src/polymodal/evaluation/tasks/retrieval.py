@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from polymodal.data.pairs import image_and_captions
 from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError
 from polymodal.evaluation.embedder import Embedder, Progress
 from polymodal.evaluation.report import markdown_table, span
-from polymodal.messages import Image, Source
+from polymodal.messages import Source
 from polymodal.metrics.retrieval import IMAGE_TO_TEXT, KS, TEXT_TO_IMAGE, chance, embedding_ranks, recall_of
 from polymodal.metrics.text import mean_interval
 
@@ -53,23 +54,15 @@ class Pairs:
 
 
 def pairs_of(records: Sequence[Record], limit: int | None = None) -> Pairs:
-    """Read pairs off records: one image each, captions in `captions` or in the answer."""
+    """Read pairs off records: one image each, with its captions."""
     captions: dict[str, dict[str, None]] = {}
     sources: dict[str, Source] = {}
     for record in records:
-        media = [part for message in record.messages for part in message.media]
-        if len(media) != 1 or not isinstance(media[0], Image):
-            raise DataError(f"record {record.id}: retrieval takes one image a record, found {len(media)} media")
-        source = media[0].source
+        source, own = image_and_captions(record)
         key = source if isinstance(source, str) else repr(source)
         if key not in captions and limit is not None and len(captions) == limit:
             continue
-        given = record.extra.get("captions")
-        if given is None:
-            given = [record.messages[-1].text] if record.messages[-1].role == "assistant" else []
-        if not isinstance(given, list | tuple) or not all(isinstance(t, str) and t.strip() for t in given) or not given:
-            raise DataError(f"record {record.id}: has no caption; give an answer or a list `captions` of texts")
-        captions.setdefault(key, {}).update(dict.fromkeys(text.strip() for text in given))
+        captions.setdefault(key, {}).update(dict.fromkeys(own))
         sources.setdefault(key, source)
     texts = [(text, number) for number, own in enumerate(captions.values()) for text in own]
     return Pairs(tuple(sources.values()), tuple(t for t, _ in texts), tuple(n for _, n in texts))

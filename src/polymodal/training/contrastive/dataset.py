@@ -24,10 +24,11 @@ import torch
 from polymodal.data.index import Reading
 from polymodal.data.load import row_record
 from polymodal.data.mixture import epoch_repeats
+from polymodal.data.pairs import image_and_captions
 from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError, PolymodalError
 from polymodal.media_plan import Size
-from polymodal.messages import Image, Source
+from polymodal.messages import Source
 from polymodal.modeling.dual_encoders.base import PairBatch, PairModel
 from polymodal.modeling.dual_encoders.distillation import flip_grid
 from polymodal.training.contrastive import augment
@@ -205,7 +206,7 @@ def prepare_pairs(
         read.append([])
         for record in _records(source, leave_out):
             try:
-                read[-1].append(_pair_of(record))
+                read[-1].append(_Pair(record.id, *image_and_captions(record)))
             except DataError as error:
                 leave_out(record.id, error)
     folder = Path(recipe.data.index) if recipe.data.index is not None else skipped_file.parent / "index"
@@ -243,29 +244,6 @@ def _records(source: Sequence[Record] | Reading, leave_out: Callable[[str, Polym
             leave_out(str(row.id), error)
         else:
             yield record
-
-
-def _pair_of(record: Record) -> _Pair:
-    """A record as a pair."""
-    where = f"record {record.id}"
-    media = [part for message in record.messages for part in message.media]
-    images = [part for part in media if isinstance(part, Image)]
-    if len(images) != 1 or len(media) != 1:
-        raise DataError(f"{where}: a pair has one image, this record has {len(images)} of {len(media)} media")
-    given = record.extra.get("captions")
-    if given is None:
-        answers = [message.text for message in record.messages if message.role == "assistant"]
-        if len(answers) != 1:
-            raise DataError(
-                f"{where}: its caption is its answer, and it has {len(answers)} of them; give one, or a list `captions`"
-            )
-        given = answers
-    if not isinstance(given, list | tuple) or not given or not all(isinstance(text, str) for text in given):
-        raise DataError(f"{where}: `captions` must be a list of texts with one at least")
-    captions = tuple(text.strip() for text in given)
-    if not all(captions):
-        raise DataError(f"{where}: the caption is empty; write one, or take the record out")
-    return _Pair(record.id, images[0].source, captions)
 
 
 def _collect(
