@@ -300,6 +300,19 @@ def test_broken_records(record: Any, complaint: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_an_error_line_stays_short_whatever_the_data_hold() -> None:
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A"}]
+    for record in (
+        {"conversations": [{"from": "x" * 10**6, "value": "Q"}, turns[1]]},
+        {"image": "../" + "x" * 10**6, "conversations": turns},
+        {"image": "a", "conversations": [turns[0], {**turns[1], "weight": 10**4000}]},
+        {"messages": [{"role": "user", "content": [{"type": "y" * 10**6}]}]},
+    ):
+        with pytest.raises(DataError) as caught:
+            read_record(record, ROOT, "x")
+        assert len(str(caught.value)) < 500
+
+
 def test_records_keep_their_fields(tmp_path: Path) -> None:
     rows = [
         llava("<image>\nQ", "A", image="p/a.png", id=7, kind="colour", source="stamps", answers=["red"], kinds=["x"]),

@@ -152,7 +152,7 @@ def test_files_that_hold_nothing(tmp_path: Path) -> None:
         (text_rows(write(tmp_path, " \n ")))
     with pytest.raises(DataError, match="no such file"):
         (text_rows(tmp_path / "none.json"))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="is a directory; give a file"):
         (text_rows(tmp_path))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 from polymodal.data.load import KINDS, iter_rows, load_records, record_from_json, record_to_json, row_record
 from polymodal.data.readers.base import CAPTION, SHORT_ANSWER, best_answer
 from polymodal.data.readers.conversations import Record
-from polymodal.data.readers.registry import detect_format
+from polymodal.data.readers.registry import FORMATS, detect_format
 from polymodal.errors import ConfigError, DataError
+from polymodal.media.source import read_bytes
 from polymodal.messages import Audio, FileSlice, Image, Message, TableCell, Text, assistant, user
 
 
@@ -363,6 +365,36 @@ def test_options_that_a_format_has_not(tmp_path: Path) -> None:
     (tmp_path / "a.json.gz").write_bytes(b"\x1f\x8b\x08rest")
     with pytest.raises(DataError, match="is compressed; unpack it first"):
         load_records(tmp_path / "a.json.gz")
+
+
+@pytest.mark.parametrize("form", ["auto", *(name for name in FORMATS if name != "folder")])
+def test_pipes_and_devices_are_refused_unopened(form: str, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path / "pi*.json", Path("/dev/zero")):
+        with pytest.raises(DataError, match="is not a regular file; give a file"):
+            list(iter_rows(path, format=form, annotations=path if form == "vqav2" else None))
+    if form in ("vqav2", "textvqa"):
+        questions = vqav2(tmp_path, [question(1, 1)], [])[0]
+        with pytest.raises(DataError, match=r"pipe\.json: is not a regular file"):
+            list(iter_rows(questions, format=form, annotations=pipe))
+
+
+def test_links_inside_the_image_root_are_followed_and_paths_may_not_leave_it(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "disk" / "a.png"
+    put(elsewhere, "x")
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "images").symlink_to(elsewhere.parent)
+    (root / "b.png").symlink_to(elsewhere)
+    for name in ("images/a.png", "b.png"):
+        messages = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "A"}]
+        path = put(root / "rows.json", [{"image": name, "messages": messages}])
+        assert load_records(path)[0].messages[0].media == (Image(root / name),)
+        assert read_bytes(root / name) == b"x"
+    put(root / "rows.json", [{"image": "../disk/a.png", "messages": messages}])
+    with pytest.raises(DataError, match="leaves the folder"):
+        load_records(path)
 
 
 def test_patterns_join_files(tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from polymodal.data.load import iter_rows, load_records, row_record
+from polymodal.data.readers import parquet as texts
 from polymodal.data.readers.base import CAPTION
 from polymodal.data.readers.registry import detect_format
 from polymodal.errors import DataError, MediaError
 from polymodal.media import source as table
 from polymodal.media.image import open_image
-from polymodal.media.source import describe, read_bytes
+from polymodal.media.source import describe, read_bytes, read_column
 from polymodal.messages import FileSlice, Image, TableCell, Text, Video, assistant, user
 
 
@@ -214,6 +215,15 @@ def test_tar_damaged_in_the_middle_is_noticed(tmp_path: Path) -> None:
         "sample (end): damaged header at byte 2048; what follows cannot be read, fetch the archive again"
     ]
     assert len(list(iter_rows(path))) == 2
+
+
+def test_tars_that_were_joined_by_cat_are_noticed(tmp_path: Path) -> None:
+    parts = [tar(tmp_path / f"{n}.tar", {f"{n}.png": png(n), f"{n}.txt": "c"}) for n in range(2)]
+    path = tmp_path / "x.tar"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    assert len(list(iter_rows(path))) == 2
+    (found,) = faults(path)
+    assert "more follows after the end at byte 2048; join archives with `tar --concatenate`, not `cat`" in found
 
 
 def test_not_a_tar(tmp_path: Path) -> None:
@@ -441,6 +451,41 @@ def test_cells_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     table._column.cache_clear()
     with pytest.raises(MediaError, match=r"row group 0 has [\d]+ bytes, at most 10"):
         read_bytes(TableCell(path, 0, 0, "image"))
+
+
+def bomb(path: Path, name: str, times: int) -> Path:
+    """A file of half a megabyte whose one text, of ten, is said many times."""
+    lone = pa.DictionaryArray.from_arrays(pa.array([0] * times, "int32"), pa.array(["x" * 10 * 2**20]))
+    columns = {name: lone}
+    if name == "messages":
+        turns = pa.StructArray.from_arrays([pa.array(["user"] * times), lone], ["role", "content"])
+        columns = {name: pa.ListArray.from_arrays(pa.array([0, times], "int32"), turns)}
+    if name == "image":
+        lone = pa.DictionaryArray.from_arrays(lone.indices, lone.dictionary.cast("binary"))
+        image = pa.StructArray.from_arrays([lone, pa.array(["a"] * times)], ["bytes", "path"])
+        columns = {name: image, "caption": pa.array(["c"] * times)}
+    parquet.write_table(pa.table(columns), path, dictionary_pagesize_limit=2**30, store_schema=False)
+    assert path.stat().st_size < 2**20
+    return path
+
+
+@pytest.mark.parametrize("name", ["caption", "messages"])
+def test_parquet_texts_are_measured_before_they_are_written_out(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (found,) = faults(bomb(tmp_path / "x.parquet", name, 60))
+    assert "the texts of row group 0 have 629,1" in found and "at most 536,870,912 are allowed" in found
+    monkeypatch.setattr(texts, "_MAX_TEXTS", 2**20)
+    parquet.write_table(pa.table({"caption": ["x" * 2**21]}), tmp_path / "y.parquet", use_dictionary=False)
+    assert "the texts of row group 0 have 2,097,1" in faults(tmp_path / "y.parquet")[0]
+
+
+def test_parquet_images_that_are_one_image_are_kept_once(tmp_path: Path) -> None:
+    rows = list(iter_rows(bomb(tmp_path / "x.parquet", "image", 240)))
+    assert len(rows) == 240
+    sources = [row_record(row).messages[0].media[0].source for row in rows[::60]]
+    assert [len(read_bytes(source)) for source in sources] == [10 * 2**20] * 4
+    assert read_column(tmp_path / "x.parquet", 0, "image").nbytes < 16 * 2**20
 
 
 def test_a_row_group_is_read_once(tmp_path: Path) -> None:

@@ -157,7 +157,11 @@ def open_table(path: Path, error: type[PolymodalError] = MediaError) -> Any:
     except ImportError:
         raise error(f"{path}: reading parquet needs pyarrow; pip install 'polymodal[data]'") from None
     try:
-        return parquet.ParquetFile(path)
+        file = parquet.ParquetFile(path)
+        leaves = [file.schema.column(index) for index in range(len(file.schema))]
+        # A value that a page names a thousand times stays one value in memory.
+        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        return parquet.ParquetFile(path, read_dictionary=texts)
     except Exception as reason:  # pyarrow raises many types for damaged files
         raise error(f"{path}: not a whole parquet file ({first_line(reason)[:160]}); fetch it again") from None
 
@@ -208,6 +212,8 @@ def read_cell(cell: TableCell, limit: int, name: str) -> bytes:
         value = value["bytes"]
     if not value.is_valid:
         raise MediaError(f"{name}: the cell is empty; give the image's bytes")
+    if hasattr(value, "dictionary"):
+        value = value.value
     if not hasattr(value, "as_buffer"):
         raise MediaError(f"{name}: holds {value.type}, not bytes; the file is damaged or has changed", "damaged-image")
     buffer = value.as_buffer()

@@ -34,6 +34,7 @@ def shipped(name: str) -> Path | None:
 
 def sha256_file(path: Path) -> str:
     """Hash a file's bytes."""
+    regular_size(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from polymodal.errors import DataError
 from polymodal.messages import FileSlice, TableCell
+from polymodal.utils.files import regular_size
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 """What LLaVA-1.5 writes after a question whose answer is short (Liu et al. 2023, arXiv:2310.03744, section 3.2)."""
@@ -78,11 +79,10 @@ class Layout:
 @contextmanager
 def open_file(path: Path) -> Iterator[BufferedReader]:
     """Open a data file."""
+    regular_size(path, error=DataError)
     try:
         with path.open("rb") as file:
             yield file
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 

@@ -248,7 +248,7 @@ def _speaker(turn: Any, names: Sequence[str], spot: str) -> tuple[Role, bool]:
     name = turn.get(key)
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise DataError(f"{spot}: unknown role `{key}`: {name!r}; known: {', '.join(_ROLES)}", "unknown-role")
+        raise DataError(f"{spot}: unknown role `{key}`: {_shown(name)}; known: {', '.join(_ROLES)}", "unknown-role")
     for key in _REFUSED_IN_TURNS:
         if not _says_nothing(turn.get(key)):
             raise DataError(f"{spot}: `{key}` {_CANNOT}", "unsupported-key")
@@ -256,7 +256,7 @@ def _speaker(turn: Any, names: Sequence[str], spot: str) -> tuple[Role, bool]:
     for key, value in marks.items():
         if value not in (0, 1) or (value and role != "assistant"):
             hint = "only an answer is trained" if value == 1 else "give true or false, 1 or 0"
-            raise DataError(f"{spot}: `{key}`: {value!r} cannot be followed; {hint}", "unsupported-key")
+            raise DataError(f"{spot}: `{key}`: {_shown(value)} cannot be followed; {hint}", "unsupported-key")
     if len(set(map(bool, marks.values()))) > 1:
         raise DataError(f"{spot}: {' and '.join(f'`{key}`' for key in marks)} contradict each other; keep one")
     return role, role != "assistant" or all(marks.values())
@@ -355,7 +355,7 @@ def _part(entry: Any, at: str, image_root: Path | None, pool: _Pool | None) -> P
     cls: Any = {**_MEDIA, "document": Document}.get(name)
     if cls is None:
         known = "text, image_url, image, video_url, video, audio_url, audio, input_audio, document"
-        raise DataError(f"{at}: unknown part type {kind!r}; known: {known}")
+        raise DataError(f"{at}: unknown part type {_shown(kind)}; known: {known}")
     for key in (f"{name}_url", name, "url", "path"):
         value = entry.get(key)
         if value is None:
@@ -386,7 +386,9 @@ def _source(value: Any, image_root: Path | None, at: str) -> str | Path | FileSl
     root = os.path.abspath(image_root)
     path = os.path.normpath(os.path.join(root, value))
     if path != root and not path.startswith(root.rstrip(os.sep) + os.sep):  # both are normalised
-        raise DataError(f"{at}: {value!r} leaves the folder {image_root}; media must lie inside it", "outside-root")
+        raise DataError(
+            f"{at}: {_shown(value)} leaves the folder {image_root}; media must lie inside it", "outside-root"
+        )
     return Path(path)
 
 
@@ -405,6 +407,12 @@ def _check_turns(messages: Sequence[Message], where: str) -> None:
         number = wrong + 1 + len(turns) - len(spoken)
         problem = f"turn {number} is the {spoken[wrong]}'s; user and assistant must take turns"
     raise DataError(f"{where}: {problem}", "role-order")
+
+
+def _shown(value: Any) -> str:
+    """A value for an error line."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"
 
 
 def _kind_of(value: Any) -> str:

@@ -26,6 +26,7 @@ from polymodal.messages import TableCell
 
 _TEXTS = ("conversations", "messages", "texts", "question", "caption", "text")
 _ANSWERS = ("multiple_choice_answer", "answer", "answers")
+_MAX_TEXTS = 512 * 2**20
 _LABELS = ("id", "question_id", "kind", "kinds", "source", "system")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -45,11 +46,11 @@ def read_parquet(path: Path, options: Options) -> Iterator[RawRow]:
         for group in range(file.metadata.num_row_groups):
             count = file.metadata.row_group(group).num_rows
             try:
-                rows = file.read_row_group(group, columns=wanted).to_pylist()
+                rows = _texts_of(file, group, wanted).to_pylist()
                 cells = {name: _cells(path, file, group, name, options.root, len(rows)) for name in media}
             except Exception as error:  # pyarrow raises many types for damaged pages
                 problem = f"row group {group} is damaged ({first_line(error)[:160]}); fetch the file again"
-                problem = str(error) if isinstance(error, MediaError) else problem
+                problem = str(error) if isinstance(error, DataError | MediaError) else problem
                 yield broken(f"{path}: rows {number} to {number + count - 1}", problem)
                 number += count
                 continue
@@ -64,6 +65,38 @@ def read_parquet(path: Path, options: Options) -> Iterator[RawRow]:
                 number += 1
     if number == 0:
         raise DataError(f"{path}: the file holds no records")
+
+
+def _texts_of(file: Any, group: int, columns: list[str]) -> Any:
+    """Read the columns that hold texts, unless these are too large."""
+    about = file.metadata.row_group(group)
+    if about.total_byte_size > _MAX_TEXTS:  # only then is the chunks' metadata read, see `_cells`
+        chunks = [about.column(index) for index in range(about.num_columns)]
+        _check_texts(group, sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns))
+    table = file.read_row_group(group, columns=columns)
+    _check_texts(group, sum(_decoded(chunk) for column in table.columns for chunk in column.chunks))
+    return table
+
+
+def _check_texts(group: int, size: int) -> None:
+    if size > _MAX_TEXTS:
+        problem = f"the texts of row group {group} have {size:,} bytes, at most {_MAX_TEXTS:,} are allowed"
+        raise DataError(f"{problem}; write smaller row groups")
+
+
+def _decoded(array: Any) -> int:
+    """The bytes that an array takes where each of its values is written out."""
+    import pyarrow
+    from pyarrow import compute
+
+    if pyarrow.types.is_dictionary(array.type):
+        each = compute.binary_length(array.dictionary).cast("int64")
+        return compute.sum(each.take(array.indices)).as_py() or 0
+    if pyarrow.types.is_struct(array.type):
+        return sum(_decoded(child) for child in array.flatten())
+    if pyarrow.types.is_nested(array.type):
+        return _decoded(array.flatten())
+    return int(array.nbytes)
 
 
 def _record(
@@ -131,4 +164,5 @@ def _of_row(value: Any, cell: TableCell) -> list[Any]:
 def _is_text(value: Any) -> bool:
     import pyarrow
 
-    return bool(pyarrow.types.is_string(value.type) or pyarrow.types.is_large_string(value.type))
+    kind = getattr(value.type, "value_type", value.type)
+    return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))

@@ -11,6 +11,7 @@ from typing import Literal
 from polymodal.data.readers import captions, json_files, parquet, vqa, webdataset
 from polymodal.data.readers.base import PACKED, Reader, open_file
 from polymodal.errors import DataError
+from polymodal.utils.files import regular_size
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,14 @@ FORMATS: dict[str, Format] = {
 
 
 def data_files(path: Path, format: str) -> list[Path]:
-    """The files behind a path."""
-    path = Path(path)
+    """The files behind a path; pipes and devices are refused."""
+    found = _data_files(Path(path), format)
+    for file in found if format != "folder" else ():
+        regular_size(file, error=DataError)
+    return found
+
+
+def _data_files(path: Path, format: str) -> list[Path]:
     if "*" in path.name and not path.exists():
         found = sorted(path.parent.glob(path.name))
         if not found:
@@ -63,7 +70,7 @@ def detect_format(path: Path) -> str:
     """Tell the form of a file or folder."""
     path = Path(path)
     if "*" in path.name and not path.exists():
-        path = data_files(path, "json")[0]
+        path = _data_files(path, "json")[0]
     if path.is_dir():
         return next((name for name in ("webdataset", "parquet") if any(path.glob(FORMATS[name].shards))), "folder")
     with open_file(path) as file:

@@ -36,6 +36,7 @@ from polymodal.data.readers.json_files import parse_json
 from polymodal.errors import DataError, MediaError, first_line
 from polymodal.media.source import describe, read_bytes
 from polymodal.messages import FileSlice
+from polymodal.utils.files import regular_size
 
 _MAX_TEXT = 16 * 2**20
 _TEXTS = frozenset({".txt", ".caption", ".json"})
@@ -108,10 +109,9 @@ def _samples(path: Path) -> Iterator[_Sample]:
 
 
 def _open(path: Path) -> tarfile.TarFile:
+    regular_size(path, error=DataError)
     try:
         return tarfile.open(path, "r:")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
     except (tarfile.TarError, EOFError, OSError) as error:
         with path.open("rb") as file:
             head = file.read(6)
@@ -125,11 +125,11 @@ def _end_of(path: Path, offset: int) -> str:
     with path.open("rb") as file:
         file.seek(offset)
         block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        return "the archive has no end marker, so it was cut off; fetch it again"
         while not any(block) and (more := file.read(1 << 20)):
             if any(more):
                 return f"more follows after the end at byte {offset}; join archives with `tar --concatenate`, not `cat`"
+    if len(block) < tarfile.BLOCKSIZE:
+        return "the archive has no end marker, so it was cut off; fetch it again"
     damaged = f"damaged header at byte {offset}; what follows cannot be read, fetch the archive again"
     return damaged if any(block) else ""
 
