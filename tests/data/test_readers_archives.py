@@ -19,12 +19,12 @@ from PIL import Image as PILImage
 from polymodal.data.load import iter_rows, load_records, row_record
 from polymodal.data.readers import parquet as texts
 from polymodal.data.readers.base import CAPTION
-from polymodal.data.readers.registry import detect_format
+from polymodal.data.readers.registry import FORMATS, detect_format
 from polymodal.errors import DataError, MediaError
 from polymodal.media import source as table
 from polymodal.media.image import open_image
 from polymodal.media.source import describe, read_bytes, read_column
-from polymodal.messages import FileSlice, Image, TableCell, Text, Video, assistant, user
+from polymodal.messages import FileSlice, Image, TableCell, Text, Video, assistant, system, user
 
 
 def png(red: int) -> bytes:
@@ -365,6 +365,23 @@ def test_parquet_forms(tmp_path: Path, group: int) -> None:
     assert load_records(path)[0].messages[1].text == "m"
 
 
+def test_parquet_says_what_json_says_of_marks_keys_and_no_image(tmp_path: Path) -> None:
+    chat = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    turn = pa.struct([(name, pa.string()) for name in ("from", "value", "role", "content")] + [("weight", pa.int64())])
+    rows = [chat, [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": 0}], chat, chat]
+    columns = {
+        "conversations": rows,
+        "images": [[None], [""], [], None],
+        "tools": [None, "", None, "[{}]"],
+        "system_prompt": [None, None, "S", None],
+    }
+    path = write(tmp_path / "x.parquet", columns, {"conversations": pa.list_(turn), "images": pa.list_(pa.string())})
+    assert faults(path) == ["row 3: `tools` cannot be followed; write it into the text, or take it out"]
+    records = [row_record(row).messages for row in list(iter_rows(path))[:3]]
+    assert records[0] == (user("Q"), assistant("A")) and records[2] == (system("S"), user("Q"), assistant("A"))
+    assert [message.train for message in records[1]] == [True, False]
+
+
 def test_parquet_without_bytes_has_paths_inside_the_root(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "1.png").write_bytes(png(1))
@@ -502,30 +519,78 @@ def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         load_records(path)
 
 
-def test_every_form_says_the_same(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
+def every_form(root: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """The same five images with their captions in each form: where, and what the reader is told."""
+    folder = root / "folder"
     folder.mkdir()
     for i in range(5):
         (folder / f"{i}.png").write_bytes(png(i))
         (folder / f"{i}.txt").write_text(f"caption {i}")
-    rows = [json.loads(turns(f"<image>\n{CAPTION}", f"caption {i}", image=f"{i}.png")) for i in range(5)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    images = [{"id": i, "file_name": f"{i}.png"} for i in range(5)]
-    captions = [{"id": i, "image_id": i, "caption": f"caption {i}"} for i in range(5)]
-    (folder / "coco.json").write_text(json.dumps({"images": images, "annotations": captions}))
-    members = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.suffix in (".png", ".txt")}
-    sources = [
-        folder,
-        folder / "rows.jsonl",
-        folder / "coco.json",
-        tar(tmp_path / "x.tar", members),
-        write(
-            tmp_path / "x.parquet",
-            {"image": [cell(i) for i in range(5)], "caption": [f"caption {i}" for i in range(5)]},
-        ),
+        for name in (f"COCO_train2014_{i:012d}.jpg", f"{i}.jpg"):
+            (root / name).write_bytes(png(i))
+
+    def put(name: str, data: Any, **options: Any) -> tuple[Path, dict[str, Any]]:
+        (root / name).write_text(json.dumps(data))
+        return root / name, options
+
+    numbers, asked = range(5), {"question": CAPTION, "questionId": 0, "question_id": 0, "imageId": "", "image": ""}
+    chats = [
+        [{"role": "user", "content": f"<image>{CAPTION}"}, {"role": "assistant", "content": f"caption {i}"}]
+        for i in numbers
     ]
-    for source in sources:
-        records = load_records(source, kind="caption")
+    parts = [[{"type": "image", "image": f"{i}.jpg"}, {"type": "text", "text": CAPTION}] for i in numbers]
+    questions = [{"question_id": i, "image_id": i, "question": CAPTION} for i in numbers]
+    answers = [{"question_id": i, "image_id": i, "multiple_choice_answer": f"caption {i}"} for i in numbers]
+    annotations, _ = put("answers.json", {"annotations": answers})
+    members = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    columns = {"image": [cell(i) for i in numbers], "caption": [f"caption {i}" for i in numbers]}
+    llava = [json.loads(turns(f"<image>\n{CAPTION}", f"caption {i}", image=f"{i}.jpg")) for i in numbers]
+    messages = [{"images": [f"{i}.jpg"], "messages": chats[i]} for i in numbers]
+    return {
+        "folder": (folder, {}),
+        "json": put("rows.json", [*llava[:3], *messages[3:]]),
+        "llava": put("llava.json", llava),
+        "messages": put("messages.json", messages),
+        "openai": put(
+            "openai.json", [{"messages": [{"role": "user", "content": parts[i]}, chats[i][1]]} for i in numbers]
+        ),
+        "coco": put(
+            "coco.json",
+            {
+                "images": [{"id": i, "file_name": f"{i}.jpg"} for i in numbers],
+                "annotations": [{"id": i, "image_id": i, "caption": f"caption {i}"} for i in numbers],
+            },
+        ),
+        "vqav2": put(
+            "v.json", {"data_subtype": "train2014", "questions": questions}, annotations=annotations, prompt=""
+        ),
+        "gqa": put(
+            "g.json", {str(i): {**asked, "imageId": f"{i}", "answer": f"caption {i}"} for i in numbers}, prompt=""
+        ),
+        "textvqa": put(
+            "t.json",
+            {"data": [{"question": CAPTION, "image_id": f"{i}", "answers": [f"caption {i}"]} for i in numbers]},
+            prompt="",
+        ),
+        "docvqa": put(
+            "d.json",
+            {"data": [{**asked, "image": f"{i}.jpg", "answers": [f"caption {i}"]} for i in numbers]},
+            prompt="",
+        ),
+        "parquet": (write(root / "x.parquet", columns), {}),
+        "webdataset": (tar(root / "x.tar", members), {}),
+    }
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_form_says_the_same(form: str, tmp_path: Path) -> None:
+    path, options = every_form(tmp_path)[form]
+    for how in ("auto", form):
+        if how == "auto":
+            found = {"llava": "json", "messages": "json", "openai": "json"}.get(form, form)
+            assert detect_format(path) == found
+        records = load_records(path, kind="caption", format=how, **options)
+        assert len(records) == 5
         for i in (3, 0, 4, 1, 2):  # any order, as training wants them
             asked, answered = records[i].messages
             assert (asked.text, answered.text, records[i].kind) == (CAPTION, f"caption {i}", "caption")

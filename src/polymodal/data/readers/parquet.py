@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.data.readers.base import Options, RawRow, best_answer, broken, caption_of, dialogue, question_of, text_of
+from polymodal.data.readers.conversations import REFUSED_IN_RECORDS, listed
 from polymodal.errors import DataError, MediaError, first_line
 from polymodal.media.source import open_table, read_column
 from polymodal.messages import TableCell
@@ -27,7 +28,7 @@ from polymodal.messages import TableCell
 _TEXTS = ("conversations", "messages", "texts", "question", "caption", "text")
 _ANSWERS = ("multiple_choice_answer", "answer", "answers")
 _MAX_TEXTS = 512 * 2**20
-_LABELS = ("id", "question_id", "kind", "kinds", "source", "system")
+_LABELS = ("id", "question_id", "kind", "kinds", "source", "system", "system_prompt", *REFUSED_IN_RECORDS)
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -106,6 +107,7 @@ def _record(
     labels = {key: row[key] for key in _LABELS if row.get(key) is not None}
     if "question_id" in labels:
         labels.setdefault("id", labels.pop("question_id"))
+    media = {name: listed(items) for name, items in media.items()}
     for name, items in media.items():
         if None in items:
             raise DataError(f"`{name}`[{items.index(None)}] is empty; give bytes or a path")
