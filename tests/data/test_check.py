@@ -150,6 +150,11 @@ OTHERS = {
     "minigpt4": "<Img><ImageHere></Img>What is it?",
     "internvl": "<img><IMG_CONTEXT><IMG_CONTEXT></img>\nWhat is it?",
     "gemma": "<start_of_image>What is it?",
+    "gemma processed": "<start_of_image><image_soft_token><image_soft_token><end_of_image>What is it?",
+    "glm": "<|begin_of_image|><|image|><|end_of_image|>What is it?",
+    "mmmu": "<image 1>What is it?",
+    "internlm": "<IMG_CONTEXT>What is it?",
+    "minicpm-v 2.6": "<image>./</image>\nWhat is it?",
     "closed": "<image/>What is it?",
     "html": '<img src="red-circle.png">What is it?',
 }

@@ -110,7 +110,9 @@ def test_ways_to_say_that_there_is_no_image(none: Any, key: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["conversations", "messages", "openai"])
-@pytest.mark.parametrize(("name", "value"), [("loss", False), ("weight", 0), ("weight", 0.0), ("train", False)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("loss", False), ("weight", 0), ("weight", 0.0), ("train", False), ("loss_mask", 0)]
+)
 def test_a_turn_that_is_not_trained(key: str, name: str, value: Any) -> None:
     turns = [
         {"role": "user", "content": "Q", name: value},
@@ -138,6 +140,8 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
         ({}, {"weight": 0.5}, "`weight`: 0.5 cannot be followed; give true or false, 1 or 0"),
         ({}, {"loss": "false"}, "`loss`: 'false' cannot be followed"),
         ({}, {"loss": True, "weight": 0}, "`loss` and `weight` contradict each other"),
+        ({}, {"images": ["a.png"]}, "`images` cannot be followed"),  # as in Ollama's requests
+        ({}, {"masked": True}, "`masked` cannot be followed"),
         ({"tools": [CALL]}, {}, "here: `tools` cannot be followed"),
         ({"tools": json.dumps([CALL])}, {}, "here: `tools` cannot be followed"),
         ({"objects": {"ref": ["square"], "bbox": [[1, 2, 3, 4]]}}, {}, "here: `objects` cannot be followed"),

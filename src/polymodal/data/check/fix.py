@@ -101,7 +101,7 @@ def _in_order(found: Sequence[re.Match[str]], images: Sequence[Any]) -> bool:
     if numbers and numbers not in ([*range(len(images))], [*range(1, len(images) + 1)]):
         return False
     return all(
-        not OTHERS.sub("", path) or Path(path).name == Path(str(image)).name
+        not OTHERS.sub("", path) or Path(path).name in ("", Path(str(image)).name)
         for path, image in zip(paths, images, strict=True)
     )
 

@@ -91,10 +91,13 @@ FAULTS: dict[str, Fault] = {
 
 OTHERS = re.compile(
     r"""(?:Picture\ \d+:\ ?)?<(?P<tag>img|image)>(?P<path>(?:(?!</?(?P=tag)>)[^\n]){0,999})</(?P=tag)>
-    | </(?:img|image)>
-    | <img(?:\s[^<>\n]{0,999})?/?> | <image(?:[_-]?\d{1,4}/?|\s*/|[_-]?(?:here|token|placeholder|soft_token|pad))>
-    | <\|vision_start\|>(?:<\|image_pad\|>)*<\|vision_end\|> | <\|(?:image|img|image_pad)(?:_\d{1,4})?\|>
-    | (?!(?-i:<image>))<image> | <(?:start_of_image|img_context|__media__)> | \[(?:img|image)\](?:\[img_end\])?""",
+    | </(?:img|image)> | <img(?:\s[^<>\n]{0,999})?/?> | (?!(?-i:<image>))<image\s*/?>
+    | <(?:image|img)[\ _:-]?\d{1,4}\ ?/?> | <image[_-]?(?:here|token|placeholder|soft_token|pad)>
+    | <\|(?:vision_start|image_start|begin_of_image)\|>(?:<\|(?:image|image_pad|patch)\|>)*
+        <\|(?:vision_end|image_end|end_of_image)\|>
+    | <\|(?:image|img|image_pad|image_placeholder)[\ _-]?\d{0,4}\|>
+    | <start_of_image>(?:(?:<image_soft_token>)*<end_of_image>)?
+    | <(?:img_context|__media__)> | \[(?:img|image)[\ _-]?\d{0,4}\](?:\[img_end\])?""",
     re.IGNORECASE | re.VERBOSE,
 )
 """An image as other tools write it: Qwen, Phi, MiniCPM, Mistral, XComposer, Gemma, InternVL, HTML."""

@@ -49,18 +49,20 @@ _NAMES = {
     "messages": (("role", "from"), ("content", "value")),
 }
 _SYSTEM = ("system", "system_prompt")
-_MARKS = ("loss", "weight", "train")
+_MARKS = ("loss", "weight", "train", "trainable", "loss_mask", "loss_weight", "loss_scale")
 """Keys of a turn that say whether it is trained."""
-_REFUSED_IN_TURNS = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
-"""Keys of a turn that are part of what is said, for which there is no place."""
+_MEDIA_KEYS = frozenset(key + s for key in _MEDIA for s in ("", "s"))
+_REFUSED_IN_TURNS = (
+    *("reasoning_content", "reasoning", "reasoning_details", "thinking", "thought", "tool_calls", "function_call"),
+    *("mask", "masked", "train_detail", *sorted(_MEDIA_KEYS)),
+)
+"""Keys of a turn that are part of what is said, for which there is no place; media stand beside the turns."""
 REFUSED_IN_RECORDS = ("tools", "functions", "chat_template_kwargs", "objects")
 """The same of a record."""
 _CANNOT = "cannot be followed; write it into the text, or take it out"
 _MAX_TEXT = 16 * 2**20
 
-_KNOWN_KEYS = frozenset(
-    {"id", "kind", "source", "conversations", "messages", *_SYSTEM} | {key + s for key in _MEDIA for s in ("", "s")}
-)
+_KNOWN_KEYS = frozenset({"id", "kind", "source", "conversations", "messages", *_SYSTEM} | _MEDIA_KEYS)
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ def _speaker(turn: Any, names: Sequence[str], spot: str) -> tuple[Role, bool]:
 
 
 def _says_nothing(value: Any) -> bool:
-    return value is None or value in ("", [], {}, "[]", "{}", "null")
+    return value is None or value is False or value in ("", [], [""], [None], {}, "[]", "{}", "null")
 
 
 def _check_followed(record: Mapping[str, Any], messages: Sequence[Message], where: str) -> None:
