@@ -389,7 +389,7 @@ def test_conversations_that_cannot_be_used(messages: list[Message], counts: list
         chat("chatml").render(messages, counts)
 
 
-@pytest.mark.parametrize("preset", ["chatml", "llama2", "mistral", "vicuna", "t5", "plain"])
+@pytest.mark.parametrize("preset", ["chatml", "llama2", "mistral", "vicuna", "t5"])
 def test_an_answer_that_is_not_trained_is_shown_without_a_loss(preset: str) -> None:
     turns = [*TWO_TURNS[:2], replace(assistant("BAD"), train=False), *TWO_TURNS[3:]]
     rendered, usual = (

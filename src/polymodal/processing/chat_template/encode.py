@@ -215,7 +215,13 @@ class ChatTemplate:
         return tuple(pieces) or (Piece(message.role, index, ""),)
 
     def _emit(
-        self, turns: list[Turn], media_tokens: Sequence[int], silent: Collection[int], *, stop_before_last: bool, add_generation_prompt: bool
+        self,
+        turns: list[Turn],
+        media_tokens: Sequence[int],
+        silent: Collection[int],
+        *,
+        stop_before_last: bool,
+        add_generation_prompt: bool,
     ) -> Rendered:
         """Render, cut at the markers, and tokenise piece by piece."""
         pieces = [piece for turn in turns for piece in turn.pieces]
