@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,16 @@ import pytest
 import torch
 
 from polymodal.checkpoints.model_folder import load_model
-from polymodal.errors import CheckpointError, ConfigError, DataError, PolymodalError
+from polymodal.errors import CheckpointError, ConfigError, DataError, MediaError, PolymodalError
 from polymodal.training import checkpoint, train
 from polymodal.training.optimizer import set_modes
 from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
-from polymodal.training.reporting.log import read_log
+from polymodal.training.reporting.log import append_log, finite, read_log
 from polymodal.training.run import make_trainer
+from polymodal.training.sft.dataset import SFTDataset
 from polymodal.training.sft.task import SFTTask, load_inputs
+from polymodal.training.steps import Order
 from polymodal.training.trainer import Trainer
 
 Make = Callable[..., Recipe]
@@ -332,3 +335,140 @@ def test_unreadable_records_stop_or_are_listed(
     train(recipe_of(plain, data__mix=mix, data__on_error="skip", run__max_steps=1))
     skipped = (Path(plain["output_dir"]) / "skipped.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in skipped] == ["3"]
+
+
+def name_a_nan(run: Trainer, wanted: int) -> str:
+    """Make the first target of one sample of the step's NaN; returns its record."""
+    index = int(run.task.steps.indices(0)[wanted])
+    record = run.task.dataset.prepared.records[index].id
+    inner = run.task.forward_backward
+
+    def forward_backward(engine: Any, named: Any, *rest: Any) -> Any:
+        kept = engine.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            out = kept(*args, **kwargs)
+            if f"record {record}" not in named.records:
+                return out
+            losses = out.losses.clone()
+            losses[named.records.index(f"record {record}")] = float("nan")
+            return replace(out, losses=losses, loss_sum=out.loss_sum * float("nan"))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "forward", forward)
+            return inner(engine, named, *rest)
+
+    run.task.forward_backward = forward_backward
+    return str(record)
+
+
+def test_a_nan_step_names_its_record_and_leaves_the_log_valid(
+    plain: dict[str, Any], recipe_of: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = start(recipe_of(plain, batch__micro_size=4, run__max_steps=20, run__log_every=2))
+    set_modes(run.engine.inner)
+    record = name_a_nan(run, 5)
+    batches = run.batches()
+    run.step(batches)
+    assert f"step 1: the loss is not finite (of record {record}), step left out" in capsys.readouterr().err
+    run.task.forward_backward = type(run.task).forward_backward.__get__(run.task)
+    loss = run.step(batches)
+    (line,) = (
+        json.loads(text, parse_constant=pytest.fail) for text in (run.output_dir / "log.jsonl").read_text().splitlines()
+    )
+    # Both tables, too, are of the step that counts.
+    assert line["loss"] == pytest.approx(loss) and line["loss_by_source"] == pytest.approx({"data": loss})
+    assert all(math.isfinite(value) for value in line["loss_by_kind"].values())
+
+
+def test_numbers_that_json_has_not_are_null(tmp_path: Path) -> None:
+    line = {"a": float("nan"), "b": [1.0, float("inf")], "c": {"d": 2}}
+    append_log(tmp_path / "log.jsonl", finite(line))
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"a": None, "b": [1.0, None], "c": {"d": 2}}
+
+
+def own_images(plain: dict[str, Any], tiny: Path, folder: Path) -> None:
+    """Give a recipe copies of the images that a test may break."""
+    import shutil
+
+    shutil.copytree(tiny, folder, ignore=lambda *_: ["llm", "tower", "index"])
+    plain["data"]["mix"] = [{"path": str(folder / "data.json")}]
+
+
+@pytest.mark.parametrize("cache", ["off", "memory"])
+@pytest.mark.parametrize("packing", ["none", "pack"])
+def test_an_image_that_breaks_after_tokenising_is_left_out_exactly(
+    plain: dict[str, Any],
+    tiny: Path,
+    tmp_path: Path,
+    cache: str,
+    packing: str,
+    recipe_of: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The step's gradient is that of the records that are left, whatever the micro-batches."""
+    own_images(plain, tiny, tmp_path / "own")
+    # One record a micro-batch, so that one of them has no target at all.
+    size = {"batch__micro_size": 1, "batch__micro_tokens": 2, "batch__packing": packing, "batch__global_size": 4}
+    changes = {**size, "run__feature_cache": cache, "data__on_error": "skip", "optim__clip": 0, "run__max_steps": 2}
+    recipe = recipe_of(plain, **changes)
+    broken: list[int] = []
+    fill = SFTDataset.fill_store
+
+    def break_first(dataset: SFTDataset, *rest: Any) -> Any:
+        order = Order(dataset.prepared.sources, 0).take(0, 4)
+        broken.append(next(int(i) for i in order if dataset.prepared.samples[i].plans))
+        (tmp_path / "own" / f"{dataset.prepared.records[broken[0]].id}.png").write_bytes(b"cut")
+        return fill(dataset, *rest)
+
+    monkeypatch.setattr(SFTDataset, "fill_store", break_first)
+    run = start(recipe)
+    index, record = broken[0], run.task.dataset.prepared.records[broken[0]]
+    set_modes(run.engine.inner)
+    seen: list[dict[str, torch.Tensor]] = []
+    run.engine.optimizer.step = lambda: seen.append(  # type: ignore[method-assign]
+        {name: p.grad.clone() for group in run.engine.groups for name, p in group.parameters if p.grad is not None}
+    )
+    loss = run.step(run.batches())
+    left = [int(i) for i in run.task.steps.indices(0) if int(i) != index]
+    out = run.engine.inner(**run.task.dataset.batch(np.array(left)).inputs())
+    assert run.state.trained_tokens == int(run.task.dataset.prepared.targets[left].sum())
+    assert loss == pytest.approx(float(out.loss_sum.detach()) / run.state.trained_tokens, rel=1e-5)
+    run.engine.inner.zero_grad()
+    (out.loss_sum / run.state.trained_tokens).backward()
+    for name, gradient in seen[0].items():
+        assert torch.allclose(gradient, run.engine.inner.get_parameter(name).grad, atol=1e-6), name
+    (line,) = (json.loads(text) for text in (Path(recipe.output_dir) / "skipped.jsonl").read_text().splitlines())
+    assert line["id"] == record.id and f"record {record.id}: " in line["error"] and ".png" in line["error"]
+
+
+def test_a_run_that_stops_at_a_broken_image_names_it_and_goes_on_once_it_is_mended(
+    plain: dict[str, Any], tiny: Path, tmp_path: Path, recipe_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_images(plain, tiny, tmp_path / "own")
+    recipe = recipe_of(plain, run__max_steps=6, run__save_every=0, run__workers=1)
+    record = next(
+        record.id
+        for i in start(recipe).task.steps.indices(5)
+        if (record := start(recipe).task.dataset.prepared.records[i]).messages[0].media
+    )
+    image = tmp_path / "own" / f"{record}.png"
+    whole = image.read_bytes()
+    step = Trainer.step
+
+    def breaking(run: Trainer, *rest: Any) -> float:
+        if run.state.step == 1:
+            image.write_bytes(b"")
+        return step(run, *rest)
+
+    monkeypatch.setattr(Trainer, "step", breaking)
+    with pytest.raises(MediaError, match=rf"record {record}: .*{record}\.png.*saved after step \d.*same command"):
+        train(recipe)
+    monkeypatch.undo()
+    saved = checkpoint.complete_checkpoints(Path(recipe.output_dir))[-1]
+    assert checkpoint.read_state(saved)["step"] >= 1
+    image.write_bytes(whole)
+    train(recipe)
+    through = recipe_of(plain, run__max_steps=6, run__save_every=0, output_dir=str(tmp_path / "through"))
+    train(through)
+    assert losses(Path(recipe.output_dir)) == losses(Path(through.output_dir))

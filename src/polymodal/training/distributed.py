@@ -87,10 +87,14 @@ class Engine:
         """The context that a forward pass runs in."""
         return torch.autocast(self.world.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
-    def step(self) -> float:
-        """Clip, and step unless the gradient is not finite; returns the gradient's norm before clipping."""
+    def step(self, scale: float = 1.0) -> float:
+        """Scale, clip, and step unless the gradient is not finite; returns the gradient's norm before clipping."""
         if self.kind == "all-reduce":
             sum_gradients(self.trained)
+        if scale != 1:  # NaN, where the loss is not finite, leaves the step out
+            for parameter in self.trained:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
         norm = nn.utils.clip_grad_norm_(self.trained, self.clip or math.inf)
         value = float(_full(norm))
         if math.isfinite(value):

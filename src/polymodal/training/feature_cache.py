@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from polymodal.config import ModelConfig
-from polymodal.errors import ConfigError, DataError
+from polymodal.errors import ConfigError, DataError, PolymodalError
 from polymodal.messages import Source
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.utils.files import write_text
@@ -204,8 +204,19 @@ def fill_missing(
     encode: Callable[[torch.Tensor], torch.Tensor],  # [N, 3, H, W]
     device: torch.device,
     workers: int,
+    broken: dict[str, PolymodalError] | None = None,
 ) -> int:
-    """Compute the features that are missing, in groups that a killed run repeats."""
+    """Compute the features that are missing, in groups that a killed run repeats; unreadable images go to `broken`."""
+
+    def decoded(key: str) -> tuple[str, torch.Tensor | None]:
+        try:
+            return key, decode(key, todo[key])
+        except PolymodalError as error:
+            if broken is None:
+                raise
+            broken[key] = error
+            return key, None
+
     # A CPU is twice as fast on tiles that stay in its cache as on large batches.
     tiles_at_once = 8 if device.type == "cpu" else 64
     with store.locked():
@@ -222,16 +233,17 @@ def fill_missing(
         groups = [group for group in groups if any(key not in store.where for key in group)]
         wanted = [key for group in groups for key in group]
         missing = sum(key not in store.where for key in wanted)
-        decoded = ahead(lambda key: (key, decode(key, todo[key])), wanted, workers, tiles_at_once)
-        entries = iter(progress(decoded, "encoding images", len(wanted)))
+        entries = iter(progress(ahead(decoded, wanted, workers, tiles_at_once), "encoding images", len(wanted)))
         for group in groups:
-            encoded = _encode(encode, device, [next(entries) for _ in group])
-            store.add([entry for entry in encoded if entry[0] not in store.where])
+            images_of = [(key, pixels) for key, pixels in (next(entries) for _ in group) if pixels is not None]
+            encoded = _encode(encode, device, images_of) if images_of else []
+            if fresh := [entry for entry in encoded if entry[0] not in store.where]:
+                store.add(fresh)
         # Let the progress bar see its end.
         for _ in entries:
             raise DataError("images were decoded that nobody asked for")
         store.end()
-        return missing
+        return missing - len(broken or ())
 
 
 def group_images(keys: Sequence[str], tiles: dict[str, int], at_once: int) -> list[list[str]]:

@@ -115,6 +115,17 @@ class Task(ABC):
         """
         return int(batch.input_ids.numel())
 
+    def lost_targets(self, batch: Any) -> int:
+        """Count the planned targets that a micro-batch has not, since their image could not be read any more.
+
+        Args:
+            batch: What `load` gave.
+
+        Returns:
+            The count; the step's loss is divided by what is left.
+        """
+        return 0
+
     @abstractmethod
     def backward(
         self, engine: Engine, plan: StepPlan, batches: Iterator[Any], losses: LossByKind

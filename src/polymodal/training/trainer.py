@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from polymodal.errors import DataError, PolymodalError
+from polymodal.errors import DataError, MediaError, PolymodalError
 from polymodal.training.checkpoint import State, identity, read_state
 from polymodal.training.distributed import Engine
 from polymodal.training.optimizer import lr_factor, set_modes
-from polymodal.training.reporting.log import LossByKind, Tracker, append_log, means, merge, numbers_of
+from polymodal.training.reporting.log import LossByKind, Tracker, append_log, finite, means, merge, numbers_of
 from polymodal.training.steps import step_seed
 from polymodal.training.task import Task
 from polymodal.utils.progress import Meter, log
@@ -32,6 +32,9 @@ from polymodal.utils.threads import ahead
 
 MAX_SKIPPED = 5
 """Steps in a row whose gradient may be NaN or infinite before the run is given up."""
+
+NAMED = 5
+"""Records that a message about a step names at most."""
 
 
 class StopRequest:
@@ -84,6 +87,7 @@ class Trainer:
         self.state, self.losses, self.window = State(), LossByKind(), Window()
         self.stopped: int | None = None  # The signal that ended the loop
         self._resumed_from = 0.0
+        self._lost = 0  # Targets of this step's micro-batches that turned out unreadable
         self._began = time.monotonic()
 
     def resume(self, folder: Path, force: bool = False) -> None:
@@ -130,6 +134,14 @@ class Trainer:
                         saved = self.save()
                 if self.world.size == 1:
                     self.stopped = stop.number
+        except (DataError, MediaError) as error:
+            # Of several processes only one knows; the others cannot take part in saving.
+            if self.world.size > 1 or state.step == saved:
+                raise
+            step = self.save()
+            raise type(error)(
+                f"{error}; saved after step {step}: mend it and run the same command to go on", error.code
+            ) from error
         finally:
             batches.close()
             meter.close()
@@ -152,29 +164,35 @@ class Trainer:
         plan = self.task.plan(state.step)
         rates = self._rates()
         torch.manual_seed(step_seed(run.seed, state.step, self.world.rank))
-        total = self.task.backward(self.engine, plan, self._take(batches, len(plan.micro)), self.losses)
-        norm = self.engine.step()
-        self.task.after_step()
+        self._lost, losses = 0, LossByKind()
+        total = self.task.backward(self.engine, plan, self._take(batches, len(plan.micro)), losses)
         number = stop.number if stop is not None and stop.number is not None else 0
         clock = self._resumed_from + time.monotonic() - self._began if self.world.is_main else 0.0
-        loss_sum, state.elapsed_s, signals, askers = self.world.sum([float(total), clock, number, number > 0])
+        loss_sum, lost, state.elapsed_s, signals, askers = self.world.sum(
+            [float(total), self._lost, clock, number, number > 0]
+        )
         if askers and self.world.size > 1:
             self.stopped = round(signals / askers)
-        if math.isfinite(norm):
+        targets = plan.targets - round(lost)
+        usable = targets > 0 and math.isfinite(loss_sum)
+        norm = self.engine.step(plan.targets / targets if usable else math.nan)
+        self.task.after_step()
+        if usable and math.isfinite(norm):
             state.skipped_in_row = 0
             state.pending_loss += loss_sum
-            state.pending_tokens += plan.targets
+            state.pending_tokens += targets
+            self.losses.take(losses)
         else:
-            self._count_skipped()
+            self._count_skipped("gradient" if usable else "loss", losses)
         state.step += 1
         state.samples += plan.samples
-        state.trained_tokens += plan.targets
+        state.trained_tokens += targets
         state.real_tokens += plan.tokens
         window.samples += plan.samples
         window.real_tokens += plan.tokens
         if state.step % run.log_every == 0:
             self._log(rates, norm)
-        return loss_sum / plan.targets
+        return loss_sum / max(1, targets)
 
     def _take(self, batches: Iterator[Any], count: int) -> Iterator[Any]:
         """The next micro-batches, with the time that they are waited for."""
@@ -183,6 +201,7 @@ class Trainer:
             batch = next(batches)
             self.window.data_wait_s += time.monotonic() - began
             self.window.padded_tokens += self.task.padded_tokens(batch)
+            self._lost += self.task.lost_targets(batch)
             yield batch
 
     def _rates(self) -> dict[str, float]:
@@ -199,14 +218,16 @@ class Trainer:
         minutes = self.recipe.run.max_minutes
         return minutes is not None and self.state.elapsed_s >= 60 * minutes
 
-    def _count_skipped(self) -> None:
+    def _count_skipped(self, what: str, losses: LossByKind) -> None:
         state = self.state
         state.skipped += 1
         state.skipped_in_row += 1
-        log(f"{self.recipe.name}: step {state.step + 1}: the gradient is not finite, step left out")
+        found = [name for own in self.world.gather(losses.not_finite()) for name in own]
+        names = f" (of {', '.join(found[:NAMED])}{', ...' * (len(found) > NAMED)})" if found else ""
+        log(f"{self.recipe.name}: step {state.step + 1}: the {what} is not finite{names}, step left out")
         if state.skipped_in_row >= MAX_SKIPPED:
             raise PolymodalError(
-                f"{self.recipe.name}: {MAX_SKIPPED} steps in a row had a gradient that is not finite; lower "
+                f"{self.recipe.name}: {MAX_SKIPPED} steps in a row had a {what} that is not finite{names}; lower "
                 "optim.learning_rate, or start again from an earlier checkpoint"
             )
 
@@ -256,6 +277,7 @@ class Trainer:
 
     def _write(self, prefix: str, name: str, line: dict[str, Any]) -> None:
         if self.world.is_main:
+            line = finite(line)
             append_log(self.output_dir / name, line)
             for tracker in self.trackers:
                 tracker.write(self.state.step, numbers_of(line, prefix))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def append_log(path: Path, line: dict[str, Any]) -> None:
     """Append one JSONL line."""
     try:
         with path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+            handle.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
         raise PolymodalError(
             f"{path}: cannot be written ({error.strerror or error}); make room and run the same command again to go on "
@@ -74,6 +75,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def finite(value: Any) -> Any:
+    """Plain data with null for NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 Sums = dict[str, list[float]]
 """Name -> [sum of losses, tokens]."""
 
@@ -87,11 +97,34 @@ class LossByKind:
         self.kinds: Sums = {name: list(sums) for name, sums in (kinds or {}).items()}
         self.sources: Sums = {name: list(sums) for name, sums in (sources or {}).items()}
         self._waiting: list[tuple[torch.Tensor, list[str], list[str]]] = []
+        self._records: list[tuple[torch.Tensor, Sequence[str]]] = []
 
-    def add(self, losses: torch.Tensor, kinds: list[str], sources: list[str]) -> None:
+    def add(self, losses: torch.Tensor, kinds: list[str], sources: list[str], records: Sequence[str] = ()) -> None:
         """Remember a micro-batch."""
-        # losses [R], kinds [R], sources [R]
+        # losses [R], kinds [R], sources [R], records [R]
         self._waiting.append((losses.detach(), kinds, sources))
+        self.watch(losses, records)
+
+    def watch(self, losses: torch.Tensor, records: Sequence[str]) -> None:
+        """Remember whose losses these are, for `not_finite`."""
+        # losses [R], records [R]
+        self._records.append((losses.detach(), records))
+
+    def not_finite(self) -> list[str]:
+        """The records whose loss is NaN or infinite, each once."""
+        found = [
+            record
+            for losses, records in self._records
+            for record, good in zip(records, losses.isfinite().tolist(), strict=False)
+            if not good
+        ]
+        return list(dict.fromkeys(found))
+
+    def take(self, step: LossByKind) -> None:
+        """Add a step's losses, once it is known that the step counts."""
+        self._waiting += step._waiting
+        self.kinds = merge([self.kinds, step.kinds])
+        self.sources = merge([self.sources, step.sources])
 
     def fold(self) -> None:
         """Add what is waiting to the sums; waits for the device."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from polymodal.processing.collate import Batch, Sample, collate, collate_packed
 from polymodal.processing.processor import Processor
 from polymodal.training.feature_cache import FeatureStore, fill_missing
 from polymodal.training.recipes.sft import DataConfig
+from polymodal.training.reporting.log import append_log
 from polymodal.utils.files import write_text
 from polymodal.utils.progress import log
 from polymodal.utils.threads import Progress, ahead
@@ -160,7 +161,10 @@ def with_pixels(record: Record, sample: Sample, processor: Processor) -> Sample:
     """Decode a record's images again, for training without a feature cache."""
     if not sample.plans:
         return sample
-    again = processor(record.messages, id=record.id, pixels="uint8")
+    try:
+        again = processor(record.messages, id=record.id, pixels="uint8")
+    except PolymodalError as error:
+        raise type(error)(f"record {record.id}: {error}", error.code) from error
     if again.media_keys != sample.media_keys:
         raise DataError(f"record {record.id}: its image changed on disk while training")
     return replace(sample, pixels=again.pixels)
@@ -187,11 +191,31 @@ def kinds_of_targets(record: Record, sample: Sample, last_answer_only: bool = Fa
 
 
 class NamedBatch(NamedTuple):
-    """A batch with the kind and the source of each of its targets, in order."""
+    """A batch with the kind, the source and the record of each of its targets, in order."""
 
     batch: Batch
     kinds: list[str]
     sources: list[str]
+    records: list[str]
+    lost: int  # Targets that were planned, of records that cannot be read any more
+
+
+@dataclass
+class Broken:
+    """Records whose image was readable when they were tokenised and is not any more."""
+
+    file: Path | None  # Lists those that are left out; None: the first one stops the run
+    images: dict[str, PolymodalError] = field(default_factory=dict)  # What is wrong with images, by key
+    seen: set[str] = field(default_factory=set)
+
+    def note(self, id: str, error: PolymodalError) -> None:
+        """Leave a record out, or stop."""
+        if self.file is None:
+            raise error
+        if id not in self.seen:
+            self.seen.add(id)
+            log(f"left out of its step, {error}")
+            append_log(self.file, {"id": id, "error": str(error)})
 
 
 @dataclass(frozen=True)
@@ -202,15 +226,28 @@ class SFTDataset:
     processor: Processor  # Makes pixels where features are not cached
     store: FeatureStore | None  # Cached features, or None
     packed: bool = False  # Put the samples of a batch into one row, in place of padding them
+    broken: Broken = field(default_factory=lambda: Broken(None))  # Records that cannot be read any more
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Collate or pack samples, with features from the cache or pixels from the files."""
-        samples = [self.prepared.samples[i] for i in indices]
-        if self.store is None:
-            records = self.prepared.records
-            samples = [
-                with_pixels(records[i], sample, self.processor) for i, sample in zip(indices, samples, strict=True)
-            ]
+        return self._collate([self.sample(int(index)) for index in indices])
+
+    def sample(self, index: int) -> Sample:
+        """One sample as the model takes it; one of nothing but padding where its image cannot be read any more."""
+        sample = self.prepared.samples[index]
+        try:
+            if self.store is None:
+                return with_pixels(self.prepared.records[index], sample, self.processor)
+            if gone := [key for key in sample.media_keys if key not in self.store.where]:
+                raise DataError(f"record {sample.id}: {self.broken.images.get(gone[0], 'its features are missing')}")
+            return sample
+        except PolymodalError as error:
+            self.broken.note(sample.id, error)
+            # The step keeps its shape, whatever the number of processes; what it lost is counted in `NamedBatch.lost`.
+            padding = torch.full((2,), self.processor.pad_id)
+            return Sample(padding, torch.zeros(2, dtype=torch.bool), id=sample.id)
+
+    def _collate(self, samples: Sequence[Sample]) -> Batch:
         made = collate_packed(samples) if self.packed else collate(samples, self.processor.pad_id)
         if self.store is None:
             return made
@@ -218,21 +255,28 @@ class SFTDataset:
 
     def named_batch(self, indices: np.ndarray) -> NamedBatch:
         """A batch, and what its targets are called in the log."""
-        records, samples = self.prepared.records, self.prepared.samples
+        samples = [self.sample(int(index)) for index in indices]
         kinds: list[str] = []
         sources: list[str] = []
-        for index in indices:
-            of_targets = kinds_of_targets(records[index], samples[index], self.processor.last_answer_only)
+        names: list[str] = []
+        for index, sample in zip(indices, samples, strict=True):
+            record = self.prepared.records[index]
+            of_targets = kinds_of_targets(record, sample, self.processor.last_answer_only)
             kinds += of_targets
-            sources += [records[index].source] * len(of_targets)
-        return NamedBatch(self.batch(indices), kinds, sources)
+            sources += [record.source] * len(of_targets)
+            names += [f"record {record.id}"] * len(of_targets)
+        lost = int(self.prepared.targets[indices].sum()) - len(kinds)
+        return NamedBatch(self._collate(samples), kinds, sources, names, lost)
 
     def fill_store(self, model: MultimodalLM, workers: int, label: str) -> SFTDataset:
         """Log what was left out, and compute the features that are missing."""
         for reason, count in self.prepared.left_out.items():
             log(f"left out {count} {label} {reason}")
         if self.store is not None:
-            count = fill_missing(self.store, self._images(), self._decode, model.encode_images, model.device, workers)
+            skip = self.broken.images if self.broken.file is not None else None
+            count = fill_missing(
+                self.store, self._images(), self._decode, model.encode_images, model.device, workers, skip
+            )
             log(f"features: {count} images encoded, {len(self.store.where)} in the cache")
         return self
 
@@ -245,7 +289,13 @@ class SFTDataset:
                     yield key, part.source, plan.num_tiles
 
     def _decode(self, key: str, source: Source) -> torch.Tensor:
-        sample = self.processor([user(Image(source))], add_generation_prompt=True)
+        try:
+            sample = self.processor([user(Image(source))], add_generation_prompt=True)
+        except PolymodalError as error:
+            if self.broken.file is not None:
+                raise
+            first = next(sample.id for sample in self.prepared.samples if key in sample.media_keys)
+            raise type(error)(f"record {first}: {error}", error.code) from error
         if sample.media_keys != (key,) or sample.pixels is None:
             raise DataError(f"image {source!r} changed on disk while it was being encoded")
         return sample.pixels[0]

@@ -31,7 +31,7 @@ from polymodal.training.reporting.log import LossByKind, means, merge
 from polymodal.training.sft.dataset import SFTDataset, prepare
 from polymodal.training.sft.packing import plan_micro
 from polymodal.training.task import read_mix
-from polymodal.utils.progress import progress
+from polymodal.utils.progress import log, progress
 from polymodal.utils.threads import ahead
 
 NEW_TOKENS = 48
@@ -120,11 +120,13 @@ def held_out_loss(engine: Engine, dataset: SFTDataset, recipe: Recipe) -> dict[s
         for micro in plan_micro(indices, lengths, recipe.batch, world.rank, world.size)
     ]
     own = LossByKind()
-    for batch, kinds, sources in ahead(dataset.named_batch, plan, recipe.run.workers):
+    for batch, kinds, sources, names, _ in ahead(dataset.named_batch, plan, recipe.run.workers):
         with engine.autocast():  # the model itself, not DDP's wrapper, and touched in every process
             out = engine.inner(**batch.to(world.device).inputs(), touch_media=world.size > 1)
-        own.add(out.losses, kinds, sources)
+        own.add(out.losses, kinds, sources, names)
     own.fold()
+    if broken := own.not_finite():
+        log(f"held-out loss: not finite of {broken[0]}, and of {len(broken) - 1} more")
     everyone = world.gather((own.kinds, own.sources))
     kind_sums, source_sums = merge(sums for sums, _ in everyone), merge(sums for _, sums in everyone)
     loss, tokens = (sum(column) for column in zip(*kind_sums.values(), strict=True))

@@ -27,7 +27,7 @@ from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import LossByKind
 from polymodal.training.sft.class_prototypes import add_samples
-from polymodal.training.sft.dataset import NamedBatch, SFTDataset, prepare
+from polymodal.training.sft.dataset import Broken, NamedBatch, SFTDataset, prepare
 from polymodal.training.sft.evaluate import Evaluation, make_evaluation
 from polymodal.training.sft.packing import plan_micro
 from polymodal.training.sft.warm_start import warm_start
@@ -108,7 +108,8 @@ class SFTTask(Task):
         processor = processor_of(self.model, inputs.tokenizer, inputs.config).with_template(recipe.data.template)
         mix = inputs.mix if inputs.mix is not None else read_mix(recipe.data, run.seed)
         prepared = prepare(mix, processor, recipe.data, progress, run.workers, folder / "skipped.jsonl")
-        dataset = SFTDataset(prepared, processor, store, recipe.batch.packing == "pack")
+        broken = Broken(folder / "skipped.jsonl" if recipe.data.on_error == "skip" else None)
+        dataset = SFTDataset(prepared, processor, store, recipe.batch.packing == "pack", broken)
         return dataset.fill_store(self.model, run.workers, "records")
 
     def prepare(self, fresh: bool) -> None:
@@ -148,6 +149,10 @@ class SFTTask(Task):
         """Count the tokens of a micro-batch, padding among them."""
         return batch.batch.input_ids.numel()
 
+    def lost_targets(self, batch: NamedBatch) -> int:
+        """Count the targets of records that cannot be read any more."""
+        return batch.lost
+
     def backward(
         self, engine: Engine, plan: StepPlan, batches: Iterator[NamedBatch], losses: LossByKind
     ) -> torch.Tensor | float:
@@ -173,7 +178,7 @@ class SFTTask(Task):
         # A micro-batch of text alone has no way to a projector; nothing is to be learnt from it.
         if loss.requires_grad:
             (loss * scale).backward()
-        losses.add(out.losses, named.kinds, named.sources)
+        losses.add(out.losses, named.kinds, named.sources, named.records)
         return loss.detach()
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, Any] | None:
