@@ -312,6 +312,8 @@ SHOWN = 6
 def identity(recipe: RecipeBase) -> dict[str, Any]:
     """What of a recipe decides the result, as plain nested data."""
     plain: dict[str, Any] = json.loads(recipe.model_dump_json(by_alias=True))
+    if plain["batch"].get("last_step") == "whole":  # runs of before there was a choice go on
+        del plain["batch"]["last_step"]
     for key in FREE:
         section, _, inner = key.partition(".")
         if inner:

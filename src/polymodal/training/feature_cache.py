@@ -25,12 +25,13 @@ from polymodal.config import ModelConfig
 from polymodal.errors import ConfigError, DataError, PolymodalError
 from polymodal.messages import Source
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.utils.files import write_text
+from polymodal.utils.files import make_folder, write_text, writing
 from polymodal.utils.progress import progress
 from polymodal.utils.threads import ahead
 
 MEMORY = "memory"
 OFF = "off"
+CACHE = "feature cache "
 
 
 class FeatureStore:
@@ -45,8 +46,9 @@ class FeatureStore:
         self._kept: list[np.ndarray] = []
         self._array: np.ndarray | None = None
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._read_index()
+            make_folder(folder, CACHE)
+            with writing(folder, CACHE):
+                self._read_index()
 
     @classmethod
     def under(cls, where: str, identity: Callable[[], str], row: tuple[int, ...], dtype: str) -> FeatureStore:
@@ -94,9 +96,10 @@ class FeatureStore:
         if self.folder is None:
             self._kept.append(block)
         else:
-            _append(self.folder / "features.bin", np.ascontiguousarray(block).tobytes())
             lines = "".join(json.dumps(place) + "\n" for place in places)
-            _append(self.folder / "index.jsonl", lines.encode())
+            with writing(self.folder, CACHE):
+                _append(self.folder / "features.bin", np.ascontiguousarray(block).tobytes())
+                _append(self.folder / "index.jsonl", lines.encode())
         self.where.update({key: (first, count) for key, first, count in places})
         self._rows = start
         self._array = None
@@ -157,12 +160,15 @@ class FeatureStore:
         if self.folder is None:
             yield
             return
-        with (self.folder / "lock").open("w") as handle:
+        with writing(self.folder, CACHE):
+            handle = (self.folder / "lock").open("w")
+        with handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             self.where.clear()
             self._rows = 0
             self._array = None
-            self._read_index()
+            with writing(self.folder, CACHE):
+                self._read_index()
             yield
 
 

@@ -36,7 +36,7 @@ from polymodal.training.recipes.pipeline import Pipeline, Stage, TrainStage
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.run import train
 from polymodal.training.sft.task import SFTTask
-from polymodal.utils.files import atomic_folder, write_text
+from polymodal.utils.files import atomic_folder, make_folder, write_text
 from polymodal.utils.progress import duration, log
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ class _Ledger:
         self._write()
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         write_text(self.path, json.dumps(self.entries, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -202,7 +202,7 @@ def _features(recipe: Recipe, folder: Path) -> None:
         raise ConfigError(f"{recipe.name} keeps no features on disk: set its run.feature_cache to a folder")
     task = SFTTask(recipe, World())
     task.choose_parameters()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     store = task.make_dataset(folder).store
     assert store is not None
     summary = {"feature_cache": recipe.run.feature_cache, "images": len(store.where)}
@@ -216,7 +216,7 @@ def _generate(stage: stages.GenerateStage, model_folder: Path, folder: Path) -> 
     reply = model.generate([message], GenerationParams(max_new_tokens=stage.max_new_tokens))
     if not reply.usage.completion_tokens:
         raise PolymodalError(f"{model_folder}: the model gave no token")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     record = {
         "prompt": stage.prompt,
         "image": list(stage.image),

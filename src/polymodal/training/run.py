@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from polymodal.errors import PolymodalError
+from polymodal.errors import PolymodalError, first_line
 from polymodal.training.checkpoint import find_checkpoint, identity, read_state
 from polymodal.training.distributed import Engine
 from polymodal.training.optimizer import check_groups, policy_table
@@ -23,7 +23,7 @@ from polymodal.training.reporting.log import environment, open_trackers, start_l
 from polymodal.training.reporting.report import draw_curves, write_report
 from polymodal.training.task import Task
 from polymodal.training.trainer import StopRequest, Trainer
-from polymodal.utils.files import write_text
+from polymodal.utils.files import make_folder, write_text
 from polymodal.utils.progress import log
 
 
@@ -50,18 +50,18 @@ def _train(recipe: RecipeBase, inputs: Any, force: bool, world: World) -> Path:
     task = kind(recipe, world, inputs)
     with world.together():
         if world.is_main:
-            try:
-                output_dir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise PolymodalError(f"output_dir {output_dir}: cannot be made ({error.strerror or error})") from error
+            make_folder(output_dir, "output_dir ")
     trainer = make_trainer(task, found, force)
     _take_steps(trainer)
     trainer.engine.gather_weights()
     with world.together():
         if world.is_main:
-            draw_curves(output_dir / "log.jsonl", output_dir / "loss.png", recipe.name)
             task.export(final, trainer.engine.groups, trainer.state)
-            write_report(output_dir)
+            try:
+                draw_curves(output_dir / "log.jsonl", output_dir / "loss.png", recipe.name)
+                write_report(output_dir)
+            except (ImportError, OSError, PolymodalError) as error:
+                log(f"{recipe.name}: no curves or report: {first_line(error)}")
             log(f"{recipe.name}: done, {final}")
     return final
 
@@ -85,6 +85,8 @@ def make_trainer(task: Task, found: Path | None = None, force: bool = False) -> 
     with world.main_first():
         task.load_data()
     task.prepare(fresh=found is None)
+    if rounding := task.rounding():
+        log(f"{recipe.name}: {rounding}")
     trainer = Trainer(task, Engine(world, recipe, task.model, groups, task.sums_gradients))
     if found is not None:
         trainer.resume(found, force)

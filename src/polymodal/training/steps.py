@@ -12,6 +12,12 @@ import numpy as np
 
 from polymodal.errors import ConfigError
 
+MAX_EPOCH = 2**29
+"""Records of an epoch at most: their order is held in memory, 8 bytes each."""
+
+MAX_EPOCHS_A_STEP = 1000
+"""More in one step is a slip, and takes for ever."""
+
 
 def epoch_order(sources: Sequence[tuple[range, float]], seed: int, epoch: int) -> np.ndarray:  # -> [n]
     """The order of one epoch."""
@@ -33,6 +39,9 @@ class Order:
     def __init__(self, sources: Sequence[tuple[range, float]], seed: int) -> None:
         self.sources = sources
         self.seed = seed
+        size = sum(len(indices) * repeat for indices, repeat in sources)
+        if size > MAX_EPOCH:
+            raise ConfigError(f"data.mix: an epoch has {size:.3g} records, at most {MAX_EPOCH:,}; lower `repeat`")
         self.epoch_size = len(epoch_order(sources, seed, 0))
         if self.epoch_size == 0:
             raise ConfigError("data.mix: `repeat` is so small that an epoch has no record")
@@ -60,8 +69,9 @@ class Steps:
         global_size: int,
         global_tokens: int | None = None,
         lengths: np.ndarray | None = None,  # [n], with global_tokens
+        samples: int | None = None,  # of the run, whose last step then takes what is left; None makes steps whole
     ) -> None:
-        self.order, self.global_size = order, global_size
+        self.order, self.global_size, self.samples = order, global_size, samples
         self.per_epoch: float = order.epoch_size / global_size
         self._lengths: np.ndarray | None = None
         self._cuts: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
@@ -69,15 +79,38 @@ class Steps:
             self._lengths = lengths
             tokens = int(lengths[order.take(0, order.epoch_size)].sum())
             self.per_epoch = min(max(1, round(tokens / global_tokens)), order.epoch_size)
+        elif global_size > MAX_EPOCHS_A_STEP * order.epoch_size:
+            raise ConfigError(
+                f"batch.global_size {global_size}: the data have {order.epoch_size} records, so a step would see each "
+                f"{global_size // order.epoch_size} times; lower it"
+            )
 
     def total(self, epochs: float) -> int:
         """Optimizer steps of a run."""
+        if self.samples is not None:
+            return -(-self.samples // self.global_size)
         return max(1, round(epochs * self.per_epoch))
+
+    def taken(self, steps: int) -> int:
+        """Samples of so many steps."""
+        if self._lengths is not None:
+            epochs, rest = divmod(steps, int(self.per_epoch))
+            return epochs * self.order.epoch_size + sum(len(self.indices(step)) for step in range(rest))
+        return steps * self.global_size if self.samples is None else min(steps * self.global_size, self.samples)
+
+    def members(self, steps: int, count: int) -> np.ndarray:  # -> [n]
+        """Which of `count` records so many steps see."""
+        seen = np.zeros(count, dtype=bool)
+        for step in range(steps):
+            seen[self.indices(step)] = True
+            if step % 64 == 0 and seen.all():
+                break
+        return np.flatnonzero(seen)
 
     def indices(self, step: int) -> np.ndarray:
         """The samples of one step, [G]."""
         if self._lengths is None:
-            return self.order.take(step * self.global_size, self.global_size)
+            return self.order.take(step * self.global_size, self.taken(step + 1) - self.taken(step))
         epoch, number = divmod(step, int(self.per_epoch))
         start = epoch * self.order.epoch_size
         if self._cuts[0] != epoch:

@@ -173,6 +173,21 @@ class Task(ABC):
         total = self.steps.total(self.recipe.run.epochs)
         return min(total, self.recipe.run.max_steps or total)
 
+    def rounding(self) -> str | None:
+        """Say how a run of whole steps differs from the epochs that were asked for; None where it does not."""
+        epochs, size, total = self.recipe.run.epochs, self.steps.order.epoch_size, self.total_steps
+        if total < self.steps.total(epochs) or self.recipe.run.max_minutes is not None:
+            return None
+        wanted, taken = round(epochs * size), self.steps.taken(total)
+        if taken == wanted:
+            return None
+        change = f"{wanted - taken} fewer" if taken < wanted else f"{taken - wanted} more"
+        return (
+            f"{total} whole steps of {self.steps.global_size} take {taken} samples, {change} than {epochs:g} epochs of "
+            f"{size}: each record is seen {taken / size:.3g} times on average; batch.last_step=short or another "
+            "batch.global_size makes it exact"
+        )
+
     def last_loss(self) -> float | None:
         """The last loss that was logged, for the model's history."""
         lines = [line for line in read_log(Path(self.recipe.output_dir) / "log.jsonl") if line["loss"] is not None]

@@ -99,6 +99,23 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def writing(path: Path, name: str = "") -> Iterator[None]:
+    """Turn what the system says of a file or folder that cannot be written into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise PolymodalError(
+            f"{name}{path}: cannot be written ({error.strerror or error}); make room, or name a folder that can be"
+        ) from error
+
+
+def make_folder(path: Path, name: str = "") -> None:
+    """Make a folder and those above it."""
+    with writing(path, name):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is whole or unchanged."""
     work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

@@ -33,6 +33,7 @@ from polymodal.processing.processor import image_key
 from polymodal.training.contrastive.augment import crop_box
 from polymodal.training.feature_cache import MEMORY, OFF, FeatureStore
 from polymodal.training.recipes.contrastive import AugmentConfig
+from polymodal.utils.files import make_folder, writing
 from polymodal.utils.progress import progress
 from polymodal.utils.threads import ahead
 
@@ -174,8 +175,8 @@ def _scan(
     if store is not None:
         _keep(store, waiting)
     if index is not None and lines:
-        index.parent.mkdir(parents=True, exist_ok=True)
-        with index.open("a", encoding="utf-8") as file:
+        make_folder(index.parent)
+        with writing(index), index.open("a", encoding="utf-8") as file:
             file.writelines(lines)
     return faults
 

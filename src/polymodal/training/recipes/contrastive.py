@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from polymodal.config import Strict
 from polymodal.modeling.dual_encoders.config import AnyPairModelConfig, ObjectiveConfig
-from polymodal.training.recipes.sections import DataBase, InitBase, Place, RecipeBase
+from polymodal.training.recipes.sections import MAX_BATCH, DataBase, InitBase, Place, RecipeBase
 
 
 class PairInit(InitBase):
@@ -93,8 +93,8 @@ class PairBatchConfig(Strict):
             process's pairs when None; with less, every image and text is encoded twice.
     """
 
-    global_size: int = Field(default=256, gt=1)
-    micro_size: int | None = Field(default=None, gt=0)
+    global_size: int = Field(default=256, gt=1, le=MAX_BATCH)
+    micro_size: int | None = Field(default=None, gt=0, le=MAX_BATCH)
 
 
 class PairRecipe(RecipeBase):

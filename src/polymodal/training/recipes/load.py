@@ -10,13 +10,17 @@ import yaml
 from pydantic import BaseModel
 
 from polymodal.config import parse_config
-from polymodal.errors import ConfigError, unknown_name
+from polymodal.errors import ConfigError, first_line, unknown_name
 from polymodal.training.recipes.contrastive import PairRecipe
 from polymodal.training.recipes.sections import RecipeBase
 from polymodal.training.recipes.sft import Recipe
+from polymodal.utils.files import regular_size
 
 RECIPES: tuple[type[RecipeBase], ...] = (PairRecipe, Recipe)
 """Every kind of recipe: the first whose `marker` stands in the file, or that has none."""
+
+MAX_BYTES, MAX_VALUES = 10_000_000, 100_000
+"""Of a recipe file, its aliases written out."""
 
 
 def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
@@ -67,6 +71,8 @@ def recipe_class(data: Any) -> type[RecipeBase]:
 
 def read_yaml(path: Path) -> Any:
     """Read a YAML file as plain data."""
+    if regular_size(path, f"recipe {path}", ConfigError) > MAX_BYTES:
+        raise ConfigError(f"recipe {path}: has more than {MAX_BYTES:,} bytes; give a recipe, not data")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -85,9 +91,47 @@ def dump_recipe(recipe: RecipeBase) -> str:
 def _yaml(text: str, where: str) -> Any:
     """Parse YAML, with one-line errors; `1e-3` is a number here, as every recipe writes it."""
     try:
-        return _numbers(yaml.safe_load(text))
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_nodes(node, where, {})
+        return _numbers(loader.construct_document(node))  # type: ignore[no-untyped-call]
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise ConfigError(f"{where}: not valid YAML: it is nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits, a date that is none
+        raise ConfigError(f"{where}: not valid YAML: {first_line(error)}") from None
+
+
+def _check_nodes(node: yaml.Node, where: str, sizes: dict[int, int]) -> int:
+    """How many values a node stands for, with its aliases written out; refuses too many, cycles and equal keys."""
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise ConfigError(
+                f"{where}: not valid YAML: an alias stands inside what it names (line {node.start_mark.line + 1})"
+            )
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        keys: set[tuple[str, str]] = set()
+        for key, value in node.value:
+            parts += [key, value]
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in keys:
+                    raise ConfigError(
+                        f"{where}: the key {key.value!r} stands twice, again in line {key.start_mark.line + 1}"
+                    )
+                keys.add((key.tag, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        parts += node.value
+    size = 1 + sum(_check_nodes(part, where, sizes) for part in parts)
+    if size > MAX_VALUES:
+        raise ConfigError(f"{where}: its aliases stand for more than {MAX_VALUES:,} values; write them out")
+    sizes[id(node)] = size
+    return size
 
 
 def _numbers(value: Any) -> Any:

@@ -31,7 +31,8 @@ from pydantic import Field
 from polymodal.config import Strict, parse_config
 from polymodal.errors import ConfigError, unknown_name
 from polymodal.training.recipes.load import apply_override, dump_recipe, read_yaml, recipe_class
-from polymodal.training.recipes.sections import RecipeBase
+from polymodal.training.recipes.sections import Name, RecipeBase
+from polymodal.utils.paths import FilePath, OutputFolder, full_name
 
 
 class MakeStage(Strict):
@@ -42,7 +43,7 @@ class MakeStage(Strict):
         arguments: What else `main` is given, by name.
     """
 
-    make: str
+    make: FilePath
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -57,7 +58,7 @@ class BuildStage(Strict):
 
     build: Literal["default", "pairs"]
     size: str = "full"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 class FeaturesStage(Strict):
@@ -92,8 +93,8 @@ class GenerateStage(Strict):
 
     generate: str
     prompt: str = "What is in the picture?"
-    image: tuple[str, ...] = ()
-    max_new_tokens: int = Field(default=32, gt=0)
+    image: tuple[FilePath, ...] = ()
+    max_new_tokens: int = Field(default=32, gt=0, le=1_000_000)
 
 
 class TrainStage(Strict):
@@ -128,8 +129,8 @@ class PipelineFile(Strict):
         stages: What is done, in order.
     """
 
-    name: str
-    output_dir: str
+    name: Name
+    output_dir: OutputFolder
     stages: dict[str, dict[str, Any]] = Field(min_length=1)
 
 
@@ -240,7 +241,7 @@ def _train_stage(pipeline: Pipeline, name: str, raw: dict[str, Any], overrides: 
     where, output_dir = f"{pipeline.source}: stages.{name}", pipeline.folder(name)
     chosen = [override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
     overrides = [override for override in overrides if not override.startswith("recipe=")]
-    file = pipeline.source.parent / (chosen[-1] if chosen else str(raw["recipe"]))
+    file = pipeline.source.parent / full_name(chosen[-1] if chosen else str(raw["recipe"]))
     data = read_yaml(file)
     if not isinstance(data, dict):
         raise ConfigError(f"{file}: expected a mapping of keys, found {type(data).__name__}")

@@ -10,14 +10,31 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from polymodal.config import ImageConfig, Strict
 from polymodal.errors import ConfigError, unknown_name
+from polymodal.utils.paths import FilePath, OutputFolder
 
 # YAML 1.1 reads a bare on or off as true or false.
-Place = Annotated[str, BeforeValidator(lambda value: "off" if value is False else value)]
+Place = Annotated[FilePath, BeforeValidator(lambda value: "off" if value is False else value)]
 """A folder, "memory" or "off"."""
+
+# What no run needs more of; beyond it a number is a slip that would fill the memory or never end.
+MAX_STEPS, MAX_BATCH, MAX_TOKENS, MAX_WORKERS = 10**9, 10**6, 10**9, 256
+Count = Annotated[int, Field(gt=0, le=MAX_STEPS)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _plain_name(value: str) -> str:
+    """Refuse what cannot stand in a line of a log, or as the name of a file."""
+    if not value.strip() or len(value) > 200 or not value.isprintable() or set(value) & set("/\\"):
+        raise ValueError("a name has up to 200 characters, without slashes and line breaks")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_plain_name)]
+"""What a run is called in logs, charts and the model's history."""
 
 Switch = Annotated[
     Literal["auto", "on", "off"],
@@ -44,16 +61,16 @@ class SourceConfig(Strict):
         max_samples: Use only this many records, drawn once from `run.seed`.
     """
 
-    path: str
+    path: FilePath
     format: str = "auto"
-    annotations: str | None = None
-    image_root: str | None = None
+    annotations: FilePath | None = None
+    image_root: FilePath | None = None
     kind: str = ""
     source: str = ""
     prompt: str | None = None
-    repeat: float = Field(default=1.0, gt=0)
-    weight: float | None = Field(default=None, gt=0)
-    max_samples: int | None = Field(default=None, gt=0)
+    repeat: float = Field(default=1.0, gt=0, le=10_000)
+    weight: float | None = Field(default=None, gt=0, le=1e9)
+    max_samples: Count | None = None
 
     @model_validator(mode="after")
     def _check_format(self) -> SourceConfig:
@@ -83,7 +100,7 @@ class InitBase(Strict):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
 
-    from_folder: str | None = Field(default=None, alias="from")
+    from_folder: FilePath | None = Field(default=None, alias="from")
     model: Any = None
     image: ImageConfig | None = None
 
@@ -112,7 +129,7 @@ class DataBase(Strict):
     mix: tuple[SourceConfig, ...] = Field(min_length=1)
     on_error: Literal["stop", "skip"] = "stop"
     eval: tuple[SourceConfig, ...] = ()
-    index: str | None = None
+    index: FilePath | None = None
 
     @model_validator(mode="after")
     def _all_or_no_weights(self) -> Self:
@@ -154,8 +171,8 @@ class OptimConfig(Strict):
     """
 
     learning_rate: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, ge=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -193,24 +210,24 @@ class RunConfig(Strict):
         compile: Let torch compile the layers. "auto" does so on CUDA, in runs long enough for it to pay.
     """
 
-    epochs: float = Field(default=1.0, gt=0)
-    max_steps: int | None = Field(default=None, gt=0)
-    max_minutes: float | None = Field(default=None, gt=0)
-    seed: int = Field(default=0, ge=0)
+    epochs: float = Field(default=1.0, gt=0, le=MAX_STEPS)
+    max_steps: Count | None = None
+    max_minutes: float | None = Field(default=None, gt=0, le=MAX_STEPS)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    log_every: int = Field(default=10, gt=0)
-    save_every: int = Field(default=200, ge=0)
-    keep: int = Field(default=2, gt=0)
+    log_every: Count = 10
+    save_every: int = Field(default=200, ge=0, le=MAX_STEPS)
+    keep: Count = 2
     resume: Literal["auto", "never"] = "auto"
-    threads: int | None = Field(default=None, gt=0)
-    workers: int = Field(default=2, gt=0)
+    threads: int | None = Field(default=None, gt=0, le=MAX_WORKERS)
+    workers: int = Field(default=2, gt=0, le=MAX_WORKERS)
     feature_cache: Place = "off"
     feature_dtype: Literal["float16", "float32"] = "float16"
-    eval_every: int = Field(default=0, ge=0)
-    eval_generations: int = Field(default=4, ge=0)
+    eval_every: int = Field(default=0, ge=0, le=MAX_STEPS)
+    eval_generations: int = Field(default=4, ge=0, le=1000)
     trackers: tuple[str, ...] = ()
     engine: Literal["auto", "ddp", "fsdp2"] = "auto"
-    timeout_minutes: float = Field(default=10, gt=0)
+    timeout_minutes: float = Field(default=10, gt=0, le=100_000)
     checkpointing: Switch = "auto"
     compile: Switch = "auto"
 
@@ -243,11 +260,11 @@ class RecipeBase(Strict):
     task: ClassVar[str]
     marker: ClassVar[str | None] = None
 
-    name: str
+    name: Name
     init: Any
     data: Any
     train: tuple[RuleConfig, ...] = ()
     optim: OptimConfig = Field(default_factory=OptimConfig)
     batch: Any
     run: RunConfig = Field(default_factory=RunConfig)
-    output_dir: str
+    output_dir: OutputFolder

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from polymodal.config import LoraRecipe, ModelConfig, Strict, TemplateConfig
-from polymodal.training.recipes.sections import DataBase, InitBase, RecipeBase
+from polymodal.training.recipes.sections import MAX_BATCH, MAX_STEPS, MAX_TOKENS, DataBase, InitBase, RecipeBase
 
 
 class InitConfig(InitBase):
@@ -32,7 +32,7 @@ class DataConfig(DataBase):
     """
 
     template: str | None = None
-    max_length: int = Field(default=2048, gt=1)
+    max_length: int = Field(default=2048, gt=1, le=MAX_TOKENS)
 
 
 class BatchConfig(Strict):
@@ -48,14 +48,23 @@ class BatchConfig(Strict):
         micro_tokens: Tokens that go through the model at once, with packing; a longer sample goes alone.
         group_by_length: Without packing, sort a step's samples by length before cutting it into micro-batches: less
             padding, same gradient.
+        last_step: With `global_size`, where the records do not come out even: "whole" steps, as many as come nearest to
+            `run.epochs`, or a "short" last one of what is left, by which each record is seen exactly that often.
     """
 
-    global_size: int = Field(default=32, gt=0)
-    global_tokens: int | None = Field(default=None, gt=0)
+    global_size: int = Field(default=32, gt=0, le=MAX_BATCH)
+    global_tokens: int | None = Field(default=None, gt=0, le=MAX_TOKENS)
     packing: Literal["none", "pack"] = "none"
-    micro_size: int = Field(default=8, gt=0)
-    micro_tokens: int = Field(default=2048, gt=0)
+    micro_size: int = Field(default=8, gt=0, le=MAX_BATCH)
+    micro_tokens: int = Field(default=2048, gt=0, le=MAX_TOKENS)
     group_by_length: bool = True
+    last_step: Literal["whole", "short"] = "whole"
+
+    @model_validator(mode="after")
+    def _short_needs_samples(self) -> BatchConfig:
+        if self.last_step == "short" and self.global_tokens is not None:
+            raise ValueError("last_step: with global_tokens every epoch is cut into steps without a rest; leave it out")
+        return self
 
 
 class WarmStartConfig(Strict):
@@ -72,11 +81,11 @@ class WarmStartConfig(Strict):
         prototype_share: Part of a batch that is moved to a class of the classifier.
     """
 
-    steps: int = Field(default=1500, ge=3)
-    batch_size: int = Field(default=96, gt=0)
+    steps: int = Field(default=1500, ge=3, le=MAX_STEPS)
+    batch_size: int = Field(default=96, gt=0, le=MAX_BATCH)
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.02, ge=0)
-    tokens: int = Field(default=4, gt=0)
+    tokens: int = Field(default=4, gt=0, le=MAX_BATCH)
     classes: bool = True
     write_classes: bool = True
     prototype_share: float = Field(default=0.33, ge=0, lt=1)
@@ -90,7 +99,7 @@ class PrototypeConfig(Strict):
         questions: What is asked, one drawn for each sample (left out where the template is "plain").
     """
 
-    count: int = Field(gt=0)
+    count: int = Field(gt=0, le=10 * MAX_BATCH)
     questions: tuple[str, ...] = Field(default=("What is this?",), min_length=1)
 
 

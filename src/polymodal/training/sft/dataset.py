@@ -268,21 +268,22 @@ class SFTDataset:
         lost = int(self.prepared.targets[indices].sum()) - len(kinds)
         return NamedBatch(self._collate(samples), kinds, sources, names, lost)
 
-    def fill_store(self, model: MultimodalLM, workers: int, label: str) -> SFTDataset:
-        """Log what was left out, and compute the features that are missing."""
+    def fill_store(self, model: MultimodalLM, workers: int, label: str, seen: np.ndarray | None = None) -> SFTDataset:
+        """Log what was left out, and compute the features that are missing, of some records only where `seen` is."""
         for reason, count in self.prepared.left_out.items():
             log(f"left out {count} {label} {reason}")
         if self.store is not None:
             skip = self.broken.images if self.broken.file is not None else None
             count = fill_missing(
-                self.store, self._images(), self._decode, model.encode_images, model.device, workers, skip
+                self.store, self._images(seen), self._decode, model.encode_images, model.device, workers, skip
             )
             log(f"features: {count} images encoded, {len(self.store.where)} in the cache")
         return self
 
-    def _images(self) -> Iterator[tuple[str, Source, int]]:
+    def _images(self, seen: np.ndarray | None) -> Iterator[tuple[str, Source, int]]:
         """Key, source and count of tiles of every image."""
-        for record, sample in zip(self.prepared.records, self.prepared.samples, strict=True):
+        for index in range(len(self.prepared.samples)) if seen is None else seen.tolist():
+            record, sample = self.prepared.records[index], self.prepared.samples[index]
             media = [part for message in record.messages for part in message.media]
             for key, plan, part in zip(sample.media_keys, sample.plans, media, strict=True):
                 if isinstance(part, Image):

@@ -74,9 +74,10 @@ class Evaluation:
             record = self.dataset.prepared.records[index]
             entry = describe(record)
             try:
-                prompts.append(processor(_question(record), add_generation_prompt=True, id=record.id))
+                prompt = processor(_question(record), add_generation_prompt=True, id=record.id)
                 entry["images"] = _keep_images(record, index, self.folder, engine.world)
-            except PolymodalError as error:  # an image that went away
+                prompts.append(prompt)
+            except (PolymodalError, OSError) as error:  # an image that went away, a full disk
                 entry["error"] = str(error)
             answers.append(entry)
         if not prompts:

@@ -11,6 +11,7 @@ from polymodal.processing.processor import Processor
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.sft.dataset import Prepared, prepare
 from polymodal.training.task import read_mix
+from polymodal.utils.files import make_folder
 from polymodal.utils.progress import progress
 
 
@@ -18,7 +19,7 @@ def prepare_recipe(recipe: Recipe) -> str:
     """Tokenise the data of a stage, and its held-out data, to where training looks for them."""
     processor = recipe_processor(recipe)
     output = Path(recipe.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     lines = []
     plans = (("training", recipe.data.mix, "skipped"), ("held-out", recipe.data.eval, "skipped_eval"))
     for label, sources, listing in plans:

@@ -27,7 +27,7 @@ from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import LossByKind
 from polymodal.training.sft.class_prototypes import add_samples
-from polymodal.training.sft.dataset import Broken, NamedBatch, SFTDataset, prepare
+from polymodal.training.sft.dataset import Broken, NamedBatch, Prepared, SFTDataset, prepare
 from polymodal.training.sft.evaluate import Evaluation, make_evaluation
 from polymodal.training.sft.packing import plan_micro
 from polymodal.training.sft.warm_start import warm_start
@@ -110,7 +110,19 @@ class SFTTask(Task):
         prepared = prepare(mix, processor, recipe.data, progress, run.workers, folder / "skipped.jsonl")
         broken = Broken(folder / "skipped.jsonl" if recipe.data.on_error == "skip" else None)
         dataset = SFTDataset(prepared, processor, store, recipe.batch.packing == "pack", broken)
-        return dataset.fill_store(self.model, run.workers, "records")
+        seen = None
+        # Both of these look at images from all over the data.
+        if store is not None and recipe.warm_start is None and recipe.prototypes is None:
+            self.steps = self.make_steps(prepared)
+            seen = self.steps.members(self.total_steps, len(prepared.lengths))
+        return dataset.fill_store(self.model, run.workers, "records", seen)
+
+    def make_steps(self, prepared: Prepared) -> Steps:
+        """Cut the run into steps."""
+        batch, run = self.recipe.batch, self.recipe.run
+        order = Order(prepared.sources, run.seed)
+        samples = max(1, round(run.epochs * order.epoch_size)) if batch.last_step == "short" else None
+        return Steps(order, batch.global_size, batch.global_tokens, prepared.lengths, samples)
 
     def prepare(self, fresh: bool) -> None:
         """Warm the projector up, add prototypes, and save memory."""
@@ -119,10 +131,9 @@ class SFTTask(Task):
             warm_start(self.model, self.inputs.tokenizer, self.dataset, recipe.warm_start, run.seed)
         if recipe.prototypes is not None:
             self.dataset = add_samples(self.dataset, self.model, recipe.prototypes, run.seed)
-        prepared, batch = self.dataset.prepared, recipe.batch
+        prepared = self.dataset.prepared
         self.fingerprint = prepared.fingerprint
-        order = Order(prepared.sources, run.seed)
-        self.steps = Steps(order, batch.global_size, batch.global_tokens, prepared.lengths)
+        self.steps = self.make_steps(prepared)
         bf16 = wants_bf16(run.precision)
         if bf16 and not any("llm" in stage.get("trained", ()) for stage in self.inputs.history):
             cast_frozen_linears(self.model.llm, torch.bfloat16)

@@ -1,0 +1,34 @@
+"""Names of files and folders as configuration keys hold them: `~` is the home folder, nothing is not a name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+
+def full_name(value: str) -> str:
+    """Put the home folder in for `~`; refuse what names no file."""
+    if not value.strip() or "\0" in value:
+        raise ValueError("is no name of a file or folder")
+    found = os.path.expanduser(value)
+    if found.startswith("~"):
+        raise ValueError(f"there is no user {found[1:].partition('/')[0]!r}; a file of that name is ./{value}")
+    return found
+
+
+def own_folder(value: str) -> str:
+    """Refuse a folder that others' files lie in: the root, the home folder, and what holds the current one."""
+    folder = Path(full_name(value)).resolve()
+    if Path.cwd().is_relative_to(folder) or Path.home().resolve().is_relative_to(folder):
+        raise ValueError("a run fills this folder, so it must be one of its own, such as runs/first")
+    return full_name(value)
+
+
+FilePath = Annotated[str, AfterValidator(full_name)]
+"""A file or folder, or where the key allows it a hub id."""
+
+OutputFolder = Annotated[str, AfterValidator(own_folder)]
+"""A folder to be filled."""
