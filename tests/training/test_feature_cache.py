@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from polymodal.config import parse_config
-from polymodal.errors import DataError
+from polymodal.errors import DataError, PolymodalError
 from polymodal.training import feature_cache as features
 from polymodal.training import train
 from polymodal.training.feature_cache import FeatureStore
@@ -136,3 +136,41 @@ def test_a_killed_pass_goes_on_with_the_same_groups(
     for key in found[0].where:
         one, two = (store.gather([key]) for store in found)
         assert one is not None and two is not None and torch.equal(one, two)
+
+
+def test_only_what_the_steps_see_is_encoded(plain: dict[str, Any], tmp_path: Path) -> None:
+    plain["batch"] = {"global_size": 3}
+    seen = run(plain, tmp_path / "few", feature_cache=str(tmp_path / "cache"), max_steps=2, eval_generations=0)
+    index = next((tmp_path / "cache").glob("*/index.jsonl"))
+    few = len(index.read_text().splitlines())
+    assert 1 <= few <= 6
+    whole = run(plain, tmp_path / "whole", feature_cache="memory", max_steps=2, eval_generations=0)
+    assert np.allclose(seen, whole)
+    run(plain, tmp_path / "more", feature_cache=str(tmp_path / "cache"), max_steps=30, eval_generations=0)
+    assert len(index.read_text().splitlines()) == 24
+
+
+def test_a_disk_that_cannot_be_written_is_one_line(
+    plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PolymodalError, match=r"feature cache .*file.*: cannot be written"):
+        run(plain, tmp_path / "one", feature_cache=str(tmp_path / "file"))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(features, "_append", full)
+    with pytest.raises(PolymodalError, match=r"feature cache .*cache.*No space left on device.*make room"):
+        run(plain, tmp_path / "two", feature_cache=str(tmp_path / "cache"))
+    monkeypatch.undo()
+    opened = Path.open
+
+    def read_only(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if "cache" in path.parts and mode != "r":
+            raise OSError(30, "Read-only file system")
+        return opened(path, mode, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(PolymodalError, match="Read-only file system"):
+        run(plain, tmp_path / "three", feature_cache=str(tmp_path / "cache"))

@@ -5,8 +5,9 @@ import threading
 import numpy as np
 import pytest
 
+from polymodal.errors import ConfigError
 from polymodal.training.sft.packing import micro_batches
-from polymodal.training.steps import Order, epoch_order
+from polymodal.training.steps import Order, Steps, epoch_order
 from polymodal.utils.threads import ahead
 
 
@@ -65,3 +66,30 @@ def test_ahead_keeps_order_is_bounded_and_raises() -> None:
 
     with pytest.raises(ValueError, match="two"):
         list(ahead(broken, range(5), workers=2))
+
+
+@pytest.mark.parametrize(
+    ("size", "epochs", "counts"), [(8, 1.0, [8, 3]), (32, 1.0, [11]), (11, 2.0, [11, 11]), (4, 0.5, [4, 2])]
+)
+def test_a_short_last_step_sees_each_record_exactly_as_often_as_asked(
+    size: int, epochs: float, counts: list[int]
+) -> None:
+    order = Order(((range(11), 1.0),), seed=0)
+    steps = Steps(order, size, samples=round(epochs * 11))
+    taken = [steps.indices(step) for step in range(steps.total(epochs))]
+    assert [len(indices) for indices in taken] == counts
+    assert np.concatenate(taken).tolist() == order.take(0, sum(counts)).tolist()
+    assert steps.taken(len(counts)) == sum(counts)
+
+
+def test_what_never_ends_or_fills_the_memory_is_refused() -> None:
+    with pytest.raises(ConfigError, match="an epoch has 1e"):
+        Order(((range(10**9), 10_000.0),), seed=0)
+    with pytest.raises(ConfigError, match="step would see each 90909 times"):
+        Steps(Order(((range(11), 1.0),), seed=0), 10**6)
+
+
+def test_members_are_the_records_that_steps_see() -> None:
+    steps = Steps(Order(((range(100), 1.0),), seed=0), 8)
+    assert steps.members(3, 100).tolist() == sorted(steps.order.take(0, 24).tolist())
+    assert steps.members(10**9, 100).tolist() == list(range(100))

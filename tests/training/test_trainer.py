@@ -472,3 +472,48 @@ def test_a_run_that_stops_at_a_broken_image_names_it_and_goes_on_once_it_is_mend
     through = recipe_of(plain, run__max_steps=6, run__save_every=0, output_dir=str(tmp_path / "through"))
     train(through)
     assert losses(Path(recipe.output_dir)) == losses(Path(through.output_dir))
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (8, "3 whole steps of 8 take 24 samples, 1 fewer than 1 epochs of 25: each is seen 0.96 times on average"),
+        (64, "1 whole steps of 64 take 64 samples, 39 more than 1 epochs of 25: each is seen 2.56 times on average"),
+        (5, ""),
+    ],
+)
+def test_rounded_epochs_are_said_and_a_short_last_step_makes_them_exact(
+    plain: dict[str, Any], size: int, said: str, recipe_of: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"batch__global_size": size, "run__epochs": 1, "run__max_steps": None}
+    start(recipe_of(plain, **changes))
+    words = capsys.readouterr().err
+    assert f"{said}; batch.last_step=short" in words if said else "whole steps" not in words
+    recipe = recipe_of(plain, **changes, batch__last_step="short", run__save_every=0, run__eval_generations=0)
+    train(recipe)
+    assert "whole steps" not in capsys.readouterr().err
+    last = read_log(Path(recipe.output_dir) / "log.jsonl")[-1]
+    assert (last["samples"], last["epoch"]) == (25, 1.0)
+
+
+def test_the_model_is_exported_where_no_report_can_be_made(
+    plain: dict[str, Any], recipe_of: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+
+    from polymodal.training import run
+
+    changes = {"run__max_steps": 2, "run__save_every": 0, "run__eval_generations": 0}
+    with monkeypatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+            patch.delitem(sys.modules, name)
+        patch.setitem(sys.modules, "matplotlib", None)
+        assert load_model(train(recipe_of(plain, **changes))).history
+    assert "tiny: no curves or report: " in capsys.readouterr().err
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "draw_curves", full)
+    assert load_model(train(recipe_of(plain, **changes, output_dir=plain["output_dir"] + "-2"))).history
+    assert "no curves or report: [Errno 28] No space left on device" in capsys.readouterr().err

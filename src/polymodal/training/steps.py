@@ -92,10 +92,7 @@ class Steps:
         return max(1, round(epochs * self.per_epoch))
 
     def taken(self, steps: int) -> int:
-        """Samples of so many steps."""
-        if self._lengths is not None:
-            epochs, rest = divmod(steps, int(self.per_epoch))
-            return epochs * self.order.epoch_size + sum(len(self.indices(step)) for step in range(rest))
+        """Samples of so many steps of `global_size`."""
         return steps * self.global_size if self.samples is None else min(steps * self.global_size, self.samples)
 
     def members(self, steps: int, count: int) -> np.ndarray:  # -> [n]

@@ -176,16 +176,17 @@ class Task(ABC):
     def rounding(self) -> str | None:
         """Say how a run of whole steps differs from the epochs that were asked for; None where it does not."""
         epochs, size, total = self.recipe.run.epochs, self.steps.order.epoch_size, self.total_steps
-        if total < self.steps.total(epochs) or self.recipe.run.max_minutes is not None:
+        by_tokens = getattr(self.recipe.batch, "global_tokens", None) is not None
+        if by_tokens or total < self.steps.total(epochs) or self.recipe.run.max_minutes is not None:
             return None
         wanted, taken = round(epochs * size), self.steps.taken(total)
         if taken == wanted:
             return None
         change = f"{wanted - taken} fewer" if taken < wanted else f"{taken - wanted} more"
+        short = "batch.last_step=short or " * hasattr(self.recipe.batch, "last_step")
         return (
             f"{total} whole steps of {self.steps.global_size} take {taken} samples, {change} than {epochs:g} epochs of "
-            f"{size}: each record is seen {taken / size:.3g} times on average; batch.last_step=short or another "
-            "batch.global_size makes it exact"
+            f"{size}: each is seen {taken / size:.3g} times on average; {short}another batch.global_size makes it exact"
         )
 
     def last_loss(self) -> float | None:
