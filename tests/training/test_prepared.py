@@ -17,7 +17,7 @@ from polymodal.backends.local import processor_of
 from polymodal.cli import main
 from polymodal.data.check.check import check_files
 from polymodal.data.load import load_records
-from polymodal.errors import DataError
+from polymodal.errors import CheckpointError, DataError
 from polymodal.messages import Image, user
 from polymodal.processing.processor import Processor
 from polymodal.training import train
@@ -195,3 +195,34 @@ def test_prep_of_a_pipeline_says_what_to_give(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "pipeline.yaml").write_text("name: all\noutput_dir: out\nstages: [{recipe: a.yaml}]\n")
     assert main(["data", "prep", str(tmp_path / "pipeline.yaml")]) == 2
     assert "is a pipeline" in capsys.readouterr().err
+
+
+def test_a_later_stage_on_another_tower_is_refused_and_other_image_rules_are_said(
+    tiny: Path, plain: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny / "tower", tmp_path / "tower")
+    plain["init"]["model"]["vision"]["vision_tower"] = str(tmp_path / "tower")
+    recipe = load_recipe(write(plain, tmp_path), ["run.max_steps=1", "run.eval_generations=0"])
+    final = train(recipe)
+    image = {**plain["init"]["model"]["image"], "image_mean": [0.1, 0.5, 0.5]}
+    plain["init"] = {"from": str(final), "image": image}
+    second = load_recipe(write(plain, tmp_path))
+    load_inputs(second)
+    assert "image_mean was (0.5, 0.5, 0.5), is (0.1, 0.5, 0.5)" in capsys.readouterr().err
+    plain["init"] = {"from": str(final)}
+    load_inputs(load_recipe(write(plain, tmp_path)))
+    assert "image rules" not in capsys.readouterr().err
+    weights = load_file(tmp_path / "tower" / "model.safetensors")
+    name = next(name for name in weights if name.endswith("fc1.weight"))
+    save_file(
+        {**weights, name: weights[name] + torch.tensor(1e-3)},
+        tmp_path / "tower" / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(CheckpointError, match="another vision tower"):
+        load_inputs(second)

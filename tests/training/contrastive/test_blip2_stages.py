@@ -13,6 +13,7 @@ import yaml
 
 from polymodal.checkpoints.model_folder import load_model
 from polymodal.config import parse_config
+from polymodal.errors import CheckpointError
 from polymodal.modeling.dual_encoders.blip2_stage1 import Blip2Stage1
 from polymodal.modeling.dual_encoders.blip2_stage1_folder import load_blip2, train_wordpiece
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig
@@ -26,6 +27,7 @@ from polymodal.training.recipes.contrastive import PairRecipe
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import read_log
 from polymodal.training.run import make_trainer
+from polymodal.training.sft.task import load_inputs
 
 Make = Callable[..., PairRecipe]
 QFORMER = {
@@ -143,6 +145,17 @@ def projector_weights(model: MultimodalLM) -> dict[str, torch.Tensor]:
     return model.projector.state_dict()
 
 
+def write_other_tower(folder: Path, tower: Path) -> Path:
+    """The same tower with other weights."""
+    from transformers import CLIPVisionModel
+
+    model: Any = CLIPVisionModel.from_pretrained(tower)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    model.save_pretrained(folder)
+    return folder
+
+
 def write_opt(folder: Path, llm: Path) -> Path:
     """A tiny random OPT with the tokenizer of another tiny model."""
     from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
@@ -197,6 +210,11 @@ def test_weights_go_from_stage_1_to_stage_2_to_tuning(
     assert all(torch.equal(found[f"qformer.{name}"], tensor) for name, tensor in kept.items())
     assert {name.partition(".")[0] for name in found} == {"qformer", "language_projection"}
     assert not any(name.startswith("qformer.embeddings.") for name in found)
+
+    other = json.loads(json.dumps(second))
+    other["init"]["model"]["vision"]["vision_tower"] = str(write_other_tower(tmp_path / "tower", tiny / "tower"))
+    with pytest.raises(CheckpointError, match="another vision tower"):
+        load_inputs(parse_config(Recipe, other, "other"))
 
     moved = parse_config(Recipe, {**second, "output_dir": str(tmp_path / "moved")}, "moved")
     final2 = train(moved)
