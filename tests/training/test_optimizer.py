@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -79,3 +81,18 @@ def test_lora_touches_only_the_named_modules_and_a_second_time_the_same() -> Non
     assert {name for group in again for name, _ in group.parameters} == lora
     with pytest.raises(ConfigError, match="merge it first"):
         apply_policy(model, [], recipe.model_copy(update={"lora_r": 3}), OPTIM)
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 12 / 4), (True, 12 / 2)])
+def test_an_adapter_is_scaled_and_dropped_out_as_the_recipe_says(rslora: bool, scale: float) -> None:
+    model = Toy()
+    recipe = LoraRecipe(match="llm.q_proj", lora_r=4, lora_alpha=12, lora_dropout=0.25, use_rslora=rslora)
+    apply_policy(model, [], recipe, OPTIM)
+    layer: Any = model.llm["q_proj"]
+    assert layer.lora_dropout["default"].p == 0.25
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+    model.eval()
+    x = torch.randn(3, 4)
+    update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    assert torch.allclose(layer(x), layer.base_layer(x) + scale * x @ update.T, atol=1e-5)

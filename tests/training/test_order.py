@@ -7,7 +7,7 @@ import pytest
 
 from polymodal.errors import ConfigError
 from polymodal.training.sft.packing import micro_batches
-from polymodal.training.steps import Order, Steps, epoch_order
+from polymodal.training.steps import Order, Steps, epoch_order, step_seed
 from polymodal.utils.threads import ahead
 
 
@@ -93,3 +93,8 @@ def test_members_are_the_records_that_steps_see() -> None:
     steps = Steps(Order(((range(100), 1.0),), seed=0), 8)
     assert steps.members(3, 100).tolist() == sorted(steps.order.take(0, 24).tolist())
     assert steps.members(10**9, 100).tolist() == list(range(100))
+
+
+def test_each_step_and_process_of_each_seed_draws_its_own_numbers() -> None:
+    seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(4)}
+    assert len(seeds) == 3 * 50 * 4 and step_seed(1, 2, 3) == step_seed(1, 2, 3)

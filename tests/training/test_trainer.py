@@ -36,15 +36,16 @@ def start(recipe: Recipe) -> Trainer:
 
 
 def gradients(run: Trainer) -> dict[str, torch.Tensor]:
-    """The gradient of the first step, before the optimizer."""
-    tokens = int(run.task.dataset.prepared.targets[run.task.steps.indices(0)].sum())
-    batches = run.batches()
+    """The gradient that the optimizer is given in the first step, and no step taken."""
     set_modes(run.engine.inner)
     for members in run.task.plan(0).micro:
         assert len(members) <= run.recipe.batch.micro_size
-        run.task.forward_backward(run.engine, next(batches), 1 / tokens, True, False, run.losses)
+    seen: dict[str, torch.Tensor] = {}
     parameters = [pair for group in run.engine.groups for pair in group.parameters]
-    return {name: p.grad.clone() for name, p in parameters if p.grad is not None}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.engine.optimizer, "step", lambda: seen.update({n: p.grad.clone() for n, p in parameters}))
+        run.step(run.batches())
+    return seen
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -59,11 +60,19 @@ def losses(run_dir: Path) -> list[float]:
 
 @pytest.mark.parametrize("group", [True, False])
 def test_accumulation_equals_the_large_batch(plain: dict[str, Any], group: bool, recipe_of: Make) -> None:
-    whole = gradients(start(recipe_of(plain, batch__micro_size=8)))
+    plain["optim"]["clip"] = 0
+    run = start(recipe_of(plain, batch__micro_size=8))
+    whole = gradients(run)
     parts = gradients(start(recipe_of(plain, batch__micro_size=1, batch__group_by_length=group)))
     assert whole.keys() == parts.keys() and whole
+    # The mean over all tokens, though records have different numbers of them: not a mean of the records' means.
+    indices = run.task.steps.indices(0)
+    assert len(set(run.task.dataset.prepared.targets[indices])) > 1
+    out = run.engine.inner(**run.task.dataset.batch(indices).inputs())
+    (out.loss_sum / len(out.losses)).backward()
     for name in whole:
         assert torch.allclose(whole[name], parts[name], atol=1e-6), name
+        assert torch.allclose(whole[name], run.engine.inner.get_parameter(name).grad, atol=1e-6), name
 
 
 def test_the_loss_is_the_mean_over_tokens_not_over_batches(plain: dict[str, Any], recipe_of: Make) -> None:
@@ -112,6 +121,64 @@ def test_projector_and_lora_overfit(plain: dict[str, Any], recipe_of: Make) -> N
         loss = again(*arguments, batch.pixel_values)
         start_loss = run.engine.inner(*arguments, batch.pixel_values)
     assert float(loss.loss_sum) < 0.6 * float(start_loss.loss_sum)
+
+
+def test_lora_alone_learns_and_is_all_that_changes(plain: dict[str, Any], recipe_of: Make) -> None:
+    changes = {"run__max_steps": 40, "run__epochs": 100, "run__save_every": 0, "optim__learning_rate": 1e-2}
+    recipe = recipe_of(plain, train=[], lora={"lora_r": 4, "lora_alpha": 8}, **changes)
+    before = load_inputs(recipe).model.state_dict()
+    final = train(recipe)
+    curve = losses(Path(recipe.output_dir))
+    assert np.mean(curve[-4:]) < 0.8 * np.mean(curve[:4])
+    assert json.loads((final / "polymodal.json").read_text())["history"][0]["trained"] == ["lora"]
+    # Every adapter moved from where it began, with which it does nothing; the weights under it and all others did not.
+    trained = weights(Path(recipe.output_dir))
+    assert trained and all(".lora_" in name for name in trained)
+    assert all(bool(tensor.any()) for name, tensor in trained.items() if ".lora_B." in name)
+    after = load_model(final).model.state_dict()
+    kept = {name.replace(".base_layer.", "."): tensor for name, tensor in after.items() if ".lora_" not in name}
+    changed = {name for name in before if not torch.equal(before[name], kept[name])}
+    assert all(name.startswith("llm.") and name.endswith("_proj.weight") for name in changed)
+
+
+def test_every_step_drops_other_units_and_a_resumed_one_the_same(
+    plain: dict[str, Any], tmp_path: Path, recipe_of: Make, train_until: Until
+) -> None:
+    rows = [{"id": "a", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "hello"}]}]
+    (tmp_path / "one.json").write_text(json.dumps(rows))
+    changes = {
+        "data__mix": [{"path": str(tmp_path / "one.json")}],
+        "batch__global_size": 1,
+        "optim__learning_rate": 1e-30,  # the weights stay, so that only what is dropped differs from step to step
+        "train": [],
+        "run__max_steps": 4,
+        "run__eval_generations": 0,
+    }
+    norms = []
+    for dropout in (0.5, 0.0):
+        lora = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": dropout}
+        recipe = recipe_of(plain, lora=lora, **changes, output_dir=str(tmp_path / str(dropout)))
+        if dropout:
+            train_until(recipe, 3)
+        train(recipe)
+        norms.append([line["grad_norm"] for line in read_log(Path(recipe.output_dir) / "log.jsonl")])
+    assert len(set(norms[0])) == 4 and len(set(norms[1])) == 1
+    through = recipe_of(
+        plain, lora={"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.5}, **changes, output_dir=str(tmp_path / "through")
+    )
+    train(through)
+    assert [line["grad_norm"] for line in read_log(tmp_path / "through" / "log.jsonl")] == norms[0]
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05, 1e6])
+def test_the_gradient_is_clipped_to_its_norm(plain: dict[str, Any], clip: float, recipe_of: Make) -> None:
+    run = start(recipe_of(plain, optim__clip=clip))
+    norms = []
+    inner = run.engine.step
+    run.engine.step = lambda *args: norms.append(inner(*args)) or norms[-1]  # type: ignore[func-returns-value,method-assign]
+    given = torch.cat([gradient.flatten() for gradient in gradients(run).values()]).norm()
+    assert norms[0] > 0.05
+    assert float(given) == pytest.approx(clip if clip == 0.05 else norms[0], rel=1e-4)
 
 
 STAGES: dict[str, dict[str, Any]] = {"projector": {}, "lora": {"lora": LORA}, "bf16": {"run__precision": "bf16"}}
