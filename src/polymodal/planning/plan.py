@@ -282,9 +282,11 @@ def _time(recipe: Recipe, question: Question, flops_per_sample: float) -> dict[s
     rows = question.rows if question.rows is not None else _count_rows(recipe)
     if rows is None:
         return {}
-    steps = max(1, round(recipe.run.epochs * rows / recipe.batch.global_size))
+    wanted, size = recipe.run.epochs * rows, recipe.batch.global_size
+    short = recipe.batch.last_step == "short"
+    steps = math.ceil(round(wanted) / size) if short else max(1, round(wanted / size))
     steps = min(steps, recipe.run.max_steps or steps)
-    samples = steps * recipe.batch.global_size
+    samples = min(steps * size, max(1, round(wanted))) if short else steps * size
     speed = question.samples_per_second
     if speed is None and question.device in DEVICES:
         speed = DEVICES[question.device][0] * question.utilization / flops_per_sample

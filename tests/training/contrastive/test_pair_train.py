@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from polymodal.errors import ConfigError
 from polymodal.training import train
 from polymodal.training.contrastive.dataset import Plan
 from polymodal.training.contrastive.step import pair_losses
-from polymodal.training.contrastive.task import load_start, make_pair_eval_dataset
+from polymodal.training.contrastive.task import ContrastiveTask, load_start, make_pair_eval_dataset
+from polymodal.training.process_group import World
 from polymodal.training.recipes.contrastive import PairRecipe
 from polymodal.training.reporting.log import read_log
+from polymodal.training.run import make_trainer
 
 Make = Callable[..., PairRecipe]
 BERT = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
@@ -162,3 +165,24 @@ def test_a_teacher_pulls_the_vision_encoder(pair_plain: dict[str, Any], pair_rec
     frozen = {"train": [{"match": "text_model.*", "train": True}], "output_dir": str(tmp_path / "frozen")}
     with pytest.raises(ConfigError, match=r"objective\.distill: the vision encoder is not trained"):
         train(pair_recipe(pair_plain, **changes, **frozen))
+
+
+def test_a_contrast_that_is_not_finite_names_the_pair_at_fault(
+    pair_plain: dict[str, Any], pair_recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = ContrastiveTask(pair_recipe(pair_plain, batch__micro_size=4), World())
+    Path(task.recipe.output_dir).mkdir(parents=True)
+    run = make_trainer(task)
+    name = task.dataset.prepared.ids[int(task.steps.indices(0)[5])]
+    embed = type(task.model).embed
+
+    def broken(model: Any, batch: Any) -> Any:
+        found = embed(model, batch)
+        rows = torch.tensor([float("nan") if own == name else 1.0 for own in batch.ids])
+        return replace(found, text=found.text * rows[:, None])
+
+    monkeypatch.setattr(type(task.model), "embed", broken)
+    batches = run.batches()
+    run.step(batches)
+    assert f"step 1: the loss is not finite (of record {name}), step left out" in capsys.readouterr().err
+    assert run.losses.kinds == {} and run.losses.sources == {}

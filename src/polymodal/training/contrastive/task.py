@@ -7,6 +7,7 @@ loss, so each process's loss is its share of the global one and gradients are su
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -199,9 +200,20 @@ class ContrastiveTask(Task):
         own = sum(len(batch) for batch in micro)
         parts = {name: value * plan.targets for name, value in values.items() if not name.startswith(METRIC)}
         metrics = {name.removeprefix(METRIC): v * own for name, v in values.items() if name.startswith(METRIC)}
+        if not all(map(math.isfinite, parts.values())):
+            self._watch(engine, micro, losses)
         losses.kinds = merge([losses.kinds, {name: [value, own] for name, value in parts.items()}])
         losses.sources = merge([losses.sources, {name: [value, own] for name, value in metrics.items()}])
         return sum(parts.values())
+
+    @torch.no_grad()
+    def _watch(self, engine: Engine, batches: Sequence[PairBatch], losses: LossByKind) -> None:
+        """Find the pairs whose own features are not finite; a contrast spreads them over the losses of all."""
+        for batch in batches:
+            with engine.autocast():
+                found = engine.inner.embed(batch)
+            sums = found.image.flatten(1).sum(dim=1) + found.text.flatten(1).sum(dim=1)
+            losses.watch(sums, [f"record {name}" for name in batch.ids])
 
     def after_step(self) -> None:
         """Keep the temperature in its range."""
