@@ -217,6 +217,8 @@ def test_steps_and_hours(plain: dict[str, Any]) -> None:
     assert counted.steps == round(2 * 25 / 8) and counted.hours is None and counted.fits is None
     timed = plan(recipe, images=(Size(28, 28),), rows=8000, samples_per_second=10.0, devices=2, engine="ddp")
     assert (timed.steps, timed.samples) == (2000, 16000) and timed.hours == pytest.approx(16000 / 20 / 3600)
+    short = plan(recipe_of(plain, run={"epochs": 1}, batch={"global_size": 8, "last_step": "short"}), rows=11)
+    assert (short.steps, short.samples) == (2, 11)
     peak = plan(recipe, rows=8000, device="a100-40gb", utilization=0.5)
     assert peak.hours == pytest.approx(16000 * peak.flops_per_sample / (0.5 * DEVICES["a100-40gb"][0]) / 3600)
 

@@ -128,6 +128,11 @@ def test_home_stands_for_the_home_folder(
     recipe = load_recipe(write(tmp_path, plain), [f"{key}=~/{key}" for key in keys])
     found = recipe.data.mix[0].path, recipe.data.mix[0].image_root, recipe.data.index, recipe.run.feature_cache
     assert [*found, recipe.output_dir] == [f"{tmp_path}/{key}" for key in keys]
+    plain["init"]["model"]["vision"]["vision_tower"] = "~/tower"
+    plain["init"]["model"]["llm"]["model_name_or_path"] = "~/llm"
+    model = load_recipe(write(tmp_path, plain)).init.model
+    assert model is not None and model.vision is not None
+    assert (model.vision.vision_tower, model.llm.model_name_or_path) == (f"{tmp_path}/tower", f"{tmp_path}/llm")
     plain["init"] = {"from": "~/model"}
     assert load_recipe(write(tmp_path, plain)).init.from_folder == f"{tmp_path}/model"
 

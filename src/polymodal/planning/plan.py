@@ -284,7 +284,7 @@ def _time(recipe: Recipe, question: Question, flops_per_sample: float) -> dict[s
         return {}
     wanted, size = recipe.run.epochs * rows, recipe.batch.global_size
     short = recipe.batch.last_step == "short"
-    steps = math.ceil(round(wanted) / size) if short else max(1, round(wanted / size))
+    steps = -(-max(1, round(wanted)) // size) if short else max(1, round(wanted / size))
     steps = min(steps, recipe.run.max_steps or steps)
     samples = min(steps * size, max(1, round(wanted))) if short else steps * size
     speed = question.samples_per_second

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 
 def full_name(value: str) -> str:
@@ -19,6 +19,14 @@ def full_name(value: str) -> str:
     return found
 
 
+def full_names(value: Any) -> Any:
+    """The same for the parts that a model's plain data name, at any depth."""
+    if not isinstance(value, dict):
+        return value
+    named = {key for key in PART_KEYS & value.keys() if isinstance(value[key], str)}
+    return {key: full_name(item) if key in named else full_names(item) for key, item in value.items()}
+
+
 def own_folder(value: str) -> str:
     """Refuse a folder that others' files lie in: the root, the home folder, and what holds the current one."""
     folder = Path(full_name(value)).resolve()
@@ -26,6 +34,12 @@ def own_folder(value: str) -> str:
         raise ValueError("a run fills this folder, so it must be one of its own, such as runs/first")
     return full_name(value)
 
+
+PART_KEYS = {"vision_tower", "model_name_or_path", "pretrained", "tokenizer", "bert"}
+"""Keys of models whose values are folders, files or hub ids."""
+
+Parts = BeforeValidator(full_names)
+"""For a key that holds a model."""
 
 FilePath = Annotated[str, AfterValidator(full_name)]
 """A file or folder, or where the key allows it a hub id."""

@@ -7,13 +7,14 @@ gradients are never accumulated over smaller contrasts, which would be another o
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from polymodal.config import Strict
 from polymodal.modeling.dual_encoders.config import AnyPairModelConfig, ObjectiveConfig
 from polymodal.training.recipes.sections import MAX_BATCH, DataBase, InitBase, Place, RecipeBase
+from polymodal.utils.paths import Parts
 
 
 class PairInit(InitBase):
@@ -24,7 +25,7 @@ class PairInit(InitBase):
             model, or an earlier pair stage's `final/`.
     """
 
-    model: AnyPairModelConfig | None = None
+    model: Annotated[AnyPairModelConfig | None, Parts] = None
 
 
 class PairDataConfig(DataBase):
@@ -114,7 +115,7 @@ class PairRecipe(RecipeBase):
     task: ClassVar[str] = "polymodal.training.contrastive.task:ContrastiveTask"
     marker: ClassVar[str | None] = "objective"
 
-    objective: ObjectiveConfig
+    objective: Annotated[ObjectiveConfig, Parts]
     init: PairInit
     data: PairDataConfig
     batch: PairBatchConfig = Field(default_factory=PairBatchConfig)

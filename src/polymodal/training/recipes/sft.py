@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from polymodal.config import LoraRecipe, ModelConfig, Strict, TemplateConfig
 from polymodal.training.recipes.sections import MAX_BATCH, MAX_STEPS, MAX_TOKENS, DataBase, InitBase, RecipeBase
+from polymodal.utils.paths import Parts
 
 
 class InitConfig(InitBase):
@@ -19,7 +20,7 @@ class InitConfig(InitBase):
             captioner (BLIP-2's second stage) is tuned to converse.
     """
 
-    model: ModelConfig | None = None
+    model: Annotated[ModelConfig | None, Parts] = None
     template: TemplateConfig | None = None
 
 
