@@ -13,6 +13,14 @@ from polymodal.training.recipes.sections import OptimConfig, RuleConfig
 from polymodal.utils.globs import expand_braces, match_names
 
 
+class ToyLLM(nn.ModuleDict):
+    """What adapters ask of a language model."""
+
+    def get_output_embeddings(self) -> None: ...
+
+    def get_input_embeddings(self) -> None: ...
+
+
 class Toy(nn.Module):
     """The children of a multimodal model, small."""
 
@@ -20,7 +28,7 @@ class Toy(nn.Module):
         super().__init__()
         self.vision_encoder = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4))
         self.projector = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
-        self.llm = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "k_proj": nn.Linear(4, 4), "drop": nn.Dropout(0.5)})
+        self.llm = ToyLLM({"q_proj": nn.Linear(4, 4), "k_proj": nn.Linear(4, 4), "drop": nn.Dropout(0.5)})
 
 
 OPTIM = OptimConfig(learning_rate=1e-3, weight_decay=0.1)
