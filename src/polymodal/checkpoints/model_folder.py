@@ -25,16 +25,17 @@ import torch
 from pydantic import BaseModel
 
 from polymodal.config import ModelConfig, parse_config
-from polymodal.errors import CheckpointError, first_line
+from polymodal.errors import CheckpointError
 from polymodal.modeling.build import build_model
-from polymodal.modeling.language_model import load_tokenizer
+from polymodal.modeling.language_model import DEFAULT_LLM, load_tokenizer
 from polymodal.modeling.lora import attach_adapter, fold_in, is_peft, merge_adapter
+from polymodal.modeling.pretrained import building
 from polymodal.modeling.projectors.qformer_files import TOKENIZER_FOLDER, load_context_tokenizer
 from polymodal.modeling.quantization import is_quantized
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.safety.config_json import read_json
-from polymodal.safety.model_folder import OURS, FolderReport, check_folder
-from polymodal.utils.files import atomic_folder, write_text
+from polymodal.safety.config_json import check_settings, read_json
+from polymodal.safety.model_folder import OURS, FolderReport, check_folder, refuse_adapter
+from polymodal.utils.files import atomic_folder, shipped, write_text
 from polymodal.utils.safetensors_io import copy_tensors, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -110,10 +111,10 @@ def save_model(
     # A part that is "bundled" already, such as those of a published folder, is in memory only: it is written too.
     llm_trained = llm_trained or config.llm.model_name_or_path == "bundled"
     keep_tower = config.vision is not None and (vision_trained or config.vision.vision_tower == "bundled")
-    if llm_trained:
-        config = _with(config, "llm", model_name_or_path="bundled")
-    if keep_tower:
-        config = _with(config, "vision", vision_tower="bundled")
+    llm = "bundled" if llm_trained else _placed(config.llm.model_name_or_path)
+    config = _with(config, "llm", model_name_or_path=llm)
+    if config.vision is not None:
+        config = _with(config, "vision", vision_tower="bundled" if keep_tower else _placed(config.vision.vision_tower))
     if (qformer := config.projector.qformer) is not None:
         # The folder holds the projector and its tokenizer itself, and does not say where they began.
         config = _with(config, "projector", pretrained=None, qformer=qformer.model_copy(update={"tokenizer": None}))
@@ -163,10 +164,13 @@ def load_adapter(model: MultimodalLM, folder: Path, tensors: dict[str, torch.Ten
     """Put a LoRA beside the language model, with the settings that peft left in its folder."""
     from peft import LoraConfig
 
-    try:
+    path = folder / "adapter_config.json"
+    document = read_json(path)
+    check_settings(document, str(path))
+    if (kind := document.get("peft_type", "LORA")) != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {kind!r}; only LORA can be added here")
+    with building(path):
         settings = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, OSError) as error:
-        raise CheckpointError(f"{folder}: no settings of a LoRA ({first_line(error)})") from None
     attach_adapter(model, settings, tensors, where)
 
 
@@ -211,6 +215,8 @@ def read_document(folder: Path, document: dict[str, Any] | None = None) -> Docum
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such model folder")
     if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            refuse_adapter(check_folder(folder))
         raise CheckpointError(f"{folder}: no {CONFIG_NAME}; this is not a polymodal model folder")
     document = document or read_json(path)
     if document.get("format") != FORMAT:
@@ -251,6 +257,12 @@ def _own_weights(llm: Any) -> dict[str, Any] | None:
     added = ("lora_", "trainable_tokens_delta")
     weights = {name: value for name, value in llm.state_dict().items() if not any(part in name for part in added)}
     return {name.replace(".token_adapter.", ".").replace(".base_layer.", "."): v for name, v in weights.items()}
+
+
+def _placed(name: str) -> str:
+    """A part's name; of a file or folder its whole path, so that it is found from every working directory."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if shipped(name) is None and name != DEFAULT_LLM and path.exists() else name
 
 
 def _with(config: ModelConfig, part: str, **values: Any) -> ModelConfig:

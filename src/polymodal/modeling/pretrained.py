@@ -87,7 +87,7 @@ def read_settings(source: str, where: str, **kwargs: Any) -> Any:
         return transformers.AutoConfig.from_pretrained(source, **kwargs)
 
 
-def attention_of(settings: Mapping[str, Any], where: str) -> dict[str, str]:
+def attention_of(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What to tell transformers about the attention that a `config.json` asks for, where it cannot run."""
     keys = ("attn_implementation", "attn_implementation_internal")
     asked = (value for _, key, value in walk(settings, where) if key.strip("_") in keys and isinstance(value, str))
