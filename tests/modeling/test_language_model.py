@@ -167,9 +167,7 @@ def test_a_sentencepiece_model_alone_names_what_reads_it(tmp_path: Path) -> None
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     config = LLMConfig(model_name_or_path=str(tmp_path))
     if not language_model.is_protobuf_available():
-        with pytest.raises(
-            CheckpointError, match=r"protobuf to read it with is not installed: pip .*\[sentencepiece"
-        ):
+        with pytest.raises(CheckpointError, match=r"protobuf to read it with is not installed: pip .*\[sentencepiece"):
             load_tokenizer(config)
     else:
         assert load_tokenizer(config).tokenize("the cat")
