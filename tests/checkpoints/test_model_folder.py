@@ -311,6 +311,21 @@ def test_parts_by_relative_path_are_found_from_everywhere(
     assert torch.equal(logits(tmp_path / "model", image), before)
 
 
+def test_another_tower_in_the_place_of_the_one_it_was_trained_with(
+    tiny_llm_folder: Path, tiny_tower_folder: Path, tmp_path: Path
+) -> None:
+    tower = Path(shutil.copytree(tiny_tower_folder, tmp_path / "tower"))
+    config = tiny_config(tiny_llm_folder, tower)
+    model, tokenizer = build_model(config)
+    save_model(tmp_path / "model", model, config, tokenizer)
+    load_model(tmp_path / "model")
+    tensors = load_file(tower / "model.safetensors")
+    name = next(name for name in tensors if "layers.0.mlp.fc1.weight" in name)
+    save_file({**tensors, name: tensors[name] * 1.5}, tower / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"trained behind another vision tower than '.*tower' is now"):
+        load_model(tmp_path / "model")
+
+
 def test_an_unknown_type_of_weights_is_named() -> None:
     with pytest.raises(PolymodalError, match="unknown dtype 'fp16'; did you mean 'float16'"):
         load("default", dtype="fp16")  # type: ignore[arg-type]

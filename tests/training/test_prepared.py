@@ -17,7 +17,7 @@ from polymodal.backends.local import processor_of
 from polymodal.cli import main
 from polymodal.data.check.check import check_files
 from polymodal.data.load import load_records
-from polymodal.errors import DataError
+from polymodal.errors import ConfigError, DataError
 from polymodal.messages import Image, user
 from polymodal.processing.processor import Processor
 from polymodal.training import train
@@ -165,6 +165,9 @@ def test_new_image_rules_hold_for_prep_too(plain: dict[str, Any], tmp_path: Path
     prepared, expected = recipe_processor(again)(question), trained(question)
     assert prepared.plans == expected.plans and prepared.plans[0].num_tiles > 1
     assert prepared.media_keys == expected.media_keys
+    plain["init"]["image"]["image_std"] = [0.1, 0.2, 0.3]
+    with pytest.raises(ConfigError, match=r"init\.image\.image_std is .* the model learnt from pixels"):
+        load_inputs(load_recipe(write(plain, tmp_path)))
 
 
 def test_training_opens_what_prep_made(

@@ -27,6 +27,7 @@ from pydantic import BaseModel
 from polymodal.config import ModelConfig, parse_config
 from polymodal.errors import CheckpointError
 from polymodal.modeling.build import build_model
+from polymodal.modeling.encoders.vision import fingerprint
 from polymodal.modeling.language_model import DEFAULT_LLM, load_tokenizer
 from polymodal.modeling.lora import attach_adapter, fold_in, is_peft, merge_adapter
 from polymodal.modeling.pretrained import building
@@ -35,7 +36,7 @@ from polymodal.modeling.quantization import is_quantized
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.safety.config_json import check_settings, read_json
 from polymodal.safety.model_folder import OURS, FolderReport, check_folder, refuse_adapter
-from polymodal.utils.files import atomic_folder, shipped, write_text
+from polymodal.utils.files import atomic_folder, whole_path, write_text
 from polymodal.utils.safetensors_io import copy_tensors, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Document:
     contract: dict[str, Any]
     contract_hash: str
     history: list[dict[str, Any]]
+    tower: str | None = None  # The fingerprint of a tower that lies elsewhere; None in folders that have none
 
 
 def contract_of(
@@ -143,6 +145,8 @@ def save_model(
             "contract_hash": _hash(contract),
             "history": history or [],
         }
+        if model.vision_encoder is not None and not keep_tower:
+            document["tower"] = fingerprint(model.vision_encoder)
         write_text(work / CONFIG_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -153,6 +157,12 @@ def load_model(folder: Path | FolderReport, quantize: str | None = None) -> Load
     model, tokenizer = build_model(document.config, folder, quantize)
     now = contract_of(document.config, model.image_token_id, tokenizer, model.context_tokenizer)
     _check_contract(folder, document.contract, now, document.config)
+    if model.vision_encoder is not None and document.tower not in (None, fingerprint(model.vision_encoder)):
+        assert document.config.vision is not None
+        raise CheckpointError(
+            f"{folder}: trained behind another vision tower than {document.config.vision.vision_tower!r} is now (its "
+            "weights differ); put the tower back, or train again"
+        )
     if own := own_tensors(model):
         copy_tensors(own, read_tensors(folder / PROJECTOR_NAME), folder / PROJECTOR_NAME)
     if (adapter := folder / ADAPTER_NAME).is_dir():
@@ -229,7 +239,7 @@ def read_document(folder: Path, document: dict[str, Any] | None = None) -> Docum
     config = parse_config(ModelConfig, document["config"], str(path))
     if config.llm.model_name_or_path == "bundled":
         config = _with(config, "llm", model_name_or_path=str((folder / "llm").resolve()))
-    return Document(config, document["contract"], document["contract_hash"], document["history"])
+    return Document(config, document["contract"], document["contract_hash"], document["history"], document.get("tower"))
 
 
 def verify_contract(folder: Path, document: Document) -> None:
@@ -261,8 +271,7 @@ def _own_weights(llm: Any) -> dict[str, Any] | None:
 
 def _placed(name: str) -> str:
     """A part's name; of a file or folder its whole path, so that it is found from every working directory."""
-    path = Path(name).expanduser()
-    return str(path.resolve()) if shipped(name) is None and name != DEFAULT_LLM and path.exists() else name
+    return name if name == DEFAULT_LLM else whole_path(name)
 
 
 def _with(config: ModelConfig, part: str, **values: Any) -> ModelConfig:

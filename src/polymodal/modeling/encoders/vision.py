@@ -9,6 +9,7 @@ configured or lacks weights, which would otherwise stay at random values.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,16 @@ def _load_tower(family: Family, config: VisionConfig, source: str) -> nn.Module:
         logging.set_verbosity(verbosity)
     check_finite(dict(model.named_parameters()), f"vision_tower {source!r}")
     return model
+
+
+def fingerprint(encoder: Any) -> str:
+    """A short hash of a tower's weights, of some numbers of each tensor; what nothing reads has no say."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        if not name.removeprefix("model.").startswith(UNUSED_PARTS) and tensor.is_floating_point():
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)].float().cpu()
+            digest.update(some.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check_type(family: Family, config: VisionConfig, found: str | None) -> None:
