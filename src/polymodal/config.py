@@ -406,18 +406,11 @@ class ModelConfig(Strict):
         return self
 
 
-PIXELS = ("image_mean", "image_std")
-"""The image rules that make other numbers of the same pixels; tower and projector know those that they learnt from."""
-
-
 def new_image_rules(config: ModelConfig, image: ImageConfig | None) -> ModelConfig:
     """Let a model go on with other image rules, as LLaVA-NeXT does between its stages."""
     if image is None:
         return config
-    if config.image is None or config.image.tile_size != image.tile_size:
-        had = "no images" if config.image is None else f"tiles of {config.image.tile_size}"
-        raise ConfigError(f"init.image: the model takes {had}, the recipe asks for tiles of {image.tile_size}")
-    for key in PIXELS:
-        if (before := getattr(config.image, key)) != (now := getattr(image, key)):
-            raise ConfigError(f"init.image.{key} is {now}, the model learnt from pixels with {before}; they must stay")
+    for key in ("tile_size", "image_mean", "image_std"):  # what tower and projector learnt from
+        if (had := getattr(config.image, key, "no images")) != (now := getattr(image, key)):
+            raise ConfigError(f"init.image: the model takes {key} {had}, the recipe asks for {now}")
     return config.model_copy(update={"image": image})

@@ -166,7 +166,7 @@ def test_new_image_rules_hold_for_prep_too(plain: dict[str, Any], tmp_path: Path
     assert prepared.plans == expected.plans and prepared.plans[0].num_tiles > 1
     assert prepared.media_keys == expected.media_keys
     plain["init"]["image"]["image_std"] = [0.1, 0.2, 0.3]
-    with pytest.raises(ConfigError, match=r"init\.image\.image_std is .* the model learnt from pixels"):
+    with pytest.raises(ConfigError, match=r"init\.image: the model takes image_std .* asks for \(0\.1"):
         load_inputs(load_recipe(write(plain, tmp_path)))
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from polymodal.config import PIXELS, ModelConfig, ProjectorConfig, QFormerConfig, parse_config
+from polymodal.config import ModelConfig, ProjectorConfig, QFormerConfig, parse_config
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.modeling.language_model import open_tokenizer
 from polymodal.modeling.projectors.mlp import NormKind
@@ -178,7 +178,7 @@ def check_stage1(folder: Path, config: ModelConfig, tower: str) -> None:
             if now.get(key, before) == before:
                 continue
             said = f"{where}: learnt with {part}.{key} = {before!r}, the recipe has {now[key]!r}"
-            if part == "vision" or key in PIXELS:
+            if part == "vision" or key in ("image_mean", "image_std"):
                 raise ConfigError(f"{said}; give both stages the same")
             warnings.warn(said, stacklevel=3)  # another layout of the same pixels is a choice
 
