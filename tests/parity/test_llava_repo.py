@@ -517,3 +517,13 @@ def test_an_adapter_beside_a_whole_model_is_refused(whole: Path) -> None:
     (whole / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
     with pytest.raises(CheckpointError, match=r"a peft adapter, which lies beside model\.safetensors"):
         load_repo(whole)
+
+
+def test_a_layer_that_is_not_named_is_the_one_before_the_last(
+    whole: Path, tower: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    document = json.loads((whole / "config.json").read_text())
+    del document["mm_vision_select_layer"]
+    (whole / "config.json").write_text(json.dumps(document))
+    assert read_repo(check_folder(whole)).select_layer == -2
+    check_logits(load_repo(whole), stock(tower, len(tokenizer), "llava"))

@@ -331,3 +331,15 @@ def test_efficientnet_mistakes(tmp_path: Path) -> None:
         build_vision_encoder(VisionConfig(vision_tower="x/y", type="efficientnet_lite0"))
     with pytest.raises(PolymodalError, match=r"efficientnet_lite0\.safetensors"):
         build_vision_encoder(VisionConfig(vision_tower=str(tmp_path), type="efficientnet_lite0"))
+
+
+def test_the_layer_before_the_last_is_the_default_everywhere() -> None:
+    assert VisionConfig(vision_tower="x", type="clip").mm_vision_select_layer == -2
+    torch.manual_seed(0)
+    model = tiny("clip").eval()
+    pixels = torch.randn(1, 3, 28, 28)
+    hidden = model(pixels, output_hidden_states=True).hidden_states
+    found = HFVisionEncoder(model)(pixels)
+    assert torch.allclose(found, hidden[-2][:, 1:], atol=1e-5) and not torch.allclose(
+        found, hidden[-1][:, 1:], atol=1e-3
+    )
