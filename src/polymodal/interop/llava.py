@@ -52,11 +52,11 @@ from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.safety.config_json import check_settings, read_json
 from polymodal.safety.model_folder import (
     LLAVA_REPO,
-    MAX_INDEX,
     FolderReport,
     check_folder,
     pickle_error,
     refuse_adapter,
+    whole_files,
 )
 from polymodal.utils.files import home_path
 from polymodal.utils.safetensors_io import DERIVED, check_finite, compare_tensors, copy_tensors, read_tensors
@@ -108,7 +108,7 @@ def read_repo(report: FolderReport) -> Repo:
     there = sorted((*report.headers, *report.pickles))
     adapter = None
     kind: Literal["whole", "projector", "lora"]
-    whole = _whole_files(report)
+    whole = whole_files(report)
     if "adapter_config.json" in report.configs:
         if whole:
             refuse_adapter(report)
@@ -146,27 +146,6 @@ def read_repo(report: FolderReport) -> Repo:
         image=image,
         in_tiles=in_tiles,
     )
-
-
-def _whole_files(report: FolderReport) -> list[str]:
-    """The files of a whole model's weights: those that transformers reads, else the shards of one set, else pickles."""
-    if files := report.weight_files():
-        return files
-    for there, name in ((report.headers, "model.safetensors"), (report.pickles, "pytorch_model.bin")):
-        stem, ending = name.split(".")
-        if name in there:
-            return [name]
-        if (report.folder / f"{name}.index.json").is_file():
-            named = read_json(report.folder / f"{name}.index.json", MAX_INDEX).get("weight_map")
-            return sorted({file for file in (named or {}).values() if file in there})
-        if shards := sorted(file for file in there if re.fullmatch(rf"{stem}[^/]*\.{ending}", file)):
-            counts = {match[1] for file in shards if (match := re.search(r"-of-(\d+)", file))}
-            if counts and counts != {f"{len(shards):05d}"}:
-                raise CheckpointError(
-                    f"{report.folder}: {', '.join(shards[:4])} are no one set of shards; remove stale ones"
-                )
-            return shards
-    return []
 
 
 def _one_of(report: FolderReport, stem: str) -> str:

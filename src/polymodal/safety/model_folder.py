@@ -173,6 +173,27 @@ def refuse_adapter(report: FolderReport) -> None:
     )
 
 
+def whole_files(report: FolderReport) -> list[str]:
+    """The files of a whole model's weights: those that transformers reads, else the shards of one set, else pickles."""
+    if files := report.weight_files():
+        return files
+    for there, name in ((report.headers, "model.safetensors"), (report.pickles, "pytorch_model.bin")):
+        stem, ending = name.split(".")
+        if name in there:
+            return [name]
+        if (report.folder / f"{name}.index.json").is_file():
+            named = read_json(report.folder / f"{name}.index.json", MAX_INDEX).get("weight_map")
+            return sorted({file for file in (named or {}).values() if file in there})
+        if shards := sorted(file for file in there if re.fullmatch(rf"{stem}[^/]*\.{ending}", file)):
+            counts = {match[1] for file in shards if (match := re.search(r"-of-(\d+)", file))}
+            if counts and counts != {f"{len(shards):05d}"}:
+                raise CheckpointError(
+                    f"{report.folder}: {', '.join(shards[:4])} are no one set of shards; remove stale ones"
+                )
+            return shards
+    return []
+
+
 def pickle_error(path: Path, kind: Kind) -> CheckpointError:
     """Build the error for weights that are in a pickle only."""
     cure = (
