@@ -410,7 +410,7 @@ def new_image_rules(config: ModelConfig, image: ImageConfig | None) -> ModelConf
     """Let a model go on with other image rules, as LLaVA-NeXT does between its stages."""
     if image is None:
         return config
-    if config.image is None or config.image.tile_size != image.tile_size:
-        had = "no images" if config.image is None else f"tiles of {config.image.tile_size}"
-        raise ConfigError(f"init.image: the model takes {had}, the recipe asks for tiles of {image.tile_size}")
+    for key in ("tile_size", "image_mean", "image_std"):  # what tower and projector learnt from
+        if (had := getattr(config.image, key, "no images")) != (now := getattr(image, key)):
+            raise ConfigError(f"init.image: the model takes {key} {had}, the recipe asks for {now}")
     return config.model_copy(update={"image": image})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,5 +24,10 @@ def test_a_published_model_answers_with_8_bit_weights(
     layers = [name for name, part in backend.model.named_modules() if isinstance(part, Int8Linear)]
     assert layers and not any("vision" in name or "projector" in name or "connector" in name for name in layers)
     assert any(name.endswith("lm_head") for name in layers)
+    plain: Any = load(tiny_vlm(family)).model
+    for name in layers:  # each weight is the nearest of 127 steps to either side
+        weight, rounded = plain.get_submodule(name).weight, backend.model.get_submodule(name).dequantized()
+        steps = weight.abs().amax(dim=1, keepdim=True) / 127
+        assert ((weight - rounded).abs() <= steps * 0.51).all(), name
     answer = backend.ask("What is this?", next(image_folder.glob("*.jpg")), params=GenerationParams(max_new_tokens=3))
     assert isinstance(answer, str)

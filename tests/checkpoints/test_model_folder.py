@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from polymodal.checkpoints.model_folder import _hash, load_model, save_model
 from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.modeling.build import build_model
+from tests.conftest import tiny_config
 
 
 @pytest.fixture
@@ -181,3 +183,149 @@ def test_nothing_is_half_written(tiny_model_config: ModelConfig, tmp_path: Path)
     with pytest.raises(CheckpointError, match="holds NaN or infinity; nothing was saved"):
         save_model(tmp_path / "out", model, tiny_model_config, tokenizer)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def adapted(tiny_model_config: ModelConfig, tmp_path: Path) -> Path:
+    """A model folder with a LoRA of rank 2 on the attention's projections."""
+    from polymodal.config import LoraRecipe
+    from polymodal.modeling.lora import add_adapters
+
+    torch.manual_seed(0)
+    model, tokenizer = build_model(tiny_model_config)
+    add_adapters(model, LoraRecipe(lora_r=2, lora_alpha=4, match="llm.model.layers.*.self_attn.{q,v}_proj"))
+    for name, parameter in model.llm.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    save_model(tmp_path / "adapted", model, tiny_model_config, tokenizer)
+    return tmp_path / "adapted"
+
+
+def adapter_says(**values: object) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / "adapter" / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return spoil
+
+
+def adapter_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+    return spoil
+
+
+def first(tensors: dict[str, torch.Tensor], part: str) -> str:
+    return next(name for name in sorted(tensors) if part in name)
+
+
+ADAPTERS = {
+    "alpha NaN": (adapter_says(lora_alpha=float("nan")), r"adapter_config\.json: lora_alpha is nan"),
+    "alpha of some modules NaN": (adapter_says(alpha_pattern={"q_proj": float("nan")}), "alpha_pattern.q_proj is nan"),
+    "alpha infinite": (adapter_says(lora_alpha=float("inf")), "lora_alpha is inf"),
+    "alpha 0": (adapter_says(lora_alpha=0), "lora_alpha 0, which is no scale"),
+    "alpha a word": (adapter_says(lora_alpha="NaN"), "lora_alpha 'NaN', which is no scale"),
+    "r 0": (adapter_says(r=0), r"adapter_config\.json: r is 0; more than 0"),
+    "r negative": (adapter_says(r=-4), "r is -4; more than 0"),
+    "r of some modules 0": (adapter_says(rank_pattern={"q_proj": 0}), r"says r \[2, 0\], the tensors have \[2\]"),
+    "r endless": (adapter_says(r=10**9), r"says r \[1000000000\], the tensors have \[2\]"),
+    "r a fraction": (adapter_says(r=1.5), r"says r \[1\.5\]"),
+    "r another": (adapter_says(r=1), "cannot be loaded .*size mismatch"),
+    "another kind": (adapter_says(peft_type="IA3"), "peft_type is 'IA3'; only LORA"),
+    "no modules": (adapter_says(target_modules=["nothing"]), "cannot be loaded .*nothing"),
+    "modules it has no tensors for": (adapter_says(target_modules=["q_proj", "v_proj", "o_proj"]), "4 missing.*o_proj"),
+    "fewer modules": (adapter_says(target_modules=["q_proj"]), "4 not expected.*v_proj"),
+    "an endless expression": (adapter_says(target_modules=r"(m|[a-z.0-9_])*(([a-z0-9_.]+)+)+!"), "too long|cannot be"),
+    "a bad expression": (adapter_says(target_modules="(("), r"target_modules: the regular expression '\(\(' is none"),
+    "an endless pattern": (adapter_says(rank_pattern={r"(([a-z0-9_.]+)+)+!": 2}), "may take too long"),
+    "a shape": (
+        adapter_tensors(lambda t: t.update({first(t, "lora_B"): torch.zeros(7, 2)})), "cannot be loaded .*size mismatch"
+    ),
+    "a transposed tensor": (
+        adapter_tensors(lambda t: t.update({first(t, "lora_A"): t[first(t, "lora_A")].T.contiguous()})), "size mismatch"
+    ),
+    "a tensor gone": (adapter_tensors(lambda t: t.pop(first(t, "lora_B"))), "1 missing"),
+    "no tensors": (adapter_tensors(lambda t: t.clear()), r"the tensors have \[\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "reason"), ADAPTERS.values(), ids=ADAPTERS)
+def test_a_spoiled_adapter_is_refused_with_its_fault(spoil: Callable[[Path], None], reason: str, adapted: Path) -> None:
+    spoil(adapted)
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        load_model(adapted)
+    assert "\n" not in str(caught.value) and time.monotonic() - start < 10
+
+
+def test_a_pattern_gives_the_adapter_that_a_list_gives(adapted: Path, image_folder: Path) -> None:
+    image = next(image_folder.glob("*.jpg"))
+    listed = logits(adapted, image)
+    adapter_says(target_modules=r".*\.self_attn\.(q|v)_proj", exclude_modules=r".*mlp.*")(adapted)
+    assert torch.equal(logits(adapted, image), listed)
+    adapter_says(exclude_modules=r"((.|[a-z])*)*((.|[.])*)*!")(adapted)  # which Python's own would try for years
+    assert torch.equal(logits(adapted, image), listed)
+
+
+def test_expressions_have_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from polymodal.modeling import lora
+
+    monkeypatch.setattr(lora, "MATCH_SECONDS", 0.2)
+    slow = r"(?:(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*))\9\8\7\6\5x?\1\2\3\4b"
+    with pytest.raises(CheckpointError, match=r"target_modules: the regular expression .* takes too long to match"):
+        lora.match_in_time(slow, ["model.layers.0.self_attn.q_proj.b" * 3], "adapter: target_modules")
+
+
+def test_an_adapter_alone_says_what_it_is(adapted: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"a peft adapter, which is no model, but goes on .*merge it"):
+        load(adapted / "adapter")
+
+
+@pytest.mark.parametrize("kind", ["gguf", "safetensors"])
+def test_a_file_is_no_model(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / f"model.{kind}"
+    file.write_bytes(b"GGUF" + bytes(64))
+    hint = "llama.cpp runs it" if kind == "gguf" else f"such as {tmp_path}"
+    with pytest.raises(CheckpointError, match=rf"model\.{kind}: a file, and a model is a folder; .*{hint}"):
+        load(file)
+
+
+def test_parts_by_relative_path_are_found_from_everywhere(
+    tiny_llm_folder: Path, tiny_tower_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image_folder: Path
+) -> None:
+    shutil.copytree(tiny_llm_folder, tmp_path / "here" / "llm")
+    shutil.copytree(tiny_tower_folder, tmp_path / "here" / "towers" / "clip")
+    monkeypatch.chdir(tmp_path / "here")
+    config = tiny_config(Path("llm"), Path("towers/clip"))
+    config = config.model_copy(update={"llm": config.llm.model_copy(update={"model_name_or_path": "./llm"})})
+    torch.manual_seed(0)
+    model, tokenizer = build_model(config)
+    save_model(tmp_path / "model", model, config, tokenizer)
+    image = next(image_folder.resolve().glob("*.jpg"))
+    before = logits(tmp_path / "model", image)
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(logits(tmp_path / "model", image), before)
+
+
+def test_another_tower_in_the_place_of_the_one_it_was_trained_with(
+    tiny_llm_folder: Path, tiny_tower_folder: Path, tmp_path: Path
+) -> None:
+    tower = Path(shutil.copytree(tiny_tower_folder, tmp_path / "tower"))
+    config = tiny_config(tiny_llm_folder, tower)
+    model, tokenizer = build_model(config)
+    save_model(tmp_path / "model", model, config, tokenizer)
+    load_model(tmp_path / "model")
+    tensors = load_file(tower / "model.safetensors")
+    name = next(name for name in tensors if "layers.0.mlp.fc1.weight" in name)
+    save_file({**tensors, name: tensors[name] * 1.5}, tower / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"trained behind another vision tower than '.*tower' is now"):
+        load_model(tmp_path / "model")
+
+
+def test_an_unknown_type_of_weights_is_named() -> None:
+    with pytest.raises(PolymodalError, match="unknown dtype 'fp16'; did you mean 'float16'"):
+        load("default", dtype="fp16")  # type: ignore[arg-type]

@@ -388,3 +388,101 @@ def test_a_tower_of_a_whole_clip_is_a_component_and_no_model_to_talk_to(tmp_path
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     with pytest.raises(CheckpointError, match="its vision tower is a part"):
         load(tmp_path / "clip")
+
+
+def shards(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> None:
+    """Write weights in shards with their index."""
+    names, index = sorted(tensors), {}
+    for number in range(count):
+        file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        save_file({name: tensors[name].clone() for name in names[number::count]}, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(names[number::count], file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+NORM = "language_model.model.norm.weight"
+
+
+def test_one_file_is_read_and_older_shards_beside_it_are_not(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    shards(copy, {name: tensor * 0.5 for name, tensor in tensors.items()}, 2)
+    stock = LlavaForConditionalGeneration.from_pretrained(copy, dtype=torch.float32).state_dict()
+    ours = load_hf(check_folder(copy)).model.llm.state_dict()
+    assert torch.equal(ours["model.norm.weight"], tensors[NORM].float())
+    assert torch.equal(stock["model.language_model.norm.weight"], tensors[NORM].float())
+    assert check_folder(copy).tensors().keys() == tensors.keys()
+
+
+def test_shards_are_those_of_the_index(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    shards(copy, tensors, 3)
+    save_file({NORM: tensors[NORM] * 0.5}, copy / "model-00001-of-00002.safetensors")
+    ours = load_hf(check_folder(copy)).model.llm.state_dict()
+    assert torch.equal(ours["model.norm.weight"], tensors[NORM].float())
+    index = json.loads((copy / "model.safetensors.index.json").read_text())["weight_map"]
+    other = next(file for file in index.values() if file != index[NORM])
+    save_file({**load_file(copy / other), NORM: tensors[NORM] * 0.5}, copy / other)
+    with pytest.raises(CheckpointError, match=rf"tensor '{NORM}' is to be in {index[NORM]}, and lies in {other} too"):
+        load(copy)
+
+
+def test_an_adapter_beside_the_weights_is_not_passed_over(copy: Path, tiny_llm_folder: Path, tmp_path: Path) -> None:
+    from polymodal.config import LLMConfig
+    from polymodal.modeling.language_model import load_llm
+
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "somewhere"}')
+    save_file({"x": torch.ones(1)}, copy / "adapter_model.safetensors")
+    reason = r"adapter_config\.json: a peft adapter, which lies beside model\.safetensors, and transformers would"
+    with pytest.raises(CheckpointError, match=reason):
+        load(copy)
+    change_json(copy / "config.json", lambda c: c.update(model_type="idefics3", architectures=["Idefics3Model"]))
+    with pytest.raises(CheckpointError, match=reason):
+        load(copy)
+    llm = Path(shutil.copytree(tiny_llm_folder, tmp_path / "llm"))
+    shutil.copy(copy / "adapter_config.json", llm)
+    with pytest.raises(CheckpointError, match=reason):
+        load_llm(LLMConfig(model_name_or_path=str(llm)))
+
+
+BUILT = {
+    "a giant width": ({"text_config": {"intermediate_size": 2**23}}, "of another shape"),
+    "layers without end": ({"text_config": {"num_hidden_layers": 16000}}, "many more layers"),
+    "a layer too many": ({"text_config": {"num_hidden_layers": 2}}, "missing"),
+    "a tower without end": ({"vision_config": {"num_hidden_layers": 16000}}, "many more layers"),
+    "a table of positions": ({"vision_config": {"image_size": 60_000, "patch_size": 1}}, "pixels|position"),
+    "no heads": ({"text_config": {"num_attention_heads": 0}}, "cannot be loaded"),
+    "an unknown activation": ({"text_config": {"hidden_act": "swoosh"}}, "swoosh"),
+    "an unknown rope": ({"text_config": {"rope_parameters": {"rope_type": "spiral"}}}, "spiral"),
+    "a norm with NaN": ({"text_config": {"rms_norm_eps": float("nan")}}, "rms_norm_eps is nan"),
+    "a tower's norm with NaN": ({"vision_config": {"layer_norm_eps": float("nan")}}, "layer_norm_eps is nan"),
+    "a patch of 0": ({"vision_config": {"patch_size": 0}}, "patch_size is 0"),
+    "LLaVA's own placeholder": ({"image_token_index": -200, "image_token_id": None}, r"-200 as the image's token"),
+    "layers in words": ({"vision_feature_layer": "last"}, "config.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "reason"), BUILT.values(), ids=BUILT)
+def test_settings_that_no_model_has_are_refused_in_one_line(changes: dict[str, Any], reason: str, copy: Path) -> None:
+    def spoil(document: dict[str, Any]) -> None:
+        for key, value in changes.items():
+            if value is None:
+                document.pop(key, None)
+            elif isinstance(value, dict):
+                document[key].update(value)
+            else:
+                document[key] = value
+
+    change_json(copy / "config.json", spoil)
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        load(copy, "cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="flash attention may run here")
+def test_flash_attention_of_a_published_folder_falls_back(copy: Path, published: Path) -> None:
+    change_json(copy / "config.json", lambda c: c.update(_attn_implementation="flash_attention_2"))
+    change_json(copy / "config.json", lambda c: c["vision_config"].update(attn_implementation="flash_attention_2"))
+    with pytest.warns(UserWarning, match="asks for flash_attention_2"):
+        asked = load(copy, "cpu").ask("What is this?", image())
+    assert asked == load(published, "cpu").ask("What is this?", image())

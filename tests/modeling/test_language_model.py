@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +151,61 @@ def test_selected_rows_equal_all_rows(tiny_llm_folder: Path) -> None:
             chosen = model(ids).logits
         assert torch.allclose(chosen, everything[rows], atol=1e-6)
         assert model(ids).logits.shape[:2] == (2, 12)  # nothing stays behind
+
+
+def test_a_sentencepiece_model_alone_names_what_reads_it(tmp_path: Path) -> None:
+    import sentencepiece
+
+    from polymodal.modeling import language_model
+
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(f"the cat number {i} sat on the mat" for i in range(300)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(tmp_path / "tokenizer"), vocab_size=60, model_type="bpe", minloglevel=2
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    config = LLMConfig(model_name_or_path=str(tmp_path))
+    if not language_model.is_protobuf_available():
+        with pytest.raises(CheckpointError, match=r"protobuf to read it with is not installed: pip .*\[sentencepiece"):
+            load_tokenizer(config)
+    else:
+        assert load_tokenizer(config).tokenize("the cat")
+
+
+def replace_in_tokenizer(folder: Path, **parts: object) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+
+
+def split(pattern: str) -> dict[str, object]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+NESTED: dict[str, object] = {"type": "NFC"}
+for _ in range(300):
+    NESTED = {"type": "Sequence", "normalizers": [NESTED]}
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"pre_tokenizer": split("((")}, "tokenizer of .*parenthesis"),
+        ({"pre_tokenizer": split("(a|a)*b")}, r"a regular expression of tokenizer\.json takes too long"),
+        ({"pre_tokenizer": split(r"(\d+|\d)*x")}, r"a regular expression of tokenizer\.json takes too long"),
+        ({"pre_tokenizer": {"type": "Telepathy"}}, "tokenizer of "),
+        ({"model": {"type": "Telepathy", "vocab": {}}}, "tokenizer of "),
+        ({"model": []}, "tokenizer of "),
+        ({"normalizer": NESTED}, "tokenizer of .*(recursion|nested)"),
+        ({"added_tokens": [{"id": -1}]}, "tokenizer of "),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_is_refused_in_one_line(
+    parts: dict[str, object], reason: str, tiny_llm_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_llm_folder, tmp_path / "llm"))
+    replace_in_tokenizer(folder, **parts)
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        load_tokenizer(LLMConfig(model_name_or_path=str(folder)))
+    assert "\n" not in str(caught.value) and time.monotonic() - start < 10

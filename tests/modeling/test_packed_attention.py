@@ -32,6 +32,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "mistral-window": ("Mistral", {**GQA, "sliding_window": 6, "head_dim": 8}, SEGMENTS),
     "gemma2": ("Gemma2", {**GQA, "head_dim": 8, "sliding_window": 6, "attn_logit_softcapping": 2.0,
                           "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}, SEGMENTS),
+    "qwen3": ("Qwen3", {**GQA, "head_dim": 8}, SEGMENTS),
+    "granite": ("Granite", GQA, SEGMENTS),
     "gpt-neox": ("GPTNeoX", COMMON, SEGMENTS),
     "opt": ("OPT", {**{k: v for k, v in COMMON.items() if k not in ("intermediate_size", "initializer_range")},
                     "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.3, "dropout": 0.0}, SEGMENTS),
@@ -43,6 +45,10 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
                            "attention_dropout": 0.0}, POSITIONS),
 }  # fmt: skip
 """Name -> (class prefix, configuration, the way that it should go)."""
+
+
+def test_ten_architectures_are_tried() -> None:
+    assert len({prefix for prefix, *_ in MODELS.values()}) >= 10
 
 
 def make(name: str) -> MultimodalLM:

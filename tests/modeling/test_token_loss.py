@@ -122,3 +122,16 @@ def test_a_model_without_a_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         knows_head(model.llm)
     with pytest.raises(ConfigError, match="LlamaForCausalLM has no output head"):
         run(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_of_half_precision_logits_is_taken_in_float32(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = (torch.randn(40, 3000, generator=generator) * 4).to(dtype).requires_grad_()
+    targets = torch.randint(3000, (40,), generator=generator)
+    found = token_losses(logits, targets)
+    assert found.dtype is torch.float32
+    assert torch.allclose(found.double(), F.cross_entropy(logits.double(), targets, reduction="none"), atol=1e-4)
+    hidden = torch.eye(40, dtype=dtype)
+    total, losses = chunked_losses(hidden, targets, lambda rows: rows @ logits.detach(), [], 7)
+    assert torch.allclose(losses, found, atol=1e-4) and total.item() == pytest.approx(found.sum().item(), rel=1e-5)

@@ -85,8 +85,11 @@ def test_loss_at_label_positions_equals_full_logits(model: MultimodalLM) -> None
 def test_a_batch_without_labels_or_images_still_has_a_gradient_path(model: MultimodalLM) -> None:
     batch = batch_of(model, [[1, 2, 3]], [])
     batch["pixel_values"] = None
-    out = model(**batch, labels=torch.full_like(batch["input_ids"], -100))
+    out = model(**batch, labels=torch.full_like(batch["input_ids"], -100), touch_media=True)
     assert out.num_targets == 0 and out.loss_sum.item() == 0.0
+    out.loss_sum.backward()
+    gradients = [p.grad for p in model.projector.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
 def test_padded_rows_equal_single_rows(model: MultimodalLM) -> None:

@@ -479,3 +479,51 @@ def test_other_folders_are_none_of_these(whole: Path, language_model: Path, towe
     shutil.rmtree(tower)
     with pytest.raises(CheckpointError, match="--vision-tower"):
         load_repo(whole)
+
+
+def test_only_the_shards_of_the_index_are_read(
+    whole: Path, tower: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    theirs = stock(tower, len(tokenizer), "llava")
+    tensors = load_file(whole / "model.safetensors")
+    half = {name: tensor * 0.5 for name, tensor in tensors.items()}
+    # Beside one file: older shards with their index.
+    older, index = "model-00001-of-00002.safetensors", whole / "model.safetensors.index.json"
+    save_file(half, whole / older)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(half, older)}))
+    check_logits(load_repo(whole), theirs)
+    # Newer shards with their index: an older one that it does not name.
+    save_file(tensors, whole / "model-00001-of-00001.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}))
+    (whole / "model.safetensors").unlink()
+    check_logits(load_repo(whole), theirs)
+    # Without an index nothing says which of two sets it is.
+    index.unlink()
+    with pytest.raises(CheckpointError, match="are no one set of shards; remove stale ones"):
+        load_repo(whole)
+
+
+def test_pickled_shards_are_those_of_their_index(whole: Path, tower: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tensors = load_file(whole / "model.safetensors")
+    (whole / "model.safetensors").unlink()
+    torch.save({name: tensor * 0.5 for name, tensor in tensors.items()}, whole / "pytorch_model-00002-of-00003.bin")
+    torch.save(tensors, whole / "pytorch_model-00001-of-00001.bin")
+    weight_map = dict.fromkeys(tensors, "pytorch_model-00001-of-00001.bin")
+    (whole / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    check_logits(load_repo(whole, allow_pickle=True), stock(tower, len(tokenizer), "llava"))
+
+
+def test_an_adapter_beside_a_whole_model_is_refused(whole: Path) -> None:
+    (whole / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+    with pytest.raises(CheckpointError, match=r"a peft adapter, which lies beside model\.safetensors"):
+        load_repo(whole)
+
+
+def test_a_layer_that_is_not_named_is_the_one_before_the_last(
+    whole: Path, tower: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    document = json.loads((whole / "config.json").read_text())
+    del document["mm_vision_select_layer"]
+    (whole / "config.json").write_text(json.dumps(document))
+    assert read_repo(check_folder(whole)).select_layer == -2
+    check_logits(load_repo(whole), stock(tower, len(tokenizer), "llava"))

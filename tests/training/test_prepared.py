@@ -17,7 +17,7 @@ from polymodal.backends.local import processor_of
 from polymodal.cli import main
 from polymodal.data.check.check import check_files
 from polymodal.data.load import load_records
-from polymodal.errors import CheckpointError, DataError
+from polymodal.errors import CheckpointError, ConfigError, DataError
 from polymodal.messages import Image, user
 from polymodal.processing.processor import Processor
 from polymodal.training import train
@@ -165,6 +165,9 @@ def test_new_image_rules_hold_for_prep_too(plain: dict[str, Any], tmp_path: Path
     prepared, expected = recipe_processor(again)(question), trained(question)
     assert prepared.plans == expected.plans and prepared.plans[0].num_tiles > 1
     assert prepared.media_keys == expected.media_keys
+    plain["init"]["image"]["image_std"] = [0.1, 0.2, 0.3]
+    with pytest.raises(ConfigError, match=r"init\.image: the model takes image_std .* asks for \(0\.1"):
+        load_inputs(load_recipe(write(plain, tmp_path)))
 
 
 def test_training_opens_what_prep_made(
@@ -209,11 +212,14 @@ def test_a_later_stage_on_another_tower_is_refused_and_other_image_rules_are_sai
     plain["init"]["model"]["vision"]["vision_tower"] = str(tmp_path / "tower")
     recipe = load_recipe(write(plain, tmp_path), ["run.max_steps=1", "run.eval_generations=0"])
     final = train(recipe)
-    image = {**plain["init"]["model"]["image"], "image_mean": [0.1, 0.5, 0.5]}
-    plain["init"] = {"from": str(final), "image": image}
+    rules = plain["init"]["model"]["image"]
+    plain["init"] = {"from": str(final), "image": {**rules, "image_mean": [0.1, 0.5, 0.5]}}
+    with pytest.raises(ConfigError, match=r"the model takes image_mean .*, the recipe asks for"):
+        load_inputs(load_recipe(write(plain, tmp_path)))
+    plain["init"] = {"from": str(final), "image": {**rules, "background": [1, 2, 3]}}
     second = load_recipe(write(plain, tmp_path))
     load_inputs(second)
-    assert "image_mean was (0.5, 0.5, 0.5), is (0.1, 0.5, 0.5)" in capsys.readouterr().err
+    assert "background was (255, 255, 255), is (1, 2, 3)" in capsys.readouterr().err
     plain["init"] = {"from": str(final)}
     load_inputs(load_recipe(write(plain, tmp_path)))
     assert "image rules" not in capsys.readouterr().err

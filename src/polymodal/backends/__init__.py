@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from polymodal.checkpoints.locate import ENDPOINT, find_model
-from polymodal.errors import CheckpointError, ConfigError
-from polymodal.safety.model_folder import OURS, FolderReport, Kind, check_folder
+from polymodal.errors import CheckpointError, ConfigError, unknown_name
+from polymodal.safety.model_folder import OURS, FolderReport, Kind, check_folder, refuse_adapter
 from polymodal.utils.devices import check_device
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from polymodal.processing.processor import Processor
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""Types that weights can have in memory."""
 NO_CHAT = {
     "whisper": "a Whisper, which writes down speech; its encoder is a part for sound",
     **dict.fromkeys(
@@ -79,6 +81,8 @@ def load(
         )
     if device is not None:
         check_device(device)
+    if dtype not in (None, *DTYPES):
+        raise unknown_name("dtype", str(dtype), DTYPES)
     if quantize is not None:
         from polymodal.modeling.quantization import check_quantize
 
@@ -146,6 +150,7 @@ def _open_transformers(report: FolderReport, options: Options) -> Backend:
     from polymodal.backends.transformers import open_transformers
     from polymodal.backends.transformers.captioner import CAPTIONERS, open_captioner
 
+    refuse_adapter(report)
     model_type = report.model_type
     if model_type is None:
         raise CheckpointError(

@@ -43,6 +43,13 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
+def _use_of(file: Path) -> str:
+    """What to do with a file that was named as a model."""
+    if file.suffix == ".gguf":
+        return "a recipe builds on a language model in GGUF (init.model.llm.model_name_or_path), and llama.cpp runs it"
+    return f"name the one that its config.json lies in, such as {file.parent}"
+
+
 def find_model(name: str | Path, revision: str | None = None) -> Path:
     """Find a model's folder by name, path or hub id; of a hub id, fetch it."""
     if str(name).startswith(ENDPOINT):
@@ -54,6 +61,8 @@ def find_model(name: str | Path, revision: str | None = None) -> Path:
         if revision is not None:
             raise ConfigError(f"{name}: is a folder here, which has no revisions; leave revision out")
         return here
+    if here.is_file():
+        raise CheckpointError(f"{name}: a file, and a model is a folder; {_use_of(here)}")
     if HUB_ID.fullmatch(str(name)):
         found = fetch_folder(str(name), revision)
         if not any((found / file).is_file() for file in (OURS, "config.json")):

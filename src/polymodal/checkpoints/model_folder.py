@@ -25,16 +25,18 @@ import torch
 from pydantic import BaseModel
 
 from polymodal.config import ModelConfig, parse_config
-from polymodal.errors import CheckpointError, first_line
+from polymodal.errors import CheckpointError
 from polymodal.modeling.build import build_model
-from polymodal.modeling.language_model import load_tokenizer
+from polymodal.modeling.encoders.vision import fingerprint
+from polymodal.modeling.language_model import DEFAULT_LLM, load_tokenizer
 from polymodal.modeling.lora import attach_adapter, fold_in, is_peft, merge_adapter
+from polymodal.modeling.pretrained import building
 from polymodal.modeling.projectors.qformer_files import TOKENIZER_FOLDER, load_context_tokenizer
 from polymodal.modeling.quantization import is_quantized
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.safety.config_json import read_json
-from polymodal.safety.model_folder import OURS, FolderReport, check_folder
-from polymodal.utils.files import atomic_folder, write_text
+from polymodal.safety.config_json import check_settings, read_json
+from polymodal.safety.model_folder import OURS, FolderReport, check_folder, refuse_adapter
+from polymodal.utils.files import atomic_folder, whole_path, write_text
 from polymodal.utils.safetensors_io import copy_tensors, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class Document:
     contract: dict[str, Any]
     contract_hash: str
     history: list[dict[str, Any]]
+    tower: str | None = None  # The fingerprint of a tower that lies elsewhere; None in folders that have none
 
 
 def contract_of(
@@ -110,10 +113,10 @@ def save_model(
     # A part that is "bundled" already, such as those of a published folder, is in memory only: it is written too.
     llm_trained = llm_trained or config.llm.model_name_or_path == "bundled"
     keep_tower = config.vision is not None and (vision_trained or config.vision.vision_tower == "bundled")
-    if llm_trained:
-        config = _with(config, "llm", model_name_or_path="bundled")
-    if keep_tower:
-        config = _with(config, "vision", vision_tower="bundled")
+    llm = "bundled" if llm_trained else _placed(config.llm.model_name_or_path)
+    config = _with(config, "llm", model_name_or_path=llm)
+    if config.vision is not None:
+        config = _with(config, "vision", vision_tower="bundled" if keep_tower else _placed(config.vision.vision_tower))
     if (qformer := config.projector.qformer) is not None:
         # The folder holds the projector and its tokenizer itself, and does not say where they began.
         config = _with(config, "projector", pretrained=None, qformer=qformer.model_copy(update={"tokenizer": None}))
@@ -142,6 +145,8 @@ def save_model(
             "contract_hash": _hash(contract),
             "history": history or [],
         }
+        if model.vision_encoder is not None and not keep_tower:
+            document["tower"] = fingerprint(model.vision_encoder)
         write_text(work / CONFIG_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -152,6 +157,12 @@ def load_model(folder: Path | FolderReport, quantize: str | None = None) -> Load
     model, tokenizer = build_model(document.config, folder, quantize)
     now = contract_of(document.config, model.image_token_id, tokenizer, model.context_tokenizer)
     _check_contract(folder, document.contract, now, document.config)
+    if model.vision_encoder is not None and document.tower not in (None, fingerprint(model.vision_encoder)):
+        assert document.config.vision is not None
+        raise CheckpointError(
+            f"{folder}: trained behind another vision tower than {document.config.vision.vision_tower!r} is now (its "
+            "weights differ); put the tower back, or train again"
+        )
     if own := own_tensors(model):
         copy_tensors(own, read_tensors(folder / PROJECTOR_NAME), folder / PROJECTOR_NAME)
     if (adapter := folder / ADAPTER_NAME).is_dir():
@@ -163,10 +174,13 @@ def load_adapter(model: MultimodalLM, folder: Path, tensors: dict[str, torch.Ten
     """Put a LoRA beside the language model, with the settings that peft left in its folder."""
     from peft import LoraConfig
 
-    try:
+    path = folder / "adapter_config.json"
+    document = read_json(path)
+    check_settings(document, str(path))
+    if (kind := document.get("peft_type", "LORA")) != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {kind!r}; only LORA can be added here")
+    with building(path):
         settings = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, OSError) as error:
-        raise CheckpointError(f"{folder}: no settings of a LoRA ({first_line(error)})") from None
     attach_adapter(model, settings, tensors, where)
 
 
@@ -211,6 +225,8 @@ def read_document(folder: Path, document: dict[str, Any] | None = None) -> Docum
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such model folder")
     if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            refuse_adapter(check_folder(folder))
         raise CheckpointError(f"{folder}: no {CONFIG_NAME}; this is not a polymodal model folder")
     document = document or read_json(path)
     if document.get("format") != FORMAT:
@@ -223,7 +239,7 @@ def read_document(folder: Path, document: dict[str, Any] | None = None) -> Docum
     config = parse_config(ModelConfig, document["config"], str(path))
     if config.llm.model_name_or_path == "bundled":
         config = _with(config, "llm", model_name_or_path=str((folder / "llm").resolve()))
-    return Document(config, document["contract"], document["contract_hash"], document["history"])
+    return Document(config, document["contract"], document["contract_hash"], document["history"], document.get("tower"))
 
 
 def verify_contract(folder: Path, document: Document) -> None:
@@ -251,6 +267,11 @@ def _own_weights(llm: Any) -> dict[str, Any] | None:
     added = ("lora_", "trainable_tokens_delta")
     weights = {name: value for name, value in llm.state_dict().items() if not any(part in name for part in added)}
     return {name.replace(".token_adapter.", ".").replace(".base_layer.", "."): v for name, v in weights.items()}
+
+
+def _placed(name: str) -> str:
+    """A part's name; of a file or folder its whole path, so that it is found from every working directory."""
+    return name if name == DEFAULT_LLM else whole_path(name)
 
 
 def _with(config: ModelConfig, part: str, **values: Any) -> ModelConfig:

@@ -280,6 +280,8 @@ def _rules(report: FolderReport) -> dict[str, Any]:
 
 def visual_tokens(report: FolderReport, sizes: Sequence[Size]) -> list[tuple[int, int]]:
     """Count tokens and tiles that images take in a published vision-language model, from configurations alone."""
+    import torch
+
     from polymodal.interop.huggingface.families import read_pieces
     from polymodal.interop.huggingface.load import image_rules
     from polymodal.interop.huggingface.weights import compose_vision
@@ -287,7 +289,8 @@ def visual_tokens(report: FolderReport, sizes: Sequence[Size]) -> list[tuple[int
     pieces = read_pieces(report)
     image, bundled = image_rules(report, pieces), LLMConfig(model_name_or_path="bundled")
     config = ModelConfig(vision=pieces.vision, image=image, projector=pieces.projector, llm=bundled)
-    _, projector = compose_vision(pieces, config, llm_dim=1)
+    with torch.device("meta"):
+        _, projector = compose_vision(pieces, config, llm_dim=1)
     plans = [plan_image(size, image, projector.output_grid) for size in sizes]
     return [(plan.num_tokens, plan.num_tiles) for plan in plans]
 

@@ -41,18 +41,25 @@ from polymodal.config import (
 )
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.interop.huggingface.load import Dtype
-from polymodal.interop.huggingface.weight_names import DERIVED
 from polymodal.modeling.build import build_vision, image_token_id_for
 from polymodal.modeling.encoders.hf_vision import FAMILIES
 from polymodal.modeling.encoders.vision import UNUSED_PARTS
 from polymodal.modeling.language_model import load_llm, load_tokenizer, quieten_transformers
+from polymodal.modeling.pretrained import building, most_parts, probe
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.chat_template.presets import PRESETS
 from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.safety.config_json import check_settings, read_json
-from polymodal.safety.model_folder import LLAVA_REPO, FolderReport, check_folder, pickle_error
+from polymodal.safety.model_folder import (
+    LLAVA_REPO,
+    FolderReport,
+    check_folder,
+    pickle_error,
+    refuse_adapter,
+    whole_files,
+)
 from polymodal.utils.files import home_path
-from polymodal.utils.safetensors_io import check_finite, compare_tensors, copy_tensors, read_tensors
+from polymodal.utils.safetensors_io import DERIVED, check_finite, compare_tensors, copy_tensors, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,11 +108,14 @@ def read_repo(report: FolderReport) -> Repo:
     there = sorted((*report.headers, *report.pickles))
     adapter = None
     kind: Literal["whole", "projector", "lora"]
+    whole = whole_files(report)
     if "adapter_config.json" in report.configs:
+        if whole:
+            refuse_adapter(report)
         kind, files = "lora", [_one_of(report, "non_lora_trainables")]
         adapter = _one_of(report, "adapter_model")
-    elif whole := [file for file in there if re.fullmatch(r"model.*\.safetensors|pytorch_model.*\.bin", file)]:
-        kind, files = "whole", [file for file in whole if file in report.headers] or whole
+    elif whole:
+        kind, files = "whole", whole
     elif any(file.startswith("mm_projector.") for file in there):
         kind, files = "projector", [_one_of(report, "mm_projector")]
     else:
@@ -153,10 +163,8 @@ def _text_settings(document: dict[str, Any], where: Path) -> Any:
     values = {key: value for key, value in document.items() if not _NOT_THE_LANGUAGE_MODELS.match(key)}
     if values.get("rope_scaling") is None:
         values.pop("rope_scaling", None)
-    try:
+    with building(where):
         return AutoConfig.for_model(LLAVA_REPO[document["model_type"]], **values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{where}: no configuration of a language model ({first_line(error)})") from None
 
 
 def _choice(document: dict[str, Any], key: str, choices: tuple[str, ...], where: Path) -> str:
@@ -220,7 +228,13 @@ def load_llava_repo(
     inside = repo.kind == "whole" or under is not None  # what lies in a LLaVA folder becomes part of our model
     llm_config = LLMConfig(model_name_or_path="bundled" if inside else str(base), dtype=dtype)
     vision, image = _images(repo, vision_tower or repo.tower)
-    parts = sort_state({name: t for file in repo.files for name, t in _read_file(folder / file).items()})
+    tensors: State = {}
+    for file in repo.files:
+        found = _read_file(folder / file)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise CheckpointError(f"{folder / file}: tensor {twice[0]!r} is in another file too; remove the stale one")
+        tensors |= found
+    parts = sort_state(tensors)
     llm: PreTrainedModel
     if repo.kind == "whole":
         llm = _build_llm(repo, parts.pop("llm", {}), getattr(torch, dtype), llm_config.attn_implementation)
@@ -379,7 +393,8 @@ def _build_llm(repo: Repo, state: State, dtype: torch.dtype, attn_implementation
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(repo.text_settings)]
-    with torch.device("meta"):
+    where = repo.report.folder / "config.json"
+    with building(where, most_parts(state)), torch.device("meta"):
         empty = kind(repo.text_settings)
     # A tied head shares the rows of the input embeddings, and need not be in the file.
     tied = set(empty.all_tied_weights_keys)
@@ -388,10 +403,12 @@ def _build_llm(repo: Repo, state: State, dtype: torch.dtype, attn_implementation
     check_finite(state, repo.report.folder)
     # A copy of our own: what lies in a file that somebody writes anew must not change under the model.
     own = {name: state[name].to(dtype, copy=True) for name in wanted}
-    llm: PreTrainedModel = kind.from_pretrained(
-        None, config=repo.text_settings, state_dict=own, dtype=dtype, attn_implementation=attn_implementation
-    )
-    return llm.eval()
+    with building(where):
+        llm: PreTrainedModel = kind.from_pretrained(
+            None, config=repo.text_settings, state_dict=own, dtype=dtype, attn_implementation=attn_implementation
+        )
+    probe(llm.eval(), where)
+    return llm
 
 
 def _fill_parts(model: MultimodalLM, folder: Path, parts: Mapping[str, State]) -> None:

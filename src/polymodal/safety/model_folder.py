@@ -33,6 +33,8 @@ NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|ra
 """What a trainer leaves beside the weights; nobody opens it to run a model."""
 SUBFOLDERS = ("llm", "vision", "audio", "adapter", "qformer_tokenizer")
 """Folders inside a model folder that are parts of it."""
+WEIGHTS = "model.safetensors"
+"""The weights of a model in one file; beside it an index of shards is not read."""
 OURS = "polymodal.json"
 """The file that makes a folder one of ours."""
 CONFIGS = (
@@ -130,14 +132,16 @@ class FolderReport:
                 return found
         return None
 
+    def weight_files(self, prefix: str = "") -> list[str]:
+        """The files of a model's weights that transformers reads: one file, else the shards that an index names."""
+        if prefix + WEIGHTS in self.headers:
+            return [prefix + WEIGHTS]
+        return [prefix + file for file in self.shards.get(f"{prefix}{WEIGHTS}.index.json", ())]
+
     def tensors(self, prefix: str = "") -> dict[str, TensorInfo]:
-        """The tensors of the folder's own files, or of those of a subfolder."""
-        return {
-            name: info
-            for file, header in self.headers.items()
-            if file.startswith(prefix) and "/" not in file.removeprefix(prefix)
-            for name, info in header.items()
-        }
+        """The tensors of the folder's own files, or of those of a subfolder; of a model's, those that are read."""
+        own = [f for f in self.headers if f.startswith(prefix) and "/" not in f.removeprefix(prefix)]
+        return {name: info for file in self.weight_files(prefix) or own for name, info in self.headers[file].items()}
 
 
 def check_folder(folder: Path, *, allow_pickle: bool = False, weights: bool = True) -> FolderReport:
@@ -155,6 +159,39 @@ def check_folder(folder: Path, *, allow_pickle: bool = False, weights: bool = Tr
             if weights:
                 pickles += [prefix + name for name in _check_weights(part, names, prefix, report)]
     return replace(report, pickles=tuple(pickles))
+
+
+def refuse_adapter(report: FolderReport) -> None:
+    """Refuse a peft adapter among the files of a model: whether it belongs to the model is not for us to guess."""
+    if "adapter_config.json" not in report.configs:
+        return
+    base, whole = report.configs["adapter_config.json"].get("base_model_name_or_path"), report.weight_files()
+    what = f"lies beside {whole[0]}, and transformers would add it" if whole else f"is no model, but goes on {base!r}"
+    raise CheckpointError(
+        f"{report.folder / 'adapter_config.json'}: a peft adapter, which {what}; merge it into the model "
+        "(merge_and_unload, then save_pretrained of peft) or move its files elsewhere"
+    )
+
+
+def whole_files(report: FolderReport) -> list[str]:
+    """The files of a whole model's weights: those that transformers reads, else the shards of one set, else pickles."""
+    if files := report.weight_files():
+        return files
+    for there, name in ((report.headers, "model.safetensors"), (report.pickles, "pytorch_model.bin")):
+        stem, ending = name.split(".")
+        if name in there:
+            return [name]
+        if (report.folder / f"{name}.index.json").is_file():
+            named = read_json(report.folder / f"{name}.index.json", MAX_INDEX).get("weight_map")
+            return sorted({file for file in (named or {}).values() if file in there})
+        if shards := sorted(file for file in there if re.fullmatch(rf"{stem}[^/]*\.{ending}", file)):
+            counts = {match[1] for file in shards if (match := re.search(r"-of-(\d+)", file))}
+            if counts and counts != {f"{len(shards):05d}"}:
+                raise CheckpointError(
+                    f"{report.folder}: {', '.join(shards[:4])} are no one set of shards; remove stale ones"
+                )
+            return shards
+    return []
 
 
 def pickle_error(path: Path, kind: Kind) -> CheckpointError:
@@ -291,4 +328,10 @@ def _check_index(path: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) ->
             raise CheckpointError(f"{path}: shard {file} is missing")
         if tensor not in headers[file]:
             raise CheckpointError(f"{path}: tensor {tensor[:100]!r} is not in {file}")
-    return tuple(sorted(set(entries.values())))
+    files = tuple(sorted(set(entries.values())))
+    for file in files:
+        if stale := next((tensor for tensor in headers[file] if entries.get(tensor, file) != file), None):
+            raise CheckpointError(
+                f"{path}: tensor {stale[:100]!r} is to be in {entries[stale]}, and lies in {file} too"
+            )
+    return files

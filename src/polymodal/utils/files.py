@@ -32,6 +32,12 @@ def shipped(name: str) -> Path | None:
     return folder if name.isidentifier() and folder.is_dir() else None
 
 
+def whole_path(name: str) -> str:
+    """A part's name; of a file or folder its whole path, so that it is found from every working directory."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if shipped(name) is None and path.exists() else name
+
+
 def sha256_file(path: Path) -> str:
     """Hash a file's bytes."""
     regular_size(path)

@@ -19,6 +19,8 @@ SHOWN = 4
 """How many names an error lists."""
 MAX_NAME = 1000
 """Characters of a tensor's name."""
+DERIVED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq|masked_bias)$")
+"""Buffers that old folders hold and that follow from the configuration."""
 
 
 @dataclass(frozen=True)

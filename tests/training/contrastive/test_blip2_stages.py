@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 import yaml
 
 from polymodal.checkpoints.model_folder import load_model
-from polymodal.config import parse_config
-from polymodal.errors import CheckpointError
+from polymodal.config import ModelConfig, parse_config
+from polymodal.errors import ConfigError
+from polymodal.modeling.build import build_model
 from polymodal.modeling.dual_encoders.blip2_stage1 import Blip2Stage1
 from polymodal.modeling.dual_encoders.blip2_stage1_folder import load_blip2, train_wordpiece
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig
@@ -213,7 +215,7 @@ def test_weights_go_from_stage_1_to_stage_2_to_tuning(
 
     other = json.loads(json.dumps(second))
     other["init"]["model"]["vision"]["vision_tower"] = str(write_other_tower(tmp_path / "tower", tiny / "tower"))
-    with pytest.raises(CheckpointError, match="another vision tower"):
+    with pytest.raises(ConfigError, match="learnt behind another vision tower"):
         load_inputs(parse_config(Recipe, other, "other"))
 
     moved = parse_config(Recipe, {**second, "output_dir": str(tmp_path / "moved")}, "moved")
@@ -243,3 +245,37 @@ def test_weights_go_from_stage_1_to_stage_2_to_tuning(
     assert all(torch.equal(projector_weights(tuned.model)[name], tensor) for name, tensor in weights.items())
     assert [entry["stage"] for entry in tuned.history] == ["tiny-stage2", "tiny-tuning"]
     assert tuned.config.template.chat_template == "chatml"
+
+
+def test_stage_2_goes_on_behind_the_tower_and_the_pixels_of_stage_1(
+    stage1: dict[str, Any], pair_recipe: Make, tiny: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    final = train(pair_recipe(stage1, output_dir=str(tmp_path / "stage1"), run__max_steps=1))
+    model: dict[str, Any] = json.loads(json.dumps(stage1["init"]["model"]))
+    second = {
+        "vision": model["vision"],
+        "image": model["image"],
+        "projector": {"mm_projector_type": "qformer", "qformer": QFORMER, "pretrained": str(final)},
+        "llm": {"model_name_or_path": str(tiny / "llm")},
+    }
+    build_model(parse_config(ModelConfig, second, "as it was"))
+    tower = Path(shutil.copytree(model["vision"]["vision_tower"], tmp_path / "tower"))
+    vision = {**model["vision"], "vision_tower": str(tower)}
+    build_model(parse_config(ModelConfig, {**second, "vision": vision}, "the same tower elsewhere"))
+    tensors = load_file(tower / "model.safetensors")
+    other = {name: tensor.flip(0) if "layers.0." in name else tensor for name, tensor in tensors.items()}
+    save_file({name: t.contiguous() for name, t in other.items()}, tower / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="learnt behind another vision tower than"):
+        build_model(parse_config(ModelConfig, {**second, "vision": vision}, "another tower"))
+    with pytest.raises(ConfigError, match=r"learnt with vision\.mm_vision_select_layer = -?\d+, the recipe has -3"):
+        vision = {**model["vision"], "mm_vision_select_layer": -3}
+        build_model(parse_config(ModelConfig, {**second, "vision": vision}, "another layer"))
+    with pytest.raises(ConfigError, match=r"learnt with image\.image_mean = .* the recipe has \[0\.1, 0\.2, 0\.3\]"):
+        image = {**model["image"], "image_mean": [0.1, 0.2, 0.3]}
+        build_model(parse_config(ModelConfig, {**second, "image": image}, "other pixels"))
+    layout = "squash" if model["image"].get("image_aspect_ratio") != "squash" else "pad"
+    with pytest.warns(UserWarning, match=f"learnt with image.image_aspect_ratio = .*the recipe has '{layout}'"):
+        image = {**model["image"], "image_aspect_ratio": layout}
+        build_model(parse_config(ModelConfig, {**second, "image": image}, "another layout"))

@@ -20,7 +20,8 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from polymodal.errors import CheckpointError, first_line
-from polymodal.modeling.language_model import gpu_settings, quieten_transformers
+from polymodal.modeling.language_model import gpu_settings, open_tokenizer, quieten_transformers
+from polymodal.modeling.pretrained import attention_of, load_checked, look_over
 from polymodal.modeling.quantization import GPU_WAYS, quantize_published
 from polymodal.safety.config_json import read_json
 from polymodal.utils.safetensors_io import check_finite
@@ -31,6 +32,9 @@ COMPONENTS = ("image_processor", "tokenizer", "video_processor")
 IMAGES_ONLY = {"SmolVLMProcessor": "Idefics3Processor"}
 """What does the same for images, where num2words is missing."""
 
+NUMBERED = r"\.\d+\."
+"""Names of tensors in one of several layers; where the class has no place for it, it is of another model."""
+
 _NAMED_IN = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
@@ -40,24 +44,20 @@ def open_model(
     """Load the weights, into the usual class of their model type unless another is given."""
     quieten_transformers()
     on_gpu = quantize in GPU_WAYS
-    try:
-        model, report = (kind or transformers.AutoModelForImageTextToText).from_pretrained(
-            str(folder),
-            dtype=dtype or ("float32" if device == "cpu" else "auto"),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            generation_config=GenerationConfig(),  # the folder's own may not even open the model
-            **({"quantization_config": gpu_settings(str(quantize)), "device_map": {"": device}} if on_gpu else {}),
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot open the model ({reason_of(error)})") from error
-    for what in ("missing_keys", "mismatched_keys"):
-        if report[what]:
-            names = sorted(str(name) for name in report[what])
-            more = " ..." if len(names) > 4 else ""
-            raise CheckpointError(f"{folder}: weights do not fit the model ({what}: {', '.join(names[:4])}{more})")
+    model: PreTrainedModel = load_checked(
+        kind or transformers.AutoModelForImageTextToText,
+        str(folder),
+        str(folder),
+        look_over(str(folder), str(folder)),
+        no_more=NUMBERED,
+        dtype=dtype or ("float32" if device == "cpu" else "auto"),
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        generation_config=GenerationConfig(),  # the folder's own may not even open the model
+        **attention_of(read_json(folder / "config.json"), str(folder)),
+        **({"quantization_config": gpu_settings(str(quantize)), "device_map": {"": device}} if on_gpu else {}),
+    )
     if on_gpu:  # it is where it belongs, and its weights are no plain numbers any more
         return model.eval()
     check_finite(model.state_dict(), folder)
@@ -131,7 +131,7 @@ def _component(name: str, folder: Path) -> Any:
     """Open one component of a processor."""
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     if name == "tokenizer":
-        return transformers.AutoTokenizer.from_pretrained(str(folder), **options)
+        return open_tokenizer(str(folder), "its tokenizer", local_files_only=True)
     if name == "image_processor":
         return transformers.AutoImageProcessor.from_pretrained(str(folder), backend="pil", **options)
     if find_spec("torchvision") is None:

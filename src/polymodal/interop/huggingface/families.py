@@ -24,6 +24,7 @@ from typing import Any, Literal
 from polymodal.config import ProjectorConfig, QFormerConfig, VisionConfig, parse_config
 from polymodal.errors import CheckpointError, unknown_name
 from polymodal.modeling.encoders.hf_vision import FAMILIES
+from polymodal.modeling.pretrained import building, usable_attention
 from polymodal.safety.model_folder import CLASSES, FolderReport
 
 
@@ -191,12 +192,13 @@ def read_pieces(report: FolderReport) -> Pieces:
     if report.kind != "huggingface":
         named = report.config.get("architectures") or report.kind
         raise CheckpointError(f"{where}: holds {named}; {CLASSES[kind]} is needed")
-    try:
+    with building(where):
         settings = CONFIG_MAPPING[kind].from_dict(deepcopy(report.config))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+        for part in (settings, settings.vision_config, settings.text_config):
+            part._attn_implementation = usable_attention(str(part._attn_implementation or "sdpa"), str(where))
     if getattr(settings, "quantization_config", None):
         raise NotExpressibleError(
             f"{report.folder}: its weights are quantised; open the folder that they were quantised from"
         )
-    return READERS[kind](settings, str(where))
+    with building(where):
+        return READERS[kind](settings, str(where))

@@ -27,9 +27,10 @@ from polymodal.checkpoints.model_folder import Loaded
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig, TemplateConfig
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.interop.huggingface.families import NotExpressibleError, Pieces, read_pieces
-from polymodal.interop.huggingface.weights import compose, compose_vision, fill, weight_files
+from polymodal.interop.huggingface.weights import compare, compose, compose_vision, fill, weight_files
 from polymodal.messages import Image, user
 from polymodal.modeling.language_model import load_tokenizer, positions_of, quieten_transformers
+from polymodal.modeling.pretrained import most_parts
 from polymodal.modeling.projectors.qformer_files import load_context_tokenizer
 from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.processing.image_config_hf import image_config_from_hf
@@ -69,6 +70,9 @@ class Opened:
 def load_hf(report: FolderReport, *, dtype: Dtype | Literal["auto"] = "float32", source: str | None = None) -> Loaded:
     """Load a published model."""
     opened = open_hf(report, dtype=_stored(report) if dtype == "auto" else dtype)
+    with torch.device("meta"):  # buffers too: nothing takes memory before the sizes are those of the files
+        empty = compose(opened.pieces, opened.config, opened.image_token_id, most_parts(report.tensors()))
+    compare(empty, opened.pieces, report)
     model = compose(opened.pieces, opened.config, opened.image_token_id)
     fill(model, opened.pieces, report, getattr(torch, opened.config.llm.dtype))
     # The special ids of generation, such as where a decoder starts.
@@ -107,7 +111,8 @@ def open_hf(report: FolderReport, *, dtype: Dtype = "float32") -> Opened:
 def hf_processor(report: FolderReport) -> Processor:
     """Open only a published model's processor, without any weights."""
     opened = open_hf(report)
-    _, projector = compose_vision(opened.pieces, opened.config, llm_dim=1)
+    with torch.device("meta"):
+        _, projector = compose_vision(opened.pieces, opened.config, llm_dim=1)
     return Processor(
         opened.config,
         opened.tokenizer,
@@ -153,6 +158,11 @@ def _stored(report: FolderReport) -> Dtype:
 def _placeholder(folder: Path, pieces: Pieces, tokenizer: PreTrainedTokenizerBase) -> int:
     """Find the placeholder's id; where the tokenizer has no such token it is added, as BLIP-2's processor does."""
     wanted = pieces.image_token_id
+    if wanted is not None and wanted < 0:
+        raise CheckpointError(
+            f"{folder}: config.json names {wanted} as the image's token (image_token_index), which is no token's id; "
+            f"write the id that the tokenizer has for {_IMAGE_TOKEN!r}"
+        )
     if wanted is not None and wanted < len(tokenizer):
         if wanted not in tokenizer.added_tokens_decoder:
             raise CheckpointError(

@@ -26,20 +26,17 @@ is read into the latter and written from it, so `to_stock` has no name for the t
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 from polymodal.errors import unknown_name
+from polymodal.utils.safetensors_io import DERIVED
 
 Component: TypeAlias = Literal["llm", "vision", "projector", "newline"]
 Style: TypeAlias = Literal["hub", "transformers", "memory"]
 
 NEWLINE = "image_newline"
 """The one name of the component "newline"."""
-
-DERIVED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq|masked_bias)$")
-"""Buffers that old folders hold and that follow from the configuration."""
 
 WRAPPED_TOWERS = frozenset({"clip", "siglip", "siglip2"})
 """Towers, of `modeling.encoders.hf_vision.FAMILIES`, that lie one level deeper ("vision_model.") in published folders.

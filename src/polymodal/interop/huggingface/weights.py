@@ -21,26 +21,28 @@ from torch import nn
 from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.interop.huggingface.families import Pieces
-from polymodal.interop.huggingface.weight_names import DERIVED, NEWLINE, Component, Place, to_ours, to_stock
+from polymodal.interop.huggingface.weight_names import NEWLINE, Component, Place, to_ours, to_stock
 from polymodal.media_plan import Size
 from polymodal.modeling.build import check_merge
 from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
 from polymodal.modeling.encoders.vision import UNUSED_PARTS, VisionEncoder
 from polymodal.modeling.language_model import model_class
+from polymodal.modeling.pretrained import MOST_PARTS, building, probe
 from polymodal.modeling.projectors import Projector, build_projector
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.safety.model_folder import FolderReport
-from polymodal.utils.safetensors_io import SHOWN, check_finite, compare_tensors
+from polymodal.safety.model_folder import WEIGHTS, FolderReport, refuse_adapter
+from polymodal.utils.safetensors_io import DERIVED, SHOWN, check_finite, compare_tensors
 
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
+INDEX_NAME = f"{WEIGHTS}.index.json"
 
 
-def compose_vision(pieces: Pieces, config: ModelConfig, llm_dim: int) -> tuple[VisionEncoder, Projector]:
+def compose_vision(
+    pieces: Pieces, config: ModelConfig, llm_dim: int, most: int = MOST_PARTS
+) -> tuple[VisionEncoder, Projector]:
     """Make encoder and projector without memory for their weights."""
     assert config.vision is not None and config.image is not None  # every family has both
     tile = Size(*config.image.tile_size)
-    with weights_on_meta():
+    with building("config.json, vision tower", most), weights_on_meta():
         tower = getattr(transformers, FAMILIES[config.vision.type].model_class)(pieces.vision_settings)
         encoder = HFVisionEncoder(
             tower.eval(), config.vision.mm_vision_select_layer, config.vision.mm_vision_select_feature, tile
@@ -55,17 +57,14 @@ def compose_vision(pieces: Pieces, config: ModelConfig, llm_dim: int) -> tuple[V
     return encoder, projector
 
 
-def compose(pieces: Pieces, config: ModelConfig, image_token_id: int) -> MultimodalLM:
+def compose(pieces: Pieces, config: ModelConfig, image_token_id: int, most: int = MOST_PARTS) -> MultimodalLM:
     """Make the whole model without memory for its weights."""
     kind = model_class(bool(pieces.text_settings.is_encoder_decoder))
-    with weights_on_meta():
-        try:
-            llm: transformers.PreTrainedModel = kind.from_config(
-                pieces.text_settings, attn_implementation=config.llm.attn_implementation
-            )
-        except (ValueError, ImportError) as error:
-            raise CheckpointError(f"language model: {first_line(error)}") from error
-    encoder, projector = compose_vision(pieces, config, llm.get_input_embeddings().weight.shape[1])
+    with building("config.json, language model", most), weights_on_meta():
+        llm: transformers.PreTrainedModel = kind.from_config(
+            pieces.text_settings, attn_implementation=config.llm.attn_implementation
+        )
+    encoder, projector = compose_vision(pieces, config, llm.get_input_embeddings().weight.shape[1], most)
     with weights_on_meta():
         return MultimodalLM(
             llm,
@@ -80,10 +79,8 @@ def compose(pieces: Pieces, config: ModelConfig, image_token_id: int) -> Multimo
 
 def fill(model: MultimodalLM, pieces: Pieces, report: FolderReport, dtype: torch.dtype) -> None:
     """Give a model the weights of a published folder."""
-    modules = _modules(model)
-    files = weight_files(report)
-    places = _places(pieces, report, files)
-    absent = _compare(pieces, report, modules, places, files)
+    modules, files = _modules(model), weight_files(report)
+    places, absent = compare(model, pieces, report)
     for name in files:
         here = {key: place for key in report.headers[name] if (place := places.get(key)) is not None}
         _read_file(report.folder / name, here, modules, dtype)
@@ -98,16 +95,22 @@ def fill(model: MultimodalLM, pieces: Pieces, report: FolderReport, dtype: torch
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
         raise CheckpointError(f"{report.folder}: no values for {', '.join(left[:SHOWN])}")
-    model.eval()
+    probe(model.eval().llm, report.folder)
+
+
+def compare(model: MultimodalLM, pieces: Pieces, report: FolderReport) -> tuple[dict[str, Place | None], list[Place]]:
+    """Make sure that the files hold this model; gives where each tensor goes, and what they leave out and may."""
+    files = weight_files(report)
+    places = _places(pieces, report, files)
+    return places, _compare(pieces, report, _modules(model), places, files)
 
 
 def weight_files(report: FolderReport) -> list[str]:
     """Find which files hold a folder's weights."""
-    if INDEX_NAME in report.shards:
-        return list(report.shards[INDEX_NAME])
-    if WEIGHTS_NAME not in report.headers:
-        raise CheckpointError(f"{report.folder}: {WEIGHTS_NAME} is missing (only safetensors are read)")
-    return [WEIGHTS_NAME]
+    refuse_adapter(report)
+    if not (files := report.weight_files()):
+        raise CheckpointError(f"{report.folder}: {WEIGHTS} is missing (only safetensors are read)")
+    return files
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from polymodal.config import ImageConfig, VisionConfig
 from polymodal.modeling.dual_encoders.losses import pair_ids
 from polymodal.modeling.encoders.pixel_norm import PixelNorm
 from polymodal.modeling.encoders.vision import BUNDLED, VisionEncoder
+from polymodal.utils.files import whole_path
 from polymodal.utils.modules import frozen
 
 METRIC = "metric/"
@@ -219,6 +220,6 @@ class TowerPairModel(PairModel):
     def save_tower(self, folder: Path) -> VisionConfig:
         """Write the tower if it is trained or came from a model's own folder, and say where it is."""
         if self.vision.vision_tower != BUNDLED and frozen(self.tower):
-            return self.vision
+            return self.vision.model_copy(update={"vision_tower": whole_path(self.vision.vision_tower)})
         self.vision_encoder.save(folder / "vision")
         return self.vision.model_copy(update={"vision_tower": BUNDLED})

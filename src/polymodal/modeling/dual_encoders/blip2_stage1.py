@@ -43,7 +43,7 @@ from polymodal.modeling.dual_encoders.losses import (
     similarities,
     unit,
 )
-from polymodal.modeling.encoders.vision import VisionEncoder
+from polymodal.modeling.encoders.vision import VisionEncoder, fingerprint
 from polymodal.modeling.projectors.mlp import Standardize
 from polymodal.modeling.projectors.qformer import QFormer
 from polymodal.modeling.projectors.qformer_files import CONFIG_NAME, write_qformer
@@ -267,6 +267,7 @@ class Blip2Stage1(TowerPairModel):
         document["stage1"] = {
             "vision": self.save_tower(folder).model_dump(mode="json"),
             "image": self.image.model_dump(mode="json"),
+            "tower": fingerprint(self.vision_encoder),
             "projection_dim": self.vision_projection.out_features,
         }
         write_text(folder / CONFIG_NAME, json.dumps(document, indent=2) + "\n")

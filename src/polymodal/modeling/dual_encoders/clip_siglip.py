@@ -24,12 +24,14 @@ import transformers
 from torch import Tensor, nn
 
 from polymodal.config import RESAMPLE_FILTERS, ImageConfig
-from polymodal.errors import CheckpointError, ConfigError, first_line, unknown_name
+from polymodal.errors import ConfigError, unknown_name
 from polymodal.media_plan import Size
 from polymodal.modeling.dual_encoders.base import METRIC, Embedded, Everyone, PairBatch, PairModel
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig, PairModelConfig
 from polymodal.modeling.dual_encoders.losses import clamp_logit_scale, clip_loss, siglip_loss, unit
+from polymodal.modeling.encoders.vision import OWN_LAYERS
 from polymodal.modeling.language_model import open_tokenizer
+from polymodal.modeling.pretrained import load_checked, look_over, read_settings
 from polymodal.utils.modules import frozen
 
 LOGIT_SCALE_SIGLIP = math.log(10)
@@ -228,7 +230,7 @@ def build_dual_encoder(settings: PairModelConfig, objective: ObjectiveConfig) ->
 
 def load_dual_encoder(source: str, image: ImageConfig, objective: ObjectiveConfig) -> DualEncoder:
     """Load two encoders."""
-    settings = transformers.AutoConfig.from_pretrained(source)
+    settings = read_settings(source, source)
     stock = CLASSES[settings.model_type]
     named = (settings.architectures or [stock])[0]
     if settings.model_type == "blip" and named != stock:
@@ -346,12 +348,9 @@ def _build_pair(settings: PairModelConfig, tokenizer: Any) -> Any:
 def _encoder(given: dict[str, Any] | str, where: str, follows: dict[str, Any]) -> Any:
     """One encoder of a pair: from a folder or hub id, or fresh from keys."""
     if isinstance(given, str):
-        try:
-            settings = transformers.AutoConfig.from_pretrained(given)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{where} {given!r}: cannot be opened ({first_line(error)})") from error
+        settings = read_settings(given, f"{where} {given!r}")
         of_clip = settings.model_type in ("clip", "clip_vision_model")
-        return _open(transformers.CLIPVisionModel if of_clip else transformers.AutoModel, given)
+        return _open(transformers.CLIPVisionModel if of_clip else transformers.AutoModel, given, OWN_LAYERS)
     if "model_type" not in given:
         raise ConfigError(f"{where}: name the encoder's model_type, such as dinov2 or bert, or a folder of one")
     kind = given["model_type"]
@@ -366,16 +365,10 @@ def _encoder(given: dict[str, Any] | str, where: str, follows: dict[str, Any]) -
     return transformers.AutoModel.from_config(config)
 
 
-def _open(cls: Any, source: str) -> Any:
+def _open(cls: Any, source: str, no_more: str = "") -> Any:
     """Load weights, safetensors only, and make sure that none was left at random values."""
-    try:
-        model, report = cls.from_pretrained(source, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{source}: cannot be loaded ({first_line(error)})") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise CheckpointError(f"{source}: lacks {len(missing)} tensors, such as {missing[0]}")
-    return model
+    most = look_over(source, source)
+    return load_checked(cls, source, source, most, no_more=no_more, dtype=torch.float32, use_safetensors=True)
 
 
 def stock_keys(cls: Any, given: Any, where: str) -> dict[str, Any]:

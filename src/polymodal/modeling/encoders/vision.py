@@ -9,13 +9,13 @@ configured or lacks weights, which would otherwise stay at random values.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -30,8 +30,8 @@ from polymodal.modeling.encoders.efficientnet import (
     load_efficientnet_lite0,
 )
 from polymodal.modeling.encoders.hf_vision import FAMILIES, Family, HFVisionEncoder
+from polymodal.modeling.pretrained import attention_of, load_checked, look_over
 from polymodal.safety.config_json import check_settings
-from polymodal.safety.model_folder import check_folder
 from polymodal.utils.files import home_path, shipped
 from polymodal.utils.modules import ModuleLike
 from polymodal.utils.safetensors_io import check_finite
@@ -39,6 +39,8 @@ from polymodal.utils.safetensors_io import check_finite
 BUNDLED = "bundled"
 # Parts of a tower that lie behind every hidden state: nothing of ours reads them, so weights may lack them.
 UNUSED_PARTS = ("head.", "post_layernorm.", "layernorm.", "embeddings.mask_token")
+# A tower may lie in the files of a whole model; layers that are its own and have no place are another tower's.
+OWN_LAYERS = r"^(?!text_|language_|qformer).*\bencoder\.layers?\.\d+\."
 
 
 class VisionEncoder(ModuleLike, Protocol):
@@ -79,9 +81,8 @@ def _build_hf(config: VisionConfig, folder: Path | None, tile: Size | None) -> V
 
 def _load_tower(family: Family, config: VisionConfig, source: str) -> nn.Module:
     """Read a tower's weights (safetensors only) and make sure that none was left at random values."""
-    verbosity = logging.get_verbosity()
-    if Path(source).is_dir():
-        check_folder(Path(source))
+    verbosity, where = logging.get_verbosity(), f"vision_tower {source!r}"
+    most = look_over(source, where, revision=config.revision)
     try:
         settings, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=config.revision)
         if "model_type" not in settings:
@@ -90,25 +91,35 @@ def _load_tower(family: Family, config: VisionConfig, source: str) -> nn.Module:
         check_type(family, config, settings["model_type"])
         # The report that a text tower was left out is what was asked for, no news.
         logging.set_verbosity_error()
-        model, report = getattr(transformers, family.model_class).from_pretrained(
+        model: nn.Module = load_checked(
+            getattr(transformers, family.model_class),
             source,
+            where,
+            most,
             revision=config.revision,
             use_safetensors=True,
             trust_remote_code=False,
             key_mapping=family.key_mapping,
-            output_loading_info=True,
+            may_lack=UNUSED_PARTS,
+            no_more=OWN_LAYERS,
+            **attention_of(settings, where),
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"vision_tower {source!r} cannot be loaded: {' '.join(str(error).split())}") from error
     finally:
         logging.set_verbosity(verbosity)
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith(UNUSED_PARTS))
-    if missing:
-        raise CheckpointError(
-            f"vision_tower {source!r} lacks {len(missing)} tensors of {family.model_class}, such as {missing[0]}"
-        )
     check_finite(dict(model.named_parameters()), f"vision_tower {source!r}")
     return model
+
+
+def fingerprint(encoder: Any) -> str:
+    """A short hash of a tower's weights, of some numbers of each tensor; what nothing reads has no say."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        if not name.removeprefix("model.").startswith(UNUSED_PARTS) and tensor.is_floating_point():
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)].float().cpu()
+            digest.update(some.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check_type(family: Family, config: VisionConfig, found: str | None) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from polymodal.config import ProjectorConfig, QFormerConfig, parse_config
+from polymodal.config import ModelConfig, ProjectorConfig, QFormerConfig, parse_config
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.modeling.language_model import open_tokenizer
 from polymodal.modeling.projectors.mlp import NormKind
@@ -156,6 +157,30 @@ def start_projector(projector: object, pretrained: str) -> None:
     if not isinstance(projector, QFormerProjector):
         raise ConfigError(f"projector.pretrained is for a Q-Former, not for {type(projector).__name__}")
     start_from(projector.qformer, home_path(pretrained))
+
+
+def check_stage1(folder: Path, config: ModelConfig, tower: str) -> None:
+    """Make sure that a Q-Former goes on behind the tower, by its fingerprint, and the pixels that it learnt from."""
+    path = folder / CONFIG_NAME
+    stage = read_json(path).get("stage1") if path.is_file() else None
+    if not isinstance(stage, dict) or config.vision is None:
+        return
+    where = f"projector.pretrained {folder}"
+    if stage.get("tower", tower) != tower:
+        raise ConfigError(
+            f"{where}: learnt behind another vision tower than {config.vision.vision_tower!r} (its weights differ) "
+            f"and does not know its features; take {stage['vision'].get('vision_tower')!r} of that stage"
+        )
+    parts = {"vision": (config.vision, {"vision_tower", "revision"}), "image": (config.image, {"max_pixels"})}
+    for part, (settings, aside) in parts.items():
+        now = settings.model_dump(mode="json", exclude=aside) if settings is not None else {}
+        for key, before in (stage.get(part) or {}).items():
+            if now.get(key, before) == before:
+                continue
+            said = f"{where}: learnt with {part}.{key} = {before!r}, the recipe has {now[key]!r}"
+            if part == "vision" or key in ("image_mean", "image_std"):
+                raise ConfigError(f"{said}; give both stages the same")
+            warnings.warn(said, stacklevel=3)  # another layout of the same pixels is a choice
 
 
 def start_from(qformer: QFormer, folder: Path) -> None:

@@ -27,7 +27,6 @@ from polymodal.training.contrastive.images import Images, crops, open_images
 from polymodal.training.contrastive.step import pair_gradients
 from polymodal.training.contrastive.teacher import Teacher, tower_output, tower_store
 from polymodal.training.distributed import Engine, wants_bf16
-from polymodal.training.feature_cache import weights_identity
 from polymodal.training.optimizer import Group, apply_policy
 from polymodal.training.process_group import World
 from polymodal.training.recipes.contrastive import AugmentConfig, PairRecipe
@@ -240,7 +239,6 @@ class ContrastiveTask(Task):
             "samples": state.samples,
             "loss": self.last_loss(),
             "recipe": identity(self.recipe),
-            "tower": weights_identity(model.tower, ""),
         }
         document = {
             "format": 1,

@@ -14,7 +14,6 @@ from polymodal.backends.local import processor_of
 from polymodal.checkpoints.model_folder import save_model
 from polymodal.config import ImageConfig, ModelConfig, new_image_rules, parse_config
 from polymodal.data.readers.conversations import Record
-from polymodal.errors import CheckpointError
 from polymodal.interop.open import open_model
 from polymodal.modeling.build import build_model
 from polymodal.modeling.dual_encoders.registry import read_metadata
@@ -23,7 +22,7 @@ from polymodal.modeling.vlm import MultimodalLM
 from polymodal.training.activation_checkpointing import save_memory
 from polymodal.training.checkpoint import State, identity
 from polymodal.training.distributed import Engine, wants_bf16
-from polymodal.training.feature_cache import OFF, open_store, weights_identity
+from polymodal.training.feature_cache import OFF, open_store
 from polymodal.training.optimizer import Group, apply_policy, cast_frozen_linears, is_adapter
 from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
@@ -60,11 +59,11 @@ def load_inputs(recipe: Recipe) -> StageInputs:
         if (source := recipe.init.model.projector.pretrained) is not None:
             metadata = read_metadata(Path(source))
             image = parse_config(ImageConfig, metadata["image"], source) if "image" in metadata else None
-            check_start(recipe, source, model, metadata.get("history", []), image)
+            say_changed_rules(recipe, source, image)
         return StageInputs(model, tokenizer, recipe.init.model)
     assert recipe.init.from_folder is not None
     loaded = open_model(recipe.init.from_folder)
-    check_start(recipe, recipe.init.from_folder, loaded.model, loaded.history, loaded.config.image)
+    say_changed_rules(recipe, recipe.init.from_folder, loaded.config.image)
     config = new_image_rules(loaded.config, recipe.init.image)
     if recipe.init.template is not None:
         config = config.model_copy(update={"template": recipe.init.template})
@@ -74,29 +73,14 @@ def load_inputs(recipe: Recipe) -> StageInputs:
     return StageInputs(loaded.model, loaded.tokenizer, config, list(loaded.history))
 
 
-def check_start(
-    recipe: Recipe, source: str, model: MultimodalLM, history: Sequence[dict[str, Any]], image: ImageConfig | None
-) -> None:
-    """Refuse a tower that is not the one of the stage before, and say which of its image rules are changed."""
-    # A projector has learnt what one tower makes of images; another of the same width fits its shape and nothing else.
-    trained = history[-1].get("tower") if history else None  # an export may have rounded it
-    if trained is not None and trained != tower_hash(model):
-        raise CheckpointError(
-            f"{source}: its projector was trained with another vision tower than this stage would start on; name that "
-            "tower, or put its weights back where they were, or train from the first stage again"
-        )
+def say_changed_rules(recipe: Recipe, source: str, image: ImageConfig | None) -> None:
+    """Say which image rules are not those of the stage before; another layout of the same pixels is a choice."""
     rules = recipe.init.image if recipe.init.model is None else recipe.init.model.image
     if image is not None and rules is not None:
         before, now = image.model_dump(), rules.model_dump()
         changed = [f"{key} was {before[key]}, is {now[key]}" for key in now if before[key] != now[key]]
         if changed:
             log(f"{recipe.name}: other image rules than {source} was trained with: {'; '.join(changed)}")
-
-
-def tower_hash(model: MultimodalLM) -> str | None:
-    """Hash the vision tower's weights."""
-    encoder: Any = model.vision_encoder
-    return None if encoder is None else weights_identity(encoder, "")
 
 
 class SFTTask(Task):
@@ -239,7 +223,6 @@ class SFTTask(Task):
             "trained_tokens": state.trained_tokens,
             "loss": self.last_loss(),
             "recipe": identity(self.recipe),
-            "tower": tower_hash(self.model),
         }
         history = [*self.inputs.history, stage]
         ever = {name for entry in history for name in entry.get("trained", ())}
