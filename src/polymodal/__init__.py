@@ -9,8 +9,6 @@
 Names are loaded on first use, so that importing the package stays instant.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """`python -m polymodal` is the `polymodal` command."""
 
-from __future__ import annotations
-
 import sys
 
 from polymodal.cli import main

@@ -4,8 +4,6 @@ Unknown keys are errors that name the nearest key. Names follow the field's habi
 `mm_projector_type`, `mm_vision_select_layer`, `image_aspect_ratio`, ...).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Any, Literal, Self, TypeAlias
 

@@ -7,8 +7,6 @@ exits with status 2; `--debug` shows the traceback. Anything else that escapes i
 What is wrong with a row of training data has a code too (`data.check.rows.FAULTS`), given where the fault is found.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -5,8 +5,6 @@ a part only says where its bytes are. `media/` turns sources into arrays, `proce
 Readers for the field's JSON formats live in `data/readers/`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,9 +1,9 @@
 """A model of ours behind the chat protocol."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from polymodal.backends.base import Answer, ModelBackend
 from polymodal.config import ModelConfig
@@ -16,9 +16,6 @@ from polymodal.modeling.language_model import positions_of
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Sample, collate
 from polymodal.processing.processor import Processor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def processor_of(model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Processor:

@@ -5,8 +5,6 @@ The client is told by the environment where to look and whether to: `HF_ENDPOINT
 here. Only weights as safetensors and what describes them are fetched. What was fetched is pinned by its commit.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

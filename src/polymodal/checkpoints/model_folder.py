@@ -13,16 +13,15 @@ tokenizer. It is stored with its hash; a folder whose contract was changed by ha
 other rules, is refused with the difference named. Only safetensors and JSON are read. Writes are atomic.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import BaseModel
+from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import ModelConfig, parse_config
 from polymodal.errors import CheckpointError
@@ -38,10 +37,6 @@ from polymodal.safety.config_json import check_settings, read_json
 from polymodal.safety.model_folder import OURS, FolderReport, check_folder, refuse_adapter
 from polymodal.utils.files import atomic_folder, whole_path, write_text
 from polymodal.utils.safetensors_io import copy_tensors, read_tensors, write_tensors
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 FORMAT = 1
 CONFIG_NAME = OURS

@@ -4,8 +4,6 @@ Only the module of the verb that is asked for is imported, so `--help` answers a
 line on standard error and exit status 2; `--debug`, before or after the verb, shows the traceback.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import io

@@ -1,7 +1,5 @@
 """`python -m polymodal.cli` is the `polymodal` command, as `torchrun -m polymodal.cli` starts it."""
 
-from __future__ import annotations
-
 import sys
 
 from polymodal.cli import main

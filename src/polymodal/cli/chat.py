@@ -5,8 +5,6 @@ question, /clear starts over, /help lists the commands, /quit or Ctrl-D ends. Ct
 ends the chat.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -1,7 +1,5 @@
 """What several verbs share: flags, opening a model, numbers and rows for people, printing safely on a terminal."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

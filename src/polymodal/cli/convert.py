@@ -7,8 +7,6 @@ often pickles, and may hold only a projector or a LoRA. Examples:
   polymodal convert llava-hf/llava-1.5-7b-hf my-llava
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -6,8 +6,6 @@ too. Examples:
   polymodal embed *.jpg --model openai/clip-vit-base-patch32 --json > vectors.json
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 

@@ -1,7 +1,5 @@
 """Print versions, devices, folders and whether the default language model is there; paste it into a bug report."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

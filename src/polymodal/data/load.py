@@ -1,7 +1,5 @@
 """Read a data file of any form, whole or row by row. Errors name the file and the row."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path

@@ -9,8 +9,6 @@ Counts are integers, so every machine gets the same. Two ways to give them, neve
   what is called a temperature.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from fractions import Fraction

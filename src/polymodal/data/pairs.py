@@ -1,7 +1,5 @@
 """A record as a pair of an image and its captions, for training and for scoring alike."""
 
-from __future__ import annotations
-
 from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError
 from polymodal.messages import Image, Source

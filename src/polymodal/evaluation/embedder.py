@@ -5,8 +5,6 @@ Tokens and pixels are made as the folder's own tokenizer and image processor mak
 scored as `transformers` scores it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice

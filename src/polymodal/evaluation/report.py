@@ -1,7 +1,5 @@
 """Scores as tables for people."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 

@@ -4,8 +4,6 @@ Rows of a batch are padded on the left, so that unequal prompts give the same to
 and rows of the head that belong to no token are never chosen.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """How text is chosen from logits, and how long it may get."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import Field

@@ -16,8 +16,6 @@ ChatML or Llama 3 where it has those tokens; else Mistral's for a Mistral and Vi
 rest. An image is followed by a line break, as there.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import warnings
@@ -25,9 +23,10 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from polymodal.checkpoints.model_folder import Loaded, load_adapter
 from polymodal.config import (
@@ -49,20 +48,10 @@ from polymodal.modeling.pretrained import building, most_parts, probe
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.chat_template.presets import PRESETS
 from polymodal.processing.image_config_hf import image_config_from_hf
+from polymodal.safety import model_folder
 from polymodal.safety.config_json import check_settings, read_json
-from polymodal.safety.model_folder import (
-    LLAVA_REPO,
-    FolderReport,
-    check_folder,
-    pickle_error,
-    refuse_adapter,
-    whole_files,
-)
 from polymodal.utils.files import home_path
 from polymodal.utils.safetensors_io import DERIVED, check_finite, compare_tensors, copy_tensors, read_tensors
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 State: TypeAlias = dict[str, torch.Tensor]
 
@@ -87,7 +76,7 @@ _REFUSED = {
 class Repo:
     """What such a folder's `config.json` says, in our terms; the weights are not read yet."""
 
-    report: FolderReport
+    report: model_folder.FolderReport
     kind: Literal["whole", "projector", "lora"]
     files: list[str]  # The files that hold the weights: all of a whole folder, what is not the adapter's of the others
     adapter: str | None  # The file of a LoRA
@@ -100,7 +89,7 @@ class Repo:
     in_tiles: bool  # Whether the canvases of "anyres" count tiles instead of pixels
 
 
-def read_repo(report: FolderReport) -> Repo:
+def read_repo(report: model_folder.FolderReport) -> Repo:
     """Read the configuration, and find the files of the weights."""
     folder, document, where = report.folder, report.config, report.folder / "config.json"
     if report.kind != "llava":
@@ -108,10 +97,10 @@ def read_repo(report: FolderReport) -> Repo:
     there = sorted((*report.headers, *report.pickles))
     adapter = None
     kind: Literal["whole", "projector", "lora"]
-    whole = whole_files(report)
+    whole = model_folder.whole_files(report)
     if "adapter_config.json" in report.configs:
         if whole:
-            refuse_adapter(report)
+            model_folder.refuse_adapter(report)
         kind, files = "lora", [_one_of(report, "non_lora_trainables")]
         adapter = _one_of(report, "adapter_model")
     elif whole:
@@ -122,7 +111,7 @@ def read_repo(report: FolderReport) -> Repo:
         raise CheckpointError(f"{folder}: no weights: neither a model, nor mm_projector.bin, nor an adapter")
     needed = next((file for file in (adapter, *files) if file in report.pickles), None)
     if needed is not None and not report.allow_pickle:
-        raise pickle_error(folder / needed, report.kind)
+        raise model_folder.pickle_error(folder / needed, report.kind)
     for key, what in _REFUSED.items():
         if document.get(key):
             raise CheckpointError(f"{where}: {key} is {document[key]!r}: {what} cannot be expressed here")
@@ -148,7 +137,7 @@ def read_repo(report: FolderReport) -> Repo:
     )
 
 
-def _one_of(report: FolderReport, stem: str) -> str:
+def _one_of(report: model_folder.FolderReport, stem: str) -> str:
     """The file of that name, as safetensors where there are both."""
     for name, found in ((f"{stem}.safetensors", report.headers), (f"{stem}.bin", report.pickles)):
         if name in found:
@@ -164,7 +153,7 @@ def _text_settings(document: dict[str, Any], where: Path) -> Any:
     if values.get("rope_scaling") is None:
         values.pop("rope_scaling", None)
     with building(where):
-        return AutoConfig.for_model(LLAVA_REPO[document["model_type"]], **values)
+        return AutoConfig.for_model(model_folder.LLAVA_REPO[document["model_type"]], **values)
 
 
 def _choice(document: dict[str, Any], key: str, choices: tuple[str, ...], where: Path) -> str:
@@ -214,7 +203,7 @@ def _pinpoints(document: dict[str, Any], where: Path) -> tuple[tuple[tuple[int, 
 
 
 def load_llava_repo(
-    report: FolderReport,
+    report: model_folder.FolderReport,
     *,
     base: str | None = None,
     vision_tower: str | None = None,
@@ -279,7 +268,7 @@ def load_llava_repo(
     return Loaded(model.eval(), tokenizer, config, [entry])
 
 
-def _base_report(repo: Repo, base: str | None) -> FolderReport | None:
+def _base_report(repo: Repo, base: str | None) -> model_folder.FolderReport | None:
     """Look over the language model that a LoRA or projector goes on, where that is a LLaVA folder itself."""
     report, folder = repo.report, repo.report.folder
     if repo.kind == "whole":
@@ -294,7 +283,7 @@ def _base_report(repo: Repo, base: str | None) -> FolderReport | None:
         raise CheckpointError(
             f"{folder}: holds {what}; name the language model with --base of `polymodal convert`{hint}"
         )
-    found = check_folder(Path(base), allow_pickle=report.allow_pickle) if Path(base).is_dir() else None
+    found = model_folder.check_folder(Path(base), allow_pickle=report.allow_pickle) if Path(base).is_dir() else None
     return found if found is not None and found.kind == "llava" else None
 
 

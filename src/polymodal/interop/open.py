@@ -3,8 +3,6 @@
 `backends.load` puts the chat protocol over it; training starts from it; export writes it out again.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -13,8 +13,6 @@ Depths beyond 8 bits have no one meaning, so the rule is fixed here:
   from its smallest to its largest value. What is not finite counts as the smallest.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os

@@ -10,8 +10,6 @@ in order costs one read a group; reading in random order costs one for each imag
 of about 100 images, which keeps that bearable. Where it is not, cache the features or convert the file.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import os

@@ -9,8 +9,6 @@ score to everything has recall 0, not 1 (`argsort` and `topk` would credit it wi
 may hold several vectors an image, as a Q-Former's queries do; the best one counts, as in BLIP-2 (arXiv:2301.12597).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

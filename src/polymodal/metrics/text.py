@@ -1,7 +1,5 @@
 """How one answer is scored against the accepted ones, and how sure a mean is."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

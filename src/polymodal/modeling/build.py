@@ -3,8 +3,6 @@
 Only these functions see a configuration; the parts themselves take plain arguments.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

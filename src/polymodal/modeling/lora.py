@@ -7,8 +7,6 @@ vision tower; the base is quantised after it was loaded, so the stored model sta
 never written. `checkpoints.model_folder` folds adapters in.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import time

@@ -6,8 +6,6 @@ Face cache, or `PUBLISHED_SHAPES`, what the `config.json` of the models that the
 their pages on the Hugging Face hub). Nothing is fetched unless asked for.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

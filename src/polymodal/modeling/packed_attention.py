@@ -12,8 +12,6 @@ registry, so the way is not guessed from a name: `choose_method` runs two tiny s
 apart, and takes the first way whose results agree.
 """
 
-from __future__ import annotations
-
 import inspect
 import sys
 from collections.abc import Callable, Sequence

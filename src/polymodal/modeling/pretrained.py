@@ -6,8 +6,6 @@ laid out on the meta device, where nothing takes memory, and compared with the f
 then it is loaded. What transformers raises on a configuration that it was not made for, becomes one line.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 import warnings

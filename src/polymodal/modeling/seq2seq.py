@@ -15,8 +15,6 @@ with absolute positions see the same whichever side was padded. Pure functions o
 `docs/shapes.md`, with S positions of the encoder and U of the decoder.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

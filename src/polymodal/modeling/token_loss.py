@@ -8,8 +8,6 @@ own module, adapters and all). torch's `F.linear_cross_entropy` does it for a ba
 is far slower on a CPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -9,8 +9,6 @@ are kept apart by `polymodal.modeling.packed_attention`; `polymodal.modeling.tok
 An encoder-decoder language model takes the same sequence; `polymodal.modeling.seq2seq` cuts it before the last answer.
 """
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ count as they are. Not seen: memory that a kernel borrows while it runs, and the
 take seconds and a second copy of the model's modules, and an estimate is enough.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

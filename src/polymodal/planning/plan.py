@@ -6,8 +6,6 @@ model itself on tensors without data (`modeling.meta_device`), activations and F
 share of a device's peak.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence

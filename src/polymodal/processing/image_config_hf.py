@@ -4,8 +4,6 @@ Strict: a setting that cannot be expressed, or is not known, is refused and name
 costs accuracy in silence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 

@@ -8,8 +8,6 @@ Beside an image lies: the mean colour or `pad_color` for "pad"; black for "crop"
 `background` for all tiles of "slice".
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage

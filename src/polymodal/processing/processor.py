@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from PIL import Image as PILImage
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import ImageConfig, ModelConfig, TemplateConfig
 from polymodal.errors import ConfigError, PolymodalError
@@ -19,9 +20,6 @@ from polymodal.messages import Image, Message
 from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.processing.collate import Sample
 from polymodal.processing.image_transform import make_tiles, tile_bytes
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class ContextReader:

@@ -1,7 +1,5 @@
 """What a model folder's JSON files may say: no foreign code, no impossible sizes, no bottomless nesting."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -3,8 +3,6 @@
 The other half of `polymodal.safety.jinja_sandbox`: nothing here compiles or counts steps.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterable

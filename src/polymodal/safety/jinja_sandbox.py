@@ -15,8 +15,6 @@ Templates get what `transformers` gives them (`raise_exception`, `strftime_now`,
 or filters that nobody's chat template uses and that can blow text up (`center`, `format`, `wordwrap`, ...).
 """
 
-from __future__ import annotations
-
 import re
 import threading
 import time

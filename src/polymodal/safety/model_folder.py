@@ -11,8 +11,6 @@ The incidents behind the rules: transformers CVE-2026-4372 (`_attn_implementatio
 past the end of a file).
 """
 
-from __future__ import annotations
-
 import os
 import re
 import stat

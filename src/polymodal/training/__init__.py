@@ -5,8 +5,6 @@ trainer: `sft`, `contrastive`), `trainer` (the steps), `optimizer` (what trains)
 `checkpoint` (crash-safe state), `feature_cache` (a frozen encoder's output, computed once), `reporting`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

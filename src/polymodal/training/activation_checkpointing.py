@@ -6,8 +6,6 @@ partly frozen layer, whose dropout must stay off, is in eval mode here, so it wo
 Apply in this order: `checkpoint_layers` after `compile_layers`, and both before wrapping for data-parallel training.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from functools import wraps

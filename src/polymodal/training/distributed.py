@@ -8,8 +8,6 @@ Contrastive tasks have gathers inside their loss and embed every micro-batch twi
 their gradients are summed once a step. Unlike `accelerate`'s wrappers, nothing here touches data or schedule.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

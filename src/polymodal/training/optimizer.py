@@ -5,24 +5,19 @@ the vision tower as well. Frozen modules stay in eval mode, so that dropout and 
 trained do not change (LAVIS's `disabled_train`). Trained parameters are float32 whatever the model's dtype.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import LoraRecipe
 from polymodal.errors import ConfigError
 from polymodal.modeling.lora import LORA_MARK, ROWS_MARK, add_adapters, is_adapter
 from polymodal.training.recipes.sections import OptimConfig, RuleConfig
 from polymodal.utils.globs import match_names
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ result are compared key by key; where they differ from those of a finished stage
 hours of training are not thrown away by a typing mistake. See `training.recipes.pipeline` for the file itself.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json

@@ -5,8 +5,6 @@ timeout: one process may prepare data for an hour while the others wait. A proce
 and the others end with one line at once; one that hangs is noticed after `run.timeout_minutes`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Read this file to see in which order things happen; each of them lives in a module of its own.
 """
 
-from __future__ import annotations
-
 import json
 from importlib import import_module
 from pathlib import Path

@@ -4,8 +4,6 @@ Both are pure functions of (sizes, repeats, seed, epoch), so a resumed run needs
 processes does not matter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

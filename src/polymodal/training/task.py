@@ -5,8 +5,6 @@ tuning (`sft.task`) and contrastive pairs (`contrastive.task`) are two. A furthe
 recipe class that names it, and that class in `recipes.load.RECIPES`.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which devices there are."""
 
-from __future__ import annotations
-
 from polymodal.errors import ConfigError
 
 

@@ -1,7 +1,5 @@
 """Files that are either whole or not there: atomic writes, hashes, and the user's cache folder."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

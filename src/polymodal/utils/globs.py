@@ -1,7 +1,5 @@
 """Globs over full dotted names: `*` crosses dots, `{a,b}` means either, and a glob that matches nothing is an error."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from fnmatch import translate

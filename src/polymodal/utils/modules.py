@@ -1,7 +1,5 @@
 """Small helpers for torch modules."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """Names of files and folders as configuration keys hold them: `~` is the home folder, nothing is not a name."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """Progress on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """Configuration classes that refuse what they do not know, and their one-line errors."""
 
-from __future__ import annotations
-
 import reprlib
 import warnings
 from typing import Any, ClassVar, TypeVar, get_args

@@ -1,7 +1,5 @@
 """Map in threads, in order, a bounded number of items ahead: what decoding images needs, and no more."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -9,8 +9,6 @@ Images that are not square are padded after they are resized there, before it he
 itself; for the answers such images are padded beforehand, so that models are compared and not edges.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager

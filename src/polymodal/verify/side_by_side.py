@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+
+from PIL import Image as PILImage
 
 from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.model_folder import Loaded
@@ -25,9 +27,6 @@ from polymodal.media.image import open_image
 from polymodal.messages import Image, Message, Text, assistant, system, user
 from polymodal.processing.collate import Sample, collate
 from polymodal.utils.files import write_text
-
-if TYPE_CHECKING:
-    from PIL import Image as PILImage
 
 REPORT_NAME = "parity.json"
 TOKENS = 16

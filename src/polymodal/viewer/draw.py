@@ -3,8 +3,6 @@
 Thin lines inside a tile part its tokens; a tile's number is its place in the batch that the encoder sees.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont

@@ -1,7 +1,5 @@
 """What an OpenAI-compatible server says: events of a stream, answers and errors in the forms that servers use."""
 
-from __future__ import annotations
-
 import codecs
 import io
 import itertools

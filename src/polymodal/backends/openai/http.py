@@ -7,8 +7,6 @@ host and over no open line. Nothing a server sends is trusted: sizes are limited
 cleaned before they are shown.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import itertools
 import json
@@ -25,18 +23,7 @@ from typing import Any
 import httpx2
 from pydantic import SecretStr
 
-from polymodal.backends.openai.answers import (
-    Event,
-    choice,
-    clean,
-    code_of,
-    finish_of,
-    parsed,
-    read_events,
-    text_of,
-    trouble,
-    words_of,
-)
+from polymodal.backends.openai import answers
 from polymodal.errors import ConfigError, EndpointError
 
 MAX_BODY = 32 * 2**20
@@ -109,7 +96,7 @@ class Endpoint:
         """The address for people: without the query."""
         return _shown(self._url)
 
-    def send(self, body: dict[str, Any]) -> Generator[Event]:
+    def send(self, body: dict[str, Any]) -> Generator[answers.Event]:
         """Send one request. Closing the generator closes the connection."""
         deadline = time.monotonic() + self.patience.total_s
         for attempt in itertools.count(1):
@@ -117,7 +104,7 @@ class Endpoint:
             try:
                 with closing(self._attempt(body, deadline)) as events:
                     for event in events:
-                        answered = answered or bool(text_of(event))
+                        answered = answered or bool(answers.text_of(event))
                         yield event
                 return
             except _Passing as error:
@@ -129,7 +116,7 @@ class Endpoint:
         """Close the connections that are kept open between calls; nothing can be sent after that."""
         self._client.close()
 
-    def _attempt(self, body: dict[str, Any], deadline: float) -> Generator[Event]:
+    def _attempt(self, body: dict[str, Any], deadline: float) -> Generator[answers.Event]:
         """Send once, and follow redirects that stay on the server."""
         read_s = self.patience.read_s if body.get("stream") else self.patience.total_s
         left = max(deadline - time.monotonic(), 0.001)
@@ -159,14 +146,14 @@ class Endpoint:
         there = httpx2.URL() if request is None else request.url
         same = (there.scheme, there.host, there.port) == (here.scheme, here.host, here.port)
         if request is None or not same or response.status_code not in (307, 308):
-            where = clean(f"{there.scheme}://{there.host}", 100) if there.host else "nowhere"
+            where = answers.clean(f"{there.scheme}://{there.host}", 100) if there.host else "nowhere"
             raise Refused(
                 f"{self.shown}: redirects ({response.status_code}) to {where}; refused, since the key would go there "
                 "too; give the new address as the base URL if that is meant"
             )
         return request
 
-    def _read(self, response: httpx2.Response, deadline: float) -> Iterator[Event]:
+    def _read(self, response: httpx2.Response, deadline: float) -> Iterator[answers.Event]:
         """Read an answer in either form."""
         if response.status_code != 200:
             raise self._failure(response, deadline)
@@ -180,38 +167,38 @@ class Endpoint:
             return
         if not _JSON.fullmatch(kind):
             raise Refused(
-                f"{self.shown}: answers with {clean(kind, 60)}, not with JSON; "
+                f"{self.shown}: answers with {answers.clean(kind, 60)}, not with JSON; "
                 "check the base URL, which mostly ends in /v1"
             )
         answer = self._event(self._whole(rest, MAX_BODY).decode("utf-8-sig", "replace"))
-        if not choice(answer):
+        if not answers.choice(answer):
             raise Refused(f"{self.shown}: the server sent no chat completion but: {self._safe(json.dumps(answer))}")
         yield answer
 
-    def _stream(self, chunks: Iterable[bytes]) -> Iterator[Event]:
+    def _stream(self, chunks: Iterable[bytes]) -> Iterator[answers.Event]:
         """Read a streamed answer, which has to end."""
         begun = finished = False
-        for data in read_events(chunks):
+        for data in answers.read_events(chunks):
             if data.strip() == "[DONE]":
                 finished = begun
                 break
             event = self._event(data)
-            begun = begun or bool(choice(event))
-            finished = finished or finish_of(event) is not None
+            begun = begun or bool(answers.choice(event))
+            finished = finished or answers.finish_of(event) is not None
             yield event
         if not finished:
             raise _Passing(f"{self.shown}: the stream ended before the answer did")
 
-    def _event(self, text: str) -> Event:
+    def _event(self, text: str) -> answers.Event:
         """Read one JSON object, and raise what is none or an error."""
         # Pieces of a stream that are neither error nor answer are nothing to us.
-        found = parsed(text)
+        found = answers.parsed(text)
         if not isinstance(found, dict):
             raise Refused(f"{self.shown}: the server sent no chat completion but: {self._safe(text, 80)!r}")
-        if (error := trouble(found)) is not None:
-            code = code_of(error)
+        if (error := answers.trouble(found)) is not None:
+            code = answers.code_of(error)
             raised = _Passing if code is not None and _is_passing(code) else Refused
-            raise raised(f"{self.shown}: the server gave up: {self._safe(words_of(error))}")
+            raise raised(f"{self.shown}: the server gave up: {self._safe(answers.words_of(error))}")
         return found
 
     def _failure(self, response: httpx2.Response, deadline: float) -> EndpointError:
@@ -221,9 +208,9 @@ class Endpoint:
             text = self._whole(self._chunks(response, deadline), 1 << 16).decode("utf-8", "replace")
         except (EndpointError, OSError):
             text = ""
-        found = parsed(text)
+        found = answers.parsed(text)
         page = "<" in text[:200]  # a page for people says nothing here
-        words = words_of(found) if found is not None else "" if page else text
+        words = answers.words_of(found) if found is not None else "" if page else text
         title = f"{status} {httpx2.codes.get_reason_phrase(status)}".rstrip()
         line = ": ".join(filter(None, (self.shown, title, self._safe(words))))
         message = f"{line} ({_HINTS[status]})" if status in _HINTS else line
@@ -265,7 +252,7 @@ class Endpoint:
 
     def _safe(self, text: str, limit: int = 300) -> str:
         """A server's words without the key, in case it repeats it."""
-        return clean(text if self._key is None else _hidden(self._key.get_secret_value(), text), limit)
+        return answers.clean(text if self._key is None else _hidden(self._key.get_secret_value(), text), limit)
 
 
 def _chat_url(base_url: str) -> httpx2.URL:
@@ -286,7 +273,7 @@ def _chat_url(base_url: str) -> httpx2.URL:
 
 def _shown(url: httpx2.URL) -> str:
     """An address for people: without user name, query and fragment, any of which may be secret."""
-    return clean(f"{url.scheme}://{url.netloc.decode()}{url.path}", 200)
+    return answers.clean(f"{url.scheme}://{url.netloc.decode()}{url.path}", 200)
 
 
 def _is_loopback(host: str) -> bool:

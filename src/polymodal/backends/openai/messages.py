@@ -8,8 +8,6 @@ take and OpenAI does not; a server that does not says so itself.
 Servers differ in small ways that only a refusal shows. What was learnt is kept, so that it costs one request.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import re

@@ -8,8 +8,6 @@ torchvision. Images never pass through it, so where torchvision is missing a sta
 processor also wants num2words, for its sentence about videos; Idefics3's writes the same prompt for images.
 """
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any

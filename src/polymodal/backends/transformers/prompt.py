@@ -7,8 +7,6 @@ template puts what; and texts with control tokens in them go through transformer
 counted, or are refused.
 """
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import re

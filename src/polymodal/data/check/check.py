@@ -3,8 +3,6 @@
 A row goes through the same reader, decoder and processor as in training, so what passes here passes there.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

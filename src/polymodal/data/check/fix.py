@@ -4,8 +4,6 @@ Each repair is for one fault and has a name that the report counts. What could b
 two placeholders and one image, two questions in a row, an empty answer.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import re

@@ -1,7 +1,5 @@
 """The page that `polymodal data check` writes: counts, faults with examples, charts and a few rows with their image."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Beyond what would stop training, this finds what would silently teach something 
 begin with a space, tokens of a chat template inside the text, images of one pixel.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """One row of a data file, before it is a conversation, and the few things that every reader needs."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

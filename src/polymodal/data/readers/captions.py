@@ -7,8 +7,6 @@
   (`train2017/`).
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

@@ -19,8 +19,6 @@ Differences from LLaVA's loader: placeholders stay where they are (LLaVA moves t
 starts with the answer is an error (LLaVA drops the turn), and so is any difference between placeholders and media.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence

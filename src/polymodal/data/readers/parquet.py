@@ -12,8 +12,6 @@ Images are in `image` or `images` (`videos`, `audios` likewise): `{bytes, path}`
 from their cell when they are wanted (`media/source.py`). Needs pyarrow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

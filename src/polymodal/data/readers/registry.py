@@ -1,7 +1,5 @@
 """The table of forms, and how they are told apart: by name and content, never by a word in the path."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial

@@ -14,8 +14,6 @@ otherwise. A question without an annotation is a broken row, not a lost one. Ann
 alone, so that a part of the questions can be used with the whole file of annotations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

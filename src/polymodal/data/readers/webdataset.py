@@ -13,8 +13,6 @@ not be compressed. Links, devices, sparse members, absolute names and names with
 types are no part of a sample. An archive without its end marker was cut off, which the reference ignores.
 """
 
-from __future__ import annotations
-
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -8,8 +8,6 @@ Matching is counted as in training, one pair to a hard negative image and a hard
 be right in two of three cases, so the mean over pairs and negatives (of which one half is chance) stands beside it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

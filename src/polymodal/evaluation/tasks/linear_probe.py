@@ -6,8 +6,6 @@ regression to one-hot labels in closed form, which needs no schedule and gives t
 is chosen on training images put aside group by group, so that two views of one thing are never on both sides.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ the metric's sake, no longer than the model's longest answer. The two differ whe
 generation is a failed item in the report, never an empty answer.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

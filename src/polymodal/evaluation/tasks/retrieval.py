@@ -4,8 +4,6 @@ Recall@1, 5 and 10 both ways (`metrics.retrieval` says how ties are broken), eac
 a 95% interval: images are drawn anew with their captions, since captions of one image are not independent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

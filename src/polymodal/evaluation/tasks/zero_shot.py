@@ -8,8 +8,6 @@ several may be, since a beagle is rightly called a dog.
      "tasks": [{"name": "animals", "classes": ["a cat", "a dog"], "images": [{"image": "a.jpg", "labels": [1]}]}]}
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence

@@ -25,14 +25,8 @@ from polymodal.checkpoints.model_folder import Loaded
 from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError, unknown_name
 from polymodal.interop.gguf.weights import KINDS, reasons_against_llm, write_llm, write_mmproj
+from polymodal.interop.huggingface import export_card
 from polymodal.interop.huggingface.export import about_transparency
-from polymodal.interop.huggingface.export_card import (
-    about_licences,
-    about_training,
-    copy_licences,
-    front_matter,
-    origins,
-)
 from polymodal.interop.huggingface.export_chat_template import stock_template, with_placeholder
 from polymodal.interop.huggingface.export_class import LLAVA_TOWERS, against_mlp, against_tower, refuse
 from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
@@ -95,16 +89,16 @@ def export_gguf(
     with atomic_folder(dst, replace=replace) as work:
         size = write_llm(work / files[0], model.llm, kind, dst.name, tokens)
         size += write_mmproj(work / files[1], model, config.image, kind, dst.name)
-        parts = origins(loaded, licences)
-        copy_licences(licences, work, parts)
+        parts = export_card.origins(loaded, licences)
+        export_card.copy_licences(licences, work, parts)
         card = _CARD.format(
-            front=front_matter(parts, "gguf"),
+            front=export_card.front_matter(parts, "gguf"),
             name=dst.name,
             model=files[0],
             mmproj=files[1],
             remarks="\n".join(f"- {remark}" for remark in remarks),
-            licences=about_licences(parts),
-            history=about_training(loaded.history),
+            licences=export_card.about_licences(parts),
+            history=export_card.about_training(loaded.history),
         )
         write_text(work / "README.md", card)
     return GgufExported(dst, dst / files[0], dst / files[1], size, tuple(remarks))

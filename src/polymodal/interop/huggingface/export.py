@@ -6,32 +6,22 @@ first tensor is written, and the folder appears whole or not at all. Names of we
 ("hub"), which transformers, vLLM and llama.cpp's converters read; transformers' own `save_pretrained` writes others.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from polymodal.checkpoints.model_folder import ADAPTER_NAME, Loaded
 from polymodal.config import RESAMPLE_FILTERS, ImageConfig, ModelConfig
 from polymodal.errors import CheckpointError
+from polymodal.interop.huggingface import export_class
 from polymodal.interop.huggingface.export_card import copy_licences, origins, write_card
 from polymodal.interop.huggingface.export_chat_template import check_plain_prompt, stock_template, with_placeholder
-from polymodal.interop.huggingface.export_class import (
-    BLIP,
-    grown,
-    reasons_against,
-    refuse,
-    refuse_nan,
-    stock_family,
-    stock_model,
-    token_tables,
-)
 from polymodal.interop.huggingface.weight_names import Place, Style, to_stock
 from polymodal.interop.huggingface.weights import INDEX_NAME
 from polymodal.modeling.lora import fold_in, is_peft, merge_adapter, untie
@@ -41,9 +31,6 @@ from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.safety.model_folder import CLASSES
 from polymodal.utils.files import atomic_folder, write_text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -90,8 +77,10 @@ def export_hf(
         PolymodalError: The folder exists and `replace` is false, or cannot be written.
     """
     model, config = loaded.model, loaded.config
-    family = stock_family(config)
-    refuse(f"this model cannot be written as a {CLASSES[family]}", reasons_against(model, config, family))
+    family = export_class.stock_family(config)
+    export_class.refuse(
+        f"this model cannot be written as a {CLASSES[family]}", export_class.reasons_against(model, config, family)
+    )
     adapted, kept = is_peft(model.llm), is_peft(model.llm) and not merge_lora
     if kept:
         merge_adapter(model, False)
@@ -103,13 +92,13 @@ def export_hf(
     tokenizer, image_id, remarks = with_placeholder(loaded.tokenizer, model.image_token_id)
     # Answers are written on at the right; an encoder may end in padding, and BLIP-2's image comes before it.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right" if model.encoder_decoder else "left"
-    had = [len(table.weight) for table in token_tables(model.llm)]
+    had = [len(table.weight) for table in export_class.token_tables(model.llm)]
     rows = max(*had, len(tokenizer))
     if rows > min(had):
         remarks.append(f"the vocabulary has {rows} rows instead of {min(had)}: a new row is the mean of the others")
     ours = ChatTemplate(loaded.tokenizer, config.template, model.image_token_id)
     jinja: str | None = None
-    if family in BLIP:
+    if family in export_class.BLIP:
         remarks += check_plain_prompt(ours, config.template, tokenizer, image_id)
     else:
         jinja, tokenizer, differences = stock_template(ours, config.template, tokenizer, image_id)
@@ -120,7 +109,7 @@ def export_hf(
         remarks.append(f"the LoRA adapter {how if kept else 'was added to the weights'}")
     remarks += _differences(model, config)
 
-    settings, tensors = stock_model(loaded, family, tokenizer, image_id, rows, dtype, style)
+    settings, tensors = export_class.stock_model(loaded, family, tokenizer, image_id, rows, dtype, style)
     with atomic_folder(dst, replace=replace) as work:
         settings.save_pretrained(work)
         size = write_weights(work, tensors, dtype, max_shard_bytes)
@@ -207,13 +196,13 @@ def write_adapter(folder: Path, model: MultimodalLM, family: str, rows: int) -> 
     settings.inference_mode = True
     state = get_peft_model_state_dict(llm, save_embedding_layers=False)
     for name in [name for name in state if name.startswith(f"{head}.") and ".lora_A." not in name]:
-        state[name] = grown(state[name], rows)
+        state[name] = export_class.grown(state[name], rows)
     tensors = {
         f"base_model.model.{to_stock(family, Place('llm', name), style='memory')}": tensor.detach().cpu().contiguous()
         for name, tensor in state.items()
     }
     for name, tensor in tensors.items():
-        refuse_nan(name, tensor)
+        export_class.refuse_nan(name, tensor)
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings.save_pretrained(str(folder))
@@ -238,7 +227,7 @@ def image_processor_settings(image: ImageConfig, family: str) -> dict[str, Any]:
     cropped = {"do_center_crop": True, "crop_size": whole, "size": {"shortest_edge": height}}
     how = image.image_aspect_ratio
     kind, more = "SiglipImageProcessor", {}
-    if family in BLIP:
+    if family in export_class.BLIP:
         kind = "BlipImageProcessor"
     elif family == "llava_next":
         kind, more = "LlavaNextImageProcessor", tiles | cropped
@@ -262,7 +251,7 @@ def _write_processor(folder: Path, loaded: Loaded, stock: Any, tokenizer: PreTra
     settings: dict[str, Any] = {"processor_class": CLASSES[family].replace("ForConditionalGeneration", "Processor")}
     images = {**image_processor_settings(config.image, family), **settings}
     _write_json(folder / "preprocessor_config.json", images)
-    if family in BLIP:
+    if family in export_class.BLIP:
         settings["num_query_tokens"] = stock.num_query_tokens
     else:
         settings["image_token"] = tokenizer.convert_ids_to_tokens(stock.image_token_index)

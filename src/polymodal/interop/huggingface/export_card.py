@@ -5,8 +5,6 @@ is kept. What the parts are licensed under is read from their own cards and lice
 what is not said there is called unknown.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -9,13 +9,12 @@ of the prompt becomes a token of its own in SentencePiece tokenizers. Whatever c
 must give the same ids.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import TemplateConfig
 from polymodal.errors import CheckpointError, PolymodalError, first_line
@@ -23,9 +22,6 @@ from polymodal.messages import Image, Message, Part, Text, assistant, system, us
 from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.processing.chat_template.presets import PRESETS
 from polymodal.safety.jinja_sandbox import compile_template
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PLACEHOLDER = "<image>"
 COUNTS = (3, 2)

@@ -6,8 +6,6 @@ none. Two differences are folded away exactly: a fixed standardisation before th
 layer, and layers without a bias get one of zeros where the class insists.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 

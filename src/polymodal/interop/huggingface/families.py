@@ -13,8 +13,6 @@ none. `weights` builds the model from the `Pieces` and fills it, `weight_names` 
 `load` adds what the folder says about images and prompts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass

@@ -11,16 +11,15 @@ everything itself. Nothing is taken on trust: a question about an image is rende
 by piece, as everything is here, and must give the very ids that the stock way gives.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from polymodal.checkpoints.locate import commit_of
 from polymodal.checkpoints.model_folder import Loaded
@@ -38,9 +37,6 @@ from polymodal.processing.processor import Processor
 from polymodal.safety.jinja_sandbox import compile_template
 from polymodal.safety.model_folder import FolderReport
 from polymodal.utils.files import sha256_file
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 

@@ -24,8 +24,6 @@ tensor needs care: `vision_model.post_layernorm` of BLIP-2 is the tower's there 
 is read into the latter and written from it, so `to_stock` has no name for the tower's own, unused copy.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 

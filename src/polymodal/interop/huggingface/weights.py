@@ -5,8 +5,6 @@ memory twice. Every tensor is accounted for: what is missing, not expected or of
 before a weight is read. Parts of a tower that nothing of ours reads (its pooling head, its last norm) may be missing.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

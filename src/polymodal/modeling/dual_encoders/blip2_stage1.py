@@ -18,8 +18,6 @@ Parameters: `vision_encoder.*`, `qformer.*` (with `ln_vision`, trained as in the
 `text_projection`, `itm_head` (as in `Blip2ForImageTextRetrieval` of transformers), `lm_head.*`, `temperature`.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -30,19 +28,8 @@ from torch.nn import functional as F
 
 from polymodal.config import ImageConfig, VisionConfig
 from polymodal.errors import ConfigError
+from polymodal.modeling.dual_encoders import losses
 from polymodal.modeling.dual_encoders.base import METRIC, Embedded, Everyone, PairBatch, TowerPairModel
-from polymodal.modeling.dual_encoders.losses import (
-    draw_negatives,
-    itc_loss,
-    itg_count,
-    itg_loss,
-    itg_targets,
-    itm_inputs,
-    itm_loss,
-    right_pairs,
-    similarities,
-    unit,
-)
 from polymodal.modeling.encoders.vision import VisionEncoder, fingerprint
 from polymodal.modeling.projectors.mlp import Standardize
 from polymodal.modeling.projectors.qformer import QFormer
@@ -165,12 +152,12 @@ class Blip2Stage1(TowerPairModel):
 
     def embed(self, batch: PairBatch) -> Embedded:
         """Two passes: queries and caption under the captioning mask, and the text alone."""
-        decoder_ids, _, _ = itg_targets(batch.input_ids, batch.attention_mask, self.tokenizer.bos_token_id)
+        decoder_ids, _, _ = losses.itg_targets(batch.input_ids, batch.attention_mask, self.tokenizer.bos_token_id)
         mask = unilm_mask(batch.attention_mask, self.qformer.num_queries)
         hidden = self.qformer.encode(self._features(batch), decoder_ids, mask4d=mask)
         queries, caption = hidden.tensor_split([self.qformer.num_queries], dim=1)
         text = self.embed_texts(batch.input_ids, batch.attention_mask)
-        return Embedded(unit(self.vision_projection(queries)), text, {"caption": caption})
+        return Embedded(losses.unit(self.vision_projection(queries)), text, {"caption": caption})
 
     def contrast(
         self, own: Embedded, own_ids: Tensor, all_image: Tensor, all_text: Tensor, all_ids: Tensor, offset: int
@@ -179,10 +166,10 @@ class Blip2Stage1(TowerPairModel):
         if len(all_ids) < 2:
             raise ConfigError("a step of one pair has nothing to contrast it with; raise batch.global_size")
         smoothing = self.label_smoothing
-        share, to_text, _ = itc_loss(
+        share, to_text, _ = losses.itc_loss(
             own.image, own.text, self.temperature, all_image, all_text, own_ids, all_ids, offset, smoothing
         )
-        right = right_pairs(own_ids, all_ids)[0]
+        right = losses.right_pairs(own_ids, all_ids)[0]
         found = right.gather(1, to_text.argmax(dim=1, keepdim=True)).float().mean()
         return {"itc": share, f"{METRIC}itc_accuracy": found}
 
@@ -193,14 +180,14 @@ class Blip2Stage1(TowerPairModel):
         logits = self.match_queries(
             everyone.features[images], everyone.input_ids[texts], everyone.attention_mask[texts]
         )
-        itm, right = itm_loss(logits, len(everyone.image_ids))
-        _, rows, targets = itg_targets(batch.input_ids, batch.attention_mask, self.tokenizer.bos_token_id)
+        itm, right = losses.itm_loss(logits, len(everyone.image_ids))
+        _, rows, targets = losses.itg_targets(batch.input_ids, batch.attention_mask, self.tokenizer.bos_token_id)
         hidden = embedded.carry["caption"].flatten(0, 1).index_select(0, rows)
         words = self.lm_head(hidden, self.words)
-        count = itg_count(everyone.attention_mask)
+        count = losses.itg_count(everyone.attention_mask)
         return {
             "itm": itm,
-            "itg": itg_loss(words, targets, self.label_smoothing, count),
+            "itg": losses.itg_loss(words, targets, self.label_smoothing, count),
             f"{METRIC}itm_accuracy": right / len(logits),
         }
 
@@ -208,28 +195,28 @@ class Blip2Stage1(TowerPairModel):
     def negatives(self, everyone: Everyone, count: int) -> tuple[Tensor, Tensor]:  # -> [3b]
         """Draw hard negatives for some pairs of a step."""
         own = slice(everyone.offset, everyone.offset + count)
-        to_text, to_image = similarities(
+        to_text, to_image = losses.similarities(
             everyone.image[own], everyone.text[own], self.temperature, everyone.image, everyone.text
         )
         ids, random = everyone.pair_ids, torch.Generator().manual_seed(everyone.seed)
-        right_texts, right_images = right_pairs(ids[own], ids)
+        right_texts, right_images = losses.right_pairs(ids[own], ids)
         drawn = []
         for logits, right in ((to_image, right_images), (to_text, right_texts)):
             # Where nothing else is left, another image with this text has to do.
             logits = logits.masked_fill(right & ~right.all(dim=1, keepdim=True), -torch.inf)
-            drawn.append(draw_negatives(logits, ids[own, 0], ids[:, 0], everyone.offset, random))
+            drawn.append(losses.draw_negatives(logits, ids[own, 0], ids[:, 0], everyone.offset, random))
         images, texts = drawn
-        return itm_inputs(images, texts, everyone.offset)
+        return losses.itm_inputs(images, texts, everyone.offset)
 
     def embed_images(self, features: Tensor) -> Tensor:  # [B, P, E] -> [B, Q, D]
         """Image features for retrieval, from a pass over the queries alone."""
-        return unit(self.vision_projection(self.qformer.queries(self._cast(features))))
+        return losses.unit(self.vision_projection(self.qformer.queries(self._cast(features))))
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Text features, from a pass over the text alone."""
         # input_ids [B, T], attention_mask [B, T] -> [B, D]
         hidden = self.qformer.encode(None, input_ids, attention_mask)
-        return unit(self.text_projection(hidden[:, 0]))
+        return losses.unit(self.text_projection(hidden[:, 0]))
 
     def match_queries(self, features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """What every query says about whether image and text match."""

@@ -4,8 +4,6 @@ A fresh one takes BERT's weights, as in the paper and with the vocabulary head a
 no BERT, a WordPiece vocabulary learnt from its own captions and word embeddings reduced from a language model's.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Sequence
@@ -25,17 +23,8 @@ from polymodal.modeling.dual_encoders.config import Blip2ModelConfig, ObjectiveC
 from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
 from polymodal.modeling.encoders.vision import build_vision_encoder
 from polymodal.modeling.language_model import load_llm, load_tokenizer, open_tokenizer
+from polymodal.modeling.projectors import qformer_files
 from polymodal.modeling.projectors.qformer import QFormer
-from polymodal.modeling.projectors.qformer_files import (
-    CONFIG_NAME,
-    from_transformers,
-    init_from_bert,
-    load_exactly,
-    load_qformer,
-    modern_name,
-    of_qformer,
-    read_folder_tensors,
-)
 from polymodal.safety.config_json import read_json
 from polymodal.utils.safetensors_io import read_tensors
 
@@ -68,7 +57,7 @@ def build_blip2(settings: Blip2ModelConfig, objective: ObjectiveConfig) -> Blip2
         encoder, settings.vision, qformer, tokenizer, settings.image, settings.projection_dim, smoothing
     )
     if settings.bert is not None:
-        init_from_bert(qformer, Path(settings.bert))
+        qformer_files.init_from_bert(qformer, Path(settings.bert))
         _start_head(model, Path(settings.bert))
     if settings.words is not None:
         start_words(model.words, tokenizer, settings.words, config.initializer_range)
@@ -78,8 +67,8 @@ def build_blip2(settings: Blip2ModelConfig, objective: ObjectiveConfig) -> Blip2
 def load_blip2(source: str, image: ImageConfig | None, objective: ObjectiveConfig) -> Blip2Stage1:
     """Load what stage 1 left."""
     folder = Path(source)
-    document = read_json(folder / CONFIG_NAME)
-    where = f"{folder / CONFIG_NAME}: stage1"
+    document = read_json(folder / qformer_files.CONFIG_NAME)
+    where = f"{folder / qformer_files.CONFIG_NAME}: stage1"
     stage = document.get("stage1")
     if document.get("model_type") != MODEL_TYPE or not isinstance(stage, dict):
         raise CheckpointError(f"{folder}: not a stage 1 of BLIP-2 (model_type {MODEL_TYPE!r} expected)")
@@ -91,14 +80,14 @@ def load_blip2(source: str, image: ImageConfig | None, objective: ObjectiveConfi
     model = Blip2Stage1(
         build_vision_encoder(vision, folder, tile=Size(*rules.tile_size)),
         vision,
-        load_qformer(folder, text=True),
+        qformer_files.load_qformer(folder, text=True),
         load_wordpiece(folder),
         rules,
         stage["projection_dim"],
         _smoothing(objective),
     )
     heads = {name for name in model.state_dict() if name.startswith(HEADS)}
-    load_exactly(model, read_tensors(folder / HEADS_NAME), str(folder / HEADS_NAME), heads)
+    qformer_files.load_exactly(model, read_tensors(folder / HEADS_NAME), str(folder / HEADS_NAME), heads)
     return model
 
 
@@ -175,9 +164,11 @@ def from_retrieval(
     qformer = QFormer(encoder.embed_dim, config, text=True)
     ours = Blip2Stage1(encoder, vision, qformer, tokenizer, image, model.config.image_text_hidden_size)
     state = model.state_dict()
-    load_exactly(qformer, of_qformer(from_transformers(state)), type(model).__name__)
+    qformer_files.load_exactly(
+        qformer, qformer_files.of_qformer(qformer_files.from_transformers(state)), type(model).__name__
+    )
     heads = {name: tensor for name, tensor in state.items() if name.startswith(_RETRIEVAL_HEADS)}
-    load_exactly(ours, heads, type(model).__name__, set(heads))
+    qformer_files.load_exactly(ours, heads, type(model).__name__, set(heads))
     return ours.eval()
 
 
@@ -200,7 +191,7 @@ def to_retrieval(model: Blip2Stage1) -> Blip2ForImageTextRetrieval:
             tensor
         )
     state |= {name: t for name, t in model.state_dict().items() if name.startswith(_RETRIEVAL_HEADS)}
-    load_exactly(theirs, state, "stage 1")
+    qformer_files.load_exactly(theirs, state, "stage 1")
     return theirs.eval()
 
 
@@ -215,15 +206,15 @@ def _smoothing(objective: ObjectiveConfig) -> float:
 def _start_head(model: Blip2Stage1, folder: Path) -> None:
     """Copy BERT's vocabulary head, where its folder has one."""
     found: dict[str, Tensor] = {}
-    for name, tensor in read_folder_tensors(folder).items():
-        if modern_name(name) in _BERT_HEAD:
-            found[_BERT_HEAD[modern_name(name)]] = tensor
+    for name, tensor in qformer_files.read_folder_tensors(folder).items():
+        if qformer_files.modern_name(name) in _BERT_HEAD:
+            found[_BERT_HEAD[qformer_files.modern_name(name)]] = tensor
     if not found:
         return
     if "bias" in found:  # words that BERT does not have come last
         fresh = model.lm_head.bias.detach()
         found["bias"] = torch.cat((found["bias"].to(fresh), fresh[len(found["bias"]) :]))
-    load_exactly(model.lm_head, found, str(folder))
+    qformer_files.load_exactly(model.lm_head, found, str(folder))
 
 
 def _check_tower(vision: VisionConfig) -> None:

@@ -13,8 +13,6 @@ Parameters carry the stock names: `vision_model.*`, `text_model.*`, `visual_proj
 it, and no ranking depends on it.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

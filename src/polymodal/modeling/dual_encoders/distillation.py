@@ -8,8 +8,6 @@ and unit variance: without that, the few strong channels of a network with ReLU 
 near 1 from the start. The layer is thrown away after training.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -18,8 +18,6 @@ captioning, distillation) join the second pass; plain functions, not a wrapper a
 checked to be equally many everywhere, where torch's collectives hang or mix them up.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, TypeVar

@@ -10,8 +10,6 @@ Parameters: `vision_encoder.*` (the tower), `head.*`, `text_model.*`, `logit_sca
 since no stock class holds such a tower: `config.json`, `model.safetensors` without the tower, the tokenizer.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -23,15 +21,8 @@ from transformers import SiglipTextConfig, SiglipTextModel
 from polymodal.config import ImageConfig, VisionConfig, parse_config
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.media_plan import Size
+from polymodal.modeling.dual_encoders import clip_siglip
 from polymodal.modeling.dual_encoders.base import Embedded, PairBatch, TowerPairModel
-from polymodal.modeling.dual_encoders.clip_siglip import (
-    LOGIT_BIAS_SIGLIP,
-    LOGIT_SCALE_SIGLIP,
-    ScaledPairModel,
-    load_text_tokenizer,
-    special_ids,
-    stock_keys,
-)
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig, TowerTextConfig
 from polymodal.modeling.dual_encoders.losses import unit
 from polymodal.modeling.encoders.vision import VisionEncoder, build_vision_encoder
@@ -69,7 +60,7 @@ class PoolingHead(nn.Module):
         return (pooled + self.mlp(self.after(pooled)))[:, 0]
 
 
-class TowerText(ScaledPairModel, TowerPairModel):
+class TowerText(clip_siglip.ScaledPairModel, TowerPairModel):
     """A `PairModel`: an image tower of ours, a pooling head and a text tower of SigLIP's class."""
 
     def __init__(
@@ -90,8 +81,8 @@ class TowerText(ScaledPairModel, TowerPairModel):
         self.text_model = text_model
         width = settings.projection_size
         self.head = PoolingHead(encoder.embed_dim, encoder.grid.area, width, max(1, width // 64))
-        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_SIGLIP))
-        self.logit_bias = nn.Parameter(torch.tensor(LOGIT_BIAS_SIGLIP))
+        self.logit_scale = nn.Parameter(torch.tensor(clip_siglip.LOGIT_SCALE_SIGLIP))
+        self.logit_bias = nn.Parameter(torch.tensor(clip_siglip.LOGIT_BIAS_SIGLIP))
         self.objective = objective
         tokenizer.model_input_names = ["input_ids"]
         self.max_text = self.text_length = settings.max_position_embeddings  # as in SigLIP, padding is read
@@ -121,9 +112,14 @@ class TowerText(ScaledPairModel, TowerPairModel):
 
 def build_tower_text(settings: TowerTextConfig, objective: ObjectiveConfig) -> TowerText:
     """Build the model from a recipe."""
-    tokenizer = load_text_tokenizer(settings.tokenizer, None)
-    given = stock_keys(SiglipTextConfig, settings.text, "init.model.text")
-    text = {"vocab_size": len(tokenizer), "projection_size": settings.projection_dim, **special_ids(tokenizer), **given}
+    tokenizer = clip_siglip.load_text_tokenizer(settings.tokenizer, None)
+    given = clip_siglip.stock_keys(SiglipTextConfig, settings.text, "init.model.text")
+    text = {
+        "vocab_size": len(tokenizer),
+        "projection_size": settings.projection_dim,
+        **clip_siglip.special_ids(tokenizer),
+        **given,
+    }
     return _make(settings.vision, settings.image, text, tokenizer, objective, None)
 
 
@@ -135,7 +131,7 @@ def load_tower_text(source: str, image: ImageConfig, objective: ObjectiveConfig)
     if lacking:
         raise CheckpointError(f"{folder / 'config.json'}: key {lacking[0]!r} is missing")
     vision = parse_config(VisionConfig, document["vision"], f"{folder / 'config.json'}: vision")
-    model = _make(vision, image, document["text"], load_text_tokenizer(source, None), objective, folder)
+    model = _make(vision, image, document["text"], clip_siglip.load_text_tokenizer(source, None), objective, folder)
     wanted = {name for name in model.state_dict() if not name.startswith(_TOWER)}
     load_exactly(model, read_tensors(folder / _WEIGHTS), str(folder / _WEIGHTS), wanted)
     return model

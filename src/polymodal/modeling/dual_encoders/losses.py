@@ -23,8 +23,6 @@ at CLIP's largest scale, 100, bfloat16 rounds them to the next half. BLIP-2's ne
 per direction, not one host-side draw a row as in LAVIS, and do not depend on the number of processes.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

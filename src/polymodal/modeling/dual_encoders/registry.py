@@ -4,8 +4,6 @@ A family is a row in `PAIR_MODELS`; one that can go on from a folder also has a 
 `model_type` of the folder's `config.json`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

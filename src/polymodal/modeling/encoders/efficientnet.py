@@ -16,8 +16,6 @@ that has used it, and running statistics must not drift with our batches); any i
 is computed per call; several depths are returned, because the last map has lost most of colour and position.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple

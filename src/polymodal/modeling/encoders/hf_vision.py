@@ -12,8 +12,6 @@ The fixed-resolution SigLIP 2 checkpoints are `siglip` models to `transformers`;
 on one tile size. EVA-02-CLIP has no class in `transformers` and is therefore not in the table.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Normalising pixels on the device: tiles travel as bytes, a quarter of the memory, and become floats here."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

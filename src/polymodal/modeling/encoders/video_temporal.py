@@ -13,8 +13,6 @@ over what is there, exactly, where pooling kernels drop or pad them; frames that
 and come out as zeros. What comes out is known beforehand: `output_frames` and `output_grid` are for the plan.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, Literal, Protocol

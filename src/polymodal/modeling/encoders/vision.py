@@ -7,8 +7,6 @@ safetensors only. Unlike a bare `from_pretrained`, loading is refused where the 
 configured or lacks weights, which would otherwise stay at random values.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable
@@ -22,13 +20,7 @@ from transformers.utils import logging
 from polymodal.config import VisionConfig
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
 from polymodal.media_plan import Size
-from polymodal.modeling.encoders.efficientnet import (
-    IMAGE_SIZE,
-    WEIGHTS_FILE,
-    EfficientNetEncoder,
-    EfficientNetLite0,
-    load_efficientnet_lite0,
-)
+from polymodal.modeling.encoders import efficientnet
 from polymodal.modeling.encoders.hf_vision import FAMILIES, Family, HFVisionEncoder
 from polymodal.modeling.pretrained import attention_of, load_checked, look_over
 from polymodal.safety.config_json import check_settings
@@ -156,15 +148,17 @@ def _build_efficientnet(config: VisionConfig, folder: Path | None, tile: Size | 
     path = _local(config, folder)
     if path is None:
         raise ConfigError(f"vision_tower {config.vision_tower!r}: no such file or folder")
-    network = load_efficientnet_lite0(path / WEIGHTS_FILE if path.is_dir() else path)
+    network = efficientnet.load_efficientnet_lite0(path / efficientnet.WEIGHTS_FILE if path.is_dir() else path)
     return wrap_efficientnet(network, config, tile).eval()
 
 
-def wrap_efficientnet(network: EfficientNetLite0, config: VisionConfig, tile: Size | None) -> EfficientNetEncoder:
+def wrap_efficientnet(
+    network: efficientnet.EfficientNetLite0, config: VisionConfig, tile: Size | None
+) -> efficientnet.EfficientNetEncoder:
     """EfficientNet-Lite0 as an encoder, pooled as a config says."""
     options: dict[str, Any] = {"stages": config.stages, "pool": config.pool, "detail": config.detail}
-    encoder = EfficientNetEncoder(network, **{k: v for k, v in options.items() if v is not None})
-    encoder.tile = tile or IMAGE_SIZE
+    encoder = efficientnet.EfficientNetEncoder(network, **{k: v for k, v in options.items() if v is not None})
+    encoder.tile = tile or efficientnet.IMAGE_SIZE
     return encoder
 
 

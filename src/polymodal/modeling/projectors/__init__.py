@@ -5,8 +5,6 @@
 "resampler" and "abstractor" have settings of their own, under their name.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -16,15 +14,8 @@ from torch import Tensor, nn
 from polymodal.config import AbstractorConfig, ProjectorConfig, QFormerConfig, ResamplerConfig
 from polymodal.errors import unknown_name
 from polymodal.media_plan import Size
+from polymodal.modeling.projectors import mlp
 from polymodal.modeling.projectors.abstractor import CAbstractor
-from polymodal.modeling.projectors.mlp import (
-    LinearProjector,
-    MLPProjector,
-    PooledProjector,
-    average_pool,
-    pixel_shuffle,
-    pooled_grid,
-)
 from polymodal.modeling.projectors.qformer import QFormer, QFormerProjector
 from polymodal.modeling.projectors.resampler import Resampler
 from polymodal.utils.modules import ModuleLike
@@ -56,12 +47,12 @@ Build = Callable[[re.Match[str], ProjectorConfig, Widths], Projector]
 
 
 def _linear(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Projector:
-    return LinearProjector(*sizes, bias=config.bias, norm=config.norm)
+    return mlp.LinearProjector(*sizes, bias=config.bias, norm=config.norm)
 
 
 def _mlp(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Projector:
     depth, hidden_size = int(match["depth"]), config.hidden_size
-    return MLPProjector(*sizes, depth, bias=config.bias, norm=config.norm, hidden_size=hidden_size)
+    return mlp.MLPProjector(*sizes, depth, bias=config.bias, norm=config.norm, hidden_size=hidden_size)
 
 
 def _pooled(pool: Callable[[Tensor, Size, int], Tensor]) -> Build:
@@ -69,12 +60,12 @@ def _pooled(pool: Callable[[Tensor, Size, int], Tensor]) -> Build:
 
     def build(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Projector:
         ratio = int(match["ratio"])
-        grid = pooled_grid(match[0], sizes.grid, ratio)
-        width = sizes.embed_dim * ratio**2 if pool is pixel_shuffle else sizes.embed_dim
+        grid = mlp.pooled_grid(match[0], sizes.grid, ratio)
+        width = sizes.embed_dim * ratio**2 if pool is mlp.pixel_shuffle else sizes.embed_dim
         then = config.model_copy(update={"mm_projector_type": match["then"] or "linear"})
         inner = build_projector(then, width, grid, sizes.llm_dim)
         assert isinstance(inner, nn.Module)
-        return PooledProjector(pool, sizes.grid, ratio, inner)
+        return mlp.PooledProjector(pool, sizes.grid, ratio, inner)
 
     return build
 
@@ -100,8 +91,8 @@ _RATIO_THEN = r"(?P<ratio>[1-9]\d*)(_(?P<then>linear|mlp[1-9]\d*x_gelu))?"
 PROJECTORS: dict[str, tuple[str, Build]] = {
     "linear": (r"linear", _linear),
     "mlp<N>x_gelu": (r"mlp(?P<depth>[1-9]\d*)x_gelu", _mlp),
-    "pixel_shuffle<r>": (rf"pixel_shuffle{_RATIO_THEN}", _pooled(pixel_shuffle)),
-    "avg_pool<r>": (rf"avg_pool{_RATIO_THEN}", _pooled(average_pool)),
+    "pixel_shuffle<r>": (rf"pixel_shuffle{_RATIO_THEN}", _pooled(mlp.pixel_shuffle)),
+    "avg_pool<r>": (rf"avg_pool{_RATIO_THEN}", _pooled(mlp.average_pool)),
     "qformer": (r"qformer", _qformer),
     "resampler": (r"resampler", _resampler),
     "abstractor": (r"abstractor", _abstractor),

@@ -7,8 +7,6 @@ and SiLU. Differences from the reference: the grid may be any rectangle that is 
 (the reference takes the root of P); the MLP has GELU, as LLaVA's.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

@@ -11,8 +11,6 @@ offset, E, as there. `average_pool` takes the mean. Difference from the referenc
 references take the root of P as its side.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal

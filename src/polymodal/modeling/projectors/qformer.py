@@ -11,8 +11,6 @@ be kept and read back; nothing is forced to float32, autocast decides as for eve
 class is not needed, since it computes the same.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

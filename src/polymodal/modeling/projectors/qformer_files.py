@@ -12,8 +12,6 @@ language model's. A model folder carries it in `qformer_tokenizer/`; a model tha
 `projector.qformer.tokenizer` or `projector.pretrained` says.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

@@ -6,8 +6,6 @@ has a learned position, where Flamingo, made for video, has one for each frame; 
 another is chosen, and a linear layer ends in the language model's width.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

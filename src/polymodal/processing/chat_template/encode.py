@@ -27,12 +27,12 @@ Rules worth knowing:
   `apply_chat_template`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import TemplateConfig
 from polymodal.errors import ConfigError, PolymodalError, unknown_name
@@ -41,9 +41,6 @@ from polymodal.processing.chat_template.pieces import Cut, MarkedTemplate, Piece
 from polymodal.processing.chat_template.presets import PRESETS, Preset, check_plain
 from polymodal.processing.collate import Slot
 from polymodal.safety.jinja_limits import UnsafeTemplateError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _QUESTION = Turn("user", (Piece("user", 0, ""),))

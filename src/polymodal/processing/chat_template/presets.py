@@ -8,8 +8,6 @@ the answer and its end token. SentencePiece tokenizers draw that space into the 
 `polymodal.safety.jinja_sandbox` compiles them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

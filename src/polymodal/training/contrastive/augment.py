@@ -8,8 +8,6 @@ The crop is that of Inception and CLIP (`RandomResizedCrop`): a part of the area
 in its logarithm; ten tries that fit, then the whole image.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Sequence

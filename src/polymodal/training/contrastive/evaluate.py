@@ -5,8 +5,6 @@ images that are left over count for retrieval only. Retrieval is over all held-o
 It changes nothing in the run.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -8,8 +8,6 @@ own proportions, as if it were cut from the original.
 An image's key is a hash of its pixels and the image rules; two files with the same pixels are one image.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -5,8 +5,6 @@ arXiv:2101.06983): the gradient is that of the whole batch, while only one micro
 tower runs once for each image, not once for each pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace

@@ -4,8 +4,6 @@ CLIP, SigLIP and BLIP-2 learn so. A step embeds every micro-batch twice and gath
 loss, so each process's loss is its share of the global one and gradients are summed; see `contrastive.step`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Recipe files: read, overridden with `section.key=value`, written."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

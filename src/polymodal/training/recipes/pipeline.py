@@ -18,8 +18,6 @@ for the folder. A stage that was finished with the same settings is not done aga
 settings is refused, unless forced.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

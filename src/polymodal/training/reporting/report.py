@@ -4,8 +4,6 @@ Curves, what the loss is made of, throughput and where time went, a few question
 answers changed, and the whole recipe.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Mapping, Sequence

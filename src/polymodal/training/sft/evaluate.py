@@ -5,8 +5,6 @@ matter (`polymodal eval`); this is to see early that something goes wrong. Witho
 still answers a few questions of its training data, marked as such, so that the report has something to show.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path

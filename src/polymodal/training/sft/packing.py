@@ -8,8 +8,6 @@ equally many of about equal cost. Packing within the step, not over the whole ep
 step's samples, and with them a published learning rate, as they were.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 
 import numpy as np

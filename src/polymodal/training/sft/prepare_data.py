@@ -1,7 +1,5 @@
 """`polymodal data prep`: a recipe's data into memory maps, before training and without the language model's weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Supervised tuning: a language model learns the assistant's answers to text and images, token by token."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -15,8 +15,6 @@ This is CLIP's objective (arXiv:2103.00020) against a fixed text table instead o
 spirit of frozen-prompt methods such as Frozen (arXiv:2106.13884). Figures are in docs/results.md.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
