@@ -79,14 +79,14 @@ def load(
         raise ConfigError(
             f"{name}: an address and a key are for endpoints; call the model {ENDPOINT}MODEL if it is one"
         )
-    if device is not None:
-        check_device(device)
     if dtype not in (None, *DTYPES):
         raise unknown_name("dtype", str(dtype), DTYPES)
     if quantize is not None:
         from polymodal.modeling.quantization import check_quantize
 
         device = check_quantize(quantize, device)
+    if device is not None:
+        check_device(device)
     report = check_folder(find_model(name, revision))
     return OPENERS[report.kind](report, Options(str(name), device, dtype, quantize))
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from polymodal.backends.transformers.folder import open_model, open_processor
 from polymodal.checkpoints.model_folder import ADAPTER_NAME, Loaded
@@ -105,7 +106,6 @@ class Comparison(SideBySide):
         """The folder's own processor, with Pillow for the images."""
         if not self.plain:
             return open_processor(self.folder)
-        import transformers
 
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         try:
@@ -120,6 +120,8 @@ class Comparison(SideBySide):
     def model(self) -> Any:
         """The stock class with the folder's weights, in float32 on the CPU; with the adapter where one was kept."""
         model: Any = open_model(self.folder, "cpu")
+        # The folder's own settings, as its users get them: they say what is never made.
+        model.generation_config = transformers.GenerationConfig.from_pretrained(str(self.folder))
         adapter = self.folder / ADAPTER_NAME
         if not adapter.is_dir():
             return model

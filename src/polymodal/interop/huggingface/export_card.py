@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+
 from polymodal.checkpoints.locate import HUB_ID
 from polymodal.checkpoints.model_folder import CONFIG_NAME, Loaded
 from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2
@@ -174,71 +176,6 @@ def about_training(history: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*table, *(f"- `{entry}`" for entry in told)])
 
 
-_CHAT = """\
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor, model = AutoProcessor.from_pretrained(FOLDER), AutoModelForImageTextToText.from_pretrained(FOLDER)
-question = [{"type": "image", "url": "cat.jpg"}, {"type": "text", "text": "What is this?"}]
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=True, return_dict=True,
-    return_tensors="pt",
-)
-made = model.generate(**inputs, max_new_tokens=64)
-print(processor.decode(made[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-"""
-_PLAIN = """\
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor, model = AutoProcessor.from_pretrained(FOLDER), AutoModelForImageTextToText.from_pretrained(FOLDER)
-inputs = processor(images=Image.open("cat.jpg").convert("RGB"), text="What is this?", return_tensors="pt")
-print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
-"""
-_BATCH = """\
-Several questions at once: {call}. The tokenizer pads on the {side}, as answers of a batch need it here; do not change
-that.
-"""
-_ENGINES = """\
-vLLM: `vllm serve FOLDER --limit-mm-per-prompt '{"image": 1}'`, then OpenAI's API. Images are parts of a message
-(`image_url`), never `<image>` in its text. vLLM does not read `suppress_tokens` of `generation_config.json`.
-llama.cpp takes another form of the model: `polymodal export MODEL DST --format gguf`.
-"""
-_CARD = """\
-{front}
-
-# {name}
-
-A `{kind}` of transformers, written by polymodal.
-
-| Part | Parameters |
-|---|--:|
-{components}
-
-## Licences
-
-{licences}
-
-Licence files and notices, where there were any, lie beside this page and in `licences/`.
-
-## Use
-
-```python
-{use}```
-
-{batch}
-## Engines
-
-{engines}
-## What is different from the model it was written from
-
-{remarks}
-
-## How it was made
-
-{history}
-"""
-
-
 def write_card(
     folder: Path,
     name: str,
@@ -260,16 +197,18 @@ def write_card(
     sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in components.items() if module}
     several = "`processor.apply_chat_template([chat, chat], padding=True, ...)`"
     call = several if chat else "`processor(images=[...], text=[...], padding=True, ...)`"
-    card = _CARD.format(
+    text = Path(__file__).with_name("export_card.jinja").read_text(encoding="utf-8")
+    page = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True).from_string(text)
+    card = page.render(
         front=front_matter(parts, "transformers"),
         name=name,
         kind=kind,
-        components="\n".join(f"| {part} | {size:,} |" for part, size in sizes.items()),
+        sizes=sizes,
         licences=about_licences(parts),
-        use=_CHAT if chat else _PLAIN,
-        batch=_BATCH.format(call=call, side="right" if model.encoder_decoder else "left"),
-        engines=_ENGINES if chat else "transformers alone was tried: there is no chat template for other engines.\n",
-        remarks="\n".join(f"- {note}" for note in remarks),
+        chat=chat,
+        call=call,
+        side="right" if model.encoder_decoder else "left",
+        remarks=remarks,
         history=about_training(loaded.history) if loaded.history else "(no history)",
     )
     write_text(folder / "README.md", card)

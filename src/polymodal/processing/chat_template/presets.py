@@ -1,4 +1,4 @@
-"""Chat templates by name.
+"""Chat templates by name; the texts lie in `presets/`, a file each.
 
 A preset is the same jinja text that a Hugging Face tokenizer would carry, so it can be exported as it is. Sources:
 ChatML (OpenAI), Llama 2 and 3 (Meta's model cards), Mistral 7B Instruct v0.1, Vicuna v1 as LLaVA-1.5 uses it, and
@@ -10,108 +10,12 @@ the answer and its end token. SentencePiece tokenizers draw that space into the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from polymodal.errors import PolymodalError
 from polymodal.messages import Message
 
-_SYSTEM_FIRST = r"""
-{%- if messages and messages[0]['role'] == 'system' -%}
-{%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}
-{%- else -%}
-{%- set system = none -%}{%- set turns = messages -%}
-{%- endif -%}
-{%- for message in turns -%}
-{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-{{- raise_exception('after an optional system message, turns must alternate: user, assistant, user, ...') -}}
-{%- endif -%}
-{%- endfor -%}
-"""
-
-_CHATML = r"""
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
-"""
-
-_LLAMA2 = (
-    _SYSTEM_FIRST
-    + r"""
-{%- for message in turns -%}
-{%- if message['role'] == 'user' -%}
-{{- bos_token -}}{{- '[INST] ' -}}
-{%- if loop.first and system is not none -%}{{- '<<SYS>>\n' + system + '\n<</SYS>>\n\n' -}}{%- endif -%}
-{{- message['content'] + ' [/INST] ' -}}
-{%- else -%}
-{{- message['content'] + eos_token -}}
-{%- endif -%}
-{%- endfor -%}
-"""
-)
-
-_LLAMA3 = r"""
-{{- bos_token -}}
-{%- for message in messages -%}
-{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] + '<|eot_id|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}
-"""
-
-_MISTRAL = (
-    _SYSTEM_FIRST
-    + r"""
-{{- bos_token -}}
-{%- for message in turns -%}
-{%- if message['role'] == 'user' -%}
-{{- '[INST] ' -}}
-{%- if loop.first and system is not none -%}{{- system + '\n\n' -}}{%- endif -%}
-{{- message['content'] + ' [/INST] ' -}}
-{%- else -%}
-{{- message['content'] + eos_token -}}
-{%- endif -%}
-{%- endfor -%}
-"""
-)
-
-_VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user\\'s questions."
-)
-
-_VICUNA = (
-    _SYSTEM_FIRST
-    + r"""
-{{- bos_token -}}
-{%- if system is none -%}{{- '"""
-    + _VICUNA_SYSTEM
-    + r""" ' -}}{%- else -%}{{- system + ' ' -}}{%- endif -%}
-{%- for message in turns -%}
-{%- if message['role'] == 'user' -%}
-{{- 'USER: ' + message['content'] + ' ASSISTANT: ' -}}
-{%- else -%}
-{{- message['content'] + eos_token -}}
-{%- endif -%}
-{%- endfor -%}
-"""
-)
-
-_PLAIN = r"""
-{{- bos_token -}}
-{%- for message in messages -%}
-{{- message['content'] -}}{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}
-{%- endfor -%}
-"""
-
-
-_T5 = (
-    _SYSTEM_FIRST
-    + r"""
-{%- if system is not none -%}{{- system + ' ' -}}{%- endif -%}
-{%- for message in turns -%}
-{{- message['content'] + eos_token -}}
-{%- endfor -%}
-"""
-)
+_FOLDER = Path(__file__).with_name("presets")
 
 
 @dataclass(frozen=True)
@@ -124,14 +28,20 @@ class Preset:
     media_only: bool = False  # Stage 1 of LLaVA: of everything but the assistant's turns only the media are kept
 
 
+def _preset(name: str, *tokens: str, needs_eos: bool = False, media_only: bool = False) -> Preset:
+    """Read `presets/NAME.jinja`."""
+    text = (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
+    return Preset(text, tokens, needs_eos, media_only)
+
+
 PRESETS: dict[str, Preset] = {
-    "chatml": Preset(_CHATML.strip(), ("<|im_start|>", "<|im_end|>")),
-    "llama2": Preset(_LLAMA2.strip(), needs_eos=True),
-    "llama3": Preset(_LLAMA3.strip(), ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
-    "mistral": Preset(_MISTRAL.strip(), needs_eos=True),
-    "vicuna": Preset(_VICUNA.strip(), needs_eos=True),
-    "t5": Preset(_T5.strip(), needs_eos=True),
-    "plain": Preset(_PLAIN.strip(), needs_eos=True, media_only=True),
+    "chatml": _preset("chatml", "<|im_start|>", "<|im_end|>"),
+    "llama2": _preset("llama2", needs_eos=True),
+    "llama3": _preset("llama3", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "mistral": _preset("mistral", needs_eos=True),
+    "vicuna": _preset("vicuna", needs_eos=True),
+    "t5": _preset("t5", needs_eos=True),
+    "plain": _preset("plain", needs_eos=True, media_only=True),
 }
 """Name -> preset."""
 
