@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.towers.linear_probe import Labelled, knn, linear_probe
 from polymodal.config import ImageConfig, VisionConfig
 from polymodal.errors import ConfigError, DataError, PolymodalError
-from polymodal.evaluation.tasks.linear_probe import Labelled, knn, linear_probe
 from polymodal.media.image import open_image
 from polymodal.media_plan import Size, plan_image
 from polymodal.metrics.text import mean_interval
@@ -152,11 +152,7 @@ def compare(name: str, train: list[Shown], test: list[Shown]) -> dict[str, Any]:
         learn = Labelled(known, torch.tensor([number[getattr(s, what)] for s in train]), [s.thing for s in train])
         ask = Labelled(asked[keep], torch.tensor([number[getattr(test[i], what)] for i in keep]))
         most = Counter(learn.labels.tolist()).most_common(1)[0][0]
-        row[what] = {
-            "images": len(keep),
-            "classes": len(names),
-            "majority": float((ask.labels == most).float().mean()),
-        }
+        row[what] = {"images": len(keep), "classes": len(names), "majority": float((ask.labels == most).float().mean())}
         for method, score in (("knn", knn), ("linear", linear_probe)):
             right = score(learn, ask).double().numpy()
             row[what][method] = {"score": float(right.mean()), "interval": mean_interval(right)}

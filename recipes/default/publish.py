@@ -24,13 +24,7 @@ def main(source: str, target: str = str(TARGET)) -> None:
     text = card.read_text(encoding="utf-8") if card.is_file() else None
     loaded = load_model(Path(source))
     save_model(
-        folder,
-        loaded.model,
-        loaded.config,
-        loaded.tokenizer,
-        history=loaded.history,
-        dtype=torch.float16,
-        replace=True,
+        folder, loaded.model, loaded.config, loaded.tokenizer, history=loaded.history, dtype=torch.float16, replace=True
     )
     if text is not None:
         card.write_text(text, encoding="utf-8")

@@ -867,11 +867,7 @@ def test_clean() -> None:
 
 
 def test_generate_and_eval_on_the_command_line(
-    server: Any,
-    image_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    server: Any, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cat = str(image_folder / "cat.jpg")
     ask = ["generate", "--model", "openai:tiny", "--base-url", server.url, "--image", cat, "--prompt", "What?"]

@@ -130,11 +130,7 @@ def change_tensors(folder: Path, target: Path, drop: str | None, add: str | None
 
 @pytest.mark.parametrize(("drop", "add"), [("weight", None), (None, "projector.surplus")])
 def test_a_model_with_a_missing_or_an_extra_tensor(
-    drop: str | None,
-    add: str | None,
-    tiny_model_folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    drop: str | None, add: str | None, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder = change_tensors(tiny_model_folder, tmp_path / "model", drop, add)
     line = expect_error(["generate", "--model", str(folder), "--prompt", "x"], capsys, "projector.safetensors")

@@ -153,11 +153,7 @@ def test_chat_goes_on_after_a_mistake_and_reports_it(
 
 
 def test_chat_with_images(
-    tiny_model_folder: Path,
-    cat: str,
-    coffee: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_model_folder: Path, cat: str, coffee: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[list[Message]] = []
     own, hot = LocalBackend.stream, ["--temperature", "3", "--seed", "4"]

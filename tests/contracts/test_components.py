@@ -142,13 +142,7 @@ def test_every_projector_is_covered() -> None:
 @pytest.mark.parametrize("name", VISION_ENCODERS)
 @torch.no_grad()
 def test_encoder_and_projector_fit(name: str, towers: Path) -> None:
-    encoder = build_vision_encoder(
-        VisionConfig(
-            vision_tower="bundled",
-            type=name,
-        ),
-        towers / name,
-    )
+    encoder = build_vision_encoder(VisionConfig(vision_tower="bundled", type=name), towers / name)
     config = ProjectorConfig(mm_projector_type="pixel_shuffle2_mlp2x_gelu", norm="layer")
     projector = build_projector(config, encoder.embed_dim, encoder.grid, 24)
     tokens = projector(encoder(torch.rand(1, 3, encoder.tile.height, encoder.tile.width)))

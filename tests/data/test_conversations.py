@@ -278,10 +278,7 @@ def test_requests_cannot_name_files(path: str) -> None:
         ({"text": "Q", "image": "a"}, r"expected `conversations` \(LLaVA\) or `messages`, found image, text"),
         (["Q"], "expected a JSON object, found list"),
         ({"messages": [{"role": "user", "content": None}]}, "`content` must be text or a list of parts, found nothing"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            "1 <image> placeholders but no `image` key",
-        ),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "1 <image> placeholders but no `image` key"),
         (
             {"messages": [{"role": "user", "content": [{"type": "picture"}]}]},
             r"messages\[0\].content\[0\]: unknown part type 'picture'; known: text, image_url",

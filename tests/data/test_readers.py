@@ -68,11 +68,7 @@ def test_vqav2(tmp_path: Path) -> None:
     first, second = load_records(questions, tmp_path / "pictures", annotations=annotations)
     image = Image(tmp_path / "pictures/COCO_train2014_000000000009.jpg")
     assert first == Record(
-        "10",
-        (user(image, f"How many?\n{SHORT_ANSWER}"), assistant("2")),
-        "vqa",
-        "questions",
-        {"answer_type": "number"},
+        "10", (user(image, f"How many?\n{SHORT_ANSWER}"), assistant("2")), "vqa", "questions", {"answer_type": "number"}
     )
     assert second.messages == (user(image, f"What?\n{SHORT_ANSWER}"), assistant("dog"))
     bare = load_records(questions, annotations=annotations, prompt="", kind="counting", source="vqa2")[0]

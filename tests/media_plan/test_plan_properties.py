@@ -13,13 +13,10 @@ from tests.media_plan.source_boxes import tile_source_box
 
 SIDES = st.integers(1, 6000)
 SIZES = st.one_of(
-    st.builds(Size, SIDES, SIDES),
-    st.builds(Size, st.integers(1, 3), SIDES),
-    st.builds(Size, SIDES, st.integers(1, 3)),
+    st.builds(Size, SIDES, SIDES), st.builds(Size, st.integers(1, 3), SIDES), st.builds(Size, SIDES, st.integers(1, 3))
 )
 TILES = st.one_of(
-    st.builds(Size, st.integers(1, 400), st.integers(1, 400)),
-    st.integers(1, 400).map(lambda side: Size(side, side)),
+    st.builds(Size, st.integers(1, 400), st.integers(1, 400)), st.integers(1, 400).map(lambda side: Size(side, side))
 )
 TOKENS = st.builds(Size, st.integers(1, 28), st.integers(1, 28))
 OVERVIEWS = st.sampled_from(["squash", "pad", "crop"])

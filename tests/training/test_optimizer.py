@@ -10,7 +10,7 @@ from polymodal.config import LoraRecipe
 from polymodal.errors import ConfigError
 from polymodal.training.optimizer import apply_policy, check_groups, policy_table, set_modes
 from polymodal.training.recipes.sections import OptimConfig, RuleConfig
-from polymodal.utils.globs import expand_braces, match_names
+from polymodal.utils.modules import expand_braces, match_names
 
 
 class ToyLLM(nn.ModuleDict):

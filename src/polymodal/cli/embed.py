@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from polymodal.evaluation.embedder import load_embedder
-    from polymodal.evaluation.report import markdown_table
     from polymodal.metrics.retrieval import similarities
+    from polymodal.metrics.text import markdown_table
 
     embedder = load_embedder(args.model, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     images = embedder.images(args.image, batch_size=args.batch_size) if args.image else None

@@ -1,7 +1,7 @@
-"""How one answer is scored against the accepted ones, and how sure a mean is."""
+"""How one answer is scored against the accepted ones, how sure a mean is, and scores as tables for people."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -69,3 +69,15 @@ def mean_interval(
         means.append(values[chosen].sum(axis=1) / counts[chosen].sum(axis=1))
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], words: int = 1) -> str:
+    """A Markdown table; its first columns hold words, the others numbers."""
+    rule = "|---" * words + "|--:" * (len(head) - words) + "|"
+    first, *others = ("".join(f"| {cell} " if cell != "" else "| " for cell in row) + "|" for row in (head, *rows))
+    return "\n".join([first, rule, *others])
+
+
+def span(interval: tuple[float, float]) -> str:
+    """An interval in percent."""
+    return f"{interval[0]:.1%} to {interval[1]:.1%}"

@@ -26,7 +26,7 @@ from polymodal.config import LoraRecipe
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.modeling.pretrained import building
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.utils.globs import match_names
+from polymodal.utils.modules import match_names
 from polymodal.utils.safetensors_io import check_finite, compare_tensors
 
 LORA_MARK = ".lora_"

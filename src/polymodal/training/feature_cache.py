@@ -267,9 +267,7 @@ def group_images(keys: Sequence[str], tiles: dict[str, int], at_once: int) -> li
 
 @torch.no_grad()
 def _encode(
-    encode: Callable[[torch.Tensor], torch.Tensor],
-    device: torch.device,
-    images: Sequence[tuple[str, torch.Tensor]],
+    encode: Callable[[torch.Tensor], torch.Tensor], device: torch.device, images: Sequence[tuple[str, torch.Tensor]]
 ) -> list[tuple[str, np.ndarray]]:
     """Encode a few images together."""
     pixels = torch.cat([tiles for _, tiles in images]).to(device)

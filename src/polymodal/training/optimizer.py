@@ -17,7 +17,7 @@ from polymodal.config import LoraRecipe
 from polymodal.errors import ConfigError
 from polymodal.modeling.lora import LORA_MARK, ROWS_MARK, add_adapters, is_adapter
 from polymodal.training.recipes.sections import OptimConfig, RuleConfig
-from polymodal.utils.globs import match_names
+from polymodal.utils.modules import match_names
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
-"""Small helpers for torch modules."""
+"""Small helpers for torch modules: names by glob, eval mode for a while, transformer blocks, what is frozen."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import translate
 from typing import Any, Protocol
 
 from torch import nn
+
+from polymodal.errors import unknown_name
 
 
 class ModuleLike(Protocol):
@@ -59,3 +63,27 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 def frozen(module: ModuleLike) -> bool:
     """Whether no parameter of a module is trained."""
     return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expand `{a,b}` as a shell does; nested braces are not supported."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    return [whole for choice in found.group(1).split(",") for whole in expand_braces(head + choice + tail)]
+
+
+def match_names(pattern: str, names: Iterable[str], kind: str) -> list[str]:
+    """Names that a glob matches; `*` crosses dots."""
+    names = list(names)
+    compiled = [re.compile(translate(choice)) for choice in expand_braces(pattern)]
+    found = [name for name in names if any(regex.match(name) for regex in compiled)]
+    if not found:
+        raise unknown_name(f"{kind}: no name matches", pattern, names if len(names) < 40 else _shorten(names))
+    return found
+
+
+def _shorten(names: list[str]) -> list[str]:
+    """One name for each run of numbered layers, so that the error can list what there is."""
+    return sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})

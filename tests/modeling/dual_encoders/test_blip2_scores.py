@@ -8,15 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from polymodal.evaluation.tasks.image_text_matching import (
-    Gallery,
-    matching_scores,
-    open_gallery,
-    retrieval_scores,
-    second_look,
-)
 from polymodal.metrics.retrieval import recall, similarities
 from polymodal.modeling.dual_encoders.blip2_stage1 import Blip2Stage1
+from recipes.blip2.evaluate import Gallery, matching_scores, open_gallery, retrieval_scores, second_look
 
 Make = Callable[..., Any]
 TEXTS = ["a red apple", "rain", "two apples on a wooden table", "the car", "a cat", "a dog in the rain", "a table"]

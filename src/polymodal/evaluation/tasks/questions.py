@@ -17,11 +17,10 @@ from PIL import Image as PILImage
 from polymodal.backends.base import Backend
 from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError, PolymodalError
-from polymodal.evaluation.report import markdown_table
 from polymodal.generation.params import GenerationParams
 from polymodal.media.image import open_image
 from polymodal.messages import Image, Message
-from polymodal.metrics.text import exact_match, mean_interval, mentions, word_recall, words_of
+from polymodal.metrics.text import exact_match, markdown_table, mean_interval, mentions, word_recall, words_of
 
 Metric = Callable[[str, Sequence[str]], float]
 

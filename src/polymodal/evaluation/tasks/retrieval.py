@@ -14,10 +14,9 @@ from polymodal.data.pairs import image_and_captions
 from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError
 from polymodal.evaluation.embedder import Embedder, Progress
-from polymodal.evaluation.report import markdown_table, span
 from polymodal.messages import Source
 from polymodal.metrics.retrieval import IMAGE_TO_TEXT, KS, TEXT_TO_IMAGE, chance, embedding_ranks, recall_of
-from polymodal.metrics.text import mean_interval
+from polymodal.metrics.text import markdown_table, mean_interval, span
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ import torch
 
 from polymodal.errors import DataError, first_line
 from polymodal.evaluation.embedder import Embedder, Progress
-from polymodal.evaluation.report import markdown_table, span
 from polymodal.messages import Source
 from polymodal.metrics.retrieval import class_embeddings, zero_shot_chance, zero_shot_ranks
-from polymodal.metrics.text import mean_interval
+from polymodal.metrics.text import markdown_table, mean_interval, span
 
 
 @dataclass(frozen=True)

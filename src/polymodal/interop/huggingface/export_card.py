@@ -177,14 +177,7 @@ def about_training(history: Sequence[dict[str, Any]]) -> str:
 
 
 def write_card(
-    folder: Path,
-    name: str,
-    kind: str,
-    loaded: Loaded,
-    remarks: Sequence[str],
-    parts: Sequence[Origin],
-    *,
-    chat: bool,
+    folder: Path, name: str, kind: str, loaded: Loaded, remarks: Sequence[str], parts: Sequence[Origin], *, chat: bool
 ) -> None:
     """Write the folder's README: what it is, how to ask it, what is different, how it was made."""
     model, config = loaded.model, loaded.config

@@ -21,12 +21,7 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 def pair_gradients(
-    model: PairModel,
-    batches: Sequence[PairBatch],
-    autocast: Autocast,
-    seed: int,
-    rank: int = 0,
-    with_grad: bool = True,
+    model: PairModel, batches: Sequence[PairBatch], autocast: Autocast, seed: int, rank: int = 0, with_grad: bool = True
 ) -> Terms:
     """Leave this process's part of a step's gradient; summed over processes it is the gradient of the global batch."""
     batches, towers = _through_tower(model, batches, autocast)

@@ -46,10 +46,10 @@ class MakeStage(Strict):
 
 
 class BuildStage(Strict):
-    """Build a generated data set, as `python -m recipes.default.dataset` does.
+    """Build a generated dataset, as `python -m recipes.default.dataset` does.
 
     Attributes:
-        build: Which data set.
+        build: Which dataset.
         size: full, small or tiny.
         seed: Everything follows from it.
     """

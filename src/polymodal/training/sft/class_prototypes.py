@@ -1,13 +1,13 @@
 """Class prototypes: what a tower's features would be for a class that no image of the data shows.
 
-A tower that was trained as a classifier knows many more things than a small data set shows: EfficientNet-Lite0 tells
+A tower that was trained as a classifier knows many more things than a small dataset shows: EfficientNet-Lite0 tells
 1,000 ImageNet classes apart. Under a Gaussian model of its features with one covariance C for all classes, the
 weights of a linear classifier are w = C^-1 (mu_class - mu) up to a factor (linear discriminant analysis), so the mean
 of a class is mu_class = mu + s C w; mu and C are measured on any images, and s is chosen so that the classifier is
 sure of its class. A real image's tokens moved to such a mean have the variety of images and another subject.
 
 They serve twice: in the warm start of the projector, and as caption samples that teach the language model to say the
-names. They are features, not images: no data set's images are used or shipped.
+names. They are features, not images: no dataset's images are used or shipped.
 """
 
 from __future__ import annotations

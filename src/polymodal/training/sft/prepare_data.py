@@ -74,7 +74,7 @@ def _new_processor(config: ModelConfig) -> Processor:
 
 
 def describe(label: str, prepared: Prepared) -> list[str]:
-    """What a prepared data set holds, in lines."""
+    """What a prepared dataset holds, in lines."""
     lengths, targets = prepared.lengths, prepared.targets
     ninety_five = int(np.quantile(lengths, 0.95))
     lines = [
