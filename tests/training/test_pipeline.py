@@ -13,7 +13,7 @@ import yaml
 from polymodal.checkpoints.model_folder import load_model
 from polymodal.cli import main
 from polymodal.errors import ConfigError
-from polymodal.training.pipeline import LEDGER, flatten, run_pipeline
+from polymodal.training.pipeline import LEDGER, _chain, flatten, run_pipeline
 from polymodal.training.recipes.pipeline import TrainStage, dump_pipeline, load_pipeline
 
 PIPELINE = Path(__file__).parents[2] / "recipes" / "tiny" / "pipeline.yaml"
@@ -41,6 +41,25 @@ def test_it_runs_from_nothing_to_an_answer_about_a_photograph(done: Path) -> Non
     for stage in ("stage1", "stage2"):
         lines = [json.loads(line) for line in (done / stage / "log.jsonl").read_text().splitlines()]
         assert all(line["loss"] > 0 for line in lines if line.get("loss") is not None) and len(lines) >= 3
+
+
+def test_what_an_earlier_version_finished_counts_as_finished(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    folder = shutil.copytree(done, tmp_path / "run")
+    ledger, chain = json.loads((folder / LEDGER).read_text()), ""
+    for name, entry in ledger.items():
+        if "recipe" in entry["settings"] and (model := entry["settings"]["recipe"]["init"]["model"]):
+            model["image"]["several_pictures"] = model["image"].pop("several_images")
+            del model["template"]["text_restarts"]
+        chain = entry["chain"] = _chain(chain, name, entry["settings"])
+    (folder / LEDGER).write_text(json.dumps(ledger))
+    assert "several_pictures" in (folder / LEDGER).read_text()
+    capsys.readouterr()
+    assert main(["train", str(PIPELINE), f"output_dir={folder}"]) == 0
+    assert capsys.readouterr().err.count("finished before") == len(STAGES)
 
 
 def test_the_cached_features_are_what_training_used(done: Path) -> None:

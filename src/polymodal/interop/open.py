@@ -1,7 +1,4 @@
-"""A model in memory from any folder that is composed here: ours, a published one, or one of LLaVA's own repository.
-
-`backends.load` puts the chat protocol over it; training starts from it; export writes it out again.
-"""
+"""A model in memory from any folder that is composed here: ours, a published one, or one of LLaVA's own repository."""
 
 from pathlib import Path
 from typing import Literal

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -312,8 +313,6 @@ SHOWN = 6
 def identity(recipe: RecipeBase) -> dict[str, Any]:
     """What of a recipe decides the result, as plain nested data."""
     plain: dict[str, Any] = json.loads(recipe.model_dump_json(by_alias=True))
-    if plain["batch"].get("last_step") == "whole":  # runs of before there was a choice go on
-        del plain["batch"]["last_step"]
     for key in FREE:
         section, _, inner = key.partition(".")
         if inner:
@@ -323,10 +322,16 @@ def identity(recipe: RecipeBase) -> dict[str, Any]:
     return plain
 
 
+def in_todays_keys(before: dict[str, Any], recipe: RecipeBase) -> dict[str, Any]:
+    """A stored identity of an earlier version: keys renamed, younger ones at their defaults; as it is where unknown."""
+    with suppress(ConfigError), warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return identity(parse_config(type(recipe), {**before, "output_dir": recipe.output_dir}, "checkpoint"))
+    return before
+
+
 def differences(before: dict[str, Any], recipe: RecipeBase) -> list[str]:
     """Compare a stored identity with a recipe."""
-    with suppress(ConfigError):  # made by a version with other keys: the difference shows which
-        before = identity(parse_config(type(recipe), {**before, "output_dir": recipe.output_dir}, "checkpoint"))
+    before = in_todays_keys(before, recipe)
     old, new = flatten(before, whole_lists=True), flatten(identity(recipe), whole_lists=True)
     return [
         f"{key} {_short(old.get(key))} -> {_short(new.get(key))}"

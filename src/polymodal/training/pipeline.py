@@ -26,7 +26,7 @@ from polymodal.errors import ConfigError, PolymodalError, unknown_name
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Image, user
 from polymodal.modeling.language_model import quieten_transformers
-from polymodal.training.checkpoint import flatten, identity
+from polymodal.training.checkpoint import flatten, identity, in_todays_keys
 from polymodal.training.feature_cache import MEMORY, OFF
 from polymodal.training.process_group import World, join_world
 from polymodal.training.recipes import pipeline as stages
@@ -52,7 +52,7 @@ def run_pipeline(pipeline: Pipeline, *, force: bool = False) -> Path:
     chain = ""
     for number, (name, stage) in enumerate(pipeline.stages.items(), start=1):
         settings = _settings(pipeline, stage)
-        chain = hashlib.sha256(json.dumps([chain, name, settings], sort_keys=True).encode()).hexdigest()
+        chain = _chain(chain, name, settings)
         # The first process decides: another might look when a folder is gone already.
         verdict = on_main_process(partial(ledger.verdict, name, settings, chain))
         if verdict == FINISHED:
@@ -87,6 +87,17 @@ class _Ledger:
             except ValueError as error:
                 raise ConfigError(f"{self.path}: not valid JSON ({error}); remove it to do all stages again") from None
 
+        # What an earlier version finished counts as finished: its settings in today's keys.
+        before = now = ""
+        for name, stage in self.pipeline.stages.items():
+            entry = self.entries.get(name)
+            if entry is None or entry["chain"] != _chain(before, name, entry["settings"]):
+                break  # not done, or done before another stage was done again
+            before = entry["chain"]
+            if isinstance(stage, TrainStage):
+                entry["settings"] = {"recipe": in_todays_keys(entry["settings"]["recipe"], stage.recipe)}
+            now = entry["chain"] = _chain(now, name, entry["settings"])
+
     def verdict(self, name: str, settings: dict[str, Any], chain: str) -> str | None:
         """What became of a stage: FINISHED with these settings, what is different now, or None where it never was."""
         if name not in self.entries or not self.pipeline.folder(name).exists():
@@ -114,6 +125,11 @@ class _Ledger:
     def _write(self) -> None:
         make_folder(self.path.parent)
         write_text(self.path, json.dumps(self.entries, indent=2, ensure_ascii=False) + "\n")
+
+
+def _chain(before: str, name: str, settings: dict[str, Any]) -> str:
+    """A hash of a stage and all before it."""
+    return hashlib.sha256(json.dumps([before, name, settings], sort_keys=True).encode()).hexdigest()
 
 
 def _settings(pipeline: Pipeline, stage: Stage) -> dict[str, Any]:

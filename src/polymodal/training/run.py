@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from polymodal.errors import PolymodalError, first_line
-from polymodal.training.checkpoint import find_checkpoint, identity, read_state
+from polymodal.training.checkpoint import differences, find_checkpoint, read_state
 from polymodal.training.distributed import Engine
 from polymodal.training.optimizer import check_groups, policy_table
 from polymodal.training.process_group import World, clear_loss_of_peers, join_world
@@ -39,7 +39,7 @@ def _train(recipe: RecipeBase, inputs: Any, force: bool, world: World) -> Path:
     found = find_checkpoint(recipe, world, force)
     if found is not None and (final / kind.document).is_file():
         stored = read_state(found)
-        if stored["progress"]["finished"] and stored["recipe"] == identity(recipe):
+        if stored["progress"]["finished"] and not differences(stored["recipe"], recipe):
             log(f"{recipe.name}: finished before, see {final}")
             return final
     if recipe.run.threads is not None:

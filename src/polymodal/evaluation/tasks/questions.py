@@ -3,8 +3,7 @@
 The control is the same model with every image replaced by plain grey of the same size, so what it scores comes from
 language alone. What can be had without looking or thinking stands beside it twice: the majority answer, the single
 accepted answer that scores best if given to every question of a kind, and the constant text, words strung together for
-the metric's sake, no longer than the model's longest answer. The two differ where a metric rewards a mention. A failed
-generation is a failed item in the report, never an empty answer.
+the metric's sake, no longer than the model's longest answer. A failed generation is a failed item, never an empty one.
 """
 
 from collections import Counter, defaultdict

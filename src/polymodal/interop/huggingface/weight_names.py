@@ -5,19 +5,12 @@ One table, `RULES`, is read both ways, so that what is read and what is written 
     to_ours("llava", "language_model.model.norm.weight")        -> Place("llm", "model.norm.weight")
     to_stock("llava", Place("llm", "model.norm.weight"))        -> "language_model.model.norm.weight"
 
-A `Place` is a component of `MultimodalLM` and a name in that component's own state:
+A `Place` is a component of `MultimodalLM` ("llm", "vision", "projector", "newline") and a name in that component's own
+`state_dict()`; that of "vision" is the model which `HFVisionEncoder` wraps.
 
-    "llm"        names of the causal LM's or encoder-decoder's own class in transformers (`model.llm.state_dict()`)
-    "vision"     names of the vision model that `HFVisionEncoder` wraps (`model.vision_encoder.model.state_dict()`)
-    "projector"  names of `MLPProjector` or `QFormerProjector` (`model.projector.state_dict()`)
-    "newline"    the single name "image_newline" (`model.image_newline`)
-
-The same tensor has been spelled in three ways, all of which are read:
-
-    "hub"           as in the published folders, and what vLLM and llama.cpp's converters know
-                    (`vision_tower.vision_model.…`, `language_model.model.…`); the one to write
-    "transformers"  as transformers 5 writes it: CLIP and SigLIP lost the level `vision_model` there
-    "memory"        `state_dict()` of transformers' class, which some trainers save as it is (`model.language_model.…`)
+The same tensor has been spelled in three ways, all of which are read: "hub", as in published folders and as vLLM and
+llama.cpp know it, which is the one to write; "transformers", as transformers 5 writes it, where CLIP and SigLIP lost
+the level `vision_model`; "memory", the `state_dict()` of transformers' class, which some trainers save.
 
 Names are mapped by prefix: of those that fit, the longest decides. Only names are mapped, no value is changed. One
 tensor needs care: `vision_model.post_layernorm` of BLIP-2 is the tower's there and the Q-Former's `ln_vision` here; it

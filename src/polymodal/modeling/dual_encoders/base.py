@@ -108,6 +108,7 @@ class PairModel(nn.Module, ABC):
     distiller: nn.Module | None
 
     def __init__(self, tokenizer: Any, image: ImageConfig) -> None:
+        """Keep what goes with the encoders; the tokenizer pads on the right from here on."""
         super().__init__()
         self.tokenizer, self.image = tokenizer, image
         tokenizer.padding_side = "right"

@@ -23,8 +23,7 @@ Rules worth knowing:
 - Text is tokenised from one control token, image or border of the loss to the next, as in the whole string. So ids are
   those of `apply_chat_template`, but for control tokens that somebody typed, which stay text, and for an answer that
   begins with white space, which the whole string may join with the header's.
-- The beginning-of-sequence token is the template's business: it is there when the template writes it, as in
-  `apply_chat_template`.
+- The beginning-of-sequence token is there when the template writes it, as in `apply_chat_template`.
 """
 
 import re
