@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
 from polymodal.errors import PolymodalError
-from polymodal.generation.params import GenerationParams, context_length
+from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step, TextStream
 from polymodal.messages import Conversation, Image, Message, Source, as_messages, assistant, user
 
@@ -178,6 +178,8 @@ class ModelBackend(Backend, Generic[Inputs]):
     """A backend that runs the model itself: a subclass makes the prompt and the tokens."""
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, config: Any, stop_ids: Sequence[int]) -> None:
+        from polymodal.modeling.language_model import context_length  # loads torch, which an endpoint does without
+
         self.name = name
         self.tokenizer = tokenizer
         self.stop_ids = tuple(stop_ids)

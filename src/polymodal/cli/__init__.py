@@ -29,7 +29,7 @@ VERBS = {
     "describe": "say what a model folder holds: parts, sizes, template, images, history (loads no weights)",
     "convert": "turn a published model, such as an original LLaVA folder, into a model folder of ours",
     "export": "write a model as a stock folder of transformers, or whole, and prove that it is the same",
-    "data": "check, prepare, look at and build training data",
+    "data": "check, prepare and look at training data",
 }
 """Each verb and its line in `--help`; the module of the same name implements it."""
 

@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, TopKLogitsWarper, TopPLogitsWarper
 
-from polymodal.generation.params import GenerationParams, context_length
+from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step
-from polymodal.modeling.language_model import decoder_start_id
+from polymodal.modeling.language_model import context_length, decoder_start_id
 from polymodal.modeling.seq2seq import move_left, take
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Batch

@@ -1,7 +1,5 @@
 """How text is chosen from logits, and how long it may get."""
 
-from typing import Any
-
 from pydantic import Field
 
 from polymodal.config import Strict
@@ -27,8 +25,3 @@ class GenerationParams(Strict):
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100.0)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     stop: tuple[str, ...] = ()
-
-
-def context_length(config: Any) -> int:
-    """The most positions that a language model was made for."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)

@@ -138,6 +138,11 @@ def positions_of(settings: Any) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
+def context_length(settings: Any) -> int:
+    """The same as a number to count against: more than any text has, for models without a limit."""
+    return positions_of(settings) or 1 << 30
+
+
 def load_tokenizer(config: LLMConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:
     """Load the language model's tokenizer, or the one saved in a model folder."""
     carried = folder is not None and (folder / "tokenizer.json").is_file()
