@@ -22,6 +22,7 @@ SRC = ROOT / "src"
 REACHED = {
     "polymodal.data.load.load_records",
     "polymodal.interop.huggingface.export.export_hf",
+    "polymodal.metrics.score",
     "polymodal.modeling.dual_encoders.registry.build_pair_model",
     "polymodal.modeling.dual_encoders.registry.load_pair_model",
     "polymodal.modeling.encoders.vision.build_vision_encoder",

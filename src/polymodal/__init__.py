@@ -16,6 +16,7 @@ from polymodal.errors import PolymodalError
 from polymodal.messages import Audio, Document, Image, Message, Text, Video, assistant, system, user
 
 if TYPE_CHECKING:
+    from polymodal import metrics
     from polymodal.backends import load
     from polymodal.backends.base import Reply
     from polymodal.backends.local import LocalBackend
@@ -36,6 +37,7 @@ _LAZY = {
     "MultimodalLM": "polymodal.modeling.vlm",
     "build_model": "polymodal.modeling.build",
     "Processor": "polymodal.processing.processor",
+    "metrics": "polymodal.metrics",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "assistant",
     "build_model",
     "load",
+    "metrics",
     "system",
     "user",
 ]
@@ -63,7 +66,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'polymodal' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    module = import_module(_LAZY[name])
+    return module if name == "metrics" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

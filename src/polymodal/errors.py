@@ -55,5 +55,5 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> ConfigError:
     """Build the error for a name that is not in a table, with the closest names that are."""
     names = sorted(choices)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(repr(c) for c in close)}?" if close else f"known: {', '.join(names)}"
+    hint = f"did you mean {' or '.join(repr(c) for c in close)}?" if close else f"known: {', '.join(names) or 'none'}"
     return ConfigError(f"unknown {kind} {name!r}; {hint}")
