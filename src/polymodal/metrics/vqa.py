@@ -42,17 +42,19 @@ def normalize_answer(answer: str, variant: str = "official") -> str:
     """Give an answer the form in which VQA compares it; "m4c" is what LLaVA writes into submissions to EvalAI."""
     if variant not in _NORMALIZERS:
         raise unknown_name("way to normalize", variant, _NORMALIZERS)
-    tokenize, comma, period = _NORMALIZERS[variant]
-    if tokenize:
+    if _NORMALIZERS[variant][0]:
         answer = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    answer = _one_line(answer)
-    number, text = re.search(comma, answer), answer
-    for mark in _MARKS:
-        beside_space = f"{mark} " in answer or f" {mark}" in answer
-        text = text.replace(mark, "" if number or beside_space else " ")
-    text = re.sub(period, "", text, count=_PERIODS)
-    words = (_DIGITS.get(word, word) for word in text.lower().split())
+    bare = without_punctuation(_one_line(answer), variant)
+    words = (_DIGITS.get(word, word) for word in bare.lower().split())
     return " ".join(_APOSTROPHES.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def without_punctuation(text: str, variant: str = "official") -> str:
+    """Drop a mark that stands beside a space anywhere, or all where a comma joins digits; else put a space for it."""
+    _, comma, period = _NORMALIZERS[variant]
+    joined = re.search(comma, text)
+    marks = {ord(mark): "" if joined or f"{mark} " in text or f" {mark}" in text else " " for mark in _MARKS}
+    return re.sub(period, "", text.translate(marks), count=_PERIODS)
 
 
 def vqa_accuracy(prediction: str, references: Sequence[str], *, variant: str = "official") -> float:
