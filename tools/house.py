@@ -21,6 +21,9 @@ SRC = ROOT / "src"
 # and the functions that the pages under docs/ call.
 REACHED = {
     "polymodal.data.load.load_records",
+    "polymodal.evaluation.task.Example",
+    "polymodal.evaluation.task.Sample",
+    "polymodal.evaluation.task.Task",
     "polymodal.interop.huggingface.export.export_hf",
     "polymodal.metrics.score",
     "polymodal.modeling.dual_encoders.registry.build_pair_model",

@@ -139,7 +139,7 @@ def answer_losses(name: str, options: argparse.Namespace) -> None:
 
     from polymodal.backends import load
     from polymodal.data.load import load_records
-    from polymodal.evaluation.tasks.questions import in_grey
+    from polymodal.evaluation.runner import in_grey
     from polymodal.processing.collate import collate
 
     target = options.output / name / "losses.json"
@@ -188,7 +188,9 @@ def row(name: str, options: argparse.Namespace, seconds: list[float]) -> dict[st
 
     folder = options.output / name
     kinds = [
-        k for file in ("val", "heldout_photos") for k in json.loads((folder / f"{file}.json").read_text())["kinds"]
+        k
+        for file in ("val", "heldout_photos")
+        for k in json.loads((folder / f"{file}.json").read_text())["tasks"][file]["kinds"]
     ]
     model = load_model(model_folder(name, options)).model
     assert model.projector is not None

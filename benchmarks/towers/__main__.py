@@ -27,7 +27,7 @@ from polymodal.config import ImageConfig, VisionConfig
 from polymodal.errors import ConfigError, DataError, PolymodalError
 from polymodal.media.image import open_image
 from polymodal.media_plan import Size, plan_image
-from polymodal.metrics.text import mean_interval
+from polymodal.metrics.intervals import mean_interval
 from polymodal.modeling.encoders.efficientnet import PIXEL_MEAN, PIXEL_STD
 from polymodal.modeling.encoders.vision import build_vision_encoder
 from polymodal.processing.image_config_hf import image_config_from_hf

@@ -33,7 +33,7 @@ from polymodal.modeling.dual_encoders.blip2_stage1 import Blip2Stage1
 
 if TYPE_CHECKING:
     from polymodal.data.readers.conversations import Record
-    from polymodal.evaluation.tasks.questions import Item
+    from polymodal.evaluation.task import Sample
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -97,32 +97,30 @@ def look_up(folder: Path, records: Sequence[Record], nearest: int, group: int, d
 def captions(folder: Path, records: Sequence[Record], document: dict[str, Any]) -> list[str]:
     """Let stage 2 caption; returns the lines of its table and adds to the document."""
     from polymodal.backends import load
-    from polymodal.evaluation.tasks.questions import evaluate, summarise, table
+    from polymodal.evaluation.results import summarise, table
+    from polymodal.evaluation.runner import Settings
+    from polymodal.evaluation.tasks.questions import QUESTIONS, ask_records
 
     asked = [
         replace(record, kind="caption", extra={**record.extra, "answers": record.extra.get("captions")})
         for record in records
     ]
-    items = evaluate(load(folder), asked)
-    rows = summarise(items)
-    others = of_others(items)
-    document["captions"] = {
-        "kinds": [asdict(row) for row in rows],
-        "of_others": others,
-        "items": [asdict(item) for item in items],
-    }
-    return [table(rows), "", f"captions of other images: {others:.1%}"]
+    run = ask_records(load(folder), asked)
+    scores = summarise(QUESTIONS, "", run, Settings())
+    others = of_others(run.samples)
+    document["captions"] = {**scores, "of_others": others, "items": [asdict(sample) for sample in run.samples]}
+    return [table([scores]), "", f"captions of other images: {others:.1%}"]
 
 
-def of_others(items: Sequence[Item], most: int = 50) -> float:
+def of_others(samples: Sequence[Sample], most: int = 50) -> float:
     """Mean score of the answers about other images, some `most` for each image."""
     from polymodal.metrics.text import word_recall
 
-    count = len(items)
+    count = len(samples)
     steps = range(1, count, max(1, count // most))
     scores = [
-        word_recall(items[(place + step) % count].answer or "", item.accepted)
-        for place, item in enumerate(items)
+        word_recall(samples[(place + step) % count].answer or "", sample.references)
+        for place, sample in enumerate(samples)
         for step in steps
     ]
     return sum(scores) / len(scores) if scores else 0.0

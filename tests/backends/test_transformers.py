@@ -24,7 +24,7 @@ from polymodal.backends.transformers import TransformersBackend, open_transforme
 from polymodal.backends.transformers.folder import open_processor
 from polymodal.data.readers.conversations import Record
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
-from polymodal.evaluation.tasks.questions import evaluate
+from polymodal.evaluation.tasks.questions import ask_records
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Audio, Image, Message, assistant, system, user
 from polymodal.safety.model_folder import check_folder
@@ -380,7 +380,7 @@ def test_eval_asks_in_batches(opened: Opened) -> None:
         return Record(id="r", messages=messages, kind="exists", source="test", extra={"answers": ["Yes"]})
 
     records = [record(WIDE), record("absent.png"), record(TALL), record(PILImage.new("RGB", (9, 9), (128, 128, 128)))]
-    alone, together = (evaluate(opened("idefics3"), records, batch_size=size) for size in (1, 4))
+    alone, together = (ask_records(opened("idefics3"), records, batch_size=size).samples for size in (1, 4))
     assert alone == together
     assert [item.error is None for item in together] == [True, False, True, True]
     assert together[1].answer is None and together[1].score == 0.0

@@ -16,7 +16,7 @@ import pytest
 import polymodal
 from polymodal.cli import main
 from polymodal.data.load import load_records
-from polymodal.evaluation.tasks.questions import evaluate, summarise
+from polymodal.evaluation.tasks.questions import ask_records
 from recipes.default.dataset.__main__ import main as build_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,5 +46,5 @@ def test_the_default_recipes_make_a_working_model(
     assert [entry["stage"] for entry in model.history] == ["default-stage1", "default-stage2"]
     assert (tmp_path / "published" / "adapter" / "adapter_model.safetensors").is_file()
     records = load_records(tmp_path / "data/default/val.json")[:6]
-    rows = summarise(evaluate(model, records))
-    assert sum(row.count for row in rows) == 6 and not any(row.failed for row in rows)
+    samples = ask_records(model, records).samples
+    assert len(samples) == 6 and not any(sample.error for sample in samples)

@@ -18,8 +18,8 @@ from polymodal.data.load import load_records
 from polymodal.errors import CheckpointError, ConfigError, DataError
 from polymodal.evaluation.embedder import load_embedder
 from polymodal.evaluation.tasks import retrieval, zero_shot
+from polymodal.metrics.intervals import mean_interval
 from polymodal.metrics.retrieval import recall
-from polymodal.metrics.text import mean_interval
 from polymodal.modeling.dual_encoders.clip_siglip import build_dual_encoder
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig, PairModelConfig
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,14 @@ from polymodal.backends import load
 from polymodal.backends.base import Backend, Reply, Timing, Usage
 from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError, PolymodalError
-from polymodal.evaluation.tasks.questions import Item, constant_text, evaluate, in_grey, summarise, table
+from polymodal.evaluation.results import constant_text, summarise, table
+from polymodal.evaluation.runner import Run, Settings, in_grey
+from polymodal.evaluation.task import Sample
+from polymodal.evaluation.tasks.questions import QUESTIONS, ask_records
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Image, Message, assistant, user
-from polymodal.metrics.text import exact_match, mean_interval, mentions, word_recall
+from polymodal.metrics.intervals import mean_interval
+from polymodal.metrics.text import exact_match, mentions, word_recall
 
 
 @pytest.mark.parametrize(
@@ -74,7 +80,7 @@ def test_batches_do_not_change_answers_and_grey_images_equal_their_control(tiny_
     noise = [PILImage.fromarray(rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)) for i in range(3)]
     grey = PILImage.new("RGB", (30, 20), (128, 128, 128))
     records = [record(p) for p in (*noise, grey)]
-    alone, together = evaluate(model, records, batch_size=1), evaluate(model, records, batch_size=4)
+    alone, together = (ask_records(model, records, batch_size=size).samples for size in (1, 4))
     assert alone == together
     assert alone[3].answer == alone[3].blind
 
@@ -94,40 +100,49 @@ class OneByOne(Backend):
 
 def test_any_backend_is_asked_and_its_failures_are_failed_items() -> None:
     red = PILImage.new("RGB", (4, 4), (255, 0, 0))
-    items = evaluate(OneByOne(), [record(red), record("absent.png")])
-    assert [(item.answer, item.blind, item.score, item.blind_score) for item in items] == [
+    run = ask_records(OneByOne(), [record(red), record("absent.png")])
+    assert [(s.answer, s.blind, s.score, s.blind_score) for s in run.samples] == [
         ("yes", "no", 1.0, 0.0), (None, None, 0.0, 0.0)
     ]  # fmt: skip
-    assert items[0].error is None and items[1].error == "no such thing"
-    (row,) = summarise(items)
-    assert (row.count, row.failed) == (2, 1)
+    assert run.samples[0].error is None and "absent.png" in str(run.samples[1].error)
+    row = summarise(QUESTIONS, "", run, Settings())
+    assert (row["n"], row["failed"], row["score"]) == (2, 1, 0.5)
 
 
 def test_a_record_without_answer_is_an_error(tiny_model_folder: Path) -> None:
     broken = Record(id="broken", messages=(user("What?"),), kind="name", source="test", extra={})
     with pytest.raises(DataError, match="broken: a held-out record needs a question and its answer"):
-        evaluate(load(tiny_model_folder, "cpu"), [broken])
+        ask_records(load(tiny_model_folder, "cpu"), [broken])
+
+
+def sample(kind: str, answer: str | None, accepted: str, score: float = 0.0, blind: float = 0.0) -> Sample:
+    metric = {"name": "contains"}.get(kind, "exact")
+    return Sample("i", kind, "", (accepted,), metric, {}, {}, answer, None, score, "", blind)
+
+
+def summary(samples: list[Sample]) -> dict[str, Any]:
+    return summarise(QUESTIONS, "", Run(samples, GenerationParams(), 1, None, 0), Settings())
 
 
 def test_summary_and_table() -> None:
-    def item(score: float, blind: float, accepted: str, error: str | None = None) -> Item:
-        return Item("i", "count", (accepted,), "two", "one", score, blind, error)
-
-    items = [item(1, 0, "two"), item(1, 1, "two"), item(0, 0, "three", "boom"), item(1, 0, "two")]
-    (row,) = summarise(items)
-    assert (row.count, row.failed, row.score, row.blind, row.majority) == (4, 1, 0.75, 0.25, 0.75)
-    assert row.margin[0] <= 0.5 <= row.margin[1]
-    assert "| count | exact match | 4 | 75.0% | 25.0% | 75.0% | 75.0% | +50.0% " in table([row])
+    samples = [
+        sample("count", "two", "two", 1, 0), sample("count", "two", "two", 1, 1),
+        sample("count", None, "three", 0, 0), sample("count", "two", "two", 1, 0),
+    ]  # fmt: skip
+    scores = summary(samples)
+    (row,) = scores["kinds"]
+    assert (row["n"], row["failed"], row["score"], row["blind"], row["majority"]) == (4, 1, 0.75, 0.25, 0.75)
+    assert row["margin_interval"][0] <= 0.5 <= row["margin_interval"][1]
+    assert "| questions | exact | 4 (1 failed) | 75.0% | " in table([scores])
+    assert "| 25.0% | +50.0% (" in table([scores]) and "| 75.0% | 75.0% |" in table([scores])
 
 
 def test_a_constant_text_that_mentions_much_is_a_control_of_its_own() -> None:
-    def item(answer: str, accepted: str) -> Item:
-        return Item("i", "name", (accepted,), answer, "", 0.0, 0.0)
-
     names = ["cat", "dog", "cow", "cat"]
-    (row,) = summarise([item("a cat and a dog", name) for name in names])
+    (row,) = summary([sample("name", "a cat and a dog", name) for name in names])["kinds"]
     # One answer names the cat; five words have room for all three.
-    assert (row.majority, row.constant) == (0.5, 1.0)
-    (short,) = summarise([item("a cat", name) for name in names])
-    assert short.constant == 0.75
-    assert constant_text(word_recall, [("a red house",), ("the red dog",)], 1) == "red"
+    assert (row["majority"], row["constant"]) == (0.5, 1.0)
+    (short,) = summary([sample("name", "a cat", name) for name in names])["kinds"]
+    assert short["constant"] == 0.75
+    captions = [replace(sample("name", "red", text), metric="word_recall") for text in ("a red house", "the red dog")]
+    assert constant_text(captions, 1) == "red"

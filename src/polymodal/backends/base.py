@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
@@ -13,6 +14,7 @@ from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step, TextStream
 from polymodal.messages import Conversation, Image, Message, Source, as_messages, assistant, user
+from polymodal.utils.files import sha256_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,9 +83,19 @@ class Backend(ABC):
 
     Attributes:
         name: What the model is called.
+        concurrent: Conversations that it likes to be asked at the same time, one each; 1 where it batches instead.
     """
 
     name: str
+    concurrent = 1
+
+    def fingerprint(self) -> str:
+        """A hash of the model, by which answers are kept; of its name alone where there is nothing better."""
+        return sha256_json([type(self).__name__, self.name])
+
+    def settings(self) -> dict[str, str]:
+        """What stands between a conversation and the model: hashes of its preprocessing and of its template."""
+        return {}
 
     @abstractmethod
     def stream(self, messages: Conversation, params: GenerationParams | None = None) -> Iterator[StreamEvent]:
@@ -142,13 +154,35 @@ class Backend(ABC):
         Returns:
             For each the answer's text without white space around it, or why there is none.
         """
-        return [self._answer(messages, params) for messages in conversations]
+        return [self.answer(messages, params) for messages in conversations]
 
-    def _answer(self, messages: Conversation, params: GenerationParams) -> Answer:
+    def answer(self, messages: Conversation, params: GenerationParams) -> Answer:
+        """Answer a conversation, as one of a batch.
+
+        Args:
+            messages: The conversation, which ends with a user message.
+            params: The settings.
+
+        Returns:
+            The answer's text without white space around it, or why there is none.
+        """
         try:
             return self.generate(messages, params).text.strip()
         except PolymodalError as error:
             return error
+
+
+def sampled_hash(module: Any) -> str:
+    """A hash of some numbers of every tensor of a module, with its name, type and shape; training changes them all."""
+    import torch  # an endpoint does without
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(repr((name, getattr(tensor, "dtype", None), getattr(tensor, "shape", tensor))).encode())
+        if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and not tensor.is_quantized:
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].contiguous().cpu()
+            digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def require_question(conversation: Conversation) -> list[Message]:
@@ -177,6 +211,8 @@ def check_messages(messages: Sequence[Message]) -> None:
 class ModelBackend(Backend, Generic[Inputs]):
     """A backend that runs the model itself: a subclass makes the prompt and the tokens."""
 
+    model: Any  # The module whose weights answer
+
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, config: Any, stop_ids: Sequence[int]) -> None:
         from polymodal.modeling.language_model import context_length  # loads torch, which an endpoint does without
 
@@ -187,6 +223,10 @@ class ModelBackend(Backend, Generic[Inputs]):
         self.context_length = context_length(config)
         # The answer of an encoder-decoder is the decoder's and takes nothing from what the encoder reads.
         self._answer_takes_room = not config.is_encoder_decoder
+
+    def fingerprint(self) -> str:
+        """A hash of weights, template, image rules and end tokens."""
+        return sha256_json([sampled_hash(self.model), self.settings(), list(self.stop_ids)])
 
     @abstractmethod
     def _process(self, messages: Sequence[Message]) -> Inputs:

@@ -16,6 +16,7 @@ from polymodal.modeling.language_model import positions_of
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Sample, collate
 from polymodal.processing.processor import Processor
+from polymodal.utils.files import sha256_json
 
 
 def processor_of(model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Processor:
@@ -48,6 +49,17 @@ class LocalBackend(ModelBackend[Sample]):
         self.history = tuple(history)
         self.processor = processor_of(model, tokenizer, config)
         super().__init__(name, tokenizer, model.llm.config, self.processor.template.stop_ids)
+
+    def settings(self) -> dict[str, str]:
+        """Hashes of the image rules and of the template."""
+        tower, rules, template = (
+            part.model_dump(mode="json") if part is not None else None
+            for part in (self.config.vision, self.config.image, self.config.template)
+        )
+        return {
+            "preprocessing": sha256_json([tower, rules]),
+            "template": sha256_json([template, self.tokenizer.chat_template]),
+        }
 
     def generate_batch(self, conversations: Sequence[Conversation], params: GenerationParams) -> list[Answer]:
         """Answer several conversations as one padded batch.

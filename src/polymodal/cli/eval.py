@@ -1,127 +1,238 @@
-"""Score a model on held-out data.
+"""Score a model: on benchmarks, on your own questions, or what it said before.
 
-    polymodal eval default --data data/default/val.json
-    polymodal eval runs/stage2/final --data data/default/val.json --json scores.json --limit 200
-    polymodal eval runs/vit_small/final --task retrieval --data data/pairs/val.json
-    polymodal eval Salesforce/blip-itm-base-coco --task retrieval --data data/pairs/val.json
-    polymodal eval runs/vit_small/final --task zero-shot --data data/pairs/classes.json
+    polymodal eval default --tasks demo                                   the shipped benchmark, with its blind control
+    polymodal eval runs/stage2/final --tasks gqa,mmmu_val --data-root D   benchmarks from their official files in D
+    polymodal eval openai:gpt-4o --tasks docvqa --limit 200               any model that `load` opens
+    polymodal eval default --data rows.json --metric anls                 your own questions, a JSON of conversations
+    polymodal eval clip --tasks retrieval --data pairs.json               or zero-shot: models with two towers
+    polymodal eval rescore OUT/gqa --variant lmms_eval                    score kept answers again, without the model
+    polymodal eval diff OUT_A OUT_B                                       what changed between two runs, and is it real
+    polymodal eval tasks                                                  the benchmarks there are
 
-questions: each record asks one; its `kind` chooses the metric and its `answers` lists what is right. Beside the model
-stand an image-blind control (the same model with every image replaced by grey) and the majority answer.
-retrieval: recall of captions by images and of images by captions, for models with an image tower and a text tower
-(CLIP, SigLIP, BLIP, any dual encoder). zero-shot: the nearest of the classes' prompts, for the same models.
+Every answer is kept, so that a run that was cut off goes on where it was. Results lie in --output: results.json,
+report.html, and each task's samples.jsonl. Without --metric a record's `kind` chooses the metric; its `answers` lists
+what is right.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from polymodal.cli.common import add_loading_arguments, open_model
-from polymodal.data.load import load_records
+from polymodal.cli.common import add_loading_arguments, note, open_model
 from polymodal.errors import ConfigError
 from polymodal.utils.files import write_text
 
 if TYPE_CHECKING:
-    from polymodal.evaluation.embedder import Embedder
+    from polymodal.evaluation.task import Task
+
+EMBEDDING = ("retrieval", "zero-shot")
+"""Tasks for models with an image tower and a text tower, which read `--data`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("model", help='"default", a model folder, a hub id, or openai:MODEL')
-    parser.add_argument("--task", choices=tuple(TASKS), default="questions", help="default: %(default)s")
+    parser.add_argument("model", help='"default", a model folder, a hub id, or openai:MODEL; or rescore, diff, tasks')
+    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="what rescore and diff read")
+    parser.add_argument("--tasks", "--task", metavar="A,B", help="benchmarks, with a split as in mmmu_val")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="your own records, in any form that training reads")
+    parser.add_argument("--image-root", type=Path, metavar="DIR", help="where the images of --data are")
+    parser.add_argument("--metric", metavar="NAME", help="of --data: exact, contains, anls, vqa_accuracy, cider, ...")
+    parser.add_argument("--variant", metavar="NAME", help="score as another harness does: lmms_eval, vlmevalkit")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="the folder that holds the benchmarks' files")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/eval/MODEL")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N of each kind")
+    parser.add_argument("--batch-size", default="auto", metavar="N", help="default: auto")
+    parser.add_argument("--concurrency", type=int, metavar="N", help="requests at the same time to an endpoint")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="the longest answer (default: the task's)")
     parser.add_argument(
-        "--data", required=True, type=Path, metavar="FILE", help="held-out records (JSON or JSONL), or classes.json"
+        "--blind", action=argparse.BooleanOptionalAction, help="ask again about grey images (default: demo and --data)"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N records of each kind, or images")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write scores, and every answer, here")
+    parser.add_argument("--no-cache", action="store_true", help="ask everything, and keep no answers")
+    parser.add_argument("--allow-missing", action="store_true", help="rescore: score a file that lacks some answers")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write scores and every answer here too")
     add_loading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate, print the table, and write the answers where asked for."""
-    for flag, value in (("--limit", args.limit), ("--batch-size", args.batch_size)):
+    """Evaluate, print the table, and write the answers."""
+    for flag, value in (
+        ("--limit", args.limit), ("--concurrency", args.concurrency), ("--max-new-tokens", args.max_new_tokens)
+    ):  # fmt: skip
         if value is not None and value < 1:
             raise ConfigError(f"{flag} {value}: at least 1")
-    text, document, failed = TASKS[args.task](args)
-    print(text)
+    args.batch_size = _batch_size(args.batch_size)
+    if args.model in COMMANDS:
+        return COMMANDS[args.model](args)
+    if args.paths:
+        raise ConfigError(f"{args.paths[0]}: not understood; a model is followed by flags")
+    names = [name for name in (args.tasks or "").split(",") if name]
+    if any(name in EMBEDDING for name in names):
+        return _embedding(args, names)
+    return _answers(args, names)
+
+
+def _batch_size(given: str) -> int | None:
+    if given == "auto":
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigError(f"--batch-size {given}: auto, or a number from 1")
+    return int(given)
+
+
+def _answers(args: argparse.Namespace, names: list[str]) -> int:
+    """Tasks whose questions a model answers."""
+    from polymodal.evaluation import results
+    from polymodal.evaluation.report import write_report
+    from polymodal.evaluation.runner import Settings, is_first, run_task
+    from polymodal.evaluation.tasks import find_data, find_task
+    from polymodal.evaluation.tasks.questions import data_task
+
+    tasks: list[tuple[Task, str, Path]] = []
+    if args.data is not None:
+        if names not in ([], ["questions"]):
+            raise ConfigError(f"--data goes with one of {', '.join(EMBEDDING)}, or with no --tasks; not {names[0]}")
+        tasks.append((data_task(args.data, args.image_root, args.metric or ""), "", args.data.parent))
+    elif args.metric or args.image_root:
+        raise ConfigError("--metric and --image-root go with --data")
+    for name in [] if args.data is not None else names:
+        task, split = find_task(name)
+        tasks.append((task, split, find_data(task, split, args.data_root)))
+    if not tasks:
+        raise ConfigError("nothing to score: give --tasks (see `polymodal eval tasks`) or --data")
+    # The data first: a mistake there is found before a model is loaded.
+    examples = [list(task.read(folder, split)) for task, split, folder in tasks]
+    folder = args.output or Path("runs/eval") / _folder_name(args.model)
+    model = open_model(args)
+    if args.concurrency is not None:
+        model.concurrent = args.concurrency
+    document = results.check_folder(folder, model)
+    done = []
+    for (task, split, _), asked in zip(tasks, examples):
+        settings = Settings(
+            batch_size=args.batch_size,
+            blind=task.blind if args.blind is None else args.blind,
+            limit=args.limit,
+            max_new_tokens=args.max_new_tokens,
+            options={"variant": args.variant} if args.variant else {},
+            cached=not args.no_cache,
+        )
+        found = run_task(model, task, asked, settings)
+        if not is_first():
+            continue
+        name = f"{task.name}_{split}" if split else task.name
+        document["tasks"][name] = results.summarise(task, split, found, settings, model)
+        results.write_samples(folder / name / "samples.jsonl", found.samples)
+        if task.submit is not None:
+            for file in task.submit(found.samples, split, folder / name):
+                note(f"wrote {file}")
+        results.write_results(folder, document)
+        done.append((name, found.samples, asked))
+    if not is_first():
+        return 0
+    write_report(folder, document, done)
+    print(results.table([document["tasks"][name] for name, *_ in done]))
+    note(f"wrote {folder / 'results.json'} and {folder / 'report.html'}")
+    samples = [sample for _, found, _ in done for sample in found]
     if args.json is not None:
-        write_text(args.json, json.dumps({"model": args.model, **document}, indent=1, ensure_ascii=False) + "\n")
+        whole = {**document, "items": [asdict(sample) for sample in samples]}
+        write_text(args.json, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    if failed := [sample for sample in samples if sample.error is not None]:
+        print(f"\n{len(failed)} of {len(samples)} items failed; first: {failed[0].error}")
     return 1 if failed else 0
 
 
-def _questions(args: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
-    from polymodal.evaluation.tasks.questions import evaluate, summarise, table
-
-    seen: Counter[str] = Counter()
-    records = []
-    for record in load_records(args.data):
-        seen[record.kind] += 1
-        if args.limit is None or seen[record.kind] <= args.limit:
-            records.append(record)
-    model = open_model(args)
-    with _bar("answers", 2 * len(records)) as bar:
-
-        def show(done: int, _total: int) -> None:
-            bar.update(done - bar.n)
-
-        items = evaluate(model, records, batch_size=args.batch_size, progress=show)
-    rows = summarise(items)
-    text, failed = table(rows), sum(row.failed for row in rows)
-    if failed:
-        text += f"\n\n{failed} of {len(items)} items failed; first: {next(i.error for i in items if i.error)}"
-    return text, {"kinds": [asdict(row) for row in rows], "items": [asdict(item) for item in items]}, failed
+def _folder_name(model: str) -> str:
+    """A model's name as the name of a folder."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in model.strip("/").removesuffix("/final")) or "model"
 
 
-def _retrieval(args: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
-    from polymodal.evaluation.tasks import retrieval
-
-    # The data first: a mistake there is found before a model is loaded.
-    pairs = retrieval.pairs_of(load_records(args.data), args.limit)
-    embedder = _embedder(args)
-    with _bar("embedding") as bar:
-        found = retrieval.retrieval(embedder, pairs, batch_size=args.batch_size, progress=bar.update)
-    return retrieval.table(found), {"task": args.task, "data": str(args.data), **asdict(found)}, 0
-
-
-def _zero_shot(args: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
-    from polymodal.evaluation.tasks import zero_shot
-
-    tasks = zero_shot.load_tasks(args.data, args.limit)
-    embedder = _embedder(args)
-    with _bar("embedding") as bar:
-        rows = zero_shot.zero_shot_scores(embedder, tasks, batch_size=args.batch_size, progress=bar.update)
-    document = {"task": args.task, "data": str(args.data), "tasks": [asdict(row) for row in rows]}
-    return zero_shot.table(rows), document, 0
-
-
-def _embedder(args: argparse.Namespace) -> Embedder:
-    """The model with an image tower and a text tower that the flags name."""
+def _embedding(args: argparse.Namespace, names: list[str]) -> int:
+    """Tasks for models with two towers."""
     import torch
 
+    from polymodal.data.load import load_records
     from polymodal.evaluation.embedder import load_embedder
+    from polymodal.evaluation.tasks import retrieval, zero_shot
+    from polymodal.utils.progress import Meter
 
+    if len(names) > 1 or args.data is None:
+        raise ConfigError(f"--tasks {names[0]} stands alone and needs --data")
     if args.quantize is not None:
         raise ConfigError("--quantize: these models have no language model to quantise; leave it out")
-    return load_embedder(args.model, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pairs = retrieval.pairs_of(load_records(args.data), args.limit) if names[0] == "retrieval" else None
+    tasks = zero_shot.load_tasks(args.data, args.limit) if pairs is None else []
+    embedder = load_embedder(args.model, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    meter, size = Meter("embedding", 0), args.batch_size or 32
+    document: dict[str, Any] = {"model": args.model, "task": names[0], "data": str(args.data)}
+    if pairs is not None:
+        found = retrieval.retrieval(embedder, pairs, batch_size=size, progress=meter.advance)
+        text, document = retrieval.table(found), {**document, **asdict(found)}
+    else:
+        rows = zero_shot.zero_shot_scores(embedder, tasks, batch_size=size, progress=meter.advance)
+        text, document = zero_shot.table(rows), {**document, "tasks": [asdict(row) for row in rows]}
+    meter.close()
+    print(text)
+    if args.json is not None:
+        write_text(args.json, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    return 0
 
 
-def _bar(label: str, total: int | None = None) -> Any:
-    return tqdm(total=total, desc=label, disable=not sys.stderr.isatty())
+def _rescore(args: argparse.Namespace) -> int:
+    """Score kept answers, or a file of answers to a benchmark."""
+    from polymodal.evaluation import results
+    from polymodal.evaluation.compare import read_predictions, rescore
+    from polymodal.evaluation.runner import Run, Settings
+    from polymodal.evaluation.tasks import find_data, find_task, task_of
+    from polymodal.generation.params import GenerationParams
+
+    if not args.paths:
+        raise ConfigError("rescore needs a samples.jsonl or its folder, or a file of answers with --tasks")
+    settings = Settings(options={"variant": args.variant} if args.variant else {})
+    documents = []
+    for path in args.paths:
+        if args.tasks:
+            task, split = find_task(args.tasks)
+            examples = list(task.read(find_data(task, split, args.data_root), split))
+            samples = read_predictions(path, examples, task.metric, args.allow_missing)
+        else:
+            samples = results.read_samples(path)
+            task, split = task_of(path, samples)
+        samples = rescore(samples, args.metric, args.variant)
+        found = Run(samples, GenerationParams(), 1, None, 0)
+        documents.append(results.summarise(task, split, found, settings))
+    print(results.table(documents))
+    if args.json is not None:
+        write_text(args.json, json.dumps({"tasks": documents}, indent=1, ensure_ascii=False) + "\n")
+    return 0
 
 
-TASKS: dict[str, Callable[[argparse.Namespace], tuple[str, dict[str, Any], int]]] = {
-    "questions": _questions,
-    "retrieval": _retrieval,
-    "zero-shot": _zero_shot,
-}
-"""Each task and what gives its table, its document and the number of failures."""
+def _diff(args: argparse.Namespace) -> int:
+    """Two runs beside each other."""
+    from polymodal.evaluation.compare import compare, difference_table
+
+    if len(args.paths) != 2:
+        raise ConfigError("diff needs two results folders, or two samples.jsonl")
+    differences = compare(*args.paths)
+    print(difference_table(differences))
+    for difference in differences:
+        for one, two in difference.flipped[: args.limit or 10]:
+            said = " -> ".join(f"{sample.answer!r} ({sample.score:.2f})" for sample in (one, two))
+            print(f"  {one.id}: {said}; right: {one.references[0]!r}")
+    return 0
+
+
+def _tasks(_args: argparse.Namespace) -> int:
+    """The benchmarks there are."""
+    from polymodal.cli.common import aligned
+    from polymodal.evaluation.tasks import TASKS
+
+    print(aligned([(task.name, f"{task.about} [{', '.join(task.splits)}]") for task in TASKS.values()]))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"rescore": _rescore, "diff": _diff, "tasks": _tasks}

@@ -63,7 +63,7 @@ def read_bytes(
     elif isinstance(source, str) and source[:5].lower() == "data:":
         data = _data_url(source, limit, name)
     elif isinstance(source, str | Path):
-        data = _file(_local_path(source, name), limit, name)
+        data = _file(local_path(source, name), limit, name)
     elif isinstance(source, FileSlice):
         data = _file(source.path, limit, name, source)
     elif isinstance(source, TableCell):
@@ -76,7 +76,7 @@ def read_bytes(
     return data
 
 
-def _local_path(source: str | Path, name: str) -> Path:
+def local_path(source: str | Path, name: str) -> Path:
     """Turn a path or `file:` URL into a path; refuse every other URL."""
     if isinstance(source, Path):
         return source

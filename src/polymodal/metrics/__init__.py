@@ -11,7 +11,7 @@ from typing import Any
 
 from polymodal.errors import ConfigError, DataError, unknown_name
 from polymodal.metrics.documents import anls, chartqa_relaxed, ocrbench
-from polymodal.metrics.text import exact_match, mentions
+from polymodal.metrics.text import exact_match, mentions, word_recall
 from polymodal.metrics.vqa import aokvqa, gqa, textvqa_accuracy, vqa_accuracy
 
 METRICS: dict[str, Callable[..., float]] = {
@@ -24,7 +24,11 @@ METRICS: dict[str, Callable[..., float]] = {
     "ocrbench": ocrbench,
     "textvqa_accuracy": textvqa_accuracy,
     "vqa_accuracy": vqa_accuracy,
+    "word_recall": word_recall,
 }
+
+CORPUS_METRICS: dict[str, Callable[..., list[float]]] = {}
+"""Metrics that weigh an answer by all the others' references; of (predictions, references) they give scores."""
 
 
 def score(name: str, prediction: str, references: Sequence[str], **options: Any) -> float:

@@ -1,9 +1,7 @@
-"""How one answer is scored against the accepted ones, how sure a mean is, and scores as tables for people."""
+"""How one answer is scored against the accepted ones, and scores as tables for people."""
 
 import re
 from collections.abc import Iterable, Sequence
-
-import numpy as np
 
 _ARTICLES = {"a", "an", "the"}
 _FUNCTION_WORDS = _ARTICLES | {
@@ -53,22 +51,6 @@ def word_recall(answer: str, accepted: Sequence[str]) -> float:
         if wanted:
             best = max(best, len(wanted & said) / len(wanted))
     return best
-
-
-def mean_interval(
-    values: np.ndarray, counts: np.ndarray | None = None, seed: int = 0, resamples: int = 10_000
-) -> tuple[float, float]:
-    """95% bootstrap interval of a mean; of sums over groups, such as the captions of an image, with their counts."""
-    # values [n], counts [n]
-    counts = np.ones(len(values)) if counts is None else counts
-    random = np.random.default_rng(seed)
-    means = []
-    step = max(1, 5_000_000 // len(values))
-    for start in range(0, resamples, step):
-        chosen = random.integers(0, len(values), (min(step, resamples - start), len(values)))
-        means.append(values[chosen].sum(axis=1) / counts[chosen].sum(axis=1))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], words: int = 1) -> str:

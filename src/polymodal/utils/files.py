@@ -1,6 +1,7 @@
 """Files that are either whole or not there: atomic writes, hashes, and the user's cache folder."""
 
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -8,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from polymodal.errors import PolymodalError, first_line
 
@@ -41,6 +43,11 @@ def sha256_file(path: Path) -> str:
     regular_size(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(data: Any) -> str:
+    """Hash plain data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def regular_size(path: Path, name: str = "", error: type[PolymodalError] = PolymodalError) -> int:

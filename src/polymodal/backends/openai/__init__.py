@@ -27,6 +27,7 @@ from polymodal.checkpoints.locate import ENDPOINT
 from polymodal.errors import ConfigError, EndpointError
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Conversation, assistant
+from polymodal.utils.files import sha256_json
 
 OPENAI_URL = "https://api.openai.com/v1"
 
@@ -86,7 +87,12 @@ class OpenAIBackend(Backend):
         self.detail = detail
         self.extra = dict(extra or {})
         self.name = f"{ENDPOINT}{model}"
+        self.concurrent = CONCURRENT
         self._accepts = Accepts()
+
+    def fingerprint(self) -> str:
+        """A hash of the address and the model's name, which are all that is known of it."""
+        return sha256_json([self.endpoint.shown, self.model, self.detail, self.extra])
 
     def generate(self, messages: Conversation, params: GenerationParams | None = None) -> Reply:
         """Answer a conversation in one piece, which any server can."""
@@ -100,9 +106,9 @@ class OpenAIBackend(Backend):
 
     def generate_batch(self, conversations: Sequence[Conversation], params: GenerationParams) -> list[Answer]:
         """Answer several conversations, a few of them at the same time."""
-        with ThreadPoolExecutor(CONCURRENT) as pool:
+        with ThreadPoolExecutor(self.concurrent) as pool:
             try:
-                return list(pool.map(partial(self._answer, params=params), conversations))
+                return list(pool.map(partial(self.answer, params=params), conversations))
             except BaseException:  # Ctrl-C: what has not begun is not sent
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

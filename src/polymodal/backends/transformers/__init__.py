@@ -9,6 +9,7 @@ own, one conversation after the other, since several classes keep positions of t
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 import warnings
@@ -29,6 +30,7 @@ from polymodal.generation.streaming import Step
 from polymodal.messages import Conversation, Message
 from polymodal.safety.config_json import read_json
 from polymodal.safety.model_folder import FolderReport
+from polymodal.utils.files import sha256_json
 
 Inputs = dict[str, Any]
 
@@ -72,6 +74,13 @@ class TransformersBackend(ModelBackend[Inputs]):
         self._never = sorted({int(i) for i in (*media, image_token_id) if i is not None})
         self._busy = threading.Lock()
 
+    def settings(self) -> dict[str, str]:
+        """Hashes of the media processors' settings and of the template."""
+        parts = ("image_processor", "video_processor", "feature_extractor")
+        rules = [part.to_dict() for name in parts if (part := getattr(self.processor, name, None)) is not None]
+        shown = json.dumps(rules, sort_keys=True, default=repr)
+        return {"preprocessing": sha256_json(shown), "template": sha256_json(self.processor.chat_template)}
+
     def generate_batch(self, conversations: Sequence[Conversation], params: GenerationParams) -> list[Answer]:
         """Answer several conversations, those of a kind together."""
         answers: dict[int, Answer] = {}
@@ -87,7 +96,7 @@ class TransformersBackend(ModelBackend[Inputs]):
         for group in groups.values():
             answers |= self._together(group, params)
         return [
-            answers[index] if index in answers else self._answer(messages, params)
+            answers[index] if index in answers else self.answer(messages, params)
             for index, messages in enumerate(conversations)
         ]
 

@@ -7,6 +7,7 @@ out is what it writes after the given beginning.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from polymodal.generation.params import GenerationParams
 from polymodal.media.image import open_image
 from polymodal.messages import Image, Message
 from polymodal.safety.model_folder import FolderReport
+from polymodal.utils.files import sha256_json
 
 CAPTIONERS = {
     "blip": ("BlipForConditionalGeneration", "BlipForQuestionAnswering"),
@@ -68,9 +70,13 @@ class Captioner(TransformersBackend):
         self._never: list[int] = []
         self._busy = threading.Lock()
 
+    def settings(self) -> dict[str, str]:
+        """A hash of the image processor's settings."""
+        return {"preprocessing": sha256_json(json.dumps(self.images.to_dict(), sort_keys=True, default=repr))}
+
     def generate_batch(self, conversations: Sequence[Any], params: GenerationParams) -> list[Answer]:
         """Answer one by one."""
-        return [self._answer(messages, params) for messages in conversations]
+        return [self.answer(messages, params) for messages in conversations]
 
     def _known_rows(self) -> None:
         """As the stock class: BLIP's start token lies past its tokenizer."""

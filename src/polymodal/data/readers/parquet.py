@@ -46,7 +46,7 @@ def read_parquet(path: Path, options: Options) -> Iterator[RawRow]:
             count = file.metadata.row_group(group).num_rows
             try:
                 rows = _texts_of(file, group, wanted).to_pylist()
-                cells = {name: _cells(path, file, group, name, options.root, len(rows)) for name in media}
+                cells = {name: cells_of(path, file, group, name, options.root, len(rows)) for name in media}
             except Exception as error:  # pyarrow raises many types for damaged pages
                 problem = f"row group {group} is damaged ({first_line(error)[:160]}); fetch the file again"
                 problem = str(error) if isinstance(error, DataError | MediaError) else problem
@@ -132,7 +132,7 @@ def _record(
     return caption_of(images, caption, options, **labels), "caption"
 
 
-def _cells(path: Path, file: Any, group: int, column: str, root: Path, count: int) -> list[list[Any]]:
+def cells_of(path: Path, file: Any, group: int, column: str, root: Path, count: int) -> list[list[Any]]:
     """Locate the media of a column: for each row a list of cells, or paths where there can be no bytes."""
     # Not from the chunks' metadata: pyarrow ends the process where that is damaged.
     leaves = [file.schema.column(index).path for index in range(len(file.schema))]

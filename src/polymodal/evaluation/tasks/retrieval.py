@@ -15,8 +15,9 @@ from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError
 from polymodal.evaluation.embedder import Embedder, Progress
 from polymodal.messages import Source
+from polymodal.metrics.intervals import mean_interval
 from polymodal.metrics.retrieval import IMAGE_TO_TEXT, KS, TEXT_TO_IMAGE, chance, embedding_ranks, recall_of
-from polymodal.metrics.text import markdown_table, mean_interval, span
+from polymodal.metrics.text import markdown_table, span
 
 
 @dataclass(frozen=True)

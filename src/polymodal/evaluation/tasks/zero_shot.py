@@ -20,8 +20,9 @@ import torch
 from polymodal.errors import DataError, first_line
 from polymodal.evaluation.embedder import Embedder, Progress
 from polymodal.messages import Source
+from polymodal.metrics.intervals import mean_interval
 from polymodal.metrics.retrieval import class_embeddings, zero_shot_chance, zero_shot_ranks
-from polymodal.metrics.text import markdown_table, mean_interval, span
+from polymodal.metrics.text import markdown_table, span
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,175 @@
+"""What a benchmark is: examples to ask, a metric for the answers, and the figures that its papers print.
+
+A task is plain data. `read` turns its files into `Example`s, `metric` names a scorer of `polymodal.metrics`,
+`aggregate` makes figures of scored `Sample`s, `submit` writes what the benchmark's server takes. None of them sees the
+model.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from polymodal.errors import DataError
+from polymodal.messages import Message
+from polymodal.metrics import CORPUS_METRICS, METRICS
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    Attributes:
+        id: Its name in the benchmark, as text.
+        messages: What the model is asked; ends with a user message.
+        references: The right answers, in the form that the metric takes; empty where the split keeps them secret.
+        kind: A group that gets a row of its own in the table, such as an answer type or a subject.
+        metric: The scorer, where it is not the task's.
+        options: Further arguments of the scorer, such as `options={"A": "cat", ...}`. Plain values of JSON.
+        extra: What `aggregate` and `submit` need besides. Plain values of JSON.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    references: tuple[str, ...] = ()
+    kind: str = ""
+    metric: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An example's answer and score: a line of `samples.jsonl`, from which a score can be taken again.
+
+    Attributes:
+        id: The example's.
+        kind: The example's.
+        prompt: The texts of the conversation, media shown as `<image>`.
+        references: The example's.
+        metric: The scorer.
+        options: The example's.
+        extra: The example's.
+        answer: What the model said, before any parsing; None where it failed.
+        error: Why it failed.
+        score: Of `answer`, 0 for a failure; None where the references are secret.
+        blind: What the model said about grey images; None where it was not asked or failed.
+        blind_score: Of `blind`.
+        key: A hash of model, prompt, media and sampling, which names the answer in the cache.
+    """
+
+    id: str
+    kind: str
+    prompt: str
+    references: tuple[str, ...]
+    metric: str
+    options: Mapping[str, Any]
+    extra: Mapping[str, Any]
+    answer: str | None
+    error: str | None = None
+    score: float | None = None
+    blind: str | None = None
+    blind_score: float | None = None
+    key: str = ""
+
+
+Figures = dict[str, float]
+Aggregate = Callable[[Sequence[Sample]], Figures]
+"""Figures of scored samples, the headline first."""
+
+
+def mean_score(samples: Sequence[Sample]) -> Figures:
+    """The mean of the scores, 0 to 1."""
+    return {"score": sum(sample.score or 0.0 for sample in samples) / max(1, len(samples))}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark.
+
+    Attributes:
+        name: What `--tasks` calls it, without the split.
+        about: One line for `--tasks list`: what it asks, whose prompt and scorer these are.
+        metric: The scorer, a name of `polymodal.metrics`.
+        splits: The splits that it has, the default first.
+        read: Reads a split from a folder that holds the official files, parquet of the Hugging Face dataset, or
+            VLMEvalKit's TSV.
+        hub: The dataset's id on the Hugging Face hub; empty where there is none.
+        max_new_tokens: The longest answer.
+        aggregate: Makes the figures; `mean_score` where the benchmark prints a mean.
+        group: The key of `extra` whose samples belong together (an image, a question asked in circular order), since
+            intervals draw whole groups; empty where each sample stands alone.
+        unit: What 1.0 is printed as: 100 for percent, 1 for scores such as MME's.
+        lower_is_better: Whether the metric counts errors.
+        submit: Writes the files that the benchmark's server takes, and says which; None where there is no server.
+        needs: Media that the model must be able to take.
+        blind: Whether the image-blind control runs unless told otherwise.
+    """
+
+    name: str
+    about: str
+    metric: str
+    splits: tuple[str, ...]
+    read: Callable[[Path, str], Iterable[Example]]
+    hub: str = ""
+    max_new_tokens: int = 16
+    aggregate: Aggregate = mean_score
+    group: str = ""
+    unit: float = 100.0
+    lower_is_better: bool = False
+    submit: Callable[[Sequence[Sample], str, Path], list[Path]] | None = None
+    needs: tuple[str, ...] = ("image",)
+    blind: bool = False
+
+
+def score_samples(samples: Sequence[Sample], **options: Any) -> list[Sample]:
+    """Score what has references; `options`, such as a variant, go to every scorer. A failure scores nothing."""
+    scored = {**_scores(samples, "answer", options), **_scores(samples, "blind", options)}
+    return [
+        replace(s, score=scored.get((i, "answer"), s.score), blind_score=scored.get((i, "blind"), s.blind_score))
+        for i, s in enumerate(samples)
+    ]
+
+
+def _scores(samples: Sequence[Sample], said: str, options: Mapping[str, Any]) -> dict[tuple[int, str], float]:
+    """The scores of one pass over the examples, by number; those of corpus metrics all at once."""
+    asked = any(sample.blind is not None for sample in samples) if said == "blind" else True
+    found: dict[tuple[int, str], float] = {}
+    together: dict[str, list[int]] = {}
+    for number, sample in enumerate(samples):
+        if not sample.references or not asked:
+            continue
+        if sample.metric in CORPUS_METRICS:
+            together.setdefault(sample.metric, []).append(number)
+        else:
+            found[number, said] = score_one(sample, getattr(sample, said), options)
+    for metric, numbers in together.items():
+        answers = [getattr(samples[number], said) or "" for number in numbers]
+        taken = {key: value for key, value in options.items() if key in signature(CORPUS_METRICS[metric]).parameters}
+        values = CORPUS_METRICS[metric](answers, [samples[number].references for number in numbers], **taken)
+        found |= {(number, said): float(value) for number, value in zip(numbers, values, strict=True)}
+    return found
+
+
+def score_one(sample: Sample | Example, answer: str | None, options: Mapping[str, Any] | None = None) -> float:
+    """Score an answer; a failure is never scored as an empty answer, which some scorers accept."""
+    if answer is None:
+        return 1.0 if sample.metric in ERROR_RATES else 0.0
+    metric = METRICS[sample.metric]
+    taken = {key: value for key, value in (options or {}).items() if key in signature(metric).parameters}
+    return metric(answer, sample.references, **{**sample.options, **taken})
+
+
+ERROR_RATES = ("wer", "cer")
+"""Metrics of which less is better; a failure is all wrong."""
+
+
+def unique_ids(examples: Iterable[Example], where: str) -> Iterator[Example]:
+    """Hand on examples; one that comes twice would be counted twice."""
+    seen = set()
+    for example in examples:
+        if example.id in seen:
+            raise DataError(f"{where}: question {example.id} comes twice; take one of the two out")
+        seen.add(example.id)
+        yield example
