@@ -195,7 +195,7 @@ def row(name: str, options: argparse.Namespace, seconds: list[float]) -> dict[st
     model = load_model(model_folder(name, options)).model
     assert model.projector is not None
     losses = json.loads((folder / "losses.json").read_text())
-    count = sum(k["count"] for k in kinds)
+    count = sum(k["n"] for k in kinds)
     return {
         "projector": name,
         "parameters": sum(p.numel() for p in model.projector.parameters()),
@@ -204,8 +204,8 @@ def row(name: str, options: argparse.Namespace, seconds: list[float]) -> dict[st
         "loss_grey": losses["grey"],
         "first_token_s": statistics.median(seconds),
         "first_token_range": [min(seconds), max(seconds)],
-        "score": sum(k["score"] * k["count"] for k in kinds) / count,
-        "blind": sum(k["blind"] * k["count"] for k in kinds) / count,
+        "score": sum(k["score"] * k["n"] for k in kinds) / count,
+        "blind": sum(k["blind"] * k["n"] for k in kinds) / count,
         "kinds": {k["kind"] if i < len(kinds) - 1 else "photographs": k["score"] for i, k in enumerate(kinds)},
     }
 

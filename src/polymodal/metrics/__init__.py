@@ -11,8 +11,11 @@ from typing import Any
 
 from polymodal.errors import ConfigError, DataError, unknown_name
 from polymodal.metrics.documents import anls, chartqa_relaxed, ocrbench
+from polymodal.metrics.mmmu import mmmu_multiple_choice, mmmu_open
+from polymodal.metrics.multiple_choice import mmbench_extract, mmstar, mvbench, scienceqa, videomme_extract
 from polymodal.metrics.text import exact_match, mentions, word_recall
 from polymodal.metrics.vqa import aokvqa, gqa, textvqa_accuracy, vqa_accuracy
+from polymodal.metrics.yes_no import mme, pope
 
 METRICS: dict[str, Callable[..., float]] = {
     "anls": anls,
@@ -21,8 +24,17 @@ METRICS: dict[str, Callable[..., float]] = {
     "contains": mentions,
     "exact": exact_match,
     "gqa": gqa,
+    "mmbench_extract": mmbench_extract,
+    "mme": mme,
+    "mmmu_multiple_choice": mmmu_multiple_choice,
+    "mmmu_open": mmmu_open,
+    "mmstar": mmstar,
+    "mvbench": mvbench,
     "ocrbench": ocrbench,
+    "pope": pope,
+    "scienceqa": scienceqa,
     "textvqa_accuracy": textvqa_accuracy,
+    "videomme_extract": videomme_extract,
     "vqa_accuracy": vqa_accuracy,
     "word_recall": word_recall,
 }
@@ -44,7 +56,8 @@ def score(name: str, prediction: str, references: Sequence[str], **options: Any)
             exactly ten).
         **options: What the metric takes besides. Most have `variant`: "official" (the default), or the name of a
             harness whose rule differs, such as "lmms_eval" or "vlmevalkit". `ocrbench` takes `dataset`, `aokvqa`
-            takes `setting`.
+            takes `setting`; `mmmu_multiple_choice` and `mmbench_extract` need the `options`, `scienceqa` takes
+            `n_choices`.
 
     Returns:
         The score, between 0 and 1 (but for error rates and CIDEr, whose own scale it is).
