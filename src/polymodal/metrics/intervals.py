@@ -19,18 +19,20 @@ def mean_interval(
     resamples: int = 10_000,
 ) -> tuple[float, float]:
     """95% interval of a mean within `bounds`; of sums over groups, such as an image's captions, with their counts."""
-    # Right or wrong: Wilson's (1927). Few values, or all alike: Student's, and never narrower than what as many values
-    # without an exception allow (the rule of three). Else a bootstrap. values [n], counts [n]
+    # Right or wrong: Wilson's (1927). All alike: as many exceptions as so many values may lack by chance (the rule of
+    # three), each as far off as can be. Few values: Student's. Else a bootstrap. values [n], counts [n]
     values = np.asarray(values, dtype=float)
     means = values if counts is None else values / counts
     low, high = bounds
     if counts is None and np.isin(values, bounds).all():
         share = wilson(float(((values - low) / (high - low)).mean()), len(values))
         return low + share[0] * (high - low), low + share[1] * (high - low)
-    if len(values) < FEW or np.ptp(means) == 0:
-        spread = float(means.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-        half = max(student(len(values) - 1) * spread, (1 - 0.025 ** (1 / len(values))) * (high - low))
-        mean = float(values.sum() / (len(values) if counts is None else counts.sum()))
+    mean = float(values.sum() / (len(values) if counts is None else counts.sum()))
+    if np.ptp(means) == 0:
+        exceptions = 1 - 0.025 ** (1 / len(values))
+        return mean - exceptions * (mean - low), mean + exceptions * (high - mean)
+    if len(values) < FEW:
+        half = student(len(values) - 1) * float(means.std(ddof=1)) / math.sqrt(len(values))
         return max(low, mean - half), min(high, mean + half)
     counts = np.ones(len(values)) if counts is None else counts
     random = np.random.default_rng(seed)
