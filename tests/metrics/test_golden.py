@@ -20,7 +20,9 @@ FILES = {path.stem: path for path in sorted((Path(__file__).parent.parent / "gol
 
 # Columns whose variant has another name than the column says, or that are no score of one answer (None).
 COLUMNS: dict[tuple[str, str], str | None] = {
-    ("mmmu_open", "score_lmms_eval_snapshot_possible"): None  # the list of what a random choice could have scored
+    ("mmmu_open", "score_lmms_eval_snapshot_possible"): None,  # the list of what a random choice could have scored
+    ("wer", "score_basic_normalizer"): "basic",
+    ("wer", "score_raw_jiwer"): "raw",
 }
 
 # What stands in a column that is no score: a function of the prediction.

@@ -10,9 +10,11 @@ from inspect import signature
 from typing import Any
 
 from polymodal.errors import ConfigError, DataError, unknown_name
+from polymodal.metrics.captions import bleu, cider, rouge_l
 from polymodal.metrics.documents import anls, chartqa_relaxed, ocrbench
 from polymodal.metrics.mmmu import mmmu_multiple_choice, mmmu_open
 from polymodal.metrics.multiple_choice import mmbench_extract, mmstar, mvbench, scienceqa, videomme_extract
+from polymodal.metrics.speech import cer, wer
 from polymodal.metrics.text import exact_match, mentions, word_recall
 from polymodal.metrics.vqa import aokvqa, gqa, textvqa_accuracy, vqa_accuracy
 from polymodal.metrics.yes_no import mme, pope
@@ -20,6 +22,8 @@ from polymodal.metrics.yes_no import mme, pope
 METRICS: dict[str, Callable[..., float]] = {
     "anls": anls,
     "aokvqa": aokvqa,
+    "bleu": bleu,
+    "cer": cer,
     "chartqa_relaxed": chartqa_relaxed,
     "contains": mentions,
     "exact": exact_match,
@@ -32,14 +36,16 @@ METRICS: dict[str, Callable[..., float]] = {
     "mvbench": mvbench,
     "ocrbench": ocrbench,
     "pope": pope,
+    "rouge_l": rouge_l,
     "scienceqa": scienceqa,
     "textvqa_accuracy": textvqa_accuracy,
     "videomme_extract": videomme_extract,
     "vqa_accuracy": vqa_accuracy,
+    "wer": wer,
     "word_recall": word_recall,
 }
 
-CORPUS_METRICS: dict[str, Callable[..., list[float]]] = {}
+CORPUS_METRICS: dict[str, Callable[..., list[float]]] = {"cider": cider}
 """Metrics that weigh an answer by all the others' references; of (predictions, references) they give scores."""
 
 
@@ -57,7 +63,7 @@ def score(name: str, prediction: str, references: Sequence[str], **options: Any)
         **options: What the metric takes besides. Most have `variant`: "official" (the default), or the name of a
             harness whose rule differs, such as "lmms_eval" or "vlmevalkit". `ocrbench` takes `dataset`, `aokvqa`
             takes `setting`; `mmmu_multiple_choice` and `mmbench_extract` need the `options`, `scienceqa` takes
-            `n_choices`.
+            `n_choices`, `bleu` takes `n`.
 
     Returns:
         The score, between 0 and 1 (but for error rates and CIDEr, whose own scale it is).
