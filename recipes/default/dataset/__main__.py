@@ -1,10 +1,11 @@
-"""Write a generated dataset: the default model's, or pairs of image and caption for contrastive training.
+"""Write a generated dataset: the default model's, pairs for contrastive training, or the demo benchmark.
 
 python -m recipes.default.dataset default --output data/default
 python -m recipes.default.dataset pairs --output data/pairs --languages de,fr
+python -m recipes.default.dataset demo --output src/polymodal/evaluation/demo --force
 
 Images are composed from packages of stamps, drawings and emoji that are installed on this machine; for the default
-model with captions, questions and dialogues about them, for contrastive training with captions. Both hold out the same
+model with captions, questions and dialogues about them, for contrastive training with captions. All hold out the same
 images, given the same seed and size.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from polymodal.errors import ConfigError, PolymodalError
 from recipes.default.dataset import build_default
+from recipes.default.dataset.demo import build_demo
 from recipes.default.dataset.generate import Packages
 from recipes.default.dataset.pairs import build_pairs
 
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=("default", "pairs"), help="which dataset")
+    parser.add_argument("name", choices=("default", "pairs", "demo"), help="which dataset")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
     parser.add_argument("--size", default="full", help="full, small (a smoke run) or tiny (needs no packages)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -58,7 +60,9 @@ def build(args: argparse.Namespace) -> object:
     if args.name == "pairs":
         return build_pairs(args.output, packages=places, languages=languages, **options)
     if languages:
-        raise ConfigError("--languages belongs to `pairs`; the default dataset has its own Chinese")
+        raise ConfigError(f"--languages belongs to `pairs`; {args.name} has its own Chinese")
+    if args.name == "demo":
+        return build_demo(args.output, packages=places, **options)
     folders = {name: getattr(places, name) for name in ("stamps", "openclipart", "emoji_font", "fonts")}
     return build_default(args.output, **folders, **options)
 

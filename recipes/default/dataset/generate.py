@@ -7,6 +7,7 @@ from another.
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import random
@@ -17,11 +18,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import polymodal
 from polymodal.errors import DataError, PolymodalError
 from recipes.default.dataset import plan as planning
 from recipes.default.dataset import scenes, sources
@@ -29,6 +31,7 @@ from recipes.default.dataset.scenes import Picture
 from recipes.default.dataset.sources import Source
 
 HELDOUT_SHARE = 0.12
+DEMO = Path(polymodal.__file__).with_name("evaluation") / "demo" / "rows.json"
 _TRAIN_FONTS = [
     "dejavu/DejaVuSans.ttf",
     "dejavu/DejaVuSans-Bold.ttf",
@@ -138,10 +141,22 @@ def gather(thumbs: Path, size: planning.Size, seed: int, packages: Packages, wor
         if new != old:
             os.replace(thumbs / f"{old}.png", thumbs / f"{new}.png")
     split = sources.hold_out(usable, HELDOUT_SHARE, random.Random(f"{seed}/heldout"))
+    if not size.shapes_only:
+        split = keep_demo_out(split)
     return Gathered(split, train_fonts, heldout_fonts, used)
 
 
-def draw_pictures(pictures: list[Picture], thumbs: Path, root: Path, workers: int, progress: bool) -> dict[str, str]:
+def keep_demo_out(split: list[Source]) -> list[Source]:
+    """Hold out what the demo benchmark shows too: with any seed and size, or a guard of later trainings it is not."""
+    rows = json.loads(DEMO.read_text(encoding="utf-8")) if DEMO.is_file() else []
+    shown = {key for row in rows for key in row["sources"]}
+    groups = {s.group for s in split if s.key in shown}
+    return [replace(s, heldout=s.heldout or s.group in groups) for s in split]
+
+
+def draw_pictures(
+    pictures: list[Picture], thumbs: Path, root: Path, workers: int, progress: bool, quality: int = 90
+) -> dict[str, str]:
     """Draw planned pictures into a data set.
 
     Args:
@@ -150,11 +165,12 @@ def draw_pictures(pictures: list[Picture], thumbs: Path, root: Path, workers: in
         root: The data set.
         workers: Processes; the result does not depend on it.
         progress: Print progress on standard error.
+        quality: Of the JPEG files.
 
     Returns:
         File -> SHA-256.
     """
-    work = partial(_draw, thumbs=thumbs, root=root)
+    work = partial(_draw, thumbs=thumbs, root=root, quality=quality)
     digests = over_processes(work, pictures, workers, "drawing pictures", progress)
     return {p.file: d for p, d in zip(pictures, digests, strict=True)}
 
@@ -232,9 +248,9 @@ def _measure(job: tuple[int, Source], thumbs: Path, emoji_font: Path | None) -> 
     return sources.measure(job[1], thumbs / f"{job[0]}.png", emoji_font)
 
 
-def _draw(picture: Picture, thumbs: Path, root: Path) -> str:
+def _draw(picture: Picture, thumbs: Path, root: Path, quality: int) -> str:
     target = root / picture.file
-    scenes.draw(picture, thumbs).save(target, quality=90)
+    scenes.draw(picture, thumbs).save(target, quality=quality)
     return hashlib.sha256(target.read_bytes()).hexdigest()
 
 

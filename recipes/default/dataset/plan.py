@@ -211,7 +211,7 @@ class Composer:
         raise AssertionError("no two unrelated pictures in the pool")
 
 
-def _record(name: str, scenes_: list[Scene], turns: list[tuple[str, str]], kinds: list[str], **more: Any) -> Record:
+def record_of(name: str, scenes_: list[Scene], turns: list[tuple[str, str]], kinds: list[str], **more: Any) -> Record:
     conversation = []
     for number, (asked, answered) in enumerate(turns):
         marks = f"{IMAGE}\n" * len(scenes_) if number == 0 else ""
@@ -238,7 +238,7 @@ def _stage1(make: Composer, size: Size) -> list[Record]:
     records: list[Record] = []
 
     def add(scene: Scene, caption: str, kind: str) -> None:
-        records.append(_record(f"stage1-{len(records):05d}", [scene], [("", caption)], [kind], kind=kind))
+        records.append(record_of(f"stage1-{len(records):05d}", [scene], [("", caption)], [kind], kind=kind))
 
     for index in make.pool:
         source = make.sources[index]
@@ -278,7 +278,7 @@ def _stage2(make: Composer, size: Size, world: World) -> list[Record]:
         if layout == "dialogue":
             if rng.random() < 0.75:
                 turns = smalltalk.conversation(rng)
-                records.append(_record(name, [], turns, ["dialogue"] * len(turns), kind="dialogue"))
+                records.append(record_of(name, [], turns, ["dialogue"] * len(turns), kind="dialogue"))
             else:
                 scene = make.single()
                 thing = scene.objects[0].caption
@@ -301,13 +301,13 @@ def _stage2(make: Composer, size: Size, world: World) -> list[Record]:
                         ]
                     ),
                 ]
-                records.append(_record(name, [scene], turns, ["dialogue"] * 2, kind="dialogue"))
+                records.append(record_of(name, [scene], turns, ["dialogue"] * 2, kind="dialogue"))
             continue
         if layout == "compare":
             first, second, qa = make.comparison()
             asked_of_both = [qa, *questions.ask_more_of_two(rng, first, second, qa)]
             turns = [questions.turn(rng, one) for one in asked_of_both]
-            records.append(_record(name, [first, second], turns, [one.kind for one in asked_of_both], kind="compare"))
+            records.append(record_of(name, [first, second], turns, [one.kind for one in asked_of_both], kind="compare"))
             continue
         scene = make.make("color" if layout == "single" and rng.random() < 0.3 else layout)
         wanted = _TURNS[layout]
@@ -326,7 +326,7 @@ def _stage2(make: Composer, size: Size, world: World) -> list[Record]:
             answer = questions.ask_caption(rng, scene, world)
             assert answer is not None
             turns, kept = [questions.turn(rng, answer)], ["caption"]
-        records.append(_record(name, [scene], turns, kept, kind="mixed" if len(set(kept)) > 1 else kept[0]))
+        records.append(record_of(name, [scene], turns, kept, kind="mixed" if len(set(kept)) > 1 else kept[0]))
     rng.shuffle(records)
     return records
 
@@ -344,7 +344,8 @@ _VAL_LAYOUTS = {
 }
 
 
-def _val(make: Composer, size: Size, world: World) -> list[Record]:
+def heldout_questions(make: Composer, size: Size, world: World, *, distinct: bool = False) -> list[Record]:
+    """Questions of every kind; where `distinct`, none of a kind is about what another of it was about."""
     rng = make.rng
     records: list[Record] = []
     for kind in KINDS:
@@ -369,7 +370,8 @@ def _val(make: Composer, size: Size, world: World) -> list[Record]:
             # No answer may be so frequent that a model does well without looking.
             few = {"exists": 2, "count": 4, "compare": 4, "position": 6}.get(kind, 8)
             cap = -(-size.per_kind // few)
-            key = qa.short + "|" + ",".join(o.key for s in shown for o in s.objects) + qa.question
+            objects = ",".join(o.key for s in shown for o in s.objects)
+            key = (objects or qa.short.lower()) if distinct else qa.short + "|" + objects + qa.question
             if taken.get(qa.short, 0) >= cap or key in asked:
                 del make.pictures[mark:]
                 continue
@@ -378,7 +380,7 @@ def _val(make: Composer, size: Size, world: World) -> list[Record]:
             prompt = qa.question if kind in ("caption", "zh") else f"{qa.question}\n{words.SHORT}"
             reply = qa.long if kind == "caption" else qa.short
             more = {"kind": kind, "prompt": prompt, "answers": list(qa.accepted)}
-            records.append(_record(f"val-{kind}-{kept:03d}", shown, [(prompt, reply)], [kind], **more))
+            records.append(record_of(f"val-{kind}-{kept:03d}", shown, [(prompt, reply)], [kind], **more))
             kept += 1
     return records
 
@@ -448,6 +450,16 @@ def choose_photos(sources: list[Source], count: int, rng: random.Random) -> tupl
     return [replace(s, heldout=s.heldout or s.group in groups) for s in sources], {s.key for s in chosen}
 
 
+def world_of(sources: list[Source]) -> World:
+    """What some training picture shows."""
+    shown = [s for s in sources if s.noun and not s.heldout]
+    by_category = {
+        c: tuple(sorted({s.noun for s in shown if s.noun and s.category == c}))
+        for c in sorted({s.category for s in sources if s.category})
+    }
+    return World(tuple(sorted({s.noun for s in shown if s.noun})), by_category)
+
+
 def compose(sources: list[Source], fonts: list[str], heldout_fonts: list[str], seed: int, size: Size) -> Plan:
     """Plan the whole data set.
 
@@ -464,12 +476,7 @@ def compose(sources: list[Source], fonts: list[str], heldout_fonts: list[str], s
     sources, photos = choose_photos(sources, 0 if size.shapes_only else size.photos, random.Random(f"{seed}/photos"))
     plan = Plan()
     suffix = "jpg"
-    nouns = sorted({s.noun for s in sources if s.noun and not s.heldout})
-    by_category = {
-        c: tuple(sorted({s.noun for s in sources if s.noun and not s.heldout and s.category == c}))
-        for c in sorted({s.category for s in sources if s.category})
-    }
-    world = World(tuple(nouns), by_category)
+    world = world_of(sources)
 
     def composer(name: str, *, heldout: bool) -> Composer:
         used = heldout_fonts if heldout else fonts
@@ -483,7 +490,7 @@ def compose(sources: list[Source], fonts: list[str], heldout_fonts: list[str], s
         elif name == "s2":
             plan.files[file] = _stage2(make, size, world)
         else:
-            plan.files[file] = _val(make, size, world)
+            plan.files[file] = heldout_questions(make, size, world)
         plan.pictures += make.pictures
     make = composer("photo", heldout=True)
     chosen = [i for i, s in enumerate(sources) if s.key in photos]
@@ -501,7 +508,7 @@ def compose(sources: list[Source], fonts: list[str], heldout_fonts: list[str], s
         short = words.sentence(words.proper(source.noun or "")).rstrip(".")
         prompt = "What is this?"
         more = {"kind": "name", "prompt": prompt, "answers": answers, "caption": source.caption}
-        records.append(_record(f"photo-{len(records):02d}", [scene], [(prompt, short)], ["name"], **more))
+        records.append(record_of(f"photo-{len(records):02d}", [scene], [(prompt, short)], ["name"], **more))
     plan.files["heldout_photos.json"] = records
     plan.pictures += make.pictures
     plan.notes["heldout_photos_rule"] = "drawn shapes, no photographs, in this size" if size.shapes_only else PHOTO_RULE
