@@ -16,7 +16,7 @@ def _read(_folder: Path, _split: str) -> Iterator[Example]:
 
 DEMO = Task(
     name="demo",
-    about="240 held-out questions by kind, which come with the package",
+    about="220 held-out questions by kind, which come with the package",
     metric="by kind",
     splits=("test",),
     read=_read,
