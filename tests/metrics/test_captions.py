@@ -118,5 +118,7 @@ def test_what_cannot_be_scored() -> None:
         caption_scores(["a"], [[]])
     with pytest.raises(ConfigError, match="did you mean 'vlmevalkit'"):
         cider(["a"], [["a"]], variant="vlm_eval_kit")
+    with pytest.raises(ConfigError, match=r"whole corpus: CORPUS_METRICS\['cider'\]"):
+        score("cider", "a", ["a"])
     with pytest.raises(ConfigError, match="n is 5"):
         bleu("a", ["a"], n=5)

@@ -81,6 +81,10 @@ def score(name: str, prediction: str, references: Sequence[str], **options: Any)
         >>> polymodal.metrics.score("vqa_accuracy", "Black.", ["black"] * 10, variant="lmms_eval")
         1.0
     """
+    if name in CORPUS_METRICS:
+        raise ConfigError(
+            f"metric {name!r} weighs an answer by a whole corpus: CORPUS_METRICS[{name!r}](answers, references)"
+        )
     if name not in METRICS:
         raise unknown_name("metric", str(name), METRICS)
     known = {key: of for key, of in signature(METRICS[name]).parameters.items() if of.kind is of.KEYWORD_ONLY}
