@@ -10,13 +10,11 @@ from pathlib import Path
 
 from PIL import Image as PILImage
 
-import polymodal
 from polymodal.data.load import load_records
-from polymodal.evaluation.tasks.questions import METRICS
+from polymodal.evaluation.task import score_one
+from polymodal.evaluation.tasks.demo import DEMO, FOLDER
 from polymodal.messages import Image
-from polymodal.metrics.text import exact_match
 
-FOLDER = Path(polymodal.__file__).parent / "evaluation" / "demo"
 KINDS = ["name", "caption", "exists", "count", "color", "position", "category", "compare", "ocr", "zh", "caption_zh"]
 ROWS = json.loads((FOLDER / "rows.json").read_text(encoding="utf-8"))
 RECORDS = load_records(FOLDER / "rows.json")
@@ -42,8 +40,9 @@ def test_two_images_are_shown_where_they_are_compared() -> None:
 
 
 def test_every_reply_is_a_full_score() -> None:
-    scores = {r.id: METRICS.get(r.kind, exact_match)(r.messages[-1].text, r.extra["answers"]) for r in RECORDS}
-    assert scores == dict.fromkeys(scores, 1.0)
+    examples = list(DEMO.read(FOLDER, "test"))
+    scores = {e.id: score_one(e, r.messages[-1].text) for e, r in zip(examples, RECORDS, strict=True)}
+    assert scores == dict.fromkeys(scores, 1.0) and len(scores) == 220
 
 
 def test_no_word_alone_does_well() -> None:
