@@ -15,8 +15,8 @@ from polymodal.errors import PolymodalError
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
-Role: TypeAlias = Literal["system", "user", "assistant"]
-"""Who speaks."""
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+"""Who speaks; a tool says what came of the assistant's call."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,12 @@ class Message:
     role: Role
     parts: tuple[Part, ...]
     train: bool = True  # Whether a loss is taken on it, where it is an answer
+    # What else chat templates read, by their names for it; JSON values, as OpenAI and transformers write them.
+    reasoning_content: str = ""  # What the assistant thought before it spoke
+    tool_calls: tuple[Mapping[str, Any], ...] = ()  # {"type": "function", "function": {"name", "arguments"}}
+    tool_call_id: str = ""  # Of a tool's message: the call that it answers
+    name: str = ""  # Of a tool's message: the function that was called
+    tools: tuple[Mapping[str, Any], ...] = ()  # Of a conversation's first message: the functions that may be called
 
     @property
     def text(self) -> str:
@@ -101,6 +107,12 @@ class Message:
     def media(self) -> tuple[Media, ...]:
         """The media parts, in order."""
         return tuple(part for part in self.parts if not isinstance(part, Text))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What is given of reasoning and tools, by name."""
+        names = ("reasoning_content", "tool_calls", "tool_call_id", "name", "tools")
+        return {name: value for name in names if (value := getattr(self, name))}
 
 
 def _message(role: Role, parts: Sequence[Part | str]) -> Message:
@@ -181,8 +193,9 @@ def _as_message(item: Any, where: str) -> Message:
     else:
         raise PolymodalError(f"{where}: expected a Message or a dictionary with role and content, not {_kind(item)}")
     role = _ROLES.get(str(role), role)
-    if role not in get_args(Role):
-        raise PolymodalError(f"{where}: the role {role!r} is none of {', '.join(get_args(Role))}")
+    known = get_args(Role) if isinstance(item, Message) else ("system", "user", "assistant")
+    if role not in known:
+        raise PolymodalError(f"{where}: the role {role!r} is none of {', '.join(known)}")
     if not isinstance(content, str | list | tuple):
         raise PolymodalError(f"{where}: its content must be a text or a list of parts, not {_kind(content)}")
     found = tuple(_as_part(part, where) for part in ([content] if isinstance(content, str) else content))

@@ -26,81 +26,38 @@ Rules worth knowing:
 - The beginning-of-sequence token is there when the template writes it, as in `apply_chat_template`.
 """
 
+import json
+import os
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import TemplateConfig
-from polymodal.errors import ConfigError, PolymodalError, unknown_name
+from polymodal.errors import ConfigError, PolymodalError
 from polymodal.messages import Image, Message, Text
+from polymodal.processing.chat_template import places
 from polymodal.processing.chat_template.pieces import Cut, MarkedTemplate, Piece, PieceTokenizer, Style, Turn, reasoned
-from polymodal.processing.chat_template.presets import PRESETS, Preset, check_plain
+from polymodal.processing.chat_template.presets import check_plain, template_source
+from polymodal.processing.chat_template.writer import Rendered, Writer
 from polymodal.processing.collate import Slot
 from polymodal.safety.jinja_limits import UnsafeTemplateError
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_HALF = "the text holds half of a surrogate pair, which is no character; mend its encoding"
+_WORD = re.compile(r"[^\s\]>)}:]*\Z")  # a word or token that is not whole
 _QUESTION = Turn("user", (Piece("user", 0, ""),))
 _ANSWER = Turn("assistant", (Piece("assistant", 1, ""),))
 
 
-@dataclass
-class Rendered:
-    """A tokenised conversation."""
+class _Opening(NamedTuple):
+    """How the template begins an answer."""
 
-    input_ids: list[int] = field(default_factory=list)  # [T] ids, placeholders expanded
-    loss_mask: list[bool] = field(default_factory=list)  # [T] True where the token is the assistant's, its end included
-    slots: tuple[Slot, ...] = ()  # Where each image is, in order
-
-    def add(self, ids: Sequence[int], *, trained: bool = False) -> None:
-        """Write on."""
-        self.input_ids.extend(ids)
-        self.loss_mask.extend([trained] * len(ids))
-
-
-class _Writer:
-    """Writes a conversation down; text waits until a control token, an image or a border of the loss ends it."""
-
-    def __init__(self, tokens: PieceTokenizer) -> None:
-        self.out = Rendered()
-        self._tokens = tokens
-        self._text, self._trained, self._own = "", False, True
-        self._space: str | None = None  # what stands before the waiting text where that begins with an answer
-        self._stripped = False  # the control token before takes the white space after it
-        self.silent = False  # what is trained is an answer without a loss; its borders stay, so its ids do
-
-    def text(self, text: str, *, trained: bool = False, own: bool = False, space: str | None = None) -> None:
-        """Write a text; `own` where the template wrote it, `space` where an answer begins behind the template's."""
-        if trained != self._trained or space is not None:
-            self.flush()
-            self._trained, self._space = trained, space
-        if self._stripped and not self._text:
-            text = text.lstrip()
-        if text:
-            self._text, self._own = self._text + text, self._own and own
-
-    def token(self, token: int, *, trained: bool = False, count: int = 1) -> None:
-        """Write a control token or the placeholders of an image."""
-        if self._tokens.strips(token, "lstrip"):
-            self._text = self._text.rstrip()
-        self.flush()
-        self.out.add([token] * count, trained=trained and not self.silent)
-        self._stripped = self._tokens.strips(token, "rstrip")
-
-    def flush(self) -> Rendered:
-        """Tokenise what waits; gives all that was written."""
-        if self._text:
-            before, space = self.out.input_ids, self._space
-            if space is not None:
-                ids = self._tokens.answer(self._text, before, "" if self._stripped else space)
-            else:
-                ids = self._tokens.text(self._text, before, own=self._own)
-            self.out.add(ids, trained=self._trained and not self.silent)
-            self._stripped = False
-        self._text, self._own, self._space = "", True, None
-        return self.out
+    prompt: str = ""  # Its own generation prompt; "" where it has none
+    gap: str = ""  # What it writes between that and an answer
+    header: str | None = None  # What it writes before any answer; None where that cannot be seen
 
 
 class ChatTemplate:
@@ -110,9 +67,11 @@ class ChatTemplate:
         self._made_from = (tokenizer, config, image_token_id)
         self._config = config
         self.image_token_id = image_token_id
-        source, preset = _source(tokenizer, config.chat_template)
+        source, preset = template_source(tokenizer, config.chat_template)
         self._media_only = preset is not None and preset.media_only
         self._preset = preset is not None
+        named = {True: f"the chat template {config.chat_template!r}", False: "the chat template"}[self._preset]
+        self._name = "the tokenizer's chat template" if config.chat_template == "tokenizer" else named
         variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         if config.enable_thinking is not None:
             variables["enable_thinking"] = config.enable_thinking
@@ -126,7 +85,7 @@ class ChatTemplate:
             raise ConfigError(
                 "template.image_newline_text: this chat template places images itself; leave image_newline_text empty"
             )
-        self._prompt, self._gap = self._find_prompt()
+        self._opening = self._find_opening()
         ends = [token for token in (self._find_end(), tokenizer.eos_token_id) if token is not None]
         if not ends:
             raise ConfigError(
@@ -145,6 +104,7 @@ class ChatTemplate:
         """Tokenise a conversation; `media_tokens` is the number of placeholders of each image."""
         if not messages:
             raise PolymodalError("the conversation is empty; give at least one message")
+        self._refuse_fields(messages)
         turns = self._turns(messages)
         given = sum(piece.text is None for turn in turns for piece in turn.pieces)
         if given != len(media_tokens):
@@ -155,12 +115,44 @@ class ChatTemplate:
             raise PolymodalError(f"an image needs at least one token; token counts given: {list(media_tokens)}")
         if add_generation_prompt and turns and turns[-1].role == "assistant":
             raise PolymodalError("the conversation ends with an answer; add a user message to ask for another")
-        own = add_generation_prompt and (self._config.own_generation_prompt or bool(self._prompt))
+        own = add_generation_prompt and (self._config.own_generation_prompt or bool(self._opening.prompt))
         cut_before_answer = add_generation_prompt and not own
-        if cut_before_answer:
-            turns.append(Turn("assistant", (Piece("assistant", len(messages), ""),)))
         silent = {index for index, message in enumerate(messages) if not message.train}
-        return self._emit(turns, media_tokens, silent, stop_before_last=cut_before_answer, add_generation_prompt=own)
+        tools = self._tokens.disguised(messages[0].tools)
+        problem: PolymodalError | None = None
+        for version in places.versions(turns):
+            if cut_before_answer:
+                version = [*version, Turn("assistant", (Piece("assistant", len(messages), ""),))]
+            try:
+                return self._emit(
+                    version, tools, media_tokens, silent, stop_before_last=cut_before_answer, add_generation_prompt=own
+                )
+            except UnsafeTemplateError:
+                raise
+            except PolymodalError as error:
+                problem = error
+        assert problem is not None  # there is at least one version
+        raise problem
+
+    @cached_property
+    def _places(self) -> dict[str, str]:
+        """What the template has a place for beside text and images: the field of a message, and its name for it."""
+        return {} if self._preset else places.find(self._jinja, self.style)
+
+    def _refuse_fields(self, messages: Sequence[Message]) -> None:
+        """Refuse reasoning and tools that the template has no place for."""
+        for number, message in enumerate(messages, start=1):
+            fields = [*message.fields, *(["role: tool"] if message.role == "tool" else [])]
+            lost = next((field for field in fields if field in places.FIELDS and field not in self._places), None)
+            if lost is not None:
+                raise PolymodalError(
+                    f"message {number}: `{lost}`: {self._name} has no place for it; write it into the text, take it "
+                    "out, or choose a template that has one"
+                )
+            if message.tools and number > 1:
+                raise PolymodalError(f"message {number}: `tools` are named once, on the first message")
+            if _SURROGATE.search(json.dumps(message.fields, ensure_ascii=False)):
+                raise PolymodalError(f"message {number}: {_HALF}")
 
     def _turns(self, messages: Sequence[Message]) -> list[Turn]:
         """Check the messages, and add the default system message."""
@@ -170,7 +162,10 @@ class ChatTemplate:
             turns.append(Turn("system", (Piece("system", -1, default),)))
         for index, message in enumerate(messages):
             if not self._media_only or message.role != "system":
-                turns.append(Turn(message.role, self._pieces(message, index)))
+                fields = {key: value for key, value in message.fields.items() if key in places.AS_THEY_ARE}
+                nothing = "" if message.parts or not message.tool_calls else None
+                pieces = self._pieces(message, index)
+                turns.append(Turn(message.role, pieces, self._tokens.disguised(fields), nothing))
             elif message.media:
                 raise PolymodalError(f"message {index + 1}: the plain template has no place for a system's image")
         if self._media_only:
@@ -189,9 +184,7 @@ class ChatTemplate:
         for part in message.parts:
             if isinstance(part, Text):
                 if _SURROGATE.search(part.text):
-                    raise PolymodalError(
-                        f"{where}: the text holds half of a surrogate pair, which is no character; mend its encoding"
-                    )
+                    raise PolymodalError(f"{where}: {_HALF}")
                 if not self._media_only or message.role == "assistant":
                     add_text(part.text)
             elif not isinstance(part, Image):
@@ -206,13 +199,23 @@ class ChatTemplate:
                 pieces.append(Piece(message.role, index, None))
                 if self._config.image_newline_text and not self._media_only:
                     add_text(self._config.image_newline_text)
-        if message.role == "assistant" and pieces and "</think>" in self.source:
-            return reasoned(pieces[0])
-        return tuple(pieces) or (Piece(message.role, index, ""),)
+        thought = message.reasoning_content
+        if message.role == "assistant" and pieces and not thought and "</think>" in self.source:
+            pieces = [*reasoned(pieces[0])]
+        if message.tool_calls:  # templates ask whether there is a text beside them
+            pieces = [piece for piece in pieces if piece.text or piece.before]
+        elif not pieces:
+            pieces = [Piece(message.role, index, "")]
+        if thought:
+            field = self._places["reasoning_content"]
+            pieces.insert(0, Piece(message.role, index, thought, reasoning=True, field=field))
+        names = (str(call["function"]["name"]) for call in message.tool_calls)
+        return (*pieces, *(Piece(message.role, index, name, field="tool_calls") for name in names))
 
     def _emit(
         self,
         turns: list[Turn],
+        tools: Sequence[Any],
         media_tokens: Sequence[int],
         silent: Collection[int],
         *,
@@ -222,19 +225,27 @@ class ChatTemplate:
         """Render, cut at the markers, and tokenise piece by piece."""
         pieces = [piece for turn in turns for piece in turn.pieces]
         last = len(pieces) - 1 if stop_before_last else len(pieces)
-        out = _Writer(self._tokens)
-        cuts = self._jinja.cuts(turns, self.style, add_generation_prompt=add_generation_prompt)
+        out = Writer(self._tokens)
+        cuts = self._jinja.cuts(turns, self.style, tools, add_generation_prompt=add_generation_prompt)
+        places.check(cuts, turns, tools)
         expected = 0  # the piece that has to come next
-        answered = reasoned = False  # the piece before was an answer, whose end token is due; or its reasoning
-        for cut, text in zip(cuts, self._texts(cuts, pieces, turns, add_generation_prompt), strict=True):
+        said: Piece | None = None  # the piece before, where it is the assistant's
+        texts = self._texts(cuts, pieces, turns, tools, add_generation_prompt)
+        for cut, text in zip(cuts, texts, strict=True):
             marked = cut.marker
-            begins = marked is not None and pieces[marked].role == "assistant" and text is not None and not reasoned
-            scaffold, gap = self._part(cut.scaffold, begins, marked is None and add_generation_prompt)
+            piece = None if marked is None else pieces[marked]
+            goes_on = said is not None and piece is not None and piece.message == said.message
+            begins = piece is not None and piece.role == "assistant" and text is not None and not goes_on
+            opening = self._opening
+            if begins and piece is not None and not cut.scaffold.startswith(opening.prompt or "\0"):
+                opening = self._opening_of(piece, turns, tools)
+            head = self._head(cut.scaffold, opening, piece if begins else None, marked is None and add_generation_prompt)
+            scaffold, gap = cut.scaffold[:head], cut.scaffold[head:]
             bits = self._tokens.cut_up(scaffold) if scaffold else ()
-            if answered:
-                bits = self._end_answer(out, bits)
-            expected = self._add_scaffold(out, bits, pieces, expected, media_tokens, trained=reasoned)
-            if marked is None:
+            if said is not None and not goes_on:
+                bits = self._end_answer(out, bits, said)
+            expected = self._add_scaffold(out, bits, pieces, expected, media_tokens, trained=goes_on)
+            if marked is None or piece is None:
                 break
             while expected < marked and pieces[expected].reasoning:
                 expected += 1
@@ -243,44 +254,71 @@ class ChatTemplate:
             if marked == last:
                 return out.flush()
             expected += 1
-            piece = pieces[marked]
             out.silent = piece.message in silent
             if text is None:
                 self._add_image(out, piece, media_tokens)
             elif not begins:
-                out.text(text, trained=reasoned)
+                out.text(text, trained=goes_on)
             elif gap.strip():
                 self._add_scaffold(out, self._tokens.cut_up(gap), pieces, expected, media_tokens, trained=True)
                 out.text(text, trained=True)
             elif text:
                 out.text(text, trained=True, space=gap)
-            reasoned = piece.reasoning
-            answered = piece.role == "assistant" and text is not None and not reasoned
+            said = piece if piece.role == "assistant" and text is not None else None
         if expected != len(pieces):
             raise _misplaced(pieces, expected, None)
         return out.flush()
 
     def _texts(
-        self, cuts: list[Cut], pieces: list[Piece], turns: list[Turn], add_generation_prompt: bool
+        self,
+        cuts: list[Cut],
+        pieces: list[Piece],
+        turns: list[Turn],
+        tools: Sequence[Any],
+        add_generation_prompt: bool,
     ) -> list[str | None]:
         """What the template makes of the texts; presets, which are ours, look at none."""
         if self._preset:
             return [None if cut.marker is None else cut.trim(pieces[cut.marker].text) for cut in cuts]
-        return self._jinja.texts(cuts, turns, self.style, add_generation_prompt=add_generation_prompt)
+        return self._jinja.texts(cuts, turns, self.style, tools, add_generation_prompt=add_generation_prompt)
 
-    def _part(self, scaffold: str, answer: bool, prompt: bool) -> tuple[str, str]:
-        """Part scaffolding from the end of it that is the answer's to say, or would be after a prompt."""
+    def _opening_of(self, answer: Piece, turns: Sequence[Turn], tools: Sequence[Any]) -> _Opening:
+        """How an answer begins after other turns than a question; the usual where there are no tools."""
+        if not tools and not any(turn.role == "tool" or "tool_calls" in turn.fields for turn in turns):
+            return self._opening
+        place = next(i for i, turn in enumerate(turns) if turn.pieces and turn.pieces[0].message == answer.message)
+        return self._find_opening(turns[:place], tools)
+
+    def _head(self, scaffold: str, opening: _Opening, answer: Piece | None, asks: bool) -> int:
+        """How much of the scaffolding before an answer, or after the last turn, is not the answer's to say."""
+        prompt, gap, header = opening
         head = len(scaffold)
-        if answer and self._prompt and scaffold.startswith(self._prompt):
-            head = len(self._prompt)
-        elif answer and self._gap and scaffold.endswith(self._gap):
-            head -= len(self._gap)
-        elif (answer or (prompt and self._prompt)) and self._tokens.hides_space and scaffold.endswith(" "):
+        if answer is not None and prompt and scaffold.startswith(prompt):
+            head = len(prompt)
+        elif answer is not None and answer.field:  # a call, or reasoning in a field of its own
+            if header is None:
+                raise PolymodalError(
+                    f"message {answer.message + 1}: the chat template does not show where the assistant's answer begins"
+                )
+            head = len(_WORD.sub("", os.path.commonprefix([scaffold, header])))
+        elif answer is not None and gap and scaffold.endswith(gap):
+            head -= len(gap)
+        elif (answer is not None or (asks and prompt)) and self._tokens.hides_space and scaffold.endswith(" "):
             head -= 1
-        return scaffold[:head], scaffold[head:]
+        return head
 
-    def _end_answer(self, out: _Writer, bits: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    def _end_answer(self, out: Writer, bits: tuple[int | str, ...], said: Piece) -> tuple[int | str, ...]:
         """Write an answer's end: the template's, with the white space before it, else the tokenizer's."""
+        if said.field == "tool_calls":
+            end = next((place for place, bit in enumerate(bits) if bit in self.stop_ids), None)
+            if end is None:
+                raise PolymodalError(
+                    f"message {said.message + 1}: the chat template ends a call with no token that ends an answer; "
+                    "name it in template.stop_token_ids"
+                )
+            self._add_scaffold(out, bits[:end], [], 0, (), trained=True)
+            out.token(int(bits[end]), trained=True)
+            return bits[end + 1 :]
         blank = bits[0] if bits and isinstance(bits[0], str) and not bits[0].strip() else ""
         rest = bits[1:] if blank else bits
         if rest and rest[0] == self._end_id:
@@ -292,7 +330,7 @@ class ChatTemplate:
 
     def _add_scaffold(
         self,
-        out: _Writer,
+        out: Writer,
         bits: Sequence[int | str],
         pieces: list[Piece],
         expected: int,
@@ -319,7 +357,7 @@ class ChatTemplate:
                 expected += 1
         return expected
 
-    def _add_image(self, out: _Writer, piece: Piece, media_tokens: Sequence[int]) -> None:
+    def _add_image(self, out: Writer, piece: Piece, media_tokens: Sequence[int]) -> None:
         rendered = out.flush()
         count = media_tokens[len(rendered.slots)]
         rendered.slots += (Slot("image", len(rendered.input_ids), count, piece.message),)
@@ -362,19 +400,21 @@ class ChatTemplate:
             )
         return right
 
-    def _find_prompt(self) -> tuple[str, str]:
-        """The template's own generation prompt, "" for none, and what it writes between that and an answer."""
-        cuts = self._jinja.cuts((_QUESTION, _ANSWER), self.style)
+    def _find_opening(self, before: Sequence[Turn] = (_QUESTION,), tools: Sequence[Any] = ()) -> _Opening:
+        """How the template begins an answer after these turns."""
+        count = sum(len(turn.pieces) for turn in before)
         try:
-            bare = self._jinja.cuts((_QUESTION,), self.style)
-            asked = self._jinja.cuts((_QUESTION,), self.style, add_generation_prompt=True)
+            cuts = self._jinja.cuts((*before, _ANSWER), self.style, tools)
+            bare = self._jinja.cuts(before, self.style, tools)
+            asked = self._jinja.cuts(before, self.style, tools, add_generation_prompt=True)
         except UnsafeTemplateError:
             raise
         except PolymodalError:
-            return "", ""  # it takes no question that is still to be answered
-        if len(asked) != 2:
-            return "", ""
-        prompt, header = asked[-1].scaffold, cuts[1].scaffold
+            return _Opening()  # it takes no question that is still to be answered
+        header = next((cut.scaffold for cut in cuts if cut.marker == count), None)
+        if header is None or len(asked) < 2 or asked[-2].marker != count - 1:
+            return _Opening()
+        prompt = asked[-1].scaffold
         own, begun = asked != bare and not self._config.own_generation_prompt, header.startswith(prompt)
         if own and not begun:
             raise ConfigError(
@@ -385,7 +425,10 @@ class ChatTemplate:
         gap = header[len(prompt) :] if begun else ""
         if own and self._tokens.hides_space and prompt.endswith(" "):
             prompt, gap = prompt[:-1], f" {gap}"
-        return (prompt, gap) if own else ("", "" if gap.strip() else gap)
+        if own:
+            return _Opening(prompt, gap, prompt)
+        gap = "" if gap.strip() else gap
+        return _Opening("", gap, header.removesuffix(gap))
 
     def _find_end(self) -> int | None:
         """The token with which the template ends an answer, if any."""
@@ -398,42 +441,13 @@ def _end_of(text: str) -> str:
     return text if len(text) <= 60 else f"...{text[-60:]}"
 
 
-def _source(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[str, Preset | None]:
-    """Find the template's text."""
-    if name == "tokenizer":
-        own: Any = tokenizer.chat_template
-        if isinstance(own, dict):
-            own = own.get("default")
-        if not own:
-            raise ConfigError(
-                "template.chat_template: the tokenizer has no chat template of its own; "
-                f"choose one of {', '.join(PRESETS)}"
-            )
-        return str(own), None
-    if "{{" in name or "{%" in name:
-        return name, None
-    if name not in PRESETS:
-        raise unknown_name("chat template", name, ["tokenizer", *PRESETS])
-    preset = PRESETS[name]
-    missing = [token for token in preset.tokens if token not in tokenizer.get_added_vocab()]
-    if missing:
-        raise ConfigError(
-            f"template.chat_template: {name!r} needs the special tokens {', '.join(missing)}, which the "
-            "tokenizer lacks; add them to it or choose another template"
-        )
-    if preset.needs_eos and tokenizer.eos_token is None:
-        raise ConfigError(
-            f"template.chat_template: {name!r} ends answers with the tokenizer's eos_token, which is not set"
-        )
-    return preset.jinja, preset
-
-
 def _misplaced(pieces: list[Piece], expected: int, marked: int | None) -> PolymodalError:
     """Say what a template did to the content."""
     if expected >= len(pieces):
         return PolymodalError("the chat template writes some of the content twice; choose another template")
     piece = pieces[expected]
     what = "image" if piece.text is None else "text"
+    what = "call" if piece.field == "tool_calls" else what
     who = f"the {piece.role}'s {what} (message {piece.message + 1})"
     if piece.message < 0:
         who = "the default system message"

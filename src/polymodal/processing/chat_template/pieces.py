@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -53,6 +53,8 @@ class Piece:
     before: str = ""
     after: str = ""
     reasoning: bool = False  # It may be dropped, as templates do to the reasoning of earlier turns
+    # The field of the message that it stands in, where it is not in the content; the name of the function for a call.
+    field: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Turn:
 
     role: Role
     pieces: tuple[Piece, ...]
+    fields: Mapping[str, Any] = field(default_factory=dict)  # What else the template reads of it, as it is
+    nothing: str | None = ""  # The content where no piece is in it
 
 
 def reasoned(answer: Piece) -> tuple[Piece, ...]:
@@ -90,6 +94,11 @@ class Cut:
         return text.rstrip() if text is not None and self.trimmed_right else text
 
 
+def in_json(text: str) -> tuple[str, str]:
+    """A text as it stands in JSON, between its quotes."""
+    return json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
+
+
 class MarkedTemplate:
     """A compiled chat template that is given markers instead of content."""
 
@@ -99,9 +108,11 @@ class MarkedTemplate:
         self._nonce = f"PM{secrets.token_hex(12)}"
         self._marker = re.compile(f"({_EDGE})?{self._nonce}t(\\d+)x({_EDGE})?|{self._nonce}i(\\d+)x")
 
-    def cuts(self, turns: Sequence[Turn], style: Style, *, add_generation_prompt: bool = False) -> list[Cut]:
+    def cuts(
+        self, turns: Sequence[Turn], style: Style, tools: Sequence[Any] = (), *, add_generation_prompt: bool = False
+    ) -> list[Cut]:
         """Render a conversation and cut it at its content."""
-        text = self._render(turns, style, add_generation_prompt)
+        text = self._render(turns, style, tools, add_generation_prompt)
         found: list[Cut] = []
         position = 0
         for match in self._marker.finditer(text):
@@ -115,11 +126,17 @@ class MarkedTemplate:
         return found
 
     def texts(
-        self, cuts: Sequence[Cut], turns: Sequence[Turn], style: Style, *, add_generation_prompt: bool = False
+        self,
+        cuts: Sequence[Cut],
+        turns: Sequence[Turn],
+        style: Style,
+        tools: Sequence[Any] = (),
+        *,
+        add_generation_prompt: bool = False,
     ) -> list[str | None]:
         """What the template makes of each text; raises where it looks at one and writes something else around it."""
         pieces = [piece for turn in turns for piece in turn.pieces]
-        whole = self._render(turns, style, add_generation_prompt, real=True)
+        whole = self._render(turns, style, tools, add_generation_prompt, real=True)
         found: list[str | None] = []
         position = 0
         for place, cut in enumerate(cuts):
@@ -130,7 +147,7 @@ class MarkedTemplate:
             following = cuts[place + 1].scaffold
             text = cut.trim(pieces[cut.marker].text)
             shown = f"{self._nonce}i{cut.marker}x" if text is None and style == "string" else text or ""
-            cut_down = (shown, shown.lstrip("\n"), shown.strip("\n"), shown.rstrip("\n"), shown.strip())
+            cut_down = (shown, shown.lstrip("\n"), shown.strip("\n"), shown.rstrip("\n"), shown.strip(), *in_json(shown))
             fits = next(
                 (t for t in cut_down if whole.startswith(cut.scaffold + t + following, position - len(cut.scaffold))),
                 None,
@@ -148,33 +165,52 @@ class MarkedTemplate:
             )
         return found
 
-    def _render(self, turns: Sequence[Turn], style: Style, add_generation_prompt: bool, *, real: bool = False) -> str:
+    def _render(
+        self,
+        turns: Sequence[Turn],
+        style: Style,
+        tools: Sequence[Any],
+        add_generation_prompt: bool,
+        *,
+        real: bool = False,
+    ) -> str:
         """Render the turns with markers in place of content, numbered in order, or with the real texts."""
         messages: list[dict[str, Any]] = []
         number = 0
         for turn in turns:
-            as_parts = style == "parts" or (style == "mixed" and any(piece.text is None for piece in turn.pieces))
+            as_parts = style == "parts" and turn.role != "tool"
+            as_parts |= style == "mixed" and any(piece.text is None for piece in turn.pieces)
+            message: dict[str, Any] = {"role": turn.role, "content": turn.nothing, **turn.fields}
+            calls: list[Any] = []
             parts: list[dict[str, str]] = []
             marks: list[str] = []
             for piece in turn.pieces:
-                if piece.text is None:
-                    marks.append(f"{self._nonce}i{number}x")
+                text = piece.text if real else f"{_EDGE}{self._nonce}t{number}x{_EDGE}"
+                mark = f"{self._nonce}i{number}x" if piece.text is None else f"{piece.before}{text}{piece.after}"
+                number += 1
+                if piece.field == "tool_calls":
+                    call = turn.fields["tool_calls"][len(calls)]
+                    calls.append({**call, "function": {**call["function"], "name": mark}})
+                    message["tool_calls"] = calls
+                elif piece.field:
+                    message[piece.field] = mark
+                elif piece.text is None:
+                    marks.append(mark)
                     parts.append({"type": "image"})
                 else:
-                    text = piece.text if real else f"{_EDGE}{self._nonce}t{number}x{_EDGE}"
-                    marks.append(f"{piece.before}{text}{piece.after}")
+                    marks.append(mark)
                     if parts and parts[-1]["type"] == "text":  # reasoning and its answer are one text
-                        parts[-1]["text"] += marks[-1]
+                        parts[-1]["text"] += mark
                     else:
-                        parts.append({"type": "text", "text": marks[-1]})
-                number += 1
-            content = parts if as_parts else "".join(marks)
-            messages.append({"role": turn.role, "content": content})
+                        parts.append({"type": "text", "text": mark})
+            if marks:
+                message["content"] = parts if as_parts else "".join(marks)
+            messages.append(message)
         try:
             return self._compiled(
                 **self._variables,
                 messages=messages,
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -199,6 +235,7 @@ class PieceTokenizer:
         data["truncation"] = data["padding"] = None
         self.prefix: Prefix = _prefix_scheme(data)
         self._image_token_id = image_token_id
+        self._nonce = f"PM{secrets.token_hex(12)}"
         self.added = {image_token_id, *(entry["id"] for entry in data["added_tokens"])}
         special = {image_token_id, *tokenizer.all_special_ids}
         for entry in data["added_tokens"]:
@@ -212,6 +249,9 @@ class PieceTokenizer:
         ids = ((backend.token_to_id(name), name) for name in stand_ins)
         self._stand_ins: dict[int, str] = {token: name for token, name in ids if token is not None}
         self._suspect = special | set(self._stand_ins)
+        names = sorted((entry["content"] for entry in self._control.values()), key=len, reverse=True)
+        self._names = names
+        self._spelled = re.compile("|".join(map(re.escape, names)) or "(?!)")
 
         kept = json.dumps(data)
         _drop_prefix(data)
@@ -254,6 +294,20 @@ class PieceTokenizer:
                 found += [text[position:start], token]
                 position = end
         return tuple(bit for bit in (*found, text[position:]) if bit != "")
+
+    def disguised(self, value: Any) -> Any:
+        """JSON that a template gets to see, with a stand-in for each control token that somebody typed in it."""
+        if isinstance(value, str):
+            return self._spelled.sub(lambda match: f"{self._nonce}c{self._names.index(match[0])}x", value)
+        if isinstance(value, Mapping):
+            return {self.disguised(key): self.disguised(item) for key, item in value.items()}
+        return [self.disguised(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def restored(self, text: str) -> str:
+        """What was typed, in what the template made of `disguised` JSON."""
+        if self._nonce not in text:
+            return text
+        return re.sub(f"{self._nonce}c(\\d+)x", lambda match: self._names[int(match[1])], text)
 
     def strips(self, token: int, side: Literal["lstrip", "rstrip"]) -> bool:
         """Whether a control token takes the white space beside it away."""

@@ -8,12 +8,18 @@ the answer and its end token. SentencePiece tokenizers draw that space into the 
 `polymodal.safety.jinja_sandbox` compiles them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from polymodal.errors import PolymodalError
+from polymodal.errors import ConfigError, PolymodalError, unknown_name
 from polymodal.messages import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _FOLDER = Path(__file__).with_name("presets")
 
@@ -59,3 +65,33 @@ def check_plain(messages: Sequence[Message]) -> None:
             "the plain template keeps only the images of a question, and this one has none, so nothing would be left "
             "to answer; choose another template, or leave it out"
         )
+
+
+def template_source(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[str, Preset | None]:
+    """Find the template's text."""
+    if name == "tokenizer":
+        own: Any = tokenizer.chat_template
+        if isinstance(own, dict):
+            own = own.get("default")
+        if not own:
+            raise ConfigError(
+                "template.chat_template: the tokenizer has no chat template of its own; "
+                f"choose one of {', '.join(PRESETS)}"
+            )
+        return str(own), None
+    if "{{" in name or "{%" in name:
+        return name, None
+    if name not in PRESETS:
+        raise unknown_name("chat template", name, ["tokenizer", *PRESETS])
+    preset = PRESETS[name]
+    missing = [token for token in preset.tokens if token not in tokenizer.get_added_vocab()]
+    if missing:
+        raise ConfigError(
+            f"template.chat_template: {name!r} needs the special tokens {', '.join(missing)}, which the "
+            "tokenizer lacks; add them to it or choose another template"
+        )
+    if preset.needs_eos and tokenizer.eos_token is None:
+        raise ConfigError(
+            f"template.chat_template: {name!r} ends answers with the tokenizer's eos_token, which is not set"
+        )
+    return preset.jinja, preset
