@@ -130,7 +130,7 @@ class ChatTemplate:
             except UnsafeTemplateError:
                 raise
             except PolymodalError as error:
-                problem = error
+                problem = error if problem is None or problem.code == places.QUOTED else problem
         assert problem is not None  # there is at least one version
         raise problem
 
@@ -209,7 +209,7 @@ class ChatTemplate:
         if thought:
             field = self._places["reasoning_content"]
             pieces.insert(0, Piece(message.role, index, thought, reasoning=True, field=field))
-        names = (str(call["function"]["name"]) for call in message.tool_calls)
+        names = (self._tokens.disguised(str(call["function"]["name"])) for call in message.tool_calls)
         return (*pieces, *(Piece(message.role, index, name, field="tool_calls") for name in names))
 
     def _emit(

@@ -64,7 +64,7 @@ class Turn:
     role: Role
     pieces: tuple[Piece, ...]
     fields: Mapping[str, Any] = field(default_factory=dict)  # What else the template reads of it, as it is
-    nothing: str | None = ""  # The content where no piece is in it
+    nothing: str | None = ""  # The content where no piece is in it; None for none at all
 
 
 def reasoned(answer: Piece) -> tuple[Piece, ...]:
@@ -113,16 +113,20 @@ class MarkedTemplate:
     ) -> list[Cut]:
         """Render a conversation and cut it at its content."""
         text = self._render(turns, style, tools, add_generation_prompt)
+        pieces = [piece for turn in turns for piece in turn.pieces]
         found: list[Cut] = []
-        position = 0
+        position, again = 0, ""
         for match in self._marker.finditer(text):
-            scaffold = text[position : match.start()]
-            if match[4] is not None:
+            scaffold, again = again + text[position : match.start()], ""
+            named = match[2] is not None and pieces[int(match[2])].field == "tool_calls"
+            if named and any(cut.marker == int(match[2]) for cut in found):  # a result may repeat what was called
+                again = scaffold + str(pieces[int(match[2])].text)
+            elif match[4] is not None:
                 found.append(Cut(scaffold, int(match[4])))
             else:
                 found.append(Cut(scaffold, int(match[2]), match[1] is None, match[3] is None))
             position = match.end()
-        found.append(Cut(text[position:], None))
+        found.append(Cut(again + text[position:], None))
         return found
 
     def texts(
@@ -180,7 +184,7 @@ class MarkedTemplate:
         for turn in turns:
             as_parts = style == "parts" and turn.role != "tool"
             as_parts |= style == "mixed" and any(piece.text is None for piece in turn.pieces)
-            message: dict[str, Any] = {"role": turn.role, "content": turn.nothing, **turn.fields}
+            message: dict[str, Any] = {"role": turn.role, **turn.fields}
             calls: list[Any] = []
             parts: list[dict[str, str]] = []
             marks: list[str] = []
@@ -192,8 +196,8 @@ class MarkedTemplate:
                     call = turn.fields["tool_calls"][len(calls)]
                     calls.append({**call, "function": {**call["function"], "name": mark}})
                     message["tool_calls"] = calls
-                elif piece.field:
-                    message[piece.field] = mark
+                elif piece.field:  # transformers gives it by gpt-oss's name too
+                    message |= {"thinking": mark, piece.field: mark}
                 elif piece.text is None:
                     marks.append(mark)
                     parts.append({"type": "image"})
@@ -205,6 +209,8 @@ class MarkedTemplate:
                         parts.append({"type": "text", "text": mark})
             if marks:
                 message["content"] = parts if as_parts else "".join(marks)
+            elif turn.nothing is not None:
+                message["content"] = turn.nothing
             messages.append(message)
         try:
             return self._compiled(

@@ -19,9 +19,14 @@ FIELDS = ("reasoning_content", "tools", "tool_calls", "role: tool")
 """What a template may have no place for."""
 AS_THEY_ARE = ("tool_calls", "tool_call_id", "name")
 """Fields of a message that are given to a template as they are, but for the names of the called functions."""
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+QUOTED = "quoted-arguments"
+"""The code of an error about arguments that were given as text, and that the template would quote once more."""
+_REASONING = ("reasoning_content", "reasoning")
 _ID, _NAME = "a1b2c3d4e", "PMtool"
-_CALL = {"id": _ID, "type": "function", "function": {"name": "", "arguments": {"city": "Oslo"}}}
+_CALLS = [
+    {"id": _ID, "type": "function", "function": {"name": "", "arguments": given}}
+    for given in ({"city": "Oslo"}, '{"city": "Oslo"}')
+]
 _TOOL = {
     "type": "function",
     "function": {
@@ -42,7 +47,7 @@ def find(template: MarkedTemplate, style: Style) -> dict[str, str]:
 
     question, answer = Turn("user", (Piece("user", 0, ""),)), Piece("assistant", 1, "")
     call, result = Piece("assistant", 1, "", field="tool_calls"), Piece("tool", 2, "")
-    called = Turn("assistant", (call,), {"tool_calls": [_CALL]})
+    called, texted = (Turn("assistant", (call,), {"tool_calls": [given]}) for given in _CALLS)
     told = Turn("tool", (result,), {"tool_call_id": _ID, "name": "f"})
     found = {}
     for name in _REASONING:
@@ -50,7 +55,8 @@ def find(template: MarkedTemplate, style: Style) -> dict[str, str]:
         turns = (Turn("assistant", (thought, answer)), replace(called, pieces=(thought, call)))
         if any(shows(thought, question, turn) for turn in turns):
             found.setdefault("reasoning_content", name)
-    if any(shows(call, question, called, tools=tools) for tools in ((), (_TOOL,))):
+    ways = itertools.product((called, texted), ("", None), ((), (_TOOL,)))
+    if any(shows(call, question, replace(turn, nothing=nothing), tools=tools) for turn, nothing, tools in ways):
         found["tool_calls"] = "tool_calls"
     if any(shows(result, question, turn, told) for turn in (called, Turn("assistant", (answer,)))):
         found["role: tool"] = "role"
@@ -69,12 +75,11 @@ def _cuts(template: MarkedTemplate, style: Style, turns: Sequence[Turn], tools: 
 
 
 def versions(turns: list[Turn]) -> Iterator[list[Turn]]:
-    """A conversation as it was given; then as templates want it that fail on a call's text arguments or empty content."""
+    """A conversation as it was given; then as templates want it that fail on how a call's arguments or text are given."""
     called = [turn for turn in turns if "tool_calls" in turn.fields]
-    texts = any(isinstance(call["function"]["arguments"], str) for turn in called for call in turn.fields["tool_calls"])
     alone = any(_is_alone(turn) for turn in called)
-    for swapped, parsed in itertools.product((False, True) if alone else (False,), (False, True) if texts else (False,)):
-        yield [_version(turn, swapped, parsed) if "tool_calls" in turn.fields else turn for turn in turns]
+    for swapped, turned in itertools.product((False, True) if alone else (False,), (False, True) if called else (False,)):
+        yield [_version(turn, swapped, turned) if "tool_calls" in turn.fields else turn for turn in turns]
 
 
 def _is_alone(turn: Turn) -> bool:
@@ -82,17 +87,17 @@ def _is_alone(turn: Turn) -> bool:
     return all(piece.field for piece in turn.pieces)
 
 
-def _version(turn: Turn, swapped: bool, parsed: bool) -> Turn:
+def _version(turn: Turn, swapped: bool, turned: bool) -> Turn:
     calls = turn.fields["tool_calls"]
-    if parsed:
-        calls = [{**call, "function": {**call["function"], "arguments": _parsed(call)}} for call in calls]
+    if turned:  # text to an object, as transformers asks for; an object to text, as OpenAI has it
+        calls = [{**call, "function": {**call["function"], "arguments": _turned(call)}} for call in calls]
     nothing = turn.nothing if not swapped else "" if turn.nothing is None else None
     return replace(turn, fields={**turn.fields, "tool_calls": calls}, nothing=nothing)
 
 
-def _parsed(call: Mapping[str, Any]) -> Any:
+def _turned(call: Mapping[str, Any]) -> Any:
     arguments = call["function"]["arguments"]
-    return json.loads(arguments) if isinstance(arguments, str) else arguments
+    return json.loads(arguments) if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def check(cuts: Sequence[Cut], turns: Sequence[Turn], tools: Sequence[Any]) -> None:
@@ -103,18 +108,16 @@ def check(cuts: Sequence[Cut], turns: Sequence[Turn], tools: Sequence[Any]) -> N
         lost = next((name for name in map(_name, tools) if not _holds(written, name)), None)
         if lost is not None:
             raise PolymodalError(f"the chat template leaves out the tool {lost!r}; take it out of `tools`")
-    numbers: dict[int, int] = {}
     for place, cut in enumerate(cuts[:-1]):
         piece, turn = pieces[cut.marker or 0]
         if piece.field != "tool_calls":
             continue
         where = f"message {piece.message + 1}: the chat template"
-        number = numbers[piece.message] = numbers.get(piece.message, -1) + 1
-        if turn.nothing is None and _is_alone(turn) and "None" in cut.scaffold:
-            raise PolymodalError(f"{where} writes None for a call without a text")
+        calls = [other for other in turn.pieces if other.field == "tool_calls"]
+        number = next(number for number, other in enumerate(calls) if other is piece)
         arguments, written = turn.fields["tool_calls"][number]["function"]["arguments"], cuts[place + 1].scaffold
         if isinstance(arguments, str) and any(f'"{text}"' in written for text in in_json(arguments)):
-            raise PolymodalError(f"{where} takes the arguments of a call for a text; give an object")
+            raise PolymodalError(f"{where} takes the arguments of a call for a text; give an object", QUOTED)
         lost = next((leaf for leaf in _leaves(arguments) if not _holds(written, leaf)), None)
         if lost is not None:
             raise PolymodalError(f"{where} leaves out {lost!r} of the call's arguments; choose another template")
