@@ -237,13 +237,13 @@ def test_marks_on_turns_are_followed_and_said(
 
     marks: list[dict[str, Any]] = [{"loss": False}, {"weight": 0}, {"train": False}, {"loss": True}]
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row(**mark)) + "\n" for mark in [*marks, {"reasoning_content": "one and one"}]))
+    data.write_text("".join(json.dumps(row(**mark)) + "\n" for mark in [*marks, {"reasoning_details": ["one and one"]}]))
     argv = ["data", "check", str(data), "--model", str(tiny_model_folder), "--output", str(tmp_path / "out")]
     assert main(argv) == 1
     said = capsys.readouterr().out
     assert "3 answers are shown and not trained (loss: false, weight: 0, train: false)" in said
     assert "1  unsupported-key" in said and "5 rows: 4 good, 0 to look at, 1 to drop" in said
-    assert "`reasoning_content` cannot be followed" in lines_of(tmp_path / "out" / "dropped.jsonl")[0]["reason"]
+    assert "`reasoning_details` cannot be followed" in lines_of(tmp_path / "out" / "dropped.jsonl")[0]["reason"]
     for raw, mark in zip(iter_rows(data), marks, strict=False):
         sample = processor(row_record(raw).messages)
         trained = processor.tokenizer.decode(sample.input_ids[sample.loss_mask])

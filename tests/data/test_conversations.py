@@ -133,18 +133,23 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
 @pytest.mark.parametrize(
     ("fields", "turn", "complaint"),
     [
-        ({}, {"reasoning_content": "two and two"}, r"messages\[1\]: `reasoning_content` cannot be followed"),
-        ({}, {"tool_calls": [CALL]}, r"messages\[1\]: `tool_calls` cannot be followed"),
-        ({}, {"content": None, "tool_calls": [CALL]}, r"messages\[1\]: `tool_calls` cannot be followed"),
-        ({}, {"function_call": CALL}, "`function_call` cannot be followed"),
+        ({}, {"reasoning_content": ["two"]}, r"messages\[1\]: `reasoning_content` must be text, found list"),
+        ({}, {"reasoning_content": "a", "reasoning": "b"}, "has both `reasoning_content` and `reasoning`, which differ"),
+        ({}, {"reasoning_details": [{"text": "a"}]}, "`reasoning_details` cannot be followed; write it into the text"),
+        ({}, {"tool_calls": [{"id": "a"}]}, r"messages\[1\]: `tool_calls` must be .\"function\": ."),
+        ({}, {"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}, "`arguments` of 'f' must be an object"),
+        ({}, {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "`arguments` must be JSON, found '{'"),
+        ({}, {"function_call": CALL}, "`function_call` cannot be followed; call it `tool_calls`"),
+        ({}, {"tools": [CALL]}, r"messages\[1\]: `tools` cannot be followed; put them beside the turns"),
         ({}, {"weight": 0.5}, "`weight`: 0.5 cannot be followed; give true or false, 1 or 0"),
         ({}, {"loss": "false"}, "`loss`: 'false' cannot be followed"),
         ({}, {"loss": True, "weight": 0}, "`loss` and `weight` contradict each other"),
         ({}, {"images": ["a.png"]}, "`images` cannot be followed"),  # as in Ollama's requests
         ({}, {"masked": True}, "`masked` cannot be followed"),
-        ({"tools": [CALL]}, {}, "here: `tools` cannot be followed"),
-        ({"tools": json.dumps([CALL])}, {}, "here: `tools` cannot be followed"),
-        ({"objects": {"ref": ["square"], "bbox": [[1, 2, 3, 4]]}}, {}, "here: `objects` cannot be followed"),
+        ({"tools": [{"type": "function"}]}, {}, r"here: `tools`\[0\] must be an object with `function`"),
+        ({"tools": "a hammer"}, {}, "here: `tools` must be JSON, found 'a hammer'"),
+        ({"functions": [CALL]}, {}, "here: `functions` cannot be followed; call them `tools`"),
+        ({"objects": {"ref": ["square"], "bbox": [[1, 2, 3, 4]]}}, {}, "`objects` cannot be followed; write each box"),
         ({"objects": [[1, 2, 3, 4]]}, {"content": "At <bbox>."}, "here: `objects` cannot be followed"),
         ({"system": "A", "system_prompt": "B"}, {}, "has both `system` and `system_prompt`, which differ"),
     ],
@@ -164,6 +169,7 @@ def test_keys_that_say_nothing_are_no_fault() -> None:
     turn = {"tool_calls": None, "reasoning_content": "", "loss": None, "name": "x"}
     record = read_record({**empty, "messages": [UNTOLD, {"role": "assistant", "content": "A", **turn}]}, ROOT, "x")
     assert record.messages == (user("Q"), assistant("A"))
+    assert not record.messages[0].fields and not record.messages[1].fields
     notes = read_record({"objects": ["cat"], **llava("Q", "A", system_prompt="Be short.")}, ROOT, "x")
     assert notes.messages[0] == system("Be short.") and notes.extra == {"objects": ["cat"]}
 

@@ -188,7 +188,7 @@ def sampled_hash(module: Any) -> str:
 def require_question(conversation: Conversation) -> list[Message]:
     """Read a conversation, which has to ask for an answer."""
     messages = as_messages(conversation)
-    if not messages or messages[-1].role != "user":
+    if not messages or messages[-1].role not in ("user", "tool"):
         raise PolymodalError("a conversation to answer must end with a user message")
     return messages
 
@@ -202,6 +202,8 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise PolymodalError(
                 f"message {number}: the text holds half of a surrogate pair, which is no character; mend its encoding"
             ) from None
+        if message.fields or message.role == "tool":
+            raise PolymodalError(f"message {number}: reasoning and tools cannot be given to this kind of model")
         if message.media and message.role != "user":
             raise PolymodalError(
                 f"message {number}: images, sounds and videos must stand in a user's message, not the {message.role}'s"

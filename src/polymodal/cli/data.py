@@ -128,6 +128,8 @@ def _result(summary: Summary, output: Path, image_root: Path | None) -> str:
     warned = sum(file.warned for file in summary.files)
     good = summary.rows - len(summary.dropped) - warned
     lines.append(f"{summary.rows} rows: {good} good, {warned} to look at, {len(summary.dropped)} to drop")
+    if summary.fields:
+        lines.append("rows with " + ", ".join(f"{name}: {count:,}" for name, count in sorted(summary.fields.items())))
     if summary.silent:
         lines.append(f"{summary.silent} answers are shown and not trained (loss: false, weight: 0, train: false)")
     lines += [

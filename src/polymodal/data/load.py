@@ -1,5 +1,6 @@
 """Read a data file of any form, whole or row by row. Errors name the file and the row."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +84,7 @@ def row_record(row: RawRow, *, kind: str = "", source: str = "") -> Record:
     record = read_record(row.data, row.root, row.where, default_id=row.id, form=row.form)
     for message in record.messages:
         try:
-            message.text.encode()
+            f"{message.text}{json.dumps(message.fields, ensure_ascii=False)}".encode()
         except UnicodeEncodeError:
             problem = "the text holds half of a surrogate pair (\\ud83d alone); write the whole character"
             raise DataError(f"{row.where}: {problem}") from None
@@ -96,8 +97,7 @@ _PARTS: dict[str, type[Media]] = {"image": Image, "video": Video, "audio": Audio
 def record_to_json(record: Record) -> dict[str, Any]:
     """Write a record as plain JSON values, for a file of our own that holds records of every form."""
     messages = [
-        [turn.role, [_part_to_json(part, record.id) for part in turn.parts], *([] if turn.train else [False])]
-        for turn in record.messages
+        [turn.role, [_part_to_json(part, record.id) for part in turn.parts], *_marks(turn)] for turn in record.messages
     ]
     plain = {"id": record.id, "kind": record.kind, "source": record.source, "messages": messages}
     return {**plain, "extra": dict(record.extra)} if record.extra else plain
@@ -106,9 +106,19 @@ def record_to_json(record: Record) -> dict[str, Any]:
 def record_from_json(data: Mapping[str, Any]) -> Record:
     """Read what `record_to_json` wrote. For our own files only: paths are taken as they are."""
     messages = tuple(
-        Message(role, tuple(map(_part_from_json, parts)), *marks) for role, parts, *marks in data["messages"]
+        Message(role, tuple(map(_part_from_json, parts)), *marks[:1], **_fields(*marks[1:]))
+        for role, parts, *marks in data["messages"]
     )
     return Record(data["id"], messages, data["kind"], data["source"], data.get("extra", {}))
+
+
+def _marks(turn: Message) -> list[Any]:
+    """What follows a turn's parts: whether it is trained, and its reasoning and tools; as little as says it."""
+    return [turn.train, turn.fields] if turn.fields else [] if turn.train else [False]
+
+
+def _fields(given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in (given or {}).items()}
 
 
 def _part_to_json(part: Part, name: str) -> Any:

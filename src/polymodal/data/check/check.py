@@ -63,6 +63,7 @@ class Summary:
     targets: list[int] = field(default_factory=list)  # Trained tokens of each
     turns: list[int] = field(default_factory=list)  # Answers of each
     silent: int = 0  # Answers that the data keep out of the loss
+    fields: Counter[str] = field(default_factory=Counter)  # Rows with reasoning and with tools, refused ones too
     images: list[int] = field(default_factory=list)  # Images of each
     tiles: list[int] = field(default_factory=list)  # Tiles of each row with images
     sizes: list[tuple[int, int]] = field(default_factory=list)  # Height and width of each image
@@ -93,6 +94,7 @@ def summary_json(summary: Summary) -> str:
         "tokens": sum(summary.tokens),
         "trained_tokens": sum(summary.targets),
         "answers_without_loss": summary.silent,
+        "rows_with": dict(sorted(summary.fields.items())),
         "images": len(summary.sizes),
         "files": [vars(file) for file in summary.files],
     }
@@ -134,6 +136,8 @@ class Checker:
             examples = summary.examples.setdefault(code, [])
             if len(examples) < EXAMPLES:
                 examples.append((row.where, row.id, reason))
+        said = row.record.messages if row.record is not None else ()
+        summary.fields.update({name for message in said for name in message.fields} - {"name", "tool_call_id"})
         text = row.raw.text
         if findings and self.repair is not None:
             row, seen, findings, names = self._repaired(row, seen, findings)

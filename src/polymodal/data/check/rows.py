@@ -199,19 +199,20 @@ def _text_findings(messages: Sequence[Message], control: re.Pattern[str] | None)
     """What is wrong with what is said."""
     if not any(message.role == "assistant" for message in messages):
         yield Finding("no-answer", "no turn of the assistant")
-    elif messages[-1].role == "user":
-        yield Finding("unanswered", f"turn {len(messages)} is the user's and the last")
+    elif messages[-1].role != "assistant":
+        yield Finding("unanswered", f"turn {len(messages)} is the {messages[-1].role}'s and the last")
     codes = set()
     for number, message in enumerate(messages, start=1):
         spot, text = f"turn {number} ({message.role})", message.text
+        whole = f"{text}{message.reasoning_content}"
         found = []
         if message.role == "assistant" and message.train and text != text.strip():
             found.append(Finding("outer-space", f"{spot} begins or ends with space: {short(text)}"))
         if message.role == "user" and (match := OTHERS.search(text)):
             found.append(Finding("other-placeholder", f"{spot} contains {short(match[0])}"))
-        if control is not None and (match := control.search(text)):
+        if control is not None and (match := control.search(whole)):
             found.append(Finding("control-token", f"{spot} contains {match[0]}"))
-        if match := _BAD_CHARACTERS.search(text):
+        if match := _BAD_CHARACTERS.search(whole):
             found.append(Finding("bad-characters", f"{spot} contains {match[0]!a} at character {match.start() + 1}"))
         yield from (finding for finding in found if finding.code not in codes)
         codes |= {finding.code for finding in found}
@@ -249,7 +250,9 @@ def _decode(
 
 def _content(messages: Sequence[Message], media_keys: Sequence[str]) -> bytes:
     """Hash what a row says and shows; the names of its files do not count."""
-    said = [[m.role, m.train, [part.text if isinstance(part, Text) else None for part in m.parts]] for m in messages]
+    said = [
+        [m.role, m.train, [part.text if isinstance(part, Text) else None for part in m.parts], m.fields] for m in messages
+    ]
     return hashlib.sha256(json.dumps([said, list(media_keys)]).encode()).digest()[:16]
 
 

@@ -8,7 +8,8 @@ Three forms, told apart by their keys:
 - OpenAI content parts: `{"role", "content": [{"type": "text", ...}, {"type": "image_url", ...}]}`.
 
 A turn may be spelled `from` and `value` or `role` and `content` in either list. A turn with `loss: false`, `weight: 0`
-or `train: false` is shown and not trained. What would change the meaning and cannot be followed is refused by name.
+or `train: false` is shown and not trained. Reasoning and tools are read by `tools.py`. What would change the meaning and
+cannot be followed is refused by name.
 
 LLaVA writes an image as `<image>` and a newline. In that form one newline beside a placeholder belongs to the
 placeholder: the one after it, or, where there is none, the one before it. The template's `image_newline_text` puts it
@@ -19,13 +20,15 @@ Differences from LLaVA's loader: placeholders stay where they are (LLaVA moves t
 starts with the answer is an error (LLaVA drops the turn), and so is any difference between placeholders and media.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from polymodal.data.readers.tools import CALLS, call_turn, check_turns, says_nothing, tools_of, turn_fields
 from polymodal.errors import DataError
 from polymodal.media.source import from_file_url
 from polymodal.messages import Audio, Document, FileSlice, Image, Media, Message, Part, Role, TableCell, Text, Video
@@ -37,6 +40,10 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
     "developer": "system",
+    "tool": "tool",
+    "tool_response": "tool",
+    "observation": "tool",
+    **dict.fromkeys(CALLS, "assistant"),
 }
 
 _MEDIA: dict[str, type[Image] | type[Video] | type[Audio]] = {"image": Image, "video": Video, "audio": Audio}
@@ -51,16 +58,24 @@ _MARKS = ("loss", "weight", "train", "trainable", "loss_mask", "loss_weight", "l
 """Keys of a turn that say whether it is trained."""
 _MEDIA_KEYS = frozenset(key + s for key in _MEDIA for s in ("", "s"))
 _REFUSED_IN_TURNS = (
-    *("reasoning_content", "reasoning", "reasoning_details", "thinking", "thought", "tool_calls", "function_call"),
+    *("reasoning_details", "thought", "function_call", "tools"),
     *("mask", "masked", "train_detail", *sorted(_MEDIA_KEYS)),
 )
 """Keys of a turn that are part of what is said, for which there is no place; media stand beside the turns."""
-REFUSED_IN_RECORDS = ("tools", "functions", "chat_template_kwargs", "objects")
+_REFUSED_IN_RECORDS = ("functions", "chat_template_kwargs", "objects")
 """The same of a record."""
-_CANNOT = "cannot be followed; write it into the text, or take it out"
+RECORD_KEYS = ("tools", *_REFUSED_IN_RECORDS)
+"""Keys of a record that change what it means."""
+_INSTEAD = {
+    "function_call": "call it `tool_calls`, as OpenAI does now, or take it out",
+    "functions": "call them `tools`, as OpenAI does now, or take them out",
+    "tools": "put them beside the turns, or take them out",
+    "thought": "call it `reasoning_content`, or take it out",
+    "objects": "write each box into the text, as the numbers that your model is to say, or take them out",
+}
 _MAX_TEXT = 16 * 2**20
 
-_KNOWN_KEYS = frozenset({"id", "kind", "source", "conversations", "messages", *_SYSTEM} | _MEDIA_KEYS)
+_KNOWN_KEYS = frozenset({"id", "kind", "source", "conversations", "messages", "tools", *_SYSTEM} | _MEDIA_KEYS)
 
 
 @dataclass(frozen=True)
@@ -154,15 +169,21 @@ def _conversation(record: Mapping[str, Any], key: str, image_root: Path, where: 
         role, train = _speaker(turn, _NAMES[key][0], spot)
         text_key = spelled(turn, _NAMES[key][1], spot)
         content = turn.get(text_key)
-        if isinstance(content, str):
+        fields = turn_fields(turn, role, spot)
+        parts: tuple[Part, ...]
+        if turn.get(spelled(turn, _NAMES[key][0])) in CALLS:
+            parts, fields["tool_calls"] = (), call_turn(content, spot)
+        elif "tool_calls" in fields and not content:
+            parts = (Text(""),) if content == "" else ()  # templates may tell them apart
+        elif isinstance(content, str):
             parts = tuple(_split(content, role, pool, spot, newline=key == "conversations"))
         elif key == "conversations" and not isinstance(content, list):
             raise DataError(f"{spot}: `{text_key}` must be text, found {_kind_of(content)}")
         else:
             parts = _parts(content, role, spot, image_root, pool)
-        messages.append(Message(role, parts, train))
+        messages.append(Message(role, parts, train, **fields))
     pool.finish()
-    _check_turns(messages, where)
+    check_turns(messages, where)
     return messages
 
 
@@ -182,11 +203,13 @@ def read_openai(messages: Sequence[Any], where: str, image_root: Path | None = N
     for index, turn in enumerate(messages):
         spot = f"{where}[{index}]"
         role, train = _speaker(turn, ("role",), spot)
-        content = turn.get("content")
+        content, fields = turn.get("content"), turn_fields(turn, role, spot)
+        parts: tuple[Part, ...] = ()
         if isinstance(content, str):
-            result.append(Message(role, (Text(content),) if content else (), train))
-        else:
-            result.append(Message(role, _parts(content, role, spot, image_root, None), train))
+            parts = (Text(content),) if content or "tool_calls" in fields else ()
+        elif content or "tool_calls" not in fields:
+            parts = _parts(content, role, spot, image_root, None)
+        result.append(Message(role, parts, train, **fields))
     return result
 
 
@@ -204,7 +227,7 @@ def read_record(record: Any, image_root: Path, where: str, *, default_id: str = 
         if beside := [key for kind in _MEDIA for key in (kind, kind + "s") if record.get(key) is not None]:
             raise DataError(f"{where}: format openai has media in its content parts, not in `{beside[0]}`")
         messages = read_openai(record["messages"], f"{where}: messages", image_root)
-        _check_turns(messages, where)
+        check_turns(messages, where)
     elif "conversations" in record:
         messages = read_llava(record, image_root, where)
     elif "messages" in record:
@@ -217,6 +240,7 @@ def read_record(record: Any, image_root: Path, where: str, *, default_id: str = 
         hint = f"; where the rows are its list `{rows[0]}`, give that list alone" if len(rows) == 1 else ""
         raise DataError(f"{where}: expected `conversations` (LLaVA) or `messages`, found {found}{hint}", "unknown-form")
     _check_followed(record, messages, where)
+    messages[0] = replace(messages[0], tools=tools_of(record, where))
     _check_said(messages, where)
     labels = {}
     for key in ("kind", "source"):
@@ -250,8 +274,8 @@ def _speaker(turn: Any, names: Sequence[str], spot: str) -> tuple[Role, bool]:
     if role is None:
         raise DataError(f"{spot}: unknown role `{key}`: {_shown(name)}; known: {', '.join(_ROLES)}", "unknown-role")
     for key in _REFUSED_IN_TURNS:
-        if not _says_nothing(turn.get(key)):
-            raise DataError(f"{spot}: `{key}` {_CANNOT}", "unsupported-key")
+        if not says_nothing(turn.get(key)):
+            raise DataError(f"{spot}: `{key}` {_cannot(key)}", "unsupported-key")
     marks = {key: turn[key] for key in _MARKS if turn.get(key) is not None}
     for key, value in marks.items():
         if value not in (0, 1) or (value and role != "assistant"):
@@ -262,32 +286,32 @@ def _speaker(turn: Any, names: Sequence[str], spot: str) -> tuple[Role, bool]:
     return role, role != "assistant" or all(marks.values())
 
 
-def _says_nothing(value: Any) -> bool:
-    return value is None or value is False or value in ("", [], [""], [None], {}, "[]", "{}", "null")
+def _cannot(key: str) -> str:
+    return f"cannot be followed; {_INSTEAD.get(key, 'write it into the text, or take it out')}"
 
 
 def _check_followed(record: Mapping[str, Any], messages: Sequence[Message], where: str) -> None:
     """Refuse a record's keys that change what it means and that nothing here can do."""
-    for key in REFUSED_IN_RECORDS:
+    for key in _REFUSED_IN_RECORDS:
         value = record.get(key)
-        if _says_nothing(value):
+        if says_nothing(value):
             continue
         if key == "objects":  # of ms-swift; elsewhere the name is given to notes that change nothing
             filled = any(name in message.text for message in messages for name in ("<bbox>", "<ref-object>"))
             if not filled and not (isinstance(value, dict) and not {"bbox", "ref"}.isdisjoint(value)):
                 continue
-        raise DataError(f"{where}: `{key}` {_CANNOT}", "unsupported-key")
+        raise DataError(f"{where}: `{key}` {_cannot(key)}", "unsupported-key")
 
 
 def _check_said(messages: Sequence[Message], where: str) -> None:
     """Every turn says something, and none says more than can be read in reasonable time."""
-    size = sum(len(message.text) for message in messages)
+    size = sum(len(message.text) + (len(json.dumps(message.fields)) if message.fields else 0) for message in messages)
     if size > _MAX_TEXT:
         raise DataError(
             f"{where}: {size:,} characters of text, at most {_MAX_TEXT:,} are allowed; split it", "too-long"
         )
     for number, message in enumerate(messages, start=1):
-        if message.media or message.text.strip():
+        if message.media or message.text.strip() or message.tool_calls:
             continue
         if message.role == "user" or (message.role == "assistant" and message.train):
             code = "empty-question" if message.role == "user" else "empty-answer"
@@ -390,23 +414,6 @@ def _source(value: Any, image_root: Path | None, at: str) -> str | Path | FileSl
             f"{at}: {_shown(value)} leaves the folder {image_root}; media must lie inside it", "outside-root"
         )
     return Path(path)
-
-
-def _check_turns(messages: Sequence[Message], where: str) -> None:
-    """An optional system message, then user and assistant in turn."""
-    turns = [message.role for message in messages]
-    spoken = turns[1:] if turns[0] == "system" else turns
-    wrong = next((i for i, role in enumerate(spoken) if role != ("user", "assistant")[i % 2]), None)
-    if not spoken:
-        problem = "the conversation has only a system message"
-    elif wrong is None:
-        return
-    elif wrong == 0 and spoken[0] == "assistant":
-        problem = "the conversation starts with the assistant; it must start with the user"
-    else:
-        number = wrong + 1 + len(turns) - len(spoken)
-        problem = f"turn {number} is the {spoken[wrong]}'s; user and assistant must take turns"
-    raise DataError(f"{where}: {problem}", "role-order")
 
 
 def _shown(value: Any) -> str:

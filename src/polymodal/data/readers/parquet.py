@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.data.readers.base import Options, RawRow, best_answer, broken, caption_of, dialogue, question_of, text_of
-from polymodal.data.readers.conversations import REFUSED_IN_RECORDS, listed
+from polymodal.data.readers.conversations import RECORD_KEYS, listed
 from polymodal.errors import DataError, MediaError, first_line
 from polymodal.media.source import open_table, read_column
 from polymodal.messages import TableCell
@@ -26,7 +26,7 @@ from polymodal.messages import TableCell
 _TEXTS = ("conversations", "messages", "texts", "question", "caption", "text")
 _ANSWERS = ("multiple_choice_answer", "answer", "answers")
 _MAX_TEXTS = 512 * 2**20
-_LABELS = ("id", "question_id", "kind", "kinds", "source", "system", "system_prompt", *REFUSED_IN_RECORDS)
+_LABELS = ("id", "question_id", "kind", "kinds", "source", "system", "system_prompt", *RECORD_KEYS)
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 

@@ -40,6 +40,8 @@ def examples_of(records: Iterable[Record], metric: str = "") -> list[Example]:
 def _example(record: Record, metric: str) -> Example:
     if len(record.messages) < 2 or record.messages[-1].role != "assistant":
         raise DataError(f"{record.id}: a held-out record needs a question and its answer")
+    if record.messages[-1].tool_calls:
+        raise DataError(f"{record.id}: its answer is a call, which is no text to be scored; leave it out")
     accepted = record.extra.get("answers") or [record.messages[-1].text]
     if not isinstance(accepted, list) or not all(isinstance(answer, str) and answer.strip() for answer in accepted):
         raise DataError(f"{record.id}: `answers` must be a list of texts, none of them empty")
