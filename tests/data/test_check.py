@@ -19,6 +19,7 @@ from polymodal.data.readers.conversations import read_record
 from polymodal.errors import DataError
 from polymodal.messages import Image, user
 from polymodal.processing.processor import Processor
+from tests.processing.tool_templates import QWEN3
 
 PLANTED = Path(__file__).parent / "planted"
 BAD = PLANTED / "bad.jsonl"
@@ -237,7 +238,9 @@ def test_marks_on_turns_are_followed_and_said(
 
     marks: list[dict[str, Any]] = [{"loss": False}, {"weight": 0}, {"train": False}, {"loss": True}]
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row(**mark)) + "\n" for mark in [*marks, {"reasoning_details": ["one and one"]}]))
+    data.write_text(
+        "".join(json.dumps(row(**mark)) + "\n" for mark in [*marks, {"reasoning_details": ["one and one"]}])
+    )
     argv = ["data", "check", str(data), "--model", str(tiny_model_folder), "--output", str(tmp_path / "out")]
     assert main(argv) == 1
     said = capsys.readouterr().out
@@ -369,3 +372,31 @@ def test_inspect_shows_a_row_as_it_is_trained(
     assert "line 3" in capsys.readouterr().err
     assert main([*argv, "--index", "99"]) == 2
     assert "no row 99; the last is 39" in capsys.readouterr().err
+
+
+def test_reasoning_and_tools_are_counted_and_refused_by_name(
+    tiny_model_folder: Path, processor: Processor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4."}]
+    function = {"name": "add", "arguments": {"a": 2}}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+    rows: list[dict[str, Any]] = [
+        {"messages": turns},
+        {"messages": [turns[0], {**turns[1], "reasoning_content": "Two, two."}]},
+        {"messages": [turns[0], call, {"role": "tool", "content": "4"}, turns[1]], "tools": [{"function": function}]},
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["data", "check", str(data), "--model", str(tiny_model_folder), "--output", str(tmp_path / "out")]
+    assert main(argv) == 1
+    said = capsys.readouterr().out
+    assert "rows with reasoning_content: 1, tool_calls: 1, tools: 1" in said and "2 to drop" in said
+    dropped = lines_of(tmp_path / "out" / "dropped.jsonl")
+    assert [line["code"] for line in dropped] == ["template-refused"] * 2
+    no_place = "the tokenizer's chat template has no place for it"
+    assert dropped[0]["reason"].startswith(f"message 2: `reasoning_content`: {no_place}")
+    assert dropped[1]["reason"].startswith(f"message 1: `tools`: {no_place}")
+    template = processor.with_template(QWEN3)
+    summary = run_check(data, template, tmp_path / "taken")
+    assert not summary.dropped and not summary.warnings and summary.fields["tool_calls"] == 1
+    assert len({tuple(pair) for pair in zip(summary.tokens, summary.targets, strict=True)}) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,11 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
     ("fields", "turn", "complaint"),
     [
         ({}, {"reasoning_content": ["two"]}, r"messages\[1\]: `reasoning_content` must be text, found list"),
-        ({}, {"reasoning_content": "a", "reasoning": "b"}, "has both `reasoning_content` and `reasoning`, which differ"),
+        (
+            {},
+            {"reasoning_content": "a", "reasoning": "b"},
+            "has both `reasoning_content` and `reasoning`, which differ",
+        ),
         ({}, {"reasoning_details": [{"text": "a"}]}, "`reasoning_details` cannot be followed; write it into the text"),
         ({}, {"tool_calls": [{"id": "a"}]}, r"messages\[1\]: `tool_calls` must be .\"function\": ."),
         ({}, {"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}, "`arguments` of 'f' must be an object"),
@@ -373,3 +378,75 @@ def test_missing_files(tmp_path: Path) -> None:
         load_records(tmp_path / "none.json")
     with pytest.raises(DataError, match="no images"):
         load_records(tmp_path)
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+ASKS = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+
+
+def test_reasoning_and_tools_are_read_in_every_spelling() -> None:
+    turns = [
+        UNTOLD,
+        {"role": "assistant", "content": None, "tool_calls": [{**ASKS, "id": "1"}], "reasoning": "Look."},
+        {"role": "tool", "tool_call_id": "1", "name": "weather", "content": [{"type": "text", "text": "3 <image>"}]},
+        {"role": "assistant", "content": "Three.", "reasoning_content": "Cold.", "thinking": "Cold."},
+    ]
+    expected = (
+        replace(user("Q"), tools=(TOOL,)),
+        Message("assistant", (), tool_calls=({**ASKS, "id": "1"},), reasoning_content="Look."),
+        Message("tool", (Text("3 <image>"),), tool_call_id="1", name="weather"),
+        replace(assistant("Three."), reasoning_content="Cold."),
+    )
+    for form in ("", "openai"):
+        record = read_record({"messages": turns, "tools": [TOOL]}, ROOT, "here", form=form)
+        assert record.messages == expected and "tools" not in record.extra
+        assert record_from_json(json.loads(json.dumps(record_to_json(record)))) == record
+        turns[1]["content"] = ""
+        assert read_record({"messages": turns}, ROOT, "x", form=form).messages[1].parts == (Text(""),)
+        turns[1]["content"] = None
+
+    said = [
+        ("human", "Q"),
+        ("function_call", json.dumps(ASKS["function"])),
+        ("observation", "3"),
+        ("gpt", "Three."),
+        ("human", "And now?"),
+        ("function_call", json.dumps([ASKS["function"], {"name": "clock", "arguments": ""}])),
+    ]
+    shared = {
+        "tools": json.dumps([TOOL["function"]]),
+        "conversations": [{"from": role, "value": text} for role, text in said],
+    }
+    messages = read_record(shared, ROOT, "here").messages
+    assert [message.role for message in messages] == ["user", "assistant", "tool", "assistant", "user", "assistant"]
+    assert messages[0].tools == (TOOL,) and messages[1] == Message("assistant", (), tool_calls=(ASKS,))
+    clock = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    assert messages[2] == Message("tool", (Text("3"),)) and messages[5].tool_calls == (ASKS, clock)
+    bare = read_record({"messages": [UNTOLD, {"role": "assistant", "tool_calls": [ASKS["function"]]}]}, ROOT, "x")
+    assert bare.messages[1].tool_calls == (ASKS,)
+
+
+@pytest.mark.parametrize(
+    ("roles", "complaint"),
+    [
+        (["user", "tool"], "turn 2 is the tool's; a tool's result stands between two turns of the assistant"),
+        (["user", "assistant", "tool", "user"], "turn 4 is the user's; a tool's result stands between"),
+        (["tool", "assistant"], "turn 1 is the tool's"),
+        (["user", "assistant", "assistant"], "turn 3 is the assistant's; user and assistant must take turns"),
+    ],
+)
+def test_a_result_stands_between_two_turns_of_the_assistant(roles: list[str], complaint: str) -> None:
+    with pytest.raises(DataError, match=complaint) as caught:
+        read_record({"messages": [{"role": role, "content": "x"} for role in roles]}, ROOT, "here")
+    assert caught.value.code == "role-order"
+    written = [{"from": role, "value": "x"} for role in ("human", "gpt", "tool", "tool", "gpt")]  # calls in the text
+    assert len(read_record({"conversations": written}, ROOT, "here").messages) == 5
+
+
+def test_reasoning_and_calls_are_the_assistants() -> None:
+    for field in ({"reasoning_content": "Hm."}, {"tool_calls": [ASKS]}):
+        with pytest.raises(DataError, match=f"`{next(iter(field))}` in a turn of the user; only the assistant"):
+            read_record({"messages": [{**UNTOLD, **field}, {"role": "assistant", "content": "A"}]}, ROOT, "here")
+    with pytest.raises(DataError, match="a call must be JSON, found 'weather"):
+        turns = [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "weather(Oslo)"}]
+        read_record({"conversations": turns}, ROOT, "here")

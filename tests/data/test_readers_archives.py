@@ -376,7 +376,9 @@ def test_parquet_says_what_json_says_of_marks_keys_and_no_image(tmp_path: Path) 
         "system_prompt": [None, None, "S", None],
     }
     path = write(tmp_path / "x.parquet", columns, {"conversations": pa.list_(turn), "images": pa.list_(pa.string())})
-    assert faults(path) == ["row 3: `tools`[0] must be an object with `function` and its `name`, as in OpenAI's requests"]
+    assert faults(path) == [
+        "row 3: `tools`[0] must be an object with `function` and its `name`, as in OpenAI's requests"
+    ]
     records = [row_record(row).messages for row in list(iter_rows(path))[:3]]
     assert records[0] == (user("Q"), assistant("A")) and records[2] == (system("S"), user("Q"), assistant("A"))
     assert [message.train for message in records[1]] == [True, False]

@@ -1,4 +1,4 @@
-"""Reasoning and tools: the ids of `apply_chat_template`, the loss on all that the assistant says, or a clear refusal."""
+"""Reasoning and tools: the ids of `apply_chat_template` and a loss on what the assistant says, or a clear refusal."""
 
 from __future__ import annotations
 
@@ -41,7 +41,11 @@ def call(name: str = "get_weather", id: str = ID, **arguments: Any) -> dict[str,
 
 def answer(content: str | None, *calls: dict[str, Any], thought: str = "") -> dict[str, Any]:
     turn: dict[str, Any] = {"role": "assistant", "content": content}
-    return {**turn, **({"tool_calls": [*calls]} if calls else {}), **({"reasoning_content": thought} if thought else {})}
+    return {
+        **turn,
+        **({"tool_calls": [*calls]} if calls else {}),
+        **({"reasoning_content": thought} if thought else {}),
+    }
 
 
 def result(content: str, id: str = ID) -> dict[str, Any]:
@@ -49,19 +53,21 @@ def result(content: str, id: str = ID) -> dict[str, Any]:
 
 
 OSLO = call(city='Oslo "N"\n é', days=2, hot=False, at=None, near=[{"x": 1.5}])
+TIME = call("clock", OTHER)
+BRIEF = {"role": "system", "content": "Be brief."}
 ASKED = {"role": "user", "content": "Weather?\n"}
 AGAIN = [{"role": "user", "content": "Thanks."}, answer("Sure.")]
 ROWS: dict[str, list[dict[str, Any]]] = {
     "call": [ASKED, answer("", OSLO), result('{"temp": 3}'), answer("Three degrees."), *AGAIN],
     "none": [ASKED, answer(None, OSLO), result("3"), answer("Three.")],
-    "text too": [{"role": "system", "content": "Be brief."}, ASKED, answer("I look.", OSLO), result('3 "C"\nlow'), answer("3.")],
-    "two calls": [ASKED, answer("", OSLO, call("clock", OTHER)), result("3"), result("noon", OTHER), answer("3 at noon.")],
+    "text too": [BRIEF, ASKED, answer("I look.", OSLO), result('3 "C"\nlow'), answer("3.")],
+    "two calls": [ASKED, answer("", OSLO, TIME), result("3"), result("noon", OTHER), answer("3 at noon.")],
     "call last": [ASKED, answer("", OSLO)],
     "twice": [ASKED, answer("", OSLO), result("?"), answer("", call(city="Rome")), result("20"), answer("Twenty.")],
     "thought": [ASKED, answer("Four.", thought="Two\n\nand two.")],
     "thoughts": [ASKED, answer("Four.", thought="Two."), *AGAIN[:1], answer("Six.\n", thought="\nThree.\n")],
     "thought and call": [ASKED, answer("", OSLO, thought="Look."), result("3"), answer("3.", thought="Cold.")],
-}  # fmt: skip
+}
 TAKEN = {
     "qwen2.5": {"call", "none", "text too", "two calls", "call last", "twice"},
     "qwen3": set(ROWS),
@@ -76,7 +82,9 @@ TAKEN = {
 @cache
 def make_tokenizer(name: str) -> PreTrainedTokenizerFast:
     source, kind, tokens = TOOLED[name]
-    raw = Tokenizer.from_str(make_published("chatml" if kind == "byte_level" else "llama2", kind).backend_tokenizer.to_str())
+    raw = Tokenizer.from_str(
+        make_published("chatml" if kind == "byte_level" else "llama2", kind).backend_tokenizer.to_str()
+    )
     raw.add_special_tokens([*tokens])
     raw.add_tokens([AddedToken(token, normalized=False) for token in ("<tool_call>", "</tool_call>")])
     ends = {"qwen2.5": "<|im_end|>", "qwen3": "<|im_end|>", "llama3.1": "<|eot_id|>", "harmony": "<|return|>"}
@@ -130,7 +138,7 @@ def as_they_take_it(name: str, turns: list[dict[str, Any]]) -> list[dict[str, An
 def test_ids_are_those_of_apply_chat_template_or_the_row_is_refused(name: str, case: str) -> None:
     tools, turns = tools_for(case), ROWS[case]
     if case not in TAKEN[name]:
-        with pytest.raises(PolymodalError, match="chat template (has no place|drops or moves|refuses)|no place for it"):
+        with pytest.raises(PolymodalError, match=r"template (has no place|drops or moves|refuses)"):
             make_template(name).render(read(turns, *tools))
         return
     rendered = make_template(name).render(read(turns, *tools))
@@ -240,7 +248,10 @@ def test_templates_without_a_place_refuse_by_name(name: str) -> None:
 def test_a_template_that_leaves_something_of_a_call_out_is_refused() -> None:
     tokenizer = make_tokenizer("qwen2.5")
     lossy = {
-        "arguments": (TOOLED["qwen2.5"][0].replace("(call.arguments | tojson)", "'{}'"), "leaves out 'city' of the call"),
+        "arguments": (
+            TOOLED["qwen2.5"][0].replace("(call.arguments | tojson)", "'{}'"),
+            "leaves out 'city' of the call",
+        ),
         "a tool": (TOOLED["qwen2.5"][0].replace("in tools %}", "in tools[:1] %}"), "leaves out the tool 'clock'"),
     }
     for source, complaint in lossy.values():

@@ -187,7 +187,11 @@ TOOLED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "qwen3": (QWEN3, "byte_level", _IM),
     "llama3.1": (LLAMA31, "byte_level", _HEADERS),
     "mistral": (MISTRAL, "legacy", ("[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")),
-    "deepseek": (DEEPSEEK, "byte_level", ("<|User|>", "<|Assistant|>", "<|call|>", "<|sep|>", "<|done|>", "<|output|>")),
+    "deepseek": (
+        DEEPSEEK,
+        "byte_level",
+        ("<|User|>", "<|Assistant|>", "<|call|>", "<|sep|>", "<|done|>", "<|output|>"),
+    ),
     "harmony": (HARMONY, "byte_level", ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>")),
 }
 """Name -> template, the kind of tokenizer it comes with, its control tokens."""

@@ -30,6 +30,7 @@ from polymodal.training.sft.task import load_inputs
 from polymodal.training.steps import Order
 from polymodal.training.task import read_mix
 from polymodal.utils.threads import quiet
+from tests.processing.tool_templates import QWEN3
 
 
 def write(plain: dict[str, Any], folder: Path, **data: Any) -> Path:
@@ -232,3 +233,34 @@ def test_a_later_stage_on_another_tower_is_refused_and_other_image_rules_are_sai
     )
     with pytest.raises(CheckpointError, match="another vision tower"):
         load_inputs(second)
+
+
+def test_a_row_with_reasoning_and_a_call_is_prepared_and_trained(plain: dict[str, Any], tmp_path: Path) -> None:
+    function = {"name": "get_weather", "arguments": {"city": "Oslo"}}
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "reasoning_content": "Look.", "tool_calls": [{"function": function}]},
+        {"role": "tool", "content": "RESULT 3"},
+        {"role": "assistant", "content": "Three.", "reasoning_content": "Cold."},
+    ]
+    row = {"messages": turns, "tools": [{"type": "function", "function": {"name": "get_weather"}}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    plain["init"]["model"]["template"] = {"chat_template": QWEN3}
+    plain["train"] = [{"match": "llm.*", "train": True}]
+    plain["batch"] = {"global_size": 1, "micro_size": 1}
+    plain["run"] |= {"max_steps": 8, "epochs": 8}
+    recipe_file = write(plain, tmp_path, mix=[{"path": str(tmp_path / "rows.jsonl")}])
+    assert main(["data", "prep", str(recipe_file)]) == 0
+    recipe = load_recipe(str(recipe_file))
+    assert isinstance(recipe, Recipe)
+    processor = recipe_processor(recipe)
+    prepared = from_files(recipe, processor, tmp_path)
+    same(prepared, in_memory(recipe, processor, tmp_path))
+    assert prepared.records[0].messages[1].tool_calls[0]["function"] == function
+    sample = prepared.samples[0]
+    said = processor.tokenizer.decode(sample.input_ids[sample.loss_mask])
+    assert "Look." in said and '{"name": "get_weather", "arguments": {"city": "Oslo"}}' in said and "Cold." in said
+    assert "RESULT" not in said and "Weather?" not in said
+    train(recipe)
+    losses = [line["loss"] for line in read_log(tmp_path / "run" / "log.jsonl")]
+    assert len(losses) == 8 and losses[-1] < losses[0] - 1

@@ -251,7 +251,8 @@ def _decode(
 def _content(messages: Sequence[Message], media_keys: Sequence[str]) -> bytes:
     """Hash what a row says and shows; the names of its files do not count."""
     said = [
-        [m.role, m.train, [part.text if isinstance(part, Text) else None for part in m.parts], m.fields] for m in messages
+        [m.role, m.train, [part.text if isinstance(part, Text) else None for part in m.parts], m.fields]
+        for m in messages
     ]
     return hashlib.sha256(json.dumps([said, list(media_keys)]).encode()).digest()[:16]
 

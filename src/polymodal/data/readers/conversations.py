@@ -8,8 +8,8 @@ Three forms, told apart by their keys:
 - OpenAI content parts: `{"role", "content": [{"type": "text", ...}, {"type": "image_url", ...}]}`.
 
 A turn may be spelled `from` and `value` or `role` and `content` in either list. A turn with `loss: false`, `weight: 0`
-or `train: false` is shown and not trained. Reasoning and tools are read by `tools.py`. What would change the meaning and
-cannot be followed is refused by name.
+or `train: false` is shown and not trained. Reasoning and tools are read by `tools.py`. What would change the meaning
+and cannot be followed is refused by name.
 
 LLaVA writes an image as `<image>` and a newline. In that form one newline beside a placeholder belongs to the
 placeholder: the one after it, or, where there is none, the one before it. The template's `image_newline_text` puts it

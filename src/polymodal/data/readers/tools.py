@@ -1,8 +1,8 @@
 """Reasoning and tools in rows, as OpenAI and transformers write them, and as ShareGPT-like sets (LLaMA-Factory) do.
 
-`reasoning_content` beside an answer; `tool_calls` in place of one or beside it; turns of the role `tool`; `tools` beside
-the turns, as a list or as its JSON text. In ShareGPT a call is a turn of its own, `function_call`, whose text is the
-JSON of one call or of several, and a result is an `observation`. Whether a model's chat template has a place for them
+`reasoning_content` beside an answer; `tool_calls` in place of one or beside it; turns of the role `tool`; `tools`
+beside the turns, as a list or as JSON text. In ShareGPT a call is a turn of its own, `function_call`, whose text is the JSON
+of one call or of several, and a result is an `observation`. Whether a model's chat template has a place for them
 is found where it is rendered; what has no meaning in any template is refused here.
 """
 
@@ -38,13 +38,17 @@ def turn_fields(turn: Mapping[str, Any], role: Role, spot: str) -> dict[str, Any
         if not isinstance(value, str):
             raise DataError(f"{spot}: `{key}` must be text, found {type(value).__name__}")
         if value != next(iter(thoughts.values())):
-            raise DataError(f"{spot}: has both {' and '.join(f'`{name}`' for name in thoughts)}, which differ; keep one")
+            raise DataError(
+                f"{spot}: has both {' and '.join(f'`{name}`' for name in thoughts)}, which differ; keep one"
+            )
         fields["reasoning_content"] = value
     if not says_nothing(turn.get("tool_calls")):
         fields["tool_calls"] = _calls(turn["tool_calls"], f"{spot}: `tool_calls`")
     if fields and role != "assistant":
         key = next(iter([*thoughts, "tool_calls"]))
-        raise DataError(f"{spot}: `{key}` in a turn of the {role}; only the assistant reasons and calls", "unsupported-key")
+        raise DataError(
+            f"{spot}: `{key}` in a turn of the {role}; only the assistant reasons and calls", "unsupported-key"
+        )
     for key in ("tool_call_id", "name") if role == "tool" else ():
         if isinstance(turn.get(key), str | int) and turn[key] != "":
             fields[key] = str(turn[key])
@@ -86,7 +90,9 @@ def check_turns(messages: Sequence[Message], where: str) -> None:
         if before == "" and message.role == "assistant":
             problem = "the conversation starts with the assistant; it must start with the user"
         elif "tool" in (before, message.role):
-            problem = f"turn {number} is the {message.role}'s; a tool's result stands between two turns of the assistant"
+            problem = (
+                f"turn {number} is the {message.role}'s; a tool's result stands between two turns of the assistant"
+            )
         raise DataError(f"{where}: {problem}", "role-order")
     if not before:
         raise DataError(f"{where}: the conversation has only a system message", "role-order")
@@ -99,15 +105,12 @@ def _calls(value: Any, spot: str) -> tuple[dict[str, Any], ...]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise DataError(f'{spot} must be {{"function": {{"name": ..., "arguments": {{...}}}}}}')
-        arguments = function.get("arguments")
-        arguments = {} if says_nothing(arguments) else arguments
-        if not isinstance(_json(arguments, f"{spot}: `arguments`"), dict):
+        if function.get("arguments") in (None, ""):
+            function = {**function, "arguments": {}}
+        if not isinstance(_json(function["arguments"], f"{spot}: `arguments`"), dict):
             raise DataError(f"{spot}: `arguments` of {function['name']!r} must be an object, or its JSON text")
-        if "function" not in call:
-            call = {"type": "function", "function": call}
-        if function.get("arguments") is None:
-            call = {**call, "function": {**function, "arguments": {}}}
-        found.append(call)
+        about = call if "function" in call else {"type": "function"}
+        found.append({**about, "function": function})
     return tuple(found)
 
 

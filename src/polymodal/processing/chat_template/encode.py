@@ -23,11 +23,11 @@ Rules worth knowing:
 - Text is tokenised from one control token, image or border of the loss to the next, as in the whole string. So ids are
   those of `apply_chat_template`, but for control tokens that somebody typed, which stay text, and for an answer that
   begins with white space, which the whole string may join with the header's.
+- Reasoning in a field of its own, tools, calls and their results (`places.py`) are rendered by templates that have a
+  place for them, and refused otherwise. A call is the assistant's to its end token, and trained; a result is not.
 - The beginning-of-sequence token is there when the template writes it, as in `apply_chat_template`.
 """
 
-import json
-import os
 import re
 from collections.abc import Collection, Sequence
 from functools import cached_property
@@ -45,8 +45,6 @@ from polymodal.processing.chat_template.writer import Rendered, Writer
 from polymodal.processing.collate import Slot
 from polymodal.safety.jinja_limits import UnsafeTemplateError
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_HALF = "the text holds half of a surrogate pair, which is no character; mend its encoding"
 _WORD = re.compile(r"[^\s\]>)}:]*\Z")  # a word or token that is not whole
 _QUESTION = Turn("user", (Piece("user", 0, ""),))
 _ANSWER = Turn("assistant", (Piece("assistant", 1, ""),))
@@ -104,7 +102,8 @@ class ChatTemplate:
         """Tokenise a conversation; `media_tokens` is the number of placeholders of each image."""
         if not messages:
             raise PolymodalError("the conversation is empty; give at least one message")
-        self._refuse_fields(messages)
+        if any(message.fields or message.role == "tool" for message in messages):
+            places.require(messages, self._places, self._name)
         turns = self._turns(messages)
         given = sum(piece.text is None for turn in turns for piece in turn.pieces)
         if given != len(media_tokens):
@@ -139,21 +138,6 @@ class ChatTemplate:
         """What the template has a place for beside text and images: the field of a message, and its name for it."""
         return {} if self._preset else places.find(self._jinja, self.style)
 
-    def _refuse_fields(self, messages: Sequence[Message]) -> None:
-        """Refuse reasoning and tools that the template has no place for."""
-        for number, message in enumerate(messages, start=1):
-            fields = [*message.fields, *(["role: tool"] if message.role == "tool" else [])]
-            lost = next((field for field in fields if field in places.FIELDS and field not in self._places), None)
-            if lost is not None:
-                raise PolymodalError(
-                    f"message {number}: `{lost}`: {self._name} has no place for it; write it into the text, take it "
-                    "out, or choose a template that has one"
-                )
-            if message.tools and number > 1:
-                raise PolymodalError(f"message {number}: `tools` are named once, on the first message")
-            if _SURROGATE.search(json.dumps(message.fields, ensure_ascii=False)):
-                raise PolymodalError(f"message {number}: {_HALF}")
-
     def _turns(self, messages: Sequence[Message]) -> list[Turn]:
         """Check the messages, and add the default system message."""
         turns: list[Turn] = []
@@ -183,8 +167,8 @@ class ChatTemplate:
         where = f"message {index + 1}"
         for part in message.parts:
             if isinstance(part, Text):
-                if _SURROGATE.search(part.text):
-                    raise PolymodalError(f"{where}: {_HALF}")
+                if places.SURROGATE.search(part.text):
+                    raise PolymodalError(f"{where}: {places.HALF}")
                 if not self._media_only or message.role == "assistant":
                     add_text(part.text)
             elif not isinstance(part, Image):
@@ -239,7 +223,9 @@ class ChatTemplate:
             opening = self._opening
             if begins and piece is not None and not cut.scaffold.startswith(opening.prompt or "\0"):
                 opening = self._opening_of(piece, turns, tools)
-            head = self._head(cut.scaffold, opening, piece if begins else None, marked is None and add_generation_prompt)
+            head = self._head(
+                cut.scaffold, opening, piece if begins else None, marked is None and add_generation_prompt
+            )
             scaffold, gap = cut.scaffold[:head], cut.scaffold[head:]
             bits = self._tokens.cut_up(scaffold) if scaffold else ()
             if said is not None and not goes_on:
@@ -270,12 +256,7 @@ class ChatTemplate:
         return out.flush()
 
     def _texts(
-        self,
-        cuts: list[Cut],
-        pieces: list[Piece],
-        turns: list[Turn],
-        tools: Sequence[Any],
-        add_generation_prompt: bool,
+        self, cuts: list[Cut], pieces: list[Piece], turns: list[Turn], tools: Sequence[Any], add_generation_prompt: bool
     ) -> list[str | None]:
         """What the template makes of the texts; presets, which are ours, look at none."""
         if self._preset:
@@ -300,7 +281,9 @@ class ChatTemplate:
                 raise PolymodalError(
                     f"message {answer.message + 1}: the chat template does not show where the assistant's answer begins"
                 )
-            head = len(_WORD.sub("", os.path.commonprefix([scaffold, header])))
+            pairs = enumerate(zip(scaffold, header, strict=False))
+            same = next((place for place, (ours, usual) in pairs if ours != usual), min(len(scaffold), len(header)))
+            head = len(_WORD.sub("", scaffold[:same]))
         elif answer is not None and gap and scaffold.endswith(gap):
             head -= len(gap)
         elif (answer is not None or (asks and prompt)) and self._tokens.hides_space and scaffold.endswith(" "):

@@ -151,7 +151,14 @@ class MarkedTemplate:
             following = cuts[place + 1].scaffold
             text = cut.trim(pieces[cut.marker].text)
             shown = f"{self._nonce}i{cut.marker}x" if text is None and style == "string" else text or ""
-            cut_down = (shown, shown.lstrip("\n"), shown.strip("\n"), shown.rstrip("\n"), shown.strip(), *in_json(shown))
+            cut_down = (
+                shown,
+                shown.lstrip("\n"),
+                shown.strip("\n"),
+                shown.rstrip("\n"),
+                shown.strip(),
+                *in_json(shown),
+            )
             fits = next(
                 (t for t in cut_down if whole.startswith(cut.scaffold + t + following, position - len(cut.scaffold))),
                 None,

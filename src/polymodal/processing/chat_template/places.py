@@ -7,14 +7,18 @@ at it; only control tokens that somebody typed in it are disguised (`PieceTokeni
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from polymodal.errors import PolymodalError
+from polymodal.messages import Message
 from polymodal.processing.chat_template.pieces import Cut, MarkedTemplate, Piece, Style, Turn, in_json
 from polymodal.safety.jinja_limits import UnsafeTemplateError
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+HALF = "the text holds half of a surrogate pair, which is no character; mend its encoding"
 FIELDS = ("reasoning_content", "tools", "tool_calls", "role: tool")
 """What a template may have no place for."""
 AS_THEY_ARE = ("tool_calls", "tool_call_id", "name")
@@ -49,7 +53,7 @@ def find(template: MarkedTemplate, style: Style) -> dict[str, str]:
     call, result = Piece("assistant", 1, "", field="tool_calls"), Piece("tool", 2, "")
     called, texted = (Turn("assistant", (call,), {"tool_calls": [given]}) for given in _CALLS)
     told = Turn("tool", (result,), {"tool_call_id": _ID, "name": "f"})
-    found = {}
+    found: dict[str, str] = {}
     for name in _REASONING:
         thought = Piece("assistant", 1, "", reasoning=True, field=name)
         turns = (Turn("assistant", (thought, answer)), replace(called, pieces=(thought, call)))
@@ -65,6 +69,22 @@ def find(template: MarkedTemplate, style: Style) -> dict[str, str]:
     return found
 
 
+def require(messages: Sequence[Message], found: Mapping[str, str], template: str) -> None:
+    """Refuse reasoning and tools that a template has no place for."""
+    for number, message in enumerate(messages, start=1):
+        fields = [*message.fields, *(["role: tool"] if message.role == "tool" else [])]
+        lost = next((field for field in fields if field in FIELDS and field not in found), None)
+        if lost is not None:
+            raise PolymodalError(
+                f"message {number}: `{lost}`: {template} has no place for it; write it into the text, take it out, or "
+                "choose a template that has one"
+            )
+        if message.tools and number > 1:
+            raise PolymodalError(f"message {number}: `tools` are named once, on the first message")
+        if SURROGATE.search(json.dumps(message.fields, ensure_ascii=False)):
+            raise PolymodalError(f"message {number}: {HALF}")
+
+
 def _cuts(template: MarkedTemplate, style: Style, turns: Sequence[Turn], tools: Sequence[Any]) -> list[Cut]:
     try:
         return template.cuts(turns, style, tools)
@@ -75,10 +95,12 @@ def _cuts(template: MarkedTemplate, style: Style, turns: Sequence[Turn], tools: 
 
 
 def versions(turns: list[Turn]) -> Iterator[list[Turn]]:
-    """A conversation as it was given; then as templates want it that fail on how a call's arguments or text are given."""
+    """A conversation as it was given; then with calls as templates want them that fail on arguments or empty texts."""
     called = [turn for turn in turns if "tool_calls" in turn.fields]
     alone = any(_is_alone(turn) for turn in called)
-    for swapped, turned in itertools.product((False, True) if alone else (False,), (False, True) if called else (False,)):
+    for swapped, turned in itertools.product(
+        (False, True) if alone else (False,), (False, True) if called else (False,)
+    ):
         yield [_version(turn, swapped, turned) if "tool_calls" in turn.fields else turn for turn in turns]
 
 
