@@ -286,7 +286,7 @@ class ModelBackend(Backend, Generic[Inputs]):
             length, _ = self._sizes(inputs)
             if self._fits(length, room):
                 return inputs
-            start = next((i for i in range(len(kept) - 2) if _is_text_pair(kept[i : i + 2])), None)
+            start = next((i for i in range(len(kept) - 2) if _is_text_pair(*kept[i : i + 3])), None)
             if start is None:
                 kept_free = self._room(room)
                 raise PolymodalError(
@@ -319,6 +319,7 @@ class ModelBackend(Backend, Generic[Inputs]):
         return [text.text.strip() for text in texts]
 
 
-def _is_text_pair(pair: Sequence[Message]) -> bool:
-    """Whether two messages are a question of plain text and its answer."""
-    return [m.role for m in pair] == ["user", "assistant"] and not any(m.media for m in pair)
+def _is_text_pair(asked: Message, said: Message, after: Message) -> bool:
+    """Whether two messages are a question of plain text and its answer, and the next one does without them."""
+    plain = not any(message.media or message.fields for message in (asked, said))
+    return plain and (asked.role, said.role) == ("user", "assistant") and after.role != "tool"

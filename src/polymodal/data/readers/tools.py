@@ -1,8 +1,8 @@
 """Reasoning and tools in rows, as OpenAI and transformers write them, and as ShareGPT-like sets (LLaMA-Factory) do.
 
 `reasoning_content` beside an answer; `tool_calls` in place of one or beside it; turns of the role `tool`; `tools`
-beside the turns, as a list or as JSON text. In ShareGPT a call is a turn of its own, `function_call`, whose text is the JSON
-of one call or of several, and a result is an `observation`. Whether a model's chat template has a place for them
+beside the turns, as a list or as JSON text. In ShareGPT a call is a turn of its own, `function_call`, whose text is the
+JSON of one call or of several, and a result is an `observation`. Whether a model's chat template has a place for them
 is found where it is rendered; what has no meaning in any template is refused here.
 """
 

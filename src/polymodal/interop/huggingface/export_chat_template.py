@@ -181,6 +181,8 @@ def stock_text(tokenizer: PreTrainedTokenizerBase, source: str, messages: Sequen
 def stock_chat(messages: Sequence[Message], images: Sequence[Any] = ()) -> list[dict[str, Any]]:
     """A conversation as chat templates take it, with the images in their places where they are given."""
     left = iter(images)
+    if any(message.fields or message.role == "tool" for message in messages):
+        raise PolymodalError("conversations with reasoning or tools are not compared; leave them out")
 
     def content(part: Part) -> dict[str, Any]:
         if isinstance(part, Text):
