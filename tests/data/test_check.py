@@ -100,7 +100,7 @@ def test_every_planted_fault_is_found_and_no_good_row_is_lost(processor: Process
 
 
 def test_the_table_of_faults_is_covered_by_the_planted_file() -> None:
-    not_planted = {"broken-row", "unreadable-file", "template-refused", "nothing-trained"}
+    not_planted = {"broken-row", "unreadable-file", "template-refused", "nothing-trained", "dropped-reasoning"}
     assert {*DROPPED.values(), *WARNED.values()} | not_planted == set(FAULTS)
     assert all(FAULTS[code].severity == "drop" for code in DROPPED.values())
     assert all(FAULTS[code].severity == "warn" for code in WARNED.values())
@@ -396,7 +396,12 @@ def test_reasoning_and_tools_are_counted_and_refused_by_name(
     no_place = "the tokenizer's chat template has no place for it"
     assert dropped[0]["reason"].startswith(f"message 2: `reasoning_content`: {no_place}")
     assert dropped[1]["reason"].startswith(f"message 1: `tools`: {no_place}")
+    later = {"messages": [*rows[1]["messages"], {"role": "user", "content": "Sure?"}, {**turns[1], "content": "Yes."}]}
+    with data.open("a") as file:
+        file.write(json.dumps(later) + "\n")
     template = processor.with_template(QWEN3)
     summary = run_check(data, template, tmp_path / "taken")
-    assert not summary.dropped and not summary.warnings and summary.fields["tool_calls"] == 1
-    assert len({tuple(pair) for pair in zip(summary.tokens, summary.targets, strict=True)}) == 3
+    assert not summary.dropped and summary.fields == {"reasoning_content": 2, "tool_calls": 1, "tools": 1}
+    assert [(line["row"], line["code"], line["reason"]) for line in summary.warnings] == [
+        (3, "dropped-reasoning", "turn 2: its reasoning is left out, since a question follows")
+    ]

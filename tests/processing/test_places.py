@@ -260,6 +260,16 @@ def test_a_template_that_leaves_something_of_a_call_out_is_refused() -> None:
             template.render(read([ASKED, answer("", OSLO)], WEATHER, CLOCK))
 
 
+def test_reasoning_that_is_dropped_though_no_question_follows_is_refused() -> None:
+    tokenizer = make_tokenizer("qwen3")
+    source = TOOLED["qwen3"][0].replace("(loop.last or thought)", "message.tool_calls")
+    template = ChatTemplate(tokenizer, TemplateConfig(chat_template=source), len(tokenizer))
+    with pytest.raises(PolymodalError, match="message 2: `reasoning_content`: the chat template drops it from this"):
+        template.render(read(ROWS["thought"]))
+    kept = template.render(read([ASKED, answer("", OSLO, thought="Look."), result("3"), answer("3.")], WEATHER))
+    assert "Look." in trained("qwen3", kept)[0]
+
+
 def test_reasoning_with_an_image_and_an_ended_thought_in_the_text() -> None:
     tokenizer = make_tokenizer("qwen3")
     chat = [user("What is it?", Image("a.png")), replace(assistant("A </think> tag."), reasoning_content="Hm.")]

@@ -81,6 +81,11 @@ FAULTS: dict[str, Fault] = {
     # As the model sees it.
     "template-refused": Fault("drop", "the chat template cannot show it", "look at the reason given"),
     "too-long": Fault("drop", "more tokens than allowed", "split the conversation or raise data.max_length"),
+    "dropped-reasoning": Fault(
+        "warn",
+        "reasoning that the template leaves out",
+        "it is not trained; end the row there and give the rest its own",
+    ),
     "nothing-trained": Fault("drop", "no trained token", "give it an answer that the template trains"),
     # Beside the other rows.
     "duplicate-row": Fault("drop", "said before, about the same images", "keep the first; repeat in the recipe"),
@@ -175,6 +180,11 @@ def make_inspector(processor: Processor, max_length: int) -> Callable[[Record], 
             sample = processor(messages, id=record.id, pixels=False)
         except PolymodalError as error:
             return Inspected((*findings, Finding("template-refused", str(error))), sizes=sizes)
+        if any("reasoning_content" in message.fields or "</think>" in message.text for message in messages[:-1]):
+            dropped = processor.template.render(messages, [plan.num_tokens for plan in sample.plans]).dropped
+            if dropped:
+                reason = f"turn {dropped[0] + 1}: its reasoning is left out, since a question follows"
+                findings.append(Finding("dropped-reasoning", reason))
         length, targets = sample.input_ids.numel(), int(sample.loss_mask[1:].sum())
         if length > max_length:
             findings.append(Finding("too-long", f"{length} tokens, at most {max_length} are allowed"))

@@ -21,8 +21,8 @@ Rules worth knowing:
   An assistant's reasoning, in <think>...</think>, is shown to a template that knows these tags, which may move or drop
   it as it does in `apply_chat_template`; the tags it writes are tokens, and trained.
 - Text is tokenised from one control token, image or border of the loss to the next, as in the whole string. So ids are
-  those of `apply_chat_template`, but for control tokens that somebody typed, which stay text, and for an answer that
-  begins with white space, which the whole string may join with the header's.
+  those of `apply_chat_template`, but for control tokens that somebody typed, which stay text, and for an answer or call
+  that begins with white space, which the whole string may join with the header's.
 - Reasoning in a field of its own, tools, calls and their results (`places.py`) are rendered by templates that have a
   place for them, and refused otherwise. A call is the assistant's to its end token, and trained; a result is not.
 - The beginning-of-sequence token is there when the template writes it, as in `apply_chat_template`.
@@ -212,6 +212,7 @@ class ChatTemplate:
         out = Writer(self._tokens)
         cuts = self._jinja.cuts(turns, self.style, tools, add_generation_prompt=add_generation_prompt)
         places.check(cuts, turns, tools)
+        asked = max((piece.message for piece in pieces if piece.role == "user"), default=-1)
         expected = 0  # the piece that has to come next
         said: Piece | None = None  # the piece before, where it is the assistant's
         texts = self._texts(cuts, pieces, turns, tools, add_generation_prompt)
@@ -234,6 +235,12 @@ class ChatTemplate:
             if marked is None or piece is None:
                 break
             while expected < marked and pieces[expected].reasoning:
+                if pieces[expected].field and pieces[expected].message > asked:
+                    raise PolymodalError(
+                        f"message {pieces[expected].message + 1}: `reasoning_content`: {self._name} drops it from this "
+                        "conversation, though no question follows; take it out, or choose another template"
+                    )
+                out.out.dropped += (pieces[expected].message,)
                 expected += 1
             if marked != expected:
                 raise _misplaced(pieces, expected, marked)

@@ -14,6 +14,7 @@ class Rendered:
     input_ids: list[int] = field(default_factory=list)  # [T] ids, placeholders expanded
     loss_mask: list[bool] = field(default_factory=list)  # [T] True where the token is the assistant's, its end included
     slots: tuple[Slot, ...] = ()  # Where each image is, in order
+    dropped: tuple[int, ...] = ()  # Messages whose reasoning the template left out, since a question follows
 
     def add(self, ids: Sequence[int], *, trained: bool = False) -> None:
         """Write on."""
