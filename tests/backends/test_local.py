@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ from PIL import Image as PILImage
 from polymodal.backends import load
 from polymodal.backends.base import Reply, TextDelta
 from polymodal.backends.local import LocalBackend
+from polymodal.config import TemplateConfig
 from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step
-from polymodal.messages import Audio, Image, assistant, system, user
+from polymodal.messages import Audio, Image, Message, Text, assistant, system, user
 from polymodal.processing.collate import Batch
+from tests.processing.tool_templates import QWEN3
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,18 @@ def test_the_oldest_text_turns_are_cut_and_media_never(model: LocalBackend) -> N
     assert sample.input_ids.numel() <= model.context_length
     assert "first" in text and "last" in text and "Be short." in text and len(sample.plans) == 1
     assert "old" not in text
+
+
+def test_a_model_answers_after_a_result_and_turns_with_tools_are_never_cut(model: LocalBackend) -> None:
+    config = model.config.model_copy(update={"template": TemplateConfig(chat_template=QWEN3)})
+    asking = LocalBackend(model.model, model.tokenizer, config)
+    tool = {"type": "function", "function": {"name": "clock"}}
+    called = Message("assistant", (), tool_calls=({"type": "function", "function": {"name": "clock", "arguments": {}}},))
+    chat = [replace(user("Time?"), tools=(tool,)), called, Message("tool", (Text("noon"),))]
+    assert asking.generate(chat, GenerationParams(max_new_tokens=3)).usage.completion_tokens == 3
+    long = [*chat, assistant("Noon."), user("old " * 90), assistant("old"), user("last")]
+    prompt = model.tokenizer.decode(asking.prepare(long, 16).input_ids)
+    assert "old" not in prompt and "noon" in prompt and "clock" in prompt and "last" in prompt
 
 
 def test_media_that_do_not_fit_are_refused(model: LocalBackend) -> None:

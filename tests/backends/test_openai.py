@@ -16,6 +16,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from polymodal.cli import main
 from polymodal.errors import CheckpointError, ConfigError, EndpointError, MediaError, PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.media.image import open_image
-from polymodal.messages import Audio, Document, Image, Video, assistant, system, user
+from polymodal.messages import Audio, Document, Image, Message, Video, assistant, system, user
 
 KEY = "sk-test-0123456789abcdef"
 QUICK = Patience(connect_s=2.0, read_s=0.3, total_s=3.0, retries=2, first_wait_s=0.01, longest_wait_s=0.2)
@@ -840,6 +841,8 @@ def test_sounds_and_videos(tmp_path: Path) -> None:
         ([user(Image("https://example.com/a.png"))], "remote fetch is off"),
         ([assistant(Image(b"x")), user("?")], "not the assistant's"),
         ([user("half \ud83d")], "half of a surrogate pair"),
+        ([user("a"), replace(assistant("b"), reasoning_content="c"), user("d")], "message 2: reasoning and tools cannot"),
+        ([user("a"), assistant("b"), Message("tool", ())], "message 3: reasoning and tools cannot be given"),
     ],
 )  # fmt: skip
 def test_parts_that_cannot_be_sent(messages: Any, words: str) -> None:

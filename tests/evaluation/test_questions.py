@@ -113,6 +113,9 @@ def test_a_record_without_answer_is_an_error(tiny_model_folder: Path) -> None:
     broken = Record(id="broken", messages=(user("What?"),), kind="name", source="test", extra={})
     with pytest.raises(DataError, match="broken: a held-out record needs a question and its answer"):
         ask_records(load(tiny_model_folder, "cpu"), [broken])
+    call = Message("assistant", (), tool_calls=({"function": {"name": "f", "arguments": {}}},))
+    with pytest.raises(DataError, match="broken: its answer is a call, which is no text to be scored"):
+        ask_records(load(tiny_model_folder, "cpu"), [replace(broken, messages=(user("What?"), call))])
 
 
 def sample(kind: str, answer: str | None, accepted: str, score: float = 0.0, blind: float = 0.0) -> Sample:
