@@ -95,7 +95,9 @@ def test_a_model_answers_after_a_result_and_turns_with_tools_are_never_cut(model
     config = model.config.model_copy(update={"template": TemplateConfig(chat_template=QWEN3)})
     asking = LocalBackend(model.model, model.tokenizer, config)
     tool = {"type": "function", "function": {"name": "clock"}}
-    called = Message("assistant", (), tool_calls=({"type": "function", "function": {"name": "clock", "arguments": {}}},))
+    called = Message(
+        "assistant", (), tool_calls=({"type": "function", "function": {"name": "clock", "arguments": {}}},)
+    )
     chat = [replace(user("Time?"), tools=(tool,)), called, Message("tool", (Text("noon"),))]
     assert asking.generate(chat, GenerationParams(max_new_tokens=3)).usage.completion_tokens == 3
     long = [*chat, assistant("Noon."), user("old " * 90), assistant("old"), user("last")]

@@ -841,7 +841,7 @@ def test_sounds_and_videos(tmp_path: Path) -> None:
         ([user(Image("https://example.com/a.png"))], "remote fetch is off"),
         ([assistant(Image(b"x")), user("?")], "not the assistant's"),
         ([user("half \ud83d")], "half of a surrogate pair"),
-        ([user("a"), replace(assistant("b"), reasoning_content="c"), user("d")], "message 2: reasoning and tools cannot"),
+        ([user("a"), replace(assistant("b"), reasoning_content="c"), user("d")], "reasoning and tools cannot be given"),
         ([user("a"), assistant("b"), Message("tool", ())], "message 3: reasoning and tools cannot be given"),
     ],
 )  # fmt: skip

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from polymodal.config import TemplateConfig
-from polymodal.interop.huggingface.export_chat_template import LATER, differences, stock_template, with_placeholder
+from polymodal.errors import PolymodalError
+from polymodal.interop.huggingface.export_chat_template import (
+    LATER,
+    differences,
+    stock_chat,
+    stock_template,
+    with_placeholder,
+)
+from polymodal.messages import Message, user
 from polymodal.processing.chat_template.encode import ChatTemplate
 from tests.processing.test_chat_template_tokenizers import converted, sentence_piece
 
@@ -19,3 +29,9 @@ def test_such_a_prompt_can_be_exported(how: str, tmp_path_factory: pytest.TempPa
     placed, image, _ = with_placeholder(tokenizer, len(tokenizer))
     source, kept, _ = stock_template(ours, config, placed, image)
     assert differences(ours, kept, source, image) in ([], [LATER])
+
+
+def test_reasoning_and_tools_are_not_compared() -> None:
+    for chat in ([replace(user("a"), tools=({"name": "f"},))], [user("a"), Message("tool", ())]):
+        with pytest.raises(PolymodalError, match="with reasoning or tools are not compared"):
+            stock_chat(chat)

@@ -170,14 +170,17 @@ def test_all_that_the_assistant_says_is_trained_and_no_result() -> None:
             '[TOOL_CALLS] [{"name": "get_weather", "arguments": ' + written + ', "id": "abcdefghi"}]</s>',
             "Three.</s>",
         ],
-        ("deepseek", "none"): [f"<|call|>get_weather<|sep|>{written}<|done|></s>", "<|Assistant|>Three.</s>"],
+        ("harmony", "thoughts"): [
+            "<|channel|>analysis<|message|>Two.<|end|><|start|>assistant<|channel|>final<|message|>Four.",
+            "<|channel|>analysis<|message|>\nThree.\n<|end|><|start|>assistant<|channel|>final<|message|>Six.\n<|return|>",
+        ],
+        ("deepseek", "none"): [f"<|call|>get_weather<|sep|>{written}<|done|></s>", "Three.</s>"],
         ("harmony", "thought and call"): [
             "<|channel|>analysis<|message|>Look.<|end|><|start|>assistant to=functions.get_weather<|message|>"
             f"{written}<|return|>",
             "<|channel|>analysis<|message|>Cold.<|end|><|start|>assistant<|channel|>final<|message|>3.<|return|>",
         ],
     }
-    expected["deepseek", "none"][1] = "Three.</s>"
     for (name, case), said in expected.items():
         assert trained(name, make_template(name).render(read(ROWS[case], *tools_for(case)))) == said
 

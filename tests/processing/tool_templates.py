@@ -174,11 +174,14 @@ HARMONY = r"""
             {%- set ns.name = message.tool_calls[0].function.name %}
             {{- '<|start|>assistant to=functions.' + ns.name + '<|message|>' }}
             {{- message.tool_calls[0].function.arguments | tojson }}{{- '<|return|>' }}
-        {%- else %}{{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|return|>' }}{%- endif %}
+        {%- else %}{{- '<|start|>assistant<|channel|>final<|message|>' + message.content }}
+            {{- '<|return|>' if loop.last else '<|end|>' }}
+        {%- endif %}
     {%- else %}{{- '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
-"""Reasoning has another name, a result repeats the name of the call, and a text beside a call is dropped."""
+"""Reasoning has another name, a result repeats the name of the call, a text beside a call is dropped, and an earlier
+answer ends as a question does."""
 
 _IM = ("<|im_start|>", "<|im_end|>")
 _HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")

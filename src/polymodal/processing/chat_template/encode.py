@@ -39,7 +39,7 @@ from polymodal.config import TemplateConfig
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.messages import Image, Message, Text
 from polymodal.processing.chat_template import places
-from polymodal.processing.chat_template.pieces import Cut, MarkedTemplate, Piece, PieceTokenizer, Style, Turn, reasoned
+from polymodal.processing.chat_template.pieces import MarkedTemplate, Piece, PieceTokenizer, Style, Turn, reasoned
 from polymodal.processing.chat_template.presets import check_plain, template_source
 from polymodal.processing.chat_template.writer import Rendered, Writer
 from polymodal.processing.collate import Slot
@@ -84,13 +84,14 @@ class ChatTemplate:
                 "template.image_newline_text: this chat template places images itself; leave image_newline_text empty"
             )
         self._opening = self._find_opening()
-        ends = [token for token in (self._find_end(), tokenizer.eos_token_id) if token is not None]
+        ends = [token for token in (self._find_end(_QUESTION, _ANSWER), tokenizer.eos_token_id) if token is not None]
         if not ends:
             raise ConfigError(
                 "chat_template: neither the template nor the tokenizer has a token that ends an answer; "
                 "set the tokenizer's eos_token"
             )
         self._end_id: int = ends[0]
+        self._turn_end = self._find_end(_QUESTION)
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*ends, *config.stop_token_ids]))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -215,7 +216,10 @@ class ChatTemplate:
         asked = max((piece.message for piece in pieces if piece.role == "user"), default=-1)
         expected = 0  # the piece that has to come next
         said: Piece | None = None  # the piece before, where it is the assistant's
-        texts = self._texts(cuts, pieces, turns, tools, add_generation_prompt)
+        if self._preset:  # presets, which are ours, look at no text
+            texts = [None if cut.marker is None else cut.trim(pieces[cut.marker].text) for cut in cuts]
+        else:
+            texts = self._jinja.texts(cuts, turns, self.style, tools, add_generation_prompt=add_generation_prompt)
         for cut, text in zip(cuts, texts, strict=True):
             marked = cut.marker
             piece = None if marked is None else pieces[marked]
@@ -262,14 +266,6 @@ class ChatTemplate:
             raise _misplaced(pieces, expected, None)
         return out.flush()
 
-    def _texts(
-        self, cuts: list[Cut], pieces: list[Piece], turns: list[Turn], tools: Sequence[Any], add_generation_prompt: bool
-    ) -> list[str | None]:
-        """What the template makes of the texts; presets, which are ours, look at none."""
-        if self._preset:
-            return [None if cut.marker is None else cut.trim(pieces[cut.marker].text) for cut in cuts]
-        return self._jinja.texts(cuts, turns, self.style, tools, add_generation_prompt=add_generation_prompt)
-
     def _opening_of(self, answer: Piece, turns: Sequence[Turn], tools: Sequence[Any]) -> _Opening:
         """How an answer begins after other turns than a question; the usual where there are no tools."""
         if not tools and not any(turn.role == "tool" or "tool_calls" in turn.fields for turn in turns):
@@ -315,7 +311,8 @@ class ChatTemplate:
             out.text(str(blank), trained=True)
             out.token(self._end_id, trained=True)
             return rest[1:]
-        out.token(self._end_id, trained=True)
+        if not rest or rest[0] != self._turn_end:  # gpt-oss ends earlier answers as it ends questions
+            out.token(self._end_id, trained=True)
         return bits
 
     def _add_scaffold(
@@ -420,9 +417,14 @@ class ChatTemplate:
         gap = "" if gap.strip() else gap
         return _Opening("", gap, header.removesuffix(gap))
 
-    def _find_end(self) -> int | None:
-        """The token with which the template ends an answer, if any."""
-        tail = self._jinja.cuts((_QUESTION, _ANSWER), self.style)[-1].scaffold
+    def _find_end(self, *turns: Turn) -> int | None:
+        """The token with which the template ends the last of these turns, if any."""
+        try:
+            tail = self._jinja.cuts(turns, self.style)[-1].scaffold
+        except UnsafeTemplateError:
+            raise
+        except PolymodalError:
+            return None
         bits = [bit for bit in self._tokens.cut_up(tail) if not isinstance(bit, str) or bit.strip()]
         return bits[0] if bits and isinstance(bits[0], int) else None
 
