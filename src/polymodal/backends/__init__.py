@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from polymodal.checkpoints.locate import ENDPOINT, find_model
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
 from polymodal.safety.model_folder import OURS, FolderReport, Kind, check_folder, refuse_adapter
-from polymodal.utils.devices import check_device
+from polymodal.utils.devices import best_device, check_device
 
 if TYPE_CHECKING:
     from polymodal.backends.base import Backend
@@ -111,7 +111,7 @@ def _open_ours(report: FolderReport, options: Options) -> Backend:
     on_gpu = options.quantize if options.quantize in GPU_WAYS else None
     loaded = load_model(report, quantize=on_gpu)
     if loaded.config.llm.device_map is None:
-        loaded.model.to(options.device or _best_device())
+        loaded.model.to(options.device or best_device())
     if on_gpu is None:  # adding an adapter to rounded weights would round it too
         merge_adapter(loaded.model)
     return _local(loaded, options)
@@ -125,7 +125,7 @@ def _open_published(report: FolderReport, options: Options) -> Backend:
         raise ConfigError(
             f"{options.name}: quantize {options.quantize!r} is not for LLaVA-repository folders; convert it first"
         )
-    device = options.device or _best_device()
+    device = options.device or best_device()
     loaded = open_published(report, options.name, dtype=options.dtype or ("float32" if device == "cpu" else "auto"))
     loaded.model.to(device)
     return _local(loaded, options)
@@ -161,7 +161,7 @@ def _open_transformers(report: FolderReport, options: Options) -> Backend:
             f"{report.folder}: this is {NO_CHAT[model_type]} that a recipe can build a model from, nothing to talk to"
         )
     if model_type in CAPTIONERS:
-        device = options.device or _best_device()
+        device = options.device or best_device()
         return open_captioner(report, device, options.name, options.dtype, options.quantize)
     if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise CheckpointError(
@@ -189,12 +189,6 @@ def _local(loaded: Loaded, options: Options) -> Backend:
     if options.quantize == INT8:
         quantize_int8(loaded.model)
     return LocalBackend(loaded.model, loaded.tokenizer, loaded.config, name=options.name, history=loaded.history)
-
-
-def _best_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_processor(name: str | Path = "default") -> Processor:

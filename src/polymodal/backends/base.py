@@ -83,11 +83,11 @@ class Backend(ABC):
 
     Attributes:
         name: What the model is called.
-        concurrent: Conversations that it likes to be asked at the same time, one each; 1 where it batches instead.
+        concurrent: Conversations that it likes to be asked at the same time, one each; None where it batches instead.
     """
 
     name: str
-    concurrent = 1
+    concurrent: int | None = None
 
     def fingerprint(self) -> str:
         """A hash of the model, by which answers are kept; of its name alone where there is nothing better."""

@@ -33,13 +33,12 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("nothing to embed: give images, or texts with --text")
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size {args.batch_size}: at least 1")
-    import torch
-
     from polymodal.evaluation.embedder import load_embedder
     from polymodal.metrics.retrieval import similarities
     from polymodal.metrics.text import markdown_table
+    from polymodal.utils.devices import best_device
 
-    embedder = load_embedder(args.model, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    embedder = load_embedder(args.model, args.device or best_device())
     images = embedder.images(args.image, batch_size=args.batch_size) if args.image else None
     texts = embedder.texts(args.text, batch_size=args.batch_size) if args.text else None
     rows, columns = args.image or args.text, args.text or args.image

@@ -17,20 +17,24 @@ what is right.
 from __future__ import annotations
 
 import argparse
-import json
+import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polymodal.cli.common import add_loading_arguments, note, open_model
+from polymodal.checkpoints.locate import ENDPOINT
+from polymodal.cli.common import add_loading_arguments, note, one_line, open_model, printable
 from polymodal.errors import ConfigError
-from polymodal.utils.files import write_text
+from polymodal.utils.files import check_writable, make_folder, write_text
 
 if TYPE_CHECKING:
     from polymodal.evaluation.task import Task
 
-EMBEDDING = ("retrieval", "zero-shot")
+EMBEDDING = {
+    "retrieval": "which caption belongs to an image and which image to a caption, of --data",
+    "zero-shot": "which class's prompts an image is nearest to, of --data",
+}
 """Tasks for models with an image tower and a text tower, which read `--data`."""
 
 
@@ -66,11 +70,13 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise ConfigError(f"{flag} {value}: at least 1")
     args.batch_size = _batch_size(args.batch_size)
+    if args.json is not None:
+        check_writable(args.json, "--json: ")
     if args.model in COMMANDS:
         return COMMANDS[args.model](args)
     if args.paths:
         raise ConfigError(f"{args.paths[0]}: not understood; a model is followed by flags")
-    names = [name for name in (args.tasks or "").split(",") if name]
+    names = list(dict.fromkeys(name.strip() for name in (args.tasks or "").split(",") if name.strip()))
     if any(name in EMBEDDING for name in names):
         return _embedding(args, names)
     return _answers(args, names)
@@ -88,7 +94,7 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
     """Tasks whose questions a model answers."""
     from polymodal.evaluation import results
     from polymodal.evaluation.report import write_report
-    from polymodal.evaluation.runner import Settings, is_first, run_task
+    from polymodal.evaluation.runner import Settings, prepared, processes, run_task
     from polymodal.evaluation.tasks import find_data, find_task
     from polymodal.evaluation.tasks.questions import data_task
 
@@ -99,86 +105,127 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
         tasks.append((data_task(args.data, args.image_root, args.metric or ""), "", args.data.parent))
     elif args.metric or args.image_root:
         raise ConfigError("--metric and --image-root go with --data")
+    folder = _results_folder(args)
     for name in [] if args.data is not None else names:
         task, split = find_task(name)
         tasks.append((task, split, find_data(task, split, args.data_root)))
     if not tasks:
         raise ConfigError("nothing to score: give --tasks (see `polymodal eval tasks`) or --data")
+    settings = Settings(
+        batch_size=args.batch_size,
+        limit=args.limit,
+        max_new_tokens=args.max_new_tokens,
+        variant=args.variant,
+        cached=not args.no_cache,
+    )
     # The data first: a mistake there is found before a model is loaded.
-    examples = [list(task.read(folder, split)) for task, split, folder in tasks]
-    folder = args.output or Path("runs/eval") / _folder_name(args.model)
+    asked = [prepared(task, list(task.read(path, split)), settings) for task, split, path in tasks]
+    args.device = args.device or _own_device(args.model)
     model = open_model(args)
     if args.concurrency is not None:
+        if model.concurrent is None:
+            raise ConfigError(f"--concurrency is for endpoints; {args.model} is asked in batches (--batch-size)")
         model.concurrent = args.concurrency
-    document = results.check_folder(folder, model)
+    rank, _ = processes()
+    document = results.begin_results(folder, model.name, model.fingerprint()) if rank == 0 else {}
     done = []
-    for (task, split, _), asked in zip(tasks, examples):
-        settings = Settings(
-            batch_size=args.batch_size,
-            blind=task.blind if args.blind is None else args.blind,
-            limit=args.limit,
-            max_new_tokens=args.max_new_tokens,
-            options={"variant": args.variant} if args.variant else {},
-            cached=not args.no_cache,
-        )
-        found = run_task(model, task, asked, settings)
-        if not is_first():
+    for (task, split, _), examples in zip(tasks, asked):
+        settings = replace(settings, blind=task.blind if args.blind is None else args.blind)
+        found = run_task(model, task, examples, settings)
+        if rank > 0:
             continue
         name = f"{task.name}_{split}" if split else task.name
-        document["tasks"][name] = results.summarise(task, split, found, settings, model)
-        results.write_samples(folder / name / "samples.jsonl", found.samples)
+        results.add_task(folder, document, name, results.summarise(task, split, found, settings, model), found.samples)
         if task.submit is not None:
             for file in task.submit(found.samples, split, folder / name):
                 note(f"wrote {file}")
-        results.write_results(folder, document)
-        done.append((name, found.samples, asked))
-    if not is_first():
+        done.append((name, found.samples, examples))
+    if rank > 0:
         return 0
     write_report(folder, document, done)
-    print(results.table([document["tasks"][name] for name, *_ in done]))
+    print(printable(results.table([document["tasks"][name] for name, *_ in done])))
     note(f"wrote {folder / 'results.json'} and {folder / 'report.html'}")
     samples = [sample for _, found, _ in done for sample in found]
     if args.json is not None:
-        whole = {**document, "items": [asdict(sample) for sample in samples]}
-        write_text(args.json, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+        _write_json(args.json, {**document, "items": [asdict(sample) for sample in samples]})
     if failed := [sample for sample in samples if sample.error is not None]:
-        print(f"\n{len(failed)} of {len(samples)} items failed; first: {failed[0].error}")
+        print(f"\n{len(failed)} of {len(samples)} items failed; first: {one_line(str(failed[0].error))}")
     return 1 if failed else 0
+
+
+def _results_folder(args: argparse.Namespace) -> Path:
+    """Where the results go, which nothing else may be in."""
+    from polymodal.evaluation.results import check_folder
+
+    folder: Path = args.output or Path("runs/eval") / _folder_name(args.model)
+    check_folder(folder)
+    return folder
+
+
+def _own_device(model: str) -> str | None:
+    """A process's own GPU under torchrun, unless an endpoint is asked."""
+    if "LOCAL_RANK" not in os.environ or model.startswith(ENDPOINT):
+        return None
+    from polymodal.utils.devices import best_device
+
+    return best_device()
+
+
+def _write_json(path: Path, document: Any) -> None:
+    from polymodal.evaluation.results import as_json
+
+    make_folder(path.parent)
+    write_text(path, as_json(document, indent=1) + "\n")
 
 
 def _folder_name(model: str) -> str:
     """A model's name as the name of a folder."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in model.strip("/").removesuffix("/final")) or "model"
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in model.strip("/").removesuffix("/final"))
+    return name.strip(".")[-100:] or "model"
 
 
 def _embedding(args: argparse.Namespace, names: list[str]) -> int:
     """Tasks for models with two towers."""
-    import torch
-
     from polymodal.data.load import load_records
+    from polymodal.evaluation import results
     from polymodal.evaluation.embedder import load_embedder
+    from polymodal.evaluation.report import write_report
+    from polymodal.evaluation.runner import Run, Settings, processes
     from polymodal.evaluation.tasks import retrieval, zero_shot
+    from polymodal.generation.params import GenerationParams
+    from polymodal.utils.devices import best_device
     from polymodal.utils.progress import Meter
 
     if len(names) > 1 or args.data is None:
         raise ConfigError(f"--tasks {names[0]} stands alone and needs --data")
     if args.quantize is not None:
         raise ConfigError("--quantize: these models have no language model to quantise; leave it out")
+    if processes()[0] > 0:
+        return 0  # the first does it all
+    folder = _results_folder(args)
     pairs = retrieval.pairs_of(load_records(args.data), args.limit) if names[0] == "retrieval" else None
     tasks = zero_shot.load_tasks(args.data, args.limit) if pairs is None else []
-    embedder = load_embedder(args.model, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    embedder = load_embedder(args.model, args.device or best_device())
+    document = results.begin_results(folder, embedder.name, embedder.fingerprint())
     meter, size = Meter("embedding", 0), args.batch_size or 32
-    document: dict[str, Any] = {"model": args.model, "task": names[0], "data": str(args.data)}
+    shown: dict[str, Any] = {"model": args.model, "task": names[0], "data": str(args.data)}
     if pairs is not None:
         found = retrieval.retrieval(embedder, pairs, batch_size=size, progress=meter.advance)
-        text, document = retrieval.table(found), {**document, **asdict(found)}
+        task, samples, text = retrieval.RETRIEVAL, retrieval.samples_of(found, pairs), retrieval.table(found)
+        shown |= {key: value for key, value in asdict(found).items() if key != "ranks"}
     else:
         rows = zero_shot.zero_shot_scores(embedder, tasks, batch_size=size, progress=meter.advance)
-        text, document = zero_shot.table(rows), {**document, "tasks": [asdict(row) for row in rows]}
+        task, samples, text = zero_shot.ZERO_SHOT, zero_shot.samples_of(rows, tasks), zero_shot.table(rows)
+        shown["tasks"] = [{key: value for key, value in asdict(row).items() if key != "ranks"} for row in rows]
     meter.close()
-    print(text)
+    settings, run = Settings(limit=args.limit), Run(samples, GenerationParams(), size, None, len(samples))
+    summary = {**results.summarise(task, "", run, settings, embedder), "decoding": None}
+    results.add_task(folder, document, task.name, summary, samples)
+    write_report(folder, document, [(task.name, samples, ())])
+    print(printable(text))
+    note(f"wrote {folder / 'results.json'} and {folder / 'report.html'}")
     if args.json is not None:
-        write_text(args.json, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        _write_json(args.json, shown)
     return 0
 
 
@@ -187,27 +234,30 @@ def _rescore(args: argparse.Namespace) -> int:
     from polymodal.evaluation import results
     from polymodal.evaluation.compare import read_predictions, rescore
     from polymodal.evaluation.runner import Run, Settings
+    from polymodal.evaluation.task import ERROR_RATES, mean_score
     from polymodal.evaluation.tasks import find_data, find_task, task_of
     from polymodal.generation.params import GenerationParams
 
     if not args.paths:
         raise ConfigError("rescore needs a samples.jsonl or its folder, or a file of answers with --tasks")
-    settings = Settings(options={"variant": args.variant} if args.variant else {})
+    settings = Settings(variant=args.variant)
     documents = []
     for path in args.paths:
         if args.tasks:
-            task, split = find_task(args.tasks)
+            task, split = find_task(args.tasks.strip())
             examples = list(task.read(find_data(task, split, args.data_root), split))
             samples = read_predictions(path, examples, task.metric, args.allow_missing)
         else:
             samples = results.read_samples(path)
             task, split = task_of(path, samples)
         samples = rescore(samples, args.metric, args.variant)
+        if args.metric:  # figures of the benchmark's own are of its own scores
+            task = replace(task, metric=args.metric, aggregate=mean_score, lower_is_better=args.metric in ERROR_RATES)
         found = Run(samples, GenerationParams(), 1, None, 0)
         documents.append(results.summarise(task, split, found, settings))
-    print(results.table(documents))
+    print(printable(results.table(documents)))
     if args.json is not None:
-        write_text(args.json, json.dumps({"tasks": documents}, indent=1, ensure_ascii=False) + "\n")
+        _write_json(args.json, {"tasks": documents})
     return 0
 
 
@@ -218,11 +268,11 @@ def _diff(args: argparse.Namespace) -> int:
     if len(args.paths) != 2:
         raise ConfigError("diff needs two results folders, or two samples.jsonl")
     differences = compare(*args.paths)
-    print(difference_table(differences))
+    print(printable(difference_table(differences)))
     for difference in differences:
         for one, two in difference.flipped[: args.limit or 10]:
-            said = " -> ".join(f"{sample.answer!r} ({sample.score:.2f})" for sample in (one, two))
-            print(f"  {one.id}: {said}; right: {one.references[0]!r}")
+            said = " -> ".join(f"{sample.answer!r:.80} ({sample.score:.2f})" for sample in (one, two))
+            print(printable(f"  {one.id}: {said}; right: {one.references[0]!r:.80}"))
     return 0
 
 
@@ -231,7 +281,8 @@ def _tasks(_args: argparse.Namespace) -> int:
     from polymodal.cli.common import aligned
     from polymodal.evaluation.tasks import TASKS
 
-    print(aligned([(task.name, f"{task.about} [{', '.join(task.splits)}]") for task in TASKS.values()]))
+    rows = [(task.name, f"{task.about} [{', '.join(task.splits)}]") for task in TASKS.values()]
+    print(aligned([*rows, *EMBEDDING.items()]))
     return 0
 
 

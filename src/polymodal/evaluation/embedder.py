@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 
+from polymodal.backends.base import sampled_hash
 from polymodal.checkpoints.locate import find_model
 from polymodal.config import ImageConfig, parse_config
 from polymodal.errors import CheckpointError, ConfigError, first_line
@@ -27,7 +28,7 @@ from polymodal.modeling.dual_encoders.registry import METADATA_NAME, folder_type
 from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.processing.image_transform import tile_bytes
 from polymodal.utils.devices import check_device
-from polymodal.utils.files import home_path, shipped
+from polymodal.utils.files import home_path, sha256_json, shipped
 from polymodal.utils.threads import ahead
 
 Progress = Callable[[int], object]
@@ -41,6 +42,15 @@ class Embedder:
     model: PairModel  # The two towers, in eval mode
     image: ImageConfig  # The image rules
     device: torch.device  # Where the model is
+    name: str = ""  # What it was loaded as
+
+    def fingerprint(self) -> str:
+        """A hash of weights and image rules."""
+        return sha256_json([sampled_hash(self.model), self.settings()])
+
+    def settings(self) -> dict[str, str]:
+        """A hash of the image rules."""
+        return {"preprocessing": sha256_json(self.image.model_dump(mode="json"))}
 
     @torch.no_grad()
     def features(
@@ -100,6 +110,7 @@ class Embedder:
 def load_embedder(source: str | Path, device: str | torch.device = "cpu") -> Embedder:
     """Load a folder with an image tower and a text tower."""
     check_device(str(device))
+    name = str(source)
     source = str(shipped(str(source)) or source)
     folder = home_path(source)
     if (folder / "polymodal.json").is_file():
@@ -120,7 +131,7 @@ def load_embedder(source: str | Path, device: str | torch.device = "cpu") -> Emb
     where = f"{source}/{METADATA_NAME}: image"
     image = parse_config(ImageConfig, metadata["image"], where) if "image" in metadata else _image_rules(source)
     model: Any = load_pair_model(source, image, objective)
-    return Embedder(model.to(device).eval(), image, torch.device(device))
+    return Embedder(model.to(device).eval(), image, torch.device(device), name)
 
 
 def _image_rules(source: str) -> ImageConfig:

@@ -10,6 +10,7 @@ import binascii
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from polymodal.data.readers.parquet import cells_of
 from polymodal.errors import DataError, MediaError, first_line
 from polymodal.media.source import open_table
 from polymodal.messages import Image, Message, user
-from polymodal.utils.files import cache_folder, make_folder, regular_size, writing
+from polymodal.utils.files import cache_folder, make_folder, regular_size, write_bytes
 
 Row = dict[str, Any]
 
 MAX_CELL = 48 * 2**20
 """The largest cell of a TSV: an image in base64."""
+MAX_INDEX = 64
+"""The longest cell of an image that is another row's index, as in VLMEvalKit."""
 MAX_JSON = 2 * 2**30
 """The largest official file that is read whole."""
 
@@ -50,7 +53,7 @@ def read_json(path: Path, *keys: str) -> Any:
     if regular_size(path, error=DataError) > MAX_JSON:
         raise DataError(f"{path}: is larger than {MAX_JSON:,} bytes; is it the right file?")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({first_line(error)})") from None
     for key in keys:
@@ -62,14 +65,19 @@ def read_json(path: Path, *keys: str) -> Any:
 def read_lines(path: Path) -> Iterator[Row]:
     """The objects of a JSON Lines file."""
     regular_size(path, error=DataError)
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-            except ValueError as error:
-                raise DataError(f"{path}: line {number} is no JSON ({first_line(error)})") from None
-            if row is not None:
-                yield row
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:  # other ends of lines may stand in a text
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise DataError(f"{path}: line {number}: expected an object, found {type(row).__name__}")
+                    yield row
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({first_line(error)})") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: line {number} is no JSON ({first_line(error)})") from None
 
 
 def field(row: Any, key: str, where: str, *kinds: type) -> Any:
@@ -109,15 +117,16 @@ def table_rows(folder: Path, *patterns: str) -> Iterator[Row] | None:
 
 def parquet_rows(path: Path) -> Iterator[Row]:
     """The rows of a parquet file; a column of images, sounds or videos gives sources, one or a list."""
-    import pyarrow
-
     with open_table(path, DataError) as file:
+        import pyarrow
+
         schema = file.schema_arrow
         media = [name for name in schema.names if _is_media(schema.field(name).type, pyarrow)]
         plain = [name for name in schema.names if name not in media]
         for group in range(file.metadata.num_row_groups):
             try:
-                rows = file.read_row_group(group, columns=plain).to_pylist()
+                rows = file.read_row_group(group, columns=plain).to_pylist() if plain else []
+                rows = rows or [{} for _ in range(file.metadata.row_group(group).num_rows)]
                 cells = {name: cells_of(path, file, group, name, path.parent, len(rows)) for name in media}
             except MediaError as error:
                 raise DataError(f"{path}: {error}") from None
@@ -130,65 +139,75 @@ def parquet_rows(path: Path) -> Iterator[Row]:
 
 def _is_media(kind: Any, pyarrow: Any) -> bool:
     """Whether a column holds bytes: binary, a struct with `bytes`, or a list of these."""
-    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+    types = pyarrow.types
+    within = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_dictionary)
+    while any(test(kind) for test in within):
         kind = kind.value_type
-    if pyarrow.types.is_struct(kind):
+    if types.is_struct(kind):
         return any(kind.field(number).name == "bytes" for number in range(kind.num_fields))
-    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
 def tsv_rows(path: Path) -> Iterator[Row]:
     """The rows of VLMEvalKit's TSV; its images, in base64, are unpacked into the cache folder and given as paths."""
     # As there, a short cell of `image` is the `index` of the row whose image it shares, a list holds several images,
-    # and `image_path` names files beside the TSV.
+    # and `image_path` names files beside the TSV. Rows are kept until the last, since that index may come later.
     regular_size(path, error=DataError)
-    before = csv.field_size_limit(MAX_CELL)
-    name = hashlib.sha256(f"{path.resolve()}:{path.stat().st_mtime_ns}".encode()).hexdigest()[:24]
-    unpacked = cache_folder() / "tsv" / name
-    shared: dict[str, Any] = {}
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL))
+    rows: list[tuple[str, Row]] = []
+    images: dict[str, list[Path]] = {}
     number = 1
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file, delimiter="\t"), 2):
-                where = f"{path}: line {number}"
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t", strict=True)  # else an open quote swallows what follows
+            for row in reader:
+                number, where = reader.line_num, f"{path}: line {reader.line_num}"
                 if None in row or None in row.values():
                     raise DataError(f"{where}: has more or fewer cells than the first line")
-                if image := row.get("image"):
-                    row["image"] = _tsv_image(row, image, shared, unpacked, where)
-                elif files := row.get("image_path"):
-                    files = literal(files, where) if files.startswith("[") else [files]
-                    row["image"] = [path.parent / file for file in files]
-                yield row
+                image, files, index = row.get("image"), row.get("image_path"), str(row.get("index", ""))
+                if image and len(image) > MAX_INDEX:
+                    images[index] = row["image"] = [_unpack(part, where) for part in _cell_list(image, where)]
+                elif files and not image:
+                    row["image"] = [_beside(path, name, where) for name in _cell_list(files, where)]
+                rows.append((where, row))
     except csv.Error as error:
-        raise DataError(f"{path}: line {number + 1}: {error}; at most {MAX_CELL:,} characters a cell") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is no UTF-8 text ({error.reason})") from None
-    finally:
-        csv.field_size_limit(before)
+        raise DataError(f"{path}: after line {number}: {error}; at most {MAX_CELL:,} characters a cell") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({first_line(error)})") from None
+    for where, row in rows:
+        if isinstance(image := row.get("image"), str) and image:
+            if image not in images:
+                raise DataError(f"{where}: `image` is {image!r}, which is the index of no row with an image")
+            row["image"] = images[image]
+        yield row
 
 
-def _tsv_image(row: Row, cell: str, shared: dict[str, Any], unpacked: Path, where: str) -> Any:
-    index = str(row.get("index", ""))
-    if len(cell) < 64:
-        if cell not in shared:
-            raise DataError(f"{where}: `image` is {cell!r}, which is the index of no row before it")
-        return shared[cell]
+def _cell_list(cell: str, where: str) -> list[Any]:
+    """The parts of a cell that may hold a list."""
     parts = literal(cell, where) if cell.startswith("[") else [cell]
-    shared[index] = [_unpack(part, unpacked / f"{index}_{place}", where) for place, part in enumerate(parts)]
-    return shared[index]
+    return list(parts) if isinstance(parts, list | tuple) else [parts]
 
 
-def _unpack(text: Any, file: Path, where: str) -> Path:
-    if not file.name.replace("_", "").replace("-", "").isalnum():
-        raise DataError(f"{where}: the index {file.name!r} is no name")
+def _beside(path: Path, name: Any, where: str) -> Path:
+    """A file beside a TSV."""
+    folder = path.absolute().parent
+    file = Path(os.path.normpath(folder / str(name)))  # links in the folder are followed, as in training data
+    if not isinstance(name, str) or "\0" in name or not file.is_relative_to(folder):
+        raise DataError(f"{where}: `image_path` {str(name)!r:.80} leaves the folder of {path.name}")
+    return file
+
+
+def _unpack(text: Any, where: str) -> Path:
+    """The file of an image in base64, named by its content, whichever row or table it stands in."""
+    if not isinstance(text, str):
+        raise DataError(f"{where}: `image` holds {text!r:.60}, not base64")
+    name = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
+    file = cache_folder() / "tsv" / name[:2] / name
     if not file.exists():
         try:
-            data = base64.b64decode(text, validate=True)
-        except (binascii.Error, TypeError, ValueError) as error:
+            data = base64.b64decode("".join(text.split()), validate=True)
+        except (binascii.Error, ValueError) as error:
             raise DataError(f"{where}: `image` is no base64 ({first_line(error)})") from None
         make_folder(file.parent)
-        with writing(file):
-            part = file.with_name(f".{file.name}.tmp")
-            part.write_bytes(data)
-            part.replace(file)
+        write_bytes(file, data)
     return file

@@ -1,8 +1,9 @@
 """Answers that were given once are kept, so that a run that was cut off goes on and nothing is asked twice.
 
-An answer is kept under a hash of the model (`Backend.fingerprint`), the conversation with the content of its media, and
-the sampling. The files are JSON lines in the user's cache folder, one a model and a process; what one write left
-unfinished is left out when they are read. Failures are not kept: they are tried again.
+An answer is kept under a hash of the model (`Backend.fingerprint`), the conversation with the content of its media, the
+sampling, and the batch size that was asked for. The files are JSON lines in the user's cache folder, one a model and a
+process; a line holds the answers of one batch, and what a write left unfinished is left out when they are read.
+Failures are not kept: they are tried again.
 """
 
 import hashlib
@@ -24,25 +25,37 @@ from polymodal.utils.files import cache_folder, make_folder, regular_size, sha25
 class Responses:
     """The kept answers of one model."""
 
-    def __init__(self, model: str, params: GenerationParams, rank: int = 0, on_disk: bool = True) -> None:
-        self.model = model
-        self.sampling = params.model_dump(mode="json")
-        self.folder = cache_folder() / "responses" / model[:32]
-        self.file = self.folder / f"answers-{rank}.jsonl"
+    def __init__(
+        self, model: str, params: GenerationParams, batch: int | None = None, rank: int = 0, on_disk: bool = True
+    ) -> None:
+        self.how = [model, params.model_dump(mode="json"), batch]
+        folder = cache_folder() / "responses" / model[:32]
+        self.file = folder / f"answers-{rank}.jsonl"
         self.on_disk = on_disk
         self._known: dict[str, str] = {}
-        for path in sorted(self.folder.glob("answers-*.jsonl")) if on_disk else ():
-            for line in path.read_bytes().splitlines():
-                try:
-                    entry = json.loads(line)
-                    self._known[entry["key"]] = entry["answer"]
-                except (ValueError, KeyError, TypeError):
-                    continue  # the end of a run that was killed while it wrote
+        if not on_disk:
+            return
+        make_folder(folder, "answers are kept there (--no-cache keeps none): ")
+        for path in sorted(folder.glob("answers-*.jsonl")):
+            with path.open("rb") as file:
+                for line in file:
+                    self._read(line)
+
+    def _read(self, line: bytes) -> None:
+        try:
+            answers = json.loads(line)["answers"]
+            self._known.update({key: answer for key, answer in answers.items() if isinstance(answer, str)})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            pass  # an empty line, or the end of a run that was killed while it wrote
 
     def key(self, messages: Sequence[Message], blind: bool = False) -> str:
         """The name of an answer; raises `MediaError` where a medium cannot be read."""
         turns = [[m.role, [p.text if isinstance(p, Text) else _content(p) for p in m.parts]] for m in messages]
-        return sha256_json([self.model, self.sampling, turns, blind])
+        return sha256_json([*self.how, turns, blind])
+
+    def name(self, what: object) -> str:
+        """The name of a remark on how answers were taken, which is kept among them."""
+        return sha256_json([*self.how, what])
 
     def get(self, key: str) -> str | None:
         """An answer that was kept."""
@@ -54,22 +67,12 @@ class Responses:
         self._known.update(new)
         if not new or not self.on_disk:
             return
-        make_folder(self.folder)
-        lines = "".join(json.dumps({"key": k, "answer": a}) + "\n" for k, a in new.items()).encode()
-        with writing(self.file):
-            handle = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                if os.fstat(handle).st_size and not self._ends_a_line():
-                    lines = b"\n" + lines
-                os.write(handle, lines)
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-
-    def _ends_a_line(self) -> bool:
-        with self.file.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read() == b"\n"
+        # One write to the end of the file, which begins a line whatever stands there: two runs may share the file, and
+        # one before them may have been killed in the middle of a line.
+        with writing(self.file), self.file.open("ab") as file:
+            file.write(b"\n" + json.dumps({"answers": new}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _content(part: Any) -> list[str]:
@@ -82,8 +85,11 @@ def media_hash(source: Source) -> str:
     if isinstance(source, str | Path) and not str(source).startswith("data:"):
         path = local_path(source, describe(source))
         regular_size(path, error=MediaError)
-        info = path.stat()
-        return _file_hash(path, info.st_size, info.st_mtime_ns)
+        try:
+            info = path.stat()
+            return _file_hash(path, info.st_size, info.st_mtime_ns)
+        except OSError as error:
+            raise MediaError(f"{describe(source)}: cannot be read ({error.strerror}); check the path") from None
     if isinstance(source, str | bytes | bytearray | memoryview | FileSlice | TableCell):
         return hashlib.sha256(read_bytes(source)).hexdigest()
     assert not isinstance(source, Path)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from polymodal.errors import DataError
+from polymodal.errors import ConfigError, DataError, unknown_name
 from polymodal.messages import Message
-from polymodal.metrics import CORPUS_METRICS, METRICS
+from polymodal.metrics import CORPUS_METRICS, METRICS, score
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Sample:
     key: str = ""
 
 
+Item = TypeVar("Item", Example, Sample)
 Figures = dict[str, float]
 Aggregate = Callable[[Sequence[Sample]], Figures]
 """Figures of scored samples, the headline first."""
@@ -123,42 +124,84 @@ class Task:
     blind: bool = False
 
 
-def score_samples(samples: Sequence[Sample], **options: Any) -> list[Sample]:
-    """Score what has references; `options`, such as a variant, go to every scorer. A failure scores nothing."""
-    scored = {**_scores(samples, "answer", options), **_scores(samples, "blind", options)}
-    return [
-        replace(s, score=scored.get((i, "answer"), s.score), blind_score=scored.get((i, "blind"), s.blind_score))
-        for i, s in enumerate(samples)
-    ]
+def score_samples(samples: Sequence[Sample], variant: str | None = None) -> list[Sample]:
+    """Score what has references, in a variant where its metric has it. A failure scores nothing."""
+    samples = in_variant(samples, variant)
+    said, control = _scores(samples, "answer"), _scores(samples, "blind")
+    return [replace(s, score=said.get(i), blind_score=control.get(i)) for i, s in enumerate(samples)]
 
 
-def _scores(samples: Sequence[Sample], said: str, options: Mapping[str, Any]) -> dict[tuple[int, str], float]:
+def _scores(samples: Sequence[Sample], said: str) -> dict[int, float]:
     """The scores of one pass over the examples, by number; those of corpus metrics all at once."""
-    asked = any(sample.blind is not None for sample in samples) if said == "blind" else True
-    found: dict[tuple[int, str], float] = {}
-    together: dict[str, list[int]] = {}
+    found: dict[int, float] = {}
+    together: dict[tuple[str, str | None], list[int]] = {}
+    control = any(sample.blind is not None for sample in samples)
     for number, sample in enumerate(samples):
-        if not sample.references or not asked:
+        # A control that failed alone is left out: as a 0 it would count for the image.
+        lost = said == "blind" and (not control or (sample.blind is None and sample.answer is not None))
+        if not sample.references or lost:
             continue
         if sample.metric in CORPUS_METRICS:
-            together.setdefault(sample.metric, []).append(number)
+            together.setdefault((sample.metric, sample.options.get("variant")), []).append(number)
         else:
-            found[number, said] = score_one(sample, getattr(sample, said), options)
-    for metric, numbers in together.items():
-        answers = [getattr(samples[number], said) or "" for number in numbers]
-        taken = {key: value for key, value in options.items() if key in signature(CORPUS_METRICS[metric]).parameters}
-        values = CORPUS_METRICS[metric](answers, [samples[number].references for number in numbers], **taken)
-        found |= {(number, said): float(value) for number, value in zip(numbers, values, strict=True)}
+            found[number] = score_one(sample, getattr(sample, said))
+    for (metric, variant), numbers in together.items():
+        answers = [getattr(samples[number], said) for number in numbers]
+        references = [samples[number].references for number in numbers]
+        options = {} if variant is None else {"variant": variant}
+        values = CORPUS_METRICS[metric]([answer or "" for answer in answers], references, **options)
+        kept = zip(numbers, answers, values, strict=True)
+        found |= {number: 0.0 if answer is None else float(value) for number, answer, value in kept}
     return found
 
 
-def score_one(sample: Sample | Example, answer: str | None, options: Mapping[str, Any] | None = None) -> float:
+def score_one(sample: Sample | Example, answer: str | None) -> float:
     """Score an answer; a failure is never scored as an empty answer, which some scorers accept."""
     if answer is None:
         return 1.0 if sample.metric in ERROR_RATES else 0.0
-    metric = METRICS[sample.metric]
-    taken = {key: value for key, value in (options or {}).items() if key in signature(metric).parameters}
-    return metric(answer, sample.references, **{**sample.options, **taken})
+    return METRICS[sample.metric](answer, sample.references, **sample.options)
+
+
+def in_variant(items: Sequence[Item], variant: str | None) -> list[Item]:
+    """Have examples or samples scored as another harness does, those whose metric knows it."""
+    if variant is None:
+        return list(items)
+    firsts = {item.metric: item for item in reversed(items) if item.references}
+    errors: dict[str, ConfigError] = {}
+    for metric, item in firsts.items():
+        try:
+            _try({**item.options, "variant": variant}, item)
+        except ConfigError as error:
+            errors[metric] = error
+    if firsts and len(errors) == len(firsts):
+        raise next(iter(errors.values()))
+    known = firsts.keys() - errors.keys()
+    return [replace(i, options={**i.options, "variant": variant}) if i.metric in known else i for i in items]
+
+
+def check_scorers(items: Iterable[Example | Sample], where: str) -> None:
+    """Score an empty answer once for each form of example, so that no run ends at its first answer."""
+    tried = set()
+    for item in items:
+        form = (item.metric, tuple(item.options), len(item.references))
+        if not item.references or form in tried:
+            continue
+        tried.add(form)
+        try:
+            _try(item.options, item)
+        except DataError as error:
+            raise DataError(f"{where}: question {item.id}: {error}") from None
+
+
+def _try(options: Mapping[str, Any], item: Example | Sample) -> None:
+    if item.metric in CORPUS_METRICS:
+        if unknown := options.keys() - signature(CORPUS_METRICS[item.metric]).parameters.keys():
+            raise unknown_name(f"option of metric {item.metric!r}", min(unknown), ("variant",))
+        CORPUS_METRICS[item.metric]([""], [item.references], **options)
+    elif item.metric in METRICS:
+        score(item.metric, "", item.references, **options)
+    else:
+        raise unknown_name("metric", item.metric, [*METRICS, *CORPUS_METRICS])
 
 
 ERROR_RATES = ("wer", "cer")

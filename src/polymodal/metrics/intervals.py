@@ -69,18 +69,29 @@ def grouped_interval(
     items: Sequence[object],
     group_of: Sequence[Hashable],
     figure: Callable[[Sequence[object]], float],
+    bounds: tuple[float, float] = (0.0, 1.0),
     seed: int = 0,
     resamples: int = 300,
 ) -> tuple[float, float]:
-    """95% bootstrap interval of any figure of some items; whole groups are drawn."""
+    """95% interval of any figure of some items, of which whole groups are drawn, or left out where they are few."""
     groups: dict[Hashable, list[object]] = {}
     for item, group in zip(items, group_of, strict=True):
         groups.setdefault(group, []).append(item)
     parts = list(groups.values())
-    random = np.random.default_rng(seed)
-    figures = []
-    for _ in range(resamples):
-        chosen = random.integers(0, len(parts), len(parts))
-        figures.append(figure([item for number in chosen for item in parts[number]]))
-    low, high = np.percentile(figures, [2.5, 97.5])
-    return float(low), float(high)
+    low, high = bounds
+    if len(parts) == 1:
+        return bounds
+    whole = figure(items)
+    if len(parts) < FEW:  # the jackknife's standard error, and Student's distribution
+        without = np.array([figure([item for part in parts if part is not own for item in part]) for own in parts])
+        half = student(len(parts) - 1) * math.sqrt((len(parts) - 1) * float(((without - without.mean()) ** 2).mean()))
+        ends = whole - half, whole + half
+    else:
+        random = np.random.default_rng(seed)
+        chosen = (random.integers(0, len(parts), len(parts)) for _ in range(resamples))
+        figures = [figure([item for number in numbers for item in parts[number]]) for numbers in chosen]
+        ends = float(np.percentile(figures, 2.5)), float(np.percentile(figures, 97.5))
+    if ends[0] == ends[1]:  # all groups alike
+        exceptions = 1 - 0.025 ** (1 / len(parts))
+        ends = whole - exceptions * (whole - low), whole + exceptions * (high - whole)
+    return max(low, ends[0]), min(high, ends[1])

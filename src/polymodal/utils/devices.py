@@ -1,6 +1,18 @@
 """Which devices there are."""
 
+import os
+
 from polymodal.errors import ConfigError
+
+
+def best_device() -> str:
+    """A GPU where there is one; of several processes on a machine each its own."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    own = os.environ.get("LOCAL_RANK")
+    return "cuda" if own is None else f"cuda:{int(own) % torch.cuda.device_count()}"
 
 
 def check_device(name: str) -> None:

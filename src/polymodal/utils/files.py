@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -121,6 +122,15 @@ def writing(path: Path, name: str = "") -> Iterator[None]:
         ) from error
 
 
+def check_writable(path: Path, name: str = "") -> None:
+    """Make sure that a file can be written, before the work whose result it is to hold."""
+    with writing(path, name):
+        if path.is_dir():
+            raise PolymodalError(f"{name}{path}: is a folder; name a file")
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        tempfile.TemporaryFile(dir=folder).close()
+
+
 def make_folder(path: Path, name: str = "") -> None:
     """Make a folder and those above it."""
     with writing(path, name):
@@ -129,9 +139,14 @@ def make_folder(path: Path, name: str = "") -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is whole or unchanged."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file that is whole or unchanged."""
     work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        work.write_text(text, encoding="utf-8")
+        work.write_bytes(data)
         _fsync(work)
         work.replace(path)
     except OSError as error:

@@ -243,11 +243,13 @@ class Endpoint:
         wait = error.wait_s if error.wait_s is not None else doubled * random.uniform(0.5, 1.0)
         tried = f"; tried {failures} times" if failures > 1 else ""
         if failures > patience.retries:
-            raise EndpointError(f"{error}{tried}") from error
+            raise EndpointError(f"{error}{tried}", "unreachable") from error
         if wait > patience.longest_wait_s:
-            raise EndpointError(f"{error}; the server asks to wait {wait:.0f} s, try again then") from error
+            raise EndpointError(
+                f"{error}; the server asks to wait {wait:.0f} s, try again then", "unreachable"
+            ) from error
         if time.monotonic() + wait > deadline:
-            raise EndpointError(f"{error}{tried}, and {patience.total_s:g} s are over") from error
+            raise EndpointError(f"{error}{tried}, and {patience.total_s:g} s are over", "unreachable") from error
         time.sleep(wait)
 
     def _safe(self, text: str, limit: int = 300) -> str:

@@ -30,6 +30,7 @@ from polymodal.generation.streaming import Step
 from polymodal.messages import Conversation, Message
 from polymodal.safety.config_json import read_json
 from polymodal.safety.model_folder import FolderReport
+from polymodal.utils.devices import best_device
 from polymodal.utils.files import sha256_json
 
 Inputs = dict[str, Any]
@@ -45,7 +46,7 @@ def open_transformers(
     """Open a model folder of transformers that was looked over."""
     folder = report.folder
     processor = open_processor(folder)  # before the weights: it is quick, and the likelier to be missing something
-    model = open_model(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, quantize)
+    model = open_model(folder, device or best_device(), dtype, quantize)
     path = folder / "generation_config.json"
     settings = read_json(path) if path.is_file() else {}
     return TransformersBackend(model, processor, name or folder.name, settings)

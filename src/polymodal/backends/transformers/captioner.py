@@ -15,11 +15,10 @@ from typing import Any
 import torch
 import transformers
 
-from polymodal.backends.base import Answer, ModelBackend, check_messages
+from polymodal.backends.base import Backend, ModelBackend, check_messages
 from polymodal.backends.transformers import Inputs, TransformersBackend, take_settings
 from polymodal.backends.transformers.folder import open_model, open_parts
 from polymodal.errors import CheckpointError, PolymodalError
-from polymodal.generation.params import GenerationParams
 from polymodal.media.image import open_image
 from polymodal.messages import Image, Message
 from polymodal.safety.model_folder import FolderReport
@@ -74,9 +73,7 @@ class Captioner(TransformersBackend):
         """A hash of the image processor's settings."""
         return {"preprocessing": sha256_json(json.dumps(self.images.to_dict(), sort_keys=True, default=repr))}
 
-    def generate_batch(self, conversations: Sequence[Any], params: GenerationParams) -> list[Answer]:
-        """Answer one by one."""
-        return [self.answer(messages, params) for messages in conversations]
+    generate_batch = Backend.generate_batch  # one by one
 
     def _known_rows(self) -> None:
         """As the stock class: BLIP's start token lies past its tokenizer."""

@@ -19,7 +19,7 @@ from polymodal.data.load import load_records
 from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError, unknown_name
 from polymodal.evaluation.runner import Run, Settings, run_task
-from polymodal.evaluation.task import Example, Task
+from polymodal.evaluation.task import ERROR_RATES, Example, Task
 from polymodal.metrics import CORPUS_METRICS, METRICS
 
 KIND_METRICS = {"name": "contains", "caption": "word_recall", "caption_zh": "word_recall"}
@@ -28,13 +28,15 @@ KIND_METRICS = {"name": "contains", "caption": "word_recall", "caption_zh": "wor
 
 def examples_of(records: Iterable[Record], metric: str = "") -> list[Example]:
     """What records ask."""
-    seen: Counter[str] = Counter()
-    examples = []
+    examples: dict[str, Example] = {}
+    again: Counter[str] = Counter()
     for record in records:  # ids of such files are often an image's, which several conversations share
-        seen[record.id] += 1
         example = _example(record, metric)
-        examples.append(example if seen[record.id] == 1 else replace(example, id=f"{record.id}#{seen[record.id]}"))
-    return examples
+        while example.id in examples:
+            again[record.id] += 1
+            example = replace(example, id=f"{record.id}#{again[record.id] + 1}")
+        examples[example.id] = example
+    return list(examples.values())
 
 
 def _example(record: Record, metric: str) -> Example:
@@ -60,6 +62,7 @@ def data_task(data: Path, image_root: Path | None = None, metric: str = "", max_
         splits=("",),
         read=lambda _folder, _split: examples_of(load_records(data, image_root), metric),
         max_new_tokens=max_new_tokens,
+        lower_is_better=metric in ERROR_RATES,
         needs=(),
         blind=True,
     )

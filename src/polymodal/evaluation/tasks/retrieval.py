@@ -14,9 +14,10 @@ from polymodal.data.pairs import image_and_captions
 from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError
 from polymodal.evaluation.embedder import Embedder, Progress
+from polymodal.evaluation.task import Figures, Sample, Task
 from polymodal.messages import Source
 from polymodal.metrics.intervals import mean_interval
-from polymodal.metrics.retrieval import IMAGE_TO_TEXT, KS, TEXT_TO_IMAGE, chance, embedding_ranks, recall_of
+from polymodal.metrics.retrieval import IMAGE_TO_TEXT, KS, TEXT_TO_IMAGE, Ranks, chance, embedding_ranks, recall_of
 from polymodal.metrics.text import markdown_table, span
 
 
@@ -40,6 +41,7 @@ class Retrieval:
     texts: int  # How many there are
     shared: int  # Texts that occur with several images. Only one of these counts as right, which costs recall
     recalls: tuple[Recall, ...]  # All of them
+    ranks: Ranks  # Of the first right text of each image, and of each text's image
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,36 @@ def retrieval(embedder: Embedder, pairs: Pairs, *, batch_size: int = 32, progres
             found = (getattr(ranks, way) < k).double().numpy()
             interval = mean_interval(np.bincount(owner, weights=found), np.bincount(owner))
             rows.append(Recall(way, k, scores[f"{way}@{k}"], *interval, expected[f"{way}@{k}"]))
-    return Retrieval(len(image), len(text), len(text) - len(set(pairs.texts)), tuple(rows))
+    return Retrieval(len(image), len(text), len(text) - len(set(pairs.texts)), tuple(rows), ranks)
+
+
+def samples_of(found: Retrieval, pairs: Pairs) -> list[Sample]:
+    """What was looked for, as scored samples: each image's captions, then each caption's image."""
+    captions: list[list[str]] = [[] for _ in pairs.images]
+    for text, owner in zip(pairs.texts, pairs.image_of_text):
+        captions[owner].append(text)
+    looked = [(IMAGE_TO_TEXT, "<image>", own, image) for image, own in enumerate(captions)]
+    looked += [(TEXT_TO_IMAGE, text, [f"image {n}"], n) for text, n in zip(pairs.texts, pairs.image_of_text)]
+    ranks = [float(rank) for way in (IMAGE_TO_TEXT, TEXT_TO_IMAGE) for rank in getattr(found.ranks, way)]
+    return [
+        Sample(f"{way} {number}", way, prompt, tuple(right), RETRIEVAL.metric, {}, {"image": image, "rank": rank},
+               f"rank {rank + 1:g}", score=float(rank < 1))
+        for number, ((way, prompt, right, image), rank) in enumerate(zip(looked, ranks, strict=True))
+    ]  # fmt: skip
+
+
+def _recalls(samples: Sequence[Sample]) -> Figures:
+    """Recall both ways, image to text first."""
+    ranks = {
+        way: np.array([s.extra["rank"] for s in samples if s.kind == way]) for way in (IMAGE_TO_TEXT, TEXT_TO_IMAGE)
+    }
+    return {f"{way}@{k}": float((own < k).mean()) for way, own in ranks.items() for k in KS if len(own)}
+
+
+RETRIEVAL = Task(
+    "retrieval", "which caption belongs to an image, and which image to a caption", "recall@1", ("",),
+    lambda _folder, _split: (), aggregate=_recalls, group="image",
+)  # fmt: skip
 
 
 def table(result: Retrieval) -> str:

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from polymodal.errors import DataError, first_line
 from polymodal.evaluation.embedder import Embedder, Progress
+from polymodal.evaluation.task import Figures, Sample, Task
 from polymodal.messages import Source
 from polymodal.metrics.intervals import mean_interval
 from polymodal.metrics.retrieval import class_embeddings, zero_shot_chance, zero_shot_ranks
@@ -49,6 +51,7 @@ class ZeroShotScore:
     top5_interval: tuple[float, float]  # 95%
     chance1: float  # What a random order scores
     chance5: float  # The same for five
+    ranks: tuple[float, ...]  # Of each image's first right class
 
 
 def load_tasks(path: Path, limit: int | None = None) -> list[ZeroShotTask]:
@@ -87,9 +90,33 @@ def zero_shot_scores(
         expected = zero_shot_chance(labels, len(task.classes))
         one, five = ((float(hits.mean()), mean_interval(hits)) for hits in (ranks < 1.0, ranks < 5.0))
         rows.append(
-            ZeroShotScore(task.name, len(own), len(task.classes), *one, *five, expected["top1"], expected["top5"])
+            ZeroShotScore(
+                *(task.name, len(own), len(task.classes), *one, *five, expected["top1"], expected["top5"]),
+                ranks=tuple(ranks.tolist()),
+            )
         )
     return rows
+
+
+def samples_of(rows: Sequence[ZeroShotScore], tasks: Sequence[ZeroShotTask]) -> list[Sample]:
+    """Each image with its right classes, as scored samples."""
+    return [
+        Sample(f"{task.name} {number}", task.name, "<image>", tuple(task.classes[i] for i in right), ZERO_SHOT.metric,
+               {}, {"rank": rank}, f"rank {rank + 1:g}", score=float(rank < 1))
+        for row, task in zip(rows, tasks, strict=True)
+        for number, (right, rank) in enumerate(zip(task.labels, row.ranks, strict=True))
+    ]  # fmt: skip
+
+
+def _tops(samples: Sequence[Sample]) -> Figures:
+    ranks = np.array([sample.extra["rank"] for sample in samples])
+    return {"top1": float((ranks < 1).mean()), "top5": float((ranks < 5).mean())}
+
+
+ZERO_SHOT = Task(
+    "zero-shot", "which class's prompts an image is nearest to", "top1", ("",), lambda _folder, _split: (),
+    aggregate=_tops,
+)  # fmt: skip
 
 
 def table(rows: Sequence[ZeroShotScore]) -> str:
