@@ -47,7 +47,7 @@ class Difference:
 def compare(first: Path, second: Path) -> list[Difference]:
     """Compare two results folders, or the samples of a task in two."""
     one, two = (path.parent if path.name == "results.json" else path for path in (first, second))
-    if not all((folder / "results.json").is_file() for folder in (one, two)):
+    if not any((folder / "results.json").is_file() for folder in (one, two)):
         name = (first if first.is_dir() else first.parent).name
         return [_difference(name, _settings(first), _settings(second), read_samples(first), read_samples(second))]
     a, b = read_results(one), read_results(two)

@@ -9,7 +9,7 @@ import atexit
 import os
 import sys
 from collections.abc import Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -187,7 +187,8 @@ class _Asker:
         yield from ((key, answer) for key in order if (answer := self.kept.get(key)) is not None)
         threads = self.model.concurrent or 1
         with ThreadPoolExecutor(threads) as pool:  # after Ctrl-C what is under way is waited for, and kept
-            left, pending = iter(missing), {}
+            left = iter(missing)
+            pending: dict[Future[Answer], str] = {}
             while True:
                 # No more than can be asked at once is handed out, so that nothing is sent once a run has ended.
                 pending.update({pool.submit(ask, key): key for key in islice(left, threads - len(pending))})

@@ -1,6 +1,7 @@
 """The table of benchmarks, and where their files are found."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from polymodal.errors import ConfigError, DataError, first_line, unknown_name
@@ -49,4 +50,4 @@ def task_of(path: Path, samples: Sequence[Sample]) -> tuple[Task, str]:
     try:
         return find_task(name)
     except ConfigError:
-        return QUESTIONS, ""
+        return replace(QUESTIONS, name=name), ""
