@@ -901,8 +901,8 @@ def test_generate_and_eval_on_the_command_line(
     (tmp_path / "val.json").write_text(json.dumps(rows))
     shutil.copy(cat, tmp_path)
     server.plays(grey_is_unknown)
-    argv = ["eval", "openai:tiny", "--base-url", server.url, "--data", str(tmp_path / "val.json")]
-    assert main([*argv, "--json", str(tmp_path / "scores.json")]) == 1
+    argv = ["eval", "openai:tiny", "--base-url", server.url, "--data", str(tmp_path / "val.json"), "--no-cache"]
+    assert main([*argv, "--output", str(tmp_path / "out"), "--json", str(tmp_path / "scores.json")]) == 1
     items = json.loads((tmp_path / "scores.json").read_text())["items"]
     assert [(item["answer"], item["blind"], item["score"]) for item in items] == [
         ("cat", "nothing", 1.0),

@@ -108,7 +108,7 @@ def test_a_hub_id_is_found_in_the_cache(
     assert main([*ask, "--text", "a cat", "--model", "some/blip"]) == 0
     assert "a cat" in capsys.readouterr().out
     data = ["--data", str(blip.parent / "val.json"), "--device", "cpu"]
-    assert main(["eval", "some/blip", "--task", "retrieval", *data]) == 0
+    assert main(["eval", "some/blip", "--task", "retrieval", *data, "--output", str(tmp_path / "out")]) == 0
     assert "2 images, 2 texts" in capsys.readouterr().out
     assert main(["embed", "--text", "a", "--model", "some/other"]) == 2
     assert "not to be had from the hub" in capsys.readouterr().err

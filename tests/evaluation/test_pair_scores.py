@@ -136,13 +136,46 @@ def test_the_command_line_prints_and_writes(
     models: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "scores.json"
-    command = ["eval", str(models["siglip"]), "--device", "cpu", "--json", str(out)]
+    folder = tmp_path / "out"
+    command = ["eval", str(models["siglip"]), "--device", "cpu", "--json", str(out), "--output", str(folder)]
     assert main([*command, "--task", "retrieval", "--data", str(data / "val.json"), "--limit", "4"]) == 0
     assert "4 images, 6 texts" in capsys.readouterr().out
     assert len(json.loads(out.read_text())["recalls"]) == 6
     assert main([*command, "--task", "zero-shot", "--data", str(data / "classes.json"), "--limit", "5"]) == 0
     assert "| colours | 5 | 8 |" in capsys.readouterr().out
     assert json.loads(out.read_text())["tasks"][0]["images"] == 5
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")} == {
+        "results.json", "report.html", "retrieval/samples.jsonl", "zero-shot/samples.jsonl"
+    }  # fmt: skip
+
+
+def test_results_in_the_same_form_as_every_task(
+    models: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("clip", "siglip"):
+        for task, file in (("retrieval", "val.json"), ("zero-shot", "classes.json")):
+            flags = ["--data", str(data / file), "--device", "cpu", "--output", str(tmp_path / name)]
+            assert main(["eval", str(models[name]), "--tasks", task, *flags]) == 0
+    document = json.loads((tmp_path / "clip" / "results.json").read_text())
+    assert document["model"] == str(models["clip"]) and document["versions"]["torch"]
+    found = retrieval.retrieval(load_embedder(models["clip"]), retrieval.pairs_of(load_records(data / "val.json")))
+    task = document["tasks"]["retrieval"]
+    assert task["figures"] == {f"{row.way}@{row.k}": pytest.approx(row.score) for row in found.recalls}
+    assert task["score"] == found.recalls[0].score and task["n"] == found.images + found.texts
+    assert task["interval"][0] <= task["score"] <= task["interval"][1] and len(task["kinds"]) == 2
+    (row,) = zero_shot.zero_shot_scores(load_embedder(models["clip"]), zero_shot.load_tasks(data / "classes.json"))
+    task = document["tasks"]["zero-shot"]
+    assert task["figures"] == {"top1": pytest.approx(row.top1), "top5": pytest.approx(row.top5)} and task["n"] == 8
+    assert tuple(task["interval"]) == pytest.approx(row.top1_interval)
+    capsys.readouterr()
+    assert main(["eval", "diff", str(tmp_path / "clip"), str(tmp_path / "siglip")]) == 0
+    said = capsys.readouterr().out
+    assert "| retrieval | 20 |" in said and "| zero-shot | 8 |" in said and "changed: model" in said
+    flags = ["--data", str(data / "val.json"), "--device", "cpu", "--output", str(tmp_path / "clip")]
+    assert main(["eval", str(models["siglip"]), "--tasks", "retrieval", *flags]) == 2
+    assert "another model" in capsys.readouterr().err
+    assert main(["eval", "rescore", str(tmp_path / "clip" / "retrieval")]) == 2
+    assert "unknown metric 'recall@1'" in capsys.readouterr().err
 
 
 def test_the_published_folder_is_stock_half_precision_and_scores_the_same(

@@ -94,11 +94,17 @@ def test_what_names_an_answer(tmp_path: Path) -> None:
     }
     assert len(same) == 1
     others = [
-        key(user(Image(tmp_path / "b.png"), "What?")), key(user("What?", Image(tmp_path / "a.png"))),
-        key(a, blind=True), key(system("Be short."), a), key(a, assistant("x"), user("y")), key(user(Audio(tmp_path / "a.png"), "What?")),
-        key(a, params=GenerationParams(max_new_tokens=9)), key(a, batch=1),
-        key(user(Image(PILImage.new("RGB", (4, 4))), "What?")), key(user(Image(PILImage.new("RGB", (2, 8))), "What?")),
-    ]  # fmt: skip
+        key(user(Image(tmp_path / "b.png"), "What?")),
+        key(user("What?", Image(tmp_path / "a.png"))),
+        key(user(Audio(tmp_path / "a.png"), "What?")),
+        key(user(Image(PILImage.new("RGB", (4, 4))), "What?")),
+        key(user(Image(PILImage.new("RGB", (2, 8))), "What?")),
+        key(system("Be short."), a),
+        key(a, assistant("x"), user("y")),
+        key(a, blind=True),
+        key(a, params=GenerationParams(max_new_tokens=9)),
+        key(a, batch=1),
+    ]
     assert len({*same, *others}) == 1 + len(others)
 
 

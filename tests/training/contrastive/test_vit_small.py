@@ -49,8 +49,9 @@ def test_the_recipes_run_one_after_the_other(tmp_path: Path, capsys: pytest.Capt
     final = train(recipe)
     first = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     assert set(first["terms"]) == {"siglip", "distill"} and 0.5 < first["terms"]["distill"] < 1.5
-    assert main(["eval", str(final), "--task", "retrieval", "--data", str(data / "val.json"), "--device", "cpu"]) == 0
-    assert main(["eval", str(final), "--task", "zero-shot", "--data", str(data / "classes.json")]) == 0
+    score = ["eval", str(final), "--device", "cpu", "--output", str(tmp_path / "scores")]
+    assert main([*score, "--task", "retrieval", "--data", str(data / "val.json")]) == 0
+    assert main([*score, "--task", "zero-shot", "--data", str(data / "classes.json")]) == 0
     printed = capsys.readouterr().out
     assert "image to text @1" in printed and "| categories |" in printed
 
