@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -136,6 +138,26 @@ def test_a_run_of_a_model_folder_that_was_killed_goes_on(
     monkeypatch.setenv("POLYMODAL_CACHE", str(tmp_path / "fresh"))
     assert main([*ask, "--output", str(tmp_path / "whole")]) == 0
     assert written(tmp_path / "out") == written(tmp_path / "whole")
+
+
+def test_two_processes_write_what_one_does_and_write_it_once(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = ["eval", str(tiny_model_folder), "--device", "cpu", "--data", str(rows(tmp_path)), "--batch-size", "2"]
+    run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        run.append(str(free.getsockname()[1]))
+    argv = [sys.executable, *run, "-m", "polymodal.cli", *ask, "--output", str(tmp_path / "two")]
+    done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=180, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| rows |") == 1 and done.stderr.count("wrote ") == 1
+    monkeypatch.setenv("POLYMODAL_CACHE", str(tmp_path / "fresh"))
+    assert main([*ask, "--output", str(tmp_path / "one")]) == 0
+    assert written(tmp_path / "one") == written(tmp_path / "two")
+    assert (tmp_path / "one" / "report.html").read_bytes() == (tmp_path / "two" / "report.html").read_bytes()
 
 
 def test_two_runs_at_once(server: Any, tmp_path: Path) -> None:

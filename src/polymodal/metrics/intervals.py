@@ -91,7 +91,7 @@ def grouped_interval(
         chosen = (random.integers(0, len(parts), len(parts)) for _ in range(resamples))
         figures = [figure([item for number in numbers for item in parts[number]]) for numbers in chosen]
         ends = float(np.percentile(figures, 2.5)), float(np.percentile(figures, 97.5))
-    if ends[0] == ends[1]:  # all groups alike
+    if ends[1] - ends[0] <= 1e-9 * (high - low):  # all groups alike
         exceptions = 1 - 0.025 ** (1 / len(parts))
         ends = whole - exceptions * (whole - low), whole + exceptions * (high - whole)
     return max(low, ends[0]), min(high, ends[1])
