@@ -260,7 +260,7 @@ def test_a_folder_belongs_to_one_model_and_keeps_its_other_tasks(
     assert main(["eval", "openai:org/tiny", *ask, "more.json", "--limit", "2", "--metric", "contains"]) == 0
     tasks = json.loads((folder / "results.json").read_text())["tasks"]
     assert {name: (task["n"], task["metric"], task["limit"]) for name, task in tasks.items()} == {
-        "rows": (4, "by kind", None), "more": (2, "contains", 2)
+        "rows": (4, "exact", None), "more": (2, "contains", 2)
     }  # fmt: skip
     capsys.readouterr()
     assert main(["eval", "openai:other", *ask, str(data), "--output", str(folder)]) == 2

@@ -90,6 +90,7 @@ def test_what_changed(tmp_path: Path) -> None:
         (("extraction",), {"made": samples(FIRST, metric="contains")}),
         (("decoding",), {"tokens": 9}),
         (("preprocessing",), {"how": Model(preprocessing="q")}),
+        (("data",), {"made": samples(FIRST, references=("r", "s"))}),
         ((), {"batch": 1, "invariant": None}),
         (("decoding",), {"batch": 8, "invariant": False}),
         (("model", "prompt", "decoding"), {"model": "n", "tokens": 9, "how": Model(template="u")}),
@@ -111,7 +112,7 @@ def test_other_versions_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_runs_of_different_items_are_compared_on_those_in_common(tmp_path: Path) -> None:
     few = {name: score for name, score in SECOND.items() if int(name) < 5} | {"x": 1.0}
     (found,) = compare(folder(tmp_path / "a", samples(FIRST)), folder(tmp_path / "b", samples(few)))
-    assert (found.n, found.only, found.scores, found.changed) == (5, (15, 1), (1.0, 0.4), ())
+    assert (found.n, found.only, found.scores, found.changed) == (5, (15, 1), (1.0, 0.4), ("data",))
     assert "15 examples only in the first, 1 only in the second" in difference_table([found])
     with pytest.raises(DataError, match="no example in common"):
         compare(tmp_path / "a", folder(tmp_path / "c", samples({"y": 1.0})))

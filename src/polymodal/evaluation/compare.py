@@ -24,8 +24,9 @@ SETTINGS = {
     "decoding": ("decoding",),
     "preprocessing": ("preprocessing_hash",),
     "versions": ("versions",),
+    "data": ("split",),
 }
-"""What may differ between two runs, and the entries of results.json that tell; samples tell of prompts and metrics."""
+"""What may differ between two runs, and the entries of results.json that tell; samples tell of prompts, metrics and data."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _difference(name: str, a: Json, b: Json, first: Sequence[Sample], second: Se
     ups, downs = int((margin > 0).sum()), int((margin < 0).sum())
     return Difference(
         task=name,
-        changed=_changed(a, b, both),
+        changed=_changed(a, b, both, len(left) == len(right) == len(both)),
         known=bool(a and b),
         n=len(both),
         only=(len(left) - len(both), len(right) - len(both)),
@@ -95,13 +96,15 @@ def _difference(name: str, a: Json, b: Json, first: Sequence[Sample], second: Se
     )
 
 
-def _changed(a: Json, b: Json, both: Sequence[tuple[Sample, Sample]]) -> tuple[str, ...]:
+def _changed(a: Json, b: Json, both: Sequence[tuple[Sample, Sample]], same: bool) -> tuple[str, ...]:
     """Names of `SETTINGS`; prompts and metrics are compared question by question, as the runs may not ask the same."""
     found = {what for what, keys in SETTINGS.items() if any(a.get(key) != b.get(key) for key in keys)}
     if any(one.prompt != two.prompt for one, two in both):
         found.add("prompt")
     if any((one.metric, one.options) != (two.metric, two.options) for one, two in both):
         found.add("extraction")
+    if not same or any(one.references != two.references for one, two in both):
+        found.add("data")
     # A batch size changes nothing where answers in a batch were seen to equal those asked alone.
     alone = all(run.get("batch_size") == 1 or run.get("batch_invariant") for run in (a, b))
     if a.get("batch_size") != b.get("batch_size") and not alone:

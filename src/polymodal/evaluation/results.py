@@ -43,10 +43,11 @@ TRIED = 48
 def summarise(task: Task, split: str, run: Run, settings: Settings, model: "Backend | Embedder | None" = None) -> Json:
     """Every figure of a task and how it was taken, as plain data."""
     samples = [sample for sample in run.samples if sample.score is not None]
+    metrics = {sample.metric for sample in run.samples}
     document: Json = {
         "task": task.name,
         "split": split,
-        "metric": task.metric,
+        "metric": metrics.pop() if len(metrics) == 1 else task.metric,
         "variant": settings.variant,
         "n": len(run.samples),
         "failed": sum(sample.answer is None for sample in run.samples),

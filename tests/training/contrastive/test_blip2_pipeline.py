@@ -47,7 +47,7 @@ def test_the_recipes_run_one_after_the_other(
         [str(out), "--data", str(out / "data" / "val.json"), "--json", str(out / "scores.json"), "--rerank", "3"]
     )
     shown = capsys.readouterr().out
-    assert "| image to text @1 |" in shown and "| caption | word recall |" in shown and "matching:" in shown
+    assert "| image to text @1 |" in shown and "| questions | word recall |" in shown and "matching:" in shown
     assert json.loads((out / "scores.json").read_text()) == json.loads(json.dumps(found))
     held_out = json.loads((out / "data" / "val.json").read_text())
     assert found["captions"]["kinds"][0]["n"] == found["images"] == len(held_out)
