@@ -103,9 +103,13 @@ def test_what_names_an_answer(tmp_path: Path) -> None:
         key(a, assistant("x"), user("y")),
         key(a, blind=True),
         key(a, params=GenerationParams(max_new_tokens=9)),
-        key(a, batch=1),
     ]
     assert len({*same, *others}) == 1 + len(others)
+
+
+def test_answers_of_a_batch_size_are_its_own() -> None:
+    Responses("m", PARAMS, batch=4).put({"a": "x"})
+    assert [Responses("m", PARAMS, batch=size).get("a") for size in (4, 1, None)] == ["x", None, None]
 
 
 def test_a_file_that_changed_is_another_image(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ SETTINGS = {
     "versions": ("versions",),
     "data": ("split",),
 }
-"""What may differ between two runs, and the entries of results.json that tell; samples tell of prompts, metrics and data."""
+"""What may differ between two runs, and the entries of results.json that tell; the samples tell more."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ class Responses:
     def __init__(
         self, model: str, params: GenerationParams, batch: int | None = None, rank: int = 0, on_disk: bool = True
     ) -> None:
-        self.how = [model, params.model_dump(mode="json"), batch]
+        self.how = [model, params.model_dump(mode="json")]
+        self.among = "" if batch is None else f"@{batch}"  # answers of batches of another size may be others
         folder = cache_folder() / "responses" / model[:32]
         self.file = folder / f"answers-{rank}.jsonl"
         self.on_disk = on_disk
@@ -59,11 +60,11 @@ class Responses:
 
     def get(self, key: str) -> str | None:
         """An answer that was kept."""
-        return self._known.get(key)
+        return self._known.get(key + self.among)
 
     def put(self, answers: Mapping[str, Answer]) -> None:
         """Keep answers; those of one call are kept together or not at all."""
-        new = {key: answer for key, answer in answers.items() if isinstance(answer, str)}
+        new = {key + self.among: answer for key, answer in answers.items() if isinstance(answer, str)}
         self._known.update(new)
         if not new or not self.on_disk:
             return
