@@ -9,6 +9,7 @@ A results folder belongs to one model:
 """
 
 import json
+import math
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from polymodal.backends.base import Backend
 from polymodal.errors import ConfigError, DataError
 from polymodal.evaluation.runner import Run, Settings
 from polymodal.evaluation.task import Sample, Task, mean_score, score_one
+from polymodal.metrics import CORPUS_METRICS
 from polymodal.metrics.intervals import grouped_interval, mean_interval
 from polymodal.metrics.text import markdown_table, words_of
 from polymodal.utils.files import make_folder, sha256_json, write_text
@@ -52,21 +54,27 @@ def summarise(task: Task, split: str, run: Run, settings: Settings, model: Backe
     if not samples:
         return {**document, "score": None, "figures": {}, "kinds": []}
     figures = task.aggregate(samples)
-    document |= {"score": next(iter(figures.values())), "figures": figures, "interval": _interval(task, samples)}
+    headline = next(iter(figures.values()))
+    document |= {"score": headline, "figures": figures, "interval": _interval(task, samples, headline)}
     by_kind = Counter(sample.kind for sample in samples)
     groups = [[s for s in samples if s.kind == kind] for kind in by_kind] if len(by_kind) > 1 else [samples]
     return {**document, "kinds": [_row(task, group) for group in groups], **_controls(task, samples)}
 
 
-def _interval(task: Task, samples: Sequence[Sample]) -> tuple[float, float]:
-    """Of the headline; of a plain mean without resampling the whole."""
-    if task.aggregate is mean_score and not task.group:
-        return _mean_interval([sample.score or 0.0 for sample in samples])
-    groups = [sample.extra.get(task.group, sample.id) for sample in samples]
+def _interval(task: Task, samples: Sequence[Sample], headline: float) -> tuple[float, float]:
+    """Of the headline; where that is the mean of the scores, as it mostly is, its figures are not computed again."""
+    groups = [sample.id if (own := sample.extra.get(task.group)) is None else own for sample in samples]
+    if math.isclose(headline, mean_score(samples)["score"], abs_tol=1e-12):
+        scores = np.array([sample.score or 0.0 for sample in samples])
+        if len(set(groups)) == len(groups):
+            return _mean_interval(scores)
+        place = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+        owner = [place[group] for group in groups]
+        return mean_interval(np.bincount(owner, scores), np.bincount(owner), (0.0, max(1.0, scores.max())))
     return grouped_interval(samples, groups, lambda drawn: next(iter(task.aggregate(drawn).values())))  # type: ignore[arg-type]
 
 
-def _mean_interval(scores: Sequence[float]) -> tuple[float, float]:
+def _mean_interval(scores: Sequence[float] | np.ndarray) -> tuple[float, float]:
     top = max(1.0, *scores)  # CIDEr reaches 10, an error rate any number
     return mean_interval(np.array(scores, dtype=float), bounds=(0.0, top))
 
@@ -138,7 +146,7 @@ def table_cells(documents: Sequence[Json]) -> tuple[list[str], list[list[str]]]:
 
 
 def _table_rows(document: Json) -> list[dict[str, str]]:
-    unit = document["unit"]
+    unit = "%" if document["unit"] == 100 and document["metric"] not in CORPUS_METRICS else document["unit"]
     if document["score"] is None:
         return [_cells(f"{document['task']} ({document['split']})", document, unit)]
     name = f"{document['task']} {document['split']}".strip()
@@ -159,7 +167,7 @@ def _table_rows(document: Json) -> list[dict[str, str]]:
     return rows
 
 
-def _cells(name: str, row: Json, unit: float) -> dict[str, str]:
+def _cells(name: str, row: Json, unit: float | str) -> dict[str, str]:
     def shown(key: str) -> str:
         return "" if row.get(key) is None else _figure(row[key], unit)
 
@@ -176,8 +184,8 @@ def _cells(name: str, row: Json, unit: float) -> dict[str, str]:
     }
 
 
-def _figure(value: float, unit: float, sign: str = "") -> str:
-    return f"{value:{sign}.1%}" if unit == 100 else f"{value * unit:{sign}.1f}"
+def _figure(value: float, unit: float | str, sign: str = "") -> str:
+    return f"{value:{sign}.1%}" if isinstance(unit, str) else f"{value * unit:{sign}.1f}"
 
 
 def versions() -> dict[str, str]:

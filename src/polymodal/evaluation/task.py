@@ -7,6 +7,7 @@ model.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,29 @@ Aggregate = Callable[[Sequence[Sample]], Figures]
 """Figures of scored samples, the headline first."""
 
 
+Read = Callable[[Path, str], Iterable[Example]]
+Submit = Callable[[Sequence[Sample], str, Path], list[Path]]
+"""Writes what a server takes of the samples of a split, those that were not answered among them, into a folder."""
+
+
 def mean_score(samples: Sequence[Sample]) -> Figures:
     """The mean of the scores, 0 to 1."""
     return {"score": sum(sample.score or 0.0 for sample in samples) / max(1, len(samples))}
+
+
+def means_by(*keys: str) -> Aggregate:
+    """The mean of the scores, and under it that of each value of `kind` or of keys of `extra`, lists value by value."""
+
+    def aggregate(samples: Sequence[Sample]) -> Figures:
+        groups: dict[str, list[Sample]] = {}
+        for key in keys:
+            for sample in samples:
+                values = sample.kind if key == "kind" else sample.extra.get(key)
+                for value in values if isinstance(values, list) else [values] if values else []:
+                    groups.setdefault(value, []).append(sample)
+        return mean_score(samples) | {name: mean_score(groups[name])["score"] for name in groups}
+
+    return aggregate
 
 
 @dataclass(frozen=True)
@@ -102,25 +123,32 @@ class Task:
             intervals draw whole groups; empty where each sample stands alone.
         unit: What 1.0 is printed as: 100 for percent, 1 for scores such as MME's.
         lower_is_better: Whether the metric counts errors.
-        submit: Writes the files that the benchmark's server takes, and says which; None where there is no server.
+        submit: Writes the files that the benchmark's server takes, and says which; None where there is no server. It
+            is given a sample for every id that the server wants; those that were not asked or failed have no answer.
+        server_ids: The ids that the server wants of a split, in order, where these are not the split's.
         needs: Media that the model must be able to take.
         blind: Whether the image-blind control runs unless told otherwise.
+        hub_files: The files of the hub's dataset that a split needs, as patterns; all where none are named.
+        folder: The folder in a data root that it shares with another task; empty where it has one of its own name.
     """
 
     name: str
     about: str
     metric: str
     splits: tuple[str, ...]
-    read: Callable[[Path, str], Iterable[Example]]
+    read: Read
     hub: str = ""
     max_new_tokens: int = 16
     aggregate: Aggregate = mean_score
     group: str = ""
     unit: float = 100.0
     lower_is_better: bool = False
-    submit: Callable[[Sequence[Sample], str, Path], list[Path]] | None = None
+    submit: Submit | None = None
+    server_ids: Callable[[Path, str], Iterable[str]] | None = None
     needs: tuple[str, ...] = ("image",)
     blind: bool = False
+    hub_files: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    folder: str = ""
 
 
 def score_samples(samples: Sequence[Sample], **options: Any) -> list[Sample]:
@@ -173,3 +201,20 @@ def unique_ids(examples: Iterable[Example], where: str) -> Iterator[Example]:
             raise DataError(f"{where}: question {example.id} comes twice; take one of the two out")
         seen.add(example.id)
         yield example
+
+
+def each_once(read: Read) -> Read:
+    """A `read` that refuses ids which come twice."""
+    return wraps(read)(lambda folder, split: unique_ids(read(folder, split), str(folder)))
+
+
+def for_server(samples: Sequence[Sample], asked: Sequence[Example], ids: Sequence[str] = ()) -> list[Sample]:
+    """The samples in a server's order, with one without an answer for each question that was not asked."""
+    known = {sample.id: sample for sample in samples}
+    extra = {example.id: example.extra for example in asked}
+    wanted = list(ids) or [example.id for example in asked]
+    if lost := known.keys() - set(wanted):
+        raise DataError(
+            f"question {min(lost)} is none of the {len(wanted):,} that the server asks; are the files a set?"
+        )
+    return [known.get(name) or Sample(name, "", "", (), "", {}, extra.get(name, {}), None) for name in wanted]

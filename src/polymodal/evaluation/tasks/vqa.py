@@ -1,3 +1,182 @@
-"""VQAv2, GQA and TextVQA: short answers about photographs. Prompts as published for LLaVA-1.5 (arXiv:2310.03744)."""
+"""VQAv2, GQA and TextVQA: short answers about photographs. Prompts as published for LLaVA-1.5 (arXiv:2310.03744).
 
-TASKS = ()
+Questions that were not asked or failed have an empty answer in the submissions, as LLaVA's have; a failure scores
+nothing.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from polymodal.evaluation import files
+from polymodal.evaluation.task import Example, Task, each_once, means_by
+from polymodal.metrics.vqa import normalize_answer
+
+SHORT = "\nAnswer the question using a single word or phrase."
+
+# Of a split: the questions' name, that of their images, and the split on the hub. The answers of all but "val" are
+# secret: no score, only the submission.
+_VQAV2 = {
+    "val": ("val2014", "val2014", "validation"),
+    "testdev": ("test-dev2015", "test2015", "testdev"),
+    "test": ("test2015", "test2015", "test"),
+}
+
+
+def _vqav2_official(folder: Path, split: str, path: Path) -> list[files.Row]:
+    rows = files.json_list(path, "questions")
+    for number, row in enumerate(rows):
+        image = int(files.id_of(row, f"{path}: row {number}", "image_id"))
+        row["image"] = f"COCO_{_VQAV2[split][1]}_{image:012d}.jpg"
+    if split == "val":
+        noted = files.need_file(folder, "v2_mscoco_val2014_annotations.json")
+        annotation = files.keyed(noted, files.json_list(noted, "annotations"), "question_id")
+        rows = [{**annotation(row.get("question_id")), **row} for row in rows]
+    return files.with_images(folder, path, rows)
+
+
+@each_once
+def _vqav2(folder: Path, split: str) -> Iterator[Example]:
+    name, _, hub = _VQAV2[split]
+    official = {f"v2_OpenEnded_mscoco_{name}_questions.json": partial(_vqav2_official, folder, split)}
+    for where, row in files.rows_in(folder, official, f"{hub}-*.parquet"):
+        noted = [] if split != "val" and not row.get("answers") else files.field(row, "answers", where, list)
+        yield Example(
+            id=files.id_of(row, where, "question_id"),
+            messages=files.ask(files.field(row, "question", where, str) + SHORT, files.image_of(row, where)),
+            references=tuple(files.field(answer, "answer", where, str) for answer in noted),
+            kind=row.get("answer_type") or "",
+            extra={"image": files.id_of(row, where, "image_id"), "question_type": row.get("question_type") or ""},
+        )
+
+
+def _vqav2_ids(folder: Path, split: str) -> Iterator[str]:
+    """The server wants all of test2015, in the phase of test-dev too."""
+    name, _, hub = _VQAV2["test" if split == "testdev" else split]
+    official = {f"v2_OpenEnded_mscoco_{name}_questions.json": partial(files.json_list, key="questions")}
+    return (files.id_of(*each[::-1], "question_id") for each in files.rows_in(folder, official, f"{hub}-*.parquet"))
+
+
+VQAV2 = Task(
+    name="vqav2",
+    about="short answers about photographs: LLaVA's prompt, the official VQA accuracy",
+    metric="vqa_accuracy",
+    splits=tuple(_VQAV2),
+    read=_vqav2,
+    hub="lmms-lab-encoder/VQAv2",
+    hub_files={"val": ["data/validation-*"], "testdev": ["data/testdev-*", "data/test-*"], "test": ["data/test-*"]},
+    aggregate=means_by("kind"),
+    group="image",
+    submit=files.json_array(  # LLaVA normalizes what it sends as M4C does
+        "vqav2_{split}_submission.json",
+        lambda s: {"question_id": int(s.id), "answer": normalize_answer(s.answer or "", "m4c")},
+    ),
+    server_ids=_vqav2_ids,
+)
+
+
+def _gqa_official(folder: Path, path: Path) -> list[files.Row]:
+    rows = []
+    for name, value in files.object_of(files.read_json(path), f"{path}: the file").items():
+        row = files.object_of(value, f"{path}: question {name}")
+        rows.append({**row, "id": name, "image": f"{files.field(row, 'imageId', f'{path}: question {name}', str)}.jpg"})
+    return files.with_images(folder, path, rows)
+
+
+def _gqa_parquet(folder: Path, split: str, path: Path) -> Iterator[files.Row]:
+    """Its images are in another table."""
+    shown = files.rows_in(folder, {}, f"{split}_balanced_images/*.parquet")
+    images = {files.field(row, "id", where, str): files.image_of(row, where) for where, row in shown}
+    return ({**row, "image": images.get(row.get("imageId", ""))} for row in files.parquet_rows(path))
+
+
+@each_once
+def _gqa(folder: Path, split: str) -> Iterator[Example]:
+    forms: dict[str, Callable[[Path], Iterable[files.Row]]] = {
+        f"{split}_balanced_questions.json": partial(_gqa_official, folder),
+        f"{split}_balanced_instructions/*.parquet": partial(_gqa_parquet, folder, split),
+    }
+    for where, row in files.rows_in(folder, forms, *["GQA_TestDev_Balanced.tsv"] * (split == "testdev")):
+        types = row.get("types") or {}
+        structure = types.get("structural") or ""
+        # Questions that are not balanced are answered for the submission, and not scored.
+        balanced = row.get("isBalanced", True)
+        yield Example(
+            id=files.field(row, "id" if "id" in row else "index", where, str),
+            messages=files.ask(files.field(row, "question", where, str) + SHORT, files.image_of(row, where)),
+            references=(files.field(row, "answer", where, str),) if balanced else (),
+            kind=structure and ("open" if structure == "query" else "binary"),
+            extra={"image": row.get("imageId"), "structural": structure, "semantic": types.get("semantic") or ""},
+        )
+
+
+GQA = Task(
+    name="gqa",
+    about="short answers about relations in photographs: LLaVA's prompt and conversion, exact match",
+    metric="gqa",
+    splits=("testdev", "val"),
+    read=_gqa,
+    hub="lmms-lab-encoder/GQA",
+    hub_files={split: [f"{split}_balanced_*/*"] for split in ("testdev", "val")},
+    aggregate=means_by("kind", "structural", "semantic"),
+    group="image",
+    submit=files.json_array(
+        "{split}_balanced_predictions.json",
+        lambda s: {"questionId": s.id, "prediction": (s.answer or "").rstrip(".").lower()},
+    ),
+)
+
+_TEXTVQA = {"val": "validation", "test": "test"}
+
+
+def _textvqa_official(folder: Path, split: str, ocr: bool, path: Path) -> list[files.Row]:
+    rows = files.json_list(path, "data")
+    for number, row in enumerate(rows):
+        row["image"] = f"{files.field(row, 'image_id', f'{path}: row {number}', str)}.jpg"
+    if ocr:
+        seen = files.need_file(folder, f"TextVQA_Rosetta_OCR_v0.2_{split}.json")
+        words = files.keyed(seen, files.json_list(seen, "data"), "image_id")
+        rows = [{**row, "ocr_tokens": words(row["image_id"]).get("ocr_tokens")} for row in rows]
+    return files.with_images(folder, path, rows)
+
+
+def _textvqa(ocr: bool, folder: Path, split: str) -> Iterator[Example]:
+    official = {f"TextVQA_0.5.1_{split}.json": partial(_textvqa_official, folder, split, ocr)}
+    tables = f"{_TEXTVQA[split]}-*.parquet", f"TextVQA_{split.upper()}.tsv"
+    for where, row in files.rows_in(folder, official, *tables):
+        question = files.field(row, "question", where, str)
+        question = question[:1].upper() + question[1:]  # as in LLaVA's file
+        if ocr:
+            tokens = files.field(row, "ocr_tokens", where, list)
+            question += f"\nReference OCR token: {', '.join(map(str, tokens))}"
+        yield Example(
+            id=files.id_of(row, where, "question_id", "index"),
+            messages=files.ask(question + SHORT, files.image_of(row, where)),
+            references=files.texts_of(row, "answer" if "index" in row else "answers", where, secret=split == "test"),
+            extra={"image": row.get("image_id")},
+        )
+
+
+def _textvqa_task(name: str, about: str, ocr: bool) -> Task:
+    return Task(
+        name=name,
+        about=f"{about}: LLaVA's prompt, M4C's accuracy",
+        metric="textvqa_accuracy",
+        splits=tuple(_TEXTVQA),
+        read=each_once(partial(_textvqa, ocr)),
+        hub="lmms-lab-encoder/textvqa",
+        hub_files={split: [f"data/{hub}-*"] for split, hub in _TEXTVQA.items()},
+        group="image",
+        submit=files.json_array(
+            "textvqa_{split}_submission.json", lambda s: {"question_id": int(s.id), "answer": s.answer or ""}
+        ),
+        folder="textvqa",
+    )
+
+
+TASKS = (
+    VQAV2,
+    GQA,
+    _textvqa_task("textvqa", "text in photographs, without OCR tokens, as LLaVA-1.6 is reported", ocr=False),
+    _textvqa_task("textvqa_ocr", "the same with Rosetta's OCR tokens, as LLaVA-1.5 is reported", ocr=True),
+)
