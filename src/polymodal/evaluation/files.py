@@ -10,17 +10,15 @@ import binascii
 import csv
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from polymodal.data.readers.parquet import cells_of
 from polymodal.errors import DataError, MediaError, first_line
-from polymodal.evaluation.task import Sample, Submit
 from polymodal.media.source import open_table
 from polymodal.messages import Image, Message, user
-from polymodal.utils.files import cache_folder, make_folder, regular_size, write_text, writing
+from polymodal.utils.files import cache_folder, make_folder, regular_size, writing
 
 Row = dict[str, Any]
 
@@ -47,25 +45,6 @@ def need_file(folder: Path, *patterns: str) -> Path:
     return found
 
 
-def rows_in(
-    folder: Path, official: Mapping[str, Callable[[Path], Iterable[Row]]], *tables: str
-) -> Iterator[tuple[str, Row]]:
-    """The rows of the first form whose files a folder holds, each with its place: official files, or all of a table."""
-    readers = {**official, **{name: parquet_rows if name.endswith(".parquet") else tsv_rows for name in tables}}
-    for pattern, read in readers.items():
-        first = find_file(folder, pattern)
-        if first is None:
-            continue
-        shards = sorted(path for path in folder.rglob(pattern) if path.is_file()) if "*" in pattern else [first]
-        if other := next((file for file in shards if file.parent != first.parent), None):
-            raise DataError(f"{pattern} is in {first.parent} and in {other.parent}; give the folder of this benchmark")
-        for file in shards:
-            for number, row in enumerate(read(file)):
-                yield f"{file}: row {number}", row
-        return
-    raise DataError(f"{folder}: none of {', '.join(readers)} is in it; give the folder with the benchmark's files")
-
-
 def read_json(path: Path, *keys: str) -> Any:
     """An official JSON file; with keys, one object that must have them."""
     if regular_size(path, error=DataError) > MAX_JSON:
@@ -78,12 +57,6 @@ def read_json(path: Path, *keys: str) -> Any:
         if not isinstance(data, dict) or key not in data:
             raise DataError(f"{path}: has no `{key}`; is it the right file?")
     return data
-
-
-def json_list(path: Path, key: str = "") -> list[Row]:
-    """The objects that an official JSON file lists, under a key or as a whole."""
-    rows = field(read_json(path, key) if key else {"": read_json(path)}, key, str(path), list)
-    return [object_of(row, f"{path}: row {number}") for number, row in enumerate(rows)]
 
 
 def read_lines(path: Path) -> Iterator[Row]:
@@ -108,105 +81,6 @@ def field(row: Any, key: str, where: str, *kinds: type) -> Any:
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise DataError(f"{where}: `{key}` is {value!r:.60}, expected {wanted}")
     return value
-
-
-def object_of(value: Any, where: str) -> Row:
-    """A value that is an object of JSON."""
-    if not isinstance(value, dict):
-        raise DataError(f"{where} is {value!r:.60}, expected an object")
-    return value
-
-
-def id_of(row: Row, where: str, *keys: str) -> str:
-    """The number that a benchmark knows a question or an image by, under the first of some keys, as text."""
-    key = next((key for key in keys if key in row), keys[0])
-    value = field(row, key, where, int, str)
-    if not str(value).isdecimal():
-        raise DataError(f"{where}: `{key}` is {value!r:.60}, expected a number")
-    return str(int(value))
-
-
-def texts_of(row: Row, key: str, where: str, secret: bool = False) -> tuple[str, ...]:
-    """A column of one text or several; a split whose answers are secret may lack it, or have empty ones."""
-    if secret and not any(row.get(key) or ()):
-        return ()
-    value = field(row, key, where, list, str)
-    if isinstance(value, str):  # of a TSV
-        value = literal(value, where) if value.startswith("[") else [value]
-    if not value:
-        raise DataError(f"{where}: `{key}` is empty")
-    for text in value:
-        field({key: text}, key, where, str)
-    return tuple(value)
-
-
-def image_of(row: Row, where: str) -> Any:
-    """The image of a row."""
-    if not row.get("image"):
-        raise DataError(f"{where}: has no `image`; fetch the file again")
-    return row["image"]
-
-
-def keyed(path: Path, rows: Iterable[Row], key: str) -> Callable[[Any], Row]:
-    """Look-up among rows by a key that each has for itself."""
-    found: dict[str, Row] = {}
-    for number, row in enumerate(rows):
-        name = str(field(row, key, f"{path}: row {number}", int, str))
-        if name in found:
-            raise DataError(f"{path}: row {number}: `{key}` {name} comes twice; take one of the two out")
-        found[name] = row
-
-    def look_up(name: Any) -> Row:
-        if str(name) not in found:
-            raise DataError(f"{path}: has nothing about `{key}` {name}; is it of the same split?")
-        return found[str(name)]
-
-    return look_up
-
-
-def with_images(folder: Path, path: Path, rows: Iterable[Row]) -> list[Row]:
-    """Put paths for the names in `image` of an official file's rows: all from where most of the first ones lie."""
-    rows = list(rows)
-    names = [field(row, "image", f"{path}: row {number}", str) for number, row in enumerate(rows)]
-    for name in names:
-        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
-            raise DataError(f"{path}: the image {name!r} leaves the folder")
-    first, best, chosen, short = names[:50], 0, folder, False
-    for place in _folders(folder):
-        for bare in (False, True):  # documents/x.png may lie in spdocvqa_images/x.png
-            count = sum((place / (name.rpartition("/")[2] if bare else name)).is_file() for name in first)
-            if count > best:
-                best, chosen, short = count, place, bare
-        if best == len(first):
-            break
-    if names and not best:
-        raise DataError(f"{folder}: neither {names[0]} nor the images after it are in it; put them into a folder there")
-    shown = (name.rpartition("/")[2] if short else name for name in names)
-    return [{**row, "image": chosen / name} for row, name in zip(rows, shown)]
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    """A folder and all below it, through links too, each once."""
-    seen = set()
-    for place, below, _ in os.walk(folder, followlinks=True):
-        below[:] = sorted(below)
-        if (real := os.path.realpath(place)) in seen:
-            below.clear()
-        else:
-            seen.add(real)
-            yield Path(place)
-
-
-def json_array(name: str, entry: Callable[[Sample], Any]) -> Submit:
-    """A submission of one JSON array; `{split}` in its name is the split."""
-
-    def submit(samples: Sequence[Sample], split: str, folder: Path) -> list[Path]:
-        path = folder / name.format(split=split)
-        make_folder(folder)
-        write_text(path, json.dumps([entry(sample) for sample in samples]))
-        return [path]
-
-    return submit
 
 
 def ask(text: str, *images: Any) -> tuple[Message, ...]:

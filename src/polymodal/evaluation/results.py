@@ -9,7 +9,6 @@ A results folder belongs to one model:
 """
 
 import json
-import math
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -53,28 +52,22 @@ def summarise(task: Task, split: str, run: Run, settings: Settings, model: Backe
     }
     if not samples:
         return {**document, "score": None, "figures": {}, "kinds": []}
-    figures = task.aggregate(samples)
-    headline = next(iter(figures.values()))
-    document |= {"score": headline, "figures": figures, "interval": _interval(task, samples, headline)}
+    figures = task.aggregate(samples) | (task.details(samples) if task.details else {})
+    document |= {"score": next(iter(figures.values())), "figures": figures, "interval": _interval(task, samples)}
     by_kind = Counter(sample.kind for sample in samples)
     groups = [[s for s in samples if s.kind == kind] for kind in by_kind] if len(by_kind) > 1 else [samples]
     return {**document, "kinds": [_row(task, group) for group in groups], **_controls(task, samples)}
 
 
-def _interval(task: Task, samples: Sequence[Sample], headline: float) -> tuple[float, float]:
-    """Of the headline; where that is the mean of the scores, as it mostly is, its figures are not computed again."""
-    groups = [sample.id if (own := sample.extra.get(task.group)) is None else own for sample in samples]
-    if math.isclose(headline, mean_score(samples)["score"], abs_tol=1e-12):
-        scores = np.array([sample.score or 0.0 for sample in samples])
-        if len(set(groups)) == len(groups):
-            return _mean_interval(scores)
-        place = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-        owner = [place[group] for group in groups]
-        return mean_interval(np.bincount(owner, scores), np.bincount(owner), (0.0, max(1.0, scores.max())))
+def _interval(task: Task, samples: Sequence[Sample]) -> tuple[float, float]:
+    """Of the headline; of a plain mean without resampling the whole."""
+    if task.aggregate is mean_score and not task.group:
+        return _mean_interval([sample.score or 0.0 for sample in samples])
+    groups = [sample.extra.get(task.group, sample.id) for sample in samples]
     return grouped_interval(samples, groups, lambda drawn: next(iter(task.aggregate(drawn).values())))  # type: ignore[arg-type]
 
 
-def _mean_interval(scores: Sequence[float] | np.ndarray) -> tuple[float, float]:
+def _mean_interval(scores: Sequence[float]) -> tuple[float, float]:
     top = max(1.0, *scores)  # CIDEr reaches 10, an error rate any number
     return mean_interval(np.array(scores, dtype=float), bounds=(0.0, top))
 
@@ -146,7 +139,7 @@ def table_cells(documents: Sequence[Json]) -> tuple[list[str], list[list[str]]]:
 
 
 def _table_rows(document: Json) -> list[dict[str, str]]:
-    unit = "%" if document["unit"] == 100 and document["metric"] not in CORPUS_METRICS else document["unit"]
+    unit = "points" if document["metric"] in CORPUS_METRICS else document["unit"]
     if document["score"] is None:
         return [_cells(f"{document['task']} ({document['split']})", document, unit)]
     name = f"{document['task']} {document['split']}".strip()
@@ -185,7 +178,9 @@ def _cells(name: str, row: Json, unit: float | str) -> dict[str, str]:
 
 
 def _figure(value: float, unit: float | str, sign: str = "") -> str:
-    return f"{value:{sign}.1%}" if isinstance(unit, str) else f"{value * unit:{sign}.1f}"
+    if isinstance(unit, str):  # points of CIDEr, which is no share of anything
+        return f"{100 * value:{sign}.1f}"
+    return f"{value:{sign}.1%}" if unit == 100 else f"{value * unit:{sign}.1f}"
 
 
 def versions() -> dict[str, str]:

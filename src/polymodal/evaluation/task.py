@@ -7,7 +7,6 @@ model.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -90,21 +89,6 @@ def mean_score(samples: Sequence[Sample]) -> Figures:
     return {"score": sum(sample.score or 0.0 for sample in samples) / max(1, len(samples))}
 
 
-def means_by(*keys: str) -> Aggregate:
-    """The mean of the scores, and under it that of each value of `kind` or of keys of `extra`, lists value by value."""
-
-    def aggregate(samples: Sequence[Sample]) -> Figures:
-        groups: dict[str, list[Sample]] = {}
-        for key in keys:
-            for sample in samples:
-                values = sample.kind if key == "kind" else sample.extra.get(key)
-                for value in values if isinstance(values, list) else [values] if values else []:
-                    groups.setdefault(value, []).append(sample)
-        return mean_score(samples) | {name: mean_score(groups[name])["score"] for name in groups}
-
-    return aggregate
-
-
 @dataclass(frozen=True)
 class Task:
     """A benchmark.
@@ -125,11 +109,12 @@ class Task:
         lower_is_better: Whether the metric counts errors.
         submit: Writes the files that the benchmark's server takes, and says which; None where there is no server. It
             is given a sample for every id that the server wants; those that were not asked or failed have no answer.
-        server_ids: The ids that the server wants of a split, in order, where these are not the split's.
         needs: Media that the model must be able to take.
         blind: Whether the image-blind control runs unless told otherwise.
         hub_files: The files of the hub's dataset that a split needs, as patterns; all where none are named.
         folder: The folder in a data root that it shares with another task; empty where it has one of its own name.
+        details: Makes further figures, which stand under those of `aggregate` and have no interval.
+        server_ids: The ids that the server wants of a split, in order, where these are not the split's.
     """
 
     name: str
@@ -144,11 +129,12 @@ class Task:
     unit: float = 100.0
     lower_is_better: bool = False
     submit: Submit | None = None
-    server_ids: Callable[[Path, str], Iterable[str]] | None = None
     needs: tuple[str, ...] = ("image",)
     blind: bool = False
     hub_files: Mapping[str, Sequence[str]] = field(default_factory=dict)
     folder: str = ""
+    details: Aggregate | None = None
+    server_ids: Callable[[Path, str], Iterable[str]] | None = None
 
 
 def score_samples(samples: Sequence[Sample], **options: Any) -> list[Sample]:
@@ -201,20 +187,3 @@ def unique_ids(examples: Iterable[Example], where: str) -> Iterator[Example]:
             raise DataError(f"{where}: question {example.id} comes twice; take one of the two out")
         seen.add(example.id)
         yield example
-
-
-def each_once(read: Read) -> Read:
-    """A `read` that refuses ids which come twice."""
-    return wraps(read)(lambda folder, split: unique_ids(read(folder, split), str(folder)))
-
-
-def for_server(samples: Sequence[Sample], asked: Sequence[Example], ids: Sequence[str] = ()) -> list[Sample]:
-    """The samples in a server's order, with one without an answer for each question that was not asked."""
-    known = {sample.id: sample for sample in samples}
-    extra = {example.id: example.extra for example in asked}
-    wanted = list(ids) or [example.id for example in asked]
-    if lost := known.keys() - set(wanted):
-        raise DataError(
-            f"question {min(lost)} is none of the {len(wanted):,} that the server asks; are the files a set?"
-        )
-    return [known.get(name) or Sample(name, "", "", (), "", {}, extra.get(name, {}), None) for name in wanted]

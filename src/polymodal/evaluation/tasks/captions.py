@@ -1,8 +1,8 @@
 """Captions of COCO and NoCaps against several of people's: CIDEr-D, with BLEU-4 and ROUGE-L.
 
 The prompt is lmms-eval's; greedy, where papers on captioning often search with beams. CIDEr weighs words by the
-references of what is scored: a part of a set (`--limit`) does not compare with the whole, so look at n. A failure counts
-as an empty caption. NoCaps' test split is secret: no score, only the results file.
+references of what is scored: a part of a set (`--limit`) does not compare with the whole, so look at n. A failure is an
+empty caption. NoCaps' test split is secret: no score, only the results file.
 """
 
 from collections import defaultdict
@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from polymodal.evaluation import files
-from polymodal.evaluation.task import Example, Figures, Sample, Submit, Task, each_once, mean_score
+from polymodal.errors import DataError
+from polymodal.evaluation import official
+from polymodal.evaluation.files import Row, ask, field
+from polymodal.evaluation.task import Example, Figures, Sample, Submit, Task
 from polymodal.metrics.captions import caption_scores, cider
 
 PROMPT = "Provide a one-sentence caption for the provided image."
@@ -19,67 +21,69 @@ _NOCAPS = {"val": ("nocaps_val_4500_captions.json", "validation"), "test": ("noc
 _DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 
-def _karpathy(folder: Path, path: Path) -> list[files.Row]:
+def _karpathy(folder: Path, path: Path) -> list[Row]:
     """Karpathy's test split: 5,000 images of val2014."""
     rows = []
-    for number, row in enumerate(files.json_list(path, "images")):
+    for number, row in enumerate(official.json_list(path, "images")):
         where = f"{path}: row {number}"
-        if files.field(row, "split", where, str) == "test":
-            said = [files.field(sentence, "raw", where, str) for sentence in files.field(row, "sentences", where, list)]
+        if field(row, "split", where, str) == "test":
+            said = [field(sentence, "raw", where, str) for sentence in field(row, "sentences", where, list)]
             rows.append({"id": row.get("cocoid"), "image": row.get("filename"), "captions": said})
-    return files.with_images(folder, path, rows)
+    return official.with_images(folder, path, rows)
 
 
-def _official(folder: Path, path: Path, secret: bool = False) -> list[files.Row]:
+def _official(folder: Path, path: Path, secret: bool = False) -> list[Row]:
     """COCO's form, which is NoCaps' too."""
     captions: dict[str, list[str]] = defaultdict(list)
-    for number, note in enumerate([] if secret else files.json_list(path, "annotations")):
+    for number, note in enumerate([] if secret else official.json_list(path, "annotations")):
         where = f"{path}: annotation {number}"
-        captions[files.id_of(note, where, "image_id")].append(files.field(note, "caption", where, str))
+        captions[official.id_of(note, where, "image_id")].append(field(note, "caption", where, str))
     rows = []
-    for number, row in enumerate(files.json_list(path, "images")):
-        own = captions.pop(files.id_of(row, f"{path}: row {number}", "id"), [])
+    for number, row in enumerate(official.json_list(path, "images")):
+        own = captions.pop(official.id_of(row, f"{path}: row {number}", "id"), [])
         rows.append({**row, "image": row.get("file_name"), "captions": own})
-    return files.with_images(folder, path, rows)
+    return official.with_images(folder, path, rows)
 
 
-def _example(where: str, row: files.Row, captions: str, secret: bool = False) -> Example:
+def _example(where: str, row: Row, captions: str, secret: bool = False) -> Example:
     return Example(
-        id=files.id_of(row, where, "image_id", "id", "index"),
-        messages=files.ask(PROMPT, files.image_of(row, where)),
-        references=files.texts_of(row, captions, where, secret=secret),
+        id=official.id_of(row, where, "image_id", "id", "index"),
+        messages=ask(PROMPT, official.image_of(row, where)),
+        references=official.texts_of(row, captions, where, secret=secret),
         kind=row.get("domain") or "",
     )
 
 
-@each_once
+@official.each_once
 def _coco(folder: Path, split: str) -> Iterator[Example]:
     if split == "karpathy":
-        rows = files.rows_in(folder, {"dataset_coco.json": partial(_karpathy, folder)})
+        rows = official.rows_in(folder, {"dataset_coco.json": partial(_karpathy, folder)})
     else:
-        official = {f"captions_{split}.json": partial(_official, folder)}
-        rows = files.rows_in(folder, official, "val-*.parquet", *["COCO_VAL.tsv"] * (split == "val2017"))
+        forms = {f"captions_{split}.json": partial(_official, folder)}
+        rows = official.rows_in(folder, forms, "val-*.parquet", *["COCO_VAL.tsv"] * (split == "val2017"))
     for where, row in rows:
         if "question_id" in row:  # of the hub, the name of the image: COCO_val2014_000000391895.jpg
-            name = files.field(row, "question_id", where, str)
-            row["image_id"] = name.partition(".")[0].rpartition("_")[2]
+            year, _, number = field(row, "question_id", where, str).partition(".")[0].rpartition("_")
+            if year != ("COCO_val2014" if split == "val2014" else ""):
+                raise DataError(f"{where}: {row['question_id']:.60} is no image of {split}")
+            row["image_id"] = number
         yield _example(where, row, "captions" if "captions" in row else "answer")
 
 
-@each_once
+@official.each_once
 def _nocaps(folder: Path, split: str) -> Iterator[Example]:
     name, hub = _NOCAPS[split]
     secret = split == "test"
-    official = {name: partial(_official, folder, secret=secret)}
-    for where, row in files.rows_in(folder, official, f"{hub}-*.parquet"):
+    forms = {name: partial(_official, folder, secret=secret)}
+    for where, row in official.rows_in(folder, forms, f"{hub}-*.parquet"):
         yield _example(where, row, "captions" if "captions" in row else "annotations_captions", secret)
 
 
 def _figures(samples: Sequence[Sample]) -> Figures:
-    """CIDEr-D, and beside it BLEU-4, ROUGE-L and each domain's CIDEr-D, whose words weigh as in that domain alone."""
+    """BLEU-4, ROUGE-L and each domain's CIDEr-D, whose words weigh as in that domain alone."""
     said, gold = [sample.answer or "" for sample in samples], [sample.references for sample in samples]
     scores = caption_scores(said, gold)
-    figures = {"cider": mean_score(samples)["score"], "bleu_4": scores["bleu_4"], "rouge_l": scores["rouge_l"]}
+    figures = {"bleu_4": scores["bleu_4"], "rouge_l": scores["rouge_l"]}
     for domain in _DOMAINS:
         if own := [number for number, sample in enumerate(samples) if sample.kind == domain]:
             figures[domain] = sum(cider([said[i] for i in own], [gold[i] for i in own])) / len(own)
@@ -87,7 +91,7 @@ def _figures(samples: Sequence[Sample]) -> Figures:
 
 
 def _results(name: str) -> Submit:
-    return files.json_array(name, lambda s: {"image_id": int(s.id), "caption": s.answer or ""})
+    return official.json_array(name, lambda s: {"image_id": int(s.id), "caption": s.answer or ""})
 
 
 TASKS = (
@@ -100,7 +104,7 @@ TASKS = (
         hub="lmms-lab-encoder/COCO-Caption",
         hub_files={"val2014": ["data/val-*"]},
         max_new_tokens=64,
-        aggregate=_figures,
+        details=_figures,
         submit=_results("captions_{split}_polymodal_results.json"),
     ),
     Task(
@@ -112,7 +116,7 @@ TASKS = (
         hub="lmms-lab-encoder/NoCaps",
         hub_files={split: [f"data/{hub}-*"] for split, (_, hub) in _NOCAPS.items()},
         max_new_tokens=64,
-        aggregate=_figures,
+        details=_figures,
         submit=_results("nocaps_{split}_results.json"),
     ),
 )

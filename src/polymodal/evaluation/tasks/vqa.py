@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from polymodal.evaluation import files
-from polymodal.evaluation.task import Example, Task, each_once, means_by
+from polymodal.evaluation import official
+from polymodal.evaluation.files import Row, ask, field, need_file, parquet_rows, read_json
+from polymodal.evaluation.task import Example, Task
 from polymodal.metrics.vqa import normalize_answer
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -23,38 +24,38 @@ _VQAV2 = {
 }
 
 
-def _vqav2_official(folder: Path, split: str, path: Path) -> list[files.Row]:
-    rows = files.json_list(path, "questions")
+def _vqav2_official(folder: Path, split: str, path: Path) -> list[Row]:
+    rows = official.json_list(path, "questions")
     for number, row in enumerate(rows):
-        image = int(files.id_of(row, f"{path}: row {number}", "image_id"))
+        image = int(official.id_of(row, f"{path}: row {number}", "image_id"))
         row["image"] = f"COCO_{_VQAV2[split][1]}_{image:012d}.jpg"
     if split == "val":
-        noted = files.need_file(folder, "v2_mscoco_val2014_annotations.json")
-        annotation = files.keyed(noted, files.json_list(noted, "annotations"), "question_id")
+        noted = need_file(folder, "v2_mscoco_val2014_annotations.json")
+        annotation = official.keyed(noted, official.json_list(noted, "annotations"), "question_id")
         rows = [{**annotation(row.get("question_id")), **row} for row in rows]
-    return files.with_images(folder, path, rows)
+    return official.with_images(folder, path, rows)
 
 
-@each_once
+@official.each_once
 def _vqav2(folder: Path, split: str) -> Iterator[Example]:
     name, _, hub = _VQAV2[split]
-    official = {f"v2_OpenEnded_mscoco_{name}_questions.json": partial(_vqav2_official, folder, split)}
-    for where, row in files.rows_in(folder, official, f"{hub}-*.parquet"):
-        noted = [] if split != "val" and not row.get("answers") else files.field(row, "answers", where, list)
+    forms = {f"v2_OpenEnded_mscoco_{name}_questions.json": partial(_vqav2_official, folder, split)}
+    for where, row in official.rows_in(folder, forms, f"{hub}-*.parquet"):
+        noted = [] if split != "val" and not row.get("answers") else field(row, "answers", where, list)
         yield Example(
-            id=files.id_of(row, where, "question_id"),
-            messages=files.ask(files.field(row, "question", where, str) + SHORT, files.image_of(row, where)),
-            references=tuple(files.field(answer, "answer", where, str) for answer in noted),
+            id=official.id_of(row, where, "question_id"),
+            messages=ask(field(row, "question", where, str) + SHORT, official.image_of(row, where)),
+            references=tuple(field(answer, "answer", where, str) for answer in noted),
             kind=row.get("answer_type") or "",
-            extra={"image": files.id_of(row, where, "image_id"), "question_type": row.get("question_type") or ""},
+            extra={"image": official.id_of(row, where, "image_id"), "question_type": row.get("question_type") or ""},
         )
 
 
 def _vqav2_ids(folder: Path, split: str) -> Iterator[str]:
     """The server wants all of test2015, in the phase of test-dev too."""
     name, _, hub = _VQAV2["test" if split == "testdev" else split]
-    official = {f"v2_OpenEnded_mscoco_{name}_questions.json": partial(files.json_list, key="questions")}
-    return (files.id_of(*each[::-1], "question_id") for each in files.rows_in(folder, official, f"{hub}-*.parquet"))
+    forms = {f"v2_OpenEnded_mscoco_{name}_questions.json": partial(official.json_list, key="questions")}
+    return (official.id_of(*each[::-1], "question_id") for each in official.rows_in(folder, forms, f"{hub}-*.parquet"))
 
 
 VQAV2 = Task(
@@ -65,9 +66,9 @@ VQAV2 = Task(
     read=_vqav2,
     hub="lmms-lab-encoder/VQAv2",
     hub_files={"val": ["data/validation-*"], "testdev": ["data/testdev-*", "data/test-*"], "test": ["data/test-*"]},
-    aggregate=means_by("kind"),
+    details=official.means_by("kind"),
     group="image",
-    submit=files.json_array(  # LLaVA normalizes what it sends as M4C does
+    submit=official.json_array(  # LLaVA normalizes what it sends as M4C does
         "vqav2_{split}_submission.json",
         lambda s: {"question_id": int(s.id), "answer": normalize_answer(s.answer or "", "m4c")},
     ),
@@ -75,38 +76,41 @@ VQAV2 = Task(
 )
 
 
-def _gqa_official(folder: Path, path: Path) -> list[files.Row]:
+def _gqa_official(folder: Path, path: Path) -> list[Row]:
     rows = []
-    for name, value in files.object_of(files.read_json(path), f"{path}: the file").items():
-        row = files.object_of(value, f"{path}: question {name}")
-        rows.append({**row, "id": name, "image": f"{files.field(row, 'imageId', f'{path}: question {name}', str)}.jpg"})
-    return files.with_images(folder, path, rows)
+    for name, value in official.object_of(read_json(path), f"{path}: the file").items():
+        row = official.object_of(value, f"{path}: question {name}")
+        rows.append({**row, "id": name, "image": f"{field(row, 'imageId', f'{path}: question {name}', str)}.jpg"})
+    return official.with_images(folder, path, rows)
 
 
-def _gqa_parquet(folder: Path, split: str, path: Path) -> Iterator[files.Row]:
+def _gqa_parquet(folder: Path, split: str, path: Path) -> Iterator[Row]:
     """Its images are in another table."""
-    shown = files.rows_in(folder, {}, f"{split}_balanced_images/*.parquet")
-    images = {files.field(row, "id", where, str): files.image_of(row, where) for where, row in shown}
-    return ({**row, "image": images.get(row.get("imageId", ""))} for row in files.parquet_rows(path))
+    shown = official.rows_in(folder, {}, f"{split}_balanced_images/*.parquet")
+    images = {field(row, "id", where, str): official.image_of(row, where) for where, row in shown}
+    return ({**row, "image": images.get(row.get("imageId", ""))} for row in parquet_rows(path))
 
 
-@each_once
+@official.each_once
 def _gqa(folder: Path, split: str) -> Iterator[Example]:
-    forms: dict[str, Callable[[Path], Iterable[files.Row]]] = {
+    forms: dict[str, Callable[[Path], Iterable[Row]]] = {
         f"{split}_balanced_questions.json": partial(_gqa_official, folder),
         f"{split}_balanced_instructions/*.parquet": partial(_gqa_parquet, folder, split),
     }
-    for where, row in files.rows_in(folder, forms, *["GQA_TestDev_Balanced.tsv"] * (split == "testdev")):
+    for where, row in official.rows_in(folder, forms, *["GQA_TestDev_Balanced.tsv"] * (split == "testdev")):
         types = row.get("types") or {}
         structure = types.get("structural") or ""
         # Questions that are not balanced are answered for the submission, and not scored.
         balanced = row.get("isBalanced", True)
         yield Example(
-            id=files.field(row, "id" if "id" in row else "index", where, str),
-            messages=files.ask(files.field(row, "question", where, str) + SHORT, files.image_of(row, where)),
-            references=(files.field(row, "answer", where, str),) if balanced else (),
+            id=field(row, "id" if "id" in row else "index", where, str),
+            messages=ask(field(row, "question", where, str) + SHORT, official.image_of(row, where)),
+            references=(field(row, "answer", where, str),) if balanced else (),
             kind=structure and ("open" if structure == "query" else "binary"),
-            extra={"image": row.get("imageId"), "structural": structure, "semantic": types.get("semantic") or ""},
+            extra={
+                **({"image": row["imageId"]} if "imageId" in row else {}),
+                **{"structural": structure, "semantic": types.get("semantic") or ""},
+            },
         )
 
 
@@ -118,9 +122,9 @@ GQA = Task(
     read=_gqa,
     hub="lmms-lab-encoder/GQA",
     hub_files={split: [f"{split}_balanced_*/*"] for split in ("testdev", "val")},
-    aggregate=means_by("kind", "structural", "semantic"),
+    details=official.means_by("kind", "structural", "semantic"),
     group="image",
-    submit=files.json_array(
+    submit=official.json_array(
         "{split}_balanced_predictions.json",
         lambda s: {"questionId": s.id, "prediction": (s.answer or "").rstrip(".").lower()},
     ),
@@ -129,31 +133,31 @@ GQA = Task(
 _TEXTVQA = {"val": "validation", "test": "test"}
 
 
-def _textvqa_official(folder: Path, split: str, ocr: bool, path: Path) -> list[files.Row]:
-    rows = files.json_list(path, "data")
+def _textvqa_official(folder: Path, split: str, ocr: bool, path: Path) -> list[Row]:
+    rows = official.json_list(path, "data")
     for number, row in enumerate(rows):
-        row["image"] = f"{files.field(row, 'image_id', f'{path}: row {number}', str)}.jpg"
+        row["image"] = f"{field(row, 'image_id', f'{path}: row {number}', str)}.jpg"
     if ocr:
-        seen = files.need_file(folder, f"TextVQA_Rosetta_OCR_v0.2_{split}.json")
-        words = files.keyed(seen, files.json_list(seen, "data"), "image_id")
+        seen = need_file(folder, f"TextVQA_Rosetta_OCR_v0.2_{split}.json")
+        words = official.keyed(seen, official.json_list(seen, "data"), "image_id")
         rows = [{**row, "ocr_tokens": words(row["image_id"]).get("ocr_tokens")} for row in rows]
-    return files.with_images(folder, path, rows)
+    return official.with_images(folder, path, rows)
 
 
 def _textvqa(ocr: bool, folder: Path, split: str) -> Iterator[Example]:
-    official = {f"TextVQA_0.5.1_{split}.json": partial(_textvqa_official, folder, split, ocr)}
+    forms = {f"TextVQA_0.5.1_{split}.json": partial(_textvqa_official, folder, split, ocr)}
     tables = f"{_TEXTVQA[split]}-*.parquet", f"TextVQA_{split.upper()}.tsv"
-    for where, row in files.rows_in(folder, official, *tables):
-        question = files.field(row, "question", where, str)
+    for where, row in official.rows_in(folder, forms, *tables):
+        question = field(row, "question", where, str)
         question = question[:1].upper() + question[1:]  # as in LLaVA's file
         if ocr:
-            tokens = files.field(row, "ocr_tokens", where, list)
+            tokens = field(row, "ocr_tokens", where, list)
             question += f"\nReference OCR token: {', '.join(map(str, tokens))}"
         yield Example(
-            id=files.id_of(row, where, "question_id", "index"),
-            messages=files.ask(question + SHORT, files.image_of(row, where)),
-            references=files.texts_of(row, "answer" if "index" in row else "answers", where, secret=split == "test"),
-            extra={"image": row.get("image_id")},
+            id=official.id_of(row, where, "question_id", "index"),
+            messages=ask(question + SHORT, official.image_of(row, where)),
+            references=official.texts_of(row, "answer" if "index" in row else "answers", where, secret=split == "test"),
+            extra={"image": row["image_id"]} if "image_id" in row else {},
         )
 
 
@@ -163,11 +167,11 @@ def _textvqa_task(name: str, about: str, ocr: bool) -> Task:
         about=f"{about}: LLaVA's prompt, M4C's accuracy",
         metric="textvqa_accuracy",
         splits=tuple(_TEXTVQA),
-        read=each_once(partial(_textvqa, ocr)),
+        read=official.each_once(partial(_textvqa, ocr)),
         hub="lmms-lab-encoder/textvqa",
         hub_files={split: [f"data/{hub}-*"] for split, hub in _TEXTVQA.items()},
         group="image",
-        submit=files.json_array(
+        submit=official.json_array(
             "textvqa_{split}_submission.json", lambda s: {"question_id": int(s.id), "answer": s.answer or ""}
         ),
         folder="textvqa",

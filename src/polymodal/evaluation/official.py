@@ -1,0 +1,168 @@
+"""What the benchmarks' modules share: official files turned into the columns that parquet has, and submissions.
+
+A reader of official files gives rows with `image`, the name of a file; `with_images` finds the folder and puts paths.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import wraps
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from polymodal.errors import DataError
+from polymodal.evaluation.files import Row, field, find_file, literal, parquet_rows, read_json, tsv_rows
+from polymodal.evaluation.task import Aggregate, Figures, Read, Sample, Submit, mean_score, unique_ids
+from polymodal.utils.files import make_folder, write_text
+
+
+def rows_in(
+    folder: Path, official: Mapping[str, Callable[[Path], Iterable[Row]]], *tables: str
+) -> Iterator[tuple[str, Row]]:
+    """The rows of the first form whose files a folder holds, each with its place: official files, or all of a table."""
+    readers = {**official, **{name: parquet_rows if name.endswith(".parquet") else tsv_rows for name in tables}}
+    for pattern, read in readers.items():
+        first = find_file(folder, pattern)
+        if first is None:
+            continue
+        shards = sorted(path for path in folder.rglob(pattern) if path.is_file()) if "*" in pattern else [first]
+        if other := next((file for file in shards if file.parent != first.parent), None):
+            raise DataError(f"{pattern} is in {first.parent} and in {other.parent}; give the folder of this benchmark")
+        for file in shards:
+            for number, row in enumerate(read(file)):
+                yield f"{file}: row {number}", row
+        return
+    raise DataError(f"{folder}: none of {', '.join(readers)} is in it; give the folder with the benchmark's files")
+
+
+def json_list(path: Path, key: str = "") -> list[Row]:
+    """The objects that an official JSON file lists, under a key or as a whole."""
+    rows = field(read_json(path, key) if key else {"": read_json(path)}, key, str(path), list)
+    return [object_of(row, f"{path}: row {number}") for number, row in enumerate(rows)]
+
+
+def object_of(value: Any, where: str) -> Row:
+    """A value that is an object of JSON."""
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is {value!r:.60}, expected an object")
+    return value
+
+
+def id_of(row: Row, where: str, *keys: str) -> str:
+    """The number that a benchmark knows a question or an image by, under the first of some keys, as text."""
+    key = next((key for key in keys if key in row), keys[0])
+    value = field(row, key, where, int, str)
+    if not str(value).isdecimal():
+        raise DataError(f"{where}: `{key}` is {value!r:.60}, expected a number")
+    return str(int(value))
+
+
+def texts_of(row: Row, key: str, where: str, secret: bool = False) -> tuple[str, ...]:
+    """A column of one text or several; a split whose answers are secret may lack it, or have empty ones."""
+    if secret and not any(row.get(key) or ()):
+        return ()
+    value = field(row, key, where, list, str)
+    if isinstance(value, str):  # of a TSV
+        value = literal(value, where) if value.startswith("[") else [value]
+    if not value:
+        raise DataError(f"{where}: `{key}` is empty")
+    for text in value:
+        field({key: text}, key, where, str)
+    return tuple(value)
+
+
+def image_of(row: Row, where: str) -> Any:
+    """The image of a row."""
+    if not row.get("image"):
+        raise DataError(f"{where}: has no `image`; fetch the file again")
+    return row["image"]
+
+
+def keyed(path: Path, rows: Iterable[Row], key: str) -> Callable[[Any], Row]:
+    """Look-up among rows by a key that each has for itself."""
+    found: dict[str, Row] = {}
+    for number, row in enumerate(rows):
+        name = str(field(row, key, f"{path}: row {number}", int, str))
+        if name in found:
+            raise DataError(f"{path}: row {number}: `{key}` {name} comes twice; take one of the two out")
+        found[name] = row
+
+    def look_up(name: Any) -> Row:
+        if str(name) not in found:
+            raise DataError(f"{path}: has nothing about `{key}` {name}; is it of the same split?")
+        return found[str(name)]
+
+    return look_up
+
+
+def with_images(folder: Path, path: Path, rows: Iterable[Row]) -> list[Row]:
+    """Put paths for the names in `image` of an official file's rows: all from where most of the first ones lie."""
+    rows = list(rows)
+    names = [field(row, "image", f"{path}: row {number}", str) for number, row in enumerate(rows)]
+    for name in names:
+        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
+            raise DataError(f"{path}: the image {name!r} leaves the folder")
+    first, best, chosen, short = names[:50], 0, folder, False
+    for place in _folders(folder):
+        for bare in (False, True):  # documents/x.png may lie in spdocvqa_images/x.png
+            count = sum((place / (name.rpartition("/")[2] if bare else name)).is_file() for name in first)
+            if count > best:
+                best, chosen, short = count, place, bare
+        if best == len(first):
+            break
+    if names and not best:
+        raise DataError(f"{folder}: neither {names[0]} nor the images after it are in it; put them into a folder there")
+    shown = (name.rpartition("/")[2] if short else name for name in names)
+    return [{**row, "image": chosen / name} for row, name in zip(rows, shown)]
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """A folder and all below it, through links too, each once."""
+    seen = set()
+    for place, below, _ in os.walk(folder, followlinks=True):
+        below[:] = sorted(below)
+        if (real := os.path.realpath(place)) in seen:
+            below.clear()
+        else:
+            seen.add(real)
+            yield Path(place)
+
+
+def each_once(read: Read) -> Read:
+    """A `read` that refuses ids which come twice."""
+    return wraps(read)(lambda folder, split: unique_ids(read(folder, split), str(folder)))
+
+
+def means_by(*keys: str) -> Aggregate:
+    """The mean score of each value of `kind` or of keys of `extra`, of a list's values each."""
+
+    def figures(samples: Sequence[Sample]) -> Figures:
+        groups: dict[str, list[Sample]] = {}
+        for key in keys:
+            for sample in samples:
+                values = sample.kind if key == "kind" else sample.extra.get(key)
+                for value in values if isinstance(values, list) else [values] if values else []:
+                    groups.setdefault(value, []).append(sample)
+        return {name: mean_score(group)["score"] for name, group in groups.items()}
+
+    return figures
+
+
+def for_server(samples: Sequence[Sample], ids: Sequence[str]) -> list[Sample]:
+    """The samples in a server's order, with one without an answer for every id that was not asked."""
+    known = {sample.id: sample for sample in samples}
+    if lost := known.keys() - set(ids):
+        raise DataError(f"question {min(lost)} is none of the {len(ids):,} that the server wants; are the files a set?")
+    return [known.get(name) or Sample(name, "", "", (), "", {}, {}, None) for name in ids]
+
+
+def json_array(name: str, entry: Callable[[Sample], Any]) -> Submit:
+    """A submission of one JSON array; `{split}` in its name is the split."""
+
+    def submit(samples: Sequence[Sample], split: str, folder: Path) -> list[Path]:
+        path = folder / name.format(split=split)
+        make_folder(folder)
+        write_text(path, json.dumps([entry(sample) for sample in samples]))
+        return [path]
+
+    return submit
