@@ -59,7 +59,8 @@ def id_of(row: Row, where: str, *keys: str) -> str:
 
 def texts_of(row: Row, key: str, where: str, secret: bool = False) -> tuple[str, ...]:
     """A column of one text or several; a split whose answers are secret may lack it, or have empty ones."""
-    if secret and not any(row.get(key) or ()):
+    given = row.get(key)
+    if secret and (given is None or given == "" or (isinstance(given, list) and not any(given))):
         return ()
     value = field(row, key, where, list, str)
     if isinstance(value, str):  # of a TSV
@@ -72,10 +73,12 @@ def texts_of(row: Row, key: str, where: str, secret: bool = False) -> tuple[str,
 
 
 def image_of(row: Row, where: str) -> Any:
-    """The image of a row."""
-    if not row.get("image"):
-        raise DataError(f"{where}: has no `image`; fetch the file again")
-    return row["image"]
+    """The one image of a row."""
+    images = row.get("image") or ()
+    images = images if isinstance(images, list | tuple) else [images]
+    if len(images) != 1:
+        raise DataError(f"{where}: `image` holds {len(images)} images, expected one; is it a file of this benchmark?")
+    return images[0]
 
 
 def keyed(path: Path, rows: Iterable[Row], key: str) -> Callable[[Any], Row]:

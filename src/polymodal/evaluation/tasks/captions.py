@@ -50,7 +50,7 @@ def _example(where: str, row: Row, captions: str, secret: bool = False) -> Examp
         id=official.id_of(row, where, "image_id", "id", "index"),
         messages=ask(PROMPT, official.image_of(row, where)),
         references=official.texts_of(row, captions, where, secret=secret),
-        kind=row.get("domain") or "",
+        kind=field(row, "domain", where, str) if "domain" in row else "",
     )
 
 
@@ -63,10 +63,10 @@ def _coco(folder: Path, split: str) -> Iterator[Example]:
         rows = official.rows_in(folder, forms, "val-*.parquet", *["COCO_VAL.tsv"] * (split == "val2017"))
     for where, row in rows:
         if "question_id" in row:  # of the hub, the name of the image: COCO_val2014_000000391895.jpg
-            year, _, number = field(row, "question_id", where, str).partition(".")[0].rpartition("_")
-            if year != ("COCO_val2014" if split == "val2014" else ""):
-                raise DataError(f"{where}: {row['question_id']:.60} is no image of {split}")
-            row["image_id"] = number
+            name = field(row, "question_id", where, str)
+            if ("val2014" in name) != (split == "val2014"):
+                raise DataError(f"{where}: {name:.60} is no image of {split}")
+            row["image_id"] = name.partition(".")[0].rpartition("_")[2]
         yield _example(where, row, "captions" if "captions" in row else "answer")
 
 

@@ -39,7 +39,8 @@ def _rrc(task: str, folder: Path, split: str) -> Iterator[Example]:
     forms = {name.format(split): partial(_rrc_official, folder, image) for name in names}
     parquet = f"{_HUB[split]}-*.parquet"
     for where, row in official.rows_in(folder, forms, f"{config}/{parquet}", parquet, f"{tsv}_{split.upper()}.tsv"):
-        types = [*(row.get("question_types") or row.get("answer_type") or ()), *(row.get("operation/reasoning") or ())]
+        keys = ("question_types", "answer_type", "operation/reasoning")
+        types = [name for key in keys for name in official.texts_of(row, key, where, secret=True)]
         yield Example(
             id=official.id_of(row, where, "questionId", "index"),
             messages=ask(field(row, "question", where, str) + SHORT, official.image_of(row, where)),

@@ -41,13 +41,14 @@ def _vqav2(folder: Path, split: str) -> Iterator[Example]:
     name, _, hub = _VQAV2[split]
     forms = {f"v2_OpenEnded_mscoco_{name}_questions.json": partial(_vqav2_official, folder, split)}
     for where, row in official.rows_in(folder, forms, f"{hub}-*.parquet"):
-        noted = [] if split != "val" and not row.get("answers") else field(row, "answers", where, list)
+        open_ = split == "val" or row.get("answers")
+        noted = field(row, "answers", where, list) if open_ else []
         yield Example(
             id=official.id_of(row, where, "question_id"),
             messages=ask(field(row, "question", where, str) + SHORT, official.image_of(row, where)),
             references=tuple(field(answer, "answer", where, str) for answer in noted),
-            kind=row.get("answer_type") or "",
-            extra={"image": official.id_of(row, where, "image_id"), "question_type": row.get("question_type") or ""},
+            kind=field(row, "answer_type", where, str) if open_ else "",
+            extra={"image": official.id_of(row, where, "image_id")},
         )
 
 
@@ -98,7 +99,7 @@ def _gqa(folder: Path, split: str) -> Iterator[Example]:
         f"{split}_balanced_instructions/*.parquet": partial(_gqa_parquet, folder, split),
     }
     for where, row in official.rows_in(folder, forms, *["GQA_TestDev_Balanced.tsv"] * (split == "testdev")):
-        types = row.get("types") or {}
+        types = official.object_of(row.get("types") or {}, f"{where}: `types`")
         structure = types.get("structural") or ""
         # Questions that are not balanced are answered for the submission, and not scored.
         balanced = row.get("isBalanced", True)
