@@ -107,8 +107,7 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
         raise ConfigError("nothing to score: give --tasks (see `polymodal eval tasks`) or --data")
     # The data first: a mistake there is found before a model is loaded.
     examples = [list(task.read(folder, split)) for task, split, folder in tasks]
-    servers = [task.server_ids(folder, split) if task.server_ids else () for task, split, folder in tasks]
-    wanted = [list(ids) or [example.id for example in asked] for ids, asked in zip(servers, examples)]
+    wanted = [list(task.server_ids(folder, split)) if task.server_ids else [] for task, split, folder in tasks]
     folder = args.output or Path("runs/eval") / _folder_name(args.model)
     model = open_model(args)
     if args.concurrency is not None:
@@ -131,7 +130,7 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
         document["tasks"][name] = results.summarise(task, split, found, settings, model)
         results.write_samples(folder / name / "samples.jsonl", found.samples)
         if task.submit is not None:
-            for file in task.submit(for_server(found.samples, ids), split, folder / name):
+            for file in task.submit(for_server(found.samples, asked, ids), split, folder / name):
                 note(f"wrote {file}")
         results.write_results(folder, document)
         done.append((name, found.samples, asked))

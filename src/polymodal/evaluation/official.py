@@ -1,6 +1,6 @@
 """What the benchmarks' modules share: official files turned into the columns that parquet has, and submissions.
 
-A reader of official files gives rows with `image`, the name of a file; `with_images` finds the folder and puts paths.
+The forms of a benchmark name their columns differently; readers ask for a column by all the names that it has.
 """
 
 import json
@@ -12,8 +12,11 @@ from typing import Any
 
 from polymodal.errors import DataError
 from polymodal.evaluation.files import Row, field, find_file, literal, parquet_rows, read_json, tsv_rows
-from polymodal.evaluation.task import Aggregate, Figures, Read, Sample, Submit, mean_score, unique_ids
+from polymodal.evaluation.task import Aggregate, Example, Figures, Read, Sample, Submit, mean_score, unique_ids
 from polymodal.utils.files import make_folder, write_text
+
+WHERE = " where"
+"""A column in which a reader says a row's place, where that is not the file's row of the same number."""
 
 
 def rows_in(
@@ -30,7 +33,7 @@ def rows_in(
             raise DataError(f"{pattern} is in {first.parent} and in {other.parent}; give the folder of this benchmark")
         for file in shards:
             for number, row in enumerate(read(file)):
-                yield f"{file}: row {number}", row
+                yield row.get(WHERE) or f"{file}: row {number}", row
         return
     raise DataError(f"{folder}: none of {', '.join(readers)} is in it; give the folder with the benchmark's files")
 
@@ -48,28 +51,37 @@ def object_of(value: Any, where: str) -> Row:
     return value
 
 
-def id_of(row: Row, where: str, *keys: str) -> str:
-    """The number that a benchmark knows a question or an image by, under the first of some keys, as text."""
-    key = next((key for key in keys if key in row), keys[0])
-    value = field(row, key, where, int, str)
+def named(row: Row, *names: str) -> str:
+    """The first of some names that a column has in the forms of a benchmark which this row has."""
+    return next((name for name in names if name in row), names[0])
+
+
+def id_of(row: Row, where: str, *names: str) -> str:
+    """The number that a benchmark knows a question or an image by, as text."""
+    name = named(row, *names)
+    value = field(row, name, where, int, str)
     if not str(value).isdecimal():
-        raise DataError(f"{where}: `{key}` is {value!r:.60}, expected a number")
+        raise DataError(f"{where}: `{name}` is {value!r:.60}, expected a number")
     return str(int(value))
 
 
-def texts_of(row: Row, key: str, where: str, secret: bool = False) -> tuple[str, ...]:
-    """A column of one text or several; a split whose answers are secret may lack it, or have empty ones."""
-    given = row.get(key)
+def text_of(row: Row, where: str, *names: str) -> str:
+    """A column of texts."""
+    return str(field(row, named(row, *names), where, str))
+
+
+def texts_of(row: Row, where: str, *names: str, secret: bool = False) -> tuple[str, ...]:
+    """A column of one text or several; where they are secret it may be missing, or have empty ones."""
+    name = named(row, *names)
+    given = row.get(name)
     if secret and (given is None or given == "" or (isinstance(given, list) and not any(given))):
         return ()
-    value = field(row, key, where, list, str)
+    value = field(row, name, where, list, str)
     if isinstance(value, str):  # of a TSV
         value = literal(value, where) if value.startswith("[") else [value]
     if not value:
-        raise DataError(f"{where}: `{key}` is empty")
-    for text in value:
-        field({key: text}, key, where, str)
-    return tuple(value)
+        raise DataError(f"{where}: `{name}` is empty")
+    return tuple(field({name: text}, name, where, str) for text in value)
 
 
 def image_of(row: Row, where: str) -> Any:
@@ -98,10 +110,9 @@ def keyed(path: Path, rows: Iterable[Row], key: str) -> Callable[[Any], Row]:
     return look_up
 
 
-def with_images(folder: Path, path: Path, rows: Iterable[Row]) -> list[Row]:
-    """Put paths for the names in `image` of an official file's rows: all from where most of the first ones lie."""
-    rows = list(rows)
-    names = [field(row, "image", f"{path}: row {number}", str) for number, row in enumerate(rows)]
+def with_images(folder: Path, path: Path, rows: Sequence[Row], column: str = "image") -> list[Row]:
+    """Put paths in `image` for the names in a column of an official file: all from where most of the first ones lie."""
+    names = [text_of(row, f"{path}: row {number}", column) for number, row in enumerate(rows)]
     for name in names:
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
             raise DataError(f"{path}: the image {name!r} leaves the folder")
@@ -151,12 +162,16 @@ def means_by(*keys: str) -> Aggregate:
     return figures
 
 
-def for_server(samples: Sequence[Sample], ids: Sequence[str]) -> list[Sample]:
-    """The samples in a server's order, with one without an answer for every id that was not asked."""
-    known = {sample.id: sample for sample in samples}
-    if lost := known.keys() - set(ids):
-        raise DataError(f"question {min(lost)} is none of the {len(ids):,} that the server wants; are the files a set?")
-    return [known.get(name) or Sample(name, "", "", (), "", {}, {}, None) for name in ids]
+def for_server(samples: Sequence[Sample], examples: Sequence[Example], ids: Sequence[str] = ()) -> list[Sample]:
+    """The samples in the order of ids or else of all examples, with one without an answer for what was not asked."""
+    known = {e.id: Sample(e.id, e.kind, "", e.references, e.metric, e.options, e.extra, None) for e in examples}
+    known |= {sample.id: sample for sample in samples}
+    wanted = list(ids) or list(known)
+    if lost := known.keys() - set(wanted):
+        raise DataError(
+            f"question {min(lost)} is none of the {len(wanted):,} that the server wants; fetch the files again"
+        )
+    return [known.get(name) or Sample(name, "", "", (), "", {}, {}, None) for name in wanted]
 
 
 def json_array(name: str, entry: Callable[[Sample], Any]) -> Submit:

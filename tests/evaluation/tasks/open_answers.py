@@ -90,9 +90,9 @@ def submission(name: str, split: str, folder: Path, said: Sequence[str | None], 
     examples = list(task.read(folder, split))
     asked = examples[: len(said)]
     run = run_task(Told(asked, said), task, asked, Settings(cached=False))
-    ids = list(task.server_ids(folder, split)) if task.server_ids else [example.id for example in examples]
+    ids = list(task.server_ids(folder, split)) if task.server_ids else []
     assert task.submit is not None
-    (file,) = task.submit(for_server(run.samples, ids), split, folder / "out")
+    (file,) = task.submit(for_server(run.samples, examples, ids), split, folder / "out")
     return file.read_bytes()
 
 

@@ -128,16 +128,16 @@ def test_faults_are_one_line(tmp_path: Path) -> None:
     mini.OFFICIAL["chartqa"](tmp_path / "chartqa", 4)
     (file,) = (tmp_path / "chartqa").rglob("test_augmented.json")
     change(file, lambda d: d[0].update(label=7))
-    check_fault(tmp_path / "chartqa", "chartqa", "test", "`answer` is 7, expected str")
+    check_fault(tmp_path / "chartqa", "chartqa", "test", "test_augmented.json: row 0: `label` is 7, expected str")
     file.unlink()
     check_fault(tmp_path / "chartqa", "chartqa", "test", "test_augmented.json")
     mini.TSV["chartqa"](tmp_path / "tsv", 2)
     tsv = tmp_path / "tsv" / "ChartQA_TEST.tsv"
     tsv.write_text(tsv.read_text().replace("test_human", "test_machine"))
-    check_fault(tmp_path / "tsv", "chartqa", "test", "row 0: `split` is 'test_machine', expected human or augmented")
+    check_fault(tmp_path / "tsv", "chartqa", "test", "row 0: is of 'machine', expected human or augmented")
     mini.OFFICIAL["ocrbench"](tmp_path / "ocrbench", 2)
     change(tmp_path / "ocrbench" / "OCRBench.json", lambda d: d[1].pop("answers"))
-    check_fault(tmp_path / "ocrbench", "ocrbench", "test", "row 1: `answer` is None, expected list or str")
+    check_fault(tmp_path / "ocrbench", "ocrbench", "test", "row 1: `answers` is None, expected list or str")
     check_fault(
         tmp_path / "ocrbench", "docvqa", "val", "none of val_v1.0_withQT.json, val_v1.0.json, DocVQA/validation-"
     )

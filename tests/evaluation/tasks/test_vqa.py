@@ -104,8 +104,11 @@ def test_textvqa_counts_who_agrees(tmp_path: Path) -> None:
 
 def test_vqav2_sends_every_id_of_test2015_and_what_llava_makes_of_an_answer(tmp_path: Path) -> None:
     mini.OFFICIAL["vqav2"](tmp_path, 6)
+    mini.HUB["vqav2"](tmp_path / "hub", 6)
     # Three of them are test-dev's; the third failed.
-    assert submission("vqav2", "testdev", tmp_path, ["A red  Circle.", "Two", None]) == (
+    sent = submission("vqav2", "testdev", tmp_path, ["A red  Circle.", "Two", None])
+    assert submission("vqav2", "testdev", tmp_path / "hub", ["A red  Circle.", "Two", None]) == sent
+    assert sent == (
         b'[{"question_id": 393226000, "answer": "red circle"}, {"question_id": 393226001, "answer": "2"}, '
         b'{"question_id": 393233000, "answer": ""}, {"question_id": 393233001, "answer": ""}, '
         b'{"question_id": 393240000, "answer": ""}, {"question_id": 393240001, "answer": ""}]'
@@ -187,9 +190,9 @@ def test_faults_of_gqa_and_textvqa_are_one_line(tmp_path: Path) -> None:
     mini.OFFICIAL["gqa"](tmp_path / "gqa", 2)
     questions = tmp_path / "gqa" / "testdev_balanced_questions.json"
     change(questions, lambda d: d["202000001"].pop("answer"))
-    check_fault(tmp_path / "gqa", "gqa", "testdev", "row 1: has no `answer`")
+    check_fault(tmp_path / "gqa", "gqa", "testdev", "questions.json: question 202000001: has no `answer`")
     change(questions, lambda d: d["202000001"].update(answer="red", types="query"))
-    check_fault(tmp_path / "gqa", "gqa", "testdev", "row 1: `types` is 'query', expected an object")
+    check_fault(tmp_path / "gqa", "gqa", "testdev", "question 202000001: `types` is 'query', expected an object")
     questions.write_text("[]")
     check_fault(tmp_path / "gqa", "gqa", "testdev", "the file is [], expected an object")
     mini.HUB["gqa"](tmp_path / "hub", 2)

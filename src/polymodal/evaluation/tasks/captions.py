@@ -26,10 +26,10 @@ def _karpathy(folder: Path, path: Path) -> list[Row]:
     rows = []
     for number, row in enumerate(official.json_list(path, "images")):
         where = f"{path}: row {number}"
-        if field(row, "split", where, str) == "test":
-            said = [field(sentence, "raw", where, str) for sentence in field(row, "sentences", where, list)]
-            rows.append({"id": row.get("cocoid"), "image": row.get("filename"), "captions": said})
-    return official.with_images(folder, path, rows)
+        if official.text_of(row, where, "split") == "test":
+            said = [official.text_of(sentence, where, "raw") for sentence in field(row, "sentences", where, list)]
+            rows.append({**row, "captions": said})
+    return official.with_images(folder, path, rows, "filename")
 
 
 def _official(folder: Path, path: Path, secret: bool = False) -> list[Row]:
@@ -37,20 +37,20 @@ def _official(folder: Path, path: Path, secret: bool = False) -> list[Row]:
     captions: dict[str, list[str]] = defaultdict(list)
     for number, note in enumerate([] if secret else official.json_list(path, "annotations")):
         where = f"{path}: annotation {number}"
-        captions[official.id_of(note, where, "image_id")].append(field(note, "caption", where, str))
+        captions[official.id_of(note, where, "image_id")].append(official.text_of(note, where, "caption"))
     rows = []
     for number, row in enumerate(official.json_list(path, "images")):
         own = captions.pop(official.id_of(row, f"{path}: row {number}", "id"), [])
-        rows.append({**row, "image": row.get("file_name"), "captions": own})
-    return official.with_images(folder, path, rows)
+        rows.append({**row, "captions": own})
+    return official.with_images(folder, path, rows, "file_name")
 
 
-def _example(where: str, row: Row, captions: str, secret: bool = False) -> Example:
+def _example(where: str, row: Row, secret: bool = False) -> Example:
     return Example(
-        id=official.id_of(row, where, "image_id", "id", "index"),
+        id=official.id_of(row, where, "image_id", "cocoid", "id", "index"),
         messages=ask(PROMPT, official.image_of(row, where)),
-        references=official.texts_of(row, captions, where, secret=secret),
-        kind=field(row, "domain", where, str) if "domain" in row else "",
+        references=official.texts_of(row, where, "captions", "annotations_captions", "answer", secret=secret),
+        kind=official.text_of(row, where, "domain") if "domain" in row else "",
     )
 
 
@@ -63,11 +63,11 @@ def _coco(folder: Path, split: str) -> Iterator[Example]:
         rows = official.rows_in(folder, forms, "val-*.parquet", *["COCO_VAL.tsv"] * (split == "val2017"))
     for where, row in rows:
         if "question_id" in row:  # of the hub, the name of the image: COCO_val2014_000000391895.jpg
-            name = field(row, "question_id", where, str)
+            name = official.text_of(row, where, "question_id")
             if ("val2014" in name) != (split == "val2014"):
                 raise DataError(f"{where}: {name:.60} is no image of {split}")
             row["image_id"] = name.partition(".")[0].rpartition("_")[2]
-        yield _example(where, row, "captions" if "captions" in row else "answer")
+        yield _example(where, row)
 
 
 @official.each_once
@@ -76,7 +76,7 @@ def _nocaps(folder: Path, split: str) -> Iterator[Example]:
     secret = split == "test"
     forms = {name: partial(_official, folder, secret=secret)}
     for where, row in official.rows_in(folder, forms, f"{hub}-*.parquet"):
-        yield _example(where, row, "captions" if "captions" in row else "annotations_captions", secret)
+        yield _example(where, row, secret)
 
 
 def _figures(samples: Sequence[Sample]) -> Figures:

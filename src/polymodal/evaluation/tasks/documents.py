@@ -11,7 +11,7 @@ from pathlib import Path
 
 from polymodal.errors import DataError
 from polymodal.evaluation import official
-from polymodal.evaluation.files import Row, ask, field
+from polymodal.evaluation.files import Row, ask
 from polymodal.evaluation.task import Example, Figures, Sample, Task
 from polymodal.evaluation.tasks.vqa import SHORT
 
@@ -29,9 +29,7 @@ _RRC = {
 
 
 def _rrc_official(folder: Path, image: str, path: Path) -> list[Row]:
-    return official.with_images(
-        folder, path, [{**row, "image": row.get(image)} for row in official.json_list(path, "data")]
-    )
+    return official.with_images(folder, path, official.json_list(path, "data"), image)
 
 
 def _rrc(task: str, folder: Path, split: str) -> Iterator[Example]:
@@ -40,11 +38,11 @@ def _rrc(task: str, folder: Path, split: str) -> Iterator[Example]:
     parquet = f"{_HUB[split]}-*.parquet"
     for where, row in official.rows_in(folder, forms, f"{config}/{parquet}", parquet, f"{tsv}_{split.upper()}.tsv"):
         keys = ("question_types", "answer_type", "operation/reasoning")
-        types = [name for key in keys for name in official.texts_of(row, key, where, secret=True)]
+        types = [name for key in keys for name in official.texts_of(row, where, key, secret=True)]
         yield Example(
             id=official.id_of(row, where, "questionId", "index"),
-            messages=ask(field(row, "question", where, str) + SHORT, official.image_of(row, where)),
-            references=official.texts_of(row, "answer" if "index" in row else "answers", where, secret=split == "test"),
+            messages=ask(official.text_of(row, where, "question") + SHORT, official.image_of(row, where)),
+            references=official.texts_of(row, where, "answers", "answer", secret=split == "test"),
             extra={"types": types},  # a question may be of several
         )
 
@@ -69,11 +67,10 @@ def _rrc_task(name: str) -> Task:
 
 def _chartqa_official(folder: Path, split: str, path: Path) -> Iterator[Row]:
     """Its two files, of which the first was found."""
-    names = {"imgname": "image", "query": "question", "label": "answer"}
     for half in ("human", "augmented"):
         file = path.with_name(f"{split}_{half}.json")
-        rows = [{names.get(key, key): value for key, value in row.items()} for row in official.json_list(file)]
-        yield from ({**row, "type": half} for row in official.with_images(folder, file, rows))
+        rows = official.with_images(folder, file, official.json_list(file), "imgname")
+        yield from ({**row, "type": half, official.WHERE: f"{file}: row {n}"} for n, row in enumerate(rows))
 
 
 @official.each_once
@@ -81,15 +78,14 @@ def _chartqa(folder: Path, split: str) -> Iterator[Example]:
     forms = {f"{split}_human.json": partial(_chartqa_official, folder, split)}
     count = {"human": 0, "augmented": 0}
     for where, row in official.rows_in(folder, forms, f"{split}-*.parquet", f"ChartQA_{split.upper()}.tsv"):
-        key = "type" if "type" in row else "split"
-        half = field(row, key, where, str).removeprefix("test_").removesuffix("_test")
+        half = official.text_of(row, where, "type", "split").removeprefix("test_").removesuffix("_test")
         if half not in count:
-            raise DataError(f"{where}: `{key}` is {row[key]!r:.60}, expected human or augmented")
+            raise DataError(f"{where}: is of {half!r:.60}, expected human or augmented")
         count[half] += 1
         yield Example(
             id=f"{half}-{count[half]}",  # they have no ids
-            messages=ask(field(row, "question", where, str) + ONE_WORD, official.image_of(row, where)),
-            references=(field(row, "answer", where, str),),
+            messages=ask(official.text_of(row, where, "query", "question") + ONE_WORD, official.image_of(row, where)),
+            references=(official.text_of(row, where, "label", "answer"),),
             kind=half,
         )
 
@@ -108,29 +104,26 @@ _RECOGNITION = (
     "Digit String Recognition",
     "Non-Semantic Text Recognition",
 )
-_FORMULAS = "Handwritten Mathematical Expression Recognition"
+_DATASETS = {"Handwritten Mathematical Expression Recognition": "HME100k"}
 
 
 def _ocrbench_official(folder: Path, path: Path) -> list[Row]:
-    names = {"dataset_name": "dataset", "type": "question_type", "answers": "answer", "image_path": "image"}
-    rows = [{names.get(key, key): value for key, value in row.items()} for row in official.json_list(path)]
-    for row in rows:
-        row["answer"] = [row["answer"]] if isinstance(row.get("answer"), str) else row.get("answer")
-    return official.with_images(folder, path, rows)
+    rows = official.with_images(folder, path, official.json_list(path), "image_path")
+    return [{**row, "answers": [a] if isinstance(a := row.get("answers"), str) else a} for row in rows]
 
 
 @official.each_once
 def _ocrbench(folder: Path, _split: str) -> Iterator[Example]:
     forms = {"OCRBench.json": partial(_ocrbench_official, folder)}
     for number, (where, row) in enumerate(official.rows_in(folder, forms, "test-*.parquet", "OCRBench.tsv")):
-        kind = field(row, "category" if "category" in row else "question_type", where, str)
-        formula = row.get("dataset", "HME100k" if kind == _FORMULAS else "") == "HME100k"
+        kind = official.text_of(row, where, "type", "question_type", "category")
+        dataset = row.get(official.named(row, "dataset_name", "dataset"), _DATASETS.get(kind))
         yield Example(
             id=str(number),  # the hub's have no ids
-            messages=ask(field(row, "question", where, str).strip(), official.image_of(row, where)),
-            references=official.texts_of(row, "answer", where),
+            messages=ask(official.text_of(row, where, "question").strip(), official.image_of(row, where)),
+            references=official.texts_of(row, where, "answers", "answer"),
             kind=kind,
-            options={"dataset": "HME100k"} if formula else {},
+            options={"dataset": dataset} if dataset == "HME100k" else {},  # which is scored otherwise
         )
 
 

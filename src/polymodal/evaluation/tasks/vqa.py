@@ -45,9 +45,9 @@ def _vqav2(folder: Path, split: str) -> Iterator[Example]:
         noted = field(row, "answers", where, list) if open_ else []
         yield Example(
             id=official.id_of(row, where, "question_id"),
-            messages=ask(field(row, "question", where, str) + SHORT, official.image_of(row, where)),
-            references=tuple(field(answer, "answer", where, str) for answer in noted),
-            kind=field(row, "answer_type", where, str) if open_ else "",
+            messages=ask(official.text_of(row, where, "question") + SHORT, official.image_of(row, where)),
+            references=tuple(official.text_of(answer, where, "answer") for answer in noted),
+            kind=official.text_of(row, where, "answer_type") if open_ else "",
             extra={"image": official.id_of(row, where, "image_id")},
         )
 
@@ -80,8 +80,10 @@ VQAV2 = Task(
 def _gqa_official(folder: Path, path: Path) -> list[Row]:
     rows = []
     for name, value in official.object_of(read_json(path), f"{path}: the file").items():
-        row = official.object_of(value, f"{path}: question {name}")
-        rows.append({**row, "id": name, "image": f"{field(row, 'imageId', f'{path}: question {name}', str)}.jpg"})
+        where = f"{path}: question {name}"
+        row = official.object_of(value, where)
+        image = f"{official.text_of(row, where, 'imageId')}.jpg"
+        rows.append({**row, "id": name, "image": image, official.WHERE: where})
     return official.with_images(folder, path, rows)
 
 
@@ -104,9 +106,9 @@ def _gqa(folder: Path, split: str) -> Iterator[Example]:
         # Questions that are not balanced are answered for the submission, and not scored.
         balanced = row.get("isBalanced", True)
         yield Example(
-            id=field(row, "id" if "id" in row else "index", where, str),
-            messages=ask(field(row, "question", where, str) + SHORT, official.image_of(row, where)),
-            references=(field(row, "answer", where, str),) if balanced else (),
+            id=official.text_of(row, where, "id", "index"),
+            messages=ask(official.text_of(row, where, "question") + SHORT, official.image_of(row, where)),
+            references=(official.text_of(row, where, "answer"),) if balanced else (),
             kind=structure and ("open" if structure == "query" else "binary"),
             extra={
                 **({"image": row["imageId"]} if "imageId" in row else {}),
@@ -149,7 +151,7 @@ def _textvqa(ocr: bool, folder: Path, split: str) -> Iterator[Example]:
     forms = {f"TextVQA_0.5.1_{split}.json": partial(_textvqa_official, folder, split, ocr)}
     tables = f"{_TEXTVQA[split]}-*.parquet", f"TextVQA_{split.upper()}.tsv"
     for where, row in official.rows_in(folder, forms, *tables):
-        question = field(row, "question", where, str)
+        question = official.text_of(row, where, "question")
         question = question[:1].upper() + question[1:]  # as in LLaVA's file
         if ocr:
             tokens = field(row, "ocr_tokens", where, list)
@@ -157,7 +159,7 @@ def _textvqa(ocr: bool, folder: Path, split: str) -> Iterator[Example]:
         yield Example(
             id=official.id_of(row, where, "question_id", "index"),
             messages=ask(question + SHORT, official.image_of(row, where)),
-            references=official.texts_of(row, "answer" if "index" in row else "answers", where, secret=split == "test"),
+            references=official.texts_of(row, where, "answers", "answer", secret=split == "test"),
             extra={"image": row["image_id"]} if "image_id" in row else {},
         )
 
