@@ -130,8 +130,10 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
         document["tasks"][name] = results.summarise(task, split, found, settings, model)
         results.write_samples(folder / name / "samples.jsonl", found.samples)
         if task.submit is not None:
-            for file in task.submit(for_server(found.samples, asked, ids), split, folder / name):
-                note(f"wrote {file}")
+            sent = for_server(found.samples, asked, ids)
+            lacking = sum(sample.answer is None for sample in sent)
+            for file in task.submit(sent, split, folder / name):
+                note(f"wrote {file}" + (f"; {lacking:,} of {len(sent):,} have no answer in it" if lacking else ""))
         results.write_results(folder, document)
         done.append((name, found.samples, asked))
     if not is_first():

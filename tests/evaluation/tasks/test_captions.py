@@ -100,7 +100,9 @@ def test_from_the_folder_to_the_results(
     names = "coco_caption,nocaps_test"
     argv = ["eval", str(tiny_model_folder), "--tasks", names, "--max-new-tokens", "3", "--limit", "1"]
     assert main([*argv, "--data-root", str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 0
-    assert "| coco_caption karpathy | cider | 1 | 0.0 |" in capsys.readouterr().out  # of one image it is 0
+    printed = capsys.readouterr()
+    assert "| coco_caption karpathy | cider | 1 | 0.0 |" in printed.out  # of one image it is 0
+    assert "karpathy_polymodal_results.json; 1 of 2 have no answer in it" in printed.err
     found = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
     assert found["nocaps_test"]["score"] is None and found["coco_caption_karpathy"]["limit"] == 1
     sent = json.loads((tmp_path / "out" / "nocaps_test" / "nocaps_test_results.json").read_text())

@@ -59,6 +59,7 @@ def test_ocr_tokens_are_asked_for_by_name_and_an_image_without_any_keeps_the_lin
     assert "\nReference OCR token: Cafe, Rio\nAnswer" in prompt_text(ocr[5].messages)
     # Only the first letter is made a capital: the rest may be a name.
     assert prompt_text(plain[0].messages).startswith("<image>What is written here in Capitals?\n")
+    assert prompt_text(plain[1].messages).startswith("<image>What does the sign say?\n")
     mini.TSV["textvqa"](tmp_path / "tsv", 2)
     check_fault(tmp_path / "tsv", "textvqa_ocr", "val", "TextVQA_VAL.tsv: row 0: has no `ocr_tokens`")
     (tmp_path / "official" / "TextVQA_Rosetta_OCR_v0.2_val.json").unlink()

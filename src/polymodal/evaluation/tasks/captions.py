@@ -82,11 +82,13 @@ def _nocaps(folder: Path, split: str) -> Iterator[Example]:
 def _figures(samples: Sequence[Sample]) -> Figures:
     """BLEU-4, ROUGE-L and each domain's CIDEr-D, whose words weigh as in that domain alone."""
     said, gold = [sample.answer or "" for sample in samples], [sample.references for sample in samples]
-    scores = caption_scores(said, gold)
+    variant = str(samples[0].options.get("variant", "official"))
+    scores = caption_scores(said, gold, variant=variant)
     figures = {"bleu_4": scores["bleu_4"], "rouge_l": scores["rouge_l"]}
     for domain in _DOMAINS:
         if own := [number for number, sample in enumerate(samples) if sample.kind == domain]:
-            figures[domain] = sum(cider([said[i] for i in own], [gold[i] for i in own])) / len(own)
+            scored = cider([said[i] for i in own], [gold[i] for i in own], variant=variant)
+            figures[domain] = sum(scored) / len(own)
     return figures
 
 
