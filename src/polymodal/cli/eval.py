@@ -93,6 +93,7 @@ def _batch_size(given: str) -> int | None:
 def _answers(args: argparse.Namespace, names: list[str]) -> int:
     """Tasks whose questions a model answers."""
     from polymodal.evaluation import results
+    from polymodal.evaluation.official import for_server
     from polymodal.evaluation.report import write_report
     from polymodal.evaluation.runner import Settings, prepared, processes, run_task
     from polymodal.evaluation.tasks import find_data, find_task
@@ -119,7 +120,9 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
         cached=not args.no_cache,
     )
     # The data first: a mistake there is found before a model is loaded.
-    asked = [prepared(task, list(task.read(path, split)), settings) for task, split, path in tasks]
+    examples = [list(task.read(path, split)) for task, split, path in tasks]
+    asked = [prepared(task, found, settings) for (task, *_), found in zip(tasks, examples)]
+    wanted = [list(task.server_ids(path, split)) if task.server_ids else [] for task, split, path in tasks]
     args.device = args.device or _own_device(args.model)
     model = open_model(args)
     if args.concurrency is not None:
@@ -129,17 +132,19 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
     rank, _ = processes()
     document = results.begin_results(folder, model.name, model.fingerprint()) if rank == 0 else {}
     done = []
-    for (task, split, _), examples in zip(tasks, asked):
+    for (task, split, _), own, every, ids in zip(tasks, asked, examples, wanted):
         settings = replace(settings, blind=task.blind if args.blind is None else args.blind)
-        found = run_task(model, task, examples, settings)
+        found = run_task(model, task, own, settings)
         if rank > 0:
             continue
         name = f"{task.name}_{split}" if split else task.name
         results.add_task(folder, document, name, results.summarise(task, split, found, settings, model), found.samples)
         if task.submit is not None:
-            for file in task.submit(found.samples, split, folder / name):
-                note(f"wrote {file}")
-        done.append((name, found.samples, examples))
+            sent = for_server(found.samples, every, ids)
+            lacking = sum(sample.answer is None for sample in sent)
+            for file in task.submit(sent, split, folder / name):
+                note(f"wrote {file}" + (f"; {lacking:,} of {len(sent):,} have no answer in it" if lacking else ""))
+        done.append((name, found.samples, own))
     if rank > 0:
         return 0
     write_report(folder, document, done)

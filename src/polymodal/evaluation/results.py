@@ -26,7 +26,7 @@ from polymodal.errors import ConfigError, DataError, first_line
 from polymodal.evaluation.files import read_lines
 from polymodal.evaluation.runner import Run, Settings
 from polymodal.evaluation.task import Figures, Sample, Task, mean_score, score_one
-from polymodal.metrics import METRICS
+from polymodal.metrics import CORPUS_METRICS, METRICS
 from polymodal.metrics.intervals import grouped_interval, mean_interval
 from polymodal.metrics.text import markdown_table, words_of
 from polymodal.utils.files import check_writable, make_folder, sha256_json, write_text
@@ -65,7 +65,7 @@ def summarise(task: Task, split: str, run: Run, settings: Settings, model: "Back
         return {**document, "score": None, "figures": {}, "kinds": []}
     if settings.variant is not None and (other := [s.metric for s in samples if "variant" not in s.options]):
         document["without_variant"] = sorted(set(other))
-    figures = task.aggregate(samples)
+    figures = task.aggregate(samples) | (task.details(samples) if task.details else {})
     document |= {"score": _headline(figures), "figures": figures, "interval": _interval(task, samples)}
     by_kind = Counter(sample.kind for sample in samples)
     groups = [[s for s in samples if s.kind == kind] for kind in by_kind] if len(by_kind) > 1 else [samples]
@@ -177,7 +177,7 @@ def table_cells(documents: Sequence[Json]) -> tuple[list[str], list[list[str]]]:
 
 
 def _table_rows(document: Json) -> list[dict[str, str]]:
-    unit = document["unit"]
+    unit = _unit(document)
     if document["score"] is None:
         return [_cells(f"{document['task']} ({document['split']})", document, unit)]
     name = f"{document['task']} {document['split']}".strip()
@@ -200,10 +200,15 @@ def _table_rows(document: Json) -> list[dict[str, str]]:
 
 def shown_score(document: Json, row: Json) -> str:
     """A row's score in the task's unit."""
-    return _figure(row["score"], document["unit"])
+    return _figure(row["score"], _unit(document))
 
 
-def _cells(name: str, row: Json, unit: float) -> dict[str, str]:
+def _unit(document: Json) -> float | str:
+    """What 1.0 is printed as; CIDEr is points, which are no share of anything."""
+    return "points" if document["metric"] in CORPUS_METRICS else document["unit"]
+
+
+def _cells(name: str, row: Json, unit: float | str) -> dict[str, str]:
     def shown(key: str) -> str:
         return "" if row.get(key) is None else _figure(row[key], unit)
 
@@ -220,7 +225,9 @@ def _cells(name: str, row: Json, unit: float) -> dict[str, str]:
     }
 
 
-def _figure(value: float, unit: float, sign: str = "") -> str:
+def _figure(value: float, unit: float | str, sign: str = "") -> str:
+    if isinstance(unit, str):
+        return f"{100 * value:{sign}.1f}"
     return f"{value:{sign}.1%}" if unit == 100 else f"{value * unit:{sign}.1f}"
 
 

@@ -80,6 +80,11 @@ Aggregate = Callable[[Sequence[Sample]], Figures]
 """Figures of scored samples, the headline first."""
 
 
+Read = Callable[[Path, str], Iterable[Example]]
+Submit = Callable[[Sequence[Sample], str, Path], list[Path]]
+"""Writes what a server takes of the samples of a split, those that were not answered among them, into a folder."""
+
+
 def mean_score(samples: Sequence[Sample]) -> Figures:
     """The mean of the scores, 0 to 1."""
     return {"score": sum(sample.score or 0.0 for sample in samples) / max(1, len(samples))}
@@ -103,25 +108,34 @@ class Task:
             intervals draw whole groups; empty where each sample stands alone.
         unit: What 1.0 is printed as: 100 for percent, 1 for scores such as MME's.
         lower_is_better: Whether the metric counts errors.
-        submit: Writes the files that the benchmark's server takes, and says which; None where there is no server.
+        submit: Writes the files that the benchmark's server takes, and says which; None where there is no server. It
+            is given a sample for every id that the server wants; those that were not asked or failed have no answer.
         needs: Media that the model must be able to take.
         blind: Whether the image-blind control runs unless told otherwise.
+        hub_files: The files of the hub's dataset that a split needs, as patterns; all where none are named.
+        folder: The folder in a data root that it shares with another task; empty where it has one of its own name.
+        details: Makes further figures, which stand under those of `aggregate` and have no interval.
+        server_ids: The ids that the server wants of a split, in order, where these are not the split's.
     """
 
     name: str
     about: str
     metric: str
     splits: tuple[str, ...]
-    read: Callable[[Path, str], Iterable[Example]]
+    read: Read
     hub: str = ""
     max_new_tokens: int = 16
     aggregate: Aggregate = mean_score
     group: str = ""
     unit: float = 100.0
     lower_is_better: bool = False
-    submit: Callable[[Sequence[Sample], str, Path], list[Path]] | None = None
+    submit: Submit | None = None
     needs: tuple[str, ...] = ("image",)
     blind: bool = False
+    hub_files: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    folder: str = ""
+    details: Aggregate | None = None
+    server_ids: Callable[[Path, str], Iterable[str]] | None = None
 
 
 def score_samples(samples: Sequence[Sample], variant: str | None = None) -> list[Sample]:

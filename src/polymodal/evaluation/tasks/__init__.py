@@ -6,10 +6,10 @@ from pathlib import Path
 
 from polymodal.errors import ConfigError, DataError, first_line, unknown_name
 from polymodal.evaluation.task import Sample, Task
-from polymodal.evaluation.tasks import demo, vqa
+from polymodal.evaluation.tasks import captions, demo, documents, vqa
 from polymodal.evaluation.tasks.questions import QUESTIONS
 
-TASKS: dict[str, Task] = {task.name: task for task in (demo.DEMO, *vqa.TASKS)}
+TASKS: dict[str, Task] = {task.name: task for task in (demo.DEMO, *vqa.TASKS, *documents.TASKS, *captions.TASKS)}
 """Every benchmark by its name. A new one is a `Task` in a module here, and its line."""
 
 
@@ -32,12 +32,15 @@ def find_data(task: Task, split: str, data_root: Path | None) -> Path:
     if data_root is not None:
         if not data_root.is_dir():
             raise DataError(f"--data-root {data_root}: no such folder")
-        own = data_root / task.name
+        own = data_root / (task.folder or task.name)
         return own if own.is_dir() else data_root
     from huggingface_hub import snapshot_download
 
+    wanted = task.hub_files.get(split)
+    if task.hub_files and wanted is None:
+        raise DataError(f"{task.name}: {task.hub} has no split {split}; give --data-root with its official files")
     try:
-        return Path(snapshot_download(task.hub, repo_type="dataset"))
+        return Path(snapshot_download(task.hub, repo_type="dataset", allow_patterns=wanted and list(wanted)))
     except Exception as error:  # the hub's client raises many types
         raise DataError(
             f"{task.name}: {task.hub} cannot be fetched ({first_line(error)[:160]}); give --data-root with its files"
