@@ -4,7 +4,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-WRITERS: dict[str, Callable[[Path, int], None]] = {}
+from benchmarks.evaluation.mini import choices
+
+WRITERS: dict[str, Callable[[Path, int], None]] = {**choices.WRITERS}
 """Name of a task -> what writes its set into a folder, with so many questions."""
 
 
