@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.evaluation.mini import open_answers
+from benchmarks.evaluation.mini import choices, open_answers
 
-WRITERS: dict[str, Callable[[Path, int], None]] = {**open_answers.OFFICIAL}
+WRITERS: dict[str, Callable[[Path, int], None]] = {**open_answers.OFFICIAL, **choices.WRITERS}
 """Name of a task -> what writes its set into a folder, with so many questions."""
 
 

@@ -84,10 +84,12 @@ class Backend(ABC):
     Attributes:
         name: What the model is called.
         concurrent: Conversations that it likes to be asked at the same time, one each; None where it batches instead.
+        takes: Media that a question may hold.
     """
 
     name: str
     concurrent: int | None = None
+    takes: tuple[str, ...] = ("image",)
 
     def fingerprint(self) -> str:
         """A hash of the model, by which answers are kept; of its name alone where there is nothing better."""

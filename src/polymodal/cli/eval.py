@@ -18,17 +18,19 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polymodal.backends import load
 from polymodal.checkpoints.locate import ENDPOINT
 from polymodal.cli.common import add_loading_arguments, note, one_line, open_model, printable
 from polymodal.errors import ConfigError
 from polymodal.utils.files import check_writable, make_folder, write_text
 
 if TYPE_CHECKING:
+    from polymodal.backends.base import Backend
     from polymodal.evaluation.task import Task
 
 EMBEDDING = {
@@ -56,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--blind", action=argparse.BooleanOptionalAction, help="ask again about grey images (default: demo and --data)"
     )
+    parser.add_argument("--judge", metavar="MODEL", help="mmbench: a model that reads answers without a letter")
+    parser.add_argument("--judge-url", metavar="URL", help="its server, where it is not that of --base-url")
     parser.add_argument("--no-cache", action="store_true", help="ask everything, and keep no answers")
     parser.add_argument("--allow-missing", action="store_true", help="rescore: score a file that lacks some answers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write scores and every answer here too")
@@ -93,10 +97,11 @@ def _batch_size(given: str) -> int | None:
 def _answers(args: argparse.Namespace, names: list[str]) -> int:
     """Tasks whose questions a model answers."""
     from polymodal.evaluation import results
+    from polymodal.evaluation.judge import judged
     from polymodal.evaluation.official import for_server
     from polymodal.evaluation.report import write_report
-    from polymodal.evaluation.runner import Settings, prepared, processes, run_task
-    from polymodal.evaluation.tasks import find_data, find_task
+    from polymodal.evaluation.runner import Settings, check_needs, prepared, processes, run_task
+    from polymodal.evaluation.tasks import find_data, find_task, read_examples
     from polymodal.evaluation.tasks.questions import data_task
 
     tasks: list[tuple[Task, str, Path]] = []
@@ -119,12 +124,15 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
         variant=args.variant,
         cached=not args.no_cache,
     )
+    judge = _judge(args, [task for task, *_ in tasks])
     # The data first: a mistake there is found before a model is loaded.
-    examples = [list(task.read(path, split)) for task, split, path in tasks]
+    examples = [read_examples(task, split, path) for task, split, path in tasks]
     asked = [prepared(task, found, settings) for (task, *_), found in zip(tasks, examples)]
     wanted = [list(task.server_ids(path, split)) if task.server_ids else [] for task, split, path in tasks]
     args.device = args.device or _own_device(args.model)
     model = open_model(args)
+    for task, *_ in tasks:
+        check_needs(model, task)
     if args.concurrency is not None:
         if model.concurrent is None:
             raise ConfigError(f"--concurrency is for endpoints; {args.model} is asked in batches (--batch-size)")
@@ -135,10 +143,13 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
     for (task, split, _), own, every, ids in zip(tasks, asked, examples, wanted):
         settings = replace(settings, blind=task.blind if args.blind is None else args.blind)
         found = run_task(model, task, own, settings)
+        if judge is not None:
+            found.samples = judged(judge, found.samples)
         if rank > 0:
             continue
         name = f"{task.name}_{split}" if split else task.name
-        results.add_task(folder, document, name, results.summarise(task, split, found, settings, model), found.samples)
+        summary = results.summarise(task, split, found, settings, model, judge)
+        results.add_task(folder, document, name, summary, found.samples)
         if task.submit is not None:
             sent = for_server(found.samples, every, ids)
             lacking = sum(sample.answer is None for sample in sent)
@@ -156,6 +167,19 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
     if failed := [sample for sample in samples if sample.error is not None]:
         print(f"\n{len(failed)} of {len(samples)} items failed; first: {one_line(str(failed[0].error))}")
     return 1 if failed else 0
+
+
+def _judge(args: argparse.Namespace, tasks: Sequence[Task]) -> Backend | None:
+    """The model that --judge names."""
+    from polymodal.evaluation.judge import JUDGED
+
+    if args.judge is None:
+        return None
+    if all(task.metric != JUDGED for task in tasks):
+        raise ConfigError(f"--judge {args.judge}: none of {', '.join(task.name for task in tasks)} is read by a judge")
+    if not args.judge.startswith(ENDPOINT):
+        return load(args.judge, args.device or _own_device(args.judge), quantize=args.quantize)
+    return load(args.judge, base_url=args.judge_url or args.base_url, allow_http=args.allow_http)
 
 
 def _results_folder(args: argparse.Namespace) -> Path:
@@ -238,9 +262,10 @@ def _rescore(args: argparse.Namespace) -> int:
     """Score kept answers, or a file of answers to a benchmark."""
     from polymodal.evaluation import results
     from polymodal.evaluation.compare import read_predictions, rescore
+    from polymodal.evaluation.judge import judged
     from polymodal.evaluation.runner import Run, Settings
     from polymodal.evaluation.task import ERROR_RATES, mean_score
-    from polymodal.evaluation.tasks import find_data, find_task, task_of
+    from polymodal.evaluation.tasks import find_data, find_task, read_examples, task_of
     from polymodal.generation.params import GenerationParams
 
     if not args.paths:
@@ -250,7 +275,7 @@ def _rescore(args: argparse.Namespace) -> int:
     for path in args.paths:
         if args.tasks:
             task, split = find_task(args.tasks.strip())
-            examples = list(task.read(find_data(task, split, args.data_root), split))
+            examples = read_examples(task, split, find_data(task, split, args.data_root))
             samples = read_predictions(path, examples, task.metric, args.allow_missing)
         else:
             samples = results.read_samples(path)
@@ -258,8 +283,9 @@ def _rescore(args: argparse.Namespace) -> int:
         samples = rescore(samples, args.metric, args.variant)
         if args.metric:  # figures of the benchmark's own are of its own scores
             task = replace(task, metric=args.metric, aggregate=mean_score, lower_is_better=args.metric in ERROR_RATES)
-        found = Run(samples, GenerationParams(), 1, None, 0)
-        documents.append(results.summarise(task, split, found, settings))
+        judge = _judge(args, [task])
+        found = Run(samples if judge is None else judged(judge, samples), GenerationParams(), 1, None, 0)
+        documents.append(results.summarise(task, split, found, settings, judge=judge))
     print(printable(results.table(documents)))
     if args.json is not None:
         _write_json(args.json, {"tasks": documents})

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
@@ -20,7 +20,7 @@ from polymodal.metrics.text import markdown_table
 SETTINGS = {
     "model": ("model_hash",),
     "prompt": ("template_hash",),
-    "extraction": ("metric", "variant"),
+    "extraction": ("metric", "variant", "judge"),
     "decoding": ("decoding",),
     "preprocessing": ("preprocessing_hash",),
     "versions": ("versions",),
@@ -186,11 +186,11 @@ def _predictions(path: Path) -> dict[str, str]:
         data = data["results"]
     elif isinstance(data, dict):  # answers by id, or a file of one line
         alone = not data.keys().isdisjoint(_IDS) and not data.keys().isdisjoint(_SAID)
-        data = [data] if alone else [{"id": name, "answer": answer} for name, answer in data.items()]
+        data = [data] if alone else [{"id": name, "answer": answer} for name, answer in _flat(data)]
     if not isinstance(data, list):
         raise DataError(f"{path}: expected a list of answers or an object of answers by id")
     answers: dict[str, str] = {}
-    for number, row in enumerate(data):
+    for number, row in enumerate(each for one in data for each in _questions(one)):
         where = f"{path}: answer {number}"
         name = next((row[key] for key in _IDS if key in row), None) if isinstance(row, dict) else None
         said = next((row[key] for key in _SAID if key in row), None) if isinstance(row, dict) else None
@@ -203,6 +203,19 @@ def _predictions(path: Path) -> dict[str, str]:
             raise DataError(f"{where}: id {name} comes twice; keep one of the two")
         answers[str(name)] = said
     return answers
+
+
+def _flat(data: Json) -> Iterator[tuple[str, Any]]:
+    """Answers by id; several to a question, as A-OKVQA's server takes them, under id/kind."""
+    for name, answer in data.items():
+        parts = answer if isinstance(answer, dict) else {"": answer}
+        yield from ((f"{name}/{kind}" if kind else name, said) for kind, said in parts.items())
+
+
+def _questions(row: Any) -> list[Any]:
+    """The answers in a row: itself, or a list of them, as Video-MME's template has it for each video."""
+    rows = row.get("questions") if isinstance(row, dict) else None
+    return rows if isinstance(rows, list) else [row]
 
 
 def _json(path: Path, text: str) -> Any:

@@ -23,6 +23,37 @@ from polymodal.utils.files import cache_folder, make_folder, regular_size, write
 
 Row = dict[str, Any]
 
+
+class TableRow(dict[str, Any]):
+    """A row's values by column."""
+
+    where = ""  # The file and the place in it, for error lines
+
+    def text(self, *names: str, default: str | None = None) -> str:
+        """A text or number under the first of some names that is there; the default where it is empty or "nan"."""
+        value = next((self[name] for name in names if self.get(name) is not None), None)
+        if value is None or value != value or (isinstance(value, str) and value.strip() in ("", "nan")):
+            if default is None:
+                problem = "is empty" if any(name in self for name in names) else "is not there"
+                raise DataError(f"{self.where}: the column `{names[0]}` {problem}; is it a file of this benchmark?")
+            return default
+        return value if isinstance(value, str) else str(value)
+
+    def images(self) -> list[Any]:
+        """The sources in `image`, a list or one."""
+        value = self.get("image")
+        return value if isinstance(value, list) else [] if value is None or value == "" else [value]
+
+
+def located(data: Any, where: str) -> TableRow:
+    """A row of an official file."""
+    if not isinstance(data, Mapping):
+        raise DataError(f"{where}: expected an object, found {type(data).__name__}; is it a file of this benchmark?")
+    row = TableRow(data)
+    row.where = where
+    return row
+
+
 MAX_CELL = 48 * 2**20
 """The largest cell of a TSV: an image in base64."""
 MAX_INDEX = 64
@@ -48,6 +79,14 @@ def need_file(folder: Path, *patterns: str) -> Path:
     return found
 
 
+def file_in(folder: Path, *names: str) -> Path:
+    """The first of some files that is there; the first of all where none is, so that reading it names it."""
+    for name in names:
+        if not Path(os.path.normpath(folder / name)).is_relative_to(os.path.normpath(folder)):
+            raise DataError(f"{folder}: the file {name!r:.200} leaves the folder; its files must lie inside it")
+    return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+
+
 def read_json(path: Path, *keys: str) -> Any:
     """An official JSON file; with keys, one object that must have them."""
     if regular_size(path, error=DataError) > MAX_JSON:
@@ -62,7 +101,17 @@ def read_json(path: Path, *keys: str) -> Any:
     return data
 
 
-def read_lines(path: Path) -> Iterator[Row]:
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that are not blank, with their numbers from 1."""
+    regular_size(path, error=DataError)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({first_line(error)})") from None
+    return ((number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def read_lines(path: Path) -> Iterator[TableRow]:
     """The objects of a JSON Lines file."""
     regular_size(path, error=DataError)
     number = 0
@@ -70,10 +119,7 @@ def read_lines(path: Path) -> Iterator[Row]:
         with path.open(encoding="utf-8-sig", newline="\n") as file:  # other ends of lines may stand in a text
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise DataError(f"{path}: line {number}: expected an object, found {type(row).__name__}")
-                    yield row
+                    yield located(json.loads(line), f"{path}: line {number}")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({first_line(error)})") from None
     except (ValueError, RecursionError) as error:
@@ -106,7 +152,7 @@ def literal(value: Any, where: str) -> Any:
         raise DataError(f"{where}: {value!r:.60} is no list ({first_line(error)})") from None
 
 
-def table_rows(folder: Path, *patterns: str) -> Iterator[Row] | None:
+def table_rows(folder: Path, *patterns: str) -> Iterator[TableRow] | None:
     """The rows of parquet or TSV files under a folder; None where there are none of these patterns."""
     for pattern in patterns:
         files = sorted(path for path in folder.rglob(pattern) if path.is_file())
@@ -115,26 +161,37 @@ def table_rows(folder: Path, *patterns: str) -> Iterator[Row] | None:
     return None
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
+def need_rows(folder: Path, *patterns: str) -> Iterator[TableRow]:
+    """The same; raises where there are none."""
+    rows = table_rows(folder, *patterns)
+    if rows is None:
+        raise DataError(f"{folder}: none of {', '.join(patterns)} is in it; give the folder with this split's files")
+    return rows
+
+
+def parquet_rows(path: Path) -> Iterator[TableRow]:
     """The rows of a parquet file; a column of images, sounds or videos gives sources, one or a list."""
     with open_table(path, DataError) as file:
         import pyarrow
 
         schema = file.schema_arrow
-        media = [name for name in schema.names if _is_media(schema.field(name).type, pyarrow)]
-        plain = [name for name in schema.names if name not in media]
+        sources = [name for name in schema.names if _is_media(schema.field(name).type, pyarrow)]
+        plain = [name for name in schema.names if name not in sources]
+        before = 0
         for group in range(file.metadata.num_row_groups):
             try:
                 rows = file.read_row_group(group, columns=plain).to_pylist() if plain else []
                 rows = rows or [{} for _ in range(file.metadata.row_group(group).num_rows)]
-                cells = {name: cells_of(path, file, group, name, path.parent, len(rows)) for name in media}
+                cells = {name: cells_of(path, file, group, name, path.parent, len(rows)) for name in sources}
             except MediaError as error:
                 raise DataError(f"{path}: {error}") from None
             except Exception as error:  # pyarrow raises many types for damaged pages
                 raise DataError(f"{path}: row group {group} is damaged ({first_line(error)[:160]})") from None
             for number, row in enumerate(rows):
                 found = {name: column[number] for name, column in cells.items()}
-                yield {**row, **{name: each[0] if len(each) == 1 else each or None for name, each in found.items()}}
+                media = {name: each[0] if len(each) == 1 else each or None for name, each in found.items()}
+                yield located({**row, **media}, f"{path}: row {before + number}")
+            before += len(rows)
 
 
 def _is_media(kind: Any, pyarrow: Any) -> bool:
@@ -148,7 +205,7 @@ def _is_media(kind: Any, pyarrow: Any) -> bool:
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
-def tsv_rows(path: Path) -> Iterator[Row]:
+def tsv_rows(path: Path) -> Iterator[TableRow]:
     """The rows of VLMEvalKit's TSV; its images, in base64, are unpacked into the cache folder and given as paths."""
     # As there, a short cell of `image` is the `index` of the row whose image it shares, a list holds several images,
     # and `image_path` names files beside the TSV. Rows are kept until the last, since that index may come later.
@@ -179,7 +236,7 @@ def tsv_rows(path: Path) -> Iterator[Row]:
             if image not in images:
                 raise DataError(f"{where}: `image` is {image!r}, which is the index of no row with an image")
             row["image"] = images[image]
-        yield row
+        yield located(row, where)
 
 
 def _cell_list(cell: str, where: str) -> list[Any]:

@@ -19,7 +19,7 @@ IMAGES = 4
 LONGEST = 2000
 """Characters of a prompt or an answer that are shown."""
 _SIZE = (240, 240)
-_SETTINGS = ("split", "metric", "variant", "limit", "decoding", "batch_size", "batch_invariant", "prompt_hash",
+_SETTINGS = ("split", "metric", "variant", "judge", "limit", "decoding", "batch_size", "batch_invariant", "prompt_hash",
              "preprocessing_hash", "template_hash")  # fmt: skip
 
 

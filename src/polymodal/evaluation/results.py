@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,14 @@ TRIED = 48
 """Answers and words, the frequent first, among which the best constant answer is looked for."""
 
 
-def summarise(task: Task, split: str, run: Run, settings: Settings, model: "Backend | Embedder | None" = None) -> Json:
+def summarise(
+    task: Task,
+    split: str,
+    run: Run,
+    settings: Settings,
+    model: "Backend | Embedder | None" = None,
+    judge: Backend | None = None,
+) -> Json:
     """Every figure of a task and how it was taken, as plain data."""
     samples = [sample for sample in run.samples if sample.score is not None]
     metrics = {sample.metric for sample in run.samples}
@@ -49,6 +57,7 @@ def summarise(task: Task, split: str, run: Run, settings: Settings, model: "Back
         "split": split,
         "metric": metrics.pop() if len(metrics) == 1 else task.metric,
         "variant": settings.variant,
+        "judge": judge and judge.name,
         "n": len(run.samples),
         "failed": sum(sample.answer is None for sample in run.samples),
         "lower_is_better": task.lower_is_better,
@@ -74,9 +83,22 @@ def summarise(task: Task, split: str, run: Run, settings: Settings, model: "Back
 
 def _interval(task: Task, samples: Sequence[Sample]) -> tuple[float, float]:
     """Of the headline; where that is the mean score, without counting all figures anew for every draw."""
+    numbers = {sample.id: number for number, sample in enumerate(samples)}
 
-    def figure(drawn: Sequence[Any]) -> float:
-        return _headline(task.aggregate(drawn))
+    @cache
+    def again(number: int, time: int) -> Sample:
+        """A sample of a group that is drawn again: of a group of another name, lest the two become one."""
+        sample = samples[number]
+        return replace(sample, extra={**sample.extra, task.group: f"{sample.extra.get(task.group)} {time}"})
+
+    def figure(drawn: Sequence[Sample]) -> float:
+        times: Counter[str] = Counter()
+        distinct = []
+        for sample in drawn if task.group else ():
+            times[sample.id] += 1
+            time = times[sample.id]
+            distinct.append(sample if time == 1 else again(numbers[sample.id], time))
+        return _headline(task.aggregate(distinct or drawn))
 
     whole, best = figure(samples), 1.0
     if task.unit == 100 and math.isclose(whole, _headline(mean_score(samples)), rel_tol=1e-12):
@@ -181,7 +203,8 @@ def _table_rows(document: Json) -> list[dict[str, str]]:
     if document["score"] is None:
         return [_cells(f"{document['task']} ({document['split']})", document, unit)]
     name = f"{document['task']} {document['split']}".strip()
-    rows = [_cells(name, document, unit)]
+    headline = next(iter(document["figures"]))
+    rows = [_cells(name, document if headline == "score" else {**document, "metric": headline}, unit)]
     kinds = document["kinds"]
     if document.get("blind") is not None and len(kinds) > 1:
         rows += [_cells(f"- {row['kind'] or 'other'}", row, unit) for row in kinds]
@@ -189,7 +212,7 @@ def _table_rows(document: Json) -> list[dict[str, str]]:
             rows[0]["metric"] = "as below"
     else:
         rows += [
-            _cells(f"- {key}", {"metric": "", "n": "", "score": value}, unit)
+            _cells(f"- {key}", {"metric": "", "n": "", "score": value}, 0 if key[:2] == "n_" else unit)
             for key, value in list(document["figures"].items())[1:]
         ]
         if len(kinds) == 1:
@@ -228,6 +251,8 @@ def _cells(name: str, row: Json, unit: float | str) -> dict[str, str]:
 def _figure(value: float, unit: float | str, sign: str = "") -> str:
     if isinstance(unit, str):
         return f"{100 * value:{sign}.1f}"
+    if not unit:  # a count
+        return f"{value:g}"
     return f"{value:{sign}.1%}" if unit == 100 else f"{value * unit:{sign}.1f}"
 
 

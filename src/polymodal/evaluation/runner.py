@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image as PILImage
 
 from polymodal.backends.base import Answer, Backend
-from polymodal.errors import DataError, EndpointError, PolymodalError
+from polymodal.errors import ConfigError, DataError, EndpointError, PolymodalError
 from polymodal.evaluation.responses import Responses
 from polymodal.evaluation.task import Example, Sample, Task, check_scorers, in_variant, score_one, score_samples
 from polymodal.generation.params import GenerationParams
@@ -75,6 +75,15 @@ def limited(examples: Sequence[Example], limit: int | None, group: str = "") -> 
             groups.add(name)
             kept.append(example)
     return kept
+
+
+def check_needs(model: Backend, task: Task) -> None:
+    """Raise where a model cannot take what a task asks about."""
+    if lacking := [medium for medium in task.needs if medium not in model.takes]:
+        raise ConfigError(
+            f"{task.name}: asks about {' and '.join(lacking)}, which {model.name} cannot take; score answers that were "
+            f"made elsewhere with `polymodal eval rescore FILE --tasks {task.name}`"
+        )
 
 
 def prepared(task: Task, examples: Sequence[Example], settings: Settings = Settings()) -> list[Example]:

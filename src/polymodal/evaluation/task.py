@@ -77,7 +77,7 @@ class Sample:
 Item = TypeVar("Item", Example, Sample)
 Figures = dict[str, float]
 Aggregate = Callable[[Sequence[Sample]], Figures]
-"""Figures of scored samples, the headline first."""
+"""Figures of scored samples, the headline first; those whose names begin with n_ are counts."""
 
 
 Read = Callable[[Path, str], Iterable[Example]]

@@ -13,7 +13,14 @@ from polymodal.errors import ConfigError, DataError, unknown_name
 from polymodal.metrics.captions import bleu, cider, rouge_l
 from polymodal.metrics.documents import anls, chartqa_relaxed, ocrbench
 from polymodal.metrics.mmmu import mmmu_multiple_choice, mmmu_open
-from polymodal.metrics.multiple_choice import mmbench_extract, mmstar, mvbench, scienceqa, videomme_extract
+from polymodal.metrics.multiple_choice import (
+    aokvqa_choice,
+    mmbench_extract,
+    mmstar,
+    mvbench,
+    scienceqa,
+    videomme_extract,
+)
 from polymodal.metrics.speech import cer, wer
 from polymodal.metrics.text import exact_match, mentions, word_recall
 from polymodal.metrics.vqa import aokvqa, gqa, textvqa_accuracy, vqa_accuracy
@@ -22,6 +29,7 @@ from polymodal.metrics.yes_no import mme, pope
 METRICS: dict[str, Callable[..., float]] = {
     "anls": anls,
     "aokvqa": aokvqa,
+    "aokvqa_choice": aokvqa_choice,
     "bleu": bleu,
     "cer": cer,
     "chartqa_relaxed": chartqa_relaxed,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Hashable, Sequence
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -66,15 +67,15 @@ def student(freedom: int) -> float:
 
 
 def grouped_interval(
-    items: Sequence[object],
+    items: Sequence[Any],
     group_of: Sequence[Hashable],
-    figure: Callable[[Sequence[object]], float],
+    figure: Callable[[Sequence[Any]], float],
     bounds: tuple[float, float] = (0.0, 1.0),
     seed: int = 0,
     resamples: int = 300,
 ) -> tuple[float, float]:
     """95% interval of any figure of some items, of which whole groups are drawn, or left out where they are few."""
-    groups: dict[Hashable, list[object]] = {}
+    groups: dict[Hashable, list[Any]] = {}
     for item, group in zip(items, group_of, strict=True):
         groups.setdefault(group, []).append(item)
     parts = list(groups.values())

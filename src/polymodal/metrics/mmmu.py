@@ -42,6 +42,17 @@ def parse_mmmu_choice(text: str, options: Options, *, variant: str = "official")
     return None
 
 
+def mmmu_letter(text: str, options: Options, *, variant: str = "official", seed: int = 0, item: str = "") -> str | None:
+    """The letter that an answer means, or that is drawn for want of one."""
+    # From `seed` and `item`, the question's id; without one, from the answer and the options.
+    letter = parse_mmmu_choice(text, options, variant=variant)
+    if letter is None and variant != "vlmevalkit":
+        by_letter = lettered(options)
+        draw = random.Random(f"{seed}/{item or [text, *by_letter.values()]}")  # a text seeds alike everywhere
+        letter = draw.choice(list(by_letter))
+    return letter
+
+
 def mmmu_multiple_choice(
     prediction: str,
     references: Sequence[str],
@@ -53,13 +64,9 @@ def mmmu_multiple_choice(
     item: str = "",
 ) -> float:
     """Score a multiple-choice question; `random_fallback=False` counts as wrong what has no letter."""
-    # Else a letter is drawn from `seed` and `item`, the question's id; without one, from the prediction and options.
-    letter = parse_mmmu_choice(prediction, options, variant=variant)
-    if letter is None and random_fallback and variant != "vlmevalkit":
-        by_letter = lettered(options)
-        draw = random.Random(f"{seed}/{item or [prediction, *by_letter.values()]}")  # a text seeds alike everywhere
-        letter = draw.choice(list(by_letter))
-    return is_right(letter, references)
+    if not random_fallback:
+        return is_right(parse_mmmu_choice(prediction, options, variant=variant), references)
+    return is_right(mmmu_letter(prediction, options, variant=variant, seed=seed, item=item), references)
 
 
 def _normalized(text: str) -> list[str | float]:
@@ -97,7 +104,7 @@ def parse_mmmu_open(text: str) -> list[str | float]:
     return sorted(candidates, key=lambda value: (isinstance(value, float), str(value)))
 
 
-def _accepted(references: Sequence[str], gold_is_list: bool | None) -> list[str]:
+def accepted(references: Sequence[str], gold_is_list: bool | None = None) -> list[str]:
     """The right answers, with those that the dataset stores as the text of a Python list taken apart."""
     if gold_is_list is not None or len(references) != 1 or not references[0].startswith("["):
         return list(references)
@@ -118,7 +125,7 @@ def mmmu_open(
     candidates = parse_mmmu_open(prediction)
     if chosen({"official": False, "lmms_eval": False, "lmms_eval_snapshot": True}, variant):
         candidates = list(str(candidates[0]))
-    right = [value for reference in _accepted(references, gold_is_list) for value in _normalized(reference)]
+    right = [value for reference in accepted(references, gold_is_list) for value in _normalized(reference)]
     texts = [value for value in right if isinstance(value, str)]
     return float(
         any(any(text in each for text in texts) if isinstance(each, str) else each in right for each in candidates)

@@ -145,10 +145,21 @@ def parse_mmbench(text: str, options: Options, *, variant: str = "official") -> 
 
 
 def mmbench_extract(
-    prediction: str, references: Sequence[str], *, options: Options, variant: str = "official"
+    prediction: str, references: Sequence[str], *, options: Options, variant: str = "official", judged: str = ""
 ) -> float:
-    """One pass of MMBench, `exact_matching`: what the heuristics cannot read is wrong."""
-    return is_right(parse_mmbench(prediction, options, variant=variant), references)
+    """One pass of MMBench, `exact_matching`: what the heuristics cannot read is wrong, or what a judge read there."""
+    return is_right(parse_mmbench(prediction, options, variant=variant) or judged, references)
+
+
+def named_choice(text: str, choices: Sequence[str]) -> str:
+    """The choice that an answer names, by its text or else as MMBench reads it; the answer itself where none is."""
+    letter = None if text in choices else parse_mmbench(text, choices)
+    return lettered(choices).get(letter, text) if letter else text
+
+
+def aokvqa_choice(prediction: str, references: Sequence[str], *, choices: Sequence[str]) -> float:
+    """A-OKVQA's multiple choice, officially the choice's text, asked by letter: what was named is compared."""
+    return float(named_choice(prediction, choices) in references)
 
 
 def mmbench_circular(rows: Iterable[Mapping[str, Any]], *, variant: str = "official") -> dict[int, float]:

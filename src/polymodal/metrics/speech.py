@@ -7,7 +7,7 @@ where a transcript runs on, and the number of insertions where the reference is 
 
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from polymodal.errors import ConfigError, DataError, unknown_name
@@ -58,6 +58,12 @@ def normalize(text: str, normalizer: str = "english") -> str:
         return english(text)
     except (AssertionError, ValueError):  # a number of more digits than Python reads, from a model that goes in circles
         return basic(text)
+
+
+@lru_cache(maxsize=100_000)
+def word_count(reference: str, variant: str = "official") -> int:
+    """The words of a reference as `wer` counts them, by which utterances are weighed in a corpus."""
+    return len(normalize(reference, _WER[variant]).split())
 
 
 def _counted(

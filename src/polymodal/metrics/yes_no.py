@@ -57,11 +57,14 @@ def pope(prediction: str, references: Sequence[str], *, variant: str = "official
     return float(parse_pope(prediction, variant=variant) in map(_label, references))
 
 
-def pope_aggregate(predictions: Sequence[str], labels: Sequence[str], *, variant: str = "official") -> dict[str, float]:
+def pope_aggregate(
+    predictions: Sequence[str | None], labels: Sequence[str], *, variant: str = "official"
+) -> dict[str, float]:
     """Counts, accuracy, precision, recall, F1 (yes is positive) and the share of yes; a share of nothing is 0."""
+    # A question that failed is None, which is neither yes nor no.
     if not labels or len(predictions) != len(labels):
         raise DataError(f"{len(predictions)} answers to {len(labels)} questions; POPE needs one for each")
-    said = [parse_pope(prediction, variant=variant) for prediction in predictions]
+    said = ["unknown" if each is None else parse_pope(each, variant=variant) for each in predictions]
     pairs = list(zip(said, map(_label, labels), strict=True))
     count = pairs.count
     tp, fp, tn, fn = count(("yes", "yes")), count(("yes", "no")), count(("no", "no")), count(("no", "yes"))
@@ -116,17 +119,24 @@ def mme_aggregate(
 ) -> dict[str, float | dict[str, float]]:
     """The score of each task, 100 times accuracy and 100 times the share of images with both right, and two sums."""
     # A row is a question: `task`, `image`, `answer`, `prediction`. Images of one name in two tasks are two.
+    return mme_totals(
+        (row["task"], row["image"], mme(row["prediction"], [row["answer"]], variant=variant)) for row in rows
+    )
+
+
+def mme_totals(scores: Iterable[tuple[str, str, float]]) -> dict[str, float | dict[str, float]]:
+    """The same of questions that are scored: task, image, and whether the answer is right."""
     images: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row["task"] not in PERCEPTION + COGNITION:
-            raise unknown_name("task of MME", row["task"], PERCEPTION + COGNITION)
-        images[row["task"]][row["image"]].append(mme(row["prediction"], [row["answer"]], variant=variant))
+    for task, image, right in scores:
+        if task not in PERCEPTION + COGNITION:
+            raise unknown_name("task of MME", task, PERCEPTION + COGNITION)
+        images[task][image].append(right)
     for task, of_task in images.items():
-        for image, right in of_task.items():
-            if len(right) != 2:
-                raise DataError(f"MME {task}: {image} has {len(right)} answers; the score needs both of an image")
+        for image, both in of_task.items():
+            if len(both) != 2:
+                raise DataError(f"MME {task}: {image} has {len(both)} answers; the score needs both of an image")
     per_task = {
-        task: sum(50 * sum(right) + 100 * min(right) for right in of_task.values()) / len(of_task)
+        task: sum(50 * sum(both) + 100 * min(both) for both in of_task.values()) / len(of_task)
         for task, of_task in images.items()
     }
     sums = {

@@ -79,6 +79,8 @@ def open_endpoint(
 class OpenAIBackend(Backend):
     """Answers conversations with a model behind an endpoint."""
 
+    takes = ("image", "audio", "video")
+
     def __init__(
         self, model: str, endpoint: Endpoint, detail: Detail | None = None, extra: Mapping[str, Any] | None = None
     ) -> None:

@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from polymodal.errors import ConfigError, DataError, first_line, unknown_name
-from polymodal.evaluation.task import Sample, Task
-from polymodal.evaluation.tasks import captions, demo, documents, vqa
+from polymodal.evaluation.task import Example, Sample, Task, unique_ids
+from polymodal.evaluation.tasks import captions, demo, documents, multiple_choice, speech, video, vqa, yes_no
 from polymodal.evaluation.tasks.questions import QUESTIONS
 
-TASKS: dict[str, Task] = {task.name: task for task in (demo.DEMO, *vqa.TASKS, *documents.TASKS, *captions.TASKS)}
+_MODULES = (vqa, documents, captions, multiple_choice, yes_no, video, speech)
+TASKS: dict[str, Task] = {task.name: task for task in (demo.DEMO, *(t for module in _MODULES for t in module.TASKS))}
 """Every benchmark by its name. A new one is a `Task` in a module here, and its line."""
 
 
@@ -45,6 +46,11 @@ def find_data(task: Task, split: str, data_root: Path | None) -> Path:
         raise DataError(
             f"{task.name}: {task.hub} cannot be fetched ({first_line(error)[:160]}); give --data-root with its files"
         ) from None
+
+
+def read_examples(task: Task, split: str, folder: Path) -> list[Example]:
+    """What a benchmark asks, each question once."""
+    return list(unique_ids(task.read(folder, split), f"{folder}: {task.name}"))
 
 
 def task_of(path: Path, samples: Sequence[Sample]) -> tuple[Task, str]:

@@ -1,0 +1,373 @@
+"""MMMU, MMBench, ScienceQA, A-OKVQA, MMStar: a question, options, and the letter of the right one.
+
+Prompts as published for LLaVA-1.5 (arXiv:2310.03744). The forms of a benchmark's files are read into the same columns:
+a question, a hint, an image or several, the answer, and the options, which stand in a list, in the text of a list, or
+in columns A, B, ...
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from polymodal.errors import DataError
+from polymodal.evaluation.files import TableRow, ask, field, file_in, find_file, literal, located, need_rows, read_json
+from polymodal.evaluation.task import Example, Figures, Sample, Task
+from polymodal.metrics.mmmu import accepted, mmmu_letter, parse_mmmu_choice
+from polymodal.metrics.multiple_choice import named_choice
+from polymodal.utils.files import make_folder, write_text
+from polymodal.utils.progress import log
+
+LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_ZH = "请直接回答选项字母。"
+SHORT = "Answer the question using a single word or phrase."
+
+
+def options_of(row: TableRow, *names: str, least: int = 1) -> dict[str, str]:
+    """A row's options by letter: a list under one of some names, or the columns A, B, ... until one is empty."""
+    options = {}
+    for name in names:
+        if row.get(name) is not None and row[name] != "":
+            texts = literal(row[name], f"{row.where}: `{name}`")
+            if not isinstance(texts, list | tuple) or len(texts) > len(ascii_uppercase):
+                raise DataError(f"{row.where}: `{name}` is {texts!r:.60}, expected a list of options")
+            options = dict(zip(ascii_uppercase, map(str, texts), strict=False))
+    for letter in ascii_uppercase if not options else ():
+        if not (text := row.text(letter, default="")):
+            break
+        options[letter] = text
+    if len(options) < least:
+        raise DataError(f"{row.where}: has no options in {' or '.join((*names, 'A, B, ...'))}")
+    return options
+
+
+def listed(options: dict[str, str], form: str = "{}. {}", between: str = "\n") -> str:
+    """Options under each other."""
+    return between.join(form.format(*option) for option in options.items())
+
+
+def mean(samples: Sequence[Sample]) -> float:
+    """The mean score, of nothing 0."""
+    return sum(sample.score or 0.0 for sample in samples) / max(1, len(samples))
+
+
+def by(samples: Sequence[Sample], key: Callable[[Sample], Any]) -> dict[Any, list[Sample]]:
+    """Samples by something of theirs, in the order in which it comes first."""
+    parts: dict[Any, list[Sample]] = {}
+    for sample in samples:
+        parts.setdefault(key(sample), []).append(sample)
+    return parts
+
+
+def kind_means(samples: Sequence[Sample]) -> Figures:
+    """The mean of each kind."""
+    return {kind: mean(own) for kind, own in by(samples, lambda s: s.kind).items()}
+
+
+def write_answers(path: Path, answers: Any) -> list[Path]:
+    """A submission in JSON."""
+    make_folder(path.parent)
+    write_text(path, json.dumps(answers, ensure_ascii=False) + "\n")
+    return [path]
+
+
+DOMAINS = {
+    "Art and Design": "Art Art_Theory Design Music",
+    "Business": "Accounting Economics Finance Manage Marketing",
+    "Science": "Biology Chemistry Geography Math Physics",
+    "Health and Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy "
+    "Public_Health",
+    "Humanities and Social Science": "History Literature Psychology Sociology",
+    "Tech and Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power "
+    "Materials Mechanical_Engineering",
+}
+_MMMU_SPLITS = {"val": "validation", "test": "test", "dev": "dev"}
+
+
+def _read_mmmu(folder: Path, split: str) -> Iterator[Example]:
+    """Parquet of the official dataset or a TSV; `answer_dict_SPLIT.json` has the answers, where it is there."""
+    long = _MMMU_SPLITS[split]
+    key = find_file(folder, f"answer_dict_{split}.json")
+    answers = located(read_json(key), str(key)) if key else {}
+    tables = (f"{long}-*.parquet", "MMMU_DEV_VAL.tsv", f"MMMU_{split.upper()}.tsv", f"MMMU_{long.upper()}.tsv")
+    for row in need_rows(folder, *tables):
+        name = row.text("id", default="") or "_".join(row.text(key) for key in ("split", "category", "index"))
+        if row.get("split", long) not in (long, split):
+            continue
+        given = located(answers.get(name, {}), f"{key}: {name}").get("ground_truth", row.get("answer"))
+        gold = given if isinstance(given, list) else [] if given in (None, "", "?") else accepted([str(given)])
+        # Official runs of LLaVA see the first image alone and keep the markers as text. So here, with all images.
+        images = [row[name] for name in (f"image_{n}" for n in range(1, 8)) if row.get(name)] or row.images()
+        question = row.text("question")
+        subject = "_".join(name.split("_")[1:-1])
+        form = row.text("question_type", default="")
+        options = options_of(row, "options", least=form == "multiple-choice")
+        right = tuple(map(str, gold))
+        if form != "multiple-choice" and (form or not options):
+            yield Example(name, ask(f"{question}\n\n{SHORT}", *images), right, subject, "mmmu_open")
+            continue
+        text = f"{question}\n\n{listed(options, '({}) {}')}\n\n\n{LETTER}"
+        yield Example(name, ask(text, *images), right, subject, options={"options": options, "item": name})
+
+
+@lru_cache(maxsize=20_000)
+def _unread(answer: str, options: tuple[str, ...], variant: str) -> bool:
+    return variant != "vlmevalkit" and parse_mmmu_choice(answer, options, variant=variant) is None
+
+
+def _mmmu(samples: Sequence[Sample]) -> Figures:
+    """Micro accuracy, the domains', and how many letters were drawn."""
+    domain = {subject: name for name, subjects in DOMAINS.items() for subject in subjects.split()}
+    parts = by(samples, lambda s: domain.get(s.kind, "other"))
+    drawn = sum(
+        _unread(s.answer, tuple(s.options["options"].values()), s.options.get("variant", "official"))
+        for s in samples
+        if s.answer is not None and s.metric == "mmmu_multiple_choice"
+    )
+    shown = {name: mean(parts[name]) for name in (*DOMAINS, "other") if name in parts}
+    return {"accuracy": mean(samples), **shown, "n_random_fallback": drawn}
+
+
+def _submit_mmmu(samples: Sequence[Sample], split: str, folder: Path) -> list[Path]:
+    """EvalAI's form: a letter or a text for each question."""
+    said = {
+        s.id: mmmu_letter(s.answer, s.options["options"], item=s.id) if s.options and s.answer is not None else s.answer
+        for s in samples
+    }
+    return write_answers(folder / f"mmmu_{split}_evalai.json", {name: answer or "" for name, answer in said.items()})
+
+
+MMMU = Task(
+    name="mmmu",
+    about="college exam questions in 30 subjects; official LLaVA prompt (images first) and parser",
+    metric="mmmu_multiple_choice",
+    splits=tuple(_MMMU_SPLITS),
+    read=_read_mmmu,
+    hub="MMMU/MMMU",
+    max_new_tokens=128,
+    aggregate=_mmmu,
+    submit=_submit_mmmu,
+)
+
+
+def _read_mmbench(folder: Path, split: str) -> Iterator[Example]:
+    language, part, *version = split.split("_")
+    tables = [f"MMBench_{'_'.join((part, language, *version)).upper()}.tsv"]
+    if not version:
+        older = f"mmbench_{part}_2*.tsv" if language == "en" else f"mmbench_{part}_{language}_2*.tsv"
+        tables += [older, f"{language}/{part}-*.parquet"]
+    for row in need_rows(folder, *tables):
+        index = _number(row.text("index"))
+        if not isinstance(index, int):
+            raise DataError(f"{row.where}: `index` is {index!r:.60}, expected a number")
+        question, hint = row.text("question"), row.text("hint", default="")
+        options = options_of(row)
+        text = f"{hint}\n" * bool(hint) + f"{question}\n{listed(options)}\n{LETTER if language == 'en' else LETTER_ZH}"
+        answer = row.text("answer", default="")
+        yield Example(
+            *(str(index), ask(text, *row.images()), (answer,) * bool(answer), row.text("category", default="")),
+            options={"options": options},
+            extra={"group": row.text("g_index", default=str(index % 1_000_000)), "question": question},
+        )
+
+
+def _number(value: Any) -> Any:
+    """What a cell of a TSV means, where it is a whole number."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+
+def _mmbench(samples: Sequence[Sample]) -> Figures:
+    """Questions of which every pass is right, passes, and the former by category."""
+    groups = by(samples, lambda s: s.extra["group"]).values()
+    right = {id(own): min(sample.score or 0.0 for sample in own) for own in groups}
+    kinds: dict[str, list[float]] = {}
+    for own in groups:
+        kinds.setdefault(own[0].kind, []).append(right[id(own)])
+    judged = [sample.options["judged"] for sample in samples if "judged" in sample.options]
+    how = "" if judged else ", exact matching"
+    return {
+        f"circular{how}": sum(right.values()) / max(1, len(right)),
+        f"vanilla{how}": mean(samples),
+        **{kind or "no category": sum(own) / len(own) for kind, own in kinds.items()},
+        **({"n_judged": sum(map(bool, judged)), "n_judge_failed": judged.count("-")} if judged else {}),
+    }
+
+
+def _submit_mmbench(samples: Sequence[Sample], split: str, folder: Path) -> list[Path]:
+    """The server's table, with every pass as it was answered; a judged one would get the vanilla score."""
+    try:
+        from openpyxl import Workbook
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE, WriteOnlyCell
+    except ImportError:
+        log("mmbench: the table for the server needs openpyxl: pip install 'polymodal[eval]'")
+        return []
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet()
+
+    def cell(text: str) -> WriteOnlyCell:
+        made = WriteOnlyCell(sheet, ILLEGAL_CHARACTERS_RE.sub("", text)[:32_767])
+        made.data_type = "s"  # also where an answer begins with "=", which would be a formula
+        return made
+
+    letters = sorted({"A", "B", "C", "D"}.union(*(s.options.get("options", ()) for s in samples)))
+    sheet.append(["index", "question", *letters, "answer", "prediction"])
+    for s in samples:
+        options = (s.options.get("options", {}).get(letter, "") for letter in letters)
+        texts = (s.extra.get("question", ""), *options, "".join(s.references), s.answer or "")
+        sheet.append([int(s.id), *(cell(text) if text else None for text in texts)])
+    make_folder(folder)
+    path = folder / f"mmbench_{split}.xlsx"
+    book.save(path)
+    return [path]
+
+
+MMBENCH = Task(
+    name="mmbench",
+    about="questions in every circular order of their options; LLaVA's prompt, VLMEvalKit's heuristics (see --judge)",
+    metric="mmbench_extract",
+    splits=tuple(f"{lang}_{part}{v}" for v in ("", "_v11") for lang in ("en", "cn") for part in ("dev", "test")),
+    read=_read_mmbench,
+    hub="lmms-lab-encoder/MMBench",
+    aggregate=_mmbench,
+    group="group",
+    submit=_submit_mmbench,
+)
+
+
+def _scienceqa_rows(folder: Path, split: str) -> Iterator[TableRow]:
+    """Of problems.json, in the order of pid_splits.json where it is there; else of tables."""
+    path = find_file(folder, "problems.json")
+    if path is None:
+        tables = (f"ScienceQA-FULL/{split}-*.parquet", f"{split}-*.parquet", f"ScienceQA_{split.upper()}.tsv")
+        for number, row in enumerate(need_rows(folder, *tables)):
+            row.setdefault("pid", row.get("index", number))
+            yield row
+        return
+    problems, order = located(read_json(path), str(path)), find_file(folder, "pid_splits.json")
+    pids = field(read_json(order, split), split, str(order), list) if order else problems
+    for pid in pids:
+        row = located(problems.get(pid), f"{path}: problem {pid}")
+        if row.get("split", split) != split:
+            continue
+        if image := row.get("image"):
+            row["image"] = file_in(path.parent, f"{split}/{pid}/{image}", f"images/{split}/{pid}/{image}")
+        row["pid"] = pid
+        yield row
+
+
+def _read_scienceqa(folder: Path, split: str) -> Iterator[Example]:
+    for row in _scienceqa_rows(folder, split):
+        options = options_of(row, "choices")
+        choices = listed(options, "({}) {}", " ")
+        context = row.text("hint", default="").strip() or "N/A"
+        text = f"Context: {context}\nQuestion: {row.text('question')}\nOptions: {choices}".replace("  ", " ").strip()
+        answer = _number(row.get("answer"))
+        letter = ascii_uppercase[answer : answer + 1] if isinstance(answer, int) else str(answer)
+        if letter not in options:
+            raise DataError(f"{row.where}: `answer` is {answer!r:.60}, but there are {len(options)} choices")
+        yield Example(
+            *(str(row["pid"]), ask(f"{text}\n{LETTER}", *row.images()), (letter,), row.text("subject", default="")),
+            options={"n_choices": len(options)},
+            extra={"image": bool(row.images())},
+        )
+
+
+def _scienceqa(samples: Sequence[Sample]) -> Figures:
+    """Questions with an image, which LLaVA reports; all; by subject."""
+    seen = [sample for sample in samples if sample.extra["image"]]
+    return {**({"IMG": mean(seen)} if seen else {}), "all": mean(samples), **kind_means(samples)}
+
+
+SCIENCEQA = Task(
+    name="scienceqa",
+    about="school questions, half of them with an image; LLaVA's CQM-A prompt and script",
+    metric="scienceqa",
+    splits=("test", "val", "train"),
+    read=_read_scienceqa,
+    hub="lmms-lab-encoder/ScienceQA",
+    aggregate=_scienceqa,
+)
+
+
+def _aokvqa_rows(folder: Path, split: str) -> Iterator[TableRow]:
+    path = find_file(folder, f"aokvqa_v1p0_{split}.json")
+    if path is None:
+        long = "validation" if split == "val" else split
+        yield from need_rows(folder, f"{long}-*.parquet", f"A-OKVQA_{split.upper()}.tsv", "A-OKVQA.tsv", "a-okvqa.tsv")
+        return
+    for number, data in enumerate(read_json(path)):
+        row = located(data, f"{path}: question {number}")
+        name = f"{field(row, 'image_id', row.where, int):012d}.jpg"
+        year = f"{split}2017/{name}"
+        row["image"] = file_in(folder, year, f"coco/{year}", f"images/{year}", f"coco/images/{year}", name)
+        yield row
+
+
+def _read_aokvqa(folder: Path, split: str) -> Iterator[Example]:
+    """Each question twice: with its choices, and for a direct answer."""
+    for row in _aokvqa_rows(folder, split):
+        name, question = row.text("question_id", "index"), row.text("question")
+        options, images = options_of(row, "choices"), row.images()
+        right = row.text("answer", default="")
+        if row.get("correct_choice_idx") is not None:
+            place = field(row, "correct_choice_idx", row.where, int)
+            right = ascii_uppercase[place : place + 1] or str(place)
+        if right and right not in options:
+            raise DataError(f"{row.where}: the right answer is {right!r:.60}, but there are {len(options)} choices")
+        text = f"{question}\n{listed(options)}\n{LETTER}"
+        yield Example(
+            *(f"{name}/multiple_choice", ask(text, *images), (options[right],) if right else ()),
+            *("multiple_choice", "aokvqa_choice", {"choices": list(options.values())}),
+        )
+        # Figures leave out questions whose direct answer is marked as difficult; the server's file has them all.
+        answers = literal(row.get("direct_answers") or None, row.where)
+        hard = str(row.get("difficult_direct_answer")) == "True"
+        if answers is not None or "choices" in row:
+            given = () if hard or not answers else tuple(answers)
+            yield Example(f"{name}/direct_answer", ask(f"{question}\n{SHORT}", *images), given, "direct_answer")
+
+
+def _submit_aokvqa(samples: Sequence[Sample], split: str, folder: Path) -> list[Path]:
+    answers: dict[str, dict[str, str]] = {}
+    for s in samples:
+        name, _, kind = s.id.rpartition("/")
+        said = s.answer or ""
+        answers.setdefault(name, {})[kind] = named_choice(said, s.options["choices"]) if said and s.options else said
+    return write_answers(folder / f"predictions_{split}.json", answers)
+
+
+AOKVQA = Task(
+    name="aokvqa",
+    about="questions that need knowledge, with choices and without; LLaVA's prompts, the official scores",
+    metric="aokvqa",
+    splits=("val", "test", "train"),
+    read=_read_aokvqa,
+    hub="HuggingFaceM4/A-OKVQA",
+    aggregate=kind_means,
+    submit=_submit_aokvqa,
+)
+
+
+def _read_mmstar(folder: Path, _split: str) -> Iterator[Example]:
+    for row in need_rows(folder, "mmstar.parquet", "val-*.parquet", "MMStar.tsv"):
+        question = row.text("question").strip()
+        if "A" in row and "\nOptions:" not in question:
+            question += f"\nOptions: {listed(options_of(row), '{}: {}', ', ')}"
+        category, detail = row.text("category", default=""), row.text("l2_category", "l2-category", default="")
+        messages = ask(f"{question}\n{LETTER}", *row.images())
+        yield Example(row.text("index"), messages, (row.text("answer"),), category, extra={"l2": detail})
+
+
+MMSTAR = Task(
+    name="mmstar",
+    about="questions that need the image; LLaVA's suffix, the official first-letter rule",
+    metric="mmstar",
+    splits=("val",),
+    read=_read_mmstar,
+    hub="Lin-Chen/MMStar",
+    aggregate=lambda samples: {"accuracy": mean(samples), **kind_means(samples)},
+)
+
+TASKS = (MMMU, MMBENCH, SCIENCEQA, AOKVQA, MMSTAR)
