@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,11 @@ from polymodal.errors import DataError, PolymodalError
 from polymodal.training import feature_cache as features
 from polymodal.training import train
 from polymodal.training.feature_cache import FeatureStore
+from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import read_log
+from polymodal.training.sft import task as task_module
+from polymodal.training.sft.task import SFTTask
 
 
 def run(plain: dict[str, Any], folder: Path, **settings: Any) -> list[float]:
@@ -174,3 +180,71 @@ def test_a_disk_that_cannot_be_written_is_one_line(
     monkeypatch.setattr(Path, "open", read_only)
     with pytest.raises(PolymodalError, match="Read-only file system"):
         run(plain, tmp_path / "three", feature_cache=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Make everything under a folder fail to be written, as on a read-only disk; root is not held up by modes."""
+    whole = Path.open
+
+    def guard(folder: Path) -> None:
+        def refuse(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
+            if path.is_relative_to(folder) and set(mode) & set("wa+x"):
+                raise OSError(errno.EROFS, "Read-only file system")
+            return whole(path, mode, *rest, **named)
+
+        monkeypatch.setattr(Path, "open", refuse)
+        monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: refuse(path, "w"))
+        monkeypatch.setattr(os, "truncate", lambda path, _size: refuse(Path(path), "w"))
+
+    return guard
+
+
+def test_a_read_only_cache_is_read_and_one_that_lacks_an_image_says_so(
+    plain: dict[str, Any], tmp_path: Path, read_only: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    first = run(plain, tmp_path / "one", feature_cache=str(cache))
+    index = next(cache.glob("*/index.jsonl"))
+    kept = index.read_bytes()
+    index.with_name("pass.json").write_text("[]")
+    read_only(cache)
+    assert run(plain, tmp_path / "two", feature_cache=str(cache)) == first
+    monkeypatch.undo()
+    index.write_bytes(kept[: kept.rfind(b"\n", 0, -1) + 1])
+    read_only(cache)
+    with pytest.raises(PolymodalError, match=r"cannot be written \(Read-only file system\)") as error:
+        run(plain, tmp_path / "three", feature_cache=str(cache))
+    assert str(cache) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_one_line(plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_path: Path, _data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(features, "_append", full)
+    with pytest.raises(PolymodalError, match=r"cannot be written \(No space left on device\)") as error:
+        run(plain, tmp_path / "one", feature_cache=str(tmp_path / "cache"))
+    assert str(tmp_path / "cache") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["warm_start", "prototypes"])
+def test_a_short_try_out_of_a_warm_start_encodes_a_part(
+    plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """The steps' images, and the images that the means are measured on."""
+    monkeypatch.setattr(task_module, "SAMPLE_ROWS", 5)
+    monkeypatch.setattr(task_module, "MEASURED", 5)
+    sections = {"warm_start": {"steps": 3}, "prototypes": {"count": 7, "questions": ["What?"]}}
+    counted: dict[int | None, int] = {}
+    for steps in (1, None):
+        data = {**plain, part: sections[part], "batch": {"global_size": 2}, "output_dir": str(tmp_path / f"{steps}")}
+        data["run"] = {**plain["run"], "feature_cache": "memory", "max_steps": steps}
+        made = SFTTask(parse_config(Recipe, data, "recipe"), World())
+        made.choose_parameters()
+        (tmp_path / f"{steps}").mkdir()
+        dataset = made.make_dataset(tmp_path / f"{steps}")
+        assert dataset.store is not None
+        counted[steps] = len(dataset.store.where)
+        assert {row for _, row in dataset.alone()} <= set(range(counted[steps]))
+    assert 1 <= counted[1] <= 7 and counted[None] == 24

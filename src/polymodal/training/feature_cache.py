@@ -9,12 +9,14 @@ of the encoder's weights, and an image's key holds its pixels and preprocessing,
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,32 @@ from polymodal.config import ModelConfig
 from polymodal.errors import ConfigError, DataError, PolymodalError
 from polymodal.messages import Source
 from polymodal.modeling.vlm import MultimodalLM
+from polymodal.training.reporting.log import append_log
 from polymodal.utils.files import make_folder, write_text, writing
-from polymodal.utils.progress import progress
+from polymodal.utils.progress import log, progress
 from polymodal.utils.threads import ahead
 
 MEMORY = "memory"
 OFF = "off"
 CACHE = "feature cache "
+
+
+@dataclass
+class Broken:
+    """Records whose image was readable when they were tokenised and is not any more."""
+
+    file: Path | None  # Lists those that are left out; None: the first one stops the run
+    images: dict[str, PolymodalError] = field(default_factory=dict)  # What is wrong with images, by key
+    seen: set[str] = field(default_factory=set)
+
+    def note(self, id: str, error: PolymodalError) -> None:
+        """Leave a record out, or stop."""
+        if self.file is None:
+            raise error
+        if id not in self.seen:
+            self.seen.add(id)
+            log(f"left out of its step, {error}")
+            append_log(self.file, {"id": id, "error": str(error)})
 
 
 class FeatureStore:
@@ -46,7 +67,8 @@ class FeatureStore:
         self._kept: list[np.ndarray] = []
         self._array: np.ndarray | None = None
         if folder is not None:
-            make_folder(folder, CACHE)
+            if not folder.is_dir():
+                make_folder(folder, CACHE)
             with writing(folder, CACHE):
                 self._read_index()
 
@@ -60,7 +82,8 @@ class FeatureStore:
         """Bytes of one tile's features."""
         return int(np.prod(self.row)) * self.dtype.itemsize
 
-    def _read_index(self) -> None:
+    def _read_index(self, mend: bool = False) -> None:
+        """Read where rows are; whoever is about to write also cuts off what a crash left half written."""
         assert self.folder is not None
         data, index = self.folder / "features.bin", self.folder / "index.jsonl"
         held = data.stat().st_size // self.row_bytes if data.is_file() else 0
@@ -76,10 +99,9 @@ class FeatureStore:
                 self.where[key] = (start, count)
                 self._rows = max(self._rows, start + count)
                 good += len(line)
-            # A line that was cut by a crash goes, so that the next one does not continue it.
-            os.truncate(index, good)
-        if data.is_file():
-            os.truncate(data, self._rows * self.row_bytes)
+        for path, size in ((index, good), (data, self._rows * self.row_bytes)):
+            if mend and path.is_file() and path.stat().st_size != size:
+                os.truncate(path, size)
 
     def add(self, entries: Sequence[tuple[str, np.ndarray]]) -> None:
         """Append images. Values past the range of float16 are clipped to it rather than made infinite."""
@@ -152,23 +174,32 @@ class FeatureStore:
     def end(self) -> None:
         """Write down that the pass is over."""
         if self.folder is not None:
-            (self.folder / "pass.json").unlink(missing_ok=True)
+            with suppress(OSError):  # on a read-only disk; a pass of nothing new may begin again
+                (self.folder / "pass.json").unlink(missing_ok=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Let only one process write; the others wait, and see what it wrote."""
+        """Let only one process write; the others wait, and see what it wrote. A read-only folder is only read."""
         if self.folder is None:
             yield
             return
         with writing(self.folder, CACHE):
-            handle = (self.folder / "lock").open("w")
+            try:
+                handle = (self.folder / "lock").open("w")
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+                handle = None
+        if handle is None:
+            yield
+            return
         with handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             self.where.clear()
             self._rows = 0
             self._array = None
             with writing(self.folder, CACHE):
-                self._read_index()
+                self._read_index(mend=True)
             yield
 
 
@@ -210,7 +241,7 @@ def fill_missing(
     encode: Callable[[torch.Tensor], torch.Tensor],  # [N, 3, H, W]
     device: torch.device,
     workers: int,
-    broken: dict[str, PolymodalError] | None = None,
+    broken: Broken,
 ) -> int:
     """Compute the features that are missing, in groups that a killed run repeats; unreadable images go to `broken`."""
 
@@ -218,9 +249,9 @@ def fill_missing(
         try:
             return key, decode(key, todo[key])
         except PolymodalError as error:
-            if broken is None:
+            if broken.file is None:
                 raise
-            broken[key] = error
+            broken.images[key] = error
             return key, None
 
     # A CPU is twice as fast on tiles that stay in its cache as on large batches.
@@ -249,7 +280,7 @@ def fill_missing(
         for _ in entries:
             raise DataError("images were decoded that nobody asked for")
         store.end()
-        return missing - len(broken or ())
+        return missing - sum(key in broken.images for key in wanted)
 
 
 def group_images(keys: Sequence[str], tiles: dict[str, int], at_once: int) -> list[list[str]]:

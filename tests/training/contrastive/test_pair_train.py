@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from polymodal.errors import ConfigError
+from polymodal.errors import ConfigError, MediaError
 from polymodal.training import train
-from polymodal.training.contrastive.dataset import Plan
+from polymodal.training.contrastive import task as task_module
+from polymodal.training.contrastive.dataset import PairDataset, Plan
 from polymodal.training.contrastive.step import pair_losses
 from polymodal.training.contrastive.task import ContrastiveTask, load_start, make_pair_eval_dataset
 from polymodal.training.process_group import World
@@ -186,3 +187,75 @@ def test_a_contrast_that_is_not_finite_names_the_pair_at_fault(
     run.step(batches)
     assert f"step 1: the loss is not finite (of record {name}), step left out" in capsys.readouterr().err
     assert run.losses.kinds == {} and run.losses.sources == {}
+
+
+def own_images(drawn: Path, folder: Path) -> list[dict[str, Any]]:
+    """A mixture of the drawn pairs with images that a test may break."""
+    folder.mkdir()
+    for image in drawn.glob("*.png"):
+        (folder / image.name).write_bytes(image.read_bytes())
+    return [{"path": str(drawn / "data.json"), "image_root": str(folder)}]
+
+
+FROZEN = [{"match": "*", "train": True}, {"match": "vision_model.*", "train": False}]
+
+
+@pytest.mark.parametrize("cache", ["off", "memory"])
+@pytest.mark.parametrize("micro", [1, None])
+def test_an_image_that_breaks_after_the_scan_gives_its_place_to_the_next_pair(
+    pair_plain: dict[str, Any], pair_recipe: Make, drawn: Path, tmp_path: Path, cache: str, micro: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    mix = own_images(drawn, tmp_path / "own")
+    changes = {"data__mix": mix, "train": FROZEN, "run__feature_cache": cache, "batch__micro_size": micro}
+    recipe = pair_recipe(pair_plain, **changes, data__on_error="skip")
+    broken: list[str] = []
+    store = task_module.tower_store
+
+    def break_one(recipe: Any, model: Any, dataset: PairDataset) -> Any:
+        broken.append(dataset.prepared.ids[int(task_module.make_steps(recipe, dataset).indices(0)[2])])
+        (tmp_path / "own" / f"{broken[0][1:]}.png").write_bytes(b"cut")
+        return store(recipe, model, dataset)
+
+    monkeypatch.setattr(task_module, "tower_store", break_one)
+    stops = pair_recipe(pair_plain, **changes, output_dir=str(tmp_path / "stops"))
+    with pytest.raises(MediaError, match=r"record r\d+: .*own/\d+\.png") as error:
+        train(stops)
+    assert f"record {broken[0]}: " in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.setattr(task_module, "tower_store", store)
+    mended = (drawn / f"{broken[0][1:]}.png").read_bytes()
+    (tmp_path / "own" / f"{broken[0][1:]}.png").write_bytes(mended)
+    monkeypatch.setattr(task_module, "tower_store", break_one)
+    final = train(recipe)
+    assert all(line["loss"] > 0 for line in read_log(final.parent / "log.jsonl"))
+    listed = [json.loads(line) for line in (final.parent / "skipped.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in listed] == [broken[0]] and ".png" in listed[0]["error"]
+
+
+def test_a_stand_in_is_a_whole_pair_and_held_out_scores_leave_the_broken_one_out(
+    pair_plain: dict[str, Any], pair_recipe: Make, drawn: Path, tmp_path: Path
+) -> None:
+    mix = own_images(drawn, tmp_path / "own")
+    recipe = pair_recipe(pair_plain, data__mix=mix, data__eval=mix, data__on_error="skip", batch__global_size=16)
+    Path(recipe.output_dir).mkdir()
+    run = make_trainer(ContrastiveTask(recipe, World()))
+    dataset = run.task.held_out
+    whole = run.task.evaluate(run.engine, 0)
+    (tmp_path / "own" / "4.png").write_bytes(b"")
+    texts = np.array([own.start for own in dataset.prepared.captions])
+    batch = dataset.batch(Plan(np.array([3, 4]), texts[[3, 4]], None, 8))
+    plain = dataset.batch(Plan(np.array([3, 5]), texts[[3, 5]], None, 8))
+    assert batch.ids == ("r3", "r5") == plain.ids
+    for name in ("input_ids", "image_ids", "pixel_values"):
+        assert torch.equal(getattr(batch, name), getattr(plain, name)), name
+    line = run.task.evaluate(run.engine, 0)
+    assert (whole["images"], whole["captions"]) == (16, 32) and (line["images"], line["captions"]) == (15, 30)
+
+
+def test_only_what_the_steps_see_is_encoded(pair_plain: dict[str, Any], pair_recipe: Make, tmp_path: Path) -> None:
+    recipe = pair_recipe(
+        pair_plain, train=FROZEN, batch__global_size=3, run__max_steps=2, run__feature_cache=str(tmp_path / "cache")
+    )
+    train(recipe)
+    index = next((tmp_path / "cache").glob("*/index.jsonl"))
+    assert len(index.read_text().splitlines()) == 6

@@ -11,10 +11,12 @@ sample), see `augment`. So a resumed run needs one integer, and neither threads 
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from polymodal.modeling.dual_encoders.base import PairBatch, PairModel
 from polymodal.modeling.dual_encoders.distillation import flip_grid
 from polymodal.training.contrastive import augment
 from polymodal.training.contrastive.images import Images, image_numbers, index_file, scan, source_name
-from polymodal.training.feature_cache import FeatureStore
+from polymodal.training.feature_cache import Broken, FeatureStore
 from polymodal.training.recipes.contrastive import PairRecipe, TextConfig
 from polymodal.training.steps import Order, Steps
 from polymodal.utils.files import write_text
@@ -93,6 +95,8 @@ class PairDataset:
     teacher_grid: Size | None = None  # Rows and columns of that output
     # Each sample's image under the teacher's rules, by which that output is found
     teacher_images: tuple[str, ...] = ()
+    broken: Broken = field(default_factory=lambda: Broken(None))  # Pairs whose image cannot be read any more
+    seen: Sequence[int] = ()  # The samples that steps see: of these features are kept
 
     def plan(self, indices: np.ndarray, epochs: np.ndarray, views: np.ndarray) -> Plan:
         """Draw what a step shows of its samples; every process draws the same."""
@@ -112,6 +116,7 @@ class PairDataset:
     def batch(self, plan: Plan) -> PairBatch:
         """Make a micro-batch: tokens, and pixels or kept features."""
         pairs = self.prepared
+        plan, tiles = self._readable(plan)
         ids = torch.full((len(plan.indices), plan.length), self.pad_id, dtype=torch.int64)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for row, number in enumerate(plan.texts):
@@ -128,7 +133,7 @@ class PairDataset:
             ids,
             mask,
             torch.from_numpy(pairs.image_ids[plan.indices]),
-            None if features is not None else self._pixels(plan, mirrored),
+            torch.from_numpy(np.stack(tiles)) if tiles else None,
             features,
             teacher,
             tuple(pairs.ids[i] for i in plan.indices),
@@ -141,11 +146,48 @@ class PairDataset:
         found: np.ndarray = plan.numbers[:, augment.FLIP] < self.images.augment.flip
         return found
 
-    def _pixels(self, plan: Plan, mirrored: np.ndarray) -> torch.Tensor:
-        sources = [self.prepared.sources[index] for index in plan.indices]
-        numbers = [None] * len(sources) if plan.numbers is None else plan.numbers[:, augment.CROP :]
-        views = zip(sources, numbers, mirrored.tolist(), strict=True)
-        return torch.from_numpy(np.stack([self.images.tile(*view) for view in views]))
+    def _readable(self, plan: Plan) -> tuple[Plan, list[np.ndarray]]:
+        """The pairs and the views that the model takes; the next one that steps see stands in where one is broken."""
+        # So a step keeps its shape, and no other pair of it changes, whatever the micro-batches and processes.
+        found, tiles, mirrored = plan.cut(slice(None)), [], self._mirrored(plan).tolist()
+        found = replace(found, indices=plan.indices.copy(), texts=plan.texts.copy())
+        for row, first in enumerate(plan.indices.tolist()):
+            numbers = None if plan.numbers is None else plan.numbers[row, augment.CROP :]
+            for index, text in self._in_turn(first, int(plan.texts[row]), plan.length):
+                try:
+                    tile = self.view(index, numbers, mirrored[row])
+                except PolymodalError as error:
+                    self.broken.note(self.prepared.ids[index], error)
+                    continue
+                found.indices[row], found.texts[row] = index, text
+                tiles += [] if tile is None else [tile]
+                break
+            else:
+                raise DataError("no image of the data can be read any more; mend them and run the same command")
+        return found, tiles
+
+    def _in_turn(self, first: int, text: int, length: int) -> Iterator[tuple[int, int]]:
+        """A sample with its text, then those seen after it, each with its first text of at most so many tokens."""
+        yield first, text
+        pairs, after = self.prepared, bisect.bisect_right(self.seen, first)
+        for index in (*self.seen[after:], *self.seen[:after]):
+            yield from [(index, t) for t in pairs.captions[index] if len(pairs.text(t)) <= length][:1]
+
+    def tile(self, index: int) -> np.ndarray:  # -> [3, H, W]
+        """A sample's plain tile, or that of the next one whose image can be read."""
+        texts = np.array([self.prepared.captions[index].start])
+        return self._readable(Plan(np.array([index]), texts, None, sys.maxsize))[1][0]
+
+    def view(self, index: int, numbers: np.ndarray | None = None, mirrored: bool = False) -> np.ndarray | None:
+        """One view of a sample's image; None where features take its place. An image that broke names its record."""
+        pairs = self.prepared
+        try:
+            for store, keys in ((self.store, pairs.images), (self.teacher, self.teacher_images)):
+                if store is not None and keys[index] not in store.where:
+                    raise self.broken.images.get(keys[index]) or DataError("its features are missing")
+            return self.images.tile(pairs.sources[index], numbers, mirrored) if self.store is None else None
+        except PolymodalError as error:
+            raise type(error)(f"record {pairs.ids[index]}: {error}", error.code) from error
 
 
 class PairSteps(Steps):

@@ -33,9 +33,12 @@ def evaluate_pairs(engine: Engine, dataset: PairDataset, recipe: PairRecipe, ste
     losses = [terms for _, own in shares for terms in own]
     image = torch.cat([found[1] for found in rounds if found[1] is not None])
     text, image_of_text = torch.cat([found[2] for found in rounds]), torch.cat([found[3] for found in rounds])
-    # Images of two sources with the same pixels are one image.
-    _, first, same = np.unique(dataset.prepared.image_ids, return_index=True, return_inverse=True)
-    owner = torch.from_numpy(same)[image_of_text]
+    # Images of two sources with the same pixels are one image; those that broke since are none.
+    shown = torch.cat([found[3] for found in rounds if found[1] is not None]).numpy()
+    ids, first = np.unique(dataset.prepared.image_ids[shown], return_index=True)
+    asked = dataset.prepared.image_ids[image_of_text.numpy()]
+    whole = np.isin(asked, ids)
+    text, owner = text[torch.from_numpy(whole)], torch.from_numpy(np.searchsorted(ids, asked[whole]))
     line: dict[str, Any] = {"step": step, "data": "held-out", "images": len(first), "captions": len(text)}
     if losses:
         means = {name: sum(one[name] for one in losses) / len(losses) for name in losses[0]}
@@ -67,8 +70,10 @@ def _embed(engine: Engine, dataset: PairDataset, recipe: PairRecipe) -> tuple[li
             with torch.no_grad(), engine.autocast():
                 both = [model.embed(batch) for batch in own]
             image, text = torch.cat([one.image for one in both]), torch.cat([one.text for one in both])
-        indices = torch.from_numpy(plan.indices)
-        features.append((number, image.float().cpu() if first else None, text.float().cpu(), indices))
+        names = [name for batch in own for name in batch.ids]
+        rows = [row for row, index in enumerate(plan.indices) if names[row] == dataset.prepared.ids[index]]
+        indices = torch.from_numpy(plan.indices[rows])
+        features.append((number, image[rows].float().cpu() if first else None, text[rows].float().cpu(), indices))
     return features, losses
 
 

@@ -6,6 +6,7 @@ loss, so each process's loss is its share of the global one and gradients are su
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from polymodal.training.contrastive.images import Images, crops, open_images
 from polymodal.training.contrastive.step import pair_gradients
 from polymodal.training.contrastive.teacher import Teacher, tower_output, tower_store
 from polymodal.training.distributed import Engine, wants_bf16
+from polymodal.training.feature_cache import Broken
 from polymodal.training.optimizer import Group, apply_policy
 from polymodal.training.process_group import World
 from polymodal.training.recipes.contrastive import AugmentConfig, PairRecipe
@@ -68,7 +70,7 @@ def folder_image(source: str, metadata: dict[str, Any]) -> ImageConfig:
 
 
 def make_pair_dataset(recipe: PairRecipe, model: PairModel, output_dir: Path, teacher: Teacher | None) -> PairDataset:
-    """Read the pairs, and fill the caches."""
+    """Read the pairs, and fill the caches with what the steps will see."""
     images = open_images(model.image, recipe.augment, recipe.data.tile_cache)
     dataset = _read(recipe, recipe.data.mix, model, images, output_dir / "skipped.jsonl")
     size, images_held = recipe.batch.global_size, len(set(dataset.prepared.images))
@@ -76,6 +78,9 @@ def make_pair_dataset(recipe: PairRecipe, model: PairModel, output_dir: Path, te
         raise DataError("all pairs are of one image: there is nothing to tell it from; give more images")
     if size > images_held:
         log(f"{recipe.name}: a step has {size} pairs of only {images_held} images; pairs of one are no negatives")
+    steps = make_steps(recipe, dataset)
+    total = min(steps.total(recipe.run.epochs), recipe.run.max_steps or sys.maxsize)
+    dataset = replace(dataset, seen=steps.members(total, len(dataset.prepared.ids)).tolist())
     dataset = replace(dataset, store=tower_store(recipe, model, dataset))
     if teacher is not None and not crops(recipe.augment):
         dataset = teacher.keep(recipe, dataset, output_dir)
@@ -96,7 +101,14 @@ def _read(
 ) -> PairDataset:
     readings = read_mix(recipe.data.model_copy(update={"mix": mix}), recipe.run.seed)
     pairs = prepare_pairs(readings, [source.weight for source in mix], model, images, recipe, skipped_file)
-    return PairDataset(pairs, images, recipe.run.seed, model.tokenizer.pad_token_id, model.text_length)
+    broken = Broken(skipped_file if recipe.data.on_error == "skip" else None)
+    pad_id, seen = model.tokenizer.pad_token_id, range(len(pairs.ids))
+    return PairDataset(pairs, images, recipe.run.seed, pad_id, model.text_length, broken=broken, seen=seen)
+
+
+def make_steps(recipe: PairRecipe, dataset: PairDataset) -> PairSteps:
+    """Cut the run into steps."""
+    return PairSteps(Order(dataset.prepared.mixture, recipe.run.seed), recipe.batch.global_size)
 
 
 class ContrastiveTask(Task):
@@ -140,7 +152,7 @@ class ContrastiveTask(Task):
         self.dataset = make_pair_dataset(recipe, self.model, folder, self.teacher)
         self.held_out = make_pair_eval_dataset(recipe, self.model, folder)
         self.fingerprint = self.dataset.prepared.fingerprint
-        self.steps = PairSteps(Order(self.dataset.prepared.mixture, recipe.run.seed), recipe.batch.global_size)
+        self.steps = make_steps(recipe, self.dataset)
 
     def prepare(self, fresh: bool) -> None:
         """Measure towers, and save memory."""

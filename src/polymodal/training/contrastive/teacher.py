@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from polymodal.config import ImageConfig
-from polymodal.errors import ConfigError
+from polymodal.errors import ConfigError, DataError, PolymodalError
 from polymodal.media_plan import Size
 from polymodal.messages import Source
 from polymodal.modeling.dual_encoders.base import PairBatch, PairModel
@@ -66,33 +66,41 @@ class Teacher:
         return replace(batch, teacher=self.encode(batch.pixel_values))
 
     def keep(self, recipe: PairRecipe, dataset: PairDataset, output_dir: Path) -> PairDataset:
-        """Add kept features: in `run.feature_cache`, else beside the kept tiles, else in memory."""
+        """Add kept features of what steps see: in `run.feature_cache`, else beside the kept tiles, else in memory."""
         # A stage on this tower with the same image rules keeps the same, under the same names.
         where = next((w for w in (recipe.run.feature_cache, recipe.data.tile_cache) if w != OFF), MEMORY)
-        images, sources, keys = dataset.images, dataset.prepared.sources, dataset.prepared.images
+        images, keys = dataset.images, dataset.prepared.images
         if self.image != images.image:
             images = open_images(self.image, AugmentConfig(), OFF)
             folder = Path(recipe.data.index) if recipe.data.index is not None else output_dir / "index"
-            scan(images, sources, index_file(folder, self.image), recipe.run.workers, "reading images")
-            keys = tuple(images.metadata[source_name(source)].key for source in sources)
+            own = [dataset.prepared.sources[index] for index in dataset.seen]
+            faults = scan(images, own, index_file(folder, self.image), recipe.run.workers, "reading images")
+            names = [source_name(source) for source in dataset.prepared.sources]
+            for index in dataset.seen:
+                if (error := faults.get(names[index])) is not None:
+                    named = type(error)(f"record {dataset.prepared.ids[index]}: {error}", error.code)
+                    dataset.broken.note(dataset.prepared.ids[index], named)
+            dataset.broken.images |= faults
+            # An image that was not looked at, or broke, goes by its name, which no store has.
+            keys = tuple(images.metadata[name].key if name in images.metadata else name for name in names)
         grid = self.encoder.grid
         row = (grid.area, self.encoder.embed_dim)
-        store = _fill(recipe, where, self.encoder, self.rules, row, self.encode, images, keys, sources)
+        store = _fill(recipe, where, self.encoder, self.rules, row, self.encode, images, dataset, keys)
         return replace(dataset, teacher=store, teacher_grid=grid, teacher_images=keys)
 
     def measure(self, model: Any, dataset: PairDataset, device: torch.device) -> None:
         """Measure the teacher's channels on some images, the same in every process."""
+        chosen = dataset.seen[:MEASURED]
         if dataset.teacher is not None:
-            found = dataset.teacher.gather(dataset.teacher_images[:MEASURED])
-            assert found is not None
+            found = _kept(dataset.teacher, [dataset.teacher_images[index] for index in chosen])
         else:
             if tuple(self.image.tile_size) != tuple(model.image.tile_size) and crops(dataset.images.augment):
                 raise ConfigError(
                     "objective.distill: where images are cut, the teacher sees the student's tiles; "
                     "make image.tile_size the same, or set augment.scale to [1, 1]"
                 )
-            tiles = [dataset.images.tile(source)[None] for source in dataset.prepared.sources[:MEASURED]]
-            found = torch.cat([self.encode(torch.from_numpy(tile).to(device)).cpu() for tile in tiles])
+            tiles = [torch.from_numpy(dataset.tile(index)[None]) for index in chosen]
+            found = torch.cat([self.encode(tile.to(device)).cpu() for tile in tiles])
         model.distiller.fit(found.to(device))
 
 
@@ -106,10 +114,9 @@ def tower_store(recipe: PairRecipe, model: PairModel, dataset: PairDataset) -> F
         raise ConfigError("run.feature_cache: the vision encoder is trained; set it to off")
     # A tower with the rules of a language model's stage shares what that keeps: both read the same output.
     rules = getattr(model, "tower_rules", type(model).__name__)
-    pairs = dataset.prepared
     return _fill(
         recipe, recipe.run.feature_cache, model.tower, rules, model.features_shape, model.encode, dataset.images,
-        pairs.images, pairs.sources,
+        dataset, dataset.prepared.images,
     )  # fmt: skip
 
 
@@ -121,29 +128,42 @@ def _fill(
     row: tuple[int, int],
     encode: Callable[[torch.Tensor], torch.Tensor],
     images: Images,
+    dataset: PairDataset,
     keys: Sequence[str],
-    sources: Sequence[Source],
 ) -> FeatureStore:
-    """Open a tower's store, and compute what is missing of the pairs' images, one tile each."""
+    """Open a tower's store, and compute what is missing of the images that are seen, one tile each."""
     dtype, device = recipe.run.feature_dtype, next(tower.parameters()).device
     store = FeatureStore.under(where, lambda: weights_identity(tower, rules), row, dtype)
 
-    def decode(_key: str, source: Source) -> torch.Tensor:
-        return torch.from_numpy(images.tile(source)[None])
+    pairs, broken = dataset.prepared, dataset.broken
+    first = {keys[index]: pairs.ids[index] for index in reversed(dataset.seen)}
 
-    tiles = ((key, source, 1) for key, source in zip(keys, sources, strict=True))
-    fill_missing(store, tiles, decode, encode, device, recipe.run.workers)
+    def decode(key: str, source: Source) -> torch.Tensor:
+        try:
+            return torch.from_numpy(images.tile(source)[None])
+        except PolymodalError as error:
+            if broken.file is not None:
+                raise
+            raise type(error)(f"record {first[key]}: {error}", error.code) from error
+
+    tiles = ((keys[index], pairs.sources[index], 1) for index in dataset.seen if keys[index] not in broken.images)
+    fill_missing(store, tiles, decode, encode, device, recipe.run.workers, broken)
     return store
+
+
+def _kept(store: FeatureStore, keys: Sequence[str]) -> torch.Tensor:
+    """Features of the images that a store has."""
+    found = store.gather([key for key in keys if key in store.where])
+    if found is None:
+        raise DataError("no image of the data can be read any more; mend them and run the same command")
+    return found
 
 
 def tower_output(model: PairModel, dataset: PairDataset, device: torch.device) -> torch.Tensor:
     """What the tower gives for some images from all over the data, the same in every process."""
-    count = len(dataset.prepared.images)
-    chosen = range(0, count, -(-count // MEASURED))
+    chosen = dataset.seen[:: -(-len(dataset.seen) // MEASURED)]
     if dataset.store is not None:
-        found = dataset.store.gather([dataset.prepared.images[i] for i in chosen])
-        assert found is not None
-        return found.to(device)
-    tiles = [torch.from_numpy(dataset.images.tile(dataset.prepared.sources[i])[None]) for i in chosen]
+        return _kept(dataset.store, [dataset.prepared.images[index] for index in chosen]).to(device)
+    tiles = [torch.from_numpy(dataset.tile(index)[None]) for index in chosen]
     with torch.no_grad():
         return torch.cat([model.encode(tile.to(device)) for tile in tiles])

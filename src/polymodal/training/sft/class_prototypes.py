@@ -101,13 +101,13 @@ def add_samples(dataset: SFTDataset, model: MultimodalLM, config: PrototypeConfi
         )
     generator = torch.Generator().manual_seed(seed)
     prepared, store = dataset.prepared, dataset.store
-    real = [
-        i for i, s in enumerate(prepared.samples) if len(s.media_keys) == 1 and store.where[s.media_keys[0]][1] == 1
-    ]
-    rows = np.array([store.where[prepared.samples[i].media_keys[0]][0] for i in real])
+    real = list(dataset.alone())
+    if not real:
+        raise ConfigError("prototypes: no record shows one image alone, from which they could be measured")
+    rows = np.array([row for _, row in real])
     picks = torch.randperm(len(rows), generator=generator)[:MEASURED].numpy()
     prototypes = Prototypes.of(head, torch.from_numpy(store.array()[np.sort(rows[picks])]).float())
-    plan = prepared.samples[real[0]].plans[0]
+    plan = prepared.samples[real[0][0]].plans[0]
     # A sample's key says what it was made from, so that the next run finds it again.
     origin = f"prototype-{prepared.fingerprint[:16]}-{seed}"
     classes = draw_classes(head.names, config.count, generator)

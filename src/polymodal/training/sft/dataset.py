@@ -25,9 +25,8 @@ from polymodal.messages import Image, Source, user
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Batch, Sample, collate, collate_packed
 from polymodal.processing.processor import Processor
-from polymodal.training.feature_cache import FeatureStore, fill_missing
+from polymodal.training.feature_cache import Broken, FeatureStore, fill_missing
 from polymodal.training.recipes.sft import DataConfig
-from polymodal.training.reporting.log import append_log
 from polymodal.utils.files import write_text
 from polymodal.utils.progress import log
 from polymodal.utils.threads import Progress, ahead
@@ -200,24 +199,6 @@ class NamedBatch(NamedTuple):
     lost: int  # Targets that were planned, of records that cannot be read any more
 
 
-@dataclass
-class Broken:
-    """Records whose image was readable when they were tokenised and is not any more."""
-
-    file: Path | None  # Lists those that are left out; None: the first one stops the run
-    images: dict[str, PolymodalError] = field(default_factory=dict)  # What is wrong with images, by key
-    seen: set[str] = field(default_factory=set)
-
-    def note(self, id: str, error: PolymodalError) -> None:
-        """Leave a record out, or stop."""
-        if self.file is None:
-            raise error
-        if id not in self.seen:
-            self.seen.add(id)
-            log(f"left out of its step, {error}")
-            append_log(self.file, {"id": id, "error": str(error)})
-
-
 @dataclass(frozen=True)
 class SFTDataset:
     """The data of a stage, and how a micro-batch is made of it."""
@@ -227,6 +208,7 @@ class SFTDataset:
     store: FeatureStore | None  # Cached features, or None
     packed: bool = False  # Put the samples of a batch into one row, in place of padding them
     broken: Broken = field(default_factory=lambda: Broken(None))  # Records that cannot be read any more
+    seen: np.ndarray | None = None  # The records of which features are kept; all where None
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Collate or pack samples, with features from the cache or pixels from the files."""
@@ -270,19 +252,30 @@ class SFTDataset:
 
     def fill_store(self, model: MultimodalLM, workers: int, label: str, seen: np.ndarray | None = None) -> SFTDataset:
         """Log what was left out, and compute the features that are missing, of some records only where `seen` is."""
+        dataset = replace(self, seen=seen)
         for reason, count in self.prepared.left_out.items():
             log(f"left out {count} {label} {reason}")
         if self.store is not None:
-            skip = self.broken.images if self.broken.file is not None else None
             count = fill_missing(
-                self.store, self._images(seen), self._decode, model.encode_images, model.device, workers, skip
+                self.store, dataset._images(), self._decode, model.encode_images, model.device, workers, self.broken
             )
             log(f"features: {count} images encoded, {len(self.store.where)} in the cache")
-        return self
+        return dataset
 
-    def _images(self, seen: np.ndarray | None) -> Iterator[tuple[str, Source, int]]:
+    def alone(self) -> Iterator[tuple[int, int]]:
+        """The records that show one image of one tile, of which features are kept: index, and row in the store."""
+        where = {} if self.store is None else self.store.where
+        for index in self._kept():
+            keys = self.prepared.samples[index].media_keys
+            if len(keys) == 1 and where.get(keys[0], (0, 0))[1] == 1:
+                yield index, where[keys[0]][0]
+
+    def _kept(self) -> Sequence[int]:
+        return range(len(self.prepared.samples)) if self.seen is None else self.seen.tolist()
+
+    def _images(self) -> Iterator[tuple[str, Source, int]]:
         """Key, source and count of tiles of every image."""
-        for index in range(len(self.prepared.samples)) if seen is None else seen.tolist():
+        for index in self._kept():
             record, sample = self.prepared.records[index], self.prepared.samples[index]
             media = [part for message in record.messages for part in message.media]
             for key, plan, part in zip(sample.media_keys, sample.plans, media, strict=True):

@@ -1,10 +1,11 @@
 """Supervised tuning: a language model learns the assistant's answers to text and images, token by token."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -20,16 +21,16 @@ from polymodal.modeling.vlm import MultimodalLM
 from polymodal.training.activation_checkpointing import save_memory
 from polymodal.training.checkpoint import State, identity
 from polymodal.training.distributed import Engine, wants_bf16
-from polymodal.training.feature_cache import OFF, open_store
+from polymodal.training.feature_cache import OFF, Broken, open_store
 from polymodal.training.optimizer import Group, apply_policy, cast_frozen_linears, is_adapter
 from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import LossByKind
-from polymodal.training.sft.class_prototypes import add_samples
-from polymodal.training.sft.dataset import Broken, NamedBatch, Prepared, SFTDataset, prepare
+from polymodal.training.sft.class_prototypes import MEASURED, add_samples
+from polymodal.training.sft.dataset import NamedBatch, Prepared, SFTDataset, prepare
 from polymodal.training.sft.evaluate import Evaluation, make_evaluation
 from polymodal.training.sft.packing import plan_micro
-from polymodal.training.sft.warm_start import warm_start
+from polymodal.training.sft.warm_start import SAMPLE_ROWS, warm_start
 from polymodal.training.steps import Order, Steps
 from polymodal.training.task import StepPlan, Task, read_mix
 from polymodal.utils.progress import log, progress
@@ -124,12 +125,22 @@ class SFTTask(Task):
         prepared = prepare(mix, processor, recipe.data, progress, run.workers, folder / "skipped.jsonl")
         broken = Broken(folder / "skipped.jsonl" if recipe.data.on_error == "skip" else None)
         dataset = SFTDataset(prepared, processor, store, recipe.batch.packing == "pack", broken)
-        seen = None
-        # Both of these look at images from all over the data.
-        if store is not None and recipe.warm_start is None and recipe.prototypes is None:
-            self.steps = self.make_steps(prepared)
-            seen = self.steps.members(self.total_steps, len(prepared.lengths))
-        return dataset.fill_store(self.model, run.workers, "records", seen)
+        return dataset.fill_store(self.model, run.workers, "records", self._seen(prepared) if store else None)
+
+    def _seen(self, prepared: Prepared) -> np.ndarray | None:
+        """The records of which features are needed; all where None."""
+        recipe, count = self.recipe, len(prepared.lengths)
+        # Both look at images from all over the data; of a run that is cut short at many, of every other at all.
+        looks = {SAMPLE_ROWS: recipe.warm_start, MEASURED: recipe.prototypes}
+        most = max((most for most, part in looks.items() if part is not None), default=0)
+        if most and (recipe.run.max_steps is None or recipe.batch.global_tokens is not None):
+            return None
+        if recipe.prototypes is not None:  # they will stand after the records
+            made = (range(count, count + recipe.prototypes.count), 1.0)
+            prepared = replace(prepared, sources=(*prepared.sources, made))
+        self.steps = self.make_steps(prepared)
+        seen = self.steps.members(self.total_steps, sum(len(found) for found, _ in prepared.sources))
+        return np.union1d(seen[seen < count], np.linspace(0, count - 1, min(most, count), dtype=np.int64))
 
     def make_steps(self, prepared: Prepared) -> Steps:
         """Cut the run into steps."""

@@ -185,13 +185,13 @@ def _labelled(dataset: SFTDataset) -> tuple[np.ndarray, list[str], list[str]]:
     """Feature rows of one-tile images that stand alone with a short caption, their labels, and all names."""
     assert dataset.store is not None
     rows, labels = [], []
-    for record, sample in zip(dataset.prepared.records, dataset.prepared.samples, strict=True):
-        if len(sample.media_keys) != 1 or record.kind not in ("caption", "caption_ocr"):
+    for index, row in dataset.alone():
+        record = dataset.prepared.records[index]
+        if record.kind not in ("caption", "caption_ocr"):
             continue
         name = concept_of(record.messages[-1].text)
-        start, count = dataset.store.where[sample.media_keys[0]]
-        if name is not None and count == 1:
-            rows.append(start)
+        if name is not None:
+            rows.append(row)
             labels.append(name)
     if not rows:
         raise ConfigError("warm_start: no record of kind 'caption' shows one image with a caption of up to 4 words")
