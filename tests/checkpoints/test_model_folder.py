@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polymodal.backends import load
-from polymodal.checkpoints.model_folder import _hash, load_model, save_model
+from polymodal.checkpoints.model_folder import _hash, export_whole, load_model, read_history, save_model
 from polymodal.config import ModelConfig
 from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.modeling.build import build_model
@@ -329,3 +329,28 @@ def test_another_tower_in_the_place_of_the_one_it_was_trained_with(
 def test_an_unknown_type_of_weights_is_named() -> None:
     with pytest.raises(PolymodalError, match="unknown dtype 'fp16'; did you mean 'float16'"):
         load("default", dtype="fp16")  # type: ignore[arg-type]
+
+
+def test_a_whole_folder_tells_nothing_of_the_machine_that_wrote_it(
+    tiny_model_config: ModelConfig, tmp_path: Path
+) -> None:
+    """Folders are published: of each path in the history the name is left."""
+    model, tokenizer = build_model(tiny_model_config)
+    recipe = {"name": "a", "data": {"mix": [{"path": str(tmp_path / "secret" / "mine.json")}]}}
+    history = [{"stage": "a", "trained": ["projector"], "source": f"{tmp_path}/base", "recipe": recipe}]
+    save_model(tmp_path / "own", model, tiny_model_config, tokenizer, history=history)
+    export_whole(tmp_path / "own", tmp_path / "whole")
+    for path in (tmp_path / "whole").rglob("*"):
+        if path.is_file():
+            assert str(tmp_path.parent).encode() not in path.read_bytes(), path
+    told = json.loads((tmp_path / "whole" / "polymodal.json").read_text())["history"]
+    assert told[0]["source"] == "base" and told[0]["recipe"]["data"]["mix"] == [{"path": "mine.json"}]
+    assert told[-1]["stage"] == "export"
+
+
+@pytest.mark.parametrize("history", ["text", [1], {"a": 1}, [{"trained": 5}]])
+def test_a_history_of_another_form_is_refused(folder: Path, history: object) -> None:
+    path = folder / "polymodal.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"history": history}))
+    with pytest.raises(CheckpointError, match=r"polymodal\.json: history must be a list of stages"):
+        read_history(folder)

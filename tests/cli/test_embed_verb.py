@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,14 @@ def test_the_model_that_ships_is_the_default(blip: Path, capsys: pytest.CaptureF
     ask = ["embed", str(blip.parent / "0.png"), "--device", "cpu"]
     assert main([*ask, "--text", "a cat", "--text", "a dog"]) == 0
     assert capsys.readouterr().out.startswith("| | a cat | a dog |")
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", "3", "{", "[" * 100_000])
+def test_a_config_that_is_no_object_is_one_line(
+    blip: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(blip, tmp_path / "bad"))
+    (folder / "config.json").write_text(text)
+    assert main(["embed", "--model", str(folder), "--text", "a"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{folder}/config.json: " in error

@@ -11,7 +11,7 @@ import yaml
 from polymodal.checkpoints.model_folder import Loaded
 from polymodal.config import ModelConfig
 from polymodal.interop.huggingface.export import export_hf
-from polymodal.interop.huggingface.export_card import licence_of, origins, without_places
+from polymodal.interop.huggingface.export_card import licence_of, origins
 from polymodal.modeling.build import build_model
 
 APACHE = "                              Apache License\n                        Version 2.0, January 2004\n"
@@ -125,23 +125,3 @@ def test_licences_that_folders_state(tmp_path: Path) -> None:
     assert licence_of(tmp_path) == "mit"
     (tmp_path / "README.md").write_text('---\r\nlanguage: en\r\nlicense: "llama2"\r\n---\r\n')
     assert licence_of(tmp_path) == "llama2"
-
-
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        ("/home/me/runs/final", "final"),
-        ("/home/me/my runs/final", "final"),
-        ("file:///home/me/a.json", "a.json"),
-        ("~/runs/final", "final"),
-        ("C:\\\\Users\\\\me\\\\a.json".replace("\\\\", "\\"), "a.json"),
-        ("at '/home/me/a.json', line 3", "at 'a.json', line 3"),
-        ("runs/final", "runs/final"),
-        ("owner/name", "owner/name"),
-        ("https://example.org/a/b", "https://example.org/a/b"),
-        ("{{ '</s>' }}/no_think and/or", "{{ '</s>' }}/no_think and/or"),
-        ("/think", "think"),
-    ],
-)
-def test_places_are_left_out(text: str, kept: str) -> None:
-    assert without_places({"a": [text, 3, None]}) == {"a": [kept, 3, None]}

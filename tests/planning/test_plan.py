@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -319,3 +320,50 @@ def test_image_rules_may_change_but_not_the_tile(tmp_path: Path) -> None:
         starting_point(recipe, path)
     with pytest.raises(CheckpointError, match="no such model folder"):
         starting_point(load_recipe(path), tmp_path / "alone.yaml")
+
+
+BAD_CONFIGS: dict[str, tuple[Any, str]] = {
+    "no JSON": ("{", "not valid JSON"),
+    "a list": ([1], "an object was expected"),
+    "null": (None, "an object was expected"),
+    "no model_type": ({"model_type": None}, "knows no model_type"),
+    "an unknown one": ({"model_type": "no-such"}, "knows no model_type 'no-such'"),
+    "no heads": ({"num_attention_heads": 0}, "cannot be loaded"),
+    "no word": ({"vocab_size": 0}, "vocab_size is 0"),
+    "a word for a size": ({"hidden_size": "wide"}, "hidden_size"),
+    "a list for a size": ({"hidden_size": [64]}, "hidden_size"),
+    "a billion layers": ({"num_hidden_layers": 10**9}, "which is no model's"),
+    "an activation": ({"hidden_act": "superrelu"}, "superrelu"),
+    "a RoPE": ({"rope_parameters": {"rope_type": "spiral"}}, "spiral"),
+    "half a RoPE": ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
+    "an attention": ({"_attn_implementation": "owner/kernel"}, "owner/kernel"),
+    "odd heads": ({"head_dim": 3}, "cannot be loaded"),
+}
+
+
+OF_LLMS = ("no word", "a RoPE", "half a RoPE", "odd heads", "no model_type", "an unknown one")
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [(part, what) for part in ("llm", "tower") for what in BAD_CONFIGS if part == "llm" or what not in OF_LLMS],
+)
+def test_a_bad_config_is_one_line(
+    part: str, what: str, plain: dict[str, Any], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever transformers raises on it, of a language model and of a vision tower."""
+    folder = Path(shutil.copytree(tiny / part, tmp_path / "bad"))
+    change, needle = BAD_CONFIGS[what]
+    if isinstance(change, dict):
+        change = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(change if isinstance(change, str) else json.dumps(change))
+    model = plain["init"]["model"]
+    if part == "llm":
+        model["llm"]["model_name_or_path"] = str(folder)
+    else:
+        model["vision"]["vision_tower"] = str(folder)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain))
+    for target in [str(tmp_path / "recipe.yaml"), *([str(folder)] if part == "llm" and what != "odd heads" else [])]:
+        assert main(["plan", target]) == 2, target
+        error = capsys.readouterr().err
+        assert needle in error and error.count("\n") == 1 and str(folder) in error

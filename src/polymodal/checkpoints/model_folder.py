@@ -36,6 +36,7 @@ from polymodal.modeling.vlm import MultimodalLM
 from polymodal.safety.config_json import check_settings, read_json
 from polymodal.safety.model_folder import OURS, FolderReport, check_folder, refuse_adapter
 from polymodal.utils.files import atomic_folder, whole_path, write_text
+from polymodal.utils.paths import without_places
 from polymodal.utils.safetensors_io import copy_tensors, read_tensors, write_tensors
 
 FORMAT = 1
@@ -197,7 +198,8 @@ def write_whole(loaded: Loaded, target: Path, *, dtype: torch.dtype | None = Non
         model,
         config,
         loaded.tokenizer,
-        history=[*loaded.history, {"stage": "export", "folded_in": folded}],
+        # Such a folder is published; where parts lay on this machine is nobody's business there.
+        history=[*without_places(loaded.history), {"stage": "export", "folded_in": folded}],
         llm_trained=True,
         vision_trained=config.vision is not None,
         replace=replace,
@@ -229,6 +231,11 @@ def read_document(folder: Path, document: dict[str, Any] | None = None) -> Docum
     for key in ("config", "contract", "contract_hash", "history"):
         if key not in document:
             raise CheckpointError(f"{path}: key {key!r} is missing")
+    stages = document["history"]
+    if not isinstance(stages, list) or not all(
+        isinstance(stage, dict) and isinstance(stage.get("trained", []), list) for stage in stages
+    ):
+        raise CheckpointError(f"{path}: history must be a list of stages, each an object; restore the file")
     if _hash(document["contract"]) != document["contract_hash"]:
         raise CheckpointError(f"{path}: the contract was changed after training; restore the file")
     config = parse_config(ModelConfig, document["config"], str(path))

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from polymodal.config import LLMConfig, ModelConfig, VisionConfig
-from polymodal.errors import CheckpointError, ConfigError, PolymodalError, first_line, unknown_name
+from polymodal.errors import CheckpointError, PolymodalError, first_line, unknown_name
 from polymodal.media_plan import Size
 from polymodal.modeling.build import compose, fit_projector
 from polymodal.modeling.encoders.efficientnet import EfficientNetLite0
 from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
 from polymodal.modeling.encoders.vision import VISION_ENCODERS, VisionEncoder, check_type, wrap_efficientnet
 from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2, model_class, positions_of
+from polymodal.modeling.pretrained import building, config_json
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.utils.files import home_path
 
@@ -70,14 +71,12 @@ class Outline:
 
 def outline(config: ModelConfig, *, fetch: bool = False) -> Outline:
     """Build a model without weights."""
-    settings = llm_settings(config.llm, fetch=fetch)
+    settings, where = llm_settings(config.llm, fetch=fetch), f"language model {config.llm.model_name_or_path!r}"
     with torch.device("meta"):
-        try:
+        with building(where):
             llm = model_class(bool(settings.is_encoder_decoder)).from_config(
                 settings, dtype=getattr(torch, config.llm.dtype), attn_implementation="sdpa"
             )
-        except ValueError as error:
-            raise ConfigError(f"language model {config.llm.model_name_or_path!r}: {first_line(error)}") from error
         if getattr(settings, "scale_decoder_outputs", True) is False:
             # T5 1.1 has a head of its own; transformers makes it tied and parts it when it reads the weights.
             head = llm.get_output_embeddings()
@@ -112,13 +111,16 @@ def on_no_device(model: nn.Module, mode: FakeTensorMode) -> None:
 def llm_settings(config: LLMConfig, *, fetch: bool = False) -> Any:
     """Read a language model's configuration, as transformers has it."""
     name = SMOLLM2 if config.model_name_or_path == DEFAULT_LLM else config.model_name_or_path
-    path = home_path(name)
-    try:
+    path, where = home_path(name), f"language model {name!r}"
+    with building(where):
         if path.suffix == ".gguf":
             return transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        return transformers.AutoConfig.for_model(**_config_json(name, config.revision, fetch))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"language model {name!r}: no readable configuration: {first_line(error)}") from error
+        settings = _config_json(name, config.revision, fetch)
+        if settings.get("model_type") not in transformers.CONFIG_MAPPING:
+            raise CheckpointError(f"{where}: transformers knows no model_type {str(settings.get('model_type'))[:80]!r}")
+        if zero := next((key for key in ("vocab_size", "hidden_size") if settings.get(key) == 0), None):
+            raise CheckpointError(f"{where}: {zero} is 0; more is expected")
+        return transformers.AutoConfig.for_model(**settings)
 
 
 def llm_positions(config: LLMConfig) -> int | None:
@@ -133,12 +135,14 @@ def _config_json(name: str, revision: str | None, fetch: bool) -> dict[str, Any]
     """A `config.json` as plain data: from a folder, the hub's cache, the table of known shapes, or the hub."""
     path = home_path(name)
     if path.is_dir():
-        return dict(transformers.PreTrainedConfig.get_config_dict(str(path))[0])
+        return config_json(str(path), str(path / "config.json"))
     if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1:
         raise PolymodalError(f"{name}: no such folder; a plan reads its config.json")
     try:
-        found = transformers.PreTrainedConfig.get_config_dict(name, revision=revision, local_files_only=not fetch)[0]
-    except (OSError, ValueError) as error:
+        return config_json(name, name, revision=revision, local_files_only=not fetch)
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, OSError | ValueError):
+            raise  # it is here, and says what no model can be
         if name in PUBLISHED_SHAPES and not fetch:
             return dict(PUBLISHED_SHAPES[name])
         if fetch:
@@ -147,7 +151,6 @@ def _config_json(name: str, revision: str | None, fetch: bool) -> dict[str, Any]
             f"{name}: its shape is not known on this machine; --fetch asks the hub for its config.json (a few kB), or "
             "name a local folder"
         ) from error
-    return dict(found)
 
 
 def _vision_encoder(vision: VisionConfig, tile: Size | None, fetch: bool) -> VisionEncoder:
@@ -160,5 +163,6 @@ def _vision_encoder(vision: VisionConfig, tile: Size | None, fetch: bool) -> Vis
     check_type(family, vision, settings.get("model_type"))
     settings = settings.get("vision_config", settings)
     tower = getattr(transformers, family.model_class)
-    model = tower(tower.config_class(**{key: value for key, value in settings.items() if key != "model_type"}))
+    with building(f"vision tower {vision.vision_tower!r}"):
+        model = tower(tower.config_class(**{key: value for key, value in settings.items() if key != "model_type"}))
     return HFVisionEncoder(model, vision.mm_vision_select_layer, vision.mm_vision_select_feature, tile)

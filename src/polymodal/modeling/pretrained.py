@@ -20,7 +20,7 @@ from torch.nn.modules import module as registry
 from transformers.utils import is_flash_attn_2_available
 
 from polymodal.errors import CheckpointError, PolymodalError
-from polymodal.safety.config_json import check_settings, walk
+from polymodal.safety.config_json import check_settings, read_json, walk
 from polymodal.safety.model_folder import check_folder, refuse_adapter
 from polymodal.utils.safetensors_io import DERIVED, compare_tensors
 
@@ -42,12 +42,21 @@ def look_over(source: str, where: str, **kwargs: Any) -> int:
         report = check_folder(Path(source))
         refuse_adapter(report)
         return most_parts(report.tensors())
-    try:
-        settings, _ = transformers.PreTrainedConfig.get_config_dict(source, **kwargs)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{where}: {one_line(error)}") from error
-    check_settings(settings, where)
+    config_json(source, where, **kwargs)
     return MOST_PARTS
+
+
+def config_json(source: str, where: str, **kwargs: Any) -> dict[str, Any]:
+    """The `config.json` of a folder, or of a hub id, as plain data that was checked."""
+    if (path := Path(source) / "config.json").is_file():
+        settings = read_json(path)
+    else:
+        try:
+            settings = dict(transformers.PreTrainedConfig.get_config_dict(source, **kwargs)[0])
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{where}: {one_line(error)}") from error
+    check_settings(settings, where)
+    return settings
 
 
 def most_parts(tensors: Mapping[str, Any]) -> int:

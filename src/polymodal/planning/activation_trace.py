@@ -9,6 +9,7 @@ count as they are. Not seen: memory that a kernel borrows while it runs, and the
 take seconds and a second copy of the model's modules, and an estimate is enough.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from polymodal.modeling.meta_device import Outline, on_no_device
+from polymodal.modeling.pretrained import building
 from polymodal.modeling.token_loss import GPU_BUDGET
 from polymodal.utils.modules import blocks, frozen
 
@@ -116,6 +118,12 @@ def id_of(tensor: Tensor) -> int:
 
 def trace(outline: Outline, load: Load, *, bf16: bool) -> Trace:
     """Run one micro-batch without data."""
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would log what is raised here
+    with building(f"language model {outline.config.llm.model_name_or_path!r}"):
+        return _trace(outline, load, bf16=bf16)
+
+
+def _trace(outline: Outline, load: Load, *, bf16: bool) -> Trace:
     model, llm = outline.model, outline.model.llm
     tower: Any = model.vision_encoder
     trained_tower = tower is not None and not frozen(tower)

@@ -1,6 +1,7 @@
 """Names of files and folders as configuration keys hold them: `~` is the home folder, nothing is not a name."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,21 @@ def own_folder(value: str) -> str:
     return full_name(value)
 
 
+def without_places(value: Any) -> Any:
+    """A document without the places of this machine: of each absolute path the last part, in the hub's cache the id."""
+    if isinstance(value, dict):
+        return {key: without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if found := SNAPSHOT.search(value):
+        return f"{found[1]}/{found[2]}"
+    if value.startswith("/") and "\n" not in value and Path(value).name:
+        return Path(value).name
+    return _PATH.sub(r"\1", value)
+
+
 PART_KEYS = {"vision_tower", "model_name_or_path", "pretrained", "tokenizer", "bert"}
 """Keys of models whose values are folders, files or hub ids."""
 
@@ -44,3 +60,8 @@ FilePath = Annotated[str, AfterValidator(full_name)]
 
 OutputFolder = Annotated[str, AfterValidator(own_folder)]
 """A folder to be filled."""
+
+SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]+/?$")
+"""A repository's folder in the hub's cache: its owner and its name."""
+
+_PATH = re.compile(r"(?<![\w:/.<\\])(?:file://|~)?(?:[A-Za-z]:)?[\\/](?:[^\s\"'\\/<>]+[\\/])+([^\s\"'\\/<>]*)")

@@ -19,6 +19,7 @@ from polymodal.checkpoints.locate import HUB_ID
 from polymodal.checkpoints.model_folder import CONFIG_NAME, Loaded
 from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2
 from polymodal.utils.files import shipped, write_text
+from polymodal.utils.paths import SNAPSHOT, without_places
 
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 """Names of the files that travel."""
@@ -28,8 +29,6 @@ PARTS_FOLDER = "licences"
 _KEYS = {"source": "model", "model_name_or_path": "llm", "base": "llm", "vision_tower": "vision", "tower": "vision"}
 _TEXTS = {"Apache License": "apache-2.0", "MIT License": "mit", "BSD 3-Clause": "bsd-3-clause"}
 _STATED = re.compile(r"\A---\n.*?^license:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$.*?^---$", re.MULTILINE | re.DOTALL)
-_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]+/?$")
-_PATH = re.compile(r"(?<![\w:/.<\\])(?:file://|~)?(?:[A-Za-z]:)?[\\/](?:[^\s\"'\\/<>]+[\\/])+([^\s\"'\\/<>]*)")
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def _origin(part: str, name: str) -> Origin | None:
     if (folder := shipped(name)) is not None:
         return Origin(part, f"{name} (of polymodal)", folder, "apache-2.0", False)
     folder = Path(name).expanduser()
-    if found := _SNAPSHOT.search(str(folder)):
+    if found := SNAPSHOT.search(str(folder)):
         return Origin(part, f"{found[1]}/{found[2]}", folder, licence_of(folder), True)
     if folder.is_dir():
         # A folder of ours is made of the other parts, and what lies inside it has no origin of its own.
@@ -128,19 +127,6 @@ def copy_licences(source: Path | None, folder: Path, parts: Sequence[Origin] = (
             target.mkdir(parents=True, exist_ok=True)
             if not (target / path.name).exists():
                 shutil.copyfile(path, target / path.name)
-
-
-def without_places(value: Any) -> Any:
-    """A document without the places of this machine: of each absolute path, the last part."""
-    if isinstance(value, dict):
-        return {key: without_places(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_places(inner) for inner in value]
-    if not isinstance(value, str):
-        return value
-    if value.startswith("/") and "\n" not in value and Path(value).name:
-        return Path(value).name
-    return _PATH.sub(r"\1", value)
 
 
 def front_matter(parts: Sequence[Origin], library: str) -> str:

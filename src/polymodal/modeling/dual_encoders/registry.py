@@ -8,16 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from polymodal.config import ImageConfig
-from polymodal.errors import CheckpointError, ConfigError, first_line, unknown_name
+from polymodal.errors import ConfigError, unknown_name
 from polymodal.modeling.dual_encoders import blip2_stage1, lit
 from polymodal.modeling.dual_encoders.base import PairModel
 from polymodal.modeling.dual_encoders.blip2_stage1_folder import build_blip2, load_blip2
 from polymodal.modeling.dual_encoders.clip_siglip import build_dual_encoder, load_dual_encoder
 from polymodal.modeling.dual_encoders.config import ObjectiveConfig
 from polymodal.modeling.language_model import quieten_transformers
+from polymodal.modeling.pretrained import config_json
 from polymodal.safety.config_json import read_json
 from polymodal.safety.model_folder import check_folder
 
@@ -92,11 +91,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 def folder_type(source: str) -> str:
     """The `model_type` of a folder or hub id, checked to be one of `PAIR_FOLDERS`."""
-    try:
-        settings, _ = transformers.PreTrainedConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: cannot be opened as a model ({first_line(error)})") from error
-    found = settings.get("model_type")
+    found = config_json(source, f"{source}: cannot be opened as a model").get("model_type")
     if found not in PAIR_FOLDERS:
         raise ConfigError(
             f"{source}: model_type {found!r} does not learn from pairs; known are {', '.join(sorted(PAIR_FOLDERS))}"
