@@ -843,6 +843,8 @@ def test_sounds_and_videos(tmp_path: Path) -> None:
         ([user("half \ud83d")], "half of a surrogate pair"),
         ([user("a"), replace(assistant("b"), reasoning_content="c"), user("d")], "reasoning and tools cannot be given"),
         ([user("a"), assistant("b"), Message("tool", ())], "message 3: reasoning and tools cannot be given"),
+        ([user("a"), assistant(""), user("b")], "message 2: the assistant's turn says nothing"),
+        ([system("s"), user("a"), assistant(" \n", ""), user("b")], "message 3: the assistant's turn says nothing"),
     ],
 )  # fmt: skip
 def test_parts_that_cannot_be_sent(messages: Any, words: str) -> None:

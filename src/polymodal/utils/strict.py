@@ -4,7 +4,7 @@ import reprlib
 import warnings
 from typing import Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
 from polymodal.errors import ConfigError, unknown_name
 
@@ -17,12 +17,23 @@ class Strict(BaseModel):
     RENAMED: ClassVar[dict[str, str]] = {}
     """Keys of earlier versions and what each is called now; files that have them stay valid."""
 
+    def __init__(self, **data: Any) -> None:
+        """Check the values, as `parse_config` does those of a file; a mistake is a `ConfigError`."""
+        try:
+            self.__pydantic_validator__.validate_python(data, self_instance=self)
+        except ValidationError as error:
+            raise _mistake(type(self), error, type(self).__name__) from None
+
+    # So that pydantic does not call it for what is nested, whose mistakes are told with their whole path.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
     @model_validator(mode="before")
     @classmethod
-    def _take_earlier_names(cls, data: Any) -> Any:
+    def _take_earlier_names(cls, data: Any, info: ValidationInfo) -> Any:
         for old, new in cls.RENAMED.items() if isinstance(data, dict) else ():
             if old in data and new not in data:
-                warnings.warn(f"the key {old!r} is called {new!r} now", FutureWarning, stacklevel=2)
+                where = (info.context or {}).get("where", cls.__name__)
+                warnings.warn(f"{where}: the key {old!r} is called {new!r} now", FutureWarning, stacklevel=3)
                 data = {new if key == old else key: value for key, value in data.items()}
         return data
 
@@ -35,16 +46,21 @@ def parse_config(cls: type[ConfigT], data: Any, where: str) -> ConfigT:
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping of keys, found {type(data).__name__}")
     try:
-        return cls.model_validate(data)
+        return cls.model_validate(data, context={"where": where})
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(p) for p in first["loc"])
-        if first["type"] == "extra_forbidden":
-            unknown = unknown_name("key", path.split(".")[-1], _fields_at(cls, first["loc"][:-1]))
-            raise ConfigError(f"{where}: {unknown} (at {path})") from None
-        told = first["type"] != "missing" and not (first["type"] == "value_error" and isinstance(first["input"], dict))
-        given = f" (given {_shown(first['input'])})" if told else ""
-        raise ConfigError(f"{where}: {path or 'config'}: {first['msg'].removeprefix('Value error, ')}{given}") from None
+        raise _mistake(cls, error, where) from None
+
+
+def _mistake(cls: type[BaseModel], error: ValidationError, where: str) -> ConfigError:
+    """The first of the mistakes that pydantic found, in one line."""
+    first = error.errors()[0]
+    path = ".".join(str(p) for p in first["loc"])
+    if first["type"] == "extra_forbidden":
+        unknown = unknown_name("key", path.split(".")[-1], _fields_at(cls, first["loc"][:-1]))
+        return ConfigError(f"{where}: {unknown} (at {path})")
+    told = first["type"] != "missing" and not (first["type"] == "value_error" and isinstance(first["input"], dict))
+    given = f" (given {_shown(first['input'])})" if told else ""
+    return ConfigError(f"{where}: {path or 'config'}: {first['msg'].removeprefix('Value error, ')}{given}")
 
 
 def _shown(value: Any) -> str:

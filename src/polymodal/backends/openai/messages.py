@@ -138,6 +138,13 @@ def request_body(
 def to_openai(messages: Sequence[Message], detail: Detail | None = None) -> list[Json]:
     """Write a conversation as OpenAI's `messages`."""
     check_messages(messages)
+    for number, message in enumerate(messages, start=1):
+        if message.role == "assistant" and not message.text.strip():
+            # Most servers refuse such a turn, and with it every later question of the conversation.
+            raise PolymodalError(
+                f"message {number}: the assistant's turn says nothing, which servers refuse; take it and its question "
+                "out, or write what was said"
+            )
     return [{"role": m.role, "content": _content(m, index, detail)} for index, m in enumerate(messages)]
 
 
