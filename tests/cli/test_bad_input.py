@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from polymodal.cli import main
+from polymodal.cli import inspect, main
 from polymodal.errors import PolymodalError
 
 
@@ -194,7 +194,7 @@ def test_a_file_that_cannot_be_written(
 ) -> None:
     target = tmp_path / "no" / "such" / "folder.html"
     assert main(["inspect", "--model", str(tiny_model_folder), "--prompt", "x", "--html", str(target)]) == 2
-    assert f"cannot write {target}" in capsys.readouterr().err
+    assert f"--html: {target}: cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
@@ -250,3 +250,44 @@ def test_the_process_itself(tmp_path: Path) -> None:
     assert (plain.returncode, plain.stdout, len(plain.stderr.splitlines())) == (2, "", 1)
     loud = subprocess.run([*argv, "--debug"], capture_output=True, text=True)
     assert "Traceback" in loud.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "default", "--data", "{data}", "--json", "{bad}"],
+        ["eval", "default", "--data", "{data}", "--output", "{bad}"],
+        ["eval", "vit_small", "--tasks", "retrieval", "--data", "{data}", "--json", "{bad}"],
+        ["inspect", "--prompt", "a", "--html", "{bad}"],
+        ["inspect", "--prompt", "a", "--image", "{data}", "--png", "{bad}"],
+        ["data", "inspect", "{data}", "--html", "{bad}"],
+        ["data", "check", "{data}", "--output", "{bad}"],
+        ["export", "default", "{bad}"],
+        ["convert", "default", "{bad}"],
+        ["train", "{recipe}", "output_dir={bad}"],
+    ],
+)
+def test_a_place_for_results_is_checked_before_anything_is_loaded(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import polymodal.backends
+    import polymodal.checkpoints.locate
+    from polymodal.cli import common
+    from polymodal.training.sft import task
+
+    def never(*_args: object, **_named: object) -> None:
+        raise AssertionError("something was loaded first")
+
+    for place, name in (
+        (common, "load"), (polymodal.backends, "load_processor"), (inspect, "load_processor"),
+        (polymodal.checkpoints.locate, "find_model"), (task, "load_inputs"),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, name, never)
+    (tmp_path / "data.json").write_text(
+        json.dumps([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}])
+    )
+    recipe = Path(__file__).parents[2] / "recipes" / "default" / "stage1.yaml"
+    places = {"data": tmp_path / "data.json", "bad": tmp_path / "data.json" / "a" / "b", "recipe": recipe}
+    assert main([part.format(**places) for part in command]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(tmp_path / "data.json") in error and "cannot be written" in error

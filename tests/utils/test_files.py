@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from polymodal.errors import PolymodalError
 from polymodal.utils import files
-from polymodal.utils.files import atomic_folder, write_text
+from polymodal.utils.files import atomic_folder, check_writable, write_text
 
 
 @contextmanager
@@ -93,3 +93,30 @@ def test_other_errors_are_no_fault_of_the_disk(tmp_path: Path) -> None:
     with pytest.raises(PolymodalError, match=r"^a line$"), atomic_folder(tmp_path / "out"):
         raise PolymodalError("a line")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_known_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("kept")
+    for place, folder in (("new", False), ("file", False), ("a/b.json", False), ("a/b", True), (".", True)):
+        check_writable(tmp_path / place, folder=folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"] and (tmp_path / "file").read_text() == "kept"
+    check_writable(Path("/dev/null"))
+    bad: list[tuple[str, dict[str, bool], str]] = [
+        (".", {}, "is a folder; name a file"),
+        ("file", {"folder": True}, "is no folder"),
+        ("no/a.json", {"parents": False}, "its folder is not there"),
+        ("file/a.json", {}, "cannot be written"),
+        ("file/a", {"folder": True}, "cannot be written"),
+        ("n" * 300, {}, "name too long"),
+    ]
+    for name, options, needle in bad:
+        with pytest.raises(PolymodalError, match=f"(?i)^--json: .*{needle}"):
+            check_writable(tmp_path / name, "--json: ", **options)
+
+    def refused(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refused)
+    for name, folder in (("a.json", False), ("a/b", True)):
+        with pytest.raises(PolymodalError, match=r"cannot be written \(Permission denied\)"):
+            check_writable(tmp_path / name, folder=folder)

@@ -1,4 +1,4 @@
-"""Configuration classes as a person makes them in Python: one line for a mistake, and old names said with their place."""
+"""Configuration classes made in Python: one line for a mistake, and old names said with their place."""
 
 import inspect
 import warnings

@@ -14,6 +14,7 @@ from polymodal.config import parse_config
 from polymodal.errors import ConfigError
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Image, Message, system, user
+from polymodal.utils.files import check_writable, write_bytes
 
 RESET, DIM, BOLD = "\x1b[0m", "\x1b[2m", "\x1b[1m"
 DECIMAL = {" B": 10**9, " M": 10**6, " k": 10**3, "": 1}
@@ -131,12 +132,16 @@ def stream_text(text: str) -> None:
     print(printable(text), end="", flush=True)
 
 
+def check_files(args: argparse.Namespace, *flags: str) -> None:
+    """Make sure that the files that flags name can be written, before anything is loaded for them."""
+    for flag in flags:
+        if (path := getattr(args, flag)) is not None:
+            check_writable(Path(path), f"--{flag}: ", parents=False)
+
+
 def write_file(path: str, data: bytes) -> None:
     """Write a file that a flag named."""
-    try:
-        Path(path).write_bytes(data)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    write_bytes(Path(path), data)
     note(f"wrote {path}")
 
 

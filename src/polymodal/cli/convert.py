@@ -12,6 +12,7 @@ from pathlib import Path
 
 from polymodal.cli import common
 from polymodal.errors import CheckpointError, ConfigError
+from polymodal.utils.files import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Load, then write."""
     if args.target.exists() and not args.force:
         raise ConfigError(f"{args.target}: is there already; choose another folder, or replace it with --force")
+    check_writable(args.target.parent, "DST in ", folder=True)
     from polymodal.checkpoints.locate import find_model
     from polymodal.checkpoints.model_folder import save_model
     from polymodal.interop.huggingface.load import load_hf

@@ -75,14 +75,12 @@ def check(args: argparse.Namespace) -> int:
             raise ConfigError(f"{flag} {value}: at least 1")
     from polymodal.data.check.check import check_files, summary_json
     from polymodal.data.check.report import to_html
-    from polymodal.utils.files import write_text
+    from polymodal.utils.files import check_writable, make_folder, write_text
     from polymodal.utils.progress import progress
 
+    check_writable(args.output, "--output ", folder=True)
     processor = _processor(args)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output {args.output}: cannot be made ({error.strerror or error})") from error
+    make_folder(args.output, "--output ")
     summary = check_files(
         args.files,
         processor,
@@ -148,6 +146,7 @@ def inspect(args: argparse.Namespace) -> int:
 
     if args.index < 0:
         raise ConfigError(f"--index {args.index}: rows are counted from 0")
+    common.check_files(args, "html", "png")
     rows = iter_rows(args.file, args.image_root, format=args.format, annotations=args.annotations)
     last = -1
     for row in rows:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from polymodal.cli import common
 from polymodal.errors import ConfigError, PolymodalError
-from polymodal.utils.files import home_path
+from polymodal.utils.files import check_writable, home_path
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--image {missing}: no such file")
     if dst.exists() and not args.overwrite:
         raise PolymodalError(f"{dst}: is there already; choose another folder or add --overwrite")
+    check_writable(dst.parent, "DST in ", folder=True)
     if args.dtype == "q8_0" and args.format != "gguf":
         raise ConfigError("--dtype q8_0 is for --format gguf")
     return FORMATS[args.format](args, dst, _asked(args))

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Process the conversation, print the view, write the files asked for."""
     if args.png and not args.image:
         raise ConfigError("--png draws images, and no --image was given")
+    common.check_files(args, "html", "png")
     processor, messages = load_processor(args.model), common.question(args)
     if args.answer is not None:
         messages.append(assistant(args.answer))

@@ -21,7 +21,7 @@ from polymodal.training.reporting.log import environment, open_trackers, start_l
 from polymodal.training.reporting.report import draw_curves, write_report
 from polymodal.training.task import Task
 from polymodal.training.trainer import StopRequest, Trainer
-from polymodal.utils.files import make_folder, write_text
+from polymodal.utils.files import check_writable, make_folder, write_text
 from polymodal.utils.progress import log
 
 
@@ -45,6 +45,7 @@ def _train(recipe: RecipeBase, inputs: Any, force: bool, world: World) -> Path:
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     torch.manual_seed(recipe.run.seed)
+    check_writable(output_dir, "output_dir ", folder=True)
     task = kind(recipe, world, inputs)
     with world.together():
         if world.is_main:

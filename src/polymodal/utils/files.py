@@ -122,13 +122,18 @@ def writing(path: Path, name: str = "") -> Iterator[None]:
         ) from error
 
 
-def check_writable(path: Path, name: str = "") -> None:
-    """Make sure that a file can be written, before the work whose result it is to hold."""
+def check_writable(path: Path, name: str = "", *, folder: bool = False, parents: bool = True) -> None:
+    """Make sure that a file or folder can be written, before the work whose result it is to hold."""
     with writing(path, name):
-        if path.is_dir():
-            raise PolymodalError(f"{name}{path}: is a folder; name a file")
-        folder = next(folder for folder in path.absolute().parents if folder.exists())
-        tempfile.TemporaryFile(dir=folder).close()
+        if path.exists() and not path.is_dir() and not path.is_file():
+            return  # /dev/stdout and the like
+        if path.exists() and path.is_dir() != folder:
+            raise PolymodalError(f"{name}{path}: {'is no folder' if folder else 'is a folder; name a file'}")
+        places = path.absolute().parents if not folder else (path.absolute(), *path.absolute().parents)
+        above = next(place for place in places if place.exists())
+        if not parents and above != path.absolute().parent:
+            raise PolymodalError(f"{name}{path}: cannot be written (its folder is not there); make it first")
+        tempfile.TemporaryFile(dir=above).close()
 
 
 def make_folder(path: Path, name: str = "") -> None:
@@ -144,6 +149,10 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file that is whole or unchanged."""
+    if path.is_char_device() or path.is_fifo():  # /dev/stdout and the like, which no file may take the place of
+        with writing(path):
+            path.write_bytes(data)
+        return
     work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         work.write_bytes(data)
