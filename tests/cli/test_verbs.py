@@ -262,6 +262,46 @@ def test_ctrl_c_and_a_closed_pipe_end_quietly(
         assert process.wait() == 141
 
 
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (["--help"], 141),
+        (["env"], 141),
+        (["nosuch"], 2),
+        (["generate", "--model", "{model}", "--prompt", "a", "--max-new-tokens", "1"], 141),
+    ],
+)
+def test_a_reader_that_never_was_is_no_error(command: list[str], status: int, tiny_model_folder: Path) -> None:
+    """`polymodal ... | head -0`, with Python's own buffer in between."""
+    argv = [sys.executable, "-m", "polymodal", *(part.format(model=tiny_model_folder) for part in command)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE, env=environment)
+    both = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, env=environment)
+    os.close(writer)
+    assert (done.returncode, both.returncode) == (status, 141)
+    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", [("stdin",), ("stdout",), ("stdin", "stdout", "stderr")])
+@pytest.mark.parametrize("command", ["chat", "inspect", "describe"])
+def test_closed_streams_are_no_error(
+    command: str, closed: tuple[str, ...], tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`polymodal chat <&-`: Python then has None in its place."""
+    for name in closed:
+        monkeypatch.setattr(sys, name, None)
+    if "stdin" not in closed:
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+    argv = {
+        "chat": ["chat", "--model", str(tiny_model_folder)],
+        "inspect": ["inspect", "--prompt", "a", "--model", str(tiny_model_folder)],
+        "describe": ["describe", str(tiny_model_folder)],
+    }
+    assert main(argv[command]) == 0
+
+
 def test_chat_on_a_real_terminal(tiny_model_folder: Path, cat: str) -> None:
     """Through a pseudo-terminal: the prompt, a streamed answer, its counts, a mistake, the end."""
     pty = pytest.importorskip("pty", reason="pseudo-terminals are a Unix thing")

@@ -68,10 +68,35 @@ def build_parser(wanted: Container[str] = tuple(VERBS)) -> argparse.ArgumentPars
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     given = list(sys.argv[1:] if argv is None else argv)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller (`<&-`): nothing is read, and what is said goes nowhere
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # what their encoding lacks becomes an escape, no error in mid-answer
         if isinstance(stream, io.TextIOWrapper) and not stream.closed:
             stream.reconfigure(errors="backslashreplace")
     before = os.environ.get("POLYMODAL_MAX_PIXELS")
+    try:
+        try:
+            return _run(given)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader went away (`polymodal … | head`); keep Python from complaining when it flushes at exit.
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 141
+    finally:
+        if before is None:
+            os.environ.pop("POLYMODAL_MAX_PIXELS", None)
+        else:
+            os.environ["POLYMODAL_MAX_PIXELS"] = before
+
+
+def _run(given: Sequence[str]) -> int:
+    """Run a verb; what goes wrong becomes one line and a status."""
     try:
         args = build_parser(given).parse_args(given)
         if hasattr(args, "max_pixels"):
@@ -87,12 +112,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader went away (`polymodal … | head`); keep Python from complaining when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    finally:
-        if before is None:
-            os.environ.pop("POLYMODAL_MAX_PIXELS", None)
-        else:
-            os.environ["POLYMODAL_MAX_PIXELS"] = before
