@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -81,3 +82,24 @@ def test_the_largest_image_may_be_set(
     assert main([*argv, "--max-pixels", "0"]) == 2
     assert "must be a whole number from 1 to 400,000,000" in capsys.readouterr().err
     assert "POLYMODAL_MAX_PIXELS" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "blip"}, ("a captioner", "`polymodal generate`")),
+        ({"model_type": "git"}, ("a captioner", "`polymodal generate`")),
+        ({"model_type": "qwen2_vl"}, ("of type 'qwen2_vl'", "`polymodal generate`")),
+        ({"model_type": "clip"}, ("a pair of towers", "`polymodal embed`")),
+        ({"model_type": "llava", "mm_vision_tower": "a/b"}, ("the LLaVA repository", "`polymodal convert`")),
+        ({"model_type": "bert"}, ("of type 'bert'", "`polymodal describe`")),
+    ],
+)
+def test_a_folder_that_is_not_ours_says_what_it_is_and_what_takes_it(
+    config: dict[str, str], words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", "--model", str(tmp_path), "--prompt", "x"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(tmp_path) in error and all(word in error for word in words)
+    assert "polymodal.json" not in error and ("generate" in error) == ("`polymodal generate`" in words)

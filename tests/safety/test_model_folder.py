@@ -14,6 +14,7 @@ import shutil
 import socket
 import struct
 import tracemalloc
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -480,3 +481,18 @@ def test_no_bit_flip_gets_past_us_that_the_library_refuses(tmp_path: Path) -> No
         assert ours is None or ours == theirs
         agreed += ours == theirs
     assert agreed > 560
+
+
+def test_shards_beside_one_whole_file_are_named_once(llm: Path) -> None:
+    """transformers reads the one file; the shards are what an earlier save left, or a later one."""
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    for name in (first, second):
+        shutil.copy(llm / "model.safetensors", llm / name)
+    with pytest.warns(UserWarning, match=r"model\.safetensors is read, and not the shards") as caught:
+        load_llm(LLMConfig(model_name_or_path=str(llm)))
+    told = {str(warning.message) for warning in caught if "shards" in str(warning.message)}
+    assert len(told) == 1 and f"({first}, {second})" in told.pop()
+    (llm / "model.safetensors").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_folder(llm)

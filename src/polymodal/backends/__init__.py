@@ -6,9 +6,9 @@ Nothing heavy is imported until a model is opened, so that talking to an endpoin
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polymodal.checkpoints.locate import ENDPOINT, find_model
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
@@ -145,8 +145,6 @@ def _open_huggingface(report: FolderReport, options: Options) -> Backend:
 
 def _open_transformers(report: FolderReport, options: Options) -> Backend:
     """Open any other vision-language model of transformers, through its own class."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
     from polymodal.backends.transformers import open_transformers
     from polymodal.backends.transformers.captioner import CAPTIONERS, open_captioner
 
@@ -163,7 +161,7 @@ def _open_transformers(report: FolderReport, options: Options) -> Backend:
     if model_type in CAPTIONERS:
         device = options.device or best_device()
         return open_captioner(report, device, options.name, options.dtype, options.quantize)
-    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    if model_type not in _image_text_types():
         raise CheckpointError(
             f"{report.folder}: model type {model_type!r} is not one that transformers takes images and text with; "
             "a language model or tower becomes part of a model by a recipe"
@@ -204,6 +202,8 @@ def load_processor(name: str | Path = "default") -> Processor:
     report = check_folder(find_model(name), weights=False)
     if report.kind == "huggingface":
         return hf_processor(report)
+    if report.kind in ("llava", "transformers"):
+        raise CheckpointError(f"{report.folder}: {_foreign(report)}; `polymodal describe` says what it holds")
     folder, config = report.folder, read_document(report.folder, report.configs.get(OURS)).config
     quieten_transformers()
     if config.image_token_id is None:
@@ -219,3 +219,25 @@ def load_processor(name: str | Path = "default") -> Processor:
         load_context_tokenizer(config.projector, folder),
         llm_positions(config.llm),
     )
+
+
+def _foreign(report: FolderReport) -> str:
+    """What a folder is whose tiles and tokens are not made here, and which verb takes it."""
+    from polymodal.backends.transformers.captioner import CAPTIONERS
+
+    kind = str(report.model_type)
+    if report.kind == "llava":
+        return "a folder of the LLaVA repository; `polymodal convert` makes one of ours of it"
+    if kind in NO_CHAT:
+        return f"this is {NO_CHAT[kind]}; no conversation is made into tokens for it"
+    what = "a captioner" if kind in CAPTIONERS else f"a model of type {kind!r}"
+    how = "; `polymodal generate` asks it" if kind in CAPTIONERS or kind in _image_text_types() else ""
+    return f"{what}, whose tiles and tokens transformers makes, and not a processor of ours{how}"
+
+
+def _image_text_types() -> Collection[str]:
+    """Every `model_type` that transformers has a class for that takes images and text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    found: dict[str, Any] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return found

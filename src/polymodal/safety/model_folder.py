@@ -14,6 +14,7 @@ past the end of a file).
 import os
 import re
 import stat
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ SUBFOLDERS = ("llm", "vision", "audio", "adapter", "qformer_tokenizer")
 """Folders inside a model folder that are parts of it."""
 WEIGHTS = "model.safetensors"
 """The weights of a model in one file; beside it an index of shards is not read."""
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 OURS = "polymodal.json"
 """The file that makes a folder one of ours."""
 CONFIGS = (
@@ -302,6 +304,12 @@ def _check_weights(part: Path, names: Sequence[str], prefix: str, report: Folder
     """Check the headers and indexes of one folder; gives the names of its pickles."""
     headers = {name: read_header(part / name) for name in names if name.endswith(".safetensors")}
     report.headers.update({prefix + name: header for name, header in headers.items()})
+    if WEIGHTS in headers and (left := [name for name in headers if SHARD.fullmatch(name)]):
+        warnings.warn(
+            f"{part / WEIGHTS} is read, and not the shards beside it ({', '.join(left[:3])}"
+            f"{', ...' * (len(left) > 3)}); remove those that are of another model",
+            stacklevel=2,
+        )
     for name in names:
         if name.endswith(".safetensors.index.json"):
             report.shards[prefix + name] = _check_index(part / name, headers)
