@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,10 @@ def test_every_shipped_image_is_credited() -> None:
     for image in images:
         assert f"`{image}`" in credits
         assert (folder / image).stat().st_size <= 100_000
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_extra_is_named(name: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    rows = re.findall(r"^\| `(\w+)` \| \S", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows == list(extras)
