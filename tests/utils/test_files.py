@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,3 +121,11 @@ def test_a_place_that_cannot_be_written_is_known_beforehand(tmp_path: Path, monk
     for name, folder in (("a.json", False), ("a/b", True)):
         with pytest.raises(PolymodalError, match=r"cannot be written \(Permission denied\)"):
             check_writable(tmp_path / name, folder=folder)
+
+
+def test_a_pipe_is_written_into_and_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "text")
+    assert os.read(reader, 100) == b"text" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
