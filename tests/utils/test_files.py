@@ -62,7 +62,7 @@ def test_a_place_that_takes_no_files_is_one_line(tmp_path: Path, monkeypatch: py
     def read_only(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    for name in ("mkdir", "write_text", "unlink"):
+    for name in ("mkdir", "write_bytes", "unlink"):
         monkeypatch.setattr(Path, name, read_only)
     with pytest.raises(PolymodalError, match=r"out: cannot be written \(Read-only"), atomic_folder(tmp_path / "out"):
         pass
