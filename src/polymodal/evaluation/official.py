@@ -6,13 +6,12 @@ The forms of a benchmark name their columns differently; readers ask for a colum
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import wraps
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from polymodal.errors import DataError
 from polymodal.evaluation.files import Row, field, find_file, literal, parquet_rows, read_json, tsv_rows
-from polymodal.evaluation.task import Aggregate, Example, Figures, Read, Sample, Submit, mean_score, unique_ids
+from polymodal.evaluation.task import Aggregate, Example, Figures, Sample, Submit, mean_score
 from polymodal.utils.files import make_folder, write_text
 
 WHERE = " where"
@@ -140,11 +139,6 @@ def _folders(folder: Path) -> Iterator[Path]:
         else:
             seen.add(real)
             yield Path(place)
-
-
-def each_once(read: Read) -> Read:
-    """A `read` that refuses ids which come twice."""
-    return wraps(read)(lambda folder, split: unique_ids(read(folder, split), str(folder)))
 
 
 def means_by(*keys: str) -> Aggregate:

@@ -19,7 +19,7 @@ from polymodal.evaluation.responses import media_hash
 from polymodal.evaluation.results import summarise
 from polymodal.evaluation.runner import Settings, prompt_text, run_task
 from polymodal.evaluation.task import Example
-from polymodal.evaluation.tasks import TASKS
+from polymodal.evaluation.tasks import TASKS, read_examples
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Message, assistant
 
@@ -106,7 +106,7 @@ def change(path: Path, edit: Callable[[Any], Any]) -> None:
 def check_fault(folder: Path, name: str, split: str, message: str) -> None:
     """Reading a folder gives one line."""
     with pytest.raises(DataError, match=re.escape(message)) as caught:
-        list(TASKS[name].read(folder, split))
+        read_examples(TASKS[name], split, folder)
     assert "\n" not in str(caught.value)
 
 

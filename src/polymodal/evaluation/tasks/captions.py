@@ -54,7 +54,6 @@ def _example(where: str, row: Row, secret: bool = False) -> Example:
     )
 
 
-@official.each_once
 def _coco(folder: Path, split: str) -> Iterator[Example]:
     if split == "karpathy":
         rows = official.rows_in(folder, {"dataset_coco.json": partial(_karpathy, folder)})
@@ -70,7 +69,6 @@ def _coco(folder: Path, split: str) -> Iterator[Example]:
         yield _example(where, row)
 
 
-@official.each_once
 def _nocaps(folder: Path, split: str) -> Iterator[Example]:
     name, hub = _NOCAPS[split]
     secret = split == "test"

@@ -54,7 +54,7 @@ def _rrc_task(name: str) -> Task:
         about=f"questions about {about}: LLaVA's prompt, ANLS",
         metric="anls",
         splits=tuple(_HUB),
-        read=official.each_once(partial(_rrc, name)),
+        read=partial(_rrc, name),
         hub="lmms-lab-encoder/DocVQA",
         hub_files={split: [f"{config}/{hub}-*"] for split, hub in _HUB.items()},
         max_new_tokens=32,
@@ -73,7 +73,6 @@ def _chartqa_official(folder: Path, split: str, path: Path) -> Iterator[Row]:
         yield from ({**row, "type": half, official.WHERE: f"{file}: row {n}"} for n, row in enumerate(rows))
 
 
-@official.each_once
 def _chartqa(folder: Path, split: str) -> Iterator[Example]:
     forms = {f"{split}_human.json": partial(_chartqa_official, folder, split)}
     count = {"human": 0, "augmented": 0}
@@ -112,7 +111,6 @@ def _ocrbench_official(folder: Path, path: Path) -> list[Row]:
     return [{**row, "answers": [a] if isinstance(a := row.get("answers"), str) else a} for row in rows]
 
 
-@official.each_once
 def _ocrbench(folder: Path, _split: str) -> Iterator[Example]:
     forms = {"OCRBench.json": partial(_ocrbench_official, folder)}
     for number, (where, row) in enumerate(official.rows_in(folder, forms, "test-*.parquet", "OCRBench.tsv")):

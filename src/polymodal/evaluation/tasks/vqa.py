@@ -36,7 +36,6 @@ def _vqav2_official(folder: Path, split: str, path: Path) -> list[Row]:
     return official.with_images(folder, path, rows)
 
 
-@official.each_once
 def _vqav2(folder: Path, split: str) -> Iterator[Example]:
     name, _, hub = _VQAV2[split]
     forms = {f"v2_OpenEnded_mscoco_{name}_questions.json": partial(_vqav2_official, folder, split)}
@@ -94,7 +93,6 @@ def _gqa_parquet(folder: Path, split: str, path: Path) -> Iterator[Row]:
     return ({**row, "image": images.get(row.get("imageId", ""))} for row in parquet_rows(path))
 
 
-@official.each_once
 def _gqa(folder: Path, split: str) -> Iterator[Example]:
     forms: dict[str, Callable[[Path], Iterable[Row]]] = {
         f"{split}_balanced_questions.json": partial(_gqa_official, folder),
@@ -170,7 +168,7 @@ def _textvqa_task(name: str, about: str, ocr: bool) -> Task:
         about=f"{about}: LLaVA's prompt, M4C's accuracy",
         metric="textvqa_accuracy",
         splits=tuple(_TEXTVQA),
-        read=official.each_once(partial(_textvqa, ocr)),
+        read=partial(_textvqa, ocr),
         hub="lmms-lab-encoder/textvqa",
         hub_files={split: [f"data/{hub}-*"] for split, hub in _TEXTVQA.items()},
         group="image",
