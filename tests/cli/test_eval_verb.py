@@ -364,7 +364,7 @@ def test_kept_answers_are_scored_again(server: Any, tmp_path: Path, capsys: pyte
     before = len(server.questions)
     folder = tmp_path / "out" / "rows"
     capsys.readouterr()
-    for path in (folder, folder / "samples.jsonl"):
+    for path in (folder, folder / "samples.jsonl", tmp_path / "out"):
         for flags, score in (([], "exact | 4 | 0.0%"), (["--metric", "contains"], "contains | 4 | 100.0%")):
             assert main(["eval", "rescore", str(path), *flags]) == 0
             assert f"| rows | {score} |" in capsys.readouterr().out
@@ -372,7 +372,8 @@ def test_kept_answers_are_scored_again(server: Any, tmp_path: Path, capsys: pyte
         ([str(folder), "--metric", "foo"], "unknown metric 'foo'"),
         ([str(folder), "--metric", "textvqa_accuracy"], "question 0"),
         ([str(folder), "--variant", "x"], "'variant'"),
-        ([str(tmp_path / "out")], "no such file"),
+        ([str(tmp_path / "none")], "no such file"),
+        ([str(folder), "--output", str(tmp_path / "new")], "--json"),
         ([str(data)], "line 1"),
     ):
         assert main(["eval", "rescore", *args]) == 2
@@ -387,7 +388,10 @@ def test_two_runs_beside_each_other(server: Any, tmp_path: Path, capsys: pytest.
     assert main([*ask, "--output", str(tmp_path / "a")]) == 0
     assert main([*ask, "--metric", "contains", "--max-new-tokens", "5", "--output", str(tmp_path / "b")]) == 0
     capsys.readouterr()
-    assert main(["eval", "diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    scores = tmp_path / "diff.json"
+    assert main(["eval", "diff", str(tmp_path / "a"), str(tmp_path / "b"), "--json", str(scores)]) == 0
+    (task,) = json.loads(scores.read_text())["tasks"]
+    assert (task["p_value"], task["better"], len(task["flipped"])) == (0.125, 4, 4)
     said = capsys.readouterr().out
     assert "changed: extraction, decoding\n" in said and "| 0.125 | 4 | 0 |" in said
     assert re.search(r"0: 'seen \d+' \(0.00\) -> 'seen \d+' \(1.00\); right: 'seen'", said)

@@ -17,7 +17,6 @@ what is right.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -77,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         check_writable(args.json, "--json: ")
     if args.model in COMMANDS:
+        if args.output is not None:
+            raise ConfigError(f"--output is where a model's results go; {args.model} prints, and writes to --json")
         return COMMANDS[args.model](args)
     if args.paths:
         raise ConfigError(f"{args.paths[0]}: not understood; a model is followed by flags")
@@ -129,7 +130,6 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
     examples = [read_examples(task, split, path) for task, split, path in tasks]
     asked = [prepared(task, found, settings) for (task, *_), found in zip(tasks, examples)]
     wanted = [list(task.server_ids(path, split)) if task.server_ids else [] for task, split, path in tasks]
-    args.device = args.device or _own_device(args.model)
     model = open_model(args)
     for task, *_ in tasks:
         check_needs(model, task)
@@ -143,10 +143,10 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
     for (task, split, _), own, every, ids in zip(tasks, asked, examples, wanted):
         settings = replace(settings, blind=task.blind if args.blind is None else args.blind)
         found = run_task(model, task, own, settings)
-        if judge is not None:
-            found.samples = judged(judge, found.samples)
         if rank > 0:
             continue
+        if judge is not None:
+            found.samples = judged(judge, found.samples)
         name = f"{task.name}_{split}" if split else task.name
         summary = results.summarise(task, split, found, settings, model, judge)
         results.add_task(folder, document, name, summary, found.samples)
@@ -178,7 +178,7 @@ def _judge(args: argparse.Namespace, tasks: Sequence[Task]) -> Backend | None:
     if all(task.metric != JUDGED for task in tasks):
         raise ConfigError(f"--judge {args.judge}: none of {', '.join(task.name for task in tasks)} is read by a judge")
     if not args.judge.startswith(ENDPOINT):
-        return load(args.judge, args.device or _own_device(args.judge), quantize=args.quantize)
+        return load(args.judge, args.device, quantize=args.quantize)
     return load(args.judge, base_url=args.judge_url or args.base_url, allow_http=args.allow_http)
 
 
@@ -189,15 +189,6 @@ def _results_folder(args: argparse.Namespace) -> Path:
     folder: Path = args.output or Path("runs/eval") / _folder_name(args.model)
     check_folder(folder)
     return folder
-
-
-def _own_device(model: str) -> str | None:
-    """A process's own GPU under torchrun, unless an endpoint is asked."""
-    if "LOCAL_RANK" not in os.environ or model.startswith(ENDPOINT):
-        return None
-    from polymodal.utils.devices import best_device
-
-    return best_device()
 
 
 def _write_json(path: Path, document: Any) -> None:
@@ -272,7 +263,7 @@ def _rescore(args: argparse.Namespace) -> int:
         raise ConfigError("rescore needs a samples.jsonl or its folder, or a file of answers with --tasks")
     settings = Settings(variant=args.variant)
     documents = []
-    for path in args.paths:
+    for path in args.paths if args.tasks else results.sample_folders(args.paths):
         if args.tasks:
             task, split = find_task(args.tasks.strip())
             examples = read_examples(task, split, find_data(task, split, args.data_root))
@@ -300,6 +291,8 @@ def _diff(args: argparse.Namespace) -> int:
         raise ConfigError("diff needs two results folders, or two samples.jsonl")
     differences = compare(*args.paths)
     print(printable(difference_table(differences)))
+    if args.json is not None:
+        _write_json(args.json, {"tasks": [asdict(difference) for difference in differences]})
     for difference in differences:
         for one, two in difference.flipped[: args.limit or 10]:
             said = " -> ".join(f"{sample.answer!r:.80} ({sample.score:.2f})" for sample in (one, two))

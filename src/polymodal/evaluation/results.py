@@ -337,6 +337,15 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     write_text(path, "".join(as_json(asdict(sample)) + "\n" for sample in samples))
 
 
+def sample_folders(paths: Sequence[Path]) -> list[Path]:
+    """Files or folders of samples; of a results folder those of all its tasks."""
+    folders: list[Path] = []
+    for path in paths:
+        whole = (path / "results.json").is_file()
+        folders += [path / name for name in read_results(path)["tasks"]] if whole else [path]
+    return folders
+
+
 def read_samples(path: Path) -> list[Sample]:
     """Read `samples.jsonl`."""
     path = path / "samples.jsonl" if path.is_dir() else path
