@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,23 @@ def test_an_endpoint_that_is_down(tmp_path: Path, capsys: pytest.CaptureFixture[
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "no question was answered" in error
     assert json.loads((tmp_path / "out" / "results.json").read_text())["tasks"] == {}
+
+
+def test_an_endpoint_that_is_out_of_order(
+    server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polymodal.backends.openai import http
+
+    monkeypatch.setattr(http, "Patience", partial(http.Patience, retries=1, first_wait_s=0.001))
+    play, data = server.script[0], rows(tmp_path, 80)
+    server.plays(*[play] * 20, lambda handler: handler.send_error(503))
+    ask = ["eval", "openai:tiny", "--base-url", server.url, "--data", str(data), "--output", str(tmp_path / "out")]
+    assert main([*ask, "--concurrency", "4", "--no-blind"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "20 questions in a row reached no server" in error and "503" in error
+    assert len(server.questions) == 20 and len(server.bodies) <= 20 + 2 * (20 + 4)
+    server.plays(play)
+    assert main([*ask, "--no-blind"]) == 0 and len(server.questions) == 80
 
 
 def test_outputs_that_cannot_be_written_are_noticed_before_anything_is_loaded(

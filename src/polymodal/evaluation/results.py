@@ -295,8 +295,9 @@ def begin_results(folder: Path, name: str, model_hash: str) -> Json:
 
 def add_task(folder: Path, document: Json, name: str, summary: Json, samples: Sequence[Sample]) -> None:
     """Write a task's samples and figures beside those of others, which another run may have added meanwhile."""
+    found = begin_results(folder, document["model"], document["model_hash"])["tasks"]
     write_samples(folder / name / "samples.jsonl", samples)
-    document["tasks"] = {**read_results(folder)["tasks"], **document["tasks"], name: summary}
+    document["tasks"] = {**found, **document["tasks"], name: summary}
     write_results(folder, document)
 
 
