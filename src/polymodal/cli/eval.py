@@ -143,10 +143,10 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
     for (task, split, _), own, every, ids in zip(tasks, asked, examples, wanted):
         settings = replace(settings, blind=task.blind if args.blind is None else args.blind)
         found = run_task(model, task, own, settings)
+        if judge is not None:  # each process asks its share of it too
+            found.samples = judged(judge, found.samples)
         if rank > 0:
             continue
-        if judge is not None:
-            found.samples = judged(judge, found.samples)
         name = f"{task.name}_{split}" if split else task.name
         summary = results.summarise(task, split, found, settings, model, judge)
         results.add_task(folder, document, name, summary, found.samples)
