@@ -389,7 +389,7 @@ def test_kept_answers_are_scored_again(server: Any, tmp_path: Path, capsys: pyte
     for args, said in (
         ([str(folder), "--metric", "foo"], "unknown metric 'foo'"),
         ([str(folder), "--metric", "textvqa_accuracy"], "question 0"),
-        ([str(folder), "--variant", "x"], "'variant'"),
+        ([str(folder), "--variant", "x"], "--variant x: metric 'exact' has no variants"),
         ([str(tmp_path / "none")], "no such file"),
         ([str(folder), "--output", str(tmp_path / "new")], "--json"),
         ([str(data)], "line 1"),
@@ -416,6 +416,27 @@ def test_two_runs_beside_each_other(server: Any, tmp_path: Path, capsys: pytest.
     assert main(["eval", "diff", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
     assert "none: cannot be read as results" in capsys.readouterr().err
     assert main(["eval", "diff", str(tmp_path / "a")]) == 2 and "two results folders" in capsys.readouterr().err
+
+
+def test_a_variant_that_some_tasks_lack(
+    server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "toy", TOY)
+    monkeypatch.setitem(TASKS, "toy2", replace(TOY, name="toy2", metric="anls"))
+    ask = ["eval", "openai:tiny", "--base-url", server.url, "--output", str(tmp_path / "out"), "--variant", "lmms_eval"]
+    assert main([*ask, "--tasks", "toy,toy2"]) == 0
+    assert "toy: --variant lmms_eval: metric 'exact' has no variants; it is scored by its own rule" in (
+        capsys.readouterr().err
+    )
+    tasks = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+    assert {name: task["variant"] for name, task in tasks.items()} == {"toy_val": None, "toy2_val": "lmms_eval"}
+    assert main([*ask, "--tasks", "toy"]) == 2 and "has no variants" in capsys.readouterr().err
+    assert main(["eval", "rescore", str(tmp_path / "out"), "--variant", "lmms_eval"]) == 0
+    said = capsys.readouterr()
+    assert "| toy val |" in said.out and "toy_val: --variant lmms_eval: metric 'exact' has no variants" in said.err
+    for path, variant in (("out/toy_val", "lmms_eval"), ("out", "nobodys")):
+        assert main(["eval", "rescore", str(tmp_path / path), "--variant", variant]) == 2
+        assert "variant" in capsys.readouterr().err
 
 
 def test_the_list_of_tasks(capsys: pytest.CaptureFixture[str]) -> None:
