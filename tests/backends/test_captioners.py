@@ -247,3 +247,17 @@ def test_of_the_folders_generation_settings_the_end_and_sampling_are_taken(capti
     assert (model.defaults.temperature, model.defaults.top_k) == (1.0, 5)
     plain = load(captioner("git"), "cpu").generate([user(Image(image()))], PARAMS)
     assert model.generate([user(Image(image()))], PARAMS).text == plain.text
+
+
+@pytest.mark.parametrize("kind", ["caption", "question", "git", "encoder-decoder"])
+def test_a_captioner_can_be_scored(kind: str, captioner: Folders, private_cache: Path) -> None:
+    from polymodal.evaluation.runner import run_task
+    from polymodal.evaluation.task import Example, Task
+
+    model = load(captioner(kind), "cpu")
+    assert model.fingerprint() == load(captioner(kind), "cpu").fingerprint()
+    ask = ["a dog"] if kind == "question" else []
+    examples = [Example(str(n), (user(Image(image(n)), *ask),), ("a dog",)) for n in range(2)]
+    run = run_task(model, Task("toy", "", "exact", ("",), lambda _folder, _split: (), "", 12), examples)
+    assert [s.answer for s in run.samples] == [model.generate(e.messages, PARAMS).text.strip() for e in examples]
+    assert run.batch_size == 1

@@ -479,3 +479,12 @@ def test_code_and_pickles_in_a_folder_are_never_run(tiny_vlm: Folders, tmp_path:
     with pytest.raises(PolymodalError):
         load(folder, "cpu")
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fingerprint_tells_weights_apart(family: str, tiny_vlm: Folders) -> None:
+    one, same = (open_transformers(check_folder(tiny_vlm(family)), "cpu") for _ in range(2))
+    assert one.fingerprint() == same.fingerprint() and set(one.settings()) == {"preprocessing", "template"}
+    with torch.no_grad():
+        next(same.model.parameters()).add_(0.01)
+    assert one.fingerprint() != same.fingerprint()

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,23 @@ def test_an_endpoint_that_is_down(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert json.loads((tmp_path / "out" / "results.json").read_text())["tasks"] == {}
 
 
+def test_an_endpoint_that_is_out_of_order(
+    server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polymodal.backends.openai import http
+
+    monkeypatch.setattr(http, "Patience", partial(http.Patience, retries=1, first_wait_s=0.001))
+    play, data = server.script[0], rows(tmp_path, 80)
+    server.plays(*[play] * 20, lambda handler: handler.send_error(503))
+    ask = ["eval", "openai:tiny", "--base-url", server.url, "--data", str(data), "--output", str(tmp_path / "out")]
+    assert main([*ask, "--concurrency", "4", "--no-blind"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "20 questions in a row reached no server" in error and "503" in error
+    assert len(server.questions) == 20 and len(server.bodies) <= 20 + 2 * (20 + 4)
+    server.plays(play)
+    assert main([*ask, "--no-blind"]) == 0 and len(server.questions) == 80
+
+
 def test_outputs_that_cannot_be_written_are_noticed_before_anything_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -364,15 +382,16 @@ def test_kept_answers_are_scored_again(server: Any, tmp_path: Path, capsys: pyte
     before = len(server.questions)
     folder = tmp_path / "out" / "rows"
     capsys.readouterr()
-    for path in (folder, folder / "samples.jsonl"):
+    for path in (folder, folder / "samples.jsonl", tmp_path / "out"):
         for flags, score in (([], "exact | 4 | 0.0%"), (["--metric", "contains"], "contains | 4 | 100.0%")):
             assert main(["eval", "rescore", str(path), *flags]) == 0
             assert f"| rows | {score} |" in capsys.readouterr().out
     for args, said in (
         ([str(folder), "--metric", "foo"], "unknown metric 'foo'"),
         ([str(folder), "--metric", "textvqa_accuracy"], "question 0"),
-        ([str(folder), "--variant", "x"], "'variant'"),
-        ([str(tmp_path / "out")], "no such file"),
+        ([str(folder), "--variant", "x"], "--variant x: metric 'exact' has no variants"),
+        ([str(tmp_path / "none")], "no such file"),
+        ([str(folder), "--output", str(tmp_path / "new")], "--json"),
         ([str(data)], "line 1"),
     ):
         assert main(["eval", "rescore", *args]) == 2
@@ -387,13 +406,37 @@ def test_two_runs_beside_each_other(server: Any, tmp_path: Path, capsys: pytest.
     assert main([*ask, "--output", str(tmp_path / "a")]) == 0
     assert main([*ask, "--metric", "contains", "--max-new-tokens", "5", "--output", str(tmp_path / "b")]) == 0
     capsys.readouterr()
-    assert main(["eval", "diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    scores = tmp_path / "diff.json"
+    assert main(["eval", "diff", str(tmp_path / "a"), str(tmp_path / "b"), "--json", str(scores)]) == 0
+    (task,) = json.loads(scores.read_text())["tasks"]
+    assert (task["p_value"], task["better"], len(task["flipped"])) == (0.125, 4, 4)
     said = capsys.readouterr().out
     assert "changed: extraction, decoding\n" in said and "| 0.125 | 4 | 0 |" in said
     assert re.search(r"0: 'seen \d+' \(0.00\) -> 'seen \d+' \(1.00\); right: 'seen'", said)
     assert main(["eval", "diff", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
     assert "none: cannot be read as results" in capsys.readouterr().err
     assert main(["eval", "diff", str(tmp_path / "a")]) == 2 and "two results folders" in capsys.readouterr().err
+
+
+def test_a_variant_that_some_tasks_lack(
+    server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "toy", TOY)
+    monkeypatch.setitem(TASKS, "toy2", replace(TOY, name="toy2", metric="anls"))
+    ask = ["eval", "openai:tiny", "--base-url", server.url, "--output", str(tmp_path / "out"), "--variant", "lmms_eval"]
+    assert main([*ask, "--tasks", "toy,toy2"]) == 0
+    assert "toy: --variant lmms_eval: metric 'exact' has no variants; it is scored by its own rule" in (
+        capsys.readouterr().err
+    )
+    tasks = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+    assert {name: task["variant"] for name, task in tasks.items()} == {"toy_val": None, "toy2_val": "lmms_eval"}
+    assert main([*ask, "--tasks", "toy"]) == 2 and "has no variants" in capsys.readouterr().err
+    assert main(["eval", "rescore", str(tmp_path / "out"), "--variant", "lmms_eval"]) == 0
+    said = capsys.readouterr()
+    assert "| toy val |" in said.out and "toy_val: --variant lmms_eval: metric 'exact' has no variants" in said.err
+    for path, variant in (("out/toy_val", "lmms_eval"), ("out", "nobodys")):
+        assert main(["eval", "rescore", str(tmp_path / path), "--variant", variant]) == 2
+        assert "variant" in capsys.readouterr().err
 
 
 def test_the_list_of_tasks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -192,6 +192,15 @@ def test_a_folder_is_begun_and_goes_on(tmp_path: Path) -> None:
         results.check_folder(folder)
 
 
+def test_two_models_that_began_in_one_folder_do_not_mix(tmp_path: Path) -> None:
+    one, two = (results.begin_results(tmp_path, name, name) for name in "mn")
+    results.add_task(tmp_path, one, "a", summary([sample(0, 1.0)]), [sample(0, 1.0)])
+    with pytest.raises(ConfigError, match="another model"):
+        results.add_task(tmp_path, two, "b", summary([sample(0, 0.0)]), [sample(0, 0.0)])
+    document = results.read_results(tmp_path)
+    assert document["model"] == "m" and set(document["tasks"]) == {"a"}
+
+
 def test_leftovers_of_a_killed_run_are_no_strangers(tmp_path: Path) -> None:
     (tmp_path / ".results.json.1234.tmp").write_text("")
     results.check_folder(tmp_path)

@@ -23,7 +23,7 @@ from polymodal.evaluation.results import summarise
 from polymodal.evaluation.runner import Run, Settings, limited, run_task
 from polymodal.evaluation.task import Example, Sample, Task, score_samples
 from polymodal.generation.params import GenerationParams
-from polymodal.messages import Image, Message, assistant, user
+from polymodal.messages import Image, Message, Video, assistant, user
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
@@ -229,6 +229,14 @@ def test_failures_are_counted_and_never_scored_as_answers(tmp_path: Path) -> Non
     summary = summarise(TASK, "test", run, Settings())
     assert (summary["n"], summary["failed"]) == (3, 2)
     assert empty.asked == []
+
+
+def test_there_is_no_image_blind_control_of_a_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "v.mp4").write_bytes(b"x")
+    asked = [Example("v", (user(Video(tmp_path / "v.mp4"), "What?"),), ("x",)), *questions("a")]
+    run = run_task(Echo(), TASK, asked, Settings(blind=True))
+    assert all(sample.blind is None and sample.blind_score is None for sample in run.samples)
+    assert "left out" in capsys.readouterr().err and "margin" not in summarise(TASK, "", run, Settings())
 
 
 def test_failures_are_tried_again() -> None:

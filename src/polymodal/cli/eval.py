@@ -17,8 +17,7 @@ what is right.
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         check_writable(args.json, "--json: ")
     if args.model in COMMANDS:
+        if args.output is not None:
+            raise ConfigError(f"--output is where a model's results go; {args.model} prints, and writes to --json")
         return COMMANDS[args.model](args)
     if args.paths:
         raise ConfigError(f"{args.paths[0]}: not understood; a model is followed by flags")
@@ -101,6 +102,7 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
     from polymodal.evaluation.official import for_server
     from polymodal.evaluation.report import write_report
     from polymodal.evaluation.runner import Settings, check_needs, prepared, processes, run_task
+    from polymodal.evaluation.task import lacks_variant
     from polymodal.evaluation.tasks import find_data, find_task, read_examples
     from polymodal.evaluation.tasks.questions import data_task
 
@@ -118,18 +120,15 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
     if not tasks:
         raise ConfigError("nothing to score: give --tasks (see `polymodal eval tasks`) or --data")
     settings = Settings(
-        batch_size=args.batch_size,
-        limit=args.limit,
-        max_new_tokens=args.max_new_tokens,
-        variant=args.variant,
-        cached=not args.no_cache,
+        batch_size=args.batch_size, limit=args.limit, max_new_tokens=args.max_new_tokens, cached=not args.no_cache
     )
     judge = _judge(args, [task for task, *_ in tasks])
     # The data first: a mistake there is found before a model is loaded.
     examples = [read_examples(task, split, path) for task, split, path in tasks]
     asked = [prepared(task, found, settings) for (task, *_), found in zip(tasks, examples)]
+    lacking = {task.name: lacks_variant(own, args.variant) for (task, *_), own in zip(tasks, asked)}
+    _say_lacking(lacking)
     wanted = [list(task.server_ids(path, split)) if task.server_ids else [] for task, split, path in tasks]
-    args.device = args.device or _own_device(args.model)
     model = open_model(args)
     for task, *_ in tasks:
         check_needs(model, task)
@@ -141,9 +140,10 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
     document = results.begin_results(folder, model.name, model.fingerprint()) if rank == 0 else {}
     done = []
     for (task, split, _), own, every, ids in zip(tasks, asked, examples, wanted):
-        settings = replace(settings, blind=task.blind if args.blind is None else args.blind)
+        blind = task.blind if args.blind is None else args.blind
+        settings = replace(settings, blind=blind, variant=None if lacking[task.name] else args.variant)
         found = run_task(model, task, own, settings)
-        if judge is not None:
+        if judge is not None:  # each process asks its share of it too
             found.samples = judged(judge, found.samples)
         if rank > 0:
             continue
@@ -152,9 +152,9 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
         results.add_task(folder, document, name, summary, found.samples)
         if task.submit is not None:
             sent = for_server(found.samples, every, ids)
-            lacking = sum(sample.answer is None for sample in sent)
+            silent = sum(sample.answer is None for sample in sent)
             for file in task.submit(sent, split, folder / name):
-                note(f"wrote {file}" + (f"; {lacking:,} of {len(sent):,} have no answer in it" if lacking else ""))
+                note(f"wrote {file}" + (f"; {silent:,} of {len(sent):,} have no answer in it" if silent else ""))
         done.append((name, found.samples, own))
     if rank > 0:
         return 0
@@ -178,8 +178,17 @@ def _judge(args: argparse.Namespace, tasks: Sequence[Task]) -> Backend | None:
     if all(task.metric != JUDGED for task in tasks):
         raise ConfigError(f"--judge {args.judge}: none of {', '.join(task.name for task in tasks)} is read by a judge")
     if not args.judge.startswith(ENDPOINT):
-        return load(args.judge, args.device or _own_device(args.judge), quantize=args.quantize)
+        return load(args.judge, args.device, quantize=args.quantize)
     return load(args.judge, base_url=args.judge_url or args.base_url, allow_http=args.allow_http)
+
+
+def _say_lacking(lacking: Mapping[str, ConfigError | None]) -> None:
+    """Name the tasks that have not the variant that was asked for; raise where none has it."""
+    errors = {name: error for name, error in lacking.items() if error is not None}
+    if errors and len(errors) == len(lacking):
+        raise next(iter(errors.values()))
+    for name, error in errors.items():
+        note(f"{name}: {error}; it is scored by its own rule")
 
 
 def _results_folder(args: argparse.Namespace) -> Path:
@@ -189,15 +198,6 @@ def _results_folder(args: argparse.Namespace) -> Path:
     folder: Path = args.output or Path("runs/eval") / _folder_name(args.model)
     check_folder(folder)
     return folder
-
-
-def _own_device(model: str) -> str | None:
-    """A process's own GPU under torchrun, unless an endpoint is asked."""
-    if "LOCAL_RANK" not in os.environ or model.startswith(ENDPOINT):
-        return None
-    from polymodal.utils.devices import best_device
-
-    return best_device()
 
 
 def _write_json(path: Path, document: Any) -> None:
@@ -264,15 +264,15 @@ def _rescore(args: argparse.Namespace) -> int:
     from polymodal.evaluation.compare import read_predictions, rescore
     from polymodal.evaluation.judge import judged
     from polymodal.evaluation.runner import Run, Settings
-    from polymodal.evaluation.task import ERROR_RATES, mean_score
+    from polymodal.evaluation.task import ERROR_RATES, lacks_variant, mean_score
     from polymodal.evaluation.tasks import find_data, find_task, read_examples, task_of
     from polymodal.generation.params import GenerationParams
 
     if not args.paths:
         raise ConfigError("rescore needs a samples.jsonl or its folder, or a file of answers with --tasks")
-    settings = Settings(variant=args.variant)
     documents = []
-    for path in args.paths:
+    lacking: dict[str, ConfigError | None] = {}
+    for path in args.paths if args.tasks else results.sample_folders(args.paths):
         if args.tasks:
             task, split = find_task(args.tasks.strip())
             examples = read_examples(task, split, find_data(task, split, args.data_root))
@@ -280,12 +280,17 @@ def _rescore(args: argparse.Namespace) -> int:
         else:
             samples = results.read_samples(path)
             task, split = task_of(path, samples)
-        samples = rescore(samples, args.metric, args.variant)
+        samples = rescore(samples, args.metric)
+        lacking[str(path)] = lacks_variant(samples, args.variant)
+        settings = Settings(variant=None if lacking[str(path)] else args.variant)
+        samples = rescore(samples, None, settings.variant)
         if args.metric:  # figures of the benchmark's own are of its own scores
-            task = replace(task, metric=args.metric, aggregate=mean_score, lower_is_better=args.metric in ERROR_RATES)
+            task = replace(task, metric=args.metric, aggregate=mean_score, details=None)
+            task = replace(task, lower_is_better=args.metric in ERROR_RATES)
         judge = _judge(args, [task])
         found = Run(samples if judge is None else judged(judge, samples), GenerationParams(), 1, None, 0)
         documents.append(results.summarise(task, split, found, settings, judge=judge))
+    _say_lacking(lacking)
     print(printable(results.table(documents)))
     if args.json is not None:
         _write_json(args.json, {"tasks": documents})
@@ -300,6 +305,8 @@ def _diff(args: argparse.Namespace) -> int:
         raise ConfigError("diff needs two results folders, or two samples.jsonl")
     differences = compare(*args.paths)
     print(printable(difference_table(differences)))
+    if args.json is not None:
+        _write_json(args.json, {"tasks": [asdict(difference) for difference in differences]})
     for difference in differences:
         for one, two in difference.flipped[: args.limit or 10]:
             said = " -> ".join(f"{sample.answer!r:.80} ({sample.score:.2f})" for sample in (one, two))

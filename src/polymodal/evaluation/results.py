@@ -295,8 +295,9 @@ def begin_results(folder: Path, name: str, model_hash: str) -> Json:
 
 def add_task(folder: Path, document: Json, name: str, summary: Json, samples: Sequence[Sample]) -> None:
     """Write a task's samples and figures beside those of others, which another run may have added meanwhile."""
+    found = begin_results(folder, document["model"], document["model_hash"])["tasks"]
     write_samples(folder / name / "samples.jsonl", samples)
-    document["tasks"] = {**read_results(folder)["tasks"], **document["tasks"], name: summary}
+    document["tasks"] = {**found, **document["tasks"], name: summary}
     write_results(folder, document)
 
 
@@ -335,6 +336,15 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Write `samples.jsonl`."""
     make_folder(path.parent)
     write_text(path, "".join(as_json(asdict(sample)) + "\n" for sample in samples))
+
+
+def sample_folders(paths: Sequence[Path]) -> list[Path]:
+    """Files or folders of samples; of a results folder those of all its tasks."""
+    folders: list[Path] = []
+    for path in paths:
+        whole = (path / "results.json").is_file()
+        folders += [path / name for name in read_results(path)["tasks"]] if whole else [path]
+    return folders
 
 
 def read_samples(path: Path) -> list[Sample]:

@@ -99,7 +99,10 @@ def run_task(model: Backend, task: Task, examples: Sequence[Example], settings: 
     """Ask and score."""
     examples = prepared(task, examples, settings)
     params = GenerationParams(max_new_tokens=settings.max_new_tokens or task.max_new_tokens)
-    passes = (False, True) if settings.blind else (False,)
+    media = {type(part) for example in examples for message in example.messages for part in message.media}
+    passes = (False, True) if settings.blind and media <= {Image} else (False,)
+    if len(passes) < 1 + settings.blind:
+        log(f"{task.name}: the image-blind control hides images alone, so it is left out")
     rank, world = processes()
     asker = _Asker(model, params, settings, task.name)
     meter = Meter(task.name, len(passes) * len(range(rank, len(examples), world)), unit="answers")
@@ -117,7 +120,7 @@ def run_task(model: Backend, task: Task, examples: Sequence[Example], settings: 
     finally:
         meter.close()
     given = _gathered(given, failed, world)
-    control = given[1] if settings.blind else {}
+    control = given[1] if len(passes) > 1 else {}
     samples = [_sample(e, given[0][i], control.get(i), asker.keys.get(i, "")) for i, e in enumerate(examples)]
     return Run(score_samples(samples), params, asker.size, asker.invariant, asker.asked)
 

@@ -184,6 +184,8 @@ def in_variant(items: Sequence[Item], variant: str | None) -> list[Item]:
     errors: dict[str, ConfigError] = {}
     for metric, item in firsts.items():
         try:
+            if "variant" not in signature(METRICS.get(metric) or CORPUS_METRICS[metric]).parameters:
+                raise ConfigError(f"--variant {variant}: metric {metric!r} has no variants")
             _try({**item.options, "variant": variant}, item)
         except ConfigError as error:
             errors[metric] = error
@@ -191,6 +193,15 @@ def in_variant(items: Sequence[Item], variant: str | None) -> list[Item]:
         raise next(iter(errors.values()))
     known = firsts.keys() - errors.keys()
     return [replace(i, options={**i.options, "variant": variant}) if i.metric in known else i for i in items]
+
+
+def lacks_variant(items: Sequence[Item], variant: str | None) -> ConfigError | None:
+    """Why no metric of some examples can score as another harness does; None where one can."""
+    try:
+        in_variant(items, variant)
+    except ConfigError as error:
+        return error
+    return None
 
 
 def check_scorers(items: Iterable[Example | Sample], where: str) -> None:

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
 from polymodal.modeling.lora import fold_in
 from polymodal.modeling.vlm import MultimodalLM
+from polymodal.utils.devices import best_device
 
 INT8 = "int8"
 """Ours, on a CPU."""
@@ -192,4 +193,4 @@ def check_quantize(how: str, device: str | None) -> str:
     package = GPU_WAYS[how]
     if find_spec(package) is None:
         raise ConfigError(f"quantize {how} needs {package}, which is not installed: pip install {package}")
-    return device or "cuda"
+    return device or best_device()

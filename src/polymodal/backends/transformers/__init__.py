@@ -78,7 +78,8 @@ class TransformersBackend(ModelBackend[Inputs]):
     def settings(self) -> dict[str, str]:
         """Hashes of the media processors' settings and of the template."""
         parts = ("image_processor", "video_processor", "feature_extractor")
-        rules = [part.to_dict() for name in parts if (part := getattr(self.processor, name, None)) is not None]
+        found = [getattr(self.processor, name, None) for name in parts]  # what stands for an absent one says nothing
+        rules = [part.to_dict() for part in found if part is not None and hasattr(part, "to_dict")]
         shown = json.dumps(rules, sort_keys=True, default=repr)
         return {"preprocessing": sha256_json(shown), "template": sha256_json(self.processor.chat_template)}
 
