@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from polymodal.evaluation.judge import judged
 from polymodal.evaluation.results import read_results, read_samples, table
 from polymodal.evaluation.runner import limited, prompt_text
 from polymodal.evaluation.task import Example
-from polymodal.evaluation.tasks import TASKS, find_task, read_examples
+from polymodal.evaluation.tasks import TASKS, find_data, find_task, read_examples
 from tests.backends.conftest import FakeServer, server, tiny_vlm  # noqa: F401  # fixtures
 from tests.evaluation.tasks.scripted import Says, assert_golden_prompt, plain, predicted, results_of, run_with
 
@@ -379,3 +380,40 @@ def test_an_endpoint_and_its_judge(two_sets: Path, server: FakeServer, tmp_path:
 def test_a_judge_needs_something_to_judge(two_sets: Path, capsys: Any) -> None:
     assert main(["eval", "default", "--tasks", "mmmu", "--data-root", str(two_sets), "--judge", "default"]) == 2
     assert "--judge default: none of mmmu is read by a judge" in capsys.readouterr().err
+
+
+HUB = {  # a file of each split, as the hub has it
+    "mmmu_val": "Art/validation-00000-of-00001.parquet", "mmmu_test": "Art/test-00000-of-00001.parquet",
+    "mmbench_en_dev": "en/dev-00000-of-00001.parquet", "mmbench_cn_test": "cn/test-00000-of-00001.parquet",
+    "scienceqa_val": "ScienceQA-FULL/validation-00000-of-00001.parquet",
+    "aokvqa_val": "data/validation-00000-of-00001-b2bd0de231b6326a.parquet", "mmstar_val": "mmstar.parquet",
+    "pope_test": "data/test-00000-of-00003.parquet", "mme_test": "data/test-00000-of-00004.parquet",
+    "videomme_test": "videomme/test-00000-of-00001.parquet", "mvbench_test": "json/action_count.json",
+    "librispeech_test_clean": "data/librispeech_test_clean-00000-of-00001.parquet",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(HUB))
+def test_only_a_splits_own_files_are_fetched(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def snapshot(hub: str, repo_type: str, allow_patterns: list[str]) -> str:
+        asked.update(hub=hub, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    task, split = find_task(name)
+    assert find_data(task, split, None) == tmp_path and asked["hub"] == task.hub
+    fetched = [other for other, file in HUB.items() if any(fnmatch(file, pattern) for pattern in asked["patterns"])]
+    assert [other for other in fetched if find_task(other)[0] is task] == [name]
+    assert set(task.hub_files) <= set(task.splits)
+
+
+def test_a_split_that_the_hub_has_not_is_named() -> None:
+    with pytest.raises(DataError, match="lmms-lab-encoder/MMBench has no split en_dev_v11"):
+        find_data(*find_task("mmbench_en_dev_v11"), None)
+
+
+def test_scienceqas_validation_is_found_on_the_hub(tmp_path: Path) -> None:
+    choices.parquet(tmp_path / "ScienceQA-FULL" / "validation-00000-of-00001.parquet", choices.scienceqa_rows(2))
+    assert len(read_examples(TASKS["scienceqa"], "val", tmp_path)) == 2

@@ -146,6 +146,7 @@ MMMU = Task(
     splits=tuple(_MMMU_SPLITS),
     read=_read_mmmu,
     hub="MMMU/MMMU",
+    hub_files={split: [f"*/{long}-*", f"answer_dict_{split}.json"] for split, long in _MMMU_SPLITS.items()},
     max_new_tokens=128,
     aggregate=_mmmu,
     submit=_submit_mmmu,
@@ -230,6 +231,7 @@ MMBENCH = Task(
     splits=tuple(f"{lang}_{part}{v}" for v in ("", "_v11") for lang in ("en", "cn") for part in ("dev", "test")),
     read=_read_mmbench,
     hub="lmms-lab-encoder/MMBench",
+    hub_files={f"{lang}_{part}": [f"{lang}/{part}-*"] for lang in ("en", "cn") for part in ("dev", "test")},
     aggregate=_mmbench,
     group="group",
     submit=_submit_mmbench,
@@ -240,7 +242,8 @@ def _scienceqa_rows(folder: Path, split: str) -> Iterator[TableRow]:
     """Of problems.json, in the order of pid_splits.json where it is there; else of tables."""
     path = find_file(folder, "problems.json")
     if path is None:
-        tables = (f"ScienceQA-FULL/{split}-*.parquet", f"{split}-*.parquet", f"ScienceQA_{split.upper()}.tsv")
+        long = "validation" if split == "val" else split
+        tables = (f"ScienceQA-FULL/{long}-*.parquet", f"{long}-*.parquet", f"ScienceQA_{split.upper()}.tsv")
         for number, row in enumerate(need_rows(folder, *tables)):
             row.setdefault("pid", row.get("index", number))
             yield row
@@ -287,6 +290,7 @@ SCIENCEQA = Task(
     splits=("test", "val", "train"),
     read=_read_scienceqa,
     hub="lmms-lab-encoder/ScienceQA",
+    hub_files={split: [f"ScienceQA-FULL/{split}*"] for split in ("test", "val", "train")},
     aggregate=_scienceqa,
 )
 
@@ -345,6 +349,7 @@ AOKVQA = Task(
     splits=("val", "test", "train"),
     read=_read_aokvqa,
     hub="HuggingFaceM4/A-OKVQA",
+    hub_files={split: [f"data/{split}*"] for split in ("val", "test", "train")},
     aggregate=kind_means,
     submit=_submit_aokvqa,
 )
@@ -367,6 +372,7 @@ MMSTAR = Task(
     splits=("val",),
     read=_read_mmstar,
     hub="Lin-Chen/MMStar",
+    hub_files={"val": ["*.parquet"]},
     aggregate=lambda samples: {"accuracy": mean(samples), **kind_means(samples)},
 )
 

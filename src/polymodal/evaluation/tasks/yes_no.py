@@ -73,6 +73,7 @@ POPE = Task(
     splits=("test",),
     read=_read_pope,
     hub="lmms-lab-encoder/POPE",
+    hub_files={"test": ["data/test-*"]},
     aggregate=_pope,
     group="image",
 )
@@ -134,6 +135,7 @@ MME = Task(
     splits=("test",),
     read=_read_mme,
     hub="lmms-lab-encoder/MME",
+    hub_files={"test": ["data/test-*"]},
     aggregate=_mme,
     group="image",
     unit=1.0,
