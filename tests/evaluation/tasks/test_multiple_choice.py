@@ -106,6 +106,14 @@ def other_forms(name: str, folder: Path) -> list[Path]:
     return [hub, kit]
 
 
+@pytest.mark.parametrize(("name", "folder"), [("scienceqa", "test"), ("aokvqa", "val2017"), ("pope", "val2014")])
+def test_images_are_found_wherever_they_lie(name: str, folder: str, tmp_path: Path) -> None:
+    before = plain(written(name, tmp_path))
+    (tmp_path / "elsewhere" / "images").mkdir(parents=True)
+    (tmp_path / folder).rename(tmp_path / "elsewhere" / "images" / folder)
+    assert plain(read_examples(TASKS[name], TASKS[name].splits[0], tmp_path)) == before
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_form_gives_the_same_questions(name: str, tmp_path: Path) -> None:
     official = plain(written(name, tmp_path / "official"))

@@ -13,7 +13,8 @@ from string import ascii_uppercase
 from typing import Any
 
 from polymodal.errors import DataError
-from polymodal.evaluation.files import TableRow, ask, field, file_in, find_file, literal, located, need_rows, read_json
+from polymodal.evaluation import official
+from polymodal.evaluation.files import TableRow, ask, field, find_file, literal, located, need_rows, read_json
 from polymodal.evaluation.task import Example, Figures, Sample, Task
 from polymodal.metrics.mmmu import accepted, mmmu_letter, parse_mmmu_choice
 from polymodal.metrics.multiple_choice import named_choice
@@ -250,13 +251,13 @@ def _scienceqa_rows(folder: Path, split: str) -> Iterator[TableRow]:
         return
     problems, order = located(read_json(path), str(path)), find_file(folder, "pid_splits.json")
     pids = field(read_json(order, split), split, str(order), list) if order else problems
-    for pid in pids:
-        row = located(problems.get(pid), f"{path}: problem {pid}")
-        if row.get("split", split) != split:
-            continue
-        if image := row.get("image"):
-            row["image"] = file_in(path.parent, f"{split}/{pid}/{image}", f"images/{split}/{pid}/{image}")
-        row["pid"] = pid
+    rows = [located({**located(problems.get(pid), f"{path}: problem {pid}"), "pid": pid}, f"{path}: problem {pid}")
+            for pid in pids]  # fmt: skip
+    rows = [row for row in rows if row.get("split", split) == split]
+    shown = [{**row, "image": f"{split}/{row['pid']}/{row['image']}"} for row in rows if row.get("image")]
+    images = {row["pid"]: row["image"] for row in official.with_images(folder, path, shown)}
+    for row in rows:
+        row["image"] = images.get(row["pid"])
         yield row
 
 
@@ -301,12 +302,12 @@ def _aokvqa_rows(folder: Path, split: str) -> Iterator[TableRow]:
         long = "validation" if split == "val" else split
         yield from need_rows(folder, f"{long}-*.parquet", f"A-OKVQA_{split.upper()}.tsv", "A-OKVQA.tsv", "a-okvqa.tsv")
         return
-    for number, data in enumerate(read_json(path)):
-        row = located(data, f"{path}: question {number}")
-        name = f"{field(row, 'image_id', row.where, int):012d}.jpg"
-        year = f"{split}2017/{name}"
-        row["image"] = file_in(folder, year, f"coco/{year}", f"images/{year}", f"coco/images/{year}", name)
-        yield row
+    rows = official.json_list(path)
+    for number, row in enumerate(rows):
+        name = field(row, "image_id", f"{path}: question {number}", int)
+        row["image"] = f"{split}2017/{name:012d}.jpg"
+    for number, row in enumerate(official.with_images(folder, path, rows)):
+        yield located(row, f"{path}: question {number}")
 
 
 def _read_aokvqa(folder: Path, split: str) -> Iterator[Example]:
