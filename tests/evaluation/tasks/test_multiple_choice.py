@@ -202,7 +202,9 @@ def test_a_judge_reads_what_heuristics_cannot(kind: str, tmp_path: Path) -> None
     assert [s.score for s in rescore(run.samples)] == again  # a judge's letter is kept
     secret = [replace(s, references=(), score=None, options={"options": s.options["options"]}) for s in run.samples]
     silent = Says(answer)
-    assert {s.options["judged"] for s in judged(silent, secret)} == {""} and not silent.heard
+    assert not any(s.options["judged"] for s in judged(silent, secret)) and not silent.heard
+    blind = rescore([replace(s, blind="No idea either, sorry") for s in run.samples])
+    assert not any(s.blind_score for s in blind)  # the letter is that of another answer
 
 
 def test_the_servers_table_has_every_pass(tmp_path: Path) -> None:
@@ -363,7 +365,7 @@ def test_a_model_of_transformers(two_sets: Path, tiny_vlm: Any, tmp_path: Path) 
     assert code == 0 and {name: task["failed"] for name, task in tasks.items()} == {"mmmu_val": 0, "mmbench_en_dev": 0}
 
 
-def test_an_endpoint_and_its_judge(two_sets: Path, server: FakeServer, tmp_path: Path) -> None:  # noqa: F811
+def test_an_endpoint_and_its_judge(two_sets: Path, server: FakeServer, tmp_path: Path, capsys: Any) -> None:  # noqa: F811
     def reply(handler: Any) -> None:
         asks = json.dumps(server.bodies[-1])
         text = "A" if server.bodies[-1]["model"] == "judge" else "Well, who knows" if "image_url" in asks else "A"
@@ -382,7 +384,10 @@ def test_an_endpoint_and_its_judge(two_sets: Path, server: FakeServer, tmp_path:
     figures = tasks["mmbench_en_dev"]["figures"]
     assert (figures["circular"], figures["n_judged"], figures["n_judge_failed"]) == (0.0, 8, 0)
     samples = read_samples(tmp_path / "out" / "mmbench_en_dev")
-    assert {s.options["judged"] for s in samples} == {"A"} and figures["vanilla"] == 2 / 8
+    assert all(s.options["judged"] == {"Well, who knows": "A"} for s in samples) and figures["vanilla"] == 2 / 8
+    kept = ["eval", "rescore", str(tmp_path / "out" / "mmbench_en_dev"), "--base-url", server.url]
+    assert main([*kept, "--judge", "openai:judge"]) == 0
+    assert "| mmbench en_dev | circular | 8 | 0.0% |" in capsys.readouterr().out
 
 
 def test_a_judge_needs_something_to_judge(two_sets: Path, capsys: Any) -> None:

@@ -17,7 +17,7 @@ from polymodal.evaluation import official
 from polymodal.evaluation.files import TableRow, ask, field, find_file, literal, located, need_rows, read_json
 from polymodal.evaluation.task import Example, Figures, Sample, Task
 from polymodal.metrics.mmmu import accepted, mmmu_letter, parse_mmmu_choice
-from polymodal.metrics.multiple_choice import named_choice
+from polymodal.metrics.multiple_choice import FAILED, named_choice
 from polymodal.utils.files import make_folder, write_text
 from polymodal.utils.progress import log
 
@@ -188,12 +188,13 @@ def _mmbench(samples: Sequence[Sample]) -> Figures:
     for own in groups:
         kinds.setdefault(own[0].kind, []).append(right[id(own)])
     judged = [sample.options["judged"] for sample in samples if "judged" in sample.options]
+    failed = sum(FAILED in letters.values() for letters in judged)
     how = "" if judged else ", exact matching"
     return {
         f"circular{how}": sum(right.values()) / max(1, len(right)),
         f"vanilla{how}": mean(samples),
         **{kind or "no category": sum(own) / len(own) for kind, own in kinds.items()},
-        **({"n_judged": sum(map(bool, judged)), "n_judge_failed": judged.count("-")} if judged else {}),
+        **({"n_judged": sum(map(len, judged)), "n_judge_failed": failed} if judged else {}),
     }
 
 
