@@ -8,13 +8,11 @@ from polymodal.errors import first_line
 from polymodal.evaluation.files import ask
 from polymodal.evaluation.runner import Settings, run_task
 from polymodal.evaluation.task import Example, Sample, Task
-from polymodal.metrics.multiple_choice import is_right, parse_mmbench
+from polymodal.metrics.multiple_choice import FAILED, is_right, parse_mmbench
 from polymodal.utils.progress import log
 
 JUDGED = "mmbench_extract"
 """The metric that takes a judge's letter."""
-FAILED = "-"
-"""Instead of a letter, where the judge gave none."""
 TRIES = ("", "Reply with a single capital letter.", "Reply with one character: a letter of the options, or Z.")
 """What is added each time: a judge that decodes greedily would say the same again."""
 
@@ -45,13 +43,14 @@ def judged(judge: Backend, samples: Sequence[Sample]) -> list[Sample]:
         for each in said:
             options = samples[int(each.id)].options["options"]
             letters[int(each.id)] = parse_mmbench(each.answer or "", options) or FAILED
-    read = [letters.get(number, "") if s.metric == JUDGED else None for number, s in enumerate(samples)]
-    return [s if letter is None else _with(s, letter) for s, letter in zip(samples, read, strict=True)]
+    return [_with(s, letters.get(number)) if s.metric == JUDGED else s for number, s in enumerate(samples)]
 
 
-def _with(sample: Sample, letter: str) -> Sample:
-    score = is_right(letter, sample.references) if letter and sample.references else sample.score
-    return replace(sample, options={**sample.options, "judged": letter}, score=score)
+def _with(sample: Sample, letter: str | None) -> Sample:
+    """A sample with the letter of its answer, which holds for no other answer, such as that of the blind control."""
+    judged = {} if letter is None else {sample.answer: letter}
+    score = sample.score if letter is None else is_right(letter, sample.references)
+    return replace(sample, options={**sample.options, "judged": judged}, score=score)
 
 
 def _prompt(sample: Sample, hint: str) -> str:

@@ -18,6 +18,8 @@ T = TypeVar("T")
 Options = Mapping[str, Any] | Sequence[Any]
 """Texts by letter, or in the order of the letters."""
 
+FAILED = "-"
+"""Instead of a letter, where a judge gave none."""
 _CIRCULAR_STEP = 1_000_000  # the passes of an MMBench question are the rows index, index + 1,000,000, ...
 
 _REFUSALS = (
@@ -145,10 +147,16 @@ def parse_mmbench(text: str, options: Options, *, variant: str = "official") -> 
 
 
 def mmbench_extract(
-    prediction: str, references: Sequence[str], *, options: Options, variant: str = "official", judged: str = ""
+    prediction: str,
+    references: Sequence[str],
+    *,
+    options: Options,
+    variant: str = "official",
+    judged: Mapping[str, str] | None = None,
 ) -> float:
-    """One pass of MMBench, `exact_matching`: what the heuristics cannot read is wrong, or what a judge read there."""
-    return is_right(parse_mmbench(prediction, options, variant=variant) or judged, references)
+    """One pass of MMBench: by heuristics, `exact_matching`, else by a letter in `judged`, else wrong."""
+    letter = parse_mmbench(prediction, options, variant=variant) or (judged or {}).get(prediction)
+    return is_right(letter, references)
 
 
 def named_choice(text: str, choices: Sequence[str]) -> str:

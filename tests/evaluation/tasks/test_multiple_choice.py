@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from polymodal.evaluation.judge import judged
 from polymodal.evaluation.results import read_results, read_samples, table
 from polymodal.evaluation.runner import limited, prompt_text
 from polymodal.evaluation.task import Example
-from polymodal.evaluation.tasks import TASKS, find_task, read_examples
+from polymodal.evaluation.tasks import TASKS, find_data, find_task, read_examples
 from tests.backends.conftest import FakeServer, server, tiny_vlm  # noqa: F401  # fixtures
 from tests.evaluation.tasks.scripted import Says, assert_golden_prompt, plain, predicted, results_of, run_with
 
@@ -103,6 +104,14 @@ def other_forms(name: str, folder: Path) -> list[Path]:
             rows.append({**row, "question": question, **choices.lettered(options)})
         choices.tsv(kit / "MMStar.tsv", rows)
     return [hub, kit]
+
+
+@pytest.mark.parametrize(("name", "folder"), [("scienceqa", "test"), ("aokvqa", "val2017"), ("pope", "val2014")])
+def test_images_are_found_wherever_they_lie(name: str, folder: str, tmp_path: Path) -> None:
+    before = plain(written(name, tmp_path))
+    (tmp_path / "elsewhere" / "images").mkdir(parents=True)
+    (tmp_path / folder).rename(tmp_path / "elsewhere" / "images" / folder)
+    assert plain(read_examples(TASKS[name], TASKS[name].splits[0], tmp_path)) == before
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -193,7 +202,9 @@ def test_a_judge_reads_what_heuristics_cannot(kind: str, tmp_path: Path) -> None
     assert [s.score for s in rescore(run.samples)] == again  # a judge's letter is kept
     secret = [replace(s, references=(), score=None, options={"options": s.options["options"]}) for s in run.samples]
     silent = Says(answer)
-    assert {s.options["judged"] for s in judged(silent, secret)} == {""} and not silent.heard
+    assert not any(s.options["judged"] for s in judged(silent, secret)) and not silent.heard
+    blind = rescore([replace(s, blind="No idea either, sorry") for s in run.samples])
+    assert not any(s.blind_score for s in blind)  # the letter is that of another answer
 
 
 def test_the_servers_table_has_every_pass(tmp_path: Path) -> None:
@@ -354,7 +365,7 @@ def test_a_model_of_transformers(two_sets: Path, tiny_vlm: Any, tmp_path: Path) 
     assert code == 0 and {name: task["failed"] for name, task in tasks.items()} == {"mmmu_val": 0, "mmbench_en_dev": 0}
 
 
-def test_an_endpoint_and_its_judge(two_sets: Path, server: FakeServer, tmp_path: Path) -> None:  # noqa: F811
+def test_an_endpoint_and_its_judge(two_sets: Path, server: FakeServer, tmp_path: Path, capsys: Any) -> None:  # noqa: F811
     def reply(handler: Any) -> None:
         asks = json.dumps(server.bodies[-1])
         text = "A" if server.bodies[-1]["model"] == "judge" else "Well, who knows" if "image_url" in asks else "A"
@@ -373,9 +384,49 @@ def test_an_endpoint_and_its_judge(two_sets: Path, server: FakeServer, tmp_path:
     figures = tasks["mmbench_en_dev"]["figures"]
     assert (figures["circular"], figures["n_judged"], figures["n_judge_failed"]) == (0.0, 8, 0)
     samples = read_samples(tmp_path / "out" / "mmbench_en_dev")
-    assert {s.options["judged"] for s in samples} == {"A"} and figures["vanilla"] == 2 / 8
+    assert all(s.options["judged"] == {"Well, who knows": "A"} for s in samples) and figures["vanilla"] == 2 / 8
+    kept = ["eval", "rescore", str(tmp_path / "out" / "mmbench_en_dev"), "--base-url", server.url]
+    assert main([*kept, "--judge", "openai:judge"]) == 0
+    assert "| mmbench en_dev | circular | 8 | 0.0% |" in capsys.readouterr().out
 
 
 def test_a_judge_needs_something_to_judge(two_sets: Path, capsys: Any) -> None:
     assert main(["eval", "default", "--tasks", "mmmu", "--data-root", str(two_sets), "--judge", "default"]) == 2
     assert "--judge default: none of mmmu is read by a judge" in capsys.readouterr().err
+
+
+HUB = {  # a file of each split, as the hub has it
+    "mmmu_val": "Art/validation-00000-of-00001.parquet", "mmmu_test": "Art/test-00000-of-00001.parquet",
+    "mmbench_en_dev": "en/dev-00000-of-00001.parquet", "mmbench_cn_test": "cn/test-00000-of-00001.parquet",
+    "scienceqa_val": "ScienceQA-FULL/validation-00000-of-00001.parquet",
+    "aokvqa_val": "data/validation-00000-of-00001-b2bd0de231b6326a.parquet", "mmstar_val": "mmstar.parquet",
+    "pope_test": "data/test-00000-of-00003.parquet", "mme_test": "data/test-00000-of-00004.parquet",
+    "videomme_test": "videomme/test-00000-of-00001.parquet", "mvbench_test": "json/action_count.json",
+    "librispeech_test_clean": "data/librispeech_test_clean-00000-of-00001.parquet",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(HUB))
+def test_only_a_splits_own_files_are_fetched(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def snapshot(hub: str, repo_type: str, allow_patterns: list[str]) -> str:
+        asked.update(hub=hub, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    task, split = find_task(name)
+    assert find_data(task, split, None) == tmp_path and asked["hub"] == task.hub
+    fetched = [other for other, file in HUB.items() if any(fnmatch(file, pattern) for pattern in asked["patterns"])]
+    assert [other for other in fetched if find_task(other)[0] is task] == [name]
+    assert set(task.hub_files) <= set(task.splits)
+
+
+def test_a_split_that_the_hub_has_not_is_named() -> None:
+    with pytest.raises(DataError, match="lmms-lab-encoder/MMBench has no split en_dev_v11"):
+        find_data(*find_task("mmbench_en_dev_v11"), None)
+
+
+def test_scienceqas_validation_is_found_on_the_hub(tmp_path: Path) -> None:
+    choices.parquet(tmp_path / "ScienceQA-FULL" / "validation-00000-of-00001.parquet", choices.scienceqa_rows(2))
+    assert len(read_examples(TASKS["scienceqa"], "val", tmp_path)) == 2

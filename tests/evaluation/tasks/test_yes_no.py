@@ -141,6 +141,7 @@ def test_limit_keeps_pairs(tmp_path: Path) -> None:
 )
 def test_a_broken_file_is_named(name: str, file: str, text: str, says: str, tmp_path: Path) -> None:
     choices.save(tmp_path / file, text)
+    choices.save(tmp_path / "a.jpg", b"0")
     with pytest.raises(DataError, match=says.replace("`", ".")) as error:
         read_examples(TASKS[name], "test", tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)

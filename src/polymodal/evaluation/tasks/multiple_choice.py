@@ -13,10 +13,11 @@ from string import ascii_uppercase
 from typing import Any
 
 from polymodal.errors import DataError
-from polymodal.evaluation.files import TableRow, ask, field, file_in, find_file, literal, located, need_rows, read_json
+from polymodal.evaluation import official
+from polymodal.evaluation.files import TableRow, ask, field, find_file, literal, located, need_rows, read_json
 from polymodal.evaluation.task import Example, Figures, Sample, Task
 from polymodal.metrics.mmmu import accepted, mmmu_letter, parse_mmmu_choice
-from polymodal.metrics.multiple_choice import named_choice
+from polymodal.metrics.multiple_choice import FAILED, named_choice
 from polymodal.utils.files import make_folder, write_text
 from polymodal.utils.progress import log
 
@@ -146,6 +147,7 @@ MMMU = Task(
     splits=tuple(_MMMU_SPLITS),
     read=_read_mmmu,
     hub="MMMU/MMMU",
+    hub_files={split: [f"*/{long}-*", f"answer_dict_{split}.json"] for split, long in _MMMU_SPLITS.items()},
     max_new_tokens=128,
     aggregate=_mmmu,
     submit=_submit_mmmu,
@@ -186,12 +188,13 @@ def _mmbench(samples: Sequence[Sample]) -> Figures:
     for own in groups:
         kinds.setdefault(own[0].kind, []).append(right[id(own)])
     judged = [sample.options["judged"] for sample in samples if "judged" in sample.options]
+    failed = sum(FAILED in letters.values() for letters in judged)
     how = "" if judged else ", exact matching"
     return {
         f"circular{how}": sum(right.values()) / max(1, len(right)),
         f"vanilla{how}": mean(samples),
         **{kind or "no category": sum(own) / len(own) for kind, own in kinds.items()},
-        **({"n_judged": sum(map(bool, judged)), "n_judge_failed": judged.count("-")} if judged else {}),
+        **({"n_judged": sum(map(len, judged)), "n_judge_failed": failed} if judged else {}),
     }
 
 
@@ -230,6 +233,7 @@ MMBENCH = Task(
     splits=tuple(f"{lang}_{part}{v}" for v in ("", "_v11") for lang in ("en", "cn") for part in ("dev", "test")),
     read=_read_mmbench,
     hub="lmms-lab-encoder/MMBench",
+    hub_files={f"{lang}_{part}": [f"{lang}/{part}-*"] for lang in ("en", "cn") for part in ("dev", "test")},
     aggregate=_mmbench,
     group="group",
     submit=_submit_mmbench,
@@ -240,20 +244,21 @@ def _scienceqa_rows(folder: Path, split: str) -> Iterator[TableRow]:
     """Of problems.json, in the order of pid_splits.json where it is there; else of tables."""
     path = find_file(folder, "problems.json")
     if path is None:
-        tables = (f"ScienceQA-FULL/{split}-*.parquet", f"{split}-*.parquet", f"ScienceQA_{split.upper()}.tsv")
+        long = "validation" if split == "val" else split
+        tables = (f"ScienceQA-FULL/{long}-*.parquet", f"{long}-*.parquet", f"ScienceQA_{split.upper()}.tsv")
         for number, row in enumerate(need_rows(folder, *tables)):
             row.setdefault("pid", row.get("index", number))
             yield row
         return
     problems, order = located(read_json(path), str(path)), find_file(folder, "pid_splits.json")
     pids = field(read_json(order, split), split, str(order), list) if order else problems
-    for pid in pids:
-        row = located(problems.get(pid), f"{path}: problem {pid}")
-        if row.get("split", split) != split:
-            continue
-        if image := row.get("image"):
-            row["image"] = file_in(path.parent, f"{split}/{pid}/{image}", f"images/{split}/{pid}/{image}")
-        row["pid"] = pid
+    rows = [located({**located(problems.get(pid), f"{path}: problem {pid}"), "pid": pid}, f"{path}: problem {pid}")
+            for pid in pids]  # fmt: skip
+    rows = [row for row in rows if row.get("split", split) == split]
+    shown = [{**row, "image": f"{split}/{row['pid']}/{row['image']}"} for row in rows if row.get("image")]
+    images = {row["pid"]: row["image"] for row in official.with_images(folder, path, shown)}
+    for row in rows:
+        row["image"] = images.get(row["pid"])
         yield row
 
 
@@ -287,6 +292,7 @@ SCIENCEQA = Task(
     splits=("test", "val", "train"),
     read=_read_scienceqa,
     hub="lmms-lab-encoder/ScienceQA",
+    hub_files={split: [f"ScienceQA-FULL/{split}*"] for split in ("test", "val", "train")},
     aggregate=_scienceqa,
 )
 
@@ -297,12 +303,12 @@ def _aokvqa_rows(folder: Path, split: str) -> Iterator[TableRow]:
         long = "validation" if split == "val" else split
         yield from need_rows(folder, f"{long}-*.parquet", f"A-OKVQA_{split.upper()}.tsv", "A-OKVQA.tsv", "a-okvqa.tsv")
         return
-    for number, data in enumerate(read_json(path)):
-        row = located(data, f"{path}: question {number}")
-        name = f"{field(row, 'image_id', row.where, int):012d}.jpg"
-        year = f"{split}2017/{name}"
-        row["image"] = file_in(folder, year, f"coco/{year}", f"images/{year}", f"coco/images/{year}", name)
-        yield row
+    rows = official.json_list(path)
+    for number, row in enumerate(rows):
+        name = field(row, "image_id", f"{path}: question {number}", int)
+        row["image"] = f"{split}2017/{name:012d}.jpg"
+    for number, row in enumerate(official.with_images(folder, path, rows)):
+        yield located(row, f"{path}: question {number}")
 
 
 def _read_aokvqa(folder: Path, split: str) -> Iterator[Example]:
@@ -345,6 +351,7 @@ AOKVQA = Task(
     splits=("val", "test", "train"),
     read=_read_aokvqa,
     hub="HuggingFaceM4/A-OKVQA",
+    hub_files={split: [f"data/{split}*"] for split in ("val", "test", "train")},
     aggregate=kind_means,
     submit=_submit_aokvqa,
 )
@@ -367,6 +374,7 @@ MMSTAR = Task(
     splits=("val",),
     read=_read_mmstar,
     hub="Lin-Chen/MMStar",
+    hub_files={"val": ["*.parquet"]},
     aggregate=lambda samples: {"accuracy": mean(samples), **kind_means(samples)},
 )
 

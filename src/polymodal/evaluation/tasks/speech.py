@@ -50,6 +50,7 @@ LIBRISPEECH = Task(
     splits=("test_clean", "test_other", "dev_clean", "dev_other"),
     read=_read,
     hub="lmms-lab-audio/librispeech",
+    hub_files={split: [f"*{split}*.parquet"] for split in ("test_clean", "test_other", "dev_clean", "dev_other")},
     max_new_tokens=256,
     aggregate=_corpus,
     lower_is_better=True,

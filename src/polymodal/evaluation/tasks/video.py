@@ -70,6 +70,7 @@ VIDEOMME = Task(
     splits=("test",),
     read=_read_videomme,
     hub="lmms-eval/Video-MME",
+    hub_files={"test": ["*.parquet"]},  # not the videos, which no model can take yet
     aggregate=_videomme,
     group="video",
     needs=("video",),
@@ -136,6 +137,7 @@ MVBENCH = Task(
     splits=("test",),
     read=_read_mvbench,
     hub="OpenGVLab/MVBench",
+    hub_files={"test": ["json/*"]},
     aggregate=_mvbench,
     needs=("video",),
 )

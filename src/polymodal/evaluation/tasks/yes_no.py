@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from polymodal.errors import DataError
+from polymodal.evaluation import official
 from polymodal.evaluation.files import (
     TableRow,
     ask,
@@ -28,10 +29,10 @@ def _pope_rows(folder: Path) -> Iterator[TableRow]:
         yield from need_rows(folder, "test-*.parquet", "Full/*.parquet", "POPE.tsv")
         return
     for kind in POPE_KINDS:
-        for row in read_lines(need_file(folder, f"coco_pope_{kind}.json")):
-            name = row.text("image")
-            image = file_in(folder, f"val2014/{name}", f"images/{name}", f"coco/val2014/{name}", name)
-            yield located({**row, "image_source": name, "image": image, "category": kind}, row.where)
+        path = need_file(folder, f"coco_pope_{kind}.json")
+        rows = list(read_lines(path))
+        for row, shown in zip(rows, official.with_images(folder, path, rows)):
+            yield located({**shown, "image_source": row["image"], "category": kind}, row.where)
 
 
 def _read_pope(folder: Path, _split: str) -> Iterator[Example]:
@@ -73,6 +74,7 @@ POPE = Task(
     splits=("test",),
     read=_read_pope,
     hub="lmms-lab-encoder/POPE",
+    hub_files={"test": ["data/test-*"]},
     aggregate=_pope,
     group="image",
 )
@@ -134,6 +136,7 @@ MME = Task(
     splits=("test",),
     read=_read_mme,
     hub="lmms-lab-encoder/MME",
+    hub_files={"test": ["data/test-*"]},
     aggregate=_mme,
     group="image",
     unit=1.0,
