@@ -15,7 +15,7 @@ TESTENV := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM
 PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check stats format bench bench-training data-default train-default clean
+.PHONY: help install demo test test-all check stats format bench bench-training bench-eval data-default train-default clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ bench: $(STAMP)  ## the figures of docs/results.md that depend on the machine
 bench-training: $(STAMP)  ## training speed beside the HF Trainer and TRL's SFTTrainer
 	@$(PIP) install -c constraints.txt -e '.[bench]' || echo "TRL cannot be installed: going on without it"
 	@$(OFFLINE) $(BIN)/python -m benchmarks.training $(BENCH)
+
+bench-eval: $(STAMP)  ## items per second of an evaluation beside asking one at a time
+	@$(OFFLINE) $(BIN)/python -m benchmarks.evaluation.throughput $(BENCH)
 
 data-default: $(STAMP)  ## build the default model's training data in data/default (needs apt)
 	@root=$$(recipes/default/get_packages.sh data/packages) && \

@@ -116,8 +116,9 @@ def ours(model: str, folder: Path) -> Found:
     found = {}
     for name, (metric, _, tokens) in TASKS.items():
         out = folder / f"ours-{Path(model).name}"
-        more = ["--max-new-tokens", str(tokens), "--no-blind", "--no-cache", "--variant", "lmms_eval", "--device", "cpu"]
-        _run("polymodal", "eval", model, "--data", folder / f"{name}-rows.json", "--metric", metric, "--output", out, *more)
+        what = ["--data", folder / f"{name}-rows.json", "--metric", metric, "--variant", "lmms_eval", "--output", out]
+        how = ["--max-new-tokens", tokens, "--no-blind", "--no-cache", "--device", "cpu"]
+        _run("polymodal", "eval", model, *what, *how)
         lines = (out / f"{name}-rows" / "samples.jsonl").read_text().splitlines()
         found[name] = [(row["answer"], row["score"]) for row in map(json.loads, lines)]
     return found
@@ -134,7 +135,8 @@ def theirs(kind: str, args: str, folder: Path, batch: int) -> Found:
     found: Found = {}
     for name, (_, metric, _) in TASKS.items():
         file = max(out.rglob(f"*samples_scenes_{name}.jsonl"), key=lambda path: path.stat().st_mtime)
-        rows: list[dict[str, Any]] = sorted(map(json.loads, file.read_text().splitlines()), key=lambda row: row["doc_id"])
+        rows: list[dict[str, Any]] = [json.loads(line) for line in file.read_text().splitlines()]
+        rows.sort(key=lambda row: row["doc_id"])
         scores = [row[metric] for row in rows]
         given = [row["filtered_resps"] for row in rows]  # a text, or a list of one
         said = [(text if isinstance(text, str) else text[0]).strip() for text in given]

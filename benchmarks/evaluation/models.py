@@ -1,4 +1,4 @@
-"""Folders of transformers' own models with seeded weights, whose answers are short: LLaVA-1.5 and Idefics3 (SmolVLM)."""
+"""Folders of transformers' own models with seeded weights, whose answers are short: LLaVA-1.5 and Idefics3."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.training.models import build_llava
 from benchmarks.training.setting import SHAPES, Shape
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "src" / "polymodal" / "models" / "default" / "tokenizer.json"
-SIZES = {"small": Shape(8, 512, 1408, 8, 4, 0, 4, 256, 4, 224, 16, 0), **SHAPES}
+SIZES = {"small": Shape(4, 256, 704, 4, 2, 0, 2, 128, 2, 224, 16, 0), **SHAPES}
 
 
 def _tokenizer(image: str, more: list[str]) -> PreTrainedTokenizerFast:
@@ -102,8 +102,8 @@ def write_idefics3(folder: Path, shape: Shape, ends: float, seed: int = 0) -> No
 FAMILIES: dict[str, Callable[..., None]] = {"llava": write_llava, "idefics3": write_idefics3}
 
 
-def write_model(family: str, folder: Path, shape: str = "small", ends: float = 4.0) -> Path:
-    """Write a model of a family, unless it is there; its end token's row of the head is `ends` times as long as others."""
+def write_model(family: str, folder: Path, shape: str = "small", ends: float = 8.0) -> Path:
+    """Write a model of a family, unless it is there; the end token's row of its head is `ends` times as long."""
     if not (folder / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         FAMILIES[family](folder, SIZES[shape], ends)

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image as PILImage
 
 from polymodal.backends import load
 from polymodal.backends.base import Reply, TextDelta
-from polymodal.backends.local import LocalBackend
+from polymodal.backends.local import LocalBackend, shared_beginnings
 from polymodal.config import TemplateConfig
 from polymodal.errors import PolymodalError
+from polymodal.generation.generate import can_share
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step
 from polymodal.messages import Audio, Image, Message, Text, assistant, system, user
-from polymodal.processing.collate import Batch
+from polymodal.modeling.vlm import MultimodalLM
+from polymodal.processing.collate import Batch, Sample
 from tests.processing.tool_templates import QWEN3
 
 
@@ -148,3 +152,51 @@ def test_ask_takes_a_question_and_images(model: LocalBackend) -> None:
         model.generate("Hello", params).text.strip(), expected.strip()
     ]  # fmt: skip
     assert model.ask("What?", image(), params=params) == expected
+
+
+def test_questions_about_the_same_images_read_them_once(model: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = image(), image(10, 60)
+    asked = [
+        [user(Image(one), "What?")], [user(Image(other), "What is this thing?")], [user(Image(one), "And which?")],
+        [user(Image(one), "x", Image(other), "y")], [user(Image(one.copy()), "Why")],
+        [user(Image(one), "x", Image(other), "and how many?")],
+    ]  # fmt: skip
+    params = GenerationParams(max_new_tokens=12)
+    alone = [model.generate(messages, params).text.strip() for messages in asked]
+    tiles: list[int] = []
+    read: list[tuple[int, int]] = []
+    encode, run = model.model.encode_images, model.model.llm.forward
+    monkeypatch.setattr(model.model, "encode_images", lambda pixels: tiles.append(len(pixels)) or encode(pixels))
+
+    def counted(**given: Any) -> Any:
+        if "inputs_embeds" in given:
+            read.append(tuple(given["inputs_embeds"].shape[:2]))
+        return run(**given)
+
+    monkeypatch.setattr(model.model.llm, "forward", counted)
+    assert model.generate_batch(asked, params) == alone and len(set(alone)) > 1
+    assert tiles == [1 + 1 + 2]  # of eight in all
+    (beginnings, longest), (rows, rest) = read
+    assert (beginnings, rows) == (3, 6) and rest < longest
+
+
+def test_a_batch_with_nothing_in_common_is_read_as_it_is(model: LocalBackend) -> None:
+    def samples(*conversations: list[Message]) -> list[Sample]:
+        return [model.processor(messages, add_generation_prompt=True) for messages in conversations]
+
+    one, other = [user(Image(image()), "What?")], [user(Image(image(10, 60)), "What?")]
+    assert shared_beginnings(samples(one, other)) is None
+    assert shared_beginnings(samples(one, one, [user("Hello")])) is None
+    assert shared_beginnings(samples([user("What?", Image(image()))], [user("Why?", Image(image()))])) is None
+    once, rows, rest = shared_beginnings(samples(one, other, one)) or ([], [], [])
+    assert (len(once), rows) == (2, [0, 1, 0]) and not any(sample.plans for sample in rest)
+    assert torch.equal(torch.cat((once[0].input_ids, rest[0].input_ids)), samples(one)[0].input_ids)
+
+
+def test_layers_that_forget_share_nothing(model: LocalBackend) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    assert can_share(model.model)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llm = MistralForCausalLM(MistralConfig(**small, num_key_value_heads=2, vocab_size=300, sliding_window=8))
+    assert not can_share(MultimodalLM(llm, image_token_id=299))

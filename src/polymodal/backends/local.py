@@ -1,6 +1,7 @@
 """A model of ours behind the chat protocol."""
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -8,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from polymodal.backends.base import Answer, ModelBackend
 from polymodal.config import ModelConfig
 from polymodal.errors import PolymodalError
-from polymodal.generation.generate import stream_ids
+from polymodal.generation.generate import can_share, stream_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step
 from polymodal.messages import Conversation, Message
@@ -91,5 +92,27 @@ class LocalBackend(ModelBackend[Sample]):
         return self._run([inputs], params)
 
     def _run(self, samples: Sequence[Sample], params: GenerationParams) -> Generator[Step]:
+        beginnings = None
+        if len(samples) > 1 and can_share(self.model) and (found := shared_beginnings(samples)) is not None:
+            once, rows, samples = found
+            beginnings = collate(once, self.processor.pad_id, side="left"), rows
         batch = collate(samples, self.processor.pad_id, side="left")
-        return stream_ids(self.model, batch, params, self.stop_ids, len(self.tokenizer))
+        return stream_ids(self.model, batch, params, self.stop_ids, len(self.tokenizer), beginnings)
+
+
+def shared_beginnings(samples: Sequence[Sample]) -> tuple[list[Sample], list[int], list[Sample]] | None:
+    """Prompts up to their last image, each once; which one each prompt has; the rest of each. None if all differ."""
+    once: dict[object, Sample] = {}
+    keys: list[object] = []
+    rest: list[Sample] = []
+    for sample in samples:
+        end = max((slot.start + slot.length for slot in sample.slots), default=0)
+        if not 0 < end < len(sample.input_ids) or len(sample.media_keys) != len(sample.plans):
+            return None
+        contexts = tuple(tuple(ids.tolist()) for ids in sample.contexts)
+        keys.append((sample.media_keys, tuple(sample.input_ids[:end].tolist()), contexts))
+        before = replace(sample, input_ids=sample.input_ids[:end], loss_mask=sample.loss_mask[:end])
+        once.setdefault(keys[-1], before)
+        rest.append(Sample(sample.input_ids[end:], sample.loss_mask[end:], id=sample.id))
+    number = {key: place for place, key in enumerate(once)}
+    return (list(once.values()), [number[key] for key in keys], rest) if len(once) < len(samples) else None

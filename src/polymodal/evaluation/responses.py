@@ -21,6 +21,9 @@ from polymodal.media.source import describe, local_path, read_bytes
 from polymodal.messages import FileSlice, Message, Source, TableCell, Text
 from polymodal.utils.files import cache_folder, make_folder, regular_size, sha256_file, sha256_json, writing
 
+Turn = tuple[str, list[str | list[str]]]
+"""A message as it is hashed: its role, and its parts; a medium by its kind and content."""
+
 
 class Responses:
     """The kept answers of one model."""
@@ -49,10 +52,9 @@ class Responses:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass  # an empty line, or the end of a run that was killed while it wrote
 
-    def key(self, messages: Sequence[Message], blind: bool = False) -> str:
-        """The name of an answer; raises `MediaError` where a medium cannot be read."""
-        turns = [[m.role, [p.text if isinstance(p, Text) else _content(p) for p in m.parts]] for m in messages]
-        return sha256_json([*self.how, turns, blind])
+    def key(self, messages: Sequence[Message], blind: bool = False, turns: Sequence[Turn] | None = None) -> str:
+        """The name of an answer, of `turns_of` where that is known; raises `MediaError` as it does."""
+        return sha256_json([*self.how, turns_of(messages) if turns is None else turns, blind])
 
     def name(self, what: object) -> str:
         """The name of a remark on how answers were taken, which is kept among them."""
@@ -74,6 +76,11 @@ class Responses:
             file.write(b"\n" + json.dumps({"answers": new}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def turns_of(messages: Sequence[Message]) -> list[Turn]:
+    """A conversation with the content of its media; raises `MediaError` where one cannot be read."""
+    return [(m.role, [p.text if isinstance(p, Text) else _content(p) for p in m.parts]) for m in messages]
 
 
 def _content(part: Any) -> list[str]:

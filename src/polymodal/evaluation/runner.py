@@ -1,14 +1,15 @@
 """Asking a model the questions of a task: in batches of like length, each question once, and once more about grey.
 
-Questions are sorted by length, so that a batch needs little padding, and batches are the same however often a run was
-cut off; each batch's answers are kept as they come (`evaluation.responses`). An endpoint is asked several questions at
-the same time instead. Under torchrun each process asks its share, and the first one scores.
+Questions about the same media stand together, so that a batch reads them once, and are sorted by length, so that it
+needs little padding; batches are the same however often a run was cut off, and each batch's answers are kept as they
+come (`evaluation.responses`). An endpoint is asked several questions at the same time instead. Under torchrun each
+process asks its share, and the first one scores.
 """
 
 import atexit
 import os
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from PIL import Image as PILImage
 
 from polymodal.backends.base import Answer, Backend
 from polymodal.errors import ConfigError, DataError, EndpointError, PolymodalError
-from polymodal.evaluation.responses import Responses
+from polymodal.evaluation.responses import Responses, turns_of
 from polymodal.evaluation.task import Example, Sample, Task, check_scorers, in_variant, score_one, score_samples
 from polymodal.generation.params import GenerationParams
 from polymodal.media.image import open_image
@@ -144,18 +145,23 @@ class _Asker:
         """Answer this process's share as answers come; those with the same question and media are asked once."""
         same: dict[str, list[int]] = {}
         messages: dict[str, tuple[Message, ...]] = {}
+        media: dict[str, str] = {}
         for index, example in enumerate(examples):
             try:
-                key = self.kept.key(example.messages, blind and _sees(example.messages))
+                turns = turns_of(example.messages)
             except PolymodalError as error:
                 if index % self.world == self.rank:
                     yield index, error
                 continue
+            key = self.kept.key(example.messages, blind and _sees(example.messages), turns)
+            media[key] = str([part for _, parts in turns for part in parts if isinstance(part, list)])
             if not blind:
                 self.keys[index] = key
             same.setdefault(key, []).append(index)
             messages[key] = example.messages
-        order = sorted(messages, key=lambda key: (-_length(messages[key]), key))[self.rank :: self.world]
+        order = in_order({key: (media[key], _length(turns)) for key, turns in messages.items()})
+        block = min(self.size, max(1, len(order) // self.world))  # a process takes whole batches
+        order = [key for place, key in enumerate(order) if place // block % self.world == self.rank]
         self._answered = sum(self.kept.get(key) is not None for key in order)
         self._failed = self._gone = 0
         last: Answer = ""
@@ -320,6 +326,14 @@ def _sees(messages: Sequence[Message]) -> bool:
 def _length(messages: Sequence[Message]) -> int:
     """A guess of a prompt's length, for sorting: a medium counts as a thousand characters."""
     return sum(len(message.text) + 1000 * len(message.media) for message in messages)
+
+
+def in_order(questions: Mapping[str, tuple[str, int]]) -> list[str]:
+    """Order questions, given their media and length: those about the same media together, the longest first."""
+    longest: dict[str, int] = {}
+    for seen, length in questions.values():
+        longest[seen] = max(length, longest.get(seen, 0))
+    return sorted(questions, key=lambda key: (-longest[questions[key][0]], questions[key][0], -questions[key][1], key))
 
 
 def _shown(messages: Sequence[Message], blind: bool) -> list[Message] | PolymodalError:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, TopKLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer
 
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step
@@ -57,16 +58,45 @@ def new_generator(params: GenerationParams, device: torch.device) -> torch.Gener
     return generator
 
 
-def start_decoding(model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Tensor) -> NextLogits:
+def start_decoding(
+    model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Tensor, cache: DynamicCache | None = None
+) -> NextLogits:
     """Begin a generation: the caller gives the ids that were chosen and gets the next logits, step after step."""
-    # embeds [B, T, D], attention_mask [B, T]
-    start = _encoder_decoder if model.encoder_decoder else _causal
-    return start(model, embeds, attention_mask)
+    # embeds [B, T, D], attention_mask [B, T], or with what the cache holds before it
+    if model.encoder_decoder:
+        return _encoder_decoder(model, embeds, attention_mask)
+    return _causal(model, embeds, attention_mask, DynamicCache(config=_decoder(model)) if cache is None else cache)
 
 
-def _causal(model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Tensor) -> NextLogits:
+def _decoder(model: MultimodalLM) -> Any:
+    return model.llm.config.get_text_config()
+
+
+def can_share(model: MultimodalLM) -> bool:
+    """Whether several rows can go on from one beginning: where every layer keeps all keys and values of it."""
+    if model.encoder_decoder or getattr(model.llm, "_is_stateful", False):
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=_decoder(model)).layers)
+
+
+@torch.inference_mode()
+def read_beginnings(model: MultimodalLM, batch: Batch, rows: Sequence[int]) -> tuple[DynamicCache, torch.Tensor]:
+    """Read prompts' beginnings once; gives the cache of the rows that go on from them, and its mask [rows, P]."""
+    batch = batch.to(model.device)
+    cache = DynamicCache(config=_decoder(model))
+    _causal(model, _embed(model, batch), batch.attention_mask, cache)(None)
+    index = torch.tensor(rows, device=model.device)
+    cache.batch_select_indices(index)
+    return cache, batch.attention_mask[index]
+
+
+def _embed(model: MultimodalLM, batch: Batch) -> torch.Tensor:
+    media = (batch.plans, batch.sample_of_image, batch.pixel_values, batch.features)
+    return model.embed(batch.input_ids, *media, context_ids=batch.context_ids)
+
+
+def _causal(model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Tensor, cache: DynamicCache) -> NextLogits:
     """The prompt goes into the key-value cache, and the decoding on from there."""
-    cache = DynamicCache(config=model.llm.config.get_text_config())
     mask = attention_mask
     padded = not bool(mask.all())
 
@@ -110,23 +140,28 @@ def _encoder_decoder(model: MultimodalLM, embeds: torch.Tensor, attention_mask: 
 
 @torch.inference_mode()
 def stream_ids(
-    model: MultimodalLM, batch: Batch, params: GenerationParams, stop_ids: Sequence[int], vocab_size: int | None = None
+    model: MultimodalLM,
+    batch: Batch,
+    params: GenerationParams,
+    stop_ids: Sequence[int],
+    vocab_size: int | None = None,
+    beginnings: tuple[Batch, Sequence[int]] | None = None,  # Of prompts, each once, and which one each row goes on from
 ) -> Generator[Step]:
     """Generate, one step at a time; a row's last id is its stop id where it met one, or stands at its last position."""
     batch = batch.to(model.device)
     begin = time.perf_counter()
-    embeds = model.embed(
-        batch.input_ids, batch.plans, batch.sample_of_image, batch.pixel_values, batch.features,
-        context_ids=batch.context_ids,
-    )  # fmt: skip
+    embeds, mask, cache = _embed(model, batch), batch.attention_mask, None
     encode_s = time.perf_counter() - begin
-    next_logits = start_decoding(model, embeds, batch.attention_mask)
+    if beginnings is not None:
+        cache, before = read_beginnings(model, *beginnings)
+        mask = torch.cat((before, mask), dim=1)
+    next_logits = start_decoding(model, embeds, mask, cache)
     generator = new_generator(params, model.device)
     stops = torch.tensor(sorted(set(stop_ids)), device=model.device)
     running = torch.ones(len(embeds), dtype=torch.bool, device=model.device)
     made = torch.empty((len(embeds), 0), dtype=torch.int64, device=model.device)
     next_ids: torch.Tensor | None = None
-    room = context_length(model.llm.config) - (0 if model.encoder_decoder else batch.attention_mask.sum(dim=1))
+    room = context_length(model.llm.config) - (0 if model.encoder_decoder else mask.sum(dim=1))
     for step in range(params.max_new_tokens):
         logits = _forbid(next_logits(next_ids, running), model.image_token_id, vocab_size)
         next_ids = sample_next(logits, params, made, generator)
