@@ -135,7 +135,7 @@ class _Asker:
         self.rank, self.world = processes()
         batch = settings.batch_size if self.batches else None
         self.kept = Responses(model.fingerprint(), params, batch, self.rank, settings.cached)
-        self.size = (batch or AUTO_BATCH) if self.batches else 1
+        self.size = self.dealt = (batch or AUTO_BATCH) if self.batches else 1  # a process takes whole batches
         self.adapts = batch is None
         self.keys: dict[int, str] = {}
         self.asked = 0
@@ -160,7 +160,7 @@ class _Asker:
             same.setdefault(key, []).append(index)
             messages[key] = example.messages
         order = in_order({key: (media[key], _length(turns)) for key, turns in messages.items()})
-        block = min(self.size, max(1, len(order) // self.world))  # a process takes whole batches
+        block = min(self.dealt, max(1, len(order) // self.world))
         order = [key for place, key in enumerate(order) if place // block % self.world == self.rank]
         self._answered = sum(self.kept.get(key) is not None for key in order)
         self._failed = self._gone = 0
