@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 import polymodal
 from polymodal.backends.local import LocalBackend
 from polymodal.data.load import load_records
+from polymodal.evaluation.runner import Settings, run_task
+from polymodal.evaluation.tasks.demo import DEMO
 from polymodal.evaluation.tasks.questions import ask_records
 from polymodal.utils.files import shipped_folder
 from recipes.default.dataset import build_default
@@ -46,6 +49,18 @@ def test_it_beats_its_blind_self_on_shapes_it_never_saw(model: LocalBackend, tmp
     score = sum(sample.score or 0.0 for sample in samples) / len(samples)
     blind = sum(sample.blind_score or 0.0 for sample in samples) / len(samples)
     assert len(samples) >= 10 and score > blind + 0.2
+
+
+@pytest.mark.slow
+def test_the_demo_benchmark_is_no_worse_than_the_card_says(model: LocalBackend) -> None:
+    """The guard of later trainings: the card's score of all questions, less the tolerance that it states."""
+    card = (FOLDER / "MODEL_CARD.md").read_text(encoding="utf-8")
+    (stated,) = re.findall(r"^\| all \| .*? \| 220 \| ([\d.]+)% ", card, flags=re.MULTILINE)
+    (tolerance,) = re.findall(r"more than (\d+) points below", card)
+    run = run_task(model, DEMO, list(DEMO.read(Path(), "test")), Settings(cached=False))
+    score = DEMO.aggregate(run.samples)["score"]
+    assert score >= float(stated) / 100 - float(tolerance) / 100
+    assert not any(sample.error for sample in run.samples)
 
 
 def test_a_text_conversation_keeps_its_manners(model: LocalBackend) -> None:
