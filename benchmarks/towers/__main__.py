@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.towers.linear_probe import Labelled, knn, linear_probe
 from polymodal.config import ImageConfig, VisionConfig
 from polymodal.errors import ConfigError, DataError, PolymodalError
 from polymodal.media.image import open_image
 from polymodal.media_plan import Size, plan_image
 from polymodal.metrics.intervals import mean_interval
+from polymodal.metrics.linear_probe import Labelled, knn, linear_probe
 from polymodal.modeling.encoders.efficientnet import PIXEL_MEAN, PIXEL_STD
 from polymodal.modeling.encoders.vision import build_vision_encoder
 from polymodal.processing.image_config_hf import image_config_from_hf

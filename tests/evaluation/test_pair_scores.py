@@ -149,6 +149,59 @@ def test_the_command_line_prints_and_writes(
     }  # fmt: skip
 
 
+def test_a_linear_probe_reads_classes_from_the_vectors(models: dict[str, Path], tmp_path: Path) -> None:
+    """Bright and dark images can be told apart in any tower's vectors; with labels exchanged all are wrong."""
+    noise, shown = np.random.default_rng(0), []
+    for number in range(24):
+        values = noise.integers(0, 60, (16, 16, 3), dtype=np.uint8) + 190 * (number % 2)
+        PILImage.fromarray(values.astype(np.uint8)).save(tmp_path / f"{number}.png")
+        shown.append({"image": f"{number}.png", "labels": [number % 2]})
+    wrong = [{**entry, "labels": [1 - entry["labels"][0]]} for entry in shown[16:]]
+    tasks = [
+        {"name": name, "classes": ["dark", "bright"], "train": shown[:16], "images": images}
+        for name, images in (("right", shown[16:]), ("wrong", wrong))
+    ]
+    (tmp_path / "classes.json").write_text(json.dumps({"tasks": tasks}))
+    command = [
+        "eval",
+        str(models["clip"]),
+        "--device",
+        "cpu",
+        "--tasks",
+        "linear-probe",
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert main([*command, "--data", str(tmp_path / "classes.json")]) == 0
+    found = json.loads((tmp_path / "o" / "results.json").read_text())["tasks"]["linear-probe"]
+    assert [row["score"] for row in found["kinds"]] == [1.0, 0.0]
+    assert found["figures"] == {"linear probe": 0.5, "k-NN": 0.5} and found["n"] == 16
+
+
+def test_a_linear_probe_needs_images_to_learn_from(
+    models: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "eval",
+        str(models["clip"]),
+        "--device",
+        "cpu",
+        "--tasks",
+        "linear-probe",
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert main([*command, "--data", str(data / "classes.json")]) == 2
+    assert "task colours: a linear probe learns from images" in capsys.readouterr().err
+    content = json.loads((data / "classes.json").read_text())
+    content["tasks"][0]["train"] = content["tasks"][0]["images"]
+    for image in data.glob("*.png"):
+        (tmp_path / image.name).write_bytes(image.read_bytes())
+    (tmp_path / "classes.json").write_text(json.dumps(content))
+    assert main([*command, "--data", str(tmp_path / "classes.json")]) == 2
+    assert "0.png has several labels; a linear probe takes one" in capsys.readouterr().err
+
+
 def test_results_in_the_same_form_as_every_task(
     models: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,7 @@
     polymodal eval runs/stage2/final --tasks gqa,mmmu_val --data-root D   benchmarks from their official files in D
     polymodal eval openai:gpt-4o --tasks docvqa --limit 200               any model that `load` opens
     polymodal eval default --data rows.json --metric anls                 your own questions, a JSON of conversations
-    polymodal eval clip --tasks retrieval --data pairs.json               or zero-shot: models with two towers
+    polymodal eval clip --tasks retrieval --data pairs.json               or zero-shot, linear-probe: two towers
     polymodal eval rescore OUT/gqa --variant lmms_eval                    score kept answers again, without the model
     polymodal eval diff OUT_A OUT_B                                       what changed between two runs, and is it real
     polymodal eval tasks                                                  the benchmarks there are
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 EMBEDDING = {
     "retrieval": "which caption belongs to an image and which image to a caption, of --data",
     "zero-shot": "which class's prompts an image is nearest to, of --data",
+    "linear-probe": "which class a linear probe and k-NN read from the image tower's vectors, of --data",
 }
 """Tasks for models with an image tower and a text tower, which read `--data`."""
 
@@ -242,6 +243,9 @@ def _embedding(args: argparse.Namespace, names: list[str]) -> int:
         found = retrieval.retrieval(embedder, pairs, batch_size=size, progress=meter.advance)
         task, samples, text = retrieval.RETRIEVAL, retrieval.samples_of(found, pairs), retrieval.table(found)
         shown |= {key: value for key, value in asdict(found).items() if key != "ranks"}
+    elif names[0] == "linear-probe":
+        samples = zero_shot.probe_samples(embedder, tasks, batch_size=size, progress=meter.advance)
+        task, text = zero_shot.PROBE, ""
     else:
         rows = zero_shot.zero_shot_scores(embedder, tasks, batch_size=size, progress=meter.advance)
         task, samples, text = zero_shot.ZERO_SHOT, zero_shot.samples_of(rows, tasks), zero_shot.table(rows)
@@ -251,10 +255,10 @@ def _embedding(args: argparse.Namespace, names: list[str]) -> int:
     summary = {**results.summarise(task, "", run, settings, embedder), "decoding": None}
     results.add_task(folder, document, task.name, summary, samples)
     write_report(folder, document, [(task.name, samples, ())])
-    print(printable(text))
+    print(printable(text or results.table([summary])))
     note(f"wrote {folder / 'results.json'} and {folder / 'report.html'}")
     if args.json is not None:
-        _write_json(args.json, shown)
+        _write_json(args.json, shown if text else {**shown, **summary})
     return 0
 
 

@@ -6,6 +6,9 @@ several may be, since a beagle is rightly called a dog.
 
     {"templates": ["{}.", "A photo of {}."],
      "tasks": [{"name": "animals", "classes": ["a cat", "a dog"], "images": [{"image": "a.jpg", "labels": [1]}]}]}
+
+With images to learn from under `train`, in the same form, a linear probe and k-NN read the same classes from the image
+tower's vectors alone (`--tasks linear-probe`).
 """
 
 import json
@@ -23,6 +26,7 @@ from polymodal.evaluation.embedder import Embedder, Progress
 from polymodal.evaluation.task import Figures, Sample, Task
 from polymodal.messages import Source
 from polymodal.metrics.intervals import mean_interval
+from polymodal.metrics.linear_probe import Labelled, knn, linear_probe
 from polymodal.metrics.retrieval import class_embeddings, zero_shot_chance, zero_shot_ranks
 from polymodal.metrics.text import markdown_table, span
 
@@ -36,6 +40,8 @@ class ZeroShotTask:
     classes: tuple[str, ...]  # Names, with their article where the templates want one
     images: tuple[Source, ...]  # Where each image is
     labels: tuple[tuple[int, ...], ...]  # Of each image, the numbers of the classes that are right
+    train: tuple[Source, ...] = ()  # Images that a linear probe learns from
+    train_labels: tuple[tuple[int, ...], ...] = ()  # The class of each
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,43 @@ ZERO_SHOT = Task(
 )  # fmt: skip
 
 
+def probe_samples(
+    embedder: Embedder, tasks: Sequence[ZeroShotTask], *, batch_size: int = 32, progress: Progress | None = None
+) -> list[Sample]:
+    """Score a linear probe and k-NN on the images' vectors: whether each finds the class of each image."""
+    samples = []
+    for task in tasks:
+        if not task.train:
+            raise DataError(f"task {task.name}: a linear probe learns from images; list some with `labels` as `train`")
+        parts = []
+        for sources, labels in ((task.train, task.train_labels), (task.images, task.labels)):
+            if several := [source for source, right in zip(sources, labels, strict=True) if len(right) > 1]:
+                raise DataError(f"task {task.name}: {several[0]!s} has several labels; a linear probe takes one")
+            vectors = embedder.images(list(sources), batch_size=batch_size, progress=progress)
+            parts.append(Labelled(vectors, torch.tensor([right[0] for right in labels])))
+        found = {name: method(parts[0], parts[1]).tolist() for name, method in (("linear", linear_probe), ("knn", knn))}
+        samples += [
+            Sample(f"{task.name} {i}", task.name, "<image>", (task.classes[right],), PROBE.metric, {},
+                   {"knn": float(found["knn"][i])}, "right" if found["linear"][i] else "wrong",
+                   score=float(found["linear"][i]))
+            for i, (right,) in enumerate(task.labels)
+        ]  # fmt: skip
+    return samples
+
+
+def _both(samples: Sequence[Sample]) -> Figures:
+    return {
+        "linear probe": float(np.mean([sample.score for sample in samples])),
+        "k-NN": float(np.mean([sample.extra["knn"] for sample in samples])),
+    }
+
+
+PROBE = Task(
+    "linear-probe", "the class that a linear probe reads from the image tower's vectors", "top1", ("",),
+    lambda _folder, _split: (), aggregate=_both,
+)  # fmt: skip
+
+
 def table(rows: Sequence[ZeroShotScore]) -> str:
     """The scores as a Markdown table, in percent."""
     head = ("task", "images", "classes", "top 1", "95%", "chance", "top 5", "95%", "chance")
@@ -144,10 +187,22 @@ def _task(task: Any, templates: tuple[str, ...], path: Path, number: int, limit:
     shown = task.get("images", task.get("pictures"))  # the second is the name of earlier versions
     if not isinstance(shown, list) or not shown:
         raise DataError(f"{where}: `images` must be a list with one at least")
+    asked = _labelled(shown[:limit], len(classes), path, f"{where}: images")
+    learnt = task.get("train", [])
+    if not isinstance(learnt, list):
+        raise DataError(f"{where}: `train` must be a list of images with their `labels`")
+    train = _labelled(learnt, len(classes), path, f"{where}: train")
+    return ZeroShotTask(str(task.get("name", number)), templates, classes, *asked, *train)
+
+
+def _labelled(
+    shown: Sequence[Any], classes: int, path: Path, where: str
+) -> tuple[tuple[Source, ...], tuple[tuple[int, ...], ...]]:
+    """Images of a list, and the numbers of their right classes."""
     images: list[Source] = []
     labels: list[tuple[int, ...]] = []
-    for place, entry in enumerate(shown[:limit]):
-        at = f"{where}: images[{place}]"
+    for place, entry in enumerate(shown):
+        at = f"{where}[{place}]"
         name, right = (entry.get("image"), entry.get("labels")) if isinstance(entry, dict) else (None, None)
         if not isinstance(name, str) or not name:
             raise DataError(f"{at}: `image` must be a path")
@@ -157,11 +212,11 @@ def _task(task: Any, templates: tuple[str, ...], path: Path, number: int, limit:
             raise DataError(f"{at}: {name!r} leaves the folder of {path.name}; images must lie inside it")
         if not isinstance(right, list) or not right or not all(type(i) is int for i in right):
             raise DataError(f"{at}: `labels` must list the numbers of the right classes")
-        if min(right) < 0 or max(right) >= len(classes):
-            raise DataError(f"{at}: labels {right}, but classes are numbered 0 to {len(classes) - 1}")
+        if min(right) < 0 or max(right) >= classes:
+            raise DataError(f"{at}: labels {right}, but classes are numbered 0 to {classes - 1}")
         images.append(file)
         labels.append(tuple(right))
-    return ZeroShotTask(str(task.get("name", number)), templates, classes, tuple(images), tuple(labels))
+    return tuple(images), tuple(labels)
 
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:

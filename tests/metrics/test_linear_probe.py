@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from benchmarks.towers.linear_probe import STRENGTHS, Labelled, _Ridge, knn, linear_probe
 from polymodal.errors import DataError
+from polymodal.metrics.linear_probe import STRENGTHS, Labelled, _Ridge, knn, linear_probe
 
 
 def blobs(seed: int, each: int = 30, classes: int = 3, width: int = 6, noise: float = 0.6) -> Labelled:
