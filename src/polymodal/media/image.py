@@ -114,7 +114,7 @@ def _open(data: bytes, max_pixels: int, name: str) -> PILImage.Image:
             finally:
                 PILImage.MAX_IMAGE_PIXELS = usual
     except UnidentifiedImageError:
-        raise MediaError(f"{name}: {_what_is_it(data)}; allowed are {', '.join(FORMATS)}", "not-an-image") from None
+        raise MediaError(f"{name}: {what_is_it(data)}; allowed are {', '.join(FORMATS)}", "not-an-image") from None
     except PILImage.DecompressionBombError:
         most = min(max_pixels, 2 * (usual or max_pixels))
         raise MediaError(
@@ -247,7 +247,7 @@ def _damaged(name: str, error: Exception) -> MediaError:
     return MediaError(f"{name}: is damaged or cut off ({reason}); give a whole file", "damaged-image")
 
 
-def _what_is_it(data: bytes) -> str:
+def what_is_it(data: bytes, wanted: str = "an image") -> str:
     """Say what a file is instead, for the kinds that people mistake for images most."""
     head = data[:512].lstrip().lower()
     if data[4:8] == b"ftyp":
@@ -256,13 +256,13 @@ def _what_is_it(data: bytes) -> str:
         for kind, known in _BRANDS.items():
             if brands.intersection(known):
                 return f"is {kind} image, convert it to JPEG or PNG"
-        return "is a video, not an image"
+        return f"is a video, not {wanted}"
     if head.startswith(b"%pdf"):
-        return "is a PDF document, not an image"
+        return f"is a PDF document, not {wanted}"
     if head.startswith(b"<svg") or (head.startswith(b"<?xml") and b"<svg" in data[:4096].lower()):
         return "is an SVG drawing, convert it to PNG"
     if head.startswith((b"<!doctype html", b"<html")):
-        return "is a web page, not an image"
+        return f"is a web page, not {wanted}"
     if data.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, fetch the file itself (git lfs pull)"
-    return "is not an image that can be read"
+    return f"is not {wanted} that can be read"

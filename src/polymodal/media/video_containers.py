@@ -1,0 +1,392 @@
+"""The frames of a video file, by number: opened without trust, counted without decoding, decoded by seeking.
+
+ffmpeg reads through a file object of ours and may open nothing else: containers that name other files (playlists,
+concat lists, references inside a MOV) are not on the list of formats, and no protocol is allowed. Everything it does is
+bounded: bytes read, pixels of a frame, pixels decoded in all.
+
+Frames are numbered in the order in which they are shown. One pass over the packets, which decodes nothing, gives the
+time of each and which of them decoding can start from. A frame is then found by its time: seek to the last key frame
+from which it can be decoded, decode until it comes out. Where packets have no times of their own (a bare H.264 stream)
+the file is decoded from its start and counted.
+"""
+
+import bisect
+import contextlib
+import io
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+
+from polymodal.errors import MediaError
+from polymodal.media.image import FORMATS as IMAGES
+from polymodal.media.image import to_rgb, what_is_it
+from polymodal.media.source import MAX_BYTES, describe, local_path, read_bytes
+from polymodal.media.video_file import FrameTable, VideoFile, VideoLimits, Window, guarded, reason
+from polymodal.messages import FileSlice, Source
+from polymodal.utils.files import regular_size
+
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,flv,ogg,asf,gif,apng"
+)
+"""What ffmpeg opens, by its own names; none of them names other files."""
+
+_WHITE = (255, 255, 255)
+_READ = 2**16  # bytes that ffmpeg asks for at once
+_PEEK = 500  # packets until the first frame has to come out
+_UPRIGHT = (1, 0, 0, 1)
+_LISTS = (b"#extm3u", b"ffconcat", b"<mpd", b"[playlist]", b"v=0\r\n", b"v=0\n")
+
+
+@dataclass
+class _Start:
+    """A place where decoding can start."""
+
+    number: int  # Packets before it
+    pts: int
+    dts: int | None
+
+
+def open_video(source: Source, limits: VideoLimits) -> VideoFile:
+    """Open a video from a path, bytes, a `data:` URL or a place in an archive."""
+    name = f"video of {len(source)} bytes" if isinstance(source, bytes | bytearray | memoryview) else describe(source)
+    if isinstance(source, PILImage.Image):
+        raise MediaError(f"{name}: is an image, not a video; give a video file")
+    with guarded(name):
+        window = _open_window(source, limits, name)
+        try:
+            head = window.read(4096)
+            window.seek(0)
+            if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+                return _WebP(window, limits, name)
+            return _Container(window, head, limits, name)
+        except BaseException:
+            window.file.close()
+            raise
+
+
+def _open_window(source: Any, limits: VideoLimits, name: str) -> Window:
+    """Open the bytes of a video without reading them, where they lie in a file."""
+    if isinstance(source, str) and source[:5].lower() != "data:":
+        source = local_path(source, name)
+    if not isinstance(source, Path | FileSlice):
+        data = read_bytes(source, limit=min(limits.bytes, MAX_BYTES), name=name)
+        return Window(io.BytesIO(data), 0, len(data), name)
+    path, offset = (source.path, source.offset) if isinstance(source, FileSlice) else (source, 0)
+    there = regular_size(path, name, MediaError)
+    size = source.size if isinstance(source, FileSlice) else there
+    if size > limits.bytes:
+        raise MediaError(f"{name}: {size:,} bytes, at most {limits.bytes:,} are allowed; make the file smaller")
+    if offset + size > there:
+        raise MediaError(f"{name}: the file ends before it; it was cut off or has changed, fetch it again")
+    if not size:
+        raise MediaError(f"{name}: the file is empty (0 bytes); give a file with content", "empty-file")
+    try:
+        return Window(path.open("rb"), offset, size, name)
+    except OSError as error:
+        raise MediaError(f"{name}: cannot be read ({error.strerror}); check the path") from None
+
+
+class _Container(VideoFile):
+    """A video that ffmpeg opens."""
+
+    container: Any = None
+
+    def __init__(self, window: Window, head: bytes, limits: VideoLimits, name: str) -> None:
+        super().__init__(limits, name)
+        self.window = window
+        self._starts: list[_Start] = []
+        self._order: list[tuple[int, int]] = []  # (pts, number of its packet) of each frame
+        self._timeless = False  # whether frames are told apart by counting, for want of times
+        if (other := _not_a_video(head)) is not None:
+            raise MediaError(f"{name}: {other}")
+        self._open(head)
+        stream = self.stream
+        self.audio = any(other.type == "audio" for other in self.container.streams)
+        self.claimed = stream.frames or None
+        if stream.duration and stream.time_base:
+            self.duration = float(stream.duration * stream.time_base)
+        elif self.container.duration:
+            self.duration = self.container.duration / 1e6
+        self.check_duration(self.duration)
+        self.rate = float(stream.average_rate or stream.guessed_rate or 0) or None
+        self._look()
+
+    def _open(self, head: bytes = b"") -> None:
+        """Open the container at its start, anew where it is open."""
+        import av
+
+        if self.container is not None:
+            self.container.close()
+        self.window.seek(0)
+        limits = {"max_pixels": str(self.pixels)}
+        try:
+            self.container = av.open(
+                self.window,
+                mode="r",
+                options=limits,
+                container_options={"format_whitelist": CONTAINERS, "protocol_whitelist": "none"},
+                metadata_errors="ignore",
+                buffer_size=_READ,
+                io_open=_refuse,
+            )
+        except av.FFmpegError as error:
+            raise MediaError(f"{self.name}: {_what_instead(self.window, head, error)}") from None
+        streams = [s for s in self.container.streams.video if not int(s.disposition) & 1024]  # 1024: a cover
+        if not streams:
+            kinds = {stream.type for stream in self.container.streams}
+            has = "sound but no video" if "audio" in kinds else "no video"
+            raise MediaError(f"{self.name}: has {has}; give a file with frames")
+        self.stream = streams[0]
+        if self.stream.codec_context is None:
+            raise MediaError(f"{self.name}: its codec is unknown to ffmpeg here; convert it to H.264")
+        self.stream.codec_context.options = limits
+        self.stream.thread_type = "AUTO"
+        self.stream.codec_context.thread_count = min(4, os.cpu_count() or 1)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.container.close()
+        self.window.file.close()
+
+    def _look(self) -> None:
+        """Learn from the headers and from the first frame how large and how turned frames are."""
+        codec = self.stream.codec_context
+        height, width = codec.height, codec.width
+        if height and width:
+            self.check_size(height, width)
+        self._matrix = _UPRIGHT
+        for frame in itertools.islice(self._decode(self._packets()), 1):
+            height, width, self._matrix = frame.height, frame.width, _matrix(frame)
+        self.check_size(height, width)
+        ratio = float(self.stream.sample_aspect_ratio or 1)
+        ratio = ratio if 0.1 < ratio < 10 else 1.0
+        # Pixels that are not square are stretched, never shrunk, until they are.
+        self._square = (round(height * max(1 / ratio, 1)), round(width * max(ratio, 1)))
+        self.check_size(*self._square)
+        a, b, _, d = self._matrix
+        self.size = self._square if a or d else self._square[::-1]
+        self.rotation = round(math.degrees(math.atan2(b, a))) % 360
+
+    def _packets(self) -> Iterator[Any]:
+        """The stream's packets from where the container stands, until its end or the first damage."""
+        import av
+
+        try:
+            yield from self.container.demux(self.stream)
+        except av.FFmpegError:
+            return
+
+    def _decode(self, packets: Iterator[Any]) -> Iterator[Any]:
+        """Decode packets; what is damaged gives no frame."""
+        import av
+
+        codec = self.stream.codec_context
+        for number, packet in enumerate(packets):
+            self.spend(codec.height * codec.width)
+            if not self._order and number > _PEEK:
+                return
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                continue
+            yield from frames
+
+    def scan(self) -> FrameTable:
+        """Read the packets' times."""
+        self._open()
+        stream = self.stream
+        vp8 = stream.codec_context.name in ("vp8", "libvpx")
+        found, starts, last = [], [], 0
+        for number, packet in enumerate(self._packets()):
+            if not packet.size or (vp8 and not bytes(packet)[0] & 16):  # VP8 has frames that are never shown
+                continue
+            if packet.is_keyframe:
+                starts.append(_Start(number, packet.pts, packet.dts))
+            if not packet.is_discard:
+                found.append((packet.pts, number))
+                last = packet.duration or last
+        tick = float(stream.time_base or 0) or 0.001
+        times = [pts for pts, _ in found]
+        keys = {start.pts for start in starts}
+        self._timeless = None in times or len(set(times)) < len(times) or None in keys
+        if self._timeless:
+            step = 1 / (self.rate or 25.0)
+            self._order = [(place, number) for place, (_, number) in enumerate(found)]
+            self._starts = [_Start(0, 0, None)]
+            keys = {place for place, (_, number) in enumerate(found) if number in {s.number for s in starts}}
+        else:
+            # What lies before the first key frame cannot be decoded.
+            first = starts[0] if starts else _Start(0, min(times, default=0), None)
+            self._starts = starts or [first]
+            self._order = sorted(item for item in found if item[0] >= first.pts and item[1] >= first.number)
+            step = tick
+        pts = np.array([time for time, _ in self._order], np.float64)
+        seconds = (pts - pts[:1]) * step
+        gap = last * tick or (float(np.median(np.diff(seconds))) if len(seconds) > 1 else 1 / (self.rate or 25.0))
+        duration = float(seconds[-1]) + gap if len(seconds) else 0.0
+        return FrameTable(seconds, np.array([time in keys for time, _ in self._order], bool), duration, tick)
+
+    def decode(self, wanted: list[int]) -> Iterator[tuple[int, int, PILImage.Image]]:
+        """Decode group by group: what needs the same key frame is decoded together."""
+        for start, group in itertools.groupby(wanted, self._start_of):
+            for number, out, frame in self._run(start, list(group), again=start > 0):
+                yield number, out, self._upright(frame)
+
+    def _start_of(self, number: int) -> int:
+        """The last start from which a frame can be decoded."""
+        pts, packet = self._order[number]
+        start = bisect.bisect_right(self._starts, packet, key=lambda item: item.number) - 1
+        while start > 0 and self._starts[start].pts > pts:  # shown before the key frame: it needs the one before too
+            start -= 1
+        return max(start, 0)
+
+    def _run(self, start: int, wanted: list[int], again: bool) -> Iterator[tuple[int, int, Any]]:
+        """Decode frames from a start; those that do not come out are tried from one start earlier, then replaced."""
+        left: list[int] = [*wanted]
+        missed: list[tuple[int, Any]] = []  # with the frame to show instead: its pts and pixels
+        last = None
+        first = self._starts[start].pts
+        for place, frame in enumerate(self._decode(self._from(start))):
+            pts = place if self._timeless else frame.pts
+            if pts is None or pts < first:
+                continue
+            while left and self._order[left[0]][0] < pts:
+                missed.append((left.pop(0), last or (pts, frame)))
+            if left and self._order[left[0]][0] == pts:
+                yield left.pop(0), self._number(pts), frame
+            last = (pts, frame)
+            if not left:
+                break
+        missed += [(number, last) for number in left]
+        if missed and again:
+            yield from self._run(start - 1, [number for number, _ in missed], again=False)
+            return
+        for number, instead in missed:
+            if instead is not None:
+                yield number, self._number(instead[0]), instead[1]
+
+    def _number(self, pts: int) -> int:
+        """The number of the frame that is shown at a time."""
+        return max(bisect.bisect_right(self._order, (pts, math.inf)) - 1, 0)
+
+    def _from(self, start: int) -> Iterator[Any]:
+        """The packets from a start on; read from the file's beginning where seeking leads elsewhere."""
+        import av
+
+        goal = self._starts[start]
+        if not self._timeless:
+            with contextlib.suppress(av.FFmpegError):
+                self.container.seek(goal.pts if goal.dts is None else goal.dts, stream=self.stream)
+                for packet in (packets := self._packets()):
+                    if packet.pts == goal.pts and packet.is_keyframe:
+                        yield packet
+                        yield from packets
+                        return
+                    if packet.is_keyframe and packet.pts is not None and packet.pts > goal.pts:
+                        break
+        self._open()
+        yield from itertools.islice(self._packets(), goal.number, None)
+
+    def _upright(self, frame: Any) -> PILImage.Image:
+        """A decoded frame as an RGB image: square pixels, turned as the file says, transparency on white."""
+        self.check_size(frame.height, frame.width)
+        clear = any(component.is_alpha for component in frame.format.components)
+        image = PILImage.fromarray(frame.to_ndarray(format="rgba" if clear else "rgb24"))
+        if clear:
+            image = to_rgb(image, _WHITE)
+        if image.size != self._square[::-1]:
+            image = image.resize(self._square[::-1], PILImage.Resampling.BICUBIC)
+        a, b, c, d = self._matrix
+        pixels = np.asarray(image)
+        if not (a or d):
+            pixels, a, d = pixels.swapaxes(0, 1), c, b
+        return image if self._matrix == _UPRIGHT else PILImage.fromarray(np.ascontiguousarray(pixels[::d, ::a]))
+
+
+class _WebP(VideoFile):
+    """An animated WebP, which ffmpeg cannot decode."""
+
+    def __init__(self, window: Window, limits: VideoLimits, name: str) -> None:
+        super().__init__(limits, name)
+        if window.size > MAX_BYTES:
+            raise MediaError(f"{name}: {window.size:,} bytes, at most {MAX_BYTES:,} are allowed; make the file smaller")
+        self._data = window.read(window.size)
+        self._image = PILImage.open(io.BytesIO(self._data), formats=("WEBP",))
+        if not getattr(self._image, "is_animated", False):
+            raise MediaError(f"{name}: is a WEBP image, not a video; give a video file")
+        self.size = (self._image.height, self._image.width)
+        self.check_size(*self.size)
+        window.file.close()
+
+    def scan(self) -> FrameTable:
+        """Read the durations from the chunks of the frames, which decodes none."""
+        times, now, place = [], 0, 12
+        while place + 24 <= len(self._data):
+            size = int.from_bytes(self._data[place + 4 : place + 8], "little")
+            if self._data[place : place + 4] == b"ANMF":
+                times.append(now)
+                now += int.from_bytes(self._data[place + 20 : place + 23], "little")
+            place += 8 + size + size % 2
+        keys = np.arange(len(times)) == 0
+        return FrameTable(np.array(times, np.float64) / 1000, keys, now / 1000)
+
+    def decode(self, wanted: list[int]) -> Iterator[tuple[int, int, PILImage.Image]]:
+        """Decode from the start on: each frame is drawn over the one before."""
+        last = None
+        for number in range(wanted[-1] + 1):
+            self.spend(self.size[0] * self.size[1])
+            try:
+                self._image.seek(number)
+                self._image.load()
+            except Exception:  # a decoder that is fed damaged bytes may raise anything
+                break
+            if number in wanted:
+                last = (number, to_rgb(self._image, _WHITE))
+                yield number, *last
+        if last is not None:
+            yield from ((number, *last) for number in wanted if number > last[0])
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    """Open nothing: a video that names other files does not get them."""
+    raise OSError("a video may not open other files")
+
+
+def _matrix(frame: Any) -> tuple[int, int, int, int]:
+    """How a frame is to be turned: x' = a x + c y, y' = b x + d y, to the nearest quarter turn."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX" and len(bytes(data)) == 36:
+            a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+            if abs(a) >= abs(b):
+                return (-1 if a < 0 else 1, 0, 0, -1 if d < 0 else 1)
+            return (0, -1 if b < 0 else 1, -1 if c < 0 else 1, 0)
+    return _UPRIGHT
+
+
+def _not_a_video(head: bytes) -> str | None:
+    """Say what a file is, where its first bytes leave no doubt that it is something else."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith(_LISTS) or (text.startswith(b"<?xml") and b"<mpd" in text):
+        return "is a playlist, which names other files; give the video file itself"
+    if head.startswith((b"ID3", b"fLaC", b"\xff\xfb")) or (head[:4] == b"RIFF" and head[8:12] == b"WAVE"):
+        return "has sound but no video; give a file with frames"
+    said = what_is_it(head, "a video")
+    return said if "image" in said or "document" in said or "page" in said or "pointer" in said else None
+
+
+def _what_instead(window: Window, head: bytes, error: Exception) -> str:
+    """Say what a file is that ffmpeg does not open."""
+    with contextlib.suppress(Exception):
+        window.seek(0)
+        with PILImage.open(io.BytesIO(window.read(2**20)), formats=IMAGES) as image:
+            return f"is a {image.format} image, not a video; give a video file"
+    if head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3":
+        return f"is damaged or cut off ({reason(error)}); give a whole file"
+    return f"is not a video that can be read ({reason(error)}); convert it to MP4"

@@ -1,0 +1,180 @@
+"""An open video: what every kind of it gives, and what it may cost."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+
+from polymodal.config import MAX_PIXELS as MOST_PIXELS
+from polymodal.errors import MediaError, PolymodalError, first_line
+from polymodal.media.image import allowed_pixels
+
+_SMALL = 2**20  # pixels that every frame counts for at least
+
+
+@dataclass(frozen=True)
+class VideoLimits:
+    """What a video may cost; files beyond it are refused with one line."""
+
+    bytes: int = 16 * 2**30  # Of the file; it is never held in memory
+    seconds: float = 6 * 3600.0  # That it lasts
+    pixels: int = 2**25  # Of a frame: 8K has 33.2 million
+    decoded: int = 5 * 10**10  # Pixels of all frames that are decoded on the way; a frame counts for 2**20 at least
+    output: int = 2 * 2**30  # Bytes of the frames that come out
+
+
+@dataclass(frozen=True)
+class FrameTable:
+    """When each frame is shown, in seconds from the first, in the order of showing."""
+
+    times: np.ndarray  # float64 [N]
+    keys: np.ndarray  # bool [N]: can be decoded without another frame
+    duration: float  # Until the last frame goes
+    tick: float = 0.001  # The smallest difference that the file can write
+
+
+@dataclass
+class Window:
+    """A file as ffmpeg sees it: from `offset` on, `size` bytes long, with an end to how much is read."""
+
+    file: Any
+    offset: int
+    size: int
+    name: str
+    left: int = 0
+    place: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.left = 8 * self.size + 2**28
+
+    def read(self, count: int) -> bytes:
+        """Read on; at most as much in all as a sound file takes."""
+        count = max(0, min(count, self.size - self.place))
+        self.left -= count + 1024
+        if self.left < 0:
+            raise MediaError(f"{self.name}: has to be read over and over to find its frames; convert it to MP4")
+        self.file.seek(self.offset + self.place)
+        data: bytes = self.file.read(count)
+        self.place += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a place."""
+        place = offset + (0, self.place, self.size)[whence]
+        if place < 0:
+            raise OSError("before the start")
+        self.place = place
+        return place
+
+    def tell(self) -> int:
+        """The place where the next read begins."""
+        return self.place
+
+
+class VideoFile:
+    """An open video; `frames` gives its images upright, with square pixels."""
+
+    claimed: int | None = None  # Frames, as the file says
+    duration: float | None = None  # Seconds, as the file says
+    rate: float | None = None  # Frames a second, as the file says
+    rotation = 0  # Degrees clockwise that its frames were turned by
+    audio = False
+    size = (0, 0)  # Height and width of the frames that come out
+
+    def __init__(self, limits: VideoLimits, name: str) -> None:
+        self.name, self.limits = name, limits
+        self.pixels = allowed_pixels(limits.pixels)
+        self._table: FrameTable | None = None
+        self._spent = 0
+
+    def __enter__(self) -> "VideoFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+
+    def scan(self) -> FrameTable:
+        """Read the packets' times."""
+        raise NotImplementedError
+
+    def decode(self, wanted: list[int]) -> Iterator[tuple[int, int, PILImage.Image]]:
+        """Decode frames: the number that was wanted, the one that came out, its pixels."""
+        raise NotImplementedError
+
+    @property
+    def counted(self) -> bool:
+        """Whether the table is there."""
+        return self._table is not None
+
+    def table(self) -> FrameTable:
+        """When each frame is shown."""
+        if self._table is None:
+            with guarded(self.name):
+                self._table = self.scan()
+            if not len(self._table.times):
+                raise MediaError(f"{self.name}: has no frame that can be decoded; give a whole video")
+            self.check_duration(self._table.duration)
+        return self._table
+
+    def frames(self, wanted: Sequence[int]) -> Iterator[tuple[int, int, PILImage.Image]]:
+        """Decode the frames of these numbers; a damaged one's neighbour comes in its place."""
+        self.table()
+        with guarded(self.name):
+            yield from self.decode(sorted(set(wanted)))
+
+    def check_duration(self, seconds: float | None) -> None:
+        """Refuse what lasts too long."""
+        if seconds is not None and not seconds <= self.limits.seconds:
+            raise MediaError(
+                f"{self.name}: lasts {seconds:,.0f} seconds, at most {self.limits.seconds:,.0f} are allowed; cut it, "
+                "or give VideoLimits(seconds=...)"
+            )
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse frames without pixels or with too many."""
+        if height < 1 or width < 1:
+            raise MediaError(f"{self.name}: its frames have {height}x{width} pixels (height x width); convert it anew")
+        if height * width > self.pixels:
+            allow = f", or allow it with --max-pixels {height * width}" if height * width <= MOST_PIXELS else ""
+            raise MediaError(
+                f"{self.name}: frames of {height}x{width} pixels (height x width), at most {self.pixels:,} are "
+                f"allowed; scale it down{allow}",
+                "too-many-pixels",
+            )
+
+    def spend(self, pixels: int) -> None:
+        """Count a frame that is decoded."""
+        self._spent += max(pixels, _SMALL)
+        if self._spent > self.limits.decoded:
+            raise MediaError(
+                f"{self.name}: more than {self.limits.decoded:,} pixels have to be decoded to reach these frames; take "
+                "fewer, convert it with more key frames, or give VideoLimits(decoded=...)"
+            )
+
+
+@contextlib.contextmanager
+def guarded(name: str) -> Iterator[None]:
+    """Turn what ffmpeg and Pillow raise on damaged bytes into one line."""
+    try:
+        yield
+    except PolymodalError:
+        raise
+    except ImportError as error:
+        raise MediaError(f"{name}: reading video needs PyAV ({first_line(error)[:120]}); pip install av") from None
+    except MemoryError:
+        raise MediaError(f"{name}: too large for the memory there is; scale it down", "too-many-pixels") from None
+    except Exception as error:  # a decoder that is fed damaged bytes may raise anything
+        raise MediaError(f"{name}: is damaged or cut off ({reason(error)}); give a whole file") from error
+
+
+def reason(error: Exception) -> str:
+    """What ffmpeg or Pillow says of a file, in one line."""
+    text = getattr(error, "strerror", None) or first_line(error)
+    return " ".join(str(text).split())[:120]
