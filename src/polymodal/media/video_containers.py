@@ -109,7 +109,7 @@ class _Container(VideoFile):
         self._open(head)
         stream = self.stream
         self.audio = any(other.type == "audio" for other in self.container.streams)
-        self.claimed = stream.frames or None
+        self.claimed = stream.frames if stream.frames > 0 else None
         if stream.duration and stream.time_base:
             self.duration = float(stream.duration * stream.time_base)
         elif self.container.duration:
@@ -164,6 +164,10 @@ class _Container(VideoFile):
         self._matrix = _UPRIGHT
         for frame in itertools.islice(self._decode(self._packets()), 1):
             height, width, self._matrix = frame.height, frame.width, _matrix(frame)
+        if height < 1 or width < 1:
+            raise MediaError(
+                f"{self.name}: has no frame of at most {self.pixels:,} pixels that can be decoded; give a whole one"
+            )
         self.check_size(height, width)
         ratio = float(self.stream.sample_aspect_ratio or 1)
         ratio = ratio if 0.1 < ratio < 10 else 1.0
@@ -212,26 +216,30 @@ class _Container(VideoFile):
             if not packet.is_discard:
                 found.append((packet.pts, number))
                 last = packet.duration or last
-        tick = float(stream.time_base or 0) or 0.001
         times = [pts for pts, _ in found]
-        keys = {start.pts for start in starts}
-        self._timeless = None in times or len(set(times)) < len(times) or None in keys
+        self._timeless = None in times or len(set(times)) < len(times) or any(start.pts is None for start in starts)
+        if not self._timeless and self.container.format.name == "avi" and stream.codec_context.has_b_frames:
+            self._timeless = times == sorted(times)  # AVI has no place for times: these are in order of decoding
+        tick = float(stream.time_base or 0) or 0.001
         if self._timeless:
-            step = 1 / (self.rate or 25.0)
-            self._order = [(place, number) for place, (_, number) in enumerate(found)]
+            if None in times:
+                tick = 1 / (self.rate or 25.0)
+                found = [(place, number) for place, (_, number) in enumerate(found)]
+            pts, numbers = [time for time, _ in sorted(found)], {start.number for start in starts}
+            keys = [number in numbers for _, number in sorted(found)]
+            self._order = [(place, number) for place, (_, number) in enumerate(sorted(found))]
             self._starts = [_Start(0, 0, None)]
-            keys = {place for place, (_, number) in enumerate(found) if number in {s.number for s in starts}}
         else:
             # What lies before the first key frame cannot be decoded.
-            first = starts[0] if starts else _Start(0, min(times, default=0), None)
-            self._starts = starts or [first]
+            self._starts = starts or [_Start(0, min(times, default=0), None)]
+            first, numbers = self._starts[0], {start.pts for start in starts}
             self._order = sorted(item for item in found if item[0] >= first.pts and item[1] >= first.number)
-            step = tick
-        pts = np.array([time for time, _ in self._order], np.float64)
-        seconds = (pts - pts[:1]) * step
-        gap = last * tick or (float(np.median(np.diff(seconds))) if len(seconds) > 1 else 1 / (self.rate or 25.0))
-        duration = float(seconds[-1]) + gap if len(seconds) else 0.0
-        return FrameTable(seconds, np.array([time in keys for time, _ in self._order], bool), duration, tick)
+            pts = [time for time, _ in self._order]
+            keys = [time in numbers for time in pts]
+        seconds = (np.array(pts, np.float64) - (pts[0] if pts else 0)) * tick
+        gap = last * float(stream.time_base or 0)
+        gap = gap or (float(np.median(np.diff(seconds))) if len(seconds) > 1 else 1 / (self.rate or 25.0))
+        return FrameTable(seconds, np.array(keys, bool), float(seconds[-1]) + gap if len(seconds) else 0.0, tick)
 
     def decode(self, wanted: list[int]) -> Iterator[tuple[int, int, PILImage.Image]]:
         """Decode group by group: what needs the same key frame is decoded together."""
@@ -387,6 +395,6 @@ def _what_instead(window: Window, head: bytes, error: Exception) -> str:
         window.seek(0)
         with PILImage.open(io.BytesIO(window.read(2**20)), formats=IMAGES) as image:
             return f"is a {image.format} image, not a video; give a video file"
-    if head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3":
+    if head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3" or head[8:12] == b"AVI ":
         return f"is damaged or cut off ({reason(error)}); give a whole file"
     return f"is not a video that can be read ({reason(error)}); convert it to MP4"

@@ -138,9 +138,7 @@ class VideoFile:
             )
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuse frames without pixels or with too many."""
-        if height < 1 or width < 1:
-            raise MediaError(f"{self.name}: its frames have {height}x{width} pixels (height x width); convert it anew")
+        """Refuse frames of too many pixels."""
         if height * width > self.pixels:
             allow = f", or allow it with --max-pixels {height * width}" if height * width <= MOST_PIXELS else ""
             raise MediaError(
