@@ -113,9 +113,10 @@ def main(arguments: list[str] | None = None) -> None:
             results[name] = way(path, args.frames)
             times[name].append(time.perf_counter() - start)
         print("  ".join(f"{name} {spent[-1]:.2f} s" for name, spent in times.items()), flush=True)
+    versions = f"PyAV {av.__version__}{cv2_version}; {os.cpu_count()} cores"
     print(
-        f"\n{args.frames} frames of {args.minutes:g} minutes, {args.height}p, {RATE} frames a second, a key frame every "
-        f"{args.gop}; {path.stat().st_size / 1e6:.0f} MB; PyAV {av.__version__}{cv2_version}; {os.cpu_count()} cores"
+        f"\n{args.frames} frames of {args.minutes:g} minutes, {args.height}p, {RATE} frames a second, "
+        f"a key frame every {args.gop}; {path.stat().st_size / 1e6:.0f} MB; {versions}"
     )
     print("| way | seconds (median, range) | share of decoding all | same frames as decoding all |")
     print("|---|--:|--:|---|")
@@ -124,9 +125,8 @@ def main(arguments: list[str] | None = None) -> None:
         same = [np.array_equal(a, b) for a, b in zip(results[name], results["decode all"])]
         apart = np.abs(results[name].astype(int) - results["decode all"]).max()
         equal = "yes" if all(same) and len(same) == args.frames else f"values up to {apart} apart"
-        print(
-            f"| {name} | {statistics.median(spent):.2f} ({min(spent):.2f} to {max(spent):.2f}) | {share:.3f} | {equal} |"
-        )
+        seconds = f"{statistics.median(spent):.2f} ({min(spent):.2f} to {max(spent):.2f})"
+        print(f"| {name} | {seconds} | {share:.3f} | {equal} |")
 
 
 if __name__ == "__main__":

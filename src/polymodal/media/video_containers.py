@@ -106,17 +106,12 @@ class _Container(VideoFile):
         self._timeless = False  # whether frames are told apart by counting, for want of times
         if (other := _not_a_video(head)) is not None:
             raise MediaError(f"{name}: {other}")
-        self._open(head)
-        stream = self.stream
-        self.audio = any(other.type == "audio" for other in self.container.streams)
-        self.claimed = stream.frames if stream.frames > 0 else None
-        if stream.duration and stream.time_base:
-            self.duration = float(stream.duration * stream.time_base)
-        elif self.container.duration:
-            self.duration = self.container.duration / 1e6
-        self.check_duration(self.duration)
-        self.rate = float(stream.average_rate or stream.guessed_rate or 0) or None
-        self._look()
+        try:
+            self._open(head)
+            self._look()
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self, head: bytes = b"") -> None:
         """Open the container at its start, anew where it is open."""
@@ -138,7 +133,8 @@ class _Container(VideoFile):
             )
         except av.FFmpegError as error:
             raise MediaError(f"{self.name}: {_what_instead(self.window, head, error)}") from None
-        streams = [s for s in self.container.streams.video if not int(s.disposition) & 1024]  # 1024: a cover
+        cover = av.stream.Disposition.attached_pic
+        streams = [stream for stream in self.container.streams.video if not stream.disposition & cover]
         if not streams:
             kinds = {stream.type for stream in self.container.streams}
             has = "sound but no video" if "audio" in kinds else "no video"
@@ -147,17 +143,26 @@ class _Container(VideoFile):
         if self.stream.codec_context is None:
             raise MediaError(f"{self.name}: its codec is unknown to ffmpeg here; convert it to H.264")
         self.stream.codec_context.options = limits
-        self.stream.thread_type = "AUTO"
+        self.stream.codec_context.thread_type = "AUTO"
         self.stream.codec_context.thread_count = min(4, os.cpu_count() or 1)
 
     def close(self) -> None:
         """Let go of the file."""
-        self.container.close()
+        if self.container is not None:
+            self.container.close()
         self.window.file.close()
 
     def _look(self) -> None:
-        """Learn from the headers and from the first frame how large and how turned frames are."""
-        codec = self.stream.codec_context
+        """Learn from the headers what the video is, and from its first frame how large and how turned they are."""
+        stream, codec = self.stream, self.stream.codec_context
+        self.audio = any(other.type == "audio" for other in self.container.streams)
+        self.claimed = stream.frames if stream.frames > 0 else None
+        if stream.duration and stream.time_base:
+            self.duration = float(stream.duration * stream.time_base)
+        elif self.container.duration:
+            self.duration = self.container.duration / 1e6
+        self.check_duration(self.duration)
+        self.rate = float(stream.average_rate or stream.guessed_rate or 0) or None
         height, width = codec.height, codec.width
         if height and width:
             self.check_size(height, width)
