@@ -460,7 +460,7 @@ def test_nothing_but_the_file_itself_is_opened(kind: str, tmp_path: Path, monkey
         assert sum(1 for _ in container.decode(video=0)) == 50
     with pytest.raises(MediaError, match="names other files"):
         sample_frames(playlist)
-    monkeypatch.setattr(video_containers, "_not_a_video", lambda head: None)  # one guard less
+    monkeypatch.setattr(video_containers, "not_a_video", lambda head: None)  # one guard less
     with pytest.raises(MediaError, match="not a video that can be read"):
         sample_frames(playlist)
     monkeypatch.setattr(video_containers, "CONTAINERS", f"{video_containers.CONTAINERS},hls,concat")  # and another

@@ -25,10 +25,19 @@ import numpy as np
 from PIL import Image as PILImage
 
 from polymodal.errors import MediaError
-from polymodal.media.image import FORMATS as IMAGES
-from polymodal.media.image import to_rgb, what_is_it
+from polymodal.media.image import to_rgb
 from polymodal.media.source import MAX_BYTES, describe, local_path, read_bytes
-from polymodal.media.video_file import FrameTable, VideoFile, VideoLimits, Window, guarded, reason
+from polymodal.media.video_file import (
+    WHITE,
+    FrameTable,
+    VideoFile,
+    VideoLimits,
+    WebPFile,
+    Window,
+    guarded,
+    not_a_video,
+    what_instead,
+)
 from polymodal.messages import FileSlice, Source
 from polymodal.utils.files import regular_size
 
@@ -37,11 +46,9 @@ CONTAINERS = (
 )
 """What ffmpeg opens, by its own names; none of them names other files."""
 
-_WHITE = (255, 255, 255)
 _READ = 2**16  # bytes that ffmpeg asks for at once
 _PEEK = 500  # packets until the first frame has to come out
 _UPRIGHT = (1, 0, 0, 1)
-_LISTS = (b"#extm3u", b"ffconcat", b"<mpd", b"[playlist]", b"v=0\r\n", b"v=0\n")
 
 
 @dataclass
@@ -64,7 +71,7 @@ def open_video(source: Source, limits: VideoLimits) -> VideoFile:
             head = window.read(4096)
             window.seek(0)
             if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-                return _WebP(window, limits, name)
+                return WebPFile(window, limits, name)
             return _Container(window, head, limits, name)
         except BaseException:
             window.file.close()
@@ -104,7 +111,7 @@ class _Container(VideoFile):
         self._starts: list[_Start] = []
         self._order: list[tuple[int, int]] = []  # (pts, number of its packet) of each frame
         self._timeless = False  # whether frames are told apart by counting, for want of times
-        if (other := _not_a_video(head)) is not None:
+        if (other := not_a_video(head)) is not None:
             raise MediaError(f"{name}: {other}")
         try:
             self._open(head)
@@ -132,7 +139,7 @@ class _Container(VideoFile):
                 io_open=_refuse,
             )
         except av.FFmpegError as error:
-            raise MediaError(f"{self.name}: {_what_instead(self.window, head, error)}") from None
+            raise MediaError(f"{self.name}: {what_instead(self.window, head, error)}") from None
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in self.container.streams.video if not stream.disposition & cover]
         if not streams:
@@ -313,7 +320,7 @@ class _Container(VideoFile):
         clear = any(component.is_alpha for component in frame.format.components)
         image = PILImage.fromarray(frame.to_ndarray(format="rgba" if clear else "rgb24"))
         if clear:
-            image = to_rgb(image, _WHITE)
+            image = to_rgb(image, WHITE)
         if image.size != self._square[::-1]:
             image = image.resize(self._square[::-1], PILImage.Resampling.BICUBIC)
         a, b, c, d = self._matrix
@@ -321,50 +328,6 @@ class _Container(VideoFile):
         if not (a or d):
             pixels, a, d = pixels.swapaxes(0, 1), c, b
         return image if self._matrix == _UPRIGHT else PILImage.fromarray(np.ascontiguousarray(pixels[::d, ::a]))
-
-
-class _WebP(VideoFile):
-    """An animated WebP, which ffmpeg cannot decode."""
-
-    def __init__(self, window: Window, limits: VideoLimits, name: str) -> None:
-        super().__init__(limits, name)
-        if window.size > MAX_BYTES:
-            raise MediaError(f"{name}: {window.size:,} bytes, at most {MAX_BYTES:,} are allowed; make the file smaller")
-        self._data = window.read(window.size)
-        self._image = PILImage.open(io.BytesIO(self._data), formats=("WEBP",))
-        if not getattr(self._image, "is_animated", False):
-            raise MediaError(f"{name}: is a WEBP image, not a video; give a video file")
-        self.size = (self._image.height, self._image.width)
-        self.check_size(*self.size)
-        window.file.close()
-
-    def scan(self) -> FrameTable:
-        """Read the durations from the chunks of the frames, which decodes none."""
-        times, now, place = [], 0, 12
-        while place + 24 <= len(self._data):
-            size = int.from_bytes(self._data[place + 4 : place + 8], "little")
-            if self._data[place : place + 4] == b"ANMF":
-                times.append(now)
-                now += int.from_bytes(self._data[place + 20 : place + 23], "little")
-            place += 8 + size + size % 2
-        keys = np.arange(len(times)) == 0
-        return FrameTable(np.array(times, np.float64) / 1000, keys, now / 1000)
-
-    def decode(self, wanted: list[int]) -> Iterator[tuple[int, int, PILImage.Image]]:
-        """Decode from the start on: each frame is drawn over the one before."""
-        last = None
-        for number in range(wanted[-1] + 1):
-            self.spend(self.size[0] * self.size[1])
-            try:
-                self._image.seek(number)
-                self._image.load()
-            except Exception:  # a decoder that is fed damaged bytes may raise anything
-                break
-            if number in wanted:
-                last = (number, to_rgb(self._image, _WHITE))
-                yield number, *last
-        if last is not None:
-            yield from ((number, *last) for number in wanted if number > last[0])
 
 
 def _refuse(*_: Any, **__: Any) -> Any:
@@ -381,25 +344,3 @@ def _matrix(frame: Any) -> tuple[int, int, int, int]:
                 return (-1 if a < 0 else 1, 0, 0, -1 if d < 0 else 1)
             return (0, -1 if b < 0 else 1, -1 if c < 0 else 1, 0)
     return _UPRIGHT
-
-
-def _not_a_video(head: bytes) -> str | None:
-    """Say what a file is, where its first bytes leave no doubt that it is something else."""
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if text.startswith(_LISTS) or (text.startswith(b"<?xml") and b"<mpd" in text):
-        return "is a playlist, which names other files; give the video file itself"
-    if head.startswith((b"ID3", b"fLaC", b"\xff\xfb")) or (head[:4] == b"RIFF" and head[8:12] == b"WAVE"):
-        return "has sound but no video; give a file with frames"
-    said = what_is_it(head, "a video")
-    return said if "image" in said or "document" in said or "page" in said or "pointer" in said else None
-
-
-def _what_instead(window: Window, head: bytes, error: Exception) -> str:
-    """Say what a file is that ffmpeg does not open."""
-    with contextlib.suppress(Exception):
-        window.seek(0)
-        with PILImage.open(io.BytesIO(window.read(2**20)), formats=IMAGES) as image:
-            return f"is a {image.format} image, not a video; give a video file"
-    if head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3" or head[8:12] == b"AVI ":
-        return f"is damaged or cut off ({reason(error)}); give a whole file"
-    return f"is not a video that can be read ({reason(error)}); convert it to MP4"

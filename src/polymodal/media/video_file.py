@@ -1,6 +1,7 @@
 """An open video: what every kind of it gives, and what it may cost."""
 
 import contextlib
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -11,8 +12,14 @@ from PIL import Image as PILImage
 
 from polymodal.config import MAX_PIXELS as MOST_PIXELS
 from polymodal.errors import MediaError, PolymodalError, first_line
-from polymodal.media.image import allowed_pixels
+from polymodal.media.image import FORMATS as IMAGES
+from polymodal.media.image import allowed_pixels, to_rgb, what_is_it
+from polymodal.media.source import MAX_BYTES
 
+WHITE = (255, 255, 255)
+"""What shows through where a frame is transparent, as in images."""
+
+_LISTS = (b"#extm3u", b"ffconcat", b"<mpd", b"[playlist]", b"v=0\r\n", b"v=0\n")
 _SMALL = 2**20  # pixels that every frame counts for at least
 
 
@@ -176,3 +183,69 @@ def reason(error: Exception) -> str:
     """What ffmpeg or Pillow says of a file, in one line."""
     text = getattr(error, "strerror", None) or first_line(error)
     return " ".join(str(text).split())[:120]
+
+
+class WebPFile(VideoFile):
+    """An animated WebP, which ffmpeg cannot decode."""
+
+    def __init__(self, window: Window, limits: VideoLimits, name: str) -> None:
+        super().__init__(limits, name)
+        if window.size > MAX_BYTES:
+            raise MediaError(f"{name}: {window.size:,} bytes, at most {MAX_BYTES:,} are allowed; make the file smaller")
+        self._data = window.read(window.size)
+        self._image = PILImage.open(io.BytesIO(self._data), formats=("WEBP",))
+        if not getattr(self._image, "is_animated", False):
+            raise MediaError(f"{name}: is a WEBP image, not a video; give a video file")
+        self.size = (self._image.height, self._image.width)
+        self.check_size(*self.size)
+        window.file.close()
+
+    def scan(self) -> FrameTable:
+        """Read the durations from the chunks of the frames, which decodes none."""
+        times, now, place = [], 0, 12
+        while place + 24 <= len(self._data):
+            size = int.from_bytes(self._data[place + 4 : place + 8], "little")
+            if self._data[place : place + 4] == b"ANMF":
+                times.append(now)
+                now += int.from_bytes(self._data[place + 20 : place + 23], "little")
+            place += 8 + size + size % 2
+        keys = np.arange(len(times)) == 0
+        return FrameTable(np.array(times, np.float64) / 1000, keys, now / 1000)
+
+    def decode(self, wanted: list[int]) -> Iterator[tuple[int, int, PILImage.Image]]:
+        """Decode from the start on: each frame is drawn over the one before."""
+        last = None
+        for number in range(wanted[-1] + 1):
+            self.spend(self.size[0] * self.size[1])
+            try:
+                self._image.seek(number)
+                self._image.load()
+            except Exception:  # a decoder that is fed damaged bytes may raise anything
+                break
+            if number in wanted:
+                last = (number, to_rgb(self._image, WHITE))
+                yield number, *last
+        if last is not None:
+            yield from ((number, *last) for number in wanted if number > last[0])
+
+
+def not_a_video(head: bytes) -> str | None:
+    """Say what a file is, where its first bytes leave no doubt that it is something else."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith(_LISTS) or (text.startswith(b"<?xml") and b"<mpd" in text):
+        return "is a playlist, which names other files; give the video file itself"
+    if head.startswith((b"ID3", b"fLaC", b"\xff\xfb")) or (head[:4] == b"RIFF" and head[8:12] == b"WAVE"):
+        return "has sound but no video; give a file with frames"
+    said = what_is_it(head, "a video")
+    return said if "image" in said or "document" in said or "page" in said or "pointer" in said else None
+
+
+def what_instead(window: Window, head: bytes, error: Exception) -> str:
+    """Say what a file is that ffmpeg does not open."""
+    with contextlib.suppress(Exception):
+        window.seek(0)
+        with PILImage.open(io.BytesIO(window.read(2**20)), formats=IMAGES) as image:
+            return f"is a {image.format} image, not a video; give a video file"
+    if head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3" or head[8:12] == b"AVI ":
+        return f"is damaged or cut off ({reason(error)}); give a whole file"
+    return f"is not a video that can be read ({reason(error)}); convert it to MP4"
