@@ -359,7 +359,7 @@ def test_a_plan_for_another_file_is_refused() -> None:
     plan = plan_frames(encoded(format="matroska"), 4)
     with pytest.raises(MediaError, match="has 1 frames, 50 were planned"):
         read_frames(encoded(frames=1), plan)
-    with pytest.raises(ConfigError, match="has frames 0 to 49"):
+    with pytest.raises(ConfigError, match="cannot be, of 50"):
         read_frames(encoded(), FramePlan((50,), 50, 48, 64))
 
 

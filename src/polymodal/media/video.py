@@ -192,7 +192,6 @@ def sample_frames(
         ConfigError: The arguments contradict each other or lie outside the video.
     """
     with open_video(source, limits) as video:
-        video.table()  # counted, so that a wrong count in the file changes nothing
         return _read(video, _plan(video, num_frames, fps, times, key_frames, segment, max_frames, max_side))
 
 
@@ -221,7 +220,7 @@ def _plan(
         raise ConfigError(f"fps is {fps}; it must be a number above 0")
     scale = min(1.0, (max_side or math.inf) / max(video.size))
     height, width = (max(1, round(side * scale)) for side in video.size)
-    if num_frames is not None and segment is None and video.claimed and not video.counted:
+    if num_frames is not None and segment is None and video.claimed:
         return FramePlan(_spread(0, video.claimed - 1, num_frames), video.claimed, height, width)
     table = video.table()
     first, last = _segment(table, segment)
@@ -279,13 +278,15 @@ def _segment(table: FrameTable, segment: tuple[float, float | None] | None) -> t
 
 
 def _read(video: VideoFile, plan: FramePlan) -> Frames:
-    total, indices = len(video.table().times), plan.indices
+    total, indices = plan.total, plan.indices
+    if not indices or not all(0 <= index < total for index in indices):
+        raise ConfigError(f"{video.name}: a plan of frames {indices[:8]} cannot be, of {total}")
+    if video.claimed != total or not video.locate(indices):
+        total = len(video.table().times)
     if total != plan.total:
-        if plan.times is not None or not indices:
+        if plan.times is not None:
             raise MediaError(f"{video.name}: has {total} frames, {plan.total} were planned; it has changed, plan again")
         indices = _spread(0, total - 1, len(indices))
-    if not all(0 <= index < total for index in indices):
-        raise ConfigError(f"{video.name}: has frames 0 to {total - 1}, the plan asks for {max(indices)}")
     size = len(indices) * plan.height * plan.width * 3
     if size > video.limits.output:
         raise MediaError(
@@ -312,4 +313,4 @@ def _read(video: VideoFile, plan: FramePlan) -> Frames:
         warnings.warn(
             f"{video.name}: {lost} of {len(indices)} frames are damaged; their neighbours stand for them", stacklevel=3
         )
-    return Frames(array, video.table().times[outs], tuple(outs))
+    return Frames(array, np.array([video.seconds(out) for out in outs]), tuple(outs))

@@ -4,10 +4,11 @@ ffmpeg reads through a file object of ours and may open nothing else: containers
 concat lists, references inside a MOV) are not on the list of formats, and no protocol is allowed. Everything it does is
 bounded: bytes read, pixels of a frame, pixels decoded in all.
 
-Frames are numbered in the order in which they are shown. One pass over the packets, which decodes nothing, gives the
-time of each and which of them decoding can start from. A frame is then found by its time: seek to the last key frame
-from which it can be decoded, decode until it comes out. Where packets have no times of their own (a bare H.264 stream)
-the file is decoded from its start and counted.
+Frames are numbered in the order in which they are shown. The index of an MP4 says which packets lie between two key
+frames, so that only those around a wanted frame are read; other files are read through once. Neither decodes anything,
+and both give the time at which a frame is shown. By it the frame is found: seek to the last key frame from which it can
+be decoded, decode until it comes out. Where packets have no times of their own (a bare H.264 stream) the file is
+decoded from its start and counted.
 """
 
 import bisect
@@ -16,7 +17,7 @@ import io
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from polymodal.media.video_file import (
     WebPFile,
     Window,
     guarded,
+    has_fragments,
     not_a_video,
     what_instead,
 )
@@ -56,8 +58,8 @@ class _Start:
     """A place where decoding can start."""
 
     number: int  # Packets before it
-    pts: int
-    dts: int | None
+    pts: int  # When it is shown
+    dts: int | None  # Where it stands among the packets
 
 
 def open_video(source: Source, limits: VideoLimits) -> VideoFile:
@@ -109,7 +111,9 @@ class _Container(VideoFile):
         super().__init__(limits, name)
         self.window = window
         self._starts: list[_Start] = []
-        self._order: list[tuple[int, int]] = []  # (pts, number of its packet) of each frame
+        self._order: dict[int, tuple[int, int]] = {}  # (pts, number of its packet) of frames, by number
+        self._index: list[int] | None = None  # how many frames are shown of the packets before each
+        self._fragments = has_fragments(window)
         self._timeless = False  # whether frames are told apart by counting, for want of times
         if (other := not_a_video(head)) is not None:
             raise MediaError(f"{name}: {other}")
@@ -170,6 +174,13 @@ class _Container(VideoFile):
             self.duration = self.container.duration / 1e6
         self.check_duration(self.duration)
         self.rate = float(stream.average_rate or stream.guessed_rate or 0) or None
+        if self.container.format.name.startswith("mov") and not self._fragments and codec.name != "vp8":
+            entries = list(stream.index_entries)
+            if entries and entries[0].is_keyframe and all(entry.size for entry in entries):
+                self._index = [0, *itertools.accumulate(not entry.is_discard for entry in entries)]
+                self.claimed = self._index[-1] or None
+                keys = [(number, entry.timestamp) for number, entry in enumerate(entries) if entry.is_keyframe]
+                self._starts = [_Start(number, dts, dts) for number, dts in keys]
         height, width = codec.height, codec.width
         if height and width:
             self.check_size(height, width)
@@ -214,6 +225,33 @@ class _Container(VideoFile):
                 continue
             yield from frames
 
+    def locate(self, wanted: Sequence[int]) -> bool:
+        """Learn the times of frames from the packets around them; False where that cannot be relied on."""
+        if self._index is None or self._table is not None:
+            return False
+        before = [self._index[start.number] for start in self._starts]
+        return all(self._learn(group) for group in sorted({bisect.bisect_right(before, n) - 1 for n in (0, *wanted)}))
+
+    def _learn(self, group: int) -> bool:
+        """Read the packets from a key frame to the next, and those before where some are shown before the key frame."""
+        import av
+
+        assert self._index is not None
+        start, number = self._starts[group], self._starts[group].number
+        after = self._starts[group + 1].number if group + 1 < len(self._starts) else len(self._index) - 1
+        delay = self._order[0][0] - self._starts[0].dts if self._order else 0  # an MP4 is sought by time of showing
+        with contextlib.suppress(av.FFmpegError):
+            self.container.seek(start.dts + delay, stream=self.stream)
+        there = itertools.dropwhile(lambda packet: (packet.dts or 0) < start.dts, self._packets())
+        found = [(packet.pts, packet.dts, packet.is_discard) for packet in itertools.islice(there, after - number)]
+        times = {pts for pts, _, _ in found}
+        if None in times or len(times) < after - number or found[0][1] != start.dts:
+            return False
+        start.pts = found[0][0]
+        shown = sorted((pts, place) for place, (pts, _, discard) in enumerate(found, number) if not discard)
+        self._order |= dict(enumerate(shown, self._index[number]))
+        return min(times) >= start.pts or group == 0 or self._learn(group - 1)
+
     def scan(self) -> FrameTable:
         """Read the packets' times."""
         self._open()
@@ -239,19 +277,26 @@ class _Container(VideoFile):
                 found = [(place, number) for place, (_, number) in enumerate(found)]
             pts, numbers = [time for time, _ in sorted(found)], {start.number for start in starts}
             keys = [number in numbers for _, number in sorted(found)]
-            self._order = [(place, number) for place, (_, number) in enumerate(sorted(found))]
+            self._order = {place: (place, number) for place, (_, number) in enumerate(sorted(found))}
             self._starts = [_Start(0, 0, None)]
         else:
             # What lies before the first key frame cannot be decoded.
             self._starts = starts or [_Start(0, min(times, default=0), None)]
             first, numbers = self._starts[0], {start.pts for start in starts}
-            self._order = sorted(item for item in found if item[0] >= first.pts and item[1] >= first.number)
-            pts = [time for time, _ in self._order]
+            shown = sorted(item for item in found if item[0] >= first.pts and item[1] >= first.number)
+            self._order = dict(enumerate(shown))
+            pts = [time for time, _ in shown]
             keys = [time in numbers for time in pts]
         seconds = (np.array(pts, np.float64) - (pts[0] if pts else 0)) * tick
         gap = last * float(stream.time_base or 0)
         gap = gap or (float(np.median(np.diff(seconds))) if len(seconds) > 1 else 1 / (self.rate or 25.0))
         return FrameTable(seconds, np.array(keys, bool), float(seconds[-1]) + gap if len(seconds) else 0.0, tick)
+
+    def seconds(self, number: int) -> float:
+        """When a frame is shown."""
+        if self._table is not None:
+            return super().seconds(number)
+        return (self._order[number][0] - self._order[0][0]) * float(self.stream.time_base)
 
     def decode(self, wanted: list[int]) -> Iterator[tuple[int, int, PILImage.Image]]:
         """Decode group by group: what needs the same key frame is decoded together."""
@@ -280,12 +325,13 @@ class _Container(VideoFile):
             while left and self._order[left[0]][0] < pts:
                 missed.append((left.pop(0), last or (pts, frame)))
             if left and self._order[left[0]][0] == pts:
-                yield left.pop(0), self._number(pts), frame
+                yield left[0], left.pop(0), frame
             last = (pts, frame)
             if not left:
                 break
         missed += [(number, last) for number in left]
         if missed and again:
+            self.table()
             yield from self._run(start - 1, [number for number, _ in missed], again=False)
             return
         for number, instead in missed:
@@ -294,16 +340,17 @@ class _Container(VideoFile):
 
     def _number(self, pts: int) -> int:
         """The number of the frame that is shown at a time."""
-        return max(bisect.bisect_right(self._order, (pts, math.inf)) - 1, 0)
+        return max(((time, number) for number, (time, _) in self._order.items() if time <= pts), default=(0, 0))[1]
 
     def _from(self, start: int) -> Iterator[Any]:
         """The packets from a start on; read from the file's beginning where seeking leads elsewhere."""
         import av
 
         goal = self._starts[start]
-        if not self._timeless:
+        # Some containers are sought by the time of showing, some by that of decoding, which is no later.
+        for time in () if self._timeless else {goal.pts: None, goal.pts if goal.dts is None else goal.dts: None}:
             with contextlib.suppress(av.FFmpegError):
-                self.container.seek(goal.pts if goal.dts is None else goal.dts, stream=self.stream)
+                self.container.seek(time, stream=self.stream)
                 for packet in (packets := self._packets()):
                     if packet.pts == goal.pts and packet.is_keyframe:
                         yield packet

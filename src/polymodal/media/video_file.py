@@ -115,10 +115,13 @@ class VideoFile:
         """Decode frames: the number that was wanted, the one that came out, its pixels."""
         raise NotImplementedError
 
-    @property
-    def counted(self) -> bool:
-        """Whether the table is there."""
-        return self._table is not None
+    def locate(self, wanted: Sequence[int]) -> bool:
+        """Find frames by number without the table; False where that takes the table."""
+        return False
+
+    def seconds(self, number: int) -> float:
+        """When a frame is shown."""
+        return float(self.table().times[number])
 
     def table(self) -> FrameTable:
         """When each frame is shown."""
@@ -132,7 +135,6 @@ class VideoFile:
 
     def frames(self, wanted: Sequence[int]) -> Iterator[tuple[int, int, PILImage.Image]]:
         """Decode the frames of these numbers; a damaged one's neighbour comes in its place."""
-        self.table()
         with guarded(self.name):
             yield from self.decode(sorted(set(wanted)))
 
@@ -162,6 +164,22 @@ class VideoFile:
                 f"{self.name}: more than {self.limits.decoded:,} pixels have to be decoded to reach these frames; take "
                 "fewer, convert it with more key frames, or give VideoLimits(decoded=...)"
             )
+
+
+def has_fragments(window: Window) -> bool:
+    """Whether a file is an MP4 in fragments, whose index names the frames of the first alone."""
+    place, boxes = 0, 0
+    while place + 16 <= window.size and boxes < 1000:
+        window.seek(place)
+        head = window.read(16)
+        size = int.from_bytes(head[:4])
+        if head[4:8] == b"moof":
+            return True
+        size = int.from_bytes(head[8:16]) if size == 1 else size
+        if size < 8:
+            return False
+        place, boxes = place + size, boxes + 1
+    return boxes == 1000
 
 
 @contextlib.contextmanager
