@@ -267,9 +267,9 @@ def test_a_plan_needs_no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = 0
 
     class Counting(video_containers._Container):
-        def _decode(self, packets: Any) -> Any:
+        def _decode(self, *arguments: Any) -> Any:
             nonlocal decoded
-            for frame in super()._decode(packets):
+            for frame in super()._decode(*arguments):
                 decoded += 1
                 yield frame
 
@@ -517,8 +517,9 @@ def test_size_is_checked_before_decoding() -> None:
         sample_frames(bytes(data), 2)
 
 
-def test_damage_in_the_middle_costs_no_more_than_its_frames() -> None:
-    data = encoded("mjpeg", "avi", pix_fmt="yuvj420p")
+@pytest.mark.parametrize("format", ["avi", "mov"])
+def test_damage_in_the_middle_costs_no_more_than_its_frames(format: str) -> None:
+    data = encoded("mjpeg", format, pix_fmt="yuvj420p")
     expected, _ = full_decode(data)
     starts = [place for place in range(len(data)) if data[place : place + 3] == b"\xff\xd8\xff"]
     broken = bytearray(data)
@@ -529,6 +530,24 @@ def test_damage_in_the_middle_costs_no_more_than_its_frames() -> None:
     assert same == [number for number in range(50) if number != 20]
     assert frames.indices[20] in (19, 21)
     assert np.array_equal(frames.array[20], expected[frames.indices[20]])
+
+
+def test_of_an_mp4_only_what_lies_around_the_frames_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded("mpeg4", frames=400, width=320, height=240, options={"g": "10", "b": "20M"})
+    amount = 0
+    plain = video_containers.Window.read
+
+    def counting(window: Any, count: int) -> bytes:
+        nonlocal amount
+        found = plain(window, count)
+        amount += len(found)
+        return found
+
+    monkeypatch.setattr(video_containers.Window, "read", counting)
+    frames = sample_frames(data, 3)
+    assert amount < len(data) / 2
+    assert np.array_equal(frames.array, full_decode(data)[0][[0, 199, 399]])
+    assert np.allclose(frames.times, [0, 199 / RATE, 399 / RATE])
 
 
 def test_memory_does_not_grow_with_the_video(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import io
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ CONTAINERS = (
 """What ffmpeg opens, by its own names; none of them names other files."""
 
 _READ = 2**16  # bytes that ffmpeg asks for at once
+_SKIPPING = ("h264", "hevc", "mpeg4", "mpeg2video")  # decoders that skip frame by frame what no other refers to
 _PEEK = 500  # packets until the first frame has to come out
 _UPRIGHT = (1, 0, 0, 1)
 
@@ -210,8 +211,8 @@ class _Container(VideoFile):
         except av.FFmpegError:
             return
 
-    def _decode(self, packets: Iterator[Any]) -> Iterator[Any]:
-        """Decode packets; what is damaged gives no frame."""
+    def _decode(self, packets: Iterator[Any], wanted: Container[int] | None = None) -> Iterator[Any]:
+        """Decode packets; what is damaged gives no frame, nor what is neither wanted (by pts) nor referred to."""
         import av
 
         codec = self.stream.codec_context
@@ -219,6 +220,8 @@ class _Container(VideoFile):
             self.spend(codec.height * codec.width)
             if not self._order and number > _PEEK:
                 return
+            if codec.name in _SKIPPING:
+                codec.skip_frame = "DEFAULT" if wanted is None or packet.pts in wanted else "NONREF"
             try:
                 frames = packet.decode()
             except av.FFmpegError:
@@ -238,14 +241,15 @@ class _Container(VideoFile):
 
         assert self._index is not None
         start, number = self._starts[group], self._starts[group].number
+        goal = start.dts or 0
         after = self._starts[group + 1].number if group + 1 < len(self._starts) else len(self._index) - 1
-        delay = self._order[0][0] - self._starts[0].dts if self._order else 0  # an MP4 is sought by time of showing
+        delay = self._order[0][0] - (self._starts[0].dts or 0) if self._order else 0  # sought by time of showing
         with contextlib.suppress(av.FFmpegError):
-            self.container.seek(start.dts + delay, stream=self.stream)
-        there = itertools.dropwhile(lambda packet: (packet.dts or 0) < start.dts, self._packets())
+            self.container.seek(goal + delay, stream=self.stream)
+        there = itertools.dropwhile(lambda packet: (packet.dts or 0) < goal, self._packets())
         found = [(packet.pts, packet.dts, packet.is_discard) for packet in itertools.islice(there, after - number)]
         times = {pts for pts, _, _ in found}
-        if None in times or len(times) < after - number or found[0][1] != start.dts:
+        if None in times or len(times) < after - number or found[0][1] != goal:
             return False
         start.pts = found[0][0]
         shown = sorted((pts, place) for place, (pts, _, discard) in enumerate(found, number) if not discard)
@@ -301,7 +305,7 @@ class _Container(VideoFile):
     def decode(self, wanted: list[int]) -> Iterator[tuple[int, int, PILImage.Image]]:
         """Decode group by group: what needs the same key frame is decoded together."""
         for start, group in itertools.groupby(wanted, self._start_of):
-            for number, out, frame in self._run(start, list(group), again=start > 0):
+            for number, out, frame in self._run(start, list(group)):
                 yield number, out, self._upright(frame)
 
     def _start_of(self, number: int) -> int:
@@ -312,13 +316,14 @@ class _Container(VideoFile):
             start -= 1
         return max(start, 0)
 
-    def _run(self, start: int, wanted: list[int], again: bool) -> Iterator[tuple[int, int, Any]]:
+    def _run(self, start: int, wanted: list[int], again: bool = False) -> Iterator[tuple[int, int, Any]]:
         """Decode frames from a start; those that do not come out are tried from one start earlier, then replaced."""
+        times = None if again or self._timeless else {self._order[number][0] for number in wanted}
         left: list[int] = [*wanted]
         missed: list[tuple[int, Any]] = []  # with the frame to show instead: its pts and pixels
         last = None
         first = self._starts[start].pts
-        for place, frame in enumerate(self._decode(self._from(start))):
+        for place, frame in enumerate(self._decode(self._from(start), times)):
             pts = place if self._timeless else frame.pts
             if pts is None or pts < first:
                 continue
@@ -330,9 +335,9 @@ class _Container(VideoFile):
             if not left:
                 break
         missed += [(number, last) for number in left]
-        if missed and again:
+        if missed and not again:
             self.table()
-            yield from self._run(start - 1, [number for number, _ in missed], again=False)
+            yield from self._run(max(start - 1, 0), [number for number, _ in missed], again=True)
             return
         for number, instead in missed:
             if instead is not None:
