@@ -475,6 +475,7 @@ def test_nothing_but_the_file_itself_is_opened(kind: str, tmp_path: Path, monkey
         (VideoLimits(pixels=3000), r"48x64 pixels .*at most 3,000 are allowed"),
         (VideoLimits(bytes=1000), "at most 1,000 are allowed"),
         (VideoLimits(decoded=2**20 * 20), "have to be decoded"),
+        (VideoLimits(packets=40), "more than 40 packets"),
         (VideoLimits(output=20_000), "8 frames of 48x64 take 73,728 bytes"),
     ],
 )
@@ -492,6 +493,27 @@ def test_limits_of_animations() -> None:
         for limits in (VideoLimits(pixels=3000), VideoLimits(seconds=0.5), VideoLimits(decoded=2**21)):
             with pytest.raises(MediaError):
                 sample_frames(data, limits=limits)
+
+
+def test_ten_hours_are_refused_unless_allowed() -> None:
+    data = encoded(frames=3, times=(0, 18_000_000, 35_999_960))
+    with pytest.raises(MediaError, match=r"lasts 36,000 seconds, at most 21,600 are allowed"):
+        sample_frames(data)
+    assert sample_frames(data, limits=VideoLimits(seconds=40_000)).indices == (0, 0, 0, 0, 1, 1, 1, 2)
+
+
+@pytest.mark.parametrize("fragments", [False, True])
+def test_a_small_file_that_claims_two_billion_frames(fragments: bool) -> None:
+    # ffmpeg makes room for all of them as soon as it opens such a file.
+    muxer = {"movflags": "frag_keyframe+empty_moov"} if fragments else {}
+    data = bytearray(encoded("mpeg4", muxer=muxer))
+    claims = {"trun": (8,)} if fragments else {"stsz": (12,), "stsc": (16,), "stts": (12,)}
+    for box, places in claims.items():
+        for place in places:
+            start = data.index(box.encode()) + place
+            data[start : start + 4] = (2**31).to_bytes(4)
+    with pytest.raises(MediaError, match="more than 4,000,000 packets"):
+        sample_frames(bytes(data))
 
 
 def test_the_users_pixel_limit_holds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,8 +36,8 @@ from polymodal.media.video_file import (
     WebPFile,
     Window,
     guarded,
-    has_fragments,
     not_a_video,
+    read_boxes,
     what_instead,
 )
 from polymodal.messages import FileSlice, Source
@@ -114,11 +114,12 @@ class _Container(VideoFile):
         self._starts: list[_Start] = []
         self._order: dict[int, tuple[int, int]] = {}  # (pts, number of its packet) of frames, by number
         self._index: list[int] | None = None  # how many frames are shown of the packets before each
-        self._fragments = has_fragments(window)
+        claimed, self._fragments = read_boxes(window)
         self._timeless = False  # whether frames are told apart by counting, for want of times
         if (other := not_a_video(head)) is not None:
             raise MediaError(f"{name}: {other}")
         try:
+            self.check_packets(claimed)
             self._open(head)
             self._look()
         except BaseException:
@@ -176,6 +177,7 @@ class _Container(VideoFile):
         self.check_duration(self.duration)
         self.rate = float(stream.average_rate or stream.guessed_rate or 0) or None
         if self.container.format.name.startswith("mov") and not self._fragments and codec.name != "vp8":
+            self.check_packets(len(stream.index_entries))
             entries = list(stream.index_entries)
             if entries and entries[0].is_keyframe and all(entry.size for entry in entries):
                 self._index = [0, *itertools.accumulate(not entry.is_discard for entry in entries)]
@@ -263,6 +265,7 @@ class _Container(VideoFile):
         vp8 = stream.codec_context.name in ("vp8", "libvpx")
         found, starts, last = [], [], 0
         for number, packet in enumerate(self._packets()):
+            self.check_packets(number)
             if not packet.size or (vp8 and not bytes(packet)[0] & 16):  # VP8 has frames that are never shown
                 continue
             if packet.is_keyframe:

@@ -20,6 +20,9 @@ WHITE = (255, 255, 255)
 """What shows through where a frame is transparent, as in images."""
 
 _LISTS = (b"#extm3u", b"ffconcat", b"<mpd", b"[playlist]", b"v=0\r\n", b"v=0\n")
+_NESTED = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
+_COUNTS = {b"stsz": 16, b"stz2": 16, b"trun": 12}  # boxes that count packets, and where
+_BOXES = 100_000
 _SMALL = 2**20  # pixels that every frame counts for at least
 
 
@@ -31,6 +34,7 @@ class VideoLimits:
     seconds: float = 6 * 3600.0  # That it lasts
     pixels: int = 2**25  # Of a frame: 8K has 33.2 million
     decoded: int = 5 * 10**10  # Pixels of all frames that are decoded on the way; a frame counts for 2**20 at least
+    packets: int = 4_000_000  # That the file is cut into; six hours of 120 frames a second have 2.6 million
     output: int = 2 * 2**30  # Bytes of the frames that come out
 
 
@@ -156,6 +160,12 @@ class VideoFile:
                 "too-many-pixels",
             )
 
+    def check_packets(self, number: int) -> None:
+        """Refuse what is cut into too many pieces."""
+        if number > self.limits.packets:
+            most = f"more than {self.limits.packets:,} packets"
+            raise MediaError(f"{self.name}: has {most}; cut it, or give VideoLimits(packets=...)")
+
     def spend(self, pixels: int) -> None:
         """Count a frame that is decoded."""
         self._spent += max(pixels, _SMALL)
@@ -166,20 +176,24 @@ class VideoFile:
             )
 
 
-def has_fragments(window: Window) -> bool:
-    """Whether a file is an MP4 in fragments, whose index names the frames of the first alone."""
-    place, boxes = 0, 0
-    while place + 16 <= window.size and boxes < 1000:
+def read_boxes(window: Window) -> tuple[int, bool]:
+    """How many packets the boxes of an MP4 claim, which is memory before any is read; whether it is in fragments."""
+    place, number, claimed, fragments = 0, 0, 0, False
+    while place + 8 < window.size and number < _BOXES:
         window.seek(place)
-        head = window.read(16)
-        size = int.from_bytes(head[:4])
-        if head[4:8] == b"moof":
-            return True
+        head = window.read(20)
+        size, kind = int.from_bytes(head[:4]), head[4:8]
+        start = 16 if size == 1 else 8
         size = int.from_bytes(head[8:16]) if size == 1 else size
-        if size < 8:
-            return False
-        place, boxes = place + size, boxes + 1
-    return boxes == 1000
+        if kind == b"cmov":
+            raise MediaError(f"{window.name}: its header is compressed, as long ago; convert it to MP4")
+        if size < start:
+            break
+        if (at := _COUNTS.get(kind)) is not None:
+            claimed += int.from_bytes(head[at : at + 4])
+        fragments |= kind == b"moof"
+        place, number = place + (start if kind in _NESTED else size), number + 1
+    return claimed, fragments or number == _BOXES
 
 
 @contextlib.contextmanager
@@ -225,6 +239,7 @@ class WebPFile(VideoFile):
             size = int.from_bytes(self._data[place + 4 : place + 8], "little")
             if self._data[place : place + 4] == b"ANMF":
                 times.append(now)
+                self.check_packets(len(times))
                 now += int.from_bytes(self._data[place + 20 : place + 23], "little")
             place += 8 + size + size % 2
         keys = np.arange(len(times)) == 0
