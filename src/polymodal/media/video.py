@@ -295,11 +295,12 @@ def _read(video: VideoFile, plan: FramePlan) -> Frames:
         )
     array = np.empty((len(indices), plan.height, plan.width, 3), np.uint8)
     found: dict[int, tuple[int, int]] = {}  # wanted -> (the one that came out, its first row)
-    for number, out, image in video.frames(indices):
-        if image.size != (plan.width, plan.height):
-            image = image.resize((plan.width, plan.height), PILImage.Resampling.BICUBIC)
+    for number, out, pixels in video.frames(indices):
+        if pixels.shape[:2] != (plan.height, plan.width):
+            image = PILImage.fromarray(np.ascontiguousarray(pixels))
+            pixels = np.asarray(image.resize((plan.width, plan.height), PILImage.Resampling.BICUBIC))
         found[number] = (out, indices.index(number))
-        array[found[number][1]] = np.asarray(image)
+        array[found[number][1]] = pixels
     if not found:
         raise MediaError(f"{video.name}: none of the frames asked for can be decoded; it is damaged, give a whole file")
     outs = []

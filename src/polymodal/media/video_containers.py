@@ -114,6 +114,7 @@ class _Container(VideoFile):
         self._starts: list[_Start] = []
         self._order: dict[int, tuple[int, int]] = {}  # (pts, number of its packet) of frames, by number
         self._index: list[int] | None = None  # how many frames are shown of the packets before each
+        self._delay = 0  # of showing after decoding, in an MP4, which is sought by the time of showing
         claimed, self._fragments = read_boxes(window)
         self._timeless = False  # whether frames are told apart by counting, for want of times
         if (other := not_a_video(head)) is not None:
@@ -198,10 +199,10 @@ class _Container(VideoFile):
         ratio = float(self.stream.sample_aspect_ratio or 1)
         ratio = ratio if 0.1 < ratio < 10 else 1.0
         # Pixels that are not square are stretched, never shrunk, until they are.
-        self._square = (round(height * max(1 / ratio, 1)), round(width * max(ratio, 1)))
-        self.check_size(*self._square)
+        square = (round(height * max(1 / ratio, 1)), round(width * max(ratio, 1)))
+        self.check_size(*square)
         a, b, _, d = self._matrix
-        self.size = self._square if a or d else self._square[::-1]
+        self.size = square if a or d else square[::-1]
         self.rotation = round(math.degrees(math.atan2(b, a))) % 360
 
     def _packets(self) -> Iterator[Any]:
@@ -245,15 +246,14 @@ class _Container(VideoFile):
         start, number = self._starts[group], self._starts[group].number
         goal = start.dts or 0
         after = self._starts[group + 1].number if group + 1 < len(self._starts) else len(self._index) - 1
-        delay = self._order[0][0] - (self._starts[0].dts or 0) if self._order else 0  # sought by time of showing
         with contextlib.suppress(av.FFmpegError):
-            self.container.seek(goal + delay, stream=self.stream)
+            self.container.seek(goal + self._delay, stream=self.stream)
         there = itertools.dropwhile(lambda packet: (packet.dts or 0) < goal, self._packets())
         found = [(packet.pts, packet.dts, packet.is_discard) for packet in itertools.islice(there, after - number)]
         times = {pts for pts, _, _ in found}
         if None in times or len(times) < after - number or found[0][1] != goal:
             return False
-        start.pts = found[0][0]
+        start.pts, self._delay = found[0][0], found[0][0] - goal
         shown = sorted((pts, place) for place, (pts, _, discard) in enumerate(found, number) if not discard)
         self._order |= dict(enumerate(shown, self._index[number]))
         return min(times) >= start.pts or group == 0 or self._learn(group - 1)
@@ -305,7 +305,7 @@ class _Container(VideoFile):
             return super().seconds(number)
         return (self._order[number][0] - self._order[0][0]) * float(self.stream.time_base)
 
-    def decode(self, wanted: list[int]) -> Iterator[tuple[int, int, PILImage.Image]]:
+    def decode(self, wanted: list[int]) -> Iterator[tuple[int, int, np.ndarray]]:
         """Decode group by group: what needs the same key frame is decoded together."""
         for start, group in itertools.groupby(wanted, self._start_of):
             for number, out, frame in self._run(start, list(group)):
@@ -369,20 +369,17 @@ class _Container(VideoFile):
         self._open()
         yield from itertools.islice(self._packets(), goal.number, None)
 
-    def _upright(self, frame: Any) -> PILImage.Image:
-        """A decoded frame as an RGB image: square pixels, turned as the file says, transparency on white."""
+    def _upright(self, frame: Any) -> np.ndarray:
+        """A decoded frame as RGB, turned as the file says, transparency on white."""
         self.check_size(frame.height, frame.width)
         clear = any(component.is_alpha for component in frame.format.components)
-        image = PILImage.fromarray(frame.to_ndarray(format="rgba" if clear else "rgb24"))
+        pixels = frame.to_ndarray(format="rgba" if clear else "rgb24")
         if clear:
-            image = to_rgb(image, WHITE)
-        if image.size != self._square[::-1]:
-            image = image.resize(self._square[::-1], PILImage.Resampling.BICUBIC)
+            pixels = np.asarray(to_rgb(PILImage.fromarray(pixels), WHITE))
         a, b, c, d = self._matrix
-        pixels = np.asarray(image)
         if not (a or d):
             pixels, a, d = pixels.swapaxes(0, 1), c, b
-        return image if self._matrix == _UPRIGHT else PILImage.fromarray(np.ascontiguousarray(pixels[::d, ::a]))
+        return pixels[::d, ::a]
 
 
 def _refuse(*_: Any, **__: Any) -> Any:

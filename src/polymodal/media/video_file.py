@@ -87,14 +87,14 @@ class Window:
 
 
 class VideoFile:
-    """An open video; `frames` gives its images upright, with square pixels."""
+    """An open video; `frames` gives its images upright, in RGB, as large as they are stored."""
 
     claimed: int | None = None  # Frames, as the file says
     duration: float | None = None  # Seconds, as the file says
     rate: float | None = None  # Frames a second, as the file says
     rotation = 0  # Degrees clockwise that its frames were turned by
     audio = False
-    size = (0, 0)  # Height and width of the frames that come out
+    size = (0, 0)  # Height and width that they should be shown in: upright, square pixels
 
     def __init__(self, limits: VideoLimits, name: str) -> None:
         self.name, self.limits = name, limits
@@ -115,7 +115,7 @@ class VideoFile:
         """Read the packets' times."""
         raise NotImplementedError
 
-    def decode(self, wanted: list[int]) -> Iterator[tuple[int, int, PILImage.Image]]:
+    def decode(self, wanted: list[int]) -> Iterator[tuple[int, int, np.ndarray]]:
         """Decode frames: the number that was wanted, the one that came out, its pixels."""
         raise NotImplementedError
 
@@ -137,7 +137,7 @@ class VideoFile:
             self.check_duration(self._table.duration)
         return self._table
 
-    def frames(self, wanted: Sequence[int]) -> Iterator[tuple[int, int, PILImage.Image]]:
+    def frames(self, wanted: Sequence[int]) -> Iterator[tuple[int, int, np.ndarray]]:
         """Decode the frames of these numbers; a damaged one's neighbour comes in its place."""
         with guarded(self.name):
             yield from self.decode(sorted(set(wanted)))
@@ -245,7 +245,7 @@ class WebPFile(VideoFile):
         keys = np.arange(len(times)) == 0
         return FrameTable(np.array(times, np.float64) / 1000, keys, now / 1000)
 
-    def decode(self, wanted: list[int]) -> Iterator[tuple[int, int, PILImage.Image]]:
+    def decode(self, wanted: list[int]) -> Iterator[tuple[int, int, np.ndarray]]:
         """Decode from the start on: each frame is drawn over the one before."""
         last = None
         for number in range(wanted[-1] + 1):
@@ -256,7 +256,7 @@ class WebPFile(VideoFile):
             except Exception:  # a decoder that is fed damaged bytes may raise anything
                 break
             if number in wanted:
-                last = (number, to_rgb(self._image, WHITE))
+                last = (number, np.asarray(to_rgb(self._image, WHITE)))
                 yield number, *last
         if last is not None:
             yield from ((number, *last) for number in wanted if number > last[0])
