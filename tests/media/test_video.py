@@ -554,6 +554,32 @@ def test_damage_in_the_middle_costs_no_more_than_its_frames(format: str) -> None
     assert np.array_equal(frames.array[20], expected[frames.indices[20]])
 
 
+@pytest.mark.parametrize("format", ["mp4", "matroska", "mpegts", "gif"])
+def test_of_a_file_that_is_cut_off_the_frames_that_are_there_are_used(format: str) -> None:
+    muxer = {"movflags": "faststart"} if format == "mp4" else {}
+    if format == "gif":
+        data = encoded("gif", "gif", pix_fmt="rgb8")
+    else:
+        data = encoded(format=format, options=B_FRAMES, muxer=muxer)
+    expected, _ = full_decode(data)
+    broken = cut(data, 0.6)
+    there = probe(broken).frames
+    assert there is not None and 20 < there < 45
+    plan = plan_frames(broken, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the very last may be in parts
+        for frames in (sample_frames(broken, 6), read_frames(broken, plan)):
+            assert len(frames) == 6 and there - 6 < frames.indices[-1] < there
+            assert np.array_equal(frames.array[:5], expected[list(frames.indices[:5])])
+
+
+def test_reading_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_containers.Window, "__post_init__", lambda self: setattr(self, "left", 20_000))
+    for format in ("mp4", "matroska", "mpegts"):
+        with pytest.raises(MediaError, match="over and over"):
+            sample_frames(encoded(format=format, width=320, height=240, options={"b": "4M"}))
+
+
 def test_of_an_mp4_only_what_lies_around_the_frames_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded("mpeg4", frames=400, width=320, height=240, options={"g": "10", "b": "20M"})
     amount = 0
