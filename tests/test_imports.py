@@ -23,6 +23,7 @@ HEAVY = {
     "tokenizers",
     "safetensors",
     "pyarrow",
+    "av",
     "openai",
 }
 
