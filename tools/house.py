@@ -25,6 +25,8 @@ REACHED = {
     "polymodal.evaluation.task.Sample",
     "polymodal.evaluation.task.Task",
     "polymodal.interop.huggingface.export.export_hf",
+    "polymodal.media.audio.open_audio",
+    "polymodal.media.document.open_pages",
     "polymodal.metrics.score",
     "polymodal.modeling.dual_encoders.registry.build_pair_model",
     "polymodal.modeling.dual_encoders.registry.load_pair_model",
