@@ -30,6 +30,7 @@ REACHED = {
     "polymodal.metrics.score",
     "polymodal.modeling.dual_encoders.registry.build_pair_model",
     "polymodal.modeling.dual_encoders.registry.load_pair_model",
+    "polymodal.modeling.encoders.audio.build_audio_encoder",
     "polymodal.modeling.encoders.vision.build_vision_encoder",
     "polymodal.modeling.projectors.build_projector",
     "polymodal.training.recipes.load.load_any_recipe",
