@@ -35,6 +35,10 @@ class _Placed(NamedTuple):
     bottom: float
     line: Line
 
+    def span(self, down: bool) -> tuple[float, float]:
+        """Where it begins and ends, across the page or down it."""
+        return (self.top, self.bottom) if down else (self.left, self.right)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
@@ -92,7 +96,7 @@ def read_lines(engine: Callable[[Any], Any], pixels: Any) -> list[Line]:  # uint
 
 def reading_order(lines: Sequence[Line]) -> list[Line]:
     """Columns from left to right, each from top to bottom; cells of a table row by row."""
-    corners = [(line, *zip(*line.box)) for line in lines]
+    corners = [(line, [x for x, _ in line.box], [y for _, y in line.box]) for line in lines]
     out: list[Line] = []
     waiting = [[_Placed(min(x), max(x), min(y), max(y), line) for line, x, y in corners]]
     while waiting:
@@ -110,21 +114,22 @@ def _cut(group: list[_Placed]) -> list[list[_Placed]]:
     if len(group) < 2 * fewest:
         return []
     height = median(placed.bottom - placed.top for placed in group)
-    for gap, *columns in _gaps(group, 0):
+    for gap, *columns in _gaps(group, down=False):
         wide = (median(placed.right - placed.left for placed in column) >= ratio * height for column in columns)
         if gap >= height and min(map(len, columns)) >= fewest and all(wide):
             return columns
-    return next((strips for _, *strips in _gaps(group, 2)), [])
+    return next((strips for _, *strips in _gaps(group, down=True)), [])
 
 
-def _gaps(group: list[_Placed], side: int) -> Iterator[tuple[float, list[_Placed], list[_Placed]]]:
-    """Blank strips through a group, the widest first, with what lies before and after; `side` 0 is x, 2 is y."""
-    group = sorted(group, key=lambda placed: placed[side])
-    found, end = [], group[0][side + 1]
+def _gaps(group: list[_Placed], down: bool) -> Iterator[tuple[float, list[_Placed], list[_Placed]]]:
+    """Blank strips through a group, across or down the page, the widest first, with what lies before and after."""
+    group = sorted(group, key=lambda placed: placed.span(down))
+    found, last = [], group[0].span(down)[1]
     for place, placed in enumerate(group):
-        if placed[side] > end:
-            found.append((placed[side] - end, place))
-        end = max(end, placed[side + 1])
+        start, end = placed.span(down)
+        if start > last:
+            found.append((start - last, place))
+        last = max(last, end)
     yield from ((gap, group[:place], group[place:]) for gap, place in sorted(found, reverse=True))
 
 

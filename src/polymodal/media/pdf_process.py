@@ -63,7 +63,7 @@ def main() -> None:
     except MediaError as error:
         _say({"error": str(error), "code": error.code})
     except Exception as error:  # pdfium's own, and whatever ctypes makes of damaged bytes
-        known = _KNOWN.get(getattr(error, "err_code", None))
+        known = _KNOWN.get(getattr(error, "err_code", -1))
         _say({"error": known or f"is damaged or cut off ({first_line(error)[:160]}); give a whole file"})
 
 
