@@ -211,6 +211,20 @@ def test_a_small_file_of_long_silence_stops_at_the_limit() -> None:
     assert open_audio(opus(30), max_seconds=60).seconds == pytest.approx(30, abs=0.1)
 
 
+def test_a_file_of_single_samples_stops_at_the_limit() -> None:
+    out = io.BytesIO()
+    with av.open(out, "w", format="matroska") as container:
+        stream = container.add_stream("pcm_s16le", rate=16_000, layout="mono")
+        for number in range(12_000):
+            packet = av.Packet(b"\0\0")
+            packet.pts = packet.dts = number
+            packet.time_base, packet.stream = Fraction(1, 16_000), stream
+            container.mux(packet)
+    with pytest.raises(MediaError, match="is cut into more than 1,500 pieces"):
+        open_audio(out.getvalue(), max_seconds=1)
+    assert len(open_audio(out.getvalue()).samples) == 12_000
+
+
 def test_limits_of_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     path.write_bytes(wav(NOISE))

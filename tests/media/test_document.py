@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import random
+import struct
 import sys
 import time
 import zlib
@@ -224,6 +225,20 @@ def test_limits(tmp_path: Path) -> None:
     for options in ({"dpi": 0}, {"dpi": 10**6}, {"max_side": 0}, {"max_pages": 0}, {"max_seconds": 0}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             opened(data, **options)
+
+
+def test_a_chain_of_tiff_headers_ends() -> None:
+    entries = [(256, 3, 1, 1), (257, 3, 1, 1), (258, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 8), (279, 4, 1, 1)]
+    size, out = 2 + 12 * len(entries) + 4, bytearray(b"II*\0" + struct.pack("<I", 16) + bytes(8))
+    for number in range(10_001):
+        out += struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+        out += struct.pack("<I", 16 + (number + 1) * size if number < 10_000 else 0)
+    with pytest.raises(MediaError, match="has more than 10,000 images"):
+        opened(bytes(out))
+    out[16 + 2 * size - 4 : 16 + 2 * size] = struct.pack("<I", 16)  # back to the first
+    assert [page.number for page in opened(bytes(out))] == [1, 2]
+    out[16 + 2 * size - 4 : 16 + 2 * size] = struct.pack("<I", 9)  # to nowhere
+    assert [page.number for page in opened(bytes(out), "1-2")] == [1, 2]
 
 
 def test_who_wants_no_more_pages_leaves_no_process_behind() -> None:

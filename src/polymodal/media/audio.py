@@ -48,6 +48,7 @@ CODECS = (
 )
 """What is decoded, besides every PCM."""
 
+_PACKETS = 500  # a second; of the smallest that Opus has there are 400
 _EXACT = {"w64", "flac", "au", "mov,mp4,m4a,3gp,3g2,mj2"}  # formats whose header counts the samples
 _SLACK, _SLACK_BYTES = 0.2, 64  # seconds and bytes that a header may be wrong by
 _PLACEHOLDER = 2**31 - 2**24  # bytes that only a program claims that does not know the length
@@ -167,9 +168,9 @@ def _open_container(file: _File, name: str) -> Any:
     size = file.seek(0, 2)
     file.seek(0)
     if (claimed := _claimed(head)) is not None and size + _SLACK_BYTES < claimed < _PLACEHOLDER:
-        raise MediaError(f"{name}: {size:,} of {claimed:,} bytes; it was cut off, give a whole file", "damaged-sound")
+        raise MediaError(f"{name}: {size:,} of {claimed:,} bytes; it was cut off, give a whole file")
     if (other := _not_a_sound(head)) is not None:
-        raise MediaError(f"{name}: {other}", "not-a-sound")
+        raise MediaError(f"{name}: {other}")
     codecs = [CODECS, *(codec for codec in av.codec.codecs_available if codec.startswith("pcm_"))]
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none", "codec_whitelist": ",".join(codecs)}
     try:
@@ -188,10 +189,10 @@ def _stream(container: Any, video: bool, track: int, name: str) -> Any:
 
     cover = av.stream.Disposition.attached_pic
     if not video and any(not stream.disposition & cover for stream in container.streams.video):
-        raise MediaError(f"{name}: is a video, not a sound; take its sound with video=True", "not-a-sound")
+        raise MediaError(f"{name}: is a video, not a sound; take its sound with video=True")
     streams = container.streams.audio
     if not streams:
-        raise MediaError(f"{name}: has no sound; give a file with an audio track", "not-a-sound")
+        raise MediaError(f"{name}: has no sound; give a file with an audio track")
     if not 0 <= track < len(streams):
         raise ConfigError(f"{name}: has {len(streams)} audio tracks, 0 to {len(streams) - 1}; track is {track}")
     stream, codec = streams[track], streams[track].codec_context
@@ -216,7 +217,7 @@ def _decode(container: Any, stream: Any, sample_rate: int, max_seconds: float, n
             pieces.append(frame.to_ndarray()[0].copy())
             length += len(pieces[-1])
 
-    for samples, its_rate, size in _samples(container, stream, name):
+    for samples, its_rate, size in _samples(container, stream, int(_PACKETS * (max_seconds + 2)), name):
         packets += 1
         if samples is None:
             lost += 1
@@ -249,11 +250,10 @@ def _decode(container: Any, stream: Any, sample_rate: int, max_seconds: float, n
     exact = container.format.name in _EXACT
     if not length or lost > 2 + packets // 20:
         what = "has no samples" if not lost else f"{lost} of {packets} packets cannot be decoded"
-        raise MediaError(f"{name}: {what}; it is damaged or empty, give a whole file", "damaged-sound")
+        raise MediaError(f"{name}: {what}; it is damaged or empty, give a whole file")
     if exact and seconds + _SLACK < claimed <= max_seconds:
         raise MediaError(
-            f"{name}: ends after {seconds:.2f} of {claimed:.2f} seconds; it was cut off, give a whole file",
-            "damaged-sound",
+            f"{name}: ends after {seconds:.2f} of {claimed:.2f} seconds; it was cut off, give a whole file"
         )
     if lost:
         warnings.warn(f"{name}: {lost} of {packets} packets are damaged and were left out", stacklevel=3)
@@ -263,26 +263,25 @@ def _decode(container: Any, stream: Any, sample_rate: int, max_seconds: float, n
     return Sound(joined, sample_rate, rate, channels)
 
 
-def _samples(container: Any, stream: Any, name: str) -> Iterator[tuple[np.ndarray | None, int, int]]:
+def _samples(container: Any, stream: Any, most: int, name: str) -> Iterator[tuple[np.ndarray | None, int, int]]:
     """Samples [channels, n] of each frame, their rate and bytes; None for a packet that cannot be decoded."""
     import av
 
     packets = container.demux(stream)
-    while True:
+    for _ in range(most):
         try:
             packet = next(packets)
             frames = packet.decode()
-        except StopIteration:
+        except (StopIteration, av.error.EOFError):
             return
-        except av.FFmpegError as error:
-            if isinstance(error, av.error.EOFError):
-                return
+        except av.FFmpegError:
             yield None, 0, 0
             continue
         for frame in frames:
             if frame.samples:
                 values = frame.to_ndarray()
                 yield _floats(values, frame), frame.sample_rate, values.nbytes
+    raise MediaError(f"{name}: is cut into more than {most:,} pieces; convert it to WAV or FLAC")
 
 
 def _floats(values: np.ndarray, frame: Any) -> np.ndarray:

@@ -31,6 +31,8 @@ from polymodal.messages import Source
 
 MAX_PAGES = 100
 """The most pages that are opened at once unless the caller says otherwise."""
+MAX_IMAGES = 10_000
+"""Images that a TIFF may hold."""
 MAX_SECONDS = 30.0
 """Seconds that a PDF may take to open, and each of its pages to draw, unless the caller says otherwise."""
 MAX_MEMORY = 3 * 2**30
@@ -152,6 +154,8 @@ def _pdf(data: bytes, job: dict[str, Any], seconds: float, name: str) -> Iterato
     finally:
         child.kill()
         child.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.close()
         child.wait()
 
 
@@ -161,16 +165,25 @@ def _images(data: bytes, pages: str | None, max_pages: int, max_pixels: int, nam
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = PILImage.open(io.BytesIO(data), formats=FORMATS)
-        try:
-            total = getattr(file, "n_frames", 1) if file.format == "TIFF" else 1
-        except Exception as error:  # a parser that is fed damaged bytes may raise anything
-            raise MediaError(f"{name}: is damaged or cut off ({first_line(error)[:120]}); give a whole file") from error
+        total = _count(file, name) if file.format == "TIFF" else 1
     try:
         chosen = parse_pages(pages, total, max_pages)
     except MediaError as error:
         raise MediaError(f"{name}: {error}", error.code) from None
     for number in chosen:
         yield Page(number, first if number == 1 else _frame(file, number, max_pixels, name))
+
+
+def _count(file: PILImage.Image, name: str) -> int:
+    """The images of a TIFF; a chain of headers may be as long as the file, so counting ends too."""
+    for number in range(1, MAX_IMAGES + 1):
+        try:
+            file.seek(number)
+        except EOFError:
+            return number
+        except Exception:  # whoever asks for the damaged one is told so
+            return number + 1
+    raise MediaError(f"{name}: has more than {MAX_IMAGES:,} images; split it")
 
 
 def _frame(file: PILImage.Image, number: int, max_pixels: int, name: str) -> PILImage.Image:

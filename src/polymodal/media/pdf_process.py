@@ -83,6 +83,8 @@ def _draw(data: bytes, job: dict[str, Any]) -> None:
             text = page.get_textpage().get_text_range(count=-1)[:MAX_TEXT] if job["text"] else None
         except MediaError as error:
             raise MediaError(f"page {number}: {error}", error.code) from None
+        except MemoryError:
+            raise MediaError(f"page {number}: needs too much memory; draw it smaller") from None
         except Exception as error:
             raise MediaError(f"page {number}: is damaged ({first_line(error)[:160]}); give a whole file") from None
         rows = memoryview(bytes(bitmap.buffer))
