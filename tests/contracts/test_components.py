@@ -1,4 +1,4 @@
-"""What every vision encoder and every projector promises; a new entry of either table is covered or fails here."""
+"""What every encoder of images and sounds and every projector promises; a new entry is covered or fails here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 from polymodal.config import ProjectorConfig, VisionConfig
 from polymodal.errors import ConfigError
 from polymodal.media_plan import Size
+from polymodal.modeling.encoders.audio import AUDIO_ENCODERS, build_audio_encoder
 from polymodal.modeling.encoders.efficientnet import EfficientNetLite0, save_efficientnet_lite0
 from polymodal.modeling.encoders.hf_vision import FAMILIES
 from polymodal.modeling.encoders.vision import VISION_ENCODERS, build_vision_encoder
@@ -87,6 +88,48 @@ def test_vision_encoder(name: str, towers: Path) -> None:
         again = build_vision_encoder(config, towers / name, tile=tile)
         assert (again(tiles[1:2]) - features[1:2]).abs().max() < 1e-4 * scale
         assert (encoder(1 - tiles) - features).abs().max() > 1e-2 * scale
+
+
+AUDIO_TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "whisper": ("WhisperForConditionalGeneration", {
+        "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_layers": 1,
+        "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "max_source_positions": 30, "num_mel_bins": 8,
+        "vocab_size": 20, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stack", [1, 2, 7])
+@pytest.mark.parametrize("name", AUDIO_ENCODERS)
+@torch.no_grad()
+def test_audio_encoder(name: str, stack: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model_class = getattr(transformers, AUDIO_TINY[name][0])
+    model_class(model_class.config_class(**AUDIO_TINY[name][1])).save_pretrained(tmp_path / "whole")
+    encoder = build_audio_encoder(name, tmp_path / "whole", stack=stack)
+    assert isinstance(encoder, nn.Module) and not encoder.training
+    frames = torch.tensor([encoder.max_frames, 1, 2, 7, 31])
+    features = torch.randn(len(frames), encoder.mel_bins, encoder.max_frames)
+    tokens = encoder(features, frames)
+    assert tokens.shape == (len(frames), encoder.output_tokens(encoder.max_frames), encoder.embed_dim)
+    # Padding is no sound: neither what stands in it nor how much there is changes anything, and it comes out as zeros.
+    other = features.clone()
+    for row, count in enumerate(frames.tolist()):
+        other[row, :, count:] = float("nan")
+    assert torch.equal(encoder(other, frames), tokens)
+    for row, count in enumerate(frames.tolist()):
+        alone = encoder(features[row : row + 1, :, :count])[0]
+        true = encoder.output_tokens(count)
+        assert len(alone) == true and not tokens[row, true:].any()
+        torch.testing.assert_close(tokens[row, :true], alone, atol=1e-5, rtol=1e-4)
+    # Features follow the sound, and what was saved is the same.
+    assert (encoder(-features, frames) - tokens).abs().max() > 1e-2 * tokens.abs().max()
+    encoder.save(tmp_path / "own")
+    assert torch.equal(build_audio_encoder(name, tmp_path / "own", stack=stack)(features, frames), tokens)
+
+
+def test_every_audio_encoder_is_covered() -> None:
+    assert AUDIO_TINY.keys() == AUDIO_ENCODERS.keys()
 
 
 @pytest.mark.parametrize("name", [name for names in NAMES.values() for name in names])

@@ -26,6 +26,7 @@ VERBS = {
     "train": "run a training recipe or pipeline",
     "eval": "score a model on held-out questions, beside an image-blind control",
     "embed": "put images and texts into one space and say how close they are",
+    "ocr": "read the text of images and PDFs: lines with boxes and confidences, in reading order",
     "describe": "say what a model folder holds: parts, sizes, template, images, history (loads no weights)",
     "convert": "turn a published model, such as an original LLaVA folder, into a model folder of ours",
     "export": "write a model as a stock folder of transformers, or whole, and prove that it is the same",
