@@ -67,7 +67,7 @@ NEVER: dict[str, set[str]] = {
     "serving": {"training", "planning", "evaluation"},
 }
 
-LIMITS = {"lines": 38_500, "files": 215, "longest file": 450, "imports": 0.115, "circles": 0}
+LIMITS = {"lines": 39_500, "files": 215, "longest file": 450, "imports": 0.115, "circles": 0}
 
 BASES = {"ABC", "Protocol", "Strict"}
 SECTION = re.compile(r"^\s*(Args|Attributes|Returns|Yields|Raises|Example|Examples|Note|Notes):\s*$", re.MULTILINE)
