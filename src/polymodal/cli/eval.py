@@ -100,10 +100,9 @@ def _answers(args: argparse.Namespace, names: list[str]) -> int:
     """Tasks whose questions a model answers."""
     from polymodal.evaluation import results
     from polymodal.evaluation.judge import judged
-    from polymodal.evaluation.official import for_server
     from polymodal.evaluation.report import write_report
     from polymodal.evaluation.runner import Settings, check_needs, prepared, processes, run_task
-    from polymodal.evaluation.task import lacks_variant
+    from polymodal.evaluation.task import for_server, lacks_variant
     from polymodal.evaluation.tasks import find_data, find_task, read_examples
     from polymodal.evaluation.tasks.questions import data_task
 

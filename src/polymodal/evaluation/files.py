@@ -18,7 +18,6 @@ from typing import Any
 from polymodal.data.readers.parquet import cells_of
 from polymodal.errors import DataError, MediaError, first_line
 from polymodal.media.source import open_table
-from polymodal.messages import Image, Message, user
 from polymodal.utils.files import cache_folder, make_folder, regular_size, write_bytes
 
 Row = dict[str, Any]
@@ -135,11 +134,6 @@ def field(row: Any, key: str, where: str, *kinds: type) -> Any:
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise DataError(f"{where}: `{key}` is {value!r:.60}, expected {wanted}")
     return value
-
-
-def ask(text: str, *images: Any) -> tuple[Message, ...]:
-    """A question about images, which come first."""
-    return (user(*map(Image, images), text),)
 
 
 def literal(value: Any, where: str) -> Any:

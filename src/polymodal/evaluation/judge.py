@@ -5,9 +5,8 @@ from dataclasses import replace
 
 from polymodal.backends.base import Backend
 from polymodal.errors import first_line
-from polymodal.evaluation.files import ask
 from polymodal.evaluation.runner import Settings, run_task
-from polymodal.evaluation.task import Example, Sample, Task
+from polymodal.evaluation.task import Example, Sample, Task, ask
 from polymodal.metrics.multiple_choice import FAILED, is_right, parse_mmbench
 from polymodal.utils.progress import log
 

@@ -1,9 +1,8 @@
-"""What the benchmarks' modules share: official files turned into the columns that parquet has, and submissions.
+"""What the benchmarks' modules share: official files turned into the columns that parquet has.
 
 The forms of a benchmark name their columns differently; readers ask for a column by all the names that it has.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -11,8 +10,6 @@ from typing import Any
 
 from polymodal.errors import DataError
 from polymodal.evaluation.files import Row, field, find_file, literal, parquet_rows, read_json, tsv_rows
-from polymodal.evaluation.task import Aggregate, Example, Figures, Sample, Submit, mean_score
-from polymodal.utils.files import make_folder, write_text
 
 WHERE = " where"
 """A column in which a reader says a row's place, where that is not the file's row of the same number."""
@@ -139,42 +136,3 @@ def _folders(folder: Path) -> Iterator[Path]:
         else:
             seen.add(real)
             yield Path(place)
-
-
-def means_by(*keys: str) -> Aggregate:
-    """The mean score of each value of `kind` or of keys of `extra`, of a list's values each."""
-
-    def figures(samples: Sequence[Sample]) -> Figures:
-        groups: dict[str, list[Sample]] = {}
-        for key in keys:
-            for sample in samples:
-                values = sample.kind if key == "kind" else sample.extra.get(key)
-                for value in values if isinstance(values, list) else [values] if values else []:
-                    groups.setdefault(value, []).append(sample)
-        return {name: mean_score(group)["score"] for name, group in groups.items()}
-
-    return figures
-
-
-def for_server(samples: Sequence[Sample], examples: Sequence[Example], ids: Sequence[str] = ()) -> list[Sample]:
-    """The samples in the order of ids or else of all examples, with one without an answer for what was not asked."""
-    known = {e.id: Sample(e.id, e.kind, "", e.references, e.metric, e.options, e.extra, None) for e in examples}
-    known |= {sample.id: sample for sample in samples}
-    wanted = list(ids) or list(known)
-    if lost := known.keys() - set(wanted):
-        raise DataError(
-            f"question {min(lost)} is none of the {len(wanted):,} that the server wants; fetch the files again"
-        )
-    return [known.get(name) or Sample(name, "", "", (), "", {}, {}, None) for name in wanted]
-
-
-def json_array(name: str, entry: Callable[[Sample], Any]) -> Submit:
-    """A submission of one JSON array; `{split}` in its name is the split."""
-
-    def submit(samples: Sequence[Sample], split: str, folder: Path) -> list[Path]:
-        path = folder / name.format(split=split)
-        make_folder(folder)
-        write_text(path, json.dumps([entry(sample) for sample in samples]))
-        return [path]
-
-    return submit

@@ -5,6 +5,7 @@ A task is plain data. `read` turns its files into `Example`s, `metric` names a s
 model.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from polymodal.errors import ConfigError, DataError, unknown_name
-from polymodal.messages import Message
+from polymodal.messages import Image, Message, user
 from polymodal.metrics import CORPUS_METRICS, METRICS, score
+from polymodal.utils.files import make_folder, write_text
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Sample:
 
 
 Item = TypeVar("Item", Example, Sample)
+Key = TypeVar("Key")
 Figures = dict[str, float]
 Aggregate = Callable[[Sequence[Sample]], Figures]
 """Figures of scored samples, the headline first; those whose names begin with n_ are counts."""
@@ -85,9 +88,54 @@ Submit = Callable[[Sequence[Sample], str, Path], list[Path]]
 """Writes what a server takes of the samples of a split, those that were not answered among them, into a folder."""
 
 
+def ask(text: str, *images: Any) -> tuple[Message, ...]:
+    """A question about images, which come first."""
+    return (user(*map(Image, images), text),)
+
+
+def mean(samples: Sequence[Sample]) -> float:
+    """The mean score, of nothing 0."""
+    return sum(sample.score or 0.0 for sample in samples) / max(1, len(samples))
+
+
 def mean_score(samples: Sequence[Sample]) -> Figures:
-    """The mean of the scores, 0 to 1."""
-    return {"score": sum(sample.score or 0.0 for sample in samples) / max(1, len(samples))}
+    """The mean of the scores, 0 to 1, as the only figure."""
+    return {"score": mean(samples)}
+
+
+def by(samples: Sequence[Sample], key: Callable[[Sample], Key]) -> dict[Key, list[Sample]]:
+    """Samples by something of theirs, in the order in which it comes first."""
+    groups: dict[Key, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(key(sample), []).append(sample)
+    return groups
+
+
+def means_by(*keys: str) -> Aggregate:
+    """The mean score of each value of `kind` or of keys of `extra`, of a list's values each."""
+
+    def figures(samples: Sequence[Sample]) -> Figures:
+        groups: dict[str, list[Sample]] = {}
+        for key in keys:
+            for sample in samples:
+                values = sample.kind if key == "kind" else sample.extra.get(key)
+                for value in values if isinstance(values, list) else [values] if values else []:
+                    groups.setdefault(value, []).append(sample)
+        return {name: mean(group) for name, group in groups.items()}
+
+    return figures
+
+
+def json_file(name: str, content: Callable[[Sequence[Sample]], Any]) -> Submit:
+    """A submission of one JSON file; `{split}` in its name is the split."""
+
+    def submit(samples: Sequence[Sample], split: str, folder: Path) -> list[Path]:
+        path = folder / name.format(split=split)
+        make_folder(folder)
+        write_text(path, json.dumps(content(samples)))
+        return [path]
+
+    return submit
 
 
 @dataclass(frozen=True)
@@ -136,6 +184,18 @@ class Task:
     folder: str = ""
     details: Aggregate | None = None
     server_ids: Callable[[Path, str], Iterable[str]] | None = None
+
+
+def for_server(samples: Sequence[Sample], examples: Sequence[Example], ids: Sequence[str] = ()) -> list[Sample]:
+    """The samples in the order of ids or else of all examples, with one without an answer for what was not asked."""
+    known = {e.id: Sample(e.id, e.kind, "", e.references, e.metric, e.options, e.extra, None) for e in examples}
+    known |= {sample.id: sample for sample in samples}
+    wanted = list(ids) or list(known)
+    if lost := known.keys() - set(wanted):
+        raise DataError(
+            f"question {min(lost)} is none of the {len(wanted):,} that the server wants; fetch the files again"
+        )
+    return [known.get(name) or Sample(name, "", "", (), "", {}, {}, None) for name in wanted]
 
 
 def score_samples(samples: Sequence[Sample], variant: str | None = None) -> list[Sample]:

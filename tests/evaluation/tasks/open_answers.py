@@ -14,11 +14,10 @@ from benchmarks.evaluation.mini import open_answers as mini
 from polymodal.backends.base import Backend, Reply, Timing, Usage
 from polymodal.cli import main
 from polymodal.errors import DataError, PolymodalError
-from polymodal.evaluation.official import for_server
 from polymodal.evaluation.responses import media_hash
 from polymodal.evaluation.results import summarise
 from polymodal.evaluation.runner import Settings, prompt_text, run_task
-from polymodal.evaluation.task import Example
+from polymodal.evaluation.task import Example, for_server
 from polymodal.evaluation.tasks import TASKS, read_examples
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Message, assistant

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from polymodal.errors import DataError
 from polymodal.evaluation import official
-from polymodal.evaluation.files import Row, ask, field
-from polymodal.evaluation.task import Example, Figures, Sample, Submit, Task
+from polymodal.evaluation.files import Row, field
+from polymodal.evaluation.task import Example, Figures, Sample, Submit, Task, ask, json_file
 from polymodal.metrics.captions import caption_scores, cider
 
 PROMPT = "Provide a one-sentence caption for the provided image."
@@ -91,7 +91,7 @@ def _figures(samples: Sequence[Sample]) -> Figures:
 
 
 def _results(name: str) -> Submit:
-    return official.json_array(name, lambda s: {"image_id": int(s.id), "caption": s.answer or ""})
+    return json_file(name, lambda samples: [{"image_id": int(s.id), "caption": s.answer or ""} for s in samples])
 
 
 TASKS = (

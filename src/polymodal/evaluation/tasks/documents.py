@@ -11,11 +11,11 @@ from pathlib import Path
 
 from polymodal.errors import DataError
 from polymodal.evaluation import official
-from polymodal.evaluation.files import Row, ask
-from polymodal.evaluation.task import Example, Figures, Sample, Task
+from polymodal.evaluation.files import Row
+from polymodal.evaluation.task import Example, Figures, Sample, Task, ask, json_file, means_by
 from polymodal.evaluation.tasks.vqa import SHORT
 
-ONE_WORD = "\nAnswer the question with a single word."
+ONE_WORD = "Answer the question with a single word."
 _HUB = {"val": "validation", "test": "test"}
 
 
@@ -41,7 +41,7 @@ def _rrc(task: str, folder: Path, split: str) -> Iterator[Example]:
         types = [name for key in keys for name in official.texts_of(row, where, key, secret=True)]
         yield Example(
             id=official.id_of(row, where, "questionId", "index"),
-            messages=ask(official.text_of(row, where, "question") + SHORT, official.image_of(row, where)),
+            messages=ask(f"{official.text_of(row, where, 'question')}\n{SHORT}", official.image_of(row, where)),
             references=official.texts_of(row, where, "answers", "answer", secret=split == "test"),
             extra={"types": types},  # a question may be of several
         )
@@ -58,9 +58,10 @@ def _rrc_task(name: str) -> Task:
         hub="lmms-lab-encoder/DocVQA",
         hub_files={split: [f"{config}/{hub}-*"] for split, hub in _HUB.items()},
         max_new_tokens=32,
-        details=official.means_by("types"),
-        submit=official.json_array(
-            f"{name}_{{split}}_submission.json", lambda s: {"questionId": int(s.id), "answer": s.answer or ""}
+        details=means_by("types"),
+        submit=json_file(
+            f"{name}_{{split}}_submission.json",
+            lambda samples: [{"questionId": int(s.id), "answer": s.answer or ""} for s in samples],
         ),
     )
 
@@ -83,7 +84,9 @@ def _chartqa(folder: Path, split: str) -> Iterator[Example]:
         count[half] += 1
         yield Example(
             id=f"{half}-{count[half]}",  # they have no ids
-            messages=ask(official.text_of(row, where, "query", "question") + ONE_WORD, official.image_of(row, where)),
+            messages=ask(
+                f"{official.text_of(row, where, 'query', 'question')}\n{ONE_WORD}", official.image_of(row, where)
+            ),
             references=(official.text_of(row, where, "label", "answer"),),
             kind=half,
         )
@@ -91,7 +94,7 @@ def _chartqa(folder: Path, split: str) -> Iterator[Example]:
 
 def _mean_of_halves(samples: Sequence[Sample]) -> Figures:
     """The mean of the two halves, as it is reported, and each."""
-    halves = official.means_by("kind")(samples)
+    halves = means_by("kind")(samples)
     return {"score": sum(halves.values()) / max(1, len(halves)), **halves}
 
 

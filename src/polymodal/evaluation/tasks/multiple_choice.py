@@ -5,8 +5,7 @@ a question, a hint, an image or several, the answer, and the options, which stan
 in columns A, B, ...
 """
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from string import ascii_uppercase
@@ -14,16 +13,16 @@ from typing import Any
 
 from polymodal.errors import DataError
 from polymodal.evaluation import official
-from polymodal.evaluation.files import TableRow, ask, field, find_file, literal, located, need_rows, read_json
-from polymodal.evaluation.task import Example, Figures, Sample, Task
+from polymodal.evaluation.files import TableRow, field, find_file, literal, located, need_rows, read_json
+from polymodal.evaluation.task import Example, Figures, Sample, Task, ask, by, json_file, mean, means_by
+from polymodal.evaluation.tasks.vqa import SHORT
 from polymodal.metrics.mmmu import accepted, mmmu_letter, parse_mmmu_choice
 from polymodal.metrics.multiple_choice import FAILED, named_choice
-from polymodal.utils.files import make_folder, write_text
+from polymodal.utils.files import make_folder
 from polymodal.utils.progress import log
 
 LETTER = "Answer with the option's letter from the given choices directly."
 LETTER_ZH = "请直接回答选项字母。"
-SHORT = "Answer the question using a single word or phrase."
 
 
 def options_of(row: TableRow, *names: str, least: int = 1) -> dict[str, str]:
@@ -47,31 +46,6 @@ def options_of(row: TableRow, *names: str, least: int = 1) -> dict[str, str]:
 def listed(options: dict[str, str], form: str = "{}. {}", between: str = "\n") -> str:
     """Options under each other."""
     return between.join(form.format(*option) for option in options.items())
-
-
-def mean(samples: Sequence[Sample]) -> float:
-    """The mean score, of nothing 0."""
-    return sum(sample.score or 0.0 for sample in samples) / max(1, len(samples))
-
-
-def by(samples: Sequence[Sample], key: Callable[[Sample], Any]) -> dict[Any, list[Sample]]:
-    """Samples by something of theirs, in the order in which it comes first."""
-    parts: dict[Any, list[Sample]] = {}
-    for sample in samples:
-        parts.setdefault(key(sample), []).append(sample)
-    return parts
-
-
-def kind_means(samples: Sequence[Sample]) -> Figures:
-    """The mean of each kind."""
-    return {kind: mean(own) for kind, own in by(samples, lambda s: s.kind).items()}
-
-
-def write_answers(path: Path, answers: Any) -> list[Path]:
-    """A submission in JSON."""
-    make_folder(path.parent)
-    write_text(path, json.dumps(answers, ensure_ascii=False) + "\n")
-    return [path]
 
 
 DOMAINS = {
@@ -131,13 +105,13 @@ def _mmmu(samples: Sequence[Sample]) -> Figures:
     return {"accuracy": mean(samples), **shown, "n_random_fallback": drawn}
 
 
-def _submit_mmmu(samples: Sequence[Sample], split: str, folder: Path) -> list[Path]:
+def _mmmu_answers(samples: Sequence[Sample]) -> dict[str, str]:
     """EvalAI's form: a letter or a text for each question."""
     said = {
         s.id: mmmu_letter(s.answer, s.options["options"], item=s.id) if s.options and s.answer is not None else s.answer
         for s in samples
     }
-    return write_answers(folder / f"mmmu_{split}_evalai.json", {name: answer or "" for name, answer in said.items()})
+    return {name: answer or "" for name, answer in said.items()}
 
 
 MMMU = Task(
@@ -150,7 +124,7 @@ MMMU = Task(
     hub_files={split: [f"*/{long}-*", f"answer_dict_{split}.json"] for split, long in _MMMU_SPLITS.items()},
     max_new_tokens=128,
     aggregate=_mmmu,
-    submit=_submit_mmmu,
+    submit=json_file("mmmu_{split}_evalai.json", _mmmu_answers),
 )
 
 
@@ -282,7 +256,7 @@ def _read_scienceqa(folder: Path, split: str) -> Iterator[Example]:
 def _scienceqa(samples: Sequence[Sample]) -> Figures:
     """Questions with an image, which LLaVA reports; all; by subject."""
     seen = [sample for sample in samples if sample.extra["image"]]
-    return {**({"IMG": mean(seen)} if seen else {}), "all": mean(samples), **kind_means(samples)}
+    return {**({"IMG": mean(seen)} if seen else {}), "all": mean(samples), **means_by("kind")(samples)}
 
 
 SCIENCEQA = Task(
@@ -335,13 +309,13 @@ def _read_aokvqa(folder: Path, split: str) -> Iterator[Example]:
             yield Example(f"{name}/direct_answer", ask(f"{question}\n{SHORT}", *images), given, "direct_answer")
 
 
-def _submit_aokvqa(samples: Sequence[Sample], split: str, folder: Path) -> list[Path]:
+def _aokvqa_answers(samples: Sequence[Sample]) -> dict[str, dict[str, str]]:
     answers: dict[str, dict[str, str]] = {}
     for s in samples:
         name, _, kind = s.id.rpartition("/")
         said = s.answer or ""
         answers.setdefault(name, {})[kind] = named_choice(said, s.options["choices"]) if said and s.options else said
-    return write_answers(folder / f"predictions_{split}.json", answers)
+    return answers
 
 
 AOKVQA = Task(
@@ -352,8 +326,8 @@ AOKVQA = Task(
     read=_read_aokvqa,
     hub="HuggingFaceM4/A-OKVQA",
     hub_files={split: [f"data/{split}*"] for split in ("val", "test", "train")},
-    aggregate=kind_means,
-    submit=_submit_aokvqa,
+    aggregate=means_by("kind"),
+    submit=json_file("predictions_{split}.json", _aokvqa_answers),
 )
 
 
@@ -375,7 +349,7 @@ MMSTAR = Task(
     read=_read_mmstar,
     hub="Lin-Chen/MMStar",
     hub_files={"val": ["*.parquet"]},
-    aggregate=lambda samples: {"accuracy": mean(samples), **kind_means(samples)},
+    aggregate=lambda samples: {"accuracy": mean(samples), **means_by("kind")(samples)},
 )
 
 TASKS = (MMMU, MMBENCH, SCIENCEQA, AOKVQA, MMSTAR)

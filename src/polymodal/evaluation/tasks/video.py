@@ -5,8 +5,8 @@ from pathlib import Path
 
 from polymodal.errors import DataError
 from polymodal.evaluation.files import TableRow, field, file_in, find_file, literal, located, need_rows, read_json
-from polymodal.evaluation.task import Example, Figures, Sample, Task
-from polymodal.evaluation.tasks.multiple_choice import by, kind_means, listed, mean, options_of
+from polymodal.evaluation.task import Example, Figures, Sample, Task, by, mean, means_by
+from polymodal.evaluation.tasks.multiple_choice import listed, options_of
 from polymodal.messages import Video, system, user
 from polymodal.metrics.multiple_choice import parse_videomme
 
@@ -125,7 +125,7 @@ def _read_mvbench(folder: Path, _split: str) -> Iterator[Example]:
 
 def _mvbench(samples: Sequence[Sample]) -> Figures:
     """The mean over tasks, the tasks, and how many answers are empty, which the official rule takes for right."""
-    tasks = kind_means(samples)
+    tasks = means_by("kind")(samples)
     empty = sum(s.answer is not None and not s.answer.strip(" .") for s in samples)
     return {"mean_of_tasks": sum(tasks.values()) / len(tasks), **tasks, "n_empty": empty}
 

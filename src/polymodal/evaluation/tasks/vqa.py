@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from polymodal.evaluation import official
-from polymodal.evaluation.files import Row, ask, field, need_file, parquet_rows, read_json
-from polymodal.evaluation.task import Example, Task
+from polymodal.evaluation.files import Row, field, need_file, parquet_rows, read_json
+from polymodal.evaluation.task import Example, Task, ask, json_file, means_by
 from polymodal.metrics.vqa import normalize_answer
 
-SHORT = "\nAnswer the question using a single word or phrase."
+SHORT = "Answer the question using a single word or phrase."
 
 # Of a split: the questions' name, that of their images, and the split on the hub. The answers of all but "val" are
 # secret: no score, only the submission.
@@ -44,7 +44,7 @@ def _vqav2(folder: Path, split: str) -> Iterator[Example]:
         noted = field(row, "answers", where, list) if open_ else []
         yield Example(
             id=official.id_of(row, where, "question_id"),
-            messages=ask(official.text_of(row, where, "question") + SHORT, official.image_of(row, where)),
+            messages=ask(f"{official.text_of(row, where, 'question')}\n{SHORT}", official.image_of(row, where)),
             references=tuple(official.text_of(answer, where, "answer") for answer in noted),
             kind=official.text_of(row, where, "answer_type") if open_ else "",
             extra={"image": official.id_of(row, where, "image_id")},
@@ -66,11 +66,13 @@ VQAV2 = Task(
     read=_vqav2,
     hub="lmms-lab-encoder/VQAv2",
     hub_files={"val": ["data/validation-*"], "testdev": ["data/testdev-*", "data/test-*"], "test": ["data/test-*"]},
-    details=official.means_by("kind"),
+    details=means_by("kind"),
     group="image",
-    submit=official.json_array(  # LLaVA normalizes what it sends as M4C does
+    submit=json_file(  # LLaVA normalizes what it sends as M4C does
         "vqav2_{split}_submission.json",
-        lambda s: {"question_id": int(s.id), "answer": normalize_answer(s.answer or "", "m4c")},
+        lambda samples: [
+            {"question_id": int(s.id), "answer": normalize_answer(s.answer or "", "m4c")} for s in samples
+        ],
     ),
     server_ids=_vqav2_ids,
 )
@@ -105,7 +107,7 @@ def _gqa(folder: Path, split: str) -> Iterator[Example]:
         balanced = row.get("isBalanced", True)
         yield Example(
             id=official.text_of(row, where, "id", "index"),
-            messages=ask(official.text_of(row, where, "question") + SHORT, official.image_of(row, where)),
+            messages=ask(f"{official.text_of(row, where, 'question')}\n{SHORT}", official.image_of(row, where)),
             references=(official.text_of(row, where, "answer"),) if balanced else (),
             kind=structure and ("open" if structure == "query" else "binary"),
             extra={
@@ -123,11 +125,11 @@ GQA = Task(
     read=_gqa,
     hub="lmms-lab-encoder/GQA",
     hub_files={split: [f"{split}_balanced_*/*"] for split in ("testdev", "val")},
-    details=official.means_by("kind", "structural", "semantic"),
+    details=means_by("kind", "structural", "semantic"),
     group="image",
-    submit=official.json_array(
+    submit=json_file(
         "{split}_balanced_predictions.json",
-        lambda s: {"questionId": s.id, "prediction": (s.answer or "").rstrip(".").lower()},
+        lambda samples: [{"questionId": s.id, "prediction": (s.answer or "").rstrip(".").lower()} for s in samples],
     ),
 )
 
@@ -156,7 +158,7 @@ def _textvqa(ocr: bool, folder: Path, split: str) -> Iterator[Example]:
             question += f"\nReference OCR token: {', '.join(map(str, tokens))}"
         yield Example(
             id=official.id_of(row, where, "question_id", "index"),
-            messages=ask(question + SHORT, official.image_of(row, where)),
+            messages=ask(f"{question}\n{SHORT}", official.image_of(row, where)),
             references=official.texts_of(row, where, "answers", "answer", secret=split == "test"),
             extra={"image": row["image_id"]} if "image_id" in row else {},
         )
@@ -172,8 +174,9 @@ def _textvqa_task(name: str, about: str, ocr: bool) -> Task:
         hub="lmms-lab-encoder/textvqa",
         hub_files={split: [f"data/{hub}-*"] for split, hub in _TEXTVQA.items()},
         group="image",
-        submit=official.json_array(
-            "textvqa_{split}_submission.json", lambda s: {"question_id": int(s.id), "answer": s.answer or ""}
+        submit=json_file(
+            "textvqa_{split}_submission.json",
+            lambda samples: [{"question_id": int(s.id), "answer": s.answer or ""} for s in samples],
         ),
         folder="textvqa",
     )

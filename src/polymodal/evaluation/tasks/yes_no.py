@@ -7,7 +7,6 @@ from polymodal.errors import DataError
 from polymodal.evaluation import official
 from polymodal.evaluation.files import (
     TableRow,
-    ask,
     file_in,
     find_file,
     located,
@@ -16,8 +15,8 @@ from polymodal.evaluation.files import (
     read_lines,
     text_lines,
 )
-from polymodal.evaluation.task import Example, Figures, Sample, Task
-from polymodal.evaluation.tasks.multiple_choice import SHORT, by
+from polymodal.evaluation.task import Example, Figures, Sample, Task, ask, by
+from polymodal.evaluation.tasks.vqa import SHORT
 from polymodal.metrics.yes_no import COGNITION, PERCEPTION, mme_totals, pope_aggregate
 
 POPE_KINDS = ("random", "popular", "adversarial")
