@@ -22,7 +22,7 @@ from polymodal.evaluation.files import (
     parquet_rows,
     read_json,
     read_lines,
-    table_rows,
+    rows_in,
     tsv_rows,
 )
 from polymodal.media.image import open_image
@@ -259,6 +259,6 @@ def test_finding_files(tmp_path: Path) -> None:
     assert find_file(tmp_path, "z.json") is None
     with pytest.raises(DataError, match=r"none of z\.json, w\*"):
         need_file(tmp_path, "z.json", "w*")
-    rows = table_rows(tmp_path, "*.parquet", "y.tsv")
-    assert rows is not None and [dict(row) for row in rows] == [{"index": "1"}]
-    assert table_rows(tmp_path, "*.parquet") is None
+    assert [dict(row) for row in rows_in(tmp_path, "*.parquet", "y.tsv")] == [{"index": "1"}]
+    with pytest.raises(DataError, match=r"none of \*\.parquet is in it"):
+        list(rows_in(tmp_path, "*.parquet"))

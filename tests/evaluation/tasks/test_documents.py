@@ -134,7 +134,9 @@ def test_faults_are_one_line(tmp_path: Path) -> None:
     mini.TSV["chartqa"](tmp_path / "tsv", 2)
     tsv = tmp_path / "tsv" / "ChartQA_TEST.tsv"
     tsv.write_text(tsv.read_text().replace("test_human", "test_machine"))
-    check_fault(tmp_path / "tsv", "chartqa", "test", "row 0: is of 'machine', expected human or augmented")
+    check_fault(
+        tmp_path / "tsv", "chartqa", "test", "ChartQA_TEST.tsv: line 2: is of 'machine', expected human or augmented"
+    )
     mini.OFFICIAL["ocrbench"](tmp_path / "ocrbench", 2)
     change(tmp_path / "ocrbench" / "OCRBench.json", lambda d: d[1].pop("answers"))
     check_fault(tmp_path / "ocrbench", "ocrbench", "test", "row 1: `answers` is None, expected list or str")

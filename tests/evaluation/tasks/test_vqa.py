@@ -61,7 +61,7 @@ def test_ocr_tokens_are_asked_for_by_name_and_an_image_without_any_keeps_the_lin
     assert prompt_text(plain[0].messages).startswith("<image>What is written here in Capitals?\n")
     assert prompt_text(plain[1].messages).startswith("<image>What does the sign say?\n")
     mini.TSV["textvqa"](tmp_path / "tsv", 2)
-    check_fault(tmp_path / "tsv", "textvqa_ocr", "val", "TextVQA_VAL.tsv: row 0: has no `ocr_tokens`")
+    check_fault(tmp_path / "tsv", "textvqa_ocr", "val", "TextVQA_VAL.tsv: line 2: has no `ocr_tokens`")
     (tmp_path / "official" / "TextVQA_Rosetta_OCR_v0.2_val.json").unlink()
     check_fault(tmp_path / "official", "textvqa_ocr", "val", "none of TextVQA_Rosetta_OCR_v0.2_val.json is in it")
 

@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from polymodal.errors import DataError
-from polymodal.evaluation import official
-from polymodal.evaluation.files import Row, field
+from polymodal.evaluation.files import Form, Row, field, find_images, json_rows, rows_in
 from polymodal.evaluation.task import Example, Figures, Sample, Submit, Task, ask, json_file
 from polymodal.metrics.captions import caption_scores, cider
 
@@ -21,60 +20,52 @@ _NOCAPS = {"val": ("nocaps_val_4500_captions.json", "validation"), "test": ("noc
 _DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 
-def _karpathy(folder: Path, path: Path) -> list[Row]:
+def _karpathy(folder: Path, path: Path) -> Sequence[Row]:
     """Karpathy's test split: 5,000 images of val2014."""
-    rows = []
-    for number, row in enumerate(official.json_list(path, "images")):
-        where = f"{path}: row {number}"
-        if official.text_of(row, where, "split") == "test":
-            said = [official.text_of(sentence, where, "raw") for sentence in field(row, "sentences", where, list)]
-            rows.append({**row, "captions": said})
-    return official.with_images(folder, path, rows, "filename")
+    rows = [row for row in json_rows(path, "images") if row.value(str, "split") == "test"]
+    for row in rows:
+        row["captions"] = [field(said, "raw", row.where, str) for said in row.value(list, "sentences")]
+    return find_images(folder, rows, "filename")
 
 
-def _official(folder: Path, path: Path, secret: bool = False) -> list[Row]:
+def _official(folder: Path, path: Path, secret: bool = False) -> Sequence[Row]:
     """COCO's form, which is NoCaps' too."""
     captions: dict[str, list[str]] = defaultdict(list)
-    for number, note in enumerate([] if secret else official.json_list(path, "annotations")):
-        where = f"{path}: annotation {number}"
-        captions[official.id_of(note, where, "image_id")].append(official.text_of(note, where, "caption"))
-    rows = []
-    for number, row in enumerate(official.json_list(path, "images")):
-        own = captions.pop(official.id_of(row, f"{path}: row {number}", "id"), [])
-        rows.append({**row, "captions": own})
-    return official.with_images(folder, path, rows, "file_name")
+    for note in [] if secret else json_rows(path, "annotations", each="annotation"):
+        captions[note.id("image_id")].append(note.value(str, "caption"))
+    rows = json_rows(path, "images")
+    for row in rows:
+        row["captions"] = captions.pop(row.id("id"), [])
+    return find_images(folder, rows, "file_name")
 
 
-def _example(where: str, row: Row, secret: bool = False) -> Example:
+def _example(row: Row, secret: bool = False) -> Example:
     return Example(
-        id=official.id_of(row, where, "image_id", "cocoid", "id", "index"),
-        messages=ask(PROMPT, official.image_of(row, where)),
-        references=official.texts_of(row, where, "captions", "annotations_captions", "answer", secret=secret),
-        kind=official.text_of(row, where, "domain") if "domain" in row else "",
+        id=row.id("image_id", "cocoid", "id", "index"),
+        messages=ask(PROMPT, row.image()),
+        references=row.texts("captions", "annotations_captions", "answer", secret=secret),
+        kind=row.value(str, "domain") if "domain" in row else "",
     )
 
 
-def _coco(folder: Path, split: str) -> Iterator[Example]:
-    if split == "karpathy":
-        rows = official.rows_in(folder, {"dataset_coco.json": partial(_karpathy, folder)})
-    else:
-        forms = {f"captions_{split}.json": partial(_official, folder)}
-        rows = official.rows_in(folder, forms, "val-*.parquet", *["COCO_VAL.tsv"] * (split == "val2017"))
-    for where, row in rows:
+def _read_coco(folder: Path, split: str) -> Iterator[Example]:
+    forms: list[Form] = [(f"captions_{split}.json", partial(_official, folder)), "val-*.parquet"]
+    forms += ["COCO_VAL.tsv"] * (split == "val2017")
+    karpathy = "dataset_coco.json", partial(_karpathy, folder)
+    for row in rows_in(folder, *([karpathy] if split == "karpathy" else forms)):
         if "question_id" in row:  # of the hub, the name of the image: COCO_val2014_000000391895.jpg
-            name = official.text_of(row, where, "question_id")
+            name = row.value(str, "question_id")
             if ("val2014" in name) != (split == "val2014"):
-                raise DataError(f"{where}: {name:.60} is no image of {split}")
+                raise DataError(f"{row.where}: {name:.60} is no image of {split}")
             row["image_id"] = name.partition(".")[0].rpartition("_")[2]
-        yield _example(where, row)
+        yield _example(row)
 
 
-def _nocaps(folder: Path, split: str) -> Iterator[Example]:
+def _read_nocaps(folder: Path, split: str) -> Iterator[Example]:
     name, hub = _NOCAPS[split]
     secret = split == "test"
-    forms = {name: partial(_official, folder, secret=secret)}
-    for where, row in official.rows_in(folder, forms, f"{hub}-*.parquet"):
-        yield _example(where, row, secret)
+    for row in rows_in(folder, (name, partial(_official, folder, secret=secret)), f"{hub}-*.parquet"):
+        yield _example(row, secret)
 
 
 def _figures(samples: Sequence[Sample]) -> Figures:
@@ -100,7 +91,7 @@ TASKS = (
         about="captions of COCO's images: lmms-eval's prompt, CIDEr; karpathy is the test split of papers",
         metric="cider",
         splits=("karpathy", "val2014", "val2017"),
-        read=_coco,
+        read=_read_coco,
         hub="lmms-lab-encoder/COCO-Caption",
         hub_files={"val2014": ["data/val-*"]},
         max_new_tokens=64,
@@ -112,7 +103,7 @@ TASKS = (
         about="captions of objects that COCO lacks: lmms-eval's prompt, CIDEr",
         metric="cider",
         splits=tuple(_NOCAPS),
-        read=_nocaps,
+        read=_read_nocaps,
         hub="lmms-lab-encoder/NoCaps",
         hub_files={split: [f"data/{hub}-*"] for split, (_, hub) in _NOCAPS.items()},
         max_new_tokens=64,

@@ -10,13 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from polymodal.errors import DataError
-from polymodal.evaluation import official
-from polymodal.evaluation.files import Row
+from polymodal.evaluation.files import Row, find_images, json_rows, rows_in
 from polymodal.evaluation.task import Example, Figures, Sample, Task, ask, json_file, means_by
-from polymodal.evaluation.tasks.vqa import SHORT
+from polymodal.evaluation.tasks.vqa import HUB_SPLITS, SHORT
 
 ONE_WORD = "Answer the question with a single word."
-_HUB = {"val": "validation", "test": "test"}
 
 
 # The two of the Robust Reading Competition: what they ask about, the official files, the key of the image's name there,
@@ -28,22 +26,21 @@ _RRC = {
 }
 
 
-def _rrc_official(folder: Path, image: str, path: Path) -> list[Row]:
-    return official.with_images(folder, path, official.json_list(path, "data"), image)
+def _rrc_official(folder: Path, image: str, path: Path) -> Sequence[Row]:
+    return find_images(folder, json_rows(path, "data"), image)
 
 
-def _rrc(task: str, folder: Path, split: str) -> Iterator[Example]:
+def _read_rrc(task: str, folder: Path, split: str) -> Iterator[Example]:
     _, names, image, config, tsv = _RRC[task]
-    forms = {name.format(split): partial(_rrc_official, folder, image) for name in names}
-    parquet = f"{_HUB[split]}-*.parquet"
-    for where, row in official.rows_in(folder, forms, f"{config}/{parquet}", parquet, f"{tsv}_{split.upper()}.tsv"):
+    official = [(name.format(split), partial(_rrc_official, folder, image)) for name in names]
+    parquet = f"{HUB_SPLITS[split]}-*.parquet"
+    for row in rows_in(folder, *official, f"{config}/{parquet}", parquet, f"{tsv}_{split.upper()}.tsv"):
         keys = ("question_types", "answer_type", "operation/reasoning")
-        types = [name for key in keys for name in official.texts_of(row, where, key, secret=True)]
         yield Example(
-            id=official.id_of(row, where, "questionId", "index"),
-            messages=ask(f"{official.text_of(row, where, 'question')}\n{SHORT}", official.image_of(row, where)),
-            references=official.texts_of(row, where, "answers", "answer", secret=split == "test"),
-            extra={"types": types},  # a question may be of several
+            id=row.id("questionId", "index"),
+            messages=ask(f"{row.value(str, 'question')}\n{SHORT}", row.image()),
+            references=row.texts("answers", "answer", secret=split == "test"),
+            extra={"types": [name for key in keys for name in row.texts(key, secret=True)]},  # which may be several
         )
 
 
@@ -53,10 +50,10 @@ def _rrc_task(name: str) -> Task:
         name=name,
         about=f"questions about {about}: LLaVA's prompt, ANLS",
         metric="anls",
-        splits=tuple(_HUB),
-        read=partial(_rrc, name),
+        splits=tuple(HUB_SPLITS),
+        read=partial(_read_rrc, name),
         hub="lmms-lab-encoder/DocVQA",
-        hub_files={split: [f"{config}/{hub}-*"] for split, hub in _HUB.items()},
+        hub_files={split: [f"{config}/{hub}-*"] for split, hub in HUB_SPLITS.items()},
         max_new_tokens=32,
         details=means_by("types"),
         submit=json_file(
@@ -69,30 +66,29 @@ def _rrc_task(name: str) -> Task:
 def _chartqa_official(folder: Path, split: str, path: Path) -> Iterator[Row]:
     """Its two files, of which the first was found."""
     for half in ("human", "augmented"):
-        file = path.with_name(f"{split}_{half}.json")
-        rows = official.with_images(folder, file, official.json_list(file), "imgname")
-        yield from ({**row, "type": half, official.WHERE: f"{file}: row {n}"} for n, row in enumerate(rows))
+        rows = json_rows(path.with_name(f"{split}_{half}.json"))
+        for row in find_images(folder, rows, "imgname"):
+            row["type"] = half
+            yield row
 
 
-def _chartqa(folder: Path, split: str) -> Iterator[Example]:
-    forms = {f"{split}_human.json": partial(_chartqa_official, folder, split)}
+def _read_chartqa(folder: Path, split: str) -> Iterator[Example]:
+    official = f"{split}_human.json", partial(_chartqa_official, folder, split)
     count = {"human": 0, "augmented": 0}
-    for where, row in official.rows_in(folder, forms, f"{split}-*.parquet", f"ChartQA_{split.upper()}.tsv"):
-        half = official.text_of(row, where, "type", "split").removeprefix("test_").removesuffix("_test")
+    for row in rows_in(folder, official, f"{split}-*.parquet", f"ChartQA_{split.upper()}.tsv"):
+        half = row.value(str, "type", "split").removeprefix("test_").removesuffix("_test")
         if half not in count:
-            raise DataError(f"{where}: is of {half!r:.60}, expected human or augmented")
+            raise DataError(f"{row.where}: is of {half!r:.60}, expected human or augmented")
         count[half] += 1
         yield Example(
             id=f"{half}-{count[half]}",  # they have no ids
-            messages=ask(
-                f"{official.text_of(row, where, 'query', 'question')}\n{ONE_WORD}", official.image_of(row, where)
-            ),
-            references=(official.text_of(row, where, "label", "answer"),),
+            messages=ask(f"{row.value(str, 'query', 'question')}\n{ONE_WORD}", row.image()),
+            references=(row.value(str, "label", "answer"),),
             kind=half,
         )
 
 
-def _mean_of_halves(samples: Sequence[Sample]) -> Figures:
+def _chartqa_figures(samples: Sequence[Sample]) -> Figures:
     """The mean of the two halves, as it is reported, and each."""
     halves = means_by("kind")(samples)
     return {"score": sum(halves.values()) / max(1, len(halves)), **halves}
@@ -109,20 +105,22 @@ _RECOGNITION = (
 _DATASETS = {"Handwritten Mathematical Expression Recognition": "HME100k"}
 
 
-def _ocrbench_official(folder: Path, path: Path) -> list[Row]:
-    rows = official.with_images(folder, path, official.json_list(path), "image_path")
-    return [{**row, "answers": [a] if isinstance(a := row.get("answers"), str) else a} for row in rows]
+def _ocrbench_official(folder: Path, path: Path) -> Iterator[Row]:
+    for row in find_images(folder, json_rows(path), "image_path"):
+        answers = row.get("answers")
+        row["answers"] = [answers] if isinstance(answers, str) else answers
+        yield row
 
 
-def _ocrbench(folder: Path, _split: str) -> Iterator[Example]:
-    forms = {"OCRBench.json": partial(_ocrbench_official, folder)}
-    for number, (where, row) in enumerate(official.rows_in(folder, forms, "test-*.parquet", "OCRBench.tsv")):
-        kind = official.text_of(row, where, "type", "question_type", "category")
-        dataset = row.get(official.named(row, "dataset_name", "dataset"), _DATASETS.get(kind))
+def _read_ocrbench(folder: Path, _split: str) -> Iterator[Example]:
+    official = "OCRBench.json", partial(_ocrbench_official, folder)
+    for number, row in enumerate(rows_in(folder, official, "test-*.parquet", "OCRBench.tsv")):
+        kind = row.value(str, "type", "question_type", "category")
+        dataset = row.get(row.named("dataset_name", "dataset"), _DATASETS.get(kind))
         yield Example(
             id=str(number),  # the hub's have no ids
-            messages=ask(official.text_of(row, where, "question").strip(), official.image_of(row, where)),
-            references=official.texts_of(row, where, "answers", "answer"),
+            messages=ask(row.value(str, "question").strip(), row.image()),
+            references=row.texts("answers", "answer"),
             kind=kind,
             options={"dataset": dataset} if dataset == "HME100k" else {},  # which is scored otherwise
         )
@@ -144,17 +142,17 @@ TASKS = (
         about="questions about charts: lmms-eval's prompt, relaxed accuracy, the mean of human and augmented",
         metric="chartqa_relaxed",
         splits=("test", "val"),
-        read=_chartqa,
+        read=_read_chartqa,
         hub="lmms-lab-encoder/ChartQA",
         hub_files={"test": ["data/test-*"]},
-        aggregate=_mean_of_halves,
+        aggregate=_chartqa_figures,
     ),
     Task(
         name="ocrbench",
         about="reading text of ten kinds: the question alone, out of 1000",
         metric="ocrbench",
         splits=("test",),
-        read=_ocrbench,
+        read=_read_ocrbench,
         hub="echo840/OCRBench",
         max_new_tokens=128,
         details=_ocrbench_figures,

@@ -6,16 +6,14 @@ in columns A, B, ...
 """
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
 
 from polymodal.errors import DataError
-from polymodal.evaluation import official
-from polymodal.evaluation.files import TableRow, field, find_file, literal, located, need_rows, read_json
+from polymodal.evaluation.files import Row, field, find_file, find_images, json_rows, literal, read_json, rows_in
 from polymodal.evaluation.task import Example, Figures, Sample, Task, ask, by, json_file, mean, means_by
-from polymodal.evaluation.tasks.vqa import SHORT
+from polymodal.evaluation.tasks.vqa import HUB_SPLITS, SHORT
 from polymodal.metrics.mmmu import accepted, mmmu_letter, parse_mmmu_choice
 from polymodal.metrics.multiple_choice import FAILED, named_choice
 from polymodal.utils.files import make_folder
@@ -23,24 +21,6 @@ from polymodal.utils.progress import log
 
 LETTER = "Answer with the option's letter from the given choices directly."
 LETTER_ZH = "请直接回答选项字母。"
-
-
-def options_of(row: TableRow, *names: str, least: int = 1) -> dict[str, str]:
-    """A row's options by letter: a list under one of some names, or the columns A, B, ... until one is empty."""
-    options = {}
-    for name in names:
-        if row.get(name) is not None and row[name] != "":
-            texts = literal(row[name], f"{row.where}: `{name}`")
-            if not isinstance(texts, list | tuple) or len(texts) > len(ascii_uppercase):
-                raise DataError(f"{row.where}: `{name}` is {texts!r:.60}, expected a list of options")
-            options = dict(zip(ascii_uppercase, map(str, texts), strict=False))
-    for letter in ascii_uppercase if not options else ():
-        if not (text := row.text(letter, default="")):
-            break
-        options[letter] = text
-    if len(options) < least:
-        raise DataError(f"{row.where}: has no options in {' or '.join((*names, 'A, B, ...'))}")
-    return options
 
 
 def listed(options: dict[str, str], form: str = "{}. {}", between: str = "\n") -> str:
@@ -58,27 +38,27 @@ DOMAINS = {
     "Tech and Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power "
     "Materials Mechanical_Engineering",
 }
-_MMMU_SPLITS = {"val": "validation", "test": "test", "dev": "dev"}
+_MMMU_SPLITS = {**HUB_SPLITS, "dev": "dev"}
 
 
 def _read_mmmu(folder: Path, split: str) -> Iterator[Example]:
     """Parquet of the official dataset or a TSV; `answer_dict_SPLIT.json` has the answers, where it is there."""
     long = _MMMU_SPLITS[split]
     key = find_file(folder, f"answer_dict_{split}.json")
-    answers = located(read_json(key), str(key)) if key else {}
-    tables = (f"{long}-*.parquet", "MMMU_DEV_VAL.tsv", f"MMMU_{split.upper()}.tsv", f"MMMU_{long.upper()}.tsv")
-    for row in need_rows(folder, *tables):
+    answers = Row(read_json(key), f"{key}: the file") if key else {}
+    parquet, names = f"{long}-*.parquet", ("DEV_VAL", split.upper(), long.upper())
+    for row in rows_in(folder, f"*/{parquet}", parquet, *(f"MMMU_{name}.tsv" for name in names)):
         name = row.text("id", default="") or "_".join(row.text(key) for key in ("split", "category", "index"))
         if row.get("split", long) not in (long, split):
             continue
-        given = located(answers.get(name, {}), f"{key}: {name}").get("ground_truth", row.get("answer"))
+        given = Row(answers.get(name, {}), f"{key}: {name}").get("ground_truth", row.get("answer"))
         gold = given if isinstance(given, list) else [] if given in (None, "", "?") else accepted([str(given)])
         # Official runs of LLaVA see the first image alone and keep the markers as text. So here, with all images.
         images = [row[name] for name in (f"image_{n}" for n in range(1, 8)) if row.get(name)] or row.images()
         question = row.text("question")
         subject = "_".join(name.split("_")[1:-1])
         form = row.text("question_type", default="")
-        options = options_of(row, "options", least=form == "multiple-choice")
+        options = row.options("options", least=form == "multiple-choice")
         right = tuple(map(str, gold))
         if form != "multiple-choice" and (form or not options):
             yield Example(name, ask(f"{question}\n\n{SHORT}", *images), right, subject, "mmmu_open")
@@ -92,7 +72,7 @@ def _unread(answer: str, options: tuple[str, ...], variant: str) -> bool:
     return variant != "vlmevalkit" and parse_mmmu_choice(answer, options, variant=variant) is None
 
 
-def _mmmu(samples: Sequence[Sample]) -> Figures:
+def _mmmu_figures(samples: Sequence[Sample]) -> Figures:
     """Micro accuracy, the domains', and how many letters were drawn."""
     domain = {subject: name for name, subjects in DOMAINS.items() for subject in subjects.split()}
     parts = by(samples, lambda s: domain.get(s.kind, "other"))
@@ -123,7 +103,7 @@ MMMU = Task(
     hub="MMMU/MMMU",
     hub_files={split: [f"*/{long}-*", f"answer_dict_{split}.json"] for split, long in _MMMU_SPLITS.items()},
     max_new_tokens=128,
-    aggregate=_mmmu,
+    aggregate=_mmmu_figures,
     submit=json_file("mmmu_{split}_evalai.json", _mmmu_answers),
 )
 
@@ -134,27 +114,19 @@ def _read_mmbench(folder: Path, split: str) -> Iterator[Example]:
     if not version:
         older = f"mmbench_{part}_2*.tsv" if language == "en" else f"mmbench_{part}_{language}_2*.tsv"
         tables += [older, f"{language}/{part}-*.parquet"]
-    for row in need_rows(folder, *tables):
-        index = _number(row.text("index"))
-        if not isinstance(index, int):
-            raise DataError(f"{row.where}: `index` is {index!r:.60}, expected a number")
-        question, hint = row.text("question"), row.text("hint", default="")
-        options = options_of(row)
+    for row in rows_in(folder, *tables):
+        index, question, hint = row.id("index"), row.text("question"), row.text("hint", default="")
+        options = row.options()
         text = f"{hint}\n" * bool(hint) + f"{question}\n{listed(options)}\n{LETTER if language == 'en' else LETTER_ZH}"
         answer = row.text("answer", default="")
         yield Example(
-            *(str(index), ask(text, *row.images()), (answer,) * bool(answer), row.text("category", default="")),
+            *(index, ask(text, *row.images()), (answer,) * bool(answer), row.text("category", default="")),
             options={"options": options},
-            extra={"group": row.text("g_index", default=str(index % 1_000_000)), "question": question},
+            extra={"group": row.text("g_index", default=str(int(index) % 1_000_000)), "question": question},
         )
 
 
-def _number(value: Any) -> Any:
-    """What a cell of a TSV means, where it is a whole number."""
-    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
-
-
-def _mmbench(samples: Sequence[Sample]) -> Figures:
+def _mmbench_figures(samples: Sequence[Sample]) -> Figures:
     """Questions of which every pass is right, passes, and the former by category."""
     groups = by(samples, lambda s: s.extra["group"]).values()
     right = {id(own): min(sample.score or 0.0 for sample in own) for own in groups}
@@ -208,52 +180,46 @@ MMBENCH = Task(
     read=_read_mmbench,
     hub="lmms-lab-encoder/MMBench",
     hub_files={f"{lang}_{part}": [f"{lang}/{part}-*"] for lang in ("en", "cn") for part in ("dev", "test")},
-    aggregate=_mmbench,
+    aggregate=_mmbench_figures,
     group="group",
     submit=_submit_mmbench,
 )
 
 
-def _scienceqa_rows(folder: Path, split: str) -> Iterator[TableRow]:
-    """Of problems.json, in the order of pid_splits.json where it is there; else of tables."""
-    path = find_file(folder, "problems.json")
-    if path is None:
-        long = "validation" if split == "val" else split
-        tables = (f"ScienceQA-FULL/{long}-*.parquet", f"{long}-*.parquet", f"ScienceQA_{split.upper()}.tsv")
-        for number, row in enumerate(need_rows(folder, *tables)):
-            row.setdefault("pid", row.get("index", number))
-            yield row
-        return
-    problems, order = located(read_json(path), str(path)), find_file(folder, "pid_splits.json")
+def _scienceqa_official(folder: Path, split: str, path: Path) -> list[Row]:
+    """In the order of pid_splits.json, where that is there."""
+    problems, order = Row(read_json(path), f"{path}: the file"), find_file(folder, "pid_splits.json")
     pids = field(read_json(order, split), split, str(order), list) if order else problems
-    rows = [located({**located(problems.get(pid), f"{path}: problem {pid}"), "pid": pid}, f"{path}: problem {pid}")
-            for pid in pids]  # fmt: skip
+    rows = [Row(problems.get(pid), f"{path}: problem {pid}") for pid in pids]
+    for pid, row in zip(pids, rows):
+        row.update(pid=pid, image=row.get("image") and f"{split}/{pid}/{row['image']}")
     rows = [row for row in rows if row.get("split", split) == split]
-    shown = [{**row, "image": f"{split}/{row['pid']}/{row['image']}"} for row in rows if row.get("image")]
-    images = {row["pid"]: row["image"] for row in official.with_images(folder, path, shown)}
-    for row in rows:
-        row["image"] = images.get(row["pid"])
-        yield row
+    find_images(folder, [row for row in rows if row["image"]])
+    return rows
 
 
 def _read_scienceqa(folder: Path, split: str) -> Iterator[Example]:
-    for row in _scienceqa_rows(folder, split):
-        options = options_of(row, "choices")
+    long = HUB_SPLITS.get(split, split)
+    official = "problems.json", partial(_scienceqa_official, folder, split)
+    tables = f"ScienceQA-FULL/{long}-*.parquet", f"{long}-*.parquet", f"ScienceQA_{split.upper()}.tsv"
+    for number, row in enumerate(rows_in(folder, official, *tables)):
+        options = row.options("choices")
         choices = listed(options, "({}) {}", " ")
         context = row.text("hint", default="").strip() or "N/A"
         text = f"Context: {context}\nQuestion: {row.text('question')}\nOptions: {choices}".replace("  ", " ").strip()
-        answer = _number(row.get("answer"))
-        letter = ascii_uppercase[answer : answer + 1] if isinstance(answer, int) else str(answer)
+        answer = row.text("answer")
+        letter = ascii_uppercase[int(answer) : int(answer) + 1] if answer.isdecimal() else answer
         if letter not in options:
             raise DataError(f"{row.where}: `answer` is {answer!r:.60}, but there are {len(options)} choices")
+        name, subject = row.text("pid", "index", default=str(number)), row.text("subject", default="")
         yield Example(
-            *(str(row["pid"]), ask(f"{text}\n{LETTER}", *row.images()), (letter,), row.text("subject", default="")),
+            *(name, ask(f"{text}\n{LETTER}", *row.images()), (letter,), subject),
             options={"n_choices": len(options)},
             extra={"image": bool(row.images())},
         )
 
 
-def _scienceqa(samples: Sequence[Sample]) -> Figures:
+def _scienceqa_figures(samples: Sequence[Sample]) -> Figures:
     """Questions with an image, which LLaVA reports; all; by subject."""
     seen = [sample for sample in samples if sample.extra["image"]]
     return {**({"IMG": mean(seen)} if seen else {}), "all": mean(samples), **means_by("kind")(samples)}
@@ -267,32 +233,28 @@ SCIENCEQA = Task(
     read=_read_scienceqa,
     hub="lmms-lab-encoder/ScienceQA",
     hub_files={split: [f"ScienceQA-FULL/{split}*"] for split in ("test", "val", "train")},
-    aggregate=_scienceqa,
+    aggregate=_scienceqa_figures,
 )
 
 
-def _aokvqa_rows(folder: Path, split: str) -> Iterator[TableRow]:
-    path = find_file(folder, f"aokvqa_v1p0_{split}.json")
-    if path is None:
-        long = "validation" if split == "val" else split
-        yield from need_rows(folder, f"{long}-*.parquet", f"A-OKVQA_{split.upper()}.tsv", "A-OKVQA.tsv", "a-okvqa.tsv")
-        return
-    rows = official.json_list(path)
-    for number, row in enumerate(rows):
-        name = field(row, "image_id", f"{path}: question {number}", int)
-        row["image"] = f"{split}2017/{name:012d}.jpg"
-    for number, row in enumerate(official.with_images(folder, path, rows)):
-        yield located(row, f"{path}: question {number}")
+def _aokvqa_official(folder: Path, split: str, path: Path) -> Sequence[Row]:
+    rows = json_rows(path, each="question")
+    for row in rows:
+        row["image"] = f"{split}2017/{row.value(int, 'image_id'):012d}.jpg"
+    return find_images(folder, rows)
 
 
 def _read_aokvqa(folder: Path, split: str) -> Iterator[Example]:
     """Each question twice: with its choices, and for a direct answer."""
-    for row in _aokvqa_rows(folder, split):
+    long = HUB_SPLITS.get(split, split)
+    official = f"aokvqa_v1p0_{split}.json", partial(_aokvqa_official, folder, split)
+    tables = f"{long}-*.parquet", f"A-OKVQA_{split.upper()}.tsv", "A-OKVQA.tsv", "a-okvqa.tsv"
+    for row in rows_in(folder, official, *tables):
         name, question = row.text("question_id", "index"), row.text("question")
-        options, images = options_of(row, "choices"), row.images()
+        options, images = row.options("choices"), row.images()
         right = row.text("answer", default="")
         if row.get("correct_choice_idx") is not None:
-            place = field(row, "correct_choice_idx", row.where, int)
+            place = row.value(int, "correct_choice_idx")
             right = ascii_uppercase[place : place + 1] or str(place)
         if right and right not in options:
             raise DataError(f"{row.where}: the right answer is {right!r:.60}, but there are {len(options)} choices")
@@ -332,10 +294,10 @@ AOKVQA = Task(
 
 
 def _read_mmstar(folder: Path, _split: str) -> Iterator[Example]:
-    for row in need_rows(folder, "mmstar.parquet", "val-*.parquet", "MMStar.tsv"):
+    for row in rows_in(folder, "mmstar.parquet", "val-*.parquet", "MMStar.tsv"):
         question = row.text("question").strip()
         if "A" in row and "\nOptions:" not in question:
-            question += f"\nOptions: {listed(options_of(row), '{}: {}', ', ')}"
+            question += f"\nOptions: {listed(row.options(), '{}: {}', ', ')}"
         category, detail = row.text("category", default=""), row.text("l2_category", "l2-category", default="")
         messages = ask(f"{question}\n{LETTER}", *row.images())
         yield Example(row.text("index"), messages, (row.text("answer"),), category, extra={"l2": detail})

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from polymodal.errors import DataError
-from polymodal.evaluation.files import TableRow, field, file_in, find_file, literal, located, need_rows, read_json
+from polymodal.evaluation.files import Row, file_in, find_file, json_rows, literal, rows_in
 from polymodal.evaluation.task import Example, Figures, Sample, Task, by, mean, means_by
-from polymodal.evaluation.tasks.multiple_choice import listed, options_of
+from polymodal.evaluation.tasks.multiple_choice import listed
 from polymodal.messages import Video, system, user
 from polymodal.metrics.multiple_choice import parse_videomme
 
@@ -16,22 +16,18 @@ _SELECT = (
 )
 
 
-def _videomme_rows(folder: Path) -> Iterator[TableRow]:
-    """Of the official template for answers, which lists questions by video; else of tables."""
-    path = find_file(folder, "output_test_template.json")
-    if path is None:
-        yield from need_rows(folder, "videomme/test-*.parquet", "test-*.parquet", "Video-MME.tsv")
-        return
-    for number, entry in enumerate(read_json(path)):
-        video = located(entry, f"{path}: video {number}")
-        for question in field(video, "questions", video.where, list):
-            yield located({**video, **located(question, video.where)}, video.where)
+def _videomme_official(path: Path) -> Iterator[Row]:
+    """The template for answers, which lists questions by video."""
+    for video in json_rows(path, each="video"):
+        for question in video.value(list, "questions"):
+            yield Row({**video, **Row(question, f"{video.where}: a question")}, video.where)
 
 
 def _read_videomme(folder: Path, _split: str) -> Iterator[Example]:
-    for number, row in enumerate(_videomme_rows(folder)):
-        texts = row.get("options", row.get("candidates"))
-        options = "\n".join(options_of(located({"options": texts}, row.where), "options").values())
+    official = "output_test_template.json", _videomme_official
+    tables = "videomme/test-*.parquet", "test-*.parquet", "Video-MME.tsv"
+    for number, row in enumerate(rows_in(folder, official, *tables)):
+        options = "\n".join(row.options("options", "candidates").values())
         # VLMEvalKit's table has no ids; it lists the three questions of each video in order.
         name = row.text("question_id", default="") or f"{number // 3 + 1:03d}-{number % 3 + 1}"
         file = f"{row.text('videoID', 'video', 'video_id')}.mp4"
@@ -49,7 +45,7 @@ def _read_videomme(folder: Path, _split: str) -> Iterator[Example]:
         )
 
 
-def _videomme(samples: Sequence[Sample]) -> Figures:
+def _videomme_figures(samples: Sequence[Sample]) -> Figures:
     """The official accuracy, which leaves out answers without a letter, ours over all questions, and both by length."""
     read = [
         s
@@ -71,7 +67,7 @@ VIDEOMME = Task(
     read=_read_videomme,
     hub="lmms-eval/Video-MME",
     hub_files={"test": ["*.parquet"]},  # not the videos, which no model can take yet
-    aggregate=_videomme,
+    aggregate=_videomme_figures,
     group="video",
     needs=("video",),
 )
@@ -89,14 +85,13 @@ _WATCH = (
 )
 
 
-def _mvbench_rows(folder: Path) -> Iterator[TableRow]:
+def _mvbench_rows(folder: Path) -> Iterator[Row]:
     """Of the official JSON files, one a task; else of the table that VLMEvalKit makes of them."""
     files = {kind: find_file(folder, f"{kind}.json") for kind in MVBENCH_KINDS}
     if not any(files.values()):
-        yield from need_rows(folder, "MVBench.tsv")
+        yield from rows_in(folder, "MVBench.tsv")
     for kind, path in files.items():
-        for number, data in enumerate(read_json(path) if path else ()):
-            row = located(data, f"{path}: question {number}")
+        for row in json_rows(path, each="question") if path else ():
             row["task_type"] = kind
             yield row
 
@@ -107,7 +102,7 @@ def _read_mvbench(folder: Path, _split: str) -> Iterator[Example]:
     for row in _mvbench_rows(folder):
         kind = row.text("task_type").lower().replace(" ", "_").replace("-", "_")
         number = asked[kind] = asked.get(kind, -1) + 1
-        options = options_of(row, "candidates")
+        options = row.options("candidates")
         right = [f"({letter}) {text}" for letter, text in options.items() if text == row.text("answer")]
         if not right:
             raise DataError(f"{row.where}: the answer {row['answer']!r:.60} is none of the candidates")
@@ -123,7 +118,7 @@ def _read_mvbench(folder: Path, _split: str) -> Iterator[Example]:
         )
 
 
-def _mvbench(samples: Sequence[Sample]) -> Figures:
+def _mvbench_figures(samples: Sequence[Sample]) -> Figures:
     """The mean over tasks, the tasks, and how many answers are empty, which the official rule takes for right."""
     tasks = means_by("kind")(samples)
     empty = sum(s.answer is not None and not s.answer.strip(" .") for s in samples)
@@ -138,7 +133,7 @@ MVBENCH = Task(
     read=_read_mvbench,
     hub="OpenGVLab/MVBench",
     hub_files={"test": ["json/*"]},
-    aggregate=_mvbench,
+    aggregate=_mvbench_figures,
     needs=("video",),
 )
 

@@ -4,12 +4,21 @@ Questions that were not asked or failed have an empty answer in the submissions,
 nothing.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from polymodal.evaluation import official
-from polymodal.evaluation.files import Row, field, need_file, parquet_rows, read_json
+from polymodal.evaluation.files import (
+    Row,
+    field,
+    find_images,
+    json_rows,
+    keyed,
+    need_file,
+    parquet_rows,
+    read_json,
+    rows_in,
+)
 from polymodal.evaluation.task import Example, Task, ask, json_file, means_by
 from polymodal.metrics.vqa import normalize_answer
 
@@ -24,38 +33,37 @@ _VQAV2 = {
 }
 
 
-def _vqav2_official(folder: Path, split: str, path: Path) -> list[Row]:
-    rows = official.json_list(path, "questions")
-    for number, row in enumerate(rows):
-        image = int(official.id_of(row, f"{path}: row {number}", "image_id"))
-        row["image"] = f"COCO_{_VQAV2[split][1]}_{image:012d}.jpg"
+def _vqav2_official(folder: Path, split: str, path: Path) -> Sequence[Row]:
+    rows = json_rows(path, "questions")
+    for row in rows:
+        row["image"] = f"COCO_{_VQAV2[split][1]}_{int(row.id('image_id')):012d}.jpg"
     if split == "val":
-        noted = need_file(folder, "v2_mscoco_val2014_annotations.json")
-        annotation = official.keyed(noted, official.json_list(noted, "annotations"), "question_id")
-        rows = [{**annotation(row.get("question_id")), **row} for row in rows]
-    return official.with_images(folder, path, rows)
+        note = keyed(need_file(folder, "v2_mscoco_val2014_annotations.json"), "annotations", "question_id")
+        for row in rows:
+            row.update({**note(row.get("question_id")), **row})
+    return find_images(folder, rows)
 
 
-def _vqav2(folder: Path, split: str) -> Iterator[Example]:
+def _read_vqav2(folder: Path, split: str) -> Iterator[Example]:
     name, _, hub = _VQAV2[split]
-    forms = {f"v2_OpenEnded_mscoco_{name}_questions.json": partial(_vqav2_official, folder, split)}
-    for where, row in official.rows_in(folder, forms, f"{hub}-*.parquet"):
-        open_ = split == "val" or row.get("answers")
-        noted = field(row, "answers", where, list) if open_ else []
+    official = f"v2_OpenEnded_mscoco_{name}_questions.json", partial(_vqav2_official, folder, split)
+    for row in rows_in(folder, official, f"{hub}-*.parquet"):
+        known = split == "val" or row.get("answers")
+        noted = row.value(list, "answers") if known else []
         yield Example(
-            id=official.id_of(row, where, "question_id"),
-            messages=ask(f"{official.text_of(row, where, 'question')}\n{SHORT}", official.image_of(row, where)),
-            references=tuple(official.text_of(answer, where, "answer") for answer in noted),
-            kind=official.text_of(row, where, "answer_type") if open_ else "",
-            extra={"image": official.id_of(row, where, "image_id")},
+            id=row.id("question_id"),
+            messages=ask(f"{row.value(str, 'question')}\n{SHORT}", row.image()),
+            references=tuple(field(answer, "answer", row.where, str) for answer in noted),
+            kind=row.value(str, "answer_type") if known else "",
+            extra={"image": row.id("image_id")},
         )
 
 
 def _vqav2_ids(folder: Path, split: str) -> Iterator[str]:
     """The server wants all of test2015, in the phase of test-dev too."""
     name, _, hub = _VQAV2["test" if split == "testdev" else split]
-    forms = {f"v2_OpenEnded_mscoco_{name}_questions.json": partial(official.json_list, key="questions")}
-    return (official.id_of(*each[::-1], "question_id") for each in official.rows_in(folder, forms, f"{hub}-*.parquet"))
+    official = f"v2_OpenEnded_mscoco_{name}_questions.json", partial(json_rows, key="questions")
+    return (row.id("question_id") for row in rows_in(folder, official, f"{hub}-*.parquet"))
 
 
 VQAV2 = Task(
@@ -63,7 +71,7 @@ VQAV2 = Task(
     about="short answers about photographs: LLaVA's prompt, the official VQA accuracy",
     metric="vqa_accuracy",
     splits=tuple(_VQAV2),
-    read=_vqav2,
+    read=_read_vqav2,
     hub="lmms-lab-encoder/VQAv2",
     hub_files={"val": ["data/validation-*"], "testdev": ["data/testdev-*", "data/test-*"], "test": ["data/test-*"]},
     details=means_by("kind"),
@@ -78,37 +86,34 @@ VQAV2 = Task(
 )
 
 
-def _gqa_official(folder: Path, path: Path) -> list[Row]:
-    rows = []
-    for name, value in official.object_of(read_json(path), f"{path}: the file").items():
-        where = f"{path}: question {name}"
-        row = official.object_of(value, where)
-        image = f"{official.text_of(row, where, 'imageId')}.jpg"
-        rows.append({**row, "id": name, "image": image, official.WHERE: where})
-    return official.with_images(folder, path, rows)
+def _gqa_official(folder: Path, path: Path) -> Sequence[Row]:
+    questions = Row(read_json(path), f"{path}: the file")
+    rows = [Row(value, f"{path}: question {name}") for name, value in questions.items()]
+    for name, row in zip(questions, rows):
+        row.update(id=name, image=f"{row.value(str, 'imageId')}.jpg")
+    return find_images(folder, rows)
 
 
 def _gqa_parquet(folder: Path, split: str, path: Path) -> Iterator[Row]:
     """Its images are in another table."""
-    shown = official.rows_in(folder, {}, f"{split}_balanced_images/*.parquet")
-    images = {field(row, "id", where, str): official.image_of(row, where) for where, row in shown}
-    return ({**row, "image": images.get(row.get("imageId", ""))} for row in parquet_rows(path))
+    images = {row.value(str, "id"): row.image() for row in rows_in(folder, f"{split}_balanced_images/*.parquet")}
+    for row in parquet_rows(path):
+        row["image"] = images.get(row.get("imageId", ""))
+        yield row
 
 
-def _gqa(folder: Path, split: str) -> Iterator[Example]:
-    forms: dict[str, Callable[[Path], Iterable[Row]]] = {
-        f"{split}_balanced_questions.json": partial(_gqa_official, folder),
-        f"{split}_balanced_instructions/*.parquet": partial(_gqa_parquet, folder, split),
-    }
-    for where, row in official.rows_in(folder, forms, *["GQA_TestDev_Balanced.tsv"] * (split == "testdev")):
-        types = official.object_of(row.get("types") or {}, f"{where}: `types`")
+def _read_gqa(folder: Path, split: str) -> Iterator[Example]:
+    official = f"{split}_balanced_questions.json", partial(_gqa_official, folder)
+    hub = f"{split}_balanced_instructions/*.parquet", partial(_gqa_parquet, folder, split)
+    for row in rows_in(folder, official, hub, *["GQA_TestDev_Balanced.tsv"] * (split == "testdev")):
+        types = Row(row.get("types") or {}, f"{row.where}: `types`")
         structure = types.get("structural") or ""
         # Questions that are not balanced are answered for the submission, and not scored.
         balanced = row.get("isBalanced", True)
         yield Example(
-            id=official.text_of(row, where, "id", "index"),
-            messages=ask(f"{official.text_of(row, where, 'question')}\n{SHORT}", official.image_of(row, where)),
-            references=(official.text_of(row, where, "answer"),) if balanced else (),
+            id=row.value(str, "id", "index"),
+            messages=ask(f"{row.value(str, 'question')}\n{SHORT}", row.image()),
+            references=(row.value(str, "answer"),) if balanced else (),
             kind=structure and ("open" if structure == "query" else "binary"),
             extra={
                 **({"image": row["imageId"]} if "imageId" in row else {}),
@@ -122,7 +127,7 @@ GQA = Task(
     about="short answers about relations in photographs: LLaVA's prompt and conversion, exact match",
     metric="gqa",
     splits=("testdev", "val"),
-    read=_gqa,
+    read=_read_gqa,
     hub="lmms-lab-encoder/GQA",
     hub_files={split: [f"{split}_balanced_*/*"] for split in ("testdev", "val")},
     details=means_by("kind", "structural", "semantic"),
@@ -133,33 +138,31 @@ GQA = Task(
     ),
 )
 
-_TEXTVQA = {"val": "validation", "test": "test"}
+HUB_SPLITS = {"val": "validation", "test": "test"}
 
 
-def _textvqa_official(folder: Path, split: str, ocr: bool, path: Path) -> list[Row]:
-    rows = official.json_list(path, "data")
-    for number, row in enumerate(rows):
-        row["image"] = f"{field(row, 'image_id', f'{path}: row {number}', str)}.jpg"
+def _textvqa_official(folder: Path, split: str, ocr: bool, path: Path) -> Sequence[Row]:
+    rows = json_rows(path, "data")
+    for row in rows:
+        row["image"] = f"{row.value(str, 'image_id')}.jpg"
     if ocr:
-        seen = need_file(folder, f"TextVQA_Rosetta_OCR_v0.2_{split}.json")
-        words = official.keyed(seen, official.json_list(seen, "data"), "image_id")
-        rows = [{**row, "ocr_tokens": words(row["image_id"]).get("ocr_tokens")} for row in rows]
-    return official.with_images(folder, path, rows)
+        words = keyed(need_file(folder, f"TextVQA_Rosetta_OCR_v0.2_{split}.json"), "data", "image_id")
+        for row in rows:
+            row["ocr_tokens"] = words(row["image_id"]).get("ocr_tokens")
+    return find_images(folder, rows)
 
 
-def _textvqa(ocr: bool, folder: Path, split: str) -> Iterator[Example]:
-    forms = {f"TextVQA_0.5.1_{split}.json": partial(_textvqa_official, folder, split, ocr)}
-    tables = f"{_TEXTVQA[split]}-*.parquet", f"TextVQA_{split.upper()}.tsv"
-    for where, row in official.rows_in(folder, forms, *tables):
-        question = official.text_of(row, where, "question")
+def _read_textvqa(ocr: bool, folder: Path, split: str) -> Iterator[Example]:
+    official = f"TextVQA_0.5.1_{split}.json", partial(_textvqa_official, folder, split, ocr)
+    for row in rows_in(folder, official, f"{HUB_SPLITS[split]}-*.parquet", f"TextVQA_{split.upper()}.tsv"):
+        question = row.value(str, "question")
         question = question[:1].upper() + question[1:]  # as in LLaVA's file
         if ocr:
-            tokens = field(row, "ocr_tokens", where, list)
-            question += f"\nReference OCR token: {', '.join(map(str, tokens))}"
+            question += f"\nReference OCR token: {', '.join(map(str, row.value(list, 'ocr_tokens')))}"
         yield Example(
-            id=official.id_of(row, where, "question_id", "index"),
-            messages=ask(f"{question}\n{SHORT}", official.image_of(row, where)),
-            references=official.texts_of(row, where, "answers", "answer", secret=split == "test"),
+            id=row.id("question_id", "index"),
+            messages=ask(f"{question}\n{SHORT}", row.image()),
+            references=row.texts("answers", "answer", secret=split == "test"),
             extra={"image": row["image_id"]} if "image_id" in row else {},
         )
 
@@ -169,10 +172,10 @@ def _textvqa_task(name: str, about: str, ocr: bool) -> Task:
         name=name,
         about=f"{about}: LLaVA's prompt, M4C's accuracy",
         metric="textvqa_accuracy",
-        splits=tuple(_TEXTVQA),
-        read=partial(_textvqa, ocr),
+        splits=tuple(HUB_SPLITS),
+        read=partial(_read_textvqa, ocr),
         hub="lmms-lab-encoder/textvqa",
-        hub_files={split: [f"data/{hub}-*"] for split, hub in _TEXTVQA.items()},
+        hub_files={split: [f"data/{hub}-*"] for split, hub in HUB_SPLITS.items()},
         group="image",
         submit=json_file(
             "textvqa_{split}_submission.json",

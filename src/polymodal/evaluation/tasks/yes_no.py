@@ -1,20 +1,11 @@
 """POPE and MME: questions whose answer is yes or no. Prompts as published for LLaVA-1.5 (arXiv:2310.03744)."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from polymodal.errors import DataError
-from polymodal.evaluation import official
-from polymodal.evaluation.files import (
-    TableRow,
-    file_in,
-    find_file,
-    located,
-    need_file,
-    need_rows,
-    read_lines,
-    text_lines,
-)
+from polymodal.evaluation.files import Row, file_in, find_file, find_images, need_file, read_lines, rows_in, text_lines
 from polymodal.evaluation.task import Example, Figures, Sample, Task, ask, by
 from polymodal.evaluation.tasks.vqa import SHORT
 from polymodal.metrics.yes_no import COGNITION, PERCEPTION, mme_totals, pope_aggregate
@@ -22,20 +13,18 @@ from polymodal.metrics.yes_no import COGNITION, PERCEPTION, mme_totals, pope_agg
 POPE_KINDS = ("random", "popular", "adversarial")
 
 
-def _pope_rows(folder: Path) -> Iterator[TableRow]:
-    """Of the three official files; else of tables, where a row may stand for several kinds."""
-    if not find_file(folder, "coco_pope_*.json"):
-        yield from need_rows(folder, "test-*.parquet", "Full/*.parquet", "POPE.tsv")
-        return
+def _pope_official(folder: Path, _path: Path) -> Iterator[Row]:
+    """Its three files, of which one was found."""
     for kind in POPE_KINDS:
-        path = need_file(folder, f"coco_pope_{kind}.json")
-        rows = list(read_lines(path))
-        for row, shown in zip(rows, official.with_images(folder, path, rows)):
-            yield located({**shown, "image_source": row["image"], "category": kind}, row.where)
+        rows = list(read_lines(need_file(folder, f"coco_pope_{kind}.json")))
+        for row in rows:
+            row.update(image_source=row.get("image"), category=kind)
+        yield from find_images(folder, rows)
 
 
 def _read_pope(folder: Path, _split: str) -> Iterator[Example]:
-    for row in _pope_rows(folder):
+    official = [(f"coco_pope_{kind}.json", partial(_pope_official, folder)) for kind in POPE_KINDS]
+    for row in rows_in(folder, *official, "test-*.parquet", "Full/*.parquet", "POPE.tsv"):
         messages = ask(f"{row.text('text', 'question')}\n{SHORT}", *row.images())
         right = (_label(row, "label", "answer"),)
         name = row.text("question_id", "index", "id")
@@ -45,7 +34,7 @@ def _read_pope(folder: Path, _split: str) -> Iterator[Example]:
             yield Example(f"{kind.strip()}/{name}", messages, right, kind.strip(), extra={"image": stem})
 
 
-def _label(row: TableRow, *names: str) -> str:
+def _label(row: Row, *names: str) -> str:
     """The right answer of a row."""
     label = row.text(*names)
     if label.strip().rstrip(".").lower() not in ("yes", "no"):
@@ -53,7 +42,7 @@ def _label(row: TableRow, *names: str) -> str:
     return label
 
 
-def _pope(samples: Sequence[Sample]) -> Figures:
+def _pope_figures(samples: Sequence[Sample]) -> Figures:
     """LLaVA's mean of three F1, then each kind's own figures."""
     kinds = {
         kind: pope_aggregate(
@@ -74,12 +63,12 @@ POPE = Task(
     read=_read_pope,
     hub="lmms-lab-encoder/POPE",
     hub_files={"test": ["data/test-*"]},
-    aggregate=_pope,
+    aggregate=_pope_figures,
     group="image",
 )
 
 
-def _mme_rows(folder: Path) -> Iterator[TableRow]:
+def _mme_rows(folder: Path) -> Iterator[Row]:
     """Of a TSV a task, img, question and answer without a head, or of a text beside each image; else of tables."""
     found = False
     for task in PERCEPTION + COGNITION:
@@ -95,10 +84,10 @@ def _mme_rows(folder: Path) -> Iterator[TableRow]:
                     raise DataError(f"{path}: line {number} is not an image, a question and an answer between tabs")
                 name, question, answer = cells[:3]
                 row = {"category": task, "name": name, "question": question, "answer": answer}
-                row["image"] = file_in(home, f"images/{name}", name)  # type: ignore[assignment]
-                yield located(row, f"{path}: line {number}")
+                image = file_in(home, f"images/{name}", name)
+                yield Row({**row, "image": image}, f"{path}: line {number}")
     if not found:
-        yield from need_rows(folder, "test-*.parquet", "MME.tsv")
+        yield from rows_in(folder, "test-*.parquet", "MME.tsv")
 
 
 def _read_mme(folder: Path, _split: str) -> Iterator[Example]:
@@ -120,7 +109,7 @@ def _read_mme(folder: Path, _split: str) -> Iterator[Example]:
         raise DataError(f"{folder}: {odd[0]} has {asked[odd[0]]} questions; MME has two to each image")
 
 
-def _mme(samples: Sequence[Sample]) -> Figures:
+def _mme_figures(samples: Sequence[Sample]) -> Figures:
     """Perception and cognition, then the tasks."""
     totals = mme_totals((s.kind, s.extra["image"], s.score or 0.0) for s in samples)
     per_task = totals.pop("per_task")
@@ -136,7 +125,7 @@ MME = Task(
     read=_read_mme,
     hub="lmms-lab-encoder/MME",
     hub_files={"test": ["data/test-*"]},
-    aggregate=_mme,
+    aggregate=_mme_figures,
     group="image",
     unit=1.0,
 )
