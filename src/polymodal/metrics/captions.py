@@ -27,11 +27,6 @@ def cider(predictions: Captions, references: References, *, variant: str = "offi
     return _ciders(*_tokenized(predictions, references, variant))
 
 
-def corpus_bleu(predictions: Captions, references: References, *, variant: str = "official") -> list[float]:
-    """BLEU-1 to BLEU-4 of a corpus: from the counts of all images together, not the mean over them."""
-    return _bleus(map(_bleu_counts, *_tokenized(predictions, references, variant)))
-
-
 def caption_scores(predictions: Captions, references: References, *, variant: str = "official") -> dict[str, float]:
     """CIDEr-D, BLEU-1 to BLEU-4 and ROUGE-L of a corpus."""
     said, gold = _tokenized(predictions, references, variant)

@@ -20,7 +20,6 @@ Options = Mapping[str, Any] | Sequence[Any]
 
 FAILED = "-"
 """Instead of a letter, where a judge gave none."""
-_CIRCULAR_STEP = 1_000_000  # the passes of an MMBench question are the rows index, index + 1,000,000, ...
 
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
@@ -168,19 +167,6 @@ def named_choice(text: str, choices: Sequence[str]) -> str:
 def aokvqa_choice(prediction: str, references: Sequence[str], *, choices: Sequence[str]) -> float:
     """A-OKVQA's multiple choice, officially the choice's text, asked by letter: what was named is compared."""
     return float(named_choice(prediction, choices) in references)
-
-
-def mmbench_circular(rows: Iterable[Mapping[str, Any]], *, variant: str = "official") -> dict[int, float]:
-    """Whether every pass of a question is right, by question; their mean is MMBench's accuracy."""
-    # A row is one of the published table with its `prediction`: `index` (or `g_index`), A, B, ..., `answer` (or `GT`).
-    hits: dict[int, float] = {}
-    for row in rows:
-        group = int(row["g_index"] if "g_index" in row else row["index"] % _CIRCULAR_STEP)
-        answer = row["GT"] if "GT" in row else row["answer"]
-        options = {letter: row[letter] for letter in ascii_uppercase if letter in row}
-        right = mmbench_extract(row["prediction"], [answer], variant=variant, options=options)
-        hits[group] = min(right, hits.get(group, 1.0))
-    return hits
 
 
 def _scienceqa_official(text: str) -> str | None:

@@ -4,7 +4,7 @@ Variants as in `multiple_choice.py`: `official`, `lmms_eval`, `vlmevalkit`.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from polymodal.errors import DataError, unknown_name
 from polymodal.metrics.multiple_choice import chosen
@@ -78,19 +78,6 @@ def pope_aggregate(
     return {"TP": tp, "FP": fp, "TN": tn, "FN": fn, **shares, "yes_ratio": yes / len(pairs)}
 
 
-def pope_f1(
-    predictions: Sequence[str], labels: Sequence[str], categories: Sequence[str], *, variant: str = "official"
-) -> float:
-    """POPE in one number: LLaVA's mean over random, popular and adversarial; the harnesses pool all questions."""
-    if variant != "official":
-        return pope_aggregate(predictions, labels, variant=variant)["f1"]
-    if len(categories) != len(labels):
-        raise DataError(f"{len(categories)} categories of {len(labels)} questions; POPE needs one for each")
-    members = {category: [i for i, each in enumerate(categories) if each == category] for category in categories}
-    f1 = [pope_aggregate([predictions[i] for i in own], [labels[i] for i in own])["f1"] for own in members.values()]
-    return sum(f1) / len(f1)
-
-
 def _mme_official(text: str) -> str:
     """Yes or no within the first four characters, unstripped: "north" is no, "the answer is yes" neither."""
     return next((word for word in ("yes", "no") if word in text.lower()[:4]), "other")
@@ -114,18 +101,9 @@ def mme(prediction: str, references: Sequence[str], *, variant: str = "official"
     return float(parse_mme(prediction, variant=variant) in map(_label, references))
 
 
-def mme_aggregate(
-    rows: Iterable[Mapping[str, str]], *, variant: str = "official"
-) -> dict[str, float | dict[str, float]]:
-    """The score of each task, 100 times accuracy and 100 times the share of images with both right, and two sums."""
-    # A row is a question: `task`, `image`, `answer`, `prediction`. Images of one name in two tasks are two.
-    return mme_totals(
-        (row["task"], row["image"], mme(row["prediction"], [row["answer"]], variant=variant)) for row in rows
-    )
-
-
-def mme_totals(scores: Iterable[tuple[str, str, float]]) -> dict[str, float | dict[str, float]]:
-    """The same of questions that are scored: task, image, and whether the answer is right."""
+def mme_totals(scores: Iterable[tuple[str, str, float]]) -> dict[str, float]:
+    """Of questions as task, image and score: two sums, and of each task 100 times accuracy and images all right."""
+    # Images of one name in two tasks are two.
     images: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for task, image, right in scores:
         if task not in PERCEPTION + COGNITION:
@@ -143,4 +121,4 @@ def mme_totals(scores: Iterable[tuple[str, str, float]]) -> dict[str, float | di
         name: sum((per_task[task] for task in tasks if task in per_task), 0.0)
         for name, tasks in (("perception", PERCEPTION), ("cognition", COGNITION))
     }
-    return {**sums, "per_task": per_task}
+    return {**sums, **per_task}
