@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from PIL import Image as PILImage
 from polymodal.errors import DataError, MediaError
 from polymodal.evaluation import files
 from polymodal.evaluation.files import (
+    Row,
     field,
     find_file,
+    json_rows,
     literal,
     need_file,
     parquet_rows,
@@ -262,3 +265,47 @@ def test_finding_files(tmp_path: Path) -> None:
     assert [dict(row) for row in rows_in(tmp_path, "*.parquet", "y.tsv")] == [{"index": "1"}]
     with pytest.raises(DataError, match=r"none of \*\.parquet is in it"):
         list(rows_in(tmp_path, "*.parquet"))
+
+
+def test_rows_are_those_of_the_first_form_that_is_there(tmp_path: Path) -> None:
+    for name in ("a/x-0.tsv", "a/x-1.tsv", "b/y-0.tsv", "c/y-1.tsv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"name\n{name}\n")
+    (tmp_path / "a" / "q.json").write_text('[{"name": "one"}, {"name": "two"}]')
+
+    def places(*forms: Any) -> list[tuple[str, str]]:
+        return [(row["name"], row.where.removeprefix(f"{tmp_path}/")) for row in rows_in(tmp_path, *forms)]
+
+    shards = [("a/x-0.tsv", "a/x-0.tsv: line 2"), ("a/x-1.tsv", "a/x-1.tsv: line 2")]
+    assert places("none.tsv", ("q.json", json_rows), "x-*.tsv") == [
+        ("one", "a/q.json: row 0"),
+        ("two", "a/q.json: row 1"),
+    ]
+    assert places("x-*.tsv", ("q.json", json_rows)) == shards
+    with pytest.raises(DataError, match=r"y-\*\.tsv is in .*b and .*c; give the folder of this benchmark"):
+        places("y-*.tsv")
+    assert [name for name, _ in places("*/y-*.tsv")] == ["b/y-0.tsv", "c/y-1.tsv"]  # as many folders as there are
+
+
+def test_a_column_is_asked_for_by_all_its_names() -> None:
+    row = Row({"a": None, "b": "x", "n": 7, "gone": "nan", "image": ["p"], "B": "no"}, "t.tsv: line 2")
+    assert (row.text("a", "b"), row.text("n"), row.text("gone", default="-"), row.id("index", "n")) == (
+        "x",
+        "7",
+        "-",
+        "7",
+    )
+    assert (row.value(str, "z", "b"), row.texts("answers", "b"), row.image()) == ("x", ("x",), "p")
+    faults: list[tuple[Any, str]] = [
+        (lambda: row.text("z"), "the column `z` is not there"),
+        (lambda: row.text("gone"), "the column `gone` is empty"),
+        (lambda: row.value(str, "n"), "`n` is 7, expected str"), (lambda: row.value(str, "z"), "has no `z`"),
+        (lambda: row.id("b"), "`b` is 'x', expected a number"),
+        (lambda: row.options("z"), "has no options in z or A, B"),
+        (lambda: Row({}, row.where).image(), "`image` holds 0 images, expected one"),
+        (lambda: Row([1], row.where), "line 2 is [1], expected an object"),
+    ]  # fmt: skip
+    for fault, said in faults:
+        with pytest.raises(DataError, match=re.escape(said)) as error:
+            fault()
+        assert str(error.value).startswith("t.tsv: line 2")

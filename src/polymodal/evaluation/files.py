@@ -141,10 +141,12 @@ Form = str | tuple[str, Callable[[Path], Iterable[Row]]]
 
 def rows_in(folder: Path, *forms: Form) -> Iterator[Row]:
     """The rows of the first form whose files a folder holds: tables, or official files with what reads them."""
-    for pattern, read in map(_with_reader, forms):
-        files = _files(folder, pattern)
-        if "*" not in pattern:
-            files = files[:1]
+    patterns = []
+    for form in forms:
+        reader = parquet_rows if str(form).endswith(".parquet") else tsv_rows
+        pattern, read = form if isinstance(form, tuple) else (form, reader)
+        patterns.append(pattern)
+        files = _files(folder, pattern)[: None if "*" in pattern else 1]
         other = next((file for file in files if file.parent != files[0].parent), None)
         if other is not None and "*" not in pattern.rpartition("/")[0]:  # where folders are named, they are one
             raise DataError(f"{pattern} is in {files[0].parent} and {other.parent}; give the folder of this benchmark")
@@ -152,14 +154,7 @@ def rows_in(folder: Path, *forms: Form) -> Iterator[Row]:
             yield from read(file)
         if files:
             return
-    patterns = ", ".join(pattern for pattern, _ in map(_with_reader, forms))
-    raise DataError(f"{folder}: none of {patterns} is in it; give the folder with the benchmark's files")
-
-
-def _with_reader(form: Form) -> tuple[str, Callable[[Path], Iterable[Row]]]:
-    if isinstance(form, tuple):
-        return form
-    return form, parquet_rows if form.endswith(".parquet") else tsv_rows
+    raise DataError(f"{folder}: none of {', '.join(patterns)} is in it; give the folder with the benchmark's files")
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:
@@ -263,29 +258,23 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a text file that are not blank, with their numbers from 1."""
     regular_size(path, error=DataError)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="\n") as file:  # other ends of lines may stand in a text
+            yield from ((number, line.rstrip("\r\n")) for number, line in enumerate(file, 1) if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({first_line(error)})") from None
-    return ((number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
 def read_lines(path: Path) -> Iterator[Row]:
     """The objects of a JSON Lines file."""
-    regular_size(path, error=DataError)
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:  # other ends of lines may stand in a text
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                if not isinstance(data := json.loads(line), dict):
-                    found = type(data).__name__
-                    raise DataError(f"{path}: line {number}: expected an object, found {found}; is it the right file?")
-                yield Row(data, f"{path}: line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({first_line(error)})") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: line {number} is no JSON ({first_line(error)})") from None
+    for number, line in text_lines(path):
+        try:
+            data = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: line {number} is no JSON ({first_line(error)})") from None
+        if not isinstance(data, dict):
+            problem = f"expected an object, found {type(data).__name__}"
+            raise DataError(f"{path}: line {number}: {problem}; is it the right file?")
+        yield Row(data, f"{path}: line {number}")
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:

@@ -44,7 +44,7 @@ def _example(row: Row, secret: bool = False) -> Example:
         id=row.id("image_id", "cocoid", "id", "index"),
         messages=ask(PROMPT, row.image()),
         references=row.texts("captions", "annotations_captions", "answer", secret=secret),
-        kind=row.value(str, "domain") if "domain" in row else "",
+        kind=row.text("domain", default=""),
     )
 
 
@@ -85,29 +85,30 @@ def _results(name: str) -> Submit:
     return json_file(name, lambda samples: [{"image_id": int(s.id), "caption": s.answer or ""} for s in samples])
 
 
-TASKS = (
-    Task(
-        name="coco_caption",
-        about="captions of COCO's images: lmms-eval's prompt, CIDEr; karpathy is the test split of papers",
-        metric="cider",
-        splits=("karpathy", "val2014", "val2017"),
-        read=_read_coco,
-        hub="lmms-lab-encoder/COCO-Caption",
-        hub_files={"val2014": ["data/val-*"]},
-        max_new_tokens=64,
-        details=_figures,
-        submit=_results("captions_{split}_polymodal_results.json"),
-    ),
-    Task(
-        name="nocaps",
-        about="captions of objects that COCO lacks: lmms-eval's prompt, CIDEr",
-        metric="cider",
-        splits=tuple(_NOCAPS),
-        read=_read_nocaps,
-        hub="lmms-lab-encoder/NoCaps",
-        hub_files={split: [f"data/{hub}-*"] for split, (_, hub) in _NOCAPS.items()},
-        max_new_tokens=64,
-        details=_figures,
-        submit=_results("nocaps_{split}_results.json"),
-    ),
+COCO_CAPTION = Task(
+    name="coco_caption",
+    about="captions of COCO's images: lmms-eval's prompt, CIDEr; karpathy is the test split of papers",
+    metric="cider",
+    splits=("karpathy", "val2014", "val2017"),
+    read=_read_coco,
+    hub="lmms-lab-encoder/COCO-Caption",
+    hub_files={"val2014": ["data/val-*"]},
+    max_new_tokens=64,
+    details=_figures,
+    submit=_results("captions_{split}_polymodal_results.json"),
 )
+
+NOCAPS = Task(
+    name="nocaps",
+    about="captions of objects that COCO lacks: lmms-eval's prompt, CIDEr",
+    metric="cider",
+    splits=tuple(_NOCAPS),
+    read=_read_nocaps,
+    hub="lmms-lab-encoder/NoCaps",
+    hub_files={split: [f"data/{hub}-*"] for split, (_, hub) in _NOCAPS.items()},
+    max_new_tokens=64,
+    details=_figures,
+    submit=_results("nocaps_{split}_results.json"),
+)
+
+TASKS = (COCO_CAPTION, NOCAPS)

@@ -87,11 +87,11 @@ def _mmmu_figures(samples: Sequence[Sample]) -> Figures:
 
 def _mmmu_answers(samples: Sequence[Sample]) -> dict[str, str]:
     """EvalAI's form: a letter or a text for each question."""
-    said = {
-        s.id: mmmu_letter(s.answer, s.options["options"], item=s.id) if s.options and s.answer is not None else s.answer
-        for s in samples
-    }
-    return {name: answer or "" for name, answer in said.items()}
+    answers = {}
+    for s in samples:
+        read = s.options and s.answer is not None
+        answers[s.id] = (mmmu_letter(s.answer, s.options["options"], item=s.id) if read else s.answer) or ""
+    return answers
 
 
 MMMU = Task(

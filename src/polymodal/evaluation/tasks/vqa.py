@@ -23,6 +23,7 @@ from polymodal.evaluation.task import Example, Task, ask, json_file, means_by
 from polymodal.metrics.vqa import normalize_answer
 
 SHORT = "Answer the question using a single word or phrase."
+HUB_SPLITS = {"val": "validation", "test": "test"}
 
 # Of a split: the questions' name, that of their images, and the split on the hub. The answers of all but "val" are
 # secret: no score, only the submission.
@@ -137,8 +138,6 @@ GQA = Task(
         lambda samples: [{"questionId": s.id, "prediction": (s.answer or "").rstrip(".").lower()} for s in samples],
     ),
 )
-
-HUB_SPLITS = {"val": "validation", "test": "test"}
 
 
 def _textvqa_official(folder: Path, split: str, ocr: bool, path: Path) -> Sequence[Row]:

@@ -11,7 +11,6 @@ With images to learn from under `train`, in the same form, a linear probe and k-
 tower's vectors alone (`--tasks linear-probe`).
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from polymodal.errors import DataError, first_line
+from polymodal.errors import DataError
 from polymodal.evaluation.embedder import Embedder, Progress
+from polymodal.evaluation.files import read_json
 from polymodal.evaluation.task import Figures, Sample, Task
 from polymodal.messages import Source
 from polymodal.metrics.intervals import mean_interval
@@ -62,10 +62,7 @@ class ZeroShotScore:
 
 def load_tasks(path: Path, limit: int | None = None) -> list[ZeroShotTask]:
     """Read a file of tasks, as `python -m recipes.default.dataset pairs` writes in `classes.json`."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({first_line(error)})") from error
+    data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get("tasks"), list) or not data["tasks"]:
         raise DataError(f"{path}: expected an object with `tasks`, each with `name`, `classes` and `images`")
     templates = _texts(data.get("templates", ["{}"]), f"{path}: `templates`")
