@@ -89,8 +89,10 @@ def _mmmu_answers(samples: Sequence[Sample]) -> dict[str, str]:
     """EvalAI's form: a letter or a text for each question."""
     answers = {}
     for s in samples:
-        read = s.options and s.answer is not None
-        answers[s.id] = (mmmu_letter(s.answer, s.options["options"], item=s.id) if read else s.answer) or ""
+        said = s.answer
+        if s.options and said is not None:
+            said = mmmu_letter(said, s.options["options"], item=s.id)
+        answers[s.id] = said or ""
     return answers
 
 
