@@ -20,7 +20,7 @@ _NOCAPS = {"val": ("nocaps_val_4500_captions.json", "validation"), "test": ("noc
 _DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 
-def _karpathy(folder: Path, path: Path) -> Sequence[Row]:
+def _karpathy_official(folder: Path, path: Path) -> Sequence[Row]:
     """Karpathy's test split: 5,000 images of val2014."""
     rows = [row for row in json_rows(path, "images") if row.value(str, "split") == "test"]
     for row in rows:
@@ -28,7 +28,7 @@ def _karpathy(folder: Path, path: Path) -> Sequence[Row]:
     return find_images(folder, rows, "filename")
 
 
-def _official(folder: Path, path: Path, secret: bool = False) -> Sequence[Row]:
+def _coco_official(folder: Path, path: Path, secret: bool = False) -> Sequence[Row]:
     """COCO's form, which is NoCaps' too."""
     captions: dict[str, list[str]] = defaultdict(list)
     for note in [] if secret else json_rows(path, "annotations", each="annotation"):
@@ -39,7 +39,7 @@ def _official(folder: Path, path: Path, secret: bool = False) -> Sequence[Row]:
     return find_images(folder, rows, "file_name")
 
 
-def _example(row: Row, secret: bool = False) -> Example:
+def _caption_example(row: Row, secret: bool = False) -> Example:
     return Example(
         id=row.id("image_id", "cocoid", "id", "index"),
         messages=ask(PROMPT, row.image()),
@@ -49,26 +49,26 @@ def _example(row: Row, secret: bool = False) -> Example:
 
 
 def _read_coco(folder: Path, split: str) -> Iterator[Example]:
-    forms: list[Form] = [(f"captions_{split}.json", partial(_official, folder)), "val-*.parquet"]
+    forms: list[Form] = [(f"captions_{split}.json", partial(_coco_official, folder)), "val-*.parquet"]
     forms += ["COCO_VAL.tsv"] * (split == "val2017")
-    karpathy = "dataset_coco.json", partial(_karpathy, folder)
+    karpathy = "dataset_coco.json", partial(_karpathy_official, folder)
     for row in rows_in(folder, *([karpathy] if split == "karpathy" else forms)):
         if "question_id" in row:  # of the hub, the name of the image: COCO_val2014_000000391895.jpg
             name = row.value(str, "question_id")
             if ("val2014" in name) != (split == "val2014"):
                 raise DataError(f"{row.where}: {name:.60} is no image of {split}")
             row["image_id"] = name.partition(".")[0].rpartition("_")[2]
-        yield _example(row)
+        yield _caption_example(row)
 
 
 def _read_nocaps(folder: Path, split: str) -> Iterator[Example]:
     name, hub = _NOCAPS[split]
     secret = split == "test"
-    for row in rows_in(folder, (name, partial(_official, folder, secret=secret)), f"{hub}-*.parquet"):
-        yield _example(row, secret)
+    for row in rows_in(folder, (name, partial(_coco_official, folder, secret=secret)), f"{hub}-*.parquet"):
+        yield _caption_example(row, secret)
 
 
-def _figures(samples: Sequence[Sample]) -> Figures:
+def _caption_figures(samples: Sequence[Sample]) -> Figures:
     """BLEU-4, ROUGE-L and each domain's CIDEr-D, whose words weigh as in that domain alone."""
     said, gold = [sample.answer or "" for sample in samples], [sample.references for sample in samples]
     variant = str(samples[0].options.get("variant", "official"))
@@ -94,7 +94,7 @@ COCO_CAPTION = Task(
     hub="lmms-lab-encoder/COCO-Caption",
     hub_files={"val2014": ["data/val-*"]},
     max_new_tokens=64,
-    details=_figures,
+    details=_caption_figures,
     submit=_results("captions_{split}_polymodal_results.json"),
 )
 
@@ -107,7 +107,7 @@ NOCAPS = Task(
     hub="lmms-lab-encoder/NoCaps",
     hub_files={split: [f"data/{hub}-*"] for split, (_, hub) in _NOCAPS.items()},
     max_new_tokens=64,
-    details=_figures,
+    details=_caption_figures,
     submit=_results("nocaps_{split}_results.json"),
 )
 
