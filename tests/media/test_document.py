@@ -18,6 +18,7 @@ import pytest
 from PIL import Image as PILImage
 
 from polymodal.errors import ConfigError, MediaError, PolymodalError
+from polymodal.media import document
 from polymodal.media.document import Page, open_pages
 from polymodal.media.pdf_process import parse_pages
 
@@ -225,6 +226,12 @@ def test_limits(tmp_path: Path) -> None:
     for options in ({"dpi": 0}, {"dpi": 10**6}, {"max_side": 0}, {"max_pages": 0}, {"max_seconds": 0}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             opened(data, **options)
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document, "MAX_MEMORY", 2**26)
+    with pytest.raises(MediaError, match="memory"):
+        opened(scans("PDF"), dpi=600)
 
 
 def test_a_chain_of_tiff_headers_ends() -> None:
