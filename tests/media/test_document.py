@@ -264,10 +264,16 @@ def test_where_pdfium_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(opened(scans("TIFF"))) == 3
 
 
+@pytest.mark.filterwarnings("error")
 def test_random_damage_gives_pages_or_one_line() -> None:
     chance = random.Random(3)
-    seeds = [scans("PDF"), one_page(b"BT /F1 24 Tf 10 40 Td (Hello) Tj ET", resources=HELVETICA), encrypted(b"")]
-    for _ in range(12):
+    seeds = [
+        scans("TIFF"),
+        scans("PDF"),
+        one_page(b"BT /F1 24 Tf 10 40 Td (Hello) Tj ET", resources=HELVETICA),
+        encrypted(b""),
+    ]
+    for _ in range(16):
         data = bytearray(chance.choice(seeds))
         for _ in range(chance.randint(1, 20)):
             place = chance.randrange(9, len(data))
