@@ -157,7 +157,7 @@ def test_the_sound_of_a_video_is_an_option() -> None:
         (b"ffconcat version 1.0\nfile /etc/passwd\n", "is a playlist"),
         (b"v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\n", "is a playlist"),
         (b"\x89PNG\r\n\x1a\n" + bytes(60), "is an image, not a sound"),
-        (b"%PDF-1.4\n", "is a document, not a sound"),
+        (b"%PDF-1.4\n", "is a PDF document, not a sound"),
         (b"hello" * 100, "is not a sound that can be read"),
         (b"", "is empty"),
     ],

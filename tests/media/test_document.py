@@ -18,6 +18,7 @@ import pytest
 from PIL import Image as PILImage
 
 from polymodal.errors import ConfigError, MediaError, PolymodalError
+from polymodal.media import document
 from polymodal.media.document import Page, open_pages
 from polymodal.media.pdf_process import parse_pages
 
@@ -227,6 +228,12 @@ def test_limits(tmp_path: Path) -> None:
             opened(data, **options)
 
 
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document, "MAX_MEMORY", 2**26)
+    with pytest.raises(MediaError, match="memory"):
+        opened(scans("PDF"), dpi=600)
+
+
 def test_a_chain_of_tiff_headers_ends() -> None:
     entries = [(256, 3, 1, 1), (257, 3, 1, 1), (258, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 8), (279, 4, 1, 1)]
     size, out = 2 + 12 * len(entries) + 4, bytearray(b"II*\0" + struct.pack("<I", 16) + bytes(8))
@@ -257,10 +264,16 @@ def test_where_pdfium_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(opened(scans("TIFF"))) == 3
 
 
+@pytest.mark.filterwarnings("error")
 def test_random_damage_gives_pages_or_one_line() -> None:
     chance = random.Random(3)
-    seeds = [scans("PDF"), one_page(b"BT /F1 24 Tf 10 40 Td (Hello) Tj ET", resources=HELVETICA), encrypted(b"")]
-    for _ in range(12):
+    seeds = [
+        scans("TIFF"),
+        scans("PDF"),
+        one_page(b"BT /F1 24 Tf 10 40 Td (Hello) Tj ET", resources=HELVETICA),
+        encrypted(b""),
+    ]
+    for _ in range(16):
         data = bytearray(chance.choice(seeds))
         for _ in range(chance.randint(1, 20)):
             place = chance.randrange(9, len(data))

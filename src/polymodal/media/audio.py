@@ -26,7 +26,9 @@ import numpy as np
 from PIL import Image as PILImage
 
 from polymodal.errors import ConfigError, MediaError, PolymodalError, first_line
+from polymodal.media.image import what_is_it
 from polymodal.media.source import describe, local_path, read_bytes
+from polymodal.media.video_file import Window, reason
 from polymodal.messages import Source
 from polymodal.utils.files import regular_size
 
@@ -68,31 +70,6 @@ class Sound:
     def seconds(self) -> float:
         """How long it lasts."""
         return len(self.samples) / self.sample_rate
-
-
-@dataclass
-class _File:
-    """What ffmpeg reads from, with an end to how much it may read in all."""
-
-    file: Any
-    left: int
-    name: str
-
-    def read(self, count: int) -> bytes:
-        """Read on."""
-        self.left -= max(count, 0) + 1024
-        if self.left < 0:
-            raise MediaError(f"{self.name}: has to be read over and over to find its sound; convert it to WAV or FLAC")
-        data: bytes = self.file.read(count)
-        return data
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to a place."""
-        return int(self.file.seek(offset, whence))
-
-    def tell(self) -> int:
-        """The place where the next read begins."""
-        return int(self.file.tell())
 
 
 def open_audio(
@@ -139,7 +116,7 @@ def open_audio(
 
 
 @contextlib.contextmanager
-def _open_file(source: Source, limit: int, name: str) -> Iterator[_File]:
+def _open_file(source: Source, limit: int, name: str) -> Iterator[Window]:
     """Open the bytes of a sound; a file of its own is not read before it is decoded."""
     if isinstance(source, str) and source[:5].lower() != "data:":
         source = local_path(source, name)
@@ -157,18 +134,17 @@ def _open_file(source: Source, limit: int, name: str) -> Iterator[_File]:
         data = read_bytes(source, limit=limit, name=name)  # type: ignore[arg-type]  # images were refused before
         size, file = len(data), io.BytesIO(data)
     with file:
-        yield _File(file, 8 * size + 2**28, name)
+        yield Window(file, 0, size, name)
 
 
-def _open_container(file: _File, name: str) -> Any:
+def _open_container(file: Window, name: str) -> Any:
     """Let ffmpeg read the headers."""
     import av
 
     head = file.read(4096)
-    size = file.seek(0, 2)
     file.seek(0)
-    if (claimed := _claimed(head)) is not None and size + _SLACK_BYTES < claimed < _PLACEHOLDER:
-        raise MediaError(f"{name}: {size:,} of {claimed:,} bytes; it was cut off, give a whole file")
+    if (claimed := _claimed(head)) is not None and file.size + _SLACK_BYTES < claimed < _PLACEHOLDER:
+        raise MediaError(f"{name}: {file.size:,} of {claimed:,} bytes; it was cut off, give a whole file")
     if (other := _not_a_sound(head)) is not None:
         raise MediaError(f"{name}: {other}")
     codecs = [CODECS, *(codec for codec in av.codec.codecs_available if codec.startswith("pcm_"))]
@@ -180,7 +156,7 @@ def _open_container(file: _File, name: str) -> Any:
     except av.FFmpegError as error:
         known = head[:4] in (b"RIFF", b"OggS", b"fLaC", b"FORM") or head[4:8] == b"ftyp" or head[:3] == b"ID3"
         what = "is damaged or cut off" if known else "is not a sound that can be read"
-        raise MediaError(f"{name}: {what} ({_reason(error)}); give a whole WAV, MP3, Ogg, FLAC or M4A file") from None
+        raise MediaError(f"{name}: {what} ({reason(error)}); give a whole WAV, MP3, Ogg, FLAC or M4A file") from None
 
 
 def _stream(container: Any, video: bool, track: int, name: str) -> Any:
@@ -331,11 +307,8 @@ def _not_a_sound(head: bytes) -> str | None:
         return "is a playlist, which names other files; give the sound file itself"
     if head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")) or head[8:12] == b"WEBP":
         return "is an image, not a sound"
-    if text.startswith((b"%pdf", b"<!doctype html", b"<html")):
-        return "is a document, not a sound"
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, fetch the file itself (git lfs pull)"
-    return None
+    said = what_is_it(head, "a sound")
+    return said if "image" in said or "document" in said or "page" in said or "pointer" in said else None
 
 
 def _refuse(*_: Any, **__: Any) -> Any:
@@ -355,9 +328,4 @@ def _guarded(name: str) -> Iterator[None]:
     except MemoryError:
         raise MediaError(f"{name}: too large for the memory there is; cut it") from None
     except Exception as error:  # a decoder that is fed damaged bytes may raise anything
-        raise MediaError(f"{name}: is damaged or cut off ({_reason(error)}); give a whole file") from error
-
-
-def _reason(error: Exception) -> str:
-    """What ffmpeg says of a file, in one line."""
-    return " ".join(str(getattr(error, "strerror", None) or first_line(error)).split())[:120]
+        raise MediaError(f"{name}: is damaged or cut off ({reason(error)}); give a whole file") from error

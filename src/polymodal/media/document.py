@@ -189,16 +189,20 @@ def _count(file: PILImage.Image, name: str) -> int:
 def _frame(file: PILImage.Image, number: int, max_pixels: int, name: str) -> PILImage.Image:
     """One image of a TIFF; its size is looked at before it is decoded."""
     try:
-        file.seek(number - 1)
-        if file.width * file.height > max_pixels:
-            raise MediaError(
-                f"{name}: page {number}: {file.height}x{file.width} pixels (height x width), at most {max_pixels:,} "
-                "are allowed; scale it down",
-                "too-many-pixels",
-            )
-        image = file.copy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damage that matters an error comes
+            file.seek(number - 1)
+            if file.width * file.height > max_pixels:
+                raise MediaError(
+                    f"{name}: page {number}: {file.height}x{file.width} pixels (height x width), at most "
+                    f"{max_pixels:,} are allowed; scale it down",
+                    "too-many-pixels",
+                )
+            image = file.copy()
     except MediaError:
         raise
     except Exception as error:  # a decoder that is fed damaged bytes may raise anything
-        raise MediaError(f"{name}: page {number} is damaged or cut off ({first_line(error)[:120]})") from error
+        raise MediaError(
+            f"{name}: page {number} is damaged or cut off ({first_line(error)[:120]}); give a whole file"
+        ) from error
     return open_image(image, max_pixels=max_pixels, name=f"{name}: page {number}")

@@ -62,6 +62,8 @@ def main() -> None:
         pass
     except MediaError as error:
         _say({"error": str(error), "code": error.code})
+    except MemoryError:
+        _say({"error": "needs more memory than it may take; draw it smaller, or give another file"})
     except Exception as error:  # pdfium's own, and whatever ctypes makes of damaged bytes
         known = _KNOWN.get(getattr(error, "err_code", -1))
         _say({"error": known or f"is damaged or cut off ({first_line(error)[:160]}); give a whole file"})
@@ -84,7 +86,7 @@ def _draw(data: bytes, job: dict[str, Any]) -> None:
         except MediaError as error:
             raise MediaError(f"page {number}: {error}", error.code) from None
         except MemoryError:
-            raise MediaError(f"page {number}: needs too much memory; draw it smaller") from None
+            raise
         except Exception as error:
             raise MediaError(f"page {number}: is damaged ({first_line(error)[:160]}); give a whole file") from None
         rows = memoryview(bytes(bitmap.buffer))

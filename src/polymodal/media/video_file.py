@@ -67,7 +67,7 @@ class Window:
         count = max(0, min(count, self.size - self.place))
         self.left -= count + 1024
         if self.left < 0:
-            raise MediaError(f"{self.name}: has to be read over and over to find its frames; convert it to MP4")
+            raise MediaError(f"{self.name}: has to be read over and over; convert it to MP4, WAV or FLAC")
         self.file.seek(self.offset + self.place)
         data: bytes = self.file.read(count)
         self.place += len(data)
