@@ -143,7 +143,6 @@ class _Container(VideoFile):
                 container_options={"format_whitelist": CONTAINERS, "protocol_whitelist": "none"},
                 metadata_errors="ignore",
                 buffer_size=_READ,
-                io_open=_refuse,
             )
         except av.FFmpegError as error:
             raise MediaError(f"{self.name}: {what_instead(self.window, head, error)}") from None
@@ -325,10 +324,9 @@ class _Container(VideoFile):
         left: list[int] = [*wanted]
         missed: list[tuple[int, Any]] = []  # with the frame to show instead: its pts and pixels
         last = None
-        first = self._starts[start].pts
         for place, frame in enumerate(self._decode(self._from(start), times)):
             pts = place if self._timeless else frame.pts
-            if pts is None or pts < first:
+            if pts is None:
                 continue
             while left and self._order[left[0]][0] < pts:
                 missed.append((left.pop(0), last or (pts, frame)))
@@ -380,11 +378,6 @@ class _Container(VideoFile):
         if not (a or d):
             pixels, a, d = pixels.swapaxes(0, 1), c, b
         return pixels[::d, ::a]
-
-
-def _refuse(*_: Any, **__: Any) -> Any:
-    """Open nothing: a video that names other files does not get them."""
-    raise OSError("a video may not open other files")
 
 
 def _matrix(frame: Any) -> tuple[int, int, int, int]:
