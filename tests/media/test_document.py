@@ -249,12 +249,14 @@ def test_a_chain_of_tiff_headers_ends() -> None:
 
 
 def test_who_wants_no_more_pages_leaves_no_process_behind() -> None:
-    pages = open_pages(scans("PDF"))
-    assert next(pages).number == 1
-    pages.close()  # type: ignore[attr-defined]  # a generator
     import psutil
 
-    assert psutil.Process().children() == []
+    before = psutil.Process().children()  # what other tests have begun
+    pages = open_pages(scans("PDF"))
+    assert next(pages).number == 1
+    assert len(psutil.Process().children()) == len(before) + 1
+    pages.close()  # type: ignore[attr-defined]  # a generator
+    assert psutil.Process().children() == before
 
 
 def test_where_pdfium_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def test_a_recipe_builds_it(tmp_path: Path, blip2_model: Make) -> None:
     assert float(model.qformer.query_tokens.detach().std()) < 0.05
     with pytest.raises(ConfigError, match="objective 'clip' is none for a Q-Former"):
         build_pair_model(recipe_model(tmp_path, blip2_model), ObjectiveConfig(type="clip"))
-    with pytest.raises(ValueError, match="give `tokenizer`"):
+    with pytest.raises(ConfigError, match="give `tokenizer`"):
         recipe_model(tmp_path, blip2_model, tokenizer=None)
 
 
@@ -157,7 +157,7 @@ def test_words_start_from_a_language_model(tmp_path: Path, blip2_model: Make, ti
 
     fresh = build_pair_model(recipe_model(tmp_path, blip2_model), ObjectiveConfig(type="blip2"))
     assert isinstance(fresh, Blip2Stage1) and not torch.equal(fresh.words, model.words)
-    with pytest.raises(ValueError, match="has word embeddings of its own"):
+    with pytest.raises(ConfigError, match="has word embeddings of its own"):
         recipe_model(tmp_path, blip2_model, words="smollm2", bert="folder")
     wide = {**settings.qformer.model_dump(), "hidden_size": 64}
     with pytest.raises(ConfigError, match="has embeddings of width 32, the Q-Former needs 64"):
