@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,11 @@ def test_a_captioner_can_be_scored(kind: str, captioner: Folders, private_cache:
     assert model.fingerprint() == load(captioner(kind), "cpu").fingerprint()
     ask = ["a dog"] if kind == "question" else []
     examples = [Example(str(n), (user(Image(image(n)), *ask),), ("a dog",)) for n in range(2)]
-    run = run_task(model, Task("toy", "", "exact", ("",), lambda _folder, _split: (), "", 12), examples)
+    task = Task("toy", "", "exact", ("",), lambda _folder, _split: (), "", 12)
+    run = run_task(model, task, examples)
     assert [s.answer for s in run.samples] == [model.generate(e.messages, PARAMS).text.strip() for e in examples]
     assert run.batch_size == 1
+    told = [replace(e, messages=(user(*e.messages[0].media, "Describe it."),)) for e in examples]
+    captioned = run_task(model, replace(task, captions=True), told).samples
+    assert ([s.answer for s in captioned] == [s.answer for s in run.samples]) == (kind != "question")
+    assert captioned[0].prompt == ("<image>Describe it." if kind == "question" else "<image>")

@@ -284,6 +284,18 @@ def test_a_reader_that_never_was_is_no_error(command: list[str], status: int, ti
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_full_disk_behind_standard_output_is_one_line(buffered: str) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "polymodal", "env"],
+            stdout=full, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": buffered},
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "polymodal: error: standard output cannot be written (No space left on device)\n"
+
+
 @pytest.mark.parametrize("closed", [("stdin",), ("stdout",), ("stdin", "stdout", "stderr")])
 @pytest.mark.parametrize("command", ["chat", "inspect", "describe"])
 def test_closed_streams_are_no_error(

@@ -85,11 +85,13 @@ class Backend(ABC):
         name: What the model is called.
         concurrent: Conversations that it likes to be asked at the same time, one each; None where it batches instead.
         takes: Media that a question may hold.
+        captions: Whether it describes an image that it is given alone, and goes on from a text instead of answering it.
     """
 
     name: str
     concurrent: int | None = None
     takes: tuple[str, ...] = ("image",)
+    captions = False
 
     def fingerprint(self) -> str:
         """A hash of the model, by which answers are kept; of its name alone where there is nothing better."""

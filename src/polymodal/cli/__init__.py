@@ -5,6 +5,7 @@ line on standard error and exit status 2; `--debug`, before or after the verb, s
 """
 
 import argparse
+import errno
 import importlib
 import io
 import os
@@ -89,6 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python would flush at exit goes nowhere
+        print(f"polymodal: error: standard output cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
     finally:
         if before is None:
             os.environ.pop("POLYMODAL_MAX_PIXELS", None)

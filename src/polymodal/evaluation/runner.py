@@ -99,6 +99,8 @@ def prepared(task: Task, examples: Sequence[Example], settings: Settings = Setti
 def run_task(model: Backend, task: Task, examples: Sequence[Example], settings: Settings = Settings()) -> Run:
     """Ask and score."""
     examples = prepared(task, examples, settings)
+    if task.captions and model.captions:
+        examples = [replace(e, messages=tuple(replace(m, parts=m.media) for m in e.messages)) for e in examples]
     params = GenerationParams(max_new_tokens=settings.max_new_tokens or task.max_new_tokens)
     media = {type(part) for example in examples for message in example.messages for part in message.media}
     passes = (False, True) if settings.blind and media <= {Image} else (False,)

@@ -160,6 +160,7 @@ class Task:
             is given a sample for every id that the server wants; those that were not asked or failed have no answer.
         needs: Media that the model must be able to take.
         blind: Whether the image-blind control runs unless told otherwise.
+        captions: Whether it asks for captions; a model that captions unasked is then given the image alone.
         hub_files: The files of the hub's dataset that a split needs, as patterns; all where none are named.
         folder: The folder in a data root that it shares with another task; empty where it has one of its own name.
         details: Makes further figures, which stand under those of `aggregate` and have no interval.
@@ -180,6 +181,7 @@ class Task:
     submit: Submit | None = None
     needs: tuple[str, ...] = ("image",)
     blind: bool = False
+    captions: bool = False
     hub_files: Mapping[str, Sequence[str]] = field(default_factory=dict)
     folder: str = ""
     details: Aggregate | None = None

@@ -60,6 +60,7 @@ class Captioner(TransformersBackend):
     def __init__(self, model: Any, images: Any, tokenizer: Any, name: str, said: Mapping[str, Any]) -> None:
         config = model.config
         self.asks = type(model).__name__ == "BlipForQuestionAnswering"
+        self.captions = not self.asks
         self.writer = _Writer(model, said, f"{name}: generation_config.json")
         ModelBackend.__init__(self, name, tokenizer, config, self.writer.ends)
         self.defaults = self.writer.defaults

@@ -1,6 +1,7 @@
 """Captions of COCO and NoCaps against several of people's: CIDEr-D, with BLEU-4 and ROUGE-L.
 
-The prompt is lmms-eval's; greedy, where papers on captioning often search with beams. CIDEr weighs words by the
+The prompt is lmms-eval's, and none for models that caption unasked (BLIP, GIT); greedy, where papers on captioning often
+search with beams. CIDEr weighs words by the
 references of what is scored: a part of a set (`--limit`) does not compare with the whole, so look at n. A failure is an
 empty caption. NoCaps' test split is secret: no score, only the results file.
 """
@@ -94,6 +95,7 @@ COCO_CAPTION = Task(
     hub="lmms-lab-encoder/COCO-Caption",
     hub_files={"val2014": ["data/val-*"]},
     max_new_tokens=64,
+    captions=True,
     details=_caption_figures,
     submit=_results("captions_{split}_polymodal_results.json"),
 )
@@ -107,6 +109,7 @@ NOCAPS = Task(
     hub="lmms-lab-encoder/NoCaps",
     hub_files={split: [f"data/{hub}-*"] for split, (_, hub) in _NOCAPS.items()},
     max_new_tokens=64,
+    captions=True,
     details=_caption_figures,
     submit=_results("nocaps_{split}_results.json"),
 )
