@@ -1,9 +1,8 @@
 """Captions of COCO and NoCaps against several of people's: CIDEr-D, with BLEU-4 and ROUGE-L.
 
-The prompt is lmms-eval's, and none for models that caption unasked (BLIP, GIT); greedy, where papers on captioning often
-search with beams. CIDEr weighs words by the
-references of what is scored: a part of a set (`--limit`) does not compare with the whole, so look at n. A failure is an
-empty caption. NoCaps' test split is secret: no score, only the results file.
+The prompt is lmms-eval's, and none for models that caption unasked (BLIP, GIT); greedy, where papers often search with
+beams. CIDEr weighs words by the references of what is scored: a part of a set (`--limit`) does not compare with the
+whole, so look at n. A failure is an empty caption. NoCaps' test split is secret: no score, only the results file.
 """
 
 from collections import defaultdict
