@@ -256,3 +256,9 @@ def test_own_data_without_answers(tmp_path: Path) -> None:
             examples_of(load_records(data_file(tmp_path, row)))
     with pytest.raises(ConfigError, match="did you mean 'exact'"):
         data_task(tmp_path / "x.json", metric="exakt")
+
+
+def test_kinds_are_shown_where_there_is_no_other_figure() -> None:
+    samples = [sample(n, float(n < 3), kind=("cats", "dogs")[n % 2]) for n in range(4)]
+    shown = table([summary(samples)])
+    assert "| - cats | exact | 2 | 100.0% |" in shown and "| - dogs | exact | 2 | 50.0% |" in shown

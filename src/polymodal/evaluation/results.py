@@ -188,7 +188,7 @@ def table(documents: Sequence[Json]) -> str:
 
 
 def table_cells(documents: Sequence[Json]) -> tuple[list[str], list[list[str]]]:
-    """The head and rows of the table: of each task its figures, or its kinds where it has a control."""
+    """The head and rows of the table: of each task its figures, or its kinds where these say more."""
     rows = [row for document in documents for row in _table_rows(document)]
     blind, constant = (any(row[name] for row in rows) for name in ("blind", "majority"))
     head = ["task", "metric", "n", "score", "95%"]
@@ -206,7 +206,7 @@ def _table_rows(document: Json) -> list[dict[str, str]]:
     headline = next(iter(document["figures"]))
     rows = [_cells(name, document if headline == "score" else {**document, "metric": headline}, unit)]
     kinds = document["kinds"]
-    if document.get("blind") is not None and len(kinds) > 1:
+    if len(kinds) > 1 and (document.get("blind") is not None or len(document["figures"]) == 1):
         rows += [_cells(f"- {row['kind'] or 'other'}", row, unit) for row in kinds]
         if len({row["metric"] for row in kinds}) > 1:
             rows[0]["metric"] = "as below"
