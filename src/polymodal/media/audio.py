@@ -15,22 +15,19 @@ cannot know the length and put the largest number there is.
 """
 
 import contextlib
-import io
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
 
-from polymodal.errors import ConfigError, MediaError, PolymodalError, first_line
+from polymodal.errors import ConfigError, MediaError
 from polymodal.media.image import what_is_it
-from polymodal.media.source import describe, local_path, read_bytes
-from polymodal.media.video_file import Window, reason
+from polymodal.media.source import describe
+from polymodal.media.window import Window, guarded, open_window, reason
 from polymodal.messages import Source
-from polymodal.utils.files import regular_size
 
 MAX_SECONDS = 1800.0
 """The longest sound unless the caller says otherwise."""
@@ -109,32 +106,11 @@ def open_audio(
     if isinstance(source, bytes | bytearray | memoryview):
         name = name or f"sound of {len(source)} bytes"
     name = name or describe(source)
-    with _guarded(name), contextlib.ExitStack() as stack:
-        file = stack.enter_context(_open_file(source, limit, name))
-        container = stack.enter_context(_open_container(file, name))
+    with guarded(name, "sound", "cut it"), contextlib.ExitStack() as stack:
+        window = open_window(source, limit, name, limit)
+        stack.enter_context(window.file)
+        container = stack.enter_context(_open_container(window, name))
         return _decode(container, _stream(container, video, track, name), sample_rate, max_seconds, name)
-
-
-@contextlib.contextmanager
-def _open_file(source: Source, limit: int, name: str) -> Iterator[Window]:
-    """Open the bytes of a sound; a file of its own is not read before it is decoded."""
-    if isinstance(source, str) and source[:5].lower() != "data:":
-        source = local_path(source, name)
-    if isinstance(source, Path):
-        size = regular_size(source, name, MediaError)
-        if size > limit:
-            raise MediaError(f"{name}: {size:,} bytes, at most {limit:,} are allowed; make the file smaller")
-        if not size:
-            raise MediaError(f"{name}: the file is empty (0 bytes); give a file with content", "empty-file")
-        try:
-            file: Any = source.open("rb")
-        except OSError as error:
-            raise MediaError(f"{name}: cannot be read ({error.strerror}); check the path") from None
-    else:
-        data = read_bytes(source, limit=limit, name=name)  # type: ignore[arg-type]  # images were refused before
-        size, file = len(data), io.BytesIO(data)
-    with file:
-        yield Window(file, 0, size, name)
 
 
 def _open_container(file: Window, name: str) -> Any:
@@ -314,18 +290,3 @@ def _not_a_sound(head: bytes) -> str | None:
 def _refuse(*_: Any, **__: Any) -> Any:
     """Open nothing: a sound that names other files does not get them."""
     raise OSError("a sound may not open other files")
-
-
-@contextlib.contextmanager
-def _guarded(name: str) -> Iterator[None]:
-    """Turn what ffmpeg raises on damaged bytes into one line."""
-    try:
-        yield
-    except PolymodalError:
-        raise
-    except ImportError as error:
-        raise MediaError(f"{name}: reading sound needs PyAV ({first_line(error)[:120]}); pip install av") from None
-    except MemoryError:
-        raise MediaError(f"{name}: too large for the memory there is; cut it") from None
-    except Exception as error:  # a decoder that is fed damaged bytes may raise anything
-        raise MediaError(f"{name}: is damaged or cut off ({reason(error)}); give a whole file") from error

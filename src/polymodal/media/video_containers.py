@@ -13,13 +13,11 @@ decoded from its start and counted.
 
 import bisect
 import contextlib
-import io
 import itertools
 import math
 import os
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,21 +25,20 @@ from PIL import Image as PILImage
 
 from polymodal.errors import MediaError
 from polymodal.media.image import to_rgb
-from polymodal.media.source import MAX_BYTES, describe, local_path, read_bytes
+from polymodal.media.source import MAX_BYTES, describe
 from polymodal.media.video_file import (
+    GUARD,
     WHITE,
     FrameTable,
     VideoFile,
     VideoLimits,
     WebPFile,
-    Window,
-    guarded,
     not_a_video,
     read_boxes,
     what_instead,
 )
-from polymodal.messages import FileSlice, Source
-from polymodal.utils.files import regular_size
+from polymodal.media.window import Window, guarded, open_window
+from polymodal.messages import Source
 
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,flv,ogg,asf,gif,apng"
@@ -68,8 +65,8 @@ def open_video(source: Source, limits: VideoLimits) -> VideoFile:
     name = f"video of {len(source)} bytes" if isinstance(source, bytes | bytearray | memoryview) else describe(source)
     if isinstance(source, PILImage.Image):
         raise MediaError(f"{name}: is an image, not a video; give a video file")
-    with guarded(name):
-        window = _open_window(source, limits, name)
+    with guarded(name, *GUARD):
+        window = open_window(source, limits.bytes, name, MAX_BYTES)
         try:
             head = window.read(4096)
             window.seek(0)
@@ -79,28 +76,6 @@ def open_video(source: Source, limits: VideoLimits) -> VideoFile:
         except BaseException:
             window.file.close()
             raise
-
-
-def _open_window(source: Any, limits: VideoLimits, name: str) -> Window:
-    """Open the bytes of a video without reading them, where they lie in a file."""
-    if isinstance(source, str) and source[:5].lower() != "data:":
-        source = local_path(source, name)
-    if not isinstance(source, Path | FileSlice):
-        data = read_bytes(source, limit=min(limits.bytes, MAX_BYTES), name=name)
-        return Window(io.BytesIO(data), 0, len(data), name)
-    path, offset = (source.path, source.offset) if isinstance(source, FileSlice) else (source, 0)
-    there = regular_size(path, name, MediaError)
-    size = source.size if isinstance(source, FileSlice) else there
-    if size > limits.bytes:
-        raise MediaError(f"{name}: {size:,} bytes, at most {limits.bytes:,} are allowed; make the file smaller")
-    if offset + size > there:
-        raise MediaError(f"{name}: the file ends before it; it was cut off or has changed, fetch it again")
-    if not size:
-        raise MediaError(f"{name}: the file is empty (0 bytes); give a file with content", "empty-file")
-    try:
-        return Window(path.open("rb"), offset, size, name)
-    except OSError as error:
-        raise MediaError(f"{name}: cannot be read ({error.strerror}); check the path") from None
 
 
 class _Container(VideoFile):

@@ -1,23 +1,26 @@
 """An open video: what every kind of it gives, and what it may cost."""
 
-import contextlib
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
 
 from polymodal.config import MAX_PIXELS as MOST_PIXELS
-from polymodal.errors import MediaError, PolymodalError, first_line
+from polymodal.errors import MediaError
 from polymodal.media.image import FORMATS as IMAGES
 from polymodal.media.image import allowed_pixels, to_rgb, what_is_it
 from polymodal.media.source import MAX_BYTES
+from polymodal.media.window import Window, guarded, reason
 
 WHITE = (255, 255, 255)
 """What shows through where a frame is transparent, as in images."""
+GUARD = ("video", "scale it down", "too-many-pixels")
+"""What `guarded` says of a video."""
 
 _LISTS = (b"#extm3u", b"ffconcat", b"<mpd", b"[playlist]", b"v=0\r\n", b"v=0\n")
 _NESTED = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
@@ -48,45 +51,7 @@ class FrameTable:
     tick: float = 0.001  # The smallest difference that the file can write
 
 
-@dataclass
-class Window:
-    """A file as ffmpeg sees it: from `offset` on, `size` bytes long, with an end to how much is read."""
-
-    file: Any
-    offset: int
-    size: int
-    name: str
-    left: int = 0
-    place: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        self.left = 8 * self.size + 2**28
-
-    def read(self, count: int) -> bytes:
-        """Read on; at most as much in all as a sound file takes."""
-        count = max(0, min(count, self.size - self.place))
-        self.left -= count + 1024
-        if self.left < 0:
-            raise MediaError(f"{self.name}: has to be read over and over; convert it to MP4, WAV or FLAC")
-        self.file.seek(self.offset + self.place)
-        data: bytes = self.file.read(count)
-        self.place += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to a place."""
-        place = offset + (0, self.place, self.size)[whence]
-        if place < 0:
-            raise OSError("before the start")
-        self.place = place
-        return place
-
-    def tell(self) -> int:
-        """The place where the next read begins."""
-        return self.place
-
-
-class VideoFile:
+class VideoFile(ABC):
     """An open video; `frames` gives its images upright, in RGB, as large as they are stored."""
 
     claimed: int | None = None  # Frames, as the file says
@@ -108,16 +73,16 @@ class VideoFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # what is read whole has nothing to let go of
         """Let go of the file."""
 
+    @abstractmethod
     def scan(self) -> FrameTable:
         """Read the packets' times."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, wanted: list[int]) -> Iterator[tuple[int, int, np.ndarray]]:
         """Decode frames: the number that was wanted, the one that came out, its pixels."""
-        raise NotImplementedError
 
     def locate(self, wanted: Sequence[int]) -> bool:
         """Find frames by number without the table; False where that takes the table."""
@@ -130,7 +95,7 @@ class VideoFile:
     def table(self) -> FrameTable:
         """When each frame is shown."""
         if self._table is None:
-            with guarded(self.name):
+            with guarded(self.name, *GUARD):
                 self._table = self.scan()
             if not len(self._table.times):
                 raise MediaError(f"{self.name}: has no frame that can be decoded; give a whole video")
@@ -139,7 +104,7 @@ class VideoFile:
 
     def frames(self, wanted: Sequence[int]) -> Iterator[tuple[int, int, np.ndarray]]:
         """Decode the frames of these numbers; a damaged one's neighbour comes in its place."""
-        with guarded(self.name):
+        with guarded(self.name, *GUARD):
             yield from self.decode(sorted(set(wanted)))
 
     def check_duration(self, seconds: float | None) -> None:
@@ -194,27 +159,6 @@ def read_boxes(window: Window) -> tuple[int, bool]:
         fragments |= kind == b"moof"
         place, number = place + (start if kind in _NESTED else size), number + 1
     return claimed, fragments or number == _BOXES
-
-
-@contextlib.contextmanager
-def guarded(name: str) -> Iterator[None]:
-    """Turn what ffmpeg and Pillow raise on damaged bytes into one line."""
-    try:
-        yield
-    except PolymodalError:
-        raise
-    except ImportError as error:
-        raise MediaError(f"{name}: reading video needs PyAV ({first_line(error)[:120]}); pip install av") from None
-    except MemoryError:
-        raise MediaError(f"{name}: too large for the memory there is; scale it down", "too-many-pixels") from None
-    except Exception as error:  # a decoder that is fed damaged bytes may raise anything
-        raise MediaError(f"{name}: is damaged or cut off ({reason(error)}); give a whole file") from error
-
-
-def reason(error: Exception) -> str:
-    """What ffmpeg or Pillow says of a file, in one line."""
-    text = getattr(error, "strerror", None) or first_line(error)
-    return " ".join(str(text).split())[:120]
 
 
 class WebPFile(VideoFile):
@@ -275,7 +219,7 @@ def not_a_video(head: bytes) -> str | None:
 
 def what_instead(window: Window, head: bytes, error: Exception) -> str:
     """Say what a file is that ffmpeg does not open."""
-    with contextlib.suppress(Exception):
+    with suppress(Exception):
         window.seek(0)
         with PILImage.open(io.BytesIO(window.read(2**20)), formats=IMAGES) as image:
             return f"is a {image.format} image, not a video; give a video file"
