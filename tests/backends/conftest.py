@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,13 @@ class FakeServer:
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
     """A server on a free port of this machine."""
+    with running() as fake:
+        yield fake
+
+
+@contextmanager
+def running() -> Iterator[FakeServer]:
+    """A server that answers in a thread while the block lasts."""
     fake = FakeServer()
     thread = threading.Thread(target=fake.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

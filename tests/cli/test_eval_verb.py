@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,10 +24,10 @@ from polymodal.cli import main
 from polymodal.evaluation.task import Example, Task
 from polymodal.evaluation.tasks import TASKS
 from polymodal.messages import user
+from tests.backends.conftest import running
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
-FakeServer: Any = runpy.run_path(str(Path(__file__).parents[1] / "backends" / "conftest.py"))["FakeServer"]
 COLOURS = ("red", "green", "blue", "white")
 
 
@@ -45,23 +43,19 @@ def echo(handler: Any, text: str) -> None:
 @pytest.fixture
 def server() -> Iterator[Any]:
     """An endpoint that says how many bytes it was shown, and remembers every question."""
-    fake = FakeServer()
-    fake.questions = []
-    fake.pause = 0.0
+    with running() as server:
+        fake: Any = server
+        fake.questions = []
+        fake.pause = 0.0
 
-    def play(handler: Any) -> None:
-        content = json.dumps(fake.bodies[-1]["messages"])
-        time.sleep(fake.pause)
-        fake.questions.append(content)
-        echo(handler, f"seen {len(content)}")
+        def play(handler: Any) -> None:
+            content = json.dumps(fake.bodies[-1]["messages"])
+            time.sleep(fake.pause)
+            fake.questions.append(content)
+            echo(handler, f"seen {len(content)}")
 
-    fake.plays(play)
-    thread = threading.Thread(target=fake.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield fake
-    fake.http.shutdown()
-    fake.http.server_close()
-    thread.join()
+        fake.plays(play)
+        yield fake
 
 
 def rows(folder: Path, count: int = 12, **more: Any) -> Path:
