@@ -1,7 +1,6 @@
 """An open video: what every kind of it gives, and what it may cost."""
 
 import io
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ class FrameTable:
     tick: float = 0.001  # The smallest difference that the file can write
 
 
-class VideoFile(ABC):
+class VideoFile:
     """An open video; `frames` gives its images upright, in RGB, as large as they are stored."""
 
     claimed: int | None = None  # Frames, as the file says
@@ -73,16 +72,16 @@ class VideoFile(ABC):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def close(self) -> None:  # noqa: B027  # what is read whole has nothing to let go of
+    def close(self) -> None:
         """Let go of the file."""
 
-    @abstractmethod
     def scan(self) -> FrameTable:
         """Read the packets' times."""
+        raise NotImplementedError
 
-    @abstractmethod
     def decode(self, wanted: list[int]) -> Iterator[tuple[int, int, np.ndarray]]:
         """Decode frames: the number that was wanted, the one that came out, its pixels."""
+        raise NotImplementedError
 
     def locate(self, wanted: Sequence[int]) -> bool:
         """Find frames by number without the table; False where that takes the table."""
