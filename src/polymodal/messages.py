@@ -61,23 +61,32 @@ class Image:
 
 @dataclass(frozen=True)
 class Video:
-    """A video clip."""
+    """A video clip; which frames are taken is the model's own choice where nothing is said."""
 
     source: Source
+    num_frames: int | None = None  # As many, evenly spread, the first and the last among them
+    fps: float | None = None  # Instead: so many a second
+    times: tuple[float, ...] | None = None  # Instead: those shown at these seconds
+    key_frames: bool = False  # Instead: those that the file stores whole
+    start: float | None = None  # Seconds: only frames from here on
+    end: float | None = None  # Seconds: only frames before this
+    audio: bool | None = None  # Whether its sound is given too
 
 
 @dataclass(frozen=True)
 class Audio:
-    """A sound."""
+    """A sound, or that of a video."""
 
     source: Source
 
 
 @dataclass(frozen=True)
 class Document:
-    """A document of pages."""
+    """A document of pages: a PDF, a TIFF or one image."""
 
     source: Source
+    pages: str | None = None  # Which, from 1: "1-3,7", or "5-" for the fifth and all after it; all where None
+    text: Literal["none", "layer", "ocr"] = "none"  # What is read beside each page: the PDF's own text, or by OCR
 
 
 Part: TypeAlias = Text | Image | Video | Audio | Document
