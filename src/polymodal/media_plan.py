@@ -1,4 +1,4 @@
-"""Pure integers: how an image of a given size becomes tiles and tokens; imports nothing heavy.
+"""Pure integers: how an image, a video or a sound becomes tiles and tokens; imports nothing heavy.
 
 A plan is made once, by the processor, and carried along; the pixel code, the model, the packer and the cost estimate
 only read it. Five ways to fit an image are planned: "squash", "pad", "crop" (one tile), "slice" (tiles at the
@@ -16,12 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from polymodal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from polymodal.config import AspectRatio, ImageConfig, PatchMerge
+    from polymodal.config import AspectRatio, ImageConfig, PatchMerge, VideoConfig
 
 
 @dataclass(frozen=True, order=True)
@@ -101,6 +101,92 @@ class ImagePlan:
     def num_tiles(self) -> int:
         """Tiles the encoder sees: the grid, and the overview where there is one."""
         return self.grid.area + (self.overview != "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoPlan:
+    """Everything integer about one video's way into the sequence, and when its frames are."""
+
+    frame: ImagePlan  # Of each frame: one tile
+    times: tuple[float, ...]  # Seconds of each frame from the video's first
+    frames: int  # What comes out of the temporal encoder
+    tokens: Size  # Projected tokens of each of those
+    num_tokens: int  # Positions in the sequence
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles the vision encoder sees."""
+        return len(self.times)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioPlan:
+    """Everything integer about one sound's way into the sequence."""
+
+    frames: tuple[int, ...]  # Of each window: the spectrogram's frames that have sound in them
+    tokens: tuple[int, ...]  # Of each window: what the encoder makes of those
+    num_tokens: int  # Positions in the sequence
+    num_tiles: int = 0  # The vision encoder sees none
+
+
+MediaPlan: TypeAlias = ImagePlan | VideoPlan | AudioPlan
+
+
+@dataclass(frozen=True)
+class AudioWindow:
+    """What an audio encoder takes at once, and what it makes of it."""
+
+    mel_bins: int  # Bands of the spectrogram
+    max_frames: int  # The longest window, in frames of 10 ms
+    frames_per_token: int
+
+
+def plan_audio(frames: Sequence[int], window: AudioWindow) -> AudioPlan:
+    """Plan a sound whose windows have so many frames."""
+    tokens = tuple(_ceil_div(count, window.frames_per_token) for count in frames)
+    return AudioPlan(frames=tuple(frames), tokens=tokens, num_tokens=sum(tokens))
+
+
+def plan_video(source: Size, times: Sequence[float], video: VideoConfig, image: ImageConfig, tokens: Size) -> VideoPlan:
+    """Plan a video of frames that the projector would turn into `tokens` each."""
+    for what, size in (("frame size", source), ("tokens per tile", tokens)):
+        _refuse_empty(what, size)
+    frame = _plan_tile(source, image, Size(*image.tile_size), tokens, video.frame_aspect_ratio)
+    frames, per_frame = temporal_output(len(times), video, tokens)
+    return VideoPlan(
+        frame=frame, times=tuple(times), frames=frames, tokens=per_frame, num_tokens=frames * per_frame.area
+    )
+
+
+def temporal_output(frames: int, video: VideoConfig, tokens: Size) -> tuple[int, Size]:
+    """What comes out of a temporal encoder and the projector behind it: frames, and tokens of each."""
+    temporal = video.temporal
+    if temporal is None:
+        return frames, tokens
+    if temporal.type == "spatio_temporal_pool":
+        t, h, w = temporal.stride or (2, 2, 2)
+        # A projector that keeps no grid gives as many tokens whatever it sees.
+        kept = tokens if (h, w) == (1, 1) else Size(_ceil_div(tokens.height, h), _ceil_div(tokens.width, w))
+        return _ceil_div(frames, t), kept
+    joined = temporal.type == "mean" or (temporal.attention is not None and temporal.attention.pool == "mean")
+    return (1 if joined else frames), tokens
+
+
+def frames_within(wanted: int, video: VideoConfig, tokens: Size) -> int:
+    """The most frames, up to `wanted` and `max_frames`, whose tokens are within the video's budget."""
+    wanted = min(wanted, video.max_frames)
+    if video.max_tokens is None:
+        return wanted
+    fits = (
+        count
+        for count in range(wanted, 0, -1)
+        if math.prod((temporal_output(count, video, tokens)[0], temporal_output(count, video, tokens)[1].area))
+        <= video.max_tokens
+    )
+    most = next(fits, 0)
+    if not most:
+        raise ConfigError(f"video.max_tokens {video.max_tokens} is less than the tokens of one frame; raise it")
+    return most
 
 
 def plan_image(source: Size, image: ImageConfig, tokens: Size, *, alone: bool = True) -> ImagePlan:

@@ -18,8 +18,9 @@ from polymodal.config import ImageConfig, ProjectorConfig
 from polymodal.errors import PolymodalError
 from polymodal.media_plan import Size, plan_image
 from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
+from polymodal.modeling.merge import lay_out, merge_media
 from polymodal.modeling.projectors import build_projector
-from polymodal.modeling.vlm import MultimodalLM, lay_out, merge_media
+from polymodal.modeling.vlm import MultimodalLM
 
 VOCAB, WIDTH, IMAGE_ID = 64, 24, 64
 IMAGE = ImageConfig(

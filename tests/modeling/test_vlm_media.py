@@ -167,5 +167,5 @@ def test_a_training_step_never_waits_for_the_device(model: MultimodalLM, way: st
 def test_places_that_do_not_fit_are_an_error_that_names_the_sample(model: MultimodalLM) -> None:
     batch = collate([conversation(model, 5, False, "a"), conversation(model, 5, True, "b")], 0)
     short = dataclasses.replace(batch, media_places=batch.media_places[1:], pixel_values=None, plans=())
-    with pytest.raises(PolymodalError, match="image: sample 1 has 4 placeholders but 0 features"):
+    with pytest.raises(PolymodalError, match="media: sample 1 has 4 placeholders but 0 features"):
         model(**{**short.inputs(), "sample_of_image": ()})

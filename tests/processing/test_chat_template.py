@@ -375,8 +375,8 @@ class SlowTokenizer:
 @pytest.mark.parametrize(
     ("messages", "counts", "complaint"),
     [
-        ([user(CAT)], [], "has 1 images, but 0 token counts"),
-        ([user("Q")], [4], "has 0 images, but 1 token counts"),
+        ([user(CAT)], [], "has 1 images or other media, but 0 token counts"),
+        ([user("Q")], [4], "has 0 images or other media, but 1 token counts"),
         ([user(CAT)], [0], "at least one token"),
         ([user("Q"), assistant(CAT)], [1], "message 2: an image in an assistant's message is not supported yet"),
         ([user(Audio("a.wav"))], [], "message 1: Audio parts are not supported yet"),

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from polymodal.backends import load_processor
 from polymodal.config import ImageConfig
 from polymodal.messages import Image, user
-from polymodal.processing.processor import image_key
+from polymodal.processing.media_parts import image_key
 
 RULES: dict[str, Any] = {"tile_size": (32, 32), "image_mean": (0.5, 0.4, 0.3), "image_std": (0.2, 0.3, 0.4)}
 CHANGES: dict[str, Any] = {

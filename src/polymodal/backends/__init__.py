@@ -193,7 +193,7 @@ def load_processor(name: str | Path = "default") -> Processor:
     """Open only a model's processor: everything up to the tensors, without the language model."""
     from polymodal.checkpoints.model_folder import read_document
     from polymodal.interop.huggingface.load import hf_processor
-    from polymodal.modeling.build import build_vision
+    from polymodal.modeling.build import media_counts
     from polymodal.modeling.language_model import load_tokenizer, quieten_transformers
     from polymodal.modeling.meta_device import llm_positions
     from polymodal.modeling.projectors.qformer_files import load_context_tokenizer
@@ -208,16 +208,16 @@ def load_processor(name: str | Path = "default") -> Processor:
     quieten_transformers()
     if config.image_token_id is None:
         raise CheckpointError(f"{folder / OURS}: config.image_token_id is missing")
-    # Only the projector's grid is asked for, so the width of the language model does not matter.
-    vision = build_vision(config, folder, llm_dim=1)
+    tokens, window = media_counts(config, folder)
     return Processor(
         config,
         load_tokenizer(config.llm, folder),
-        vision[1].output_grid if vision is not None else None,
+        tokens,
         config.image_token_id,
         bool(config.llm.encoder_decoder),
         load_context_tokenizer(config.projector, folder),
         llm_positions(config.llm),
+        window,
     )
 
 

@@ -22,7 +22,7 @@ from polymodal.utils.files import sha256_json
 
 def processor_of(model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Processor:
     """The processor that makes what a model takes."""
-    more = (model.encoder_decoder, model.context_tokenizer, positions_of(model.llm.config))
+    more = (model.encoder_decoder, model.context_tokenizer, positions_of(model.llm.config), model.audio_window)
     return Processor(config, tokenizer, model.tokens_per_tile, model.image_token_id, *more)
 
 
@@ -50,15 +50,19 @@ class LocalBackend(ModelBackend[Sample]):
         self.history = tuple(history)
         self.processor = processor_of(model, tokenizer, config)
         super().__init__(name, tokenizer, model.llm.config, self.processor.template.stop_ids)
+        given = {"image": config.image, "video": config.video, "audio": config.audio}
+        self.takes = tuple(kind for kind, rules in given.items() if rules is not None)
 
     def settings(self) -> dict[str, str]:
         """Hashes of the image rules and of the template."""
-        tower, rules, template = (
+        config = self.config
+        tower, rules, template, *senses = (
             part.model_dump(mode="json") if part is not None else None
-            for part in (self.config.vision, self.config.image, self.config.template)
+            for part in (config.vision, config.image, config.template, config.video, config.audio)
         )
         return {
-            "preprocessing": sha256_json([tower, rules]),
+            # As it was before there were videos and sounds, for a model that takes none.
+            "preprocessing": sha256_json([tower, rules, *(sense for sense in senses if sense is not None)]),
             "template": sha256_json([template, self.tokenizer.chat_template]),
         }
 

@@ -1,10 +1,10 @@
 """Our model folder: everything needed to run a model exactly as it was trained.
 
     polymodal.json          configuration, special ids, contract and its hash, history, parameter list
-    projector.safetensors   projector, and the newline token of AnyRes
+    projector.safetensors   projectors, the temporal encoder, and the newline token of AnyRes
     adapter/                LoRA in peft's own layout, where the language model was tuned so
     llm/                    the language model, where it was tuned whole; else a pinned reference in polymodal.json
-    vision/                 the vision tower, where it is bundled or was tuned; else a reference
+    vision/  audio/         the towers, where they are bundled or were tuned; else references
     tokenizer.json, ...     the tokenizer and its chat template
     qformer_tokenizer/      the tokenizer of a Q-Former that reads the question
 
@@ -44,6 +44,8 @@ CONFIG_NAME = OURS
 PROJECTOR_NAME = "projector.safetensors"
 ADAPTER_NAME = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OWN_PARTS = ("projector", "temporal_encoder", "audio_projector")
+AUDIO_ORIGINS: Any = {"audio_tower": True, "revision": True}
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Document:
     contract_hash: str
     history: list[dict[str, Any]]
     tower: str | None = None  # The fingerprint of a tower that lies elsewhere; None in folders that have none
+    audio_tower: str | None = None  # The same of an audio tower
 
 
 def contract_of(
@@ -84,6 +87,9 @@ def contract_of(
         "projector": config.projector.model_dump(mode="json", exclude=origins),
         "image_token_id": image_token_id,
         "tokenizer": _hash_vocabulary(tokenizer),
+        # Not there where there is none, as in folders from before there were videos and sounds.
+        **({} if config.video is None else {"video": config.video.model_dump(mode="json")}),
+        **({} if config.audio is None else {"audio": config.audio.model_dump(mode="json", exclude=AUDIO_ORIGINS)}),
         **({} if context_tokenizer is None else {"context_tokenizer": _hash_vocabulary(context_tokenizer)}),
     }
 
@@ -97,6 +103,7 @@ def save_model(
     history: list[dict[str, Any]] | None = None,
     llm_trained: bool = False,
     vision_trained: bool = False,
+    audio_trained: bool = False,
     dtype: torch.dtype | None = None,
     replace: bool = False,
 ) -> None:
@@ -113,6 +120,9 @@ def save_model(
     config = _with(config, "llm", model_name_or_path=llm)
     if config.vision is not None:
         config = _with(config, "vision", vision_tower="bundled" if keep_tower else _placed(config.vision.vision_tower))
+    keep_ears = config.audio is not None and (audio_trained or config.audio.audio_tower == "bundled")
+    if config.audio is not None:
+        config = _with(config, "audio", audio_tower="bundled" if keep_ears else _placed(config.audio.audio_tower))
     if (qformer := config.projector.qformer) is not None:
         # The folder holds the projector and its tokenizer itself, and does not say where they began.
         config = _with(config, "projector", pretrained=None, qformer=qformer.model_copy(update={"tokenizer": None}))
@@ -131,6 +141,8 @@ def save_model(
             model.llm.save_pretrained(work / "llm", state_dict=_own_weights(model.llm))
         if keep_tower and model.vision_encoder is not None:
             model.vision_encoder.save(work / "vision")
+        if keep_ears and model.audio_encoder is not None:
+            model.audio_encoder.save(work / "audio")
         tokenizer.save_pretrained(work)
         if model.context_tokenizer is not None:
             model.context_tokenizer.save_pretrained(work / TOKENIZER_FOLDER)
@@ -143,6 +155,8 @@ def save_model(
         }
         if model.vision_encoder is not None and not keep_tower:
             document["tower"] = fingerprint(model.vision_encoder)
+        if model.audio_encoder is not None and not keep_ears:
+            document["audio_tower"] = fingerprint(model.audio_encoder)
         write_text(work / CONFIG_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -153,12 +167,16 @@ def load_model(folder: Path | FolderReport, quantize: str | None = None) -> Load
     model, tokenizer = build_model(document.config, folder, quantize)
     now = contract_of(document.config, model.image_token_id, tokenizer, model.context_tokenizer)
     _check_contract(folder, document.contract, now, document.config)
-    if model.vision_encoder is not None and document.tower not in (None, fingerprint(model.vision_encoder)):
-        assert document.config.vision is not None
-        raise CheckpointError(
-            f"{folder}: trained behind another vision tower than {document.config.vision.vision_tower!r} is now (its "
-            "weights differ); put the tower back, or train again"
-        )
+    for kind, encoder, was in (
+        ("vision", model.vision_encoder, document.tower),
+        ("audio", model.audio_encoder, document.audio_tower),
+    ):
+        if encoder is not None and was not in (None, fingerprint(encoder)):
+            name = getattr(getattr(document.config, kind), f"{kind}_tower")
+            raise CheckpointError(
+                f"{folder}: trained behind another {kind} tower than {name!r} is now (its weights differ); put the "
+                "tower back, or train again"
+            )
     if own := own_tensors(model):
         copy_tensors(own, read_tensors(folder / PROJECTOR_NAME), folder / PROJECTOR_NAME)
     if (adapter := folder / ADAPTER_NAME).is_dir():
@@ -202,6 +220,7 @@ def write_whole(loaded: Loaded, target: Path, *, dtype: torch.dtype | None = Non
         history=[*without_places(loaded.history), {"stage": "export", "folded_in": folded}],
         llm_trained=True,
         vision_trained=config.vision is not None,
+        audio_trained=config.audio is not None,
         replace=replace,
     )
 
@@ -241,7 +260,8 @@ def read_document(folder: Path, document: dict[str, Any] | None = None) -> Docum
     config = parse_config(ModelConfig, document["config"], str(path))
     if config.llm.model_name_or_path == "bundled":
         config = _with(config, "llm", model_name_or_path=str((folder / "llm").resolve()))
-    return Document(config, document["contract"], document["contract_hash"], document["history"], document.get("tower"))
+    towers = (document.get("tower"), document.get("audio_tower"))
+    return Document(config, document["contract"], document["contract_hash"], document["history"], *towers)
 
 
 def verify_contract(folder: Path, document: Document) -> None:
@@ -255,8 +275,9 @@ def verify_contract(folder: Path, document: Document) -> None:
 
 
 def own_tensors(model: MultimodalLM) -> dict[str, torch.Tensor]:
-    """The weights that only our folder holds: projector and newline."""
-    state = {f"projector.{k}": v for k, v in model.projector.state_dict().items()} if model.projector else {}
+    """The weights that only our folder holds: projectors, temporal encoder and newline."""
+    parts: dict[str, Any] = {name: getattr(model, name) for name in OWN_PARTS}
+    state = {f"{n}.{k}": v for n, part in parts.items() if part is not None for k, v in part.state_dict().items()}
     if model.image_newline is not None:
         state["image_newline"] = model.image_newline.data
     return state

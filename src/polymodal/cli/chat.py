@@ -156,9 +156,11 @@ def _size(model: Backend, image: Image) -> str:
     """Check an image; its size, and what it takes where the model is ours and its rules are known."""
     from polymodal.backends.local import LocalBackend
     from polymodal.media.image import open_image
+    from polymodal.media_plan import ImagePlan
 
     if not isinstance(model, LocalBackend):
         width, height = open_image(image.source).size
         return f"{width} × {height} pixels"
     (plan,) = model.processor([user(image)], pixels=False).plans
+    assert isinstance(plan, ImagePlan)
     return f"{plan.source.width} × {plan.source.height} pixels, {plan.num_tokens} tokens"

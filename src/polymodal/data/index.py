@@ -33,7 +33,7 @@ from polymodal.data.readers.base import RawRow
 from polymodal.data.readers.conversations import Record
 from polymodal.data.readers.registry import data_files, detect_format
 from polymodal.errors import DataError, PolymodalError, first_line
-from polymodal.media_plan import Box, ImagePlan, Size
+from polymodal.media_plan import AudioPlan, Box, ImagePlan, MediaPlan, Size, VideoPlan
 from polymodal.messages import FileSlice, TableCell
 from polymodal.processing.collate import Sample, Slot
 from polymodal.processing.processor import Processor
@@ -163,7 +163,7 @@ class Index:
         return record_from_json(self._plain(row))
 
     def media_keys(self, row: int) -> tuple[str, ...]:
-        """Content hashes of the row's images."""
+        """Content hashes of the row's media."""
         start, end = self._media_starts[row], self._media_starts[row + 1]
         return tuple(key.tobytes().hex() for key in self._keys[start:end])
 
@@ -200,13 +200,19 @@ class Index:
         return next((path for path in ahead(changed, batches, 8) if path), "")
 
 
-def _plan(plain: dict[str, Any]) -> ImagePlan:
+def _plan(plain: dict[str, Any]) -> MediaPlan:
+    """A plan from what `asdict` made of it; each class is known by a field that only it has."""
+
     def revive(value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(value)
         if not isinstance(value, dict):
             return value
-        return Box(**value) if "top" in value else Size(**value)
+        return _plan(value) if "grid" in value else Box(**value) if "top" in value else Size(**value)
 
-    return ImagePlan(**{name: revive(value) for name, value in plain.items()})
+    kind: Any = ImagePlan if "grid" in plain else VideoPlan if "times" in plain else AudioPlan
+    made: MediaPlan = kind(**{name: revive(value) for name, value in plain.items()})
+    return made
 
 
 def identity(reading: Reading, processor: Processor) -> dict[str, Any]:
@@ -233,6 +239,12 @@ def identity(reading: Reading, processor: Processor) -> dict[str, Any]:
         # Not there unless it is true, so that indices from before there was a choice stay good.
         **({"last_answer_only": True} if processor.last_answer_only else {}),
         **({"context": processor.context.identity} if processor.context is not None else {}),
+        **{
+            kind: rules.model_dump(mode="json")
+            for kind, rules in (("video", config.video), ("audio", config.audio))
+            if rules is not None
+        },
+        **({} if processor.window is None else {"window": dataclasses.asdict(processor.window)}),
     }
 
 
@@ -302,7 +314,7 @@ class _Writer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.faults: list[dict[str, Any]] = []
-        self._plans: dict[ImagePlan, int] = {}
+        self._plans: dict[MediaPlan, int] = {}
         self._files: dict[str, list[int]] = {}
         self._records = (folder / "records.jsonl").open("wb")
         self._arrays: dict[str, GrowingArray] = {}

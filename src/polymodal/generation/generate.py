@@ -91,8 +91,8 @@ def read_beginnings(model: MultimodalLM, batch: Batch, rows: Sequence[int]) -> t
 
 
 def _embed(model: MultimodalLM, batch: Batch) -> torch.Tensor:
-    media = (batch.plans, batch.sample_of_image, batch.pixel_values, batch.features)
-    return model.embed(batch.input_ids, *media, context_ids=batch.context_ids)
+    media = (batch.plans, batch.sample_of_image, batch.pixel_values, batch.features, None, batch.context_ids)
+    return model.embed(batch.input_ids, *media, batch.audio_values, batch.audio_features)
 
 
 def _causal(model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Tensor, cache: DynamicCache) -> NextLogits:

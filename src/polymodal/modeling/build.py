@@ -3,6 +3,7 @@
 Only these functions see a configuration; the parts themselves take plain arguments.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -10,10 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from polymodal.config import ModelConfig
 from polymodal.errors import ConfigError
-from polymodal.media_plan import Size
+from polymodal.media_plan import AudioWindow, Size, temporal_output
+from polymodal.modeling.encoders.audio import AudioEncoder, build_audio_encoder
+from polymodal.modeling.encoders.video_temporal import TemporalEncoder, build_temporal
 from polymodal.modeling.encoders.vision import VisionEncoder, build_vision_encoder, fingerprint
 from polymodal.modeling.language_model import load_llm, load_tokenizer
-from polymodal.modeling.projectors import Projector, build_projector
+from polymodal.modeling.projectors import PER_TOKEN, Projector, build_projector
 from polymodal.modeling.projectors.qformer_files import check_stage1, load_context_tokenizer, start_projector
 from polymodal.modeling.vlm import MultimodalLM
 
@@ -44,6 +47,7 @@ def build_model(
         check_stage1(Path(config.projector.pretrained).expanduser(), config, fingerprint(encoder))
         start_projector(projector, config.projector.pretrained)
     model = compose(config, llm, image_token_id_for(config, tokenizer, vocab_size), encoder, projector)
+    add_senses(model, config, folder)
     if encoder is not None:
         model.context_tokenizer = load_context_tokenizer(config.projector, folder)
     return model, tokenizer
@@ -59,6 +63,62 @@ def build_vision(config: ModelConfig, folder: Path | None, llm_dim: int) -> tupl
         # Exact, and several times as fast on a CPU, which has no arithmetic in float16.
         encoder.to(torch.float32)
     return encoder, fit_projector(config, encoder, llm_dim)
+
+
+def build_audio(config: ModelConfig, folder: Path | None, llm_dim: int) -> tuple[AudioEncoder, Projector] | None:
+    """Load the audio tower and make the projector that fits it (random weights)."""
+    if (audio := config.audio) is None:
+        return None
+    tower = audio.audio_tower
+    if tower == "bundled":
+        if folder is None or not (folder / "audio").is_dir():
+            raise ConfigError(
+                "audio_tower 'bundled' needs the model's folder with audio/ in it; give a folder or a name"
+            )
+        tower = str(folder / "audio")
+    encoder = build_audio_encoder(audio.type, tower, stack=audio.stack, revision=audio.revision)
+    if config.llm.dtype == "float32":
+        encoder.to(torch.float32)
+    return encoder, build_projector(audio.projector, encoder.embed_dim, Size(1, 1), llm_dim)
+
+
+def fit_temporal(config: ModelConfig, encoder: VisionEncoder, projector: Projector) -> TemporalEncoder | None:
+    """Make the temporal encoder between a vision tower and its projector (random weights)."""
+    if config.video is None or config.video.temporal is None:
+        return None
+    temporal = build_temporal(config.video.temporal, encoder.embed_dim, encoder.grid, config.video.max_frames)
+    if temporal.output_grid != encoder.grid and not re.fullmatch(PER_TOKEN, config.projector.mm_projector_type):
+        raise ConfigError(
+            f"video.temporal pools in space, which {config.projector.mm_projector_type!r} cannot follow; use a linear "
+            "or MLP projector, or a stride of (t, 1, 1)"
+        )
+    planned, _ = temporal_output(temporal.max_frames, config.video, projector.output_grid)
+    assert planned == temporal.output_frames(temporal.max_frames)  # plan and encoder count alike
+    return temporal
+
+
+def add_senses(model: MultimodalLM, config: ModelConfig, folder: Path | None = None) -> None:
+    """Give a model what its configuration has for videos and sounds and it has not yet (random weights)."""
+    embeddings = model.llm.get_input_embeddings().weight
+    if model.temporal_encoder is None and model.vision_encoder is not None and model.projector is not None:
+        model.temporal_encoder = fit_temporal(config, model.vision_encoder, model.projector)
+        if model.temporal_encoder is not None:
+            model.temporal_encoder.to(embeddings.device, embeddings.dtype)
+    if model.audio_encoder is None and (built := build_audio(config, folder, embeddings.shape[1])) is not None:
+        model.audio_encoder, model.audio_projector = built
+        model.audio_encoder.to(embeddings.device)
+        model.audio_projector.to(embeddings.device, embeddings.dtype)
+    model.eval()
+
+
+def media_counts(config: ModelConfig, folder: Path | None) -> tuple[Size | None, AudioWindow | None]:
+    """What a processor must know of a model: the tokens of a tile, and what the audio encoder takes at once."""
+    # Only grids are asked for, so the width of the language model does not matter.
+    vision, audio = build_vision(config, folder, llm_dim=1), build_audio(config, folder, llm_dim=1)
+    heard = None
+    if audio is not None:
+        heard = AudioWindow(audio[0].mel_bins, audio[0].max_frames, audio[0].frames_per_token)
+    return (vision[1].output_grid if vision is not None else None), heard
 
 
 def fit_projector(config: ModelConfig, encoder: VisionEncoder, llm_dim: int) -> Projector:

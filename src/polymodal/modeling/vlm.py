@@ -1,4 +1,4 @@
-"""MultimodalLM: pixels -> encoder -> projector -> placeholder positions of a language model.
+"""MultimodalLM: pixels and sounds -> encoder -> projector -> placeholder positions of a language model.
 
 The merge preserves length: the processor has already expanded the placeholders, so the model only scatters. Labels,
 masks and positions are never rebuilt here, and the count of tokens is read from the plan, never recomputed.
@@ -7,6 +7,9 @@ The layout of tiles follows LLaVA-1.5 (arXiv 2310.03744) and LLaVA-NeXT's AnyRes
 padded or re-labelled inside `forward`, and logits are computed only where there is a label. Samples packed in one row
 are kept apart by `polymodal.modeling.packed_attention`; `polymodal.modeling.token_loss` keeps the logits within memory.
 An encoder-decoder language model takes the same sequence; `polymodal.modeling.seq2seq` cuts it before the last answer.
+
+A video is tiles too, one a frame: its features pass the temporal encoder before the projector. A sound is windows of
+log-mel features with an encoder and a projector of their own. All stand in the sequence in the order of their plans.
 """
 
 import inspect
@@ -22,15 +25,19 @@ from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from polymodal.errors import ConfigError, PolymodalError
-from polymodal.media_plan import ImagePlan, Size
+from polymodal.media_plan import AudioPlan, AudioWindow, ImagePlan, MediaPlan, Size, VideoPlan
+from polymodal.modeling.encoders.audio import AudioEncoder
 from polymodal.modeling.encoders.pixel_norm import PixelNorm
+from polymodal.modeling.encoders.video_temporal import TemporalEncoder
 from polymodal.modeling.encoders.vision import VisionEncoder
 from polymodal.modeling.language_model import decoder_start_id
+from polymodal.modeling.merge import lay_out, merge_media
 from polymodal.modeling.packed_attention import SEGMENTS, choose_method, packed_inputs
 from polymodal.modeling.projectors import Projector
 from polymodal.modeling.seq2seq import split_rows, take
 from polymodal.modeling.token_loss import label_losses
-from polymodal.utils.modules import evaluating, frozen
+from polymodal.modeling.touch import touch_audio, touch_images
+from polymodal.utils.modules import frozen
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Output:
 
 
 class MultimodalLM(nn.Module):
-    """A vision encoder, a projector and a language model.
+    """A vision encoder, a projector and a language model; for videos and sounds a temporal and an audio encoder.
 
     Args:
         llm: A causal LM, or an encoder-decoder, which reads what lies before the last answer and is taught to say that.
@@ -58,6 +65,9 @@ class MultimodalLM(nn.Module):
         image_newline: Add the learned token that ends each row of an AnyRes canvas.
         image_mean: Per channel, for tiles that come as uint8; with `image_std`.
         image_std: Per channel.
+        temporal_encoder: [N, T, P, E] -> [N, T', P', E]; None where a video's frames are only put side by side.
+        audio_encoder: [N, F, L] -> [N, P, E']; None for a model that takes no sound.
+        audio_projector: [N, P, E'] -> [N, P, D]; comes with the audio encoder.
 
     Attributes:
         logits_budget: Bytes of logits above which the loss is taken in chunks; None leaves it to the device.
@@ -73,11 +83,17 @@ class MultimodalLM(nn.Module):
         image_newline: bool = False,
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
+        temporal_encoder: TemporalEncoder | None = None,
+        audio_encoder: AudioEncoder | None = None,
+        audio_projector: Projector | None = None,
     ) -> None:
         super().__init__()
         self.llm = llm
         self.vision_encoder = vision_encoder
         self.projector = projector
+        self.temporal_encoder = temporal_encoder
+        self.audio_encoder = audio_encoder
+        self.audio_projector = audio_projector
         self.image_token_id = image_token_id
         self.image_newline: nn.Parameter | None = None
         if image_newline:
@@ -113,6 +129,13 @@ class MultimodalLM(nn.Module):
         """Projected tokens per tile, as a grid; None for a text-only model."""
         return self.projector.output_grid if self.projector is not None else None
 
+    @property
+    def audio_window(self) -> AudioWindow | None:
+        """What the audio encoder takes at once; None for a model without one."""
+        if (encoder := self.audio_encoder) is None:
+            return None
+        return AudioWindow(encoder.mel_bins, encoder.max_frames, encoder.frames_per_token)
+
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Encode tiles.
 
@@ -133,6 +156,30 @@ class MultimodalLM(nn.Module):
             raise PolymodalError("uint8 tiles: this model was built without image_mean and image_std")
         with torch.no_grad() if frozen(self.vision_encoder) else nullcontext():
             return self.vision_encoder(pixel_values)
+
+    def encode_audio(self, audio_values: Tensor, plans: Sequence[AudioPlan]) -> Tensor:
+        """Encode sounds.
+
+        Args:
+            audio_values: [W, F, L], all windows of all sounds.
+            plans: One plan a sound; their windows add up to W.
+
+        Returns:
+            [A, E'] features of what has sound in it, one sound after the other. No gradient is kept where the whole
+            encoder is frozen.
+
+        Raises:
+            PolymodalError: The model has no audio encoder, or the windows do not add up.
+        """
+        if self.audio_encoder is None:
+            raise PolymodalError("this model has no audio encoder; leave the sound out")
+        frames = [count for plan in plans for count in plan.frames]
+        tokens = [count for plan in plans for count in plan.tokens]
+        if len(frames) != len(audio_values):
+            raise PolymodalError(f"audio: {len(frames)} windows were planned, {len(audio_values)} were given")
+        with torch.no_grad() if frozen(self.audio_encoder) else nullcontext():
+            encoded = self.audio_encoder(audio_values, torch.tensor(frames, device=audio_values.device))
+        return torch.cat([window[:count] for window, count in zip(encoded, tokens, strict=True)])
 
     @property
     def reads_context(self) -> bool:
@@ -163,18 +210,18 @@ class MultimodalLM(nn.Module):
         return projected
 
     def project_images(
-        self, features: Tensor, plans: Sequence[ImagePlan], context_ids: Tensor | None = None
+        self, features: Tensor, plans: Sequence[ImagePlan | VideoPlan], context_ids: Tensor | None = None
     ) -> list[Tensor]:
-        """Project features and lay each image's tokens out as its plan says.
+        """Look along the frames of videos, project features, and lay each medium's tokens out as its plan says.
 
         Args:
-            features: [N, P, E], the tiles of all images, in order.
-            plans: One plan an image; their tiles add up to N.
-            context_ids: [images, t], what the projector reads beside each image, -1 behind the end of a row; None
-                where it reads nothing.
+            features: [N, P, E], the tiles of all images and the frames of all videos, in order.
+            plans: One plan an image or video; their tiles add up to N.
+            context_ids: [media, t], what the projector reads beside each, -1 behind the end of a row; None where it
+                reads nothing.
 
         Returns:
-            One [num_tokens, D] tensor an image.
+            One [num_tokens, D] tensor an image or video.
 
         Raises:
             PolymodalError: The tiles do not add up, or a layout has another length than planned.
@@ -182,35 +229,79 @@ class MultimodalLM(nn.Module):
         counts = [plan.num_tiles for plan in plans]
         if self.projector is None or sum(counts) != len(features):
             raise PolymodalError(f"image: {sum(counts)} tiles were planned, {len(features)} were given")
-        if context_ids is not None:
-            if len(context_ids) != len(plans):
-                raise PolymodalError(f"image: {len(plans)} images and {len(context_ids)} contexts were given")
+        if context_ids is not None and len(context_ids) != len(plans):
+            raise PolymodalError(f"image: {len(plans)} images and {len(context_ids)} contexts were given")
+        parts = self._look_along_time(list(features.split(counts)), plans)
+        projected: list[Tensor] = [features] * len(parts)
+        for patches in sorted({part.shape[1] for part in parts}):  # one, but where videos are pooled in space
+            some = [number for number, part in enumerate(parts) if part.shape[1] == patches]
+            of_part = [number for number in some for _ in parts[number]]
             # Known on the host, the lengths need not be waited for.
-            images = [number for number, count in enumerate(counts) for _ in range(count)]
-            context_ids = context_ids[torch.tensor(images, device=context_ids.device)]
-        split = self.project(features, context_ids).split(counts)
-        return [lay_out(part, plan, self.image_newline) for part, plan in zip(split, plans, strict=True)]
+            context = None if context_ids is None else context_ids[torch.tensor(of_part, device=context_ids.device)]
+            tiles = self.project(torch.cat([parts[number] for number in some]), context)
+            for number, tokens in zip(some, tiles.split([len(parts[number]) for number in some]), strict=True):
+                projected[number] = tokens
+        return [lay_out(part, plan, self.image_newline) for part, plan in zip(projected, plans, strict=True)]
+
+    def _look_along_time(self, parts: list[Tensor], plans: Sequence[ImagePlan | VideoPlan]) -> list[Tensor]:
+        """Run the temporal encoder on the frames of videos, as many at once as have equally many; images stay."""
+        times = [plan.times if isinstance(plan, VideoPlan) else () for plan in plans]
+        if self.temporal_encoder is None:
+            return parts
+        for length in sorted({len(each) for each in times if each}):
+            some = [number for number, each in enumerate(times) if len(each) == length]
+            frames = torch.stack([parts[number] for number in some])
+            frames = frames.to(next(iter(self.temporal_encoder.parameters()), frames).dtype)
+            seconds = torch.tensor([times[number] for number in some], dtype=torch.float32, device=frames.device)
+            for number, made in zip(some, self.temporal_encoder(frames, seconds), strict=True):
+                parts[number] = made
+        return parts
+
+    def project_audio(self, features: Tensor, plans: Sequence[AudioPlan]) -> list[Tensor]:
+        """Project sounds.
+
+        Args:
+            features: [A, E'], as from `encode_audio`.
+            plans: One plan a sound.
+
+        Returns:
+            One [num_tokens, D] tensor a sound.
+
+        Raises:
+            PolymodalError: Features and plans differ in number.
+        """
+        counts = [plan.num_tokens for plan in plans]
+        if self.audio_projector is None or sum(counts) != len(features):
+            raise PolymodalError(f"audio: {sum(counts)} tokens were planned, {len(features)} were given")
+        dtype = next(iter(self.audio_projector.parameters())).dtype
+        return list(self.audio_projector(features.to(dtype)[None])[0].split(counts))
 
     def embed(
         self,
         input_ids: Tensor,
-        plans: Sequence[ImagePlan] = (),
+        plans: Sequence[MediaPlan] = (),
         sample_of_image: Sequence[int] = (),
         pixel_values: Tensor | None = None,
         features: Tensor | None = None,
         media_places: Tensor | None = None,
         context_ids: Tensor | None = None,
+        audio_values: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        touch_media: bool = False,
     ) -> Tensor:
         """Embed text and scatter media into their placeholders.
 
         Args:
             input_ids: [B, T]; placeholders expanded.
-            plans: One plan an image, in order of row, then of place.
-            sample_of_image: The row of each image.
-            pixel_values: [N, 3, H, W], or None.
+            plans: One plan a medium, in order of row, then of place.
+            sample_of_image: The row of each medium.
+            pixel_values: [N, 3, H, W], the tiles of images and the frames of videos, or None.
             features: [N, P, E] in place of `pixel_values`.
             media_places: [M] positions of placeholders in the flattened [B * T], where they are known beforehand.
             context_ids: As in `project_images`.
+            audio_values: [W, F, L], the windows of sounds, or None.
+            audio_features: [A, E'] in place of `audio_values`.
+            touch_media: As in `forward`.
 
         Returns:
             [B, T, D].
@@ -220,17 +311,35 @@ class MultimodalLM(nn.Module):
         """
         is_media = input_ids == self.image_token_id
         text = self.llm.get_input_embeddings()(input_ids.masked_fill(is_media, 0))
+        seen = [plan for plan in plans if not isinstance(plan, AudioPlan)]
+        heard = [plan for plan in plans if isinstance(plan, AudioPlan)]
+        if heard and context_ids is not None:
+            rows = [number for number, plan in enumerate(plans) if not isinstance(plan, AudioPlan)]
+            context_ids = context_ids[torch.tensor(rows, device=context_ids.device)]
+        # Where processes share modules, each runs all of them, and in this order.
+        zero = torch.zeros((), device=text.device)
         if features is None and pixel_values is not None:
             features = self.encode_images(pixel_values)
-        media = self.project_images(features, plans, context_ids) if features is not None else []
-        return merge_media(text, is_media, media, sample_of_image, "image", media_places)
+        images = iter(self.project_images(features, seen, context_ids) if features is not None else [])
+        if touch_media:
+            zero = zero + touch_images(self, features is not None, any(isinstance(p, VideoPlan) for p in seen))
+        if audio_features is None and audio_values is not None:
+            audio_features = self.encode_audio(audio_values, heard)
+        sounds = iter(self.project_audio(audio_features, heard) if audio_features is not None else [])
+        if touch_media and audio_features is None:
+            zero = zero + touch_audio(self)
+        given = [next(sounds if isinstance(plan, AudioPlan) else images, None) for plan in plans]
+        media = [tokens for tokens in given if tokens is not None]
+        rows = [row for row, tokens in zip(sample_of_image, given, strict=True) if tokens is not None]
+        merged = merge_media(text, is_media, media, rows, "media", media_places)
+        return merged + zero.to(merged) if touch_media else merged
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        plans: Sequence[ImagePlan] = (),
+        plans: Sequence[MediaPlan] = (),
         sample_of_image: Sequence[int] = (),
         pixel_values: Tensor | None = None,
         features: Tensor | None = None,
@@ -239,6 +348,8 @@ class MultimodalLM(nn.Module):
         media_places: Tensor | None = None,
         touch_media: bool = False,
         context_ids: Tensor | None = None,
+        audio_values: Tensor | None = None,
+        audio_features: Tensor | None = None,
     ) -> Output:
         """Run the model over whole sequences; media come as in `embed`.
 
@@ -258,6 +369,8 @@ class MultimodalLM(nn.Module):
             touch_media: Let every trained media part take part in this forward even where the batch does not need
                 it, so that all processes take part in every collective; its gradient is then zero, not None.
             context_ids: As in `project_images`.
+            audio_values: As in `embed`.
+            audio_features: As in `embed`.
 
         Returns:
             The sum of losses and logits at label positions, or all logits.
@@ -266,9 +379,8 @@ class MultimodalLM(nn.Module):
             PolymodalError: Placeholders and features differ in number, or this model cannot be given packed samples;
                 of an encoder-decoder also: several answers of a row carry labels, or there are no labels.
         """
-        embeds = self.embed(input_ids, plans, sample_of_image, pixel_values, features, media_places, context_ids)
-        if touch_media:
-            embeds = embeds + self._touch(has_images=pixel_values is not None or features is not None).to(embeds)
+        media = (plans, sample_of_image, pixel_values, features, media_places, context_ids, audio_values)
+        embeds = self.embed(input_ids, *media, audio_features, touch_media)
         if self.encoder_decoder and segments is None:
             return self._answer_losses(embeds, attention_mask, labels)
         if segments is not None:
@@ -318,26 +430,6 @@ class MultimodalLM(nn.Module):
                 )
         return self._packing
 
-    def _touch(self, has_images: bool) -> Tensor:
-        """Zero, with a gradient path to every trained media part; these run on an empty tile if they have not run."""
-        zero = torch.zeros((), device=self.device)
-        if self.image_newline is not None:
-            zero = zero + self.image_newline.float().sum() * 0
-        encoder: Any = self.vision_encoder
-        if has_images or encoder is None or self.projector is None:
-            return zero
-        weights = list(encoder.parameters())
-        features = torch.zeros((1, encoder.grid.area, encoder.embed_dim), device=self.device)
-        # A sharded encoder gathers its weights from all processes even when it is frozen.
-        if any(weight.requires_grad or hasattr(weight, "full_tensor") for weight in weights):
-            pixels = torch.zeros(
-                (1, 3, encoder.tile.height, encoder.tile.width), device=self.device, dtype=weights[0].dtype
-            )
-            with evaluating(encoder):
-                features = self.encode_images(pixels)
-        context = torch.zeros((1, 1), dtype=torch.int64, device=self.device) if self.reads_context else None
-        return zero + self.project(features, context).float().sum() * 0
-
     def decoder_inputs(self, attention_mask: Tensor | None, cache: Cache | None = None) -> dict[str, Any]:
         """Masks and positions for the decoder.
 
@@ -357,55 +449,3 @@ class MultimodalLM(nn.Module):
             seen = cache.get_seq_length() if cache is not None else 0
             kwargs["position_ids"] = positions[:, seen:]
         return kwargs
-
-
-def merge_media(
-    text: Tensor,  # [B, T, D]
-    is_media: Tensor,  # [B, T]
-    media: Sequence[Tensor],
-    sample_of_media: Sequence[int],
-    modality: str,
-    places: Tensor | None = None,  # [M]
-) -> Tensor:  # [B, T, D]
-    """Put media tokens where the placeholders are; the length does not change."""
-    if places is not None and len(places) == sum(len(item) for item in media):
-        return _put(text, places, media)
-    given = [0] * len(text)
-    for item, row in zip(media, sample_of_media, strict=True):
-        given[row] += len(item)
-    for row, (places, features) in enumerate(zip(is_media.sum(dim=1).tolist(), given, strict=True)):
-        if places != features:
-            raise PolymodalError(f"{modality}: sample {row} has {places} placeholders but {features} features")
-    return _put(text, is_media.reshape(-1).nonzero().squeeze(1), media)
-
-
-def _put(text: Tensor, places: Tensor, media: Sequence[Tensor]) -> Tensor:
-    if not media:
-        return text
-    flat = text.reshape(-1, text.shape[-1])
-    return flat.index_copy(0, places, torch.cat(list(media)).to(flat.dtype)).view_as(text)
-
-
-def lay_out(tiles: Tensor, plan: ImagePlan, newline: Tensor | None) -> Tensor:
-    """Order one image's projected tokens as its plan says."""
-    # tiles [n, Q, D], newline [D] -> [num_tokens, D]
-    if plan.merge == "flat" or plan.kept is None or plan.unpadded is None:
-        tokens = tiles.flatten(0, 1)
-        if plan.newline and newline is not None:
-            tokens = torch.cat((tokens, newline.to(tokens)[None]))
-    else:
-        width = tiles.shape[-1]
-        overview = tiles[: 1 if plan.overview == "first" else 0].flatten(0, 1)
-        rows, columns, kept = plan.grid.height, plan.grid.width, plan.kept
-        canvas = tiles[len(tiles) - rows * columns :].view(rows, columns, plan.tokens.height, plan.tokens.width, width)
-        canvas = canvas.permute(0, 2, 1, 3, 4).reshape(rows * plan.tokens.height, columns * plan.tokens.width, width)
-        canvas = canvas[kept.top : kept.top + kept.height, kept.left : kept.left + kept.width]
-        if (kept.height, kept.width) != (plan.unpadded.height, plan.unpadded.width):  # anyres_max_N shrinks
-            size = [plan.unpadded.height, plan.unpadded.width]
-            canvas = F.interpolate(canvas.permute(2, 0, 1)[None], size, mode="bilinear")[0].permute(1, 2, 0)
-        if plan.newline and newline is not None:
-            canvas = torch.cat((canvas, newline.to(canvas).expand(len(canvas), 1, width)), dim=1)
-        tokens = torch.cat((overview, canvas.flatten(0, 1)))
-    if len(tokens) != plan.num_tokens:
-        raise PolymodalError(f"image: the plan says {plan.num_tokens} tokens, the layout gives {len(tokens)}")
-    return tokens

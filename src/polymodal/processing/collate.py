@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from polymodal.media_plan import ImagePlan
+from polymodal.media_plan import AudioPlan, MediaPlan
 
 IGNORE = -100
 """The label of a position that is not trained, as in torch's cross entropy."""
@@ -22,7 +22,7 @@ IGNORE = -100
 class Slot:
     """One media item's place in the sequence."""
 
-    modality: str  # "image" (video, audio and document come later)
+    modality: str  # "image", "video" or "audio"; a page of a document is an image
     start: int  # First placeholder position
     length: int  # Number of placeholders; equals the plan's `num_tokens`
     message: int  # Index of the message the item was in
@@ -35,12 +35,19 @@ class Sample:
     input_ids: torch.Tensor  # [T] int64, placeholders expanded
     loss_mask: torch.Tensor  # [T] bool; True where the token is the assistant's (its end token included)
     slots: tuple[Slot, ...] = ()  # Where each media item is, in order
-    plans: tuple[ImagePlan, ...] = ()  # One plan an image, in order
-    # An image: [n, 3, H, W], float32 normalised or uint8 to be normalised on the device. None: features are cached
+    plans: tuple[MediaPlan, ...] = ()  # One plan a medium, in order
+    # An image or video: [n, 3, H, W], float32 normalised or uint8 to be normalised on the device. None: features are
+    # cached
     pixels: tuple[torch.Tensor, ...] | None = None
-    media_keys: tuple[str, ...] = ()  # A hash an image, of pixels and preprocessing; the key of the feature cache
+    media_keys: tuple[str, ...] = ()  # A hash a medium, of content and preprocessing; the key of the feature cache
     id: str = ""  # The record's id, for error messages
-    contexts: tuple[torch.Tensor, ...] = ()  # An image: [t] int64, what the projector reads beside it
+    contexts: tuple[torch.Tensor, ...] = ()  # A medium: [t] int64, what the projector reads beside it
+    sounds: tuple[torch.Tensor, ...] | None = None  # A sound: [W, F, L] float32, its windows. None: as for `pixels`
+
+    @property
+    def heard(self) -> tuple[bool, ...]:
+        """Of each medium, whether it is a sound."""
+        return tuple(isinstance(plan, AudioPlan) for plan in self.plans)
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,12 @@ class Batch:
     input_ids: torch.Tensor  # [B, T] int64
     attention_mask: torch.Tensor  # [B, T] bool; False on padding
     labels: torch.Tensor  # [B, T] int64; the token itself or `IGNORE`. Not shifted: the model shifts
-    plans: tuple[ImagePlan, ...] = ()  # All images of the batch, in order of sample, then of place
-    sample_of_image: tuple[int, ...] = ()  # For each image, the row it belongs to
+    plans: tuple[MediaPlan, ...] = ()  # All media of the batch, in order of sample, then of place
+    sample_of_image: tuple[int, ...] = ()  # For each medium, the row it belongs to
     pixel_values: torch.Tensor | None = None  # [N, 3, H, W], all tiles of all images; float32 normalised, or uint8
     features: torch.Tensor | None = None  # [N, P, E], the frozen encoder's output, in place of `pixel_values`
+    audio_values: torch.Tensor | None = None  # [W, F, L] float32, all windows of all sounds
+    audio_features: torch.Tensor | None = None  # [A, E'], the frozen audio encoder's true tokens, in their place
     ids: tuple[str, ...] = ()  # The samples' ids
     segments: tuple[int, ...] | None = None  # Lengths of the samples packed in the single row, in order
     # [R] int64: where the flattened [B * T] predicts a label. Known here, it need not be looked for on the device,
@@ -123,16 +132,25 @@ def collate_packed(samples: Sequence[Sample]) -> Batch:
 def _carried(samples: Sequence[Sample], starts: Sequence[int], labels: torch.Tensor) -> dict[str, Any]:
     """What a batch has of its samples, however they are laid out; `starts` are theirs in the flattened batch."""
     pixels = [tiles for sample in samples for tiles in (sample.pixels or ())]
+    sounds = [sound for sample in samples for sound in (sample.sounds or ())]
     contexts = [row for sample in samples for row in sample.contexts]
     pad = torch.nn.utils.rnn.pad_sequence
     return {
         "plans": tuple(plan for sample in samples for plan in sample.plans),
         "pixel_values": torch.cat(pixels) if pixels else None,
+        "audio_values": stack_windows(sounds),
         "ids": tuple(sample.id for sample in samples),
         "target_places": target_places(labels),
         "media_places": media_places(samples, starts),
         "context_ids": pad(contexts, batch_first=True, padding_value=-1) if contexts else None,
     }
+
+
+def stack_windows(sounds: Sequence[torch.Tensor]) -> torch.Tensor | None:  # each [W, F, L] -> [all W, F, longest L]
+    """Put the windows of sounds together; the encoder leaves out what fills the shorter ones."""
+    longest = max((sound.shape[-1] for sound in sounds), default=0)
+    filled = [torch.nn.functional.pad(sound, (0, longest - sound.shape[-1])) for sound in sounds]
+    return torch.cat(filled) if filled else None
 
 
 def target_places(labels: torch.Tensor) -> torch.Tensor:  # [B, T] -> [R]

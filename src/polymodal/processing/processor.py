@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from PIL import Image as PILImage
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from polymodal.config import ImageConfig, ModelConfig, TemplateConfig
-from polymodal.errors import ConfigError, PolymodalError
-from polymodal.media.image import open_image
-from polymodal.media_plan import ImagePlan, Size, plan_image
-from polymodal.messages import Image, Message
+from polymodal.config import ModelConfig, TemplateConfig
+from polymodal.errors import ConfigError
+from polymodal.media_plan import AudioWindow, ImagePlan, Size, VideoPlan, plan_image
+from polymodal.messages import Message, Part, Text, Video
 from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.processing.collate import Sample
-from polymodal.processing.image_transform import make_tiles, tile_bytes
+from polymodal.processing.media_parts import Opened, Pixels, expand, open_media
 
 
 class ContextReader:
@@ -66,6 +64,7 @@ class Processor:
             encoder-decoder language model can be taught. The loss mask, and so every count of trained tokens, says so.
         context_tokenizer: Of a projector that reads the question beside an image; None for one that does not.
         positions: Most tokens that the language model was made for; None where it has no limit, or none is known.
+        window: What the audio encoder takes at once; None for a model without one.
     """
 
     def __init__(
@@ -77,9 +76,11 @@ class Processor:
         last_answer_only: bool = False,
         context_tokenizer: PreTrainedTokenizerBase | None = None,
         positions: int | None = None,
+        window: AudioWindow | None = None,
     ) -> None:
         self.config = config
         self.positions = positions
+        self.window = window
         self.tokenizer = tokenizer
         self.tokens = tokens
         self.image_token_id = image_token_id
@@ -95,19 +96,16 @@ class Processor:
         *,
         add_generation_prompt: bool = False,
         id: str = "",
-        pixels: bool | Literal["uint8"] = True,  # whether to make tiles; "uint8" leaves normalising to the device
+        pixels: Pixels = True,  # whether to make tiles and windows; "uint8" leaves normalising to the device
     ) -> Sample:
         """Process one conversation; raises `PolymodalError` where a part or the template does not take it."""
-        images = [self._open(part) for message in messages for part in message.media]
-        plans = tuple(self.plan(image, alone=len(images) == 1) for image in images)
+        messages = expand(messages, self.config)
+        parts = [part for message in messages for part in message.media]
+        opened = [open_media(part, self.config, self.tokens, self.window, alone=len(parts) == 1) for part in parts]
+        messages = self._with_times(messages, opened)
         rendered = self.template.render(
-            messages, [plan.num_tokens for plan in plans], add_generation_prompt=add_generation_prompt
+            messages, [medium.plan.num_tokens for medium in opened], add_generation_prompt=add_generation_prompt
         )
-        rules = self.config.image
-        tiles = None
-        if pixels and rules is not None:
-            make = tile_bytes if pixels == "uint8" else make_tiles
-            tiles = tuple(torch.from_numpy(make(image, plan, rules)) for image, plan in zip(images, plans, strict=True))
         loss_mask = torch.tensor(rendered.loss_mask, dtype=torch.bool)
         if self.last_answer_only:
             last = next((message.train for message in reversed(messages) if message.role == "assistant"), True)
@@ -116,12 +114,42 @@ class Processor:
             input_ids=torch.tensor(rendered.input_ids, dtype=torch.int64),
             loss_mask=loss_mask,
             slots=rendered.slots,
-            plans=plans,
-            pixels=tiles,
-            media_keys=tuple(image_key(image, rules, alone=len(images) == 1) for image in images if rules is not None),
+            plans=tuple(medium.plan for medium in opened),
+            pixels=tuple(medium.tiles(pixels) for medium in opened if medium.tiles is not None) if pixels else None,
+            sounds=tuple(medium.windows for medium in opened if medium.windows is not None) if pixels else None,
+            media_keys=tuple(medium.key for medium in opened),
             id=id,
             contexts=self.context(messages) if self.context is not None else (),
         )
+
+    def medium(self, messages: Sequence[Message], place: int) -> Opened:
+        """Open one medium of a conversation alone.
+
+        Args:
+            messages: The conversation.
+            place: Which of its media, documents counted by their pages.
+
+        Returns:
+            What the whole conversation's `Sample` has of it.
+        """
+        parts = [part for message in expand(messages, self.config) for part in message.media]
+        return open_media(parts[place], self.config, self.tokens, self.window, alone=len(parts) == 1)
+
+    def _with_times(self, messages: Sequence[Message], opened: Sequence[Opened]) -> Sequence[Message]:
+        """Tell the model about each video, where its configuration says how."""
+        if self.config.video is None or not (said := self.config.video.time_instruction):
+            return messages
+        media = iter(opened)
+
+        def told(part: Part) -> tuple[Part, ...]:
+            plan = None if isinstance(part, Text) else next(media).plan
+            if not isinstance(part, Video) or not isinstance(plan, VideoPlan):
+                return (part,)
+            times = ", ".join(f"{time:.2f}s" for time in plan.times)
+            text = said.format(duration=max(plan.times), num_frames=len(plan.times), times=times)
+            return Text(text), part
+
+        return [replace(each, parts=tuple(new for part in each.parts for new in told(part))) for each in messages]
 
     def with_template(self, template: str | TemplateConfig | None) -> Processor:
         """The same processor under another chat template.
@@ -147,7 +175,7 @@ class Processor:
         Returns:
             The processor.
         """
-        more = (self.last_answer_only, self.context_tokenizer, self.positions)
+        more = (self.last_answer_only, self.context_tokenizer, self.positions, self.window)
         return Processor(config, self.tokenizer, self.tokens, self.image_token_id, *more)
 
     def longest(self, max_length: int) -> int:
@@ -171,16 +199,9 @@ class Processor:
         Returns:
             Its tiles and tokens.
         """
-        assert self.config.image is not None and self.tokens is not None  # _open refused the image otherwise
+        if self.config.image is None or self.tokens is None:
+            raise ConfigError("this model has no vision encoder; leave the image out")
         return plan_image(Size(image.height, image.width), self.config.image, self.tokens, alone=alone)
-
-    def _open(self, part: object) -> PILImage.Image:
-        """Decode an image part; refuse what this model cannot take."""
-        if not isinstance(part, Image):
-            raise PolymodalError(f"{type(part).__name__} parts are not supported yet; give images and text")
-        if self.config.image is None:
-            raise PolymodalError("this model has no vision encoder; leave the image out")
-        return open_image(part.source, background=self.config.image.background, max_pixels=self.config.image.max_pixels)
 
 
 def context_reader(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> ContextReader | None:
@@ -202,19 +223,3 @@ def last_run(loss_mask: torch.Tensor) -> torch.Tensor:  # [T] -> [T]
     kept = loss_mask.clone()
     kept[: int(breaks[-1]) if len(breaks) else 0] = False
     return kept
-
-
-def image_key(image: PILImage.Image, rules: ImageConfig, *, alone: bool = True) -> str:
-    """Hash a decoded image together with the rules that turn it into tiles."""
-    digest = hashlib.sha256(_rules(rules))
-    if not alone and rules.several_images != "alike":
-        digest.update(b"one of several ")
-    digest.update(f"{image.mode} {image.height} {image.width} ".encode())
-    digest.update(image.tobytes())
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=16)
-def _rules(rules: ImageConfig) -> bytes:
-    # Younger than caches that people have; where it changes an image's tiles, `image_key` says so.
-    return rules.model_dump_json(exclude={"several_images"}).encode()

@@ -1,4 +1,4 @@
-"""The frozen encoder's output, computed once for each image and read back in every epoch.
+"""The frozen encoders' output, computed once for each image or sound and read back in every epoch.
 
 The encoder is the same in every step as long as it is frozen, so its work is done once: on a small language model
 this saves a quarter of a step, in BLIP-2's first stage two thirds. Features lie in one file, `features.bin`, read
@@ -14,18 +14,17 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from polymodal.config import ModelConfig
 from polymodal.errors import ConfigError, DataError, PolymodalError
-from polymodal.messages import Source
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.training.reporting.log import append_log
 from polymodal.utils.files import make_folder, write_text, writing
@@ -210,6 +209,16 @@ def encoder_identity(encoder: torch.nn.Module, config: ModelConfig) -> str:
     return weights_identity(encoder, rules)
 
 
+def open_audio_store(model: MultimodalLM, config: ModelConfig, where: str, dtype: str) -> FeatureStore | None:
+    """Open the store of a model's audio encoder, a row a token; None for a model without one."""
+    encoder: Any = model.audio_encoder
+    if encoder is None or config.audio is None:
+        return None
+    _refuse_trained(encoder, "audio_encoder")
+    rules = f"audio {config.audio.type} {config.audio.stack}"
+    return FeatureStore.under(where, lambda: weights_identity(encoder, rules), (1, encoder.embed_dim), dtype)
+
+
 def weights_identity(module: torch.nn.Module, rules: str) -> str:
     """Hash what decides a frozen module's output."""
     digest = hashlib.sha256(rules.encode())
@@ -220,32 +229,42 @@ def weights_identity(module: torch.nn.Module, rules: str) -> str:
     return digest.hexdigest()
 
 
-def open_store(model: MultimodalLM, config: ModelConfig, where: str, dtype: str) -> FeatureStore:
-    """Open the store of a model's encoder."""
-    encoder: Any = model.vision_encoder
-    if encoder is None or config.image is None:
-        raise ConfigError("run.feature_cache: this model has no vision encoder; set it to off")
+def _refuse_trained(encoder: torch.nn.Module, part: str) -> None:
     trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
     if trained:
-        raise ConfigError(
-            f"run.feature_cache: the vision encoder is trained (vision_encoder.{trained[0]}); set it to off"
-        )
+        what = part.replace("_", " ")
+        raise ConfigError(f"run.feature_cache: the {what} is trained ({part}.{trained[0]}); set it to off")
+
+
+def open_store(model: MultimodalLM, config: ModelConfig, where: str, dtype: str) -> FeatureStore | None:
+    """Open the store of a model's vision encoder; None for a model that only hears."""
+    encoder: Any = model.vision_encoder
+    if encoder is None or config.image is None:
+        if config.audio is not None:
+            return None
+        raise ConfigError("run.feature_cache: this model has no vision encoder; set it to off")
+    _refuse_trained(encoder, "vision_encoder")
     row = (encoder.grid.area, encoder.embed_dim)
     return FeatureStore.under(where, lambda: encoder_identity(encoder, config), row, dtype)
 
 
+Place = TypeVar("Place", bound=Hashable)
+Ready = TypeVar("Ready")
+
+
 def fill_missing(
     store: FeatureStore,
-    images: Iterable[tuple[str, Source, int]],
-    decode: Callable[[str, Source], torch.Tensor],
-    encode: Callable[[torch.Tensor], torch.Tensor],  # [N, 3, H, W]
+    images: Iterable[tuple[str, Place, int]],  # Key, where it is, tiles or windows
+    decode: Callable[[str, Place], Ready],
+    encode: Callable[[Sequence[Ready]], Sequence[torch.Tensor]],  # A few at once; of each [n, P, E]
     device: torch.device,
     workers: int,
     broken: Broken,
+    what: str = "images",
 ) -> int:
     """Compute the features that are missing, in groups that a killed run repeats; unreadable images go to `broken`."""
 
-    def decoded(key: str) -> tuple[str, torch.Tensor | None]:
+    def decoded(key: str) -> tuple[str, Ready | None]:
         try:
             return key, decode(key, todo[key])
         except PolymodalError as error:
@@ -257,7 +276,7 @@ def fill_missing(
     # A CPU is twice as fast on tiles that stay in its cache as on large batches.
     tiles_at_once = 8 if device.type == "cpu" else 64
     with store.locked():
-        todo: dict[str, Source] = {}
+        todo: dict[str, Place] = {}
         tiles: dict[str, int] = {}
         unfinished = set(store.unfinished())
         for key, source, count in images:
@@ -270,15 +289,15 @@ def fill_missing(
         groups = [group for group in groups if any(key not in store.where for key in group)]
         wanted = [key for group in groups for key in group]
         missing = sum(key not in store.where for key in wanted)
-        entries = iter(progress(ahead(decoded, wanted, workers, tiles_at_once), "encoding images", len(wanted)))
+        entries = iter(progress(ahead(decoded, wanted, workers, tiles_at_once), f"encoding {what}", len(wanted)))
         for group in groups:
-            images_of = [(key, pixels) for key, pixels in (next(entries) for _ in group) if pixels is not None]
-            encoded = _encode(encode, device, images_of) if images_of else []
+            ready = [(key, made) for key, made in (next(entries) for _ in group) if made is not None]
+            encoded = _encode(encode, ready) if ready else []
             if fresh := [entry for entry in encoded if entry[0] not in store.where]:
                 store.add(fresh)
         # Let the progress bar see its end.
         for _ in entries:
-            raise DataError("images were decoded that nobody asked for")
+            raise DataError(f"{what} were decoded that nobody asked for")
         store.end()
         return missing - sum(key in broken.images for key in wanted)
 
@@ -298,13 +317,18 @@ def group_images(keys: Sequence[str], tiles: dict[str, int], at_once: int) -> li
 
 @torch.no_grad()
 def _encode(
-    encode: Callable[[torch.Tensor], torch.Tensor], device: torch.device, images: Sequence[tuple[str, torch.Tensor]]
+    encode: Callable[[Sequence[Ready]], Sequence[torch.Tensor]], ready: Sequence[tuple[str, Ready]]
 ) -> list[tuple[str, np.ndarray]]:
-    """Encode a few images together."""
-    pixels = torch.cat([tiles for _, tiles in images]).to(device)
-    features = encode(pixels).float().cpu().numpy()
-    split = np.split(features, np.cumsum([len(tiles) for _, tiles in images])[:-1])
-    return [(key, part) for (key, _), part in zip(images, split, strict=True)]
+    """Encode a few images or sounds together."""
+    made = encode([item for _, item in ready])
+    return [(key, features.float().cpu().numpy()) for (key, _), features in zip(ready, made, strict=True)]
+
+
+def together(
+    encode: Callable[[torch.Tensor], torch.Tensor], device: torch.device
+) -> Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]:
+    """An encoder of tiles [N, 3, H, W] as what `fill_missing` asks for."""
+    return lambda items: encode(torch.cat(list(items)).to(device)).split([len(item) for item in items])
 
 
 def _append(path: Path, data: bytes) -> None:

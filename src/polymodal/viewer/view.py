@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from polymodal.media_plan import ImagePlan, Size
+from polymodal.media_plan import AudioPlan, MediaPlan, Size, VideoPlan
 from polymodal.processing.collate import Sample
 from polymodal.utils.html import data_url, html_page
 
@@ -45,7 +45,7 @@ class View:
     """A sequence, cut into cells."""
 
     cells: tuple[Cell, ...]  # In order; together they are the whole sequence
-    plans: tuple[ImagePlan, ...]  # One plan an image, in order
+    plans: tuple[MediaPlan, ...]  # One plan a medium, in order
 
     @property
     def counts(self) -> dict[Kind, int]:
@@ -94,8 +94,13 @@ def _piece(ids: Sequence[int], start: int, limit: int, tokenizer: PreTrainedToke
     return start + 1, first
 
 
-def plan_facts(plan: ImagePlan) -> dict[str, str]:
+def plan_facts(plan: MediaPlan) -> dict[str, str]:
     """The integers of one plan, as a person would write them."""
+    if isinstance(plan, VideoPlan):
+        return _video_facts(plan)
+    if isinstance(plan, AudioPlan):
+        seconds, windows = sum(plan.frames) / 100, ", ".join(map(str, plan.tokens))
+        return {"sound": f"{seconds:.2f} seconds", "tokens of windows": windows, "tokens in all": str(plan.num_tokens)}
     box = plan.content_box
     facts = {
         "image": f"{_size(plan.source)} pixels"
@@ -110,6 +115,15 @@ def plan_facts(plan: ImagePlan) -> dict[str, str]:
         facts["tokens of the canvas"] = f"{_size(plan.unpadded)} ({plan.merge})"
     facts["tokens in all"] = str(plan.num_tokens)
     return facts
+
+
+def _video_facts(plan: VideoPlan) -> dict[str, str]:
+    return {
+        "video": f"{len(plan.times)} frames of {_size(plan.frame.source)} pixels, each a tile of {_size(plan.frame.tile)}",
+        "at seconds": ", ".join(f"{time:.2f}" for time in plan.times),
+        "behind the temporal encoder": f"{plan.frames} × {plan.tokens.area} tokens ({_size(plan.tokens)})",
+        "tokens in all": str(plan.num_tokens),
+    }
 
 
 def to_terminal(view: View, *, colour: bool, clean: Callable[[str], str] = str) -> str:
@@ -131,7 +145,8 @@ def to_terminal(view: View, *, colour: bool, clean: Callable[[str], str] = str) 
     )
     lines = ["".join(pieces), "", f"{sum(counts.values())} tokens: {legend}"]
     for number, plan in enumerate(view.plans, start=1):
-        lines += ["", f"image {number}", *(f"  {label:<21}{value}" for label, value in plan_facts(plan).items())]
+        kind = type(plan).__name__.removesuffix("Plan").lower()
+        lines += ["", f"{kind} {number}", *(f"  {label:<21}{value}" for label, value in plan_facts(plan).items())]
     return "\n".join(lines)
 
 

@@ -41,11 +41,13 @@ class AudioEncoder(ModuleLike, Protocol):
         embed_dim: E, the width of the features.
         mel_bins: F, the mel bands of the features it takes.
         max_frames: The most frames L it takes at once.
+        frames_per_token: How many of them become one token.
     """
 
     embed_dim: int
     mel_bins: int
     max_frames: int
+    frames_per_token: int
 
     def output_tokens(self, frames: int) -> int:
         """Count what comes out.
@@ -82,13 +84,14 @@ class WhisperAudioEncoder(nn.Module):
         self.train(model.training)
         self.stack = stack
         self.stride = model.conv1.stride[0] * model.conv2.stride[0]
+        self.frames_per_token = self.stride * stack
         self.embed_dim = config.d_model * stack
         self.mel_bins = config.num_mel_bins
         self.max_frames = config.max_source_positions * self.stride
 
     def output_tokens(self, frames: int) -> int:
         """How many tokens have sound in them, of so many true frames."""
-        return -(-frames // (self.stride * self.stack))
+        return -(-frames // self.frames_per_token)
 
     def save(self, folder: Path) -> None:
         """Write the encoder as a standard Hugging Face folder."""

@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import TemplateConfig
 from polymodal.errors import ConfigError, PolymodalError
-from polymodal.messages import Image, Message, Text
+from polymodal.messages import Document, Image, Message, Text
 from polymodal.processing.chat_template import places
 from polymodal.processing.chat_template.pieces import MarkedTemplate, Piece, PieceTokenizer, Style, Turn, reasoned
 from polymodal.processing.chat_template.presets import check_plain, template_source
@@ -100,7 +100,7 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], media_tokens: Sequence[int] = (), *, add_generation_prompt: bool = False
     ) -> Rendered:
-        """Tokenise a conversation; `media_tokens` is the number of placeholders of each image."""
+        """Tokenise a conversation; `media_tokens` is the number of placeholders of each medium."""
         if not messages:
             raise PolymodalError("the conversation is empty; give at least one message")
         if any(message.fields or message.role == "tool" for message in messages):
@@ -109,7 +109,7 @@ class ChatTemplate:
         given = sum(piece.text is None for turn in turns for piece in turn.pieces)
         if given != len(media_tokens):
             raise PolymodalError(
-                f"the conversation has {given} images, but {len(media_tokens)} token counts were given"
+                f"the conversation has {given} images or other media, but {len(media_tokens)} token counts were given"
             )
         if any(count < 1 for count in media_tokens):
             raise PolymodalError(f"an image needs at least one token; token counts given: {list(media_tokens)}")
@@ -172,16 +172,15 @@ class ChatTemplate:
                     raise PolymodalError(f"{where}: {places.HALF}")
                 if not self._media_only or message.role == "assistant":
                     add_text(part.text)
-            elif not isinstance(part, Image):
-                raise PolymodalError(
-                    f"{where}: {type(part).__name__} parts are not supported yet; give images and text"
-                )
+            elif isinstance(part, Document):
+                raise PolymodalError(f"{where}: a document was not turned into its pages; let the processor do it")
             elif message.role == "assistant":
+                what = "an image" if isinstance(part, Image) else f"a {type(part).__name__.lower()} part"
                 raise PolymodalError(
-                    f"{where}: an image in an assistant's message is not supported yet; put it in a user's message"
+                    f"{where}: {what} in an assistant's message is not supported yet; put it in a user's message"
                 )
             else:
-                pieces.append(Piece(message.role, index, None))
+                pieces.append(Piece(message.role, index, None, modality=type(part).__name__.lower()))
                 if self._config.image_newline_text and not self._media_only:
                     add_text(self._config.image_newline_text)
         thought = message.reasoning_content
@@ -347,7 +346,7 @@ class ChatTemplate:
     def _add_image(self, out: Writer, piece: Piece, media_tokens: Sequence[int]) -> None:
         rendered = out.flush()
         count = media_tokens[len(rendered.slots)]
-        rendered.slots += (Slot("image", len(rendered.input_ids), count, piece.message),)
+        rendered.slots += (Slot(piece.modality, len(rendered.input_ids), count, piece.message),)
         out.token(self.image_token_id, count=count)
 
     def _find_style(self, *, in_vocabulary: bool) -> Style:

@@ -44,7 +44,7 @@ _REASONED = re.compile(r"(\s*(?:<think>\s*)?)(.*?)(\s*</think>\s*)(.*)", re.DOTA
 
 @dataclass(frozen=True)
 class Piece:
-    """A text or (text None) an image, in the order in which they were given."""
+    """A text or (text None) an image, video or sound, in the order in which they were given."""
 
     role: Role
     message: int
@@ -55,6 +55,7 @@ class Piece:
     reasoning: bool = False  # It may be dropped, as templates do to the reasoning of earlier turns
     # The field of the message that it stands in, where it is not in the content; the name of the function for a call.
     field: str = ""
+    modality: str = "image"  # Of what is no text; templates are shown an image all the same
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from polymodal.media.image import open_image
 from polymodal.media_plan import Size, plan_image
 from polymodal.messages import Source
 from polymodal.processing.image_transform import resize_filter, tile_bytes
-from polymodal.processing.processor import image_key
+from polymodal.processing.media_parts import image_key
 from polymodal.training.contrastive.augment import crop_box
 from polymodal.training.feature_cache import MEMORY, OFF, FeatureStore
 from polymodal.training.recipes.contrastive import AugmentConfig

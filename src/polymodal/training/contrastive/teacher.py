@@ -24,7 +24,7 @@ from polymodal.modeling.encoders.pixel_norm import PixelNorm
 from polymodal.modeling.encoders.vision import build_vision_encoder
 from polymodal.training.contrastive.dataset import PairDataset
 from polymodal.training.contrastive.images import Images, crops, index_file, open_images, scan, source_name
-from polymodal.training.feature_cache import MEMORY, OFF, FeatureStore, fill_missing, weights_identity
+from polymodal.training.feature_cache import MEMORY, OFF, FeatureStore, fill_missing, together, weights_identity
 from polymodal.training.recipes.contrastive import AugmentConfig, PairRecipe
 from polymodal.utils.modules import frozen
 
@@ -147,7 +147,7 @@ def _fill(
             raise type(error)(f"record {first[key]}: {error}", error.code) from error
 
     tiles = ((keys[index], pairs.sources[index], 1) for index in dataset.seen if keys[index] not in broken.images)
-    fill_missing(store, tiles, decode, encode, device, recipe.run.workers, broken)
+    fill_missing(store, tiles, decode, together(encode, device), device, recipe.run.workers, broken)
     return store
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +21,12 @@ from polymodal.data.index import Reading, open_index, sample_digest
 from polymodal.data.mixture import Joined, Picked, epoch_repeats
 from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError, PolymodalError
-from polymodal.messages import Image, Source, user
+from polymodal.media_plan import AudioPlan
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.processing.collate import Batch, Sample, collate, collate_packed
+from polymodal.processing.collate import Batch, Sample, collate, collate_packed, stack_windows
+from polymodal.processing.media_parts import Opened
 from polymodal.processing.processor import Processor
-from polymodal.training.feature_cache import Broken, FeatureStore, fill_missing
+from polymodal.training.feature_cache import Broken, FeatureStore, fill_missing, together
 from polymodal.training.recipes.sft import DataConfig
 from polymodal.utils.files import write_text
 from polymodal.utils.progress import log
@@ -165,8 +166,8 @@ def with_pixels(record: Record, sample: Sample, processor: Processor) -> Sample:
     except PolymodalError as error:
         raise type(error)(f"record {record.id}: {error}", error.code) from error
     if again.media_keys != sample.media_keys:
-        raise DataError(f"record {record.id}: its image changed on disk while training")
-    return replace(sample, pixels=again.pixels)
+        raise DataError(f"record {record.id}: its image or sound changed on disk while training")
+    return replace(sample, pixels=again.pixels, sounds=again.sounds)
 
 
 def turn_of_target(sample: Sample) -> np.ndarray:  # -> [R]
@@ -205,10 +206,11 @@ class SFTDataset:
 
     prepared: Prepared  # Tokens, without pixels
     processor: Processor  # Makes pixels where features are not cached
-    store: FeatureStore | None  # Cached features, or None
+    store: FeatureStore | None  # Cached features of images and videos, or None
     packed: bool = False  # Put the samples of a batch into one row, in place of padding them
     broken: Broken = field(default_factory=lambda: Broken(None))  # Records that cannot be read any more
     seen: np.ndarray | None = None  # The records of which features are kept; all where None
+    sounds: FeatureStore | None = None  # Cached features of sounds, or None
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Collate or pack samples, with features from the cache or pixels from the files."""
@@ -218,9 +220,9 @@ class SFTDataset:
         """One sample as the model takes it; one of nothing but padding where its image cannot be read any more."""
         sample = self.prepared.samples[index]
         try:
-            if self.store is None:
+            if not self._stores:
                 return with_pixels(self.prepared.records[index], sample, self.processor)
-            if gone := [key for key in sample.media_keys if key not in self.store.where]:
+            if gone := [key for key in sample.media_keys if not any(key in store.where for store in self._stores)]:
                 raise DataError(f"record {sample.id}: {self.broken.images.get(gone[0], 'its features are missing')}")
             return sample
         except PolymodalError as error:
@@ -231,9 +233,17 @@ class SFTDataset:
 
     def _collate(self, samples: Sequence[Sample]) -> Batch:
         made = collate_packed(samples) if self.packed else collate(samples, self.processor.pad_id)
-        if self.store is None:
+        if not self._stores:
             return made
-        return replace(made, features=self.store.gather([key for sample in samples for key in sample.media_keys]))
+        keys = [item for sample in samples for item in zip(sample.media_keys, sample.heard, strict=True)]
+        of_images, of_sounds = ([key for key, heard in keys if heard == wanted] for wanted in (False, True))
+        features = None if self.store is None else self.store.gather(of_images)
+        sounds = None if self.sounds is None else self.sounds.gather(of_sounds)
+        return replace(made, features=features, audio_features=None if sounds is None else sounds[:, 0])
+
+    @property
+    def _stores(self) -> list[FeatureStore]:
+        return [store for store in (self.store, self.sounds) if store is not None]
 
     def named_batch(self, indices: np.ndarray) -> NamedBatch:
         """A batch, and what its targets are called in the log."""
@@ -255,11 +265,15 @@ class SFTDataset:
         dataset = replace(self, seen=seen)
         for reason, count in self.prepared.left_out.items():
             log(f"left out {count} {label} {reason}")
+        more, device = (model.device, workers, self.broken), model.device
         if self.store is not None:
-            count = fill_missing(
-                self.store, dataset._images(), self._decode, model.encode_images, model.device, workers, self.broken
-            )
+            encode = together(model.encode_images, device)
+            count = fill_missing(self.store, dataset._media(heard=False), self._tiles, encode, *more)
             log(f"features: {count} images encoded, {len(self.store.where)} in the cache")
+        if self.sounds is not None:
+            listen = sounds_together(model)
+            count = fill_missing(self.sounds, dataset._media(heard=True), self._windows, listen, *more, "sounds")
+            log(f"features: {count} sounds encoded, {len(self.sounds.where)} in the cache")
         return dataset
 
     def alone(self) -> Iterator[tuple[int, int]]:
@@ -273,23 +287,48 @@ class SFTDataset:
     def _kept(self) -> Sequence[int]:
         return range(len(self.prepared.samples)) if self.seen is None else self.seen.tolist()
 
-    def _images(self) -> Iterator[tuple[str, Source, int]]:
-        """Key, source and count of tiles of every image."""
+    def _media(self, heard: bool) -> Iterator[tuple[str, tuple[int, int], int]]:
+        """Of all sounds, or of all images and videos: key, record and place in it, and how many tiles or windows."""
         for index in self._kept():
-            record, sample = self.prepared.records[index], self.prepared.samples[index]
-            media = [part for message in record.messages for part in message.media]
-            for key, plan, part in zip(sample.media_keys, sample.plans, media, strict=True):
-                if isinstance(part, Image):
-                    yield key, part.source, plan.num_tiles
+            sample = self.prepared.samples[index]
+            for place, (key, plan) in enumerate(zip(sample.media_keys, sample.plans, strict=True)):
+                if isinstance(plan, AudioPlan) == heard:
+                    yield key, (index, place), len(plan.frames) if isinstance(plan, AudioPlan) else plan.num_tiles
 
-    def _decode(self, key: str, source: Source) -> torch.Tensor:
+    def _open(self, key: str, where: tuple[int, int]) -> Opened:
+        index, place = where
+        record = self.prepared.records[index]
         try:
-            sample = self.processor([user(Image(source))], add_generation_prompt=True)
+            opened = self.processor.medium(record.messages, place)
         except PolymodalError as error:
             if self.broken.file is not None:
                 raise
-            first = next(sample.id for sample in self.prepared.samples if key in sample.media_keys)
-            raise type(error)(f"record {first}: {error}", error.code) from error
-        if sample.media_keys != (key,) or sample.pixels is None:
-            raise DataError(f"image {source!r} changed on disk while it was being encoded")
-        return sample.pixels[0]
+            raise type(error)(f"record {record.id}: {error}", error.code) from error
+        if opened.key != key:
+            raise DataError(f"record {record.id}: its image or sound changed on disk while it was being encoded")
+        return opened
+
+    def _tiles(self, key: str, where: tuple[int, int]) -> torch.Tensor:
+        tiles = self._open(key, where).tiles
+        assert tiles is not None  # only sounds have none
+        return tiles(True)
+
+    def _windows(self, key: str, where: tuple[int, int]) -> tuple[torch.Tensor, AudioPlan]:
+        opened = self._open(key, where)
+        assert opened.windows is not None and isinstance(opened.plan, AudioPlan)
+        return opened.windows, opened.plan
+
+
+def sounds_together(
+    model: MultimodalLM,
+) -> Callable[[Sequence[tuple[torch.Tensor, AudioPlan]]], Sequence[torch.Tensor]]:
+    """The audio encoder as what `fill_missing` asks for: of each sound [tokens, 1, E']."""
+
+    def encode(items: Sequence[tuple[torch.Tensor, AudioPlan]]) -> Sequence[torch.Tensor]:
+        windows = stack_windows([windows for windows, _ in items])
+        assert windows is not None  # there is a sound
+        plans = [plan for _, plan in items]
+        made = model.encode_audio(windows.to(model.device), plans)[:, None]
+        return made.split([plan.num_tokens for plan in plans])
+
+    return encode

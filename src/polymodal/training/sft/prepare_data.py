@@ -56,7 +56,7 @@ def recipe_processor(recipe: Recipe) -> Processor:
 
 def _new_processor(config: ModelConfig) -> Processor:
     """The processor of a model that is composed from a configuration."""
-    from polymodal.modeling.build import build_vision, image_token_id_for
+    from polymodal.modeling.build import image_token_id_for, media_counts
     from polymodal.modeling.language_model import load_tokenizer, positions_of, quieten_transformers
     from polymodal.modeling.meta_device import llm_settings
     from polymodal.modeling.projectors.qformer_files import load_context_tokenizer
@@ -65,11 +65,10 @@ def _new_processor(config: ModelConfig) -> Processor:
     tokenizer = load_tokenizer(config.llm)
     settings = llm_settings(config.llm, fetch=True)
     vocabulary = settings.get_text_config().vocab_size
-    vision = build_vision(config, None, llm_dim=1)  # only the projector's grid is asked for
-    tokens = vision[1].output_grid if vision is not None else None
+    tokens, window = media_counts(config, None)
     image_token_id = image_token_id_for(config, tokenizer, vocabulary)
     context = load_context_tokenizer(config.projector)
-    more = (bool(settings.is_encoder_decoder), context, positions_of(settings))
+    more = (bool(settings.is_encoder_decoder), context, positions_of(settings), window)
     return Processor(config, tokenizer, tokens, image_token_id, *more)
 
 

@@ -21,7 +21,7 @@ from polymodal.modeling.vlm import MultimodalLM
 from polymodal.training.activation_checkpointing import save_memory
 from polymodal.training.checkpoint import State, identity
 from polymodal.training.distributed import Engine, wants_bf16
-from polymodal.training.feature_cache import OFF, Broken, open_store
+from polymodal.training.feature_cache import OFF, Broken, open_audio_store, open_store
 from polymodal.training.optimizer import Group, apply_policy, cast_frozen_linears, is_adapter
 from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
@@ -35,7 +35,14 @@ from polymodal.training.steps import Order, Steps
 from polymodal.training.task import StepPlan, Task, read_mix
 from polymodal.utils.progress import log, progress
 
-MEDIA_MODULES = ("vision_encoder.", "projector.", "image_newline")
+MEDIA_MODULES = (
+    "vision_encoder.",
+    "projector.",
+    "image_newline",
+    "temporal_encoder.",
+    "audio_encoder.",
+    "audio_projector.",
+)
 
 
 @dataclass
@@ -117,15 +124,17 @@ class SFTTask(Task):
     def make_dataset(self, folder: Path) -> SFTDataset:
         """Tokenise the data and fill the feature cache; lists and indices go to a folder."""
         recipe, run, inputs = self.recipe, self.recipe.run, self.inputs
-        store = None
+        store = sounds = None
         if run.feature_cache != OFF:
             store = open_store(self.model, inputs.config, run.feature_cache, run.feature_dtype)
+            sounds = open_audio_store(self.model, inputs.config, run.feature_cache, run.feature_dtype)
         processor = processor_of(self.model, inputs.tokenizer, inputs.config).with_template(recipe.data.template)
         mix = inputs.mix if inputs.mix is not None else read_mix(recipe.data, run.seed)
         prepared = prepare(mix, processor, recipe.data, progress, run.workers, folder / "skipped.jsonl")
         broken = Broken(folder / "skipped.jsonl" if recipe.data.on_error == "skip" else None)
-        dataset = SFTDataset(prepared, processor, store, recipe.batch.packing == "pack", broken)
-        return dataset.fill_store(self.model, run.workers, "records", self._seen(prepared) if store else None)
+        dataset = SFTDataset(prepared, processor, store, recipe.batch.packing == "pack", broken, sounds=sounds)
+        seen = self._seen(prepared) if run.feature_cache != OFF else None
+        return dataset.fill_store(self.model, run.workers, "records", seen)
 
     def _seen(self, prepared: Prepared) -> np.ndarray | None:
         """The records of which features are needed; all where None."""
@@ -243,5 +252,6 @@ class SFTTask(Task):
             history=history,
             llm_trained="llm" in ever,
             vision_trained="vision_encoder" in ever,
+            audio_trained="audio_encoder" in ever,
             replace=True,
         )

@@ -1,0 +1,150 @@
+"""An image, video or sound of a conversation, opened and planned: what `Processor` puts into the sequence.
+
+`open_media` turns each part into an `Opened`: its plan, its tiles or windows, and the key that says whether two are the
+same. What a part is made of is decided before, by `expand`: a document is its pages, a video its frames and, where it
+is wanted, its sound.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+
+from polymodal.config import ImageConfig, ModelConfig, VideoConfig
+from polymodal.errors import PolymodalError
+from polymodal.media.audio import open_audio
+from polymodal.media.image import open_image
+from polymodal.media.video import Frames, plan_frames, probe, read_frames
+from polymodal.media_plan import AudioWindow, MediaPlan, Size, frames_within, plan_audio, plan_image, plan_video
+from polymodal.messages import Audio, Image, Media, Message, Part, Video
+from polymodal.processing.audio_features import audio_features
+from polymodal.processing.document_pages import expand_documents
+from polymodal.processing.image_transform import make_tiles, tile_bytes
+
+MOST_DETAIL = 4
+"""Frames are decoded at no more than so many tiles a side, which bounds their memory."""
+
+Pixels = bool | Literal["uint8"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A medium on its way into a sequence."""
+
+    plan: MediaPlan
+    key: str  # A hash of its content and of the rules that make it ready
+    tiles: Callable[[Pixels], torch.Tensor] | None = None  # [n, 3, H, W] of an image or a video
+    windows: torch.Tensor | None = None  # [W, F, L] of a sound
+
+
+def expand(messages: Sequence[Message], config: ModelConfig) -> list[Message]:
+    """Turn documents into their pages, and videos into frames and what is said and heard with them."""
+    video = config.video
+    if video is None or not any(isinstance(part, Video) for message in messages for part in message.media):
+        return expand_documents(messages)
+    return [
+        replace(message, parts=tuple(new for part in message.parts for new in _with_sound(part, config)))
+        for message in expand_documents(messages)
+    ]
+
+
+def _with_sound(part: Part, config: ModelConfig) -> tuple[Part, ...]:
+    if not isinstance(part, Video) or config.video is None:
+        return (part,)
+    wanted = config.video.audio and config.audio is not None if part.audio is None else part.audio
+    sound = (Audio(part.source),) if wanted and probe(part.source, count=False).audio else ()
+    return (part, *sound)
+
+
+def open_media(
+    part: Media, config: ModelConfig, tokens: Size | None, window: AudioWindow | None, *, alone: bool
+) -> Opened:
+    """Decode and plan one medium; refuse what the model cannot take."""
+    if isinstance(part, Audio):
+        return _sound(part, config, window)
+    if config.image is None or tokens is None:
+        raise PolymodalError(f"this model has no vision encoder; leave the {type(part).__name__.lower()} out")
+    if isinstance(part, Image):
+        return _image(part, config.image, tokens, alone)
+    if config.video is None:
+        raise PolymodalError(
+            "this model was not made for videos; give images of it, or train one with a `video` section"
+        )
+    assert isinstance(part, Video)  # documents are pages by now
+    return _video(part, config.video, config.image, tokens)
+
+
+def _image(part: Image, rules: ImageConfig, tokens: Size, alone: bool) -> Opened:
+    image = open_image(part.source, background=rules.background, max_pixels=rules.max_pixels)
+    plan = plan_image(Size(image.height, image.width), rules, tokens, alone=alone)
+
+    def tiles(pixels: Pixels) -> torch.Tensor:
+        make = tile_bytes if pixels == "uint8" else make_tiles
+        return torch.from_numpy(make(image, plan, rules))
+
+    return Opened(plan, image_key(image, rules, alone=alone), tiles)
+
+
+def _video(part: Video, video: VideoConfig, rules: ImageConfig, tokens: Size) -> Opened:
+    frames = sample(part, video, rules, tokens)
+    height, width = frames.array.shape[1:3]
+    plan = plan_video(Size(height, width), frames.times.tolist(), video, rules, tokens)
+
+    def tiles(pixels: Pixels) -> torch.Tensor:
+        make = tile_bytes if pixels == "uint8" else make_tiles
+        one_tile = rules.model_copy(update={"image_aspect_ratio": video.frame_aspect_ratio})
+        return torch.from_numpy(np.concatenate([make(frame, plan.frame, one_tile) for frame in frames]))
+
+    digest = hashlib.sha256(_rules(rules) + video.model_dump_json(include={"frame_aspect_ratio"}).encode())
+    digest.update(f"video {frames.array.shape} {plan.times}".encode())
+    digest.update(frames.array.tobytes())
+    return Opened(plan, digest.hexdigest(), tiles)
+
+
+def sample(part: Video, video: VideoConfig, rules: ImageConfig, tokens: Size) -> Frames:
+    """The frames of a video that a model sees: those that the part asks for, else its own choice."""
+    asked = {"num_frames": part.num_frames, "fps": part.fps, "times": part.times}
+    ways = {name: value for name, value in asked.items() if value is not None}
+    if part.key_frames:
+        ways["key_frames"] = True
+    if not ways:
+        ways = {"num_frames": video.num_frames} if video.fps is None else {"fps": video.fps}
+    most = frames_within(video.max_frames, video, tokens)
+    if not ways.keys() & {"times", "fps", "key_frames"} and part.num_frames is None:
+        ways["num_frames"] = min(video.num_frames, most)
+    segment = None if part.start is None and part.end is None else (part.start or 0.0, part.end)
+    side = MOST_DETAIL * max(rules.tile_size)
+    plan = plan_frames(part.source, **ways, segment=segment, max_frames=most, max_side=side)  # type: ignore[arg-type]
+    return read_frames(part.source, plan)
+
+
+def _sound(part: Audio, config: ModelConfig, window: AudioWindow | None) -> Opened:
+    if config.audio is None or window is None:
+        raise PolymodalError("this model has no audio encoder; leave the sound out")
+    sound = open_audio(part.source, video=True, max_seconds=config.audio.max_seconds)
+    found = audio_features(sound.samples, mel_bins=window.mel_bins, window=window.max_frames / 100)
+    plan = plan_audio(found.frames.tolist(), window)
+    digest = hashlib.sha256(f"sound {window} {len(sound.samples)}".encode() + sound.samples.tobytes())
+    # Padding is masked in the encoder, so what is longer than the longest window need not be carried.
+    return Opened(plan, digest.hexdigest(), windows=found.features[..., : max(plan.frames)])
+
+
+def image_key(image: PILImage.Image, rules: ImageConfig, *, alone: bool = True) -> str:
+    """Hash a decoded image together with the rules that turn it into tiles."""
+    digest = hashlib.sha256(_rules(rules))
+    if not alone and rules.several_images != "alike":
+        digest.update(b"one of several ")
+    digest.update(f"{image.mode} {image.height} {image.width} ".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=16)
+def _rules(rules: ImageConfig) -> bytes:
+    # Younger than caches that people have; where it changes an image's tiles, `image_key` says so.
+    return rules.model_dump_json(exclude={"several_images"}).encode()
