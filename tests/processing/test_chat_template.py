@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from polymodal.config import TemplateConfig
 from polymodal.errors import ConfigError, PolymodalError
-from polymodal.messages import Audio, Image, Message, assistant, system, user
+from polymodal.messages import Document, Image, Message, assistant, system, user
 from polymodal.processing.chat_template.encode import ChatTemplate, Rendered
 from polymodal.processing.chat_template.presets import PRESETS
 
@@ -379,7 +379,7 @@ class SlowTokenizer:
         ([user("Q")], [4], "has 0 images or other media, but 1 token counts"),
         ([user(CAT)], [0], "at least one token"),
         ([user("Q"), assistant(CAT)], [1], "message 2: an image in an assistant's message is not supported yet"),
-        ([user(Audio("a.wav"))], [], "message 1: Audio parts are not supported yet"),
+        ([user(Document("a.pdf"))], [], "message 1: a document was not turned into its pages"),
         ([], [], "the conversation is empty"),
         ([user("\ud83d")], [], "message 1: the text holds half of a surrogate pair"),
     ],

@@ -81,6 +81,7 @@ def show(
 def _drawings(processor: Processor, view: View, sources: Sequence[Source]) -> list[PILImage.Image]:
     """Decode the images again, for the eye this time, and draw their plans."""
     from polymodal.media.image import open_image
+    from polymodal.media_plan import ImagePlan
     from polymodal.processing.image_transform import tile_images
     from polymodal.viewer.draw import draw_plan
 
@@ -88,7 +89,8 @@ def _drawings(processor: Processor, view: View, sources: Sequence[Source]) -> li
     if rules is None:
         return []
     drawings = []
-    for source, plan in zip(sources, view.plans, strict=True):
+    plans = [plan for plan in view.plans if isinstance(plan, ImagePlan)]
+    for source, plan in zip(sources, plans, strict=True):
         image = open_image(source, background=rules.background, max_pixels=rules.max_pixels)
         drawings.append(draw_plan(image, plan, tile_images(image, plan, rules)))
     return drawings

@@ -136,6 +136,18 @@ class ModelConfig(Strict):
         return self
 
 
+def new_senses(config: ModelConfig, video: VideoConfig | None, audio: AudioConfig | None) -> ModelConfig:
+    """Let a model go on with eyes for videos or with ears; what it has learnt there already must fit."""
+    given = {"video": video, "audio": audio}
+    for name, key in (("video", "temporal"), ("audio", "type"), ("audio", "stack"), ("audio", "projector")):
+        had, wanted = getattr(config, name), given[name]
+        if had is not None and wanted is not None and getattr(had, key) != getattr(wanted, key):
+            raise ConfigError(
+                f"init.{name}: the model has {key} {getattr(had, key)}, the recipe asks for {getattr(wanted, key)}"
+            )
+    return config.model_copy(update={name: wanted for name, wanted in given.items() if wanted is not None})
+
+
 def new_image_rules(config: ModelConfig, image: ImageConfig | None) -> ModelConfig:
     """Let a model go on with other image rules, as LLaVA-NeXT does between its stages."""
     if image is None:

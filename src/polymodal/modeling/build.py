@@ -113,12 +113,15 @@ def add_senses(model: MultimodalLM, config: ModelConfig, folder: Path | None = N
 
 def media_counts(config: ModelConfig, folder: Path | None) -> tuple[Size | None, AudioWindow | None]:
     """What a processor must know of a model: the tokens of a tile, and what the audio encoder takes at once."""
-    # Only grids are asked for, so the width of the language model does not matter.
-    vision, audio = build_vision(config, folder, llm_dim=1), build_audio(config, folder, llm_dim=1)
-    heard = None
-    if audio is not None:
-        heard = AudioWindow(audio[0].mel_bins, audio[0].max_frames, audio[0].frames_per_token)
-    return (vision[1].output_grid if vision is not None else None), heard
+    vision = build_vision(config, folder, llm_dim=1)  # only the grid is asked for
+    return (vision[1].output_grid if vision is not None else None), audio_window(config, folder)
+
+
+def audio_window(config: ModelConfig, folder: Path | None) -> AudioWindow | None:
+    """What a model's audio encoder takes at once; None for a model without one."""
+    if (audio := build_audio(config, folder, llm_dim=1)) is None:
+        return None
+    return AudioWindow(audio[0].mel_bins, audio[0].max_frames, audio[0].frames_per_token)
 
 
 def fit_projector(config: ModelConfig, encoder: VisionEncoder, llm_dim: int) -> Projector:

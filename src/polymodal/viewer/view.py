@@ -119,7 +119,7 @@ def plan_facts(plan: MediaPlan) -> dict[str, str]:
 
 def _video_facts(plan: VideoPlan) -> dict[str, str]:
     return {
-        "video": f"{len(plan.times)} frames of {_size(plan.frame.source)} pixels, each a tile of {_size(plan.frame.tile)}",
+        "video": f"{plan.num_tiles} frames of {_size(plan.frame.source)} pixels, tiles of {_size(plan.frame.tile)}",
         "at seconds": ", ".join(f"{time:.2f}" for time in plan.times),
         "behind the temporal encoder": f"{plan.frames} × {plan.tokens.area} tokens ({_size(plan.tokens)})",
         "tokens in all": str(plan.num_tokens),

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from polymodal.config import LoraRecipe, ModelConfig, Strict, TemplateConfig
+from polymodal.config import AudioConfig, LoraRecipe, ModelConfig, Strict, TemplateConfig, VideoConfig
 from polymodal.training.recipes.sections import MAX_BATCH, MAX_STEPS, MAX_TOKENS, DataBase, InitBase, RecipeBase
 from polymodal.utils.paths import Parts
 
@@ -18,10 +18,14 @@ class InitConfig(InitBase):
         model: A new model, composed from this configuration; `from` may also be "default".
         template: With `from`: the chat template from this stage on, where it is not the folder's, such as when a
             captioner (BLIP-2's second stage) is tuned to converse.
+        video: With `from`: how the model sees videos from this stage on, with a new temporal encoder where it had none.
+        audio: With `from`: gives a model that hears nothing an audio encoder and its projector.
     """
 
     model: Annotated[ModelConfig | None, Parts] = None
     template: TemplateConfig | None = None
+    video: VideoConfig | None = None
+    audio: AudioConfig | None = None
 
 
 class DataConfig(DataBase):
@@ -92,6 +96,22 @@ class WarmStartConfig(Strict):
     prototype_share: float = Field(default=0.33, ge=0, lt=1)
 
 
+class AudioWarmStartConfig(Strict):
+    """Spell transcripts in word embeddings before the stage; see `training.sft.audio_warm_start`.
+
+    Attributes:
+        steps: Optimizer steps; none of them runs the language model.
+        batch_size: Recordings a step.
+        learning_rate: Peak rate.
+        weight_decay: Decoupled decay.
+    """
+
+    steps: int = Field(default=2000, ge=3, le=MAX_STEPS)
+    batch_size: int = Field(default=32, gt=0, le=MAX_BATCH)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.02, ge=0)
+
+
 class PrototypeConfig(Strict):
     """Caption samples made of a tower's own classes; see `training.sft.class_prototypes`.
 
@@ -113,6 +133,7 @@ class Recipe(RecipeBase):
         batch: Batch sizes.
         lora: Adapters on the language model, or None.
         warm_start: Train the projector towards word embeddings first, or None.
+        audio_warm_start: Teach the audio projector to spell what is said first, or None.
         prototypes: Samples made of the tower's own classes, or None.
         task: See `RecipeBase`.
     """
@@ -124,4 +145,5 @@ class Recipe(RecipeBase):
     batch: BatchConfig = Field(default_factory=BatchConfig)
     lora: LoraRecipe | None = None
     warm_start: WarmStartConfig | None = None
+    audio_warm_start: AudioWarmStartConfig | None = None
     prototypes: PrototypeConfig | None = None

@@ -279,17 +279,18 @@ class SFTDataset:
     def alone(self) -> Iterator[tuple[int, int]]:
         """The records that show one image of one tile, of which features are kept: index, and row in the store."""
         where = {} if self.store is None else self.store.where
-        for index in self._kept():
+        for index in self.kept():
             keys = self.prepared.samples[index].media_keys
             if len(keys) == 1 and where.get(keys[0], (0, 0))[1] == 1:
                 yield index, where[keys[0]][0]
 
-    def _kept(self) -> Sequence[int]:
+    def kept(self) -> Sequence[int]:
+        """The records of which features are kept."""
         return range(len(self.prepared.samples)) if self.seen is None else self.seen.tolist()
 
     def _media(self, heard: bool) -> Iterator[tuple[str, tuple[int, int], int]]:
         """Of all sounds, or of all images and videos: key, record and place in it, and how many tiles or windows."""
-        for index in self._kept():
+        for index in self.kept():
             sample = self.prepared.samples[index]
             for place, (key, plan) in enumerate(zip(sample.media_keys, sample.plans, strict=True)):
                 if isinstance(plan, AudioPlan) == heard:

@@ -43,10 +43,14 @@ def recipe_processor(recipe: Recipe) -> Processor:
         return processor_of(start.model, start.tokenizer, start.config).with_template(recipe.data.template)
     if recipe.init.from_folder is not None:
         from polymodal.backends import load_processor
-        from polymodal.config import new_image_rules
+        from polymodal.config import new_image_rules, new_senses
+        from polymodal.modeling.build import audio_window
 
         processor = load_processor(recipe.init.from_folder)
-        processor = processor.with_config(new_image_rules(processor.config, recipe.init.image))
+        config = new_image_rules(processor.config, recipe.init.image)
+        processor = processor.with_config(new_senses(config, recipe.init.video, recipe.init.audio))
+        if processor.window is None:
+            processor.window = audio_window(processor.config, None)
         processor = processor.with_template(recipe.init.template)
     else:
         assert recipe.init.model is not None

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from polymodal.backends.local import processor_of
 from polymodal.checkpoints.model_folder import save_model
-from polymodal.config import ImageConfig, ModelConfig, new_image_rules, parse_config
+from polymodal.config import ImageConfig, ModelConfig, new_image_rules, new_senses, parse_config
 from polymodal.data.readers.conversations import Record
 from polymodal.interop.open import open_model
-from polymodal.modeling.build import build_model
+from polymodal.modeling.build import add_senses, build_model
 from polymodal.modeling.dual_encoders.registry import read_metadata
 from polymodal.modeling.token_loss import knows_head
 from polymodal.modeling.vlm import MultimodalLM
@@ -26,6 +26,7 @@ from polymodal.training.optimizer import Group, apply_policy, cast_frozen_linear
 from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import LossByKind
+from polymodal.training.sft.audio_warm_start import audio_warm_start
 from polymodal.training.sft.class_prototypes import MEASURED, add_samples
 from polymodal.training.sft.dataset import NamedBatch, Prepared, SFTDataset, prepare
 from polymodal.training.sft.evaluate import Evaluation, make_evaluation
@@ -71,10 +72,12 @@ def load_inputs(recipe: Recipe) -> StageInputs:
     loaded = open_model(recipe.init.from_folder)
     say_changed_rules(recipe, recipe.init.from_folder, loaded.config.image)
     config = new_image_rules(loaded.config, recipe.init.image)
+    config = new_senses(config, recipe.init.video, recipe.init.audio)
     if recipe.init.template is not None:
         config = config.model_copy(update={"template": recipe.init.template})
+    torch.manual_seed(recipe.run.seed)
+    add_senses(loaded.model, config)
     if config.image is not None and config.image.mm_patch_merge_type == "spatial_unpad":
-        torch.manual_seed(recipe.run.seed)
         loaded.model.add_image_newline()
     return StageInputs(loaded.model, loaded.tokenizer, config, list(loaded.history))
 
@@ -163,6 +166,8 @@ class SFTTask(Task):
         recipe, run = self.recipe, self.recipe.run
         if recipe.warm_start is not None and fresh:
             warm_start(self.model, self.inputs.tokenizer, self.dataset, recipe.warm_start, run.seed)
+        if recipe.audio_warm_start is not None and fresh:
+            audio_warm_start(self.model, self.inputs.tokenizer, self.dataset, recipe.audio_warm_start, run.seed)
         if recipe.prototypes is not None:
             self.dataset = add_samples(self.dataset, self.model, recipe.prototypes, run.seed)
         prepared = self.dataset.prepared

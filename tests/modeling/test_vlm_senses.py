@@ -1,0 +1,349 @@
+"""Videos and sounds in one model: planned, merged in order, the same alone and in a batch, saved and loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import wave
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase, WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from polymodal.backends.local import LocalBackend, processor_of
+from polymodal.checkpoints.model_folder import load_model, save_model
+from polymodal.config import (
+    AudioConfig,
+    ModelConfig,
+    ProjectorConfig,
+    TemporalAttentionConfig,
+    TemporalConfig,
+    VideoConfig,
+)
+from polymodal.errors import CheckpointError, ConfigError, PolymodalError
+from polymodal.generation.params import GenerationParams
+from polymodal.media_plan import AudioPlan, VideoPlan
+from polymodal.messages import Audio, Image, Video, assistant, user
+from polymodal.modeling.build import add_senses, build_model
+from polymodal.modeling.vlm import MultimodalLM
+from polymodal.processing.collate import collate, collate_packed
+
+
+def clip(path: Path, frames: int = 9, side: int = 48, rate: int = 4, sound: bool = False) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width = stream.height = side
+        stream.pix_fmt = "yuv420p"
+        voice = container.add_stream("pcm_s16le", rate=16000, layout="mono") if sound else None
+        if voice is not None:
+            frame = av.AudioFrame.from_ndarray(np.ones((1, 16000), np.int16), format="s16", layout="mono")
+            frame.sample_rate = 16000
+            container.mux(voice.encode(frame))
+        for number in range(frames):
+            array = np.full((side, side, 3), 20, np.uint8)
+            array[:, number * side // frames : (number + 1) * side // frames] = 230
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array)))
+        container.mux(stream.encode())
+    return path
+
+
+def tone(path: Path, seconds: float = 0.5, pitch: float = 440.0) -> Path:
+    time = np.arange(int(16000 * seconds)) / 16000
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes((8000 * np.sin(2 * np.pi * pitch * time)).astype("<i2").tobytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def ears(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    settings = WhisperConfig(
+        d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32, max_source_positions=50
+    )
+    folder = tmp_path_factory.mktemp("whisper")
+    WhisperEncoder(settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model_config: ModelConfig, ears: Path) -> ModelConfig:
+    temporal = TemporalConfig(
+        type="attention", attention=TemporalAttentionConfig(hidden_size=16, num_attention_heads=2)
+    )
+    return tiny_model_config.model_copy(
+        update={
+            "video": VideoConfig(num_frames=4, temporal=temporal),
+            "audio": AudioConfig(audio_tower=str(ears), stack=2, projector=ProjectorConfig(mm_projector_type="linear")),
+        }
+    )
+
+
+@pytest.fixture
+def model(config: ModelConfig) -> tuple[MultimodalLM, PreTrainedTokenizerBase]:
+    torch.manual_seed(0)
+    model, tokenizer = build_model(config)
+    assert model.temporal_encoder is not None
+    torch.nn.init.normal_(model.temporal_encoder.output.weight, std=0.1)  # it starts as the identity
+    return model, tokenizer
+
+
+def embed(model: MultimodalLM, batch: Any) -> torch.Tensor:
+    given = batch.inputs()
+    wanted = ("input_ids", "plans", "sample_of_image", "pixel_values", "media_places", "audio_values")
+    with torch.no_grad():
+        return model.embed(**{name: given[name] for name in wanted})
+
+
+@pytest.fixture
+def media(tmp_path: Path, photo: Path) -> dict[str, Any]:
+    return {
+        "image": Image(photo),
+        "video": Video(clip(tmp_path / "a.mp4")),
+        "audio": Audio(tone(tmp_path / "a.wav")),
+        "long": Audio(tone(tmp_path / "b.wav", 1.3)),  # windows of a second
+    }
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from PIL import Image as PILImage
+
+    path = tmp_path_factory.mktemp("photo") / "p.png"
+    PILImage.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)).save(path)
+    return path
+
+
+def test_plans_say_how_many_tokens_there_are(model: Any, config: ModelConfig, media: dict[str, Any]) -> None:
+    processor = processor_of(*model, config)
+    sample = processor([user(media["image"], "a", media["video"], "b", media["long"], "?")])
+    image, video, sound = sample.plans
+    assert isinstance(video, VideoPlan) and isinstance(sound, AudioPlan)
+    assert (image.num_tokens, video.num_tokens, sound.num_tokens) == (16, 4 * 16, 25 + 8)
+    assert video.times == (0.0, 0.5, 1.25, 2.0) and sound.frames == (100, 30) and sound.tokens == (25, 8)
+    assert [slot.modality for slot in sample.slots] == ["image", "video", "audio"]
+    assert [slot.length for slot in sample.slots] == [plan.num_tokens for plan in sample.plans]
+    assert int((sample.input_ids == processor.image_token_id).sum()) == 16 + 64 + 33
+    assert sample.pixels is not None and [len(tiles) for tiles in sample.pixels] == [1, 4]
+    assert sample.sounds is not None and sample.sounds[0].shape == (2, 80, 100)
+
+
+def test_each_medium_changes_its_own_tokens_and_no_others(
+    model: Any, config: ModelConfig, media: dict[str, Any], tmp_path: Path
+) -> None:
+    processor = processor_of(*model, config)
+
+    def tokens(video: Video, audio: Audio) -> list[torch.Tensor]:
+        sample = processor([user(audio, "a", video, media["image"], "?")])
+        embeds = embed(model[0], collate([sample], 0))[0]
+        return [embeds[slot.start : slot.start + slot.length] for slot in sample.slots]
+
+    before = tokens(media["video"], media["audio"])
+    other = tokens(Video(clip(tmp_path / "other.mp4", frames=5)), media["audio"])
+    assert torch.equal(before[0], other[0]) and torch.equal(before[2], other[2])
+    assert not torch.allclose(before[1], other[1], atol=1e-3)
+    louder = tokens(media["video"], Audio(tone(tmp_path / "c.wav", pitch=880)))
+    assert torch.equal(before[1], louder[1]) and not torch.allclose(before[0], louder[0], atol=1e-3)
+
+
+def test_a_video_is_what_its_parts_make_of_it(model: Any, config: ModelConfig, media: dict[str, Any]) -> None:
+    whole, tokenizer = model
+    sample = processor_of(whole, tokenizer, config)([user(media["video"], "?")])
+    assert sample.pixels is not None
+    features = whole.encode_images(sample.pixels[0])
+    times = torch.tensor([sample.plans[0].times])
+    expected = whole.project(whole.temporal_encoder(features[None], times)[0]).flatten(0, 1)
+    slot = sample.slots[0]
+    found = embed(whole, collate([sample], 0))[0, slot.start : slot.start + slot.length]
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert not torch.allclose(found, whole.project(features).flatten(0, 1), atol=1e-3)  # time was looked at
+
+
+@pytest.mark.parametrize("side", ["right", "left", "packed"])
+def test_a_batch_gives_each_sample_what_it_gets_alone(
+    model: Any, config: ModelConfig, media: dict[str, Any], side: str
+) -> None:
+    whole, tokenizer = model
+    processor = processor_of(whole, tokenizer, config)
+    asked = [
+        [user(media["video"], "Which way?"), assistant("right")],
+        [user("hello"), assistant("hi")],
+        [user(media["long"], "and", media["image"], "?"), assistant("two")],
+        [user(media["audio"], "?"), assistant("one"), user(media["video"], "?"), assistant("x")],
+    ]
+    samples = [processor(messages) for messages in asked]
+    batch = collate_packed(samples) if side == "packed" else collate(samples, 0, side)  # type: ignore[arg-type]
+    with torch.no_grad():
+        together = whole(**batch.inputs()).losses
+        alone = torch.cat([whole(**collate([sample], 0).inputs()).losses for sample in samples])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_features_stand_for_pixels_and_sounds(model: Any, config: ModelConfig, media: dict[str, Any]) -> None:
+    whole, tokenizer = model
+    processor = processor_of(whole, tokenizer, config)
+    messages = [user(media["audio"], media["video"], media["long"]), assistant("x")]
+    batch = collate([processor(messages)], 0)
+    assert batch.pixel_values is not None and batch.audio_values is not None
+    sounds = [plan for plan in batch.plans if isinstance(plan, AudioPlan)]
+    with torch.no_grad():
+        kept = dataclasses.replace(
+            batch,
+            pixel_values=None,
+            features=whole.encode_images(batch.pixel_values),
+            audio_values=None,
+            audio_features=whole.encode_audio(batch.audio_values, sounds),
+        )
+        assert kept.audio_features is not None and kept.audio_features.shape == (13 + 33, 32)
+        assert torch.allclose(whole(**kept.inputs()).losses, whole(**batch.inputs()).losses, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("temporal", "tokens"),
+    [
+        (None, 4 * 16),
+        (TemporalConfig(type="mean"), 16),
+        (TemporalConfig(type="spatio_temporal_pool"), 2 * 4),
+        (TemporalConfig(type="spatio_temporal_pool", stride=(3, 1, 2)), 2 * 8),
+        (TemporalConfig(type="attention", attention=TemporalAttentionConfig(num_attention_heads=2, pool="mean")), 16),
+    ],
+)
+def test_temporal_encoders_give_what_is_planned(
+    config: ModelConfig, media: dict[str, Any], temporal: TemporalConfig | None, tokens: int
+) -> None:
+    config = config.model_copy(update={"video": VideoConfig(num_frames=4, temporal=temporal)})
+    model, tokenizer = build_model(config)
+    processor = processor_of(model, tokenizer, config)
+    samples = [
+        processor([user(media["image"], media["video"]), assistant("x")]),
+        processor([user(media["video"]), assistant("y")]),
+    ]
+    assert samples[1].plans[0].num_tokens == tokens
+    with torch.no_grad():
+        assert model(**collate(samples, 0).inputs()).losses.isfinite().all()
+
+
+def test_what_the_question_asks_of_a_video(model: Any, config: ModelConfig, media: dict[str, Any]) -> None:
+    source = media["video"].source
+    processor = processor_of(*model, config)
+
+    def times(**asked: Any) -> tuple[float, ...]:
+        plan = processor([user(Video(source, **asked))], pixels=False).plans[0]
+        assert isinstance(plan, VideoPlan)
+        return plan.times
+
+    assert times(num_frames=2) == (0.0, 2.0)
+    assert times(fps=1.0) == (0.0, 1.0, 2.0)
+    assert times(times=(1.0, 0.25)) == (1.0, 0.25)
+    assert times(start=1.0, num_frames=3) == (1.0, 1.5, 2.0)
+    assert times(start=1.0) == (1.0, 1.25, 1.5, 2.0)
+    thrifty = processor.with_config(
+        config.model_copy(update={"video": config.video.model_copy(update={"max_tokens": 40})})
+    )
+    assert len(thrifty([user(Video(source))], pixels=False).plans[0].times) == 2
+    with pytest.raises(ConfigError, match="max_frames"):
+        times(num_frames=100)
+
+
+def test_the_model_is_told_the_times(model: Any, config: ModelConfig, media: dict[str, Any]) -> None:
+    said = "{num_frames} frames of {duration:.2f} s, at {times}: "
+    config = config.model_copy(update={"video": config.video.model_copy(update={"time_instruction": said})})
+    processor = processor_of(*model, config)
+    sample = processor([user("A", Video(media["video"].source, num_frames=2), "B")])
+    text = model[1].decode(sample.input_ids[sample.input_ids != processor.image_token_id])
+    assert "A2 frames of 2.00 s, at 0.00s, 2.00s: B" in text
+    with pytest.raises(ConfigError, match="time_instruction knows"):
+        VideoConfig(time_instruction="{start}")
+
+
+def test_a_video_with_its_sound(model: Any, config: ModelConfig, tmp_path: Path) -> None:
+    processor = processor_of(*model, config)
+    path = clip(tmp_path / "s.mkv", sound=True)
+    assert [s.modality for s in processor([user(Video(path, audio=True))], pixels=False).slots] == ["video", "audio"]
+    assert [s.modality for s in processor([user(Video(path))], pixels=False).slots] == ["video"]
+    silent = clip(tmp_path / "silent.mp4")
+    assert [s.modality for s in processor([user(Video(silent, audio=True))], pixels=False).slots] == ["video"]
+
+
+def test_a_folder_keeps_ears_and_eyes(model: Any, config: ModelConfig, media: dict[str, Any], tmp_path: Path) -> None:
+    whole, tokenizer = model
+    save_model(tmp_path / "model", whole, config, tokenizer)
+    again = load_model(tmp_path / "model")
+    messages = [user(media["audio"], media["video"], "?"), assistant("x")]
+    losses = []
+    for each, rules in ((whole, config), (again.model, again.config)):
+        batch = collate([processor_of(each, tokenizer, rules)(messages)], 0)
+        with torch.no_grad():
+            losses.append(each(**batch.inputs()).losses)
+    assert torch.equal(*losses)
+    backend = LocalBackend(again.model, tokenizer, again.config)
+    assert backend.takes == ("image", "video", "audio")
+    params = GenerationParams(max_new_tokens=4)
+    asked = [[user(media["video"], "?")], [user(media["long"], "?")], [user("?")]]
+    assert backend.generate_batch(asked, params) == [backend.answer(each, params) for each in asked]
+
+
+def test_another_audio_tower_is_refused(model: Any, config: ModelConfig, ears: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", *(model[0], config, model[1]))
+    kept = (ears / "model.safetensors").read_bytes()
+    tower = WhisperEncoder.from_pretrained(ears)
+    with torch.no_grad():
+        tower.conv1.weight.mul_(2)
+    try:
+        tower.save_pretrained(ears)
+        with pytest.raises(CheckpointError, match="trained behind another audio tower"):
+            load_model(tmp_path / "model")
+    finally:
+        (ears / "model.safetensors").write_bytes(kept)
+
+
+def test_a_bundled_audio_tower_travels(model: Any, config: ModelConfig, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", model[0], config, model[1], audio_trained=True)
+    again = load_model(tmp_path / "model")
+    assert again.config.audio is not None and again.config.audio.audio_tower == "bundled"
+    for name, weight in model[0].audio_encoder.state_dict().items():
+        assert torch.equal(again.model.audio_encoder.state_dict()[name], weight), name
+
+
+def test_media_that_a_model_does_not_take(tiny_model_config: ModelConfig, media: dict[str, Any]) -> None:
+    model, tokenizer = build_model(tiny_model_config)
+    processor = processor_of(model, tokenizer, tiny_model_config)
+    with pytest.raises(PolymodalError, match="was not made for videos"):
+        processor([user(media["video"])])
+    with pytest.raises(PolymodalError, match="has no audio encoder"):
+        processor([user(media["audio"])])
+    assert LocalBackend(model, tokenizer, tiny_model_config).takes == ("image",)
+
+
+def test_senses_are_added_to_a_model_that_has_none(tiny_model_config: ModelConfig, config: ModelConfig) -> None:
+    model, _ = build_model(tiny_model_config)
+    projector = model.projector
+    add_senses(model, config)
+    assert model.temporal_encoder is not None and model.audio_encoder is not None and model.projector is projector
+    first = model.audio_projector
+    add_senses(model, config)
+    assert model.audio_projector is first
+
+
+def test_parts_that_a_batch_does_not_need_run_all_the_same(
+    model: Any, config: ModelConfig, media: dict[str, Any]
+) -> None:
+    whole, tokenizer = model
+    processor = processor_of(whole, tokenizer, config)
+    whole.train()
+    parts = ("projector", "temporal_encoder", "audio_projector", "audio_encoder")
+    for messages in ([user("?")], [user(media["image"])], [user(media["video"])], [user(media["audio"])]):
+        whole.zero_grad(set_to_none=True)
+        batch = collate([processor([*messages, assistant("x")])], 0)
+        usual = whole(**batch.inputs()).losses.detach()
+        out = whole(**batch.inputs(), touch_media=True)
+        assert torch.allclose(out.losses, usual, atol=1e-6)
+        out.loss_sum.backward()
+        for part in parts:
+            for name, weight in getattr(whole, part).named_parameters():
+                if weight.requires_grad:
+                    assert weight.grad is not None, (part, name, messages)
