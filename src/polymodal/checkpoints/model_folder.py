@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from polymodal.config import ModelConfig, parse_config
 from polymodal.errors import CheckpointError
 from polymodal.modeling.build import build_model
+from polymodal.modeling.ctranslate2 import missing_whisper
 from polymodal.modeling.encoders.vision import fingerprint
 from polymodal.modeling.language_model import DEFAULT_LLM, load_tokenizer
 from polymodal.modeling.lora import attach_adapter, fold_in, is_peft, merge_adapter
@@ -110,6 +111,9 @@ def save_model(
     """Write a model folder."""
     if is_quantized(model.llm):
         raise CheckpointError(f"{folder}: the model's weights were rounded to 8 bits; save it as it was loaded without")
+    if config.audio is not None and model.audio_encoder is None:
+        missing = missing_whisper(config.audio.audio_tower)
+        raise CheckpointError(f"{folder}: saved now, the model would lose what it has learnt to hear: {missing}")
     config = config.model_copy(update={"image_token_id": model.image_token_id})
     if model.llm.config.is_encoder_decoder:
         config = _with(config, "llm", encoder_decoder=True)
@@ -178,7 +182,10 @@ def load_model(folder: Path | FolderReport, quantize: str | None = None) -> Load
                 "tower back, or train again"
             )
     if own := own_tensors(model):
-        copy_tensors(own, read_tensors(folder / PROJECTOR_NAME), folder / PROJECTOR_NAME)
+        tensors = read_tensors(folder / PROJECTOR_NAME)
+        if model.audio_encoder is None:  # its package is not installed, or there never was one
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("audio_projector.")}
+        copy_tensors(own, tensors, folder / PROJECTOR_NAME)
     if (adapter := folder / ADAPTER_NAME).is_dir():
         load_adapter(model, adapter, read_tensors(adapter / ADAPTER_WEIGHTS), adapter)
     return Loaded(model.eval(), tokenizer, document.config, document.history)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from polymodal.config import ModelConfig
 from polymodal.errors import ConfigError
 from polymodal.media_plan import AudioWindow, Size, temporal_output
+from polymodal.modeling.ctranslate2 import missing_whisper
 from polymodal.modeling.encoders.audio import AudioEncoder, build_audio_encoder
 from polymodal.modeling.encoders.video_temporal import TemporalEncoder, build_temporal
 from polymodal.modeling.encoders.vision import VisionEncoder, build_vision_encoder, fingerprint
@@ -66,8 +67,9 @@ def build_vision(config: ModelConfig, folder: Path | None, llm_dim: int) -> tupl
 
 
 def build_audio(config: ModelConfig, folder: Path | None, llm_dim: int) -> tuple[AudioEncoder, Projector] | None:
-    """Load the audio tower and make the projector that fits it (random weights)."""
-    if (audio := config.audio) is None:
+    """Load the audio tower and make the projector that fits it (random weights); None where there is none."""
+    # A packaged tower that is not installed leaves a model that sees as before and hears nothing.
+    if (audio := config.audio) is None or missing_whisper(audio.audio_tower) is not None:
         return None
     tower = audio.audio_tower
     if tower == "bundled":

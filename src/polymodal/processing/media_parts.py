@@ -29,6 +29,8 @@ from polymodal.processing.image_transform import make_tiles, tile_bytes
 MOST_DETAIL = 4
 """Frames are decoded at no more than so many tiles a side, which bounds their memory."""
 
+NO_EARS = "this model has no audio encoder; leave the sound out"
+
 Pixels = bool | Literal["uint8"]
 
 
@@ -125,7 +127,8 @@ def sample(part: Video, video: VideoConfig, rules: ImageConfig, tokens: Size) ->
 
 def _sound(part: Audio, config: ModelConfig, window: AudioWindow | None) -> Opened:
     if config.audio is None or window is None:
-        raise PolymodalError("this model has no audio encoder; leave the sound out")
+        missing = config.audio and f"{config.audio.audio_tower} is not installed; run `polymodal fetch` once"
+        raise PolymodalError(f"this model's audio encoder {missing}" if missing else NO_EARS)
     sound = open_audio(part.source, video=True, max_seconds=config.audio.max_seconds)
     found = audio_features(sound.samples, mel_bins=window.mel_bins, window=window.max_frames / 100)
     plan = plan_audio(found.frames.tolist(), window)
