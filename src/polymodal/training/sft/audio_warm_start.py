@@ -44,7 +44,7 @@ def audio_warm_start(
     assert isinstance(projector, nn.Module)
     said = transcripts(dataset)
     if not said:
-        raise ConfigError('audio_warm_start: no record has one sound and its text under "transcript"')
+        raise ConfigError('audio_warm_start: no record says under "transcript" what is said in its sound')
     generator = torch.Generator().manual_seed(seed)
     device = next(projector.parameters()).device
     keys, texts = sorted(said), [said[key] for key in sorted(said)]
@@ -104,16 +104,17 @@ def audio_warm_start(
 
 
 def transcripts(dataset: SFTDataset) -> dict[str, str]:
-    """What is said in each recording whose row tells: its key, and its words."""
+    """What is said in each recording whose row tells, in a text or in one for each of its sounds: key, and words."""
     found = {}
     assert dataset.sounds is not None
     for index in dataset.kept():
         sample = dataset.prepared.samples[index]
         heard = [key for key, sound in zip(sample.media_keys, sample.heard, strict=True) if sound]
-        if len(heard) == 1 and heard[0] in dataset.sounds.where:
-            text = dataset.prepared.records[index].extra.get("transcript")
-            if isinstance(text, str) and (words := " ".join(words_of(text))):
-                found[heard[0]] = words
+        told = dataset.prepared.records[index].extra.get("transcript", ())
+        texts = [told] if isinstance(told, str) else list(told)
+        if len(texts) == len(heard):
+            words = {key: " ".join(words_of(str(text))) for key, text in zip(heard, texts, strict=True)}
+            found |= {key: said for key, said in words.items() if said and key in dataset.sounds.where}
     return found
 
 
