@@ -105,7 +105,7 @@ def audio_warm_start(
 
 def transcripts(dataset: SFTDataset) -> dict[str, str]:
     """What is said in each recording whose row tells, in a text or in one for each of its sounds: key, and words."""
-    found = {}
+    found: dict[str, str] = {}
     assert dataset.sounds is not None
     for index in dataset.kept():
         sample = dataset.prepared.samples[index]
