@@ -231,6 +231,7 @@ class MultimodalLM(nn.Module):
             raise PolymodalError(f"image: {sum(counts)} tiles were planned, {len(features)} were given")
         if context_ids is not None and len(context_ids) != len(plans):
             raise PolymodalError(f"image: {len(plans)} images and {len(context_ids)} contexts were given")
+        features = features.to(next(iter(self.projector.parameters())).dtype)  # images and videos go together again
         parts = self._look_along_time(list(features.split(counts)), plans)
         projected: list[Tensor] = [features] * len(parts)
         for patches in sorted({part.shape[1] for part in parts}):  # one, but where videos are pooled in space
