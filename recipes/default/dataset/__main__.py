@@ -1,12 +1,13 @@
-"""Write a generated dataset: the default model's, pairs for contrastive training, or the demo benchmark.
+"""Write a generated dataset: the default model's, its other senses', contrastive pairs, or the demo benchmark.
 
 python -m recipes.default.dataset default --output data/default
+python -m recipes.default.dataset senses --output data/default_senses
 python -m recipes.default.dataset pairs --output data/pairs --languages de,fr
 python -m recipes.default.dataset demo --output src/polymodal/evaluation/demo --force
 
 Images are composed from packages of stamps, drawings and emoji that are installed on this machine; for the default
-model with captions, questions and dialogues about them, for contrastive training with captions. All hold out the same
-images, given the same seed and size.
+model with captions, questions and dialogues about them, for contrastive training with captions; `senses` adds moving
+clips, speech and sounds. All hold out the same images, given the same seed and size.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from recipes.default.dataset import build_default
 from recipes.default.dataset.demo import build_demo
 from recipes.default.dataset.generate import Packages
 from recipes.default.dataset.pairs import build_pairs
+from recipes.default.dataset.senses import build_senses
+from recipes.default.dataset.senses.sounds import GCOMPRIS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=("default", "pairs", "demo"), help="which dataset")
+    parser.add_argument("name", choices=("default", "senses", "pairs", "demo"), help="which dataset")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
     parser.add_argument("--size", default="full", help="full, small (a smoke run) or tiny (needs no packages)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -61,6 +64,9 @@ def build(args: argparse.Namespace) -> object:
         return build_pairs(args.output, packages=places, languages=languages, **options)
     if languages:
         raise ConfigError(f"--languages belongs to `pairs`; {args.name} has its own Chinese")
+    if args.name == "senses":
+        root = args.packages or Path("/")
+        return build_senses(args.output, packages=places, gcompris=root / GCOMPRIS.relative_to("/"), **options)
     if args.name == "demo":
         return build_demo(args.output, packages=places, **options)
     folders = {name: getattr(places, name) for name in ("stamps", "openclipart", "emoji_font", "fonts")}

@@ -268,7 +268,7 @@ _TURNS = {
 }
 
 
-def _stage2(make: Composer, size: Size, world: World) -> list[Record]:
+def stage2(make: Composer, size: Size, world: World) -> list[Record]:
     rng = make.rng
     records: list[Record] = []
     layouts = [name for name, share in _LAYOUTS.items() for _ in range(max(1, round(share * size.stage2)))]
@@ -331,7 +331,7 @@ def _stage2(make: Composer, size: Size, world: World) -> list[Record]:
     return records
 
 
-_VAL_LAYOUTS = {
+VAL_LAYOUTS = {
     "name": ["single"],
     "category": ["single"],
     "zh": ["single", "single", "counted"],
@@ -360,7 +360,7 @@ def heldout_questions(make: Composer, size: Size, world: World, *, distinct: boo
                 first, second, qa = make.comparison()
                 shown = [first, second]
             else:
-                scene = make.make(rng.choice(_VAL_LAYOUTS[kind]))
+                scene = make.make(rng.choice(VAL_LAYOUTS[kind]))
                 shown = [scene]
                 found = questions.ASK[kind](rng, scene, world)
                 if found is None:
@@ -488,7 +488,7 @@ def compose(sources: list[Source], fonts: list[str], heldout_fonts: list[str], s
         if name == "s1":
             plan.files[file] = _stage1(make, size)
         elif name == "s2":
-            plan.files[file] = _stage2(make, size, world)
+            plan.files[file] = stage2(make, size, world)
         else:
             plan.files[file] = heldout_questions(make, size, world)
         plan.pictures += make.pictures

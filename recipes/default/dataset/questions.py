@@ -89,18 +89,18 @@ def category_phrase(source: Source) -> str | None:
     return None if source.noun in _NOT_PEOPLE else CATEGORY_PHRASES.get(source.category or "")
 
 
-def _cap(text: str) -> str:
+def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _named(source: Source) -> str:
+def named_as(source: Source) -> str:
     """The noun phrase of an object as a part of a longer sentence ("a red circle", "a kangaroo")."""
     if source.origin == "shapes":
         return words.phrase(source.noun or "", source.colour or "")
     return words.phrase(source.noun) if source.noun else source.caption.rstrip(".").lower()
 
 
-def _the(source: Source) -> str:
+def the_thing(source: Source) -> str:
     adjective = f"{source.colour} " if source.origin == "shapes" else ""
     return f"the {adjective}{words.proper(source.noun or '')}"
 
@@ -137,10 +137,10 @@ def ask_name(rng: random.Random, scene: Scene, world: World) -> QA | None:
                 "Name the thing in the picture.",
             ]
         )
-        long = _named(source) if source.origin == "shapes" else source.caption
+        long = named_as(source) if source.origin == "shapes" else source.caption
         short = noun
     answers = name_answers(source) if scene.count == 1 else words.names_of(noun)
-    return QA("name", question, words.sentence(long), _cap(words.proper(short)), tuple(answers))
+    return QA("name", question, words.sentence(long), capital(words.proper(short)), tuple(answers))
 
 
 def name_answers(source: Source) -> list[str]:
@@ -179,7 +179,7 @@ def caption_of(scene: Scene) -> str:
         return words.sentence(words.number_phrase(scene.count, source.noun or "", colour))
     if len(scene.objects) == 1:
         return scene.objects[0].caption
-    names = [_named(s) for s in scene.objects]
+    names = [named_as(s) for s in scene.objects]
     return words.sentence(", ".join(names[:-1]) + " and " + names[-1])
 
 
@@ -208,7 +208,7 @@ def ask_caption(rng: random.Random, scene: Scene, world: World) -> QA | None:
     long = caption
     ground = scene.picture.ground.name
     if scene.layout in ("beside", "above") and len(scene.objects) == 2:
-        first, second = (_named(s) for s in scene.objects)
+        first, second = (named_as(s) for s in scene.objects)
         relation = "to the left of" if scene.layout == "beside" else "above"
         long = words.sentence(f"{first} {relation} {second}") if rng.random() < 0.5 else caption
     elif ground and not scene.picture.card:
@@ -288,7 +288,7 @@ def ask_count(rng: random.Random, scene: Scene, world: World) -> QA | None:
     )
     number = words.NUMBERS[scene.count]
     long = f"There is one {noun}." if scene.count == 1 else f"There are {number} {many}."
-    return QA("count", question, long, _cap(number), (number, str(scene.count)))
+    return QA("count", question, long, capital(number), (number, str(scene.count)))
 
 
 def ask_color(rng: random.Random, scene: Scene, world: World) -> QA | None:
@@ -320,7 +320,7 @@ def ask_color(rng: random.Random, scene: Scene, world: World) -> QA | None:
         [f"What color {verb} {thing}?", f"Which color {verb} {thing}?", f"Tell me the color of {thing}."]
     )
     accepted = (colour, *words.COLOUR_SYNONYMS.get(colour, []))
-    return QA("color", question, words.sentence(f"{thing} {verb} {colour}"), _cap(colour), accepted)
+    return QA("color", question, words.sentence(f"{thing} {verb} {colour}"), capital(colour), accepted)
 
 
 def ask_position(rng: random.Random, scene: Scene, world: World) -> QA | None:
@@ -344,17 +344,17 @@ def ask_position(rng: random.Random, scene: Scene, world: World) -> QA | None:
         pair = words.phrase(source.noun).startswith(("some ", "a pair"))
         verb = "Are" if pair else "Is"
         question = (
-            f"{verb} {_the(source)} on the {first} or the {second} of the picture?"
+            f"{verb} {the_thing(source)} on the {first} or the {second} of the picture?"
             if first in ("left", "right")
-            else (f"{verb} {_the(source)} at the {first} or the {second} of the picture?")
+            else (f"{verb} {the_thing(source)} at the {first} or the {second} of the picture?")
         )
         preposition = "on" if scene.side in ("left", "right") else "at"
-        long = f"{_the(source)} {verb.lower()} {preposition} the {scene.side}"
+        long = f"{the_thing(source)} {verb.lower()} {preposition} the {scene.side}"
         return QA(
             "position",
             question,
             words.sentence(long),
-            _cap(scene.side),
+            capital(scene.side),
             (scene.side, f"{preposition} the {scene.side}"),
         )
     if scene.layout not in ("beside", "above") or len(scene.objects) != 2 or not all(s.noun for s in scene.objects):
@@ -369,13 +369,13 @@ def ask_position(rng: random.Random, scene: Scene, world: World) -> QA | None:
     place = f"on the {side}" if side in ("left", "right") else f"at the {side}"
     if rng.random() < 0.5:
         question = rng.choice(
-            [f"What is {relation} {_the(other)}?", f"What is {place}?", f"What is {place} of the picture?"]
+            [f"What is {relation} {the_thing(other)}?", f"What is {place}?", f"What is {place} of the picture?"]
         )
         return QA(
             "position",
             question,
-            words.sentence(_named(target)),
-            _cap(target.noun or ""),
+            words.sentence(named_as(target)),
+            capital(target.noun or ""),
             tuple(words.accepted(target.noun or "")),
         )
     pair = words.phrase(target.noun or "").startswith(("some ", "a pair"))
@@ -383,8 +383,14 @@ def ask_position(rng: random.Random, scene: Scene, world: World) -> QA | None:
     options = [near, far]
     rng.shuffle(options)
     preposition = "on" if near == "left" else "at"
-    question = f"{verb} {_the(target)} {preposition} the {options[0]} or the {options[1]}?"
-    return QA("position", question, words.sentence(f"{_the(target)} {verb.lower()} {place}"), _cap(side), (side, place))
+    question = f"{verb} {the_thing(target)} {preposition} the {options[0]} or the {options[1]}?"
+    return QA(
+        "position",
+        question,
+        words.sentence(f"{the_thing(target)} {verb.lower()} {place}"),
+        capital(side),
+        (side, place),
+    )
 
 
 def ask_category(rng: random.Random, scene: Scene, world: World) -> QA | None:
@@ -411,7 +417,9 @@ def ask_category(rng: random.Random, scene: Scene, world: World) -> QA | None:
     question = rng.choice([f"Is this {a}, {b} or {c}?", f"What kind of thing is it: {a}, {b} or {c}?"])
     answers = _CATEGORY_ANSWERS[category]
     accepted = tuple(dict.fromkeys([*answers, CATEGORY_PHRASES[category]]))
-    return QA("category", question, words.sentence(f"it is {CATEGORY_PHRASES[category]}"), _cap(answers[0]), accepted)
+    return QA(
+        "category", question, words.sentence(f"it is {CATEGORY_PHRASES[category]}"), capital(answers[0]), accepted
+    )
 
 
 def ask_ocr(rng: random.Random, scene: Scene, world: World) -> QA | None:
@@ -537,8 +545,10 @@ def ask_more_of_two(rng: random.Random, first: Scene, second: Scene, asked: QA) 
     place = rng.choice(list(nouns))
     shown = (first if place == "first" else second).objects[0]
     question = rng.choice([f"What is in the {place} picture?", f"What does the {place} picture show?"])
-    caption = _named(shown) if shown.origin == "shapes" else shown.caption
-    more = [QA("name", question, words.sentence(caption), _cap(words.proper(nouns[place])), tuple(name_answers(shown)))]
+    caption = named_as(shown) if shown.origin == "shapes" else shown.caption
+    more = [
+        QA("name", question, words.sentence(caption), capital(words.proper(nouns[place])), tuple(name_answers(shown)))
+    ]
     if nouns["first"] != nouns["second"] and asked.short in ("Yes", "No"):
         place = rng.choice(list(nouns))
         more.append(_ask_place(rng, place, nouns[place]))
@@ -550,7 +560,7 @@ def _ask_place(rng: random.Random, place: str, noun: str) -> QA:
     order = "the first or the second" if rng.random() < 0.5 else "the second or the first"
     question = f"Which picture shows {words.phrase(noun)}, {order}?"
     accepted = (place, f"the {place}", f"{place} picture", f"the {place} picture")
-    return QA("compare", question, f"The {place} picture.", _cap(place), accepted)
+    return QA("compare", question, f"The {place} picture.", capital(place), accepted)
 
 
 ASK: dict[str, Callable[[random.Random, Scene, World], QA | None]] = {

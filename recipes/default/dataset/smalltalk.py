@@ -32,6 +32,12 @@ def _texts() -> tuple[list[list[tuple[str, str]]], list[tuple[str, str]], dict[s
     return chat, facts, capitals
 
 
+def facts() -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """Single questions with their answers, and capitals by country."""
+    _, single, capitals = _texts()
+    return list(single), dict(capitals)
+
+
 def conversation(rng: random.Random) -> list[tuple[str, str]]:
     """Draw a text-only conversation of one to four turns.
 

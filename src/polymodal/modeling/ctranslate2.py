@@ -46,6 +46,7 @@ _ATTENTION = {"self_attention": "self_attn", "attention": "encoder_attn"}
 _NORMS = {"self_attention": "self_attn_layer_norm", "attention": "encoder_attn_layer_norm", "ffn": "final_layer_norm"}
 _PARTS = {"gamma": "weight", "beta": "bias"}
 _LAST = {"layer_norm"}
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 def missing_whisper(name: str) -> str | None:
@@ -197,6 +198,7 @@ def _config(variables: dict[str, Tensor], where: str) -> Any:
             max_source_positions=len(variables["encoder/position_encodings/encodings"]),
             max_target_positions=len(variables["decoder/position_encodings/encodings"]),
             dtype=variables["encoder/conv1/weight"].dtype,
+            **dict.fromkeys(_IDS, 0),  # until the tokenizer says
         )
     except KeyError as error:
         raise CheckpointError(f"{where}: variable {error} is missing; is it a Whisper?") from None
@@ -243,9 +245,7 @@ def _of_layer(start: str, path: list[str], part: str, tensor: Tensor) -> Iterato
 def _set_tokens(model: Any, tokenizer: Any, settings: dict[str, Any]) -> None:
     """Tell the model which ids start, end and steer a transcript."""
     ids = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
-    end = ids["<|endoftext|>"]
-    usual = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-    usual["decoder_start_token_id"] = ids["<|startoftranscript|>"]
+    usual = {**dict.fromkeys(_IDS, ids["<|endoftext|>"]), "decoder_start_token_id": ids["<|startoftranscript|>"]}
     languages: dict[str, Any] = {"is_multilingual": model.config.vocab_size >= MULTILINGUAL}
     if languages["is_multilingual"]:
         spoken = settings.get("lang_ids", ())
