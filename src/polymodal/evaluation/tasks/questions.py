@@ -22,7 +22,10 @@ from polymodal.evaluation.runner import Run, Settings, run_task
 from polymodal.evaluation.task import ERROR_RATES, Example, Task
 from polymodal.metrics import CORPUS_METRICS, METRICS
 
-KIND_METRICS = {"name": "contains", "caption": "word_recall", "caption_zh": "word_recall"}
+KIND_METRICS = {
+    **dict.fromkeys(("name", "spoken_name", "sound_name"), "contains"),
+    **dict.fromkeys(("caption", "caption_zh", "repeat"), "word_recall"),
+}
 """The metric of a kind; `exact` where a kind is not listed."""
 
 
