@@ -1,7 +1,7 @@
 """The text on a page: lines with their places and confidences, in reading order.
 
-The models (PP-OCRv6: Chinese, English, Japanese and 50 languages in Latin letters) come in the wheel of rapidocr and run
-on the CPU; nothing is fetched.
+The models (PP-OCRv6: Chinese, English, Japanese and 50 languages in Latin letters) come in the wheel of rapidocr and
+run on the CPU; nothing is fetched.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
