@@ -33,6 +33,9 @@ NO_CHAT = {
 }
 """`model_type` of folders that hold no model to talk to, and what they are."""
 
+TAKE_VIDEOS = ("llava_onevision",)
+"""Of the families that are composed here, those that also take videos, which only their own class computes."""
+
 
 def load(
     name: str | Path = "default",
@@ -136,6 +139,8 @@ def _open_huggingface(report: FolderReport, options: Options) -> Backend:
     """Open a published model of a family that is composed here, where our parts compute it exactly."""
     from polymodal.interop.huggingface.families import NotExpressibleError
 
+    if report.model_type in TAKE_VIDEOS:
+        return _open_transformers(report, options)
     if options.quantize in (None, "int8"):  # what transformers quantises while it loads is opened through transformers
         try:
             return _open_published(report, options)

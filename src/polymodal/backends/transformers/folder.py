@@ -194,7 +194,7 @@ class _NoVideos(dict[str, Any]):
 
 
 def _with_ours(kind: Any) -> Any:
-    """A processor's class that takes a video processor as it is opened here; transformers asks torchvision for a look."""
+    """A processor's class that takes the video processors opened here; transformers' own check needs torchvision."""
 
     class Ours(kind):  # type: ignore[misc]
         def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:

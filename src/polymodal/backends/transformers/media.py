@@ -85,7 +85,7 @@ def settle(made: dict[str, Any], parts: Sequence[Mapping[str, Any]], processor: 
     videos = [part["metadata"] for part in parts if part["type"] == "video"]
     if "video_second_per_grid" in made:  # Qwen2.5-Omni's own takes one rate for all
         frames = [v["total_num_frames"] / v["fps"] / len(v["frames_indices"]) for v in videos]
-        made["video_second_per_grid"] = [processor.video_processor.temporal_patch_size * each for each in frames]
+        made["video_second_per_grid"] = processor.video_processor.temporal_patch_size * torch.tensor(frames)
     sounds = [sound for part in parts for key in ("audio", "sound") if (sound := part.get(key)) is not None]
     extractor = getattr(processor, "feature_extractor", None)
     hop, rate = getattr(extractor, "hop_length", None), getattr(extractor, "sampling_rate", None)

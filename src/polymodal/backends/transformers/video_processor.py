@@ -40,27 +40,30 @@ class InterpolationMode(enum.Enum):
     LANCZOS = "lanczos"
 
 
-_BY_PILLOW = {Resampling[m.name]: m for m in InterpolationMode if m.name in Resampling.__members__}
+_BY_PILLOW: dict[Any, InterpolationMode] = {
+    Resampling[m.name]: m for m in InterpolationMode if m.name in Resampling.__members__
+}
 _BY_PILLOW[Resampling.NEAREST] = InterpolationMode.NEAREST_EXACT
 
 
 def resize(
     image: Tensor,  # [..., 3, H, W]
     size: Sequence[int],
-    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
+    interpolation: InterpolationMode | int = InterpolationMode.BILINEAR,  # or Pillow's number
     antialias: bool = True,
     **_: Any,
 ) -> Tensor:
     """Scale to a height and width; bytes stay bytes."""
     if tuple(image.shape[-2:]) == tuple(size):
         return image
-    smooth = interpolation in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
+    mode: Any = _BY_PILLOW.get(interpolation, interpolation)
+    smooth = mode in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
     flat = image.reshape(-1, *image.shape[-3:])
     exact = image.is_floating_point() or (image.dtype == torch.uint8 and image.device.type == "cpu")
     scaled = functional.interpolate(
         flat if exact else flat.float(),
         list(size),
-        mode=interpolation.value,
+        mode=mode.value,
         align_corners=False if smooth else None,
         antialias=antialias and smooth,
     )
@@ -128,10 +131,13 @@ def _imported(name: str) -> ModuleType:
     with _LOCK:
         stand_ins = _stand_ins()
         tv = stand_ins["torchvision.transforms.v2.functional"]
+        asked = {f: getattr(transformers.utils, f) for f in ("is_torchvision_available", "is_torchvision_v2_available")}
         sys.modules.update(stand_ins)
+        vars(transformers.utils).update(dict.fromkeys(asked, lambda: True))
         try:
             module = importlib.import_module(name)
         finally:
+            vars(transformers.utils).update(asked)
             for key in stand_ins:
                 del sys.modules[key]
         family = [each for key, each in sys.modules.items() if key.startswith(f"{module.__package__}.")]
