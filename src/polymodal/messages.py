@@ -255,7 +255,7 @@ def _as_part(part: Any, where: str) -> Part:
 
 def _settings(kind: Any, said: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Read what a dictionary says of a video or a document; for other parts nothing is to be said."""
-    known, found = _SETTINGS.get(kind), {}
+    known, found = _SETTINGS.get(kind, {}), dict[str, Any]()
     for name, value in said.items() if known else ():
         key = _SPELT.get(name, name)
         if key not in known:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,22 +49,26 @@ def video_content(part: Video, processor: ProcessorMixin) -> dict[str, Any]:
 def _frames(part: Video, chooser: Any) -> tuple[Frames, float | None]:
     """The frames that the part asks for, else the processor; and the seconds they are spread over, if not all."""
     num_frames, fps, most = part.num_frames, part.fps, MOST_FRAMES
-    if num_frames is fps is part.times is None and not part.key_frames:
+    if not (num_frames or fps or part.times or part.key_frames):
         num_frames, fps = getattr(chooser, "num_frames", None), getattr(chooser, "fps", None)
-        num_frames = num_frames if num_frames or fps else FRAMES
-        fps, most = (None, most) if num_frames else (fps, getattr(chooser, "max_frames", None) or most)
-    segment = None if part.start is part.end is None else (part.start or 0.0, part.end)
-    asked = {
-        "times": part.times,
-        "key_frames": part.key_frames,
-        "segment": segment,
-        "max_frames": max(most, num_frames or 0),
-    }
-    plan = plan_frames(part.source, num_frames, fps=fps, **asked)
+        if num_frames or not fps:
+            num_frames, fps = num_frames or FRAMES, None
+        most = getattr(chooser, "max_frames", None) or most
+    segment = None if part.start is None and part.end is None else (part.start or 0.0, part.end)
+    plan_of = partial(
+        plan_frames,
+        part.source,
+        num_frames,
+        fps=fps,
+        times=part.times,
+        key_frames=part.key_frames,
+        segment=segment,
+        max_frames=most,
+    )
+    plan = plan_of()
     size = 3 * len(plan.indices) * plan.height * plan.width
     if size > LIMITS.output:  # the processor scales them down in any case
-        side = int(max(plan.height, plan.width) * (LIMITS.output / size) ** 0.5)
-        plan = plan_frames(part.source, num_frames, fps=fps, max_side=side, **asked)
+        plan = plan_of(max_side=int(max(plan.height, plan.width) * (LIMITS.output / size) ** 0.5))
     span = None if segment is None else (segment[1] or probe(part.source).duration or 0.0) - segment[0]
     return read_frames(part.source, plan), span
 
@@ -88,7 +93,7 @@ def settle(made: dict[str, Any], parts: Sequence[Mapping[str, Any]], processor: 
         made["video_second_per_grid"] = processor.video_processor.temporal_patch_size * torch.tensor(frames)
     sounds = [sound for part in parts for key in ("audio", "sound") if (sound := part.get(key)) is not None]
     extractor = getattr(processor, "feature_extractor", None)
-    hop, rate = getattr(extractor, "hop_length", None), getattr(extractor, "sampling_rate", None)
+    hop, rate = (int(getattr(extractor, name, None) or 0) for name in ("hop_length", "sampling_rate"))
     masks = [v for k, v in made.items() if k.endswith("mask") and k != "attention_mask" and getattr(v, "ndim", 0) == 2]
     for mask in masks if sounds and hop and rate else ():
         heard = torch.as_tensor(mask).sum(-1) * hop / rate
