@@ -19,20 +19,8 @@ MAX_SIDE = 3072
 
 
 def expand_documents(messages: Sequence[Message], *, max_pages: int = MAX_PAGES) -> list[Message]:
-    """Give a conversation with the pages of its documents in their place.
-
-    Args:
-        messages: The conversation.
-        max_pages: The most pages of all its documents together.
-
-    Returns:
-        The conversation without `Document` parts: for each page an `Image`, before it a `Text` that numbers it where
-        the document has several ("Page 3:"), after it a `Text` of what was asked to be read on it.
-
-    Raises:
-        MediaError: A document cannot be read, or has more pages; none is drawn then.
-        ConfigError: What reads PDFs or text is not installed.
-    """
+    """Give a conversation with the pages of its documents in their place; none is drawn where they are too many."""
+    # Of each page an `Image`; before it a `Text` that numbers it where there are several, after it what was read on it.
     expanded, left, engine = [], max_pages, None
     for message in messages:
         parts: list[Part] = []
