@@ -23,6 +23,8 @@ from polymodal.backends.transformers import video_processor as ours
 from polymodal.backends.transformers.folder import open_processor, takes_media
 from polymodal.backends.transformers.media import video_content
 from polymodal.errors import PolymodalError
+from polymodal.evaluation.runner import Settings, check_needs, in_grey, run_task
+from polymodal.evaluation.task import Example, Task
 from polymodal.generation.params import GenerationParams
 from polymodal.media.audio import open_audio
 from polymodal.media.video import sample_frames
@@ -150,6 +152,16 @@ def test_the_sound_of_a_video_is_woven_in_as_qwen_omni_does(opened: Opened, clip
     )
     heard = model.prepare([user(Video(clip, num_frames=4, audio=True, end=1.0), "What?")], 8)
     assert heard["feature_attention_mask"].sum() == 100  # hundredths of a second, of the same piece as the frames
+
+
+def test_a_video_without_sound_is_only_seen(opened: Opened, tmp_path: Path) -> None:
+    frames = [PILImage.new("RGB", (60, 60), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=500)
+    model, clip = opened("qwen2_5_omni"), tmp_path / "a.gif"
+    with_sound, without = (
+        model.prepare([user(Video(clip, num_frames=2, audio=audio), "What?")], 4) for audio in (True, None)
+    )
+    assert torch.equal(with_sound["input_ids"], without["input_ids"]) and "input_features" not in with_sound
 
 
 @pytest.mark.parametrize("family", [*SEE, "qwen2_audio"])
@@ -311,3 +323,17 @@ def test_other_video_processors_work_without_torchvision(name: str) -> None:
     metadata = {"total_num_frames": 4, "fps": 2.0, "frames_indices": [0, 1, 2, 3], "duration": 2.0}
     made = ours._class(name)()([frames], return_tensors="pt", do_sample_frames=False, video_metadata=[metadata])
     assert next(iter(made.values())).numel() > 3 * 4 * 100
+
+
+def test_the_evaluation_asks_about_videos_and_sounds_beside_controls(
+    opened: Opened, clip: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for family, kind, part in (("llava_onevision", "video", Video), ("qwen2_audio", "audio", Audio)):
+        task = Task("tiny", "tiny", "exact", ("test",), lambda *_: iter(()), max_new_tokens=4, needs=(kind,))
+        asked = [Example(file.name, (user(part(file), "What?"),), ("x",)) for file in (clip, other)]
+        check_needs(opened(family), task)
+        run = run_task(opened(family), task, asked, Settings(blind=True, cached=False))
+        assert [sample.error for sample in run.samples] == [None, None] and run.batch_invariant
+        hidden = in_grey(asked[0].messages)
+        expected = opened(family).generate(hidden, GenerationParams(max_new_tokens=4)).text.strip()
+        assert run.samples[0].blind == expected

@@ -147,7 +147,7 @@ def add_question_arguments(parser: argparse.ArgumentParser, prompt_required: boo
 def question(args: argparse.Namespace) -> list[Message]:
     """The conversation that the flags ask for; the model opens and checks its media."""
     if args.prompt is None and not args.media:
-        raise ConfigError("nothing is asked: give --prompt, media such as --image, or both")
+        raise ConfigError("nothing is asked: give --prompt, --image or both; or --video, --audio or --document")
     text = [] if args.prompt is None else [args.prompt]
     return [*([system(args.system)] if args.system else []), user(*media(args), *text)]
 

@@ -28,11 +28,11 @@ def silence(source: Source) -> bytes:
 
 
 def grey_video(source: Source, sound: bool = False) -> bytes:
-    """A video of as many grey frames, as large, shown at the same times; with `sound`, as long a silence too."""
+    """A video of as many grey frames, as large, shown at the same times; with `sound`, a silence as long as its own."""
     import av
 
     with open_video(source, LIMITS) as video:
-        (height, width), table = video.size, video.table()
+        (height, width), table, sound = video.size, video.table(), sound and video.audio
     tick = Fraction(table.tick).limit_denominator(10**6)
     shown = np.rint(table.times / float(tick)).astype(np.int64).tolist()
     # Two frames are encoded, a whole one and one that changes nothing, and written again and again.

@@ -27,7 +27,7 @@ from polymodal.errors import ConfigError, MediaError
 from polymodal.media.audio import open_audio
 from polymodal.media.image import open_image
 from polymodal.media.source import describe, read_bytes
-from polymodal.media.video import sample_frames
+from polymodal.media.video import probe, sample_frames
 from polymodal.media.window import open_window
 from polymodal.messages import Audio, Document, Image, Media, Message, Source, Video
 from polymodal.processing.document_pages import expand_documents
@@ -93,7 +93,7 @@ def media_parts(part: Media, sending: Sending) -> Iterator[Json]:
                 yield {"type": "video_url", "video_url": {"url": _data_url(*whole)}}
             else:
                 yield from _frames(part, sending)
-            if part.audio:
+            if part.audio and probe(source, count=False).audio:
                 yield _sound("wav", _as_wav(source, part.start or 0.0, part.end))
         case Document():
             yield _document(part)

@@ -25,6 +25,7 @@ from polymodal.backends.transformers.folder import media_of, reason_of
 from polymodal.backends.transformers.media import parts_of, settle, sound_of, video_content
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.media.image import open_image
+from polymodal.media.video import probe
 from polymodal.messages import Audio, Image, Message, Text, Video
 from polymodal.processing.document_pages import expand_documents
 from polymodal.safety.jinja_limits import UnsafeTemplateError
@@ -171,7 +172,7 @@ class PromptMaker:
                     content.append({"type": "image", "image": open_image(source)})
                 case Video():
                     content.append(video_content(part, self.processor))
-                    if part.audio:
+                    if part.audio and probe(part.source, count=False).audio:
                         sound = sound_of(part, self.processor)
                         content += [] if self._interleaves else [{"type": "audio", "audio": sound}]
                         content[-1] |= {"sound": sound} if self._interleaves else {}
