@@ -169,11 +169,28 @@ Conversation: TypeAlias = "str | Message | Sequence[Message | Mapping[str, Any] 
 text or as the parts of a user message."""
 
 _ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
-_PARTS: dict[str, type[Image] | type[Video] | type[Audio]] = {
+_PARTS: dict[str, Any] = {
     **dict.fromkeys(("image", "image_url", "input_image"), Image),
-    **dict.fromkeys(("video", "video_url"), Video),
+    **dict.fromkeys(("video", "video_url", "input_video"), Video),
     **dict.fromkeys(("audio", "audio_url", "input_audio"), Audio),
+    **dict.fromkeys(("document", "document_url", "file", "input_file"), Document),
 }
+_SOURCES = ("url", "path", "file_data", "file_url")
+_SPELT = {"nframes": "num_frames", "video_start": "start", "video_end": "end"}  # Qwen's names
+_NUMBER = (int, float)
+_SETTINGS: dict[Any, dict[str, tuple[Any, str]]] = {
+    Video: {
+        "num_frames": (int, "a whole number above 0"),
+        **dict.fromkeys(("fps", "end"), (_NUMBER, "a number above 0")),
+        "start": (_NUMBER, "a number, 0 or more"),
+        "times": ((list, tuple), "a list of seconds, 0 or more each"),
+        **dict.fromkeys(("key_frames", "audio"), (bool, "true or false")),
+    },
+    Document: {"pages": (str, 'a text such as "1-3,7"'), "text": (str, '"none", "layer" or "ocr"')},
+}
+"""What a dictionary may say of a part, of which type, and how to put it right."""
+_REMARKS = ("type", "id", "uuid", "name", "filename", "title", "format", "mime_type", "detail", "cache_control")
+"""What it may say that is nothing to a model here."""
 
 
 def as_messages(given: Conversation) -> list[Message]:
@@ -222,15 +239,44 @@ def _as_part(part: Any, where: str) -> Part:
     kind = part.get("type") or next(iter(part), None)
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
         return Text(part["text"])
-    value = next((part[key] for key in (kind, "url", "path") if part.get(key) is not None), None)
-    if isinstance(value, Mapping):  # {"url": ...}, or a sound's {"data": ..., "format": ...}
-        packed = f"data:audio/{value.get('format')};base64,{value['data']}" if value.get("data") else None
-        value = value.get("url") or packed
-    if kind not in _PARTS or value is None:
+    value = next((part[key] for key in (kind, *_SOURCES) if part.get(key) is not None), None)
+    within: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
+    if within is value:  # {"url": ...}, a file's {"file_data": ...}, or a sound's {"data": ..., "format": ...}
+        packed = f"data:audio/{within.get('format')};base64,{within['data']}" if within.get("data") else None
+        value = next((within[key] for key in _SOURCES if within.get(key)), packed)
+    if kind not in _PARTS or value is None or isinstance(value, list | tuple | int | float):
         raise PolymodalError(
-            f"{where}: a part of type {kind!r} cannot be read; give text, or an image, video or sound with its source"
+            f"{where}: a part of type {kind!r} cannot be read; give text, or an image, video, sound or document with "
+            "its source (a file that was uploaded to a server, and a list of frames, cannot be read here)"
         )
-    return _PARTS[kind](value)
+    said = {key: said for key, said in {**within, **part}.items() if key not in (kind, *_SOURCES, *_REMARKS)}
+    return _PARTS[kind](value, **_settings(_PARTS[kind], said, f"{where}: part {kind!r}"))
+
+
+def _settings(kind: Any, said: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Read what a dictionary says of a video or a document; for other parts nothing is to be said."""
+    known, found = _SETTINGS.get(kind, {}), dict[str, Any]()
+    for name, value in said.items() if known else ():
+        key = _SPELT.get(name, name)
+        if key not in known:
+            raise PolymodalError(f"{where}: {name!r} is no setting of it; there are {', '.join(known)}")
+        if value is None:
+            continue
+        if key == "pages" and type(value) is int:
+            value = str(value)
+        elif key == "num_frames" and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        types, remedy = known[key]
+        numbers = [] if isinstance(value, bool | str) else [*value] if isinstance(value, list | tuple) else [value]
+        right = isinstance(value, types) and (types is bool or not isinstance(value, bool))
+        right = right and all(type(one) in _NUMBER and 0 <= one < float("inf") for one in numbers)
+        right = right and (key in ("start", "times") or 0 not in numbers) and value != []
+        if not right or (key == "text" and value not in ("none", "layer", "ocr")):
+            raise PolymodalError(f"{where}: {name} is {value!r:.60}; it must be {remedy}")
+        found[key] = tuple(map(float, value)) if key == "times" else value
+    if found.get("end") is not None and found["end"] <= found.get("start", 0):
+        raise PolymodalError(f"{where}: it ends at {found['end']:g} seconds and starts at {found['start']:g}")
+    return found
 
 
 def _kind(value: Any) -> str:

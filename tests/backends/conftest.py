@@ -82,11 +82,15 @@ TOWER: dict[str, Any] = {
 TILES = [f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)]
 
 
-def chatml(image: str) -> str:
+def chatml(image: str, video: str = "", audio: str = "") -> str:
     """A template that writes parts where they are."""
     return (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for p in m['content'] %}{% if p['type'] == 'image' %}"
         + image
+        + "{% elif p['type'] == 'video' %}"
+        + video
+        + "{% elif p['type'] == 'audio' %}"
+        + audio
         + "{% else %}{{ p['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
@@ -179,7 +183,8 @@ def qwen2_5_vl(folder: Path) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     tokens = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = make_tokenizer(tokens, chatml("<|vision_start|><|image_pad|><|vision_end|>"))
+    template = chatml(*(f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")))
+    tokenizer = make_tokenizer(tokens, template)
     start, end, image, video = tokenizer.convert_tokens_to_ids(tokens)
     config = Qwen2_5_VLConfig(
         text_config=text_config(tokenizer, rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]}),
@@ -202,7 +207,7 @@ def internvl(folder: Path) -> Any:
         "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     }  # fmt: skip
-    tokenizer = make_tokenizer(list(names.values()), chatml("<IMG_CONTEXT>\n"), names)
+    tokenizer = make_tokenizer(list(names.values()), chatml("<IMG_CONTEXT>\n", "<video>\n"), names)
     config = InternVLConfig(
         text_config=text_config(tokenizer, model_type="qwen2"),
         vision_config={**TOWER, "image_size": [28, 28], "patch_size": [7, 7]},
@@ -239,6 +244,108 @@ def gemma3(folder: Path) -> Any:
     return Gemma3ForConditionalGeneration(config)
 
 
+def llava_next_video(folder: Path) -> Any:
+    from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    tokenizer = make_tokenizer(["<image>", "<video>"], chatml("<image>\n", "<video>\n"))
+    image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    pinpoints = [[28, 56], [56, 28], [56, 56]]
+    config = LlavaNextVideoConfig(
+        text_config=text_config(tokenizer, model_type="llama"),
+        vision_config={**TOWER, "model_type": "clip_vision_model"},
+        image_token_index=image, video_token_index=video, image_grid_pinpoints=pinpoints,
+    )  # fmt: skip
+    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    images = LlavaNextImageProcessorPil(**size, image_grid_pinpoints=pinpoints)
+    settings = {"patch_size": 7, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    save_parts(folder, tokenizer, images, {"processor_class": "LlavaNextVideoProcessor", **settings})
+    save_videos(folder, "LlavaNextVideoVideoProcessor", **size)
+    return LlavaNextVideoForConditionalGeneration(config)
+
+
+def llava_onevision(folder: Path) -> Any:
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    tokenizer = make_tokenizer(["<image>", "<video>"], chatml("<image>\n", "<video>\n"))
+    image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
+    config = LlavaOnevisionConfig(
+        text_config=text_config(tokenizer, model_type="qwen2"),
+        vision_config={**TOWER, "model_type": "siglip_vision_model", "vision_use_head": False},
+        image_token_index=image, video_token_index=video, image_grid_pinpoints=pinpoints,
+        vision_aspect_ratio="anyres_max_2",
+    )  # fmt: skip
+    size = {"size": {"height": 28, "width": 28}}
+    images = LlavaOnevisionImageProcessorPil(**size, image_grid_pinpoints=pinpoints)
+    settings = {"num_image_tokens": 16, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_2"}
+    save_parts(folder, tokenizer, images, {"processor_class": "LlavaOnevisionProcessor", **settings})
+    save_videos(folder, "LlavaOnevisionVideoProcessor", **size)
+    return LlavaOnevisionForConditionalGeneration(config)
+
+
+EARS: dict[str, Any] = {
+    "num_mel_bins": 16, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "d_model": 32,
+}  # fmt: skip
+
+
+def qwen2_audio(folder: Path) -> Any:
+    from transformers import (
+        Qwen2AudioConfig,
+        Qwen2AudioForConditionalGeneration,
+        Qwen2AudioProcessor,
+        WhisperFeatureExtractor,
+    )
+
+    tokens = ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
+    tokenizer = make_tokenizer(tokens, chatml("", "", "<|audio_bos|><|AUDIO|><|audio_eos|>\n"))
+    config = Qwen2AudioConfig(
+        text_config=text_config(tokenizer, model_type="qwen2"),
+        audio_config={**EARS, "model_type": "qwen2_audio_encoder", "max_source_positions": 100},
+        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+    )
+    ears = WhisperFeatureExtractor(feature_size=16, chunk_length=2)
+    Qwen2AudioProcessor(ears, tokenizer, chat_template=tokenizer.chat_template).save_pretrained(folder)
+    return Qwen2AudioForConditionalGeneration(config)
+
+
+def qwen2_5_omni(folder: Path) -> Any:
+    from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    names = {f"{kind}_token": f"<|{kind.upper()}|>" for kind in ("image", "video", "audio")}
+    names |= {f"{kind}_{end}_token": f"<|{kind}_{end}|>" for kind in ("vision", "audio") for end in ("bos", "eos")}
+    template = chatml(*(f"<|{kind}_bos|><|{media}|><|{kind}_eos|>" for kind, media in (
+        ("vision", "IMAGE"), ("vision", "VIDEO"), ("audio", "AUDIO"))))  # fmt: skip
+    tokenizer = make_tokenizer(list(names.values()), template, names)
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    config = Qwen2_5OmniThinkerConfig(
+        text_config=text_config(tokenizer, max_position_embeddings=2048, rope_parameters={
+            "rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}),
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
+            "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1], "spatial_merge_size": 2,
+        },
+        audio_config={**EARS, "max_source_positions": 100, "n_window": 10, "output_dim": 32},
+        audio_token_index=ids["audio_token"], image_token_index=ids["image_token"],
+        video_token_index=ids["video_token"], vision_start_token_id=ids["vision_bos_token"],
+        vision_end_token_id=ids["vision_eos_token"], audio_start_token_id=ids["audio_bos_token"],
+        audio_end_token_id=ids["audio_eos_token"],
+    )  # fmt: skip
+    images = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112)
+    save_parts(folder, tokenizer, images, {"processor_class": "Qwen2_5OmniProcessor"})
+    ears = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 16, "chunk_length": 2}
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **ears}))
+    return Qwen2_5OmniThinkerForConditionalGeneration(config)
+
+
+def save_videos(folder: Path, kind: str, **settings: Any) -> None:
+    """Write the settings of a video processor."""
+    (folder / "video_preprocessor_config.json").write_text(json.dumps({"video_processor_type": kind, **settings}))
+
+
 def save_parts(folder: Path, tokenizer: Any, images: Any, settings: dict[str, Any]) -> None:
     """Write a processor whose class cannot be made here, part by part as the hub's folders have them."""
     images.save_pretrained(folder)
@@ -253,6 +360,10 @@ VLMS: dict[str, Callable[[Path], Any]] = {
     "qwen2_5_vl": qwen2_5_vl,
     "internvl": internvl,
     "gemma3": gemma3,
+    "llava_next_video": llava_next_video,
+    "llava_onevision": llava_onevision,
+    "qwen2_audio": qwen2_audio,
+    "qwen2_5_omni": qwen2_5_omni,
 }
 
 

@@ -141,8 +141,8 @@ def test_what_a_captioner_cannot_do_is_one_line(captioner: Folders) -> None:
     model, question = load(captioner("caption"), "cpu"), load(captioner("question"), "cpu")
     shown = Image(image())
     for messages, said in [
-        ([user("hello")], "one image at a time, and was given 0 media"),
-        ([user(shown, shown)], "was given 2 media"),
+        ([user("hello")], "one image at a time, and was given none"),
+        ([user(shown, shown)], "was given image, image"),
         ([system("Be short."), user(shown)], "knows no conversation"),
         ([user(shown), assistant("a"), user("and?")], "knows no conversation"),
         ([user(shown, "a [SEP] b")], r"holds '\[SEP\]', which this model would take for control"),

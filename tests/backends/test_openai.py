@@ -30,7 +30,8 @@ from polymodal.backends.base import Reply, TextDelta, Usage
 from polymodal.backends.openai import OpenAIBackend, open_endpoint
 from polymodal.backends.openai.answers import clean, read_events
 from polymodal.backends.openai.http import Endpoint, Patience, retry_after
-from polymodal.backends.openai.messages import image_bytes, to_openai
+from polymodal.backends.openai.media import Sending, image_bytes
+from polymodal.backends.openai.messages import to_openai
 from polymodal.cli import main
 from polymodal.errors import CheckpointError, ConfigError, EndpointError, MediaError, PolymodalError
 from polymodal.generation.params import GenerationParams
@@ -712,7 +713,7 @@ def decoded(part: dict[str, Any]) -> tuple[str, bytes]:
 def test_parts_keep_their_order_and_images_their_bytes(image_folder: Path) -> None:
     jpeg = image_folder / "cat.jpg"
     drawn = PILImage.new("RGB", (5, 4), (1, 2, 3))
-    (message,) = to_openai([user("One: ", Image(jpeg), "", Image(drawn), "compare")], detail="low")
+    (message,) = to_openai([user("One: ", Image(jpeg), "", Image(drawn), "compare")], Sending(detail="low"))
     kinds = [part["type"] for part in message["content"]]
     assert kinds == ["text", "image_url", "image_url", "text"]
     assert decoded(message["content"][1]) == ("image/jpeg", jpeg.read_bytes())
@@ -832,9 +833,10 @@ def test_sounds_and_videos(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
-        ([user(Document("a.pdf"))], "Document parts cannot be sent to an endpoint; give the pages as images"),
-        ([user(Audio(b"OggS...."))], "neither WAV nor MP3"),
-        ([user(Video(b"not a video"))], "neither MP4"),
+        ([user(Document("absent.pdf"))], "absent.pdf: no such file"),
+        ([user(Audio(b"OggS...."))], "sound of 8 bytes: "),
+        ([user(Video(b"not a video"))], "is not a video that can be read"),
+        ([user(Video("absent.mp4"))], "absent.mp4: no such file"),
         ([user(Audio(PILImage.new("L", (2, 2))))], "give it as an Image part"),
         ([user(Image(b"no image"))], "is not an image"),
         ([user(Image("absent.png"))], "no such file"),

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
-from polymodal.cli import main, ocr
+from polymodal.cli import main
+from polymodal.media import ocr
 
 INSTALLED = importlib.util.find_spec("rapidocr") is not None and importlib.util.find_spec("onnxruntime") is not None
 PDF = importlib.util.find_spec("pypdfium2") is not None

@@ -124,7 +124,7 @@ def test_an_answer_of_nothing_is_forgotten_and_its_images_are_not(
 
     model = Slow()
     assert talk(model, f"one\n/image {cat}\nnever\nnothing\ntwo\nthree\n", monkeypatch) == 0
-    assert capsys.readouterr().err.count("(no answer; the question is forgotten, its images go with the next one)") == 2
+    assert capsys.readouterr().err.count("(no answer; the question is forgotten, its files go with the next one)") == 2
     assert [m.text for m in model.asked[-1]] == ["one", "yes", "two", "yes", "three"]
     assert [[len(m.media) for m in asked] for asked in model.asked] == [
         [0], [0, 0, 1], [0, 0, 1], [0, 0, 1], [0, 0, 1, 0, 0],

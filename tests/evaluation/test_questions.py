@@ -20,7 +20,7 @@ from polymodal.evaluation.runner import Run, Settings, in_grey
 from polymodal.evaluation.task import Sample
 from polymodal.evaluation.tasks.questions import QUESTIONS, ask_records
 from polymodal.generation.params import GenerationParams
-from polymodal.messages import Image, Message, assistant, user
+from polymodal.messages import Document, Image, Message, assistant, user
 from polymodal.metrics.intervals import mean_interval
 from polymodal.metrics.text import exact_match, mentions, word_recall
 
@@ -72,6 +72,17 @@ def test_the_control_sees_grey_of_the_same_size() -> None:
     assert isinstance(part, Image) and isinstance(part.source, PILImage.Image)
     assert part.source.size == (30, 20) and part.source.getpixel((3, 3)) == (128, 128, 128)
     assert blind.text == "What?"
+
+
+def test_the_control_sees_grey_pages_and_none_of_their_text(tmp_path: Path) -> None:
+    pages = [PILImage.new("RGB", size, "red") for size in ((30, 20), (20, 40))]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    (blind,) = in_grey([user(Document(tmp_path / "a.tif", text="ocr"), "What?")])
+    images = [part.source for part in blind.media if isinstance(part, Image)]
+    assert [(image.size, image.getcolors()) for image in images if isinstance(image, PILImage.Image)] == [
+        (size, [(size[0] * size[1], (128, 128, 128))]) for size in ((30, 20), (20, 40))
+    ]
+    assert blind.text == "Page 1:\n\nPage 2:\nWhat?"
 
 
 def test_batches_do_not_change_answers_and_grey_images_equal_their_control(tiny_model_folder: Path) -> None:

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+import wave
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image as PILImage
 
@@ -20,10 +23,12 @@ from polymodal.backends.base import Answer, Backend, Reply, Timing, Usage
 from polymodal.errors import ConfigError, DataError, EndpointError, PolymodalError
 from polymodal.evaluation import runner
 from polymodal.evaluation.results import summarise
-from polymodal.evaluation.runner import Run, Settings, limited, run_task
+from polymodal.evaluation.runner import Run, Settings, check_needs, limited, run_task
 from polymodal.evaluation.task import Example, Sample, Task, score_samples
 from polymodal.generation.params import GenerationParams
-from polymodal.messages import Image, Message, Video, assistant, user
+from polymodal.media.audio import open_audio
+from polymodal.media.video import sample_frames
+from polymodal.messages import Audio, Image, Message, Video, assistant, user
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
@@ -231,12 +236,41 @@ def test_failures_are_counted_and_never_scored_as_answers(tmp_path: Path) -> Non
     assert empty.asked == []
 
 
-def test_there_is_no_image_blind_control_of_a_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "v.mp4").write_bytes(b"x")
-    asked = [Example("v", (user(Video(tmp_path / "v.mp4"), "What?"),), ("x",)), *questions("a")]
-    run = run_task(Echo(), TASK, asked, Settings(blind=True))
-    assert all(sample.blind is None and sample.blind_score is None for sample in run.samples)
-    assert "left out" in capsys.readouterr().err and "margin" not in summarise(TASK, "", run, Settings())
+def test_the_control_hides_videos_and_sounds_too(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    frames = [PILImage.new("RGB", (20, 10), colour) for colour in ("red", "blue", "lime")]
+    frames[0].save(tmp_path / "v.gif", save_all=True, append_images=frames[1:], duration=200)
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(np.full(4000, 9000, np.int16).tobytes())
+
+    class Witness(Echo):
+        takes = ("image", "video", "audio")
+
+        def generate_batch(self, conversations: Sequence[Any], params: GenerationParams) -> list[Answer]:
+            return [self.tell(messages[0].media[0]) for messages in conversations]
+
+        def tell(self, part: Any) -> str:
+            if isinstance(part, Audio):
+                return f"{open_audio(part.source).seconds} {np.abs(open_audio(part.source).samples).max() > 0}"
+            found = sample_frames(part.source, part.num_frames)
+            return f"{found.array.shape} {found.times.tolist()} {np.ptp(found.array) > 0}"
+
+    task = replace(TASK, needs=("video", "audio"))
+    asked = [
+        Example("v", (user(Video(tmp_path / "v.gif", num_frames=3), "What?"),), ("x",)),
+        Example("a", (user(Audio(tmp_path / "a.wav"), "What?"),), ("x",)),
+        Example("b", (user(Video(tmp_path / "absent.mp4"), "What?"),), ("x",)),
+    ]
+    check_needs(Witness(), task)
+    run = run_task(Witness(), task, asked, Settings(blind=True))
+    shape = "(3, 10, 20, 3) [0.0, 0.2, 0.4]"
+    assert [sample.answer for sample in run.samples[:2]] == [f"{shape} True", "0.5 True"]
+    assert [sample.blind for sample in run.samples[:2]] == [f"{shape} False", "0.5 False"]
+    assert run.samples[2].answer is None and "absent.mp4" in str(run.samples[2].error)
+    assert "margin" in summarise(task, "", run, Settings())
+    with pytest.raises(ConfigError, match=r"asks about video and audio, which .* cannot take"):
+        check_needs(Echo(), task)
 
 
 def test_failures_are_tried_again() -> None:

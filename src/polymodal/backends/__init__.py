@@ -6,9 +6,9 @@ Nothing heavy is imported until a model is opened, so that talking to an endpoin
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from polymodal.checkpoints.locate import ENDPOINT, find_model
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
@@ -33,6 +33,9 @@ NO_CHAT = {
 }
 """`model_type` of folders that hold no model to talk to, and what they are."""
 
+TAKE_VIDEOS = ("llava_onevision",)
+"""Of the families that are composed here, those that also take videos, which only their own class computes."""
+
 
 def load(
     name: str | Path = "default",
@@ -48,8 +51,9 @@ def load(
     """Open a model.
 
     Args:
-        name: "default" for the small model that comes with the package; a model folder, ours or of any vision-language
-            model of transformers, or the hub id of one; "openai:MODEL" for one behind an OpenAI-compatible endpoint.
+        name: "default" for the small model that comes with the package; a model folder, ours or of any model of
+            transformers that takes images, videos or sounds and writes, or the hub id of one; "openai:MODEL" for one
+            behind an OpenAI-compatible endpoint.
         device: Where to put it ("cpu", "cuda", "cuda:1", "mps"); None takes a GPU where there is one.
         revision: Of a hub id: a commit, tag or branch; the newest when None.
         dtype: Of a published model's weights in memory ("float32", "bfloat16", "float16"); None takes float32 on a
@@ -135,6 +139,8 @@ def _open_huggingface(report: FolderReport, options: Options) -> Backend:
     """Open a published model of a family that is composed here, where our parts compute it exactly."""
     from polymodal.interop.huggingface.families import NotExpressibleError
 
+    if report.model_type in TAKE_VIDEOS:
+        return _open_transformers(report, options)
     if options.quantize in (None, "int8"):  # what transformers quantises while it loads is opened through transformers
         try:
             return _open_published(report, options)
@@ -144,9 +150,10 @@ def _open_huggingface(report: FolderReport, options: Options) -> Backend:
 
 
 def _open_transformers(report: FolderReport, options: Options) -> Backend:
-    """Open any other vision-language model of transformers, through its own class."""
+    """Open any other model of transformers that takes media and writes, through its own class."""
     from polymodal.backends.transformers import open_transformers
     from polymodal.backends.transformers.captioner import CAPTIONERS, open_captioner
+    from polymodal.backends.transformers.folder import takes_media
 
     refuse_adapter(report)
     model_type = report.model_type
@@ -161,10 +168,10 @@ def _open_transformers(report: FolderReport, options: Options) -> Backend:
     if model_type in CAPTIONERS:
         device = options.device or best_device()
         return open_captioner(report, device, options.name, options.dtype, options.quantize)
-    if model_type not in _image_text_types():
+    if not takes_media(model_type):
         raise CheckpointError(
-            f"{report.folder}: model type {model_type!r} is not one that transformers takes images and text with; "
-            "a language model or tower becomes part of a model by a recipe"
+            f"{report.folder}: model type {model_type!r} is not one that transformers takes images and text with, or "
+            "sounds; a language model or tower becomes part of a model by a recipe"
         )
     return open_transformers(report, options.device, options.name, options.dtype, options.quantize)
 
@@ -224,6 +231,7 @@ def load_processor(name: str | Path = "default") -> Processor:
 def _foreign(report: FolderReport) -> str:
     """What a folder is whose tiles and tokens are not made here, and which verb takes it."""
     from polymodal.backends.transformers.captioner import CAPTIONERS
+    from polymodal.backends.transformers.folder import takes_media
 
     kind = str(report.model_type)
     if report.kind == "llava":
@@ -231,13 +239,5 @@ def _foreign(report: FolderReport) -> str:
     if kind in NO_CHAT:
         return f"this is {NO_CHAT[kind]}; no conversation is made into tokens for it"
     what = "a captioner" if kind in CAPTIONERS else f"a model of type {kind!r}"
-    how = "; `polymodal generate` asks it" if kind in CAPTIONERS or kind in _image_text_types() else ""
+    how = "; `polymodal generate` asks it" if kind in CAPTIONERS or takes_media(kind) else ""
     return f"{what}, whose tiles and tokens transformers makes, and not a processor of ours{how}"
-
-
-def _image_text_types() -> Collection[str]:
-    """Every `model_type` that transformers has a class for that takes images and text."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    found: dict[str, Any] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return found

@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step, TextStream
-from polymodal.messages import Conversation, Image, Message, Source, as_messages, assistant, user
+from polymodal.messages import (
+    Audio,
+    Conversation,
+    Document,
+    Image,
+    Media,
+    Message,
+    Source,
+    Video,
+    as_messages,
+    assistant,
+    user,
+)
 from polymodal.utils.files import sha256_json
 
 if TYPE_CHECKING:
@@ -135,18 +147,20 @@ class Backend(ABC):
         assert isinstance(reply, Reply)  # the last event of a stream
         return reply
 
-    def ask(self, prompt: str, *images: Source, params: GenerationParams | None = None) -> str:
-        """Ask one question about some images.
+    def ask(self, prompt: str, *media: Source | Media, params: GenerationParams | None = None) -> str:
+        """Ask one question about some images, or videos, sounds and documents.
 
         Args:
             prompt: The question.
-            *images: Paths, bytes, `data:` URLs or Pillow images.
+            *media: Images, as paths, bytes, `data:` URLs or Pillow images; parts of a message (`Image`, `Video`,
+                `Audio`, `Document`) for others.
             params: The settings; where None those of the model's folder, greedy where it says nothing.
 
         Returns:
             The answer's text.
         """
-        return self.generate([user(*map(Image, images), prompt)], params).text
+        parts = [part if isinstance(part, Image | Video | Audio | Document) else Image(part) for part in media]
+        return self.generate([user(*parts, prompt)], params).text
 
     def generate_batch(self, conversations: Sequence[Conversation], params: GenerationParams) -> list[Answer]:
         """Answer several conversations, one by one unless the model can do it faster.
@@ -296,7 +310,7 @@ class ModelBackend(Backend, Generic[Inputs]):
                 raise PolymodalError(
                     f"the conversation takes {length} tokens and the model's context is {self.context_length}"
                     + (f", {kept_free} of it kept for the answer; lower max_new_tokens, " if kept_free else "; ")
-                    + "shorten the text or give fewer or smaller images (media are never cut)"
+                    + "shorten the text or give fewer or smaller images, or fewer frames (media are never cut)"
                 )
             del kept[start : start + 2]
 

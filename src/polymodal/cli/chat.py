@@ -1,8 +1,8 @@
-"""Talk with a model about images.
+"""Talk with a model about images, videos, sounds and documents.
 
-Images named on the command line go with the first question. In the chat: /image FILE adds an image to the next
-question, /clear starts over, /help lists the commands, /quit or Ctrl-D ends. Ctrl-C stops an answer; at the prompt it
-ends the chat.
+Files named on the command line go with the first question. In the chat: /image FILE adds an image to the next question
+(/video, /audio and /document likewise), /clear starts over, /help lists the commands, /quit or Ctrl-D ends. Ctrl-C
+stops an answer; at the prompt it ends the chat.
 """
 
 import argparse
@@ -14,13 +14,16 @@ from polymodal.backends.base import Backend, Reply, TextDelta
 from polymodal.cli import common
 from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
-from polymodal.messages import Image, Message, assistant, system, user
+from polymodal.messages import Audio, Document, Image, Media, Message, Video, assistant, system, user
 
 HELP = """\
-  /image FILE   add an image to the next question
-  /clear        forget the conversation and its images
-  /help         this list
-  /quit         end (also Ctrl-D, or Ctrl-C here)
+  /image FILE      add an image to the next question
+  /video FILE      add a video, with the flags of the command line (--num-frames, --start, ...)
+  /audio FILE      add a sound
+  /document FILE   add a document, with the flags of the command line (--pages, --text)
+  /clear           forget the conversation and its media
+  /help            this list
+  /quit            end (also Ctrl-D, or Ctrl-C here)
 Ctrl-C while the model answers stops the answer."""
 
 
@@ -28,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="images for the first question")
     parser.add_argument("--system", help="a system message")
+    common.add_media_arguments(parser)
     common.add_model_argument(parser)
     common.add_loading_arguments(parser)
     common.add_sampling_arguments(parser)
@@ -36,22 +40,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the conversation until the input ends."""
     params = common.sampling_params(args)
-    chat = Chat(common.open_model(args), params, args.system)
-    for path in args.images:
-        chat.add_image(path)
+    chat = Chat(common.open_model(args), params, args.system, args)
+    for kind, path in [*(("image", path) for path in args.images), *args.media]:
+        chat.add(kind, path)
     return chat.run()
 
 
 class Chat:
     """One conversation on a terminal or a pipe."""
 
-    def __init__(self, model: Backend, params: GenerationParams, system: str | None) -> None:
+    def __init__(
+        self, model: Backend, params: GenerationParams, system: str | None, asked: argparse.Namespace | None = None
+    ) -> None:
         self.model = model
         self.params = params
+        self.asked = asked  # The flags that say which frames and pages are taken
         self.system = system
         self.interactive = sys.stdin.isatty()
         self.messages: list[Message] = []
-        self.pending: list[Image] = []
+        self.pending: list[Media] = []
         self.failed = False
         self.clear()
 
@@ -60,7 +67,7 @@ class Chat:
         if self.interactive:
             with suppress(ImportError):  # line editing and history, where Python has it
                 import readline  # noqa: F401
-            common.note("Ask about your images. /help lists the commands.")
+            common.note("Ask about your files. /help lists the commands.")
         while (line := self._read()) is not None:
             try:
                 if not self._take(line.strip()):
@@ -75,11 +82,11 @@ class Chat:
         self.messages = [system(self.system)] if self.system else []
         self.pending = []
 
-    def add_image(self, path: str) -> None:
-        """Check an image and keep it for the next question."""
-        image = Image(path)
-        common.note(f"  {path}: {_size(self.model, image)}")
-        self.pending.append(image)
+    def add(self, kind: str, path: str) -> None:
+        """Check a file and keep it for the next question."""
+        part = common.medium(kind, path, self.asked)
+        common.note(f"  {path}: {_size(self.model, part)}")
+        self.pending.append(part)
 
     def _read(self) -> str | None:
         try:
@@ -100,10 +107,10 @@ class Chat:
         elif command == "/clear":
             self.clear()
             common.note("  a new conversation")
-        elif command == "/image":
+        elif command[1:] in common.KINDS and command[0] == "/":
             if not rest.strip():
-                raise PolymodalError("/image needs a file: /image photo.jpg")
-            self.add_image(os.path.expanduser(rest.strip().strip("'\"")))
+                raise PolymodalError(f"{command} needs a file: {command} FILE")
+            self.add(command[1:], os.path.expanduser(rest.strip().strip("'\"")))
         elif command.startswith("/") and "/" not in command[1:]:
             raise PolymodalError(f"no command {command}; /help lists them")
         elif line:
@@ -131,7 +138,7 @@ class Chat:
         if not "".join(pieces).strip():
             # Servers refuse a conversation with an empty answer in it, and would refuse all that follows.
             common.note(
-                "  (no answer; the question is forgotten, its images go with the next one)"
+                "  (no answer; the question is forgotten, its files go with the next one)"
                 if asked[-1].media
                 else "  (no answer; the question is forgotten)"
             )
@@ -152,8 +159,32 @@ class Chat:
         common.note(f"{common.DIM}{line}{common.RESET}" if colour else line)
 
 
-def _size(model: Backend, image: Image) -> str:
-    """Check an image; its size, and what it takes where the model is ours and its rules are known."""
+def _size(model: Backend, part: Media) -> str:
+    """Check a file; its size, and what it takes where the model is ours and its rules are known."""
+    kind = type(part).__name__.lower()
+    if ("image" if kind == "document" else kind) not in model.takes:
+        raise PolymodalError(f"{model.name} takes {' and '.join(model.takes)}, and no {kind}")
+    match part:
+        case Image():
+            return _image_size(model, part)
+        case Video(source):
+            from polymodal.media.video import probe
+
+            info = probe(source)
+            return f"{info.width} × {info.height} pixels, {info.frames} frames, {info.duration:.1f} s"
+        case Audio(source):
+            from polymodal.media.audio import open_audio
+
+            return f"{open_audio(source, video=True).seconds:.1f} s"
+        case Document():
+            from polymodal.processing.document_pages import expand_documents
+
+            (message,) = expand_documents([user(part)])
+            number = sum(isinstance(each, Image) for each in message.parts)
+            return f"{number} page{'s' * (number != 1)}"
+
+
+def _image_size(model: Backend, image: Image) -> str:
     from polymodal.backends.local import LocalBackend
     from polymodal.media.image import open_image
     from polymodal.media_plan import ImagePlan

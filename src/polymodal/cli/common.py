@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import mimetypes
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,14 +12,18 @@ from typing import Any, TextIO
 from polymodal.backends import load
 from polymodal.backends.base import Backend
 from polymodal.config import parse_config
-from polymodal.errors import ConfigError
+from polymodal.errors import ConfigError, PolymodalError
 from polymodal.generation.params import GenerationParams
-from polymodal.messages import Image, Message, system, user
+from polymodal.messages import Audio, Image, Media, Message, as_messages, system, user
 from polymodal.utils.files import check_writable, write_bytes
 
 RESET, DIM, BOLD = "\x1b[0m", "\x1b[2m", "\x1b[1m"
 DECIMAL = {" B": 10**9, " M": 10**6, " k": 10**3, "": 1}
 BINARY = {" GiB": 2**30, " MiB": 2**20, " KiB": 2**10, " B": 1}
+KINDS = {"image": ("image",), "video": ("video",), "audio": ("audio", "video"), "document": ("document", "image")}
+"""Flags of media, and the kinds of files, by their names, that each takes."""
+CHOICES = {"video": ("num_frames", "fps", "start", "end", "with_sound"), "document": ("pages", "text")}
+"""What flags say of the videos and documents that are given."""
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 
 
@@ -70,23 +75,81 @@ def sampling_params(args: argparse.Namespace) -> GenerationParams:
     return parse_config(GenerationParams, {name: getattr(args, name) for name in SAMPLING}, "command line")
 
 
+class _AddMedium(argparse.Action):
+    """Keeps media in the order in which their flags were given: (kind, file)."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), (self.const, values)])
+
+
+def add_media_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `media` reads."""
+    about = {
+        "image": "an image; give the flag again for more",
+        "video": "a video (its frames)",
+        "audio": "a sound, or a video's",
+        "document": "a PDF, TIFF or image, page by page",
+    }
+    for kind, text in about.items():
+        parser.add_argument(
+            f"--{kind}", action=_AddMedium, dest="media", const=kind, default=[], metavar="FILE", help=text
+        )
+    videos = parser.add_argument_group("videos", "which frames are taken; the model's own choice where nothing is said")
+    videos.add_argument("--num-frames", type=int, metavar="N", help="as many, evenly spread, first and last among them")
+    videos.add_argument("--fps", type=float, metavar="F", help="so many a second")
+    videos.add_argument("--start", type=float, metavar="S", help="only from this second on")
+    videos.add_argument("--end", type=float, metavar="S", help="only before this second")
+    videos.add_argument("--with-sound", action="store_true", help="the video's sound too")
+    documents = parser.add_argument_group("documents")
+    documents.add_argument("--pages", metavar="WHICH", help='such as "1-3,7" or "5-" (all)')
+    documents.add_argument("--text", choices=("layer", "ocr"), help="beside each page: the PDF's own text, or by OCR")
+
+
+def media(args: argparse.Namespace) -> list[Media]:
+    """The media that the flags name, in order."""
+    given = {kind for kind, _ in args.media}
+    for kind, flags in CHOICES.items():
+        for flag in flags if kind not in given else ():
+            if getattr(args, flag) not in (None, False):
+                raise ConfigError(f"--{flag.replace('_', '-')} is for {kind}s, and no --{kind} was given")
+    return [medium(kind, file, args) for kind, file in args.media]
+
+
+def medium(kind: str, file: str, args: argparse.Namespace | None = None) -> Media:
+    """One medium as the flags want it; a file of another kind is refused by its name."""
+    found = (mimetypes.guess_type(file)[0] or "").replace("application/pdf", "document/pdf").partition("/")
+    moving = kind == "video" and found[2] in ("gif", "webp", "apng", "png")
+    if found[0] in KINDS and found[0] not in KINDS[kind] and not moving:
+        what = {"image": "an image", "audio": "a sound"}.get(found[0], f"a {found[0]}")
+        raise ConfigError(f"{file}: is {what}; give it with --{found[0]}")
+    if kind in ("image", "audio"):
+        return Image(file) if kind == "image" else Audio(file)
+    asked = {name: getattr(args, name, None) for name in CHOICES[kind]}
+    part = {"type": kind, kind: file, **{name: value for name, value in asked.items() if name != "with_sound"}}
+    if asked.get("with_sound"):
+        part["audio"] = True
+    try:
+        (message,) = as_messages([{"role": "user", "content": [part]}])
+    except PolymodalError as error:
+        raise ConfigError(str(error).partition(": ")[2]) from None
+    return message.media[0]
+
+
 def add_question_arguments(parser: argparse.ArgumentParser, prompt_required: bool = True) -> None:
     """Add the flags that `question` reads."""
-    parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="an image; give the flag again for more"
-    )
     goes_on = "" if prompt_required else "; a captioner goes on from it, and needs none"
-    about = f"the question; images come before it, in order{goes_on}"
+    about = f"the question; media come before it, in the order of their flags{goes_on}"
     parser.add_argument("--prompt", required=prompt_required, help=about)
     parser.add_argument("--system", help="a system message")
+    add_media_arguments(parser)
 
 
 def question(args: argparse.Namespace) -> list[Message]:
-    """The conversation that the flags ask for; the processor opens and checks its images."""
-    if args.prompt is None and not args.image:
-        raise ConfigError("nothing is asked: give --prompt, --image or both")
+    """The conversation that the flags ask for; the model opens and checks its media."""
+    if args.prompt is None and not args.media:
+        raise ConfigError("nothing is asked: give --prompt, --image or both; or --video, --audio or --document")
     text = [] if args.prompt is None else [args.prompt]
-    return [*([system(args.system)] if args.system else []), user(*map(Image, args.image), *text)]
+    return [*([system(args.system)] if args.system else []), user(*media(args), *text)]
 
 
 def scaled(number: int, units: Mapping[str, int], digits: int = 4) -> str:

@@ -1,6 +1,8 @@
-"""Ask one question about any number of images and print the answer; a captioner needs none.
+"""Ask one question about images, videos, sounds and documents and print the answer; a captioner needs none.
 
 Example: polymodal generate --image cat.jpg --prompt "What is this?"
+         polymodal generate --video clip.mp4 --num-frames 8 --prompt "What happens?"
+         polymodal generate --document paper.pdf --pages 1-3 --text layer --prompt "Who wrote it?"
          polymodal generate --model Salesforce/blip-image-captioning-base --image cat.jpg [--prompt "a picture of"]
          polymodal generate --model openai:gpt-4o --image cat.jpg --prompt "What is this?"
 """

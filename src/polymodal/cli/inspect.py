@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Process the conversation, print the view, write the files asked for."""
-    if args.png and not args.image:
+    if args.png and not args.media:
         raise ConfigError("--png draws images, and no --image was given")
     common.check_files(args, "html", "png")
     processor, messages = load_processor(args.model), common.question(args)

@@ -24,12 +24,13 @@ from polymodal.errors import ConfigError, DataError, EndpointError, PolymodalErr
 from polymodal.evaluation.responses import Responses, turns_of
 from polymodal.evaluation.task import Example, Sample, Task, check_scorers, in_variant, score_one, score_samples
 from polymodal.generation.params import GenerationParams
+from polymodal.media.blank import GREY, grey_video, silence
 from polymodal.media.image import open_image
-from polymodal.messages import Image, Message, Text
+from polymodal.messages import Audio, Document, Image, Message, Part, Text, Video
 from polymodal.metrics import CORPUS_METRICS
+from polymodal.processing.document_pages import expand_documents
 from polymodal.utils.progress import Meter, log
 
-GREY = (128, 128, 128)
 AUTO_BATCH = 16
 """The first batch size of "auto"; it is halved where memory runs out."""
 PROBED = 2
@@ -45,7 +46,7 @@ class Settings:
     """How a task is run."""
 
     batch_size: int | None = None  # Questions at a time; None starts with 16 and halves it where memory runs out
-    blind: bool = False  # Ask everything again about grey images of the same size
+    blind: bool = False  # Ask everything again about grey images and frames of the same size, and silence
     limit: int | None = None  # Only the first examples of each kind
     max_new_tokens: int | None = None  # The longest answer; the task's where None
     variant: str | None = None  # Score as another harness does, where the metric has it
@@ -102,10 +103,7 @@ def run_task(model: Backend, task: Task, examples: Sequence[Example], settings: 
     if task.captions and model.captions:
         examples = [replace(e, messages=tuple(replace(m, parts=m.media) for m in e.messages)) for e in examples]
     params = GenerationParams(max_new_tokens=settings.max_new_tokens or task.max_new_tokens)
-    media = {type(part) for example in examples for message in example.messages for part in message.media}
-    passes = (False, True) if settings.blind and media <= {Image} else (False,)
-    if len(passes) < 1 + settings.blind:
-        log(f"{task.name}: the image-blind control hides images alone, so it is left out")
+    passes = (False, True) if settings.blind else (False,)
     rank, world = processes()
     asker = _Asker(model, params, settings, task.name)
     meter = Meter(task.name, len(passes) * len(range(rank, len(examples), world)), unit="answers")
@@ -322,7 +320,7 @@ def prompt_text(messages: Sequence[Message]) -> str:
 
 def _sees(messages: Sequence[Message]) -> bool:
     """Whether there is anything that the control would hide."""
-    return any(isinstance(part, Image) for message in messages for part in message.parts)
+    return any(message.media for message in messages)
 
 
 def _length(messages: Sequence[Message]) -> int:
@@ -349,15 +347,28 @@ def _shown(messages: Sequence[Message], blind: bool) -> list[Message] | Polymoda
 
 
 def in_grey(messages: Sequence[Message]) -> list[Message]:
-    """Hide the images of a conversation."""
-    blind = []
-    for message in messages:
-        parts = [
-            Image(PILImage.new("RGB", open_image(part.source).size, GREY)) if isinstance(part, Image) else part
-            for part in message.parts
-        ]
-        blind.append(replace(message, parts=tuple(parts)))
-    return blind
+    """Hide the media of a conversation: grey images, frames and pages as large and as many, and silence as long."""
+    return [replace(message, parts=tuple(map(_hidden, message.parts))) for message in _unread(messages)]
+
+
+def _unread(messages: Sequence[Message]) -> list[Message]:
+    """A conversation with the pages of its documents, and nothing of what could be read on them."""
+    plain = [
+        replace(m, parts=tuple(replace(p, text="none") if isinstance(p, Document) else p for p in m.parts))
+        for m in messages
+    ]
+    return expand_documents(plain)
+
+
+def _hidden(part: Part) -> Part:
+    match part:
+        case Image(source):
+            return Image(PILImage.new("RGB", open_image(source).size, GREY))
+        case Video(source):
+            return replace(part, source=grey_video(source, bool(part.audio)))
+        case Audio(source):
+            return Audio(silence(source))
+    return part
 
 
 def processes() -> tuple[int, int]:

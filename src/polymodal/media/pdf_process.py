@@ -32,8 +32,10 @@ def parse_pages(pages: str | None, total: int, most: int) -> list[int]:
         if not 1 <= first <= last <= total:
             raise MediaError(f"pages {pages!r}: there are pages 1 to {total:,}, {part.strip()!r} is not among them")
         if len(chosen) + last - first + 1 > most:
-            some = "" if pages is not None else f', or some with pages="1-{most}"'
-            raise MediaError(f"has {total:,} pages, at most {most:,} are opened at once; allow more (max_pages){some}")
+            some = f'such as "1-{min(most, total)}", or allow more (max_pages)'
+            raise MediaError(
+                f"has {total:,} pages, at most {most:,} are opened at once; choose (--pages, pages), {some}"
+            )
         chosen += range(first, last + 1)
     return chosen
 

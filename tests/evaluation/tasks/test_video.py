@@ -54,7 +54,8 @@ def test_a_video_is_found_where_its_benchmark_keeps_it(tmp_path: Path) -> None:
     choices.write_mvbench(tmp_path, 1)
     choices.save(tmp_path / "video" / "star" / "Charades_v1_480" / "mini0.mp4", b"0")
     (part, _) = read_examples(MVBENCH, "test", tmp_path)[0].messages[1].parts
-    assert part == Video(tmp_path / "video" / "star" / "Charades_v1_480" / "mini0.mp4")
+    file = tmp_path / "video" / "star" / "Charades_v1_480" / "mini0.mp4"
+    assert part == Video(file, start=0.5, end=4.0)  # the piece that the question is about
 
 
 def test_videomme_has_two_denominators(tmp_path: Path) -> None:

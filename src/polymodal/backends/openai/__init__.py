@@ -16,17 +16,19 @@ import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from polymodal.backends.base import Answer, Backend, Reply, StreamEvent, TextDelta, Timing, Usage, require_question
 from polymodal.backends.openai.answers import Event, clean, finish_of, text_of, thinks
 from polymodal.backends.openai.http import Endpoint, Patience, Refused
-from polymodal.backends.openai.messages import Accepts, Detail, Json, learn, request_body, to_openai
+from polymodal.backends.openai.media import SENDING, Detail, Documents, Json, Sending, Videos
+from polymodal.backends.openai.messages import Accepts, learn, request_body, to_openai
 from polymodal.checkpoints.locate import ENDPOINT
 from polymodal.errors import ConfigError, EndpointError
 from polymodal.generation.params import GenerationParams
-from polymodal.messages import Conversation, assistant
+from polymodal.messages import Conversation, Message, assistant
 from polymodal.utils.files import sha256_json
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -61,9 +63,11 @@ def open_endpoint(
     allow_http: bool = False,
     patience: Patience | None = None,
     detail: Detail | None = None,
+    videos: Videos = "auto",
+    documents: Documents = "pages",
     extra: Mapping[str, Any] | None = None,
 ) -> OpenAIBackend:
-    """Make a backend of an endpoint; nothing is sent yet."""
+    """Make a backend of an endpoint; nothing is sent yet. How media are sent is in `openai.media`."""
     url = base_url or os.environ.get("OPENAI_BASE_URL") or None
     key = api_key if api_key is not None else os.environ.get("OPENAI_API_KEY")
     if not model.strip():
@@ -73,7 +77,10 @@ def open_endpoint(
             f"{ENDPOINT}{model}: set OPENAI_API_KEY, or the address of another server (--base-url, OPENAI_BASE_URL)"
         )
     endpoint = Endpoint(url or OPENAI_URL, key, patience, allow_http)
-    return OpenAIBackend(model.strip(), endpoint, detail, extra)
+    for value, known in ((videos, get_args(Videos)), (documents, get_args(Documents))):
+        if value not in known:
+            raise ConfigError(f"{ENDPOINT}{model}: {value!r} is none of {', '.join(known)}")
+    return OpenAIBackend(model.strip(), endpoint, Sending(detail, videos, documents), extra)
 
 
 class OpenAIBackend(Backend):
@@ -82,19 +89,19 @@ class OpenAIBackend(Backend):
     takes = ("image", "audio", "video")
 
     def __init__(
-        self, model: str, endpoint: Endpoint, detail: Detail | None = None, extra: Mapping[str, Any] | None = None
+        self, model: str, endpoint: Endpoint, sending: Sending = SENDING, extra: Mapping[str, Any] | None = None
     ) -> None:
         self.model = model
         self.endpoint = endpoint
-        self.detail = detail
+        self.sending = sending
         self.extra = dict(extra or {})
         self.name = f"{ENDPOINT}{model}"
         self.concurrent = CONCURRENT
-        self._accepts = Accepts()
+        self._accepts = Accepts(videos=not endpoint.shown.startswith(OPENAI_URL))  # OpenAI's own takes none
 
     def fingerprint(self) -> str:
         """A hash of the address and the model's name, which are all that is known of it."""
-        return sha256_json([self.endpoint.shown, self.model, self.detail, self.extra])
+        return sha256_json([self.endpoint.shown, self.model, asdict(self.sending), self.extra])
 
     def generate(self, messages: Conversation, params: GenerationParams | None = None) -> Reply:
         """Answer a conversation in one piece, which any server can."""
@@ -121,7 +128,8 @@ class OpenAIBackend(Backend):
 
     def _talk(self, messages: Conversation, params: GenerationParams, stream: bool) -> Iterator[StreamEvent]:
         begin = time.perf_counter()
-        content = to_openai(require_question(messages), self.detail)
+        asked = require_question(messages)
+        content = self._content(asked, self._accepts)
         prepared = time.perf_counter()
         first: float | None = None
         text, model = "", self.model
@@ -130,7 +138,7 @@ class OpenAIBackend(Backend):
         usage: Json = {}
         # Servers whose strings are UTF-16 may cut a character beyond the basic plane in two.
         whole = codecs.getincrementaldecoder("utf-16-le")("replace")
-        with closing(self._events(content, params, stream)) as events:
+        with closing(self._events(asked, content, params, stream)) as events:
             for event in events:
                 thought = thought or thinks(event)
                 delta = whole.decode(text_of(event).encode("utf-16-le", "surrogatepass"))
@@ -170,7 +178,14 @@ class OpenAIBackend(Backend):
             model=clean(model, 200),
         )
 
-    def _events(self, content: list[Json], params: GenerationParams, stream: bool) -> Generator[Event]:
+    def _content(self, messages: Sequence[Message], accepts: Accepts) -> list[Json]:
+        """Write a conversation for a server that takes so much."""
+        as_frames = self.sending.videos == "auto" and not accepts.videos
+        return to_openai(messages, replace(self.sending, videos="frames") if as_frames else self.sending)
+
+    def _events(
+        self, messages: Sequence[Message], content: list[Json], params: GenerationParams, stream: bool
+    ) -> Generator[Event]:
         """Send, and send again without what the server says it does not take."""
         accepts, answered = self._accepts, False
         tried = {accepts}
@@ -186,6 +201,10 @@ class OpenAIBackend(Backend):
                 learnt = learn(accepts, str(error), body)
                 if answered or learnt is None or learnt in tried or len(tried) > 6:
                     raise
+                if learnt.videos != accepts.videos:
+                    if self.sending.videos != "auto":
+                        raise
+                    content = self._content(messages, learnt)
                 tried.add(learnt)
                 accepts = learnt
         # Nobody is to think that answers are the likeliest ones if they are not.
@@ -195,6 +214,8 @@ class OpenAIBackend(Backend):
             )
         if accepts.most_tokens != self._accepts.most_tokens:
             warnings.warn(f"{self.name} makes at most {accepts.most_tokens:,} tokens an answer", stacklevel=2)
+        if self._accepts.videos and not accepts.videos:
+            warnings.warn(f"{self.name} takes no videos; their frames are sent as images", stacklevel=2)
         self._accepts = accepts
 
     def _finish(self, reason: str) -> Literal["stop", "length"]:

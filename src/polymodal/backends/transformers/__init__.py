@@ -1,4 +1,4 @@
-"""Any vision-language model of transformers behind the chat protocol, through its own class and processor.
+"""Any model of transformers that takes images, videos or sounds, behind the chat protocol, with its own processor.
 
 Unlike `backends.local`, nothing of the model is ours: what its processor makes goes into its own `generate`. Choosing
 the next token is ours (`generation.generate`), so that the same settings mean the same everywhere and a seed belongs to
@@ -20,7 +20,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, ProcessorMixin, StoppingCriteriaList
 
 from polymodal.backends.base import Answer, ModelBackend, require_question
-from polymodal.backends.transformers.folder import open_model, open_processor
+from polymodal.backends.transformers.folder import MEDIA, open_model, open_processor
+from polymodal.backends.transformers.media import parts_of
 from polymodal.backends.transformers.prompt import Chat, PromptMaker
 from polymodal.config import parse_config
 from polymodal.errors import CheckpointError, PolymodalError
@@ -63,22 +64,23 @@ class TransformersBackend(ModelBackend[Inputs]):
         settings: dict[str, Any] | None = None,  # What the folder's generation_config.json says
     ) -> None:
         config = model.config
+        # Of images, videos and sounds.
         media = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
-        image_token_id = media[0] if media[0] is not None else getattr(config, "image_token_index", None)
-        self.prompts = PromptMaker(processor, image_token_id)
+        media[0] = media[0] if media[0] is not None else getattr(config, "image_token_index", None)
+        self.prompts = PromptMaker(processor, [i for i in media[:2] if i is not None])
+        self.takes = self.prompts.takes
         defaults = take_settings(model, settings or {}, f"{name}: generation_config.json")
         stop_ids = _stop_ids(model, processor.tokenizer, self.prompts.end_id())
         super().__init__(name, processor.tokenizer, config, stop_ids)
         self.model = model
         self.processor = processor
         self.defaults = defaults
-        self._never = sorted({int(i) for i in (*media, image_token_id) if i is not None})
+        self._never = sorted({int(i) for i in media if i is not None})
         self._busy = threading.Lock()
 
     def settings(self) -> dict[str, str]:
         """Hashes of the media processors' settings and of the template."""
-        parts = ("image_processor", "video_processor", "feature_extractor")
-        found = [getattr(self.processor, name, None) for name in parts]  # what stands for an absent one says nothing
+        found = [getattr(self.processor, name, None) for name in MEDIA]  # what stands for an absent one says nothing
         rules = [part.to_dict() for part in found if part is not None and hasattr(part, "to_dict")]
         shown = json.dumps(rules, sort_keys=True, default=repr)
         return {"preprocessing": sha256_json(shown), "template": sha256_json(self.processor.chat_template)}
@@ -86,7 +88,7 @@ class TransformersBackend(ModelBackend[Inputs]):
     def generate_batch(self, conversations: Sequence[Conversation], params: GenerationParams) -> list[Answer]:
         """Answer several conversations, those of a kind together."""
         answers: dict[int, Answer] = {}
-        groups: dict[bool, dict[int, Chat]] = {}
+        groups: dict[frozenset[str], dict[int, Chat]] = {}
         for index, messages in enumerate(conversations):
             try:
                 asked = require_question(messages)
@@ -94,7 +96,8 @@ class TransformersBackend(ModelBackend[Inputs]):
             except PolymodalError as error:
                 answers[index] = error
             else:
-                groups.setdefault(any(message.media for message in asked), {})[index] = chat
+                kinds = {key for message in chat for part in parts_of(message) for key in part} - {"text"}
+                groups.setdefault(frozenset(kinds), {})[index] = chat
         for group in groups.values():
             answers |= self._together(group, params)
         return [

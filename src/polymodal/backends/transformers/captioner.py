@@ -21,6 +21,7 @@ from polymodal.backends.transformers.folder import open_model, open_parts
 from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.media.image import open_image
 from polymodal.messages import Image, Message
+from polymodal.processing.document_pages import expand_documents
 from polymodal.safety.model_folder import FolderReport
 from polymodal.utils.files import sha256_json
 
@@ -91,6 +92,7 @@ class Captioner(TransformersBackend):
     def _asked(self, messages: Sequence[Message]) -> tuple[Any, str]:
         """The image and the text of a conversation, which may hold no more."""
         check_messages(messages)
+        messages = expand_documents(messages)
         (message, *others), media = messages, [part for message in messages for part in message.media]
         if others:
             raise PolymodalError(
@@ -98,7 +100,8 @@ class Captioner(TransformersBackend):
                 "earlier turns"
             )
         if len(media) != 1 or not isinstance(media[0], Image):
-            raise PolymodalError(f"{self.name} writes about one image at a time, and was given {len(media)} media")
+            given = ", ".join(type(part).__name__.lower() for part in media) or "none"
+            raise PolymodalError(f"{self.name} writes about one image at a time, and was given {given}")
         text = message.text.strip()
         if self.asks and not text:
             raise PolymodalError(f"{self.name} answers questions and captions nothing; give one with the image")

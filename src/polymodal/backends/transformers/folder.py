@@ -1,11 +1,11 @@
-"""Opening any vision-language model of transformers with its own processor, from a folder.
+"""Opening any model of transformers that takes images, videos or sounds, with its own processor, from a folder.
 
 No code of the folder's is run and no pickle is read. Images are resized by Pillow, whatever else is installed, so
 that the same image gives the same pixels everywhere.
 
-Several processors (Qwen2-VL, InternVL, LLaVA-OneVision, ...) insist on a component for videos, and those need
-torchvision. Images never pass through it, so where torchvision is missing a stand-in takes its place. SmolVLM's
-processor also wants num2words, for its sentence about videos; Idefics3's writes the same prompt for images.
+Several processors (Qwen2-VL, InternVL, LLaVA-OneVision, ...) insist on a component for videos. Where transformers has
+none that works here (`video_processor`), a stand-in takes its place, and the model takes no videos. So does SmolVLM
+where num2words is missing, for its processor's sentence about videos: Idefics3's writes the same prompt for images.
 """
 
 from importlib.util import find_spec
@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 import transformers
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.video_processing_utils import VideoProcessorMixin
 
+from polymodal.backends.transformers.video_processor import open_video_processor
 from polymodal.errors import CheckpointError, first_line
 from polymodal.modeling.language_model import gpu_settings, open_tokenizer, quieten_transformers
 from polymodal.modeling.pretrained import attention_of, load_checked, look_over
@@ -24,11 +27,18 @@ from polymodal.modeling.quantization import GPU_WAYS, quantize_published
 from polymodal.safety.config_json import read_json
 from polymodal.utils.safetensors_io import check_finite
 
-COMPONENTS = ("image_processor", "tokenizer", "video_processor")
+MEDIA = ("image_processor", "video_processor", "feature_extractor", "audio_processor")
+COMPONENTS = ("tokenizer", *MEDIA)
 """Components of a processor that are opened here; a processor with others is left to transformers."""
 
 IMAGES_ONLY = {"SmolVLMProcessor": "Idefics3Processor"}
 """What does the same for images, where num2words is missing."""
+
+WRITES = {
+    "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
+"""Of models that also speak, the class of the part that writes."""
 
 NUMBERED = r"\.\d+\."
 """Names of tensors in one of several layers; where the class has no place for it, it is of another model."""
@@ -43,7 +53,7 @@ def open_model(
     quieten_transformers()
     on_gpu = quantize in GPU_WAYS
     model: PreTrainedModel = load_checked(
-        kind or transformers.AutoModelForImageTextToText,
+        kind or _model_class(read_json(folder / "config.json")),
         str(folder),
         str(folder),
         look_over(str(folder), str(folder)),
@@ -65,14 +75,41 @@ def open_model(
     return model
 
 
+def _model_class(settings: dict[str, Any]) -> Any:
+    """The class to load into; of a model that also speaks, the part that writes."""
+    model_type = settings.get("model_type")
+    if model_type in WRITES:
+        return getattr(transformers, WRITES[model_type])
+    if model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return transformers.AutoModelForImageTextToText
+    if model_type in auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForMultimodalLM
+    return transformers.AutoModelForSeq2SeqLM
+
+
+def takes_media(model_type: str) -> bool:
+    """Whether transformers has a class of a type that takes text and images, videos or sounds, and writes text."""
+    return (
+        model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        or model_type in WRITES
+        or (
+            model_type in PROCESSOR_MAPPING_NAMES
+            and (
+                model_type in auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+                or model_type in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+            )
+        )
+    )
+
+
 def open_processor(folder: Path) -> ProcessorMixin:
     """Open the processor with a Pillow image processor."""
     try:
         kind = _processor_class(folder)
         if kind is not None and set(kind.get_attributes()) <= set(COMPONENTS):
             components = [_component(name, folder) for name in kind.get_attributes()]
-            if any(isinstance(component, _NoVideos) for component in components):
-                kind = _without_videos(kind)
+            if "video_processor" in kind.get_attributes():
+                kind = _with_ours(kind)
             settings, _ = kind.get_processor_dict(str(folder))
             processor = kind.from_args_and_dict(components, settings)
         else:
@@ -81,9 +118,11 @@ def open_processor(folder: Path) -> ProcessorMixin:
             )
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: its processor cannot be opened ({reason_of(error)})") from error
-    for part in ("tokenizer", "image_processor"):
-        if getattr(processor, part, None) is None:
-            raise CheckpointError(f"{folder}: its processor has no {part}; a model for images and text is needed")
+    if getattr(processor, "tokenizer", None) is None or not media_of(processor):
+        raise CheckpointError(
+            f"{folder}: its processor has no tokenizer, or nothing for media; a model for text and images, videos or "
+            "sounds is needed"
+        )
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if not processor.chat_template and not _puts_images(processor):
         raise CheckpointError(
@@ -91,6 +130,15 @@ def open_processor(folder: Path) -> ProcessorMixin:
             "add chat_template.jinja to the folder"
         )
     return processor
+
+
+def media_of(processor: ProcessorMixin) -> tuple[str, ...]:
+    """What a processor takes beside text."""
+    found = {name: getattr(processor, name, None) for name in MEDIA}
+    heard = found["feature_extractor"] is not None or found["audio_processor"] is not None
+    seen = found["video_processor"] is not None and not isinstance(found["video_processor"], _NoVideos)
+    takes = {"image": found["image_processor"] is not None, "video": seen, "audio": heard}
+    return tuple(kind for kind, taken in takes.items() if taken)
 
 
 def _puts_images(processor: ProcessorMixin) -> bool:
@@ -132,9 +180,9 @@ def _component(name: str, folder: Path) -> Any:
         return open_tokenizer(str(folder), "its tokenizer", local_files_only=True)
     if name == "image_processor":
         return transformers.AutoImageProcessor.from_pretrained(str(folder), backend="pil", **options)
-    if find_spec("torchvision") is None:
-        return _NoVideos()
-    return transformers.AutoVideoProcessor.from_pretrained(str(folder), **options)
+    if name == "video_processor":
+        return open_video_processor(folder) or _NoVideos()
+    return transformers.AutoFeatureExtractor.from_pretrained(str(folder), **options)
 
 
 class _NoVideos(dict[str, Any]):
@@ -145,16 +193,16 @@ class _NoVideos(dict[str, Any]):
         self.model_input_names: list[str] = []
 
 
-def _without_videos(kind: Any) -> Any:
-    """A processor's class that takes the stand-in."""
+def _with_ours(kind: Any) -> Any:
+    """A processor's class that takes the video processors opened here; transformers' own check needs torchvision."""
 
-    class Images(kind):  # type: ignore[misc]
+    class Ours(kind):  # type: ignore[misc]
         def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
-            stands_in = isinstance(argument, _NoVideos)
-            return _NoVideos if stands_in else super().check_argument_for_proper_class(name, argument)
+            ours = isinstance(argument, _NoVideos | VideoProcessorMixin)
+            return type(argument) if ours else super().check_argument_for_proper_class(name, argument)
 
-    Images.__name__ = kind.__name__
-    return Images
+    Ours.__name__ = kind.__name__
+    return Ours
 
 
 def reason_of(error: Exception) -> str:

@@ -18,12 +18,16 @@ from typing import Any
 import jinja2
 import torch
 from transformers import ProcessorMixin
+from transformers.processing_utils import OmniModalProcessorMixin
 
 from polymodal.backends.base import check_messages
-from polymodal.backends.transformers.folder import reason_of
+from polymodal.backends.transformers.folder import media_of, reason_of
+from polymodal.backends.transformers.media import parts_of, settle, sound_of, video_content
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.media.image import open_image
-from polymodal.messages import Image, Message, Text
+from polymodal.media.video import probe
+from polymodal.messages import Audio, Image, Message, Text, Video
+from polymodal.processing.document_pages import expand_documents
 from polymodal.safety.jinja_limits import UnsafeTemplateError
 from polymodal.safety.jinja_sandbox import compile_template
 
@@ -34,10 +38,15 @@ Chat = list[dict[str, Any]]
 class PromptMaker:
     """Turns conversations into a model's inputs."""
 
-    def __init__(self, processor: ProcessorMixin, image_token_id: int | None) -> None:
+    def __init__(self, processor: ProcessorMixin, seen_ids: Sequence[int] = ()) -> None:
         self.processor = processor
-        self.image_token_id = image_token_id
-        self.image_token: str | None = getattr(processor, "image_token", None)
+        self.takes = media_of(processor)
+        self.seen_ids = tuple(seen_ids)  # The ids of images and of frames
+        tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")}
+        self.tokens: dict[str, str] = {kind: token for kind, token in tokens.items() if isinstance(token, str)}
+        self._interleaves = isinstance(processor, OmniModalProcessorMixin)
+        if self._interleaves:
+            processor._multimodal_inputs_from_conversations = _with_sounds
         self._nonce = f"PM{secrets.token_hex(12)}x"
         self._controls = _control_tokens(processor)
         self._limited = _limited(processor)
@@ -49,9 +58,12 @@ class PromptMaker:
     def chat(self, messages: Sequence[Message]) -> Chat:
         """Open the images, and check that the template can express the conversation."""
         check_messages(messages)
+        if "image" in self.takes:
+            messages = expand_documents(messages)
+        self._check_taken(messages)
         if not self.processor.chat_template:
-            return _alone(messages)
-        chat: Chat = [{"role": m.role, "content": _content(m, index)} for index, m in enumerate(messages)]
+            return self._alone(messages)
+        chat: Chat = [{"role": m.role, "content": self._content(m)} for m in messages]
         style, problem = self._expressed(chat)
         if style is not None:
             return style
@@ -63,6 +75,7 @@ class PromptMaker:
     def _expressed(self, chat: Chat) -> tuple[Chat | None, PolymodalError | None]:
         """A conversation as the template writes all of it in order; else what it says, where it says something."""
         expected = [part["type"] for message in chat for part in message["content"]]
+        written = [kind for kind in expected if kind == "text" or kind in self.tokens]
         problem = None
         for style in (chat, _text_as_strings(chat)):
             try:
@@ -70,7 +83,7 @@ class PromptMaker:
             except PolymodalError as error:
                 problem = problem or error
                 continue
-            if found == expected or (self.image_token is None and found == [k for k in expected if k == "text"]):
+            if found == written:
                 return style, None
         return None, problem
 
@@ -96,8 +109,8 @@ class PromptMaker:
         return made
 
     def image_tokens(self, ids: torch.Tensor) -> int:
-        """Count the pieces of images among input ids."""
-        return 0 if self.image_token_id is None else int((ids == self.image_token_id).sum())
+        """Count the pieces of images and frames among input ids."""
+        return int(torch.isin(ids, torch.tensor(self.seen_ids, dtype=ids.dtype)).sum()) if self.seen_ids else 0
 
     def end_id(self) -> int | None:
         """The token with which the template ends an answer, if any."""
@@ -116,9 +129,16 @@ class PromptMaker:
     def _run(self, chats: Sequence[Chat], **options: Any) -> dict[str, Any]:
         if not self.processor.chat_template:
             return self._beside(chats, **options)
-        padding = {"padding": True, "padding_side": "left"} if len(chats) > 1 else None
-        options |= {"return_dict": True, "return_tensors": "pt", "processor_kwargs": padding}
-        return dict(self._apply("processor", list(chats), tokenize=True, **options))
+        given: dict[str, Any] = {"padding": True, "padding_side": "left"} if len(chats) > 1 else {}
+        parts = [part for message in itertools.chain(*chats) for part in parts_of(message)]
+        if videos := [part["metadata"] for part in parts if part["type"] == "video"]:
+            given |= {"video_metadata": videos, "do_sample_frames": False}
+        options |= {"return_dict": True, "return_tensors": "pt", "processor_kwargs": given}
+        made = dict(self._apply("processor", list(chats), tokenize=True, **options))
+        if any("sound" in part for part in parts):
+            made["use_audio_in_video"] = True
+        settle(made, parts, self.processor)
+        return made
 
     def _beside(self, chats: Sequence[Chat], **options: Any) -> dict[str, Any]:
         """One image and its text as a processor takes them that puts the two together by itself."""
@@ -129,6 +149,50 @@ class PromptMaker:
             return dict(self.processor(images=image["image"], text="".join(_texts(chats[0])), return_tensors="pt"))
         except Exception as error:  # a processor may raise anything at all
             raise PolymodalError(f"the model's processor refuses this image or text ({reason_of(error)})") from error
+
+    def _check_taken(self, messages: Sequence[Message]) -> None:
+        """Raise where a part is of a kind that the model does not take."""
+        for number, message in enumerate(messages, start=1):
+            for part in message.media:
+                kind = type(part).__name__.lower()
+                sound = isinstance(part, Video) and part.audio and "audio" not in self.takes
+                if kind not in self.takes or sound:
+                    what = "the sound of a video (audio=True)" if sound and kind in self.takes else f"{kind} parts"
+                    raise PolymodalError(
+                        f"message {number}: {what} cannot be given to this model, which takes text and "
+                        f"{' and '.join(self.takes)} parts"
+                    )
+
+    def _content(self, message: Message) -> list[dict[str, Any]]:
+        """A message's content; neighbouring texts are joined, as in our own template."""
+        content: list[dict[str, Any]] = []
+        for part in message.parts:
+            match part:
+                case Image(source):
+                    content.append({"type": "image", "image": open_image(source)})
+                case Video():
+                    content.append(video_content(part, self.processor))
+                    if part.audio and probe(part.source, count=False).audio:
+                        sound = sound_of(part, self.processor)
+                        content += [] if self._interleaves else [{"type": "audio", "audio": sound}]
+                        content[-1] |= {"sound": sound} if self._interleaves else {}
+                case Audio():
+                    content.append({"type": "audio", "audio": sound_of(part, self.processor)})
+                case Text(text) if content and content[-1]["type"] == "text":
+                    content[-1]["text"] += text
+                case Text(text) if text:
+                    content.append({"type": "text", "text": text})
+        return content
+
+    def _alone(self, messages: Sequence[Message]) -> Chat:
+        """One image, and at most one text, for a model without a chat template."""
+        content = self._content(messages[0])
+        if len(messages) != 1 or sorted(part["type"] for part in content) not in (["image"], ["image", "text"]):
+            raise PolymodalError(
+                "the model has no chat template and knows no conversation: give one image and at most one text, "
+                "without a system message or earlier turns"
+            )
+        return [{"role": "user", "content": sorted(content, key=lambda part: str(part["type"]))}]
 
     def _apply(self, what: str, chat: Chat | list[Chat], **options: Any) -> Any:
         try:
@@ -147,17 +211,18 @@ class PromptMaker:
                 continue  # the processor itself says what is wrong
 
     def _written(self, chat: Chat) -> list[str]:
-        """What the template writes, in order: "text" for a text that stands where it should, "image" for an image."""
+        """What the template writes, in order: "text" for a text that stands where it should, and kinds of media."""
         numbers = itertools.count(1)
         marked = _with_texts(chat, lambda _: f"{self._nonce}{next(numbers)}x")
         self._bounded(marked)
         rendered = str(self._apply("chat template", marked, tokenize=False))
-        pattern = re.escape(self._nonce) + r"(\d+)x" + (f"|{re.escape(self.image_token)}" if self.image_token else "")
+        kinds = {token: kind for kind, token in self.tokens.items()}
+        pattern = "|".join([re.escape(self._nonce) + r"(\d+)x", *map(re.escape, kinds)])
         # Markers of a string with several texts, and images inside it, cannot occur: only texts become strings.
         found, due = [], 1
         for match in re.finditer(pattern, rendered):
             if match[1] is None:
-                found.append("image")
+                found.append(kinds[match[0]])
             else:
                 found.append("text" if int(match[1]) == due else "moved")
                 due += 1
@@ -178,32 +243,21 @@ class PromptMaker:
         return [int((ids == i).sum()) for i in self.processor.tokenizer.convert_tokens_to_ids(list(self._controls))]
 
 
-def _content(message: Message, index: int) -> list[dict[str, Any]]:
-    """A message's content; neighbouring texts are joined, as in our own template."""
-    content: list[dict[str, Any]] = []
-    for part in message.parts:
-        if isinstance(part, Image):
-            content.append({"type": "image", "image": open_image(part.source)})
-        elif not isinstance(part, Text):
-            raise PolymodalError(
-                f"message {index + 1}: {type(part).__name__} parts are not supported yet; give images and text"
-            )
-        elif content and content[-1]["type"] == "text":
-            content[-1]["text"] += part.text
-        elif part.text:
-            content.append({"type": "text", "text": part.text})
-    return content
-
-
-def _alone(messages: Sequence[Message]) -> Chat:
-    """One image, and at most one text, for a model without a chat template."""
-    content = _content(messages[0], 0)
-    if len(messages) != 1 or sorted(part["type"] for part in content) not in (["image"], ["image", "text"]):
-        raise PolymodalError(
-            "the model has no chat template and knows no conversation: give one image and at most one text, without a "
-            "system message or earlier turns"
-        )
-    return [{"role": "user", "content": sorted(content, key=lambda part: str(part["type"]))}]
+def _with_sounds(conversations: Sequence[Chat], *_: Any) -> tuple[list[Any], list[Any], list[Any], dict[str, Any]]:
+    """The media of conversations, a video's own sound named as such; transformers would decode the file again."""
+    images, videos, sounds, of_video, count = [], [], [], [], itertools.count()
+    for conversation in conversations:
+        parts = [part for message in conversation for part in parts_of(message)]
+        images.append([part["image"] for part in parts if part["type"] == "image"])
+        videos.append([part["video"] for part in parts if part["type"] == "video"])
+        for part in parts:
+            number = next(count) if part["type"] == "video" else None
+            sound = part.get("sound" if part["type"] == "video" else "audio")
+            if sound is not None:
+                sounds.append(sound)
+                of_video.append(number)
+    wanted = any(number is not None for number in of_video)
+    return images, videos, sounds, {"audio_from_video_indices": of_video, "load_audio_from_video": wanted}
 
 
 def _text_as_strings(chat: Chat) -> Chat:

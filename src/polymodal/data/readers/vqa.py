@@ -21,6 +21,7 @@ from typing import Any
 from polymodal.data.readers.base import Layout, Options, RawRow, best_answer, broken, object_of, question_of, text_of
 from polymodal.data.readers.json_files import elements, events, members
 from polymodal.errors import DataError
+from polymodal.media.ocr import reference_tokens
 
 
 def read_vqav2(path: Path, options: Options) -> Iterator[RawRow]:
@@ -112,7 +113,7 @@ def read_textvqa(path: Path, options: Options) -> Iterator[RawRow]:
             if image not in tokens:
                 yield broken(where, f"image_id {image} is not in {options.annotations}")
                 continue
-            text = f"{text}\nReference OCR token: {', '.join(tokens[image])}"
+            text += reference_tokens(tokens[image])
         source = layout.choose(f"{image}.jpg", f"train_images/{image}.jpg", f"test_images/{image}.jpg")
         data = question_of([source], text, answer, options, id=str(question.get("question_id", number)))
         yield RawRow(where, data, kind="ocr")

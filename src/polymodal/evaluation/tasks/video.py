@@ -66,7 +66,7 @@ VIDEOMME = Task(
     splits=("test",),
     read=_read_videomme,
     hub="lmms-eval/Video-MME",
-    hub_files={"test": ["*.parquet"]},  # not the videos, which no model can take yet
+    hub_files={"test": ["*.parquet"]},  # not the videos, which are hundreds of gigabytes
     aggregate=_videomme_figures,
     group="video",
     needs=("video",),
@@ -107,9 +107,11 @@ def _read_mvbench(folder: Path, _split: str) -> Iterator[Example]:
         if not right:
             raise DataError(f"{row.where}: the answer {row['answer']!r:.60} is none of the candidates")
         name = row.text("video")
-        video = Video(clips.get(Path(name).name) or file_in(folder / "video", name))
+        file = clips.get(Path(name).name) or file_in(folder / "video", name)
         text = f"Question: {row.text('question')}\nOptions:\n{listed(options, '({}) {}')}"
         bounds = {key: literal(row[key], row.where) for key in ("start", "end") if row.text(key, default="")}
+        piece = {key: float(value) for key, value in bounds.items() if isinstance(value, int | float)}
+        video = Video(file, start=piece.get("start"), end=piece.get("end"))
         yield Example(
             # The official script begins the answer itself, with the last words here.
             *(f"{kind}/{number}", (system(_WATCH), user(video, f"{text}\nOnly give the best option.\nBest option:("))),

@@ -20,6 +20,7 @@ from polymodal.evaluation.files import (
     rows_in,
 )
 from polymodal.evaluation.task import Example, Task, ask, json_file, means_by
+from polymodal.media.ocr import reference_tokens
 from polymodal.metrics.vqa import normalize_answer
 
 SHORT = "Answer the question using a single word or phrase."
@@ -157,7 +158,7 @@ def _read_textvqa(ocr: bool, folder: Path, split: str) -> Iterator[Example]:
         question = row.value(str, "question")
         question = question[:1].upper() + question[1:]  # as in LLaVA's file
         if ocr:
-            question += f"\nReference OCR token: {', '.join(map(str, row.value(list, 'ocr_tokens')))}"
+            question += reference_tokens(map(str, row.value(list, "ocr_tokens")))
         yield Example(
             id=row.id("question_id", "index"),
             messages=ask(f"{question}\n{SHORT}", row.image()),
