@@ -117,7 +117,7 @@ class TransformersWhisper(ASR):
         if language is not None and self._languages and f"<|{language}|>" not in self._languages:
             raise unknown_name(f"language of {self.name}", language, [key.strip("<|>") for key in self._languages])
         config: Any = self._model.config
-        asked = {"language": language} if language is not None and self._languages else {}
+        asked: dict[str, Any] = {"language": language} if language is not None and self._languages else {}
         if self._timed:
             asked |= {"return_timestamps": True, "return_segments": True, "condition_on_prev_tokens": False}
             asked |= {"no_speech_threshold": _NO_SPEECH, "logprob_threshold": _SURE, "temperature": _TEMPERATURES}

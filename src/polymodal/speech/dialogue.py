@@ -46,7 +46,7 @@ class Answer(Iterator[AudioChunk]):
         self.text = ""  # What the model has said so far
         self.reply: Reply | None = None  # The whole of it, once it is there
         self.stopped = False  # Whether it was interrupted
-        self._chunks: Generator[AudioChunk] = (chunk for chunk in ())
+        self._chunks: Generator[AudioChunk] = (chunk for chunk in list[AudioChunk]())
 
     def __next__(self) -> AudioChunk:
         """The next piece of sound."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ def devices() -> Any:
         import sounddevice
     except (ImportError, OSError) as error:  # OSError: PortAudio itself is missing
         raise ConfigError(
-            f"the microphone needs sounddevice and PortAudio ({first_line(error)}): pip install 'polymodal[microphone]', "
+            f"microphone and loudspeaker need sounddevice ({first_line(error)}): pip install 'polymodal[microphone]', "
             "apt install libportaudio2; or give --input question.wav and --output answer.wav"
         ) from None
     return sounddevice
@@ -88,58 +88,44 @@ class Microphone:
         return self._vad.probabilities(np.concatenate(self._recent)) if self._recent else np.zeros(0, np.float32)
 
 
-class Loudspeaker:
-    """Plays pieces of sound in a thread, so that the next sentence is made meanwhile."""
+def play(chunks: Iterator[AudioChunk], stop: Callable[[], bool] | None = None) -> None:
+    """Play an answer while it is made; where `stop` says yes, fall silent at once."""
+    waiting: queue.Queue[AudioChunk | None] = queue.Queue()
+    silent, failed = threading.Event(), []
 
-    def __init__(self) -> None:
-        self._chunks: queue.Queue[AudioChunk | None] = queue.Queue()
-        self._stopped = threading.Event()
-        self._failed: Exception | None = None
-        self._thread = threading.Thread(target=self._play, daemon=True)
-        self._thread.start()
-
-    def play(self, chunk: AudioChunk) -> None:
-        """Play a piece after those before it."""
-        self._chunks.put(chunk)
-
-    def playing(self) -> bool:
-        """Whether there is something left to play."""
-        return self._thread.is_alive()
-
-    def finish(self) -> None:
-        """Say that no more pieces come."""
-        self._chunks.put(None)
-
-    def stop(self) -> None:
-        """Fall silent at once."""
-        self._stopped.set()
-        self.finish()
-        self._thread.join()
-
-    def check(self) -> None:
-        """Raise what went wrong while playing."""
-        if self._failed is not None:
-            raise PolymodalError(
-                f"the loudspeaker cannot be used ({first_line(self._failed)}); give --output answer.wav"
-            )
-
-    def _play(self) -> None:
+    def run() -> None:
         stream: Any = None
         try:
-            while (chunk := self._chunks.get()) is not None:
+            while (chunk := waiting.get()) is not None and not silent.is_set():
                 if stream is None:
                     stream = devices().OutputStream(chunk.sample_rate, channels=1, dtype="float32")
                     stream.start()
                 block = chunk.sample_rate // 10
                 for start in range(0, len(chunk.samples), block):
-                    if self._stopped.is_set():
-                        stream.abort()
-                        return
+                    if silent.is_set():
+                        return stream.abort()
                     stream.write(np.ascontiguousarray(chunk.samples[start : start + block, None]))
             if stream is not None:
-                stream.stop()
-        except Exception as error:  # PortAudioError, in a thread that nobody waits for
-            self._failed = error
+                stream.stop()  # after the last sound
+        except Exception as error:  # PortAudioError, in a thread whose errors nobody sees
+            failed.append(error)
         finally:
             if stream is not None:
                 stream.close()
+
+    player = threading.Thread(target=run, daemon=True)
+    player.start()
+    try:
+        for chunk in chunks:
+            waiting.put(chunk)
+            if failed:
+                break
+        waiting.put(None)
+        while player.is_alive() and not (stop is not None and stop()):
+            player.join(0.05)
+    finally:  # Ctrl-C too
+        silent.set()
+        waiting.put(None)
+        player.join()
+    if failed:
+        raise PolymodalError(f"there is no loudspeaker ({first_line(failed[0])}); give --output answer.wav")

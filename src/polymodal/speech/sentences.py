@@ -40,6 +40,9 @@ _STARTERS = _words(
 )
 """Words that begin a sentence after initials, where a capital may as well be a name."""
 
+ABBREVIATIONS = _NEVER | _BEFORE_NUMBER
+"""Words whose dot is none of a sentence."""
+
 _MARK = re.compile(r"[.!?…‼⁇؟।۔。！？｡]{1,8}[\"'’”»)\]」』）】》]{0,4}|\n\n?")
 _WIDE = re.compile(r"[।۔。！？｡]")
 _ITEM = re.compile(r"(?:[-*•–]|\d{1,3}[.)])\s")

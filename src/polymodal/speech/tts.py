@@ -20,7 +20,7 @@ from polymodal.checkpoints.locate import HUB_ID, find_model
 from polymodal.errors import CheckpointError, ConfigError, DataError, PolymodalError, first_line, unknown_name
 from polymodal.safety.config_json import read_json
 from polymodal.speech.base import TTS, AudioChunk, closed, open_onnx, package_folder
-from polymodal.speech.sentences import SentenceSplitter
+from polymodal.speech.sentences import ABBREVIATIONS, SentenceSplitter
 from polymodal.utils.files import home_path
 
 MOST_TEXT = 100_000
@@ -56,6 +56,10 @@ def phonemes(text: str, voice: str) -> str:
     if not re.fullmatch(r"[A-Za-z][\w-]{0,40}", voice):
         raise CheckpointError(f"the voice asks espeak-ng for the language {voice!r:.60}, which is no name of one")
     plain = " ".join(text.replace("[[", "[").split())  # espeak-ng would read what stands in [[ ]] as phonemes
+    # and it pauses after the dot of "Dr."
+    plain = re.sub(
+        r"(?<![\w.])(\w{2,6})\.(?= )", lambda word: word[1] if word[1].lower() in ABBREVIATIONS else word[0], plain
+    )
     try:
         done = subprocess.run(
             [program, "-q", "--ipa", "-v", voice, "--stdin"],
@@ -70,6 +74,8 @@ def phonemes(text: str, voice: str) -> str:
         raise PolymodalError(f"espeak-ng cannot speak {voice!r} ({said[0]:.160}); its voices: espeak-ng --voices")
     lines = [line.strip() for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
     lines = [re.sub(r"\([a-z-]{2,12}\)", "", line) for line in lines]  # where it changes the language
+    if not lines:
+        raise DataError(f"espeak-ng finds nothing to speak in {plain!r:.60} as {voice!r}; choose another voice")
     # It gives a clause a line and drops the marks. Where they cannot be told apart, a comma stands between.
     marks = [mark[0] for mark in re.findall(r"[,;:.!?]+(?=[\s\"'”’)]|$)", plain)]
     last = marks[-1] if marks and plain.rstrip("\"'”’)")[-1:] == marks[-1] else "."
@@ -124,7 +130,7 @@ class PiperVoice(TTS):
 
 
 class KokoroVoice(TTS):
-    """Kokoro in ONNX: a folder with the model, config.json or tokenizer.json with its vocabulary, and voices' styles."""
+    """Kokoro in ONNX: a folder with the model, its vocabulary in config.json or tokenizer.json, and voices."""
 
     sample_rate = 24_000
 
@@ -154,7 +160,11 @@ class KokoroVoice(TTS):
         """Speak phonemes of Kokoro's own alphabet, such as misaki makes; float32 [L]."""
         ids = [self._ids[char] for char in said if char in self._ids][:_STYLES]
         style = self._style[min(len(ids), len(self._style) - 1)].reshape(1, 256)
-        feed = {self._input: np.array([[0, *ids, 0]], np.int64), "style": style, "speed": np.ones(1, np.float32)}
+        feed: dict[str, np.ndarray] = {
+            self._input: np.array([[0, *ids, 0]], np.int64),
+            "style": style,
+            "speed": np.ones(1, np.float32),
+        }
         return _run(self._session, feed, self.name)
 
 
