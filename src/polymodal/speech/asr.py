@@ -1,7 +1,7 @@
 """What is said in a sound, written down: Whisper through faster-whisper or transformers, and any other engine.
 
 Whisper writes something for silence too ("Thank you."). So a VAD finds the speech first, and only that is listened to,
-in windows of at most 28 seconds that know nothing of each other; what the model itself takes for no speech is left out.
+in windows of 28 seconds at most that know nothing of each other; what the model itself takes for no speech is left out.
 """
 
 from __future__ import annotations
@@ -81,16 +81,20 @@ class TransformersWhisper(ASR):
         import torch
         from transformers import WhisperForConditionalGeneration, WhisperTokenizer
 
+        from polymodal.modeling.encoders.audio import check_positions
+        from polymodal.modeling.language_model import quieten_transformers
         from polymodal.modeling.pretrained import attention_of, building, config_json, load_checked, look_over
 
         self.name = name or path.name
         where = str(path)
+        quieten_transformers()
         most = look_over(where, where)
         settings = config_json(where, where)
         if settings.get("model_type") != "whisper":
             raise CheckpointError(
                 f"{path}: model_type is {settings.get('model_type')!r}, not 'whisper'; give a Whisper's folder"
             )
+        check_positions(settings, where)
         self._model = load_checked(
             WhisperForConditionalGeneration,
             where,
@@ -105,6 +109,7 @@ class TransformersWhisper(ASR):
             self._tokenizer: Any = WhisperTokenizer.from_pretrained(where)
         defaults: Any = self._model.generation_config
         self._languages: dict[str, int] = getattr(defaults, "lang_to_id", None) or {}
+        self.window = min(WINDOW, 0.93 * self._model.config.max_source_positions / 50)  # 20 ms each
         self._timed = getattr(defaults, "no_timestamps_token_id", None) is not None
 
     def listen(self, samples: np.ndarray, language: str | None = None) -> Transcript:
@@ -121,10 +126,10 @@ class TransformersWhisper(ASR):
         if self._timed:
             asked |= {"return_timestamps": True, "return_segments": True, "condition_on_prev_tokens": False}
             asked |= {"no_speech_threshold": _NO_SPEECH, "logprob_threshold": _SURE, "temperature": _TEMPERATURES}
-        window = 2 * config.max_source_positions / 100
-        features = audio_features(samples, mel_bins=config.num_mel_bins, window=window).features[:1]
-        with torch.inference_mode(), building(self.name):
-            made = self._model.generate(features, **asked)
+        features = audio_features(samples, mel_bins=config.num_mel_bins, window=config.max_source_positions / 50)
+        with torch.inference_mode(), building(self.name), torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            made = self._model.generate(features.features[:1], **asked)
         if not self._timed:
             return Transcript((Segment(0.0, len(samples) / SAMPLE_RATE, self._words(made[0])),), language)
         found = made["segments"][0]
@@ -229,8 +234,9 @@ def transcribe(
         CheckpointError: A model's folder cannot be used.
     """
     samples = samples_of(source, max_seconds)
+    detector, recogniser = load_vad(vad), load_asr(asr)
     samples = samples_of(source, max_seconds)
-    return listen(samples, load_vad(vad).spans(samples), load_asr(asr), language)
+    return listen(samples, detector.spans(samples, recogniser.window), recogniser, language)
 
 
 def samples_of(source: Source | Sound, max_seconds: float = MAX_SECONDS) -> np.ndarray:
@@ -245,7 +251,7 @@ def samples_of(source: Source | Sound, max_seconds: float = MAX_SECONDS) -> np.n
 def listen(samples: np.ndarray, spans: Sequence[tuple[int, int]], asr: ASR, language: str | None) -> Transcript:
     """Write down the spans of a sound that hold speech; times are those of the sound."""
     segments: list[Segment] = []
-    for start, end in windows(spans):
+    for start, end in windows(spans, asr.window):
         heard = asr.listen(samples[start:end], language)
         language = language or heard.language  # which does not change between two windows
         at, last = start / SAMPLE_RATE, end / SAMPLE_RATE
@@ -255,11 +261,11 @@ def listen(samples: np.ndarray, spans: Sequence[tuple[int, int]], asr: ASR, lang
     return Transcript(tuple(segments), language)
 
 
-def windows(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def windows(spans: Sequence[tuple[int, int]], longest: float) -> list[tuple[int, int]]:
     """Spans of speech put together to windows, each costing a run of the model, without long silences inside."""
     found: list[tuple[int, int]] = []
     for start, end in spans:
-        if found and start - found[-1][1] <= _GAP * SAMPLE_RATE and end - found[-1][0] <= WINDOW * SAMPLE_RATE:
+        if found and start - found[-1][1] <= _GAP * SAMPLE_RATE and end - found[-1][0] <= longest * SAMPLE_RATE:
             found[-1] = (found[-1][0], end)
         else:
             found.append((start, end))

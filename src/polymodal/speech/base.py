@@ -24,7 +24,7 @@ SAMPLE_RATE = 16_000
 FRAME = 512
 """Samples of the frames that a VAD judges; 32 ms."""
 WINDOW = 28.0
-"""Seconds that an ASR is given at most at once; Whisper hears 30."""
+"""Seconds that an ASR is given at most at once, unless it says otherwise; Whisper hears 30."""
 
 
 @dataclass(frozen=True)
@@ -130,20 +130,22 @@ class VAD(ABC):
 
 
 class ASR(ABC):
-    """Writes down what is said in up to 30 seconds; `transcribe` finds the speech and cuts long sounds.
+    """Writes down what is said in a short sound; `transcribe` finds the speech and cuts long ones.
 
     Attributes:
         name: What the engine is called.
+        window: Seconds that it is given at most at once.
     """
 
     name: str
+    window: float = WINDOW
 
     @abstractmethod
     def listen(self, samples: np.ndarray, language: str | None = None) -> Transcript:
         """Write down one window.
 
         Args:
-            samples: float32 [L] at 16 kHz, at most 30 seconds, with speech in it.
+            samples: float32 [L] at 16 kHz, no longer than `window`, with speech in it.
             language: The language, such as "en"; found out where None.
 
         Returns:

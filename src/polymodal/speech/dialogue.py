@@ -175,7 +175,7 @@ def talk(
     else:
         samples = samples_of(question, max_seconds)
         decoded = time.perf_counter()
-        spans = hears[1].spans(samples)
+        spans = hears[1].spans(samples, hears[0].window)
         found = time.perf_counter()
         heard = listen(samples, spans, hears[0], language)
         shares = Shares(decoded - begin, found - decoded, time.perf_counter() - found)

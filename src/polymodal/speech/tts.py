@@ -113,7 +113,7 @@ class PiperVoice(TTS):
         """Speak one sentence."""
         said = sentence.casefold() if self._text else phonemes(sentence, self._espeak)
         ids = self.ids(said)
-        feed = {
+        feed: dict[str, np.ndarray] = {
             "input": np.array([ids], np.int64),
             "input_lengths": np.array([len(ids)], np.int64),
             "scales": self._scales,
@@ -208,9 +208,11 @@ class TransformersVoice(TTS):
         import torch
         from transformers import AutoModelForTextToSpectrogram, AutoModelForTextToWaveform, AutoTokenizer
 
+        from polymodal.modeling.language_model import quieten_transformers
         from polymodal.modeling.pretrained import building, config_json, load_checked, look_over
 
         self.name, where = name or folder.name, str(folder)
+        quieten_transformers()
         most = look_over(where, where)
         self._t5 = config_json(where, where).get("model_type") == "speecht5"
         options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
@@ -218,6 +220,9 @@ class TransformersVoice(TTS):
         self._model = load_checked(auto, where, where, most, **options).eval()
         with building(where):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(where)
+        self._phonemes = bool(getattr(self._tokenizer, "phonemize", False))
+        if self._phonemes:  # it would make them with a package
+            self._tokenizer.phonemize = False
         config: Any = self._model.config
         if self._t5:
             from transformers import SpeechT5HifiGan
@@ -245,8 +250,10 @@ class TransformersVoice(TTS):
 
         from polymodal.modeling.pretrained import building
 
-        with torch.inference_mode(), building(self.name):
-            inputs = self._tokenizer(sentence, return_tensors="pt")
+        said = phonemes(sentence, "en-us") if self._phonemes else sentence
+        with torch.inference_mode(), building(self.name), torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            inputs = self._tokenizer(said, return_tensors="pt")
             if not inputs["input_ids"].numel():
                 raise DataError(f"{self.name}: knows none of the letters of {sentence!r:.60}")
             if self._t5:
