@@ -36,6 +36,13 @@ REACHED = {
     "polymodal.modeling.encoders.audio.build_audio_encoder",
     "polymodal.modeling.encoders.vision.build_vision_encoder",
     "polymodal.modeling.projectors.build_projector",
+    "polymodal.speech.asr.load_asr",
+    "polymodal.speech.asr.transcribe",
+    "polymodal.speech.base.wav_bytes",
+    "polymodal.speech.dialogue.talk",
+    "polymodal.speech.tts.load_tts",
+    "polymodal.speech.tts.speak",
+    "polymodal.speech.vad.load_vad",
     "polymodal.training.recipes.load.load_any_recipe",
     "polymodal.training.recipes.load.load_recipe",
     "polymodal.training.train",
@@ -50,7 +57,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "folders": ("checkpoints", "interop"),
     "answers": ("generation", "backends", "verify"),
     "data": ("metrics", "data"),
-    "stages": ("training", "planning", "evaluation", "serving"),
+    "stages": ("training", "planning", "evaluation", "speech", "serving"),
     "door": ("__init__", "cli", "__main__"),
 }
 
@@ -64,10 +71,11 @@ NEVER: dict[str, set[str]] = {
     "metrics": {"media", "processing", "viewer"} | _MODELS,
     "data": {"viewer"} | _MODELS,
     "evaluation": {"training", "planning"},
+    "speech": {"training", "planning", "evaluation"},
     "serving": {"training", "planning", "evaluation"},
 }
 
-LIMITS = {"lines": 39_500, "files": 215, "longest file": 450, "imports": 0.115, "circles": 0}
+LIMITS = {"lines": 41_000, "files": 220, "longest file": 450, "imports": 0.115, "circles": 0}
 
 BASES = {"ABC", "Protocol", "Strict"}
 SECTION = re.compile(r"^\s*(Args|Attributes|Returns|Yields|Raises|Example|Examples|Note|Notes):\s*$", re.MULTILINE)

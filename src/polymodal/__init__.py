@@ -16,7 +16,7 @@ from polymodal.errors import PolymodalError
 from polymodal.messages import Audio, Document, Image, Message, Text, Video, assistant, system, user
 
 if TYPE_CHECKING:
-    from polymodal import metrics
+    from polymodal import metrics, speech
     from polymodal.backends import load
     from polymodal.backends.base import Reply
     from polymodal.backends.local import LocalBackend
@@ -38,6 +38,7 @@ _LAZY = {
     "build_model": "polymodal.modeling.build",
     "Processor": "polymodal.processing.processor",
     "metrics": "polymodal.metrics",
+    "speech": "polymodal.speech",
 }
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "build_model",
     "load",
     "metrics",
+    "speech",
     "system",
     "user",
 ]
@@ -67,7 +69,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'polymodal' has no attribute {name!r}")
     module = import_module(_LAZY[name])
-    return module if name == "metrics" else getattr(module, name)
+    return module if name in ("metrics", "speech") else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -14,7 +14,7 @@ transformers; a model that was trained on Whisper's padded features is run that 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -133,6 +133,17 @@ class WhisperAudioEncoder(nn.Module):
         return hidden.reshape(count, -1, self.embed_dim)
 
 
+def check_positions(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse a table of positions that no Whisper has."""
+    # transformers computes it from the configuration alone, before any file is looked at.
+    table = [settings.get(key, usual) for key, usual in (("max_source_positions", 1500), ("d_model", 384))]
+    if not all(isinstance(side, int) and side >= 1 for side in table) or table[0] * table[1] > MOST_POSITIONS:
+        raise CheckpointError(
+            f"{where}: max_source_positions {table[0]!r} and d_model {table[1]!r} must be whole numbers above 0, their "
+            f"product at most {MOST_POSITIONS:,}"
+        )
+
+
 def _build_whisper(source: str, revision: str | None, stack: int) -> WhisperAudioEncoder:
     """Load the encoder of a Whisper from a folder or the hub; a decoder beside it is left out."""
     where = f"audio_tower {source!r}"
@@ -145,13 +156,7 @@ def _build_whisper(source: str, revision: str | None, stack: int) -> WhisperAudi
     settings = config_json(source, where, revision=revision)
     if (found := settings.get("model_type")) != "whisper":
         raise ConfigError(f"{where} has model_type {found!r}, not 'whisper'; give a Whisper's folder")
-    # transformers computes the table of positions from the configuration alone, before any file is looked at.
-    table = [settings.get(key, usual) for key, usual in (("max_source_positions", 1500), ("d_model", 384))]
-    if not all(isinstance(side, int) and side >= 1 for side in table) or table[0] * table[1] > MOST_POSITIONS:
-        raise CheckpointError(
-            f"{where}: max_source_positions {table[0]!r} and d_model {table[1]!r} must be whole numbers above 0, their "
-            f"product at most {MOST_POSITIONS:,}"
-        )
+    check_positions(settings, where)
     verbosity = logging.get_verbosity()
     try:
         logging.set_verbosity_error()  # that a decoder was left out is what was asked for, no news
