@@ -172,6 +172,22 @@ def tiny_tower_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_ears_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Whisper encoder with windows of a second; do not write into it."""
+    import torch
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    folder = tmp_path_factory.mktemp("tiny") / "audio"
+    torch.manual_seed(1)
+    settings = WhisperConfig(
+        d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32, max_source_positions=50
+    )
+    WhisperEncoder(settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_model_config(tiny_llm_folder: Path, tiny_tower_folder: Path) -> ModelConfig:
     """The configuration of the tiny model: one tile, padded."""
     return tiny_config(tiny_llm_folder, tiny_tower_folder)

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase, WhisperConfig
+from transformers import PreTrainedTokenizerBase
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from polymodal.backends import load_processor
@@ -63,14 +63,8 @@ def tone(path: Path, seconds: float = 0.5, pitch: float = 440.0) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ears(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(1)
-    settings = WhisperConfig(
-        d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32, max_source_positions=50
-    )
-    folder = tmp_path_factory.mktemp("whisper")
-    WhisperEncoder(settings).save_pretrained(folder)
-    return folder
+def ears(tiny_ears_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(tiny_ears_folder, tmp_path_factory.mktemp("ears") / "audio"))
 
 
 @pytest.fixture(scope="module")
