@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from polymodal.backends.transformers import TransformersBackend, open_transforme
 from polymodal.backends.transformers import video_processor as ours
 from polymodal.backends.transformers.folder import open_processor, takes_media
 from polymodal.backends.transformers.media import video_content
+from polymodal.cli import main
 from polymodal.errors import PolymodalError
 from polymodal.evaluation.runner import Settings, check_needs, in_grey, run_task
 from polymodal.evaluation.task import Example, Task
@@ -337,3 +339,43 @@ def test_the_evaluation_asks_about_videos_and_sounds_beside_controls(
         hidden = in_grey(asked[0].messages)
         expected = opened(family).generate(hidden, GenerationParams(max_new_tokens=4)).text.strip()
         assert run.samples[0].blind == expected
+
+
+def test_the_commands_of_the_docs(
+    tiny_vlm: Folders, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those about published models, with tiny ones in their place."""
+    pytest.importorskip("pypdfium2")
+    page = Path(__file__).parents[2] / "docs" / "video-audio.md"
+    lines = [line for line in page.read_text().splitlines() if line.startswith("polymodal generate --model ")]
+    kinds = {"NeXT-Video": "llava_next_video", "Qwen2-Audio": "qwen2_audio", "Omni": "qwen2_5_omni", "VL": "qwen2_5_vl"}
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(clip, "clip.mp4")
+    with av.open(str(clip)) as source, av.open("speech.mp3", "w", format="wav") as file:
+        track = file.add_stream("pcm_s16le", rate=16_000, layout="mono")
+        for frame in source.decode(audio=0):
+            for part in av.AudioResampler("s16", "mono", 16_000).resample(frame):
+                file.mux(track.encode(part))
+    pages = [PILImage.new("RGB", (60, 40), colour) for colour in ("red", "lime", "blue")]
+    pages[0].save("paper.pdf", save_all=True, append_images=pages[1:])
+    found = []
+    for line in lines:
+        argv = shlex.split(line)[1:]
+        family = next(family for name, family in kinds.items() if name in argv[2])
+        argv[2] = str(tiny_vlm(family))
+        assert main([*argv, "--max-new-tokens", "4", "--device", "cpu"]) == 0, capsys.readouterr().err
+        found.append(family)
+    assert sorted(found) == sorted(kinds.values()) and capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("family", "token"),
+    [("llava_next_video", "<video>"), ("qwen2_5_vl", "<|video_pad|>"), ("qwen2_audio", "<|AUDIO|>")],
+)
+def test_a_typed_control_token_stays_text_beside_media(family: str, token: str, opened: Opened, clip: Path) -> None:
+    model = opened(family)
+    part = Audio(clip) if "audio" in family else Video(clip, num_frames=2)
+    typed, plain = (model.prepare([user(part, text)], 4)["input_ids"] for text in (f"what is {token}?", "what is ?"))
+    placeholder = model.tokenizer.convert_tokens_to_ids(token)
+    assert int((typed == placeholder).sum()) == int((plain == placeholder).sum()) > 0
+    assert typed.numel() == plain.numel() + len(token)
