@@ -185,6 +185,7 @@ def kinds(body: dict[str, Any]) -> list[str]:
         (400, "Invalid value: 'video_url'. Supported values are: 'text', 'image_url', 'input_audio', and 'file'."),
         (400, "Invalid input"),
         (404, "No endpoints found that support input video"),
+        (500, "unsupported content[].type"),
         (422, "messages.0.content.0.type: input should be 'text' or 'image_url'"),
     ],
 )

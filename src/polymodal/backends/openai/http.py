@@ -35,6 +35,9 @@ _JSON = re.compile(r"(application/(.+[+])?json|application/octet-stream|text/pla
 _EVENTS = re.compile(rb"(\xef\xbb\xbf)?\s*(data|event|id|retry|error)?:")
 """How a stream of events begins, whatever its type says."""
 
+_LASTING = re.compile(r"insufficient_quota|unsupported content|input is not supported")
+"""What no later attempt gets, whatever the status; llama.cpp says so of media with 500."""
+
 _HINTS = {
     401: "check the key in OPENAI_API_KEY",
     403: "check the key in OPENAI_API_KEY",
@@ -214,7 +217,7 @@ class Endpoint:
         title = f"{status} {httpx2.codes.get_reason_phrase(status)}".rstrip()
         line = ": ".join(filter(None, (self.shown, title, self._safe(words))))
         message = f"{line} ({_HINTS[status]})" if status in _HINTS else line
-        if not _is_passing(status) or "insufficient_quota" in text:
+        if not _is_passing(status) or _LASTING.search(text):
             return Refused(message)
         error = _Passing(message)
         error.wait_s = retry_after(response.headers.get("retry-after", ""))

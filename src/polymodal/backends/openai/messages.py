@@ -53,7 +53,7 @@ def _has_video(body: Mapping[str, Any]) -> bool:
 
 
 # Few servers say that it is the video which they do not take.
-_SENT_BACK = re.compile(r"\b(400|404|413|415|422)\b|video|multimodal|modalit", re.IGNORECASE)
+_SENT_BACK = re.compile(r"\b(400|404|413|415|422)\b|video|multimodal|modalit|unsupported content", re.IGNORECASE)
 _NAMES_LIMIT = re.compile(r"max[_ ]?((new|output|completion)[_ ]?)?tokens", re.IGNORECASE)
 _UNKNOWN = re.compile(
     r"not support|unsupported|unknown|unrecogni[sz]ed|unexpected|extra|not (permitted|allowed)|deprecated"
