@@ -56,7 +56,7 @@ URL = "data:image/png;base64,AAAA"
         (
             [{"role": "user", "content": [
                 {"type": "document", "document": "a.pdf", "pages": "1-3", "text": "layer"},
-                {"document": "a.pdf", "pages": 2, "text": "ocr"},
+                {"pages": 2, "text": "ocr", "document": "a.pdf"},
                 {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,AAAA"}},
                 {"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,AAAA"},
             ]}],

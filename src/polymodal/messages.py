@@ -236,7 +236,7 @@ def _as_part(part: Any, where: str) -> Part:
         return Text(part)
     if not isinstance(part, Mapping):
         raise PolymodalError(f"{where}: expected a part such as Text or Image, not {_kind(part)}")
-    kind = part.get("type") or next(iter(part), None)
+    kind = part.get("type") or next((key for key in part if key in _PARTS), next(iter(part), None))
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
         return Text(part["text"])
     value = next((part[key] for key in (kind, *_SOURCES) if part.get(key) is not None), None)

@@ -241,9 +241,15 @@ def test_how_many_frames_are_taken(opened: Opened, clip: Path, monkeypatch: pyte
     monkeypatch.setattr(processor.video_processor, "num_frames", None)
     monkeypatch.setattr(processor.video_processor, "fps", 2)
     assert indices() == [0, 5, 10, 15] and indices(num_frames=2) == [0, 19] and indices(fps=1.0) == [0, 10]
+    monkeypatch.setattr(processor.video_processor, "min_frames", None)  # Qwen's is 4
     assert indices(start=1.0, end=1.5) == [10]
+    monkeypatch.setattr(processor.video_processor, "min_frames", 6)
+    assert indices() == np.linspace(0, 19, 6, dtype=int).tolist() and indices(fps=1.0) == [0, 10]
+    monkeypatch.setattr(processor.video_processor, "min_frames", None)
     monkeypatch.setattr(processor.video_processor, "max_frames", 2)
     assert indices() == [0, 19]
+    with pytest.raises(PolymodalError, match="0 frames are asked for"):
+        indices(num_frames=0)
 
 
 def test_times_are_told_as_they_are(opened: Opened, clip: Path, tmp_path: Path) -> None:
@@ -257,6 +263,7 @@ def test_times_are_told_as_they_are(opened: Opened, clip: Path, tmp_path: Path) 
     assert times == pytest.approx([0, 0.1, 1.2, 3.0], abs=0.002) and span == pytest.approx(3.1, abs=0.2)
     assert told(Video(clip, num_frames=2)) == ([0.0, 1.9], 2.0)
     assert told(Video(clip, num_frames=2, start=1.0, end=1.5)) == ([1.0, 1.4], 0.5)
+    assert told(Video(clip, num_frames=2, start=1.0, end=99.0)) == ([1.0, 1.9], 1.0)
     made = opened("qwen2_5_vl").prepare([user(Video(clip, num_frames=4, start=1.0), "What?")], 4)
     assert float(torch.as_tensor(made["second_per_grid_ts"])[0]) == pytest.approx(0.5)  # two frames of four in a second
 

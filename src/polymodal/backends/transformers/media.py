@@ -24,14 +24,15 @@ _SLACK = 0.5  # seconds that a processor may leave out of a sound and still have
 
 def video_content(part: Video, processor: ProcessorMixin) -> dict[str, Any]:
     """A video as a part of a chat: its frames (uint8 [T, H, W, 3]) and what is known of them."""
-    frames, span = _frames(part, getattr(processor, "video_processor", None))
-    height, width = frames.array.shape[1:3]
     info = probe(part.source)
+    frames = _frames(part, getattr(processor, "video_processor", None))
+    height, width = frames.array.shape[1:3]
     rate = info.rate or 24.0
     indices, times = list(frames.indices), frames.times
     if np.abs(np.array(indices) / rate - times).max() > 0.5 / rate:  # a variable rate: count milliseconds instead
         rate, indices = 1000.0, np.rint(1000 * times).astype(int).tolist()
-    span = span if span is not None else info.duration or len(indices) / rate
+    lasts = info.duration or len(indices) / rate
+    span = min(lasts, part.end or lasts) - (part.start or 0.0)  # seconds that the frames are spread over
     return {
         "type": "video",
         "video": frames.array,
@@ -46,31 +47,28 @@ def video_content(part: Video, processor: ProcessorMixin) -> dict[str, Any]:
     }
 
 
-def _frames(part: Video, chooser: Any) -> tuple[Frames, float | None]:
-    """The frames that the part asks for, else the processor; and the seconds they are spread over, if not all."""
-    num_frames, fps, most = part.num_frames, part.fps, MOST_FRAMES
-    if not (num_frames or fps or part.times or part.key_frames):
+def _frames(part: Video, chooser: Any) -> Frames:
+    """The frames that the part asks for, else the processor."""
+    num_frames, fps, least, most = part.num_frames, part.fps, 1, MOST_FRAMES
+    if num_frames is None and fps is None and part.times is None and not part.key_frames:
         num_frames, fps = getattr(chooser, "num_frames", None), getattr(chooser, "fps", None)
         if num_frames or not fps:
             num_frames, fps = num_frames or FRAMES, None
-        most = getattr(chooser, "max_frames", None) or most
+        least, most = getattr(chooser, "min_frames", None) or least, getattr(chooser, "max_frames", None) or most
     segment = None if part.start is None and part.end is None else (part.start or 0.0, part.end)
-    plan_of = partial(
-        plan_frames,
-        part.source,
-        num_frames,
-        fps=fps,
-        times=part.times,
-        key_frames=part.key_frames,
-        segment=segment,
-        max_frames=most,
-    )
-    plan = plan_of()
+    plan_of = partial(plan_frames, part.source, segment=segment, max_frames=most)
+    asked: dict[str, Any] = {
+        "num_frames": num_frames, "fps": fps, "times": part.times, "key_frames": part.key_frames,
+    }  # fmt: skip
+    plan = plan_of(**asked)
+    if fps and len(plan.indices) < least:
+        asked = {"num_frames": least}
+        plan = plan_of(**asked)
     size = 3 * len(plan.indices) * plan.height * plan.width
     if size > LIMITS.output:  # the processor scales them down in any case
-        plan = plan_of(max_side=int(max(plan.height, plan.width) * (LIMITS.output / size) ** 0.5))
-    span = None if segment is None else (segment[1] or probe(part.source).duration or 0.0) - segment[0]
-    return read_frames(part.source, plan), span
+        side = int(max(plan.height, plan.width) * (LIMITS.output / size) ** 0.5)
+        plan = plan_of(**asked, max_side=side)
+    return read_frames(part.source, plan)
 
 
 def sound_of(part: Audio | Video, processor: ProcessorMixin) -> np.ndarray:
