@@ -78,6 +78,8 @@ class Audio:
     """A sound, or that of a video."""
 
     source: Source
+    start: float | None = None  # Seconds: only what is heard from here on
+    end: float | None = None  # Seconds: only what is heard before this
 
 
 @dataclass(frozen=True)

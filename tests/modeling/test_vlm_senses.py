@@ -26,7 +26,7 @@ from polymodal.config import (
     TemporalConfig,
     VideoConfig,
 )
-from polymodal.errors import CheckpointError, ConfigError, PolymodalError
+from polymodal.errors import CheckpointError, ConfigError, MediaError, PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.media_plan import AudioPlan, VideoPlan
 from polymodal.messages import Audio, Image, Video, assistant, user
@@ -262,6 +262,10 @@ def test_a_video_with_its_sound(model: Any, config: ModelConfig, tmp_path: Path)
     path = clip(tmp_path / "s.mkv", sound=True)
     assert [s.modality for s in processor([user(Video(path, audio=True))], pixels=False).slots] == ["video", "audio"]
     assert [s.modality for s in processor([user(Video(path))], pixels=False).slots] == ["video"]
+    plan = processor([user(Video(path, start=0.25, end=0.5, audio=True))], pixels=False).plans[1]
+    assert isinstance(plan, AudioPlan) and plan.frames == (25,)
+    with pytest.raises(MediaError, match="from 3 to 1 seconds there are 0 of sound"):
+        processor([user(Audio(path, start=3))], pixels=False)
     silent = clip(tmp_path / "silent.mp4")
     assert [s.modality for s in processor([user(Video(silent, audio=True))], pixels=False).slots] == ["video"]
 

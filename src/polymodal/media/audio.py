@@ -17,7 +17,7 @@ cannot know the length and put the largest number there is.
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,7 @@ def open_audio(
     sample_rate: int = 16_000,
     video: bool = False,
     track: int = 0,
+    segment: tuple[float | None, float | None] = (None, None),
     max_seconds: float = MAX_SECONDS,
     limit: int = MAX_FILE,
     name: str | None = None,
@@ -86,7 +87,8 @@ def open_audio(
         sample_rate: Samples a second of the result.
         video: Also take the sound of a video.
         track: Which sound of a file that has several, from 0.
-        max_seconds: The longest sound that is decoded.
+        segment: Only from its start to before its end, in seconds; None for the sound's own.
+        max_seconds: The longest result. A sound of which a segment is taken may last half an hour, or that if longer.
         limit: The largest file, in bytes.
         name: What error lines call it.
 
@@ -110,7 +112,22 @@ def open_audio(
         window = open_window(source, limit, name, limit)
         stack.enter_context(window.file)
         container = stack.enter_context(_open_container(window, name))
-        return _decode(container, _stream(container, video, track, name), sample_rate, max_seconds, name)
+        longest = max_seconds if segment == (None, None) else max(max_seconds, MAX_SECONDS)
+        sound = _decode(container, _stream(container, video, track, name), sample_rate, longest, name)
+    return sound if segment == (None, None) else _cut(sound, segment, max_seconds, name)
+
+
+def _cut(sound: Sound, segment: tuple[float | None, float | None], max_seconds: float, name: str) -> Sound:
+    """A piece of a sound."""
+    start, end = segment[0] or 0.0, sound.seconds if segment[1] is None else segment[1]
+    first, last = (round(max(second, 0.0) * sound.sample_rate) for second in (start, end))
+    piece = sound.samples[first:last]
+    if not len(piece) or len(piece) > max_seconds * sound.sample_rate:
+        raise MediaError(
+            f"{name}: from {start:g} to {end:g} seconds there are {len(piece) / sound.sample_rate:g} of sound; ask for "
+            f"some, and for at most {max_seconds:g}"
+        )
+    return replace(sound, samples=piece)
 
 
 def _open_container(file: Window, name: str) -> Any:

@@ -59,7 +59,7 @@ def _with_sound(part: Part, config: ModelConfig) -> tuple[Part, ...]:
     if not isinstance(part, Video) or config.video is None:
         return (part,)
     wanted = config.video.audio and config.audio is not None if part.audio is None else part.audio
-    sound = (Audio(part.source),) if wanted and probe(part.source, count=False).audio else ()
+    sound = (Audio(part.source, part.start, part.end),) if wanted and probe(part.source, count=False).audio else ()
     return (part, *sound)
 
 
@@ -129,10 +129,11 @@ def _sound(part: Audio, config: ModelConfig, window: AudioWindow | None) -> Open
     if config.audio is None or window is None:
         missing = config.audio and f"{config.audio.audio_tower} is not installed; run `polymodal fetch` once"
         raise PolymodalError(f"this model's audio encoder {missing}" if missing else NO_EARS)
-    sound = open_audio(part.source, video=True, max_seconds=config.audio.max_seconds)
-    found = audio_features(sound.samples, mel_bins=window.mel_bins, window=window.max_frames / 100)
+    segment = (part.start, part.end)
+    samples = open_audio(part.source, video=True, segment=segment, max_seconds=config.audio.max_seconds).samples
+    found = audio_features(samples, mel_bins=window.mel_bins, window=window.max_frames / 100)
     plan = plan_audio(found.frames.tolist(), window)
-    digest = hashlib.sha256(f"sound {window} {len(sound.samples)}".encode() + sound.samples.tobytes())
+    digest = hashlib.sha256(f"sound {window} {len(samples)}".encode() + samples.tobytes())
     # Padding is masked in the encoder, so what is longer than the longest window need not be carried.
     return Opened(plan, digest.hexdigest(), windows=found.features[..., : max(plan.frames)])
 

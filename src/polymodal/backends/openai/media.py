@@ -85,8 +85,8 @@ def media_parts(part: Media, sending: Sending) -> Iterator[Json]:
     match part:
         case Image(source):
             yield _image(image_bytes(source), sending)
-        case Audio(source):
-            yield _sound(*_sound_bytes(source))
+        case Audio():
+            yield _sound(*_sound_bytes(part))
         case Video(source):
             whole = _whole_video(part, sending.videos)
             if whole is not None:
@@ -94,7 +94,7 @@ def media_parts(part: Media, sending: Sending) -> Iterator[Json]:
             else:
                 yield from _frames(part, sending)
             if part.audio and probe(source, count=False).audio:
-                yield _sound("wav", _as_wav(source, part.start or 0.0, part.end))
+                yield _sound("wav", _as_wav(part))
         case Document():
             yield _document(part)
 
@@ -149,29 +149,27 @@ def _sound(kind: str, data: bytes) -> Json:
     return {"type": "input_audio", "input_audio": {"data": _base64(data), "format": kind}}
 
 
-def _sound_bytes(source: Source) -> tuple[str, bytes]:
+def _sound_bytes(part: Audio) -> tuple[str, bytes]:
     """A sound as it came where servers read that, else as WAV."""
+    source = part.source
     if isinstance(source, PILImage.Image):
         raise MediaError(f"{describe(source)}: is an image; give it as an Image part")
     with closing((window := open_window(source, 2**31, describe(source), MAX_VIDEO)).file):
         head = window.read(12)
+    if (part.start, part.end) != (None, None):
+        return "wav", _as_wav(part)
     if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
         return "wav", _read(source, MAX_SOUND)
     if head[:3] == b"ID3" or (head[0] == 0xFF and len(head) > 1 and head[1] & 0xE6 == 0xE2):
         return "mp3", _read(source, MAX_SOUND)
-    return "wav", _as_wav(source)
+    return "wav", _as_wav(part)
 
 
-def _as_wav(source: Source, start: float = 0.0, end: float | None = None) -> bytes:
-    """A sound, or a video's, or the piece of it between two seconds, as WAV of 16 bits."""
-    most = MAX_SOUND / (2 * SOUND_RATE)
-    samples = open_audio(source, sample_rate=SOUND_RATE, video=True).samples
-    samples = samples[round(start * SOUND_RATE) : None if end is None else round(end * SOUND_RATE)]
-    if not 0 < len(samples) <= most * SOUND_RATE:
-        raise MediaError(
-            f"{describe(source)}: {len(samples) / SOUND_RATE:,.1f} seconds of sound are asked for; more than 0 and at "
-            f"most {most:,.0f} are sent, cut it"
-        )
+def _as_wav(part: Audio | Video) -> bytes:
+    """A sound, or a video's, or the piece of it that is asked for, as WAV of 16 bits."""
+    most = MAX_SOUND // (2 * SOUND_RATE)
+    segment = (part.start, part.end)
+    samples = open_audio(part.source, sample_rate=SOUND_RATE, video=True, segment=segment, max_seconds=most).samples
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(1)

@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from transformers import ProcessorMixin
 
-from polymodal.errors import PolymodalError
 from polymodal.media.audio import open_audio
-from polymodal.media.source import describe
 from polymodal.media.video import LIMITS, Frames, plan_frames, probe, read_frames
 from polymodal.messages import Audio, Video
 
@@ -75,12 +73,7 @@ def sound_of(part: Audio | Video, processor: ProcessorMixin) -> np.ndarray:
     """The samples of a sound, or of a video's, at the rate that the processor wants; float32 [L]."""
     extractor = getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None)
     rate = int(getattr(extractor, "sampling_rate", 16_000))
-    samples = open_audio(part.source, sample_rate=rate, video=True).samples
-    if isinstance(part, Video):
-        samples = samples[round((part.start or 0) * rate) : None if part.end is None else round(part.end * rate)]
-        if not len(samples):
-            raise PolymodalError(f"{describe(part.source)}: has no sound in the seconds that are asked for")
-    return samples
+    return open_audio(part.source, sample_rate=rate, video=True, segment=(part.start, part.end)).samples
 
 
 def settle(made: dict[str, Any], parts: Sequence[Mapping[str, Any]], processor: ProcessorMixin) -> None:
