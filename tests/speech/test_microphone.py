@@ -109,7 +109,7 @@ def test_the_next_sentence_is_made_while_one_is_played(devices: Devices) -> None
     made: list[int] = []
 
     def chunks():
-        for number in range(3):
+        for _ in range(3):
             made.append(len(devices.played))
             yield chunk(4000)
 
