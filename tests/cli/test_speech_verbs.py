@@ -16,32 +16,12 @@ from polymodal.cli import main
 from polymodal.media.audio import open_audio
 from polymodal.messages import Image, Text, Video, assistant, system
 from polymodal.speech import AudioChunk, wav_bytes
-from tests.speech.engines import RATE, CountingASR, LetterTTS, LevelVAD, ScriptBackend, sound
-
-
-class Stage:
-    """What the verbs open instead of real engines."""
-
-    def __init__(self) -> None:
-        self.asr = CountingASR("What is it?\x1b[31m")
-        self.voice = LetterTTS()
-        self.model = ScriptBackend(["It is\x1b[0m ", "a cat. Go", "od."])
-        self.names: list[Any] = []
+from tests.speech.engines import RATE, Stage, sound
 
 
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
-    found = Stage()
-
-    def opening(kind: str, what: Any) -> Any:
-        return lambda name="": (isinstance(name, str) and found.names.append((kind, name))) or what
-
-    monkeypatch.setattr("polymodal.speech.load_asr", opening("asr", found.asr))
-    monkeypatch.setattr("polymodal.speech.load_vad", opening("vad", LevelVAD()))
-    for module in ("polymodal.speech", "polymodal.speech.tts"):
-        monkeypatch.setattr(f"{module}.load_tts", opening("tts", found.voice))
-    monkeypatch.setattr("polymodal.cli.common.open_model", lambda args: found.model)
-    return found
+    return Stage(monkeypatch)
 
 
 @pytest.fixture

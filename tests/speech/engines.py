@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from polymodal.backends.base import Backend, Reply, TextDelta, Timing, Usage
 from polymodal.messages import assistant
@@ -86,6 +87,34 @@ class ScriptBackend(Backend):
             self.closed += 1
             raise
         yield Reply(assistant("".join(self.pieces)), Usage(1, 0, 1), Timing(0, 0, 0, 0, 0), "stop", self.name)
+
+
+class Stage:
+    """What the verbs open while it stands in the place of the real engines."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asr = CountingASR("What is it?\x1b[31m")
+        self.voice = LetterTTS()
+        self.model = ScriptBackend(["It is\x1b[0m ", "a cat. Go", "od."])
+        self.names: list[Any] = []
+
+        def opening(kind: str, what: Any) -> Any:
+            def load(name: Any = "") -> Any:
+                if isinstance(name, str):
+                    self.names.append((kind, name))
+                return what
+
+            return load
+
+        for module in ("asr", "dialogue"):
+            monkeypatch.setattr(f"polymodal.speech.{module}.load_vad", opening("vad", LevelVAD()))
+            monkeypatch.setattr(f"polymodal.speech.{module}.load_asr", opening("asr", self.asr))
+        for module in ("tts", "dialogue"):
+            monkeypatch.setattr(f"polymodal.speech.{module}.load_tts", opening("tts", self.voice))
+        for kind, what in (("asr", self.asr), ("vad", LevelVAD()), ("tts", self.voice)):
+            monkeypatch.setattr(f"polymodal.speech.load_{kind}", opening(kind, what))
+        monkeypatch.setattr("polymodal.speech.dialogue.load", opening("model", self.model))
+        monkeypatch.setattr("polymodal.cli.common.open_model", lambda args: self.model)
 
 
 def write_vits(folder: Path, phonemize: bool = False) -> None:
