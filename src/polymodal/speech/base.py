@@ -114,15 +114,20 @@ class VAD(ABC):
                     start, quiet = -1, 0
         pad, most = self._frames(self.pad), max(2, self._frames(longest) - 2 * self._frames(self.pad))
         spans: list[tuple[int, int]] = []
+
+        def add(start: int, end: int) -> None:
+            before = spans[-1][1] if spans else 0
+            spans.append((max(before, start * FRAME), min(end * FRAME, len(samples))))
+
         for start, end in found:
             if end - start < self._frames(self.min_speech):
                 continue
+            begin = start - pad
             while end - start > most:
                 cut = start + most // 2 + int(np.argmin(chances[start + most // 2 : start + most])) + 1
-                spans.append((max(0, start - pad) * FRAME, min(cut * FRAME, len(samples))))
-                start = cut
-            before = spans[-1][1] if spans else 0
-            spans.append((max(before, (start - pad) * FRAME), min((end + pad) * FRAME, len(samples))))
+                add(begin, cut)
+                begin = start = cut
+            add(begin, end + pad)
         return spans
 
     def _frames(self, seconds: float) -> int:

@@ -73,7 +73,7 @@ class Microphone:
             if not kept and (chances >= self._vad.threshold).sum() >= _HEARD:
                 kept = list(self._recent)
             quiet = round(silence * SAMPLE_RATE / FRAME)
-            if kept and ((chances[-quiet:] < self._vad.threshold).all() or len(kept) >= most * _SECOND):
+            if kept and ((chances[-quiet:] < self._vad.threshold).all() or len(kept) >= most * SAMPLE_RATE / FRAME):
                 return Sound(np.concatenate(kept), SAMPLE_RATE, SAMPLE_RATE, 1)
 
     def interrupted(self) -> bool:
