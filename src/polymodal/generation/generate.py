@@ -76,6 +76,10 @@ def can_share(model: MultimodalLM) -> bool:
     """Whether several rows can go on from one beginning: where every layer keeps all keys and values of it."""
     if model.encoder_decoder or getattr(model.llm, "_is_stateful", False):
         return False
+    rope = getattr(_decoder(model), "rope_parameters", None) or {}
+    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
+    if kinds & {"dynamic", "longrope"}:  # the same position is rotated otherwise in a longer text
+        return False
     return all(type(layer) is DynamicLayer for layer in new_cache(model).layers)
 
 
