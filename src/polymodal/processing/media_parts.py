@@ -19,7 +19,7 @@ from polymodal.config import ImageConfig, ModelConfig, VideoConfig
 from polymodal.errors import PolymodalError
 from polymodal.media.audio import Sound, open_audio
 from polymodal.media.image import open_image
-from polymodal.media.video import Frames, plan_frames, probe, read_frames
+from polymodal.media.video import FramePlan, Frames, plan_frames, probe, read_frames
 from polymodal.media_plan import AudioWindow, MediaPlan, Size, frames_within, plan_audio, plan_image, plan_video
 from polymodal.messages import Audio, Image, Media, Message, Part, Video
 from polymodal.processing.audio_features import audio_features
@@ -115,6 +115,11 @@ def frame_rules(rules: ImageConfig, video: VideoConfig) -> ImageConfig:
 
 def sample(part: Video, video: VideoConfig, rules: ImageConfig, tokens: Size) -> Frames:
     """The frames of a video that a model sees: those that the part asks for, else its own choice."""
+    return read_frames(part.source, plan_sample(part, video, rules, tokens))
+
+
+def plan_sample(part: Video, video: VideoConfig, rules: ImageConfig, tokens: Size) -> FramePlan:
+    """Which frames these are; none is decoded."""
     asked = {"num_frames": part.num_frames, "fps": part.fps, "times": part.times}
     ways = {name: value for name, value in asked.items() if value is not None}
     if part.key_frames:
@@ -126,8 +131,7 @@ def sample(part: Video, video: VideoConfig, rules: ImageConfig, tokens: Size) ->
         ways["num_frames"] = min(video.num_frames, most)
     segment = None if part.start is None and part.end is None else (part.start or 0.0, part.end)
     side = MOST_DETAIL * max(rules.tile_size)
-    plan = plan_frames(part.source, **ways, segment=segment, max_frames=most, max_side=side)  # type: ignore[arg-type]
-    return read_frames(part.source, plan)
+    return plan_frames(part.source, **ways, segment=segment, max_frames=most, max_side=side)  # type: ignore[arg-type]
 
 
 def _sound(part: Audio, config: ModelConfig, window: AudioWindow | None) -> Opened:
