@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from polymodal.config import ImageConfig, LoraRecipe, ModelConfig, ProjectorConfig, VisionConfig, parse_config
+from polymodal.config import (
+    ImageConfig,
+    LLMConfig,
+    LoraRecipe,
+    ModelConfig,
+    ProjectorConfig,
+    VisionConfig,
+    parse_config,
+)
 from polymodal.errors import ConfigError
 from polymodal.training.recipes.sections import OptimConfig
 
@@ -83,3 +91,19 @@ def test_vision_and_image_come_together() -> None:
     assert "'image' is missing" in refused(ModelConfig, {"llm": llm, "vision": vision})
     assert "'vision' is missing" in refused(ModelConfig, {"llm": llm, "image": IMAGE})
     assert parse_config(ModelConfig, {"llm": llm, "vision": vision, "image": IMAGE}, "model").image is not None
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"rope_type": "yarn"}, "factor: Field required"),
+        ({"rope_type": "yarn", "factor": 1}, "greater than 1"),
+        ({"rope_type": "yarn", "factor": math.nan}, "finite"),
+        ({"rope_type": "dynamic", "factor": 2}, "'linear', 'yarn' or 'llama3'"),
+        ({"rope_type": "linear", "factor": 2, "beta_fast": 32}, "'beta_fast' is for rope_type 'yarn'"),
+        ({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}, "above it"),
+        ({"rope_type": "yarn", "factor": 2, "beta_fasst": 32}, "beta_fast"),
+    ],
+)
+def test_rope_scaling_is_checked(values: dict[str, Any], words: str) -> None:
+    assert words in refused(LLMConfig, {"model_name_or_path": "x", "rope_scaling": values})

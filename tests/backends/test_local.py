@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image as PILImage
 
 from polymodal.backends import load
 from polymodal.backends.base import Reply, TextDelta
-from polymodal.backends.local import LocalBackend, shared_beginnings
+from polymodal.backends.local import LocalBackend, common_beginning, shared_beginnings
 from polymodal.config import TemplateConfig
 from polymodal.errors import PolymodalError
 from polymodal.generation.generate import can_share
@@ -138,7 +139,7 @@ def test_what_cannot_be_answered_is_refused(model: LocalBackend) -> None:
         model.generate([user("Hello"), assistant("Hi")])
     with pytest.raises(PolymodalError, match="must end with a user message"):
         model.generate([])
-    with pytest.raises(PolymodalError, match="not supported yet"):
+    with pytest.raises(PolymodalError, match="has no audio encoder"):
         model.generate([user(Audio("a.wav"), "What?")])
 
 
@@ -191,6 +192,140 @@ def test_a_batch_with_nothing_in_common_is_read_as_it_is(model: LocalBackend) ->
     once, rows, rest = shared_beginnings(samples(one, other, one)) or ([], [], [])
     assert (len(once), rows) == (2, [0, 1, 0]) and not any(sample.plans for sample in rest)
     assert torch.equal(torch.cat((once[0].input_ids, rest[0].input_ids)), samples(one)[0].input_ids)
+
+
+def reading(model: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """What is read from here on: tiles, and positions of prompts."""
+    tiles: list[int] = []
+    read: list[int] = []
+    encode, run = model.model.encode_images, model.model.llm.forward
+    monkeypatch.setattr(model.model, "encode_images", lambda pixels: tiles.append(len(pixels)) or encode(pixels))
+
+    def counted(**given: Any) -> Any:
+        if "inputs_embeds" in given:
+            read.append(given["inputs_embeds"].shape[1])
+        return run(**given)
+
+    monkeypatch.setattr(model.model.llm, "forward", counted)
+    return tiles, read
+
+
+def fresh(model: LocalBackend, keeps_last: bool = True) -> LocalBackend:
+    backend = LocalBackend(model.model, model.tokenizer, model.config)
+    assert backend.keeps_last
+    backend.keeps_last = keeps_last
+    return backend
+
+
+def test_a_conversation_that_goes_on_reads_its_images_once(
+    model: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = GenerationParams(max_new_tokens=9)
+    plain, keeping = fresh(model, keeps_last=False), fresh(model)
+    talk = [user(Image(image()), "What is this?")]
+    one = [plain.generate(talk, params).text]
+    talks = [[*talk], [*talk, assistant(one[0]), user("And this?", Image(image(10, 60)))], [*talk[:1], assistant("x")]]
+    talks[2] += [user("What else?")]
+    talks.append([user(Image(image()), "Why?")])
+    expected = [plain.generate(messages, params) for messages in talks]
+    tiles, read = reading(model, monkeypatch)
+    found = [keeping.generate(messages, params) for messages in talks]
+    assert [reply.text for reply in found] == [reply.text for reply in expected]
+    assert [reply.usage for reply in found] == [reply.usage for reply in expected]
+    assert tiles == [1, 1]  # the second talk's second image; the third and fourth go on from the first image
+    lengths = [reply.usage.prompt_tokens or 0 for reply in expected]
+    assert read[0] == lengths[0] and all(part < whole - 16 for part, whole in zip(read[1:], lengths[1:], strict=True))
+
+
+def test_other_images_are_read_even_where_the_ids_are_the_same(
+    model: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = GenerationParams(max_new_tokens=4)
+    other = PILImage.new("RGB", (40, 30), (0, 220, 10))
+    asked = [[user("a", Image(image()), "?")], [user("a", Image(other), "?")], [user("a", Image(other), Image(other))]]
+    plain = [fresh(model, keeps_last=False).generate(messages, params).text for messages in asked]
+    keeping = fresh(model)
+    tiles, read = reading(model, monkeypatch)
+    assert [keeping.generate(messages, params).text for messages in asked] == plain
+    # With a second image beside it, the first is made ready by the rules for several: `media_keys` say whether alike.
+    assert tiles == [1, 1, 1] and len(read) == 3
+    one, two = (keeping.processor(messages) for messages in asked[:2])
+    assert torch.equal(one.input_ids, two.input_ids) and common_beginning(one, two) == one.slots[0].start
+    # One id is left over even of the same prompt, and no medium is cut.
+    assert common_beginning(one, one) == len(one.input_ids) - 1
+    cut = replace(one, input_ids=one.input_ids[: one.slots[0].start + 3])
+    assert common_beginning(cut, one) == one.slots[0].start
+
+
+def test_what_was_read_with_other_weights_is_not_used(model: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeping, params = fresh(model), GenerationParams(max_new_tokens=6)
+    talk = [user(Image(image()), "What?")]
+    before = keeping.generate(talk, params).text
+    weight = model.model.llm.model.layers[0].self_attn.v_proj.weight
+    kept = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.add_(torch.randn_like(weight))
+        tiles, _ = reading(model, monkeypatch)
+        assert keeping.generate(talk, params).text == fresh(model, keeps_last=False).generate(talk, params).text
+        assert tiles == [1, 1]
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+    assert keeping.generate(talk, params).text == before
+
+
+def test_a_stream_that_was_closed_is_gone_on_from(model: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeping, params = fresh(model), GenerationParams(max_new_tokens=20)
+    talk = [user(Image(image()), "What?")]
+    stream = keeping.stream(talk, params)
+    next(stream)
+    stream.close()
+    tiles, read = reading(model, monkeypatch)
+    assert keeping.generate(talk, params).text == fresh(model, keeps_last=False).generate(talk, params).text
+    assert tiles == [1] and read[0] == 1  # the second is the plain one's
+    # A failure in the middle of the layers leaves caches of several lengths, which are thrown away.
+    layer = model.model.llm.model.layers[1]
+    with monkeypatch.context() as patched:
+        patched.setattr(layer, "forward", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            keeping.generate([*talk, assistant("x"), user("y")], params)
+    assert not keeping._last
+    assert keeping.generate(talk, params).text == fresh(model, keeps_last=False).generate(talk, params).text
+
+
+def test_threads_do_not_share_what_was_read(model: LocalBackend) -> None:
+    params = GenerationParams(max_new_tokens=12)
+    talks = [[user(Image(image(40, 30 + number)), "What?")] for number in range(4)]
+    plain = [fresh(model, keeps_last=False).generate(talk, params).text for talk in talks]
+    keeping = fresh(model)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda number: keeping.generate(talks[number % 4], params).text, range(24)))
+    assert found == plain * 6
+
+
+def test_a_batch_frees_what_was_kept_and_encoder_decoders_keep_nothing(model: LocalBackend) -> None:
+    keeping, params = fresh(model), GenerationParams(max_new_tokens=2)
+    keeping.generate([user("Hello")], params)
+    assert len(keeping._last) == 1
+    keeping.generate_batch([[user("Hello")]], params)
+    assert not keeping._last
+    keeping.generate([user("Hello")], params)
+    keeping.forget()
+    assert not keeping._last
+    seq2seq = LocalBackend(encoder_decoder(model), model.tokenizer, model.config)
+    assert not seq2seq.keeps_last
+    assert seq2seq.generate([user("Hello")], params).text == seq2seq.generate([user("Hello")], params).text
+    assert not seq2seq._last
+
+
+def encoder_decoder(model: LocalBackend) -> MultimodalLM:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
+    return MultimodalLM(
+        T5ForConditionalGeneration(T5Config(vocab_size=300, **sizes)).eval(), model.model.image_token_id
+    )
 
 
 def test_layers_that_forget_share_nothing(model: LocalBackend) -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from polymodal.backends import load
+from polymodal.backends import load, load_processor
 from polymodal.checkpoints.model_folder import _hash, export_whole, load_model, read_history, save_model
-from polymodal.config import ModelConfig
+from polymodal.config import ModelConfig, RopeScalingConfig
 from polymodal.errors import CheckpointError, PolymodalError
 from polymodal.modeling.build import build_model
 from tests.conftest import tiny_config
@@ -45,6 +45,25 @@ def test_saving_what_was_loaded_changes_nothing(folder: Path, tmp_path: Path, im
     assert load_model(again).history == [{"name": "x"}]
     old, new = (json.loads((f / "polymodal.json").read_text()) for f in (folder, again))
     assert old["contract_hash"] == new["contract_hash"]
+
+
+def test_rope_scaling_is_part_of_the_contract(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    scaling = RopeScalingConfig(rope_type="yarn", factor=4.0)
+    llm = tiny_model_config.llm.model_copy(update={"rope_scaling": scaling})
+    config = tiny_model_config.model_copy(update={"llm": llm})
+    model, tokenizer = build_model(config)
+    save_model(tmp_path / "model", model, config, tokenizer, llm_trained=True, vision_trained=True)
+    backend = load(tmp_path / "model", "cpu")
+    assert backend.context_length == 2048 and backend.processor.positions == 2048
+    assert load_processor(tmp_path / "model").positions == 2048
+    path = tmp_path / "model" / "polymodal.json"
+    kept = json.loads(path.read_text())
+    for changed in (None, {**kept["config"]["llm"]["rope_scaling"], "factor": 8.0}):
+        document = json.loads(json.dumps(kept))
+        document["config"]["llm"]["rope_scaling"] = changed
+        path.write_text(json.dumps(document))
+        with pytest.raises(CheckpointError, match=r"trained with llm.*refused"):
+            load(tmp_path / "model", "cpu")
 
 
 def test_an_adapter_travels_with_the_model(tiny_model_config: ModelConfig, tmp_path: Path, image_folder: Path) -> None:

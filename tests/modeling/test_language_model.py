@@ -6,15 +6,17 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from polymodal.config import LLMConfig
-from polymodal.errors import CheckpointError
-from polymodal.modeling.language_model import load_llm, load_tokenizer
+from polymodal.config import LLMConfig, RopeScalingConfig
+from polymodal.errors import CheckpointError, ConfigError
+from polymodal.modeling.language_model import context_length, load_llm, load_tokenizer
+from polymodal.modeling.meta_device import llm_positions
 from polymodal.modeling.token_loss import head_only_at
 
 
@@ -90,6 +92,53 @@ def test_a_gguf_file_gives_the_same_logits_as_its_folder(tiny_llm_folder: Path, 
 def test_dtypes(dtype: str, tiny_llm_folder: Path) -> None:
     config = LLMConfig.model_validate({"model_name_or_path": str(tiny_llm_folder), "dtype": dtype})
     assert {p.dtype for p in load_llm(config).parameters()} == {getattr(torch, dtype)}
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0},
+    "llama3": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "shorter": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_scaling_is_passed_through_and_the_context_follows(
+    name: str, tiny_llm_folder: Path, tmp_path: Path
+) -> None:
+    config = LLMConfig(model_name_or_path=str(tiny_llm_folder), rope_scaling=RopeScalingConfig(**ROPES[name]))
+    model = load_llm(config)
+    length = 4 * ROPES[name].get("original_max_position_embeddings", 512)
+    assert context_length(model.config) == length and llm_positions(config) == length
+    # What transformers gives where its own config.json says so.
+    shutil.copytree(tiny_llm_folder, tmp_path / "scaled")
+    settings = json.loads((tmp_path / "scaled" / "config.json").read_text())
+    theirs = {"rope_theta": 10000.0, "original_max_position_embeddings": 512, **ROPES[name]}
+    settings |= {"rope_parameters": theirs, "max_position_embeddings": length}
+    (tmp_path / "scaled" / "config.json").write_text(json.dumps(settings))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "scaled").eval()
+    ids = torch.arange(200)[None] % 250
+    plain = load_llm(LLMConfig(model_name_or_path=str(tiny_llm_folder)))
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert torch.equal(logits, stock(ids).logits)
+        assert not torch.allclose(logits, plain(ids).logits, atol=1e-4)
+    # Saved with its weights, the scaled model is scaled once.
+    model.save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(tiny_llm_folder).save_pretrained(tmp_path / "saved")
+    again = load_llm(config.model_copy(update={"model_name_or_path": str(tmp_path / "saved")}))
+    assert context_length(again.config) == length
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, logits)
+
+
+def test_what_has_no_rotary_positions_is_not_scaled(tiny_t5_folder: Path, tmp_path: Path) -> None:
+    scaling = RopeScalingConfig(rope_type="linear", factor=2.0)
+    with pytest.raises(ConfigError, match="no rotary positions"):
+        load_llm(LLMConfig(model_name_or_path=str(tiny_t5_folder), rope_scaling=scaling))
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(ConfigError, match=r"not applied to a \.gguf"):
+        load_llm(LLMConfig(model_name_or_path=str(tmp_path / "a.gguf"), rope_scaling=scaling))
 
 
 def test_a_device_map_is_passed_on(tiny_llm_folder: Path) -> None:

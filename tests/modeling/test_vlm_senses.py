@@ -288,6 +288,29 @@ def test_a_folder_keeps_ears_and_eyes(model: Any, config: ModelConfig, media: di
     assert backend.generate_batch(asked, params) == [backend.answer(each, params) for each in asked]
 
 
+def test_a_conversation_that_goes_on_hears_and_sees_once(
+    model: Any, config: ModelConfig, media: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, tokenizer = model
+    plain, keeping = LocalBackend(whole, tokenizer, config), LocalBackend(whole, tokenizer, config)
+    plain.keeps_last = False
+    params = GenerationParams(max_new_tokens=6)
+    begun = [user(media["long"], "a", media["video"], "b", media["image"], "?")]
+    talks = [begun]
+    for more in (["?"], [media["audio"], media["image"], media["video"]]):
+        talks.append([*talks[-1], assistant("x"), user(*more, "and?")])
+    # Another sound in between: what stands behind it is another text to the model.
+    talks.append([user(media["long"], "a", media["audio"], "b", media["video"], media["image"], "?")])
+    expected = [plain.generate(talk, params).text for talk in talks]
+    seen: list[int] = []
+    heard: list[int] = []
+    see, hear = whole.encode_images, whole.encode_audio
+    monkeypatch.setattr(whole, "encode_images", lambda pixels: seen.append(len(pixels)) or see(pixels))
+    monkeypatch.setattr(whole, "encode_audio", lambda values, plans: heard.append(len(values)) or hear(values, plans))
+    assert [keeping.generate(talk, params).text for talk in talks] == expected
+    assert seen == [4 + 1, 1 + 4, 4 + 1] and heard == [2, 1, 1]
+
+
 def test_another_audio_tower_is_refused(model: Any, config: ModelConfig, ears: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "model", *(model[0], config, model[1]))
     kept = (ears / "model.safetensors").read_bytes()

@@ -4,27 +4,46 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from polymodal.backends.local import processor_of
+from polymodal.checkpoints.model_folder import save_model
 from polymodal.cli import main
-from polymodal.config import LLMConfig, ModelConfig, VisionConfig, parse_config
+from polymodal.config import (
+    AudioConfig,
+    LLMConfig,
+    ModelConfig,
+    ProjectorConfig,
+    TemporalAttentionConfig,
+    TemporalConfig,
+    VideoConfig,
+    VisionConfig,
+    parse_config,
+)
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.media_plan import Size
+from polymodal.messages import Audio, Image, Video, user
 from polymodal.modeling.build import build_model
 from polymodal.modeling.lora import NF4_BYTES
 from polymodal.modeling.meta_device import PUBLISHED_SHAPES, outline
 from polymodal.planning.activation_trace import Load, id_of, trace
-from polymodal.planning.plan import DEVICES, GIB, Question, TrainingPlan, plan_training
+from polymodal.planning.plan import DEVICES, GIB, Question, TrainingPlan, plan_model, plan_training
+from polymodal.planning.sample import PaperVideo
 from polymodal.planning.starting_point import starting_point
+from polymodal.processing.collate import collate
 from polymodal.processing.processor import Processor
 from polymodal.training.optimizer import apply_policy
 from polymodal.training.recipes.load import load_recipe
 from polymodal.training.recipes.sft import Recipe
+from tests.modeling.test_vlm_senses import clip, tone
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # As published (model pages, papers); of Vicuna and SmolLM2 as of the models that they are tuned from.
@@ -36,6 +55,7 @@ PUBLISHED = {
     "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
     "openai/clip-vit-large-patch14-336": 303_507_456,
+    "openai/whisper-base": 20_590_592,  # its encoder
     "google/siglip-base-patch16-224": 92_884_224,
     "google/siglip-so400m-patch14-384": 428_225_600,
 }
@@ -60,6 +80,10 @@ def test_every_known_shape_has_a_published_count() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_known_shapes_have_the_published_parameters(name: str, tiny_model_config: ModelConfig) -> None:
+    if PUBLISHED_SHAPES[name]["model_type"] == "whisper":
+        config = tiny_model_config.model_copy(update={"audio": AudioConfig(audio_tower=name)})
+        assert sum(p.numel() for p in outline(config).model.audio_encoder.parameters()) == PUBLISHED[name]
+        return
     kind = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}.get(PUBLISHED_SHAPES[name]["model_type"])
     if kind is None:
         built = outline(ModelConfig(llm=LLMConfig(model_name_or_path=name)))
@@ -209,6 +233,143 @@ def test_visual_tokens_are_the_processors(tiny_model_config: ModelConfig, plain:
     assert found.visual_tokens == tuple(p.num_tokens for p in wanted)
     assert found.tiles == tuple(p.num_tiles for p in wanted)
     assert found.tokens == sum(found.visual_tokens) + 128
+
+
+def test_tokens_of_videos_and_sounds_are_the_processors(tiny_model_config: ModelConfig, tmp_path: Path) -> None:
+    config, ears = senses(tiny_model_config, tmp_path)
+    model, tokenizer = build_model(config)
+    folder = tmp_path / "model"
+    save_model(folder, model, config, tokenizer, llm_trained=True, vision_trained=True)
+    film, voice = clip(tmp_path / "a.mkv", frames=20, sound=True), tone(tmp_path / "a.wav", 2.3)
+    processor = processor_of(model, tokenizer, config)
+    asked = [user(Image(film_still(tmp_path)), Video(film, fps=2.0), Video(film, fps=2.0, audio=True), Audio(voice))]
+    wanted = processor(asked, pixels=False).plans
+    clips = tuple(PaperVideo(file=film, fps=2.0) for _ in range(2))
+    found = plan_model(str(folder), Question((Size(30, 40),), videos=clips, sounds=(voice, 1.0)))
+    assert [video.tokens for video in found.videos] == [wanted[1].num_tokens, wanted[2].num_tokens]
+    assert [video.frames for video in found.videos] == [4, 4] and found.visual_tokens == (wanted[0].num_tokens,)
+    assert [sound.tokens for sound in found.sounds] == [wanted[4].num_tokens, wanted[3].num_tokens]
+    assert found.tokens == sum(plan.num_tokens for plan in wanted) + 128
+    # Every part is counted as it is, and where the tower lies inside the folder too.
+    save_model(folder, model, config, tokenizer, llm_trained=True, audio_trained=True, replace=True)
+    shutil.rmtree(ears)
+    real = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    counted = plan_model(str(folder), Question()).parameters
+    assert counted == {name: count for name, count in real.items() if count}
+    assert counted["temporal_encoder"] and counted["audio_encoder"] and counted["audio_projector"]
+
+
+def film_still(folder: Path) -> str:
+    from PIL import Image as Pillow
+
+    Pillow.new("RGB", (40, 30)).save(folder / "still.png")
+    return str(folder / "still.png")
+
+
+def senses(config: ModelConfig, folder: Path) -> tuple[ModelConfig, Path]:
+    """The tiny model with a temporal and an audio encoder, and the folder of the latter."""
+    whisper = WhisperConfig(
+        d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32, max_source_positions=50
+    )
+    WhisperEncoder(whisper).save_pretrained(folder / "ears")
+    attention = TemporalAttentionConfig(hidden_size=16, num_attention_heads=2)
+    video = VideoConfig(num_frames=4, max_frames=4, temporal=TemporalConfig(type="attention", attention=attention))
+    audio = AudioConfig(
+        audio_tower=str(folder / "ears"), stack=2, projector=ProjectorConfig(mm_projector_type="linear")
+    )
+    return config.model_copy(update={"video": video, "audio": audio}), folder / "ears"
+
+
+def keep(own: set[int], pieces: dict[int, torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    if id_of(tensor) not in own:
+        pieces[id_of(tensor)] = tensor
+    return tensor
+
+
+def test_activations_of_temporal_and_audio_encoders_are_those_that_autograd_keeps(
+    tiny_model_config: ModelConfig, tmp_path: Path
+) -> None:
+    config, _ = senses(tiny_model_config, tmp_path)
+    model, tokenizer = build_model(config)
+    film, voice = clip(tmp_path / "a.mp4"), tone(tmp_path / "a.wav", 2.0)
+    sample = processor_of(model, tokenizer, config)([user(Video(film), Audio(voice), Image(film_still(tmp_path)), "?")])
+    labels = torch.full_like(sample.input_ids, -100)
+    labels[-1] = sample.input_ids[-1]
+    load = Load(rows=1, tokens=len(sample.input_ids), targets=1, tiles=5, visual_tokens=0, frames=(4,), windows=2)
+    load = replace(load, window_frames=100, visual_tokens=sum(plan.num_tokens for plan in sample.plans))
+    for part in ("temporal_encoder", "audio_encoder"):
+        kept = {}
+        for trained in (False, True):
+            own = {id_of(p) for p in [*model.parameters(), *model.buffers()]}
+            empty = outline(config)
+            for each in (model, empty.model):
+                each.requires_grad_(False)
+                each.llm.requires_grad_(True)
+                getattr(each, part).requires_grad_(trained)
+            pieces: dict[int, torch.Tensor] = {}
+
+            def pack(
+                tensor: torch.Tensor, own: set[int] = own, pieces: dict[int, torch.Tensor] = pieces
+            ) -> torch.Tensor:
+                if id_of(tensor) not in own:
+                    pieces[id_of(tensor)] = tensor
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                model(**{**collate([sample], 0).inputs(), "labels": labels[None], "target_places": None})
+            measured = sum(tensor.untyped_storage().nbytes() for tensor in pieces.values())
+            planned = trace(empty, load, bf16=False)
+            assert planned.kept == pytest.approx(measured, rel=0.05)
+            kept[trained] = planned.kept
+        assert kept[True] > 1.05 * kept[False]
+
+
+def test_an_hour_of_video_on_paper(tiny_llm_folder: Path, tiny_model_folder: Path, capsys: Any) -> None:
+    target = [str(tiny_model_folder), "video.max_frames=4096", "video.temporal.type=spatio_temporal_pool"]
+    assert main(["plan", *target, "--video", "1h", "--fps", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["videos"] == [{"wanted": 3600, "frames": 3600, "limit": "", "tokens": 7200, "tokens_of_all": 7200}]
+    assert found["tokens"] == 7328 and found["too_long"] and found["rope_factor"] == 14.32  # of 512 positions
+    assert found["kv_bytes"] == 7328 * 2 * 2 * 2 * 8 * 4  # both of 2 layers of 2 heads of 8 numbers
+    assert main(["plan", *target, "llm.rope_scaling={rope_type: yarn, factor: 16}", "--video", "3600@720x1280"]) == 0
+    out = capsys.readouterr().out
+    assert "7328 tokens of 8192" in out and "TOO LONG" not in out
+    # A million tokens, where the model's own limit is said too.
+    assert main(["plan", str(tiny_model_folder), "video.max_frames=64", "--video", "18h", "--fps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "64,800 frames, 64 taken (video.max_frames 64): 1,024 tokens" in out
+    assert "1,036,928 tokens in all" in out and "factor of 2025.25" in out
+    budget = ["video.max_frames=64", "video.max_tokens=100", "--video", "90s", "--num-frames", "32"]
+    assert main(["plan", str(tiny_model_folder), *budget]) == 0
+    assert "32 frames, 6 taken (video.max_tokens 100): 96 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--video", "x.mp4"], "--video 'x.mp4': no such file; or write 8@720x1280"),
+        (["--video", "8@720"], "--video '720': write a size as HEIGHTxWIDTH"),
+        (["--video", "0s"], "no such file"),
+        (["--audio", "-3"], "no such file"),
+        (["--audio", "3 s"], "no such file"),
+        (["--document", "9@1x"], "--document '1x'"),
+        (["--video", "8@7x7"], "not made for videos"),
+        (["--audio", "3s"], "has no audio encoder"),
+        (["--video", "9s", "--fps", "0"], "--fps is 0"),
+        (["--video", "9s", "--fps", "1", "--num-frames", "2"], "not allowed with"),
+    ],
+)
+def test_media_that_cannot_be_planned(
+    flags: list[str], words: str, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(tiny_model_folder), *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_pages_are_images(tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(tiny_model_folder), "--document", "3@1100x850", "--image", "20x30", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == [[20, 30], *[[1100, 850]] * 3] and found["tokens"] == 4 * 16 + 128
 
 
 def test_steps_and_hours(plain: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from polymodal.media_plan import Size
 from polymodal.messages import Image, Message, assistant, system, user
 from polymodal.processing.image_transform import tile_images
 from polymodal.processing.processor import Processor
-from polymodal.viewer.draw import draw_plan, stack
+from polymodal.viewer.draw import draw_media, draw_plan, stack
 from polymodal.viewer.view import View, plan_facts, to_html, to_terminal, view_sample
 
 if TYPE_CHECKING:
@@ -111,10 +111,10 @@ ATTACK = "</span><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & \x
 def test_html_runs_nothing_and_loads_nothing(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     processor = make_processor(byte_tokenizer, "slice")
     source = image(60, 90)
-    view = view_of(processor, user(Image(source), ATTACK), assistant(ATTACK))
-    assert processor.config.image is not None
+    messages = [user(Image(source), ATTACK), assistant(ATTACK)]
+    view = view_sample(processor(messages, pixels=False), processor.tokenizer, draw_media(processor, messages))
     plan = view.plans[0]
-    page = to_html(view, [draw_plan(source, plan, tile_images(source, plan, processor.config.image))])
+    page = to_html(view)
     seen = Tags()
     seen.feed(page)
     assert "script" not in seen.tags

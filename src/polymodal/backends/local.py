@@ -1,17 +1,24 @@
-"""A model of ours behind the chat protocol."""
+"""A model of ours behind the chat protocol.
 
+What several prompts begin with is read once: in a batch their images (`shared_beginnings`), and from one call to the
+next whatever the last conversation and this one have in common (`LastRead`), such as a long video.
+"""
+
+from collections import deque
 from collections.abc import Generator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from polymodal.backends.base import Answer, ModelBackend
 from polymodal.config import ModelConfig
 from polymodal.errors import PolymodalError
-from polymodal.generation.generate import can_share, stream_ids
+from polymodal.generation.generate import can_share, new_cache, read_beginnings, stream_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step
+from polymodal.media_plan import AudioPlan
 from polymodal.messages import Conversation, Message
 from polymodal.modeling.language_model import positions_of
 from polymodal.modeling.vlm import MultimodalLM
@@ -35,6 +42,10 @@ class LocalBackend(ModelBackend[Sample]):
         config: Its configuration.
         name: What replies call it.
         history: The stages the model went through; plain data.
+
+    Attributes:
+        keeps_last: Whether the key-value cache of the last conversation is kept, so that the next question about the
+            same images, videos and sounds reads them no second time.
     """
 
     def __init__(
@@ -50,6 +61,8 @@ class LocalBackend(ModelBackend[Sample]):
         self.history = tuple(history)
         self.processor = processor_of(model, tokenizer, config)
         super().__init__(name, tokenizer, model.llm.config, self.processor.template.stop_ids)
+        self.keeps_last = can_share(model)
+        self._last: deque[LastRead] = deque(maxlen=1)  # whoever answers takes it, so that no two threads share it
         given = {"image": config.image, "video": config.video, "audio": model.audio_encoder}
         self.takes = tuple(kind for kind, there in given.items() if there is not None)
 
@@ -76,6 +89,7 @@ class LocalBackend(ModelBackend[Sample]):
         Returns:
             For each the answer's text without white space around it, or why there is none.
         """
+        self.forget()
         prepared: list[Sample | PolymodalError] = []
         for messages in conversations:
             try:
@@ -92,16 +106,91 @@ class LocalBackend(ModelBackend[Sample]):
     def _sizes(self, inputs: Sample) -> tuple[int, int]:
         return inputs.input_ids.numel(), sum(plan.num_tokens for plan in inputs.plans)
 
-    def _steps(self, inputs: Sample, params: GenerationParams) -> Generator[Step]:
-        return self._run([inputs], params)
+    def forget(self) -> None:
+        """Free the memory that the last conversation takes."""
+        self._last.clear()
 
-    def _run(self, samples: Sequence[Sample], params: GenerationParams) -> Generator[Step]:
-        beginnings = None
+    def _steps(self, inputs: Sample, params: GenerationParams) -> Generator[Step]:
+        if not self.keeps_last:
+            yield from self._run([inputs], params)
+            return
+        weights = tuple((id(weight), weight._version) for weight in self.model.parameters())
+        try:
+            last: LastRead | None = self._last.pop()
+        except IndexError:
+            last = None
+        cache, length = new_cache(self.model), 0
+        if last is not None and last.weights == weights and (length := common_beginning(last.sample, inputs)):
+            cache = last.cache
+            if surplus := len(last.sample.input_ids) - length:
+                cache.crop(-surplus)
+        del last
+        made: list[int] = []
+        try:
+            before = torch.ones((1, length), dtype=torch.bool, device=self.model.device)
+            for step in self._run([without_beginning(inputs, length)], params, (cache, before)):
+                made += [token for token in step[0] if token is not None]
+                yield step
+        finally:
+            read = {layer.get_seq_length() for layer in cache.layers}  # of several lengths where a layer failed
+            if len(read) == 1:
+                ids = torch.cat((inputs.input_ids, torch.tensor(made, dtype=torch.int64)))[: read.pop()]
+                self._last.append(LastRead(replace(inputs, input_ids=ids, pixels=None, sounds=None), cache, weights))
+
+    def _run(
+        self, samples: Sequence[Sample], params: GenerationParams, past: tuple[DynamicCache, torch.Tensor] | None = None
+    ) -> Generator[Step]:
         if len(samples) > 1 and can_share(self.model) and (found := shared_beginnings(samples)) is not None:
             once, rows, samples = found
-            beginnings = collate(once, self.processor.pad_id, side="left"), rows
+            past = read_beginnings(self.model, collate(once, self.processor.pad_id, side="left"), rows)
         batch = collate(samples, self.processor.pad_id, side="left")
-        return stream_ids(self.model, batch, params, self.stop_ids, len(self.tokenizer), beginnings)
+        yield from stream_ids(self.model, batch, params, self.stop_ids, len(self.tokenizer), past)
+
+
+@dataclass(frozen=True)
+class LastRead:
+    """What a model has read last, and what it keeps of it."""
+
+    sample: Sample  # Prompt and answer, without pixels
+    cache: DynamicCache
+    weights: tuple[tuple[int, int], ...]  # Which weights read it, and how often they had been changed by then
+
+
+def common_beginning(before: Sample, sample: Sample) -> int:
+    """How many positions two prompts have in common, ids and media alike; no medium is cut, and one id is left over."""
+    length = min(len(before.input_ids), len(sample.input_ids) - 1)
+    differ = (before.input_ids[:length] != sample.input_ids[:length]).nonzero()
+    length = int(differ[0]) if len(differ) else length
+    for number, slot in enumerate(sample.slots):
+        alike = number < len(before.slots) and (
+            (before.slots[number], *_medium(before, number)) == (slot, *_medium(sample, number))
+        )
+        if slot.start < length and (not alike or slot.start + slot.length > length):
+            return slot.start
+    return length
+
+
+def _medium(sample: Sample, number: int) -> tuple[object, ...]:
+    """What makes a medium's tokens."""
+    context = sample.contexts[number].tolist() if sample.contexts else None
+    return sample.media_keys[number] if sample.media_keys else object(), sample.plans[number], context
+
+
+def without_beginning(sample: Sample, length: int) -> Sample:
+    """What is left of a prompt behind its first positions, which end between media."""
+    first = sum(slot.start < length for slot in sample.slots)
+    heard = sum(isinstance(plan, AudioPlan) for plan in sample.plans[:first])
+    return replace(
+        sample,
+        input_ids=sample.input_ids[length:],
+        loss_mask=sample.loss_mask[length:],
+        slots=tuple(replace(slot, start=slot.start - length) for slot in sample.slots[first:]),
+        plans=sample.plans[first:],
+        pixels=None if sample.pixels is None else sample.pixels[first - heard :],
+        media_keys=sample.media_keys[first:],
+        contexts=sample.contexts[first:],
+        sounds=None if sample.sounds is None else sample.sounds[heard:],
+    )
 
 
 def shared_beginnings(samples: Sequence[Sample]) -> tuple[list[Sample], list[int], list[Sample]] | None:

@@ -78,7 +78,7 @@ def contract_of(
     context_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, Any]:
     """Everything that training and use must agree on."""
-    vision = config.vision
+    vision, rope = config.vision, config.llm.rope_scaling
     # Where parts came from is no part of it.
     origins: Any = {"pretrained": True, "qformer": {"tokenizer"}}
     return {
@@ -91,6 +91,7 @@ def contract_of(
         # Not there where there is none, as in folders from before there were videos and sounds.
         **({} if config.video is None else {"video": config.video.model_dump(mode="json")}),
         **({} if config.audio is None else {"audio": config.audio.model_dump(mode="json", exclude=AUDIO_ORIGINS)}),
+        **({} if rope is None else {"llm": {"rope_scaling": rope.model_dump(mode="json")}}),
         **({} if context_tokenizer is None else {"context_tokenizer": _hash_vocabulary(context_tokenizer)}),
     }
 

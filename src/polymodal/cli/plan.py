@@ -1,9 +1,10 @@
-"""Say what a recipe or a model will need before anything is loaded: visual tokens, memory, steps, hours.
+"""Say what a recipe or a model will need before anything is loaded: tokens of media, memory, steps, hours.
 
 Only configurations are read; nothing is downloaded unless --fetch is given. A recipe may be planned before the stage
 that it starts from has run. Examples:
   polymodal plan recipes/llava15/stage2.yaml --image 480x640 --rows 665298 --devices 8 --device a100-80gb
   polymodal plan default --image 1080x1920
+  polymodal plan default video.max_frames=3600 --video 1h --fps 1
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polymodal.cli.common import DECIMAL, aligned, note, scaled
 from polymodal.errors import ConfigError
@@ -29,9 +30,27 @@ GIB = 2**30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     parser.add_argument("target", metavar="TARGET", help="a recipe or pipeline (.yaml), a model folder, or a hub id")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the recipe's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the recipe's or the model's"
+    )
     parser.add_argument(
         "--image", action="append", default=[], metavar="HxW", help="an image of a sample, in pixels; again for more"
+    )
+    parser.add_argument(
+        "--video",
+        action="append",
+        default=[],
+        metavar="CLIP",
+        help="a video of a sample: FRAMES@HxW, a length such as 90s or 1h, or a file; again for more",
+    )
+    frames = parser.add_mutually_exclusive_group()
+    frames.add_argument("--num-frames", type=int, metavar="N", help="frames of each video (default: as the model does)")
+    frames.add_argument("--fps", type=float, metavar="X", help="instead: frames of each of its seconds")
+    parser.add_argument(
+        "--audio", action="append", default=[], metavar="SECONDS", help="a sound of a sample, or a file; again for more"
+    )
+    parser.add_argument(
+        "--document", action="append", default=[], metavar="PAGES@HxW", help="a document, or a file; again for more"
     )
     parser.add_argument(
         "--text-tokens", type=int, default=128, metavar="N", help="other tokens of a sample (default: %(default)s)"
@@ -58,9 +77,8 @@ def run(args: argparse.Namespace) -> int:
 
     quieten_transformers()
     if not args.target.endswith((".yaml", ".yml")):
-        if args.overrides:
-            raise ConfigError(f"{args.overrides[0]!r}: a model has no recipe's keys to replace")
-        found = plan_model(args.target, Question(_sizes(args.image), args.text_tokens, fetch=args.fetch))
+        more = {"text_tokens": args.text_tokens, "fetch": args.fetch, "overrides": tuple(args.overrides)}
+        found = plan_model(args.target, Question(**_media(args), **more))
         print(json.dumps(found.plain(), indent=2) if args.json else _model_text(found))
         return 0
     plans = []
@@ -118,7 +136,7 @@ def _question(args: argparse.Namespace, engine: str) -> Question:
         raise ConfigError(f"--utilization is {args.utilization}; give a share of the peak, above 0 and up to 1")
     several = "ddp" if engine == "auto" else engine
     return Question(
-        images=_sizes(args.image),
+        **_media(args),
         answer_tokens=args.answer_tokens if args.answer_tokens is not None else max(1, args.text_tokens // 2),
         engine=args.engine or (several if args.devices > 1 else "single"),
         samples_per_second=args.samples_per_second if args.log is None else _measured_speed(args.log),
@@ -138,12 +156,55 @@ def _measured_speed(path: Path) -> float:
     return speeds[len(speeds) // 2]
 
 
-def _sizes(texts: list[str]) -> tuple[Size, ...]:
+def _sizes(texts: list[str], flag: str = "--image") -> tuple[Size, ...]:
     matches = [re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", text) for text in texts]
     if None in matches:
         wrong = texts[matches.index(None)]
-        raise ConfigError(f"--image {wrong!r}: write it as HEIGHTxWIDTH in pixels, such as 480x640")
+        raise ConfigError(f"{flag} {wrong!r}: write a size as HEIGHTxWIDTH in pixels, such as 480x640")
     return tuple(Size(int(match[1]), int(match[2])) for match in matches if match is not None)
+
+
+def _media(args: argparse.Namespace) -> dict[str, Any]:
+    """The media of a sample."""
+    from polymodal.planning.sample import PaperVideo
+
+    for name in ("num_frames", "fps"):
+        if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; give a number above 0")
+    asked = {"num_frames": args.num_frames, "fps": args.fps}
+    videos, pages, files = [], [], []
+    for text in args.video:
+        amount, at, size = text.rpartition("@")
+        if at and re.fullmatch(r"[1-9]\d*", amount):
+            videos.append(PaperVideo(frames=int(amount), size=_sizes([size], "--video")[0]))
+        elif (seconds := _seconds(text)) is not None:
+            videos.append(PaperVideo(seconds=seconds, **asked))
+        else:
+            videos.append(PaperVideo(file=_file(text, "--video", "8@720x1280, a length such as 90s or 1h"), **asked))
+    for text in args.document:
+        amount, at, size = text.rpartition("@")
+        if at and re.fullmatch(r"[1-9]\d{0,4}", amount):
+            pages += int(amount) * _sizes([size], "--document")
+        else:
+            files.append(_file(text, "--document", "12@1100x850"))
+    sounds = [
+        _file(text, "--audio", "a length such as 30s or 1h") if (found := _seconds(text)) is None else found
+        for text in args.audio
+    ]
+    images = (*_sizes(args.image), *pages)
+    return {"images": images, "videos": tuple(videos), "sounds": tuple(sounds), "documents": tuple(files)}
+
+
+def _seconds(text: str) -> float | None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|min|h)?", text)
+    unit = {"m": 60, "min": 60, "h": 3600}.get(match[2] or "s", 1) if match is not None else 1
+    return float(match[1]) * unit if match is not None and float(match[1]) else None
+
+
+def _file(text: str, flag: str, instead: str) -> Path:
+    if not Path(text).is_file():
+        raise ConfigError(f"{flag} {text!r}: no such file; or write {instead}")
+    return Path(text)
 
 
 def _training_text(plan: TrainingPlan, question: Question) -> str:
@@ -166,6 +227,7 @@ def _training_text(plan: TrainingPlan, question: Question) -> str:
         ("model", _parts(plan)),
         ("trained", f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f} %), {plan.precision}"),
         ("images", ", ".join(f"{size}: {text}" for size, text in _images(plan)) or "none (--image HxW)"),
+        *_senses(plan),
         ("sample", f"{plan.tokens} tokens, {question.answer_tokens} of them trained{over}"),
         ("key-value cache", f"{_cache(plan)} a sample"),
         ("at once", f"{plan.micro_rows} samples on {each} ({question.engine}); activations are {twice}"),
@@ -188,7 +250,8 @@ def _model_text(plan: Plan) -> str:
         ("model", _parts(plan)),
         ("weights", f"{_gib(plan.weight_bytes)} ({plan.dtype})"),
         *[(f"image {size}", text) for size, text in _images(plan)],
-        ("prompt", f"{plan.tokens} tokens of {plan.context or 'unlimited'}{' - TOO LONG' * plan.too_long}"),
+        *_senses(plan),
+        ("prompt", f"{plan.tokens} tokens of {plan.context or 'unlimited'}{_too_long(plan, plan.tokens)}"),
         ("key-value cache", f"{_cache(plan)} for the prompt"),
     ]
     if plan.context:
@@ -207,6 +270,27 @@ def _images(plan: Plan) -> list[tuple[str, str]]:
         (f"{height}x{width}", f"{tokens} tokens in {tiles} tile{'s' * (tiles != 1)}")
         for (height, width), tokens, tiles in zip(plan.images, plan.visual_tokens, plan.tiles, strict=True)
     ]
+
+
+def _senses(plan: Plan) -> list[tuple[str, str]]:
+    """Each video and sound, and what it takes."""
+    rows = []
+    for number, video in enumerate(plan.videos, start=1):
+        taken = f", {video.frames:,} taken ({video.limit})" if video.limit else ""
+        rows.append((f"video {number}", f"{video.wanted:,} frames{taken}: {video.tokens:,} tokens"))
+        if video.limit:
+            tokens = plan.tokens - video.tokens + video.tokens_of_all
+            cache = f"key-value cache {_gib(plan.kv_bytes_per_token * tokens)}"
+            rows.append(("  if all were taken", f"{tokens:,} tokens in all, {cache}{_too_long(plan, tokens)}"))
+    for number, sound in enumerate(plan.sounds, start=1):
+        windows = f"{sound.windows} window{'s' * (sound.windows != 1)}"
+        rows.append((f"sound {number}", f"{sound.seconds:g} s in {windows}: {sound.tokens:,} tokens"))
+    return rows
+
+
+def _too_long(plan: Plan, tokens: int) -> str:
+    factor = plan.rope_factor(tokens)
+    return "" if factor is None else f" - TOO LONG: needs llm.rope_scaling with a factor of {factor:g}, or fewer tokens"
 
 
 def _cache(plan: Plan) -> str:

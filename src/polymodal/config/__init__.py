@@ -6,7 +6,7 @@ Unknown keys are errors that name the nearest key. Names follow the field's habi
 
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from polymodal.config.media import MAX_PIXELS as MAX_PIXELS
 from polymodal.config.media import RESAMPLE_FILTERS as RESAMPLE_FILTERS
@@ -28,6 +28,49 @@ from polymodal.utils.strict import Strict as Strict
 from polymodal.utils.strict import parse_config as parse_config
 
 
+class RopeScalingConfig(Strict):
+    """How rotary positions are stretched past the length that a language model was made for; keys as transformers has.
+
+    What depends on the length of each text ("dynamic", "longrope") is not offered: keys in a cache keep their rotation.
+
+    Attributes:
+        rope_type: "linear" (arXiv:2306.15595), "yarn" (arXiv:2309.00071) or "llama3" (Llama 3.1).
+        factor: How many times as many positions.
+        original_max_position_embeddings: The positions before; what the model's own configuration says where None.
+        attention_factor: Of "yarn": what attention is scaled by; follows from the factor where None.
+        beta_fast: Of "yarn": turns over the original length from which a dimension is left alone; 32 where None.
+        beta_slow: Of "yarn": turns below which it is stretched fully; 1 where None.
+        low_freq_factor: Of "llama3".
+        high_freq_factor: Of "llama3".
+    """
+
+    RENAMED = {"type": "rope_type"}  # noqa: RUF012  # a class variable, as `Strict` says
+
+    rope_type: Literal["linear", "yarn", "llama3"]
+    factor: float = Field(gt=1, le=10_000)
+    original_max_position_embeddings: PositiveInt | None = None
+    attention_factor: PositiveFloat | None = None
+    beta_fast: PositiveFloat | None = None
+    beta_slow: PositiveFloat | None = None
+    low_freq_factor: PositiveFloat | None = None
+    high_freq_factor: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _no_settings_of_another_type(self) -> Self:
+        own = {
+            "yarn": ("attention_factor", "beta_fast", "beta_slow"),
+            "llama3": ("low_freq_factor", "high_freq_factor"),
+        }
+        for owner, names in own.items():
+            given = [name for name in names if getattr(self, name) is not None]
+            if given and self.rope_type != owner:
+                raise ValueError(f"{given[0]!r} is for rope_type {owner!r}, but rope_type is {self.rope_type!r}")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.rope_type == "llama3" and (low is None or high is None or low >= high):
+            raise ValueError("rope_type 'llama3' needs a low_freq_factor and, above it, a high_freq_factor")
+        return self
+
+
 class LLMConfig(Strict):
     """Which language model.
 
@@ -39,6 +82,7 @@ class LLMConfig(Strict):
         attn_implementation: Passed to transformers.
         encoder_decoder: Whether it is an encoder-decoder such as T5; None asks the language model's configuration. A
             saved model says so, since a processor is opened without the language model.
+        rope_scaling: Stretches its rotary positions, for contexts longer than it was made for; None leaves them.
     """
 
     model_name_or_path: str
@@ -47,6 +91,7 @@ class LLMConfig(Strict):
     device_map: str | None = None
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     encoder_decoder: bool | None = None
+    rope_scaling: RopeScalingConfig | None = None
 
 
 class TemplateConfig(Strict):

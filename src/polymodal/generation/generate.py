@@ -65,7 +65,7 @@ def start_decoding(
     # embeds [B, T, D], attention_mask [B, T], or with what the cache holds before it
     if model.encoder_decoder:
         return _encoder_decoder(model, embeds, attention_mask)
-    return _causal(model, embeds, attention_mask, DynamicCache(config=_decoder(model)) if cache is None else cache)
+    return _causal(model, embeds, attention_mask, new_cache(model) if cache is None else cache)
 
 
 def _decoder(model: MultimodalLM) -> Any:
@@ -76,14 +76,23 @@ def can_share(model: MultimodalLM) -> bool:
     """Whether several rows can go on from one beginning: where every layer keeps all keys and values of it."""
     if model.encoder_decoder or getattr(model.llm, "_is_stateful", False):
         return False
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=_decoder(model)).layers)
+    rope = getattr(_decoder(model), "rope_parameters", None) or {}
+    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
+    if kinds & {"dynamic", "longrope"}:  # the same position is rotated otherwise in a longer text
+        return False
+    return all(type(layer) is DynamicLayer for layer in new_cache(model).layers)
+
+
+def new_cache(model: MultimodalLM) -> DynamicCache:
+    """An empty key-value cache of a causal language model."""
+    return DynamicCache(config=_decoder(model))
 
 
 @torch.inference_mode()
 def read_beginnings(model: MultimodalLM, batch: Batch, rows: Sequence[int]) -> tuple[DynamicCache, torch.Tensor]:
     """Read prompts' beginnings once; gives the cache of the rows that go on from them, and its mask [rows, P]."""
     batch = batch.to(model.device)
-    cache = DynamicCache(config=_decoder(model))
+    cache = new_cache(model)
     _causal(model, _embed(model, batch), batch.attention_mask, cache)(None)
     index = torch.tensor(rows, device=model.device)
     cache.batch_select_indices(index)
@@ -145,15 +154,15 @@ def stream_ids(
     params: GenerationParams,
     stop_ids: Sequence[int],
     vocab_size: int | None = None,
-    beginnings: tuple[Batch, Sequence[int]] | None = None,  # Of prompts, each once, and which one each row goes on from
+    past: tuple[DynamicCache, torch.Tensor] | None = None,  # What was read before `batch`, and its mask [B, P]
 ) -> Generator[Step]:
     """Generate, one step at a time; a row's last id is its stop id where it met one, or stands at its last position."""
     batch = batch.to(model.device)
     begin = time.perf_counter()
     embeds, mask, cache = _embed(model, batch), batch.attention_mask, None
     encode_s = time.perf_counter() - begin
-    if beginnings is not None:
-        cache, before = read_beginnings(model, *beginnings)
+    if past is not None:
+        cache, before = past
         mask = torch.cat((before, mask), dim=1)
     next_logits = start_decoding(model, embeds, mask, cache)
     generator = new_generator(params, model.device)

@@ -14,8 +14,11 @@ header that gives more than the longest sound allowed, or gigabytes, is not beli
 cannot know the length and put the largest number there is.
 """
 
+import base64
 import contextlib
+import io
 import warnings
+import wave
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,6 +70,15 @@ class Sound:
     def seconds(self) -> float:
         """How long it lasts."""
         return len(self.samples) / self.sample_rate
+
+    def _repr_html_(self) -> str:
+        """A player of its first minute, as a notebook shows it."""
+        buffer = io.BytesIO()
+        with wave.open(buffer, "wb") as file:
+            file.setparams((1, 2, self.sample_rate, 0, "NONE", ""))
+            file.writeframes((self.samples[: 60 * self.sample_rate].clip(-1, 1) * 32767).astype("<i2").tobytes())
+        url = f"data:audio/wav;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+        return f'<audio controls src="{url}"></audio><p>{self.seconds:.2f} seconds at {self.sample_rate:,} Hz</p>'
 
 
 def open_audio(

@@ -31,6 +31,9 @@ LIMITS = VideoLimits()
 MAX_FRAMES = 768
 """The most frames that one plan takes unless the caller says otherwise."""
 
+MOST_SHOWN = 256
+"""The most frames of a video that are put before a person."""
+
 
 @dataclass(frozen=True)
 class VideoInfo:
@@ -78,6 +81,22 @@ class Frames:
     def images(self) -> list[PILImage.Image]:
         """The frames as Pillow images."""
         return list(self)
+
+    def _repr_html_(self) -> str:
+        """The frames with their times, as a notebook shows them."""
+        from polymodal.utils.html import data_url
+
+        shown = [int(place) for place in np.linspace(0, len(self) - 1, min(len(self), MOST_SHOWN))]
+        small = [(place, PILImage.fromarray(self.array[place])) for place in shown]
+        for _, image in small:
+            image.thumbnail((192, 192))
+        style = "display:inline-block;margin:2px;font:12px sans-serif;text-align:center"
+        figures = (
+            f'<div style="{style}"><img src="{data_url(image, "jpeg")}"><br>{self.times[place]:.2f} s</div>'
+            for place, image in small
+        )
+        size = f"{len(self)} frames of {self.array.shape[1]} × {self.array.shape[2]} pixels"
+        return f"<div>{''.join(figures)}</div><p>{size}</p>"
 
 
 def probe(source: Source, *, count: bool = True, limits: VideoLimits = LIMITS) -> VideoInfo:

@@ -57,9 +57,12 @@ def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
     if quantize is not None:
         options = {"device_map": config.device_map or {"": "cuda"}, "quantization_config": gpu_settings(quantize)}
     if "gguf_file" in kwargs:
+        if config.rope_scaling is not None:
+            raise ConfigError("llm.rope_scaling: is not applied to a .gguf file; give the language model's folder")
         found, more = False, {}
     else:
         settings = read_settings(source, where, **kwargs)
+        scale_positions(settings, config)
         found, more = bool(settings.is_encoder_decoder), {"config": settings, "use_safetensors": True}
         if not found and settings.model_type in READS_BOTH_WAYS and not getattr(settings, "is_decoder", False):
             raise CheckpointError(f"{where}: model type {settings.model_type!r} reads both ways, and writes no text")
@@ -88,6 +91,22 @@ def load_llm(config: LLMConfig, quantize: str | None = None) -> PreTrainedModel:
         if quantize is None:
             probe(model.eval(), where)
     return model.eval()
+
+
+def scale_positions(settings: Any, config: LLMConfig) -> None:
+    """Put the rope scaling that was asked for into a language model's configuration; doing so twice changes nothing."""
+    if (scaling := config.rope_scaling) is None:
+        return
+    text = settings.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    original = scaling.original_max_position_embeddings or rope.get("original_max_position_embeddings")
+    original = original or positions_of(text)
+    if "rope_theta" not in rope or original is None:
+        raise ConfigError(f"llm.rope_scaling: {config.model_name_or_path!r} has no rotary positions that can be scaled")
+    kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    given = scaling.model_dump(exclude_none=True)
+    text.rope_parameters = {**kept, **given, "original_max_position_embeddings": original}
+    text.max_position_embeddings = int(original * scaling.factor)
 
 
 def gpu_settings(how: str) -> Any:

@@ -13,16 +13,20 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from polymodal.config import LLMConfig, ModelConfig, VisionConfig
+from polymodal.config import AudioConfig, LLMConfig, ModelConfig, VisionConfig
 from polymodal.errors import CheckpointError, PolymodalError, first_line, unknown_name
 from polymodal.media_plan import Size
-from polymodal.modeling.build import compose, fit_projector
+from polymodal.modeling.build import compose, fit_projector, fit_temporal
+from polymodal.modeling.encoders.audio import AUDIO_ENCODERS, WhisperAudioEncoder
 from polymodal.modeling.encoders.efficientnet import EfficientNetLite0
 from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
 from polymodal.modeling.encoders.vision import VISION_ENCODERS, VisionEncoder, check_type, wrap_efficientnet
-from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2, model_class, positions_of
+from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2, model_class, positions_of, scale_positions
 from polymodal.modeling.pretrained import building, config_json
+from polymodal.modeling.projectors import build_projector
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.utils.files import home_path
 
@@ -37,6 +41,7 @@ def _decoder(kind: str, *sizes: int, rows: int, positions: int, kv_heads: int, *
     return {**_shape(kind, *sizes), **table, **{f"{name}_word_embeddings": value for name, value in more.items()}}
 
 
+WHISPER = "openai/whisper-base"
 PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
     SMOLLM2: _decoder("llama", 576, 1536, 30, 9, kv_heads=3, rows=49152, positions=8192, tie=True),
     "lmsys/vicuna-7b-v1.5": _decoder("llama", 4096, 11008, 32, 32, kv_heads=32, rows=32000, positions=4096),
@@ -53,6 +58,13 @@ PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14-336": _shape(
         "clip_vision_model", 1024, 4096, 24, 16, image_size=336, patch_size=14, projection_dim=768
     ),
+    WHISPER: {
+        "model_type": "whisper",
+        "d_model": 512,
+        "encoder_layers": 6,
+        "encoder_attention_heads": 8,
+        "encoder_ffn_dim": 2048,
+    },
     "google/siglip-base-patch16-224": _shape("siglip_vision_model", 768, 3072, 12, 12, image_size=224, patch_size=16),
     "google/siglip-so400m-patch14-384": _shape(
         "siglip_vision_model", 1152, 4304, 27, 16, image_size=384, patch_size=14
@@ -86,7 +98,15 @@ def outline(config: ModelConfig, *, fetch: bool = False) -> Outline:
         if config.vision is not None:
             encoder = _vision_encoder(config.vision, Size(*config.image.tile_size) if config.image else None, fetch)
             projector = fit_projector(config, encoder, embeddings.shape[1])
-        return Outline(compose(config, llm, embeddings.shape[0], encoder, projector), config)
+        model = compose(config, llm, embeddings.shape[0], encoder, projector)
+        if encoder is not None and projector is not None:
+            model.temporal_encoder = fit_temporal(config, encoder, projector)
+        if config.audio is not None:
+            ears = model.audio_encoder = _audio_encoder(config.audio, fetch)
+            model.audio_projector = build_projector(
+                config.audio.projector, ears.embed_dim, Size(1, 1), embeddings.shape[1]
+            )
+        return Outline(model.eval(), config)
 
 
 def on_no_device(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -120,7 +140,9 @@ def llm_settings(config: LLMConfig, *, fetch: bool = False) -> Any:
             raise CheckpointError(f"{where}: transformers knows no model_type {str(settings.get('model_type'))[:80]!r}")
         if zero := next((key for key in ("vocab_size", "hidden_size") if settings.get(key) == 0), None):
             raise CheckpointError(f"{where}: {zero} is 0; more is expected")
-        return transformers.AutoConfig.for_model(**settings)
+        found = transformers.AutoConfig.for_model(**settings)
+        scale_positions(found, config)
+        return found
 
 
 def llm_positions(config: LLMConfig) -> int | None:
@@ -151,6 +173,19 @@ def _config_json(name: str, revision: str | None, fetch: bool) -> dict[str, Any]
             f"{name}: its shape is not known on this machine; --fetch asks the hub for its config.json (a few kB), or "
             "name a local folder"
         ) from error
+
+
+def _audio_encoder(audio: AudioConfig, fetch: bool) -> WhisperAudioEncoder:
+    """Build an audio tower from its configuration; a Whisper's encoder, whether or not its decoder lies beside it."""
+    if audio.type not in AUDIO_ENCODERS:
+        raise unknown_name("audio encoder type", audio.type, AUDIO_ENCODERS)
+    name = WHISPER if audio.audio_tower == "whisper_base" else audio.audio_tower  # which a package has
+    settings, where = _config_json(name, audio.revision, fetch), f"audio tower {audio.audio_tower!r}"
+    if (found := settings.get("model_type")) != "whisper":
+        raise CheckpointError(f"{where} has model_type {found!r}, not 'whisper'; give a Whisper's folder")
+    with building(where):
+        model = WhisperEncoder(WhisperConfig(**{key: value for key, value in settings.items() if key != "model_type"}))
+    return WhisperAudioEncoder(model, audio.stack)
 
 
 def _vision_encoder(vision: VisionConfig, tile: Size | None, fetch: bool) -> VisionEncoder:

@@ -11,7 +11,7 @@ take seconds and a second copy of the model's modules, and an estimate is enough
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +40,14 @@ class Load:
     """What goes through the model at once, on one device."""
 
     rows: int  # Samples
-    tokens: int  # Positions of each, images included
+    tokens: int  # Positions of each, media included
     targets: int  # Trained tokens of each
-    tiles: int  # Tiles of each
-    visual_tokens: int  # Positions of each that are images
-    cached: bool = False  # The tower's features come from a cache
+    tiles: int  # Tiles of each, the frames of its videos among them
+    visual_tokens: int  # Positions of each that are media
+    cached: bool = False  # The towers' features come from a cache
+    frames: tuple[int, ...] = ()  # Of each video of a sample
+    windows: int = 0  # Of the sounds of a sample
+    window_frames: int = 0  # Of the longest of them
 
 
 @dataclass(frozen=True)
@@ -125,14 +128,14 @@ def trace(outline: Outline, load: Load, *, bf16: bool) -> Trace:
 
 def _trace(outline: Outline, load: Load, *, bf16: bool) -> Trace:
     model, llm = outline.model, outline.model.llm
-    tower: Any = model.vision_encoder
-    trained_tower = tower is not None and not frozen(tower)
+    towers: list[Any] = [tower for tower in (model.vision_encoder, model.audio_encoder) if tower is not None]
+    trained = [tower for tower in towers if not frozen(tower)]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     on_no_device(model, mode)
     _leave_mask_to_kernel(llm)
     counter = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
     meter = _Meter(model, counter)
-    layers = [*blocks(llm), *(blocks(tower) if trained_tower else ())]
+    layers = [*blocks(llm), *(layer for tower in trained for layer in blocks(tower))]
     with mode, counter, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16), meter.watching(layers):
         hidden = _forward(outline, load)
         loss = hidden.float().sum()
@@ -149,7 +152,7 @@ def _trace(outline: Outline, load: Load, *, bf16: bool) -> Trace:
         weight_copies=meter.copies,
         kept_checkpointed=kept - sum(meter.layers_kept) + sum(meter.layer_inputs) + largest,
         loss_bytes=min(LOGIT_BYTES * logits, LOGIT_BYTES // 4 * GPU_BUDGET),
-        tower_bytes=0 if trained_tower or load.cached else _tower_bytes(outline, load, bf16),
+        tower_bytes=0 if load.cached else max((_tower_bytes(t, load, bf16) for t in towers if frozen(t)), default=0),
         forward_flops=forward + head,
         backward_flops=backward + head * (1 if frozen(output) else 2),
         layer_flops=float(sum(meter.layer_flops)),
@@ -160,6 +163,7 @@ def _forward(outline: Outline, load: Load) -> Tensor:
     """The model up to its head, [R, D] at the positions that carry a label; call it inside the mode."""
     model, llm = outline.model, outline.model.llm
     embeds = llm.get_input_embeddings()(torch.zeros(load.rows, load.tokens, dtype=torch.int64))
+    media: list[Tensor] = []
     if model.vision_encoder is not None and model.projector is not None and load.tiles:
         encoder, tile = model.vision_encoder, model.vision_encoder.tile
         count = load.rows * load.tiles
@@ -172,14 +176,25 @@ def _forward(outline: Outline, load: Load) -> Tensor:
         context = None
         if model.reads_context and settings is not None:
             context = torch.zeros(count, settings.max_text_length, dtype=torch.int64)
-        media = model.project(features, context).flatten(0, 1)
-        places = torch.zeros(load.rows * load.visual_tokens, dtype=torch.int64)
+        stills, *videos = features.unflatten(0, (load.rows, -1)).split(
+            (load.tiles - sum(load.frames), *load.frames), dim=1
+        )
+        if model.temporal_encoder is not None:
+            weight = next(iter(model.temporal_encoder.parameters()), stills)
+            videos = [model.temporal_encoder(v.to(weight.dtype), torch.zeros(v.shape[:2])) for v in videos]
+        for part in (stills, *videos):
+            given = None if context is None else context[: load.rows * part.shape[1]]
+            media.append(model.project(part.flatten(0, 1), given).flatten(0, 1))
         if model.image_newline is not None:
-            media = torch.cat([media, model.image_newline.expand(1, -1)])
+            media.append(model.image_newline.expand(1, -1))
+    if model.audio_encoder is not None and model.audio_projector is not None and load.windows:
+        media.append(_sounds(outline, load))
+    if media:
+        places = torch.zeros(load.rows * load.visual_tokens, dtype=torch.int64)
         # Unpadding drops some tokens and newlines add some: as many as the plan says take part.
-        media = media.index_select(0, places)
+        media_tokens = torch.cat(media).index_select(0, places)
         flat = embeds.reshape(-1, embeds.shape[-1])
-        embeds = flat.index_copy(0, places, media.to(flat.dtype)).view_as(embeds)
+        embeds = flat.index_copy(0, places, media_tokens.to(flat.dtype)).view_as(embeds)
     positions = torch.zeros(load.rows * load.targets, dtype=torch.int64)
     found: list[Tensor] = []
 
@@ -201,12 +216,26 @@ def _forward(outline: Outline, load: Load) -> Tensor:
     return found[0]
 
 
-def _tower_bytes(outline: Outline, load: Load, bf16: bool) -> int:
+def _sounds(outline: Outline, load: Load) -> Tensor:
+    """The projected tokens of all windows, [A, D]."""
+    encoder: Any = outline.model.audio_encoder
+    projector: Any = outline.model.audio_projector
+    count, frames = load.rows * load.windows, load.window_frames
+    if load.cached:
+        features = torch.zeros(count, encoder.output_tokens(frames), encoder.embed_dim)
+    else:
+        with torch.no_grad() if frozen(encoder) else nullcontext():
+            features = encoder(torch.zeros(count, encoder.mel_bins, frames))
+    found: Tensor = projector(features.to(next(projector.parameters()).dtype))
+    return found.flatten(0, 1)
+
+
+def _tower_bytes(encoder: Any, load: Load, bf16: bool) -> int:
     """Working memory of a frozen tower: input, attention and the wide layer of one block live at once."""
-    encoder: Any = outline.model.vision_encoder
-    if encoder is None or not load.tiles:
-        return 0
     settings = getattr(getattr(encoder, "model", None), "config", None)
+    if hasattr(encoder, "mel_bins"):
+        width = settings.d_model * 6 + settings.encoder_ffn_dim * 2
+        return int(load.rows * load.windows * load.window_frames // 2 * width * (2 if bf16 else 4))
     width = (settings.hidden_size * 6 + settings.intermediate_size * 2) if settings is not None else encoder.embed_dim
     patches = encoder.patch_grid.area + encoder.prefix if settings is not None else 112 * 112
     return int(load.rows * load.tiles * patches * width * (2 if bf16 else 4))

@@ -1,12 +1,13 @@
 """What a model needs to read a sample, and what a training run will need, before anything is loaded.
 
-Counts are exact where they can be: visual tokens come from `media_plan.plan_image`, parameters and their types from the
+Counts are exact where they can be: tokens of media come from `media_plan`, parameters and their types from the
 model itself on tensors without data (`modeling.meta_device`), activations and FLOPs from a step of it
 (`planning.activation_trace`). What is added by rule is listed in `ASSUMPTIONS`. Time needs a throughput: measured, or a
 share of a device's peak.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,14 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from polymodal.config import ModelConfig, parse_config
 from polymodal.errors import ConfigError, unknown_name
-from polymodal.media_plan import Size, plan_image
-from polymodal.modeling.language_model import layer_counts
+from polymodal.media_plan import Size
+from polymodal.modeling.language_model import layer_counts, positions_of
 from polymodal.modeling.lora import NF4_BYTES, four_bit_modules
 from polymodal.modeling.meta_device import Outline, outline
 from polymodal.planning.activation_trace import Load, Trace, trace
+from polymodal.planning.sample import Media, PaperVideo, SoundUse, VideoUse, plan_media
 from polymodal.planning.starting_point import Start, model_config
 from polymodal.training.optimizer import Group, apply_policy, cast_frozen_linears
+from polymodal.training.recipes.load import apply_override
 from polymodal.training.recipes.sft import Recipe
 from polymodal.utils.modules import blocks, frozen
 
@@ -55,7 +59,7 @@ ASSUMPTIONS = (
 class Question:
     """What is asked of a plan."""
 
-    images: tuple[Size, ...] = ()  # The images of one sample
+    images: tuple[Size, ...] = ()  # The images of one sample, and the pages of its documents
     text_tokens: int = 128  # Its other tokens, prompt and answers
     answer_tokens: int = 64  # Those of them that are trained
     rows: int | None = None  # Records of the dataset; counted where the files are small and there when None
@@ -65,6 +69,10 @@ class Question:
     utilization: float = 0.4  # The share of the device's peak that is reached
     samples_per_second: float | None = None  # Measured throughput of one device; goes before `utilization`
     fetch: bool = False  # Ask the hub for a `config.json` that is not on this machine
+    videos: tuple[PaperVideo, ...] = ()  # The videos of the sample
+    sounds: tuple[float | Path, ...] = ()  # Its sounds: seconds, or files
+    documents: tuple[Path, ...] = ()  # Documents whose pages are counted and measured
+    overrides: tuple[str, ...] = ()  # Values that replace the model's own, such as "video.max_frames=4096"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +90,9 @@ class Plan:
     tokens: int  # Positions of the sample
     context: int | None  # Positions that the language model was made for; None where it has no limit
     kv_bytes_per_token: int  # Of the key-value cache
+    videos: tuple[VideoUse, ...] = ()
+    sounds: tuple[SoundUse, ...] = ()
+    rope_scaling: float = 1.0  # The factor of llm.rope_scaling, which `context` follows
 
     @property
     def kv_bytes(self) -> int:
@@ -93,9 +104,16 @@ class Plan:
         """Whether the sample does not fit the context."""
         return self.context is not None and self.tokens > self.context
 
+    def rope_factor(self, tokens: int) -> float | None:
+        """The least factor of rope scaling whose context has so many positions; None where none is needed."""
+        if self.context is None or tokens <= self.context:
+            return None
+        return math.ceil(100 * tokens * self.rope_scaling / self.context) / 100
+
     def plain(self) -> dict[str, Any]:
         """The plan as plain data."""
-        return {**asdict(self), "kv_bytes": self.kv_bytes, "too_long": self.too_long}
+        more = {"kv_bytes": self.kv_bytes, "too_long": self.too_long, "rope_factor": self.rope_factor(self.tokens)}
+        return {**asdict(self), **more}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +147,15 @@ class TrainingPlan(Plan):
 
 def plan_model(name: str, question: Question) -> Plan:
     """Plan one prompt for a finished model."""
-    built = outline(model_config(name), fetch=question.fetch)
+    config = model_config(name)
+    if question.overrides:
+        plain = config.model_dump(mode="json")
+        for override in question.overrides:
+            apply_override(plain, override, ModelConfig)
+        config = parse_config(ModelConfig, plain, name)
+    built = outline(config, fetch=question.fetch)
     value_bytes = next(built.model.llm.parameters()).element_size()
-    return _sample_plan(name, name, built, question, value_bytes)
+    return _sample_plan(name, name, built, _media(built, question), question, value_bytes)
 
 
 def plan_training(recipe: Recipe, start: Start, question: Question) -> TrainingPlan:
@@ -155,13 +179,17 @@ def plan_training(recipe: Recipe, start: Start, question: Question) -> TrainingP
         cast_frozen_linears(model.llm, torch.bfloat16)
     saved = sum(weight.numel() * (weight.element_size() - NF4_BYTES) for weight in four_bit)
 
-    sample = _sample_plan(recipe.name, start.origin, built, question, 2 if bf16 else 4, round(saved))
+    media = _media(built, question)
+    sample = _sample_plan(recipe.name, start.origin, built, media, question, 2 if bf16 else 4, round(saved))
     load = Load(
         rows=_rows_at_once(recipe, sample.tokens, question.devices),
         tokens=sample.tokens,
         targets=question.answer_tokens,
-        tiles=sum(sample.tiles),
-        visual_tokens=sum(sample.visual_tokens),
+        tiles=media.tiles,
+        visual_tokens=media.tokens,
+        frames=tuple(video.frames for video in media.videos),
+        windows=sum(sound.windows for sound in media.sounds),
+        window_frames=max((sound.longest for sound in media.sounds), default=0),
         cached=recipe.run.feature_cache != "off",
     )
     trained = _count(model, trained=True)
@@ -190,17 +218,16 @@ def plan_training(recipe: Recipe, start: Start, question: Question) -> TrainingP
     )
 
 
-def _sample_plan(name: str, origin: str, built: Outline, question: Question, kv_bytes: int, saved: int = 0) -> Plan:
+def _media(built: Outline, question: Question) -> Media:
+    asked = (question.images, question.videos, question.sounds, question.documents)
+    return plan_media(*asked, built.config, built.model.tokens_per_tile, built.model.audio_window)
+
+
+def _sample_plan(
+    name: str, origin: str, built: Outline, media: Media, question: Question, kv_bytes: int, saved: int = 0
+) -> Plan:
     """Count tokens as the processor will plan them, weights less what 4 bits save, and a cache of such numbers."""
-    model, rules, grid = built.model, built.config.image, built.model.tokens_per_tile
-    images = question.images
-    if images and (rules is None or grid is None):
-        raise ConfigError("this model has no vision encoder; leave --image out")
-    plans = [
-        plan_image(size, rules, grid, alone=len(images) == 1)
-        for size in images
-        if rules is not None and grid is not None
-    ]
+    model, rope = built.model, built.config.llm.rope_scaling
     llm: Any = model.llm.config.get_text_config()
     return Plan(
         name=name,
@@ -208,12 +235,15 @@ def _sample_plan(name: str, origin: str, built: Outline, question: Question, kv_
         parameters=_count(model),
         weight_bytes=_bytes([*model.parameters(), *model.buffers()]) - saved,
         dtype=built.config.llm.dtype,
-        images=tuple((size.height, size.width) for size in images),
-        visual_tokens=tuple(plan.num_tokens for plan in plans),
-        tiles=tuple(plan.num_tiles for plan in plans),
-        tokens=sum(plan.num_tokens for plan in plans) + question.text_tokens,
-        context=getattr(llm, "max_position_embeddings", None),
+        images=tuple((size.height, size.width) for size, _ in media.images),
+        visual_tokens=tuple(plan.num_tokens for _, plan in media.images),
+        tiles=tuple(plan.num_tiles for _, plan in media.images),
+        tokens=media.tokens + question.text_tokens,
+        context=positions_of(llm),
         kv_bytes_per_token=kv_bytes_per_token(llm, kv_bytes),
+        videos=media.videos,
+        sounds=media.sounds,
+        rope_scaling=1.0 if rope is None else rope.factor,
     )
 
 

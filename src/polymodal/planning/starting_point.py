@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from polymodal.checkpoints.model_folder import CONFIG_NAME, read_config, read_history
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig, new_image_rules
@@ -70,9 +71,11 @@ def model_config(name: str) -> ModelConfig:
 
 
 def _config_in(folder: Path) -> ModelConfig:
-    """The configuration of a folder of ours, with the place of a tower that lies in it."""
+    """The configuration of a folder of ours, with the places of towers that lie in it."""
     config = read_config(folder)
-    if config.vision is None or config.vision.vision_tower != "bundled":
-        return config
-    tower = config.vision.model_copy(update={"vision_tower": str(folder / "vision")})
-    return config.model_copy(update={"vision": tower})
+    places: dict[str, Any] = {}
+    if config.vision is not None and config.vision.vision_tower == "bundled":
+        places["vision"] = config.vision.model_copy(update={"vision_tower": str(folder / "vision")})
+    if config.audio is not None and config.audio.audio_tower == "bundled":
+        places["audio"] = config.audio.model_copy(update={"audio_tower": str(folder / "audio")})
+    return config.model_copy(update=places)

@@ -17,9 +17,9 @@ from PIL import Image as PILImage
 
 from polymodal.config import ImageConfig, ModelConfig, VideoConfig
 from polymodal.errors import PolymodalError
-from polymodal.media.audio import open_audio
+from polymodal.media.audio import Sound, open_audio
 from polymodal.media.image import open_image
-from polymodal.media.video import Frames, plan_frames, probe, read_frames
+from polymodal.media.video import FramePlan, Frames, plan_frames, probe, read_frames
 from polymodal.media_plan import AudioWindow, MediaPlan, Size, frames_within, plan_audio, plan_image, plan_video
 from polymodal.messages import Audio, Image, Media, Message, Part, Video
 from polymodal.processing.audio_features import audio_features
@@ -40,6 +40,7 @@ class Opened:
 
     plan: MediaPlan
     key: str  # A hash of its content and of the rules that make it ready
+    decoded: PILImage.Image | Frames | Sound  # What it is, for a person to look at
     tiles: Callable[[Pixels], torch.Tensor] | None = None  # [n, 3, H, W] of an image or a video
     windows: torch.Tensor | None = None  # [W, F, L] of a sound
 
@@ -89,7 +90,7 @@ def _image(part: Image, rules: ImageConfig, tokens: Size, alone: bool) -> Opened
         make = tile_bytes if pixels == "uint8" else make_tiles
         return torch.from_numpy(make(image, plan, rules))
 
-    return Opened(plan, image_key(image, rules, alone=alone), tiles)
+    return Opened(plan, image_key(image, rules, alone=alone), image, tiles)
 
 
 def _video(part: Video, video: VideoConfig, rules: ImageConfig, tokens: Size) -> Opened:
@@ -99,17 +100,28 @@ def _video(part: Video, video: VideoConfig, rules: ImageConfig, tokens: Size) ->
 
     def tiles(pixels: Pixels) -> torch.Tensor:
         make = tile_bytes if pixels == "uint8" else make_tiles
-        one_tile = rules.model_copy(update={"image_aspect_ratio": video.frame_aspect_ratio})
-        return torch.from_numpy(np.concatenate([make(frame, plan.frame, one_tile) for frame in frames]))
+        return torch.from_numpy(
+            np.concatenate([make(frame, plan.frame, frame_rules(rules, video)) for frame in frames])
+        )
 
     digest = hashlib.sha256(_rules(rules) + video.model_dump_json(include={"frame_aspect_ratio"}).encode())
     digest.update(f"video {frames.array.shape} {plan.times}".encode())
     digest.update(frames.array.tobytes())
-    return Opened(plan, digest.hexdigest(), tiles)
+    return Opened(plan, digest.hexdigest(), frames, tiles)
+
+
+def frame_rules(rules: ImageConfig, video: VideoConfig) -> ImageConfig:
+    """The image rules of a video's frames, which are one tile each."""
+    return rules.model_copy(update={"image_aspect_ratio": video.frame_aspect_ratio})
 
 
 def sample(part: Video, video: VideoConfig, rules: ImageConfig, tokens: Size) -> Frames:
     """The frames of a video that a model sees: those that the part asks for, else its own choice."""
+    return read_frames(part.source, plan_sample(part, video, rules, tokens))
+
+
+def plan_sample(part: Video, video: VideoConfig, rules: ImageConfig, tokens: Size) -> FramePlan:
+    """Which frames these are; none is decoded."""
     asked = {"num_frames": part.num_frames, "fps": part.fps, "times": part.times}
     ways = {name: value for name, value in asked.items() if value is not None}
     if part.key_frames:
@@ -121,8 +133,7 @@ def sample(part: Video, video: VideoConfig, rules: ImageConfig, tokens: Size) ->
         ways["num_frames"] = min(video.num_frames, most)
     segment = None if part.start is None and part.end is None else (part.start or 0.0, part.end)
     side = MOST_DETAIL * max(rules.tile_size)
-    plan = plan_frames(part.source, **ways, segment=segment, max_frames=most, max_side=side)  # type: ignore[arg-type]
-    return read_frames(part.source, plan)
+    return plan_frames(part.source, **ways, segment=segment, max_frames=most, max_side=side)  # type: ignore[arg-type]
 
 
 def _sound(part: Audio, config: ModelConfig, window: AudioWindow | None) -> Opened:
@@ -135,7 +146,7 @@ def _sound(part: Audio, config: ModelConfig, window: AudioWindow | None) -> Open
     plan = plan_audio(found.frames.tolist(), window)
     digest = hashlib.sha256(f"sound {window} {len(samples)}".encode() + samples.tobytes())
     # Padding is masked in the encoder, so what is longer than the longest window need not be carried.
-    return Opened(plan, digest.hexdigest(), windows=found.features[..., : max(plan.frames)])
+    return Opened(plan, digest.hexdigest(), sound, windows=found.features[..., : max(plan.frames)])
 
 
 def image_key(image: PILImage.Image, rules: ImageConfig, *, alone: bool = True) -> str:

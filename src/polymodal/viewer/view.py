@@ -6,6 +6,7 @@ needs the tokenizer and the plan, and no weights of the language model.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -46,6 +47,7 @@ class View:
 
     cells: tuple[Cell, ...]  # In order; together they are the whole sequence
     plans: tuple[MediaPlan, ...]  # One plan a medium, in order
+    drawings: tuple[Image.Image, ...] = ()  # One a medium, as of `viewer.draw.draw_media`; or none at all
 
     @property
     def counts(self) -> dict[Kind, int]:
@@ -55,8 +57,12 @@ class View:
             counts[cell.kind] += len(cell.ids)
         return counts
 
+    def _repr_html_(self) -> str:
+        """The page, as a notebook shows it: in a frame, so that its styles stay in there."""
+        return f'<iframe srcdoc="{html.escape(to_html(self))}" style="width:100%;height:32rem;border:0"></iframe>'
 
-def view_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> View:
+
+def view_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase, drawings: Sequence[Image.Image] = ()) -> View:
     """Cut a sample into cells."""
     ids = [int(i) for i in sample.input_ids]
     trained = [bool(m) for m in sample.loss_mask]
@@ -76,7 +82,7 @@ def view_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> View:
             end, text = _piece(ids, position, stops[0] if stops else limit, tokenizer)
             cells.append(Cell(kind, text, position, tuple(ids[position:end]), ids[position] in specials))
         position = end
-    return View(tuple(cells), sample.plans)
+    return View(tuple(cells), sample.plans, tuple(drawings))
 
 
 def _piece(ids: Sequence[int], start: int, limit: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
@@ -121,7 +127,7 @@ def _video_facts(plan: VideoPlan) -> dict[str, str]:
     return {
         "video": f"{plan.num_tiles} frames of {_size(plan.frame.source)} pixels, tiles of {_size(plan.frame.tile)}",
         "at seconds": ", ".join(f"{time:.2f}" for time in plan.times),
-        "behind the temporal encoder": f"{plan.frames} × {plan.tokens.area} tokens ({_size(plan.tokens)})",
+        "tokens of its frames": f"{plan.frames} × {plan.tokens.area} tokens ({_size(plan.tokens)})",
         "tokens in all": str(plan.num_tokens),
     }
 
@@ -145,8 +151,11 @@ def to_terminal(view: View, *, colour: bool, clean: Callable[[str], str] = str) 
     )
     lines = ["".join(pieces), "", f"{sum(counts.values())} tokens: {legend}"]
     for number, plan in enumerate(view.plans, start=1):
-        kind = type(plan).__name__.removesuffix("Plan").lower()
-        lines += ["", f"{kind} {number}", *(f"  {label:<21}{value}" for label, value in plan_facts(plan).items())]
+        lines += [
+            "",
+            f"{_kind(plan)} {number}",
+            *(f"  {label:<21}{value}" for label, value in plan_facts(plan).items()),
+        ]
     return "\n".join(lines)
 
 
@@ -154,10 +163,15 @@ def _size(size: Size) -> str:
     return f"{size.height} × {size.width}"
 
 
-def to_html(view: View, drawings: Sequence[Image.Image]) -> str:
+def to_html(view: View) -> str:
     """Write a view as a page."""
-    images = [(plan_facts(plan), data_url(image, "png")) for plan, image in zip(view.plans, drawings, strict=True)]
-    return html_page("viewer/view.html.jinja", view=view, images=images, place=_place, text=_text)
+    drawn = [data_url(image, "png") for image in view.drawings] or [""] * len(view.plans)
+    media = [(_kind(plan), plan_facts(plan), url) for plan, url in zip(view.plans, drawn, strict=True)]
+    return html_page("viewer/view.html.jinja", view=view, media=media, place=_place, text=_text)
+
+
+def _kind(plan: MediaPlan) -> str:
+    return type(plan).__name__.removesuffix("Plan").lower()
 
 
 def _place(cell: Cell) -> str:

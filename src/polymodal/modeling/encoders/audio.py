@@ -112,19 +112,19 @@ class WhisperAudioEncoder(nn.Module):
                 f"the audio encoder takes {self.mel_bins} mel bands and 1 to {self.max_frames} frames, and was given "
                 f"{bins} and {length}: make the features agree with it"
             )
-        if frames is None:
-            frames = torch.full((count,), length)
-        frames = frames.to(features.device)
-        if frames.shape != (count,) or bool(((frames < 1) | (frames > length)).any()):
-            raise ConfigError(f"frames must be {count} counts from 1 to {length}, got {frames.tolist()}")
-        there = torch.arange(length, device=features.device) < frames[:, None]  # [N, L]
+        there = torch.ones((count, length), dtype=torch.bool, device=features.device)  # [N, L]
+        if frames is not None:
+            frames = frames.to(features.device)
+            if frames.shape != (count,) or bool(((frames < 1) | (frames > length)).any()):
+                raise ConfigError(f"frames must be {count} counts from 1 to {length}, got {frames.tolist()}")
+            there = torch.arange(length, device=features.device) < frames[:, None]
         hidden = features.to(model.conv1.weight.dtype).where(there[:, None], 0)
         hidden = F.gelu(model.conv1(hidden)).where(there[:, None], 0)
         hidden = F.gelu(model.conv2(hidden)).transpose(1, 2)
         there = there[:, :: self.stride]  # [N, P]
         hidden = hidden + model.embed_positions.weight[: hidden.shape[1]]
         hidden = F.dropout(hidden, model.dropout, self.training)
-        mask = create_bidirectional_mask(model.config, hidden, None if bool(there.all()) else there)
+        mask = create_bidirectional_mask(model.config, hidden, None if frames is None or bool(there.all()) else there)
         for layer in model.layers:
             if not (self.training and model.layerdrop and float(torch.rand(())) < model.layerdrop):
                 hidden = layer(hidden, mask)
