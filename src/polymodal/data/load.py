@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +126,15 @@ def _part_to_json(part: Part, name: str) -> Any:
     if isinstance(part, Text):
         return part.text
     kind, source = type(part).__name__.lower(), part.source
+    settings = {field.name: getattr(part, field.name) for field in fields(part) if field.name != "source"}
+    said = {name: value for name, value in settings.items() if value != getattr(type(part), name)}
+    more = [said] if said else []
     if isinstance(source, FileSlice | TableCell):
-        fields = (str(value) if isinstance(value, Path) else value for value in vars(source).values())
+        about = (str(value) if isinstance(value, Path) else value for value in vars(source).values())
         where = "slice" if isinstance(source, FileSlice) else "cell"
-        return [kind, where, *("" if value is None else value for value in fields)]
+        return [kind, where, *("" if value is None else value for value in about), *more]
     if isinstance(source, str | Path):
-        return [kind, "url" if isinstance(source, str) else "path", str(source)]
+        return [kind, "url" if isinstance(source, str) else "path", str(source), *more]
     raise DataError(f"record {name}: its {kind} is in memory; give a file")
 
 
@@ -138,9 +142,11 @@ def _part_from_json(part: Any) -> Part:
     if isinstance(part, str):
         return Text(part)
     kind, where, first, *rest = part
+    said = rest.pop() if rest and isinstance(rest[-1], dict) else {}
+    make = partial(_PARTS[kind], **{name: tuple(v) if isinstance(v, list) else v for name, v in said.items()})
     if where == "slice":
-        return _PARTS[kind](FileSlice(Path(first), *rest))
+        return make(FileSlice(Path(first), *rest))
     if where == "cell":
         group, row, column, item, root = rest
-        return _PARTS[kind](TableCell(Path(first), group, row, column, item, Path(root) if root else None))
-    return _PARTS[kind](first if where == "url" else Path(first))
+        return make(TableCell(Path(first), group, row, column, item, Path(root) if root else None))
+    return make(first if where == "url" else Path(first))

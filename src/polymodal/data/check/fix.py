@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from polymodal.data.check.rows import OTHERS, Finding, Row, read_row
-from polymodal.data.readers.conversations import listed
+from polymodal.data.readers.base import listed
 
 Repair: TypeAlias = Callable[[Row, Sequence[Finding]], tuple[Row, tuple[str, ...]] | None]
 """From a row and its findings to the repaired row and the names of the repairs; None where nothing can be done."""
