@@ -10,11 +10,9 @@ from polymodal.data.check.check import Summary
 from polymodal.data.check.fix import NAMES
 from polymodal.data.check.rows import FAULTS
 from polymodal.errors import PolymodalError
-from polymodal.media.document import open_pages
-from polymodal.media.image import open_image
 from polymodal.media.source import describe
-from polymodal.media.video import sample_frames
-from polymodal.messages import Audio, Document, Media, Video
+from polymodal.media.thumbnail import thumbnail
+from polymodal.messages import Audio, Media
 from polymodal.utils.html import data_url, html_page
 
 BINS = 24
@@ -67,7 +65,7 @@ def to_html(summary: Summary, *, model: str, max_length: int, fixed: bool) -> st
         },
         faults=[(code, FAULTS[code], None if fixed else NAMES.get(code)) for code in codes],
         charts=_charts(summary, max_length) if summary.tokens else [],
-        thumbnail=thumbnail,
+        thumbnail=thumbnail_url,
         name=lambda medium: describe(medium.source) if isinstance(medium, Audio) else "",
     )
 
@@ -176,18 +174,10 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
 
 
-def thumbnail(medium: Media) -> str:
-    """A small JPEG of an image, a first frame or page as a `data:` URL; "" of a sound and what cannot be read."""
+def thumbnail_url(medium: Media) -> str:
+    """A small JPEG of a medium as a `data:` URL; "" of a sound and of what cannot be read."""
     try:
-        if isinstance(medium, Audio):
-            return ""
-        if isinstance(medium, Video):
-            image = sample_frames(medium.source, 1, max_side=2 * THUMBNAIL)[0]
-        elif isinstance(medium, Document):
-            image = next(iter(open_pages(medium.source, medium.pages or "1", dpi=72))).image
-        else:
-            image = open_image(medium.source)
+        image = thumbnail(medium, THUMBNAIL)
     except PolymodalError:
         return ""
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return data_url(image, "jpeg", quality=80)
+    return "" if image is None else data_url(image, "jpeg", quality=80)
