@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +142,12 @@ def _part_from_json(part: Any) -> Part:
         return Text(part)
     kind, where, first, *rest = part
     said = rest.pop() if rest and isinstance(rest[-1], dict) else {}
-    make = partial(_PARTS[kind], **{name: tuple(v) if isinstance(v, list) else v for name, v in said.items()})
+    source: Any = first if where == "url" else Path(first)
     if where == "slice":
-        return make(FileSlice(Path(first), *rest))
+        source = FileSlice(source, *rest)
     if where == "cell":
         group, row, column, item, root = rest
-        return make(TableCell(Path(first), group, row, column, item, Path(root) if root else None))
-    return make(first if where == "url" else Path(first))
+        source = TableCell(source, group, row, column, item, Path(root) if root else None)
+    made: Any = _PARTS[kind]
+    part_of: Part = made(source, **{name: tuple(v) if isinstance(v, list) else v for name, v in said.items()})
+    return part_of

@@ -181,7 +181,7 @@ def listed(value: Any) -> list[Any]:
 
 def medium_of(kind: str, given: Any, image_root: Path | None, at: str, *, of_part: bool = False) -> Media:
     """Make a medium of where it is, or of an object that says this and more (`part_settings`)."""
-    keys, said = (f"{kind}_url", kind, *SOURCES), {}
+    keys, said = (f"{kind}_url", kind, *SOURCES), dict[str, Any]()
     while isinstance(given, dict):  # also {"video_url": {"url": ...}}, and datasets' {"path": ..., "bytes": None}
         key = next((key for key in keys if given.get(key) is not None), "path")
         said |= {name: value for name, value in given.items() if name not in keys}

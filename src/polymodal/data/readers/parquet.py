@@ -59,7 +59,7 @@ def read_parquet(path: Path, options: Options) -> Iterator[RawRow]:
             count = file.metadata.row_group(group).num_rows
             try:
                 rows = _texts_of(file, group, wanted).to_pylist()
-                cells = {name: cells_of(path, file, group, name, options.root, len(rows)) for name in media}
+                cells = {name: cells_of(path, file, group, name, options.root, len(rows), True) for name in media}
             except Exception as error:  # pyarrow raises many types for damaged pages
                 problem = f"row group {group} is damaged ({first_line(error)[:160]}); fetch the file again"
                 problem = str(error) if isinstance(error, DataError | MediaError) else problem
@@ -146,14 +146,16 @@ def _record(
     return caption_of(parts, caption, options, **labels), "caption"
 
 
-def cells_of(path: Path, file: Any, group: int, column: str, root: Path, count: int) -> list[list[Any]]:
-    """Locate the media of a column: for each row a list of cells, or paths where there can be no bytes."""
+def cells_of(
+    path: Path, file: Any, group: int, column: str, root: Path, count: int, settings: bool = False
+) -> list[list[Any]]:
+    """Locate the media of a column: a list a row of cells, paths where there can be no bytes, or what says more."""
     # Not from the chunks' metadata: pyarrow ends the process where that is damaged.
     leaves = [file.schema.column(index).path for index in range(len(file.schema))]
     own = {leaf.split(".")[-1]: leaf for leaf in leaves if leaf.split(".")[0] == column}
     if {"bytes", "path"} <= own.keys():  # what is beside the bytes is short, and tells how many each row has
         more = [leaf for leaf in leaves if leaf.split(".")[0] == column and leaf not in own["bytes"]]
-        columns = more if column.rstrip("s") in ("video", "document") else [own["path"]]
+        columns = more if settings and column.rstrip("s") in ("video", "document") else [own["path"]]
         values = file.read_row_group(group, columns=columns).column(column)
     else:
         values = read_column(path, group, column)
