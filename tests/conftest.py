@@ -209,6 +209,38 @@ def tiny_model_folder(tiny_model_config: ModelConfig, tmp_path_factory: pytest.T
 
 
 @pytest.fixture(scope="session")
+def senses_config(tiny_model_config: ModelConfig, tiny_ears_folder: Path) -> ModelConfig:
+    """The tiny model with a temporal encoder for videos of four frames, and with ears."""
+    from polymodal.config import AudioConfig, ProjectorConfig, TemporalAttentionConfig, TemporalConfig, VideoConfig
+
+    temporal = TemporalConfig(
+        type="attention", attention=TemporalAttentionConfig(hidden_size=16, num_attention_heads=2)
+    )
+    projector = ProjectorConfig(mm_projector_type="linear")
+    senses = {
+        "video": VideoConfig(num_frames=4, temporal=temporal),
+        "audio": AudioConfig(audio_tower=str(tiny_ears_folder), stack=2, projector=projector),
+    }
+    return tiny_model_config.model_copy(update=senses)
+
+
+@pytest.fixture(scope="session")
+def senses_folder(senses_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole model folder of the tiny model with eyes for videos and ears; copy it before you change it."""
+    import torch
+
+    from polymodal.checkpoints.model_folder import save_model
+    from polymodal.modeling.build import build_model
+
+    torch.manual_seed(2)
+    model, tokenizer = build_model(senses_config)
+    folder = tmp_path_factory.mktemp("tiny") / "senses"
+    trained = {"llm_trained": True, "vision_trained": True, "audio_trained": True}
+    save_model(folder, model, senses_config, tokenizer, **trained)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def image_folder() -> Path:
     """The images that ship with the repository."""
     return Path(__file__).resolve().parent.parent / "examples" / "pictures"

@@ -251,15 +251,17 @@ def _as_part(part: Any, where: str) -> Part:
             f"{where}: a part of type {kind!r} cannot be read; give text, or an image, video, sound or document with "
             "its source (a file that was uploaded to a server, and a list of frames, cannot be read here)"
         )
-    said = {key: said for key, said in {**within, **part}.items() if key not in (kind, *_SOURCES, *_REMARKS)}
-    return _PARTS[kind](value, **_settings(_PARTS[kind], said, f"{where}: part {kind!r}"))
+    said = {key: said for key, said in {**within, **part}.items() if key not in (kind, *_SOURCES)}
+    return _PARTS[kind](value, **part_settings(_PARTS[kind], said, f"{where}: part {kind!r}"))
 
 
-def _settings(kind: Any, said: Mapping[str, Any], where: str) -> dict[str, Any]:
+def part_settings(kind: Any, said: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Read what a dictionary says of a video or a document; for other parts nothing is to be said."""
     known, found = _SETTINGS.get(kind, {}), dict[str, Any]()
     for name, value in said.items() if known else ():
         key = _SPELT.get(name, name)
+        if name in _REMARKS:
+            continue
         if key not in known:
             raise PolymodalError(f"{where}: {name!r} is no setting of it; there are {', '.join(known)}")
         if value is None:

@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from polymodal.backends import load_processor
 from polymodal.cli import main
-from polymodal.data.check.check import Summary, check_files
+from polymodal.data.check.check import Summary, check_files, summary_json
 from polymodal.data.check.fix import add_placeholder
 from polymodal.data.check.rows import FAULTS
 from polymodal.data.load import iter_rows, load_records, row_record
@@ -19,6 +20,7 @@ from polymodal.data.readers.conversations import read_record
 from polymodal.errors import DataError
 from polymodal.messages import Image, user
 from polymodal.processing.processor import Processor
+from tests.media.makers import clip, many_pages, tone, wav
 from tests.processing.tool_templates import QWEN3
 
 PLANTED = Path(__file__).parent / "planted"
@@ -101,6 +103,7 @@ def test_every_planted_fault_is_found_and_no_good_row_is_lost(processor: Process
 
 def test_the_table_of_faults_is_covered_by_the_planted_file() -> None:
     not_planted = {"broken-row", "unreadable-file", "template-refused", "nothing-trained", "dropped-reasoning"}
+    not_planted |= {"damaged-video", "damaged-sound", "damaged-document", "bad-setting"}  # see below
     assert {*DROPPED.values(), *WARNED.values()} | not_planted == set(FAULTS)
     assert all(FAULTS[code].severity == "drop" for code in DROPPED.values())
     assert all(FAULTS[code].severity == "warn" for code in WARNED.values())
@@ -405,3 +408,101 @@ def test_reasoning_and_tools_are_counted_and_refused_by_name(
     assert [(line["row"], line["code"], line["reason"]) for line in summary.warnings] == [
         (3, "dropped-reasoning", "turn 2: its reasoning is left out, since a question follows")
     ]
+
+
+@pytest.fixture(scope="module")
+def senses(senses_folder: Path) -> Processor:
+    return load_processor(senses_folder)
+
+
+def media_rows(folder: Path) -> Path:
+    """Good rows with a video, a sound and a document; then one row for each fault, and one said twice."""
+    folder.mkdir(exist_ok=True)
+    clip(folder / "a.mp4", frames=9, rate=4)
+    clip(folder / "b.mp4", frames=6, rate=4)
+    tone(folder / "a.wav", 0.5)
+    (folder / "b.wav").write_bytes(wav(np.ones(22050, "<i2"), rate=44_100))
+    (folder / "a.pdf").write_bytes(many_pages(3))
+    (folder / "same.mp4").write_bytes((folder / "a.mp4").read_bytes())
+    (folder / "cut.mp4").write_bytes((folder / "a.mp4").read_bytes()[:200])
+    (folder / "none.wav").write_bytes(wav(np.zeros(0, "<i2")))
+    (folder / "cut.pdf").write_bytes(many_pages(3)[:60])
+    (folder / "empty.mp4").write_bytes(b"")
+    media = [
+        ({"video": {"path": "a.mp4", "num_frames": 2}}, "<video>What moves?"),
+        ({"videos": ["b.mp4"]}, "<video>What moves?"),
+        ({"audio": "a.wav"}, "<audio>What sounds?"),
+        ({"audios": ["b.wav", "a.wav"]}, "<audio><audio>Which is louder?"),
+        ({"document": {"path": "a.pdf", "pages": "2-3"}}, "<document>What is it?"),
+        ({"video": {"path": "same.mp4", "num_frames": 2}}, "<video>What moves?"),
+        ({"video": "cut.mp4"}, "<video>What?"),
+        ({"audio": "none.wav"}, "<audio>What?"),
+        ({"document": "cut.pdf"}, "<document>What?"),
+        ({"video": "empty.mp4"}, "<video>What?"),
+        ({"video": "gone.mp4"}, "<video>What?"),
+        ({"video": {"path": "a.mp4", "times": [99]}}, "<video>What?"),
+        ({"document": {"path": "a.pdf", "pages": "7"}}, "<document>What?"),
+        ({"video": "a.mp4"}, "What?"),
+        ({"audio": "A.WAV"}, "<audio>What is heard?"),
+    ]
+    rows = []
+    for number, (record, question) in enumerate(media):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": f"A {number % 5}."}]
+        rows.append({"id": str(number), **record, "messages": turns})
+    path = folder / "media.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_videos_sounds_and_documents_are_decoded_and_counted(senses: Processor, tmp_path: Path) -> None:
+    summary = run_check(media_rows(tmp_path / "data"), senses, tmp_path / "out")
+    found = {line["id"]: line["code"] for line in lines_of(tmp_path / "out" / "dropped.jsonl")}
+    assert found == {
+        "5": "duplicate-row",
+        "6": "damaged-video",
+        "7": "damaged-sound",
+        "8": "damaged-document",
+        "9": "empty-file",
+        "10": "missing-file",
+        "11": "bad-setting",
+        "12": "damaged-document",  # it has three pages
+        "13": "placeholder-count",
+        "14": "missing-file",
+    }
+    assert summary.videos == [(9, 2.25), (6, 1.5)]
+    assert summary.sounds == [(0.5, 16_000), (0.5, 44_100), (0.5, 16_000)]
+    assert summary.pages == [2] and len(summary.tokens) == 5 and min(summary.tokens) > 16
+    plain = json.loads(summary_json(summary))
+    assert plain["videos"] == 2 and plain["video_frames"] == 15 and plain["video_seconds"] == 3.75
+    assert plain["sounds"] == 3 and plain["sound_rates"] == {"16000": 2, "44100": 1} and plain["pages"] == 2
+
+
+def test_fix_keeps_videos_sounds_and_documents(senses: Processor, tmp_path: Path) -> None:
+    path = media_rows(tmp_path / "data")
+    run_check(path, senses, tmp_path / "out", fix=True)
+    before = path.read_text().splitlines()
+    after = (tmp_path / "out" / "media.fixed.jsonl").read_text().splitlines()
+    assert after[:5] == before[:5]
+    mended = [json.loads(line) for line in after[5:]]
+    assert [row["messages"][0]["content"] for row in mended] == ["<video>What?", "<audio>What is heard?"]
+    assert mended[1]["audio"] == "a.wav"
+
+
+def test_the_verb_shows_videos_and_sounds(
+    senses_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = media_rows(tmp_path / "data"), tmp_path / "out"
+    argv = ["data", "check", str(path), "--model", str(senses_folder), "--output", str(out), "--max-length", "450"]
+    assert main([*argv, "--max-dropped", "90%"]) == 0
+    said = capsys.readouterr().out
+    assert "decoded 2 videos, 15 video frames, 3 sounds, 1 documents, 2 pages; 3.8 s of video, 1.5 s of sound" in said
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") == 3 and "a.wav</code>" in page  # two videos and a page
+    assert all(title in page for title in ("Frames of a video", "Seconds of a sound", "Pages of a document"))
+
+
+def test_a_model_without_ears_is_given_no_sound(processor: Processor, tmp_path: Path) -> None:
+    run_check(media_rows(tmp_path / "data"), processor, tmp_path)
+    found = {line["id"]: (line["code"], line["reason"]) for line in lines_of(tmp_path / "dropped.jsonl")}
+    assert found["0"] == ("unsupported-medium", "the model takes no video")
+    assert found["2"] == ("unsupported-medium", "the model takes no audio") and "4" not in found

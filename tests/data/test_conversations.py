@@ -450,3 +450,100 @@ def test_reasoning_and_calls_are_the_assistants() -> None:
     with pytest.raises(DataError, match="a call must be JSON, found 'weather"):
         turns = [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "weather(Oslo)"}]
         read_record({"conversations": turns}, ROOT, "here")
+
+
+FIELD = [  # what a record has beside its turns, its question, and what is meant
+    ({"video": "v.mp4"}, "<video>\nQ", [Video(ROOT / "v.mp4"), "Q"]),
+    ({"videos": ["v.mp4", "w.mp4"]}, "<video><video>Q", [Video(ROOT / "v.mp4"), Video(ROOT / "w.mp4"), "Q"]),
+    ({"video": "v.mp4"}, "<image>\nQ", [Video(ROOT / "v.mp4"), "Q"]),  # LLaVA-Video
+    ({"video": "v.mp4", "image": "a"}, "<image>Q<video>", [Image(ROOT / "a"), "Q", Video(ROOT / "v.mp4")]),
+    ({"videos": [{"path": "v.mp4", "num_frames": 4}]}, "<video>Q", [Video(ROOT / "v.mp4", num_frames=4), "Q"]),
+    ({"video": {"video": "v.mp4", "fps": 2}}, "<video>Q", [Video(ROOT / "v.mp4", fps=2), "Q"]),
+    (
+        {"videos": [{"video": "v.mp4", "nframes": 3, "video_start": 1, "video_end": 2.5, "max_pixels": 100352}]},
+        "<video>Q",
+        [Video(ROOT / "v.mp4", num_frames=3, start=1, end=2.5), "Q"],
+    ),
+    ({"video": {"url": "v.mp4", "start": 0.5, "end": None}}, "<video>Q", [Video(ROOT / "v.mp4", start=0.5), "Q"]),
+    ({"audio": "s.wav"}, "<audio>Q", [Audio(ROOT / "s.wav"), "Q"]),
+    (
+        {"audios": ["s.wav", {"audio": "t.wav", "sampling_rate": 16000}]},
+        "<audio>Q<audio>",
+        [Audio(ROOT / "s.wav"), "Q", Audio(ROOT / "t.wav")],
+    ),
+    ({"document": "d.pdf"}, "<document>Q", [Document(ROOT / "d.pdf"), "Q"]),
+    (
+        {"documents": [{"path": "d.pdf", "pages": "1-2", "text": "layer"}, {"document": "e.tif", "pages": 3}]},
+        "<document>Q<document>",
+        [Document(ROOT / "d.pdf", "1-2", "layer"), "Q", Document(ROOT / "e.tif", "3")],
+    ),
+]
+
+
+@pytest.mark.parametrize("key", ["conversations", "messages"])
+@pytest.mark.parametrize(("media", "question", "parts"), FIELD)
+def test_videos_sounds_and_documents_and_what_is_said_of_them(
+    key: str, media: dict[str, Any], question: str, parts: list[Any]
+) -> None:
+    turns = [{"role": "user", "content": question.replace("\n", "") if key == "messages" else question}]
+    record = read_record({**media, key: [*turns, {"role": "assistant", "content": "A"}]}, ROOT, "x", default_id="1")
+    assert record.messages == (user(*parts), assistant("A"))
+    assert not record.extra
+    assert record_from_json(json.loads(json.dumps(record_to_json(record)))) == record
+
+
+@pytest.mark.parametrize("form", ["messages", "openai"])
+def test_parts_of_a_message_say_more(form: str) -> None:
+    content = [
+        {"type": "video", "video": "file:///data/set/v.mp4", "fps": 1.0, "max_frames": 32},
+        {"type": "video_url", "video_url": {"url": "v.mp4", "nframes": 4}},
+        {"type": "video", "video": "v.mp4", "times": [0, 1.5], "audio": True},
+        {"type": "document", "path": "d.pdf", "pages": "2-", "text": "ocr"},
+        {"type": "file", "file": {"filename": "d.pdf", "file_data": "data:application/pdf;base64,AAAA"}},
+        {"type": "text", "text": "Q"},
+    ]
+    record = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A"}]}
+    video = ROOT / "v.mp4"
+    assert read_record(record, ROOT, "x", form=form).messages[0] == user(
+        Video(video, fps=1.0),
+        Video(video, num_frames=4),
+        Video(video, times=(0.0, 1.5), audio=True),
+        Document(ROOT / "d.pdf", "2-", "ocr"),
+        Document("data:application/pdf;base64,AAAA"),
+        "Q",
+    )
+
+
+def test_a_part_without_a_source_takes_the_next_of_the_list() -> None:
+    content = [{"type": "video", "fps": 2}, {"type": "document"}, {"type": "text", "text": "Q"}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "A"}]
+    record = {"videos": ["v.mp4"], "documents": ["d.pdf"], "messages": turns}
+    expected = user(Video(ROOT / "v.mp4", fps=2), Document(ROOT / "d.pdf"), "Q")
+    assert read_record(record, ROOT, "x").messages[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("media", "question", "problem"),
+    [
+        ({"video": {"path": "v.mp4", "frame_stride": 2}}, "<video>", "`video`[0]: 'frame_stride' is no setting of it"),
+        ({"video": {"path": "v.mp4", "fps": 0}}, "<video>", "`video`[0]: fps is 0; it must be a number above 0"),
+        ({"video": {"path": "v.mp4", "num_frames": "4"}}, "<video>", "`video`[0]: num_frames is '4'"),
+        ({"videos": [{"path": "v.mp4", "start": 3, "end": 2}]}, "<video>", "it ends at 2 seconds and starts at 3"),
+        ({"audio": {"path": "s.wav", "start": 2}}, "<audio>", "`start` of a sound cannot be followed; cut the file"),
+        ({"document": {"path": "d.pdf", "text": "all"}}, "<document>", "text is 'all'; it must be"),
+        ({"video": {"num_frames": 4}}, "<video>", "`video`[0] must be a path or URL, found nothing"),
+        ({"video": "v.mp4"}, "<video><video>", "2 <video> placeholders but 1 items in `video`"),
+        ({"video": "v.mp4"}, "Q", "0 <video> placeholders but 1 items in `video`"),
+        ({"document": "d.pdf"}, "Q", "0 <document> placeholders but 1 items in `document`"),
+        ({"video": "../v.mp4"}, "<video>", "leaves the folder"),
+    ],
+)
+def test_what_cannot_be_followed_of_a_medium(media: dict[str, Any], question: str, problem: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_record(llava(f"{question}Q", "A", **media), ROOT, "here")
+    assert str(caught.value).startswith("here: ") and problem in str(caught.value)
+
+
+def test_a_document_that_is_a_text_is_a_field_like_any_other() -> None:
+    record = read_record(llava("Sum it up.", "A", document="Once upon a time.\nThe end."), ROOT, "x")
+    assert record.messages[0] == user("Sum it up.") and record.extra == {"document": "Once upon a time.\nThe end."}

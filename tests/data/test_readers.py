@@ -16,7 +16,7 @@ from polymodal.data.readers.conversations import Record
 from polymodal.data.readers.registry import FORMATS, detect_format
 from polymodal.errors import ConfigError, DataError
 from polymodal.media.source import read_bytes
-from polymodal.messages import Audio, FileSlice, Image, Message, TableCell, Text, assistant, user
+from polymodal.messages import Audio, Document, FileSlice, Image, Message, TableCell, Text, Video, assistant, user
 
 
 def put(path: Path, data: Any) -> Path:
@@ -441,3 +441,23 @@ def test_records_survive_being_written(tmp_path: Path) -> None:
 
 def test_kinds() -> None:
     assert {"caption", "vqa", "reasoning", "ocr", "conversation"} == set(KINDS)
+
+
+def test_a_folder_of_videos_and_sounds(tmp_path: Path) -> None:
+    root = tmp_path / "clips"
+    for name, text in [("a.mp4", ""), ("a.txt", "A dog."), ("b.ogg", ""), ("b.txt", "A bell."), ("c.mp4", "")]:
+        put(root / name, text)
+    for name, text in [("d.mp4", ""), ("d.jpg", ""), ("d.txt", "A cat."), ("e.pdf", ""), ("e.txt", "A letter.")]:
+        put(root / name, text)
+    found = []
+    for row in iter_rows(root):
+        try:
+            found.append(row_record(row).messages[0].parts)
+        except DataError as error:
+            assert "c: c.mp4 has no caption; add c.txt" in str(error)
+    assert found == [
+        (Video(root / "a.mp4"), Text(CAPTION.replace("image", "video"))),
+        (Audio(root / "b.ogg"), Text(CAPTION.replace("image", "audio"))),
+        (Image(root / "d.jpg"), Text(CAPTION)),
+        (Document(root / "e.pdf"), Text(CAPTION.replace("image", "document"))),
+    ]

@@ -24,7 +24,7 @@ from polymodal.errors import DataError, MediaError
 from polymodal.media import source as table
 from polymodal.media.image import open_image
 from polymodal.media.source import describe, read_bytes, read_column
-from polymodal.messages import FileSlice, Image, TableCell, Text, Video, assistant, system, user
+from polymodal.messages import Audio, Document, FileSlice, Image, TableCell, Text, Video, assistant, system, user
 
 
 def png(red: int) -> bytes:
@@ -620,3 +620,73 @@ def test_a_damaged_tar_is_a_fault_and_no_crash(
                 open_image(part.source)
         except (DataError, MediaError) as error:
             assert "\n" not in str(error)
+
+
+def test_videos_sounds_and_documents_in_an_archive(tmp_path: Path) -> None:
+    path = tar(
+        tmp_path / "s.tar",
+        {
+            "1.mp4": b"v",
+            "1.json": turns("<video>Q", "A", video={"path": "1.mp4", "num_frames": 4}),
+            "2.b.webm": b"b",
+            "2.a.webm": b"a",
+            "2.json": turns("<video>Q<video>", "A", videos=[{"video": "a.webm", "fps": 2}, "b.webm"]),
+            "3.opus": b"s",
+            "3.txt": "A bell.",
+            "4.pdf": b"d",
+            "4.json": json.dumps({"question": "Who?", "answer": "Ann"}),
+            "5.pdf": b"d",
+            "5.json": turns("<document>Q", "A", documents=[{"path": "else.pdf", "pages": "2"}]),
+            "6.wav": b"s",
+            "6.json": turns("<audio>Q", "A", transcript="hello"),
+        },
+    )
+
+    def member(name: str) -> Any:
+        return next(part.source for r in records for part in r.messages[0].media if part.source.name == name)
+
+    records = load_records(path)
+    assert [record.messages[0] for record in records] == [
+        user(Video(member("1.mp4"), num_frames=4), "Q"),
+        user(Video(member("2.a.webm"), fps=2), "Q", Video(member("2.b.webm"))),
+        user(Audio(member("3.opus")), CAPTION.replace("image", "audio")),
+        user(Document(member("4.pdf")), "Who?"),
+        user(Document(member("5.pdf"), pages="2"), "Q"),
+        user(Audio(member("6.wav")), "Q"),
+    ]
+    assert records[5].extra == {"transcript": "hello"}
+
+
+def test_videos_sounds_and_documents_in_parquet(tmp_path: Path) -> None:
+    said = [[{"from": "human", "value": "<video>Q"}, {"from": "gpt", "value": "A"}]] * 3
+    clips = [
+        {"bytes": b"v", "path": None, "num_frames": 4, "fps": None},
+        {"bytes": None, "path": "v.mp4", "num_frames": None, "fps": 2.0},
+        {"bytes": b"w", "path": None, "num_frames": None, "fps": None},
+    ]
+    path = write(tmp_path / "v.parquet", {"conversations": said, "video": clips})
+    root = path.parent
+    assert [record.messages[0].parts[0] for record in load_records(path)] == [
+        Video(TableCell(path, 0, 0, "video", root=root), num_frames=4),
+        Video(TableCell(path, 0, 1, "video", root=root), fps=2.0),
+        Video(TableCell(path, 1, 0, "video", root=root)),
+    ]
+    paths = write(tmp_path / "p.parquet", {"conversations": said, "videos": [["a.mp4"], ["b.mp4"], ["c.mp4"]]})
+    assert [record.messages[0].parts[0] for record in load_records(paths)] == [
+        Video(root / "a.mp4"), Video(root / "b.mp4"), Video(root / "c.mp4")
+    ]  # fmt: skip
+    listed = write(tmp_path / "l.parquet", {"conversations": said[:1], "videos": [clips[:1]]})
+    assert load_records(listed)[0].messages[0].parts[0] == Video(
+        TableCell(listed, 0, 0, "videos", 0, root), num_frames=4
+    )
+    speech = {"audio": [{"bytes": b"s", "path": "x.wav"}], "text": ["a bell"], "transcript": ["ding"]}
+    record = load_records(write(tmp_path / "a.parquet", speech))[0]
+    assert record.messages[0].parts[0] == Audio(TableCell(tmp_path / "a.parquet", 0, 0, "audio", root=root))
+    assert record.extra == {"transcript": "ding"} and record.messages[1].text == "a bell"
+    asked = {"document": [{"bytes": b"d", "path": None, "pages": "1-2"}], "question": ["Who?"], "answer": ["Ann"]}
+    record = load_records(write(tmp_path / "d.parquet", asked))[0]
+    assert record.messages[0].parts[0] == Document(
+        TableCell(tmp_path / "d.parquet", 0, 0, "document", root=root), pages="1-2"
+    )
+    prose = {"document": ["Once upon a time."], "question": ["Who?"], "answer": ["Ann"]}
+    assert load_records(write(tmp_path / "t.parquet", prose))[0].messages[0].parts == (Text("Who?"),)

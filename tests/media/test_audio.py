@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-import struct
 import time
 import warnings
 import wave
@@ -19,6 +18,7 @@ from polymodal.errors import ConfigError, MediaError, PolymodalError
 from polymodal.media import audio
 from polymodal.media.audio import open_audio
 from polymodal.messages import FileSlice
+from tests.media.makers import opus, wav
 
 av = pytest.importorskip("av")
 
@@ -37,16 +37,6 @@ FORMATS = [
     ("w64", "pcm_s16le", 16_000),
     ("wav", "pcm_s24le", 16_000),
 ]
-
-
-def wav(data: np.ndarray, rate: int = 16_000, kind: int = 1, channels: int = 1, claim: int | None = None) -> bytes:
-    """A WAV file as bytes; `kind` 1 is whole numbers, 3 floats."""
-    raw, block = data.tobytes(), channels * data.itemsize
-    size = len(raw) if claim is None else claim
-    fmt = struct.pack("<IHHIIHH", 16, kind, channels, rate, (rate * block) % 2**32, block, 8 * data.itemsize)
-    return b"RIFF" + struct.pack("<I", min(36 + size, 2**32 - 1)) + b"WAVEfmt " + fmt + b"data" + struct.pack(
-        "<I", size
-    ) + raw  # fmt: skip
 
 
 def encoded(form: str, codec: str, samples: np.ndarray, rate: int = 16_000, video: bool = False) -> bytes:
@@ -182,23 +172,6 @@ def test_a_list_of_files_does_not_get_them(text: bytes, tmp_path: Path, monkeypa
     monkeypatch.setattr(audio, "_LISTS", (b"none",))  # without that look ffmpeg itself has to refuse
     with pytest.raises(MediaError, match="is not a sound"):
         open_audio(tmp_path / "list.wav")
-
-
-def opus(seconds: float) -> bytes:
-    """Ogg Opus of one packet over and over: a hundredth of a second of file lasts for many of sound."""
-    out = io.BytesIO()
-    with av.open(out, "w", format="ogg") as container:
-        stream = container.add_stream("libopus", rate=48_000, layout="mono", options={"frame_duration": "60"})
-        stream.codec_context.open()
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 2880), np.float32), format="flt", layout="mono")
-        frame.sample_rate, frame.pts = 48_000, 0
-        body = bytes(stream.encode(frame)[0])
-        for number in range(int(seconds / 0.06)):
-            packet = av.Packet(body)
-            packet.pts = packet.dts = number * 2880
-            packet.duration, packet.time_base, packet.stream = 2880, Fraction(1, 48_000), stream
-            container.mux(packet)
-    return out.getvalue()
 
 
 def test_a_small_file_of_long_silence_stops_at_the_limit() -> None:

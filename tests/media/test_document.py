@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import random
 import struct
 import sys
 import time
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,11 @@ from polymodal.errors import ConfigError, MediaError, PolymodalError
 from polymodal.media import document
 from polymodal.media.document import Page, open_pages
 from polymodal.media.pdf_process import parse_pages
+from tests.media.makers import HELVETICA, encrypted, many_pages, one_page, pdf, stream
 
 pypdfium2 = pytest.importorskip("pypdfium2")
 
 COLOURS = [(255, 0, 0), (0, 200, 0), (0, 0, 255)]
-HELVETICA = b"/Font << /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >>"
 
 
 def scans(form: str) -> bytes:
@@ -33,66 +31,6 @@ def scans(form: str) -> bytes:
     images, out = [PILImage.new("RGB", (300, 400), colour) for colour in COLOURS], io.BytesIO()
     images[0].save(out, form, save_all=True, append_images=images[1:])
     return out.getvalue()
-
-
-def pdf(objects: Sequence[bytes], trailer: bytes = b"") -> bytes:
-    """A PDF of these objects, the first its catalogue."""
-    out, places = b"%PDF-1.4\n", []
-    for number, body in enumerate(objects, 1):
-        places.append(len(out))
-        out += b"%d 0 obj\n%s\nendobj\n" % (number, body)
-    table = b"".join(b"%010d 00000 n \n" % place for place in places)
-    head = b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1)
-    tail = b"trailer\n<< /Size %d /Root 1 0 R %s>>\nstartxref\n%d\n%%%%EOF\n" % (len(objects) + 1, trailer, len(out))
-    return out + head + table + tail
-
-
-def stream(data: bytes, entries: bytes = b"") -> bytes:
-    return b"<< /Length %d %s>>\nstream\n%s\nendstream" % (len(data), entries, data)
-
-
-def one_page(content: bytes, box: bytes = b"0 0 200 100", resources: bytes = b"", more: Sequence[bytes] = ()) -> bytes:
-    return pdf([
-        b"<< /Type /Catalog /Pages 2 0 R >>",
-        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        b"<< /Type /Page /Parent 2 0 R /MediaBox [%s] /Contents 4 0 R /Resources << %s >> >>" % (box, resources),
-        stream(content),
-        *more,
-    ])  # fmt: skip
-
-
-def many_pages(count: int) -> bytes:
-    kids = b" ".join(b"%d 0 R" % (number + 3) for number in range(count))
-    page = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 72 72] >>"
-    pages = b"<< /Type /Pages /Kids [%s] /Count %d >>" % (kids, count)
-    return pdf([b"<< /Type /Catalog /Pages 2 0 R >>", pages, *[page] * count])
-
-
-def encrypted(password: bytes) -> bytes:
-    """A PDF of one page under the oldest of its ciphers, 40-bit RC4."""
-
-    def rc4(key: bytes, data: bytes) -> bytes:
-        box, j, out = list(range(256)), 0, bytearray()
-        for i in range(256):
-            j = (j + box[i] + key[i % len(key)]) % 256
-            box[i], box[j] = box[j], box[i]
-        i = j = 0
-        for byte in data:
-            i, j = (i + 1) % 256, (j + box[(i + 1) % 256]) % 256
-            box[i], box[j] = box[j], box[i]
-            out.append(byte ^ box[(box[i] + box[j]) % 256])
-        return bytes(out)
-
-    fill = bytes.fromhex("28bf4e5e4e758a4164004e56fffa01082e2e00b6d0683e802f0ca9fe6453697a")
-    padded = (password + fill)[:32]
-    owner = rc4(hashlib.md5((b"owner" + fill)[:32]).digest()[:5], padded)
-    key = hashlib.md5(padded + owner + (0xFFFFFFFC).to_bytes(4, "little") + bytes(16)).digest()[:5]
-    entries = b"<%s> /U <%s> /P -4" % (owner.hex().encode(), rc4(key, fill).hex().encode())
-    page = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 72 72] >>"
-    return pdf(
-        [b"<< /Type /Catalog /Pages 2 0 R >>", b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>", page],
-        b"/ID [<%s> <%s>] /Encrypt << /Filter /Standard /V 1 /R 2 /O %s >> " % (b"00" * 16, b"00" * 16, entries),
-    )
 
 
 def opened(*args: Any, **options: Any) -> list[Page]:

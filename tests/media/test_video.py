@@ -10,12 +10,10 @@ import re
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,63 +27,11 @@ from polymodal.media import video_containers
 from polymodal.media.image import PIXELS_SETTING
 from polymodal.media.video import FramePlan, Frames, VideoLimits, plan_frames, probe, read_frames, sample_frames
 from polymodal.messages import FileSlice, TableCell
+from tests.media.makers import RATE, encoded, pattern
 
-RATE = 25
 B_FRAMES = {"g": "12", "bf": "3"}
 OPEN_GOP = {"g": "12", "x264-params": "open-gop=1:bframes=3:scenecut=0"}
 UNEVEN = tuple(np.cumsum(np.random.default_rng(3).integers(10, 200, 50)).tolist())  # milliseconds
-
-
-@lru_cache(maxsize=64)
-def _encoded(
-    codec: str, format: str, frames: int, width: int, height: int, options: Any, muxer: Any, more: Any
-) -> bytes:
-    """A video whose every frame is another; small blocks of colour that drift."""
-    extra = dict(more)
-    with tempfile.NamedTemporaryFile() as file:
-        with av.open(file.name, "w", format=format, options=dict(muxer)) as container:
-            stream = container.add_stream(codec, rate=RATE, options=dict(options))
-            stream.width, stream.height = width, height
-            stream.pix_fmt = extra.get("pix_fmt", "yuv420p")
-            base = extra.get("base", Fraction(1, 1000) if "times" in extra else Fraction(1, RATE))
-            if "times" in extra:
-                stream.codec_context.time_base = stream.time_base = base
-            if "ratio" in extra:
-                stream.codec_context.sample_aspect_ratio = extra["ratio"]
-            if "rotation" in extra:
-                stream.set_display_rotation(extra["rotation"])
-            sound = container.add_stream("aac", rate=8000) if extra.get("sound") else None
-            for number in range(frames):
-                frame = av.VideoFrame.from_ndarray(pattern(number, height, width), format="rgb24")
-                frame.pts, frame.time_base = extra["times"][number] if "times" in extra else number, base
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-            if sound is not None:
-                silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-                silence.rate = 8000
-                container.mux(sound.encode(silence))
-                container.mux(sound.encode())
-        return Path(file.name).read_bytes()
-
-
-def encoded(
-    codec: str = "libx264",
-    format: str = "mp4",
-    frames: int = 50,
-    width: int = 64,
-    height: int = 48,
-    options: dict[str, str] | None = None,
-    muxer: dict[str, str] | None = None,
-    **extra: Any,
-) -> bytes:
-    packed = (tuple((given or {}).items()) for given in (options, muxer, extra))
-    return _encoded(codec, format, frames, width, height, *packed)
-
-
-def pattern(number: int, height: int = 48, width: int = 64) -> np.ndarray:
-    rng = np.random.default_rng(number // 10)  # some frames are far apart, so that encoders use what they have
-    blocks = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3)) + 7 * (number % 10)
-    return np.kron(blocks % 256, np.ones((8, 8, 1), int))[:height, :width].astype(np.uint8)
 
 
 def full_decode(data: bytes) -> tuple[np.ndarray, list[float | None]]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import wave
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -34,32 +32,7 @@ from polymodal.modeling import ctranslate2
 from polymodal.modeling.build import add_senses, build_model
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import collate, collate_packed
-
-
-def clip(path: Path, frames: int = 9, side: int = 48, rate: int = 4, sound: bool = False) -> Path:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
-        stream.width = stream.height = side
-        stream.pix_fmt = "yuv420p"
-        voice = container.add_stream("pcm_s16le", rate=16000, layout="mono") if sound else None
-        if voice is not None:
-            frame = av.AudioFrame.from_ndarray(np.ones((1, 16000), np.int16), format="s16", layout="mono")
-            frame.sample_rate = 16000
-            container.mux(voice.encode(frame))
-        for number in range(frames):
-            array = np.full((side, side, 3), 20, np.uint8)
-            array[:, number * side // frames : (number + 1) * side // frames] = 230
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(array)))
-        container.mux(stream.encode())
-    return path
-
-
-def tone(path: Path, seconds: float = 0.5, pitch: float = 440.0) -> Path:
-    time = np.arange(int(16000 * seconds)) / 16000
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, 16000, 0, "NONE", ""))
-        file.writeframes((8000 * np.sin(2 * np.pi * pitch * time)).astype("<i2").tobytes())
-    return path
+from tests.media.makers import clip, tone
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,13 @@ def _result(summary: Summary, output: Path, image_root: Path | None) -> str:
     warned = sum(file.warned for file in summary.files)
     good = summary.rows - len(summary.dropped) - warned
     lines.append(f"{summary.rows} rows: {good} good, {warned} to look at, {len(summary.dropped)} to drop")
+    if found := ", ".join(
+        f"{summary.media[name]:,} {name.replace('_', ' ')}"
+        for name in ("videos", "video_frames", "sounds", "documents", "pages")
+        if summary.media[name]
+    ):
+        seconds = summary.media["video_seconds"], summary.media["sound_seconds"]
+        lines.append(f"decoded {found}; {seconds[0]:,.1f} s of video, {seconds[1]:,.1f} s of sound")
     if summary.fields:
         lines.append("rows with " + ", ".join(f"{name}: {count:,}" for name, count in sorted(summary.fields.items())))
     if summary.silent:

@@ -184,7 +184,8 @@ class ModelConfig(Strict):
 def new_senses(config: ModelConfig, video: VideoConfig | None, audio: AudioConfig | None) -> ModelConfig:
     """Let a model go on with eyes for videos or with ears; what it has learnt there already must fit."""
     given = {"video": video, "audio": audio}
-    for name, key in (("video", "temporal"), ("audio", "type"), ("audio", "stack"), ("audio", "projector")):
+    fixed = ("video.temporal", "audio.audio_tower", "audio.type", "audio.stack", "audio.projector")
+    for name, key in (place.split(".") for place in fixed):
         had, wanted = getattr(config, name), given[name]
         if had is not None and wanted is not None and getattr(had, key) != getattr(wanted, key):
             raise ConfigError(

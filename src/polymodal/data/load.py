@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +125,15 @@ def _part_to_json(part: Part, name: str) -> Any:
     if isinstance(part, Text):
         return part.text
     kind, source = type(part).__name__.lower(), part.source
+    settings = {field.name: getattr(part, field.name) for field in fields(part) if field.name != "source"}
+    said = {name: value for name, value in settings.items() if value != getattr(type(part), name)}
+    more = [said] if said else []
     if isinstance(source, FileSlice | TableCell):
-        fields = (str(value) if isinstance(value, Path) else value for value in vars(source).values())
+        about = (str(value) if isinstance(value, Path) else value for value in vars(source).values())
         where = "slice" if isinstance(source, FileSlice) else "cell"
-        return [kind, where, *("" if value is None else value for value in fields)]
+        return [kind, where, *("" if value is None else value for value in about), *more]
     if isinstance(source, str | Path):
-        return [kind, "url" if isinstance(source, str) else "path", str(source)]
+        return [kind, "url" if isinstance(source, str) else "path", str(source), *more]
     raise DataError(f"record {name}: its {kind} is in memory; give a file")
 
 
@@ -138,9 +141,13 @@ def _part_from_json(part: Any) -> Part:
     if isinstance(part, str):
         return Text(part)
     kind, where, first, *rest = part
+    said = rest.pop() if rest and isinstance(rest[-1], dict) else {}
+    source: Any = first if where == "url" else Path(first)
     if where == "slice":
-        return _PARTS[kind](FileSlice(Path(first), *rest))
+        source = FileSlice(source, *rest)
     if where == "cell":
         group, row, column, item, root = rest
-        return _PARTS[kind](TableCell(Path(first), group, row, column, item, Path(root) if root else None))
-    return _PARTS[kind](first if where == "url" else Path(first))
+        source = TableCell(source, group, row, column, item, Path(root) if root else None)
+    made: Any = _PARTS[kind]
+    part_of: Part = made(source, **{name: tuple(v) if isinstance(v, list) else v for name, v in said.items()})
+    return part_of

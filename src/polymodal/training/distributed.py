@@ -209,12 +209,15 @@ def shard(model: nn.Module, world: World, bf16: bool) -> None:
     # bf16 on the wire only: what is trained stays float32.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     kwargs: dict[str, Any] = {"mesh": mesh, **({"mp_policy": policy} if bf16 else {})}
-    encoder = getattr(model, "vision_encoder", None)
-    whole: set[nn.Parameter] = set()
-    if encoder is not None and frozen(encoder):
-        encoder.to(world.device)
-        whole = set(encoder.parameters())
-    for block in blocks(model.get_submodule("llm")) + ([] if encoder is None or whole else blocks(encoder)):
+    sharded, whole = blocks(model.get_submodule("llm")), set[nn.Parameter]()
+    for name in ("vision_encoder", "audio_encoder"):
+        if (encoder := getattr(model, name, None)) is None:
+            continue
+        if frozen(encoder):
+            whole |= set(encoder.to(world.device).parameters())
+        else:
+            sharded += blocks(encoder)
+    for block in sharded:
         fully_shard(block, **kwargs)
     fully_shard(model, ignored_params=whole, **kwargs)
     model.to(world.device)

@@ -1,4 +1,4 @@
-"""`polymodal data check`: every row read, every image decoded, every conversation tokenised, before training does it.
+"""`polymodal data check`: every row read, its media decoded and its conversation tokenised, before training does it.
 
 A row goes through the same reader, decoder and processor as in training, so what passes here passes there.
 """
@@ -18,7 +18,7 @@ from polymodal.data.readers.conversations import Record
 from polymodal.data.readers.json_files import LIST, file_form
 from polymodal.data.readers.registry import detect_format
 from polymodal.errors import DataError
-from polymodal.messages import Source
+from polymodal.messages import Media
 from polymodal.processing.processor import Processor
 from polymodal.utils.files import write_text
 from polymodal.utils.threads import Progress, ahead, quiet
@@ -26,11 +26,11 @@ from polymodal.utils.threads import Progress, ahead, quiet
 
 @dataclass(frozen=True)
 class Shown:
-    """A row sampled for the report: its first image, what is asked and what is answered."""
+    """A row sampled for the report: its first medium, what is asked and what is answered."""
 
     id: str
     where: str
-    image: Source
+    medium: Media
     question: str
     answer: str
 
@@ -67,6 +67,9 @@ class Summary:
     images: list[int] = field(default_factory=list)  # Images of each
     tiles: list[int] = field(default_factory=list)  # Tiles of each row with images
     sizes: list[tuple[int, int]] = field(default_factory=list)  # Height and width of each image
+    videos: list[tuple[int, float]] = field(default_factory=list)  # Frames and seconds of each video
+    sounds: list[tuple[float, int]] = field(default_factory=list)  # Seconds and samples a second of each sound
+    pages: list[int] = field(default_factory=list)  # Pages that are read of each document
     kinds: Counter[str] = field(default_factory=Counter)  # Rows of each kind
     sources: Counter[str] = field(default_factory=Counter)  # Rows of each source
     shown: list[Shown] = field(default_factory=list)  # Rows for the report
@@ -80,6 +83,21 @@ class Summary:
     def dropped_share(self) -> float:
         """Share of all rows that must go."""
         return len(self.dropped) / self.rows if self.rows else 0.0
+
+    @property
+    def media(self) -> dict[str, Any]:
+        """What was decoded, in numbers."""
+        return {
+            "images": len(self.sizes),
+            "videos": len(self.videos),
+            "video_frames": sum(frames for frames, _ in self.videos),
+            "video_seconds": round(sum(seconds for _, seconds in self.videos), 3),
+            "sounds": len(self.sounds),
+            "sound_seconds": round(sum(seconds for seconds, _ in self.sounds), 3),
+            "sound_rates": dict(sorted(Counter(rate for _, rate in self.sounds).items())),
+            "documents": len(self.pages),
+            "pages": sum(self.pages),
+        }
 
 
 def summary_json(summary: Summary) -> str:
@@ -95,7 +113,7 @@ def summary_json(summary: Summary) -> str:
         "trained_tokens": sum(summary.targets),
         "answers_without_loss": summary.silent,
         "rows_with": dict(sorted(summary.fields.items())),
-        "images": len(summary.sizes),
+        **summary.media,
         "files": [vars(file) for file in summary.files],
     }
     return json.dumps(plain, indent=2, ensure_ascii=False, default=str) + "\n"
@@ -103,7 +121,7 @@ def summary_json(summary: Summary) -> str:
 
 JSON_FORMATS = ("json", "llava", "messages", "openai")
 SAMPLES = 12
-"""Rows shown with their image in the report."""
+"""Rows shown with their image, video or sound in the report."""
 EXAMPLES = 5
 """Rows named for each fault in the report."""
 
@@ -201,22 +219,23 @@ class Checker:
         summary.turns.append(len(answers))
         summary.silent += sum(not answer.train for answer in answers)
         summary.images.append(len(seen.sizes))
-        if seen.sizes:
+        if seen.tiles:
             summary.tiles.append(seen.tiles)
-        summary.sizes.extend(seen.sizes)
+        for name in ("sizes", "videos", "sounds", "pages"):
+            getattr(summary, name).extend(getattr(seen, name))
         kinds = record.extra.get("kinds")
         summary.kinds.update([str(kind) for kind in kinds] if isinstance(kinds, list) else [record.kind])
         summary.sources[record.source] += 1
         self._sample(row, seen, record)
 
     def _sample(self, row: Row, seen: Inspected, record: Record) -> None:
-        """Keep a few rows with images, drawn evenly and the same on every run: those of the largest hash."""
-        if not seen.sizes:
+        """Keep a few rows with media, drawn evenly and the same on every run: those of the largest hash."""
+        medium = next((part for message in record.messages for part in message.media), None)
+        if medium is None:
             return
-        image = next(part for message in record.messages for part in message.media)
         first = {message.role: message.text for message in reversed(record.messages)}
         question, answer = short(first.get("user", ""), 160), short(first.get("assistant", ""), 240)
-        shown = Shown(row.id, row.where, image.source, question, answer)
+        shown = Shown(row.id, row.where, medium, question, answer)
         entry = (hashlib.sha256(seen.content).digest(), -row.raw.number, shown)
         self._sampled = sorted([*self._sampled, entry], key=lambda entry: entry[:2])[-SAMPLES:]
         self.summary.shown = [shown for *_, shown in self._sampled]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from polymodal.data.check.rows import OTHERS, Finding, Row, read_row
-from polymodal.data.readers.conversations import listed
+from polymodal.data.readers.base import MEDIA, SOURCES, listed, media_keys
 
 Repair: TypeAlias = Callable[[Row, Sequence[Finding]], tuple[Row, tuple[str, ...]] | None]
 """From a row and its findings to the repaired row and the names of the repairs; None where nothing can be done."""
@@ -37,6 +37,7 @@ _LLAVA_NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
 _NEVER_MEANT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _PLACEHOLDER = "<image>"
 _IMAGES = ("image", "images")
+_PLACEHOLDERS = re.compile(f"<({'|'.join(MEDIA)})>")
 _SAID = ("value", "content")
 
 
@@ -52,18 +53,16 @@ def role_names(data: dict[str, Any], root: Path) -> None:
 
 
 def add_placeholder(data: dict[str, Any], root: Path) -> None:
-    """One image and no placeholder of any kind: it belongs before the first question."""
+    """One image (or video, ...) and no placeholder of any kind: it belongs before the first question."""
     replace_placeholders(data, root)
-    key = next((key for key in _IMAGES if listed(data.get(key))), None)
-    if key is None or len(listed(data[key])) != 1:
-        return
+    given = [(kind, entry) for kind in MEDIA for key in media_keys(data, kind) for entry in listed(data[key])]
     texts = [turn.get(_key(turn, *_SAID)) for turn in _turns(data)]
-    if any(not isinstance(text, str) or _PLACEHOLDER in text or OTHERS.search(text) for text in texts):
+    if any(not isinstance(text, str) or _PLACEHOLDERS.search(text) or OTHERS.search(text) for text in texts):
         return
     first = next((turn for turn in _turns(data) if _is_question(turn)), None)
-    if first is not None and not isinstance(listed(data[key])[0], dict):
+    if first is not None and len(given) == 1 and not (given[0][0] == "image" and isinstance(given[0][1], dict)):
         said = _key(first, *_SAID)
-        first[said] = f"{_PLACEHOLDER}{_gap(data)}{first[said]}"
+        first[said] = f"<{given[0][0]}>{_gap(data)}{first[said]}"
 
 
 def replace_placeholders(data: dict[str, Any], root: Path) -> None:
@@ -129,7 +128,7 @@ def drop_last_question(data: dict[str, Any], root: Path) -> None:
     turns = data.get("conversations", data.get("messages"))
     if isinstance(turns, list) and len(turns) > 2:
         text = turns[-1].get(_key(turns[-1], *_SAID))
-        if isinstance(text, str) and not re.search("<(image|video|audio)>", text):
+        if isinstance(text, str) and not _PLACEHOLDERS.search(text):
             turns.pop()
 
 
@@ -207,19 +206,21 @@ def _texts(data: dict[str, Any], roles: Sequence[str]) -> Iterator[tuple[dict[st
 
 def _path_slots(data: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """Where paths are: the container and its key or index."""
-    for key in ("image", "images", "video", "videos", "audio", "audios"):
+    for key in (key for kind in MEDIA for key in media_keys(data, kind)):
         value = data.get(key)
         if isinstance(value, str):
             yield data, key
         for index, entry in enumerate(value if isinstance(value, list) else ()):
             if isinstance(entry, str):
                 yield value, index
-            elif isinstance(entry, dict) and isinstance(entry.get("path"), str):
-                yield entry, "path"
+        for entry in [value] if isinstance(value, dict) else value if isinstance(value, list) else ():
+            for name in (*MEDIA, *SOURCES) if isinstance(entry, dict) else ():
+                if isinstance(entry.get(name), str):
+                    yield entry, name
     for turn in _turns(data):
         content = turn.get("content")
         for part in content if isinstance(content, list) else ():
-            for key in ("image", "image_url", "path", "url") if isinstance(part, dict) else ():
+            for key in (*MEDIA, *SOURCES, *(f"{kind}_url" for kind in MEDIA)) if isinstance(part, dict) else ():
                 if isinstance(part.get(key), str):
                     yield part, key
 

@@ -10,8 +10,9 @@ from polymodal.data.check.check import Summary
 from polymodal.data.check.fix import NAMES
 from polymodal.data.check.rows import FAULTS
 from polymodal.errors import PolymodalError
-from polymodal.media.image import open_image
-from polymodal.messages import Source
+from polymodal.media.source import describe
+from polymodal.media.thumbnail import thumbnail
+from polymodal.messages import Audio, Media
 from polymodal.utils.html import data_url, html_page
 
 BINS = 24
@@ -46,6 +47,7 @@ def to_html(summary: Summary, *, model: str, max_length: int, fixed: bool) -> st
         ("bad", f"{dropped:,}", f"rows to drop ({percent(dropped, rows)})"),
         *([("good", f"{repaired:,}", "rows repaired")] if repaired else []),
         ("", f"{len(summary.sizes):,}", "images decoded"),
+        *_other_media(summary),
         ("", f"{sum(summary.tokens):,}", "tokens"),
         ("", percent(sum(summary.targets), sum(summary.tokens)), "of them trained"),
     ]
@@ -63,8 +65,20 @@ def to_html(summary: Summary, *, model: str, max_length: int, fixed: bool) -> st
         },
         faults=[(code, FAULTS[code], None if fixed else NAMES.get(code)) for code in codes],
         charts=_charts(summary, max_length) if summary.tokens else [],
-        thumbnail=thumbnail,
+        thumbnail=thumbnail_url,
+        name=lambda medium: describe(medium.source) if isinstance(medium, Audio) else "",
     )
+
+
+def _other_media(summary: Summary) -> list[tuple[str, str, str]]:
+    found, tiles = summary.media, []
+    for count, names, more in (
+        (found["videos"], "videos", f"{found['video_frames']:,} frames, {found['video_seconds']:,.1f} s"),
+        (found["sounds"], "sounds", f"{found['sound_seconds']:,.1f} s"),
+        (found["documents"], "documents", f"{found['pages']:,} pages"),
+    ):
+        tiles += [("", f"{count:,}", f"{names} decoded ({more})")] if count else []
+    return tiles
 
 
 def _charts(summary: Summary, max_length: int) -> list[Chart]:
@@ -79,8 +93,17 @@ def _charts(summary: Summary, max_length: int) -> list[Chart]:
             histogram("Height of an image, pixels", [height for height, _ in summary.sizes]),
             histogram("Width of an image, pixels", [width for _, width in summary.sizes]),
             histogram("Width ÷ height", [width / height for height, width in summary.sizes]),
-            bars("Tiles of a row with images", Counter(summary.tiles)),
         ]
+    if summary.tiles:
+        charts.append(bars("Tiles of a row with images", Counter(summary.tiles)))
+    if summary.videos:
+        charts.append(histogram("Frames of a video", [frames for frames, _ in summary.videos]))
+        charts.append(histogram("Seconds of a video", [seconds for _, seconds in summary.videos]))
+    if summary.sounds:
+        charts.append(histogram("Seconds of a sound", [seconds for seconds, _ in summary.sounds]))
+        charts.append(bars("Samples a second of a sound", Counter(rate for _, rate in summary.sounds)))
+    if summary.pages:
+        charts.append(bars("Pages of a document", Counter(summary.pages)))
     charts.append(bars("Kinds", summary.kinds))
     if any(summary.sources):
         charts.append(bars("Sources", summary.sources))
@@ -151,11 +174,10 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
 
 
-def thumbnail(source: Source) -> str:
-    """A small JPEG of an image as a `data:` URL; "" where it cannot be opened."""
+def thumbnail_url(medium: Media) -> str:
+    """A small JPEG of a medium as a `data:` URL; "" of a sound and of what cannot be read."""
     try:
-        image = open_image(source)
+        image = thumbnail(medium, THUMBNAIL)
     except PolymodalError:
         return ""
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return data_url(image, "jpeg", quality=80)
+    return "" if image is None else data_url(image, "jpeg", quality=80)

@@ -13,9 +13,12 @@ from typing import Literal
 
 from polymodal.data.readers.base import RawRow
 from polymodal.data.readers.conversations import Record, read_record
-from polymodal.errors import MediaError, PolymodalError
+from polymodal.errors import ConfigError, MediaError, PolymodalError
+from polymodal.media.audio import open_audio
 from polymodal.media.image import open_image
-from polymodal.messages import Image, Message, Part, Text
+from polymodal.media.video import probe
+from polymodal.messages import Audio, Image, Message, Part, Text, Video
+from polymodal.processing.document_pages import expand_documents
 from polymodal.processing.processor import Processor
 
 Severity = Literal["drop", "warn"]
@@ -52,9 +55,9 @@ FAULTS: dict[str, Fault] = {
     "no-turns": Fault("drop", "no turns", "give at least a question and an answer"),
     "unknown-role": Fault("drop", "unknown role", "use human and gpt, or user and assistant"),
     "role-order": Fault("drop", "roles not in turn", "start with the user, then let user and assistant take turns"),
-    "placeholder-count": Fault("drop", "placeholders and images differ", "write <image> once for each image"),
+    "placeholder-count": Fault("drop", "placeholders and media differ", "write <image>, <video>, ... once for each"),
     "unsupported-key": Fault("drop", "a key that cannot be followed", "write it into the text, or take it out"),
-    "misplaced-medium": Fault("drop", "an image outside the user's turns", "move <image> to a question"),
+    "misplaced-medium": Fault("drop", "a medium outside the user's turns", "move <image> to a question"),
     # What is said.
     "no-answer": Fault("drop", "no answer", "add the assistant's turn; there is nothing to learn from a question"),
     "empty-answer": Fault("drop", "an empty answer", "write the answer; training on it teaches the model to be silent"),
@@ -75,6 +78,10 @@ FAULTS: dict[str, Fault] = {
     "not-an-image": Fault("drop", "not an image", "often a saved error page or a Git LFS pointer; fetch it again"),
     "too-many-pixels": Fault("drop", "too many pixels or bytes", "scale the image down"),
     "unreadable-file": Fault("drop", "a file that cannot be read", "look at the reason given"),
+    "damaged-video": Fault("drop", "a video that cannot be read", "fetch it again, or convert it to MP4 and cut it"),
+    "damaged-sound": Fault("drop", "a sound that cannot be read", "fetch it again, or convert it to WAV and cut it"),
+    "damaged-document": Fault("drop", "a document that cannot be read", "fetch it again, or name fewer `pages` of it"),
+    "bad-setting": Fault("drop", "frames, times or pages that there are not", "look at the reason given"),
     "unsupported-medium": Fault("drop", "a medium that the model cannot take", "leave it out or choose another model"),
     "tiny-image": Fault("warn", "a side of 3 pixels or fewer", "often a tracking pixel in place of the image"),
     "thin-image": Fault("warn", "a side 100 times the other", "crop it; little is left of it at the model's size"),
@@ -88,7 +95,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "nothing-trained": Fault("drop", "no trained token", "give it an answer that the template trains"),
     # Beside the other rows.
-    "duplicate-row": Fault("drop", "said before, about the same images", "keep the first; repeat in the recipe"),
+    "duplicate-row": Fault("drop", "said before, about the same media", "keep the first; repeat in the recipe"),
     "duplicate-id": Fault("warn", "an id used before", "give every row an id of its own"),
 }
 
@@ -143,6 +150,9 @@ class Inspected:
     targets: int = 0  # Trained tokens
     tiles: int = 0  # Tiles of all its images
     sizes: tuple[tuple[int, int], ...] = ()  # Height and width of each image
+    videos: tuple[tuple[int, float], ...] = ()  # Frames and seconds of each video
+    sounds: tuple[tuple[float, int], ...] = ()  # Seconds and samples a second of each sound
+    pages: tuple[int, ...] = ()  # Pages that are read of each document
     content: bytes = b""  # Hash of its text and decoded images; b"" where it could not be tokenised
 
 
@@ -166,20 +176,24 @@ def make_inspector(processor: Processor, max_length: int) -> Callable[[Record], 
 
     def inspect(record: Record) -> Inspected:
         findings = list(_text_findings(record.messages, control))
-        messages, sizes, broken = _decode(record.messages, processor)
-        findings += broken
-        for height, width in sizes:
+        messages, media = _decode(record.messages, processor)
+        findings += media.findings
+        for height, width in media.sizes:
             short, long = sorted((height, width))
             if short <= TINY_SIDE:
                 findings.append(Finding("tiny-image", f"{height} × {width} pixels"))
             elif long >= THIN * short:
                 findings.append(Finding("thin-image", f"{height} × {width} pixels"))
-        if broken:
-            return Inspected(tuple(findings), sizes=sizes)
+        if media.findings:
+            return replace(media, findings=tuple(findings))
         try:
             sample = processor(messages, id=record.id, pixels=False)
         except PolymodalError as error:
-            return Inspected((*findings, Finding("template-refused", str(error))), sizes=sizes)
+            kinds = {type(part) for message in messages for part in message.media} - {Image}
+            is_sound, is_config = kinds == {Audio}, isinstance(error, ConfigError)
+            code = _code_of(error, "audio" if is_sound else "video") if kinds and not is_config else ""
+            code = code or ("bad-setting" if kinds and is_config else "template-refused")
+            return replace(media, findings=(*findings, Finding(code, str(error))))
         if any("reasoning_content" in message.fields or "</think>" in message.text for message in messages[:-1]):
             dropped = processor.template.render(messages, [plan.num_tokens for plan in sample.plans]).dropped
             if dropped:
@@ -193,12 +207,12 @@ def make_inspector(processor: Processor, max_length: int) -> Callable[[Record], 
         # A row without an answer has been found already; here is one whose answer the template does not train.
         if not targets and not any(f.code == "no-answer" for f in findings):
             findings.append(Finding("nothing-trained", f"{length} tokens, none of them trained"))
-        return Inspected(
-            tuple(findings),
+        return replace(
+            media,
+            findings=tuple(findings),
             tokens=length,
             targets=targets,
             tiles=sum(plan.num_tiles for plan in sample.plans),
-            sizes=sizes,
             content=_content(record.messages, sample.media_keys),
         )
 
@@ -228,34 +242,51 @@ def _text_findings(messages: Sequence[Message], control: re.Pattern[str] | None)
         codes |= {finding.code for finding in found}
 
 
-def _decode(
-    messages: Sequence[Message], processor: Processor
-) -> tuple[list[Message], tuple[tuple[int, int], ...], list[Finding]]:
-    """Open every medium once: the messages with images in memory, their sizes, and what could not be opened."""
-    rules = processor.config.image
-    sizes: list[tuple[int, int]] = []
-    broken: list[Finding] = []
+_DAMAGED = {"video": "damaged-video", "audio": "damaged-sound", "document": "damaged-document"}
 
-    def opened(part: Part) -> Part:
-        if not isinstance(part, Image):
-            return part
+
+def _code_of(error: PolymodalError, kind: str) -> str:
+    """The code of an error about a medium, where it says no more than that it cannot be read."""
+    return _DAMAGED.get(kind, error.code) if error.code == MediaError.code else error.code
+
+
+def _decode(messages: Sequence[Message], processor: Processor) -> tuple[list[Message], Inspected]:
+    """Open every medium once: the messages with images and pages in memory, and what was found and could not be."""
+    config = processor.config
+    rules = {"image": config.image, "video": config.video, "audio": config.audio, "document": config.image}
+    sizes, videos, sounds, pages, broken = [], [], [], [], []  # type: ignore[var-annotated]
+
+    def opened(part: Part) -> tuple[Part, ...]:
+        kind = type(part).__name__.lower()
+        if isinstance(part, Text) or rules[kind] is None:
+            return (part,)
         try:
-            if rules is None:
-                image = open_image(part.source)
+            if isinstance(part, Image) and config.image is not None:
+                image = open_image(part.source, background=config.image.background, max_pixels=config.image.max_pixels)
+                sizes.append((image.height, image.width))
+                return (Image(image),)
+            if isinstance(part, Video):
+                film = probe(part.source)
+                videos.append((film.frames or 0, film.duration or 0.0))
+            elif isinstance(part, Audio) and config.audio is not None:
+                sound = open_audio(part.source, video=True, max_seconds=config.audio.max_seconds)
+                sounds.append((sound.seconds, sound.source_rate))
             else:
-                image = open_image(part.source, background=rules.background, max_pixels=rules.max_pixels)
+                read = expand_documents([Message("user", (part,))])[0]
+                pages.append(len(read.media))
+                return read.parts
         except MediaError as error:
-            broken.append(Finding(error.code, str(error)))
-            return part
-        sizes.append((image.height, image.width))
-        return Image(image)
+            broken.append(Finding(_code_of(error, kind), str(error)))
+        except ConfigError as error:
+            broken.append(Finding("bad-setting", str(error)))
+        return (part,)
 
-    result = [replace(message, parts=tuple(opened(part) for part in message.parts)) for message in messages]
-    others = {type(part).__name__.lower() for message in messages for part in message.media}
-    refused = others if rules is None else others - {"image"}
-    if refused:
-        broken.append(Finding("unsupported-medium", f"the model takes no {' and no '.join(sorted(refused))}"))
-    return result, tuple(sizes), broken
+    result = [replace(each, parts=tuple(new for part in each.parts for new in opened(part))) for each in messages]
+    kinds = {type(part).__name__.lower() for message in messages for part in message.media}
+    if refused := sorted(kind for kind in kinds if rules[kind] is None):
+        broken.append(Finding("unsupported-medium", f"the model takes no {' and no '.join(refused)}"))
+    found = (tuple(sizes), tuple(videos), tuple(sounds), tuple(pages))
+    return result, Inspected(tuple(broken), 0, 0, 0, *found)
 
 
 def _content(messages: Sequence[Message], media_keys: Sequence[str]) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from polymodal.data.readers.base import IMAGES, Layout, Options, RawRow, broken, caption_of, object_of, text_of
+from polymodal.data.readers.base import KINDS, Layout, Options, RawRow, as_parts, broken, caption_of, object_of, text_of
 from polymodal.data.readers.json_files import elements
 from polymodal.errors import DataError, MediaError
 from polymodal.media.source import read_bytes
@@ -26,27 +26,28 @@ def read_folder(path: Path, options: Options) -> Iterator[RawRow]:
     stems: dict[Path, list[Path]] = {}
     count = 0
     for file in _files(path):
-        if file.suffix.lower() in IMAGES or file.suffix.lower() == ".txt":
+        if file.suffix.lower() in (*KINDS, ".txt"):
             stems.setdefault(file.with_suffix(""), []).append(file)
-            count += file.suffix.lower() in IMAGES
+            count += file.suffix.lower() in KINDS
     if count == 0:
         raise DataError(f"{path}: no images; give a folder of images with .txt captions, or a data file")
     for stem, files in stems.items():
         name = stem.relative_to(path).as_posix()
         where = f"{path}: {name}"
         try:
-            image, caption = _pair(files)
+            medium, caption = _pair(files)
         except (DataError, MediaError) as error:
             yield broken(where, str(error))
             continue
-        data = caption_of([image], caption, options, id=name)
-        yield RawRow(where, data, kind="caption")
+        parts = as_parts(KINDS[medium.suffix.lower()], [medium])
+        yield RawRow(where, caption_of(parts, caption, options, id=name), kind="caption")
 
 
 def _pair(files: list[Path]) -> tuple[Path, str]:
-    """The image and the caption among the files of one name."""
+    """The image, video, sound or document and the caption among the files of one name; an image goes before others."""
     texts = [file for file in files if file.suffix.lower() == ".txt"]
     images = [file for file in files if file.suffix.lower() != ".txt"]
+    images = [file for file in images if KINDS[file.suffix.lower()] == "image"] or images
     if len(images) > 1 or len(texts) > 1:
         found = ", ".join(file.name for file in files)
         raise DataError(f"one image and one .txt must have this name, found {found}")

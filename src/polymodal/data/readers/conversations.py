@@ -7,6 +7,11 @@ Three forms, told apart by their keys:
   `<image>` in the text or `{"type": "image"}` parts that take the next item of the list.
 - OpenAI content parts: `{"role", "content": [{"type": "text", ...}, {"type": "image_url", ...}]}`.
 
+Beside images stand `video(s)`, `audio(s)` and `document(s)`, with `<video>`, `<audio>` and `<document>`. An entry may
+be an object that says more: `{"video": "a.mp4", "fps": 2}`, `{"path": "a.mp4", "num_frames": 4}` (Qwen's `nframes`,
+`video_start` and `video_end` too), `{"document": "a.pdf", "pages": "1-3", "text": "layer"}`. LLaVA-Video writes
+`<image>` for a video: so it is read where a record has no image and no `<video>`.
+
 A turn may be spelled `from` and `value` or `role` and `content` in either list. A turn with `loss: false`, `weight: 0`
 or `train: false` is shown and not trained. Reasoning and tools are read by `tools.py`. What would change the meaning
 and cannot be followed is refused by name.
@@ -21,17 +26,16 @@ starts with the answer is an error (LLaVA drops the turn), and so is any differe
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from polymodal.data.readers.base import MEDIA, SOURCES, kind_of, listed, media_keys, medium_of, settings_of, shown
 from polymodal.data.readers.tools import CALLS, call_turn, check_turns, says_nothing, tools_of, turn_fields
 from polymodal.errors import DataError
-from polymodal.media.source import from_file_url
-from polymodal.messages import Audio, Document, FileSlice, Image, Media, Message, Part, Role, TableCell, Text, Video
+from polymodal.messages import Audio, Media, Message, Part, Role, Text
 
 _ROLES: dict[str, Role] = {
     "human": "user",
@@ -46,9 +50,7 @@ _ROLES: dict[str, Role] = {
     **dict.fromkeys(CALLS, "assistant"),
 }
 
-_MEDIA: dict[str, type[Image] | type[Video] | type[Audio]] = {"image": Image, "video": Video, "audio": Audio}
-
-_PLACEHOLDER = re.compile(r"<(image|video|audio)>")
+_PLACEHOLDER = re.compile(f"<({'|'.join(MEDIA)})>")
 _NAMES = {
     "conversations": (("from", "role"), ("value", "content")),
     "messages": (("role", "from"), ("content", "value")),
@@ -56,7 +58,7 @@ _NAMES = {
 _SYSTEM = ("system", "system_prompt")
 _MARKS = ("loss", "weight", "train", "trainable", "loss_mask", "loss_weight", "loss_scale")
 """Keys of a turn that say whether it is trained."""
-_MEDIA_KEYS = frozenset(key + s for key in _MEDIA for s in ("", "s"))
+_MEDIA_KEYS = frozenset(key + s for key in MEDIA for s in ("", "s"))
 _REFUSED_IN_TURNS = (
     *("reasoning_details", "thought", "function_call", "tools"),
     *("mask", "masked", "train_detail", *sorted(_MEDIA_KEYS)),
@@ -93,13 +95,13 @@ class Record:
 class _Pool:
     """A record's media lists, taken from in order."""
 
-    def __init__(self, record: Mapping[str, Any], image_root: Path, where: str) -> None:
+    def __init__(self, record: Mapping[str, Any], image_root: Path, where: str, said: str = "") -> None:
         self._where = where
         self._items: dict[str, list[Media]] = {}
         self._keys: dict[str, str] = {}
-        self._taken = dict.fromkeys(_MEDIA, 0)
-        for kind, cls in _MEDIA.items():
-            keys = [key for key in (kind, kind + "s") if record.get(key) is not None]
+        self._taken = dict.fromkeys(MEDIA, 0)
+        for kind in MEDIA:
+            keys = media_keys(record, kind)
             if len(keys) > 1:  # one of them may say that there is none
                 keys = [key for key in keys if listed(record[key])] or keys[:1]
             if len(keys) > 1:
@@ -111,8 +113,12 @@ class _Pool:
                         f"names its media by placeholder ({', '.join(names)}); write <{kind}> in the text and a list"
                     )
                     raise DataError(f"{where}: `{key}` {problem}", "placeholder-count")
-                sources = [_source(entry, image_root, f"{where}: `{key}`[{i}]") for i, entry in enumerate(entries)]
-                self._keys[kind], self._items[kind] = key, [cls(source) for source in sources]
+                items = [
+                    medium_of(kind, entry, image_root, f"{where}: `{key}`[{i}]") for i, entry in enumerate(entries)
+                ]
+                self._keys[kind], self._items[kind] = key, items
+        only_videos = self._items.get("video") and not self._items.get("image") and "<video>" not in said
+        self.image = "video" if only_videos else "image"  # What `<image>` in a text stands for
 
     def holds(self, kind: str) -> bool:
         """Whether a placeholder of this kind means a medium; `<video>` in a record without videos is text."""
@@ -136,12 +142,6 @@ class _Pool:
                 raise DataError(f"{self._where}: {taken} <{kind}> placeholders but {problem}", "placeholder-count")
 
 
-def listed(value: Any) -> list[Any]:
-    """What a record has in a media key, as a list; null, "" and lists of these mean none."""
-    entries = value if isinstance(value, list) else [value]
-    return [] if all(entry is None or entry == "" for entry in entries) else entries
-
-
 def _named(entries: list[Any]) -> list[str]:
     """The names in MiniCPM's form, {"<image_00>": path}."""
     lone = entries[0] if len(entries) == 1 and isinstance(entries[0], dict) else {}
@@ -159,10 +159,10 @@ def read_messages(record: Mapping[str, Any], image_root: Path, where: str) -> li
 
 
 def _conversation(record: Mapping[str, Any], key: str, image_root: Path, where: str) -> list[Message]:
-    pool = _Pool(record, image_root, where)
     turns = record.get(key)
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: `{key}` must be a list of turns, found {_kind_of(turns)}", "no-turns")
+        raise DataError(f"{where}: `{key}` must be a list of turns, found {kind_of(turns)}", "no-turns")
+    pool = _Pool(record, image_root, where, str(turns) if record.get("video") or record.get("videos") else "")
     messages = _leading_system(record, where)
     for index, turn in enumerate(turns):
         spot = f"{where}: {key}[{index}]"
@@ -178,7 +178,7 @@ def _conversation(record: Mapping[str, Any], key: str, image_root: Path, where: 
         elif isinstance(content, str):
             parts = tuple(_split(content, role, pool, spot, newline=key == "conversations"))
         elif key == "conversations" and not isinstance(content, list):
-            raise DataError(f"{spot}: `{text_key}` must be text, found {_kind_of(content)}")
+            raise DataError(f"{spot}: `{text_key}` must be text, found {kind_of(content)}")
         else:
             parts = _parts(content, role, spot, image_root, pool)
         messages.append(Message(role, parts, train, **fields))
@@ -198,7 +198,7 @@ def spelled(turn: Mapping[str, Any], names: Sequence[str], spot: str = "") -> st
 def read_openai(messages: Sequence[Any], where: str, image_root: Path | None = None) -> list[Message]:
     """Read OpenAI chat messages, as a request holds them. Text is text: `<image>` in it means nothing."""
     if not isinstance(messages, list | tuple) or not messages:
-        raise DataError(f"{where}: expected a list of messages, found {_kind_of(messages)}")
+        raise DataError(f"{where}: expected a list of messages, found {kind_of(messages)}")
     result = []
     for index, turn in enumerate(messages):
         spot = f"{where}[{index}]"
@@ -216,7 +216,7 @@ def read_openai(messages: Sequence[Any], where: str, image_root: Path | None = N
 def read_record(record: Any, image_root: Path, where: str, *, default_id: str = "", form: str = "") -> Record:
     """Read a record in whichever form it is."""
     if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a JSON object, found {_kind_of(record)}", "not-an-object")
+        raise DataError(f"{where}: expected a JSON object, found {kind_of(record)}", "not-an-object")
     if "conversations" in record and "messages" in record:
         raise DataError(f"{where}: the record has both `conversations` and `messages`; keep one", "unknown-form")
     wanted = {"llava": "conversations", "messages": "messages", "openai": "messages"}.get(form)
@@ -224,7 +224,7 @@ def read_record(record: Any, image_root: Path, where: str, *, default_id: str = 
         found = ", ".join(sorted(map(str, record))) or "no keys"
         raise DataError(f"{where}: expected `{wanted}` (format {form}), found {found}", "unknown-form")
     if form == "openai":
-        if beside := [key for kind in _MEDIA for key in (kind, kind + "s") if record.get(key) is not None]:
+        if beside := [key for kind in MEDIA for key in media_keys(record, kind)]:
             raise DataError(f"{where}: format openai has media in its content parts, not in `{beside[0]}`")
         messages = read_openai(record["messages"], f"{where}: messages", image_root)
         check_turns(messages, where)
@@ -246,10 +246,11 @@ def read_record(record: Any, image_root: Path, where: str, *, default_id: str = 
     for key in ("kind", "source"):
         value = record.get(key)
         if not isinstance(value, str | None):
-            raise DataError(f"{where}: `{key}` must be text, found {_kind_of(value)}")
+            raise DataError(f"{where}: `{key}` must be text, found {kind_of(value)}")
         labels[key] = value or ""
     given = record.get("id")
-    extra = {key: value for key, value in record.items() if key not in _KNOWN_KEYS}
+    known = _KNOWN_KEYS if media_keys(record, "document") else _KNOWN_KEYS - {"document", "documents"}
+    extra = {key: value for key, value in record.items() if key not in known}
     return Record(default_id if given is None else str(given), tuple(messages), **labels, extra=extra)
 
 
@@ -260,19 +261,19 @@ def _leading_system(record: Mapping[str, Any], where: str) -> list[Message]:
     if value is None or value == "":
         return []
     if not isinstance(value, str):
-        raise DataError(f"{where}: `{key}` must be text, found {_kind_of(value)}")
+        raise DataError(f"{where}: `{key}` must be text, found {kind_of(value)}")
     return [Message("system", (Text(value),))]
 
 
 def _speaker(turn: Any, names: Sequence[str], spot: str) -> tuple[Role, bool]:
     """Who says a turn, and whether it is trained."""
     if not isinstance(turn, dict):
-        raise DataError(f"{spot}: expected an object with `{names[0]}`, found {_kind_of(turn)}")
+        raise DataError(f"{spot}: expected an object with `{names[0]}`, found {kind_of(turn)}")
     key = spelled(turn, names, spot)
     name = turn.get(key)
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise DataError(f"{spot}: unknown role `{key}`: {_shown(name)}; known: {', '.join(_ROLES)}", "unknown-role")
+        raise DataError(f"{spot}: unknown role `{key}`: {shown(name)}; known: {', '.join(_ROLES)}", "unknown-role")
     for key in _REFUSED_IN_TURNS:
         if not says_nothing(turn.get(key)):
             raise DataError(f"{spot}: `{key}` {_cannot(key)}", "unsupported-key")
@@ -280,7 +281,7 @@ def _speaker(turn: Any, names: Sequence[str], spot: str) -> tuple[Role, bool]:
     for key, value in marks.items():
         if value not in (0, 1) or (value and role != "assistant"):
             hint = "only an answer is trained" if value == 1 else "give true or false, 1 or 0"
-            raise DataError(f"{spot}: `{key}`: {_shown(value)} cannot be followed; {hint}", "unsupported-key")
+            raise DataError(f"{spot}: `{key}`: {shown(value)} cannot be followed; {hint}", "unsupported-key")
     if len(set(map(bool, marks.values()))) > 1:
         raise DataError(f"{spot}: {' and '.join(f'`{key}`' for key in marks)} contradict each other; keep one")
     return role, role != "assistant" or all(marks.values())
@@ -336,7 +337,7 @@ def _split(text: str, role: Role, pool: _Pool, spot: str, *, newline: bool) -> I
             before = before[:-1]
         if before:
             yield Text(before)
-        item = pool.take(kind)
+        item = pool.take(pool.image if kind == "image" else kind)
         if item is not None:
             yield item
     if position < len(text):
@@ -346,7 +347,7 @@ def _split(text: str, role: Role, pool: _Pool, spot: str, *, newline: bool) -> I
 def _parts(content: Any, role: Role, spot: str, image_root: Path | None, pool: _Pool | None) -> tuple[Part, ...]:
     """Read a list of content parts."""
     if not isinstance(content, list):
-        raise DataError(f"{spot}: `content` must be text or a list of parts, found {_kind_of(content)}")
+        raise DataError(f"{spot}: `content` must be text or a list of parts, found {kind_of(content)}")
     parts: list[Part] = []
     for index, entry in enumerate(content):
         at = f"{spot}.content[{index}]"
@@ -364,11 +365,11 @@ def _part(entry: Any, at: str, image_root: Path | None, pool: _Pool | None) -> P
     if isinstance(entry, str):
         return Text(entry)
     if not isinstance(entry, dict):
-        raise DataError(f"{at}: expected an object with `type`, found {_kind_of(entry)}")
+        raise DataError(f"{at}: expected an object with `type`, found {kind_of(entry)}")
     kind = entry.get("type")
     if kind in ("text", "input_text", "output_text"):
         if not isinstance(entry.get("text"), str):
-            raise DataError(f"{at}: `text` must be text, found {_kind_of(entry.get('text'))}")
+            raise DataError(f"{at}: `text` must be text, found {kind_of(entry.get('text'))}")
         return Text(entry["text"])
     if kind == "input_audio":
         sound = entry.get("input_audio")
@@ -376,57 +377,14 @@ def _part(entry: Any, at: str, image_root: Path | None, pool: _Pool | None) -> P
             raise DataError(f"{at}: `input_audio` must be an object with `data` (base64) and `format`")
         return Audio(f"data:audio/{sound.get('format', 'wav')};base64,{sound['data']}")
     name = str(kind).removeprefix("input_").removesuffix("_url")
-    cls: Any = {**_MEDIA, "document": Document}.get(name)
-    if cls is None:
-        known = "text, image_url, image, video_url, video, audio_url, audio, input_audio, document"
-        raise DataError(f"{at}: unknown part type {_shown(kind)}; known: {known}")
-    for key in (f"{name}_url", name, "url", "path"):
-        value = entry.get(key)
-        if value is None:
-            continue
-        if isinstance(value, dict):
-            value = value.get("url")
-        return cls(_source(value, image_root, f"{at}: `{key}`"))  # type: ignore[no-any-return]
-    if pool is not None and pool.holds(name) and name in _MEDIA:
-        return pool.take(name)
+    name = "document" if name == "file" else name
+    if name not in MEDIA:
+        known = "text, image_url, image, video_url, video, audio_url, audio, input_audio, document, file"
+        raise DataError(f"{at}: unknown part type {shown(kind)}; known: {known}")
+    if any(entry.get(key) is not None for key in (f"{name}_url", name, *SOURCES)):
+        return medium_of(name, entry, image_root, at, of_part=True)
+    if pool is not None and pool.holds(name):
+        item = pool.take(name)
+        said = settings_of(name, entry, at)
+        return replace(item, **said) if item is not None and said else item
     raise DataError(f"{at}: the {name} has no source; give `{name}_url`, `{name}`, `url` or `path`")
-
-
-def _source(value: Any, image_root: Path | None, at: str) -> str | Path | FileSlice | TableCell:
-    """Locate a medium: a URL as it is, a path inside the root (links in it are followed), what a reader has located."""
-    if isinstance(value, Path | FileSlice | TableCell):
-        return value
-    if isinstance(value, dict):  # Hugging Face datasets: {"path": ..., "bytes": None}
-        value = value.get("path")
-    if not isinstance(value, str) or not value:
-        raise DataError(f"{at} must be a path or URL, found {_kind_of(value)}")
-    if value[:5].lower() == "data:" or re.match(r"https?://", value, re.IGNORECASE):
-        return value
-    value = from_file_url(value, at, DataError)
-    if "\0" in value:
-        raise DataError(f"{at}: {value!r} is not a path")
-    if image_root is None:
-        raise DataError(f"{at}: local files cannot be named here; send the file as a data: URL")
-    root = os.path.abspath(image_root)
-    path = os.path.normpath(os.path.join(root, value))
-    if path != root and not path.startswith(root.rstrip(os.sep) + os.sep):  # both are normalised
-        raise DataError(
-            f"{at}: {_shown(value)} leaves the folder {image_root}; media must lie inside it", "outside-root"
-        )
-    return Path(path)
-
-
-def _shown(value: Any) -> str:
-    """A value for an error line."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"
-
-
-def _kind_of(value: Any) -> str:
-    """Name a JSON value for an error line."""
-    if value is None:
-        return "nothing"
-    for cls, name in ((dict, "object"), (list, "list"), (str, "text")):
-        if isinstance(value, cls):
-            return name if value else f"empty {name}"
-    return type(value).__name__

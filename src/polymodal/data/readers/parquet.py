@@ -7,7 +7,8 @@ Columns that are known, the first of these that is there being the text:
 - `question` with `multiple_choice_answer`, `answer` or `answers`.
 - `caption` or `text`.
 
-Images are in `image` or `images` (`videos`, `audios` likewise): `{bytes, path}`, bytes, paths, or lists of these.
+Images are in `image` or `images` (videos, audios and documents likewise): `{bytes, path}`, bytes, paths, or lists of
+these; an object of a video or document may say more (`num_frames`, `pages`), as in JSON.
 `id` (or `question_id`), `kind`, `kinds` and `source` are kept. Only texts are read here; an image's bytes are read
 from their cell when they are wanted (`media/source.py`). Needs pyarrow.
 """
@@ -17,8 +18,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from polymodal.data.readers.base import Options, RawRow, best_answer, broken, caption_of, dialogue, question_of, text_of
-from polymodal.data.readers.conversations import RECORD_KEYS, listed
+from polymodal.data.readers.base import (
+    Options,
+    RawRow,
+    as_parts,
+    best_answer,
+    broken,
+    caption_of,
+    dialogue,
+    listed,
+    media_keys,
+    question_of,
+    text_of,
+)
+from polymodal.data.readers.conversations import RECORD_KEYS
 from polymodal.errors import DataError, MediaError, first_line
 from polymodal.media.source import open_table, read_column
 from polymodal.messages import TableCell
@@ -26,8 +39,8 @@ from polymodal.messages import TableCell
 _TEXTS = ("conversations", "messages", "texts", "question", "caption", "text")
 _ANSWERS = ("multiple_choice_answer", "answer", "answers")
 _MAX_TEXTS = 512 * 2**20
-_LABELS = ("id", "question_id", "kind", "kinds", "source", "system", "system_prompt", *RECORD_KEYS)
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_LABELS = ("id", "question_id", "kind", "kinds", "source", "system", "system_prompt", "transcript", *RECORD_KEYS)
+_MEDIA = {key + s: key for key in ("image", "video", "audio", "document") for s in ("", "s")}
 
 
 def read_parquet(path: Path, options: Options) -> Iterator[RawRow]:
@@ -46,7 +59,7 @@ def read_parquet(path: Path, options: Options) -> Iterator[RawRow]:
             count = file.metadata.row_group(group).num_rows
             try:
                 rows = _texts_of(file, group, wanted).to_pylist()
-                cells = {name: cells_of(path, file, group, name, options.root, len(rows)) for name in media}
+                cells = {name: cells_of(path, file, group, name, options.root, len(rows), True) for name in media}
             except Exception as error:  # pyarrow raises many types for damaged pages
                 problem = f"row group {group} is damaged ({first_line(error)[:160]}); fetch the file again"
                 problem = str(error) if isinstance(error, DataError | MediaError) else problem
@@ -109,7 +122,8 @@ def _record(
     for name, items in media.items():
         if None in items:
             raise DataError(f"`{name}`[{items.index(None)}] is empty; give bytes or a path")
-    images = [item for name in ("image", "images") for item in media.get(name, [])]
+    media = {name: items for name, items in media.items() if name in media_keys(media, _MEDIA[name])}
+    parts = [part for name, items in media.items() for part in as_parts(_MEDIA[name], items)]
     if form in ("conversations", "messages"):
         return {**labels, **{name: items for name, items in media.items() if items}, form: row[form]}, "conversation"
     if form == "texts":
@@ -117,28 +131,32 @@ def _record(
         turns = [(text_of(turn.get("user")), text_of(turn.get("assistant"))) for turn in given]
         if not turns or not all(answer for _, answer in turns):
             raise DataError("`texts` must be a list of turns with `user` and `assistant`, none of them empty")
-        return dialogue(images, turns, **labels), "conversation"
+        return dialogue(parts, turns, **labels), "conversation"
     if form == "question":
         question = text_of(row["question"])
         answer = next(filter(None, (best_answer(row.get(name)) for name in _ANSWERS)), "")
         if not question or not answer:
             raise DataError(f"the {'answer' if question else 'question'} is missing or empty")
-        return question_of(images, question, answer, options, default="", **labels), "vqa"
+        return question_of(parts, question, answer, options, default="", **labels), "vqa"
     caption = best_answer(row[form])
     if not caption:
         raise DataError(f"`{form}` is empty")
-    if not images:
+    if not parts:
         raise DataError("a caption without an image; fill `image` or `images`")
-    return caption_of(images, caption, options, **labels), "caption"
+    return caption_of(parts, caption, options, **labels), "caption"
 
 
-def cells_of(path: Path, file: Any, group: int, column: str, root: Path, count: int) -> list[list[Any]]:
-    """Locate the media of a column: for each row a list of cells, or paths where there can be no bytes."""
+def cells_of(
+    path: Path, file: Any, group: int, column: str, root: Path, count: int, settings: bool = False
+) -> list[list[Any]]:
+    """Locate the media of a column: a list a row of cells, paths where there can be no bytes, or what says more."""
     # Not from the chunks' metadata: pyarrow ends the process where that is damaged.
     leaves = [file.schema.column(index).path for index in range(len(file.schema))]
     own = {leaf.split(".")[-1]: leaf for leaf in leaves if leaf.split(".")[0] == column}
-    if {"bytes", "path"} <= own.keys():  # the paths are short, and tell how many each row has
-        values = file.read_row_group(group, columns=[own["path"]]).column(column)
+    if {"bytes", "path"} <= own.keys():  # what is beside the bytes is short, and tells how many each row has
+        more = [leaf for leaf in leaves if leaf.split(".")[0] == column and leaf not in own["bytes"]]
+        columns = more if settings and column.rstrip("s") in ("video", "document") else [own["path"]]
+        values = file.read_row_group(group, columns=columns).column(column)
     else:
         values = read_column(path, group, column)
     if len(values) != count:
@@ -157,8 +175,16 @@ def _of_row(value: Any, cell: TableCell) -> list[Any]:
         elif _is_text(entry):
             found.append(entry.as_py())
         else:
-            found.append(replace(cell, item=item if is_list else -1))
+            place = replace(cell, item=item if is_list else -1)
+            more = {key: value for key, value in _plain(entry).items() if value is not None}
+            found.append({**more, "path": place} if more else place)
     return found
+
+
+def _plain(entry: Any) -> dict[str, Any]:
+    """What a cell's object says beside bytes and path."""
+    names = [*entry.keys()] if hasattr(entry, "keys") else []
+    return {name: entry[name].as_py() for name in names if name not in ("bytes", "path")}
 
 
 def _is_text(value: Any) -> bool:

@@ -4,7 +4,7 @@ A member's name up to the first dot of its last part is the sample's key: `a/001
 sample has images (`jpg`, `0.png`, ...), and either a conversation or a caption:
 
 - `.json` with `conversations` or `messages`: a record; the sample's images are its `images`, by the names that it
-  lists, else in the order of the archive. Video and audio members likewise.
+  lists, else in the order of the archive. Videos, sounds and PDFs likewise; what the list says of one is kept.
 - `.json` with `question` and `answer`, or with `caption` or `text`.
 - `.txt` (or `.caption`): a caption. It goes before a `.json` without a conversation, as img2dataset writes both.
 
@@ -20,13 +20,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from polymodal.data.readers.base import (
-    IMAGES,
+    KINDS,
     PACKED,
     Options,
     RawRow,
+    as_parts,
     best_answer,
     broken,
     caption_of,
+    listed,
+    media_keys,
     question_of,
     text_of,
 )
@@ -38,11 +41,6 @@ from polymodal.utils.files import regular_size
 
 _MAX_TEXT = 16 * 2**20
 _TEXTS = frozenset({".txt", ".caption", ".json"})
-_KINDS = {
-    **dict.fromkeys(IMAGES, "images"),
-    **dict.fromkeys((".mp4", ".webm", ".mkv", ".mov", ".avi"), "videos"),
-    **dict.fromkeys((".wav", ".mp3", ".flac", ".ogg", ".m4a"), "audios"),
-}
 
 
 @dataclass
@@ -162,8 +160,8 @@ def _record(sample: _Sample, options: Options) -> tuple[dict[str, Any], str]:
     texts: dict[str, FileSlice] = {}
     for member in sample.members:
         suffix = PurePosixPath(member.name).suffix.lower()
-        if suffix in _KINDS:
-            media.setdefault(_KINDS[suffix], []).append(member)
+        if suffix in KINDS:
+            media.setdefault(KINDS[suffix], []).append(member)
         elif suffix in _TEXTS:
             if suffix in texts:
                 raise DataError(f"has two {suffix} members; keep one")
@@ -174,29 +172,34 @@ def _record(sample: _Sample, options: Options) -> tuple[dict[str, Any], str]:
         if "conversations" in parsed or "messages" in parsed:
             return _with_media(parsed, media), "conversation"
         fields = parsed
-    images = media.get("images", [])
-    if not images:
+    if not media:
         raise DataError("has no image and no conversation; add a .jpg or .png, or a .json record")
-    labels = {key: fields[key] for key in ("id", "kind", "source") if isinstance(fields.get(key), str)}
+    parts = [part for kind, members in media.items() for part in as_parts(kind, members)]
+    labels = {key: fields[key] for key in ("id", "kind", "source", "transcript") if isinstance(fields.get(key), str)}
     captions = [_text(texts[suffix]) for suffix in (".txt", ".caption") if suffix in texts]
     caption = next(filter(None, [*captions, text_of(fields.get("caption")), text_of(fields.get("text"))]), "")
     question, answer = text_of(fields.get("question")), best_answer(fields.get("answer", fields.get("answers")))
     if question and answer:
-        return question_of(images, question, answer, options, default="", **labels), "vqa"
+        return question_of(parts, question, answer, options, default="", **labels), "vqa"
     if not caption:
         raise DataError("has no text; add a .txt with the caption or a .json with a conversation")
-    return caption_of(images, caption, options, **labels), "caption"
+    return caption_of(parts, caption, options, **labels), "caption"
 
 
 def _with_media(record: dict[str, Any], media: dict[str, list[FileSlice]]) -> dict[str, Any]:
     """Put the sample's own media into a record, by the names that it lists or in the order of the archive."""
     result = dict(record)
-    for plural, members in media.items():
-        listed = [result.pop(key) for key in (plural, plural[:-1]) if result.get(key) is not None]
-        names = listed[0] if listed and isinstance(listed[0], list) else listed[:1]
+    for kind, members in media.items():
+        entries = [entry for key in media_keys(result, kind) for entry in listed(result.pop(key))]
+        keys = (kind, f"{kind}_url", "path", "url")
+        given = [entry if isinstance(entry, dict) else {"path": entry} for entry in entries]
+        names = [next((entry[key] for key in keys if isinstance(entry.get(key), str)), "") for entry in given]
         by_name = {name: member for member in members for name in _names(member)}
-        found = [by_name.get(name) if isinstance(name, str) else None for name in names]
-        result[plural] = found if found and None not in found else members
+        found = [by_name.get(name) for name in names]
+        members = [member for member in found if member is not None] if found and None not in found else members
+        said = given if len(given) == len(members) else [{} for _ in members]
+        more = [{name: value for name, value in entry.items() if name not in keys} for entry in said]
+        result[f"{kind}s"] = [{**each, "path": member} for each, member in zip(more, members, strict=True)]
     return result
 
 

@@ -219,7 +219,7 @@ def _answers(output_dir: Path, evals: Sequence[dict[str, Any]]) -> list[dict[str
             if not answers or answers[-1][1] != text:
                 answers.append((step, text))
         images = [data_url(file.read_bytes(), "jpeg") for file in files if file.is_file()]
-        shown.append({**entry, "images": images, "answers": answers})
+        shown.append({"sounds": [], **entry, "images": images, "answers": answers})
     return shown
 
 

@@ -18,8 +18,9 @@ from polymodal.errors import ConfigError, PolymodalError
 from polymodal.generation.generate import generate_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import decode_ids
-from polymodal.media.image import open_image
-from polymodal.messages import Image
+from polymodal.media.source import describe as name_of
+from polymodal.media.thumbnail import thumbnail
+from polymodal.messages import Audio
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import collate
 from polymodal.training.distributed import Engine
@@ -73,7 +74,7 @@ class Evaluation:
             entry = describe(record)
             try:
                 prompt = processor(_question(record), add_generation_prompt=True, id=record.id)
-                entry["images"] = _keep_images(record, index, self.folder, engine.world)
+                entry |= _keep_media(record, index, self.folder, engine.world)
                 prompts.append(prompt)
             except (PolymodalError, OSError) as error:  # an image that went away, a full disk
                 entry["error"] = str(error)
@@ -171,18 +172,18 @@ def _question(record: Record) -> list[Any]:
     return list(record.messages[:first])
 
 
-def _keep_images(record: Record, index: int, folder: Path, world: World) -> list[str]:
-    """Write small copies of a question's images, once; returns their names within the run's folder."""
-    names = []
-    media = [part for message in _question(record) for part in message.media if isinstance(part, Image)]
-    for number, part in enumerate(media):
+def _keep_media(record: Record, index: int, folder: Path, world: World) -> dict[str, list[str]]:
+    """Write small images of what a question shows, once: their names within the run's folder, and those of sounds."""
+    found: dict[str, list[str]] = {"images": [], "sounds": []}
+    for number, part in enumerate(part for message in _question(record) for part in message.media):
+        if isinstance(part, Audio):
+            found["sounds"].append(name_of(part.source).rpartition("/")[2])
+            continue
         path = folder / f"{index}-{number}.jpg"
-        names.append(f"{folder.name}/{path.name}")
-        if world.is_main and not path.is_file():
+        found["images"].append(f"{folder.name}/{path.name}")
+        if world.is_main and not path.is_file() and (image := thumbnail(part, IMAGE_SIDE)) is not None:
             folder.mkdir(exist_ok=True)
-            image = open_image(part.source).convert("RGB")
-            image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
             work = path.with_suffix(".tmp")
             image.save(work, "JPEG", quality=85)
             work.replace(path)
-    return names
+    return found if found["sounds"] else {"images": found["images"]}

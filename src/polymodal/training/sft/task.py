@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from polymodal.checkpoints.model_folder import save_model
 from polymodal.config import ImageConfig, ModelConfig, new_image_rules, new_senses, parse_config
 from polymodal.data.readers.conversations import Record
 from polymodal.interop.open import open_model
+from polymodal.media_plan import AudioPlan, ImagePlan, MediaPlan, VideoPlan
 from polymodal.modeling.build import add_senses, build_model
 from polymodal.modeling.dual_encoders.registry import read_metadata
 from polymodal.modeling.token_loss import knows_head
@@ -208,15 +210,22 @@ class SFTTask(Task):
     ) -> torch.Tensor | float:
         """Add up the micro-batches' gradients; the loss is a sum over tokens."""
         total: torch.Tensor | float = 0.0
-        seen_media = False
+        seen: set[type[MediaPlan]] = set()
         for number, named in enumerate(batches, start=1):
-            seen_media |= bool(named.batch.plans)
+            seen |= {type(medium) for medium in named.batch.plans}
             last = number == len(plan.micro)
-            # Every process must take part in every collective, and a step of text alone must leave the same gradients,
-            # zero, whether one process takes it or several.
-            touch = self.world.size > 1 or (self.trains_media and last and not seen_media)
+            # Every process must take part in every collective; and parts that a step does not need must be left with
+            # the same gradients, zero, whether one process takes it or several: of none, momentum would not move them.
+            touch = self.world.size > 1 or (self.trains_media and last and not self._media_kinds <= seen)
             total = total + self.forward_backward(engine, named, self.world.size / plan.targets, last, touch, losses)
         return total
+
+    @cached_property
+    def _media_kinds(self) -> set[type[MediaPlan]]:
+        """The kinds of media that the model has parts for."""
+        model = self.model
+        parts = {ImagePlan: model.projector, VideoPlan: model.temporal_encoder, AudioPlan: model.audio_projector}
+        return {kind for kind, part in parts.items() if part is not None}
 
     def forward_backward(
         self, engine: Engine, named: NamedBatch, scale: float, last: bool, touch_media: bool, losses: LossByKind
