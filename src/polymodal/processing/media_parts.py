@@ -141,10 +141,10 @@ def _sound(part: Audio, config: ModelConfig, window: AudioWindow | None) -> Open
         missing = config.audio and f"{config.audio.audio_tower} is not installed; run `polymodal fetch` once"
         raise PolymodalError(f"this model's audio encoder {missing}" if missing else NO_EARS)
     segment = (part.start, part.end)
-    samples = open_audio(part.source, video=True, segment=segment, max_seconds=config.audio.max_seconds).samples
-    found = audio_features(samples, mel_bins=window.mel_bins, window=window.max_frames / 100)
+    sound = open_audio(part.source, video=True, segment=segment, max_seconds=config.audio.max_seconds)
+    found = audio_features(sound.samples, mel_bins=window.mel_bins, window=window.max_frames / 100)
     plan = plan_audio(found.frames.tolist(), window)
-    digest = hashlib.sha256(f"sound {window} {len(samples)}".encode() + samples.tobytes())
+    digest = hashlib.sha256(f"sound {window} {len(sound.samples)}".encode() + sound.samples.tobytes())
     # Padding is masked in the encoder, so what is longer than the longest window need not be carried.
     return Opened(plan, digest.hexdigest(), sound, windows=found.features[..., : max(plan.frames)])
 
