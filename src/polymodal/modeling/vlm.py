@@ -7,9 +7,7 @@ The layout of tiles follows LLaVA-1.5 (arXiv 2310.03744) and LLaVA-NeXT's AnyRes
 padded or re-labelled inside `forward`, and logits are computed only where there is a label. Samples packed in one row
 are kept apart by `polymodal.modeling.packed_attention`; `polymodal.modeling.token_loss` keeps the logits within memory.
 An encoder-decoder language model takes the same sequence; `polymodal.modeling.seq2seq` cuts it before the last answer.
-
-A video is tiles too, one a frame: its features pass the temporal encoder before the projector. A sound is windows of
-log-mel features with an encoder and a projector of their own. All stand in the sequence in the order of their plans.
+A video is tiles, one a frame, which pass the temporal encoder before the projector; a sound has both of its own.
 """
 
 import inspect
