@@ -38,4 +38,4 @@ def test_what_comes_back_is_counted(stage: Stage, capsys: pytest.CaptureFixture[
     assert "questions: word error rate" in capsys.readouterr().out and len(stage.model.asked) == 16
     stage.asr.text = stage.model.pieces = "It is a cat."
     bench.round_trip("base", "piper", "default")
-    assert "answers: 100.0% of the words back" in capsys.readouterr().out
+    assert "answers: 100.0% of the words" in capsys.readouterr().out
