@@ -112,6 +112,8 @@ class VideoPlan:
     frames: int  # What comes out of the temporal encoder
     tokens: Size  # Projected tokens of each of those
     num_tokens: int  # Positions in the sequence
+    old: int = 0  # The first so many of those become means of blocks of frames, rows and columns of tokens
+    stride: tuple[int, int, int] = (1, 1, 1)  # The size of such a block
 
     @property
     def num_tiles(self) -> int:
@@ -153,9 +155,25 @@ def plan_video(source: Size, times: Sequence[float], video: VideoConfig, image: 
         _refuse_empty(what, size)
     frame = _plan_tile(source, image, Size(*image.tile_size), tokens, video.frame_aspect_ratio)
     frames, per_frame = temporal_output(len(times), video, tokens)
+    old, num_tokens = _with_old_frames(frames, per_frame, video)
+    stride = video.old_frames.stride if video.old_frames is not None and old else (1, 1, 1)
     return VideoPlan(
-        frame=frame, times=tuple(times), frames=frames, tokens=per_frame, num_tokens=frames * per_frame.area
+        frame=frame, times=tuple(times), frames=frames, tokens=per_frame, num_tokens=num_tokens, old=old, stride=stride
     )
+
+
+def _with_old_frames(frames: int, tokens: Size, video: VideoConfig) -> tuple[int, int]:
+    """How many frames are pooled as old ones, and the tokens of all."""
+    if (rule := video.old_frames) is None or frames <= rule.keep:
+        return 0, frames * tokens.area
+    t, h, w = rule.stride
+    if tokens.height == 1 < tokens.width and (h, w) != (1, 1):
+        raise ConfigError(
+            f"video.old_frames.stride {rule.stride}: the projector's tokens lie in no grid; use (t, 1, 1)"
+        )
+    old = frames - rule.keep
+    pooled = _ceil_div(old, t) * _ceil_div(tokens.height, h) * _ceil_div(tokens.width, w)
+    return old, pooled + rule.keep * tokens.area
 
 
 def temporal_output(frames: int, video: VideoConfig, tokens: Size) -> tuple[int, Size]:
@@ -180,8 +198,7 @@ def frames_within(wanted: int, video: VideoConfig, tokens: Size) -> int:
     fits = (
         count
         for count in range(wanted, 0, -1)
-        if math.prod((temporal_output(count, video, tokens)[0], temporal_output(count, video, tokens)[1].area))
-        <= video.max_tokens
+        if _with_old_frames(*temporal_output(count, video, tokens), video)[1] <= video.max_tokens
     )
     most = next(fits, 0)
     if not most:

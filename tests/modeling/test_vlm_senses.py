@@ -19,6 +19,7 @@ from polymodal.checkpoints.model_folder import load_model, save_model
 from polymodal.config import (
     AudioConfig,
     ModelConfig,
+    OldFramesConfig,
     ProjectorConfig,
     TemporalAttentionConfig,
     TemporalConfig,
@@ -26,7 +27,7 @@ from polymodal.config import (
 )
 from polymodal.errors import CheckpointError, ConfigError, MediaError, PolymodalError
 from polymodal.generation.params import GenerationParams
-from polymodal.media_plan import AudioPlan, VideoPlan
+from polymodal.media_plan import AudioPlan, Size, VideoPlan, frames_within
 from polymodal.messages import Audio, Image, Video, assistant, user
 from polymodal.modeling import ctranslate2
 from polymodal.modeling.build import add_senses, build_model
@@ -377,3 +378,47 @@ def _parts(config: ModelConfig) -> tuple[Any, ...]:
 def _opened(folder: Path) -> tuple[Any, ...]:
     loaded = load_model(folder)
     return loaded.model, loaded.tokenizer, loaded.config
+
+
+@pytest.mark.parametrize(
+    ("temporal", "stride", "tokens"),
+    [
+        (None, (2, 2, 2), 2 * 4 + 2 * 16),  # 3 of 5 frames pooled to 2 of 2 x 2
+        (TemporalConfig(type="attention", attention=TemporalAttentionConfig(num_attention_heads=2)), (3, 1, 1), 3 * 16),
+        (TemporalConfig(type="spatio_temporal_pool", stride=(1, 2, 2)), (1, 2, 1), 3 * 2 + 2 * 4),
+    ],
+)
+def test_old_frames_are_pooled_and_new_ones_stay(
+    config: ModelConfig, tmp_path: Path, temporal: TemporalConfig | None, stride: tuple[int, int, int], tokens: int
+) -> None:
+    torch.manual_seed(0)
+    rule = OldFramesConfig(keep=2, stride=stride)
+    whole = config.model_copy(update={"video": VideoConfig(num_frames=5, temporal=temporal)})
+    pooled = config.model_copy(update={"video": whole.video.model_copy(update={"old_frames": rule})})
+    model, tokenizer = build_model(whole)
+    asked = [user(Video(clip(tmp_path / "a.mp4")), "?")]
+    found = []
+    for each in (whole, pooled):
+        sample = processor_of(model, tokenizer, each)(asked)
+        slot = sample.slots[0]
+        assert slot.length == sample.plans[0].num_tokens
+        found.append(embed(model, collate([sample], 0))[0, slot.start : slot.start + slot.length])
+    assert len(found[1]) == tokens
+    grid = sample.plans[0].tokens
+    assert torch.equal(found[1][-2 * grid.area :], found[0][-2 * grid.area :])
+    old = found[0][: 3 * grid.area].view(3, grid.height, grid.width, -1)
+    t, h, w = stride
+    assert torch.allclose(found[1][0], old[:t, :h, :w].mean(dim=(0, 1, 2)), atol=1e-6)
+    # The budget counts what is left of them, and a short video is left alone.
+    thrifty = pooled.video.model_copy(update={"max_tokens": tokens})
+    processor = processor_of(model, tokenizer, pooled.model_copy(update={"video": thrifty}))
+    assert len(processor(asked, pixels=False).plans[0].times) >= 5 - stride[0] + 1
+    short = processor([user(Video(tmp_path / "a.mp4", num_frames=2), "?")], pixels=False).plans[0]
+    assert (short.num_tokens, short.old) == (2 * grid.area, 0)
+
+
+def test_old_frames_of_tokens_without_a_grid() -> None:
+    video = VideoConfig(old_frames=OldFramesConfig(keep=1))
+    with pytest.raises(ConfigError, match="lie in no grid"):
+        frames_within(8, video.model_copy(update={"max_tokens": 100}), Size(1, 9))
+    assert VideoConfig(old_frames={"keep": 1, "stride": (2, 1, 1)}).old_frames is not None

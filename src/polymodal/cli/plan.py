@@ -172,7 +172,9 @@ def _media(args: argparse.Namespace) -> dict[str, Any]:
         if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; give a number above 0")
     asked = {"num_frames": args.num_frames, "fps": args.fps}
-    videos, pages, files = [], [], []
+    videos: list[PaperVideo] = []
+    pages: list[Size] = []
+    files: list[Path] = []
     for text in args.video:
         amount, at, size = text.rpartition("@")
         if at and re.fullmatch(r"[1-9]\d*", amount):

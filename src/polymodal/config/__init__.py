@@ -13,6 +13,7 @@ from polymodal.config.media import RESAMPLE_FILTERS as RESAMPLE_FILTERS
 from polymodal.config.media import AspectRatio as AspectRatio
 from polymodal.config.media import AudioConfig as AudioConfig
 from polymodal.config.media import ImageConfig as ImageConfig
+from polymodal.config.media import OldFramesConfig as OldFramesConfig
 from polymodal.config.media import PatchMerge as PatchMerge
 from polymodal.config.media import Resample as Resample
 from polymodal.config.media import TemporalAttentionConfig as TemporalAttentionConfig

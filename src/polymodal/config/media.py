@@ -150,6 +150,18 @@ class TemporalConfig(Strict):
         return self
 
 
+class OldFramesConfig(Strict):
+    """How the older frames of a long video are thinned out, behind the projector.
+
+    Attributes:
+        keep: The newest frames, of those that come out of the temporal encoder, which stay as they are.
+        stride: Of the older ones each block of so many frames, rows and columns of tokens becomes its mean.
+    """
+
+    keep: PositiveInt
+    stride: tuple[PositiveInt, PositiveInt, PositiveInt] = (2, 2, 2)
+
+
 class VideoConfig(Strict):
     """How a video becomes frames, and how these are looked at together.
 
@@ -162,6 +174,7 @@ class VideoConfig(Strict):
         max_tokens: The most tokens that a video may take; fewer frames are taken where they would be more.
         frame_aspect_ratio: How a frame is fitted to the tile.
         temporal: The encoder that looks along time, before the projector; None leaves each frame as it is.
+        old_frames: Keeps the newest frames whole and pools the older ones; None keeps all whole.
         time_instruction: A text before each video that tells the model about it, with {duration}, {num_frames} and
             {times} (LLaVA-Video's way); empty for none.
         audio: Whether a video's sound is given too, behind its frames, where the question does not say.
@@ -173,6 +186,7 @@ class VideoConfig(Strict):
     max_tokens: PositiveInt | None = None
     frame_aspect_ratio: AspectRatio = "pad"
     temporal: TemporalConfig | None = None
+    old_frames: OldFramesConfig | None = None
     time_instruction: str = ""
     audio: bool = False
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from polymodal.errors import PolymodalError
 from polymodal.media_plan import ImagePlan, VideoPlan
+from polymodal.modeling.encoders.video_temporal import SpatioTemporalPool
 
 
 def merge_media(
@@ -41,7 +42,9 @@ def lay_out(tiles: Tensor, plan: ImagePlan | VideoPlan, newline: Tensor | None) 
     """Order the projected tokens of an image, or of a video's frames, as the plan says."""
     # tiles [n, Q, D], newline [D] -> [num_tokens, D]
     if isinstance(plan, VideoPlan):
-        tokens = tiles.flatten(0, 1)
+        pool = SpatioTemporalPool(plan.tokens, max(1, plan.old), plan.stride)
+        pooled = [pool(tiles[None, : plan.old])[0].flatten(0, 1)] if plan.old else []
+        tokens = torch.cat((*pooled, tiles[plan.old :].flatten(0, 1)))
     elif plan.merge == "flat" or plan.kept is None or plan.unpadded is None:
         tokens = tiles.flatten(0, 1)
         if plan.newline and newline is not None:

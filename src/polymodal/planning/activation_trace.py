@@ -232,7 +232,7 @@ def _sounds(outline: Outline, load: Load) -> Tensor:
 
 def _tower_bytes(encoder: Any, load: Load, bf16: bool) -> int:
     """Working memory of a frozen tower: input, attention and the wide layer of one block live at once."""
-    settings = getattr(getattr(encoder, "model", None), "config", None)
+    settings: Any = getattr(getattr(encoder, "model", None), "config", None)
     if hasattr(encoder, "mel_bins"):
         width = settings.d_model * 6 + settings.encoder_ffn_dim * 2
         return int(load.rows * load.windows * load.window_frames // 2 * width * (2 if bf16 else 4))

@@ -62,7 +62,8 @@ class Media:
     @property
     def tokens(self) -> int:
         """Positions."""
-        return sum(plan.num_tokens for _, plan in self.images) + sum(use.tokens for use in (*self.videos, *self.sounds))
+        seen = sum(plan.num_tokens for _, plan in self.images) + sum(video.tokens for video in self.videos)
+        return seen + sum(sound.tokens for sound in self.sounds)
 
     @property
     def tiles(self) -> int:

@@ -128,6 +128,7 @@ def _video_facts(plan: VideoPlan) -> dict[str, str]:
         "video": f"{plan.num_tiles} frames of {_size(plan.frame.source)} pixels, tiles of {_size(plan.frame.tile)}",
         "at seconds": ", ".join(f"{time:.2f}" for time in plan.times),
         "tokens of its frames": f"{plan.frames} × {plan.tokens.area} tokens ({_size(plan.tokens)})",
+        **({"old frames": f"the first {plan.old}, pooled by {plan.stride}"} if plan.old else {}),
         "tokens in all": str(plan.num_tokens),
     }
 
