@@ -347,7 +347,7 @@ def test_the_warm_start_learns_to_spell(
     with pytest.raises(ConfigError, match=r"set run\.feature_cache"):
         train(recipe_of(senses, audio_warm_start={"steps": 3}, output_dir=str(tmp_path / "none")))
     path.write_text(json.dumps([{**record, "transcript": ""} for record in records]))
-    with pytest.raises(ConfigError, match='one sound and its text under "transcript"'):
+    with pytest.raises(ConfigError, match='no record says under "transcript"'):
         changes = {"audio_warm_start": {"steps": 3}, "run__feature_cache": "memory"}
         train(recipe_of(senses, output_dir=str(tmp_path / "none"), **changes))
 
