@@ -211,8 +211,7 @@ def _plan(plain: dict[str, Any]) -> MediaPlan:
         return _plan(value) if "grid" in value else Box(**value) if "top" in value else Size(**value)
 
     kind: Any = ImagePlan if "grid" in plain else VideoPlan if "times" in plain else AudioPlan
-    made: MediaPlan = kind(**{name: revive(value) for name, value in plain.items()})
-    return made
+    return kind(**{name: revive(value) for name, value in plain.items()})  # type: ignore[no-any-return]
 
 
 def identity(reading: Reading, processor: Processor) -> dict[str, Any]:
@@ -220,6 +219,7 @@ def identity(reading: Reading, processor: Processor) -> dict[str, Any]:
     form = detect_format(reading.path) if reading.format == "auto" else reading.format
     files = data_files(reading.path, form)
     tokenizer, config = processor.tokenizer, processor.config
+    senses = {"video": config.video, "audio": config.audio}
     vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     vocabulary.update(json.dumps([str(tokenizer.chat_template), tokenizer.special_tokens_map], default=str).encode())
     return {
@@ -239,11 +239,7 @@ def identity(reading: Reading, processor: Processor) -> dict[str, Any]:
         # Not there unless it is true, so that indices from before there was a choice stay good.
         **({"last_answer_only": True} if processor.last_answer_only else {}),
         **({"context": processor.context.identity} if processor.context is not None else {}),
-        **{
-            kind: rules.model_dump(mode="json")
-            for kind, rules in (("video", config.video), ("audio", config.audio))
-            if rules is not None
-        },
+        **{kind: rules.model_dump(mode="json") for kind, rules in senses.items() if rules is not None},
         **({} if processor.window is None else {"window": dataclasses.asdict(processor.window)}),
     }
 
