@@ -1,4 +1,4 @@
-"""docs/video-audio.md: what it says of our own models runs, on a tiny model with ears and a temporal encoder.
+"""docs/video-audio.md: what it says of our own models runs, on the model that comes with the package.
 
 Its commands on published models are the subject of tests/backends/test_published_media.py, those of the dialogue of
 tests/speech.
@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from polymodal.cli import main
-from polymodal.config import AudioConfig, ModelConfig, VideoConfig, parse_config
+from polymodal.config import AudioConfig, VideoConfig, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "video-audio.md").read_text(encoding="utf-8")
@@ -27,22 +27,9 @@ COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in b
 
 
 @pytest.fixture
-def place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_config: ModelConfig, tiny_ears_folder: Path
-) -> Path:
-    """A folder with what the page speaks of; `default` is the tiny model there."""
-    from polymodal.checkpoints.model_folder import save_model
-    from polymodal.config import TemporalConfig
-    from polymodal.modeling.build import build_model
-
-    senses = {
-        "video": VideoConfig(num_frames=3, temporal=TemporalConfig(type="mean")),
-        "audio": AudioConfig(audio_tower=str(tiny_ears_folder)),
-    }
-    config = tiny_model_config.model_copy(update=senses)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the page speaks of; `default` is the model that comes with the package."""
     monkeypatch.chdir(tmp_path)
-    model, tokenizer = build_model(config)
-    save_model(Path("default"), model, config, tokenizer)
     shutil.copytree(ROOT / "examples", "examples")
     Path("rows.json").write_text(next(block for language, block in BLOCKS if language == "json"), encoding="utf-8")
     return tmp_path
@@ -55,7 +42,7 @@ def test_the_commands_run(place: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert words[0] == "polymodal", command
         short = ["--max-new-tokens", "2"] if words[1] == "generate" else []
         assert main([*words[1:], *short]) == 0, command
-    assert "3 frames" in capsys.readouterr().out  # the tiny model's, shown by inspect
+    assert "6 frames" in capsys.readouterr().out  # shown by inspect
 
 
 def test_the_programs_run(place: Path) -> None:
