@@ -365,9 +365,9 @@ def _hidden(part: Part) -> Part:
         case Image(source):
             return Image(PILImage.new("RGB", open_image(source).size, GREY))
         case Video(source):
-            return replace(part, source=grey_video(source, bool(part.audio)))
+            return replace(part, source=grey_video(source, part.audio))
         case Audio(source):
-            return Audio(silence(source))
+            return replace(part, source=silence(source, (part.start, part.end)), start=None, end=None)
     return part
 
 
