@@ -17,7 +17,7 @@ from polymodal.media_plan import AudioWindow, ImagePlan, Size, VideoPlan, plan_i
 from polymodal.messages import Message, Part, Text, Video
 from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.processing.collate import Sample
-from polymodal.processing.media_parts import Opened, Pixels, expand, open_media
+from polymodal.processing.media_parts import Opened, Pixels, expand, only_image, open_media
 
 
 class ContextReader:
@@ -101,7 +101,7 @@ class Processor:
         """Process one conversation; raises `PolymodalError` where a part or the template does not take it."""
         messages = expand(messages, self.config)
         parts = [part for message in messages for part in message.media]
-        opened = [open_media(part, self.config, self.tokens, self.window, alone=len(parts) == 1) for part in parts]
+        opened = [open_media(part, self.config, self.tokens, self.window, alone=only_image(parts)) for part in parts]
         messages = self._with_times(messages, opened)
         rendered = self.template.render(
             messages, [medium.plan.num_tokens for medium in opened], add_generation_prompt=add_generation_prompt
@@ -133,7 +133,7 @@ class Processor:
             What the whole conversation's `Sample` has of it.
         """
         parts = [part for message in expand(messages, self.config) for part in message.media]
-        return open_media(parts[place], self.config, self.tokens, self.window, alone=len(parts) == 1)
+        return open_media(parts[place], self.config, self.tokens, self.window, alone=only_image(parts))
 
     def _with_times(self, messages: Sequence[Message], opened: Sequence[Opened]) -> Sequence[Message]:
         """Tell the model about each video, where its configuration says how."""
