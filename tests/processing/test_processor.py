@@ -12,8 +12,9 @@ from PIL import Image as PILImage
 from polymodal.backends import load_processor
 from polymodal.config import ImageConfig, VideoConfig
 from polymodal.media_plan import Size
-from polymodal.messages import Image, Video, user
+from polymodal.messages import Document, Image, Video, user
 from polymodal.planning.sample import PaperVideo, plan_media
+from polymodal.processing import document_pages
 from polymodal.processing.media_parts import image_key
 from polymodal.viewer.draw import draw_media
 from tests.media.makers import clip
@@ -97,3 +98,12 @@ def test_a_video_beside_an_image_makes_it_no_second_image(tiny_model_folder: Pat
     assert paper.images[0][1] == alone.plans[0]
     assert len(draw_media(processor, messages)) == 2
     assert processor([user(image, image, "What?")], pixels=False).plans[0].num_tiles == 1
+
+
+def test_a_page_is_opened_again_without_reading_it(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise AssertionError("OCR is loaded for pixels")
+
+    monkeypatch.setattr(document_pages, "load_engine", refuse)
+    opened = load_processor(tiny_model_folder).medium([user(Document(noise(), text="ocr"), "What?")], 0)
+    assert opened.plan.source == Size(20, 30)  # type: ignore[union-attr]

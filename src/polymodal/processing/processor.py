@@ -13,10 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import ModelConfig, TemplateConfig
 from polymodal.errors import ConfigError
+from polymodal.media.video import probe
 from polymodal.media_plan import AudioWindow, ImagePlan, Size, VideoPlan, plan_image
 from polymodal.messages import Message, Part, Text, Video
 from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.processing.collate import Sample
+from polymodal.processing.document_pages import unread
 from polymodal.processing.media_parts import Opened, Pixels, expand, only_image, open_media
 
 
@@ -132,7 +134,7 @@ class Processor:
         Returns:
             What the whole conversation's `Sample` has of it.
         """
-        parts = [part for message in expand(messages, self.config) for part in message.media]
+        parts = [part for message in expand(unread(messages), self.config) for part in message.media]
         return open_media(parts[place], self.config, self.tokens, self.window, alone=only_image(parts))
 
     def _with_times(self, messages: Sequence[Message], opened: Sequence[Opened]) -> Sequence[Message]:
@@ -146,7 +148,8 @@ class Processor:
             if not isinstance(part, Video) or not isinstance(plan, VideoPlan):
                 return (part,)
             times = ", ".join(f"{time:.2f}s" for time in plan.times)
-            text = said.format(duration=max(plan.times), num_frames=len(plan.times), times=times)
+            duration = probe(part.source).duration or max(plan.times)  # of all of it, whichever frames are taken
+            text = said.format(duration=duration, num_frames=len(plan.times), times=times)
             return Text(text), part
 
         return [replace(each, parts=tuple(new for part in each.parts for new in told(part))) for each in messages]
