@@ -6,7 +6,7 @@ Readers for the field's JSON formats live in `data/readers/`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -281,6 +281,12 @@ def part_settings(kind: Any, said: Mapping[str, Any], where: str) -> dict[str, A
     if found.get("end") is not None and found["end"] <= found.get("start", 0):
         raise PolymodalError(f"{where}: it ends at {found['end']:g} seconds and starts at {found['start']:g}")
     return found
+
+
+def said_of(part: Media) -> dict[str, Any]:
+    """What a part says beside its source, such as which frames or pages; nothing where it leaves all to the model."""
+    settings = {field.name: getattr(part, field.name) for field in fields(part) if field.name != "source"}
+    return {name: value for name, value in settings.items() if value != getattr(type(part), name)}
 
 
 def _kind(value: Any) -> str:

@@ -344,7 +344,7 @@ def test_chat_on_a_real_terminal(tiny_model_folder: Path, cat: str) -> None:
         assert "16 tokens" in seen
         os.write(outer, b"what is this?\n")
         seen = read_until(outer, "tokens/s")
-        assert "16 of images" in seen
+        assert "16 of media" in seen
         os.write(outer, b"/nonsense\n")
         read_until(outer, "no command /nonsense")
         os.write(outer, b"/quit\n")

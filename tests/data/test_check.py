@@ -454,6 +454,16 @@ def media_rows(folder: Path) -> Path:
     return path
 
 
+def test_the_documents_of_a_row_share_the_pages_of_a_conversation(senses: Processor, tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_bytes(many_pages(12))
+    messages = [{"role": "user", "content": "<document><document>?"}, {"role": "assistant", "content": "A"}]
+    row = {"id": "0", "documents": ["a.pdf", "a.pdf"], "messages": messages}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    summary = run_check(tmp_path / "rows.jsonl", senses, tmp_path / "out")
+    (line,) = summary.dropped
+    assert line["code"] == "damaged-document" and "8" in line["reason"]
+
+
 def test_videos_sounds_and_documents_are_decoded_and_counted(senses: Processor, tmp_path: Path) -> None:
     summary = run_check(media_rows(tmp_path / "data"), senses, tmp_path / "out")
     found = {line["id"]: line["code"] for line in lines_of(tmp_path / "out" / "dropped.jsonl")}

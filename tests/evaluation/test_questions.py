@@ -20,9 +20,12 @@ from polymodal.evaluation.runner import Run, Settings, in_grey
 from polymodal.evaluation.task import Sample
 from polymodal.evaluation.tasks.questions import QUESTIONS, ask_records
 from polymodal.generation.params import GenerationParams
-from polymodal.messages import Document, Image, Message, assistant, user
+from polymodal.media.audio import open_audio
+from polymodal.media.video import probe
+from polymodal.messages import Audio, Document, Image, Message, Video, assistant, user
 from polymodal.metrics.intervals import mean_interval
 from polymodal.metrics.text import exact_match, mentions, word_recall
+from tests.media.makers import clip, tone
 
 
 @pytest.mark.parametrize(
@@ -83,6 +86,20 @@ def test_the_control_sees_grey_pages_and_none_of_their_text(tmp_path: Path) -> N
         (size, [(size[0] * size[1], (128, 128, 128))]) for size in ((30, 20), (20, 40))
     ]
     assert blind.text == "Page 1:\n\nPage 2:\nWhat?"
+
+
+def test_the_control_hears_a_silence_as_long_as_the_piece_that_is_heard(tmp_path: Path) -> None:
+    film, sound = clip(tmp_path / "a.mkv", sound=True), tone(tmp_path / "a.wav", 2.0)
+    (blind,) = in_grey([user(Audio(sound, start=0.5, end=1.25), Video(film), Video(film, audio=False), "What?")])
+    silence, heard, unheard = blind.media
+    assert isinstance(silence, Audio) and silence.start is None is silence.end
+    assert len(open_audio(silence.source).samples) == 12_000
+    # Whether a video's sound is heard is the model's choice where the question does not say.
+    assert probe(heard.source).audio and not probe(unheard.source).audio
+    assert not open_audio(heard.source, video=True).samples.any()
+    mute = clip(tmp_path / "b.mp4")
+    (blind,) = in_grey([user(Video(mute))])
+    assert not probe(blind.media[0].source).audio
 
 
 def test_batches_do_not_change_answers_and_grey_images_equal_their_control(tiny_model_folder: Path) -> None:

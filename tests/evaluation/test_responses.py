@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from polymodal.errors import MediaError, PolymodalError
 from polymodal.evaluation.responses import Responses
 from polymodal.generation.params import GenerationParams
-from polymodal.messages import Audio, Image, Message, assistant, system, user
+from polymodal.messages import Audio, Document, Image, Message, Video, assistant, system, user
 
 PARAMS = GenerationParams(max_new_tokens=8)
 
@@ -103,6 +103,8 @@ def test_what_names_an_answer(tmp_path: Path) -> None:
         key(a, assistant("x"), user("y")),
         key(a, blind=True),
         key(a, params=GenerationParams(max_new_tokens=9)),
+        *(key(user(Video(tmp_path / "a.png", **said), "What?")) for said in ({}, {"start": 1.0}, {"num_frames": 4})),  # type: ignore[arg-type]
+        *(key(user(Document(tmp_path / "a.png", **said), "What?")) for said in ({}, {"pages": "1"}, {"text": "ocr"})),  # type: ignore[arg-type]
     ]
     assert len({*same, *others}) == 1 + len(others)
 

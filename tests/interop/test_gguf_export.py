@@ -16,11 +16,22 @@ from PIL import Image as PILImage
 
 from polymodal.checkpoints.model_folder import Loaded, load_model, save_model
 from polymodal.cli import main
-from polymodal.config import ImageConfig, LLMConfig, ModelConfig, ProjectorConfig, TemplateConfig, VisionConfig
+from polymodal.config import (
+    AudioConfig,
+    ImageConfig,
+    LLMConfig,
+    ModelConfig,
+    ProjectorConfig,
+    TemplateConfig,
+    TemporalConfig,
+    VideoConfig,
+    VisionConfig,
+)
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.interop.gguf.export import PAD_COLOUR, export_gguf, find_pre
 from polymodal.interop.gguf.weights import _neighbours
-from polymodal.modeling.build import build_model
+from polymodal.interop.huggingface.export import export_hf
+from polymodal.modeling.build import add_senses, build_model
 from polymodal.verify.llamacpp import verify_gguf
 from polymodal.verify.side_by_side import image_probes
 
@@ -347,6 +358,24 @@ def test_what_llama_cpp_cannot_express(make: Make, tmp_path: Path) -> None:
             export_gguf(loaded, tmp_path / "out")
         assert all(reason in str(caught.value) for reason in reasons), str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_left_behind_is_said(make: Make, tmp_path: Path, tiny_ears_folder: Path) -> None:
+    loaded = make()
+    senses = {
+        "video": VideoConfig(temporal=TemporalConfig(type="attention")),
+        "audio": AudioConfig(audio_tower=str(tiny_ears_folder)),
+    }
+    config = loaded.config.model_copy(update=senses)
+    add_senses(loaded.model, config)
+    for export in (export_gguf, export_hf):
+        plain, whole = (
+            export(each, tmp_path / "out", replace=True) for each in (loaded, replace(loaded, config=config))
+        )  # type: ignore[operator]
+        more = [remark for remark in whole.remarks if remark not in plain.remarks]
+        assert len(more) == 2 and "its temporal encoder (attention)" in more[0] and "its ears" in more[1]
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert all(remark in card for remark in more)
 
 
 def test_bad_weights_and_tokenizers_leave_nothing_behind(make: Make, tmp_path: Path) -> None:

@@ -21,12 +21,14 @@ from polymodal.config import (
     ModelConfig,
     OldFramesConfig,
     ProjectorConfig,
+    RopeScalingConfig,
     TemporalAttentionConfig,
     TemporalConfig,
     VideoConfig,
 )
 from polymodal.errors import CheckpointError, ConfigError, MediaError, PolymodalError
 from polymodal.generation.params import GenerationParams
+from polymodal.interop.describe import describe
 from polymodal.media_plan import AudioPlan, Size, VideoPlan, frames_within
 from polymodal.messages import Audio, Image, Video, assistant, user
 from polymodal.modeling import ctranslate2
@@ -224,9 +226,11 @@ def test_the_model_is_told_the_times(model: Any, config: ModelConfig, media: dic
     said = "{num_frames} frames of {duration:.2f} s, at {times}: "
     config = config.model_copy(update={"video": config.video.model_copy(update={"time_instruction": said})})
     processor = processor_of(*model, config)
-    sample = processor([user("A", Video(media["video"].source, num_frames=2), "B")])
-    text = model[1].decode(sample.input_ids[sample.input_ids != processor.image_token_id])
-    assert "A2 frames of 2.00 s, at 0.00s, 2.00s: B" in text
+    source = media["video"].source  # nine frames, a quarter of a second each
+    for asked, told in (({"num_frames": 2}, "0.00s, 2.00s"), ({"times": (0.5,)}, "0.50s")):
+        sample = processor([user("A", Video(source, **asked), "B")])
+        text = model[1].decode(sample.input_ids[sample.input_ids != processor.image_token_id])
+        assert f"A{told.count('.')} frames of 2.25 s, at {told}: B" in text
     with pytest.raises(ConfigError, match="time_instruction knows"):
         VideoConfig(time_instruction="{start}")
 
@@ -285,6 +289,18 @@ def test_a_conversation_that_goes_on_hears_and_sees_once(
     assert seen == [4 + 1, 1 + 4, 4 + 1] and heard == [2, 1, 1]
 
 
+def test_kept_answers_are_those_of_the_same_rules(model: Any, config: ModelConfig) -> None:
+    assert config.video is not None and config.audio is not None
+    rope = RopeScalingConfig(rope_type="linear", factor=2)
+    others = [
+        {"video": config.video.model_copy(update={"num_frames": 5})},
+        {"audio": config.audio.model_copy(update={"max_seconds": 5.0})},
+        {"llm": config.llm.model_copy(update={"rope_scaling": rope})},  # which no weight shows
+    ]
+    found = {LocalBackend(*model, config.model_copy(update=change)).fingerprint() for change in ({}, {}, *others)}
+    assert len(found) == 1 + len(others)
+
+
 def test_another_audio_tower_is_refused(model: Any, config: ModelConfig, ears: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "model", *(model[0], config, model[1]))
     kept = (ears / "model.safetensors").read_bytes()
@@ -307,6 +323,20 @@ def test_a_bundled_audio_tower_travels(model: Any, config: ModelConfig, tmp_path
         assert torch.equal(again.model.audio_encoder.state_dict()[name], weight), name
 
 
+def test_a_folder_is_described_with_ears_and_temporal_encoder(model: Any, config: ModelConfig, tmp_path: Path) -> None:
+    save_model(tmp_path / "m", model[0], config, model[1], audio_trained=True)
+    found = {part.name: part for part in describe(tmp_path / "m").parts}
+    whole = {
+        name: getattr(model[0], f"{name}_encoder" if name == "audio" else name)
+        for name in found.keys() - {"llm", "vision"}
+    }
+    assert whole.keys() == {"audio", "projector", "temporal_encoder", "audio_projector"}
+    for name, module in whole.items():
+        assert found[name].parameters == sum(weight.numel() for weight in module.state_dict().values()), name
+    assert (found["temporal_encoder"].kind, found["audio_projector"].kind) == ("attention", "linear")
+    assert describe(tmp_path / "m").videos["num_frames"] == 4 and describe(tmp_path / "m").sounds["stack"] == 2
+
+
 def test_media_that_a_model_does_not_take(tiny_model_config: ModelConfig, media: dict[str, Any]) -> None:
     model, tokenizer = build_model(tiny_model_config)
     processor = processor_of(model, tokenizer, tiny_model_config)
@@ -323,8 +353,10 @@ def test_senses_are_added_to_a_model_that_has_none(tiny_model_config: ModelConfi
     add_senses(model, config)
     assert model.temporal_encoder is not None and model.audio_encoder is not None and model.projector is projector
     first = model.audio_projector
-    add_senses(model, config)
+    assert config.video is not None
+    add_senses(model, config.model_copy(update={"video": config.video.model_copy(update={"max_frames": 100})}))
     assert model.audio_projector is first
+    assert model.temporal_encoder.max_frames == 100  # as in the folder that is written of it
 
 
 def test_parts_that_a_batch_does_not_need_run_all_the_same(

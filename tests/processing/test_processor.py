@@ -10,9 +10,14 @@ import pytest
 from PIL import Image as PILImage
 
 from polymodal.backends import load_processor
-from polymodal.config import ImageConfig
-from polymodal.messages import Image, user
+from polymodal.config import ImageConfig, VideoConfig
+from polymodal.media_plan import Size
+from polymodal.messages import Document, Image, Video, user
+from polymodal.planning.sample import PaperVideo, plan_media
+from polymodal.processing import document_pages
 from polymodal.processing.media_parts import image_key
+from polymodal.viewer.draw import draw_media
+from tests.media.makers import clip
 
 RULES: dict[str, Any] = {"tile_size": (32, 32), "image_mean": (0.5, 0.4, 0.3), "image_std": (0.2, 0.3, 0.4)}
 CHANGES: dict[str, Any] = {
@@ -69,3 +74,36 @@ def test_the_processor_gives_keys_of_its_own_rules(tiny_model_folder: Path) -> N
         changed = processor.with_config(processor.config.model_copy(update={"image": rules}))
         keys |= set(changed([user(Image(noise()), "What?")]).media_keys)
     assert len(keys) == 2
+
+
+def test_a_video_beside_an_image_makes_it_no_second_image(tiny_model_folder: Path, tmp_path: Path) -> None:
+    processor = load_processor(tiny_model_folder)
+    assert processor.config.image is not None
+    height, width = processor.config.image.tile_size
+    anyres = {
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": ((2 * height, 2 * width),),
+        "several_images": "pad",
+    }
+    given = {"image": processor.config.image.model_copy(update=anyres), "video": VideoConfig(num_frames=2)}
+    processor = processor.with_config(processor.config.model_copy(update=given))
+    image, video = Image(noise()), Video(clip(tmp_path / "a.mp4"))
+    alone = processor([user(image, "What?")], pixels=False)
+    messages = [user(image, video, "What?")]
+    beside = processor(messages, pixels=False)
+    assert alone.plans[0].num_tiles == 5
+    assert (beside.plans[0], beside.media_keys[0]) == (alone.plans[0], alone.media_keys[0])
+    assert processor.medium(messages, 0).plan == alone.plans[0]
+    paper = plan_media([Size(20, 30)], [PaperVideo()], [], [], processor.config, processor.tokens, None)
+    assert paper.images[0][1] == alone.plans[0]
+    assert len(draw_media(processor, messages)) == 2
+    assert processor([user(image, image, "What?")], pixels=False).plans[0].num_tiles == 1
+
+
+def test_a_page_is_opened_again_without_reading_it(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise AssertionError("OCR is loaded for pixels")
+
+    monkeypatch.setattr(document_pages, "load_engine", refuse)
+    opened = load_processor(tiny_model_folder).medium([user(Document(noise(), text="ocr"), "What?")], 0)
+    assert opened.plan.source == Size(20, 30)  # type: ignore[union-attr]

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, Qwen2Config
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, Qwen2Config, WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from polymodal.modeling.encoders.audio import WhisperAudioEncoder
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Batch, Sample, collate_packed
 from polymodal.training.activation_checkpointing import (
@@ -130,6 +132,16 @@ def test_the_recipe_decides_and_auto_looks_at_the_memory(tmp_path: Path, monkeyp
     packed = ("batch.packing=pack", "batch.micro_tokens=100000", "batch.global_size=4")
     assert save_memory(recipe(tmp_path, *packed), make(), cpu, 10, 8) == []
     assert free_memory(cpu) > 2**20
+
+
+def test_an_audio_encoder_that_is_trained_is_checkpointed_too(tmp_path: Path) -> None:
+    sizes = {"d_model": 8, "encoder_attention_heads": 2, "encoder_ffn_dim": 8, "max_source_positions": 4}
+    for trained, layers in ((False, 3), (True, 5)):
+        model = make()
+        model.audio_encoder = WhisperAudioEncoder(WhisperEncoder(WhisperConfig(encoder_layers=2, **sizes)))
+        model.audio_encoder.requires_grad_(trained)
+        done = save_memory(recipe(tmp_path, "run.checkpointing=on"), model, torch.device("cpu"), 10, 64)
+        assert done == [f"{layers} layers checkpointed"]
 
 
 def test_the_estimate_of_activations_is_about_right() -> None:

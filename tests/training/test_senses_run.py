@@ -15,10 +15,12 @@ import yaml
 from polymodal.backends import load_processor
 from polymodal.checkpoints.model_folder import load_model
 from polymodal.cli import main
+from polymodal.config import AudioConfig, VideoConfig
 from polymodal.data.index import INFO
-from polymodal.errors import ConfigError, DataError, PolymodalError
+from polymodal.errors import CheckpointError, ConfigError, DataError, PolymodalError
 from polymodal.media_plan import AudioPlan, VideoPlan
 from polymodal.messages import Document, Video
+from polymodal.modeling import ctranslate2
 from polymodal.training import train
 from polymodal.training.optimizer import apply_policy
 from polymodal.training.process_group import World
@@ -27,7 +29,7 @@ from polymodal.training.reporting.log import read_log
 from polymodal.training.run import make_trainer
 from polymodal.training.sft.audio_warm_start import collapse, transcripts
 from polymodal.training.sft.prepare_data import recipe_processor
-from polymodal.training.sft.task import SFTTask, load_inputs
+from polymodal.training.sft.task import SFTTask, load_inputs, say_changed_rules
 from tests.media.makers import clip, many_pages, tone
 from tests.training.test_text_context import QFORMER
 
@@ -90,6 +92,27 @@ def assert_equal(one: Path, two: Path, atol: float = 1e-5) -> None:
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.allclose(tensor, after[name], rtol=0, atol=atol), name
+
+
+@pytest.mark.usefixtures("private_cache")
+def test_a_model_whose_ears_are_not_here_is_not_trained(
+    senses: dict[str, Any], recipe_of: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctranslate2, "packaged_parts", lambda name: None)
+    senses["init"]["model"]["audio"]["audio_tower"] = "whisper_base"
+    with pytest.raises(CheckpointError, match="would lose its ears: whisper_base is not on this machine"):
+        SFTTask(recipe_of(senses), World())
+
+
+def test_changed_rules_of_a_later_stage_are_said(
+    senses: dict[str, Any], recipe_of: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    senses["init"] = {"from": "before", "video": {"num_frames": 6}, "audio": {"audio_tower": "x", "max_seconds": 9}}
+    recipe = recipe_of(senses)
+    say_changed_rules(recipe, "before", "video", VideoConfig(num_frames=4))
+    say_changed_rules(recipe, "before", "audio", AudioConfig(audio_tower="x", max_seconds=9))
+    said = capsys.readouterr().err
+    assert "other video rules than before was trained with: num_frames was 4, is 6" in said and "audio" not in said
 
 
 def test_cache_and_packing_change_nothing(

@@ -39,7 +39,7 @@ class Usage:
     """Tokens of one call; None where a server does not tell."""
 
     prompt_tokens: int | None  # Positions before the answer, media included
-    image_tokens: int | None  # Those of them that are images
+    image_tokens: int | None  # Those of them that are images, frames of videos or sounds
     completion_tokens: int | None  # Tokens made, the end token included
 
 
@@ -48,7 +48,7 @@ class Timing:
     """Seconds of one call."""
 
     prepare_s: float  # Decoding images, tiling, tokenising
-    encode_s: float | None  # Vision encoder, projector and embedding; None where it is not seen apart
+    encode_s: float | None  # Encoders, projectors and embedding; None where it is not seen apart
     first_token_s: float  # From the call to the first token
     total_s: float  # From the call to the last token
     tokens_per_s: float | None  # Decoding speed after the first token; 0 where there was only one, None if not known

@@ -67,8 +67,8 @@ class LocalBackend(ModelBackend[Sample]):
         self.takes = tuple(kind for kind, there in given.items() if there is not None)
 
     def settings(self) -> dict[str, str]:
-        """Hashes of the image rules and of the template."""
-        config = self.config
+        """Hashes of the rules of media, of the template, and of how positions are stretched."""
+        config, rope = self.config, self.config.llm.rope_scaling
         tower, rules, template, *senses = (
             part.model_dump(mode="json") if part is not None else None
             for part in (config.vision, config.image, config.template, config.video, config.audio)
@@ -77,6 +77,7 @@ class LocalBackend(ModelBackend[Sample]):
             # As it was before there were videos and sounds, for a model that takes none.
             "preprocessing": sha256_json([tower, rules, *(sense for sense in senses if sense is not None)]),
             "template": sha256_json([template, self.tokenizer.chat_template]),
+            **({} if rope is None else {"positions": sha256_json(rope.model_dump(mode="json"))}),
         }
 
     def generate_batch(self, conversations: Sequence[Conversation], params: GenerationParams) -> list[Answer]:

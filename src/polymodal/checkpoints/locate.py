@@ -10,7 +10,7 @@ from pathlib import Path
 
 from polymodal.errors import CheckpointError, ConfigError, first_line, unknown_name
 from polymodal.safety.model_folder import OURS
-from polymodal.utils.files import home_path, shipped_folder
+from polymodal.utils.files import home_path, shipped, shipped_folder
 
 ENDPOINT = "openai:"
 """What names of models behind an endpoint begin with."""
@@ -69,3 +69,28 @@ def find_model(name: str | Path, revision: str | None = None) -> Path:
     if "/" in str(name):
         raise CheckpointError(f"{name}: no such model folder")
     raise unknown_name("model", str(name), [path.parent.name for path in shipped_folder().glob(f"*/{OURS}")])
+
+
+def referred_folder(source: str) -> Path | None:
+    """The folder of a part that a model folder refers to; None where it is not on this machine."""
+    from polymodal.modeling import ctranslate2
+    from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2, converted_folder
+
+    if source == DEFAULT_LLM:
+        if (converted_folder() / "config.json").is_file():
+            return converted_folder()
+        source = SMOLLM2
+    if source in ctranslate2.PACKAGED and ctranslate2.is_converted(source):
+        return ctranslate2.converted_folder(source)
+    place = shipped(source) or home_path(source)
+    return place if place.is_dir() else cached_folder(source)
+
+
+def cached_folder(name: str) -> Path | None:
+    """A repository's folder in the hub's cache; None where it is not there, or the name is no hub id."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True)) if HUB_ID.fullmatch(name) else None
+    except (OSError, ValueError):
+        return None

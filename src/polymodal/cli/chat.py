@@ -150,8 +150,8 @@ class Chat:
         if not self.interactive:
             return
         usage, timing = reply.usage, reply.timing
-        images = "" if usage.image_tokens is None else f" ({usage.image_tokens} of images)"
-        counts = "" if usage.prompt_tokens is None else f"{usage.prompt_tokens} tokens in{images}, "
+        media = "" if usage.image_tokens is None else f" ({usage.image_tokens} of media)"
+        counts = "" if usage.prompt_tokens is None else f"{usage.prompt_tokens} tokens in{media}, "
         counts += "" if usage.completion_tokens is None else f"{usage.completion_tokens} out, "
         speed = "" if timing.tokens_per_s is None else f", {timing.tokens_per_s:.1f} tokens/s"
         line = f"  {counts}first after {timing.first_token_s:.2f} s{speed}"

@@ -96,6 +96,7 @@ def _facts(found: Description, tokens: list[dict[str, Any]]) -> list[tuple[str, 
         height, width = entry["image"]
         tiles = f"{entry['tiles']} tile{'s' * (entry['tiles'] != 1)}"
         rows.append((f"  {height}x{width}", f"{entry['tokens']:,} tokens in {tiles}"))
+    rows += _sense_rows(found)
     for number, entry in enumerate(found.history, 1):
         rows.append(("history" if number == 1 else "", f"{number}. {_stage(entry)}"))
     rows += [("contract", contract), ("licence", found.licence or "not said")]
@@ -141,6 +142,18 @@ def _image_rows(rules: dict[str, Any]) -> list[tuple[str, str]]:
     words.append(rules["resample"])
     mean, std = (", ".join(f"{number:.4g}" for number in rules[key]) for key in ("image_mean", "image_std"))
     return [("images", ", ".join(words)), ("", f"mean {mean}; deviation {std}")]
+
+
+def _sense_rows(found: Description) -> list[tuple[str, str]]:
+    """How videos and sounds are taken, a line each; empty where they are not."""
+    seen, heard, videos, sounds = found.videos, found.sounds, "", ""
+    if seen:
+        videos = f"{seen['num_frames']} frames" if seen["fps"] is None else f"{seen['fps']:g} frames a second"
+        videos += f", {seen['max_frames']} at most, {(seen['temporal'] or {'type': 'side by side'})['type']}"
+    if heard:
+        videos += " and sound" * bool(seen and seen["audio"])
+        sounds = f"{heard['stack']} frames of the encoder a token, {heard['max_seconds']:g} s at most"
+    return [("videos", videos), ("sounds", sounds)]
 
 
 def _visual_tokens(found: Description) -> list[dict[str, Any]]:

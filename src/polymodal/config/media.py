@@ -175,8 +175,8 @@ class VideoConfig(Strict):
         frame_aspect_ratio: How a frame is fitted to the tile.
         temporal: The encoder that looks along time, before the projector; None leaves each frame as it is.
         old_frames: Keeps the newest frames whole and pools the older ones; None keeps all whole.
-        time_instruction: A text before each video that tells the model about it, with {duration}, {num_frames} and
-            {times} (LLaVA-Video's way); empty for none.
+        time_instruction: A text before each video that tells the model about it, with the {duration} of all of it in
+            seconds, {num_frames} and {times} (LLaVA-Video's way); empty for none.
         audio: Whether a video's sound is given too, behind its frames, where the question does not say.
     """
 

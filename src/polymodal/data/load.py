@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from polymodal.data.readers.base import Options, RawRow
 from polymodal.data.readers.conversations import Record, read_record
 from polymodal.data.readers.registry import FORMATS, data_files, detect_format
 from polymodal.errors import DataError, unknown_name
-from polymodal.messages import Audio, Document, FileSlice, Image, Media, Message, Part, TableCell, Text, Video
+from polymodal.messages import Audio, Document, FileSlice, Image, Media, Message, Part, TableCell, Text, Video, said_of
 
 KINDS = ("caption", "vqa", "reasoning", "ocr", "conversation")
 """The kinds that readers and recipes name; a dataset may have its own."""
@@ -125,9 +125,7 @@ def _part_to_json(part: Part, name: str) -> Any:
     if isinstance(part, Text):
         return part.text
     kind, source = type(part).__name__.lower(), part.source
-    settings = {field.name: getattr(part, field.name) for field in fields(part) if field.name != "source"}
-    said = {name: value for name, value in settings.items() if value != getattr(type(part), name)}
-    more = [said] if said else []
+    more = [said] if (said := said_of(part)) else []
     if isinstance(source, FileSlice | TableCell):
         about = (str(value) if isinstance(value, Path) else value for value in vars(source).values())
         where = "slice" if isinstance(source, FileSlice) else "cell"

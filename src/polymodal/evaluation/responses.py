@@ -12,17 +12,16 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from polymodal.backends.base import Answer
 from polymodal.errors import MediaError
 from polymodal.generation.params import GenerationParams
 from polymodal.media.source import describe, local_path, read_bytes
-from polymodal.messages import FileSlice, Message, Source, TableCell, Text
+from polymodal.messages import FileSlice, Media, Message, Source, TableCell, Text, said_of
 from polymodal.utils.files import cache_folder, make_folder, regular_size, sha256_file, sha256_json, writing
 
 Turn = tuple[str, list[str | list[str]]]
-"""A message as it is hashed: its role, and its parts; a medium by its kind and content."""
+"""A message as it is hashed: its role, and its parts; a medium by its kind, its content and what is asked of it."""
 
 
 class Responses:
@@ -83,9 +82,10 @@ def turns_of(messages: Sequence[Message]) -> list[Turn]:
     return [(m.role, [p.text if isinstance(p, Text) else _content(p) for p in m.parts]) for m in messages]
 
 
-def _content(part: Any) -> list[str]:
-    """A medium's kind and a hash of its content."""
-    return [type(part).__name__.lower(), media_hash(part.source)]
+def _content(part: Media) -> list[str]:
+    """A medium's kind, a hash of its content, and what is asked of it where that is not left to the model."""
+    said = said_of(part)
+    return [type(part).__name__.lower(), media_hash(part.source), *([json.dumps(said, sort_keys=True)] if said else [])]
 
 
 def media_hash(source: Source) -> str:

@@ -26,9 +26,9 @@ from polymodal.evaluation.task import Example, Sample, Task, check_scorers, in_v
 from polymodal.generation.params import GenerationParams
 from polymodal.media.blank import GREY, grey_video, silence
 from polymodal.media.image import open_image
-from polymodal.messages import Audio, Document, Image, Message, Part, Text, Video
+from polymodal.messages import Audio, Image, Message, Part, Text, Video
 from polymodal.metrics import CORPUS_METRICS
-from polymodal.processing.document_pages import expand_documents
+from polymodal.processing.document_pages import expand_documents, unread
 from polymodal.utils.progress import Meter, log
 
 AUTO_BATCH = 16
@@ -348,16 +348,9 @@ def _shown(messages: Sequence[Message], blind: bool) -> list[Message] | Polymoda
 
 def in_grey(messages: Sequence[Message]) -> list[Message]:
     """Hide the media of a conversation: grey images, frames and pages as large and as many, and silence as long."""
-    return [replace(message, parts=tuple(map(_hidden, message.parts))) for message in _unread(messages)]
-
-
-def _unread(messages: Sequence[Message]) -> list[Message]:
-    """A conversation with the pages of its documents, and nothing of what could be read on them."""
-    plain = [
-        replace(m, parts=tuple(replace(p, text="none") if isinstance(p, Document) else p for p in m.parts))
-        for m in messages
+    return [
+        replace(message, parts=tuple(map(_hidden, message.parts))) for message in expand_documents(unread(messages))
     ]
-    return expand_documents(plain)
 
 
 def _hidden(part: Part) -> Part:
@@ -365,9 +358,9 @@ def _hidden(part: Part) -> Part:
         case Image(source):
             return Image(PILImage.new("RGB", open_image(source).size, GREY))
         case Video(source):
-            return replace(part, source=grey_video(source, bool(part.audio)))
+            return replace(part, source=grey_video(source, part.audio))
         case Audio(source):
-            return Audio(silence(source))
+            return replace(part, source=silence(source, (part.start, part.end)), start=None, end=None)
     return part
 
 

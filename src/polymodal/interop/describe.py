@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from polymodal.checkpoints.locate import HUB_ID
+from polymodal.checkpoints.locate import HUB_ID, cached_folder, referred_folder
 from polymodal.checkpoints.model_folder import read_document, verify_contract
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig
 from polymodal.errors import CheckpointError, PolymodalError, first_line
@@ -80,6 +80,8 @@ class Description:
     special_tokens: dict[str, dict[str, Any]] = field(default_factory=dict)  # Role -> text and id
     template: dict[str, str] | None = None  # Where the chat template is from, its hash and its text; None without one
     images: dict[str, Any] = field(default_factory=dict)  # The image rules
+    videos: dict[str, Any] = field(default_factory=dict)  # How videos are seen; of a folder of ours that takes them
+    sounds: dict[str, Any] = field(default_factory=dict)  # The same of sounds
     history: list[dict[str, Any]] = field(default_factory=list)  # The stages it went through, oldest first
     # Its hash, and why it does not hold, None where it does; None for folders that have none
     contract: dict[str, str | None] | None = None
@@ -127,8 +129,9 @@ def _ours(report: FolderReport, special: dict[str, dict[str, Any]]) -> dict[str,
     parts = [llm]
     if config.vision is not None:
         parts.append(_part_of_ours("vision", config.vision.vision_tower, report)[0])
-    if own := report.tensors():
-        parts.append(replace(_part_of("projector", own, depth=0), kind=config.projector.mm_projector_type))
+    if config.audio is not None:
+        parts.append(_part_of_ours("audio", config.audio.audio_tower, report)[0])
+    parts += _own_parts(config, report.tensors())
     if (lora := report.configs.get("adapter/adapter_config.json")) is not None:
         kind = f"LoRA, r {lora.get('r')}, alpha {lora.get('lora_alpha')}"
         parts.append(replace(_part_of("adapter", report.tensors("adapter/"), depth=0), kind=kind))
@@ -151,9 +154,26 @@ def _ours(report: FolderReport, special: dict[str, dict[str, Any]]) -> dict[str,
         "context": _context(settings),
         "template": _template(template),
         "images": _used_rules(config.image) if config.image is not None else {},
+        "videos": config.video.model_dump(mode="json") if config.video is not None else {},
+        "sounds": config.audio.model_dump(mode="json") if config.audio is not None else {},
         "history": document.history,
         "contract": {"sha256": document.contract_hash, "broken": broken},
     }
+
+
+def _own_parts(config: ModelConfig, own: Mapping[str, TensorInfo]) -> list[Part]:
+    """What only our folder holds: projectors and temporal encoder; the newline of AnyRes counts with the first."""
+    video, audio = config.video, config.audio
+    kinds = {
+        "projector": config.projector.mm_projector_type,
+        "temporal_encoder": video.temporal.type if video is not None and video.temporal is not None else "",
+        "audio_projector": audio.projector.mm_projector_type if audio is not None else "",
+    }
+    held: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in own.items():
+        part = name.partition(".")[0]
+        held.setdefault(part if part in kinds else "projector", {})[name] = info
+    return [replace(_part_of(name, held[name], depth=0), kind=kind) for name, kind in kinds.items() if name in held]
 
 
 def _part_of_ours(name: str, source: str, report: FolderReport) -> tuple[Part, dict[str, Any]]:
@@ -161,11 +181,13 @@ def _part_of_ours(name: str, source: str, report: FolderReport) -> tuple[Part, d
     if source in ("bundled", str((report.folder / name).resolve())):
         settings = report.configs.get(f"{name}/config.json", {})
         return _part_of(name, report.tensors(f"{name}/"), settings, depth=1), settings
-    place = _referred(source)
+    place = referred_folder(source)
     if place is None:
         return Part(name, None, None, kind=source, source=f"{source} (not on this machine)"), {}
     found = check_folder(place)
-    whole = _part_of(name, found.tensors(), found.config, depth=1)
+    tensors = found.tensors()
+    heard = {key: t for key, t in tensors.items() if name == "audio" and re.match(r"(model\.)?encoder\.", key)}
+    whole = _part_of(name, heard or tensors, found.config, depth=1)  # a Whisper's decoder is left out
     return replace(whole, kind=whole.kind or source, source=source), found.config
 
 
@@ -392,7 +414,7 @@ def _looked_over(name: str) -> FolderReport:
         raise CheckpointError(f"{name}: no such model folder, and no hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
-    cached = _cached(name)
+    cached = cached_folder(name)
     if cached is not None and any(cached.glob("*.safetensors")):
         return check_folder(cached, allow_pickle=True)
     try:
@@ -417,25 +439,3 @@ def _hub_headers(name: str) -> dict[str, dict[str, TensorInfo]]:
         file: {tensor: TensorInfo(info.dtype, tuple(info.shape)) for tensor, info in header.tensors.items()}
         for file, header in found.files_metadata.items()
     }
-
-
-def _referred(source: str) -> Path | None:
-    """Find the folder of a part that lies elsewhere."""
-    from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2, converted_folder
-
-    if source == DEFAULT_LLM:
-        if (converted_folder() / "config.json").is_file():
-            return converted_folder()
-        source = SMOLLM2
-    place = shipped(source) or home_path(source)
-    return place if place.is_dir() else _cached(source)
-
-
-def _cached(name: str) -> Path | None:
-    """A repository's folder in the hub's cache; None where it is not there, or the name is no hub id."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True)) if HUB_ID.fullmatch(name) else None
-    except (OSError, ValueError):
-        return None

@@ -106,6 +106,8 @@ def add_senses(model: MultimodalLM, config: ModelConfig, folder: Path | None = N
         model.temporal_encoder = fit_temporal(config, model.vision_encoder, model.projector)
         if model.temporal_encoder is not None:
             model.temporal_encoder.to(embeddings.device, embeddings.dtype)
+    if model.temporal_encoder is not None and config.video is not None:
+        model.temporal_encoder.max_frames = config.video.max_frames  # which is no part of what it has learnt
     if model.audio_encoder is None and (built := build_audio(config, folder, embeddings.shape[1])) is not None:
         model.audio_encoder, model.audio_projector = built
         model.audio_encoder.to(embeddings.device)

@@ -89,7 +89,7 @@ def plan_media(
     heard = [*sounds, *(part.source for part in parts if isinstance(part, Audio))]  # of videos
     if (sizes or videos) and (config.image is None or tokens is None):
         raise ConfigError("this model has no vision encoder; leave images, videos and documents out")
-    alone = len(sizes) + len(videos) + len(heard) == 1
+    alone = len(sizes) == 1
     placed = [(size, plan_image(size, config.image, tokens, alone=alone)) for size in sizes]  # type: ignore[arg-type]
     used = [_video(clip, config, tokens, files) for clip in videos]
     return Media(tuple(placed), tuple(used), tuple(_sound(each, config, window) for each in heard))

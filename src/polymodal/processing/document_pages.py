@@ -37,6 +37,14 @@ def expand_documents(messages: Sequence[Message], *, max_pages: int = MAX_PAGES)
     return expanded
 
 
+def unread(messages: Sequence[Message]) -> list[Message]:
+    """A conversation whose documents are looked at alone: nothing of what can be read on their pages."""
+    return [
+        replace(each, parts=tuple(replace(p, text="none") if isinstance(p, Document) else p for p in each.parts))
+        for each in messages
+    ]
+
+
 def _pages(part: Document, most: int) -> list[Page]:
     """The pages of a document, drawn once it is known that they are not too many."""
     if most < 1:

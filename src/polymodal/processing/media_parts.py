@@ -64,6 +64,11 @@ def _with_sound(part: Part, config: ModelConfig) -> tuple[Part, ...]:
     return (part, *sound)
 
 
+def only_image(parts: Sequence[Part]) -> bool:
+    """Whether a conversation has no two images, pages among them; a video or a sound beside one changes nothing."""
+    return sum(isinstance(part, Image) for part in parts) <= 1
+
+
 def open_media(
     part: Media, config: ModelConfig, tokens: Size | None, window: AudioWindow | None, *, alone: bool
 ) -> Opened:

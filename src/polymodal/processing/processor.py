@@ -13,11 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import ModelConfig, TemplateConfig
 from polymodal.errors import ConfigError
+from polymodal.media.video import probe
 from polymodal.media_plan import AudioWindow, ImagePlan, Size, VideoPlan, plan_image
 from polymodal.messages import Message, Part, Text, Video
 from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.processing.collate import Sample
-from polymodal.processing.media_parts import Opened, Pixels, expand, open_media
+from polymodal.processing.document_pages import unread
+from polymodal.processing.media_parts import Opened, Pixels, expand, only_image, open_media
 
 
 class ContextReader:
@@ -101,7 +103,7 @@ class Processor:
         """Process one conversation; raises `PolymodalError` where a part or the template does not take it."""
         messages = expand(messages, self.config)
         parts = [part for message in messages for part in message.media]
-        opened = [open_media(part, self.config, self.tokens, self.window, alone=len(parts) == 1) for part in parts]
+        opened = [open_media(part, self.config, self.tokens, self.window, alone=only_image(parts)) for part in parts]
         messages = self._with_times(messages, opened)
         rendered = self.template.render(
             messages, [medium.plan.num_tokens for medium in opened], add_generation_prompt=add_generation_prompt
@@ -132,8 +134,8 @@ class Processor:
         Returns:
             What the whole conversation's `Sample` has of it.
         """
-        parts = [part for message in expand(messages, self.config) for part in message.media]
-        return open_media(parts[place], self.config, self.tokens, self.window, alone=len(parts) == 1)
+        parts = [part for message in expand(unread(messages), self.config) for part in message.media]
+        return open_media(parts[place], self.config, self.tokens, self.window, alone=only_image(parts))
 
     def _with_times(self, messages: Sequence[Message], opened: Sequence[Opened]) -> Sequence[Message]:
         """Tell the model about each video, where its configuration says how."""
@@ -146,7 +148,8 @@ class Processor:
             if not isinstance(part, Video) or not isinstance(plan, VideoPlan):
                 return (part,)
             times = ", ".join(f"{time:.2f}s" for time in plan.times)
-            text = said.format(duration=max(plan.times), num_frames=len(plan.times), times=times)
+            duration = probe(part.source).duration or max(plan.times)  # of all of it, whichever frames are taken
+            text = said.format(duration=duration, num_frames=len(plan.times), times=times)
             return Text(text), part
 
         return [replace(each, parts=tuple(new for part in each.parts for new in told(part))) for each in messages]

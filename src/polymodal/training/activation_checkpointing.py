@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from polymodal.modeling.language_model import layer_counts
 from polymodal.training.recipes.sft import Recipe
-from polymodal.utils.modules import blocks
+from polymodal.utils.modules import blocks, frozen
 
 MEMORY_SHARE = 0.6
 """Of the free memory, what activations may fill before "auto" checkpoints."""
@@ -45,10 +45,11 @@ def save_memory(
 ) -> list[str]:
     """Checkpoint and compile as the recipe asks, or, for "auto", as device and sizes suggest."""
     run, batch = recipe.run, recipe.batch
-    llm, encoder = model.get_submodule("llm"), getattr(model, "vision_encoder", None)
+    llm = model.get_submodule("llm")
     layers = blocks(llm)
-    if encoder is not None and any(parameter.requires_grad for parameter in encoder.parameters()):
-        layers += blocks(encoder)
+    for encoder in (getattr(model, name, None) for name in ("vision_encoder", "audio_encoder")):
+        if encoder is not None and not frozen(encoder):
+            layers += blocks(encoder)
     done = []
     if run.compile == "on" or (run.compile == "auto" and device.type == "cuda" and steps >= COMPILE_STEPS):
         compile_layers(layers)

@@ -18,7 +18,7 @@ from polymodal.media.audio import open_audio
 from polymodal.media.image import open_image
 from polymodal.media.video import probe
 from polymodal.messages import Audio, Image, Message, Part, Text, Video
-from polymodal.processing.document_pages import expand_documents
+from polymodal.processing.document_pages import MAX_PAGES, expand_documents
 from polymodal.processing.processor import Processor
 
 Severity = Literal["drop", "warn"]
@@ -272,7 +272,7 @@ def _decode(messages: Sequence[Message], processor: Processor) -> tuple[list[Mes
                 sound = open_audio(part.source, video=True, max_seconds=config.audio.max_seconds)
                 sounds.append((sound.seconds, sound.source_rate))
             else:
-                read = expand_documents([Message("user", (part,))])[0]
+                read = expand_documents([Message("user", (part,))], max_pages=MAX_PAGES - sum(pages))[0]
                 pages.append(len(read.media))
                 return read.parts
         except MediaError as error:

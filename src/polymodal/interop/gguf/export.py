@@ -28,7 +28,7 @@ from polymodal.interop.gguf.weights import KINDS, reasons_against_llm, write_llm
 from polymodal.interop.huggingface import export_card
 from polymodal.interop.huggingface.export import about_transparency
 from polymodal.interop.huggingface.export_chat_template import stock_template, with_placeholder
-from polymodal.interop.huggingface.export_class import LLAVA_TOWERS, against_mlp, against_tower, refuse
+from polymodal.interop.huggingface.export_class import LLAVA_TOWERS, against_mlp, against_tower, left_behind, refuse
 from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
 from polymodal.modeling.lora import fold_in, is_peft
 from polymodal.modeling.vlm import MultimodalLM
@@ -83,6 +83,7 @@ def export_gguf(
     tokenizer, image_id, _ = with_placeholder(loaded.tokenizer, model.image_token_id)
     jinja, _, remarks = stock_template(ours, config.template, tokenizer, image_id)
     remarks += [EDGES, *([CLASS_TOKEN_NOTE] if config.vision.type == "clip" else []), about_transparency(config)]
+    remarks += left_behind(config)
     tokens = partial(describe_tokens, tokenizer=loaded.tokenizer, rows=len(table), stop_ids=ours.stop_ids, jinja=jinja)
     short = KINDS[kind][0].lower()
     files = f"model-{short}.gguf", f"mmproj-{short}.gguf"

@@ -107,7 +107,7 @@ def export_hf(
     if adapted:
         how = "lies in adapter/; PeftModel.from_pretrained(model, FOLDER + '/adapter') adds it"
         remarks.append(f"the LoRA adapter {how if kept else 'was added to the weights'}")
-    remarks += _differences(model, config)
+    remarks += [*_differences(model, config), *export_class.left_behind(config)]
 
     settings, tensors = export_class.stock_model(loaded, family, tokenizer, image_id, rows, dtype, style)
     with atomic_folder(dst, replace=replace) as work:

@@ -106,6 +106,17 @@ def against_mlp(projector: ProjectorConfig) -> Iterator[str]:
         yield "projector.norm 'layer' has no place there: train with 'none' or 'standardize'"
 
 
+def left_behind(config: ModelConfig) -> list[str]:
+    """What neither the stock classes nor llama.cpp are given: parts and rules for videos and sounds."""
+    found = []
+    if (video := config.video) is not None:
+        part = f"its temporal encoder ({video.temporal.type}) and " if video.temporal is not None else ""
+        found.append(f"the model goes without its videos: {part}its choice of frames are left out")
+    if (audio := config.audio) is not None:
+        found.append(f"the model goes without its ears: its audio encoder ({audio.type}) and projector are left out")
+    return found
+
+
 def _against_image(image: ImageConfig, family: str) -> Iterator[str]:
     how = image.image_aspect_ratio
     if how == "slice":

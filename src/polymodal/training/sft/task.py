@@ -12,11 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from polymodal.backends.local import processor_of
 from polymodal.checkpoints.model_folder import save_model
-from polymodal.config import ImageConfig, ModelConfig, new_image_rules, new_senses, parse_config
+from polymodal.config import ImageConfig, ModelConfig, Strict, new_image_rules, new_senses, parse_config
 from polymodal.data.readers.conversations import Record
+from polymodal.errors import CheckpointError
 from polymodal.interop.open import open_model
 from polymodal.media_plan import AudioPlan, ImagePlan, MediaPlan, VideoPlan
 from polymodal.modeling.build import add_senses, build_model
+from polymodal.modeling.ctranslate2 import missing_whisper
 from polymodal.modeling.dual_encoders.registry import read_metadata
 from polymodal.modeling.token_loss import knows_head
 from polymodal.modeling.vlm import MultimodalLM
@@ -68,11 +70,12 @@ def load_inputs(recipe: Recipe) -> StageInputs:
         if (source := recipe.init.model.projector.pretrained) is not None:
             metadata = read_metadata(Path(source))
             image = parse_config(ImageConfig, metadata["image"], source) if "image" in metadata else None
-            say_changed_rules(recipe, source, image)
+            say_changed_rules(recipe, source, "image", image)
         return StageInputs(model, tokenizer, recipe.init.model)
     assert recipe.init.from_folder is not None
     loaded = open_model(recipe.init.from_folder)
-    say_changed_rules(recipe, recipe.init.from_folder, loaded.config.image)
+    for kind in ("image", "video", "audio"):
+        say_changed_rules(recipe, recipe.init.from_folder, kind, getattr(loaded.config, kind))
     config = new_image_rules(loaded.config, recipe.init.image)
     config = new_senses(config, recipe.init.video, recipe.init.audio)
     if recipe.init.template is not None:
@@ -84,14 +87,14 @@ def load_inputs(recipe: Recipe) -> StageInputs:
     return StageInputs(loaded.model, loaded.tokenizer, config, list(loaded.history))
 
 
-def say_changed_rules(recipe: Recipe, source: str, image: ImageConfig | None) -> None:
-    """Say which image rules are not those of the stage before; another layout of the same pixels is a choice."""
-    rules = recipe.init.image if recipe.init.model is None else recipe.init.model.image
-    if image is not None and rules is not None:
-        before, now = image.model_dump(), rules.model_dump()
+def say_changed_rules(recipe: Recipe, source: str, kind: str, had: Strict | None) -> None:
+    """Say which rules of a medium are not those of the stage before; another layout of the same pixels is a choice."""
+    rules = getattr(recipe.init if recipe.init.model is None else recipe.init.model, kind)
+    if had is not None and rules is not None:
+        before, now = had.model_dump(), rules.model_dump()
         changed = [f"{key} was {before[key]}, is {now[key]}" for key in now if before[key] != now[key]]
         if changed:
-            log(f"{recipe.name}: other image rules than {source} was trained with: {'; '.join(changed)}")
+            log(f"{recipe.name}: other {kind} rules than {source} was trained with: {'; '.join(changed)}")
 
 
 class SFTTask(Task):
@@ -105,6 +108,9 @@ class SFTTask(Task):
         self.world = world
         self.inputs = inputs or load_inputs(recipe)
         self.model: MultimodalLM = self.inputs.model
+        if (audio := self.inputs.config.audio) is not None and self.model.audio_encoder is None:
+            missing = missing_whisper(audio.audio_tower)
+            raise CheckpointError(f"{recipe.name}: trained now, the model would lose its ears: {missing}")
         self.trains_media = False
         self.dataset: SFTDataset
         self.evaluation: Evaluation | None = None
