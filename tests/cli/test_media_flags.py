@@ -75,7 +75,9 @@ def test_flags_say_which_frames_and_pages(witness: Witness) -> None:
         (["--image", "a.png", "--fps", "2"], "--fps is for videos, and no --video was given"),
         (["--image", "a.png", "--with-sound"], "--with-sound is for videos, and no --video was given"),
         (["--video", "a.mp4", "--pages", "1"], "--pages is for documents, and no --document was given"),
-        (["--video", "a.mp4", "--num-frames", "0"], "num_frames is 0; it must be a whole number above 0"),
+        (["--image", "a.png", "--start", "0"], "--start is for videos, and no --video was given"),
+        (["--video", "a.mp4", "--num-frames", "0"], "error: a.mp4: num_frames is 0; it must be a whole number above 0"),
+        (["--video", "a.mp4", "--num-frames", "3", "--fps", "1"], "error: a.mp4: give one of num_frames, fps, times"),
         (["--video", "a.mp4", "--start", "3", "--end", "2"], "it ends at 2 seconds and starts at 3"),
     ],
 )
