@@ -131,6 +131,19 @@ def test_chat_says_at_once_what_cannot_be_given(
     assert [m.media for m in witness.asked[0]] == [()]
 
 
+def test_chat_says_what_files_take_and_refuses_what_the_model_would(
+    senses_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    given = ["--video", f"{tmp_path}/v.gif", "--audio", f"{tmp_path}/a.wav", "--document", f"{tmp_path}/d.tif"]
+    assert main(["chat", "--model", str(senses_folder), *given]) == 0
+    err = capsys.readouterr().err
+    assert "2 frames, 1.0 s, 64 tokens\n" in err and "1.5 s, 38 tokens\n" in err and "2 pages, 32 tokens\n" in err
+    assert main(["chat", "--model", str(senses_folder), *given[:2], "--num-frames", "99"]) == 2
+    assert f"{tmp_path}/v.gif: 99 frames are asked for" in capsys.readouterr().err
+
+
 def test_ask_takes_parts_beside_sources(witness: Witness) -> None:
     assert witness.ask("What?", "a.png", Video("b.mp4"), Document("c.pdf"), Audio("d.wav")) == "yes"
     assert witness.asked[0][0].media == (Image("a.png"), Video("b.mp4"), Document("c.pdf"), Audio("d.wav"))
