@@ -101,6 +101,7 @@ def test_what_is_no_conversation_is_refused_in_a_line(given: Any, words: str) ->
         ({"type": "video", "video": "a.mp4", "nframes": 2.5}, "nframes is 2.5; it must be a whole number above 0"),
         ({"type": "video", "video": "a.mp4", "num_frames": 0}, "num_frames is 0; it must be a whole number above 0"),
         ({"type": "video", "video": "a.mp4", "num_frames": True}, "num_frames is True; it must be a whole number"),
+        ({"type": "video", "video": "a.mp4", "fps": 2, "nframes": 3}, "not num_frames and fps"),
         ({"type": "video", "video": "a.mp4", "fps": "2"}, "fps is '2'; it must be a number above 0"),
         ({"type": "video", "video": "a.mp4", "fps": float("nan")}, "fps is nan; it must be a number above 0"),
         ({"type": "video", "video": "a.mp4", "start": -1}, "start is -1; it must be a number, 0 or more"),

@@ -278,6 +278,9 @@ def part_settings(kind: Any, said: Mapping[str, Any], where: str) -> dict[str, A
         if not right or (key == "text" and value not in ("none", "layer", "ocr")):
             raise PolymodalError(f"{where}: {name} is {value!r:.60}; it must be {remedy}")
         found[key] = tuple(map(float, value)) if key == "times" else value
+    ways = [name for name in ("num_frames", "fps", "times", "key_frames") if found.get(name)]
+    if len(ways) > 1:
+        raise PolymodalError(f"{where}: give one of num_frames, fps, times and key_frames, not {' and '.join(ways)}")
     if found.get("end") is not None and found["end"] <= found.get("start", 0):
         raise PolymodalError(f"{where}: it ends at {found['end']:g} seconds and starts at {found['start']:g}")
     return found

@@ -75,7 +75,9 @@ def test_flags_say_which_frames_and_pages(witness: Witness) -> None:
         (["--image", "a.png", "--fps", "2"], "--fps is for videos, and no --video was given"),
         (["--image", "a.png", "--with-sound"], "--with-sound is for videos, and no --video was given"),
         (["--video", "a.mp4", "--pages", "1"], "--pages is for documents, and no --document was given"),
-        (["--video", "a.mp4", "--num-frames", "0"], "num_frames is 0; it must be a whole number above 0"),
+        (["--image", "a.png", "--start", "0"], "--start is for videos, and no --video was given"),
+        (["--video", "a.mp4", "--num-frames", "0"], "error: a.mp4: num_frames is 0; it must be a whole number above 0"),
+        (["--video", "a.mp4", "--num-frames", "3", "--fps", "1"], "error: a.mp4: give one of num_frames, fps, times"),
         (["--video", "a.mp4", "--start", "3", "--end", "2"], "it ends at 2 seconds and starts at 3"),
     ],
 )
@@ -127,6 +129,19 @@ def test_chat_says_at_once_what_cannot_be_given(
         f"{tmp_path}/a.wav: is a sound; give it with --audio", "no.pdf: no such file; check the path",
     ]  # fmt: skip
     assert [m.media for m in witness.asked[0]] == [()]
+
+
+def test_chat_says_what_files_take_and_refuses_what_the_model_would(
+    senses_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    given = ["--video", f"{tmp_path}/v.gif", "--audio", f"{tmp_path}/a.wav", "--document", f"{tmp_path}/d.tif"]
+    assert main(["chat", "--model", str(senses_folder), *given]) == 0
+    err = capsys.readouterr().err
+    assert "2 frames, 1.0 s, 64 tokens\n" in err and "1.5 s, 38 tokens\n" in err and "2 pages, 32 tokens\n" in err
+    assert main(["chat", "--model", str(senses_folder), *given[:2], "--num-frames", "99"]) == 2
+    assert f"{tmp_path}/v.gif: 99 frames are asked for" in capsys.readouterr().err
 
 
 def test_ask_takes_parts_beside_sources(witness: Witness) -> None:

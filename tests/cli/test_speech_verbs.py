@@ -14,7 +14,8 @@ import pytest
 
 from polymodal.cli import main
 from polymodal.media.audio import open_audio
-from polymodal.messages import Image, Text, Video, assistant, system
+from polymodal.errors import MediaError
+from polymodal.messages import Document, Image, Text, Video, assistant, system
 from polymodal.speech import AudioChunk, wav_bytes
 from tests.speech.engines import RATE, Stage, sound
 
@@ -36,7 +37,8 @@ def test_talk_from_a_file_into_a_file(
     stage: Stage, question: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "answer.wav"
-    flags = ["--image", "a.jpg", "--video", "b.mp4", "--prompt", "Be brief.", "--system", "S", "--asr", "base"]
+    flags = ["--video", "b.mp4", "--num-frames", "3", "--image", "a.jpg", "--document", "c.pdf"]
+    flags += ["--prompt", "Be brief.", "--system", "S", "--asr", "base"]
     assert main(["talk", "--input", str(question), "--output", str(target), *flags, "--max-new-tokens", "5"]) == 0
     out, err = capsys.readouterr()
     assert out == "> What is it?\\x1b[31m\nIt is\\x1b[0m a cat. Good.\n"
@@ -44,7 +46,8 @@ def test_talk_from_a_file_into_a_file(
     assert ("asr", "base") in stage.names and ("tts", "piper") in stage.names
     (((first, asked), params),) = stage.model.asked
     assert first == system("S") and params.max_new_tokens == 5
-    assert asked.parts[:3] == (Image("a.jpg"), Video("b.mp4"), Text("Be brief.")) and len(asked.parts) == 4
+    given = (Video("b.mp4", num_frames=3), Image("a.jpg"), Document("c.pdf"), Text("Be brief."))
+    assert asked.parts[:4] == given and len(asked.parts) == 5
     spoken = open_audio(target, sample_rate=8000)
     assert spoken.source_rate == 8000 and len(spoken.samples) == 100 * sum(map(len, stage.voice.said))
 
@@ -53,17 +56,16 @@ def test_talk_without_an_asr(stage: Stage, question: Path, tmp_path: Path, capsy
     assert main(["talk", "--input", str(question), "--no-asr", "--output", str(tmp_path / "a.wav")]) == 0
     assert capsys.readouterr().out == "It is\\x1b[0m a cat. Good.\n"
     assert stage.asr.given == [] and stage.model.asked[0][0][0].media[0].source == str(question)
+    assert ("vad", "silero") not in stage.names  # nothing is to be found by it
     stage.model.takes = ("image",)  # type: ignore[misc]
     assert main(["talk", "--input", str(question), "--no-asr", "--output", str(tmp_path / "a.wav")]) == 2
     assert "takes no sounds" in capsys.readouterr().err
 
 
-def test_talk_with_a_microphone_goes_on_until_it_is_ended(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def listening(monkeypatch: pytest.MonkeyPatch, heard: list[np.ndarray]) -> Any:
+    """A microphone that hears one sound after the other; then Ctrl-C."""
     from tests.speech.test_microphone import Devices
 
-    heard = [sound((1, 0.001), (1, 0.2), (1, 0.001)), sound((1, 0.001), (1, 0.2), (1, 0.001))]
     devices = Devices()
     opened = devices.InputStream
 
@@ -75,6 +77,16 @@ def test_talk_with_a_microphone_goes_on_until_it_is_ended(
 
     monkeypatch.setattr(devices, "InputStream", listen)
     monkeypatch.setitem(sys.modules, "sounddevice", devices)  # type: ignore[arg-type]
+    return devices
+
+
+SPOKEN = sound((1, 0.001), (1, 0.2), (1, 0.001))
+
+
+def test_talk_with_a_microphone_goes_on_until_it_is_ended(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    devices = listening(monkeypatch, [SPOKEN, SPOKEN])
     assert main(["talk", "--image", "a.jpg"]) == 130
     first, second = (messages for messages, _ in stage.model.asked)
     assert [message.role for message in second] == ["user", "assistant", "user"]
@@ -82,6 +94,23 @@ def test_talk_with_a_microphone_goes_on_until_it_is_ended(
     assert len(first[0].media) == 1 and second[2].media == ()  # the image is not given twice
     assert sum(map(len, devices.played)) == 100 * sum(map(len, stage.voice.said))
     assert capsys.readouterr().out.count("> What is it?") == 2
+
+
+def test_talk_with_a_microphone_goes_on_after_silence_and_ends_at_a_file_that_cannot_be_read(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listening(monkeypatch, [SPOKEN, SPOKEN])
+    stage.asr.text = " "
+    assert main(["talk"]) == 130 and capsys.readouterr().err.count("no speech was found") == 2
+    listening(monkeypatch, [SPOKEN, SPOKEN])
+    stage.asr.text = "What is it?"
+
+    def refuse(*_: Any) -> Any:
+        raise MediaError("no.jpg: no such file; check the path")
+
+    monkeypatch.setattr(stage.model, "stream", refuse)
+    assert main(["talk", "--image", "no.jpg"]) == 2
+    assert capsys.readouterr().err.count("no.jpg: no such file") == 1
 
 
 def test_mistakes_are_one_line_before_anything_is_opened(
@@ -95,6 +124,8 @@ def test_mistakes_are_one_line_before_anything_is_opened(
         (["talk", "--output", target], "--output is for a question from a file"),
         (["talk", "--input", str(question), "--output", str(tmp_path / "no" / "a.wav")], "its folder is not there"),
         (["talk", "--input", str(question), "--output", target, "--temperature", "-1"], "temperature"),
+        (["talk", "--input", str(question), "--output", target, "--image", "a.mp4"], "give it with --video"),
+        (["talk", "--input", str(question), "--output", target, "--pages", "1"], "no --document was given"),
         (["speak", "Hello.", "-o", str(tmp_path)], "is a folder"),
         (["speak", "Hello."], "-o/--output"),
     ):

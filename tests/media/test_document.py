@@ -118,7 +118,8 @@ def test_an_encrypted_file_needs_its_password() -> None:
         (pdf([b"<< /Type /Catalog /Pages 2 0 R >>", b"<< /Type /Pages /Kids [] /Count 0 >>"]), "has no pages"),
         (one_page(b"", b"0 0 1000000 1000000"), r"page 1: 2083334x2083334 pixels .*, at most 64,000,000 are allowed"),
         (scans("TIFF")[:400_000], "is damaged or cut off"),
-        (b"nothing" * 50, "is not an image that can be read"),
+        (b"nothing" * 50, "is not a document that can be read; allowed are PDF, PNG"),
+        (b"\0\0\0\x18ftypisom" + bytes(500), "is a video, not a document; allowed are PDF, PNG"),
     ],
 )
 def test_what_cannot_be_read_is_one_clear_line(data: bytes, message: str) -> None:

@@ -54,7 +54,7 @@ def test_memory(kind: type) -> None:
         ("~nouser-here/x.png", "~nouser-here/x.png: no such file"),
         ("/dev/zero", "/dev/zero: is not a regular file"),
         ("no/such/file.png", "no/such/file.png: no such file"),
-        ("", "the path of an image is empty"),
+        ("", "the path is empty"),
         ("a\0b.png", "a?b.png: cannot be read"),
         ("x" * 5000, "...: cannot be read|x: cannot be read|File name too long"),
         ("data:image/png;base64", "data: URL: has no comma"),

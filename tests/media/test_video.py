@@ -310,11 +310,12 @@ def test_a_wrong_count_in_the_file_changes_nothing() -> None:
         ({"key_frames": True, "segment": (0.5, 0.6)}, "no key frame"),
     ],
 )
-def test_what_cannot_be_planned(arguments: dict[str, Any], expected: str) -> None:
-    data = encoded(options={"g": "1000", "x264-params": "scenecut=0"})
+def test_what_cannot_be_planned(arguments: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(encoded(options={"g": "1000", "x264-params": "scenecut=0"}))
     with pytest.raises(ConfigError, match=expected) as error:
-        sample_frames(data, **arguments)
-    assert "\n" not in str(error.value)
+        sample_frames(path, **arguments)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
 def test_a_plan_for_another_file_is_refused() -> None:

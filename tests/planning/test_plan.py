@@ -355,6 +355,8 @@ def test_an_hour_of_video_on_paper(tiny_llm_folder: Path, tiny_model_folder: Pat
         (["--document", "9@1x"], "--document '1x'"),
         (["--video", "8@7x7"], "not made for videos"),
         (["--audio", "3s"], "has no audio encoder"),
+        (["video.max_frames=9", "--video", "99999999999h", "--fps", "10"], "at most 1,000,000 are planned"),
+        (["video.max_frames=9", "--video", "999999999@7x7"], "a video of 1e+09 frames: at most 1,000,000"),
         (["--video", "9s", "--fps", "0"], "--fps is 0"),
         (["--video", "9s", "--fps", "1", "--num-frames", "2"], "not allowed with"),
     ],
@@ -370,6 +372,9 @@ def test_pages_are_images(tiny_model_folder: Path, capsys: pytest.CaptureFixture
     assert main(["plan", str(tiny_model_folder), "--document", "3@1100x850", "--image", "20x30", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["images"] == [[20, 30], *[[1100, 850]] * 3] and found["tokens"] == 4 * 16 + 128
+    assert main(["plan", str(tiny_model_folder), "--document", "3@1100x850", "--image", "20x30"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("16 tokens in 1 tile\n") == 1 and out.count("16 tokens in 1 tile, 3 times\n") == 1
 
 
 def test_steps_and_hours(plain: dict[str, Any]) -> None:
@@ -453,7 +458,7 @@ def test_the_command_prints_plans_of_recipes_pipelines_and_models(
         (["nowhere.yaml"], "nowhere.yaml"),
         (["somebody/something"], "--fetch"),
         (["not-a-model"], "no such model folder"),
-        (["default", "run.epochs=1"], "no recipe"),
+        (["default", "run.epochs=1"], "unknown key 'run'"),
         (["default", "--image", "50"], "HEIGHTxWIDTH"),
         (["lmsys/vicuna-7b-v1.5", "--image", "50x50"], "no vision encoder"),
         (["{stage1}", "--device", "a100"], "'a100-40gb'"),
@@ -472,6 +477,16 @@ def test_mistakes_are_one_line(arguments: list[str], needle: str, capsys: pytest
     assert main(["plan", *[places.get(argument, argument) for argument in arguments]]) == 2
     error = capsys.readouterr().err
     assert needle in error and error.count("\n") == 1
+
+
+def test_a_stage_may_add_senses(tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    temporal = "{type: attention, attention: {hidden_size: 16, num_attention_heads: 2}}"
+    (path := tmp_path / "stage.yaml").write_text(
+        f"name: eyes\ninit: {{from: {tiny_model_folder}, video: {{num_frames: 4, temporal: {temporal}}}}}\n"
+        "data: {mix: [{path: nowhere.json}]}\ntrain: [{match: 'temporal_encoder.*', train: true}]\noutput_dir: out\n"
+    )
+    assert main(["plan", str(path), "--video", "2s"]) == 0
+    assert "4 frames: 64 tokens" in capsys.readouterr().out
 
 
 def test_image_rules_may_change_but_not_the_tile(tmp_path: Path) -> None:

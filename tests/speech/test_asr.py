@@ -52,6 +52,20 @@ def test_a_long_sound_comes_in_windows_that_hold_all_of_it() -> None:
     assert {language for _, language in asr.given} == {"de"}
 
 
+def test_a_sound_is_decoded_once_and_before_any_model_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polymodal.speech import asr as module
+
+    path, decoded, opening = tmp_path / "a.wav", list[Any](), module.open_audio
+    path.write_bytes(wav_bytes([AudioChunk(sound((1, 0.2)), RATE, "")]))
+    monkeypatch.setattr(module, "open_audio", lambda *a, **more: decoded.append(a) or opening(*a, **more))
+    transcribe(path, CountingASR(), vad=LevelVAD())
+    assert len(decoded) == 1
+    with pytest.raises(MediaError, match="no such file"):
+        transcribe(tmp_path / "no.wav", "no/such/model", vad=LevelVAD())
+
+
 def test_windows_hold_no_long_silence() -> None:
     second = RATE
     spans = [(0, 2 * second), (3 * second, 5 * second), (8 * second, 9 * second), (10 * second, 40 * second)]

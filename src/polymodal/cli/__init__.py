@@ -18,11 +18,11 @@ from typing import NoReturn
 from polymodal.errors import ConfigError, PolymodalError
 
 VERBS = {
-    "chat": "talk with a model about images",
+    "chat": "talk with a model about images, videos, sounds and documents",
     "generate": "ask one question and print the answer",
-    "inspect": "show what the model sees: tiles, tokens, counts (runs no model)",
+    "inspect": "show what the model sees and hears: tiles, frames, sounds, tokens (runs no model)",
     "env": "print versions, devices, folders and whether the default language model is there",
-    "fetch": "fetch the default language model once (about 100 MB)",
+    "fetch": "fetch the default language model and its ears once (about 230 MB)",
     "plan": "say what a recipe or model will need: tokens, memory, steps, hours (loads no weights)",
     "train": "run a training recipe or pipeline",
     "eval": "score a model on held-out questions, beside an image-blind control",

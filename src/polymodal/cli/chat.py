@@ -161,37 +161,33 @@ class Chat:
 
 def _size(model: Backend, part: Media) -> str:
     """Check a file; its size, and what it takes where the model is ours and its rules are known."""
+    from polymodal.backends.local import LocalBackend
+    from polymodal.media_plan import ImagePlan
+
     kind = type(part).__name__.lower()
     if ("image" if kind == "document" else kind) not in model.takes:
         raise PolymodalError(f"{model.name} takes {' and '.join(model.takes)}, and no {kind}")
+    plans = model.processor([user(part)], pixels=False).plans if isinstance(model, LocalBackend) else ()
+    taken = f", {sum(plan.num_tokens for plan in plans)} tokens" if plans else ""
     match part:
-        case Image():
-            return _image_size(model, part)
+        case Image(source):
+            from polymodal.media.image import open_image
+
+            plan = plans[0] if plans else None
+            found = plan.source if isinstance(plan, ImagePlan) else open_image(source)
+            return f"{found.width} × {found.height} pixels{taken}"
         case Video(source):
             from polymodal.media.video import probe
 
             info = probe(source)
-            return f"{info.width} × {info.height} pixels, {info.frames} frames, {info.duration:.1f} s"
+            return f"{info.width} × {info.height} pixels, {info.frames} frames, {info.duration:.1f} s{taken}"
         case Audio(source):
             from polymodal.media.audio import open_audio
 
-            return f"{open_audio(source, video=True).seconds:.1f} s"
+            return f"{open_audio(source, video=True).seconds:.1f} s{taken}"
         case Document():
             from polymodal.processing.document_pages import expand_documents
 
             (message,) = expand_documents([user(part)])
             number = sum(isinstance(each, Image) for each in message.parts)
-            return f"{number} page{'s' * (number != 1)}"
-
-
-def _image_size(model: Backend, image: Image) -> str:
-    from polymodal.backends.local import LocalBackend
-    from polymodal.media.image import open_image
-    from polymodal.media_plan import ImagePlan
-
-    if not isinstance(model, LocalBackend):
-        width, height = open_image(image.source).size
-        return f"{width} × {height} pixels"
-    (plan,) = model.processor([user(image)], pixels=False).plans
-    assert isinstance(plan, ImagePlan)
-    return f"{plan.source.width} × {plan.source.height} pixels, {plan.num_tokens} tokens"
+            return f"{number} page{'s' * (number != 1)}{taken}"

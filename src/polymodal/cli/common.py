@@ -110,7 +110,7 @@ def media(args: argparse.Namespace) -> list[Media]:
     given = {kind for kind, _ in args.media}
     for kind, flags in CHOICES.items():
         for flag in flags if kind not in given else ():
-            if getattr(args, flag) not in (None, False):
+            if (said := getattr(args, flag)) is not None and said is not False:  # 0 is said too
                 raise ConfigError(f"--{flag.replace('_', '-')} is for {kind}s, and no --{kind} was given")
     return [medium(kind, file, args) for kind, file in args.media]
 
@@ -131,7 +131,7 @@ def medium(kind: str, file: str, args: argparse.Namespace | None = None) -> Medi
     try:
         (message,) = as_messages([{"role": "user", "content": [part]}])
     except PolymodalError as error:
-        raise ConfigError(str(error).partition(": ")[2]) from None
+        raise ConfigError(f"{file}: {str(error).partition(f'part {kind!r}: ')[2]}") from None
     return message.media[0]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,7 @@ def _stages(path: Path, overrides: list[str]) -> list[tuple[Recipe, Start]]:
             note(f"{recipe.name}: learns from pairs, which is not planned here")
             continue
         before = left.get(recipe.init.from_folder or "")
-        start = starting_point(recipe, path) if before is None else before.with_image(recipe.init.image)
+        start = starting_point(recipe, path) if before is None else before.under(recipe)
         found.append((recipe, start))
         left[str(Path(recipe.output_dir) / "final")] = start.after(recipe, recipe.name)
     if not found:
@@ -267,11 +268,13 @@ def _parts(plan: Plan) -> str:
 
 
 def _images(plan: Plan) -> list[tuple[str, str]]:
-    """Each image's size, and what it takes."""
-    return [
-        (f"{height}x{width}", f"{tokens} tokens in {tiles} tile{'s' * (tiles != 1)}")
-        for (height, width), tokens, tiles in zip(plan.images, plan.visual_tokens, plan.tiles, strict=True)
-    ]
+    """Each image's size, and what it takes; those alike that follow each other, such as pages, in one row."""
+    rows = []
+    for each, alike in groupby(zip(plan.images, plan.visual_tokens, plan.tiles, strict=True)):
+        (height, width), tokens, tiles = each
+        many = f", {number} times" if (number := len(list(alike))) > 1 else ""
+        rows.append((f"{height}x{width}", f"{tokens} tokens in {tiles} tile{'s' * (tiles != 1)}{many}"))
+    return rows
 
 
 def _senses(plan: Plan) -> list[tuple[str, str]]:

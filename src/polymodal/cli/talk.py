@@ -12,9 +12,11 @@ from typing import Any
 
 from polymodal.cli import common
 from polymodal.errors import ConfigError, MediaError
-from polymodal.messages import Image, Message, Part, Text, Video, assistant, system
+from polymodal.messages import Message, Part, Text, assistant, system
 
 MICROPHONE = "microphone"
+SILENCE = "no-speech"
+"""The code of the error where nobody spoke."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,14 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", default=MICROPHONE, metavar="FILE", help="a sound or video with the question (the microphone)")
     add("--output", metavar="FILE", help="where to write the answer as WAV; it is played where this is left out")
-    add("--image", action="append", default=[], metavar="FILE", help="an image to ask about; give it again for more")
-    add("--video", action="append", default=[], metavar="FILE", help="a video to ask about, likewise")
     add("--prompt", help="text before the spoken question, such as what to do with it")
     add("--system", help="a system message")
     add_listening_arguments(parser)
     add("--no-asr", action="store_true", help="give the sound itself to the model, where it takes sounds")
     add("--tts", default="piper", metavar="NAME", help='"piper", an .onnx of Piper, a folder or hub id (%(default)s)')
     add("--no-barge-in", action="store_true", help="do not let the microphone interrupt the answer")
+    common.add_media_arguments(parser)
     common.add_model_argument(parser)
     common.add_loading_arguments(parser)
     common.add_sampling_arguments(parser)
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     common.check_files(args, "output")
     params = common.sampling_params(args)
+    parts: list[Part] = [*common.media(args), *([Text(args.prompt)] if args.prompt else [])]
     live = args.input == MICROPHONE
     if live and args.output is not None:
         raise ConfigError("--output is for a question from a file; leave it out, or give --input question.wav")
@@ -57,18 +59,13 @@ def run(args: argparse.Namespace) -> int:
 
         devices()
     engines: dict[str, Any] = {
-        "vad": load_vad(args.vad),
+        "vad": args.vad if args.no_asr and not live else load_vad(args.vad),
         "asr": None if args.no_asr else load_asr(args.asr),
         "tts": load_tts(args.tts),
         "language": args.language,
         "params": params,
     }
     model = common.open_model(args)
-    parts: list[Part] = [
-        *map(Image, args.image),
-        *map(Video, args.video),
-        *([Text(args.prompt)] if args.prompt else []),
-    ]
     history: list[Message] = [system(args.system)] if args.system else []
     if not live:
         _answer(args, model, args.input, parts, history, engines)
@@ -84,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
             try:
                 said = _answer(args, model, question, parts, history, engines, heard)
                 history, parts = history + said, [] if said else parts  # which stay in the conversation
-            except MediaError as error:  # nobody spoke
+            except MediaError as error:
+                if error.code != SILENCE:
+                    raise
                 common.report(error)
 
 
@@ -104,7 +103,8 @@ def _answer(
     answer = talk(question, model, parts=parts, history=history, on_text=common.stream_text, stop=heard, **engines)
     if answer.transcript is not None:
         if not answer.transcript.text:
-            raise MediaError(f"{args.input}: no speech was found in it; speak louder, or give a sound with speech")
+            what = f"{args.input}: no speech was found in it; speak louder, or give a sound with speech"
+            raise MediaError(what, SILENCE)
         print(f"> {common.one_line(answer.transcript.text)}", flush=True)
     with answer:
         if args.output is not None:

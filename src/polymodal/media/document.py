@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image as PILImage
 
 from polymodal.errors import ConfigError, MediaError, first_line
-from polymodal.media.image import FORMATS, MAX_PIXELS, allowed_pixels, open_image
+from polymodal.media.image import FORMATS, MAX_PIXELS, allowed_pixels, open_image, what_is_it
 from polymodal.media.pdf_process import parse_pages
 from polymodal.media.source import MAX_BYTES, describe, read_bytes
 from polymodal.messages import Source
@@ -161,7 +161,13 @@ def _pdf(data: bytes, job: dict[str, Any], seconds: float, name: str) -> Iterato
 
 def _images(data: bytes, pages: str | None, max_pages: int, max_pixels: int, name: str) -> Iterator[Page]:
     """The images of a TIFF; of any other file the one that `open_image` gives."""
-    first = open_image(data, max_pixels=max_pixels, name=name)  # says what is wrong with what is no image
+    try:
+        first = open_image(data, max_pixels=max_pixels, name=name)  # says what is wrong with what is no image
+    except MediaError as error:
+        if error.code != "not-an-image":
+            raise
+        what = what_is_it(data, "a document")
+        raise MediaError(f"{name}: {what}; allowed are PDF, {', '.join(FORMATS)}", error.code) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = PILImage.open(io.BytesIO(data), formats=FORMATS)

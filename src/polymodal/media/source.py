@@ -81,7 +81,7 @@ def local_path(source: str | Path, name: str) -> Path:
     if isinstance(source, Path):
         return source
     if not source.strip():
-        raise MediaError("the path of an image is empty; give a file")
+        raise MediaError("the path is empty; give a file")
     found = _SCHEME.match(source)
     if found is None:
         return home_path(source)

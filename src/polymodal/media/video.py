@@ -227,26 +227,26 @@ def _plan(
     ways = {"num_frames": num_frames, "fps": fps, "times": times, "key_frames": key_frames or None}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1:
-        raise ConfigError(f"give one of num_frames, fps, times and key_frames, not {' and '.join(given)}")
+        raise ConfigError(f"{video.name}: give one of num_frames, fps, times and key_frames, not {' and '.join(given)}")
     if not given:
         num_frames = 8
     asked = len(times) if times is not None else num_frames
     if max_frames < 1 or (asked is not None and not 1 <= asked <= max_frames):
-        raise ConfigError(f"{asked} frames are asked for; from 1 to {max_frames} can be (max_frames)")
+        raise ConfigError(f"{video.name}: {asked} frames are asked for; from 1 to {max_frames} can be (max_frames)")
     if max_side is not None and max_side < 1:
-        raise ConfigError(f"max_side is {max_side}; it must be 1 or more pixels")
+        raise ConfigError(f"{video.name}: max_side is {max_side}; it must be 1 or more pixels")
     if fps is not None and not (0 < fps < math.inf):
-        raise ConfigError(f"fps is {fps}; it must be a number above 0")
+        raise ConfigError(f"{video.name}: fps is {fps}; it must be a number above 0")
     scale = min(1.0, (max_side or math.inf) / max(video.size))
     height, width = (max(1, round(side * scale)) for side in video.size)
     if num_frames is not None and segment is None and video.claimed:
         return FramePlan(_spread(0, video.claimed - 1, num_frames), video.claimed, height, width)
     table = video.table()
-    first, last = _segment(table, segment)
+    first, last = _segment(table, segment, video.name)
     if num_frames is not None:
         indices = _spread(first, last, num_frames)
     elif times is not None:
-        indices = _shown_at(table, np.array(times, np.float64), "times")
+        indices = _shown_at(table, np.array(times, np.float64), f"{video.name}: times")
     elif fps is not None:
         begin = segment[0] if segment else 0.0
         end = table.times[last + 1] if last + 1 < len(table.times) else table.duration
@@ -256,7 +256,7 @@ def _plan(
         if amount > max_frames:
             indices = _spread(first, last, max_frames)
         else:
-            indices = tuple(max(first, i) for i in _shown_at(table, begin + np.arange(amount) / fps, "fps"))
+            indices = tuple(max(first, i) for i in _shown_at(table, begin + np.arange(amount) / fps, f"{video.name}: fps"))
     else:
         keys = np.flatnonzero(table.keys)
         keys = keys[(keys >= first) & (keys <= last)]
@@ -280,15 +280,15 @@ def _shown_at(table: FrameTable, times: np.ndarray, name: str) -> tuple[int, ...
     return tuple(np.maximum(np.searchsorted(table.times, times + table.tick / 2, side="right") - 1, 0).tolist())
 
 
-def _segment(table: FrameTable, segment: tuple[float, float | None] | None) -> tuple[int, int]:
+def _segment(table: FrameTable, segment: tuple[float, float | None] | None, name: str) -> tuple[int, int]:
     """The first and the last frame of a segment."""
     if segment is None:
         return 0, len(table.times) - 1
     start, end = segment[0], segment[1] if segment[1] is not None else math.inf
     if not 0 <= start < end:
-        raise ConfigError(f"segment is {segment}; it must be (start, end) in seconds, start before end")
+        raise ConfigError(f"{name}: segment is {segment}; it must be (start, end) in seconds, start before end")
     if start > table.duration:
-        raise ConfigError(f"segment starts at {start:g} seconds, the video lasts {table.duration:.3f}")
+        raise ConfigError(f"{name}: segment starts at {start:g} seconds, the video lasts {table.duration:.3f}")
     slack = table.tick / 2
     first, after = np.searchsorted(table.times, [start - slack, end - slack])
     if first >= after:  # nothing begins in it: what is shown all the while

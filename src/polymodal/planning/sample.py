@@ -16,6 +16,8 @@ from polymodal.processing.media_parts import expand, plan_sample
 
 RATE, HOP = 16_000, 160
 """Samples a second, and between two frames of a spectrogram."""
+MOST_FRAMES = 1_000_000
+"""Frames of a video on paper, at most."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def _video(clip: PaperVideo, config: ModelConfig, tokens: Size | None, files: li
         wanted, size = len(found.indices), Size(found.height, found.width)
     else:
         wanted = _wanted(clip, video)
+    if wanted > MOST_FRAMES:
+        raise ConfigError(f"a video of {wanted:.4g} frames: at most {MOST_FRAMES:,} are planned; take fewer of them")
     frames = frames_within(wanted, video, tokens)
     key = "max_frames" if frames == video.max_frames else "max_tokens"
     limit = f"video.{key} {getattr(video, key)}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.checkpoints.model_folder import CONFIG_NAME, read_config, read_history
-from polymodal.config import ImageConfig, LLMConfig, ModelConfig, new_image_rules
+from polymodal.config import LLMConfig, ModelConfig, new_image_rules, new_senses
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.training.recipes.load import load_recipe
 from polymodal.training.recipes.sft import Recipe
@@ -22,9 +22,10 @@ class Start:
     trained: frozenset[str]  # Parts that earlier stages trained, such as "llm"
     origin: str  # Where the configuration was found, for a person
 
-    def with_image(self, image: ImageConfig | None) -> Start:
-        """The same under a recipe's own image rules."""
-        return replace(self, config=new_image_rules(self.config, image))
+    def under(self, recipe: Recipe) -> Start:
+        """The same with what a recipe says of images, and the senses that it adds."""
+        config = new_image_rules(self.config, recipe.init.image)
+        return replace(self, config=new_senses(config, recipe.init.video, recipe.init.audio))
 
     def after(self, recipe: Recipe, maker: str) -> Start:
         """What a recipe leaves that starts from this."""
@@ -37,17 +38,17 @@ def starting_point(recipe: Recipe, path: Path | None = None) -> Start:
     if recipe.init.model is not None:
         return Start(recipe.init.model, frozenset(), "as the recipe composes it")
     assert recipe.init.from_folder is not None
-    folder, image = Path(recipe.init.from_folder), recipe.init.image
+    folder = Path(recipe.init.from_folder)
     if (folder / CONFIG_NAME).is_file():
         trained = {name for entry in read_history(folder) for name in entry.get("trained", ())}
-        return Start(_config_in(folder), frozenset(trained), f"as in {folder}").with_image(image)
+        return Start(_config_in(folder), frozenset(trained), f"as in {folder}").under(recipe)
     for other in sorted(path.parent.glob("*.yaml")) if path is not None else ():
         try:
             before = load_recipe(other)
         except ConfigError:
             continue  # a pipeline file, or another's recipe with a mistake: not what is looked for
         if Path(before.output_dir) / "final" == folder and other != path:
-            return starting_point(before, other).after(before, str(other)).with_image(image)
+            return starting_point(before, other).after(before, str(other)).under(recipe)
     if (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: a published model; plan it as a folder of ours (`polymodal convert {folder} DST`)"

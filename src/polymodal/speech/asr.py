@@ -238,7 +238,6 @@ def transcribe(
     """
     samples = samples_of(source, max_seconds)
     detector, recogniser = load_vad(vad), load_asr(asr)
-    samples = samples_of(source, max_seconds)
     return listen(samples, detector.spans(samples, recogniser.window), recogniser, language)
 
 

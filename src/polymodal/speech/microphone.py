@@ -1,7 +1,7 @@
 """Microphone and loudspeaker, through sounddevice: listening to a question, playing an answer that can be interrupted.
 
 Nothing takes the answer's own sound out of what the microphone hears: where a loudspeaker stands beside it, the answer
-interrupts itself, and a headset or `barge_in=False` is needed.
+interrupts itself, and a headset is needed, or no `stop`.
 """
 
 from __future__ import annotations
