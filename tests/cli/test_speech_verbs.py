@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from polymodal.cli import main
-from polymodal.media.audio import open_audio
 from polymodal.errors import MediaError
+from polymodal.media.audio import open_audio
 from polymodal.messages import Document, Image, Text, Video, assistant, system
 from polymodal.speech import AudioChunk, wav_bytes
 from tests.speech.engines import RATE, Stage, sound

@@ -256,7 +256,9 @@ def _plan(
         if amount > max_frames:
             indices = _spread(first, last, max_frames)
         else:
-            indices = tuple(max(first, i) for i in _shown_at(table, begin + np.arange(amount) / fps, f"{video.name}: fps"))
+            indices = tuple(
+                max(first, i) for i in _shown_at(table, begin + np.arange(amount) / fps, f"{video.name}: fps")
+            )
     else:
         keys = np.flatnonzero(table.keys)
         keys = keys[(keys >= first) & (keys <= last)]
