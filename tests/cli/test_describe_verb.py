@@ -118,7 +118,9 @@ def test_a_broken_contract_is_said(tiny_model_folder: Path, tmp_path: Path, caps
 
 def test_the_default_model(capsys: pytest.CaptureFixture[str]) -> None:
     facts = told(capsys, "default")
-    assert {part["name"] for part in facts["parts"]} == {"llm", "vision", "projector", "adapter"}
+    assert {part["name"] for part in facts["parts"]} == {
+        "llm", "vision", "projector", "temporal_encoder", "audio", "audio_projector", "adapter"
+    }  # fmt: skip
     assert facts["parts"][-1]["kind"].startswith("LoRA, r ")
     assert facts["history"] and facts["contract"]["broken"] is None and facts["licence"] == "see MODEL_CARD.md"
 

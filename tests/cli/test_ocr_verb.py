@@ -94,7 +94,7 @@ def test_bad_input_is_one_line(
     (tmp_path / "a.png").write_bytes(b"no image")
     for arguments, message in (
         ([str(tmp_path / "none.png")], "no such file"),
-        ([str(tmp_path / "a.png")], "is not an image"),
+        ([str(tmp_path / "a.png")], "is not a document that can be read"),
         ([str(tmp_path / "a.png"), "--dpi", "0"], "dpi is 0"),
     ):
         assert main(["ocr", *arguments]) == 2

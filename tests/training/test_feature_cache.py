@@ -118,11 +118,11 @@ def test_a_killed_pass_goes_on_with_the_same_groups(
     cache, groups = tmp_path / "cache", []
     inner = features._encode
 
-    def counted(encode: Any, device: Any, images: Any) -> Any:
+    def counted(encode: Any, images: Any) -> Any:
         groups.append([key for key, _ in images])
         if len(groups) == 3:
             raise KeyboardInterrupt
-        return inner(encode, device, images)
+        return inner(encode, images)
 
     monkeypatch.setattr(features, "_encode", counted)
     with pytest.raises(KeyboardInterrupt):

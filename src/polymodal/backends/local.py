@@ -115,7 +115,8 @@ class LocalBackend(ModelBackend[Sample]):
         if not self.keeps_last:
             yield from self._run([inputs], params)
             return
-        weights = tuple((id(weight), weight._version) for weight in self.model.parameters())
+        # Tensors made in inference mode cannot be changed outside of it and count no versions.
+        weights = tuple((id(w), 0 if w.is_inference() else w._version) for w in self.model.parameters())
         try:
             last: LastRead | None = self._last.pop()
         except IndexError:

@@ -57,7 +57,7 @@ def show(
     from polymodal.viewer.view import to_html, to_terminal, view_sample
 
     if png and not any(message.media for message in messages):
-        raise ConfigError("--png draws what is seen and heard, and nothing of that was given")
+        raise ConfigError("--png draws what is seen and heard, and nothing of that was given; add --image or --video")
     messages = expand_documents(messages)  # once, for the sample and for the drawings
     sample = processor(messages, add_generation_prompt=add_generation_prompt, pixels=False)
     view = view_sample(sample, processor.tokenizer, draw_media(processor, messages) if html or png else ())
