@@ -34,7 +34,8 @@ def test_what_comes_back_is_counted(stage: Stage, capsys: pytest.CaptureFixture[
     pytest.importorskip("jiwer")
     pytest.importorskip("whisper_normalizer")
     assert len(bench.QUESTIONS) == 16 and all((bench.IMAGES / image).is_file() for _, image in bench.QUESTIONS if image)
-    assert bench.round_trip("base", "piper", "default") == 1  # the stand-in hears the same words everywhere
+    questions, answers = bench.round_trip("base", "piper", "default")
+    assert questions >= 0.08 and answers <= 0.9  # the stand-in hears the same words everywhere
     assert "questions: word error rate" in capsys.readouterr().out and len(stage.model.asked) == 16
     stage.asr.text = stage.model.pieces = "It is a cat."
     bench.round_trip("base", "piper", "default")
