@@ -21,7 +21,7 @@ from pathlib import Path
 
 from polymodal import GenerationParams, Image, load
 from polymodal.media.audio import open_audio
-from polymodal.metrics.speech import corpus_wer
+from polymodal.metrics.speech import corpus_cer, corpus_wer
 from polymodal.speech import load_asr, load_tts, load_vad, speak, talk, transcribe, wav_bytes
 from polymodal.speech.dialogue import Shares
 
@@ -106,8 +106,10 @@ def round_trip(asr_name: str, tts_name: str, model_name: str) -> tuple[float, fl
             print(f"> {question} | {heard[-1]} | {said[-1]} | {back[-1]}", flush=True)
     questions = corpus_wer(heard, [[text] for text in asked])
     answers = 1 - corpus_wer(back, [[text] for text in said])
+    letters = 1 - corpus_cer(back, [[text] for text in said])
     print(
-        f"questions: word error rate {questions:.1%} (at most 8%); answers: {answers:.1%} of the words (at least 90%)"
+        f"questions: word error rate {questions:.1%} (at most 8%); answers: {answers:.1%} of the words (at least 90%), "
+        f"{letters:.1%} of the characters"
     )
     return questions, answers
 
