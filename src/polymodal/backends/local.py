@@ -18,7 +18,6 @@ from polymodal.errors import PolymodalError
 from polymodal.generation.generate import can_share, new_cache, read_beginnings, stream_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step
-from polymodal.media_plan import AudioPlan
 from polymodal.messages import Conversation, Message
 from polymodal.modeling.language_model import positions_of
 from polymodal.modeling.vlm import MultimodalLM
@@ -181,7 +180,7 @@ def _medium(sample: Sample, number: int) -> tuple[object, ...]:
 def without_beginning(sample: Sample, length: int) -> Sample:
     """What is left of a prompt behind its first positions, which end between media."""
     first = sum(slot.start < length for slot in sample.slots)
-    heard = sum(isinstance(plan, AudioPlan) for plan in sample.plans[:first])
+    heard = sum(sample.heard[:first])
     return replace(
         sample,
         input_ids=sample.input_ids[length:],

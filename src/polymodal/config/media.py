@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, PositiveInt, model_validator
 
-from polymodal.config.projector import ProjectorConfig
+from polymodal.config.projector import PER_TOKEN, ProjectorConfig
 from polymodal.utils.strict import Strict
 
 AspectRatio: TypeAlias = Literal["squash", "pad", "crop"]
@@ -222,6 +222,6 @@ class AudioConfig(Strict):
 
     @model_validator(mode="after")
     def _projects_each_token(self) -> Self:
-        if not re.fullmatch(r"linear|mlp[1-9]\d*x_gelu", name := self.projector.mm_projector_type):
+        if not re.fullmatch(PER_TOKEN, name := self.projector.mm_projector_type):
             raise ValueError(f"a sound has no grid for mm_projector_type {name!r}; take linear or an MLP, and `stack`")
         return self

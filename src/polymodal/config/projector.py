@@ -106,6 +106,8 @@ class AbstractorConfig(Strict):
         return value
 
 
+PER_TOKEN = r"linear|mlp[1-9]\d*x_gelu"
+"""The projectors that take each feature by itself, in whatever grid."""
 SETTINGS_OF_TYPE = ("qformer", "resampler", "abstractor")  # the projectors that have settings, under their own name
 
 

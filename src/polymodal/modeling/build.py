@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from polymodal.config import ModelConfig
+from polymodal.config.projector import PER_TOKEN
 from polymodal.errors import ConfigError
 from polymodal.media_plan import AudioWindow, Size, temporal_output
 from polymodal.modeling.ctranslate2 import missing_whisper
@@ -17,7 +18,7 @@ from polymodal.modeling.encoders.audio import AudioEncoder, build_audio_encoder
 from polymodal.modeling.encoders.video_temporal import TemporalEncoder, build_temporal
 from polymodal.modeling.encoders.vision import VisionEncoder, build_vision_encoder, fingerprint
 from polymodal.modeling.language_model import load_llm, load_tokenizer
-from polymodal.modeling.projectors import PER_TOKEN, Projector, build_projector
+from polymodal.modeling.projectors import Projector, build_projector
 from polymodal.modeling.projectors.qformer_files import check_stage1, load_context_tokenizer, start_projector
 from polymodal.modeling.vlm import MultimodalLM
 

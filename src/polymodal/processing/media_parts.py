@@ -6,9 +6,9 @@ is wanted, its sound.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,16 @@ from polymodal.errors import PolymodalError
 from polymodal.media.audio import Sound, open_audio
 from polymodal.media.image import open_image
 from polymodal.media.video import FramePlan, Frames, plan_frames, probe, read_frames
-from polymodal.media_plan import AudioWindow, MediaPlan, Size, frames_within, plan_audio, plan_image, plan_video
+from polymodal.media_plan import (
+    AudioWindow,
+    ImagePlan,
+    MediaPlan,
+    Size,
+    frames_within,
+    plan_audio,
+    plan_image,
+    plan_video,
+)
 from polymodal.messages import Audio, Image, Media, Message, Part, Video
 from polymodal.processing.audio_features import audio_features
 from polymodal.processing.document_pages import expand_documents
@@ -47,9 +56,6 @@ class Opened:
 
 def expand(messages: Sequence[Message], config: ModelConfig) -> list[Message]:
     """Turn documents into their pages, and videos into frames and what is said and heard with them."""
-    video = config.video
-    if video is None or not any(isinstance(part, Video) for message in messages for part in message.media):
-        return expand_documents(messages)
     return [
         replace(message, parts=tuple(new for part in message.parts for new in _with_sound(part, config)))
         for message in expand_documents(messages)
@@ -91,28 +97,26 @@ def _image(part: Image, rules: ImageConfig, tokens: Size, alone: bool) -> Opened
     image = open_image(part.source, background=rules.background, max_pixels=rules.max_pixels)
     plan = plan_image(Size(image.height, image.width), rules, tokens, alone=alone)
 
-    def tiles(pixels: Pixels) -> torch.Tensor:
-        make = tile_bytes if pixels == "uint8" else make_tiles
-        return torch.from_numpy(make(image, plan, rules))
-
-    return Opened(plan, image_key(image, rules, alone=alone), image, tiles)
+    return Opened(plan, image_key(image, rules, alone=alone), image, partial(_tiles, [image], plan, rules))
 
 
 def _video(part: Video, video: VideoConfig, rules: ImageConfig, tokens: Size) -> Opened:
     frames = sample(part, video, rules, tokens)
     height, width = frames.array.shape[1:3]
     plan = plan_video(Size(height, width), frames.times.tolist(), video, rules, tokens)
-
-    def tiles(pixels: Pixels) -> torch.Tensor:
-        make = tile_bytes if pixels == "uint8" else make_tiles
-        return torch.from_numpy(
-            np.concatenate([make(frame, plan.frame, frame_rules(rules, video)) for frame in frames])
-        )
-
     digest = hashlib.sha256(_rules(rules) + video.model_dump_json(include={"frame_aspect_ratio"}).encode())
     digest.update(f"video {frames.array.shape} {plan.times}".encode())
     digest.update(frames.array.tobytes())
-    return Opened(plan, digest.hexdigest(), frames, tiles)
+    return Opened(plan, digest.hexdigest(), frames, partial(_tiles, frames, plan.frame, frame_rules(rules, video)))
+
+
+def _tiles(  # -> [n, 3, H, W]
+    images: Iterable[PILImage.Image], plan: ImagePlan, rules: ImageConfig, pixels: Pixels
+) -> torch.Tensor:
+    """The tiles of images that have one plan."""
+    make = tile_bytes if pixels == "uint8" else make_tiles
+    made = [make(image, plan, rules) for image in images]
+    return torch.from_numpy(made[0] if len(made) == 1 else np.concatenate(made))
 
 
 def frame_rules(rules: ImageConfig, video: VideoConfig) -> ImageConfig:
@@ -131,11 +135,9 @@ def plan_sample(part: Video, video: VideoConfig, rules: ImageConfig, tokens: Siz
     ways = {name: value for name, value in asked.items() if value is not None}
     if part.key_frames:
         ways["key_frames"] = True
-    if not ways:
-        ways = {"num_frames": video.num_frames} if video.fps is None else {"fps": video.fps}
     most = frames_within(video.max_frames, video, tokens)
-    if not ways.keys() & {"times", "fps", "key_frames"} and part.num_frames is None:
-        ways["num_frames"] = min(video.num_frames, most)
+    if not ways:
+        ways = {"num_frames": min(video.num_frames, most)} if video.fps is None else {"fps": video.fps}
     segment = None if part.start is None and part.end is None else (part.start or 0.0, part.end)
     side = MOST_DETAIL * max(rules.tile_size)
     return plan_frames(part.source, **ways, segment=segment, max_frames=most, max_side=side)  # type: ignore[arg-type]

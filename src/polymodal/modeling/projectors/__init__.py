@@ -86,8 +86,6 @@ def _abstractor(match: re.Match[str], config: ProjectorConfig, sizes: Widths) ->
     return CAbstractor(*sizes, bias=config.bias, norm=config.norm, **settings)
 
 
-PER_TOKEN = r"linear|mlp[1-9]\d*x_gelu"
-"""The projectors that take each feature by itself, in whatever grid."""
 _RATIO_THEN = r"(?P<ratio>[1-9]\d*)(_(?P<then>linear|mlp[1-9]\d*x_gelu))?"
 
 PROJECTORS: dict[str, tuple[str, Build]] = {
