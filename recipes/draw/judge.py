@@ -3,9 +3,9 @@
 python -m recipes.draw.judge FOLDER [--tokenizer DIR] [--grid grid.png]
 python -m recipes.draw.judge data/draw/val_shapes.json --tokenizer DIR
 
-FOLDER holds drawn images and `drawn.json`, a list of {file, prompt, plan, background}. A file of the dataset's own rows
-in its place gives what does not depend on a drawer: chance, and how much of the plan a tokenizer keeps. The verdicts are
-written to FOLDER/judged.json.
+FOLDER holds drawn images and `drawn.json`, a list of {file, prompt, plan, background}. A file of the dataset's own
+rows in its place gives what does not depend on a drawer: chance, and how much of the plan a tokenizer keeps. The
+verdicts are written to FOLDER/judged.json.
 
 The search is exact: the objects of a scene never touch, so the error of each is a sum over its own pixels, and all
 scenes of all layouts are compared by adding those sums up. Attributes are those of the nearest drawing with as many
@@ -129,7 +129,7 @@ def summary(verdicts: Sequence[dict[str, bool]]) -> dict[str, tuple[float, float
 
 
 def table(rows: dict[str, Sequence[dict[str, bool]]]) -> str:
-    """Markdown: one line for each list of verdicts, percent with 95% intervals; none for chance, whose trials overlap."""
+    """Markdown: a line for each list of verdicts, with 95% intervals; chance, whose trials overlap, has none."""
     lines = [f"| | images | {' | '.join(MARKS)} |", f"|---|--:|{'--:|' * len(MARKS)}"]
     for name, verdicts in rows.items():
         if not verdicts:

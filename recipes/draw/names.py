@@ -29,6 +29,7 @@ from recipes.default.dataset.sources import Source
 _UNFIT = re.compile(r"button|keycap|\(|arrow|medium-small")
 _LIKES = re.compile(r"\b(wo)?m[ae]n'?s?\b|\b(person|people|boy|girl|facing|right|left|front|sign)\b|[^a-z]")
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
+_SHAPE_WORDS = {*words.COLOURS, *words.SHAPES, "large", "small"}  # "red circle" is what the scenes draw
 _CLIPART = ("a drawing of {}", "{} as clip art", "clip art of {}")
 _EMOJI = ("an emoji of {}", "{} as an emoji")
 _NAMED = ("the {} emoji", "the emoji called {}", "the {} emoji on white")
@@ -74,30 +75,32 @@ def _phrase(source: Source) -> str:
     return caption if source.noun is None else caption[0].lower() + caption[1:]
 
 
-def read_named_emoji(font: Path, known: set[str]) -> list[Source]:
-    """Emoji of the colour font by the names of the package `emoji`; without skin tones, and those already known."""
+def named_emoji() -> dict[str, str]:
+    """Emoji -> its name, by the package `emoji`; without skin tones."""
     try:
         import emoji
     except ImportError:
         raise DataError("the names of the emoji come from a package: pip install emoji") from None
     if not features.check("raqm"):
         raise DataError("this Pillow was built without Raqm, which joined emoji need: pip install --upgrade pillow")
+    return {
+        char: about["en"].strip(":").replace("_", " ").replace("’", "'")
+        for char, about in sorted(emoji.EMOJI_DATA.items())
+        if about["status"] == emoji.STATUS["fully_qualified"] and not any(ord(c) in _SKIN_TONES for c in char)
+    }
+
+
+def read_named_emoji(font: Path, known: set[str]) -> list[Source]:
+    """Emoji that the colour font draws, but those already known, signs with words on them, and plain shapes."""
     face = ImageFont.truetype(str(font), 109)
     blank, width = bytes(face.getmask("\U000f0000")), face.getlength("\U0001f600")
     found = []
-    for char, about in sorted(emoji.EMOJI_DATA.items()):
-        name = about["en"].strip(":").replace("_", " ").replace("’", "'")
+    for char, name in named_emoji().items():
         flag = 0x1F1E6 <= ord(char[0]) <= 0x1F1FF or (len(char) > 5 and char[0] == "\U0001f3f4")
         if flag:
             name = "flag of " + name.replace(" & ", " and ")
         bare = char.replace("\ufe0f", "")
-        usual = about["status"] == emoji.STATUS["fully_qualified"] and not any(ord(c) in _SKIN_TONES for c in char)
-        if (
-            not usual
-            or bare in known
-            or _UNFIT.search(name)
-            or {*name.split()} <= {*words.COLOURS, *words.SHAPES, "large", "small"}
-        ):
+        if bare in known or _UNFIT.search(name) or {*name.split()} <= _SHAPE_WORDS:
             continue
         # A joined emoji that the font does not have is drawn as its pieces, side by side.
         if face.getlength(char) > width * 1.2 or bytes(face.getmask(char)) in (b"", blank):
@@ -111,7 +114,8 @@ def read_named_emoji(font: Path, known: set[str]) -> list[Source]:
 def gather_named(
     thumbs: Path, size: str, seed: int, packages: Packages, workers: int, progress: bool, some: int | None = None
 ) -> list[Drawn]:
-    """Read, cut out and split everything with a name; `some` limits the emoji that the default dataset does not have."""
+    """Read, cut out and split everything with a name; of the emoji that the default dataset lacks, `some`."""
+    named_emoji()  # what is missing is said before the reading begins
     made = gather(thumbs, SIZES[size], seed, packages, workers, progress).sources
     kept = [(i, s) for i, s in enumerate(made) if s.origin in ("openclipart", "emoji") and s.noun]
     more = read_named_emoji(packages.emoji_font, {s.path for _, s in kept if s.origin == "emoji"})
