@@ -122,11 +122,15 @@ def compose(things: Sequence[names.Drawn], wanted: Size, seed: int, text: int) -
         "val_tell.json": [{**shape_row("tell_shapes", scene, images, rng), "heldout": "scene"} for scene in val],
     }
     lists: dict[str, list[Row]] = {"style": [], "name": [], "drawing": []}
+    asked: set[tuple[str, str]] = set()
     rng = random.Random(f"{seed}/draw/names")
     for drawn in things:
         drawing, telling = name_rows(drawn, wanted.views, images, rng)
         if drawn.heldout:
-            lists[drawn.heldout] += drawing
+            # A name is asked for once in a style, however many drawings of it are held out.
+            if (drawn.name, drawn.source.origin) not in asked:
+                lists[drawn.heldout] += drawing
+            asked.add((drawn.name, drawn.source.origin))
             files["val_tell.json"] += telling
         else:
             train += drawing + telling

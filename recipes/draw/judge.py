@@ -63,8 +63,6 @@ class Look:
 
 def look(image: np.ndarray) -> Look:
     """Find the nearest drawings of an image, uint8 [side, side, 3]."""
-    if image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
-        raise DataError(f"an image of shape {list(image.shape)}: the judge looks at squares, [side, side, 3]")
     best: dict[int, tuple[float, Scene]] = {}
     for ground, colour in GROUNDS.items():
         difference = image.astype(np.float32) - np.array(colour, np.float32)
@@ -159,9 +157,14 @@ def read_image(folder: Path, row: dict[str, Any]) -> np.ndarray:
     file = folder / str(row.get("file"))
     try:
         with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
+            pixels = np.asarray(image.convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{file}: cannot be read as an image ({error})") from error
+    if pixels.shape[0] != pixels.shape[1] or pixels.shape[0] < 32 or pixels.shape[0] % 4:
+        raise DataError(
+            f"{file}: {pixels.shape[1]}x{pixels.shape[0]} pixels; the judge takes squares of 32, 36, 40, ..."
+        )
+    return pixels
 
 
 def through_tokenizer(tokenizer: Any, images: Sequence[np.ndarray], batch: int = 64) -> Iterator[np.ndarray]:

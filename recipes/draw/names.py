@@ -30,8 +30,8 @@ _UNFIT = re.compile(r"button|keycap|\(|arrow|medium-small")
 _LIKES = re.compile(r"\b(wo)?m[ae]n'?s?\b|\b(person|people|boy|girl|facing|right|left|front|sign)\b|[^a-z]")
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
 _SHAPE_WORDS = {*words.COLOURS, *words.SHAPES, "large", "small"}  # "red circle" is what the scenes draw
-_CLIPART = ("a drawing of {}", "{} as clip art", "clip art of {}")
-_EMOJI = ("an emoji of {}", "{} as an emoji")
+_CLIPART = ("{} as clip art", "{} in clip art style")
+_EMOJI = ("{} as an emoji", "{} in emoji style")
 _NAMED = ("the {} emoji", "the emoji called {}", "the {} emoji on white")
 
 
@@ -53,7 +53,8 @@ class Drawn:
         said = _phrase(self.source)
         if self.source.noun is None:
             return rng.choice(_NAMED).format(said)
-        if self.source.colour and said == words.phrase(self.source.noun) and rng.random() < 0.25:
+        plain = self.source.origin == "openclipart" and said == words.phrase(self.source.noun)
+        if self.source.colour and plain and rng.random() < 0.25:
             said = words.phrase(self.source.noun, self.source.colour)
         styled = rng.choice(_CLIPART if self.source.origin == "openclipart" else _EMOJI).format(said)
         return styled if style or self.name in words.SHAPES or rng.random() < 0.6 else said

@@ -24,7 +24,8 @@ from recipes.default.dataset.words import COLOURS, SHAPES
 
 SIDE = 64
 SIZES = {"small": 16 / 64, "medium": 22 / 64, "large": 30 / 64}
-GROUNDS = {**{name: COLOURS[name] for name in ("white", "gray", "black")}, "light blue": (185, 215, 245)}
+_GRAYS = {name: COLOURS[name] for name in ("gray", "black")}
+GROUNDS = {"white": (255, 255, 255), **_GRAYS, "light blue": (185, 215, 245)}
 CELLS = {
     **{"top left": (0, 0), "top": (0, 1), "top right": (0, 2), "left": (1, 0), "center": (1, 1), "right": (1, 2)},
     **{"bottom left": (2, 0), "bottom": (2, 1), "bottom right": (2, 2)},
@@ -97,7 +98,7 @@ def clear(color: str, background: str) -> bool:
 def masks(side: int) -> dict[str, np.ndarray]:
     """Size -> how much of each pixel each shape covers, [shapes, n, n] from 0 to 1."""
     if side < 32 or side % 4:
-        raise ConfigError(f"images of {side} pixels: the side must be 32 or more and a multiple of 4")
+        raise ConfigError(f"images of {side} pixels: the side must be a multiple of 4 from 32 on")
     whole = {shape: draw_shape(shape, "black").getchannel("A") for shape in SHAPES}
     made = {}
     for size, share in SIZES.items():
