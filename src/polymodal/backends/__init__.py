@@ -5,6 +5,7 @@ Nothing heavy is imported until a model is opened, so that talking to an endpoin
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
     from polymodal.backends.base import Backend
     from polymodal.checkpoints.model_folder import Loaded
     from polymodal.interop.huggingface.load import Dtype
+    from polymodal.modeling.renderers.base import Renderer
     from polymodal.processing.processor import Processor
 
 
+DEFAULT_RENDERER: str | None = None
+"""What draws where no renderer is named; nothing that comes with the package does yet."""
 DTYPES = ("float32", "bfloat16", "float16")
 """Types that weights can have in memory."""
 NO_CHAT = {
@@ -93,6 +97,54 @@ def load(
         check_device(device)
     report = check_folder(find_model(name, revision))
     return OPENERS[report.kind](report, Options(str(name), device, dtype, quantize))
+
+
+def load_renderer(
+    name: str | Path | Renderer | None,
+    device: str | None = None,
+    *,
+    base_url: str | None = None,
+    api_key: str | None = None,
+    allow_http: bool = False,
+) -> Renderer:
+    """Open what draws.
+
+    Args:
+        name: The folder or hub id of a pipeline of diffusers; "openai:MODEL" for one behind an OpenAI-compatible images
+            endpoint, or that endpoint's address where it has one model alone; or an open renderer.
+        device: Where to put a pipeline; None takes a GPU where there is one.
+        base_url: The address of "openai:MODEL"; OPENAI_BASE_URL, else OpenAI's own, where None.
+        api_key: An endpoint's key; OPENAI_API_KEY where None.
+        allow_http: Send the key over http to a host other than this one.
+
+    Returns:
+        The renderer.
+
+    Raises:
+        CheckpointError: There is no such pipeline, or its folder is damaged or not safe to open.
+        ConfigError: No name, an option that does not go with it, or `diffusers` is not installed.
+    """
+    name = DEFAULT_RENDERER if name is None else name
+    if name is None:
+        raise ConfigError(
+            "a renderer is needed: the folder or hub id of a pipeline of diffusers, openai:MODEL, or an endpoint's "
+            "address (--renderer)"
+        )
+    address = isinstance(name, str) and re.match(r"https?://", name)
+    if isinstance(name, str) and (address or name.startswith(ENDPOINT)):
+        from polymodal.backends.openai.images import open_images
+
+        if device is not None:
+            raise ConfigError(f"{name}: an endpoint chooses its device itself; leave device out")
+        if address and base_url is not None:
+            raise ConfigError(f"{name}: is an address already; leave base_url out, or name {ENDPOINT}MODEL")
+        model, url = ("", name) if address else (name.removeprefix(ENDPOINT), base_url)
+        return open_images(model, base_url=url, api_key=api_key, allow_http=allow_http)
+    if base_url is not None or api_key is not None or allow_http:
+        raise ConfigError(f"{name}: an address and a key are for endpoints; call it {ENDPOINT}MODEL if it is one")
+    from polymodal.modeling.renderers import load_renderer as load_pipeline
+
+    return load_pipeline(name, device)
 
 
 class Options(NamedTuple):

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from polymodal.backends.base import Answer, Backend, Reply, StreamEvent, TextDelta, Timing, Usage, require_question
 from polymodal.backends.openai.answers import Event, clean, finish_of, text_of, thinks
@@ -30,6 +30,8 @@ from polymodal.errors import ConfigError, EndpointError
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Conversation, Message, assistant
 from polymodal.utils.files import sha256_json
+
+EndpointT = TypeVar("EndpointT", bound=Endpoint)
 
 OPENAI_URL = "https://api.openai.com/v1"
 
@@ -68,19 +70,32 @@ def open_endpoint(
     extra: Mapping[str, Any] | None = None,
 ) -> OpenAIBackend:
     """Make a backend of an endpoint; nothing is sent yet. How media are sent is in `openai.media`."""
-    url = base_url or os.environ.get("OPENAI_BASE_URL") or None
-    key = api_key if api_key is not None else os.environ.get("OPENAI_API_KEY")
-    if not model.strip():
-        raise ConfigError(f"{ENDPOINT} needs a model's name, such as {ENDPOINT}gpt-4o")
-    if url is None and not key:
-        raise ConfigError(
-            f"{ENDPOINT}{model}: set OPENAI_API_KEY, or the address of another server (--base-url, OPENAI_BASE_URL)"
-        )
-    endpoint = Endpoint(url or OPENAI_URL, key, patience, allow_http)
+    endpoint = connect(Endpoint, model, base_url, api_key, allow_http, patience)
     for value, known in ((videos, get_args(Videos)), (documents, get_args(Documents))):
         if value not in known:
             raise ConfigError(f"{ENDPOINT}{model}: {value!r} is none of {', '.join(known)}")
     return OpenAIBackend(model.strip(), endpoint, Sending(detail, videos, documents), extra)
+
+
+def connect(
+    kind: type[EndpointT],
+    model: str,
+    base_url: str | None,
+    api_key: str | None,
+    allow_http: bool,
+    patience: Patience | None = None,
+    example: str = "gpt-4o",
+) -> EndpointT:
+    """The server that a model lies behind, by what was given and what the environment says."""
+    url = base_url or os.environ.get("OPENAI_BASE_URL") or None
+    key = api_key if api_key is not None else os.environ.get("OPENAI_API_KEY")
+    if not model.strip():
+        raise ConfigError(f"{ENDPOINT} needs a model's name, such as {ENDPOINT}{example}")
+    if url is None and not key:
+        raise ConfigError(
+            f"{ENDPOINT}{model}: set OPENAI_API_KEY, or the address of another server (--base-url, OPENAI_BASE_URL)"
+        )
+    return kind(url or OPENAI_URL, key, patience, allow_http)
 
 
 class OpenAIBackend(Backend):

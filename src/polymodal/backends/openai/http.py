@@ -14,7 +14,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -71,12 +71,16 @@ class Patience:
 
 
 class Endpoint:
-    """One server's chat completions. Safe to use from several threads."""
+    """One server's chat completions, or another of its answers in a subclass. Safe to use from several threads."""
+
+    path = "/chat/completions"  # Of the address, after the base URL
+    what = "chat completion"  # What error lines call an answer
+    has_answer: Callable[[answers.Event], Any] = staticmethod(answers.choice)
 
     def __init__(
         self, base_url: str, key: str | None = None, patience: Patience | None = None, allow_http: bool = False
     ) -> None:
-        self._url = _chat_url(base_url)
+        self._url = _leads_to(base_url, self.path)
         self._key = _secret(key)
         self.patience = patience or Patience()
         loopback = _is_loopback(self._url.host)
@@ -174,8 +178,8 @@ class Endpoint:
                 "check the base URL, which mostly ends in /v1"
             )
         answer = self._event(self._whole(rest, MAX_BODY).decode("utf-8-sig", "replace"))
-        if not answers.choice(answer):
-            raise Refused(f"{self.shown}: the server sent no chat completion but: {self._safe(json.dumps(answer))}")
+        if not self.has_answer(answer):
+            raise Refused(f"{self.shown}: the server sent no {self.what} but: {self._safe(json.dumps(answer))}")
         yield answer
 
     def _stream(self, chunks: Iterable[bytes]) -> Iterator[answers.Event]:
@@ -197,7 +201,7 @@ class Endpoint:
         # Pieces of a stream that are neither error nor answer are nothing to us.
         found = answers.parsed(text)
         if not isinstance(found, dict):
-            raise Refused(f"{self.shown}: the server sent no chat completion but: {self._safe(text, 80)!r}")
+            raise Refused(f"{self.shown}: the server sent no {self.what} but: {self._safe(text, 80)!r}")
         if (error := answers.trouble(found)) is not None:
             code = answers.code_of(error)
             raised = _Passing if code is not None and _is_passing(code) else Refused
@@ -260,8 +264,8 @@ class Endpoint:
         return answers.clean(text if self._key is None else _hidden(self._key.get_secret_value(), text), limit)
 
 
-def _chat_url(base_url: str) -> httpx2.URL:
-    """Check a base URL and lead it to the chat completions."""
+def _leads_to(base_url: str, end: str) -> httpx2.URL:
+    """Check a base URL and lead it to what is asked of the server."""
     try:
         url = httpx2.URL(base_url.strip())
     except httpx2.InvalidURL:
@@ -272,7 +276,7 @@ def _chat_url(base_url: str) -> httpx2.URL:
     if url.userinfo:
         raise ConfigError(f"base URL {_shown(url)!r}: holds a user name; give the key in OPENAI_API_KEY instead")
     path, mark, query = url.raw_path.partition(b"?")
-    path = path.rstrip(b"/").removesuffix(b"/chat/completions") + b"/chat/completions"
+    path = path.rstrip(b"/").removesuffix(end.encode()) + end.encode()
     return url.copy_with(raw_path=path + mark + query, fragment=None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from polymodal.errors import CheckpointError, ConfigError, unknown_name
+from polymodal.errors import CheckpointError
 from polymodal.modeling.renderers.base import Output, Renderer, RenderRequest
 from polymodal.modeling.renderers.diffusion import INDEX, DiffusersRenderer, fetch
 from polymodal.utils.files import home_path

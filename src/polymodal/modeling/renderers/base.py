@@ -49,7 +49,7 @@ class RenderRequest(Strict):
     guidance: float | None = Field(None, ge=0, le=100)
     seed: int = Field(0, ge=0, lt=2**63)
     frames: int | None = Field(None, ge=1, le=10_000)
-    fps: float | None = Field(None, gt=0, le=240)
+    fps: float | None = Field(None, ge=0.01, le=240)
     image: np.ndarray | None = Field(None, repr=False)
     strength: float = Field(0.8, gt=0, le=1)
 

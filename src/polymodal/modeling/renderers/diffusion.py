@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from polymodal.errors import CheckpointError, ConfigError, first_line
+from polymodal.modeling.language_model import quieten_transformers
 from polymodal.modeling.pretrained import building, one_line
 from polymodal.modeling.renderers.base import MULTIPLE, Output, Renderer, RenderRequest
 from polymodal.safety.config_json import check_settings, read_json
@@ -74,10 +75,9 @@ def check_index(path: Path) -> dict[str, tuple[str, str]]:
             continue
         known_part = re.fullmatch(r"[a-z]\w*", part) and len(named) == 2 and all(isinstance(n, str) for n in named)
         library = named[0] if known_part else ""
-        inside = library in ("diffusers", "transformers") or re.fullmatch(r"\w+", library or "-")
-        module = inside and (library in ("diffusers", "transformers") or hasattr(diffusers.pipelines, library))
-        if not module or not re.fullmatch(r"[A-Z]\w+", named[1]):
-            raise CheckpointError(f"{path}: {part!r:.60} is {named!r:.80}; only parts of diffusers and transformers are")
+        own = re.fullmatch(r"[a-z]\w*", library) and hasattr(diffusers.pipelines, library)
+        if not (own or library in ("diffusers", "transformers")) or not re.fullmatch(r"[A-Z]\w+", named[1]):
+            raise CheckpointError(f"{path}: {part!r:.60} is {named!r:.80}; no part of diffusers or transformers")
         parts[part] = (named[0], named[1])
     return parts
 
@@ -118,6 +118,7 @@ class DiffusersRenderer(Renderer):
                 for file in inner.glob("*_config.json"):
                     check_settings(read_json(file), str(file))
         device = device or best_device()
+        diffusers.utils.logging.disable_progress_bar()
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         with building(folder), _whole(folder), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # later releases say `dtype`
@@ -152,12 +153,11 @@ class DiffusersRenderer(Renderer):
         takes = _parameters(pipe)
         if request.image is None and takes.get("image", 0) is inspect.Parameter.empty:
             raise ConfigError(f"{self.name}: a {self._kind} starts from an image; give one (image)")
-        asked = {
-            "num_inference_steps": request.steps,
-            "guidance_scale": request.guidance,
-            "num_frames": request.frames,
-            "frame_rate" if "frame_rate" in takes else "fps": request.fps if {"frame_rate", "fps"} & set(takes) else None,
-        }
+        asked = {"num_inference_steps": request.steps, "guidance_scale": request.guidance, "num_frames": request.frames}
+        if rate := {"frame_rate", "fps"} & set(
+            takes
+        ):  # few are made for a rate; of the others it only says how it plays
+            asked[rate.pop()] = request.fps
         given |= {name: value for name, value in (asked | size).items() if value is not None}
         given |= self._texts("negative_prompt", request.negative_prompt, takes) if request.negative_prompt else {}
         if prompt_embeds is None:
@@ -180,7 +180,7 @@ class DiffusersRenderer(Renderer):
                 torch.manual_seed(seed)
                 made = pipe(**given, generator=generator)
         except torch.OutOfMemoryError:
-            raise ConfigError(f"{self.name}: the GPU's memory is too small for this; ask for less (width, height)") from None
+            raise ConfigError(f"{self.name}: the GPU's memory is too small; ask for less (width, height)") from None
         except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
             raise ConfigError(f"{self.name}: {type(pipe).__name__} cannot draw this ({one_line(error)})") from error
         if any(getattr(made, "nsfw_content_detected", None) or ()):
@@ -223,11 +223,11 @@ class DiffusersRenderer(Renderer):
         count = lambda part: len(tokenizer(part, truncation=False, verbose=False).input_ids)  # noqa: E731
         kept = shorten(text, lambda part: count(part) <= most)
         if kept != text:
-            rest = " ".join(text[len(kept) :].split())
+            rest = " ".join(text[len(kept) :].lstrip(" ,;:").split())
             shown = rest if len(rest) <= 200 else f"{rest[:140]} ... {rest[-50:]}"
             warnings.warn(
-                f"{self.name}: the {name.replace('_', ' ')} takes {count(text):,} tokens and {type(tokenizer).__name__} "
-                f"has room for {most}; left out: {shown!r}",
+                f"{self.name}: the {name.replace('_', ' ')} takes {count(text):,} tokens and its "
+                f"{type(tokenizer).__name__} has room for {most}; left out: {shown!r}",
                 stacklevel=4,
             )
         return kept
@@ -237,6 +237,7 @@ def _start(request: RenderRequest) -> Any:
     """The image to start from, in the size that is asked for, else in its own."""
     from PIL import Image
 
+    assert request.image is not None
     image = Image.fromarray(request.image)
     if request.width and request.height:
         return image.resize((request.width, request.height), Image.Resampling.LANCZOS)
@@ -251,16 +252,19 @@ def _parameters(pipe: Any) -> dict[str, Any]:
 
 
 def _diffusers() -> Any:
+    quieten_transformers()  # before the first look at it, which says what is not installed
     try:
         import diffusers
     except ImportError as error:
-        raise ConfigError(f"drawing needs diffusers ({first_line(error)}): pip install 'polymodal[diffusion]'") from None
+        raise ConfigError(
+            f"drawing needs diffusers ({first_line(error)}): pip install 'polymodal[diffusion]'"
+        ) from None
     return diffusers
 
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[None]:
-    """While active, weights that are missing in the files raise, where the libraries would warn and draw them."""
+    """While active, weights that are missing in the files raise, where the libraries would warn and draw lots."""
     seen: list[str] = []
 
     class Listener(logging.Handler):
@@ -268,13 +272,14 @@ def _whole(folder: Path) -> Iterator[None]:
             if _UNTRAINED.search(text := record.getMessage()):
                 seen.append(" ".join(text.split()))
 
-    listener, loggers = Listener(), [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
-        logger.addHandler(listener)
+        logger.handlers, logger.level, logger.propagate = [Listener()], logging.WARNING, False
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.removeHandler(listener)
+        for logger, settings in zip(loggers, before, strict=True):
+            logger.handlers, logger.level, logger.propagate = settings
     if seen:
         raise CheckpointError(f"{folder}: weights are missing in its files ({seen[0][:200]}); fetch it again")
