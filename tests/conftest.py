@@ -7,7 +7,7 @@ are noise; what it is for is everything around them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,6 +238,23 @@ def senses_folder(senses_config: ModelConfig, tmp_path_factory: pytest.TempPathF
     trained = {"llm_trained": True, "vision_trained": True, "audio_trained": True}
     save_model(folder, model, senses_config, tokenizer, **trained)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the folder of a tiny pipeline of diffusers, by its kind; do not write into it."""
+    pytest.importorskip("diffusers")
+    from tests.modeling.renderers.pipelines import PIPELINES
+
+    made: dict[str, Path] = {}
+
+    def folder_of(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp("pipeline") / kind
+            PIPELINES[kind](made[kind])
+        return made[kind]
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def _clip_parts(width: int = 32) -> dict[str, Any]:
         block_out_channels=(16, 32), in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=8,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
     return {"tokenizer": tokenizer, "text_encoder": CLIPTextModel(text), "vae": vae, "scheduler": scheduler}
 
 
