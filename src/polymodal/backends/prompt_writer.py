@@ -87,7 +87,7 @@ def _within(found: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _fields(text: str) -> dict[str, Any]:
     """The fields of the first object in a model's answer that has a prompt; none where there is none."""
-    for start in (match.start() for match in re.finditer(r"\{", text)):
+    for start in [match.start() for match in re.finditer(r"\{", text)][:20]:
         found = _object(text[start:])
         inner = (found.get(key) for key in ("request", "arguments", "parameters"))
         found = next((one for one in inner if isinstance(one, dict)), found)

@@ -129,7 +129,9 @@ def test_shorten(text: str, kept: str) -> None:
 def test_a_long_prompt_is_shortened_and_said(draws: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
     given = asked_for(draws, monkeypatch)
     long = "a red circle left of a blue square, on white paper, in soft evening light, with a long shadow behind it"
-    with pytest.warns(UserWarning, match=r"prompt takes 8\d tokens .* room for 77; left out: 'with a long shadow") as said:
+    with pytest.warns(
+        UserWarning, match=r"prompt takes 8\d tokens .* room for 77; left out: 'with a long shadow"
+    ) as said:
         draws.render(RenderRequest(prompt=long, **QUICK))
     assert len(said) == 1
     assert given["prompt"] == "a red circle left of a blue square, on white paper, in soft evening light"
@@ -202,7 +204,7 @@ def test_requests_that_nothing_can_draw(fields: dict[str, Any], words: str) -> N
 
 def test_what_the_pipeline_itself_refuses_is_one_line(draws: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draws.pipe, "check_inputs", lambda *args, **kwargs: int("not a number"))
-    with pytest.raises(ConfigError, match="StableDiffusionPipeline cannot draw this .*not a number"):
+    with pytest.raises(ConfigError, match=r"StableDiffusionPipeline cannot draw this .*not a number"):
         draws.render(RenderRequest(prompt="x", **QUICK))
 
 
@@ -213,7 +215,7 @@ def test_places_where_no_renderer_is(tmp_path: Path, tiny_pipeline: Callable[[st
         load_renderer(tmp_path)
     with pytest.raises(CheckpointError, match="a file"):
         load_renderer(tiny_pipeline("stable_diffusion") / "model_index.json")
-    with pytest.raises(CheckpointError, match="not to be had|to be had from the hub"):
+    with pytest.raises(CheckpointError, match="to be had from the hub"):
         load_renderer("nobody/has-this")  # offline
     with pytest.raises(ConfigError, match="device"):
         load_renderer(tiny_pipeline("stable_diffusion"), "abacus")
