@@ -68,4 +68,31 @@ def animate_diff(folder: Path) -> None:
     AnimateDiffPipeline(**parts, unet=unet, motion_adapter=motion).save_pretrained(folder)
 
 
-PIPELINES = {"stable_diffusion": stable_diffusion, "animate_diff": animate_diff}
+def wan(folder: Path) -> None:
+    """Write a tiny WanPipeline, which reads prompts with a T5."""
+    import torch
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    from tests.conftest import make_byte_tokenizer
+
+    tokenizer = make_byte_tokenizer()
+    torch.manual_seed(0)
+    text = UMT5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, text_dim=32, freq_dim=32, ffn_dim=32, num_layers=2,
+        rope_max_seq_len=32,
+    )  # fmt: skip
+    WanPipeline(
+        tokenizer=tokenizer, text_encoder=UMT5EncoderModel(text), vae=vae, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+PIPELINES = {"stable_diffusion": stable_diffusion, "animate_diff": animate_diff, "wan": wan}

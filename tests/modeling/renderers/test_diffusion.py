@@ -104,6 +104,20 @@ def test_a_video(tiny_pipeline: Callable[[str], Path]) -> None:
         moves.render(RenderRequest(prompt="x", image=np.zeros((32, 32, 3), np.uint8)))
 
 
+def test_a_video_whose_prompt_a_t5_reads(tiny_pipeline: Callable[[str], Path]) -> None:
+    moves = load_renderer(tiny_pipeline("wan"), "cpu")
+    assert moves.output == "video" and moves.rate == 16
+    request = RenderRequest(prompt="a red circle moves", frames=5, seed=1, width=16, height=16, steps=1)
+    frames = moves.render(request)
+    assert frames.shape == (5, 16, 16, 3) and np.array_equal(frames, moves.render(request))
+    with pytest.warns(UserWarning, match="made 5 frames, not 6"):
+        moves.render(request.model_copy(update={"frames": 6}))
+    with pytest.warns(UserWarning, match=r"takes \d+ tokens .* room for 512"):
+        moves.render(request.model_copy(update={"prompt": "a red circle " * 50}))
+    with pytest.raises(ConfigError, match="WanPipeline cannot draw this .*divisible by 16"):
+        moves.render(request.model_copy(update={"height": 24}))
+
+
 @pytest.mark.parametrize(
     ("text", "kept"),
     [

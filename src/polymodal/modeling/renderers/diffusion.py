@@ -169,7 +169,10 @@ class DiffusersRenderer(Renderer):
         given = {name: value for name, value in given.items() if name in takes}
         if "output_type" in takes:
             given["output_type"] = "np"
-        return self._run(pipe, given, request.seed)
+        made = self._run(pipe, given, request.seed)
+        if request.frames and self.output == "video" and len(made) != request.frames:  # Wan takes 4n + 1
+            warnings.warn(f"{self.name}: made {len(made)} frames, not {request.frames}, as its kind can", stacklevel=2)
+        return made
 
     def _run(self, pipe: Any, given: dict[str, Any], seed: int) -> np.ndarray:
         """Run the pipeline; what it refuses is one line."""
