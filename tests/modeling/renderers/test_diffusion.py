@@ -87,6 +87,8 @@ def test_from_an_image(draws: Renderer) -> None:
     assert draws.render(request.model_copy(update={"width": 24, "height": 32})).shape == (32, 24, 3)
     wide = np.zeros((16, 4096, 3), np.uint8)
     assert draws.render(RenderRequest(prompt="x", image=wide, steps=1, strength=1.0)).shape == (8, 1024, 3)
+    with pytest.raises(ConfigError, match=r"of 2 steps, a strength of 0\.4 leaves none"):
+        draws.render(RenderRequest(prompt="x", image=image, steps=2, strength=0.4))
     assert draws.render(RenderRequest(prompt="x", **QUICK)).shape == (32, 32, 3)  # and still from a prompt alone
 
 
@@ -114,7 +116,7 @@ def test_a_video_whose_prompt_a_t5_reads(tiny_pipeline: Callable[[str], Path]) -
         moves.render(request.model_copy(update={"frames": 6}))
     with pytest.warns(UserWarning, match=r"takes \d+ tokens .* room for 512"):
         moves.render(request.model_copy(update={"prompt": "a red circle " * 50}))
-    with pytest.raises(ConfigError, match="WanPipeline cannot draw this .*divisible by 16"):
+    with pytest.raises(ConfigError, match=r"WanPipeline cannot draw this .*divisible by 16"):
         moves.render(request.model_copy(update={"height": 24}))
 
 
@@ -233,6 +235,23 @@ def test_places_where_no_renderer_is(tmp_path: Path, tiny_pipeline: Callable[[st
         load_renderer("nobody/has-this")  # offline
     with pytest.raises(ConfigError, match="device"):
         load_renderer(tiny_pipeline("stable_diffusion"), "abacus")
+
+
+def test_a_hub_id_in_the_cache(
+    tiny_pipeline: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit, place = "0" * 40, tmp_path / "models--owner--tiny"
+    folder = changed(tiny_pipeline("stable_diffusion"), place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    request = RenderRequest(prompt="x", **QUICK)
+    image = load_renderer("owner/tiny", "cpu").render(request)
+    assert np.array_equal(image, load_renderer(folder, "cpu").render(request))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"vae": ["os", "System"]}))
+    with pytest.raises(CheckpointError, match=r"'vae' is .*no part of diffusers"):
+        load_renderer("owner/tiny", "cpu")
 
 
 INDEXES = {

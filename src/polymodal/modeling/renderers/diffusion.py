@@ -130,12 +130,10 @@ class DiffusersRenderer(Renderer):
         self._takes = _parameters(self.pipe)
         if "prompt" not in self._takes:
             raise CheckpointError(f"{self.name}: a {self._kind}, which takes no prompt; name a text-to-image pipeline")
-        moving, sounding = "num_frames" in self._takes, any(name.startswith("audio_") for name in self._takes)
-        self.output: Output = "video" if moving else "audio" if sounding else "image"
+        if any(name.startswith("audio_") for name in self._takes):
+            raise CheckpointError(f"{self.name}: a {self._kind} makes sound; name one that draws images or videos")
+        self.output: Output = "video" if "num_frames" in self._takes else "image"
         self.rate = next((rate for begin, rate in RATES.items() if self._kind.startswith(begin)), Renderer.rate)
-        if self.output == "audio":
-            vocoder = getattr(getattr(self.pipe, "vocoder", None), "config", None)
-            self.rate = float(getattr(vocoder, "sampling_rate", 16_000))
 
     @property
     def _kind(self) -> str:
@@ -151,13 +149,19 @@ class DiffusersRenderer(Renderer):
             given = {"image": image, "strength": request.strength}
             size = {"width": image.width, "height": image.height}
         takes = _parameters(pipe)
+        if request.image is not None and "strength" in takes and (request.steps or 50) * request.strength < 1:
+            raise ConfigError(
+                f"{self.name}: of {request.steps} steps, a strength of {request.strength:g} leaves none; raise either"
+            )
         if request.image is None and takes.get("image", 0) is inspect.Parameter.empty:
             raise ConfigError(f"{self.name}: a {self._kind} starts from an image; give one (image)")
-        asked = {"num_inference_steps": request.steps, "guidance_scale": request.guidance, "num_frames": request.frames}
-        if rate := {"frame_rate", "fps"} & set(
-            takes
-        ):  # few are made for a rate; of the others it only says how it plays
-            asked[rate.pop()] = request.fps
+        asked: dict[str, Any] = {
+            "num_inference_steps": request.steps,
+            "guidance_scale": request.guidance,
+            "num_frames": request.frames,
+        }
+        # Few are made for a rate; of the others it only says how fast they play.
+        asked |= {name: request.fps for name in ("frame_rate", "fps") if name in takes}
         given |= {name: value for name, value in (asked | size).items() if value is not None}
         given |= self._texts("negative_prompt", request.negative_prompt, takes) if request.negative_prompt else {}
         if prompt_embeds is None:
@@ -179,7 +183,7 @@ class DiffusersRenderer(Renderer):
         # A generator on the CPU gives the same numbers whatever the device is; few pipelines draw from torch's own.
         generator = torch.Generator("cpu").manual_seed(seed)
         try:
-            with torch.inference_mode(), torch.random.fork_rng():
+            with torch.no_grad(), torch.random.fork_rng([pipe.device] if pipe.device.type == "cuda" else []):
                 torch.manual_seed(seed)
                 made = pipe(**given, generator=generator)
         except torch.OutOfMemoryError:
@@ -188,13 +192,22 @@ class DiffusersRenderer(Renderer):
             raise ConfigError(f"{self.name}: {type(pipe).__name__} cannot draw this ({one_line(error)})") from error
         if any(getattr(made, "nsfw_content_detected", None) or ()):
             warnings.warn(f"{self.name}: its safety checker painted the image black; ask for another", stacklevel=3)
-        found = next((made[key] for key in ("images", "frames", "audios") if key in made), None)
+        found = next((made[key] for key in ("images", "frames") if key in made), None)
         values = np.asarray(found[0] if found is not None else (), np.float32)
         if not values.size or not np.isfinite(values).all():
             raise CheckpointError(f"{self.name}: made values that are no numbers; its weights are damaged")
-        if self.output == "audio":
-            return values.reshape(-1)
         return (values.clip(0, 1) * 255).round().astype(np.uint8)
+
+    @torch.no_grad()
+    def encode(self, prompt: str) -> torch.Tensor:  # [1, L, E]
+        """What the pipeline's text encoder gives for a prompt: the target of a `FeatureRelay`."""
+        if not hasattr(self.pipe, "encode_prompt"):
+            raise ConfigError(f"{self.name}: a {self._kind} does not encode a prompt apart")
+        takes = inspect.signature(self.pipe.encode_prompt).parameters
+        given = self._texts("prompt", prompt, _parameters(self.pipe))
+        plain = {"device": self.pipe.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        found = self.pipe.encode_prompt(**{name: value for name, value in (given | plain).items() if name in takes})
+        return found[0] if isinstance(found, tuple) else found
 
     @cached_property
     def _from_image(self) -> Any:
