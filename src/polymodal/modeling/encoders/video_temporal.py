@@ -3,8 +3,8 @@
 A vision encoder sees one frame at a time; a temporal encoder then looks along time, before the projector.
 `TEMPORAL_ENCODERS` names three: "mean" takes the mean over frames, as Video-ChatGPT's spatial half (arXiv:2306.05424);
 "attention" lets the frames of each patch position look at each other, the temporal half of the divided attention of
-TimeSformer (arXiv:2102.05095) on top of a frozen tower; "spatio_temporal_pool" averages blocks of frames and patches,
-as PLLaVA (arXiv:2404.16994) and LLaVA-Video do.
+TimeSformer (arXiv:2102.05095) on top of a frozen tower, and may be told where in each frame something moves;
+"spatio_temporal_pool" averages blocks of frames and patches, as PLLaVA (arXiv:2404.16994) and LLaVA-Video do.
 
 Differences from the references: position in time is the timestamp in seconds, not the frame's number, so sampling a
 video more densely does not move its events; attention ends in a layer of zeros, so that it starts as the identity (or
@@ -280,7 +280,7 @@ def _mean(features: Tensor, frame_mask: Tensor | None) -> Tensor:
 def _difference(features: Tensor, frame_mask: Tensor | None) -> Tensor:
     """How far each patch is from its mean over the video, [N, T, P], in standard deviations of a feature vector."""
     normal = F.layer_norm(features.float(), features.shape[-1:])
-    return (normal - _mean(normal, frame_mask)).pow(2).mean(dim=-1).sqrt()
+    return ((normal - _mean(normal, frame_mask)).pow(2).mean(dim=-1) + 1e-12).sqrt()  # of one frame, with a gradient
 
 
 def _per_block(side: int, by: int, device: torch.device) -> Tensor:
