@@ -14,6 +14,7 @@ from polymodal.errors import ConfigError, MediaError
 from polymodal.generation.params import GenerationParams
 from polymodal.media.audio import Sound, open_audio
 from polymodal.speech import Answer, talk
+from polymodal.speech.dialogue import INSTRUCTION
 from tests.speech.engines import RATE, CountingASR, LetterTTS, LevelVAD, ScriptBackend, sound
 
 PIECES = ["It ", "is a c", "at. It sl", "eeps. ", "Good", " night."]
@@ -37,11 +38,18 @@ def test_a_question_is_heard_asked_and_answered() -> None:
     assert answer.transcript is not None and answer.transcript.text == "What is it?"
     assert model.asked == []  # until the first piece of sound is asked for
     chunks = list(answer)
-    assert model.asked == [([*before, user(image, "Be brief.", "What is it?")], params)]
+    asked = f"What is it?\n{INSTRUCTION}"
+    assert model.asked == [([*before, user(image, "Be brief.", asked)], params)]
     assert voice.said == ["It is a cat.", "It sleeps.", "Good night."]
     assert [chunk.text for chunk in chunks] == ["It is a cat."] * 2 + ["It sleeps."] + ["Good night."] * 2
     assert sum(len(chunk.samples) for chunk in chunks) == 100 * len("It is a cat.It sleeps.Good night.")
     assert "".join(pieces) == answer.text == "".join(PIECES) and answer.reply is not None and not answer.stopped
+
+
+def test_the_question_alone_is_asked_where_there_is_no_instruction() -> None:
+    model = ScriptBackend(PIECES)
+    list(ask(model, LetterTTS(), instruction=""))
+    assert model.asked[0][0] == [user("What is it?")]
 
 
 def test_a_sentence_is_spoken_before_the_model_has_said_the_next() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image as PILImage
 
 from polymodal.backends import load_processor
 from polymodal.checkpoints.model_folder import load_model
@@ -375,11 +376,40 @@ def test_the_warm_start_learns_to_spell(
         train(recipe_of(senses, output_dir=str(tmp_path / "none"), **changes))
 
 
+def test_the_warm_start_of_the_temporal_encoder_learns_to_say_what_happens(
+    senses: dict[str, Any], tiny: Path, recipe_of: Callable[..., Recipe], tmp_path: Path, capfd: Any
+) -> None:
+    frames = [PILImage.new("RGB", (32, 32), (grey, 0, 0)) for grey in (40, 110, 180, 250)]
+    warm = {"steps": 120, "batch_size": 8, "learning_rate": 2e-2, "weight_decay": 0.0, "tokens": 99}
+    changes: dict[str, Any] = {"video_warm_start": warm, "run__feature_cache": "memory", "run__max_steps": 1}
+    path = tiny / "described.json"
+    senses["data"] = {"mix": [{"path": str(path)}]}
+    shares = []
+    for differ in (True, False):
+        records = []
+        for number in range(40):  # every 20th is held out
+            said = ("aa", "bb")[number // 20 % 2]
+            first, *others = frames if said == "aa" or not differ else frames[::-1]
+            file = tiny / f"{differ}{number}.gif"
+            first.save(file, save_all=True, append_images=others, duration=200)
+            turns = [{"from": "human", "value": "<video>What?"}, {"from": "gpt", "value": said}]
+            records.append({"id": str(number), "kind": "caption", "video": file.name, "conversations": turns})
+        path.write_text(json.dumps(records))
+        capfd.readouterr()
+        train(recipe_of(senses, output_dir=str(tmp_path / str(differ)), **changes))
+        told = capfd.readouterr()
+        shares.append(float((told.out + told.err).rpartition("% of the words of held-out")[0].rpartition(" ")[2]))
+    assert shares[0] == 100 > shares[1], shares
+    with pytest.raises(ConfigError, match=r"set run\.feature_cache"):
+        train(recipe_of(senses, video_warm_start={"steps": 3}, output_dir=str(tmp_path / "none")))
+    path.write_text(json.dumps([{**record, "kind": "name"} for record in records]))
+    with pytest.raises(ConfigError, match="no turn of kind 'caption' says what happens"):
+        train(recipe_of(senses, output_dir=str(tmp_path / "none"), **changes))
+
+
 def test_the_page_of_answers_shows_strips_pages_and_names_of_sounds(
     senses: dict[str, Any], recipe_of: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    from PIL import Image as PILImage
-
     train(recipe_of(senses, run__max_steps=1, run__eval_generations=16))
     answers = read_log(tmp_path / "run" / "eval.jsonl")[-1]["answers"]
     shown = {answer["kind"]: answer for answer in answers}

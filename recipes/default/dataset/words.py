@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SHORT = "Answer the question using a single word or phrase."
+SENTENCE = "Answer in a whole sentence."
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 30, 35),

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="FILE", help="where to write the answer as WAV; it is played where this is left out")
     add("--prompt", help="text before the spoken question, such as what to do with it")
     add("--system", help="a system message")
+    add("--instruction", metavar="TEXT", help='how to answer, told after the question ("Answer in a whole sentence.")')
     add_listening_arguments(parser)
     add("--no-asr", action="store_true", help="give the sound itself to the model, where it takes sounds")
     add("--tts", default="piper", metavar="NAME", help='"piper", an .onnx of Piper, a folder or hub id (%(default)s)')
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         "language": args.language,
         "params": params,
     }
+    if args.instruction is not None:
+        engines["instruction"] = args.instruction
     model = common.open_model(args)
     history: list[Message] = [system(args.system)] if args.system else []
     if not live:

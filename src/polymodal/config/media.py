@@ -108,6 +108,7 @@ class TemporalAttentionConfig(Strict):
         hidden_size: Its width; the encoder's where None.
         num_layers: Its layers.
         num_attention_heads: Heads of each attention.
+        motion: Tell each frame how far each of its patches is from its mean over the video: a map of what moves.
         time_embedding: "sinusoidal" adds waves of the time in seconds, "learned" puts a small network behind them.
         min_period: The shortest wave, in seconds: about what can be told apart.
         max_period: The longest wave, in seconds: about what can be told apart from its repetition.
@@ -117,6 +118,7 @@ class TemporalAttentionConfig(Strict):
     hidden_size: int | None = Field(default=None, ge=2)
     num_layers: PositiveInt = 1
     num_attention_heads: PositiveInt = 8
+    motion: bool = False
     time_embedding: Literal["sinusoidal", "learned"] = "sinusoidal"
     min_period: float = Field(default=0.25, gt=0)
     max_period: float = Field(default=4096.0, gt=0)

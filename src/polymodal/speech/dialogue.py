@@ -22,6 +22,9 @@ from polymodal.speech.sentences import SentenceSplitter
 from polymodal.speech.tts import load_tts, speak_sentence
 from polymodal.speech.vad import load_vad
 
+INSTRUCTION = "Answer in a whole sentence."
+"""A voice that says one word alone is hard to understand."""
+
 
 @dataclass
 class Shares:
@@ -131,6 +134,7 @@ def talk(
     vad: str | VAD = "silero",
     language: str | None = None,
     params: GenerationParams | None = None,
+    instruction: str = INSTRUCTION,
     stop: Callable[[], bool] | None = None,
     on_text: Callable[[str], None] = lambda text: None,
     max_seconds: float = 120.0,
@@ -148,6 +152,8 @@ def talk(
         vad: What finds the speech in the question, as for `load_vad`.
         language: The question's language, such as "en"; found out where None.
         params: How the answer is generated; the model's own settings where None.
+        instruction: What the model is told after the question that was written down: how to answer so that it can be
+            spoken; "" for nothing.
         stop: Asked between any two pieces of text and of sound; the answer ends where it says yes, as when somebody
             begins to speak.
         on_text: Given the answer's text as it comes.
@@ -179,7 +185,7 @@ def talk(
         found = time.perf_counter()
         heard = listen(samples, spans, hears[0], language)
         shares = Shares(decoded - begin, found - decoded, time.perf_counter() - found)
-        asked = user(*parts, heard.text)
+        asked = user(*parts, f"{heard.text}\n{instruction}" if instruction else heard.text)
     answer = Answer([*history, asked], heard, shares)
     if heard is None or heard.text:
         answer._chunks = answer._say(backend, params, voice, stop, on_text)

@@ -22,6 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "type": "attention",
         "attention": {"num_attention_heads": 2, "hidden_size": 4, "pool": "mean", "time_embedding": "learned"},
     },
+    "motion": {"type": "attention", "attention": {"num_attention_heads": 2, "motion": True}},
     "pool": {"type": "spatio_temporal_pool"},
     "pool_time": {"type": "spatio_temporal_pool", "stride": [3, 1, 1]},
 }
@@ -274,3 +275,24 @@ def test_wrong_settings_are_named() -> None:
             parse_config(TemporalConfig, wrong, "recipe.yaml")
     with pytest.raises(ConfigError, match=r"min_period 2.0 is not below"):
         TemporalAttentionConfig(min_period=2.0, max_period=1.0)
+
+
+def test_a_patch_knows_what_moves_elsewhere_by_the_map_of_motion() -> None:
+    features, times = video(5, count=1)
+    moved = features.clone()
+    moved[0, 2, 7] += 3 * torch.randn(WIDTH)
+    for kind in ("attention", "motion"):
+        encoder = build(kind)
+        change = (encoder(moved, times) - encoder(features, times))[0, :, :7].abs().max()
+        assert (change > 1e-3) == (kind == "motion"), (kind, change)
+
+
+def test_nothing_moves_in_one_frame_or_in_a_still_video_and_gradients_stay_finite() -> None:
+    encoder = build("motion")
+    for features, times in (video(1), (video(1)[0].expand(-1, 4, -1, -1), video(4)[1])):
+        features = features.clone().requires_grad_()
+        before = encoder(features, times)
+        before.sum().backward()
+        torch.nn.init.normal_(encoder.motion.weight)
+        torch.testing.assert_close(encoder(features, times), before, atol=1e-4, rtol=1e-4)
+        assert features.grad is not None and bool(features.grad.isfinite().all())

@@ -51,7 +51,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(1300, 1000, 1900, 450, 400, 250, 1500, 1500, 100),
+    "full": Size(3600, 1000, 1900, 450, 400, 250, 1500, 1500, 100),
     "small": Size(40, 20, 30, 10, 10, 10, 40, 20, 6),
     "tiny": Size(8, 4, 4, 4, 4, 4, 12, 4, 2),
 }
@@ -452,5 +452,23 @@ def _replay(make: Composer, size: Size, world: questions.World, made: Made) -> l
     for row in rows:
         row["id"] = row["id"].replace("stage2", "train-image")
         row["source"] = "image"
+        answer_in_sentences(row)
     made.pictures += make.pictures
     return rows
+
+
+def answer_in_sentences(row: Record) -> None:
+    """Have some of a row's long answers asked for as whole sentences, as answers that are spoken are."""
+    rng, turns = random.Random(row["id"]), row["conversations"]
+    for asked, answered, kind in zip(turns[::2], turns[1::2], row["kinds"], strict=True):
+        said = answered["value"]
+        if kind in ("zh", "ocr") or words.SHORT in asked["value"] or said in ("Yes.", "No.") or rng.random() < 0.4:
+            continue
+        asked["value"] += f"\n{words.SENTENCE}"
+        lower = said[:1].lower() + said[1:]
+        if kind == "caption":
+            answered["value"] = f"The picture shows {lower}"
+        elif kind == "name" and ("these" in asked["value"] or "things" in asked["value"]):
+            answered["value"] = f"They are {lower}"
+        elif kind == "name" or (kind == "position" and said.startswith(("A ", "An "))):
+            answered["value"] = f"It is {lower}"

@@ -3,8 +3,8 @@
 A vision encoder sees one frame at a time; a temporal encoder then looks along time, before the projector.
 `TEMPORAL_ENCODERS` names three: "mean" takes the mean over frames, as Video-ChatGPT's spatial half (arXiv:2306.05424);
 "attention" lets the frames of each patch position look at each other, the temporal half of the divided attention of
-TimeSformer (arXiv:2102.05095) on top of a frozen tower; "spatio_temporal_pool" averages blocks of frames and patches,
-as PLLaVA (arXiv:2404.16994) and LLaVA-Video do.
+TimeSformer (arXiv:2102.05095) on top of a frozen tower, and may be told where in each frame something moves;
+"spatio_temporal_pool" averages blocks of frames and patches, as PLLaVA (arXiv:2404.16994) and LLaVA-Video do.
 
 Differences from the references: position in time is the timestamp in seconds, not the frame's number, so sampling a
 video more densely does not move its events; attention ends in a layer of zeros, so that it starts as the identity (or
@@ -137,6 +137,8 @@ class TemporalAttention(nn.Module):
         self.time = TimeEmbedding(width, config.time_embedding, (config.min_period, config.max_period))
         # Towers differ in scale by orders of magnitude; behind a norm, times and features weigh the same.
         self.input = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width))
+        # Where a frame differs from the video's mean says where something moves, whatever it is that moves.
+        self.motion = nn.Linear(grid.area, width) if config.motion else None
         self.layers = nn.ModuleList(TrackLayer(width, heads) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, embed_dim)
@@ -165,6 +167,8 @@ class TemporalAttention(nn.Module):
             features = _real(features, frame_mask)
             times = times.masked_fill(~frame_mask, 0.0)
         hidden = self.input(features.to(self.output.weight.dtype))
+        if self.motion is not None:
+            hidden = hidden + self.motion(_difference(features, frame_mask).to(hidden.dtype))[:, :, None]
         tracks = (hidden + self.time(times)[:, :, None].to(hidden.dtype)).transpose(1, 2).flatten(0, 1)
         mask = None
         if frame_mask is not None:
@@ -271,6 +275,12 @@ def _mean(features: Tensor, frame_mask: Tensor | None) -> Tensor:
         return (total / features.shape[1]).to(features.dtype)
     total = _real(features, frame_mask).sum(dim=1, keepdim=True, dtype=torch.float32)
     return (total / frame_mask.sum(dim=1).clamp(min=1)[:, None, None, None]).to(features.dtype)
+
+
+def _difference(features: Tensor, frame_mask: Tensor | None) -> Tensor:
+    """How far each patch is from its mean over the video, [N, T, P], in standard deviations of a feature vector."""
+    normal = F.layer_norm(features.float(), features.shape[-1:])
+    return ((normal - _mean(normal, frame_mask)).pow(2).mean(dim=-1) + 1e-12).sqrt()  # of one frame, with a gradient
 
 
 def _per_block(side: int, by: int, device: torch.device) -> Tensor:

@@ -112,6 +112,24 @@ class AudioWarmStartConfig(Strict):
     weight_decay: float = Field(default=0.02, ge=0)
 
 
+class VideoWarmStartConfig(Strict):
+    """Say the words that videos differ in before the stage; see `training.sft.video_warm_start`.
+
+    Attributes:
+        steps: Optimizer steps; none of them runs the language model.
+        batch_size: Videos a step.
+        learning_rate: Peak rate.
+        weight_decay: Decoupled decay.
+        tokens: Tokens drawn from each video.
+    """
+
+    steps: int = Field(default=1000, ge=3, le=MAX_STEPS)
+    batch_size: int = Field(default=32, gt=0, le=MAX_BATCH)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    weight_decay: float = Field(default=0.02, ge=0)
+    tokens: int = Field(default=24, gt=0, le=MAX_BATCH)
+
+
 class PrototypeConfig(Strict):
     """Caption samples made of a tower's own classes; see `training.sft.class_prototypes`.
 
@@ -134,6 +152,7 @@ class Recipe(RecipeBase):
         lora: Adapters on the language model, or None.
         warm_start: Train the projector towards word embeddings first, or None.
         audio_warm_start: Teach the audio projector to spell what is said first, or None.
+        video_warm_start: Teach the temporal encoder to say what happens first, or None.
         prototypes: Samples made of the tower's own classes, or None.
         task: See `RecipeBase`.
     """
@@ -146,4 +165,5 @@ class Recipe(RecipeBase):
     lora: LoraRecipe | None = None
     warm_start: WarmStartConfig | None = None
     audio_warm_start: AudioWarmStartConfig | None = None
+    video_warm_start: VideoWarmStartConfig | None = None
     prototypes: PrototypeConfig | None = None

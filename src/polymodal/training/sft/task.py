@@ -35,6 +35,7 @@ from polymodal.training.sft.class_prototypes import MEASURED, add_samples
 from polymodal.training.sft.dataset import NamedBatch, Prepared, SFTDataset, prepare
 from polymodal.training.sft.evaluate import Evaluation, make_evaluation
 from polymodal.training.sft.packing import plan_micro
+from polymodal.training.sft.video_warm_start import video_warm_start
 from polymodal.training.sft.warm_start import SAMPLE_ROWS, warm_start
 from polymodal.training.steps import Order, Steps
 from polymodal.training.task import StepPlan, Task, read_mix
@@ -150,9 +151,10 @@ class SFTTask(Task):
     def _seen(self, prepared: Prepared) -> np.ndarray | None:
         """The records of which features are needed; all where None."""
         recipe, count = self.recipe, len(prepared.lengths)
-        # Both look at images from all over the data; of a run that is cut short at many, of every other at all.
-        looks = {SAMPLE_ROWS: recipe.warm_start, MEASURED: recipe.prototypes}
-        most = max((most for most, part in looks.items() if part is not None), default=0)
+        # These look at media from all over the data; of a run that is cut short at many, of every other at all.
+        warmed = (recipe.warm_start, recipe.audio_warm_start, recipe.video_warm_start)
+        looks = [(SAMPLE_ROWS, part) for part in warmed] + [(MEASURED, recipe.prototypes)]
+        most = max((most for most, part in looks if part is not None), default=0)
         if most and (recipe.run.max_steps is None or recipe.batch.global_tokens is not None):
             return None
         if recipe.prototypes is not None:  # they will stand after the records
@@ -176,6 +178,9 @@ class SFTTask(Task):
             warm_start(self.model, self.inputs.tokenizer, self.dataset, recipe.warm_start, run.seed)
         if recipe.audio_warm_start is not None and fresh:
             audio_warm_start(self.model, self.inputs.tokenizer, self.dataset, recipe.audio_warm_start, run.seed)
+        if recipe.video_warm_start is not None and fresh:
+            bf16 = wants_bf16(run.precision)
+            video_warm_start(self.model, self.inputs.tokenizer, self.dataset, recipe.video_warm_start, run.seed, bf16)
         if recipe.prototypes is not None:
             self.dataset = add_samples(self.dataset, self.model, recipe.prototypes, run.seed)
         prepared = self.dataset.prepared
