@@ -302,6 +302,7 @@ FREE = frozenset(
     {"output_dir", "data.eval", "data.index", "data.tile_cache", "batch.micro_size", "batch.micro_tokens"}
     | {f"run.{key}" for key in ("log_every", "save_every", "keep", "resume", "threads", "workers", "feature_cache")}
     | {f"run.{key}" for key in ("eval_every", "eval_generations", "trackers", "engine")}
+    | {f"tokenizer.{key}" for key in ("min_usage", "baseline", "shown", "save_dtype")}
     | {f"run.{key}" for key in ("timeout_minutes", "checkpointing", "compile")}
 )
 """Keys that may change between a run and its resumption: they change speed, memory, reports, and rounding at most."""

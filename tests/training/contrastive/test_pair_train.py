@@ -125,7 +125,7 @@ def test_the_tiny_recipe_runs_from_the_command_line(tmp_path: Path, capsys: pyte
     assert main(["train", recipe, "objective.chank=32"]) != 0
     assert "did you mean" in (said := capsys.readouterr().err).lower() and "chunk" in said
     assert main(["data", "prep", recipe]) != 0
-    assert "is a pair recipe" in capsys.readouterr().err
+    assert "it has the key `objective`" in capsys.readouterr().err
 
 
 def test_a_teacher_pulls_the_vision_encoder(pair_plain: dict[str, Any], pair_recipe: Make, tmp_path: Path) -> None:

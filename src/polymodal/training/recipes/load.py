@@ -12,9 +12,10 @@ from polymodal.errors import ConfigError, first_line, unknown_name
 from polymodal.training.recipes.contrastive import PairRecipe
 from polymodal.training.recipes.sections import RecipeBase
 from polymodal.training.recipes.sft import Recipe
+from polymodal.training.recipes.tokenizer import TokenizerRecipe
 from polymodal.utils.files import regular_size
 
-RECIPES: tuple[type[RecipeBase], ...] = (PairRecipe, Recipe)
+RECIPES: tuple[type[RecipeBase], ...] = (PairRecipe, TokenizerRecipe, Recipe)
 """Every kind of recipe: the first whose `marker` stands in the file, or that has none."""
 
 MAX_BYTES, MAX_VALUES = 10_000_000, 100_000
@@ -32,11 +33,14 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
         The recipe, checked.
 
     Raises:
-        ConfigError: The file is missing or no YAML, a key is unknown, a value is wrong, or it is a pair recipe.
+        ConfigError: The file is missing or no YAML, a key is unknown, a value is wrong, or it is of another kind.
     """
     recipe = load_any_recipe(path, overrides)
     if not isinstance(recipe, Recipe):
-        raise ConfigError(f"{path}: is a pair recipe (it has an `objective`), which only `polymodal train` runs")
+        raise ConfigError(
+            f"{path}: is no recipe of a language model (it has the key `{recipe.marker}`); only `polymodal train` "
+            "runs it"
+        )
     return recipe
 
 
@@ -48,7 +52,7 @@ def load_any_recipe(path: Path | str, overrides: list[str] | None = None) -> Rec
         overrides: `section.key=value` strings; the value is read as YAML.
 
     Returns:
-        The recipe, checked: a `PairRecipe` where it has an `objective`.
+        The recipe, checked: of the first of `RECIPES` whose `marker` it has.
 
     Raises:
         ConfigError: The file is missing or no YAML, a key is unknown, or a value is wrong.
