@@ -258,6 +258,24 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 
 @pytest.fixture(scope="session")
+def drawer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random little language model with the image tokenizer of `tests.drawers`; copy it before you change it."""
+    import torch
+
+    from polymodal.checkpoints.model_folder import save_model
+    from polymodal.config import ModelConfig
+    from polymodal.modeling.build import build_model
+    from tests.drawers import drawer_recipe
+
+    folder = tmp_path_factory.mktemp("drawer")
+    config = ModelConfig.model_validate(drawer_recipe(folder)["init"]["model"])
+    torch.manual_seed(2)
+    model, tokenizer = build_model(config)
+    save_model(folder / "model", model, config, tokenizer, llm_trained=True)
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
 def image_folder() -> Path:
     """The images that ship with the repository."""
     return Path(__file__).resolve().parent.parent / "examples" / "pictures"

@@ -7,6 +7,7 @@
     vision/  audio/         the towers, where they are bundled or were tuned; else references
     tokenizer.json, ...     the tokenizer and its chat template
     qformer_tokenizer/      the tokenizer of a Q-Former that reads the question
+    image_tokenizer/        what a model that makes images turns codes into images with
 
 The *contract* is what must not change between training and use: template, image rules, layer choice, special ids,
 tokenizer. It is stored with its hash; a folder whose contract was changed by hand, or that is asked to load under
@@ -33,7 +34,9 @@ from polymodal.modeling.lora import attach_adapter, fold_in, is_peft, merge_adap
 from polymodal.modeling.pretrained import building
 from polymodal.modeling.projectors.qformer_files import TOKENIZER_FOLDER, load_context_tokenizer
 from polymodal.modeling.quantization import is_quantized
+from polymodal.modeling.tokenizers import save_image_tokenizer
 from polymodal.modeling.vlm import MultimodalLM
+from polymodal.modeling.vocabulary import IMAGE_TOKENIZER
 from polymodal.safety.config_json import check_settings, read_json
 from polymodal.safety.model_folder import OURS, FolderReport, check_folder, refuse_adapter
 from polymodal.utils.files import atomic_folder, whole_path, write_text
@@ -69,6 +72,7 @@ class Document:
     history: list[dict[str, Any]]
     tower: str | None = None  # The fingerprint of a tower that lies elsewhere; None in folders that have none
     audio_tower: str | None = None  # The same of an audio tower
+    image_tokenizer: str | None = None  # The same of the image tokenizer, which lies in the folder
 
 
 def contract_of(
@@ -91,6 +95,7 @@ def contract_of(
         # Not there where there is none, as in folders from before there were videos and sounds.
         **({} if config.video is None else {"video": config.video.model_dump(mode="json")}),
         **({} if config.audio is None else {"audio": config.audio.model_dump(mode="json", exclude=AUDIO_ORIGINS)}),
+        **({} if config.output is None else {"output": config.output.model_dump(mode="json")}),
         **({} if rope is None else {"llm": {"rope_scaling": rope.model_dump(mode="json")}}),
         **({} if context_tokenizer is None else {"context_tokenizer": _hash_vocabulary(context_tokenizer)}),
     }
@@ -128,6 +133,9 @@ def save_model(
     keep_ears = config.audio is not None and (audio_trained or config.audio.audio_tower == "bundled")
     if config.audio is not None:
         config = _with(config, "audio", audio_tower="bundled" if keep_ears else _placed(config.audio.audio_tower))
+    if config.output is not None:
+        image = config.output.image.model_copy(update={"image_tokenizer": "bundled"})
+        config = _with(config, "output", image=image, vocabulary=model.vocabulary)
     if (qformer := config.projector.qformer) is not None:
         # The folder holds the projector and its tokenizer itself, and does not say where they began.
         config = _with(config, "projector", pretrained=None, qformer=qformer.model_copy(update={"tokenizer": None}))
@@ -148,6 +156,8 @@ def save_model(
             model.vision_encoder.save(work / "vision")
         if keep_ears and model.audio_encoder is not None:
             model.audio_encoder.save(work / "audio")
+        if model.image_tokenizer is not None:
+            save_image_tokenizer(model.image_tokenizer, work / IMAGE_TOKENIZER)
         tokenizer.save_pretrained(work)
         if model.context_tokenizer is not None:
             model.context_tokenizer.save_pretrained(work / TOKENIZER_FOLDER)
@@ -162,6 +172,8 @@ def save_model(
             document["tower"] = fingerprint(model.vision_encoder)
         if model.audio_encoder is not None and not keep_ears:
             document["audio_tower"] = fingerprint(model.audio_encoder)
+        if model.image_tokenizer is not None:
+            document["image_tokenizer"] = fingerprint(model.image_tokenizer)
         write_text(work / CONFIG_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -182,6 +194,11 @@ def load_model(folder: Path | FolderReport, quantize: str | None = None) -> Load
                 f"{folder}: trained behind another {kind} tower than {name!r} is now (its weights differ); put the "
                 "tower back, or train again"
             )
+    if model.image_tokenizer is not None and fingerprint(model.image_tokenizer) != document.image_tokenizer:
+        raise CheckpointError(
+            f"{folder / IMAGE_TOKENIZER}: not the image tokenizer that the model was trained with (its weights "
+            "differ), so its codes mean nothing to the model; put the folder back"
+        )
     if own := own_tensors(model):
         tensors = read_tensors(folder / PROJECTOR_NAME)
         if model.audio_encoder is None:  # its package is not installed, or there never was one
@@ -217,7 +234,9 @@ def write_whole(loaded: Loaded, target: Path, *, dtype: torch.dtype | None = Non
     folded = ["adapter"] if is_peft(model.llm) else []
     fold_in(model.llm)
     if dtype is not None:
+        drawing, model.image_tokenizer = model.image_tokenizer, None  # rounded, it would make other codes
         model.to(dtype)
+        model.image_tokenizer = drawing
         config = _with(config, "llm", dtype=str(dtype).removeprefix("torch."))
     save_model(
         target,
@@ -268,7 +287,7 @@ def read_document(folder: Path, document: dict[str, Any] | None = None) -> Docum
     config = parse_config(ModelConfig, document["config"], str(path))
     if config.llm.model_name_or_path == "bundled":
         config = _with(config, "llm", model_name_or_path=str((folder / "llm").resolve()))
-    towers = (document.get("tower"), document.get("audio_tower"))
+    towers = (document.get(key) for key in ("tower", "audio_tower", "image_tokenizer"))
     return Document(config, document["contract"], document["contract_hash"], document["history"], *towers)
 
 

@@ -20,6 +20,9 @@ from polymodal.config.media import TemporalAttentionConfig as TemporalAttentionC
 from polymodal.config.media import TemporalConfig as TemporalConfig
 from polymodal.config.media import VideoConfig as VideoConfig
 from polymodal.config.media import VisionConfig as VisionConfig
+from polymodal.config.output import ImageOutputConfig as ImageOutputConfig
+from polymodal.config.output import OutputConfig as OutputConfig
+from polymodal.config.output import VocabularyLayout as VocabularyLayout
 from polymodal.config.projector import AbstractorConfig as AbstractorConfig
 from polymodal.config.projector import ProjectorConfig as ProjectorConfig
 from polymodal.config.projector import QFormerConfig as QFormerConfig
@@ -134,6 +137,8 @@ class LoraRecipe(Strict):
         use_dora: Train magnitude and direction apart (arXiv:2402.09353).
         load_in_4bit: Keep the frozen language model in 4-bit NormalFloat (QLoRA, arXiv:2305.14314); needs bitsandbytes.
         trainable_tokens: Text or ids whose vocabulary rows are trained too; what the tokenizer lacks takes a spare row.
+            Of a model that makes images, "image" stands for the rows of all codes and specials.
+        only_tokens: Train only those rows in this stage; the adapters are there, but nothing, until the next one.
     """
 
     match: str = "llm.model.layers.*.{q,k,v,o,gate,up,down}_proj"
@@ -146,6 +151,13 @@ class LoraRecipe(Strict):
     use_dora: bool = False
     load_in_4bit: bool = False
     trainable_tokens: tuple[str | int, ...] = ()
+    only_tokens: bool = False
+
+    @model_validator(mode="after")
+    def _some_tokens(self) -> Self:
+        if self.only_tokens and not self.trainable_tokens:
+            raise ValueError("only_tokens: nothing would be trained; name rows in trainable_tokens")
+        return self
 
 
 class ModelConfig(Strict):
@@ -156,6 +168,7 @@ class ModelConfig(Strict):
         image: The image preprocessing; needed where `vision` is.
         video: How videos are seen, with the vision encoder; None for a model that takes none.
         audio: The audio encoder and its projector; None for a model that takes no sound.
+        output: What it makes besides text; None for a model that only writes.
         projector: The vision projector.
         llm: The language model.
         template: The chat template.
@@ -167,6 +180,7 @@ class ModelConfig(Strict):
     image: ImageConfig | None = None
     video: VideoConfig | None = None
     audio: AudioConfig | None = None
+    output: OutputConfig | None = None
     projector: ProjectorConfig = Field(default_factory=ProjectorConfig)
     llm: LLMConfig
     template: TemplateConfig = Field(default_factory=TemplateConfig)
@@ -180,6 +194,20 @@ class ModelConfig(Strict):
         if self.video is not None and self.vision is None:
             raise ValueError("`video` needs `vision`: frames are seen by the vision encoder")
         return self
+
+
+def new_output(config: ModelConfig, output: OutputConfig | None) -> ModelConfig:
+    """Let a model learn to make images; one that does already keeps its tokenizer and its ids."""
+    if output is None or config.output is None:
+        return config if output is None else config.model_copy(update={"output": output})
+    had = config.output.image
+    if output.image.image_tokenizer not in ("bundled", had.image_tokenizer):
+        raise ConfigError(
+            "init.output.image: the model has its image tokenizer already, and its codes mean nothing to another; "
+            "write image_tokenizer: bundled, or leave init.output out"
+        )
+    kept = output.image.model_copy(update={"image_tokenizer": had.image_tokenizer})
+    return config.model_copy(update={"output": config.output.model_copy(update={"image": kept})})
 
 
 def new_senses(config: ModelConfig, video: VideoConfig | None, audio: AudioConfig | None) -> ModelConfig:

@@ -21,6 +21,7 @@ from polymodal.modeling.language_model import load_llm, load_tokenizer
 from polymodal.modeling.projectors import Projector, build_projector
 from polymodal.modeling.projectors.qformer_files import check_stage1, load_context_tokenizer, start_projector
 from polymodal.modeling.vlm import MultimodalLM
+from polymodal.modeling.vocabulary import add_output
 
 
 def build_model(
@@ -50,6 +51,7 @@ def build_model(
         start_projector(projector, config.projector.pretrained)
     model = compose(config, llm, image_token_id_for(config, tokenizer, vocab_size), encoder, projector)
     add_senses(model, config, folder)
+    add_output(model, tokenizer, config, folder)
     if encoder is not None:
         model.context_tokenizer = load_context_tokenizer(config.projector, folder)
     return model, tokenizer

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from polymodal.config import LoraRecipe
+from polymodal.config import LoraRecipe, VocabularyLayout
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.modeling.pretrained import building
 from polymodal.modeling.vlm import MultimodalLM
@@ -71,7 +71,10 @@ def add_adapters(model: nn.Module, lora: LoraRecipe, tokenizer: PreTrainedTokeni
             f"lora.match {lora.match!r} names no layer of this encoder-decoder ({type(llm).__name__}); all its layers "
             f"are lora.match={_every_linear(llm, linears)!r}"
         ) from error
-    rows = token_rows(llm, lora.trainable_tokens, tokenizer)
+    vocabulary: VocabularyLayout | None = getattr(model, "vocabulary", None)
+    named = [token for token in lora.trainable_tokens if vocabulary is None or token != "image"]
+    codes = vocabulary.new_ids if vocabulary is not None and "image" in lora.trainable_tokens else []
+    rows = token_rows(llm, [*named, *codes], tokenizer)
     if present:
         _check_same(present, targets, rows, lora, llm)
         return

@@ -7,7 +7,8 @@ The layout of tiles follows LLaVA-1.5 (arXiv 2310.03744) and LLaVA-NeXT's AnyRes
 padded or re-labelled inside `forward`, and logits are computed only where there is a label. Samples packed in one row
 are kept apart by `polymodal.modeling.packed_attention`; `polymodal.modeling.token_loss` keeps the logits within memory.
 An encoder-decoder language model takes the same sequence; `polymodal.modeling.seq2seq` cuts it before the last answer.
-A video is tiles, one a frame, which pass the temporal encoder before the projector; a sound has both of its own.
+A video is tiles, one a frame, which pass the temporal encoder before the projector; a sound has both of its own. Media
+that the model makes are ids like any other: `polymodal.modeling.vocabulary` makes room for their codes.
 """
 
 import inspect
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from polymodal.config import VocabularyLayout
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.media_plan import AudioPlan, AudioWindow, ImagePlan, MediaPlan, Size, VideoPlan
 from polymodal.modeling.encoders.audio import AudioEncoder
 from polymodal.modeling.encoders.pixel_norm import PixelNorm
-from polymodal.modeling.encoders.video_temporal import TemporalEncoder
+from polymodal.modeling.encoders.video_temporal import TemporalEncoder, look_along_time
 from polymodal.modeling.encoders.vision import VisionEncoder
 from polymodal.modeling.language_model import decoder_start_id
 from polymodal.modeling.merge import lay_out, merge_media
@@ -34,6 +36,7 @@ from polymodal.modeling.packed_attention import SEGMENTS, choose_method, packed_
 from polymodal.modeling.projectors import Projector
 from polymodal.modeling.seq2seq import split_rows, take
 from polymodal.modeling.token_loss import label_losses
+from polymodal.modeling.tokenizers.base import ImageTokenizer
 from polymodal.modeling.touch import touch_audio, touch_images
 from polymodal.utils.modules import frozen
 
@@ -70,6 +73,8 @@ class MultimodalLM(nn.Module):
     Attributes:
         logits_budget: Bytes of logits above which the loss is taken in chunks; None leaves it to the device.
         context_tokenizer: Of a projector that reads the question beside an image; None for one that does not.
+        image_tokenizer: Images to codes and back; None for a model that only writes.
+        vocabulary: Where the codes lie among the language model's ids; comes with the tokenizer.
     """
 
     def __init__(
@@ -99,6 +104,8 @@ class MultimodalLM(nn.Module):
         self._takes_positions = "position_ids" in inspect.signature(llm.forward).parameters
         self.logits_budget: int | None = None
         self.context_tokenizer: PreTrainedTokenizerBase | None = None
+        self.image_tokenizer: ImageTokenizer | None = None
+        self.vocabulary: VocabularyLayout | None = None
         self._packing: str | None = None
         self.pixel_norm: PixelNorm | None = None
         if image_mean is not None and image_std is not None:
@@ -230,7 +237,8 @@ class MultimodalLM(nn.Module):
         if context_ids is not None and len(context_ids) != len(plans):
             raise PolymodalError(f"image: {len(plans)} images and {len(context_ids)} contexts were given")
         features = features.to(next(iter(self.projector.parameters())).dtype)  # images and videos go together again
-        parts = self._look_along_time(list(features.split(counts)), plans)
+        times = [plan.times if isinstance(plan, VideoPlan) else () for plan in plans]
+        parts = look_along_time(self.temporal_encoder, list(features.split(counts)), times)
         projected: list[Tensor] = [features] * len(parts)
         for patches in sorted({part.shape[1] for part in parts}):  # one, but where videos are pooled in space
             some = [number for number, part in enumerate(parts) if part.shape[1] == patches]
@@ -241,20 +249,6 @@ class MultimodalLM(nn.Module):
             for number, tokens in zip(some, tiles.split([len(parts[number]) for number in some]), strict=True):
                 projected[number] = tokens
         return [lay_out(part, plan, self.image_newline) for part, plan in zip(projected, plans, strict=True)]
-
-    def _look_along_time(self, parts: list[Tensor], plans: Sequence[ImagePlan | VideoPlan]) -> list[Tensor]:
-        """Run the temporal encoder on the frames of videos, as many at once as have equally many; images stay."""
-        times = [plan.times if isinstance(plan, VideoPlan) else () for plan in plans]
-        if self.temporal_encoder is None:
-            return parts
-        for length in sorted({len(each) for each in times if each}):
-            some = [number for number, each in enumerate(times) if len(each) == length]
-            frames = torch.stack([parts[number] for number in some])
-            frames = frames.to(next(iter(self.temporal_encoder.parameters()), frames).dtype)
-            seconds = torch.tensor([times[number] for number in some], dtype=torch.float32, device=frames.device)
-            for number, made in zip(some, self.temporal_encoder(frames, seconds), strict=True):
-                parts[number] = made
-        return parts
 
     def project_audio(self, features: Tensor, plans: Sequence[AudioPlan]) -> list[Tensor]:
         """Project sounds.

@@ -30,7 +30,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Endings of files that run code when they are opened as they always were."""
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)[^/]*")
 """What a trainer leaves beside the weights; nobody opens it to run a model."""
-SUBFOLDERS = ("llm", "vision", "audio", "adapter", "qformer_tokenizer")
+SUBFOLDERS = ("llm", "vision", "audio", "adapter", "qformer_tokenizer", "image_tokenizer")
 """Folders inside a model folder that are parts of it."""
 WEIGHTS = "model.safetensors"
 """The weights of a model in one file; beside it an index of shards is not read."""

@@ -49,7 +49,7 @@ def without_places(value: Any) -> Any:
     return _PATH.sub(r"\1", value)
 
 
-PART_KEYS = {"vision_tower", "audio_tower", "model_name_or_path", "pretrained", "tokenizer", "bert"}
+PART_KEYS = {"vision_tower", "audio_tower", "model_name_or_path", "pretrained", "tokenizer", "bert", "image_tokenizer"}
 """Keys of models whose values are folders, files or hub ids."""
 
 Parts = BeforeValidator(full_names)

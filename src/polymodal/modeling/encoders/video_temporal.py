@@ -14,7 +14,7 @@ and come out as zeros. What comes out is known beforehand: `output_frames` and `
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -247,6 +247,23 @@ def build_temporal(config: TemporalConfig, embed_dim: int, grid: Size, max_frame
     if config.type not in TEMPORAL_ENCODERS:
         raise unknown_name("temporal encoder", config.type, TEMPORAL_ENCODERS)
     return TEMPORAL_ENCODERS[config.type](config, embed_dim, grid, max_frames)
+
+
+def look_along_time(
+    encoder: TemporalEncoder | None, parts: list[Tensor], times: Sequence[Sequence[float]]
+) -> list[Tensor]:
+    """Run the encoder on the frames of videos, as many at once as have equally many; images, without times, stay."""
+    if encoder is None:
+        return parts
+    parts = [*parts]
+    for length in sorted({len(each) for each in times if each}):
+        some = [number for number, each in enumerate(times) if len(each) == length]
+        frames = torch.stack([parts[number] for number in some])
+        frames = frames.to(next(iter(encoder.parameters()), frames).dtype)
+        seconds = torch.tensor([times[number] for number in some], dtype=torch.float32, device=frames.device)
+        for number, made in zip(some, encoder(frames, seconds), strict=True):
+            parts[number] = made
+    return parts
 
 
 def _check(encoder: Any, features: Tensor, times: Tensor | None, frame_mask: Tensor | None) -> None:
