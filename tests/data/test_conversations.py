@@ -263,7 +263,7 @@ def test_requests_cannot_name_files(path: str) -> None:
         (llava("Q", "A", image="a"), "0 <image> placeholders but 1 items in `image`"),
         (llava("<image>", "A"), "1 <image> placeholders but no `image` key"),
         (llava("<image>", "A", image=None), "1 <image> placeholders but no `image` key"),
-        (llava("Q", "<image>", image="a"), r"conversations\[1\]: <image> in a turn of the assistant"),
+        (llava("Q", "<video>", video="a"), r"conversations\[1\]: <video> in a turn of the assistant"),
         (llava("Q", "A", image="a", images=["b"]), "both `image` and `images`"),
         (llava("<image>", "A", image="../a"), r"`image`\[0\]: '../a' leaves the folder"),
         (llava("<image>", "A", image="b/../../a"), "leaves the folder"),
@@ -298,7 +298,7 @@ def test_requests_cannot_name_files(path: str) -> None:
             {
                 "messages": [
                     {"role": "user", "content": "Q"},
-                    {"role": "assistant", "content": [{"type": "image", "path": "a"}]},
+                    {"role": "assistant", "content": [{"type": "video", "path": "a"}]},
                 ]
             },
             r"messages\[1\].content\[0\]: media in a turn of the assistant",

@@ -378,7 +378,7 @@ class SlowTokenizer:
         ([user(CAT)], [], "has 1 images or other media, but 0 token counts"),
         ([user("Q")], [4], "has 0 images or other media, but 1 token counts"),
         ([user(CAT)], [0], "at least one token"),
-        ([user("Q"), assistant(CAT)], [1], "message 2: an image in an assistant's message is not supported yet"),
+        ([user("Q"), assistant(CAT)], [1], "message 2: an image in an assistant's message is not supported here"),
         ([user(Document("a.pdf"))], [], "message 1: a document was not turned into its pages"),
         ([], [], "the conversation is empty"),
         ([user("\ud83d")], [], "message 1: the text holds half of a surrogate pair"),

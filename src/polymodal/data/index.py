@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 
+from polymodal.data.arrays import GrowingArray, open_array
 from polymodal.data.load import iter_rows, record_from_json, record_to_json, row_record
 from polymodal.data.readers.base import RawRow
 from polymodal.data.readers.conversations import Record
@@ -241,6 +241,7 @@ def identity(reading: Reading, processor: Processor) -> dict[str, Any]:
         **({"context": processor.context.identity} if processor.context is not None else {}),
         **{kind: rules.model_dump(mode="json") for kind, rules in senses.items() if rules is not None},
         **({} if processor.window is None else {"window": dataclasses.asdict(processor.window)}),
+        **({} if processor.codes is None else {"codes": processor.codes.identity}),
     }
 
 
@@ -294,6 +295,22 @@ def build(
         else:
             writer.add(row.number, record, result)
     writer.close(about)
+    if processor.codes is not None:
+        verify_codes(Index(work), processor)
+
+
+def verify_codes(index: Index, processor: Processor, rows: int = 16) -> None:
+    """Decode the codes of some rows of a new index, as they lie on disk, and compare with the rows' images."""
+    codes, left = processor.codes, rows
+    for row in range(len(index)) if codes is not None else ():
+        parts, ids = processor.made_of_codes(index.record(row).messages), index.sample(row).input_ids.tolist()
+        starts = [place for place, i in enumerate(ids) if codes is not None and i == codes.begin]
+        assert codes is not None and len(starts) == len(parts)  # nothing else is written with `<boi>`
+        for start, part in zip(starts, parts, strict=True):
+            codes.verify(part.source, ids[start : start + codes.count + 2], f"{index.folder}: row {row}")
+        left -= bool(parts)
+        if not left:
+            return
 
 
 def refuse(faults: Sequence[dict[str, Any]], skip_errors: bool) -> None:
@@ -399,43 +416,6 @@ def stat_of(path: str) -> list[int]:
     except OSError:
         return [-1, 0]
     return [info.st_size, info.st_mtime_ns]
-
-
-class GrowingArray:
-    """Writes an .npy file row by row; the header's room for the number of rows is filled in at the end."""
-
-    def __init__(self, path: Path, dtype: str, row: tuple[int, ...] = ()) -> None:
-        self.dtype, self.row, self.rows = np.dtype(dtype), row, 0
-        self._file = path.open("wb")
-        self._header()
-
-    def append(self, values: np.ndarray) -> None:
-        """Append rows: [n, *row]."""
-        block = np.ascontiguousarray(values, dtype=self.dtype).reshape(-1, *self.row)
-        self._file.write(block.tobytes())
-        self.rows += len(block)
-
-    def close(self) -> None:
-        """Write the final header and close the file."""
-        end = self._file.tell()
-        self._file.seek(0)
-        length = self._header()
-        assert end == length + self.rows * self.dtype.itemsize * int(np.prod(self.row, initial=1))
-        self._file.close()
-
-    def _header(self) -> int:
-        # NumPy pads the header so that its length does not depend on the number of rows.
-        header = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.rows, *self.row)}
-        npy.write_array_header_1_0(self._file, header)
-        return self._file.tell()
-
-
-def open_array(path: Path) -> np.ndarray:
-    """Map an .npy file into memory, for reading."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
-    except ValueError:  # nothing can be mapped of an array without rows
-        return np.load(path, allow_pickle=False)  # type: ignore[no-any-return]
 
 
 def _read_lines(path: Path) -> Iterator[Any]:

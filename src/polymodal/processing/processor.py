@@ -12,13 +12,14 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import ModelConfig, TemplateConfig
-from polymodal.errors import ConfigError
+from polymodal.errors import ConfigError, DataError
 from polymodal.media.video import probe
 from polymodal.media_plan import AudioWindow, ImagePlan, Size, VideoPlan, plan_image
-from polymodal.messages import Message, Part, Text, Video
+from polymodal.messages import Image, Message, Part, Text, Video
 from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.processing.collate import Sample
 from polymodal.processing.document_pages import unread
+from polymodal.processing.image_codes import ImageCodes
 from polymodal.processing.media_parts import Opened, Pixels, expand, only_image, open_media
 
 
@@ -67,6 +68,8 @@ class Processor:
         context_tokenizer: Of a projector that reads the question beside an image; None for one that does not.
         positions: Most tokens that the language model was made for; None where it has no limit, or none is known.
         window: What the audio encoder takes at once; None for a model without one.
+        codes: How images become ids, of assistants and, without a vision encoder or where it is wanted, of users; None
+            for a model that only writes.
     """
 
     def __init__(
@@ -79,8 +82,10 @@ class Processor:
         context_tokenizer: PreTrainedTokenizerBase | None = None,
         positions: int | None = None,
         window: AudioWindow | None = None,
+        codes: ImageCodes | None = None,
     ) -> None:
         self.config = config
+        self.codes = codes
         self.positions = positions
         self.window = window
         self.tokenizer = tokenizer
@@ -102,12 +107,13 @@ class Processor:
     ) -> Sample:
         """Process one conversation; raises `PolymodalError` where a part or the template does not take it."""
         messages = expand(messages, self.config)
-        parts = [part for message in messages for part in message.media]
-        opened = [open_media(part, self.config, self.tokens, self.window, alone=only_image(parts)) for part in parts]
+        as_codes = [self._made_of_codes(message, part) for message in messages for part in message.media]
+        opened = self._opened(messages)
         messages = self._with_times(messages, opened)
-        rendered = self.template.render(
-            messages, [medium.plan.num_tokens for medium in opened], add_generation_prompt=add_generation_prompt
-        )
+        counts = (medium.plan.num_tokens for medium in opened)
+        ids = iter([self.codes.encode(part.source) for part in self._of_codes(messages)] if self.codes else [])
+        taken = [next(ids) if as_code else next(counts) for as_code in as_codes]
+        rendered = self.template.render(messages, taken, add_generation_prompt=add_generation_prompt)
         loss_mask = torch.tensor(rendered.loss_mask, dtype=torch.bool)
         if self.last_answer_only:
             last = next((message.train for message in reversed(messages) if message.role == "assistant"), True)
@@ -121,21 +127,75 @@ class Processor:
             sounds=tuple(medium.windows for medium in opened if medium.windows is not None) if pixels else None,
             media_keys=tuple(medium.key for medium in opened),
             id=id,
-            contexts=self.context(messages) if self.context is not None else (),
+            contexts=self.context(self.seen(messages)) if self.context is not None else (),
         )
+
+    def media(self, messages: Sequence[Message]) -> list[Opened]:
+        """Open the media of a conversation that an encoder reads.
+
+        Args:
+            messages: The conversation.
+
+        Returns:
+            What its `Sample` has of them, in order.
+        """
+        return self._opened(expand(unread(messages), self.config))
+
+    def _opened(self, messages: Sequence[Message]) -> list[Opened]:
+        parts = [part for message in self.seen(messages) for part in message.media]
+        return [open_media(part, self.config, self.tokens, self.window, alone=only_image(parts)) for part in parts]
 
     def medium(self, messages: Sequence[Message], place: int) -> Opened:
         """Open one medium of a conversation alone.
 
         Args:
             messages: The conversation.
-            place: Which of its media, documents counted by their pages.
+            place: Which of its media that are no codes, documents counted by their pages.
 
         Returns:
             What the whole conversation's `Sample` has of it.
         """
-        parts = [part for message in expand(unread(messages), self.config) for part in message.media]
+        parts = [part for each in self.seen(expand(unread(messages), self.config)) for part in each.media]
         return open_media(parts[place], self.config, self.tokens, self.window, alone=only_image(parts))
+
+    def _made_of_codes(self, message: Message, part: Part) -> bool:
+        """Whether a medium is written as ids; refuses an answer's image where the model makes none."""
+        answer = message.role == "assistant"
+        if answer and isinstance(part, Image) and self.codes is None:
+            raise DataError(
+                "an image in the assistant's turn, and this model makes none: give it an image tokenizer (init.output "
+                "of a recipe), or move the image to a question",
+                "misplaced-medium",
+            )
+        if self.codes is None or not isinstance(part, Image):
+            return False
+        return answer or self.config.image is None or self.codes.config.questions == "codes"
+
+    def made_of_codes(self, messages: Sequence[Message]) -> list[Image]:
+        """Find what of a conversation is written as ids.
+
+        Args:
+            messages: The conversation.
+
+        Returns:
+            The images, in order; pages of documents among them.
+        """
+        return self._of_codes(expand(unread(messages), self.config))
+
+    def _of_codes(self, messages: Sequence[Message]) -> list[Image]:
+        found = [(each, part) for each in messages for part in each.media]
+        return [part for each, part in found if isinstance(part, Image) and self._made_of_codes(each, part)]
+
+    def seen(self, messages: Sequence[Message]) -> list[Message]:
+        """Leave out what is written as ids.
+
+        Args:
+            messages: A conversation, documents as their pages.
+
+        Returns:
+            Its texts, and the media that an encoder reads.
+        """
+        return [replace(m, parts=tuple(p for p in m.parts if not self._made_of_codes(m, p))) for m in messages]
 
     def _with_times(self, messages: Sequence[Message], opened: Sequence[Opened]) -> Sequence[Message]:
         """Tell the model about each video, where its configuration says how."""
@@ -143,8 +203,9 @@ class Processor:
             return messages
         media = iter(opened)
 
-        def told(part: Part) -> tuple[Part, ...]:
-            plan = None if isinstance(part, Text) else next(media).plan
+        def told(message: Message, part: Part) -> tuple[Part, ...]:
+            bare = isinstance(part, Text) or self._made_of_codes(message, part)
+            plan = None if bare else next(media).plan
             if not isinstance(part, Video) or not isinstance(plan, VideoPlan):
                 return (part,)
             times = ", ".join(f"{time:.2f}s" for time in plan.times)
@@ -152,7 +213,7 @@ class Processor:
             text = said.format(duration=duration, num_frames=len(plan.times), times=times)
             return Text(text), part
 
-        return [replace(each, parts=tuple(new for part in each.parts for new in told(part))) for each in messages]
+        return [replace(each, parts=tuple(new for part in each.parts for new in told(each, part))) for each in messages]
 
     def with_template(self, template: str | TemplateConfig | None) -> Processor:
         """The same processor under another chat template.
@@ -178,7 +239,10 @@ class Processor:
         Returns:
             The processor.
         """
-        more = (self.last_answer_only, self.context_tokenizer, self.positions, self.window)
+        codes = self.codes
+        if codes is not None and config.output is not None and config.output.image != codes.config:
+            codes = ImageCodes(codes.tokenizer, codes.vocabulary, config.output.image)
+        more = (self.last_answer_only, self.context_tokenizer, self.positions, self.window, codes)
         return Processor(config, self.tokenizer, self.tokens, self.image_token_id, *more)
 
     def longest(self, max_length: int) -> int:

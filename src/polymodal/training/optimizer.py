@@ -57,6 +57,9 @@ def apply_policy(
         rule_of = by_id.get(id(parameter))
         source: RuleConfig | LoraRecipe
         if lora is not None and LORA_MARK in name:
+            parameter.requires_grad_(not lora.only_tokens)
+            if lora.only_tokens:
+                continue
             source, group = lora, "lora"
         elif lora is not None and f"{ROWS_MARK}trainable_tokens_delta." in name:
             source, group = lora, "tokens"

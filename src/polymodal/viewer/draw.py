@@ -16,7 +16,7 @@ from polymodal.media.video import MOST_SHOWN, Frames
 from polymodal.media_plan import AudioPlan, Box, ImagePlan, Size, VideoPlan
 from polymodal.messages import Message
 from polymodal.processing.image_transform import tile_images
-from polymodal.processing.media_parts import Opened, expand, frame_rules, only_image, open_media
+from polymodal.processing.media_parts import Opened, frame_rules
 from polymodal.processing.processor import Processor
 
 MARGIN = 16
@@ -31,9 +31,7 @@ PAPER, INK, EMPTY = (255, 255, 255), (40, 40, 40), (225, 225, 225)
 
 def draw_media(processor: Processor, messages: Sequence[Message]) -> list[Image.Image]:
     """Open what a conversation shows and plays again, for the eye this time, and draw each medium's plan."""
-    parts = [part for message in expand(messages, processor.config) for part in message.media]
-    more = (processor.config, processor.tokens, processor.window)
-    return [draw_medium(open_media(part, *more, alone=only_image(parts)), processor.config) for part in parts]
+    return [draw_medium(medium, processor.config) for medium in processor.media(messages)]
 
 
 def draw_medium(medium: Opened, config: ModelConfig) -> Image.Image:

@@ -77,6 +77,14 @@ def view_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase, drawings: Se
             cells.append(Cell("media", f"{slot.modality} {number}", position, tuple(ids[position:end])))
         else:
             kind: Kind = "trained" if trained[position] else "text"
+            codes = 0
+            while position + codes < len(ids) and ids[position + codes] >= len(tokenizer):
+                codes += 1
+            if codes:
+                end = position + codes
+                cells.append(Cell(kind, f"⟨{codes} codes⟩", position, tuple(ids[position:end]), special=True))
+                position = end
+                continue
             limit = min(len(ids), position + _LONGEST_CHARACTER)
             stops = [p for p in range(position + 1, limit) if p in starts or trained[p] != trained[position]]
             end, text = _piece(ids, position, stops[0] if stops else limit, tokenizer)

@@ -57,7 +57,9 @@ FAULTS: dict[str, Fault] = {
     "role-order": Fault("drop", "roles not in turn", "start with the user, then let user and assistant take turns"),
     "placeholder-count": Fault("drop", "placeholders and media differ", "write <image>, <video>, ... once for each"),
     "unsupported-key": Fault("drop", "a key that cannot be followed", "write it into the text, or take it out"),
-    "misplaced-medium": Fault("drop", "a medium outside the user's turns", "move <image> to a question"),
+    "misplaced-medium": Fault(
+        "drop", "a medium outside the user's turns", "move it to a question, or train a model that makes images"
+    ),
     # What is said.
     "no-answer": Fault("drop", "no answer", "add the assistant's turn; there is nothing to learn from a question"),
     "empty-answer": Fault("drop", "an empty answer", "write the answer; training on it teaches the model to be silent"),
@@ -192,10 +194,11 @@ def make_inspector(processor: Processor, max_length: int) -> Callable[[Record], 
             kinds = {type(part) for message in messages for part in message.media} - {Image}
             is_sound, is_config = kinds == {Audio}, isinstance(error, ConfigError)
             code = _code_of(error, "audio" if is_sound else "video") if kinds and not is_config else ""
-            code = code or ("bad-setting" if kinds and is_config else "template-refused")
+            code = code or ("bad-setting" if kinds and is_config else error.code or "template-refused")
             return replace(media, findings=(*findings, Finding(code, str(error))))
         if any("reasoning_content" in message.fields or "</think>" in message.text for message in messages[:-1]):
-            dropped = processor.template.render(messages, [plan.num_tokens for plan in sample.plans]).dropped
+            seen = processor.seen(messages)
+            dropped = processor.template.render(seen, [plan.num_tokens for plan in sample.plans]).dropped
             if dropped:
                 reason = f"turn {dropped[0] + 1}: its reasoning is left out, since a question follows"
                 findings.append(Finding("dropped-reasoning", reason))

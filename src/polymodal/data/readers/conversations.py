@@ -35,7 +35,7 @@ from typing import Any
 from polymodal.data.readers.base import MEDIA, SOURCES, kind_of, listed, media_keys, medium_of, settings_of, shown
 from polymodal.data.readers.tools import CALLS, call_turn, check_turns, says_nothing, tools_of, turn_fields
 from polymodal.errors import DataError
-from polymodal.messages import Audio, Media, Message, Part, Role, Text
+from polymodal.messages import Audio, Image, Media, Message, Part, Role, Text
 
 _ROLES: dict[str, Role] = {
     "human": "user",
@@ -326,8 +326,8 @@ def _split(text: str, role: Role, pool: _Pool, spot: str, *, newline: bool) -> I
         kind = match[1]
         if not pool.holds(kind):
             continue
-        if role != "user":
-            problem = f"<{kind}> in a turn of the {role}; media can only be in the user's turns"
+        if role != "user" and (role, kind) != ("assistant", "image"):
+            problem = f"<{kind}> in a turn of the {role}; media can only be in the user's turns, images in answers too"
             raise DataError(f"{spot}: {problem}", "misplaced-medium")
         before = text[position : match.start()]
         position = match.end()
@@ -352,8 +352,8 @@ def _parts(content: Any, role: Role, spot: str, image_root: Path | None, pool: _
     for index, entry in enumerate(content):
         at = f"{spot}.content[{index}]"
         part = _part(entry, at, image_root, pool)
-        if not isinstance(part, Text) and role != "user":
-            problem = f"media in a turn of the {role}; media can only be in the user's turns"
+        if not isinstance(part, Text) and role != "user" and (role != "assistant" or not isinstance(part, Image)):
+            problem = f"media in a turn of the {role}; media can only be in the user's turns, images in answers too"
             raise DataError(f"{at}: {problem}", "misplaced-medium")
         if part is not None and part != Text(""):
             parts.append(part)

@@ -28,8 +28,9 @@ Rules worth knowing:
 - The beginning-of-sequence token is there when the template writes it, as in `apply_chat_template`.
 """
 
+import itertools
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -98,21 +99,27 @@ class ChatTemplate:
         return ChatTemplate, self._made_from
 
     def render(
-        self, messages: Sequence[Message], media_tokens: Sequence[int] = (), *, add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        media_tokens: Sequence[int | Sequence[int]] = (),
+        *,
+        add_generation_prompt: bool = False,
     ) -> Rendered:
-        """Tokenise a conversation; `media_tokens` is the number of placeholders of each medium."""
+        """Tokenise a conversation; `media_tokens` is how many placeholders each medium takes, or its ids as codes."""
         if not messages:
             raise PolymodalError("the conversation is empty; give at least one message")
         if any(message.fields or message.role == "tool" for message in messages):
             places.require(messages, self._places, self._name)
-        turns = self._turns(messages)
-        given = sum(piece.text is None for turn in turns for piece in turn.pieces)
+        turns = self._turns(messages, iter(media_tokens))
+        given = sum(len(message.media) for message in messages)
         if given != len(media_tokens):
             raise PolymodalError(
                 f"the conversation has {given} images or other media, but {len(media_tokens)} token counts were given"
             )
-        if any(count < 1 for count in media_tokens):
-            raise PolymodalError(f"an image needs at least one token; token counts given: {list(media_tokens)}")
+        counts = [count for count in media_tokens if isinstance(count, int)]
+        codes = [ids for ids in media_tokens if not isinstance(ids, int)]
+        if any(count < 1 for count in counts):
+            raise PolymodalError(f"an image needs at least one token; token counts given: {counts}")
         if add_generation_prompt and turns and turns[-1].role == "assistant":
             raise PolymodalError("the conversation ends with an answer; add a user message to ask for another")
         own = add_generation_prompt and (self._config.own_generation_prompt or bool(self._opening.prompt))
@@ -124,8 +131,9 @@ class ChatTemplate:
             if cut_before_answer:
                 version = [*version, Turn("assistant", (Piece("assistant", len(messages), ""),))]
             try:
+                out = Writer(self._tokens, codes)
                 return self._emit(
-                    version, tools, media_tokens, silent, stop_before_last=cut_before_answer, add_generation_prompt=own
+                    out, version, tools, counts, silent, stop_before_last=cut_before_answer, add_generation_prompt=own
                 )
             except UnsafeTemplateError:
                 raise
@@ -139,9 +147,10 @@ class ChatTemplate:
         """What the template has a place for beside text and images: the field of a message, and its name for it."""
         return {} if self._preset else places.find(self._jinja, self.style)
 
-    def _turns(self, messages: Sequence[Message]) -> list[Turn]:
+    def _turns(self, messages: Sequence[Message], media: Iterator[int | Sequence[int]]) -> list[Turn]:
         """Check the messages, and add the default system message."""
         turns: list[Turn] = []
+        numbers = itertools.count()  # of media that are made of codes
         default = self._config.default_system
         if default is not None and not self._media_only and messages[0].role != "system":
             turns.append(Turn("system", (Piece("system", -1, default),)))
@@ -149,7 +158,7 @@ class ChatTemplate:
             if not self._media_only or message.role != "system":
                 fields = {key: value for key, value in message.fields.items() if key in places.AS_THEY_ARE}
                 nothing = "" if message.parts or not message.tool_calls else None
-                pieces = self._pieces(message, index)
+                pieces = self._pieces(message, index, media, numbers)
                 turns.append(Turn(message.role, pieces, self._tokens.disguised(fields), nothing))
             elif message.media:
                 raise PolymodalError(f"message {index + 1}: the plain template has no place for a system's image")
@@ -157,8 +166,11 @@ class ChatTemplate:
             check_plain(messages)
         return turns
 
-    def _pieces(self, message: Message, index: int) -> tuple[Piece, ...]:
+    def _pieces(
+        self, message: Message, index: int, media: Iterator[int | Sequence[int]], numbers: Iterator[int]
+    ) -> tuple[Piece, ...]:
         """A message's texts and images; neighbouring texts are joined, so that they are tokenised as one."""
+        # Media made of codes are text to the template, which has no place for an assistant's images.
         pieces: list[Piece] = []
 
         def add_text(text: str) -> None:
@@ -174,10 +186,12 @@ class ChatTemplate:
                     add_text(part.text)
             elif isinstance(part, Document):
                 raise PolymodalError(f"{where}: a document was not turned into its pages; let the processor do it")
+            elif not isinstance(next(media, 1), int):
+                add_text(self._tokens.codes(next(numbers)))
             elif message.role == "assistant":
                 what = "an image" if isinstance(part, Image) else f"a {type(part).__name__.lower()} part"
                 raise PolymodalError(
-                    f"{where}: {what} in an assistant's message is not supported yet; put it in a user's message"
+                    f"{where}: {what} in an assistant's message is not supported here; put it in a user's message"
                 )
             else:
                 pieces.append(Piece(message.role, index, None, modality=type(part).__name__.lower()))
@@ -198,6 +212,7 @@ class ChatTemplate:
 
     def _emit(
         self,
+        out: Writer,
         turns: list[Turn],
         tools: Sequence[Any],
         media_tokens: Sequence[int],
@@ -209,7 +224,6 @@ class ChatTemplate:
         """Render, cut at the markers, and tokenise piece by piece."""
         pieces = [piece for turn in turns for piece in turn.pieces]
         last = len(pieces) - 1 if stop_before_last else len(pieces)
-        out = Writer(self._tokens)
         cuts = self._jinja.cuts(turns, self.style, tools, add_generation_prompt=add_generation_prompt)
         places.check(cuts, turns, tools)
         asked = max((piece.message for piece in pieces if piece.role == "user"), default=-1)
@@ -246,7 +260,7 @@ class ChatTemplate:
                 out.out.dropped += (pieces[expected].message,)
                 expected += 1
             if marked != expected:
-                raise _misplaced(pieces, expected, marked)
+                raise places.misplaced(pieces, expected, marked)
             if marked == last:
                 return out.flush()
             expected += 1
@@ -262,7 +276,7 @@ class ChatTemplate:
                 out.text(text, trained=True, space=gap)
             said = piece if piece.role == "assistant" and text is not None else None
         if expected != len(pieces):
-            raise _misplaced(pieces, expected, None)
+            raise places.misplaced(pieces, expected, None)
         return out.flush()
 
     def _opening_of(self, answer: Piece, turns: Sequence[Turn], tools: Sequence[Any]) -> _Opening:
@@ -333,7 +347,7 @@ class ChatTemplate:
             elif expected >= len(pieces) or pieces[expected].text is not None:
                 image = next((piece for piece in pieces[expected:] if piece.text is None), None)
                 if image is not None and image.message != pieces[expected].message:  # a whole message is missing
-                    raise _misplaced(pieces, expected, None)
+                    raise places.misplaced(pieces, expected, None)
                 raise PolymodalError(
                     "the chat template places images elsewhere than the conversation does "
                     "(some templates put all images first); move the images to where the template wants them"
@@ -430,18 +444,3 @@ class ChatTemplate:
 
 def _end_of(text: str) -> str:
     return text if len(text) <= 60 else f"...{text[-60:]}"
-
-
-def _misplaced(pieces: list[Piece], expected: int, marked: int | None) -> PolymodalError:
-    """Say what a template did to the content."""
-    if expected >= len(pieces):
-        return PolymodalError("the chat template writes some of the content twice; choose another template")
-    piece = pieces[expected]
-    what = "image" if piece.text is None else "text"
-    what = "call" if piece.field == "tool_calls" else what
-    who = f"the {piece.role}'s {what} (message {piece.message + 1})"
-    if piece.message < 0:
-        who = "the default system message"
-    if marked is not None and marked < expected:
-        return PolymodalError(f"the chat template repeats or moves content before {who}; choose another template")
-    return PolymodalError(f"the chat template drops or moves {who}; change the conversation or choose another template")

@@ -323,6 +323,14 @@ class PieceTokenizer:
             return text
         return re.sub(f"{self._nonce}c(\\d+)x", lambda match: self._names[int(match[1])], text)
 
+    def codes(self, number: int) -> str:
+        """What stands in a text for a medium that is made of codes; nobody can type it."""
+        return f"{self._nonce}m{number}x"
+
+    def at_codes(self, text: str) -> list[str]:
+        """A text cut where such media stand: text, number, text, number, ..., text."""
+        return re.split(f"{self._nonce}m(\\d+)x", text) if self._nonce in text else [text]
+
     def strips(self, token: int, side: Literal["lstrip", "rstrip"]) -> bool:
         """Whether a control token takes the white space beside it away."""
         return token in self._control and bool(self._control[token][side])

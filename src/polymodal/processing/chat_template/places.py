@@ -166,3 +166,18 @@ def _leaves(value: Any) -> Iterator[Any]:
 def _holds(written: str, leaf: Any) -> bool:
     forms = (leaf, *in_json(leaf)) if isinstance(leaf, str) else (json.dumps(leaf), str(leaf))
     return any(form in written for form in forms)
+
+
+def misplaced(pieces: Sequence[Piece], expected: int, marked: int | None) -> PolymodalError:
+    """Say what a template did to the content."""
+    if expected >= len(pieces):
+        return PolymodalError("the chat template writes some of the content twice; choose another template")
+    piece = pieces[expected]
+    what = "image" if piece.text is None else "text"
+    what = "call" if piece.field == "tool_calls" else what
+    who = f"the {piece.role}'s {what} (message {piece.message + 1})"
+    if piece.message < 0:
+        who = "the default system message"
+    if marked is not None and marked < expected:
+        return PolymodalError(f"the chat template repeats or moves content before {who}; choose another template")
+    return PolymodalError(f"the chat template drops or moves {who}; change the conversation or choose another template")

@@ -25,9 +25,10 @@ class Rendered:
 class Writer:
     """Writes a conversation down; text waits until a control token, an image or a border of the loss ends it."""
 
-    def __init__(self, tokens: PieceTokenizer) -> None:
+    def __init__(self, tokens: PieceTokenizer, codes: Sequence[Sequence[int]] = ()) -> None:
         self.out = Rendered()
         self._tokens = tokens
+        self._codes = codes  # The ids of each medium that is made of codes
         self._text, self._trained, self._own = "", False, True
         self._space: str | None = None  # what stands before the waiting text where that begins with an answer
         self._stripped = False  # the control token before takes the white space after it
@@ -38,7 +39,15 @@ class Writer:
         if trained != self._trained or space is not None:
             self.flush()
             self._trained, self._space = trained, space
-        text = self._tokens.restored(text)
+        text, *codes = self._tokens.at_codes(self._tokens.restored(text))
+        self._add(text, own)
+        for number, after in zip(codes[::2], codes[1::2], strict=True):
+            self.flush()
+            self.out.add(self._codes[int(number)], trained=trained and not self.silent)
+            self._stripped, self._trained = False, trained
+            self._add(after, own)
+
+    def _add(self, text: str, own: bool) -> None:
         if self._stripped and not self._text:
             text = text.lstrip()
         if text:

@@ -108,7 +108,7 @@ class InitBase(Strict):
     def _one_source(self) -> Self:
         if (self.from_folder is None) == (self.model is None):
             raise ValueError("give exactly one of `from` (a folder or hub id) and `model` (a configuration)")
-        for key in ("image", "template", "video", "audio"):
+        for key in ("image", "template", "video", "audio", "output"):
             if getattr(self, key, None) is not None and self.model is not None:
                 raise ValueError(f"`{key}` goes with `from`; a new model's is `model.{key}`")
         return self

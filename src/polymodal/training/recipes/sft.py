@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from polymodal.config import AudioConfig, LoraRecipe, ModelConfig, Strict, TemplateConfig, VideoConfig
+from polymodal.config import AudioConfig, LoraRecipe, ModelConfig, OutputConfig, Strict, TemplateConfig, VideoConfig
 from polymodal.training.recipes.sections import MAX_BATCH, MAX_STEPS, MAX_TOKENS, DataBase, InitBase, RecipeBase
 from polymodal.utils.paths import Parts
 
@@ -20,12 +20,14 @@ class InitConfig(InitBase):
             captioner (BLIP-2's second stage) is tuned to converse.
         video: With `from`: how the model sees videos from this stage on, with a new temporal encoder where it had none.
         audio: With `from`: gives a model that hears nothing an audio encoder and its projector.
+        output: With `from`: gives a model that only writes an image tokenizer, and rows for its codes.
     """
 
     model: Annotated[ModelConfig | None, Parts] = None
     template: TemplateConfig | None = None
     video: VideoConfig | None = None
     audio: AudioConfig | None = None
+    output: OutputConfig | None = None
 
 
 class DataConfig(DataBase):
@@ -34,9 +36,12 @@ class DataConfig(DataBase):
     Attributes:
         template: A chat template for this stage only ("plain" for captions in stage 1); the model keeps its own.
         max_length: Records with more tokens are left out and counted, since cutting could cut an image.
+        condition_dropout: Part of the rows that ask for an image in words alone which is trained without the words, so
+            that drawing can be guided (arXiv:2207.12598); drawn anew in each step.
     """
 
     template: str | None = None
+    condition_dropout: float = Field(default=0.1, ge=0, lt=1)
     max_length: int = Field(default=2048, gt=1, le=MAX_TOKENS)
 
 

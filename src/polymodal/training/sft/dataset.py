@@ -24,10 +24,12 @@ from polymodal.errors import DataError, PolymodalError
 from polymodal.media_plan import AudioPlan
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Batch, Sample, collate, collate_packed, stack_windows
+from polymodal.processing.image_codes import empty_condition
 from polymodal.processing.media_parts import Opened
 from polymodal.processing.processor import Processor
 from polymodal.training.feature_cache import Broken, FeatureStore, fill_missing, together
 from polymodal.training.recipes.sft import DataConfig
+from polymodal.training.sft.conditions import without_condition
 from polymodal.utils.files import write_text
 from polymodal.utils.progress import log
 from polymodal.utils.threads import Progress, ahead
@@ -162,12 +164,16 @@ def with_pixels(record: Record, sample: Sample, processor: Processor) -> Sample:
     if not sample.plans:
         return sample
     try:
-        again = processor(record.messages, id=record.id, pixels="uint8")
+        media = processor.media(record.messages)
     except PolymodalError as error:
         raise type(error)(f"record {record.id}: {error}", error.code) from error
-    if again.media_keys != sample.media_keys:
+    if tuple(medium.key for medium in media) != sample.media_keys:
         raise DataError(f"record {record.id}: its image or sound changed on disk while training")
-    return replace(sample, pixels=again.pixels, sounds=again.sounds)
+    return replace(
+        sample,
+        pixels=tuple(medium.tiles("uint8") for medium in media if medium.tiles is not None),
+        sounds=tuple(medium.windows for medium in media if medium.windows is not None),
+    )
 
 
 def turn_of_target(sample: Sample) -> np.ndarray:  # -> [R]
@@ -247,7 +253,12 @@ class SFTDataset:
 
     def named_batch(self, indices: np.ndarray) -> NamedBatch:
         """A batch, and what its targets are called in the log."""
+        dropped, indices = indices < 0, np.where(indices < 0, ~indices, indices)
         samples = [self.sample(int(index)) for index in indices]
+        if (codes := self.processor.codes) is not None:
+            start = empty_condition(self.processor.tokenizer)
+            pairs = zip(samples, dropped, strict=True)
+            samples = [without_condition(each, codes.begin, start) if bare else each for each, bare in pairs]
         kinds: list[str] = []
         sources: list[str] = []
         names: list[str] = []

@@ -32,7 +32,8 @@ def prepare_recipe(recipe: Recipe) -> str:
 
 def recipe_processor(recipe: Recipe) -> Processor:
     """The processor that training will use, without loading the language model's weights."""
-    if recipe.lora is not None and recipe.lora.trainable_tokens:
+    new = recipe.init.output or (recipe.init.model and recipe.init.model.output)
+    if new or (recipe.lora is not None and recipe.lora.trainable_tokens):
         # New tokens change the tokenizer, and which rows they take is decided on the whole model.
         from polymodal.backends.local import processor_of
         from polymodal.training.optimizer import apply_policy

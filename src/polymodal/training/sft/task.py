@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from polymodal.backends.local import processor_of
 from polymodal.checkpoints.model_folder import save_model
-from polymodal.config import ImageConfig, ModelConfig, Strict, new_image_rules, new_senses, parse_config
+from polymodal.config import ImageConfig, ModelConfig, Strict, new_image_rules, new_output, new_senses, parse_config
 from polymodal.data.readers.conversations import Record
 from polymodal.errors import CheckpointError
 from polymodal.interop.open import open_model
@@ -22,6 +22,7 @@ from polymodal.modeling.ctranslate2 import missing_whisper
 from polymodal.modeling.dual_encoders.registry import read_metadata
 from polymodal.modeling.token_loss import knows_head
 from polymodal.modeling.vlm import MultimodalLM
+from polymodal.modeling.vocabulary import add_output
 from polymodal.training.activation_checkpointing import save_memory
 from polymodal.training.checkpoint import State, identity
 from polymodal.training.distributed import Engine, wants_bf16
@@ -32,6 +33,7 @@ from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import LossByKind
 from polymodal.training.sft.audio_warm_start import audio_warm_start
 from polymodal.training.sft.class_prototypes import MEASURED, add_samples
+from polymodal.training.sft.conditions import without_conditions
 from polymodal.training.sft.dataset import NamedBatch, Prepared, SFTDataset, prepare
 from polymodal.training.sft.evaluate import Evaluation, make_evaluation
 from polymodal.training.sft.packing import plan_micro
@@ -79,10 +81,12 @@ def load_inputs(recipe: Recipe) -> StageInputs:
         say_changed_rules(recipe, recipe.init.from_folder, kind, getattr(loaded.config, kind))
     config = new_image_rules(loaded.config, recipe.init.image)
     config = new_senses(config, recipe.init.video, recipe.init.audio)
+    config = new_output(config, recipe.init.output)
     if recipe.init.template is not None:
         config = config.model_copy(update={"template": recipe.init.template})
     torch.manual_seed(recipe.run.seed)
     add_senses(loaded.model, config)
+    add_output(loaded.model, loaded.tokenizer, config)
     if config.image is not None and config.image.mm_patch_merge_type == "spatial_unpad":
         loaded.model.add_image_newline()
     return StageInputs(loaded.model, loaded.tokenizer, config, list(loaded.history))
@@ -196,13 +200,19 @@ class SFTTask(Task):
     def plan(self, step: int) -> StepPlan:
         """Cut a step into micro-batches: padded ones of like lengths, or packs."""
         prepared, indices = self.dataset.prepared, self.steps.indices(step)
+        micro = plan_micro(indices, prepared.lengths, self.recipe.batch, self.world.rank, self.world.size)
         return StepPlan(
             step,
-            plan_micro(indices, prepared.lengths, self.recipe.batch, self.world.rank, self.world.size),
+            [without_conditions(each, self.drops, self.recipe.run.seed, step) for each in micro],
             samples=len(indices),
             targets=int(prepared.targets[indices].sum()),
             tokens=int(prepared.lengths[indices].sum()),
         )
+
+    @property
+    def drops(self) -> float:
+        """How often a text-to-image row goes without its text."""
+        return self.recipe.data.condition_dropout if self.model.vocabulary is not None else 0.0
 
     def load(self, micro: Any) -> NamedBatch:
         """Collate or pack samples."""
