@@ -256,6 +256,8 @@ def load_processor(name: str | Path = "default") -> Processor:
     from polymodal.modeling.language_model import load_tokenizer, quieten_transformers
     from polymodal.modeling.meta_device import llm_positions
     from polymodal.modeling.projectors.qformer_files import load_context_tokenizer
+    from polymodal.modeling.vocabulary import open_image_tokenizer
+    from polymodal.processing.image_codes import ImageCodes
     from polymodal.processing.processor import Processor
 
     report = check_folder(find_model(name), weights=False)
@@ -268,6 +270,9 @@ def load_processor(name: str | Path = "default") -> Processor:
     if config.image_token_id is None:
         raise CheckpointError(f"{folder / OURS}: config.image_token_id is missing")
     tokens, window = media_counts(config, folder)
+    codes = None
+    if config.output is not None and config.output.vocabulary is not None:
+        codes = ImageCodes(open_image_tokenizer(config, folder), config.output.vocabulary, config.output.image)
     return Processor(
         config,
         load_tokenizer(config.llm, folder),
@@ -277,6 +282,7 @@ def load_processor(name: str | Path = "default") -> Processor:
         load_context_tokenizer(config.projector, folder),
         llm_positions(config.llm),
         window,
+        codes,
     )
 
 

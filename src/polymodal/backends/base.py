@@ -10,9 +10,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
+from polymodal.config import parse_config
 from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
-from polymodal.generation.streaming import Step, TextStream
+from polymodal.generation.streaming import AnswerStream, Delta, Step, TextStream
+from polymodal.generation.streaming import MediaEnd as MediaEnd
+from polymodal.generation.streaming import MediaProgress as MediaProgress
+from polymodal.generation.streaming import MediaStart as MediaStart
+from polymodal.generation.streaming import TextDelta as TextDelta
 from polymodal.messages import (
     Audio,
     Conversation,
@@ -29,6 +34,7 @@ from polymodal.messages import (
 from polymodal.utils.files import sha256_json
 
 if TYPE_CHECKING:
+    from PIL import Image as PILImage
     from transformers import PreTrainedTokenizerBase
 
 Inputs = TypeVar("Inputs")
@@ -55,13 +61,6 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class TextDelta:
-    """A piece of the answer, as it is made."""
-
-    text: str
-
-
-@dataclass(frozen=True)
 class Reply:
     """A whole answer.
 
@@ -84,8 +83,13 @@ class Reply:
         """The answer's text."""
         return self.message.text
 
+    @property
+    def images(self) -> list[PILImage.Image]:
+        """The images that were made, in order."""
+        return [part.source for part in self.message.media if isinstance(part, Image)]  # type: ignore[misc]
 
-StreamEvent: TypeAlias = TextDelta | Reply
+
+StreamEvent: TypeAlias = Delta | Reply
 Answer: TypeAlias = str | PolymodalError
 """An answer's text, or why there is none."""
 
@@ -97,13 +101,17 @@ class Backend(ABC):
         name: What the model is called.
         concurrent: Conversations that it likes to be asked at the same time, one each; None where it batches instead.
         takes: Media that a question may hold.
+        makes: What an answer may hold.
+        defaults: The settings where none are given.
         captions: Whether it describes an image that it is given alone, and goes on from a text instead of answering it.
     """
 
     name: str
     concurrent: int | None = None
     takes: tuple[str, ...] = ("image",)
+    makes: tuple[str, ...] = ("text",)
     captions = False
+    defaults = GenerationParams()
 
     def fingerprint(self) -> str:
         """A hash of the model, by which answers are kept; of its name alone where there is nothing better."""
@@ -123,26 +131,32 @@ class Backend(ABC):
             params: The settings; where None those of the model's folder, greedy where it says nothing.
 
         Returns:
-            Text deltas as text becomes certain, then the whole `Reply`.
+            Text deltas as text becomes certain; of an image `MediaStart`, `MediaProgress` and `MediaEnd`; then the
+            whole `Reply`.
 
         Raises:
             PolymodalError: An image cannot be read, or the conversation does not fit the context.
         """
 
-    def generate(self, messages: Conversation, params: GenerationParams | None = None) -> Reply:
+    def generate(
+        self, messages: Conversation, params: GenerationParams | None = None, modalities: Sequence[str] | None = None
+    ) -> Reply:
         """Answer a conversation.
 
         Args:
             messages: The conversation, which ends with a user message: messages, dictionaries with role and content, or
                 a text alone.
             params: The settings; where None those of the model's folder, greedy where it says nothing.
+            modalities: What the answer may hold, such as `("text", "image")`; those of `params` where None.
 
         Returns:
             The whole answer.
 
         Raises:
-            PolymodalError: As for `stream`.
+            PolymodalError: As for `stream`; and the model does not make what is asked for.
         """
+        if modalities is not None:
+            params = with_modalities(params or self.defaults, modalities)
         *_, reply = self.stream(messages, params)
         assert isinstance(reply, Reply)  # the last event of a stream
         return reply
@@ -188,6 +202,21 @@ class Backend(ABC):
             return self.generate(messages, params).text.strip()
         except PolymodalError as error:
             return error
+
+
+def with_modalities(params: GenerationParams, modalities: Sequence[str]) -> GenerationParams:
+    """The settings for an answer that may hold this; unknown names are refused."""
+    given = {**params.model_dump(), "modalities": [modalities] if isinstance(modalities, str) else [*modalities]}
+    return parse_config(GenerationParams, given, "modalities")
+
+
+def check_makes(model: Backend, params: GenerationParams) -> None:
+    """Refuse what a model does not make."""
+    if missing := [kind for kind in params.modalities if kind not in model.makes]:
+        raise PolymodalError(
+            f"{model.name} makes {' and '.join(model.makes)}, and no {missing[0]}: for images a model needs an image "
+            "tokenizer, which a recipe gives it (init.output)"
+        )
 
 
 def sampled_hash(module: Any) -> str:
@@ -239,7 +268,6 @@ class ModelBackend(Backend, Generic[Inputs]):
         self.name = name
         self.tokenizer = tokenizer
         self.stop_ids = tuple(stop_ids)
-        self.defaults = GenerationParams()
         self.context_length = context_length(config)
         # The answer of an encoder-decoder is the decoder's and takes nothing from what the encoder reads.
         self._answer_takes_room = not config.is_encoder_decoder
@@ -263,9 +291,10 @@ class ModelBackend(Backend, Generic[Inputs]):
     def stream(self, messages: Conversation, params: GenerationParams | None = None) -> Iterator[StreamEvent]:
         """Answer a conversation piece by piece. Closing the iterator stops the model."""
         params = params or self.defaults
+        check_makes(self, params)
         begin = time.perf_counter()
         inputs = self.prepare(messages, params.max_new_tokens)
-        text = self._text(params)
+        answer = self._answer_stream(params)
         prepared = first = time.perf_counter()
         made, encode_s = 0, None
         with closing(self._steps(inputs, params)) as steps:
@@ -274,15 +303,13 @@ class ModelBackend(Backend, Generic[Inputs]):
                     first, encode_s = time.perf_counter(), seconds
                 made += 1
                 assert token is not None  # a single row ends with the stream
-                if delta := text.push(token):
-                    yield TextDelta(delta)
-                if text.stopped:
+                yield from answer.push(token)
+                if answer.stopped:
                     break
-        if delta := text.finish():
-            yield TextDelta(delta)
+        yield from answer.finish()
         end = time.perf_counter()
         yield Reply(
-            message=assistant(text.text),
+            message=assistant(*answer.parts),
             usage=Usage(*self._sizes(inputs), made),
             timing=Timing(
                 prepare_s=prepared - begin,
@@ -291,9 +318,12 @@ class ModelBackend(Backend, Generic[Inputs]):
                 total_s=end - begin,
                 tokens_per_s=(made - 1) / (end - first) if made > 1 else 0.0,
             ),
-            finish_reason="stop" if text.stopped else "length",
+            finish_reason="stop" if answer.stopped else "length",
             model=self.name,
         )
+
+    def _answer_stream(self, params: GenerationParams) -> AnswerStream:
+        return AnswerStream(lambda: self._text(params))
 
     def prepare(self, messages: Conversation, room: int) -> Inputs:
         """Process a conversation without the oldest questions of plain text that leave the answer no room."""

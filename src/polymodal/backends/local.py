@@ -12,23 +12,28 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from polymodal.backends.base import Answer, ModelBackend
+from polymodal.backends.base import Answer, ModelBackend, check_makes
 from polymodal.config import ModelConfig
 from polymodal.errors import PolymodalError
 from polymodal.generation.generate import can_share, new_cache, read_beginnings, stream_ids
+from polymodal.generation.modalities import image_block, require_room, stream_modalities
 from polymodal.generation.params import GenerationParams
-from polymodal.generation.streaming import Step
-from polymodal.messages import Conversation, Message
+from polymodal.generation.streaming import AnswerStream, Step
+from polymodal.messages import Conversation, Message, assistant
 from polymodal.modeling.language_model import positions_of
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Sample, collate
+from polymodal.processing.image_codes import ImageCodes, empty_condition
 from polymodal.processing.processor import Processor
 from polymodal.utils.files import sha256_json
 
 
 def processor_of(model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Processor:
     """The processor that makes what a model takes."""
-    more = (model.encoder_decoder, model.context_tokenizer, positions_of(model.llm.config), model.audio_window)
+    codes = None
+    if model.image_tokenizer is not None and model.vocabulary is not None and config.output is not None:
+        codes = ImageCodes(model.image_tokenizer, model.vocabulary, config.output.image)
+    more = (model.encoder_decoder, model.context_tokenizer, positions_of(model.llm.config), model.audio_window, codes)
     return Processor(config, tokenizer, model.tokens_per_tile, model.image_token_id, *more)
 
 
@@ -64,13 +69,16 @@ class LocalBackend(ModelBackend[Sample]):
         self._last: deque[LastRead] = deque(maxlen=1)  # whoever answers takes it, so that no two threads share it
         given = {"image": config.image, "video": config.video, "audio": model.audio_encoder}
         self.takes = tuple(kind for kind, there in given.items() if there is not None)
+        if self.processor.codes is not None:
+            self.takes = tuple(dict.fromkeys(("image", *self.takes)))
+            self.makes = ("text", "image")
 
     def settings(self) -> dict[str, str]:
         """Hashes of the rules of media, of the template, and of how positions are stretched."""
         config, rope = self.config, self.config.llm.rope_scaling
         tower, rules, template, *senses = (
             part.model_dump(mode="json") if part is not None else None
-            for part in (config.vision, config.image, config.template, config.video, config.audio)
+            for part in (config.vision, config.image, config.template, config.video, config.audio, config.output)
         )
         return {
             # As it was before there were videos and sounds, for a model that takes none.
@@ -89,16 +97,51 @@ class LocalBackend(ModelBackend[Sample]):
         Returns:
             For each the answer's text without white space around it, or why there is none.
         """
+        check_makes(self, params)
         self.forget()
-        prepared: list[Sample | PolymodalError] = []
-        for messages in conversations:
-            try:
-                prepared.append(self.prepare(messages, params.max_new_tokens))
-            except PolymodalError as error:
-                prepared.append(error)
+        prepared = [self._try(messages, params) for messages in conversations]
         samples = [p for p in prepared if not isinstance(p, PolymodalError)]
         texts = iter(self._texts(self._run(samples, params), len(samples), params) if samples else [])
         return [p if isinstance(p, PolymodalError) else next(texts) for p in prepared]
+
+    def generate_replies(
+        self, conversations: Sequence[Conversation], params: GenerationParams
+    ) -> list[Message | PolymodalError]:
+        """Answer several conversations as one padded batch, with all that the answers may hold.
+
+        Args:
+            conversations: Each ends with a user message.
+            params: The settings; each row is sampled from the same seed, as it would be alone.
+
+        Returns:
+            For each the answer, or why there is none.
+        """
+        check_makes(self, params)
+        self.forget()
+        prepared = [self._try(messages, params) for messages in conversations]
+        samples = [p for p in prepared if not isinstance(p, PolymodalError)]
+        answers = [self._answer_stream(params) for _ in samples]
+        for ids, _ in self._run(samples, params) if samples else ():
+            for answer, token in zip(answers, ids, strict=True):
+                if token is not None and not answer.stopped:
+                    deque(answer.push(token), maxlen=0)
+            if all(answer.stopped for answer in answers):
+                break
+        said = iter(assistant(*answer.parts) for answer in answers)
+        return [p if isinstance(p, PolymodalError) else next(said) for p in prepared]
+
+    def _try(self, messages: Conversation, params: GenerationParams) -> Sample | PolymodalError:
+        try:
+            sample = self.prepare(messages, params.max_new_tokens)
+            if (codes := self.processor.codes) is not None:
+                room = self.context_length - sample.input_ids.numel()
+                require_room(room, params, image_block(codes.vocabulary, codes.count))
+            return sample
+        except PolymodalError as error:
+            return error
+
+    def _answer_stream(self, params: GenerationParams) -> AnswerStream:
+        return AnswerStream(lambda: self._text(params), self.processor.codes if "image" in params.modalities else None)
 
     def _process(self, messages: Sequence[Message]) -> Sample:
         return self.processor(messages, add_generation_prompt=True)
@@ -111,7 +154,7 @@ class LocalBackend(ModelBackend[Sample]):
         self._last.clear()
 
     def _steps(self, inputs: Sample, params: GenerationParams) -> Generator[Step]:
-        if not self.keeps_last:
+        if not self.keeps_last or "image" in params.modalities:  # an image is drawn from a cache with more rows
             yield from self._run([inputs], params)
             return
         # Tensors made in inference mode cannot be changed outside of it and count no versions.
@@ -141,11 +184,23 @@ class LocalBackend(ModelBackend[Sample]):
     def _run(
         self, samples: Sequence[Sample], params: GenerationParams, past: tuple[DynamicCache, torch.Tensor] | None = None
     ) -> Generator[Step]:
+        if "image" in params.modalities:
+            yield from self._draw(samples, params)
+            return
         if len(samples) > 1 and can_share(self.model) and (found := shared_beginnings(samples)) is not None:
             once, rows, samples = found
             past = read_beginnings(self.model, collate(once, self.processor.pad_id, side="left"), rows)
         batch = collate(samples, self.processor.pad_id, side="left")
         yield from stream_ids(self.model, batch, params, self.stop_ids, len(self.tokenizer), past)
+
+    def _draw(self, samples: Sequence[Sample], params: GenerationParams) -> Generator[Step]:
+        codes = self.processor.codes
+        assert codes is not None  # what the model makes was looked at before
+        block = image_block(codes.vocabulary, codes.count)
+        text_ids = max(len(self.tokenizer), block.begin + 1)
+        conditions = [[empty_condition(self.tokenizer)]] * len(samples)
+        batch = collate(samples, self.processor.pad_id, side="left")
+        yield from stream_modalities(self.model, batch, params, self.stop_ids, block, text_ids, conditions)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import os
 import sys
 from contextlib import suppress
 
-from polymodal.backends.base import Backend, Reply, TextDelta
+from polymodal.backends.base import Backend, MediaEnd, Reply, TextDelta
 from polymodal.cli import common
 from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_argument(parser)
     common.add_loading_arguments(parser)
     common.add_sampling_arguments(parser)
+    common.add_making_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,6 +57,7 @@ class Chat:
         self.params = params
         self.asked = asked  # The flags that say which frames and pages are taken
         self.system = system
+        self.saved = common.SavedImages(asked)
         self.interactive = sys.stdin.isatty()
         self.messages: list[Message] = []
         self.pending: list[Media] = []
@@ -120,13 +122,18 @@ class Chat:
     def _answer(self, question: str) -> None:
         asked = [*self.messages, user(*self.pending, question)]
         pieces: list[str] = []
+        reply: Reply | None = None
         try:
             for event in self.model.stream(asked, self.params):
                 if isinstance(event, TextDelta):
                     pieces.append(event.text)
                     common.stream_text(event.text)
-                else:
+                elif isinstance(event, MediaEnd):
                     print()
+                    self.saved.add(event.part)
+                elif isinstance(event, Reply):
+                    print()
+                    reply = event
                     self._report(event)
         except KeyboardInterrupt:
             print()
@@ -135,7 +142,8 @@ class Chat:
             if pieces:
                 print()  # the error begins a line of its own
             raise
-        if not "".join(pieces).strip():
+        drawn = reply is not None and bool(reply.message.media)
+        if not "".join(pieces).strip() and not drawn:
             # Servers refuse a conversation with an empty answer in it, and would refuse all that follows.
             common.note(
                 "  (no answer; the question is forgotten, its files go with the next one)"
@@ -143,7 +151,7 @@ class Chat:
                 else "  (no answer; the question is forgotten)"
             )
             return
-        self.messages = [*asked, assistant("".join(pieces))]
+        self.messages = [*asked, reply.message if reply is not None and drawn else assistant("".join(pieces))]
         self.pending = []
 
     def _report(self, reply: Reply) -> None:

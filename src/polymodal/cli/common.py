@@ -1,6 +1,8 @@
 """What several verbs share: flags, opening a model, numbers and rows for people, printing safely on a terminal."""
 
 import argparse
+import base64
+import io
 import json
 import mimetypes
 import os
@@ -24,6 +26,7 @@ KINDS = {"image": ("image",), "video": ("video",), "audio": ("audio", "video"), 
 """Flags of media, and the kinds of files, by their names, that each takes."""
 CHOICES = {"video": ("num_frames", "fps", "start", "end", "with_sound"), "document": ("pages", "text")}
 """What flags say of the videos and documents that are given."""
+IMAGE_SAMPLING = ("guidance", "temperature", "top_k", "top_p")
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 
 
@@ -72,7 +75,56 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int 
 
 def sampling_params(args: argparse.Namespace) -> GenerationParams:
     """Read the flags of `add_sampling_arguments`; a value out of range is a `ConfigError` that names its key."""
-    return parse_config(GenerationParams, {name: getattr(args, name) for name in SAMPLING}, "command line")
+    given: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING}
+    if getattr(args, "modalities", None) is not None:
+        image = {name: getattr(args, f"image_{name}") for name in IMAGE_SAMPLING}
+        given["image"] = {name: value for name, value in image.items() if value is not None}
+        given["modalities"] = [name.strip() for name in args.modalities.split(",")]
+    return parse_config(GenerationParams, given, "command line")
+
+
+def add_making_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of answers that hold images, and of where these go."""
+    group = parser.add_argument_group("images", "for models that make them")
+    about = 'what the answer may hold: "text", "text,image", or "image" for an image alone (text)'
+    group.add_argument("--modalities", metavar="LIST", help=about)
+    group.add_argument("-o", "--output", metavar="FOLDER", help="where images are saved (this folder)")
+    group.add_argument("--guidance", dest="image_guidance", type=float, metavar="G", help="1 for none (2)")
+    group.add_argument("--image-temperature", type=float, metavar="T", help="0 takes the likeliest code (1)")
+    group.add_argument("--image-top-k", type=int, metavar="K", help="of the likeliest codes (all)")
+    group.add_argument("--image-top-p", type=float, metavar="P", help="of the likeliest codes up to this share (1)")
+
+
+class SavedImages:
+    """Images of answers: saved as numbered files, and shown where the terminal can."""
+
+    def __init__(self, args: argparse.Namespace | None, name: str = "image") -> None:
+        self.folder, self.name, self.count = Path(getattr(args, "output", None) or "."), name, 0
+
+    def add(self, part: Media) -> str:
+        """Save an image as PNG, under the next name that is free."""
+        buffer = io.BytesIO()
+        part.source.save(buffer, "png")  # type: ignore[union-attr]  # what a model made
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while (path := self.folder / f"{self.name}-{self.count + 1}.png").exists():
+            self.count += 1
+        write_file(str(path), buffer.getvalue())
+        if sys.stdout.isatty() and (shown := inline_image(buffer.getvalue(), os.environ)):
+            print(shown)
+        return str(path)
+
+
+def inline_image(png: bytes, environment: Mapping[str, str]) -> str:
+    """The characters that show an image in kitty's or iTerm2's protocol; none for other terminals."""
+    data = base64.b64encode(png).decode()
+    if environment.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm"):
+        return f"\x1b]1337;File=inline=1;size={len(png)}:{data}\a"
+    if "KITTY_WINDOW_ID" not in environment and environment.get("TERM_PROGRAM") != "ghostty":
+        return ""
+    chunks = [data[start : start + 4096] for start in range(0, len(data), 4096)]
+    heads = ["a=T,f=100," if not number else "" for number in range(len(chunks))]
+    lasts = [int(number + 1 < len(chunks)) for number in range(len(chunks))]
+    return "".join(f"\x1b_G{h}m={m};{chunk}\x1b\\" for h, m, chunk in zip(heads, lasts, chunks, strict=True))
 
 
 class _AddMedium(argparse.Action):

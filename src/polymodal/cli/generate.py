@@ -5,12 +5,13 @@ Example: polymodal generate --image cat.jpg --prompt "What is this?"
          polymodal generate --document paper.pdf --pages 1-3 --text layer --prompt "Who wrote it?"
          polymodal generate --model Salesforce/blip-image-captioning-base --image cat.jpg [--prompt "a picture of"]
          polymodal generate --model openai:gpt-4o --image cat.jpg --prompt "What is this?"
+         polymodal generate --model DRAWER --modalities image --prompt "a red circle" -o folder/
 """
 
 import argparse
 from dataclasses import asdict
 
-from polymodal.backends.base import TextDelta
+from polymodal.backends.base import MediaEnd, TextDelta
 from polymodal.cli import common
 from polymodal.errors import ConfigError
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_argument(parser)
     common.add_loading_arguments(parser)
     common.add_sampling_arguments(parser)
+    common.add_making_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,20 +32,27 @@ def run(args: argparse.Namespace) -> int:
     if args.json and args.stream:
         raise ConfigError("--json and --stream cannot be combined; leave one out")
     params = common.sampling_params(args)
+    saved = common.SavedImages(args)
     messages = common.question(args)
     model = common.open_model(args)
     if args.stream:
         for event in model.stream(messages, params):
             if isinstance(event, TextDelta):
                 common.stream_text(event.text)
+            elif isinstance(event, MediaEnd):
+                print()
+                saved.add(event.part)
         print()
         return 0
     reply = model.generate(messages, params)
+    images = [saved.add(part) for part in reply.message.media]
     if not args.json:
-        print(common.printable(reply.text))
+        if reply.text or not images:
+            print(common.printable(reply.text))
         return 0
     document = {
         "text": reply.text,
+        **({"images": images} if images else {}),
         "usage": asdict(reply.usage),
         "timing": {name: value if value is None else round(value, 4) for name, value in asdict(reply.timing).items()},
         "model": reply.model,

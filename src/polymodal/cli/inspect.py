@@ -61,6 +61,8 @@ def show(
     messages = expand_documents(messages)  # once, for the sample and for the drawings
     sample = processor(messages, add_generation_prompt=add_generation_prompt, pixels=False)
     view = view_sample(sample, processor.tokenizer, draw_media(processor, messages) if html or png else ())
+    if png and not view.drawings:
+        raise ConfigError("--png draws what an encoder is given, and this model reads these images as codes")
     colour = common.colour_wanted(color, sys.stdout)
     print(to_terminal(view, colour=colour, clean=common.printable))
     if html:

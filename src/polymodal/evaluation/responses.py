@@ -30,7 +30,7 @@ class Responses:
     def __init__(
         self, model: str, params: GenerationParams, batch: int | None = None, rank: int = 0, on_disk: bool = True
     ) -> None:
-        self.how = [model, params.model_dump(mode="json")]
+        self.how = [model, params.plain]
         self.among = "" if batch is None else f"@{batch}"  # answers of batches of another size may be others
         folder = cache_folder() / "responses" / model[:32]
         self.file = folder / f"answers-{rank}.jsonl"

@@ -63,7 +63,7 @@ def summarise(
         "lower_is_better": task.lower_is_better,
         "unit": task.unit,
         "limit": settings.limit,
-        "decoding": run.params.model_dump(mode="json"),
+        "decoding": run.params.plain,
         "batch_size": run.batch_size,
         "batch_invariant": run.batch_invariant,
         "prompt_hash": sha256_json([sample.prompt for sample in run.samples]),

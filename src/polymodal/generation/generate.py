@@ -65,7 +65,7 @@ def start_decoding(
     # embeds [B, T, D], attention_mask [B, T], or with what the cache holds before it
     if model.encoder_decoder:
         return _encoder_decoder(model, embeds, attention_mask)
-    return _causal(model, embeds, attention_mask, new_cache(model) if cache is None else cache)
+    return _Causal(model, embeds, attention_mask, new_cache(model) if cache is None else cache)
 
 
 def _decoder(model: MultimodalLM) -> Any:
@@ -93,35 +93,44 @@ def read_beginnings(model: MultimodalLM, batch: Batch, rows: Sequence[int]) -> t
     """Read prompts' beginnings once; gives the cache of the rows that go on from them, and its mask [rows, P]."""
     batch = batch.to(model.device)
     cache = new_cache(model)
-    _causal(model, _embed(model, batch), batch.attention_mask, cache)(None)
+    _Causal(model, embed_batch(model, batch), batch.attention_mask, cache)(None)
     index = torch.tensor(rows, device=model.device)
     cache.batch_select_indices(index)
     return cache, batch.attention_mask[index]
 
 
-def _embed(model: MultimodalLM, batch: Batch) -> torch.Tensor:
+def embed_batch(model: MultimodalLM, batch: Batch) -> torch.Tensor:
+    """A prompt's embeddings, media in their places."""
     media = (batch.plans, batch.sample_of_image, batch.pixel_values, batch.features, None, batch.context_ids)
     return model.embed(batch.input_ids, *media, batch.audio_values, batch.audio_features)
 
 
-def _causal(model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Tensor, cache: DynamicCache) -> NextLogits:
+class _Causal:
     """The prompt goes into the key-value cache, and the decoding on from there."""
-    mask = attention_mask
-    padded = not bool(mask.all())
 
-    def next_logits(ids: torch.Tensor | None, running: torch.Tensor | None = None) -> torch.Tensor:
-        nonlocal mask  # a row that has ended takes no further position, of which there may be none
-        inputs = {"inputs_embeds": embeds} if ids is None else {"input_ids": ids[:, None]}
-        if ids is not None and padded:
-            running = mask.new_ones(len(mask)) if running is None else running
-            mask = torch.cat((mask, running[:, None]), dim=1)
-        kwargs = model.decoder_inputs(mask, cache) if padded else {}
-        logits: torch.Tensor = model.llm(
-            **inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **kwargs
+    def __init__(
+        self, model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Tensor, cache: DynamicCache
+    ) -> None:
+        self.model, self.embeds, self.cache = model, embeds, cache
+        self.mask = attention_mask
+        self.padded = not bool(attention_mask.all())
+
+    def __call__(self, ids: torch.Tensor | None, running: torch.Tensor | None = None) -> torch.Tensor:
+        # A row that has ended takes no further position, of which there may be none.
+        inputs = {"inputs_embeds": self.embeds} if ids is None else {"input_ids": ids[:, None]}
+        if ids is not None and self.padded:
+            running = self.mask.new_ones(len(self.mask)) if running is None else running
+            self.mask = torch.cat((self.mask, running[:, None]), dim=1)
+        kwargs = self.model.decoder_inputs(self.mask, self.cache) if self.padded else {}
+        logits: torch.Tensor = self.model.llm(
+            **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **kwargs
         ).logits
         return logits[:, -1]
 
-    return next_logits
+    def forget(self, row: int, start: int) -> None:
+        """Let a row see nothing any more of what stands behind a position, counted in its cache."""
+        assert self.padded  # only then the mask goes on beside the cache
+        self.mask[row, start:] = False
 
 
 def _encoder_decoder(model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Tensor) -> NextLogits:
@@ -159,7 +168,7 @@ def stream_ids(
     """Generate, one step at a time; a row's last id is its stop id where it met one, or stands at its last position."""
     batch = batch.to(model.device)
     begin = time.perf_counter()
-    embeds, mask, cache = _embed(model, batch), batch.attention_mask, None
+    embeds, mask, cache = embed_batch(model, batch), batch.attention_mask, None
     encode_s = time.perf_counter() - begin
     if past is not None:
         cache, before = past
@@ -172,7 +181,7 @@ def stream_ids(
     next_ids: torch.Tensor | None = None
     room = context_length(model.llm.config) - (0 if model.encoder_decoder else mask.sum(dim=1))
     for step in range(params.max_new_tokens):
-        logits = _forbid(next_logits(next_ids, running), model.image_token_id, vocab_size)
+        logits = _forbid(next_logits(next_ids, running), unspoken(model), vocab_size)
         next_ids = sample_next(logits, params, made, generator)
         ids = [i if on else None for i, on in zip(next_ids.tolist(), running.tolist(), strict=True)]
         yield ids, encode_s if step == 0 else 0.0
@@ -194,11 +203,15 @@ def generate_ids(
     return rows
 
 
-def _forbid(logits: torch.Tensor, image_token_id: int, vocab_size: int | None) -> torch.Tensor:
-    """Put ids that must not be made at -inf: placeholders, and head rows past the tokenizer."""
+def unspoken(model: MultimodalLM) -> list[int]:
+    """Ids inside the tokenizer that are no text: the placeholder, and what begins and ends media."""
+    return [model.image_token_id, *(model.vocabulary.specials.values() if model.vocabulary is not None else ())]
+
+
+def _forbid(logits: torch.Tensor, unspoken: Sequence[int], vocab_size: int | None) -> torch.Tensor:
+    """Put ids that must not be made at -inf: those that are no text, and head rows past the tokenizer."""
     logits = logits.clone()
-    if image_token_id < logits.shape[-1]:
-        logits[:, image_token_id] = -torch.inf
+    logits[:, [token for token in unspoken if token < logits.shape[-1]]] = -torch.inf
     if vocab_size is not None:
         logits[:, vocab_size:] = -torch.inf
     return logits

@@ -1,17 +1,57 @@
-"""Ids -> text as it streams: whole characters only, and stop texts held back until they are ruled out."""
+"""Ids -> text and images as they stream: whole characters only, and stop texts held back until they are ruled out."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
+from polymodal.messages import Image, Part, Text
+
 if TYPE_CHECKING:
+    from PIL import Image as PILImage
     from transformers import PreTrainedTokenizerBase
+
+    from polymodal.processing.image_codes import ImageCodes
 
 Step = tuple[Sequence[int | None], float | None]
 """A decoding step: one id a row, None for rows that ended earlier; and the seconds of encoding media before it."""
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """A piece of the answer's text, as it is made."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class MediaStart:
+    """A medium begins."""
+
+    modality: str  # "image"
+
+
+@dataclass(frozen=True)
+class MediaProgress:
+    """More of a medium is there."""
+
+    modality: str
+    fraction: float  # Above 0, below 1
+    preview: Callable[[], PILImage.Image]  # Makes the image as far as it goes: its last code stands for the rest
+
+
+@dataclass(frozen=True)
+class MediaEnd:
+    """A medium is whole."""
+
+    part: Image
+
+
+Delta = TextDelta | MediaStart | MediaProgress | MediaEnd
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -93,3 +133,51 @@ class TextStream:
         unfinished = len(self.text) - len(self.text.rstrip(UNFINISHED))
         starts = [n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
         return max([unfinished, *starts])
+
+
+class AnswerStream:
+    """One row of a generation as the parts of a message: text as it becomes certain, images as they fill."""
+
+    def __init__(self, new_text: Callable[[], TextStream], codes: ImageCodes | None = None) -> None:
+        self._new_text, self._codes = new_text, codes
+        self._text = new_text()
+        self._block: list[int] | None = None  # The ids of the image that is being made
+        self._parts: list[Part] = []
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What was said; one text, which may be empty, where there is nothing else."""
+        return tuple(self._said()) or (Text(""),)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the answer has met its end."""
+        return self._text.stopped
+
+    def push(self, token: int) -> Iterator[Delta]:
+        """Add one id."""
+        codes = self._codes
+        if codes is None or (self._block is None and token != codes.begin):
+            if delta := self._text.push(token):
+                yield TextDelta(delta)
+        elif self._block is None:
+            yield from self.finish()
+            self._parts, self._text, self._block = [*self._said()], self._new_text(), []
+            self._text.skip_space = False  # which is for the beginning of an answer
+            yield MediaStart("image")
+        elif token == codes.end:
+            self._parts, self._block = [*self._parts, Image(codes.decode(self._block))], None
+            yield MediaEnd(self._parts[-1])  # type: ignore[arg-type]  # the image
+        else:
+            self._block.append(token)
+            done = [*self._block]
+            if len(done) % max(1, codes.count // 8) == 0 and len(done) < codes.count:
+                yield MediaProgress("image", len(done) / codes.count, partial(codes.decode, done))
+
+    def finish(self) -> Iterator[Delta]:
+        """Give the text that was held back; call once after the last id."""
+        if delta := self._text.finish():
+            yield TextDelta(delta)
+
+    def _said(self) -> list[Part]:
+        return [*self._parts, *([Text(self._text.text)] if self._text.text else [])]

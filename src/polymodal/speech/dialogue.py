@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polymodal.backends import load
-from polymodal.backends.base import Backend, Reply
+from polymodal.backends.base import Backend, Reply, TextDelta
 from polymodal.errors import ConfigError
 from polymodal.generation.params import GenerationParams
 from polymodal.media.audio import Sound
@@ -106,6 +106,8 @@ class Answer(Iterator[AudioChunk]):
                     return
                 if isinstance(event, Reply):
                     self.reply, found = event, splitter.finish()
+                elif not isinstance(event, TextDelta):
+                    continue  # images, which are not spoken
                 else:
                     if not token:
                         token = time.perf_counter()

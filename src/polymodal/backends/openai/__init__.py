@@ -20,7 +20,18 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
-from polymodal.backends.base import Answer, Backend, Reply, StreamEvent, TextDelta, Timing, Usage, require_question
+from polymodal.backends.base import (
+    Answer,
+    Backend,
+    Reply,
+    StreamEvent,
+    TextDelta,
+    Timing,
+    Usage,
+    check_makes,
+    require_question,
+    with_modalities,
+)
 from polymodal.backends.openai.answers import Event, clean, finish_of, text_of, thinks
 from polymodal.backends.openai.http import Endpoint, Patience, Refused
 from polymodal.backends.openai.media import SENDING, Detail, Documents, Json, Sending, Videos
@@ -118,9 +129,13 @@ class OpenAIBackend(Backend):
         """A hash of the address and the model's name, which are all that is known of it."""
         return sha256_json([self.endpoint.shown, self.model, asdict(self.sending), self.extra])
 
-    def generate(self, messages: Conversation, params: GenerationParams | None = None) -> Reply:
+    def generate(
+        self, messages: Conversation, params: GenerationParams | None = None, modalities: Sequence[str] | None = None
+    ) -> Reply:
         """Answer a conversation in one piece, which any server can."""
-        *_, reply = self._talk(messages, params or GenerationParams(), stream=False)
+        params = params or self.defaults
+        params = params if modalities is None else with_modalities(params, modalities)
+        *_, reply = self._talk(messages, params, stream=False)
         assert isinstance(reply, Reply)  # the last event
         return reply
 
@@ -142,6 +157,7 @@ class OpenAIBackend(Backend):
         self.endpoint.close()
 
     def _talk(self, messages: Conversation, params: GenerationParams, stream: bool) -> Iterator[StreamEvent]:
+        check_makes(self, params)
         begin = time.perf_counter()
         asked = require_question(messages)
         content = self._content(asked, self._accepts)
