@@ -115,8 +115,7 @@ def test_the_round_trip_of_sixteen_questions(capsys: pytest.CaptureFixture[str])
     assert len(bench.QUESTIONS) == 16
     questions, answers = bench.round_trip("base", "piper", "default")
     said = capsys.readouterr().out
-    # 90% is the goal. The default model answers with two words ("A cat."), whose article is heard as another word.
-    assert questions < 0.08 and answers > 0.85, said
+    assert questions < 0.08 and answers > 0.9, said
 
 
 def test_the_shares_of_the_first_sound_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
