@@ -120,7 +120,7 @@ class Stage:
         for module in ("asr", "dialogue"):
             monkeypatch.setattr(f"polymodal.speech.{module}.load_vad", opening("vad", LevelVAD()))
             monkeypatch.setattr(f"polymodal.speech.{module}.load_asr", opening("asr", self.asr))
-        for module in ("tts", "dialogue"):
+        for module in ("tts", "dialogue", "narrate"):
             monkeypatch.setattr(f"polymodal.speech.{module}.load_tts", opening("tts", self.voice))
         for kind, what in (("asr", self.asr), ("vad", LevelVAD()), ("tts", self.voice)):
             monkeypatch.setattr(f"polymodal.speech.load_{kind}", opening(kind, what))
