@@ -38,7 +38,7 @@ def test_talk_from_a_file_into_a_file(
 ) -> None:
     target = tmp_path / "answer.wav"
     flags = ["--video", "b.mp4", "--num-frames", "3", "--image", "a.jpg", "--document", "c.pdf"]
-    flags += ["--prompt", "Be brief.", "--system", "S", "--asr", "base"]
+    flags += ["--prompt", "Be brief.", "--system", "S", "--asr", "base", "--instruction", "Say it well."]
     assert main(["talk", "--input", str(question), "--output", str(target), *flags, "--max-new-tokens", "5"]) == 0
     out, err = capsys.readouterr()
     assert out == "> What is it?\\x1b[31m\nIt is\\x1b[0m a cat. Good.\n"
@@ -48,6 +48,7 @@ def test_talk_from_a_file_into_a_file(
     assert first == system("S") and params.max_new_tokens == 5
     given = (Video("b.mp4", num_frames=3), Image("a.jpg"), Document("c.pdf"), Text("Be brief."))
     assert asked.parts[:4] == given and len(asked.parts) == 5
+    assert asked.parts[4].text.endswith("\nSay it well.")
     spoken = open_audio(target, sample_rate=8000)
     assert spoken.source_rate == 8000 and len(spoken.samples) == 100 * sum(map(len, stage.voice.said))
 
