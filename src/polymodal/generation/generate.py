@@ -48,8 +48,11 @@ def sample_next(
 
 def new_generator(params: GenerationParams, device: torch.device) -> torch.Generator | None:
     """Make the random state of one answer."""
-    if params.temperature == 0.0:
-        return None
+    return None if params.temperature == 0.0 else seeded_generator(params, device)
+
+
+def seeded_generator(params: GenerationParams, device: torch.device) -> torch.Generator:
+    """A random state with the answer's seed, or a new one."""
     generator = torch.Generator(device=device)
     if params.seed is None:
         generator.seed()

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from polymodal.config import VocabularyLayout
 from polymodal.errors import PolymodalError
-from polymodal.generation.generate import embed_batch, sample_next, start_decoding, unspoken
+from polymodal.generation.generate import embed_batch, sample_next, seeded_generator, start_decoding, unspoken
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step
 from polymodal.modeling.language_model import context_length
@@ -133,7 +133,7 @@ def stream_modalities(
     prompt = mask.shape[1]
     room = context_length(model.llm.config) - batch.attention_mask.sum(dim=1)
     require_room(int(room.min()), params, block)
-    states = [_Row(block, params, tuple(stop_ids), _generator(params, model.device), int(left)) for left in room]
+    states = [_Row(block, params, tuple(stop_ids), seeded_generator(params, model.device), int(left)) for left in room]
     text = _text_mask(model, text_ids)
     next_ids: torch.Tensor | None = None
     running: torch.Tensor | None = None
@@ -211,12 +211,3 @@ def _text_mask(model: MultimodalLM, text_ids: int) -> torch.Tensor:  # [V]
     mask = torch.ones(text_ids, dtype=torch.bool, device=model.device)
     mask[[token for token in unspoken(model) if token < text_ids]] = False
     return mask
-
-
-def _generator(params: GenerationParams, device: torch.device) -> torch.Generator:
-    generator = torch.Generator(device=device)
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-    return generator

@@ -9,6 +9,7 @@ embeddings that the language model reads text in.
 This is the alignment of a speech recognizer, against a fixed table of text instead of a trained output layer.
 """
 
+from collections.abc import Callable
 from difflib import SequenceMatcher
 
 import torch
@@ -20,7 +21,7 @@ from polymodal.errors import ConfigError
 from polymodal.metrics.text import words_of
 from polymodal.modeling.projectors.mlp import Standardize
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.training.recipes.sft import AudioWarmStartConfig
+from polymodal.training.recipes.sft import AudioWarmStartConfig, VideoWarmStartConfig
 from polymodal.training.sft.dataset import SFTDataset
 from polymodal.utils.progress import log, progress
 
@@ -66,10 +67,6 @@ def audio_warm_start(
     log(f"audio warm start: {len(keys)} recordings, {len(vocabulary)} tokens; {len(held)} recordings are held out")
 
     parameters = [p for p in projector.parameters() if p.requires_grad] + list(spelling.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, config.steps, pct_start=max(0.1, 2 / config.steps)
-    )
 
     def spell(places: list[int]) -> tuple[Tensor, Tensor, Tensor]:  # log-probabilities [T, N, C], lengths [N], tokens
         sounds = [store.gather([keys[place]]) for place in places]
@@ -79,18 +76,15 @@ def audio_warm_start(
         padded = nn.utils.rnn.pad_sequence(list(spelling(tokens).split(lengths.tolist())))
         return padded.log_softmax(dim=-1), lengths, tokens
 
-    for _ in progress(range(config.steps), "audio warm start", config.steps):
+    def loss() -> Tensor:
         places = train[torch.randint(len(train), (config.batch_size,), generator=generator)].tolist()
         scores, lengths, tokens = spell(places)
         wanted = [targets[place] for place in places]
         counts = torch.tensor([len(row) for row in wanted])
-        loss = F.ctc_loss(scores, torch.cat(wanted).to(device), lengths, counts, zero_infinity=True)
-        loss = loss + 0.1 * (tokens.norm(dim=-1) / spelling.length - 1).pow(2).mean()  # as long as an embedding
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        spelled = F.ctc_loss(scores, torch.cat(wanted).to(device), lengths, counts, zero_infinity=True)
+        return spelled + spelling.off_length(tokens)
+
+    descend(parameters, config, "audio warm start", loss)
     found = total = 0
     with torch.no_grad():
         for start in range(0, len(held), config.batch_size):
@@ -101,6 +95,25 @@ def audio_warm_start(
                 found += sum(block.size for block in match.get_matching_blocks())
                 total += len(wanted)
     log(f"audio warm start: {found / max(total, 1):.1%} of the tokens of held-out texts are spelled")
+
+
+def descend(
+    parameters: list[nn.Parameter],
+    config: AudioWarmStartConfig | VideoWarmStartConfig,
+    title: str,
+    loss: Callable[[], Tensor],  # Of a new batch
+) -> None:
+    """Take a warm start's steps, each with the gradient's length bounded."""
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, config.steps, pct_start=max(0.1, 2 / config.steps)
+    )
+    for _ in progress(range(config.steps), title, config.steps):
+        optimizer.zero_grad()
+        loss().backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
 
 
 def transcripts(dataset: SFTDataset) -> dict[str, str]:
@@ -128,6 +141,10 @@ class Spelling(nn.Module):
         self.length = float(table.norm(dim=1).mean())
         self.nothing = nn.Parameter(torch.randn(table.shape[1]) / table.shape[1] ** 0.5)
         self.scale = nn.Parameter(torch.tensor(3.0))
+
+    def off_length(self, tokens: Tensor) -> Tensor:  # [..., D] -> scalar
+        """A small penalty for tokens that are longer or shorter than an embedding."""
+        return 0.1 * (tokens.norm(dim=-1) / self.length - 1).pow(2).mean()
 
     def forward(self, tokens: Tensor) -> Tensor:  # [A, D] -> [A, 1 + words]
         """Score tokens."""

@@ -22,10 +22,10 @@ from polymodal.metrics.text import words_of
 from polymodal.modeling.projectors.mlp import LinearProjector, MLPProjector
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.training.recipes.sft import VideoWarmStartConfig
-from polymodal.training.sft.audio_warm_start import HELD_OUT, Spelling
+from polymodal.training.sft.audio_warm_start import HELD_OUT, Spelling, descend
 from polymodal.training.sft.dataset import SFTDataset
 from polymodal.training.sft.warm_start import draw_tokens
-from polymodal.utils.progress import log, progress
+from polymodal.utils.progress import log
 
 KIND = "caption"
 """The kind of the turns whose words are taught."""
@@ -74,15 +74,10 @@ def video_warm_start(
     device = next(projector.parameters()).device
     spelling = Spelling(model.llm.get_input_embeddings().weight.detach().float(), vocabulary).to(device)
     parameters = [p for p in encoder.parameters() if p.requires_grad] + list(spelling.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, config.steps, pct_start=max(0.1, 2 / config.steps)
-    )
 
     def say(some: list[int]) -> tuple[Tensor, Tensor]:  # log-probabilities [B, C], tokens [B, t, D]
-        frames = torch.cat(
-            [frames for place in some if (frames := store.gather([videos[place][0]])) is not None]
-        ).float()
+        frames = store.gather([videos[place][0] for place in some])
+        assert frames is not None
         times = torch.tensor([videos[place][1] for place in some], device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             features = encoder(frames.float().unflatten(0, times.shape).to(device), times)  # [B, T, P, E]
@@ -93,18 +88,15 @@ def video_warm_start(
         scores = spelling(tokens).log_softmax(dim=-1).logsumexp(dim=1)
         return scores[:, 1:].log_softmax(dim=-1), tokens
 
-    for _ in progress(range(config.steps), "video warm start", config.steps):
+    def loss() -> Tensor:
         group = list(places.values())[int(torch.multinomial(lengths, 1, generator=generator))]
         some = [group[i] for i in torch.randint(len(group), (config.batch_size,), generator=generator).tolist()]
         scores, tokens = say(some)
         targets = wanted[some][:, 1:].to(device)
-        loss = -(scores * targets / targets.sum(dim=1, keepdim=True)).sum(dim=1).mean()
-        loss = loss + 0.1 * (tokens.norm(dim=-1) / spelling.length - 1).pow(2).mean()  # as long as an embedding
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        unsaid = -(scores * targets / targets.sum(dim=1, keepdim=True)).sum(dim=1).mean()
+        return unsaid + spelling.off_length(tokens)
+
+    descend(parameters, config, "video warm start", loss)
     found = total = 0.0
     with torch.no_grad():
         for place in held:
