@@ -18,8 +18,8 @@ from polymodal.messages import Audio, Document, Image, Message, Text, Video, ass
 if TYPE_CHECKING:
     from polymodal import metrics, speech
     from polymodal.backends import load
-    from polymodal.backends.base import Reply
     from polymodal.backends.local import LocalBackend
+    from polymodal.backends.reply import Reply
     from polymodal.config import ModelConfig
     from polymodal.generation.params import GenerationParams
     from polymodal.modeling.build import build_model
@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "load": "polymodal.backends",
     "LocalBackend": "polymodal.backends.local",
-    "Reply": "polymodal.backends.base",
+    "Reply": "polymodal.backends.reply",
     "ModelConfig": "polymodal.config",
     "GenerationParams": "polymodal.generation.params",
     "MultimodalLM": "polymodal.modeling.vlm",

@@ -150,7 +150,7 @@ def test_names_of_endpoints(server: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         ("http://example.org/v1", {"api_key": KEY}, "openly"),
         ("https://user@host/v1", {}, "user name"),
         (Path("folder"), {"base_url": server.url}, "for endpoints"),
-        (None, {}, "a renderer is needed"),
+        (None, {"api_key": KEY}, "for endpoints"),
     ):
         with pytest.raises(ConfigError, match=words):
             load_renderer(name, **options)  # type: ignore[arg-type]

@@ -115,7 +115,7 @@ def test_drawing_amiss(
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     out, image, clip = ["-o", str(tmp_path / "out.png")], str(tmp_path / "a.png"), ["-o", str(tmp_path / "out.mp4")]
     cases: list[tuple[list[str], str]] = [
-        (["draw", "x", *out], "a renderer is needed"),
+        (["draw", "x", *out, "--steps", "4"], "steps says nothing"),
         (["draw", "x", "-o", str(tmp_path / "absent" / "a.png"), *sd], "folder is not there"),
         (["draw", "x", "-o", str(tmp_path), *sd], "is a folder"),
         (["draw", "x", "-o", str(tmp_path / "out.bmp"), *sd], ".png"),
@@ -135,7 +135,7 @@ def test_drawing_amiss(
         (["draw", "x", *out, *moving], "polymodal animate"),
         (["draw", "x", *out, "--renderer", "openai:x"], "OPENAI_API_KEY"),
         (["animate", "x", *clip, *sd], "polymodal draw"),
-        (["animate", "x", *clip], "a renderer is needed"),
+        (["animate", "x", *clip], "makes image, not video"),
         (["animate", *clip, *moving], "--slides"),
         (["animate", "x", "-o", str(tmp_path / "out.mkv"), *moving], ".webm"),
         (["animate", "x", "-o", str(tmp_path / "out.gif"), *moving, "--say", "Hi."], "no sound"),

@@ -35,7 +35,7 @@ def test_what_a_model_does_not_make_is_one_line(
     drawer_folder: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for model, kinds, complaint in (
-        (tiny_model_folder, "text,image", "makes text, and no image"),
+        (tiny_model_folder, "audio,text", "name text before it"),
         (drawer_folder, "text,smell", "modalities"),
         (drawer_folder, "", "modalities"),
     ):

@@ -12,13 +12,14 @@ import pytest
 import yaml
 from PIL import Image as PILImage
 
+import polymodal
 from polymodal import load, user
 from polymodal.cli import main
 from polymodal.media.video import sample_frames
 from polymodal.modeling.tokenizers import save_image_tokenizer
 from polymodal.training import train
 from polymodal.training.recipes.load import load_recipe
-from tests.speech.engines import Stage
+from tests.speech.engines import LetterTTS, Stage
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -47,11 +48,28 @@ def test_draw_and_animate(
         "VIDEO_FOLDER": str(tiny_pipeline("animate_diff")),
     }
     run = commands("draw", "animate")
-    assert len(run) == 4
+    assert len(run) == 5  # the first by the drawer of the package
     for words in run:
         assert main([small.get(word, word) for word in words]) == 0, words
+    assert PILImage.open("drawn.png").size == (64, 64)
     assert PILImage.open("out2.png").size == (32, 32)
     assert len(sample_frames("out.mp4", 3)) == len(sample_frames("talk.webm", 3)) == 3
+
+
+def test_one_call(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = load(tiny_model_folder, "cpu")
+    model.experts = {"audio": LetterTTS()}
+    monkeypatch.setattr("polymodal.cli.common.open_model", lambda args: model)
+    monkeypatch.setattr(polymodal, "load", lambda name: model, raising=False)
+    # What a random model says may have no letter in it.
+    monkeypatch.setattr("polymodal.generation.streaming.decode_ids", lambda tokenizer, ids: "Red.")
+    assert main([*commands("generate")[0], "--max-new-tokens", "4"]) == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == ["audio-1.wav", "image-1.png"]
+    program = next(block for language, block in BLOCKS if language == "python" and "reply.sounds" in block)
+    found: dict[str, Any] = {"polymodal": polymodal, "user": user}
+    exec(program, found)
+    assert len(found["reply"].images) == len(found["reply"].sounds) == 1
 
 
 def test_the_recipe_trains_and_the_commands_draw(
@@ -68,7 +86,7 @@ def test_the_recipe_trains_and_the_commands_draw(
     recipe |= {"name": "draw", "output_dir": "runs/draw", "batch": {"global_size": 1}, "run": {"max_steps": 1}}
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     train(load_recipe(Path("recipe.yaml")))
-    (words,) = commands("generate")
+    words = commands("generate")[1]
     assert main(words) == 0
     assert list(Path("out").glob("*.png"))
     model = load("runs/draw/final", "cpu")

@@ -107,7 +107,7 @@ def test_a_prompt_that_leaves_no_room_fails_alone(drawer: LocalBackend) -> None:
 
 def test_models_that_write_refuse_to_draw(tiny_model_folder: Path) -> None:
     with pytest.raises(PolymodalError, match="makes text, and no image: for images a model needs an image tokenizer"):
-        load(tiny_model_folder, "cpu").generate("x", modalities=("text", "image"))
+        list(load(tiny_model_folder, "cpu").stream("x", GenerationParams(modalities=("text", "image"))))
 
 
 def test_the_index_holds_the_codes_and_knows_the_tokenizer(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from polymodal.checkpoints.locate import ENDPOINT, find_model
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
 from polymodal.safety.model_folder import OURS, FolderReport, Kind, check_folder, refuse_adapter
 from polymodal.utils.devices import best_device, check_device
+from polymodal.utils.files import home_path, shipped_folder
 
 if TYPE_CHECKING:
     from polymodal.backends.base import Backend
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from polymodal.processing.processor import Processor
 
 
-DEFAULT_RENDERER: str | None = None
-"""What draws where no renderer is named; nothing that comes with the package does yet."""
+DEFAULT_RENDERER = "drawer"
+"""What draws where no renderer is named: the small model that comes with the package."""
 DTYPES = ("float32", "bfloat16", "float16")
 """Types that weights can have in memory."""
 NO_CHAT = {
@@ -110,8 +111,9 @@ def load_renderer(
     """Open what draws.
 
     Args:
-        name: The folder or hub id of a pipeline of diffusers; "openai:MODEL" for one behind an OpenAI-compatible images
-            endpoint, or that endpoint's address where it has one model alone; or an open renderer.
+        name: A folder of ours whose model makes images; the folder or hub id of a pipeline of diffusers; "openai:MODEL"
+            for one behind an OpenAI-compatible images endpoint, or that endpoint's address where it has one model
+            alone; or an open renderer. None for the drawer that comes with the package.
         device: Where to put a pipeline; None takes a GPU where there is one.
         base_url: The address of "openai:MODEL"; OPENAI_BASE_URL, else OpenAI's own, where None.
         api_key: An endpoint's key; OPENAI_API_KEY where None.
@@ -122,14 +124,9 @@ def load_renderer(
 
     Raises:
         CheckpointError: There is no such pipeline, or its folder is damaged or not safe to open.
-        ConfigError: No name, an option that does not go with it, or `diffusers` is not installed.
+        ConfigError: An option that does not go with it, a model that makes no images, or `diffusers` is not installed.
     """
     name = DEFAULT_RENDERER if name is None else name
-    if name is None:
-        raise ConfigError(
-            "a renderer is needed: the folder or hub id of a pipeline of diffusers, openai:MODEL, or an endpoint's "
-            "address (--renderer)"
-        )
     address = isinstance(name, str) and re.match(r"https?://", name)
     if isinstance(name, str) and (address or name.startswith(ENDPOINT)):
         from polymodal.backends.openai.images import open_images
@@ -142,6 +139,12 @@ def load_renderer(
         return open_images(model, base_url=url, api_key=api_key, allow_http=allow_http)
     if base_url is not None or api_key is not None or allow_http:
         raise ConfigError(f"{name}: an address and a key are for endpoints; call it {ENDPOINT}MODEL if it is one")
+    if isinstance(name, str | Path) and any(
+        (place / OURS).is_file() for place in (shipped_folder() / name, home_path(name))
+    ):
+        from polymodal.backends.local import DrawingModel
+
+        return DrawingModel(load(name, device))
     from polymodal.modeling.renderers import load_renderer as load_pipeline
 
     return load_pipeline(name, device)

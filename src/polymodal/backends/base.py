@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
+from dataclasses import replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
+from polymodal.backends.reply import Reply as Reply
+from polymodal.backends.reply import StreamEvent as StreamEvent
+from polymodal.backends.reply import Timing as Timing
+from polymodal.backends.reply import Usage as Usage
 from polymodal.config import parse_config
 from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
-from polymodal.generation.streaming import AnswerStream, Delta, Step, TextStream
+from polymodal.generation.streaming import AnswerStream, Step, TextStream
 from polymodal.generation.streaming import MediaEnd as MediaEnd
 from polymodal.generation.streaming import MediaProgress as MediaProgress
 from polymodal.generation.streaming import MediaStart as MediaStart
@@ -25,7 +30,9 @@ from polymodal.messages import (
     Image,
     Media,
     Message,
+    Part,
     Source,
+    Text,
     Video,
     as_messages,
     assistant,
@@ -34,62 +41,17 @@ from polymodal.messages import (
 from polymodal.utils.files import sha256_json
 
 if TYPE_CHECKING:
-    from PIL import Image as PILImage
     from transformers import PreTrainedTokenizerBase
 
 Inputs = TypeVar("Inputs")
 
+EXPERTS = {"image": "polymodal.backends.prompt_writer:draw", "audio": "polymodal.speech.tts:read_out"}
+"""Who makes what a model does not: a function of the model, the conversation and the answer so far, which gives a part.
 
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of one call; None where a server does not tell."""
-
-    prompt_tokens: int | None  # Positions before the answer, media included
-    image_tokens: int | None  # Those of them that are images, frames of videos or sounds
-    completion_tokens: int | None  # Tokens made, the end token included
+Called by name, since experts stand above a model: they ask one for a prompt, or talk through one.
+"""
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one call."""
-
-    prepare_s: float  # Decoding images, tiling, tokenising
-    encode_s: float | None  # Encoders, projectors and embedding; None where it is not seen apart
-    first_token_s: float  # From the call to the first token
-    total_s: float  # From the call to the last token
-    tokens_per_s: float | None  # Decoding speed after the first token; 0 where there was only one, None if not known
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A whole answer.
-
-    Attributes:
-        message: The assistant's message, ready to be appended to the conversation.
-        usage: Token counts.
-        timing: Seconds.
-        finish_reason: "stop" at an end token or a stop text, "length" at the token limit.
-        model: The model's name.
-    """
-
-    message: Message
-    usage: Usage
-    timing: Timing
-    finish_reason: Literal["stop", "length"]
-    model: str
-
-    @property
-    def text(self) -> str:
-        """The answer's text."""
-        return self.message.text
-
-    @property
-    def images(self) -> list[PILImage.Image]:
-        """The images that were made, in order."""
-        return [part.source for part in self.message.media if isinstance(part, Image)]  # type: ignore[misc]
-
-
-StreamEvent: TypeAlias = Delta | Reply
 Answer: TypeAlias = str | PolymodalError
 """An answer's text, or why there is none."""
 
@@ -104,6 +66,8 @@ class Backend(ABC):
         makes: What an answer may hold.
         defaults: The settings where none are given.
         captions: Whether it describes an image that it is given alone, and goes on from a text instead of answering it.
+        experts: What makes media that the model does not: a `Renderer` as "image", a `TTS` as "audio". Where one is
+            missing, the default is opened when it is first needed, and kept here.
     """
 
     name: str
@@ -112,6 +76,7 @@ class Backend(ABC):
     makes: tuple[str, ...] = ("text",)
     captions = False
     defaults = GenerationParams()
+    experts: Mapping[str, Any] = {}  # replaced, never changed
 
     def fingerprint(self) -> str:
         """A hash of the model, by which answers are kept; of its name alone where there is nothing better."""
@@ -138,6 +103,51 @@ class Backend(ABC):
             PolymodalError: An image cannot be read, or the conversation does not fit the context.
         """
 
+    def respond(self, messages: Conversation, params: GenerationParams | None = None) -> Iterator[StreamEvent]:
+        """Answer as `stream` does, with experts for the media that the model does not make itself.
+
+        Parts are made in the order of `params.modalities`, and each is made with those before it in view: of ("text",
+        "image") the image goes with the text, of ("image", "text") the text is said by a model that sees the image.
+
+        Args:
+            messages: The conversation, as for `stream`.
+            params: The settings, as for `stream`.
+
+        Returns:
+            The events of `stream`; of a part that an expert makes, `MediaStart` and `MediaEnd`.
+
+        Raises:
+            PolymodalError: As for `stream`; and an expert cannot be opened, or cannot make its part.
+        """
+        params = params or self.defaults
+        own = [kind for kind in params.modalities if kind in self.makes]
+        if len(own) == len(params.modalities):
+            yield from self.stream(messages, params)
+            return
+        begin, asked = time.perf_counter(), require_question(messages, self.makes)
+        parts: list[Part] = []
+        first: float | None = None
+        reply = Reply(assistant(), Usage(None, None, None), Timing(0, None, 0, 0, None), "stop", self.name)
+        for kind in [kind for kind in params.modalities if kind not in own[1:]]:  # the model makes its own at once
+            if kind in own:
+                for event in self.stream(with_images(asked, parts, self.takes), with_modalities(params, own)):
+                    if isinstance(event, Reply):
+                        reply = event
+                        parts += event.message.parts
+                    else:
+                        first = first or time.perf_counter()
+                        yield event
+                continue
+            yield MediaStart(kind)
+            module, _, name = EXPERTS[kind].partition(":")
+            part = getattr(import_module(module), name)(self, asked, parts, params)
+            first = first or time.perf_counter()
+            parts.append(part)
+            yield MediaEnd(part)
+        end = time.perf_counter()
+        timing = replace(reply.timing, first_token_s=(first or end) - begin, total_s=end - begin)
+        yield replace(reply, message=assistant(*parts), timing=timing)
+
     def generate(
         self, messages: Conversation, params: GenerationParams | None = None, modalities: Sequence[str] | None = None
     ) -> Reply:
@@ -153,11 +163,11 @@ class Backend(ABC):
             The whole answer.
 
         Raises:
-            PolymodalError: As for `stream`; and the model does not make what is asked for.
+            PolymodalError: As for `respond`.
         """
         if modalities is not None:
             params = with_modalities(params or self.defaults, modalities)
-        *_, reply = self.stream(messages, params)
+        *_, reply = self.respond(messages, params)
         assert isinstance(reply, Reply)  # the last event of a stream
         return reply
 
@@ -232,12 +242,32 @@ def sampled_hash(module: Any) -> str:
     return digest.hexdigest()
 
 
-def require_question(conversation: Conversation) -> list[Message]:
-    """Read a conversation, which has to ask for an answer."""
+def require_question(conversation: Conversation, makes: Sequence[str] = ("text",)) -> list[Message]:
+    """Read a conversation, which has to ask for an answer.
+
+    What an expert made for an earlier answer is nothing that a model can have said itself: an image goes with the next
+    question, and a sound is the answer's words once more.
+    """
     messages = as_messages(conversation)
     if not messages or messages[-1].role not in ("user", "tool"):
         raise PolymodalError("a conversation to answer must end with a user message")
+    shown: list[Part] = []
+    for number, message in enumerate(messages):
+        if message.role == "assistant" and "image" not in makes:
+            shown += [part for part in message.parts if isinstance(part, Image)]
+        elif message.role == "user" and shown:
+            messages[number], shown = replace(message, parts=(*shown, *message.parts)), []
+        if message.role == "assistant":
+            made = Audio if "image" in makes else Audio | Image
+            kept = tuple(part for part in message.parts if not isinstance(part, made))
+            messages[number] = replace(message, parts=kept or (Text(""),))
     return messages
+
+
+def with_images(messages: Sequence[Message], parts: Sequence[Part], takes: Sequence[str]) -> list[Message]:
+    """A conversation whose last question shows the images of an answer so far, to a model that takes any."""
+    images = [part for part in parts if isinstance(part, Image) and "image" in takes]
+    return [*messages[:-1], replace(messages[-1], parts=(*images, *messages[-1].parts))]
 
 
 def check_messages(messages: Sequence[Message]) -> None:
@@ -328,7 +358,7 @@ class ModelBackend(Backend, Generic[Inputs]):
     def prepare(self, messages: Conversation, room: int) -> Inputs:
         """Process a conversation without the oldest questions of plain text that leave the answer no room."""
         # Media and the last question are never cut.
-        kept = require_question(messages)
+        kept = require_question(messages, self.makes)
         while True:
             inputs = self._process(kept)
             length, _ = self._sizes(inputs)

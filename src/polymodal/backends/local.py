@@ -9,23 +9,28 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from polymodal.backends.base import Answer, ModelBackend, check_makes
+from polymodal.backends.base import Answer, Backend, ModelBackend, check_makes
 from polymodal.config import ModelConfig
-from polymodal.errors import PolymodalError
+from polymodal.errors import ConfigError, PolymodalError
 from polymodal.generation.generate import can_share, new_cache, read_beginnings, stream_ids
 from polymodal.generation.modalities import image_block, require_room, stream_modalities
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import AnswerStream, Step
 from polymodal.messages import Conversation, Message, assistant
 from polymodal.modeling.language_model import positions_of
+from polymodal.modeling.renderers.base import Renderer, RenderRequest
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Sample, collate
 from polymodal.processing.image_codes import ImageCodes, empty_condition
 from polymodal.processing.processor import Processor
 from polymodal.utils.files import sha256_json
+
+_NOT_HERE = ("width", "height", "steps", "frames", "fps", "image")
+"""Fields of a renderer's request that codes of one size have no use for."""
 
 
 def processor_of(model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Processor:
@@ -201,6 +206,29 @@ class LocalBackend(ModelBackend[Sample]):
         conditions = [[empty_condition(self.tokenizer)]] * len(samples)
         batch = collate(samples, self.processor.pad_id, side="left")
         yield from stream_modalities(self.model, batch, params, self.stop_ids, block, text_ids, conditions)
+
+
+class DrawingModel(Renderer):
+    """A model that makes images, as a renderer."""
+
+    output = "image"
+    conversational = True
+
+    def __init__(self, model: Backend) -> None:
+        if "image" not in model.makes:
+            raise ConfigError(f"{model.name}: makes {' and '.join(model.makes)}; a renderer has to make images")
+        self.model, self.name = model, model.name
+
+    def render(self, request: RenderRequest) -> np.ndarray:
+        """Draw, uint8 [H, W, 3]."""
+        given = {"negative_prompt": request.negative_prompt or None, **request.model_dump(include=set(_NOT_HERE))}
+        if said := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(f"{self.name}: draws codes, for which {said[0]} says nothing; leave it out")
+        image = self.model.defaults.image
+        if request.guidance is not None:
+            image = image.model_copy(update={"guidance": request.guidance})
+        params = GenerationParams(seed=request.seed, modalities=("image",), image=image)
+        return np.asarray(self.model.generate(request.prompt, params).images[0])
 
 
 @dataclass(frozen=True)

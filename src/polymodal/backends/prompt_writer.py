@@ -10,14 +10,17 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from PIL import Image as PILImage
+
+from polymodal.backends import load_renderer
 from polymodal.backends.base import Backend, require_question
 from polymodal.errors import ConfigError
 from polymodal.generation.params import GenerationParams
-from polymodal.messages import Conversation, Text
+from polymodal.messages import Conversation, Image, Message, Part, Text, assistant
 from polymodal.modeling.renderers.base import LONGEST_PROMPT, RenderRequest
 
 INSTRUCTION = """Do not answer the above; write a request for an image generator that draws what is wanted there. It
@@ -68,6 +71,37 @@ def write_request(
     request = {"prompt": " ".join(prompt.split())[:LONGEST_PROMPT]}
     request |= _within(found, backend.name)
     return RenderRequest(**(request | fixed))
+
+
+def draw(model: Backend, messages: Sequence[Message], parts: Sequence[Part], params: GenerationParams) -> Image:
+    """An image for a conversation; the expert for "image" of `polymodal.backends.base.EXPERTS`.
+
+    Args:
+        model: Who answers, and writes the prompt unless the renderer reads what people write; its `experts["image"]` is
+            the renderer, the default one where it has none.
+        messages: The conversation, which ends with the user's wish.
+        parts: The answer so far, which the image goes with.
+        params: The answer's settings; their seed is the image's.
+
+    Returns:
+        The image.
+
+    Raises:
+        ConfigError: There is no renderer, or it gives no images, or there are no words to draw.
+    """
+    renderer = load_renderer(model.experts.get("image"))
+    model.experts = {**model.experts, "image": renderer}
+    if renderer.output != "image":
+        raise ConfigError(f"{renderer.name}: makes {renderer.output}, and an image is asked for")
+    given = {"seed": None if params.seed is None else params.seed % 2**63}
+    if renderer.conversational:
+        words = {"prompt": messages[-1].text.strip()[:LONGEST_PROMPT], **given}
+        request = RenderRequest(**{name: value for name, value in words.items() if value is not None})
+    else:
+        said = [part for part in parts if isinstance(part, Text) and part.text.strip()]
+        asked = [*messages, assistant(*said), messages[-1]] if said else messages
+        request = write_request(model, asked, given=given)
+    return Image(PILImage.fromarray(renderer.render(request)))
 
 
 def _within(found: dict[str, Any], name: str) -> dict[str, Any]:

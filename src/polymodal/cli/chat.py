@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the conversation until the input ends."""
     params = common.sampling_params(args)
-    chat = Chat(common.open_model(args), params, args.system, args)
+    chat = Chat(common.open_with_experts(args), params, args.system, args)
     for kind, path in [*(("image", path) for path in args.images), *args.media]:
         chat.add(kind, path)
     return chat.run()
@@ -57,7 +57,7 @@ class Chat:
         self.params = params
         self.asked = asked  # The flags that say which frames and pages are taken
         self.system = system
-        self.saved = common.SavedImages(asked)
+        self.saved = common.SavedMedia(asked)
         self.interactive = sys.stdin.isatty()
         self.messages: list[Message] = []
         self.pending: list[Media] = []
@@ -124,7 +124,7 @@ class Chat:
         pieces: list[str] = []
         reply: Reply | None = None
         try:
-            for event in self.model.stream(asked, self.params):
+            for event in self.model.respond(asked, self.params):
                 if isinstance(event, TextDelta):
                     pieces.append(event.text)
                     common.stream_text(event.text)

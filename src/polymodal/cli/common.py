@@ -3,6 +3,7 @@
 import argparse
 import base64
 import io
+import itertools
 import json
 import mimetypes
 import os
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from polymodal.backends import load
+from polymodal.backends import load, load_renderer
 from polymodal.backends.base import Backend
 from polymodal.config import parse_config
 from polymodal.errors import ConfigError, PolymodalError
@@ -84,32 +85,49 @@ def sampling_params(args: argparse.Namespace) -> GenerationParams:
 
 
 def add_making_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of answers that hold images, and of where these go."""
-    group = parser.add_argument_group("images", "for models that make them")
-    about = 'what the answer may hold: "text", "text,image", or "image" for an image alone (text)'
+    """Add the flags of answers that hold images and sounds, and of where these go."""
+    group = parser.add_argument_group("images and sounds", "what the model does not make, a renderer and a voice do")
+    about = 'what the answer holds, in order: "text", "text,image,audio", "image,text", "image" (text)'
     group.add_argument("--modalities", metavar="LIST", help=about)
-    group.add_argument("-o", "--output", metavar="FOLDER", help="where images are saved (this folder)")
+    group.add_argument("-o", "--output", metavar="FOLDER", help="where images and sounds are saved (this folder)")
+    group.add_argument("--renderer", metavar="NAME", help="as for `polymodal draw` (the drawer of the package)")
+    group.add_argument("--voice", metavar="NAME", help="as for `polymodal speak` (piper)")
     group.add_argument("--guidance", dest="image_guidance", type=float, metavar="G", help="1 for none (2)")
     group.add_argument("--image-temperature", type=float, metavar="T", help="0 takes the likeliest code (1)")
     group.add_argument("--image-top-k", type=int, metavar="K", help="of the likeliest codes (all)")
     group.add_argument("--image-top-p", type=float, metavar="P", help="of the likeliest codes up to this share (1)")
 
 
-class SavedImages:
-    """Images of answers: saved as numbered files, and shown where the terminal can."""
+def open_with_experts(args: argparse.Namespace) -> Backend:
+    """Open the model that the flags name, with the renderer and the voice that they name."""
+    model = open_model(args)
+    if args.renderer is not None:
+        model.experts = {**model.experts, "image": load_renderer(args.renderer)}
+    if args.voice is not None:
+        from polymodal.speech import load_tts
 
-    def __init__(self, args: argparse.Namespace | None, name: str = "image") -> None:
-        self.folder, self.name, self.count = Path(getattr(args, "output", None) or "."), name, 0
+        model.experts = {**model.experts, "audio": load_tts(args.voice)}
+    return model
+
+
+class SavedMedia:
+    """Images and sounds of answers: saved as numbered files, images shown where the terminal can."""
+
+    def __init__(self, args: argparse.Namespace | None) -> None:
+        self.folder = Path(getattr(args, "output", None) or ".")
 
     def add(self, part: Media) -> str:
-        """Save an image as PNG, under the next name that is free."""
-        buffer = io.BytesIO()
-        part.source.save(buffer, "png")  # type: ignore[union-attr]  # what a model made
+        """Save an image as PNG or a sound as WAV, under the next name that is free."""
+        source: Any = part.source  # what was made: an image of Pillow, or a WAV file's bytes
+        buffer = io.BytesIO(source if isinstance(part, Audio) else b"")
+        name, ending = ("audio", "wav") if isinstance(part, Audio) else ("image", "png")
+        if isinstance(part, Image):
+            source.save(buffer, ending)
         self.folder.mkdir(parents=True, exist_ok=True)
-        while (path := self.folder / f"{self.name}-{self.count + 1}.png").exists():
-            self.count += 1
+        paths = (self.folder / f"{name}-{number}.{ending}" for number in itertools.count(1))
+        path = next(path for path in paths if not path.exists())
         write_file(str(path), buffer.getvalue())
-        if sys.stdout.isatty() and (shown := inline_image(buffer.getvalue(), os.environ)):
+        if isinstance(part, Image) and sys.stdout.isatty() and (shown := inline_image(buffer.getvalue(), os.environ)):
             print(shown)
         return str(path)
 

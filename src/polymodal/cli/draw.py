@@ -1,8 +1,10 @@
 """Draw an image from a prompt, or from a prompt and an image.
 
-What draws (--renderer) is the folder or hub id of a pipeline of diffusers, which needs the extra `diffusion`, or an
+What draws (--renderer) is the small drawer that comes with the package, which knows shapes and emoji; the folder of a
+model that draws; the folder or hub id of a pipeline of diffusers, which needs the extra `diffusion`; or an
 OpenAI-compatible images endpoint. With --rewrite a language model writes the prompt first. Examples:
-  polymodal draw "a red circle left of a blue square" -o out.png --renderer stable-diffusion-v1-5/stable-diffusion-v1-5
+  polymodal draw "a red circle left of a blue square" -o out.png
+  polymodal draw "a lighthouse in fog" -o out.png --renderer stable-diffusion-v1-5/stable-diffusion-v1-5
   polymodal draw "the same at night" --image out.png -o night.png --renderer pipelines/sd --steps 20 --seed 7
   polymodal draw "what our cat dreams of" -o dream.png --renderer openai:gpt-image-1 --rewrite default
 """
@@ -32,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `requested` and `opened` read."""
     add = parser.add_argument
-    add("--renderer", metavar="NAME", help="a pipeline's folder or hub id, openai:MODEL, or an endpoint's address")
+    add(
+        "--renderer",
+        metavar="NAME",
+        help="a folder or hub id, openai:MODEL, or an endpoint's address (for images: the package's)",
+    )
     add("--negative-prompt", metavar="TEXT", help="what is not to be seen")
     add("--size", metavar="WxH", help="pixels, such as 512x384; multiples of 8 (the renderer's own)")
     add("--steps", type=int, metavar="N", help="denoising steps (the renderer's own)")

@@ -5,7 +5,7 @@ Example: polymodal generate --image cat.jpg --prompt "What is this?"
          polymodal generate --document paper.pdf --pages 1-3 --text layer --prompt "Who wrote it?"
          polymodal generate --model Salesforce/blip-image-captioning-base --image cat.jpg [--prompt "a picture of"]
          polymodal generate --model openai:gpt-4o --image cat.jpg --prompt "What is this?"
-         polymodal generate --model DRAWER --modalities image --prompt "a red circle" -o folder/
+         polymodal generate --modalities text,image,audio --prompt "Draw a red circle." -o folder/
 """
 
 import argparse
@@ -14,6 +14,10 @@ from dataclasses import asdict
 from polymodal.backends.base import MediaEnd, TextDelta
 from polymodal.cli import common
 from polymodal.errors import ConfigError
+from polymodal.messages import Audio, Image
+
+FILES = {"images": Image, "sounds": Audio}
+"""What `--json` calls the files of each kind of part."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,11 +36,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json and args.stream:
         raise ConfigError("--json and --stream cannot be combined; leave one out")
     params = common.sampling_params(args)
-    saved = common.SavedImages(args)
+    saved = common.SavedMedia(args)
     messages = common.question(args)
-    model = common.open_model(args)
+    model = common.open_with_experts(args)
     if args.stream:
-        for event in model.stream(messages, params):
+        for event in model.respond(messages, params):
             if isinstance(event, TextDelta):
                 common.stream_text(event.text)
             elif isinstance(event, MediaEnd):
@@ -45,14 +49,18 @@ def run(args: argparse.Namespace) -> int:
         print()
         return 0
     reply = model.generate(messages, params)
-    images = [saved.add(part) for part in reply.message.media]
+    media = [(part, saved.add(part)) for part in reply.message.media]
     if not args.json:
-        if reply.text or not images:
+        if reply.text or not media:
             print(common.printable(reply.text))
         return 0
     document = {
         "text": reply.text,
-        **({"images": images} if images else {}),
+        **{
+            name: files
+            for name, kind in FILES.items()
+            if (files := [file for part, file in media if type(part) is kind])
+        },
         "usage": asdict(reply.usage),
         "timing": {name: value if value is None else round(value, 4) for name, value in asdict(reply.timing).items()},
         "model": reply.model,

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from polymodal.config import Strict
 
-Modality: TypeAlias = Literal["text", "image"]
+Modality: TypeAlias = Literal["text", "image", "audio"]
 
 
 class ImageParams(Strict):
@@ -39,7 +39,8 @@ class GenerationParams(Strict):
         repetition_penalty: Divides the logits of tokens already in the answer; 1 for none, from 0.01 to 100.
         seed: Makes sampling repeatable, in 64 bits; None draws a new seed.
         stop: Texts that end the answer; they are cut off.
-        modalities: What the answer may hold. Where "image" comes first, it begins with one; alone, it is one.
+        modalities: What the answer may hold. Where "image" comes first, it begins with one; alone, it is one. "audio"
+            is the answer's text spoken, and comes behind "text".
         image: Settings of its images.
     """
 
@@ -57,6 +58,8 @@ class GenerationParams(Strict):
     def _each_once(self) -> Self:
         if len(set(self.modalities)) < len(self.modalities):
             raise ValueError("modalities: each is named once")
+        if "audio" in self.modalities[: [*self.modalities, "text"].index("text")]:
+            raise ValueError("modalities: audio is the answer's text spoken; name text before it")
         return self
 
     @property

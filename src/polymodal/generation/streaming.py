@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from polymodal.messages import Image, Part, Text
+from polymodal.messages import Audio, Image, Part, Text
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -32,7 +32,7 @@ class TextDelta:
 class MediaStart:
     """A medium begins."""
 
-    modality: str  # "image"
+    modality: str  # "image" or "audio"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class MediaProgress:
 class MediaEnd:
     """A medium is whole."""
 
-    part: Image
+    part: Image | Audio
 
 
 Delta = TextDelta | MediaStart | MediaProgress | MediaEnd

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import textwrap
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import numpy as np
 
 from polymodal.checkpoints.locate import HUB_ID, find_model
 from polymodal.errors import CheckpointError, ConfigError, DataError, PolymodalError, first_line, unknown_name
+from polymodal.messages import Audio, Part, Text
 from polymodal.safety.config_json import read_json
-from polymodal.speech.base import TTS, AudioChunk, closed, open_onnx, package_folder
+from polymodal.speech.base import TTS, AudioChunk, closed, open_onnx, package_folder, wav_bytes
 from polymodal.speech.sentences import ABBREVIATIONS, SentenceSplitter
 from polymodal.utils.files import home_path
 
@@ -358,6 +359,27 @@ def speak(text: str, tts: str | Path | TTS = "piper") -> Iterator[AudioChunk]:
     splitter = SentenceSplitter()
     sentences = [*splitter.push(text), *splitter.finish()]
     return _spoken(sentences, load_tts(tts))
+
+
+def read_out(model: Any, messages: Any, parts: Sequence[Part], params: Any) -> Audio:
+    """An answer's text, spoken as a WAV file; the expert for "audio" of `polymodal.backends.base.EXPERTS`.
+
+    Args:
+        model: Who answers; its `experts["audio"]` is the voice, "piper" where it has none.
+        messages: The conversation, which is not looked at.
+        parts: The answer so far.
+        params: The answer's settings, of which none is for the voice.
+
+    Returns:
+        The sound.
+
+    Raises:
+        DataError: There is nothing in the answer that can be spoken.
+        ConfigError: A package or program of the voice is not installed.
+    """
+    voice = load_tts(model.experts.get("audio", "piper"))
+    model.experts = {**model.experts, "audio": voice}
+    return Audio(wav_bytes(speak(" ".join(part.text for part in parts if isinstance(part, Text)), voice)))
 
 
 def _spoken(sentences: list[str], tts: TTS) -> Iterator[AudioChunk]:

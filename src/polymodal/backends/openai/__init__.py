@@ -135,6 +135,8 @@ class OpenAIBackend(Backend):
         """Answer a conversation in one piece, which any server can."""
         params = params or self.defaults
         params = params if modalities is None else with_modalities(params, modalities)
+        if any(kind not in self.makes for kind in params.modalities):
+            return super().generate(messages, params)
         *_, reply = self._talk(messages, params, stream=False)
         assert isinstance(reply, Reply)  # the last event
         return reply

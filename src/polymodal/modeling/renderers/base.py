@@ -75,11 +75,13 @@ class Renderer(ABC):
         name: What it is called in error lines.
         output: What it gives.
         rate: Frames or samples a second of what it gives, where the request does not say.
+        conversational: Whether it was taught to be asked as people ask, so that nobody needs to write it a prompt.
     """
 
     name: str
     output: Output
     rate: float = 8.0
+    conversational: bool = False
 
     @abstractmethod
     def render(self, request: RenderRequest) -> np.ndarray:
