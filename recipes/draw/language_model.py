@@ -37,7 +37,7 @@ def write_language_model(
     *,
     words: int = 2048,
     hidden_size: int = 256,
-    layers: int = 8,
+    layers: int = 6,
     positions: int = 1024,
     seed: int = 0,
     force: bool = False,
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--words", type=int, default=2048, metavar="N", help="tokens of text; default: %(default)s")
     parser.add_argument("--hidden-size", type=int, default=256, metavar="N", help="default: %(default)s")
-    parser.add_argument("--layers", type=int, default=8, metavar="N", help="default: %(default)s")
+    parser.add_argument("--layers", type=int, default=6, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--force", action="store_true", help="replace a folder that is there")
     args = vars(parser.parse_args(argv))

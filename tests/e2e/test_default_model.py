@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import polymodal
-from polymodal import Audio, Document, Video
+from polymodal import Audio, Document, Video, user
+from polymodal.backends import load_renderer
 from polymodal.backends.local import LocalBackend
 from polymodal.data.load import load_records
 from polymodal.evaluation.runner import Settings, run_task
 from polymodal.evaluation.tasks.demo import DEMO
 from polymodal.evaluation.tasks.questions import ask_records
+from polymodal.modeling.renderers.base import RenderRequest
 from polymodal.utils.files import shipped_folder
 from recipes.default.dataset import build_default
+from recipes.draw.judge import look
+from recipes.draw.scenes import Scene, Thing, random_scene
+from recipes.draw.wording import request, scene_phrase
+from tests.speech.engines import LetterTTS
 
 FOLDER = shipped_folder() / "default"
 
@@ -80,3 +88,27 @@ def test_the_demo_benchmark_is_no_worse_than_the_card_says(model: LocalBackend) 
 
 def test_a_text_conversation_keeps_its_manners(model: LocalBackend) -> None:
     assert "paris" in model.ask("What is the capital of France?").lower()
+
+
+def test_one_call_gives_text_an_image_and_speech(model: LocalBackend) -> None:
+    """With the drawer and, for want of installed packages in a test, a voice that stands in."""
+    model.experts = {"audio": LetterTTS()}
+    reply = model.generate("Draw a large red circle on the left.", modalities=("text", "image", "audio"))
+    assert reply.text.strip() and model.experts["audio"].said
+    (image,), (sound,) = reply.images, reply.sounds
+    assert look(np.asarray(image)).nearest == Scene((Thing("circle", "red", "large", "left"),))
+    assert sound[:4] == b"RIFF"
+    asked = [user("Draw a large red circle on the left."), reply.message, user("What color is the circle?")]
+    assert "red" in model.generate(asked).text.lower()
+
+
+@pytest.mark.slow
+def test_the_drawer_draws_what_its_card_says(tmp_path: Path) -> None:
+    """The first hundred held-out prompts of the card's table."""
+    card = (shipped_folder() / "drawer" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    stated = float(re.findall(r"^\| drawn \| 1200 \|.*\| ([\d.]+)% \([^|]*\) \|$", card, flags=re.MULTILINE)[0])
+    scenes = [random_scene(random.Random(f"card/{n}"), 1 + n % 3, heldout=True) for n in range(99)]
+    renderer = load_renderer(None, "cpu")
+    drawn = [renderer.render(RenderRequest(prompt=request(scene_phrase(scene)))) for scene in scenes]
+    right = sum(look(image).nearest == scene for image, scene in zip(drawn, scenes, strict=True))
+    assert right >= stated / 100 * len(scenes) - 12

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from polymodal.config import ImageOutputConfig
 from polymodal.config.output import new_layout
 from polymodal.errors import PolymodalError
 from polymodal.generation.generate import generate_ids
@@ -144,3 +145,10 @@ def test_blocks_of_videos_and_sounds_are_of_the_same_kind() -> None:
     code = (27, 37)
     assert video_block(layout, 2, 2).steps == (code, code, (24, 25), code, code, (23, 24))
     assert audio_block(layout, 2).steps == ((37, 41), (41, 46), (37, 41), (41, 46), (26, 27))
+
+
+def test_what_a_request_leaves_open_is_the_model_s_choice() -> None:
+    own = ImageOutputConfig(image_tokenizer="x", temperature=0.3, guidance=4.0)
+    open_, said = GenerationParams(), GenerationParams(image=ImageParams(temperature=0.0, guidance=1.0))
+    assert (open_.settled(own).image.temperature, open_.settled(own).image.guidance) == (0.3, 4.0)
+    assert said.settled(own).image == said.image

@@ -18,7 +18,7 @@ from polymodal.config import ModelConfig
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.generation.generate import can_share, new_cache, read_beginnings, stream_ids
 from polymodal.generation.modalities import image_block, require_room, stream_modalities
-from polymodal.generation.params import GenerationParams
+from polymodal.generation.params import GenerationParams, ImageParams
 from polymodal.generation.streaming import AnswerStream, Step
 from polymodal.messages import Conversation, Message, assistant
 from polymodal.modeling.language_model import positions_of
@@ -201,6 +201,7 @@ class LocalBackend(ModelBackend[Sample]):
     def _draw(self, samples: Sequence[Sample], params: GenerationParams) -> Generator[Step]:
         codes = self.processor.codes
         assert codes is not None  # what the model makes was looked at before
+        params = params.settled(codes.config)
         block = image_block(codes.vocabulary, codes.count)
         text_ids = max(len(self.tokenizer), block.begin + 1)
         conditions = [[empty_condition(self.tokenizer)]] * len(samples)
@@ -224,9 +225,7 @@ class DrawingModel(Renderer):
         given = {"negative_prompt": request.negative_prompt or None, **request.model_dump(include=set(_NOT_HERE))}
         if said := [name for name, value in given.items() if value is not None]:
             raise ConfigError(f"{self.name}: draws codes, for which {said[0]} says nothing; leave it out")
-        image = self.model.defaults.image
-        if request.guidance is not None:
-            image = image.model_copy(update={"guidance": request.guidance})
+        image = ImageParams(guidance=request.guidance)
         params = GenerationParams(seed=request.seed, modalities=("image",), image=image)
         return np.asarray(self.model.generate(request.prompt, params).images[0])
 

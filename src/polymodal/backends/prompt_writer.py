@@ -95,7 +95,7 @@ def draw(model: Backend, messages: Sequence[Message], parts: Sequence[Part], par
         raise ConfigError(f"{renderer.name}: makes {renderer.output}, and an image is asked for")
     given = {"seed": None if params.seed is None else params.seed % 2**63}
     if renderer.conversational:
-        words = {"prompt": messages[-1].text.strip()[:LONGEST_PROMPT], **given}
+        words: dict[str, Any] = {"prompt": messages[-1].text.strip()[:LONGEST_PROMPT], **given}
         request = RenderRequest(**{name: value for name, value in words.items() if value is not None})
     else:
         said = [part for part in parts if isinstance(part, Text) and part.text.strip()]

@@ -92,8 +92,8 @@ def add_making_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-o", "--output", metavar="FOLDER", help="where images and sounds are saved (this folder)")
     group.add_argument("--renderer", metavar="NAME", help="as for `polymodal draw` (the drawer of the package)")
     group.add_argument("--voice", metavar="NAME", help="as for `polymodal speak` (piper)")
-    group.add_argument("--guidance", dest="image_guidance", type=float, metavar="G", help="1 for none (2)")
-    group.add_argument("--image-temperature", type=float, metavar="T", help="0 takes the likeliest code (1)")
+    group.add_argument("--guidance", dest="image_guidance", type=float, metavar="G", help="1 for none (the model's)")
+    group.add_argument("--image-temperature", type=float, metavar="T", help="0: the likeliest code (the model's)")
     group.add_argument("--image-top-k", type=int, metavar="K", help="of the likeliest codes (all)")
     group.add_argument("--image-top-p", type=float, metavar="P", help="of the likeliest codes up to this share (1)")
 

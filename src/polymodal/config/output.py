@@ -101,12 +101,16 @@ class ImageOutputConfig(Strict):
         background: What shows through transparent pixels and beside an image that is padded, RGB 0..255.
         questions: What images of questions are read as: "features" of the vision encoder, where there is one, or
             "codes" (as in Chameleon and Emu3). Without a vision encoder they are always codes.
+        temperature: How codes are chosen where a request does not say: 0 takes the likeliest, above 0 samples.
+        guidance: How far beyond what it draws with its text the model goes, where a request does not say; 1 for none.
     """
 
     image_tokenizer: str
     image_aspect_ratio: AspectRatio = "pad"
     background: tuple[Channel, Channel, Channel] = (255, 255, 255)
     questions: Literal["features", "codes"] = "features"
+    temperature: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    guidance: float = Field(default=2.0, ge=0.0, le=100.0)
 
 
 class OutputConfig(Strict):

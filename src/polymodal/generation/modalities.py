@@ -124,6 +124,7 @@ def stream_modalities(
     batch = batch.to(model.device)
     begin = time.perf_counter()
     rows = len(batch.input_ids)
+    assert params.image.guidance is not None  # settled by the model
     guided = params.image.guidance != 1.0
     embeds, mask = embed_batch(model, batch), batch.attention_mask
     if guided:
@@ -201,7 +202,7 @@ def _choose(
     guided = logits[first:end]
     if second is not None:
         without = second[first:end]
-        guided = without + state.params.image.guidance * (guided - without)
+        guided = without + (state.params.image.guidance or 0.0) * (guided - without)
     look(guided)
     none = torch.empty((1, 0), dtype=torch.int64, device=logits.device)
     return first + int(sample_next(guided[None], state.params.of_codes, none, state.generator))

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from polymodal.config import Strict
+from polymodal.config import ImageOutputConfig, Strict
 
 Modality: TypeAlias = Literal["text", "image", "audio"]
 
@@ -13,7 +13,7 @@ class ImageParams(Strict):
     """Settings of the images in an answer; a code is never penalised for having been chosen before.
 
     Attributes:
-        temperature: 0 takes the likeliest code; above 0 samples.
+        temperature: 0 takes the likeliest code; above 0 samples. The model's own choice where None, as of `guidance`.
         top_p: Sample from the smallest set of codes whose probability reaches this.
         top_k: Sample from this many likeliest codes; 0 for all.
         guidance: How far to go from what the model draws without a text to what it draws with it, and beyond: 1 is the
@@ -21,10 +21,10 @@ class ImageParams(Strict):
         max_images: The most images of an answer.
     """
 
-    temperature: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    temperature: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=0, ge=0)
-    guidance: float = Field(default=2.0, ge=0.0, le=100.0)
+    guidance: float | None = Field(default=None, ge=0.0, le=100.0)
     max_images: int = Field(default=4, ge=1, le=1000)
 
 
@@ -66,6 +66,11 @@ class GenerationParams(Strict):
     def plain(self) -> dict[str, Any]:
         """The settings as JSON, for an answer of text without those of images, which change nothing in it."""
         return self.model_dump(mode="json", exclude={"modalities", "image"} if self.modalities == ("text",) else None)
+
+    def settled(self, own: ImageOutputConfig) -> "GenerationParams":
+        """These settings with a model's own choice of how its codes are chosen, where they leave it to the model."""
+        chosen = {name: getattr(own, name) for name in ("temperature", "guidance") if getattr(self.image, name) is None}
+        return self.model_copy(update={"image": self.image.model_copy(update=chosen)})
 
     @property
     def of_codes(self) -> "GenerationParams":

@@ -55,7 +55,7 @@ class ImageCodes:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tokenizer.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        config = self.config.model_dump(mode="json", exclude={"image_tokenizer"})
+        config = self.config.model_dump(mode="json", exclude={"image_tokenizer", "temperature", "guidance"})
         return {"weights": digest.hexdigest(), **config, "vocabulary": self.vocabulary.model_dump(mode="json")}
 
     def pixels(self, source: Source) -> PILImage.Image:
