@@ -26,7 +26,7 @@ from polymodal.data.readers.conversations import Record
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.evaluation.tasks.questions import ask_records
 from polymodal.generation.params import GenerationParams
-from polymodal.messages import Audio, Image, Message, assistant, system, user
+from polymodal.messages import Audio, Image, Message, Video, assistant, system, user
 from polymodal.safety.model_folder import check_folder
 
 FAMILIES = ["llava_next", "idefics3", "smolvlm", "qwen2_5_vl", "internvl", "gemma3"]
@@ -358,7 +358,7 @@ def test_what_cannot_be_asked_is_refused(opened: Opened) -> None:
             [user(Audio("a.wav"), "What?")],
             "audio parts cannot be given to this model, which takes text and image parts",
         ),
-        ([assistant(Image(WIDE)), user("What?")], "must stand in a user's message"),
+        ([assistant(Video("a.mp4")), user("What?")], "must stand in a user's message"),
         ([user("half \ud83d")], "half of a surrogate pair"),
         ([user(Image("absent.png"), "What?")], "no such file"),
     ]:

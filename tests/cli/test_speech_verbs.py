@@ -34,9 +34,12 @@ def question(tmp_path: Path) -> Path:
 
 
 def test_talk_from_a_file_into_a_file(
-    stage: Stage, question: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stage: Stage, question: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "answer.wav"
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jpg", "b.mp4", "c.pdf"):
+        (tmp_path / name).touch()
     flags = ["--video", "b.mp4", "--num-frames", "3", "--image", "a.jpg", "--document", "c.pdf"]
     flags += ["--prompt", "Be brief.", "--system", "S", "--asr", "base", "--instruction", "Say it well."]
     assert main(["talk", "--input", str(question), "--output", str(target), *flags, "--max-new-tokens", "5"]) == 0
@@ -85,8 +88,10 @@ SPOKEN = sound((1, 0.001), (1, 0.2), (1, 0.001))
 
 
 def test_talk_with_a_microphone_goes_on_until_it_is_ended(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jpg").touch()
     devices = listening(monkeypatch, [SPOKEN, SPOKEN])
     assert main(["talk", "--image", "a.jpg"]) == 130
     first, second = (messages for messages, _ in stage.model.asked)
@@ -98,8 +103,10 @@ def test_talk_with_a_microphone_goes_on_until_it_is_ended(
 
 
 def test_talk_with_a_microphone_goes_on_after_silence_and_ends_at_a_file_that_cannot_be_read(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "no.jpg").touch()
     listening(monkeypatch, [SPOKEN, SPOKEN])
     stage.asr.text = " "
     assert main(["talk"]) == 130 and capsys.readouterr().err.count("no speech was found") == 2
@@ -107,11 +114,11 @@ def test_talk_with_a_microphone_goes_on_after_silence_and_ends_at_a_file_that_ca
     stage.asr.text = "What is it?"
 
     def refuse(*_: Any) -> Any:
-        raise MediaError("no.jpg: no such file; check the path")
+        raise MediaError("no.jpg: cannot be read as an image")
 
     monkeypatch.setattr(stage.model, "stream", refuse)
     assert main(["talk", "--image", "no.jpg"]) == 2
-    assert capsys.readouterr().err.count("no.jpg: no such file") == 1
+    assert capsys.readouterr().err.count("no.jpg: cannot be read") == 1
 
 
 def test_mistakes_are_one_line_before_anything_is_opened(
@@ -126,6 +133,9 @@ def test_mistakes_are_one_line_before_anything_is_opened(
         (["talk", "--input", str(question), "--output", str(tmp_path / "no" / "a.wav")], "its folder is not there"),
         (["talk", "--input", str(question), "--output", target, "--temperature", "-1"], "temperature"),
         (["talk", "--input", str(question), "--output", target, "--image", "a.mp4"], "give it with --video"),
+        (["talk", "--input", str(question), "--output", target, "--image", "no.jpg"], "no.jpg: no such file"),
+        (["talk", "--input", str(question), "--output", str(tmp_path / "a.mp3")], "ends in .wav"),
+        (["speak", "Hello.", "--output", str(tmp_path / "a.mp3")], "ends in .wav"),
         (["talk", "--input", str(question), "--output", target, "--pages", "1"], "no --document was given"),
         (["speak", "Hello.", "-o", str(tmp_path)], "is a folder"),
         (["speak", "Hello."], "-o/--output"),

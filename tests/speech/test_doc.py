@@ -29,6 +29,8 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     monkeypatch.chdir(tmp_path)
     samples = sound((0.5, 0.001), (2, 0.2), (1, 0.001))
     Path("question.wav").write_bytes(wav_bytes([AudioChunk(samples, RATE, "")]))
+    for name in re.findall(r"--(?:image|video|document) (\S+)", TEXT):
+        Path(name).touch()
     devices = Devices(samples)
     opened, times = devices.InputStream, iter([True, False])
 

@@ -50,6 +50,7 @@ ADAPTER_NAME = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 OWN_PARTS = ("projector", "temporal_encoder", "audio_projector")
 AUDIO_ORIGINS: Any = {"audio_tower": True, "revision": True}
+CHOICES: Any = {"image": {"temperature", "guidance"}}  # of how codes are chosen, which changes no model
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def contract_of(
         # Not there where there is none, as in folders from before there were videos and sounds.
         **({} if config.video is None else {"video": config.video.model_dump(mode="json")}),
         **({} if config.audio is None else {"audio": config.audio.model_dump(mode="json", exclude=AUDIO_ORIGINS)}),
-        **({} if config.output is None else {"output": config.output.model_dump(mode="json")}),
+        **({} if config.output is None else {"output": config.output.model_dump(mode="json", exclude=CHOICES)}),
         **({} if rope is None else {"llm": {"rope_scaling": rope.model_dump(mode="json")}}),
         **({} if context_tokenizer is None else {"context_tokenizer": _hash_vocabulary(context_tokenizer)}),
     }

@@ -15,10 +15,10 @@ from typing import Any, TextIO
 from polymodal.backends import load, load_renderer
 from polymodal.backends.base import Backend
 from polymodal.config import parse_config
-from polymodal.errors import ConfigError, PolymodalError
+from polymodal.errors import ConfigError, MediaError, PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Audio, Image, Media, Message, as_messages, system, user
-from polymodal.utils.files import check_writable, write_bytes
+from polymodal.utils.files import check_writable, home_path, regular_size, write_bytes
 
 RESET, DIM, BOLD = "\x1b[0m", "\x1b[2m", "\x1b[1m"
 DECIMAL = {" B": 10**9, " M": 10**6, " k": 10**3, "": 1}
@@ -270,6 +270,20 @@ def check_files(args: argparse.Namespace, *flags: str) -> None:
     for flag in flags:
         if (path := getattr(args, flag)) is not None:
             check_writable(Path(path), f"--{flag}: ", parents=False)
+
+
+def check_media(parts: Sequence[Any]) -> None:
+    """Make sure that the files of media are there, before anything is loaded or listened to for them."""
+    for part in parts:
+        source = getattr(part, "source", None)
+        if isinstance(source, str) and ":" not in source:  # which URLs have
+            regular_size(home_path(source), source, MediaError)
+
+
+def check_wav(path: str) -> None:
+    """Make sure that a file of speech is called what it is."""
+    if Path(path).suffix.lower() != ".wav":
+        raise ConfigError(f"{path}: speech is written as WAV; give the file a name that ends in .wav")
 
 
 def write_file(path: str, data: bytes) -> None:

@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from polymodal.speech.tts import MOST_TEXT
 
     common.check_files(args, "output")
+    common.check_wav(args.output)
     try:
         text = sys.stdin.read(MOST_TEXT + 1) if args.text == "-" else args.text
     except UnicodeDecodeError as error:

@@ -50,8 +50,11 @@ def run(args: argparse.Namespace) -> int:
     from polymodal.speech import load_asr, load_tts, load_vad
 
     common.check_files(args, "output")
+    if args.output is not None:
+        common.check_wav(args.output)
     params = common.sampling_params(args)
     parts: list[Part] = [*common.media(args), *([Text(args.prompt)] if args.prompt else [])]
+    common.check_media(parts)
     live = args.input == MICROPHONE
     if live and args.output is not None:
         raise ConfigError("--output is for a question from a file; leave it out, or give --input question.wav")
