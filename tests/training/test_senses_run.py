@@ -400,6 +400,11 @@ def test_the_warm_start_of_the_temporal_encoder_learns_to_say_what_happens(
         told = capfd.readouterr()
         shares.append(float((told.out + told.err).rpartition("% of the words of held-out")[0].rpartition(" ")[2]))
     assert shares[0] == 100 > shares[1], shares
+    # One that the stage itself leaves alone learns all the same.
+    ears = [{"match": "audio_projector.*", "train": True}]
+    frozen = train(recipe_of(senses, output_dir=str(tmp_path / "frozen"), **changes, train=ears))
+    weights = load_model(frozen).model.temporal_encoder.state_dict()  # type: ignore[union-attr]
+    assert weights and any(bool(w.any()) for name, w in weights.items() if "out" in name), sorted(weights)
     with pytest.raises(ConfigError, match=r"set run\.feature_cache"):
         train(recipe_of(senses, video_warm_start={"steps": 3}, output_dir=str(tmp_path / "none")))
     path.write_text(json.dumps([{**record, "kind": "name"} for record in records]))

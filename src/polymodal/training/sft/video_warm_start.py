@@ -43,9 +43,9 @@ def video_warm_start(
 ) -> None:
     """Train the temporal encoder to say the words of the videos' descriptions."""
     encoder, projector, store = model.temporal_encoder, model.projector, dataset.store
-    if store is None or not isinstance(encoder, nn.Module) or not [p for p in encoder.parameters() if p.requires_grad]:
+    if store is None or not isinstance(encoder, nn.Module) or not list(encoder.parameters()):
         raise ConfigError(
-            "video_warm_start needs a temporal encoder that is trained, and cached features: set run.feature_cache"
+            "video_warm_start needs a temporal encoder with weights, and cached features: set run.feature_cache"
         )
     assert isinstance(projector, nn.Module)
     videos, said = described(dataset)
@@ -73,7 +73,12 @@ def video_warm_start(
     generator = torch.Generator().manual_seed(seed)
     device = next(projector.parameters()).device
     spelling = Spelling(model.llm.get_input_embeddings().weight.detach().float(), vocabulary).to(device)
-    parameters = [p for p in encoder.parameters() if p.requires_grad] + list(spelling.parameters())
+    own = [p for p in encoder.parameters() if p.requires_grad]
+    # One that the stage freezes learns whole, and here alone.
+    frozen = [] if own else list(encoder.parameters())
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    parameters = [*own, *frozen, *spelling.parameters()]
 
     def say(some: list[int]) -> tuple[Tensor, Tensor]:  # log-probabilities [B, C], tokens [B, t, D]
         frames = store.gather([videos[place][0] for place in some])
@@ -97,6 +102,8 @@ def video_warm_start(
         return unsaid + spelling.off_length(tokens)
 
     descend(parameters, config, "video warm start", loss)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     found = total = 0.0
     with torch.no_grad():
         for place in held:
