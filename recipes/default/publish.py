@@ -1,6 +1,7 @@
-"""Put a trained model into the package as the default model: half precision, model card kept, size checked.
+"""Put a trained model into the package: half precision, model card kept, size checked.
 
-python recipes/default/publish.py runs/default/stage2/final [src/polymodal/models/default]
+python recipes/default/publish.py runs/default/stage3/final [src/polymodal/models/default]
+python recipes/default/publish.py runs/draw/drawer/final src/polymodal/models/drawer
 """
 
 from __future__ import annotations
@@ -23,8 +24,18 @@ def main(source: str, target: str = str(TARGET)) -> None:
     card = folder / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else None
     loaded = load_model(Path(source))
+    whole = (Path(source) / "llm").is_dir()
+    if whole:
+        loaded.model.llm.half()  # on the disk; it is opened in the type of its configuration
     save_model(
-        folder, loaded.model, loaded.config, loaded.tokenizer, history=loaded.history, dtype=torch.float16, replace=True
+        folder,
+        loaded.model,
+        loaded.config,
+        loaded.tokenizer,
+        history=loaded.history,
+        llm_trained=whole,
+        dtype=torch.float16,
+        replace=True,
     )
     if text is not None:
         card.write_text(text, encoding="utf-8")

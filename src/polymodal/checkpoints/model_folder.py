@@ -158,7 +158,8 @@ def save_model(
         if keep_ears and model.audio_encoder is not None:
             model.audio_encoder.save(work / "audio")
         if model.image_tokenizer is not None:
-            save_image_tokenizer(model.image_tokenizer, work / IMAGE_TOKENIZER)
+            kept = dtype if dtype is not None and _holds(model.image_tokenizer, dtype) else None
+            save_image_tokenizer(model.image_tokenizer, work / IMAGE_TOKENIZER, kept)
         tokenizer.save_pretrained(work)
         if model.context_tokenizer is not None:
             model.context_tokenizer.save_pretrained(work / TOKENIZER_FOLDER)
@@ -318,6 +319,12 @@ def _own_weights(llm: Any) -> dict[str, Any] | None:
     added = ("lora_", "trainable_tokens_delta")
     weights = {name: value for name, value in llm.state_dict().items() if not any(part in name for part in added)}
     return {name.replace(".token_adapter.", ".").replace(".base_layer.", "."): v for name, v in weights.items()}
+
+
+def _holds(module: Any, dtype: torch.dtype) -> bool:
+    """Whether a module's weights are the same in another type; other codes would mean nothing to the model."""
+    floats = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+    return all(torch.equal(tensor, tensor.to(dtype).to(tensor.dtype)) for tensor in floats)
 
 
 def _placed(name: str) -> str:
