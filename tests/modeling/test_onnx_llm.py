@@ -171,8 +171,11 @@ def test_a_graph_that_computes_something_else_is_not_kept(
     with pytest.raises(CheckpointError, match="computes something else"):
         load(folder, "cpu", quantize="int4")
     assert not [path for path in (tmp_path / "onnx").iterdir() if path.name.endswith("bit")]
-    with pytest.warns(UserWarning, match="computes something else.*one by one"):
+    with pytest.warns(UserWarning, match="computes something else.*used without"):
         assert load(folder, "cpu", quantize="int8").ask("x", params=PARAMS) is not None
+    with pytest.warns(UserWarning, match="used without"):
+        plain = load(folder, "cpu", quantize="auto")
+    assert isinstance(plain, LocalBackend) and not isinstance(plain.model.llm, OnnxLLM)
 
 
 def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,8 +67,9 @@ def load(
         dtype: Of a published model's weights in memory ("float32", "bfloat16", "float16"); None takes float32 on a
             CPU, and what the folder stores on a GPU.
         quantize: On a CPU "int8", "int4" or "float32" for a language model that ONNX Runtime runs (extra `fast`), with
-            weights of so many bits; "int8" without the extra, too, at a third of the speed. On a GPU "nf4"
-            (bitsandbytes) or "int8-gpu" (torchao). None leaves the model as it is.
+            weights of so many bits; "int8" without the extra, too, at a third of the speed. "auto" is the first where
+            it is to be had, else None. On a GPU "nf4" (bitsandbytes) or "int8-gpu" (torchao). None leaves the model as
+            it is.
         base_url: An endpoint's address; OPENAI_BASE_URL, else OpenAI's own, where None.
         api_key: An endpoint's key; OPENAI_API_KEY where None.
         allow_http: Send the key over http to a host other than this one.
@@ -95,9 +96,11 @@ def load(
     if dtype not in (None, *DTYPES):
         raise unknown_name("dtype", str(dtype), DTYPES)
     if quantize is not None:
-        from polymodal.modeling.quantization import check_quantize
+        from polymodal.modeling.quantization import AUTO, check_quantize
 
         device = check_quantize(quantize, device)
+        if quantize == AUTO and device != "cpu":
+            quantize = None
     if device is not None:
         check_device(device)
     report = check_folder(find_model(name, revision))
@@ -185,7 +188,8 @@ def _graph_bits(options: Options) -> int | None:
     """The bits of the graph that an option asks for; None where it asks for none."""
     from polymodal.modeling.onnx_llm import BITS, available
 
-    return BITS[options.quantize] if options.quantize in BITS and available() else None
+    how = "int8" if options.quantize == "auto" else options.quantize
+    return BITS[how] if how in BITS and available() else None
 
 
 def _known_graph(report: FolderReport, options: Options) -> Any:
@@ -234,6 +238,11 @@ def _open_transformers(report: FolderReport, options: Options) -> Backend:
     from polymodal.backends.transformers.folder import takes_media
 
     refuse_adapter(report)
+    options = options._replace(quantize=None) if options.quantize == "auto" else options  # no graph is made of these
+    if options.quantize in ("int4", "float32"):
+        raise ConfigError(
+            f"{options.name}: quantize {options.quantize!r} is for models that are composed here; use int8"
+        )
     model_type = report.model_type
     if model_type is None:
         raise CheckpointError(
@@ -272,18 +281,19 @@ def _local(loaded: Loaded, options: Options, report: FolderReport | None = None)
     from polymodal.modeling.quantization import INT8, quantize_int8
 
     bits, model = _graph_bits(options), loaded.model
-    if bits is not None and not isinstance(model.llm, OnnxLLM):
-        try:
+    try:
+        if bits is None and options.quantize == INT8:
+            quantize_int8(model)
+        elif bits is not None and not isinstance(model.llm, OnnxLLM):
             graph = use_graph(model, bits, loaded.tokenizer)
             if report is not None and (files := llm_files(report)):
                 remember_graph(files_key(files), graph)
-        except CheckpointError as error:
-            if options.quantize != INT8:
-                raise
-            warnings.warn(f"{options.name}: {error}; its layers are rounded one by one instead", stacklevel=3)
-            bits = None
-    if options.quantize == INT8 and bits is None:
-        quantize_int8(model)
+    except CheckpointError as error:
+        if bits is None or options.quantize not in (INT8, "auto"):
+            raise
+        warnings.warn(f"{options.name}: {error}; it is used without", stacklevel=3)
+        if options.quantize == INT8:
+            quantize_int8(model)
     return LocalBackend(loaded.model, loaded.tokenizer, loaded.config, name=options.name, history=loaded.history)
 
 

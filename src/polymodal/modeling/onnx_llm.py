@@ -1,7 +1,7 @@
 """A language model as a graph of ONNX Runtime: the same answers on a CPU, several times as fast.
 
-Making a token reads every weight once, so on a CPU it is as quick as the memory is. The graph keeps weights in 32, 8 or 4
-bits (blocks of 32 with a scale and a zero point each), attends with grouped queries inside a cache that is written in
+Making a token reads every weight once, so on a CPU it is as quick as the memory is. The graph keeps weights in 32, 8 or
+4 bits (blocks of 32 with a scale and a zero point each), attends with grouped queries inside a cache that is written in
 place, and leaves the rest of the model as it is: embeddings, projectors and towers stay in torch.
 
 It is made once, by the builder of onnxruntime-genai out of the merged weights, and kept in the cache folder under their
@@ -241,6 +241,7 @@ class OnnxLLM(nn.Module):
         from safetensors.torch import load_file
         from transformers import AutoConfig
 
+        self.folder = folder
         self.config = AutoConfig.from_pretrained(folder)
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         self.bits: int = about["bits"]

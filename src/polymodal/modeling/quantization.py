@@ -34,6 +34,9 @@ INT8 = "int8"
 CPU_WAYS = (INT8, "int4", "float32")
 """What is made of weights on a CPU; all but the first are graphs alone (`modeling.onnx_llm`)."""
 
+AUTO = "auto"
+"""A graph with 8-bit weights on a CPU where the extra is installed; else nothing."""
+
 GPU_WAYS = {"nf4": "bitsandbytes", "int8-gpu": "torchao"}
 """What transformers does on a GPU, and the package that it needs."""
 
@@ -185,9 +188,11 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def check_quantize(how: str, device: str | None) -> str:
-    """Make sure that a way to quantise is known and possible here, before anything is loaded."""
-    if how not in (*CPU_WAYS, *GPU_WAYS):
-        raise unknown_name("quantize", how, (*CPU_WAYS, *GPU_WAYS))
+    """Make sure that a way to quantise is known and possible here, before anything is loaded; the device."""
+    if how not in (AUTO, *CPU_WAYS, *GPU_WAYS):
+        raise unknown_name("quantize", how, (AUTO, *CPU_WAYS, *GPU_WAYS))
+    if how == AUTO:
+        return device or best_device()
     if how in CPU_WAYS:
         if device not in (None, "cpu"):
             raise ConfigError(f"quantize {how} is for the CPU; on {device} use {' or '.join(GPU_WAYS)}, or device cpu")
