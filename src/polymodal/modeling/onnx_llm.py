@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.errors import CheckpointError, ConfigError, first_line
+from polymodal.modeling.language_model import quieten_transformers
 from polymodal.utils.files import atomic_folder, cache_folder, sha256_json, write_text
 from polymodal.utils.progress import log
 
@@ -180,6 +182,7 @@ def _write_graph(source: Path, target: Path, bits: int) -> None:
         from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
         how = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=False, accuracy_level=4, bits=bits)
+        logging.getLogger(MatMulNBitsQuantizer.__module__).setLevel(logging.WARNING)  # it tells of every layer
         rounded = MatMulNBitsQuantizer(model, algo_config=how)
         rounded.process()
         model = rounded.model.model
@@ -241,6 +244,7 @@ class OnnxLLM(nn.Module):
         from safetensors.torch import load_file
         from transformers import AutoConfig
 
+        quieten_transformers()
         self.folder = folder
         self.config = AutoConfig.from_pretrained(folder)
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
