@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polymodal.checkpoints.locate import ENDPOINT, find_model
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
@@ -38,6 +38,9 @@ NO_CHAT = {
 }
 """`model_type` of folders that hold no model to talk to, and what they are."""
 
+GPU_WAYS = ("nf4", "int8-gpu")
+"""Ways to quantise that are a GPU's, as `modeling.quantization` has them, which loads torch."""
+
 TAKE_VIDEOS = ("llava_onevision",)
 """Of the families that are composed here, those that also take videos, which only their own class computes."""
 
@@ -63,8 +66,10 @@ def load(
         revision: Of a hub id: a commit, tag or branch; the newest when None.
         dtype: Of a published model's weights in memory ("float32", "bfloat16", "float16"); None takes float32 on a
             CPU, and what the folder stores on a GPU.
-        quantize: "int8" for a language model with 8-bit weights on a CPU; on a GPU "nf4" (bitsandbytes) or "int8-gpu"
-            (torchao). None leaves the weights as they are.
+        quantize: On a CPU "int8", "int4" or "float32" for a language model that ONNX Runtime runs (extra `fast`), with
+            weights of so many bits; "int8" without the extra, too, at a third of the speed. "auto" is the first where
+            it is to be had, else None. On a GPU "nf4" (bitsandbytes) or "int8-gpu" (torchao). None leaves the model as
+            it is.
         base_url: An endpoint's address; OPENAI_BASE_URL, else OpenAI's own, where None.
         api_key: An endpoint's key; OPENAI_API_KEY where None.
         allow_http: Send the key over http to a host other than this one.
@@ -91,9 +96,11 @@ def load(
     if dtype not in (None, *DTYPES):
         raise unknown_name("dtype", str(dtype), DTYPES)
     if quantize is not None:
-        from polymodal.modeling.quantization import check_quantize
+        from polymodal.modeling.quantization import AUTO, check_quantize
 
         device = check_quantize(quantize, device)
+        if quantize == AUTO and device != "cpu":
+            quantize = None
     if device is not None:
         check_device(device)
     report = check_folder(find_model(name, revision))
@@ -163,24 +170,44 @@ def _open_ours(report: FolderReport, options: Options) -> Backend:
     """Open a model folder of ours."""
     from polymodal.checkpoints.model_folder import load_model
     from polymodal.modeling.lora import merge_adapter
-    from polymodal.modeling.quantization import GPU_WAYS
 
     if options.dtype is not None:
         raise ConfigError(f"{options.name}: dtype is for published models; this folder says itself (llm.dtype)")
     on_gpu = options.quantize if options.quantize in GPU_WAYS else None
+    if (found := _known_graph(report, options)) is not None:
+        return _local(load_model(report, llm=found), options)
     loaded = load_model(report, quantize=on_gpu)
     if loaded.config.llm.device_map is None:
         loaded.model.to(options.device or best_device())
     if on_gpu is None:  # adding an adapter to rounded weights would round it too
         merge_adapter(loaded.model)
-    return _local(loaded, options)
+    return _local(loaded, options, report)
+
+
+def _graph_bits(options: Options) -> int | None:
+    """The bits of the graph that an option asks for; None where it asks for none."""
+    from polymodal.modeling.onnx_llm import BITS, available
+
+    how = "int8" if options.quantize == "auto" else options.quantize
+    return BITS[how] if how in BITS and available() else None
+
+
+def _known_graph(report: FolderReport, options: Options) -> Any:
+    """The graph that was made of a folder's language model before; None where it has to be made."""
+    from polymodal.checkpoints.model_folder import llm_files
+    from polymodal.modeling.onnx_llm import OnnxLLM, files_key, known_graph
+
+    bits, files = _graph_bits(options), llm_files(report)
+    if bits is None or not files or (graph := known_graph(files_key(files), bits)) is None:
+        return None
+    return OnnxLLM(graph).eval()
 
 
 def _open_published(report: FolderReport, options: Options) -> Backend:
     """Open a published model that is composed here, or a folder of the original LLaVA repository."""
     from polymodal.interop.open import open_published
 
-    if options.quantize not in (None, "int8"):
+    if options.quantize in GPU_WAYS:
         raise ConfigError(
             f"{options.name}: quantize {options.quantize!r} is not for LLaVA-repository folders; convert it first"
         )
@@ -196,7 +223,7 @@ def _open_huggingface(report: FolderReport, options: Options) -> Backend:
 
     if report.model_type in TAKE_VIDEOS:
         return _open_transformers(report, options)
-    if options.quantize in (None, "int8"):  # what transformers quantises while it loads is opened through transformers
+    if options.quantize not in GPU_WAYS:  # what transformers quantises while it loads is opened through transformers
         try:
             return _open_published(report, options)
         except NotExpressibleError as error:
@@ -211,6 +238,11 @@ def _open_transformers(report: FolderReport, options: Options) -> Backend:
     from polymodal.backends.transformers.folder import takes_media
 
     refuse_adapter(report)
+    options = options._replace(quantize=None) if options.quantize == "auto" else options  # no graph is made of these
+    if options.quantize in ("int4", "float32"):
+        raise ConfigError(
+            f"{options.name}: quantize {options.quantize!r} is for models that are composed here; use int8"
+        )
     model_type = report.model_type
     if model_type is None:
         raise CheckpointError(
@@ -241,13 +273,27 @@ OPENERS: dict[Kind, Callable[[FolderReport, Options], Backend]] = {
 """Who opens a folder, by its kind."""
 
 
-def _local(loaded: Loaded, options: Options) -> Backend:
-    """Put the chat protocol over a model in memory."""
+def _local(loaded: Loaded, options: Options, report: FolderReport | None = None) -> Backend:
+    """Put the chat protocol over a model in memory; what its folder was looked over as lets a graph be remembered."""
     from polymodal.backends.local import LocalBackend
+    from polymodal.checkpoints.model_folder import llm_files
+    from polymodal.modeling.onnx_llm import OnnxLLM, files_key, remember_graph, use_graph
     from polymodal.modeling.quantization import INT8, quantize_int8
 
-    if options.quantize == INT8:
-        quantize_int8(loaded.model)
+    bits, model = _graph_bits(options), loaded.model
+    try:
+        if bits is None and options.quantize == INT8:
+            quantize_int8(model)
+        elif bits is not None and not isinstance(model.llm, OnnxLLM):
+            graph = use_graph(model, bits, loaded.tokenizer)
+            if report is not None and (files := llm_files(report)):
+                remember_graph(files_key(files), graph)
+    except CheckpointError as error:
+        if bits is None or options.quantize not in (INT8, "auto"):
+            raise
+        warnings.warn(f"{options.name}: {error}; it is used without", stacklevel=3)
+        if options.quantize == INT8:
+            quantize_int8(model)
     return LocalBackend(loaded.model, loaded.tokenizer, loaded.config, name=options.name, history=loaded.history)
 
 

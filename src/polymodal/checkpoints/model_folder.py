@@ -24,6 +24,7 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
+from polymodal.checkpoints.locate import referred_folder
 from polymodal.config import ModelConfig, parse_config
 from polymodal.errors import CheckpointError
 from polymodal.modeling.build import build_model
@@ -31,6 +32,7 @@ from polymodal.modeling.ctranslate2 import missing_whisper
 from polymodal.modeling.encoders.vision import fingerprint
 from polymodal.modeling.language_model import DEFAULT_LLM, load_tokenizer
 from polymodal.modeling.lora import attach_adapter, fold_in, is_peft, merge_adapter
+from polymodal.modeling.onnx_llm import OnnxLLM
 from polymodal.modeling.pretrained import building
 from polymodal.modeling.projectors.qformer_files import TOKENIZER_FOLDER, load_context_tokenizer
 from polymodal.modeling.quantization import is_quantized
@@ -118,6 +120,8 @@ def save_model(
     """Write a model folder."""
     if is_quantized(model.llm):
         raise CheckpointError(f"{folder}: the model's weights were rounded to 8 bits; save it as it was loaded without")
+    if isinstance(model.llm, OnnxLLM):
+        raise CheckpointError(f"{folder}: its language model is a graph, not its weights; save what was loaded without")
     if config.audio is not None and model.audio_encoder is None:
         missing = missing_whisper(config.audio.audio_tower)
         raise CheckpointError(f"{folder}: saved now, the model would lose what it has learnt to hear: {missing}")
@@ -179,11 +183,11 @@ def save_model(
         write_text(work / CONFIG_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
-def load_model(folder: Path | FolderReport, quantize: str | None = None) -> Loaded:
-    """Read a model folder, looked over already or not."""
+def load_model(folder: Path | FolderReport, quantize: str | None = None, llm: Any = None) -> Loaded:
+    """Read a model folder, looked over already or not; `llm` stands in for its language model, adapter and all."""
     report = folder if isinstance(folder, FolderReport) else check_folder(folder)
     folder, document = report.folder, read_document(report.folder, report.configs.get(CONFIG_NAME))
-    model, tokenizer = build_model(document.config, folder, quantize)
+    model, tokenizer = build_model(document.config, folder, quantize, llm)
     now = contract_of(document.config, model.image_token_id, tokenizer, model.context_tokenizer)
     _check_contract(folder, document.contract, now, document.config)
     for kind, encoder, was in (
@@ -206,9 +210,18 @@ def load_model(folder: Path | FolderReport, quantize: str | None = None) -> Load
         if model.audio_encoder is None:  # its package is not installed, or there never was one
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("audio_projector.")}
         copy_tensors(own, tensors, folder / PROJECTOR_NAME)
-    if (adapter := folder / ADAPTER_NAME).is_dir():
+    if llm is None and (adapter := folder / ADAPTER_NAME).is_dir():
         load_adapter(model, adapter, read_tensors(adapter / ADAPTER_WEIGHTS), adapter)
     return Loaded(model.eval(), tokenizer, document.config, document.history)
+
+
+def llm_files(report: FolderReport) -> list[Path]:
+    """The files that a model folder's language model is read from, adapter and all; none where they are not here."""
+    config = read_document(report.folder, report.configs.get(CONFIG_NAME)).config
+    place, adapter = referred_folder(config.llm.model_name_or_path), report.folder / ADAPTER_NAME
+    if place is None or config.llm.device_map is not None:
+        return []
+    return [path for folder in (place, adapter) if folder.is_dir() for path in folder.iterdir() if path.is_file()]
 
 
 def load_adapter(model: MultimodalLM, folder: Path, tensors: dict[str, torch.Tensor], where: Path) -> None:

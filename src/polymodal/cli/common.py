@@ -48,7 +48,7 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         metavar="HOW",
-        help="int8 rounds the language model to 8 bits on a CPU; nf4 (bitsandbytes) and int8-gpu (torchao) on a GPU",
+        help="on a CPU: auto, int8, int4, float32 (a graph: extra `fast`); on a GPU: nf4, int8-gpu",
     )
     # The key has no flag, since command lines are seen by others.
     group = parser.add_argument_group(

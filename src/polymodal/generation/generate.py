@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step
 from polymodal.modeling.language_model import context_length, decoder_start_id
+from polymodal.modeling.onnx_llm import OnnxCache, OnnxLLM
 from polymodal.modeling.seq2seq import move_left, take
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Batch
@@ -68,6 +69,8 @@ def start_decoding(
     # embeds [B, T, D], attention_mask [B, T], or with what the cache holds before it
     if model.encoder_decoder:
         return _encoder_decoder(model, embeds, attention_mask)
+    if isinstance(model.llm, OnnxLLM):
+        return _Graph(model.llm, embeds, attention_mask, cast(OnnxCache | None, cache))
     return _Causal(model, embeds, attention_mask, new_cache(model) if cache is None else cache)
 
 
@@ -79,6 +82,8 @@ def can_share(model: MultimodalLM) -> bool:
     """Whether several rows can go on from one beginning: where every layer keeps all keys and values of it."""
     if model.encoder_decoder or getattr(model.llm, "_is_stateful", False):
         return False
+    if isinstance(model.llm, OnnxLLM):
+        return True
     rope = getattr(_decoder(model), "rope_parameters", None) or {}
     kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
     if kinds & {"dynamic", "longrope"}:  # the same position is rotated otherwise in a longer text
@@ -86,17 +91,19 @@ def can_share(model: MultimodalLM) -> bool:
     return all(type(layer) is DynamicLayer for layer in new_cache(model).layers)
 
 
-def new_cache(model: MultimodalLM) -> DynamicCache:
+def new_cache(model: MultimodalLM) -> Any:
     """An empty key-value cache of a causal language model."""
-    return DynamicCache(config=_decoder(model))
+    return OnnxCache(model.llm) if isinstance(model.llm, OnnxLLM) else DynamicCache(config=_decoder(model))
 
 
 @torch.inference_mode()
 def read_beginnings(model: MultimodalLM, batch: Batch, rows: Sequence[int]) -> tuple[DynamicCache, torch.Tensor]:
     """Read prompts' beginnings once; gives the cache of the rows that go on from them, and its mask [rows, P]."""
     batch = batch.to(model.device)
-    cache = new_cache(model)
-    _Causal(model, embed_batch(model, batch), batch.attention_mask, cache)(None)
+    cache = None if isinstance(model.llm, OnnxLLM) else new_cache(model)
+    begun = start_decoding(model, embed_batch(model, batch), batch.attention_mask, cache)
+    begun(None)
+    cache = begun.cache  # type: ignore[attr-defined]  # of a causal language model
     index = torch.tensor(rows, device=model.device)
     cache.batch_select_indices(index)
     return cache, batch.attention_mask[index]
@@ -134,6 +141,30 @@ class _Causal:
         """Let a row see nothing any more of what stands behind a position, counted in its cache."""
         assert self.padded  # only then the mask goes on beside the cache
         self.mask[row, start:] = False
+
+
+class _Graph:
+    """The same by a graph, which reads the rows of a prompt one by one, without their padding."""
+
+    def __init__(self, llm: OnnxLLM, embeds: torch.Tensor, mask: torch.Tensor, cache: OnnxCache | None) -> None:
+        self.llm, self.embeds = llm, embeds
+        self.cache = OnnxCache(llm, len(embeds)) if cache is None else cache
+        self.mask = mask[:, mask.shape[1] - embeds.shape[1] :]
+
+    def __call__(self, ids: torch.Tensor | None, running: torch.Tensor | None = None) -> torch.Tensor:
+        if ids is None:
+            rows = zip(self.embeds, self.mask.bool(), strict=True)
+            return torch.cat([self.llm.read(row[real][None], self.cache, n) for n, (row, real) in enumerate(rows)])
+        before = list(self.cache.lengths)
+        logits = self.llm.read(self.llm.embed_tokens(ids)[:, None], self.cache)
+        if running is not None:  # a row that has ended takes no further position
+            now = self.cache.lengths
+            self.cache.lengths = [a if on else b for a, b, on in zip(now, before, running.tolist(), strict=True)]
+        return logits
+
+    def forget(self, row: int, start: int) -> None:
+        """Let a row see nothing any more of what stands behind the prompt."""
+        self.cache.lengths[row] = int(self.mask[row].sum())
 
 
 def _encoder_decoder(model: MultimodalLM, embeds: torch.Tensor, attention_mask: torch.Tensor) -> NextLogits:

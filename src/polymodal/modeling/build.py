@@ -5,6 +5,7 @@ Only these functions see a configuration; the parts themselves take plain argume
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ from polymodal.modeling.vocabulary import add_output
 
 
 def build_model(
-    config: ModelConfig, folder: Path | None = None, quantize: str | None = None
+    config: ModelConfig, folder: Path | None = None, quantize: str | None = None, llm: Any = None
 ) -> tuple[MultimodalLM, PreTrainedTokenizerBase]:
     """Compose a model: load the parts, make the projector (random weights).
 
@@ -33,6 +34,7 @@ def build_model(
         config: The configuration.
         folder: The model folder that "bundled" parts and the tokenizer lie in.
         quantize: As in `load_llm`.
+        llm: A language model that is there already, in place of the configuration's.
 
     Returns:
         The model in eval mode, and the tokenizer.
@@ -41,7 +43,7 @@ def build_model(
         ConfigError: A component is unknown or does not fit the next.
         CheckpointError: A part cannot be loaded.
     """
-    llm = load_llm(config.llm, quantize)
+    llm = load_llm(config.llm, quantize) if llm is None else llm
     tokenizer = load_tokenizer(config.llm, folder)
     head, embeddings = llm.get_output_embeddings(), llm.get_input_embeddings()
     vocab_size, width = (head or embeddings).weight.shape[0], embeddings.weight.shape[1]

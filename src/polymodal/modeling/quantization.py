@@ -24,11 +24,18 @@ from transformers.pytorch_utils import Conv1D
 
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
 from polymodal.modeling.lora import fold_in
+from polymodal.modeling.onnx_llm import require
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.utils.devices import best_device
 
 INT8 = "int8"
-"""Ours, on a CPU."""
+"""On a CPU: a graph of ONNX Runtime where the extra `fast` is installed, else and inside other classes what is here."""
+
+CPU_WAYS = (INT8, "int4", "float32")
+"""What is made of weights on a CPU; all but the first are graphs alone (`modeling.onnx_llm`)."""
+
+AUTO = "auto"
+"""A graph with 8-bit weights on a CPU where the extra is installed; else nothing."""
 
 GPU_WAYS = {"nf4": "bitsandbytes", "int8-gpu": "torchao"}
 """What transformers does on a GPU, and the package that it needs."""
@@ -181,12 +188,16 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def check_quantize(how: str, device: str | None) -> str:
-    """Make sure that a way to quantise is known and possible here, before anything is loaded."""
-    if how not in (INT8, *GPU_WAYS):
-        raise unknown_name("quantize", how, (INT8, *GPU_WAYS))
-    if how == INT8:
+    """Make sure that a way to quantise is known and possible here, before anything is loaded; the device."""
+    if how not in (AUTO, *CPU_WAYS, *GPU_WAYS):
+        raise unknown_name("quantize", how, (AUTO, *CPU_WAYS, *GPU_WAYS))
+    if how == AUTO:
+        return device or best_device()
+    if how in CPU_WAYS:
         if device not in (None, "cpu"):
-            raise ConfigError(f"quantize int8 is for the CPU; on {device} use {' or '.join(GPU_WAYS)}, or device cpu")
+            raise ConfigError(f"quantize {how} is for the CPU; on {device} use {' or '.join(GPU_WAYS)}, or device cpu")
+        if how != INT8:
+            require()
         return "cpu"
     if not torch.cuda.is_available() or not (device or "cuda").startswith("cuda"):
         raise ConfigError(f"quantize {how} needs a GPU; on a CPU use int8")
