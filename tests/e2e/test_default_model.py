@@ -36,7 +36,7 @@ def model() -> LocalBackend:
 
 def test_it_is_small_enough_for_a_package_and_has_a_card() -> None:
     size = sum(path.stat().st_size for path in shipped_folder().rglob("*") if path.is_file())
-    assert size < 80_000_000
+    assert size < 90_000_000
     card = (FOLDER / "MODEL_CARD.md").read_text(encoding="utf-8")
     for section in ("## Data", "## Scores", "## Limits", "GPL-2", "image-blind"):
         assert section in card
@@ -68,7 +68,7 @@ def test_it_sees_what_moves_and_hears_what_is_asked(model: LocalBackend) -> None
     """The shipped samples; what it does with held-out ones is on its card."""
     assert model.takes == ("image", "video", "audio")  # `make install` gets its ears
     media = FOLDER.parents[3] / "examples" / "media"
-    assert "penguin" in model.ask("What does the video show?", Video(media / "penguin.mp4")).lower()
+    assert "right" in model.ask("Which way does it move?", Video(media / "penguin.mp4")).lower()
     said = model.ask("Write down what is said.", Audio(media / "question.wav")).lower()
     assert "animal" in said or "picture" in said
     assert model.ask("What is this?", Document(media / "garden.pdf", pages="1"))
