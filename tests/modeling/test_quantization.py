@@ -250,7 +250,7 @@ def test_a_published_model_keeps_its_tower() -> None:
 @pytest.mark.parametrize(
     ("how", "device", "said"),
     [
-        ("int4", None, "did you mean 'int8'"),
+        ("int9", None, "did you mean 'int8'"),
         ("int8", "cuda", "is for the CPU"),
         ("nf4", "cpu", "needs a GPU; on a CPU use int8"),
         ("int8-gpu", "cpu", "needs a GPU; on a CPU use int8"),

@@ -122,8 +122,13 @@ class Backend(ABC):
         params = params or self.defaults
         own = [kind for kind in params.modalities if kind in self.makes]
         if len(own) == len(params.modalities):
-            yield from self.stream(messages, params)
-            return
+            return self.stream(messages, params)
+        return self._with_experts(messages, params, own)
+
+    def _with_experts(
+        self, messages: Conversation, params: GenerationParams, own: Sequence[str]
+    ) -> Iterator[StreamEvent]:
+        """Answer part by part; the model makes those in `own`."""
         begin, asked = time.perf_counter(), require_question(messages, self.makes)
         parts: list[Part] = []
         first: float | None = None
@@ -243,11 +248,9 @@ def sampled_hash(module: Any) -> str:
 
 
 def require_question(conversation: Conversation, makes: Sequence[str] = ("text",)) -> list[Message]:
-    """Read a conversation, which has to ask for an answer.
-
-    What an expert made for an earlier answer is nothing that a model can have said itself: an image goes with the next
-    question, and a sound is the answer's words once more.
-    """
+    """Read a conversation, which has to ask for an answer."""
+    # What an expert made for an earlier answer is nothing that a model can have said itself: an image goes with the
+    # next question, and a sound is the answer's words once more.
     messages = as_messages(conversation)
     if not messages or messages[-1].role not in ("user", "tool"):
         raise PolymodalError("a conversation to answer must end with a user message")

@@ -74,21 +74,7 @@ def write_request(
 
 
 def draw(model: Backend, messages: Sequence[Message], parts: Sequence[Part], params: GenerationParams) -> Image:
-    """An image for a conversation; the expert for "image" of `polymodal.backends.base.EXPERTS`.
-
-    Args:
-        model: Who answers, and writes the prompt unless the renderer reads what people write; its `experts["image"]` is
-            the renderer, the default one where it has none.
-        messages: The conversation, which ends with the user's wish.
-        parts: The answer so far, which the image goes with.
-        params: The answer's settings; their seed is the image's.
-
-    Returns:
-        The image.
-
-    Raises:
-        ConfigError: There is no renderer, or it gives no images, or there are no words to draw.
-    """
+    """An image for a conversation; the expert for "image" of `polymodal.backends.base.EXPERTS`."""
     renderer = load_renderer(model.experts.get("image"))
     model.experts = {**model.experts, "image": renderer}
     if renderer.output != "image":

@@ -190,12 +190,7 @@ def _write_graph(source: Path, target: Path, bits: int) -> None:
 
 
 class OnnxCache:
-    """Keys and values of some rows, each as long as it is, in one block of memory that is written in place.
-
-    Args:
-        llm: The language model.
-        rows: How many texts.
-    """
+    """Keys and values of some rows, each as long as it is, in one block of memory that is written in place."""
 
     def __init__(self, llm: OnnxLLM, rows: int = 1) -> None:
         self.llm = llm
@@ -232,11 +227,7 @@ class OnnxCache:
 
 
 class OnnxLLM(nn.Module):
-    """A language model's embeddings in torch and its layers as a graph; for answers, not for training.
-
-    Args:
-        folder: What `make_graph` gave.
-    """
+    """A language model's embeddings in torch and its layers as a graph; for answers, not for training."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -291,17 +282,13 @@ class OnnxLLM(nn.Module):
         raise ConfigError("a graph gives next logits alone: load the model without quantize for logits of whole texts")
 
     @torch.inference_mode()
-    def read(self, embeds: Tensor, cache: OnnxCache, row: int | None = None) -> Tensor:
-        """Read on, and give the logits that come next.
-
-        Args:
-            embeds: [B, T, D] behind what the cache holds; of one row [1, T, D].
-            cache: What was read before; it grows by T positions in these rows.
-            row: The one row that is read; all of them, a position each, where None.
-
-        Returns:
-            [B, V] float32.
-        """
+    def read(
+        self,
+        embeds: Tensor,  # [B, T, D] behind what the cache holds; of one row [1, T, D]
+        cache: OnnxCache,
+        row: int | None = None,  # The one row that is read; all of them, a position each, where None
+    ) -> Tensor:
+        """Read on, one row or a position of each, and give the logits that come next, [B, V]."""
         for start in range(0, embeds.shape[1], CHUNK):
             logits = self._run(embeds[:, start : start + CHUNK], cache, row)
         return logits
@@ -323,7 +310,10 @@ class OnnxLLM(nn.Module):
             part = block if row is None else block[row : row + 1]
             _bind(bound.bind_input, f"past_key_values.{name}", part)
             _bind(bound.bind_output, f"present.{name}", part)
-        self.session.run_with_iobinding(bound)
+        try:
+            self.session.run_with_iobinding(bound)
+        except Exception as error:  # onnxruntime raises types of its own
+            raise CheckpointError(f"{self.folder}: the graph cannot be run ({first_line(error)[-160:]})") from None
         for each, length in zip(rows, after, strict=True):
             cache.lengths[each] = length
         return logits[:, 0]

@@ -362,21 +362,7 @@ def speak(text: str, tts: str | Path | TTS = "piper") -> Iterator[AudioChunk]:
 
 
 def read_out(model: Any, messages: Any, parts: Sequence[Part], params: Any) -> Audio:
-    """An answer's text, spoken as a WAV file; the expert for "audio" of `polymodal.backends.base.EXPERTS`.
-
-    Args:
-        model: Who answers; its `experts["audio"]` is the voice, "piper" where it has none.
-        messages: The conversation, which is not looked at.
-        parts: The answer so far.
-        params: The answer's settings, of which none is for the voice.
-
-    Returns:
-        The sound.
-
-    Raises:
-        DataError: There is nothing in the answer that can be spoken.
-        ConfigError: A package or program of the voice is not installed.
-    """
+    """An answer's text, spoken as a WAV file; the expert for "audio" of `polymodal.backends.base.EXPERTS`."""
     voice = load_tts(model.experts.get("audio", "piper"))
     model.experts = {**model.experts, "audio": voice}
     return Audio(wav_bytes(speak(" ".join(part.text for part in parts if isinstance(part, Text)), voice)))
