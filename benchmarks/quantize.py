@@ -42,7 +42,11 @@ def main(name: str = "default", runs: str = "3") -> None:
         raise PolymodalError(f"{name}: not a model that is opened here")
     backends = {PLAIN: plain, "int8 layers": quantized(plain)}
     for how in BITS if available() else ():
-        opened = polymodal.load(name, "cpu", quantize=how)
+        try:
+            opened = polymodal.load(name, "cpu", quantize=how)
+        except PolymodalError as error:
+            print(f"graph {how}: {error}")
+            continue
         if isinstance(opened, LocalBackend) and isinstance(opened.model.llm, OnnxLLM):
             backends[f"graph {how}"] = opened
     pictures = sorted(IMAGES.glob("*.jpg"))

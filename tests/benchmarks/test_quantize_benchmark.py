@@ -21,13 +21,15 @@ def test_both_tables(
 ) -> None:
     monkeypatch.setattr(quantize, "QUESTIONS", quantize.QUESTIONS[:2])
     monkeypatch.setattr(quantize, "TOKENS", 3)
+    monkeypatch.setattr(quantize, "WHOLE", 4)
+    monkeypatch.setattr(quantize, "BITS", {})  # no graph is made of heads this narrow
     quantize.main(str(tiny_model_folder), "1")
     lines = capsys.readouterr().out.splitlines()
-    speed = {line[:24].strip(): line[24:].split() for line in lines[2:5]}
-    assert list(speed) == ["float32", "int8", "int8 but for the head"]
-    assert speed["float32"][1] == "(1.00x)"
-    agreement = {line[:24].strip(): float(line[24:].split()[0]) for line in lines[7:9]}
-    assert 0 < agreement["int8 but for the head"] < 1
+    speed = {line[:24].strip(): line[24:].split() for line in lines[3:6]}
+    assert list(speed) == ["transformers generate", "float32", "int8 layers"]
+    assert speed["transformers generate"][1] == "(1.00x)"
+    agreement = {line[:24].strip(): float(line[24:].split()[0]) for line in lines[8:9]}
+    assert 0 < agreement["int8 layers"] < 1
 
 
 def test_tokens_that_agree_from_the_beginning(quantize: Any) -> None:

@@ -29,7 +29,7 @@ from polymodal.training.recipes.pipeline import TrainStage, is_pipeline, load_pi
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 FILES = sorted(RECIPES.rglob("*.yaml"))
-RUN_ELSEWHERE = {"default", "tiny", "blip2"}
+RUN_ELSEWHERE = {"draw", "default", "tiny", "blip2"}
 SINGLE = [path for path in FILES if not is_pipeline(path)]
 STAGES = [path for path in SINGLE if isinstance(load_any_recipe(path), Recipe)]
 FOLDERS = sorted({path.parent.name for path in STAGES} - RUN_ELSEWHERE)

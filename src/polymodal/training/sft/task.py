@@ -268,6 +268,7 @@ class SFTTask(Task):
     def export(self, final: Path, groups: Sequence[Group], state: State) -> None:
         """Write a model folder, with the stage added to its history."""
         names = [name for group in groups for name, _ in group.parameters]
+        names += ["temporal_encoder"] if self.recipe.video_warm_start is not None else []
         stage = {
             "stage": self.recipe.name,
             "trained": sorted({"lora" if is_adapter(name) else name.split(".")[0] for name in names}),
