@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from polymodal.checkpoints.locate import ENDPOINT, find_model
+from polymodal.checkpoints.locate import ENDPOINT, find_model, folder_here
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
 from polymodal.safety.model_folder import OURS, FolderReport, Kind, check_folder, refuse_adapter
 from polymodal.utils.devices import best_device, check_device
-from polymodal.utils.files import home_path, shipped_folder
 
 if TYPE_CHECKING:
     from polymodal.backends.base import Backend
@@ -37,9 +36,6 @@ NO_CHAT = {
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), "a vision tower, which is a part"),
 }
 """`model_type` of folders that hold no model to talk to, and what they are."""
-
-GPU_WAYS = ("nf4", "int8-gpu")
-"""Ways to quantise that are a GPU's, as `modeling.quantization` has them, which loads torch."""
 
 TAKE_VIDEOS = ("llava_onevision",)
 """Of the families that are composed here, those that also take videos, which only their own class computes."""
@@ -146,9 +142,7 @@ def load_renderer(
         return open_images(model, base_url=url, api_key=api_key, allow_http=allow_http)
     if base_url is not None or api_key is not None or allow_http:
         raise ConfigError(f"{name}: an address and a key are for endpoints; call it {ENDPOINT}MODEL if it is one")
-    if isinstance(name, str | Path) and any(
-        (place / OURS).is_file() for place in (shipped_folder() / name, home_path(name))
-    ):
+    if isinstance(name, str | Path) and (folder_here(name) / OURS).is_file():
         from polymodal.backends.local import DrawingModel
 
         return DrawingModel(load(name, device))
@@ -170,6 +164,7 @@ def _open_ours(report: FolderReport, options: Options) -> Backend:
     """Open a model folder of ours."""
     from polymodal.checkpoints.model_folder import load_model
     from polymodal.modeling.lora import merge_adapter
+    from polymodal.modeling.quantization import GPU_WAYS
 
     if options.dtype is not None:
         raise ConfigError(f"{options.name}: dtype is for published models; this folder says itself (llm.dtype)")
@@ -197,15 +192,16 @@ def _known_graph(report: FolderReport, options: Options) -> Any:
     from polymodal.checkpoints.model_folder import llm_files
     from polymodal.modeling.onnx_llm import OnnxLLM, files_key, known_graph
 
-    bits, files = _graph_bits(options), llm_files(report)
-    if bits is None or not files or (graph := known_graph(files_key(files), bits)) is None:
+    if (bits := _graph_bits(options)) is None or not (files := llm_files(report)):
         return None
-    return OnnxLLM(graph).eval()
+    graph = known_graph(files_key(files), bits)
+    return None if graph is None else OnnxLLM(graph).eval()
 
 
 def _open_published(report: FolderReport, options: Options) -> Backend:
     """Open a published model that is composed here, or a folder of the original LLaVA repository."""
     from polymodal.interop.open import open_published
+    from polymodal.modeling.quantization import GPU_WAYS
 
     if options.quantize in GPU_WAYS:
         raise ConfigError(
@@ -220,6 +216,7 @@ def _open_published(report: FolderReport, options: Options) -> Backend:
 def _open_huggingface(report: FolderReport, options: Options) -> Backend:
     """Open a published model of a family that is composed here, where our parts compute it exactly."""
     from polymodal.interop.huggingface.families import NotExpressibleError
+    from polymodal.modeling.quantization import GPU_WAYS
 
     if report.model_type in TAKE_VIDEOS:
         return _open_transformers(report, options)

@@ -79,10 +79,9 @@ def draw(model: Backend, messages: Sequence[Message], parts: Sequence[Part], par
     model.experts = {**model.experts, "image": renderer}
     if renderer.output != "image":
         raise ConfigError(f"{renderer.name}: makes {renderer.output}, and an image is asked for")
-    given = {"seed": None if params.seed is None else params.seed % 2**63}
+    given: dict[str, Any] = {} if params.seed is None else {"seed": params.seed % 2**63}
     if renderer.conversational:
-        words: dict[str, Any] = {"prompt": messages[-1].text.strip()[:LONGEST_PROMPT], **given}
-        request = RenderRequest(**{name: value for name, value in words.items() if value is not None})
+        request = RenderRequest(prompt=messages[-1].text.strip()[:LONGEST_PROMPT], **given)
     else:
         said = [part for part in parts if isinstance(part, Text) and part.text.strip()]
         asked = [*messages, assistant(*said), messages[-1]] if said else messages

@@ -48,13 +48,17 @@ def _use_of(file: Path) -> str:
     return f"name the one that its config.json lies in, such as {file.parent}"
 
 
+def folder_here(name: str | Path) -> Path:
+    """Where a name lies on this machine, with the package or as a path, if it is here."""
+    here = shipped_folder() / str(name)
+    return here if (here / OURS).is_file() else home_path(name)
+
+
 def find_model(name: str | Path, revision: str | None = None) -> Path:
     """Find a model's folder by name, path or hub id; of a hub id, fetch it."""
     if str(name).startswith(ENDPOINT):
         raise CheckpointError(f"{name}: the model is behind an endpoint; this needs its folder")
-    here = shipped_folder() / str(name)
-    if not (here / OURS).is_file():
-        here = home_path(name)
+    here = folder_here(name)
     if here.is_dir():
         if revision is not None:
             raise ConfigError(f"{name}: is a folder here, which has no revisions; leave revision out")

@@ -100,8 +100,7 @@ def new_cache(model: MultimodalLM) -> Any:
 def read_beginnings(model: MultimodalLM, batch: Batch, rows: Sequence[int]) -> tuple[DynamicCache, torch.Tensor]:
     """Read prompts' beginnings once; gives the cache of the rows that go on from them, and its mask [rows, P]."""
     batch = batch.to(model.device)
-    cache = None if isinstance(model.llm, OnnxLLM) else new_cache(model)
-    begun = start_decoding(model, embed_batch(model, batch), batch.attention_mask, cache)
+    begun = start_decoding(model, embed_batch(model, batch), batch.attention_mask)
     begun(None)
     cache = begun.cache  # type: ignore[attr-defined]  # of a causal language model
     index = torch.tensor(rows, device=model.device)

@@ -73,12 +73,10 @@ def video_warm_start(
     generator = torch.Generator().manual_seed(seed)
     device = next(projector.parameters()).device
     spelling = Spelling(model.llm.get_input_embeddings().weight.detach().float(), vocabulary).to(device)
-    own = [p for p in encoder.parameters() if p.requires_grad]
-    # One that the stage freezes learns whole, and here alone.
-    frozen = [] if own else list(encoder.parameters())
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    parameters = [*own, *frozen, *spelling.parameters()]
+    frozen = not any(p.requires_grad for p in encoder.parameters())
+    if frozen:  # one that the stage leaves alone learns whole, and here
+        encoder.requires_grad_(True)
+    parameters = [p for p in encoder.parameters() if p.requires_grad] + list(spelling.parameters())
 
     def say(some: list[int]) -> tuple[Tensor, Tensor]:  # log-probabilities [B, C], tokens [B, t, D]
         frames = store.gather([videos[place][0] for place in some])
@@ -102,8 +100,8 @@ def video_warm_start(
         return unsaid + spelling.off_length(tokens)
 
     descend(parameters, config, "video warm start", loss)
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    if frozen:
+        encoder.requires_grad_(False)
     found = total = 0.0
     with torch.no_grad():
         for place in held:
