@@ -89,16 +89,27 @@ def test_the_package_says_that_it_is_typed() -> None:
     assert set(polymodal.__all__) <= set(namespace)
 
 
-def heavy_after(code: str) -> set[str]:
-    """Which heavy libraries a fresh interpreter has loaded after running `code`."""
+def loaded_after(code: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded after running `code`."""
     script = f"{code}\nimport sys\nprint('LOADED', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    loaded = next(line for line in done.stdout.splitlines() if line.startswith("LOADED")).split()
-    return HEAVY & {name.split(".")[0] for name in loaded}
+    return set(next(line for line in done.stdout.splitlines() if line.startswith("LOADED")).split()[1:])
+
+
+def heavy_after(code: str) -> set[str]:
+    """Which heavy libraries a fresh interpreter has loaded after running `code`."""
+    return HEAVY & {name.split(".")[0] for name in loaded_after(code)}
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
     assert heavy_after("import polymodal") == set()
+
+
+def test_opening_a_model_whose_parts_are_ours_loads_no_architecture() -> None:
+    """Each of these takes a second or more, of the three that an answer by a graph takes with them left out."""
+    code = "import polymodal.backends.local, polymodal.checkpoints.model_folder, polymodal.modeling.onnx_llm"
+    slow = {"transformers.modeling_utils", "transformers.models", "torch._dynamo", "torch.distributed.tensor", "peft"}
+    assert slow & loaded_after(code) == set()
 
 
 def test_the_base_and_the_command_line_load_nothing_heavy() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image as PILImage
 
-from polymodal import Image, user
+from polymodal import Audio, Image, user
 from polymodal.backends import load
 from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.model_folder import save_model
@@ -20,7 +21,9 @@ from polymodal.generation.params import GenerationParams
 from polymodal.messages import assistant
 from polymodal.modeling import onnx_llm
 from polymodal.modeling.build import build_model
+from polymodal.modeling.encoders.audio import DeferredAudioEncoder
 from polymodal.modeling.onnx_llm import OnnxCache, OnnxLLM, make_graph
+from polymodal.speech import AudioChunk, wav_bytes
 from tests.conftest import make_byte_tokenizer, write_tiny_llm
 
 SIZES: dict[str, Any] = {
@@ -43,11 +46,11 @@ PARAMS = GenerationParams(max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_model_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(senses_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose heads are wide enough for the graph."""
     where = tmp_path_factory.mktemp("fast")
     write_tiny_llm(where / "llm", hidden_size=64, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
-    config = tiny_model_config.model_copy(update={"llm": LLMConfig(model_name_or_path=str(where / "llm"))})
+    config = senses_config.model_copy(update={"llm": LLMConfig(model_name_or_path=str(where / "llm"))})
     torch.manual_seed(2)
     model, tokenizer = build_model(config)
     save_model(where / "model", model, config, tokenizer, llm_trained=True, vision_trained=True)
@@ -138,6 +141,10 @@ def test_files_that_did_not_change_are_not_read_again(
         patch.setattr("polymodal.modeling.build.load_llm", lambda *_: pytest.fail("the weights were read"))
         again = load(folder, "cpu", quantize="float32")
     assert again.generate(QUESTIONS[1], PARAMS).text == fast.generate(QUESTIONS[1], PARAMS).text
+    assert isinstance(again, LocalBackend) and isinstance(again.model.audio_encoder, DeferredAudioEncoder)
+    tone = AudioChunk(np.sin(np.arange(16_000) / 9).astype(np.float32), 16_000, "")
+    sound = [user(Audio(wav_bytes([tone])), "What is heard?")]
+    assert again.generate(sound, PARAMS).text == load(folder, "cpu").generate(sound, PARAMS).text
     assert again.fingerprint() == fast.fingerprint() != load(folder, "cpu").fingerprint()
     eight = load(folder, "cpu", quantize="int8")
     assert isinstance(eight, LocalBackend) and eight.model.llm.bits == 8 and eight.fingerprint() != fast.fingerprint()

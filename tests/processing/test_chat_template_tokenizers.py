@@ -11,13 +11,14 @@ import pytest
 import sentencepiece as spm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from polymodal.config import TemplateConfig
 from polymodal.messages import Image, Message, Text, assistant, system, user
 from polymodal.processing.chat_template.encode import ChatTemplate, Rendered
 from polymodal.processing.chat_template.presets import PRESETS
+from polymodal.processing.chat_template.tokenizer_copies import spells_bytes, tokenizer_over, without_vocabulary
 
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>"]
 SPECIALS += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -349,3 +350,20 @@ def test_restarting_changes_nothing_for_bytes() -> None:
     config = TemplateConfig(chat_template="chatml", text_restarts=True)
     again = ChatTemplate(make_tokenizer("byte_level"), config, image_id("byte_level")).render(chat, [1])
     assert again == make_template("byte_level", "chatml").render(chat, [1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_over_the_same_vocabulary_is_the_tokenizer(kind: str) -> None:
+    backend = Tokenizer.from_str(make_tokenizer(kind).backend_tokenizer.to_str())
+    backend.add_tokens([AddedToken("cat", single_word=True), AddedToken("<b>", lstrip=True, special=True)])
+    copy = tokenizer_over(backend.model, without_vocabulary(backend), backend.get_added_tokens_decoder())
+    texts = [*CORPUS, "a cat<b> concat <s></s> <image>x", ""]
+    for text in texts:
+        for framed in (False, True):
+            found, wanted = (
+                copy.encode(text, add_special_tokens=framed),
+                backend.encode(text, add_special_tokens=framed),
+            )
+            assert (found.ids, found.offsets) == (wanted.ids, wanted.offsets)
+        assert copy.decode(copy.encode(text).ids) == backend.decode(backend.encode(text).ids)
+    assert spells_bytes(backend.model) is bool(json.loads(backend.to_str())["model"].get("byte_fallback"))

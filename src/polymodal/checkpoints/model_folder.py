@@ -29,7 +29,8 @@ from polymodal.config import ModelConfig, parse_config
 from polymodal.errors import CheckpointError
 from polymodal.modeling.build import build_model
 from polymodal.modeling.ctranslate2 import missing_whisper
-from polymodal.modeling.encoders.vision import fingerprint
+from polymodal.modeling.encoders.audio import DeferredAudioEncoder
+from polymodal.modeling.encoders.vision import check_fingerprint, fingerprint
 from polymodal.modeling.language_model import DEFAULT_LLM, load_tokenizer
 from polymodal.modeling.lora import attach_adapter, fold_in, is_peft, merge_adapter
 from polymodal.modeling.onnx_llm import OnnxLLM
@@ -187,19 +188,18 @@ def load_model(folder: Path | FolderReport, quantize: str | None = None, llm: An
     """Read a model folder, looked over already or not; `llm` stands in for its language model, adapter and all."""
     report = folder if isinstance(folder, FolderReport) else check_folder(folder)
     folder, document = report.folder, read_document(report.folder, report.configs.get(CONFIG_NAME))
-    model, tokenizer = build_model(document.config, folder, quantize, llm)
+    # What answers alone opens its ears at the first sound.
+    audio_known = document.audio_tower if isinstance(llm, OnnxLLM) else None
+    model, tokenizer = build_model(document.config, folder, quantize, llm, audio_known)
     now = contract_of(document.config, model.image_token_id, tokenizer, model.context_tokenizer)
     _check_contract(folder, document.contract, now, document.config)
     for kind, encoder, was in (
         ("vision", model.vision_encoder, document.tower),
         ("audio", model.audio_encoder, document.audio_tower),
     ):
-        if encoder is not None and was not in (None, fingerprint(encoder)):
+        if encoder is not None and not isinstance(encoder, DeferredAudioEncoder):
             name = getattr(getattr(document.config, kind), f"{kind}_tower")
-            raise CheckpointError(
-                f"{folder}: trained behind another {kind} tower than {name!r} is now (its weights differ); put the "
-                "tower back, or train again"
-            )
+            check_fingerprint(encoder, was, f"{folder}: trained behind another {kind} tower than {name!r}")
     if model.image_tokenizer is not None and fingerprint(model.image_tokenizer) != document.image_tokenizer:
         raise CheckpointError(
             f"{folder / IMAGE_TOKENIZER}: not the image tokenizer that the model was trained with (its weights "

@@ -3,18 +3,21 @@
 Only these functions see a configuration; the parts themselves take plain arguments.
 """
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import ModelConfig
 from polymodal.config.projector import PER_TOKEN
 from polymodal.errors import ConfigError
 from polymodal.media_plan import AudioWindow, Size, temporal_output
 from polymodal.modeling.ctranslate2 import missing_whisper
+from polymodal.modeling.encoders import audio as audio_towers
 from polymodal.modeling.encoders.audio import AudioEncoder, build_audio_encoder
 from polymodal.modeling.encoders.video_temporal import TemporalEncoder, build_temporal
 from polymodal.modeling.encoders.vision import VisionEncoder, build_vision_encoder, fingerprint
@@ -24,9 +27,16 @@ from polymodal.modeling.projectors.qformer_files import check_stage1, load_conte
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.modeling.vocabulary import add_output
 
+if TYPE_CHECKING:  # whose module takes a second to load
+    from transformers import PreTrainedModel
+
 
 def build_model(
-    config: ModelConfig, folder: Path | None = None, quantize: str | None = None, llm: Any = None
+    config: ModelConfig,
+    folder: Path | None = None,
+    quantize: str | None = None,
+    llm: Any = None,
+    audio_known: str | None = None,
 ) -> tuple[MultimodalLM, PreTrainedTokenizerBase]:
     """Compose a model: load the parts, make the projector (random weights).
 
@@ -35,6 +45,7 @@ def build_model(
         folder: The model folder that "bundled" parts and the tokenizer lie in.
         quantize: As in `load_llm`.
         llm: A language model that is there already, in place of the configuration's.
+        audio_known: The fingerprint of the audio tower, where it need not be read before the first sound comes.
 
     Returns:
         The model in eval mode, and the tokenizer.
@@ -52,7 +63,7 @@ def build_model(
         check_stage1(Path(config.projector.pretrained).expanduser(), config, fingerprint(encoder))
         start_projector(projector, config.projector.pretrained)
     model = compose(config, llm, image_token_id_for(config, tokenizer, vocab_size), encoder, projector)
-    add_senses(model, config, folder)
+    add_senses(model, config, folder, audio_known)
     add_output(model, tokenizer, config, folder)
     if encoder is not None:
         model.context_tokenizer = load_context_tokenizer(config.projector, folder)
@@ -71,8 +82,8 @@ def build_vision(config: ModelConfig, folder: Path | None, llm_dim: int) -> tupl
     return encoder, fit_projector(config, encoder, llm_dim)
 
 
-def build_audio(config: ModelConfig, folder: Path | None, llm_dim: int) -> tuple[AudioEncoder, Projector] | None:
-    """Load the audio tower and make the projector that fits it (random weights); None where there is none."""
+def _audio_source(config: ModelConfig, folder: Path | None) -> str | None:
+    """Where the audio tower is; None where there is none."""
     # A packaged tower that is not installed leaves a model that sees as before and hears nothing.
     if (audio := config.audio) is None or missing_whisper(audio.audio_tower) is not None:
         return None
@@ -83,7 +94,16 @@ def build_audio(config: ModelConfig, folder: Path | None, llm_dim: int) -> tuple
                 "audio_tower 'bundled' needs the model's folder with audio/ in it; give a folder or a name"
             )
         tower = str(folder / "audio")
-    encoder = build_audio_encoder(audio.type, tower, stack=audio.stack, revision=audio.revision)
+    return tower
+
+
+def build_audio(
+    config: ModelConfig, folder: Path | None, llm_dim: int, known: str | None = None
+) -> tuple[AudioEncoder, Projector] | None:
+    """Load the audio tower and make the projector that fits it (random weights); None where there is none."""
+    if (audio := config.audio) is None or (tower := _audio_source(config, folder)) is None:
+        return None
+    encoder = build_audio_encoder(audio.type, tower, stack=audio.stack, revision=audio.revision, known=known)
     if config.llm.dtype == "float32":
         encoder.to(torch.float32)
     return encoder, build_projector(audio.projector, encoder.embed_dim, Size(1, 1), llm_dim)
@@ -104,7 +124,9 @@ def fit_temporal(config: ModelConfig, encoder: VisionEncoder, projector: Project
     return temporal
 
 
-def add_senses(model: MultimodalLM, config: ModelConfig, folder: Path | None = None) -> None:
+def add_senses(
+    model: MultimodalLM, config: ModelConfig, folder: Path | None = None, audio_known: str | None = None
+) -> None:
     """Give a model what its configuration has for videos and sounds and it has not yet (random weights)."""
     embeddings = model.llm.get_input_embeddings().weight
     if model.temporal_encoder is None and model.vision_encoder is not None and model.projector is not None:
@@ -113,7 +135,10 @@ def add_senses(model: MultimodalLM, config: ModelConfig, folder: Path | None = N
             model.temporal_encoder.to(embeddings.device, embeddings.dtype)
     if model.temporal_encoder is not None and config.video is not None:
         model.temporal_encoder.max_frames = config.video.max_frames  # which is no part of what it has learnt
-    if model.audio_encoder is None and (built := build_audio(config, folder, embeddings.shape[1])) is not None:
+    if (
+        model.audio_encoder is None
+        and (built := build_audio(config, folder, embeddings.shape[1], audio_known)) is not None
+    ):
         model.audio_encoder, model.audio_projector = built
         model.audio_encoder.to(embeddings.device)
         model.audio_projector.to(embeddings.device, embeddings.dtype)
@@ -128,9 +153,9 @@ def media_counts(config: ModelConfig, folder: Path | None) -> tuple[Size | None,
 
 def audio_window(config: ModelConfig, folder: Path | None) -> AudioWindow | None:
     """What a model's audio encoder takes at once; None for a model without one."""
-    if (audio := build_audio(config, folder, llm_dim=1)) is None:
+    if (audio := config.audio) is None or (tower := _audio_source(config, folder)) is None:
         return None
-    return AudioWindow(audio[0].mel_bins, audio[0].max_frames, audio[0].frames_per_token)
+    return audio_towers.audio_window(audio.type, tower, stack=audio.stack, revision=audio.revision)
 
 
 def fit_projector(config: ModelConfig, encoder: VisionEncoder, llm_dim: int) -> Projector:

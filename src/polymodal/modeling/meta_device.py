@@ -13,8 +13,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import WhisperConfig
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from polymodal.config import AudioConfig, LLMConfig, ModelConfig, VisionConfig
 from polymodal.errors import CheckpointError, PolymodalError, first_line, unknown_name
@@ -183,6 +181,9 @@ def _audio_encoder(audio: AudioConfig, fetch: bool) -> WhisperAudioEncoder:
     settings, where = _config_json(name, audio.revision, fetch), f"audio tower {audio.audio_tower!r}"
     if (found := settings.get("model_type")) != "whisper":
         raise CheckpointError(f"{where} has model_type {found!r}, not 'whisper'; give a Whisper's folder")
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
     with building(where):
         model = WhisperEncoder(WhisperConfig(**{key: value for key, value in settings.items() if key != "model_type"}))
     return WhisperAudioEncoder(model, audio.stack)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.modeling.language_model import quieten_transformers
+from polymodal.safety.config_json import read_json
 from polymodal.utils.files import atomic_folder, cache_folder, sha256_json, write_text
 from polymodal.utils.progress import log
 
@@ -233,11 +234,12 @@ class OnnxLLM(nn.Module):
         super().__init__()
         import onnxruntime
         from safetensors.torch import load_file
-        from transformers import AutoConfig
+        from transformers import PreTrainedConfig
 
         quieten_transformers()
         self.folder = folder
-        self.config = AutoConfig.from_pretrained(folder)
+        # Without its own class, whose module would bring the whole architecture along.
+        self.config = PreTrainedConfig(**read_json(folder / "config.json"))
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         self.bits: int = about["bits"]
         # Beside the table, what tells one graph from another.

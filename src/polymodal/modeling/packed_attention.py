@@ -12,20 +12,22 @@ registry, so the way is not guessed from a name: `choose_method` runs two tiny s
 apart, and takes the first way whose results agree.
 """
 
+from __future__ import annotations
+
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from polymodal.errors import ConfigError
 from polymodal.utils.modules import evaluating
+
+if TYPE_CHECKING:  # whose module takes a second to load
+    from transformers import PreTrainedModel
 
 Kernel = Callable[..., Any]
 
@@ -153,9 +155,14 @@ def choose_method(llm: PreTrainedModel) -> str:
 
 def install(llm: PreTrainedModel) -> None:
     """Make a model use our attention for packs, and what it used before for everything else."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     before = llm.config._attn_implementation or "eager"
     if before.startswith(PREFIX):
         return
+    # Lengths differ in every pack, and the compiler would specialise on each.
+    attend_opaquely = torch.compiler.disable(_attend)
 
     def attend(
         module: torch.nn.Module,
@@ -169,16 +176,15 @@ def install(llm: PreTrainedModel) -> None:
         if segments is None:
             usual: Kernel = ALL_ATTENTION_FUNCTIONS.get(before) or _eager(module)
             return usual(module, query, key, value, attention_mask, **kwargs)
-        return _attend_opaquely(query, key, value, segments, kwargs), None
+        return attend_opaquely(query, key, value, segments, kwargs), None
 
     ALL_ATTENTION_FUNCTIONS.register(PREFIX + before, attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + before, ALL_MASK_ATTENTION_FUNCTIONS[before])
     llm.set_attn_implementation(PREFIX + before)
 
 
-@torch.compiler.disable
-def _attend_opaquely(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: dict[str, Any]) -> Tensor:
-    """Keep the compiler out: lengths differ in every pack, and it would specialise on each."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: dict[str, Any]) -> Tensor:
+    """Attend within segments, and note the window."""
     segments.windows.append(options.get("sliding_window"))
     taken = {name: options[name] for name in ("scaling", "dropout", "sliding_window", "softcap") if name in options}
     return segment_attention(query, key, value, segments, **taken)

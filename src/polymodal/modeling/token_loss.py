@@ -8,18 +8,22 @@ own module, adapters and all). torch's `F.linear_cross_entropy` does it for a ba
 is far slower on a CPU.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from polymodal.errors import ConfigError
 from polymodal.utils.modules import evaluating
+
+if TYPE_CHECKING:  # whose module takes a second to load
+    from transformers import PreTrainedModel
 
 CPU_BUDGET, GPU_BUDGET = 256 * 2**20, 2 * 2**30
 """Bytes of float32 logits up to which they are computed at once."""

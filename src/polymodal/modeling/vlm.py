@@ -11,17 +11,19 @@ A video is tiles, one a frame, which pass the temporal encoder before the projec
 that the model makes are ids like any other: `polymodal.modeling.vocabulary` makes room for their codes.
 """
 
+from __future__ import annotations
+
 import inspect
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedTokenizerBase
 
 from polymodal.config import VocabularyLayout
 from polymodal.errors import ConfigError, PolymodalError
@@ -39,6 +41,9 @@ from polymodal.modeling.token_loss import label_losses
 from polymodal.modeling.tokenizers.base import ImageTokenizer
 from polymodal.modeling.touch import touch_audio, touch_images
 from polymodal.utils.modules import frozen
+
+if TYPE_CHECKING:  # whose module takes a second to load
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,23 @@ read from no text that anybody typed. New rows are drawn with the mean and devia
 so that a folder which keeps only an adapter builds the same table again.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import ModelConfig, VocabularyLayout
 from polymodal.config.output import SPECIALS, new_layout
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.modeling.tokenizers import ImageTokenizer, load_image_tokenizer
 from polymodal.modeling.vlm import MultimodalLM
+
+if TYPE_CHECKING:  # whose module takes a second to load
+    from transformers import PreTrainedModel
 
 IMAGE_TOKENIZER = "image_tokenizer"
 """The folder inside a model's own that holds its image tokenizer."""

@@ -12,7 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from polymodal.errors import CheckpointError, ConfigError
-from polymodal.modeling.encoders.audio import AudioEncoder, WhisperAudioEncoder, build_audio_encoder
+from polymodal.media_plan import AudioWindow
+from polymodal.modeling.encoders.audio import AudioEncoder, WhisperAudioEncoder, audio_window, build_audio_encoder
+from polymodal.modeling.encoders.vision import fingerprint
 
 SMALL: dict[str, Any] = {
     "d_model": 24, "encoder_layers": 3, "encoder_attention_heads": 3, "encoder_ffn_dim": 48, "decoder_layers": 1,
@@ -130,3 +132,22 @@ def test_features_that_do_not_fit(whisper: Path, shape: tuple[int, int, int], fr
     features = torch.zeros(shape[0], shape[1] or encoder.mel_bins, shape[2])
     with pytest.raises(ConfigError, match=r"takes|frames must be"):
         encoder(features, None if frames is None else torch.tensor(frames))
+
+
+@torch.no_grad()
+def test_a_tower_whose_weights_are_known_is_opened_at_the_first_sound(whisper: Path, tmp_path: Path) -> None:
+    plain: Any = build_audio_encoder("whisper", whisper, stack=2)
+    later: Any = build_audio_encoder("whisper", whisper, stack=2, known=fingerprint(plain))
+    sizes = ("embed_dim", "mel_bins", "max_frames", "frames_per_token")
+    assert [getattr(later, name) for name in sizes] == [getattr(plain, name) for name in sizes]
+    assert not list(later.parameters()) and later.output_tokens(9) == plain.output_tokens(9) == 3
+    features = torch.randn(1, plain.mel_bins, 90)
+    assert torch.equal(later(features), plain(features)) and torch.equal(later(features), plain(features))
+    assert not list(later.parameters())  # what tells models apart is not changed by a sound
+    assert audio_window("whisper", whisper, stack=2) == AudioWindow(plain.mel_bins, 3000, 4)
+    other: Any = build_audio_encoder("whisper", whisper, known="00" * 8)
+    with pytest.raises(CheckpointError, match=r"behind another audio tower than '.*whisper.*' is now"):
+        other(features)
+    with pytest.raises(CheckpointError, match="the audio tower was not read"):
+        other.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

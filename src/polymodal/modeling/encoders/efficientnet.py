@@ -257,7 +257,7 @@ def convert_efficientnet_lite0(weights: Mapping[str, Tensor]) -> dict[str, Tenso
     found = {key: tensor for key, tensor in weights.items() if not key.endswith("num_batches_tracked")}
     compare_tensors(dict.fromkeys(names, ()), dict.fromkeys(found, ()), "not EfficientNet-Lite0 weights")
     converted = {ours: found[theirs].contiguous() for theirs, ours in names.items()}
-    compare_tensors(_expected(), converted, "the weights to convert")
+    compare_tensors(_empty().state_dict(), converted, "the weights to convert")
     return converted
 
 
@@ -267,18 +267,18 @@ def _unit(conv: str, norm: str, ours: str) -> dict[str, str]:
     return {f"{conv}.weight": f"{ours}.0.weight"} | {f"{norm}.{part}": f"{ours}.1.{part}" for part in parts}
 
 
-def _expected() -> dict[str, Tensor]:
-    """The network's tensors, without data."""
+def _empty() -> EfficientNetLite0:
+    """The network without data."""
     with torch.device("meta"):
-        return EfficientNetLite0().state_dict()
+        return EfficientNetLite0()
 
 
 def load_efficientnet_lite0(weights: Path) -> EfficientNetLite0:
     """Build the network from a safetensors file with our names."""
     tensors = read_tensors(weights)
-    compare_tensors(_expected(), tensors, weights)
-    network = EfficientNetLite0()
-    network.load_state_dict({name: value.float() for name, value in tensors.items()})
+    network = _empty()
+    compare_tensors(network.state_dict(), tensors, weights)
+    network.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
     # Depthwise convolutions are about a quarter faster with channels last, on a CPU and on a GPU.
     for parameter in network.parameters():
         if parameter.dim() == 4:

@@ -114,6 +114,12 @@ def fingerprint(encoder: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_fingerprint(encoder: Any, known: str | None, trained: str) -> None:
+    """Refuse a tower whose weights are not those that a model was trained behind."""
+    if known not in (None, fingerprint(encoder)):
+        raise CheckpointError(f"{trained} is now (its weights differ); put the tower back, or train again")
+
+
 def check_type(family: Family, config: VisionConfig, found: str | None) -> None:
     """Raise unless a tower's `model_type` is one that the configured family reads."""
     if found in family.model_types:

@@ -25,6 +25,15 @@ from tokenizers import Tokenizer
 
 from polymodal.errors import ConfigError, PolymodalError
 from polymodal.messages import Role
+from polymodal.processing.chat_template.tokenizer_copies import (
+    Prefix,
+    as_special,
+    drop_prefix,
+    prefix_scheme,
+    spells_bytes,
+    tokenizer_over,
+    without_vocabulary,
+)
 from polymodal.safety.jinja_sandbox import compile_template
 
 if TYPE_CHECKING:
@@ -32,8 +41,6 @@ if TYPE_CHECKING:
 
 Style: TypeAlias = Literal["parts", "mixed", "string"]
 """How content is handed to the template: always as a list of parts, only with images, or as a string."""
-Prefix: TypeAlias = Literal["never", "first", "always"]
-"""Where a tokenizer puts a space of its own: nowhere, before the whole string, also behind each added token."""
 
 _EDGE = "\u2003\u2009\u2005"
 """Put around content: white space, so that a template that trims removes it, which tells us that it trims."""
@@ -245,33 +252,34 @@ class PieceTokenizer:
                 f"tokenizer {type(tokenizer).__name__} is not a fast tokenizer; save it as tokenizer.json first"
             )
         backend: Tokenizer = tokenizer.backend_tokenizer
-        data = json.loads(backend.to_str())
-        data["truncation"] = data["padding"] = None
-        self.prefix: Prefix = _prefix_scheme(data)
+        data, added = without_vocabulary(backend), backend.get_added_tokens_decoder()
+        self.prefix: Prefix = prefix_scheme(data)
         self._image_token_id = image_token_id
         self._nonce = f"PM{secrets.token_hex(12)}"
-        self.added = {image_token_id, *(entry["id"] for entry in data["added_tokens"])}
+        self.added = {image_token_id, *added}
         special = {image_token_id, *tokenizer.all_special_ids}
-        for entry in data["added_tokens"]:
-            if entry["special"] or (entry["content"].strip() and entry["content"] in template):
-                special.add(entry["id"])
-        self._control = {entry["id"]: entry for entry in data["added_tokens"] if entry["id"] in special}
+        for token, entry in added.items():
+            if entry.special or (entry.content.strip() and entry.content in template):
+                special.add(token)
+        self._control = {token: entry for token, entry in added.items() if token in special}
         # Pieces that stand for what they do not spell: honest, unless somebody typed the very name.
-        stand_ins = [f"<0x{byte:02X}>" for byte in range(256)] if data["model"].get("byte_fallback") else []
+        stand_ins = [f"<0x{byte:02X}>" for byte in range(256)] if spells_bytes(backend.model) else []
         if tokenizer.unk_token is not None:
             stand_ins.append(tokenizer.unk_token)
         ids = ((backend.token_to_id(name), name) for name in stand_ins)
         self._stand_ins: dict[int, str] = {token: name for token, name in ids if token is not None}
         self._suspect = special | set(self._stand_ins)
-        names = sorted((entry["content"] for entry in self._control.values()), key=len, reverse=True)
+        names = sorted((entry.content for entry in self._control.values()), key=len, reverse=True)
         self._names = names
         self._spelled = re.compile("|".join(map(re.escape, names)) or "(?!)")
 
-        kept = json.dumps(data)
-        _drop_prefix(data)
-        self._scaffold = Tokenizer.from_str(json.dumps(data))
-        self._content = self._reader(json.dumps(data), special)
-        self._fresh = self._content if self.prefix == "never" else self._reader(kept, special)
+        plain = {token: as_special(entry, token in special) for token, entry in added.items()}
+        fresh = tokenizer_over(backend.model, data, plain)
+        drop_prefix(data)
+        self._scaffold = tokenizer_over(backend.model, data, added)
+        self._content = tokenizer_over(backend.model, data, plain)
+        self._fresh = self._content if self.prefix == "never" else fresh
+        self._fresh.encode_special_tokens = self._content.encode_special_tokens = True
         spaced = self._content.encode(" a", add_special_tokens=False).ids
         # SentencePiece puts its space in front of every string; its conversions may have lost that (`text_restarts`).
         marked = (self._content.id_to_token(spaced[0]) or "").startswith("▁") if spaced else False
@@ -279,16 +287,6 @@ class PieceTokenizer:
         self.hides_space = self.restarts or (self.prefix != "never" and self._content.decode(spaced) == "a")
         self.cut_up = lru_cache(maxsize=4096)(self._cut_up)
         self._of_template = lru_cache(maxsize=4096)(self._plain)
-
-    @staticmethod
-    def _reader(data: str, special: set[int]) -> Tokenizer:
-        """A tokenizer that reads no special token in a text."""
-        document = json.loads(data)
-        for entry in document["added_tokens"]:
-            entry["special"] = entry["id"] in special
-        made = Tokenizer.from_str(json.dumps(document))
-        made.encode_special_tokens = True
-        return made
 
     def is_fresh(self, ids: Sequence[int]) -> bool:
         """Whether the tokenizer would put its own space in front of text that follows these ids."""
@@ -304,7 +302,7 @@ class PieceTokenizer:
         position = 0
         encoding = self._scaffold.encode(text, add_special_tokens=False)
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token in self._control and self._control[token]["content"] in text[start:end]:
+            if token in self._control and self._control[token].content in text[start:end]:
                 found += [text[position:start], token]
                 position = end
         return tuple(bit for bit in (*found, text[position:]) if bit != "")
@@ -333,7 +331,7 @@ class PieceTokenizer:
 
     def strips(self, token: int, side: Literal["lstrip", "rstrip"]) -> bool:
         """Whether a control token takes the white space beside it away."""
-        return token in self._control and bool(self._control[token][side])
+        return token in self._control and bool(getattr(self._control[token], side))
 
     def text(self, text: str, before: Sequence[int], *, own: bool = False) -> list[int]:
         """Tokenise text as the tokenizer would where it stands; `own` where all of it is the template's."""
@@ -380,65 +378,3 @@ class PieceTokenizer:
             else:
                 cuts.append(start)
         return sorted(set(cuts))
-
-
-def _members(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """Flatten a normalizer or pre-tokenizer and the sequences inside it."""
-    if step is None:
-        return []
-    if step["type"] == "Sequence":
-        return [member for inner in step[key] for member in _members(inner, key)]
-    return [step]
-
-
-def _prefix_scheme(data: dict[str, Any]) -> Prefix:
-    """Read from a tokenizer's JSON where it puts a space of its own."""
-    scheme: Prefix = "never"
-    for step in _members(data["normalizer"], "normalizers"):
-        if step["type"] == "Prepend":
-            return "always"
-    for step in _members(data["pre_tokenizer"], "pretokenizers"):
-        if step["type"] == "ByteLevel" and step.get("add_prefix_space"):
-            scheme = "always"
-        elif step["type"] == "Metaspace":
-            old = "always" if step.get("add_prefix_space") else "never"
-            found = step.get("prepend_scheme", old)
-            scheme = found if found in ("first", "always") else scheme
-    return scheme
-
-
-def _drop_prefix(data: dict[str, Any]) -> None:
-    """Switch the tokenizer's own space off, in place."""
-
-    def without_prepend(step: dict[str, Any] | None) -> dict[str, Any] | None:
-        if step is None or step["type"] == "Prepend":
-            return None
-        if step["type"] == "Sequence":
-            kept = [inner for inner in map(without_prepend, step["normalizers"]) if inner is not None]
-            return {**step, "normalizers": kept}
-        return step
-
-    data["normalizer"] = without_prepend(data["normalizer"])
-    _keep_inner_spaces(data)
-    for step in _members(data["pre_tokenizer"], "pretokenizers"):
-        if step["type"] == "ByteLevel":
-            step["add_prefix_space"] = False
-        elif step["type"] == "Metaspace":
-            step.pop("add_prefix_space", None)
-            step["prepend_scheme"] = "never"
-
-
-def _keep_inner_spaces(data: dict[str, Any]) -> None:
-    """Where words are cut out first and each is marked after (T5), let spaces be the marks instead, in place."""
-    steps = _members(data["pre_tokenizer"], "pretokenizers")
-    kinds = [step["type"] for step in steps]
-    if "Metaspace" not in kinds or "WhitespaceSplit" not in kinds[: kinds.index("Metaspace")]:
-        return
-    data["pre_tokenizer"] = {
-        "type": "Sequence",
-        "pretokenizers": [step for step in steps if step["type"] != "WhitespaceSplit"],
-    }
-    one_space = {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}
-    no_tail = {"type": "Strip", "strip_left": False, "strip_right": True}
-    before = [] if data["normalizer"] is None else [data["normalizer"]]
-    data["normalizer"] = {"type": "Sequence", "normalizers": [*before, one_space, no_tail]}
