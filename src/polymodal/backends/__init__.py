@@ -298,9 +298,8 @@ def load_processor(name: str | Path = "default") -> Processor:
     """Open only a model's processor: everything up to the tensors, without the language model."""
     from polymodal.checkpoints.model_folder import read_document
     from polymodal.interop.huggingface.load import hf_processor
-    from polymodal.modeling.build import media_counts
     from polymodal.modeling.language_model import load_tokenizer, quieten_transformers
-    from polymodal.modeling.meta_device import llm_positions
+    from polymodal.modeling.meta_device import llm_positions, media_counts
     from polymodal.modeling.projectors.qformer_files import load_context_tokenizer
     from polymodal.modeling.vocabulary import open_image_tokenizer
     from polymodal.processing.image_codes import ImageCodes

@@ -162,7 +162,9 @@ def _visual_tokens(found: Description) -> list[dict[str, Any]]:
         return []
     from polymodal.interop.describe import EXAMPLES, visual_tokens
     from polymodal.modeling.language_model import quieten_transformers
-    from polymodal.planning.plan import Question, plan_model
+    from polymodal.modeling.meta_device import tokens_per_tile
+    from polymodal.planning.sample import plan_media
+    from polymodal.planning.starting_point import model_config
 
     sizes = tuple(Size(height, width) for height, width in EXAMPLES)
     quieten_transformers()
@@ -170,8 +172,9 @@ def _visual_tokens(found: Description) -> list[dict[str, Any]]:
         if found.contract is None:
             counts = visual_tokens(found.report, sizes)
         else:
-            plan = plan_model(found.folder, Question(images=sizes, text_tokens=0))
-            counts = list(zip(plan.visual_tokens, plan.tiles, strict=True))
+            config = model_config(found.folder)
+            media = plan_media(sizes, (), (), (), config, tokens_per_tile(config), None)
+            counts = [(plan.num_tokens, plan.num_tiles) for _, plan in media.images]
     except PolymodalError:
         return []
     return [

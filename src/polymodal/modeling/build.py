@@ -145,12 +145,6 @@ def add_senses(
     model.eval()
 
 
-def media_counts(config: ModelConfig, folder: Path | None) -> tuple[Size | None, AudioWindow | None]:
-    """What a processor must know of a model: the tokens of a tile, and what the audio encoder takes at once."""
-    vision = build_vision(config, folder, llm_dim=1)  # only the grid is asked for
-    return (vision[1].output_grid if vision is not None else None), audio_window(config, folder)
-
-
 def audio_window(config: ModelConfig, folder: Path | None) -> AudioWindow | None:
     """What a model's audio encoder takes at once; None for a model without one."""
     if (audio := config.audio) is None or (tower := _audio_source(config, folder)) is None:

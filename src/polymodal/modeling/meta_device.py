@@ -7,6 +7,7 @@ their pages on the Hugging Face hub). Nothing is fetched unless asked for.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from polymodal.config import AudioConfig, LLMConfig, ModelConfig, VisionConfig
 from polymodal.errors import CheckpointError, PolymodalError, first_line, unknown_name
-from polymodal.media_plan import Size
-from polymodal.modeling.build import compose, fit_projector, fit_temporal
+from polymodal.media_plan import AudioWindow, Size
+from polymodal.modeling.build import audio_window, compose, fit_projector, fit_temporal
 from polymodal.modeling.encoders.audio import AUDIO_ENCODERS, WhisperAudioEncoder
 from polymodal.modeling.encoders.efficientnet import EfficientNetLite0
 from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
-from polymodal.modeling.encoders.vision import VISION_ENCODERS, VisionEncoder, check_type, wrap_efficientnet
+from polymodal.modeling.encoders.vision import BUNDLED, VISION_ENCODERS, VisionEncoder, check_type, wrap_efficientnet
 from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2, model_class, positions_of, scale_positions
 from polymodal.modeling.pretrained import building, config_json
-from polymodal.modeling.projectors import build_projector
+from polymodal.modeling.projectors import Projector, build_projector
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.utils.files import home_path
 
@@ -92,10 +93,7 @@ def outline(config: ModelConfig, *, fetch: bool = False) -> Outline:
             head = llm.get_output_embeddings()
             head.weight = nn.Parameter(torch.empty_like(head.weight))
         embeddings = llm.get_input_embeddings().weight
-        encoder = projector = None
-        if config.vision is not None:
-            encoder = _vision_encoder(config.vision, Size(*config.image.tile_size) if config.image else None, fetch)
-            projector = fit_projector(config, encoder, embeddings.shape[1])
+        encoder, projector = _eyes(config, embeddings.shape[1], fetch)
         model = compose(config, llm, embeddings.shape[0], encoder, projector)
         if encoder is not None and projector is not None:
             model.temporal_encoder = fit_temporal(config, encoder, projector)
@@ -105,6 +103,31 @@ def outline(config: ModelConfig, *, fetch: bool = False) -> Outline:
                 config.audio.projector, ears.embed_dim, Size(1, 1), embeddings.shape[1]
             )
         return Outline(model.eval(), config)
+
+
+def media_counts(
+    config: ModelConfig, folder: Path | None = None, *, fetch: bool = False
+) -> tuple[Size | None, AudioWindow | None]:
+    """What a processor must know of a model: the tokens of a tile, and what the audio encoder takes at once."""
+    return tokens_per_tile(config, folder, fetch=fetch), audio_window(config, folder)
+
+
+def tokens_per_tile(config: ModelConfig, folder: Path | None = None, *, fetch: bool = False) -> Size | None:
+    """What a tile becomes; None for a model without a vision encoder."""
+    if folder is not None and config.vision is not None and config.vision.vision_tower == BUNDLED:
+        vision = config.vision.model_copy(update={"vision_tower": str(folder / "vision")})
+        config = config.model_copy(update={"vision": vision})
+    with torch.device("meta"):
+        _, projector = _eyes(config, 1, fetch)
+    return None if projector is None else projector.output_grid
+
+
+def _eyes(config: ModelConfig, width: int, fetch: bool) -> tuple[VisionEncoder | None, Projector | None]:
+    """A vision tower and the projector behind it."""
+    if config.vision is None:
+        return None, None
+    encoder = _vision_encoder(config.vision, Size(*config.image.tile_size) if config.image else None, fetch)
+    return encoder, fit_projector(config, encoder, width)
 
 
 def on_no_device(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -126,9 +149,13 @@ def on_no_device(model: nn.Module, mode: FakeTensorMode) -> None:
                         store[name] = move(tensor)  # type: ignore[assignment]
 
 
+def _llm_name(config: LLMConfig) -> str:
+    return SMOLLM2 if config.model_name_or_path == DEFAULT_LLM else config.model_name_or_path
+
+
 def llm_settings(config: LLMConfig, *, fetch: bool = False) -> Any:
     """Read a language model's configuration, as transformers has it."""
-    name = SMOLLM2 if config.model_name_or_path == DEFAULT_LLM else config.model_name_or_path
+    name = _llm_name(config)
     path, where = home_path(name), f"language model {name!r}"
     with building(where):
         if path.suffix == ".gguf":
@@ -146,6 +173,11 @@ def llm_settings(config: LLMConfig, *, fetch: bool = False) -> Any:
 def llm_positions(config: LLMConfig) -> int | None:
     """The positions of a language model; None where its configuration is not on this machine."""
     try:
+        if config.rope_scaling is None and home_path(_llm_name(config)).suffix != ".gguf":
+            settings = _config_json(_llm_name(config), config.revision, fetch=False)
+            found = settings.get("max_position_embeddings")
+            if isinstance(found, int) and found > 0 and "text_config" not in settings:
+                return found  # it says so itself; the classes of transformers take a second to load
         return positions_of(llm_settings(config))
     except PolymodalError:
         return None

@@ -61,16 +61,16 @@ def recipe_processor(recipe: Recipe) -> Processor:
 
 def _new_processor(config: ModelConfig) -> Processor:
     """The processor of a model that is composed from a configuration."""
-    from polymodal.modeling.build import image_token_id_for, media_counts
+    from polymodal.modeling.build import image_token_id_for
     from polymodal.modeling.language_model import load_tokenizer, positions_of, quieten_transformers
-    from polymodal.modeling.meta_device import llm_settings
+    from polymodal.modeling.meta_device import llm_settings, media_counts
     from polymodal.modeling.projectors.qformer_files import load_context_tokenizer
 
     quieten_transformers()
     tokenizer = load_tokenizer(config.llm)
     settings = llm_settings(config.llm, fetch=True)
     vocabulary = settings.get_text_config().vocab_size
-    tokens, window = media_counts(config, None)
+    tokens, window = media_counts(config, fetch=True)
     image_token_id = image_token_id_for(config, tokenizer, vocabulary)
     context = load_context_tokenizer(config.projector)
     more = (bool(settings.is_encoder_decoder), context, positions_of(settings), window)
