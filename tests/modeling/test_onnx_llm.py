@@ -177,9 +177,13 @@ def test_a_graph_that_computes_something_else_is_not_kept(
     monkeypatch.setattr(onnx_llm, "_export", wrong)
     with pytest.raises(CheckpointError, match="computes something else"):
         load(folder, "cpu", quantize="int4")
+    with pytest.raises(CheckpointError, match=r"computes something else.*tried before; remove .*\.refused to retry"):
+        load(folder, "cpu", quantize="int4")
     assert not [path for path in (tmp_path / "onnx").iterdir() if path.name.endswith("bit")]
     with pytest.warns(UserWarning, match="computes something else.*used without"):
         assert load(folder, "cpu", quantize="int8").ask("x", params=PARAMS) is not None
+    assert not isinstance(load(folder, "cpu", quantize="auto").model.llm, OnnxLLM)  # too small to pay
+    monkeypatch.setattr(onnx_llm, "WORTH", (0, 10**9))
     with pytest.warns(UserWarning, match="used without"):
         plain = load(folder, "cpu", quantize="auto")
     assert isinstance(plain, LocalBackend) and not isinstance(plain.model.llm, OnnxLLM)

@@ -64,8 +64,8 @@ def load(
             CPU, and what the folder stores on a GPU.
         quantize: On a CPU "int8", "int4" or "float32" for a language model that ONNX Runtime runs (extra `fast`), with
             weights of so many bits; "int8" without the extra, too, at a third of the speed. "auto" is the first where
-            it is to be had, else None. On a GPU "nf4" (bitsandbytes) or "int8-gpu" (torchao). None leaves the model as
-            it is.
+            it is to be had and a language model has 20 million to 2 billion weights, else None. On a GPU "nf4"
+            (bitsandbytes) or "int8-gpu" (torchao). None leaves the model as it is.
         base_url: An endpoint's address; OPENAI_BASE_URL, else OpenAI's own, where None.
         api_key: An endpoint's key; OPENAI_API_KEY where None.
         allow_http: Send the key over http to a host other than this one.
@@ -80,6 +80,7 @@ def load(
     if str(name).startswith(ENDPOINT):
         from polymodal.backends.openai import open_endpoint
 
+        quantize = None if quantize == "auto" else quantize
         for option, value in (("device", device), ("revision", revision), ("dtype", dtype), ("quantize", quantize)):
             if value is not None:
                 raise ConfigError(f"{name}: an endpoint chooses its {option} itself; leave {option} out")
@@ -274,10 +275,12 @@ def _local(loaded: Loaded, options: Options, report: FolderReport | None = None)
     """Put the chat protocol over a model in memory; what its folder was looked over as lets a graph be remembered."""
     from polymodal.backends.local import LocalBackend
     from polymodal.checkpoints.model_folder import llm_files
-    from polymodal.modeling.onnx_llm import OnnxLLM, files_key, remember_graph, use_graph
+    from polymodal.modeling.onnx_llm import OnnxLLM, files_key, remember_graph, use_graph, worth_a_graph
     from polymodal.modeling.quantization import INT8, quantize_int8
 
     bits, model = _graph_bits(options), loaded.model
+    if options.quantize == "auto" and not isinstance(model.llm, OnnxLLM) and not worth_a_graph(model.llm):
+        bits = None
     try:
         if bits is None and options.quantize == INT8:
             quantize_int8(model)

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", help="a system message")
     common.add_media_arguments(parser)
     common.add_model_argument(parser)
-    common.add_loading_arguments(parser)
+    common.add_loading_arguments(parser, "auto")
     common.add_sampling_arguments(parser)
     common.add_making_arguments(parser)
 

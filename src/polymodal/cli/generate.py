@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object with usage and timing")
     parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
     common.add_model_argument(parser)
-    common.add_loading_arguments(parser)
+    common.add_loading_arguments(parser, "auto")
     common.add_sampling_arguments(parser)
     common.add_making_arguments(parser)
 

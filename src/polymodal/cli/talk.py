@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-barge-in", action="store_true", help="do not let the microphone interrupt the answer")
     common.add_media_arguments(parser)
     common.add_model_argument(parser)
-    common.add_loading_arguments(parser)
+    common.add_loading_arguments(parser, "auto")
     common.add_sampling_arguments(parser)
 
 

@@ -43,11 +43,20 @@ NEEDED = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
 BLOCK = 32
 """Weights of a row that share a scale and a zero point."""
 
+WORTH = (20_000_000, 2_000_000_000)
+"""Weights of a language model from which a graph pays, and up to which it is made without being asked for: making one
+holds the weights three times in float32."""
+
 GRAPH, TABLE, ABOUT, KNOWN = "model.onnx", "embeddings.safetensors", "about.json", "known.json"
+REFUSED = ".refused"
 CHUNK = 512
 """Positions of a prompt that are read at once."""
 ROOM = 256
 """Positions by which a cache grows, at least."""
+
+
+class NoGraphError(CheckpointError):
+    """No graph can be made of an architecture, today or tomorrow."""
 
 
 def available() -> bool:
@@ -60,6 +69,12 @@ def require() -> None:
     if not available():
         missing = next(name for name in NEEDED if find_spec(name) is None)
         raise ConfigError(f"fast answers on a CPU need {missing}: pip install 'polymodal[fast]'")
+
+
+def worth_a_graph(llm: Any) -> bool:
+    """Whether a graph is made of a language model where nobody asked for one."""
+    count = sum(weight.numel() for weight in llm.parameters())
+    return WORTH[0] <= count <= WORTH[1] and not llm.config.is_encoder_decoder
 
 
 def weights_key(llm: Any) -> str:
@@ -125,13 +140,20 @@ def make_graph(llm: Any, bits: int, tokenizer: Any) -> Path:
     folder = graph_folder(key, bits)
     if (folder / ABOUT).is_file():
         return folder
+    if (refused := folder.with_suffix(REFUSED)).is_file():
+        said = refused.read_text(encoding="utf-8").strip()
+        raise CheckpointError(f"{said} (tried before; remove {refused} to retry)")
     log(f"making a graph of the language model with {bits}-bit weights, once ({folder})")
     with tempfile.TemporaryDirectory(prefix="polymodal-onnx-") as work, atomic_folder(folder, replace=True) as made:
         source, plain = Path(work) / "llm", Path(work) / "graph"
         llm.save_pretrained(source)
         tokenizer.save_pretrained(source)  # which the builder looks for
-        _export(source, plain, Path(work))
-        _check_graph(llm, plain)
+        try:
+            _export(source, plain, Path(work))
+            _check_graph(llm, plain)
+        except NoGraphError as error:
+            write_text(refused, f"{error}\n")
+            raise
         _write_graph(plain / GRAPH, made / GRAPH, bits)
         _write_rest(llm, bits, key, made)
     return folder
@@ -156,10 +178,13 @@ def _check_graph(llm: Any, folder: Path) -> None:
     graph = OnnxLLM(folder).eval()
     ids = torch.linspace(0, graph.vocab_size - 1, 12).long()[None]
     embeds, cache = graph.embed_tokens(ids), OnnxCache(graph)
-    found = torch.cat([graph.read(embeds[:, :-1], cache), graph.read(embeds[:, -1:], cache)])
+    try:
+        found = torch.cat([graph.read(embeds[:, :-1], cache), graph.read(embeds[:, -1:], cache)])
+    except CheckpointError as error:
+        raise NoGraphError(str(error)) from None
     wanted = llm(input_ids=ids).logits[0, -2:].float()
     if not bool((found - wanted).abs().max() <= 1e-3 * max(1.0, float(wanted.abs().max()))):
-        raise CheckpointError(f"the graph of this {llm.config.model_type} computes something else than the model")
+        raise NoGraphError(f"the graph of this {llm.config.model_type} computes something else than the model")
 
 
 def _export(source: Path, target: Path, work: Path) -> None:
@@ -171,7 +196,8 @@ def _export(source: Path, target: Path, work: Path) -> None:
     done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, errors="replace")
     if done.returncode or not (target / GRAPH).is_file():
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing was said"]
-        raise CheckpointError(f"no graph can be made of this language model ({lines[-1][:200]})")
+        kind = CheckpointError if done.returncode < 0 else NoGraphError  # killed, as where memory is short
+        raise kind(f"no graph can be made of this language model ({lines[-1][:200]})")
 
 
 def _write_graph(source: Path, target: Path, bits: int) -> None:
