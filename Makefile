@@ -20,7 +20,7 @@ TESTENV := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM
 PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check stats format speech bench bench-speech bench-training bench-eval data-default data-senses data-draw train-default clean
+.PHONY: help install demo test test-all check stats format speech bench bench-start bench-speech bench-training bench-eval data-default data-senses data-draw train-default clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ format: $(STAMP)  ## rewrite the code in the project's style
 
 bench: $(STAMP)  ## the figures of docs/results.md that depend on the machine
 	@for script in benchmarks/chat_speed.py benchmarks/quantize.py; do echo "== $$script"; $(OFFLINE) $(BIN)/python $$script || exit 1; done
+
+bench-start: $(STAMP)  ## how long commands take to begin, and where the time goes
+	@$(OFFLINE) $(BIN)/python -m benchmarks.start $(BENCH)
 
 bench-speech: speech  ## time to the first sound of a spoken answer; BENCH=--round-trip: what is understood of it
 	@$(OFFLINE) $(BIN)/python -m benchmarks.speech $(BENCH)

@@ -18,7 +18,7 @@ import yaml
 from polymodal.training import checkpoint
 from polymodal.training.reporting.log import read_log
 
-CLOCKS = {"tokens_per_s", "samples_per_s", "data_wait_s", "elapsed_s", "seconds"}
+CLOCKS = {"tokens_per_s", "samples_per_s", "data_wait_s", "elapsed_s", "seconds", "peak_memory_gib"}
 """What may differ between two runs: the time."""
 
 STAGES: dict[str, dict[str, Any]] = {

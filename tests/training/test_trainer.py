@@ -339,6 +339,7 @@ def test_time_can_bound_a_run(plain: dict[str, Any], recipe_of: Make) -> None:
     train(recipe)
     lines = read_log(Path(recipe.output_dir) / "log.jsonl")
     assert 1.0 <= lines[-1]["elapsed_s"] < 10
+    assert 0.1 < lines[0]["peak_memory_gib"] <= lines[-1]["peak_memory_gib"] < 64  # of the process, and never less
     assert lines[-1]["learning_rate"]["projector"] < 0.05 * max(line["learning_rate"]["projector"] for line in lines)
 
 

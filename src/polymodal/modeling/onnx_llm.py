@@ -223,6 +223,7 @@ class OnnxCache:
         self.llm = llm
         self.lengths = [0] * rows
         self.blocks: list[Tensor] = [torch.zeros(rows, llm.heads, 0, llm.head_size) for _ in llm.names]
+        self._bound: Any = None
 
     @property
     def layers(self) -> Sequence[OnnxCache]:
@@ -241,6 +242,7 @@ class OnnxCache:
         """Become these rows."""
         self.lengths = [self.lengths[row] for row in rows.tolist()]
         self.blocks = [block[rows].contiguous() for block in self.blocks]
+        self._bound = None
 
     def reserve(self, positions: int) -> None:
         """Make room for so many positions of a row."""
@@ -251,6 +253,20 @@ class OnnxCache:
             larger = torch.zeros(len(block), block.shape[1], room, block.shape[3])
             larger[:, :, : block.shape[2]] = block
             self.blocks[number] = larger
+        self._bound = None
+
+    def bound(self, row: int | None) -> Any:
+        """The blocks bound to the runtime, of one row or of all; that of all is kept while they stay in place."""
+        if row is None and self._bound is not None:
+            return self._bound
+        bound = self.llm.session.io_binding()
+        for name, block in zip(self.llm.names, self.blocks, strict=True):
+            part = block if row is None else block[row : row + 1]
+            _bind(bound.bind_input, f"past_key_values.{name}", part)
+            _bind(bound.bind_output, f"present.{name}", part)
+        if row is None:
+            self._bound = bound
+        return bound
 
 
 class OnnxLLM(nn.Module):
@@ -330,14 +346,10 @@ class OnnxLLM(nn.Module):
         # Only how many positions each row has counts; where they stand in the mask does not.
         mask = (torch.arange(max(after)) < torch.tensor(after)[:, None]).long().contiguous()
         logits = torch.empty(len(rows), 1, self.vocab_size)
-        bound = self.session.io_binding()
+        bound = cache.bound(row)
         _bind(bound.bind_input, "inputs_embeds", embeds)
         _bind(bound.bind_input, "attention_mask", mask)
         _bind(bound.bind_output, "logits", logits)
-        for name, block in zip(self.names, cache.blocks, strict=True):
-            part = block if row is None else block[row : row + 1]
-            _bind(bound.bind_input, f"past_key_values.{name}", part)
-            _bind(bound.bind_output, f"present.{name}", part)
         try:
             self.session.run_with_iobinding(bound)
         except Exception as error:  # onnxruntime raises types of its own

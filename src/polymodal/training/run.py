@@ -21,6 +21,7 @@ from polymodal.training.reporting.log import environment, open_trackers, start_l
 from polymodal.training.reporting.report import draw_curves, write_report
 from polymodal.training.task import Task
 from polymodal.training.trainer import StopRequest, Trainer
+from polymodal.utils.devices import peak_memory
 from polymodal.utils.files import check_writable, make_folder, write_text
 from polymodal.utils.progress import log
 
@@ -61,7 +62,9 @@ def _train(recipe: RecipeBase, inputs: Any, force: bool, world: World) -> Path:
                 write_report(output_dir)
             except (ImportError, OSError, PolymodalError) as error:
                 log(f"{recipe.name}: no curves or report: {first_line(error)}")
-            log(f"{recipe.name}: done, {final}")
+            peak = peak_memory()
+            held = "" if peak is None else f" (at most {peak / 2**30:.1f} GiB of memory)"
+            log(f"{recipe.name}: done, {final}{held}")
     return final
 
 

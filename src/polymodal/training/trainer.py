@@ -27,6 +27,7 @@ from polymodal.training.optimizer import lr_factor, set_modes
 from polymodal.training.reporting.log import LossByKind, Tracker, append_log, finite, means, merge, numbers_of
 from polymodal.training.steps import step_seed
 from polymodal.training.task import Task
+from polymodal.utils.devices import peak_memory
 from polymodal.utils.progress import Meter, log
 from polymodal.utils.threads import ahead
 
@@ -259,6 +260,7 @@ class Trainer:
             "data_wait_s": round(window.data_wait_s, 3),
             "elapsed_s": round(state.elapsed_s, 2),
             "skipped": state.skipped,
+            "peak_memory_gib": None if (peak := peak_memory()) is None else round(peak / 2**30, 3),
         }
         self._write("train", "log.jsonl", line)
         state.pending_loss, state.pending_tokens = 0.0, 0

@@ -1,6 +1,7 @@
-"""Which devices there are."""
+"""Which devices there are, and how much memory was taken on one."""
 
 import os
+import sys
 
 from polymodal.errors import ConfigError
 
@@ -26,3 +27,16 @@ def check_device(name: str) -> None:
     if int(number or 0) >= here[kind]:
         found = ", ".join(other for other, count in here.items() if count)
         raise ConfigError(f"device {name!r} is not on this machine, which has {found}; leave it out to take the best")
+
+
+def peak_memory() -> int | None:
+    """The most bytes that this process held: on its GPU where there is one, else in all; None where nobody counts."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -124,6 +124,7 @@ def _summary(lines: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]], f
         "best line": f"{max(line['tokens_per_s'] for line in rates):,.0f} tokens/s" if rates else "-",
         "padding": f"{np.mean([line['padding'] for line in lines if line['padding'] is not None] or [0]):.1%}",
         "waiting for data": f"{waited / elapsed:.1%} of the time" if elapsed else "-",
+        "peak memory": f"{last['peak_memory_gib']:.2f} GiB" if last.get("peak_memory_gib") else "-",
         "steps left out": f"{last['skipped']} (gradient not finite)",
         "device": f"{facts.get('device', '?')}, {facts.get('processes', 1)} process(es), "
         f"engine {facts.get('engine', 'single')}",
