@@ -186,7 +186,7 @@ def grid(
     drawings: Sequence[np.ndarray], prompts: Sequence[str], right: Sequence[bool], columns: int = 6
 ) -> Image.Image:
     """Drawings with their prompts below, framed green where all is right and red elsewhere."""
-    cell, gap, text = 128, 8, 72
+    cell, gap, text = 128, 8, 86
     rows = -(-len(drawings) // columns)
     sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + gap + text) + gap), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
@@ -195,7 +195,7 @@ def grid(
         frame = (40, 150, 60) if good else (210, 40, 40)
         pen.rectangle((x - 3, y - 3, x + cell + 2, y + cell + 2), fill=frame)
         sheet.paste(Image.fromarray(drawing).resize((cell, cell), Image.Resampling.NEAREST), (x, y))
-        lines = textwrap.wrap(prompt, 23)[:5]
+        lines = textwrap.wrap(prompt, 22)[:6]
         pen.multiline_text((x, y + cell + 5), "\n".join(lines), font=font, fill="black", spacing=1)
     return sheet
 
