@@ -122,7 +122,7 @@ def test_the_next_turn_reads_only_what_is_new(
 ) -> None:
     plain, read = load(folder, "cpu"), []
     real = OnnxLLM._run
-    monkeypatch.setattr(OnnxLLM, "_run", lambda self, e, c, row: read.append(e.shape[1]) or real(self, e, c, row))
+    monkeypatch.setattr(OnnxLLM, "_run", lambda self, e, *rest: read.append(e.shape[1]) or real(self, e, *rest))
     first = [user(image(10, (120, 90)), "What is this? " * 8)]
     said = fast.generate(first, PARAMS)
     begun = read[0]

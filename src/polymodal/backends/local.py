@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from polymodal.backends.base import Answer, Backend, ModelBackend, check_makes
 from polymodal.config import ModelConfig
 from polymodal.errors import ConfigError, PolymodalError
-from polymodal.generation.generate import can_share, new_cache, read_beginnings, stream_ids
+from polymodal.generation.generate import can_share, new_cache, read_beginnings, rounds_alike, stream_ids
 from polymodal.generation.modalities import image_block, require_room, stream_modalities
 from polymodal.generation.params import GenerationParams, ImageParams
 from polymodal.generation.streaming import AnswerStream, Step
@@ -55,6 +55,9 @@ class LocalBackend(ModelBackend[Sample]):
     Attributes:
         keeps_last: Whether the key-value cache of the last conversation is kept, so that the next question about the
             same images, videos and sounds reads them no second time.
+        looks_up: Whether an answer that says again what was said is read several tokens at a time. It is the same
+            answer where the language model computes in float32, which is where this is on; rounded weights give other
+            logits for several tokens than for one.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class LocalBackend(ModelBackend[Sample]):
         self.processor = processor_of(model, tokenizer, config)
         super().__init__(name, tokenizer, model.llm.config, self.processor.template.stop_ids)
         self.keeps_last = can_share(model)
+        self.looks_up = can_share(model) and rounds_alike(model)
         self._last: deque[LastRead] = deque(maxlen=1)  # whoever answers takes it, so that no two threads share it
         given = {"image": config.image, "video": config.video, "audio": model.audio_encoder}
         self.takes = tuple(kind for kind, there in given.items() if there is not None)
@@ -159,8 +163,9 @@ class LocalBackend(ModelBackend[Sample]):
         self._last.clear()
 
     def _steps(self, inputs: Sample, params: GenerationParams) -> Generator[Step]:
+        prompt = inputs.input_ids if self.looks_up else None
         if not self.keeps_last or "image" in params.modalities:  # an image is drawn from a cache with more rows
-            yield from self._run([inputs], params)
+            yield from self._run([inputs], params, prompt=prompt)
             return
         # Tensors made in inference mode cannot be changed outside of it and count no versions.
         weights = tuple((id(w), 0 if w.is_inference() else w._version) for w in self.model.parameters())
@@ -177,17 +182,26 @@ class LocalBackend(ModelBackend[Sample]):
         made: list[int] = []
         try:
             before = torch.ones((1, length), dtype=torch.bool, device=self.model.device)
-            for step in self._run([without_beginning(inputs, length)], params, (cache, before)):
+            for step in self._run([without_beginning(inputs, length)], params, (cache, before), prompt):
                 made += [token for token in step[0] if token is not None]
                 yield step
         finally:
             read = {layer.get_seq_length() for layer in cache.layers}  # of several lengths where a layer failed
             if len(read) == 1:
-                ids = torch.cat((inputs.input_ids, torch.tensor(made, dtype=torch.int64)))[: read.pop()]
+                ids = torch.cat((inputs.input_ids, torch.tensor(made, dtype=torch.int64)))
+                held = read.pop()
+                length = min(held, len(ids) - 1)  # the last id was not read; what stands there, if anything, is a draft
+                if surplus := held - length:
+                    cache.crop(-surplus)
+                ids = ids[:length]
                 self._last.append(LastRead(replace(inputs, input_ids=ids, pixels=None, sounds=None), cache, weights))
 
     def _run(
-        self, samples: Sequence[Sample], params: GenerationParams, past: tuple[DynamicCache, torch.Tensor] | None = None
+        self,
+        samples: Sequence[Sample],
+        params: GenerationParams,
+        past: tuple[DynamicCache, torch.Tensor] | None = None,
+        prompt: torch.Tensor | None = None,  # As of `stream_ids`
     ) -> Generator[Step]:
         if "image" in params.modalities:
             yield from self._draw(samples, params)
@@ -196,7 +210,7 @@ class LocalBackend(ModelBackend[Sample]):
             once, rows, samples = found
             past = read_beginnings(self.model, collate(once, self.processor.pad_id, side="left"), rows)
         batch = collate(samples, self.processor.pad_id, side="left")
-        yield from stream_ids(self.model, batch, params, self.stop_ids, len(self.tokenizer), past)
+        yield from stream_ids(self.model, batch, params, self.stop_ids, len(self.tokenizer), past, prompt)
 
     def _draw(self, samples: Sequence[Sample], params: GenerationParams) -> Generator[Step]:
         codes = self.processor.codes

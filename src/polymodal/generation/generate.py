@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer
 
+from polymodal.generation.lookup import Lookup
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step
 from polymodal.modeling.language_model import context_length, decoder_start_id
@@ -22,7 +23,7 @@ from polymodal.processing.collate import Batch
 
 NextLogits = Callable[..., torch.Tensor]
 """Takes the ids [B] chosen in the step before, None in the first, and which rows go on [B], all where it is left out;
-gives logits [B, V]."""
+gives logits [B, V]. One row of a causal model takes several ids [T] too, and gives the logits behind each, [T, V]."""
 
 
 def sample_next(
@@ -91,6 +92,14 @@ def can_share(model: MultimodalLM) -> bool:
     return all(type(layer) is DynamicLayer for layer in new_cache(model).layers)
 
 
+def rounds_alike(model: MultimodalLM) -> bool:
+    """Whether logits are the same, but for the last digits of float32, however many positions are read at once."""
+    if isinstance(model.llm, OnnxLLM):
+        return model.llm.bits == 32
+    tensors = (*model.llm.parameters(), *model.llm.buffers())
+    return {t.dtype for t in tensors} <= {torch.float32, torch.int64, torch.bool}
+
+
 def new_cache(model: MultimodalLM) -> Any:
     """An empty key-value cache of a causal language model."""
     return OnnxCache(model.llm) if isinstance(model.llm, OnnxLLM) else DynamicCache(config=_decoder(model))
@@ -126,15 +135,16 @@ class _Causal:
 
     def __call__(self, ids: torch.Tensor | None, running: torch.Tensor | None = None) -> torch.Tensor:
         # A row that has ended takes no further position, of which there may be none.
-        inputs = {"inputs_embeds": self.embeds} if ids is None else {"input_ids": ids[:, None]}
+        inputs = {"inputs_embeds": self.embeds} if ids is None else {"input_ids": ids.view(len(self.embeds), -1)}
+        last = 1 if ids is None else inputs["input_ids"].shape[1]
         if ids is not None and self.padded:
             running = self.mask.new_ones(len(self.mask)) if running is None else running
             self.mask = torch.cat((self.mask, running[:, None]), dim=1)
         kwargs = self.model.decoder_inputs(self.mask, self.cache) if self.padded else {}
         logits: torch.Tensor = self.model.llm(
-            **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **kwargs
+            **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=last, **kwargs
         ).logits
-        return logits[:, -1]
+        return logits[:, -last:].flatten(0, 1)
 
     def forget(self, row: int, start: int) -> None:
         """Let a row see nothing any more of what stands behind a position, counted in its cache."""
@@ -155,7 +165,8 @@ class _Graph:
             rows = zip(self.embeds, self.mask.bool(), strict=True)
             return torch.cat([self.llm.read(row[real][None], self.cache, n) for n, (row, real) in enumerate(rows)])
         before = list(self.cache.lengths)
-        logits = self.llm.read(self.llm.embed_tokens(ids)[:, None], self.cache)
+        embeds = self.llm.embed_tokens(ids.view(len(self.embeds), -1))
+        logits = self.llm.read(embeds, self.cache, last=embeds.shape[1])
         if running is not None:  # a row that has ended takes no further position
             now = self.cache.lengths
             self.cache.lengths = [a if on else b for a, b, on in zip(now, before, running.tolist(), strict=True)]
@@ -197,6 +208,7 @@ def stream_ids(
     stop_ids: Sequence[int],
     vocab_size: int | None = None,
     past: tuple[DynamicCache, torch.Tensor] | None = None,  # What was read before `batch`, and its mask [B, P]
+    prompt: torch.Tensor | None = None,  # All ids of a single row [T], where drafts are to be looked up in them
 ) -> Generator[Step]:
     """Generate, one step at a time; a row's last id is its stop id where it met one, or stands at its last position."""
     batch = batch.to(model.device)
@@ -213,6 +225,11 @@ def stream_ids(
     made = torch.empty((len(embeds), 0), dtype=torch.int64, device=model.device)
     next_ids: torch.Tensor | None = None
     room = context_length(model.llm.config) - (0 if model.encoder_decoder else mask.sum(dim=1))
+    if prompt is not None:
+        never = torch.isin(prompt, torch.tensor([*stop_ids, *unspoken(model)])) | (prompt >= (vocab_size or 1 << 62))
+        begun = cast(_Causal | _Graph, next_logits)
+        most = min(params.max_new_tokens, int(room))
+        next_logits = Lookup(begun, begun.cache, prompt.masked_fill(never, -1).tolist(), most)
     for step in range(params.max_new_tokens):
         logits = _forbid(next_logits(next_ids, running), unspoken(model), vocab_size)
         next_ids = sample_next(logits, params, made, generator)

@@ -49,6 +49,10 @@ holds the weights three times in float32."""
 
 GRAPH, TABLE, ABOUT, KNOWN = "model.onnx", "embeddings.safetensors", "about.json", "known.json"
 REFUSED = ".refused"
+KEPT = "kept_positions"
+"""The graph's input that says which positions' logits it gives, counted from the end: [-1] for the last."""
+PRUNING = ("Gather", "Unsqueeze")
+"""What the builder puts before the head, so that it sees the last position alone."""
 CHUNK = 512
 """Positions of a prompt that are read at once."""
 ROOM = 256
@@ -90,7 +94,7 @@ def weights_key(llm: Any) -> str:
 
 def graph_folder(key: str, bits: int) -> Path:
     """Where a graph is kept; it may not be there yet."""
-    made = {"weights": key, "bits": bits, "block": BLOCK, "runtime": version("onnxruntime")}
+    made = {"weights": key, "bits": bits, "block": BLOCK, "runtime": version("onnxruntime"), "inputs": [KEPT]}
     return cache_folder() / "onnx" / f"{sha256_json(made)[:24]}-{bits}bit"
 
 
@@ -179,16 +183,18 @@ def _check_graph(llm: Any, folder: Path) -> None:
     ids = torch.linspace(0, graph.vocab_size - 1, 12).long()[None]
     embeds, cache = graph.embed_tokens(ids), OnnxCache(graph)
     try:
-        found = torch.cat([graph.read(embeds[:, :-1], cache), graph.read(embeds[:, -1:], cache)])
+        found = torch.cat([graph.read(embeds[:, :-2], cache, last=2), graph.read(embeds[:, -2:], cache, last=2)])
     except CheckpointError as error:
         raise NoGraphError(str(error)) from None
-    wanted = llm(input_ids=ids).logits[0, -2:].float()
+    wanted = llm(input_ids=ids).logits[0, -4:].float()
     if not bool((found - wanted).abs().max() <= 1e-3 * max(1.0, float(wanted.abs().max()))):
         raise NoGraphError(f"the graph of this {llm.config.model_type} computes something else than the model")
 
 
 def _export(source: Path, target: Path, work: Path) -> None:
-    """Have the builder write a float32 graph that takes embeddings and gives the last position's logits."""
+    """Have the builder write a float32 graph that takes embeddings and gives the logits of positions asked for."""
+    import onnx
+
     options = ("exclude_embeds=true", "prune_lm_head=true")
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(target)]
     command += ["-p", "fp32", "-e", "cpu", "-c", str(work / "cache"), "--extra_options", *options]
@@ -198,6 +204,15 @@ def _export(source: Path, target: Path, work: Path) -> None:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing was said"]
         kind = CheckpointError if done.returncode < 0 else NoGraphError  # killed, as where memory is short
         raise kind(f"no graph can be made of this language model ({lines[-1][:200]})")
+    # What picks the last position before the head takes the positions that it is given instead.
+    model = onnx.load(target / GRAPH, load_external_data=False)
+    pick, widen = (next(node for node in model.graph.node if node.name == f"/lm_head/prune/{kind}") for kind in PRUNING)
+    pick.input[1], pick.output[0] = KEPT, widen.output[0]
+    model.graph.node.remove(widen)
+    model.graph.input.append(onnx.helper.make_tensor_value_info(KEPT, onnx.TensorProto.INT64, ["kept"]))
+    next(out for out in model.graph.output if out.name == "logits").type.tensor_type.shape.dim[1].dim_param = "kept"
+    del model.graph.value_info[:]  # shapes in between, of one position
+    onnx.save(model, target / GRAPH)
 
 
 def _write_graph(source: Path, target: Path, bits: int) -> None:
@@ -331,13 +346,14 @@ class OnnxLLM(nn.Module):
         embeds: Tensor,  # [B, T, D] behind what the cache holds; of one row [1, T, D]
         cache: OnnxCache,
         row: int | None = None,  # The one row that is read; all of them, a position each, where None
+        last: int = 1,  # Positions at the end, within a chunk, whose logits are given
     ) -> Tensor:
-        """Read on, one row or a position of each, and give the logits that come next, [B, V]."""
+        """Read on, one row or a position of each, and give the logits that come next, [B, V], or of a row [last, V]."""
         for start in range(0, embeds.shape[1], CHUNK):
-            logits = self._run(embeds[:, start : start + CHUNK], cache, row)
+            logits = self._run(embeds[:, start : start + CHUNK], cache, row, last)
         return logits
 
-    def _run(self, embeds: Tensor, cache: OnnxCache, row: int | None) -> Tensor:
+    def _run(self, embeds: Tensor, cache: OnnxCache, row: int | None, last: int) -> Tensor:
         rows = range(len(cache.lengths)) if row is None else (row,)
         assert embeds.shape[1] == 1 or len(rows) == 1  # rows of several lengths read a position each
         embeds = embeds.float().contiguous()
@@ -345,10 +361,11 @@ class OnnxLLM(nn.Module):
         cache.reserve(max(after))
         # Only how many positions each row has counts; where they stand in the mask does not.
         mask = (torch.arange(max(after)) < torch.tensor(after)[:, None]).long().contiguous()
-        logits = torch.empty(len(rows), 1, self.vocab_size)
+        kept, logits = torch.arange(-last, 0), torch.empty(len(rows), last, self.vocab_size)
         bound = cache.bound(row)
         _bind(bound.bind_input, "inputs_embeds", embeds)
         _bind(bound.bind_input, "attention_mask", mask)
+        _bind(bound.bind_input, KEPT, kept)
         _bind(bound.bind_output, "logits", logits)
         try:
             self.session.run_with_iobinding(bound)
@@ -356,7 +373,7 @@ class OnnxLLM(nn.Module):
             raise CheckpointError(f"{self.folder}: the graph cannot be run ({first_line(error)[-160:]})") from None
         for each, length in zip(rows, after, strict=True):
             cache.lengths[each] = length
-        return logits[:, 0]
+        return logits.flatten(0, 1)
 
 
 def _bind(bind: Any, name: str, tensor: Tensor) -> None:
