@@ -2,29 +2,40 @@
 
     python benchmarks/quantize.py [MODEL] [RUNS]
 
-The same prompts by transformers' own `generate`, by the model in float32, with 8-bit layers of ours, and as a graph of
-ONNX Runtime with weights of 32, 8 and 4 bits (extra `fast`); all take turns, so that other work on the machine slows
-them alike. Medians over the runs: tokens a second after the first, the first token of a long prompt, a whole answer of
-64 tokens about an image, and the first token of a second question behind about 640 tokens. Logits are those of the
-first token, and tokens are compared where all answers so far agree.
+The same prompts by transformers' own `generate`, by the model in float32, with 8-bit layers of ours, as a graph of
+ONNX Runtime with weights of 32, 8 and 4 bits (extra `fast`), and in llama.cpp where llama-cpp-python is installed
+(pip builds it for this machine, in 10 to 40 minutes; nothing else needs it): the merged weights as GGUF, fed with our
+embeddings of words and image. All take turns, so that other work on the machine slows them alike. Medians over the
+runs: tokens a second after the first, the first token of a long prompt, a whole answer of 64 tokens about an image, and
+the first token of a second question behind about 640 tokens. Logits are those of the first token, and tokens are
+compared where all answers so far agree. At last the processor time of that answer with one core kept busy by another
+program, beside the time alone.
 """
 
 from __future__ import annotations
 
 import copy
+import ctypes
 import itertools
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import polymodal
 from polymodal import GenerationParams, Image, LocalBackend, Message, PolymodalError, assistant, user
 from polymodal.generation.generate import embed_batch, start_decoding
-from polymodal.modeling.lora import merge_adapter
+from polymodal.interop.gguf.export import describe_tokens
+from polymodal.interop.gguf.weights import reasons_against_llm, write_llm
+from polymodal.modeling.lora import fold_in, merge_adapter
 from polymodal.modeling.onnx_llm import BITS, OnnxLLM, available
 from polymodal.modeling.quantization import fast_dtype, quantize_int8
 from polymodal.processing.collate import collate
@@ -34,6 +45,8 @@ QUESTIONS = ("What is this?", "Describe this picture in detail.", "Which colours
 TOKENS = 16
 WHOLE = 64
 STOCK, PLAIN = "transformers generate", "float32"
+CPP = {"F32": "float32", "Q8_0": "q8_0", "Q4_0": "float32"}
+"""Types of weights in llama.cpp, and the one that is written; it makes 4 bits itself."""
 
 
 def main(name: str = "default", runs: str = "3") -> None:
@@ -49,6 +62,12 @@ def main(name: str = "default", runs: str = "3") -> None:
             continue
         if isinstance(opened, LocalBackend) and isinstance(opened.model.llm, OnnxLLM):
             backends[f"graph {how}"] = opened
+    with tempfile.TemporaryDirectory() as work:
+        compare(name, int(runs), backends, open_llama_cpp(plain, Path(work)))
+
+
+def compare(name: str, runs: int, backends: dict[str, LocalBackend], peers: dict[str, LlamaCpp]) -> None:
+    plain = backends[PLAIN]
     pictures = sorted(IMAGES.glob("*.jpg"))
     prompts = [[user(Image(path), question)] for path in pictures for question in QUESTIONS]
     repeats = 40 if plain.context_length > 1024 else 2
@@ -58,10 +77,11 @@ def main(name: str = "default", runs: str = "3") -> None:
 
     ways: dict[str, Callable[[list[Message], int], list[float]]] = {STOCK: lambda asked, n: stock(plain, asked, n)}
     ways |= {kind: (lambda asked, n, b=backend: answer(b, asked, n)[2]) for kind, backend in backends.items()}
+    ways |= {kind: (lambda asked, n, p=peer: answer(plain, asked, n, p.start)[2]) for kind, peer in peers.items()}
     took: dict[str, dict[str, list[float]]] = {kind: {} for kind in ways}
     for way in ways.values():
         way(prompts[0], 2)  # warms up
-    for _ in range(int(runs)):
+    for _ in range(runs):
         for kind, way in ways.items():
             seconds = way(prompts[1], WHOLE)
             took[kind].setdefault("token", []).append(sum(seconds[1:]) / (len(seconds) - 1))
@@ -79,16 +99,17 @@ def main(name: str = "default", runs: str = "3") -> None:
         mid = {what: statistics.median(values) for what, values in took[kind].items()}
         ratio = {what: f"({base[what] / mid[what]:.2f}x)" for what in base}
         second = f"{1000 * mid['second']:12.0f}" if "second" in mid else f"{'':12}"
-        size = f"{megabytes(backends[kind]):10.0f}" if kind in backends else ""
+        size = megabytes(backends[kind]) if kind in backends else peers[kind].megabytes if kind in peers else None
         print(
             f"{kind:<24}{1 / mid['token']:6.1f} {ratio['token']:<9}{1000 * mid['first']:8.0f} {ratio['first']:<9}"
-            f"{mid['whole']:8.2f} {ratio['whole']:<9}{second}{size}"
+            f"{mid['whole']:8.2f} {ratio['whole']:<9}{second}{'' if size is None else f'{size:10.0f}'}"
         )
 
     wanted = [answer(plain, prompt, TOKENS) for prompt in prompts]
     print(f"\n{len(prompts)} prompts   largest logit difference   same token   same answer")
-    for kind, backend in list(backends.items())[1:]:
-        got = [answer(backend, prompt, TOKENS) for prompt in prompts]
+    for kind in [kind for kind in ways if kind not in (STOCK, PLAIN)]:
+        begin = peers[kind].start if kind in peers else start_decoding
+        got = [answer(backends.get(kind, plain), prompt, TOKENS, begin) for prompt in prompts]
         off = max(float((a[0] - b[0]).abs().max()) for a, b in zip(wanted, got, strict=True))
         same = [prefix(a[1], b[1]) for a, b in zip(wanted, got, strict=True)]
         share = sum(same) / sum(min(len(a[1]), n + 1) for a, n in zip(wanted, same, strict=True))
@@ -96,6 +117,100 @@ def main(name: str = "default", runs: str = "3") -> None:
         print(f"{kind:<24}{off:12.3f}{share:25.1%}{equal:10} of {len(prompts)}")
     low, high = (float(f([pick(row[0]) for row in wanted])) for f, pick in ((min, torch.min), (max, torch.max)))
     print(f"(logits lie between {low:.1f} and {high:.1f})")
+    beside_another({kind: partial(way, prompts[1], WHOLE) for kind, way in ways.items()}, runs)
+
+
+def beside_another(ways: dict[str, Callable[[], Any]], runs: int) -> None:
+    """Print what an answer costs alone, and with one core kept busy by another program."""
+    took: dict[tuple[str, bool], list[tuple[float, float]]] = {}
+    for _, busy in itertools.product(range(runs), (False, True)):
+        other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+        time.sleep(0.5)
+        for kind, way in ways.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            way()
+            took.setdefault((kind, busy), []).append((time.process_time() - cpu, time.perf_counter() - wall))
+        if other is not None:
+            other.kill()
+            other.wait()
+    print(f"\n{WHOLE} tokens, medians  CPU s alone  beside another  ratio    wall s alone  beside another  ratio")
+    for kind in ways:
+        alone, beside = ([statistics.median(each) for each in zip(*took[kind, busy], strict=True)] for busy in (0, 1))
+        cells = [f"{a:12.2f}{b:16.2f}{b / a:7.2f}" for a, b in zip(alone, beside, strict=True)]
+        print(f"{kind:<22}{'    '.join(cells)}")
+
+
+class LlamaCpp:
+    """A language model in llama.cpp, which takes embeddings and gives next logits."""
+
+    def __init__(self, path: Path, context: int) -> None:
+        import llama_cpp
+
+        threads = torch.get_num_threads()
+        sizes = {"n_ctx": context, "n_batch": context, "n_threads": threads, "n_threads_batch": threads}
+        self.lib, self.megabytes = llama_cpp, path.stat().st_size / 1e6
+        self.llama: Any = llama_cpp.Llama(str(path), **sizes, n_gpu_layers=0, flash_attn=True, verbose=False)
+
+    def start(self, _model: Any, embeds: torch.Tensor, _mask: torch.Tensor) -> Callable[..., torch.Tensor]:
+        """As `start_decoding`, of one row."""
+        lib, context, (rows, width) = self.lib, self.llama.ctx, embeds.shape[1:]
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+
+        def following(ids: torch.Tensor | None) -> torch.Tensor:
+            if ids is not None:
+                batch = lib.llama_batch_get_one((lib.llama_token * 1)(int(ids)), 1)
+            else:
+                batch = lib.llama_batch_init(rows, width, 1)
+                batch.n_tokens, values = rows, embeds.float().contiguous()
+                ctypes.memmove(batch.embd, values.data_ptr(), values.nbytes)
+                for row in range(rows):
+                    batch.pos[row], batch.n_seq_id[row], batch.seq_id[row][0] = row, 1, 0
+                    batch.logits[row] = row == rows - 1
+            if lib.llama_decode(context, batch):
+                raise PolymodalError("llama.cpp cannot go on with the answer")
+            if ids is None:
+                lib.llama_batch_free(batch)
+            values = lib.llama_get_logits_ith(context, -1)
+            found = (ctypes.c_float * self.llama.n_vocab()).from_address(ctypes.addressof(values.contents))
+            return torch.frombuffer(found, dtype=torch.float32).clone()[None]
+
+        return following
+
+
+def open_llama_cpp(backend: LocalBackend, work: Path) -> dict[str, LlamaCpp]:
+    """The same language model in llama.cpp; nothing, and why, where that cannot be."""
+    llm = copy.deepcopy(backend.model.llm)
+    fold_in(llm)
+    reasons = [] if find_spec("llama_cpp") else ["not installed (pip install llama-cpp-python)"]
+    if reasons := [*reasons, *reasons_against_llm(llm)]:
+        print(f"llama.cpp: {'; '.join(reasons)}")
+        return {}
+    stops, rows = backend.processor.template.stop_ids, len(llm.get_input_embeddings().weight)
+    tokens = partial(describe_tokens, tokenizer=backend.tokenizer, rows=rows, stop_ids=stops, jinja="")
+    found = {}
+    for kind, written in CPP.items():
+        path = work / f"{kind}.gguf"
+        try:
+            write_llm(path, llm, written, kind, tokens)
+        except PolymodalError as error:
+            print(f"llama.cpp: {error}")
+            return {}
+        if kind not in ("F32", "Q8_0"):
+            path = quantized_gguf(path, kind)
+        found[f"llama.cpp {kind}"] = LlamaCpp(path, min(2048, backend.context_length))
+    return found
+
+
+def quantized_gguf(path: Path, kind: str) -> Path:
+    """A GGUF file's weights rounded by llama.cpp as it does for this type, the output head finer than the rest."""
+    import llama_cpp
+
+    made = path.with_suffix(".rounded.gguf")
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), torch.get_num_threads()
+    if llama_cpp.llama_model_quantize(str(path).encode(), str(made).encode(), params):
+        raise PolymodalError(f"llama.cpp cannot round the weights to {kind}")
+    return made
 
 
 def second_turn(backend: LocalBackend, talk: list[Message]) -> float:
@@ -139,7 +254,9 @@ def quantized(backend: LocalBackend) -> LocalBackend:
 
 
 @torch.inference_mode()
-def answer(backend: LocalBackend, messages: list[Message], tokens: int) -> tuple[torch.Tensor, list[int], list[float]]:
+def answer(
+    backend: LocalBackend, messages: list[Message], tokens: int, start: Callable[..., Any] = start_decoding
+) -> tuple[torch.Tensor, list[int], list[float]]:
     """Answer greedily.
 
     Returns:
@@ -149,15 +266,15 @@ def answer(backend: LocalBackend, messages: list[Message], tokens: int) -> tuple
     begin = time.perf_counter()
     batch = collate([backend.prepare(messages, tokens)], backend.processor.pad_id, side="left")
     model = backend.model
-    following = start_decoding(model, embed_batch(model, batch), batch.attention_mask)
-    start = logits = following(None)
+    following = start(model, embed_batch(model, batch), batch.attention_mask)
+    first = logits = following(None)
     ids, seconds = [int(logits.argmax())], [time.perf_counter() - begin]
     while len(ids) < tokens and (tokens != TOKENS or ids[-1] not in backend.processor.template.stop_ids):
         begin = time.perf_counter()
         logits = following(logits.argmax(dim=-1))
         ids.append(int(logits.argmax()))
         seconds.append(time.perf_counter() - begin)
-    return start[0], ids, seconds
+    return first[0], ids, seconds
 
 
 def prefix(first: list[int], second: list[int]) -> int:
