@@ -12,9 +12,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import polymodal  # isort: skip  # before torch, whose threads wait as it says
 import torch
 
-import polymodal
 from polymodal import GenerationParams, Image, PolymodalError, user
 
 CAT = Path(__file__).resolve().parent.parent / "examples" / "pictures" / "cat.jpg"

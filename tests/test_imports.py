@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -99,6 +100,14 @@ def loaded_after(code: str) -> set[str]:
 def heavy_after(code: str) -> set[str]:
     """Which heavy libraries a fresh interpreter has loaded after running `code`."""
     return HEAVY & {name.split(".")[0] for name in loaded_after(code)}
+
+
+def test_threads_wait_asleep_unless_somebody_said_otherwise() -> None:
+    for given, wanted in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        bare = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        script = "import os, polymodal; print(os.environ['OMP_WAIT_POLICY'])"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**bare, **given})
+        assert done.stdout.strip() == wanted
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

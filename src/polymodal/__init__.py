@@ -9,6 +9,7 @@
 Names are loaded on first use, so that importing the package stays instant.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from polymodal.processing.processor import Processor
 
 __version__ = "0.1.0"
+
+# Threads of torch that wait for each other sleep instead of spinning: with another program on one of the cores an
+# answer cost many times as much. OpenMP reads it once, when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _LAZY = {
     "load": "polymodal.backends",
