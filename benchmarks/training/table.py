@@ -49,8 +49,8 @@ def draw_table(stage: dict[str, Any]) -> str:
         f"{sum(stage['targets'])} of {sum(lengths)} trained",
         f"matmul: {matmul}; a pass over the rows needs {stage['model_flops']['best'] / 1e9:.0f} GFLOP, "
         f"{stage['model_flops']['cached'] / 1e9:.0f} with kept features",
-        "ratio: beside the HF Trainer's line above; under best flags and with kept features beside the fastest line that",
-        "another system has; loss: the first step's",
+        "ratio: beside the HF Trainer's line above; under best flags and with kept features beside the fastest line of",
+        "another system; loss: the first step's",
     ]
     for row in rows:
         if isinstance(row, str):

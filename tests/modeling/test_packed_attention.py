@@ -91,7 +91,7 @@ def run(model: MultimodalLM, members: list[Sample], packed: bool) -> Any:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_equals_unpacked(name: str) -> None:
-    model = make(name).train()
+    model = make(name).double().train()  # what two ways round differently is then far below the tolerance
     apart = run(model, samples(), packed=False)
     expected = gradients(model)
     together = run(model, samples(), packed=True)
