@@ -1,10 +1,10 @@
 """polymodal beside the Trainer of transformers and TRL's SFTTrainer, on the same model and rows: `make bench-training`.
 
-    python -m benchmarks.training [--stage 1|2] [--steps N] [--runs N] [--tiny] [--json FILE]
+    python -m benchmarks.training [--rows llava|even] [--stage 1|2] [--mode MODE] [--runs N] [--tiny] [--json FILE]
 
-First a warm-up step each, after which the losses must agree to 1e-3 and the numbers of trained tokens exactly; then
-turns, interleaved A B C A B C, each over the same rows. Shown are medians and ranges over the turns, and ratios to the
-HF Trainer, turn by turn. See `setting.MODES` for the modes and `speed.model_flops` for the roofline.
+First a warm-up step each, after which the losses must agree (to 1e-3 in float32) and the numbers of trained tokens
+exactly; then turns, interleaved A B C A B C, each over the same rows. Shown are medians and ranges over the turns, and
+ratios turn by turn. See `setting.MODES` for the modes, `rows` for the data and `speed.model_flops` for the roofline.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.training.rows import KINDS
 from benchmarks.training.setting import MODES, SHAPES, SYSTEMS
 
 
@@ -59,24 +60,25 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=MODES, action="append", help="these modes only")
     parser.add_argument("--steps", type=int, default=1, help="optimizer steps of a turn")
     parser.add_argument("--runs", type=int, default=3, help="turns that are measured")
-    parser.add_argument("--rows", type=int, default=4, help="samples of a step")
-    parser.add_argument("--micro", type=int, default=4, help="samples that go through the model at once")
+    parser.add_argument("--rows", choices=KINDS, default=KINDS[0], help="lengths as in LLaVA's mix, or even ones")
+    parser.add_argument("--samples", type=int, default=16, help="of a step")
+    parser.add_argument("--micro", type=int, default=8, help="samples that go through the model at once")
     parser.add_argument(
         "--best-micro", type=int, help="the same for HF and TRL under best flags (1 on a CPU, where nothing pads then)"
     )
     parser.add_argument("--micro-tokens", type=int, help="tokens of a pack (1024; 256 with --tiny)")
     parser.add_argument("--threads", type=int, default=len(cores()), help="cores used, and threads of torch")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: as the mode says")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="a smoke test: a tiny model, short rows")
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args(argv)
     options.best_micro = options.best_micro or (1 if options.device == "cpu" else options.micro)
-    if min(options.steps, options.runs, options.rows, options.micro, options.threads) < 1:
-        parser.error("--steps, --runs, --rows, --micro and --threads are at least 1")
-    if options.rows % options.micro or options.rows % options.best_micro:
-        parser.error(f"--rows {options.rows} is no multiple of --micro {options.micro} or of {options.best_micro}")
+    if min(options.steps, options.runs, options.samples, options.micro, options.threads) < 1:
+        parser.error("--steps, --runs, --samples, --micro and --threads are at least 1")
+    if options.samples % options.micro or options.samples % options.best_micro:
+        parser.error(f"--samples {options.samples} is no multiple of --micro {options.micro} or {options.best_micro}")
     options.micro_tokens = options.micro_tokens or (256 if options.tiny else 1024)
     options.stage = sorted(set(options.stage or (1, 2)))
     options.system = [name for name in SYSTEMS if name in (options.system or SYSTEMS)]
@@ -109,12 +111,12 @@ def heading(options: argparse.Namespace) -> str:
         versions.append(f"trl {importlib.metadata.version('trl')}")
     device = f"{options.threads} threads on {options.threads} cores" if options.device == "cpu" else options.device
     lines = [
-        f"{', '.join(versions)}; {device}, {options.precision}",
+        f"{', '.join(versions)}; {device}",
         f"language model: {shape.layers} layers, {shape.width} wide, {shape.vocab} words; tower: CLIP, "
         f"{shape.tower_layers} layers, {shape.tower_width} wide, {shape.image_tokens} tokens of {shape.image} px; "
         "mlp2x_gelu; seeded weights",
-        f"a step: {options.rows} rows, at most {options.micro} at once; a turn: {options.steps} step(s), one warms up, "
-        f"{options.runs} are measured",
+        f"a step: {options.samples} rows ({options.rows}), at most {options.micro} at once; a turn: {options.steps} "
+        f"step(s), one warms up, {options.runs} are measured",
     ]
     load = os.getloadavg()[0]
     if load > 0.7:

@@ -47,9 +47,10 @@ CHATML = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes and four control tokens; the model's other vocabulary rows are never read, but scored all the same."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    """Bytes, the two roles and control tokens; the model's other rows are never read, but scored all the same."""
+    merges = [(role[:end], role[end]) for role in ("user", "assistant") for end in range(1, len(role))]
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + [start + last for start, last in merges]
+    inner = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"])

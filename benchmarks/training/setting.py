@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SYSTEMS = ("hf", "trl", "polymodal")
-MODES = ("matched", "best", "cached")
-"""Matched: the same padded micro-batches everywhere. Best: each system's fastest documented flags that compute every
-image in every step. Cached: polymodal with the frozen tower's features kept, which the others cannot do."""
+MODES = ("matched", "default", "best", "cached")
+"""Matched: float32 and the same padded micro-batches everywhere. Default: what each system does when only told what
+must be equal (rows and their order, samples of a step and at once, learning rate, clipping). Best: each system's
+fastest documented flags that compute every image in every step. Cached: polymodal with the frozen tower's features
+kept, which the others cannot do."""
 
 
 @dataclass(frozen=True)

@@ -41,15 +41,16 @@ def run_hf(job: Job, clock: Clock) -> None:
             return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
         images = []
-        for sample in batch:
-            with Image.open(sample["image"]) as image:
+        for path in (sample["image"] for sample in batch if sample["image"]):
+            with Image.open(path) as image:
                 images.append(image.convert("RGB"))
         lengths = torch.tensor([len(sample["input_ids"]) for sample in batch])
+        pixels = processor.image_processor(images, return_tensors="pt") if images else {}
         return {
             "input_ids": pad("input_ids", processor.tokenizer.pad_token_id),
             "labels": pad("labels", -100),
             "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
-            "pixel_values": processor.image_processor(images, return_tensors="pt")["pixel_values"],
+            **pixels,
         }
 
     arguments = TrainingArguments(**trainer_arguments(job))
@@ -72,8 +73,9 @@ def tokenise(processor: LlavaProcessor, row: dict[str, Any]) -> dict[str, Any]:
     from PIL import Image
 
     messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in row["messages"]]
-    with Image.open(row["image"]) as image:
-        messages[0]["content"].insert(0, {"type": "image", "image": image.convert("RGB")})
+    if row["image"]:
+        with Image.open(row["image"]) as image:
+            messages[0]["content"].insert(0, {"type": "image", "image": image.convert("RGB")})
     made = processor.apply_chat_template(
         messages,
         tokenize=True,
@@ -99,7 +101,7 @@ def run_trl(job: Job, clock: Clock) -> None:
         # Bytes of the answers and questions: enough to group by length.
         {
             "messages": row["messages"],
-            "images": [row["image"]],
+            "images": [row["image"]] if row["image"] else [],
             "length": sum(len(m["content"]) for m in row["messages"]),
         }
         for row in read_rows(Path(job.data))
@@ -113,7 +115,12 @@ def run_trl(job: Job, clock: Clock) -> None:
 
 def trainer_arguments(job: Job) -> dict[str, Any]:
     """Flags that the Trainer of transformers and TRL's, which is built on it, share."""
-    matched = job.mode == "matched"
+    # What the Trainer and TRL choose themselves differs: TRL trains in bf16 and checkpoints activations.
+    chosen: dict[str, Any] = {}
+    if job.mode != "default":
+        chosen = {"gradient_checkpointing": False, "bf16": job.precision == "bf16"}
+    if job.mode == "matched":
+        chosen["optim"] = "adamw_torch"
     return {
         "output_dir": job.folder,
         "max_steps": job.total_steps,
@@ -123,10 +130,9 @@ def trainer_arguments(job: Job) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "optim": "adamw_torch" if matched else "adamw_torch_fused",
-        "train_sampling_strategy": "sequential" if matched else "group_by_length",
-        "gradient_checkpointing": False,
-        "bf16": job.precision == "bf16",
+        # The rows are shuffled already.
+        "train_sampling_strategy": "group_by_length" if job.mode == "best" else "sequential",
+        **chosen,
         "use_cpu": job.device == "cpu",
         "dataloader_pin_memory": job.device != "cpu",
         "remove_unused_columns": False,
@@ -143,7 +149,7 @@ def row_order(job: Job) -> list[int]:
     from polymodal.training.steps import epoch_order
 
     count = job.rows * job.steps
-    if job.mode != "matched":
+    if job.mode == "best":
         return list(range(count))
     sources = ((range(count), 1.0),)
     epochs = -(-job.total_steps // job.steps)
@@ -160,11 +166,10 @@ def run_polymodal(job: Job, clock: Clock) -> None:
     shape = SHAPES[job.shape]
     inputs = build_inputs(shape, job.stage, job.seed)
     clock.watch(inputs.model, inputs.tokenizer.pad_token_id)
-    matched = job.mode == "matched"
     batch: dict[str, Any] = {"global_size": job.rows, "micro_size": job.micro}
-    if matched:
+    if job.mode == "matched":
         batch |= {"packing": "none", "group_by_length": False}
-    else:
+    elif job.mode != "default":
         batch |= {"packing": "pack", "micro_tokens": job.micro_tokens}
     plain = {
         "name": f"{job.mode}-{job.stage}",

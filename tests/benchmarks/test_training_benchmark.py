@@ -26,10 +26,10 @@ def stage(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-def rows_of(folder: Path, stage: int) -> list[dict[str, Any]]:
+def rows_of(folder: Path, stage: int, kind: str = "even", count: int = 4) -> list[dict[str, Any]]:
     from benchmarks.training.rows import read_rows, write_rows
 
-    write_rows(folder, stage, 4, seed=0, scale=0.2)
+    write_rows(folder, stage, count, seed=0, kind=kind, image_tokens=16, scale=0.2)
     return read_rows(folder)
 
 
@@ -45,13 +45,14 @@ def our_samples(folder: Path, stage: int) -> tuple[Any, list[Any]]:
     return inputs, [processor(record.messages) for record in load_records(folder / "rows.json")]
 
 
-def test_all_count_and_train_the_same_tokens(tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize(("kind", "count"), [("even", 4), ("llava", 16)])
+def test_all_count_and_train_the_same_tokens(tmp_path: Path, stage: int, kind: str, count: int) -> None:
     from benchmarks.training.models import build_processor
     from benchmarks.training.rows import row_tokens
     from benchmarks.training.setting import SHAPES
     from benchmarks.training.systems import tokenise
 
-    rows = rows_of(tmp_path, stage)
+    rows = rows_of(tmp_path, stage, kind, count)
     processor = build_processor(SHAPES["tiny"], stage)
     _, samples = our_samples(tmp_path, stage)
     for row, sample in zip(rows, samples, strict=True):
@@ -59,7 +60,41 @@ def test_all_count_and_train_the_same_tokens(tmp_path: Path, stage: int) -> None
         assert sample.input_ids.tolist() == theirs["input_ids"]
         assert torch.where(sample.loss_mask, sample.input_ids, -100).tolist() == theirs["labels"]
         assert row_tokens(row, stage, 16) == (len(sample.input_ids), int(sample.loss_mask[1:].sum()))
-    assert len({len(sample.input_ids) for sample in samples}) > 1
+    assert (kind, stage) == ("llava", 1) or len({len(sample.input_ids) for sample in samples}) > 1
+    assert any(row["image"] is None for row in rows) == ((kind, stage) == ("llava", 2))
+
+
+def test_the_rows_have_the_mix_of_llava(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    from benchmarks.training import rows as module
+
+    monkeypatch.setattr(module, "draw_image", lambda rng, scale: Image.new("RGB", (4, 4)))
+    module.write_rows(tmp_path, 2, 664, seed=0, kind="llava", image_tokens=196)
+    rows = module.read_rows(tmp_path)
+    total, trained = zip(*(module.row_tokens(row, 2, 196) for row in rows), strict=True)
+    assert sum(row["image"] is None for row in rows) == 40
+    assert max(total) <= 2048 * 196 / 576 < 1.01 * max(total)  # ShareGPT fills the context
+    assert 0.1 < sum(trained) / sum(total) < 0.2  # most tokens are images'
+    turns = [len(row["messages"]) // 2 for row in rows]
+    assert turns.count(1) == 66 + 9 + 22 + 23 + 77 and max(turns) > 5
+    module.write_rows(tmp_path / "again", 2, 664, seed=0, kind="llava", image_tokens=196)
+    assert (tmp_path / "again/rows.json").read_text() == (tmp_path / "rows.json").read_text()
+
+
+def test_a_mode_says_who_trains_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.training import stage
+    from benchmarks.training.__main__ import parse_options
+
+    def used(*argv: str) -> list[str]:
+        options = parse_options(["--tiny", *argv])
+        return [stage.precision_of(options, m, s) for m in options.mode for s in ("hf", "trl", "polymodal")]
+
+    monkeypatch.setattr(stage, "has_fast_bf16", lambda: True)
+    assert used() == ["fp32"] * 3 + ["fp32", "bf16", "bf16"] + ["bf16"] * 6
+    monkeypatch.setattr(stage, "has_fast_bf16", lambda: False)
+    assert used() == ["fp32"] * 3 + ["fp32", "bf16", "fp32"] + ["fp32"] * 6
+    assert set(used("--precision", "bf16")) == {"bf16"}
 
 
 def test_the_models_are_one_and_see_the_image(tmp_path: Path) -> None:
@@ -93,12 +128,14 @@ def test_a_difference_ends_the_benchmark_before_timing() -> None:
     from benchmarks.training.stage import Difference, compare
 
     options = parse_options(["--tiny"])
-    good = {"system": "hf", "mode": "matched", "warmup": {"first_loss": 6.0, "real_tokens": 90, "trained_tokens": 30}}
+    warmup = {"first_loss": 6.0, "real_tokens": 90, "trained_tokens": 30}
+    good = {"system": "hf", "mode": "matched", "precision": "fp32", "warmup": warmup}
 
-    def other(**changes: Any) -> dict[str, Any]:
-        return {"system": "polymodal", "mode": "best", "warmup": {**good["warmup"], **changes}}
+    def other(precision: str = "fp32", **changes: Any) -> dict[str, Any]:
+        return {"system": "polymodal", "mode": "best", "precision": precision, "warmup": {**warmup, **changes}}
 
     compare(other(first_loss=6.0009), good, 90, 30, options)
+    compare(other("bf16", first_loss=6.01), good, 90, 30, options)
     for loss in (6.0011, 5.9, float("nan")):
         with pytest.raises(Difference, match=r"first step's loss of polymodal \(best\)"):
             compare(other(first_loss=loss), good, 90, 30, options)
@@ -144,7 +181,7 @@ def test_the_formula_counts_what_torch_counts(tmp_path: Path, stage: int) -> Non
 
 @pytest.mark.slow
 def test_the_whole_benchmark_on_a_tiny_model(tmp_path: Path) -> None:
-    argv = ["--tiny", "--stage", "2", "--rows", "8", "--runs", "2", "--threads", "1"]
+    argv = ["--tiny", "--stage", "2", "--rows", "even", "--samples", "8", "--runs", "2", "--threads", "1"]
     argv += ["--json", str(tmp_path / "out.json")]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.training", *argv], cwd=ROOT, capture_output=True, text=True, timeout=600
@@ -155,9 +192,8 @@ def test_the_whole_benchmark_on_a_tiny_model(tmp_path: Path) -> None:
     assert ("TRL SFTTrainer" in done.stdout) == has_trl
     (found,) = json.loads((tmp_path / "out.json").read_text())["stages"]
     entries = {(entry["system"], entry["mode"]): entry for entry in found["entries"]}
-    others = {("trl", "matched"), ("trl", "best")} if has_trl else set()
-    ours = {("polymodal", mode) for mode in ("matched", "best", "cached")}
-    assert set(entries) == {("hf", "matched"), ("hf", "best")} | ours | others
+    others = {(name, mode) for name in ["hf"] + ["trl"] * has_trl for mode in ("matched", "default", "best")}
+    assert set(entries) == others | {("polymodal", mode) for mode in ("matched", "default", "best", "cached")}
     for entry in entries.values():
         assert len(entry["turns"]) == 2
         assert all(turn["trained_tokens"] == sum(found["targets"]) for turn in entry["turns"])

@@ -18,7 +18,7 @@ from polymodal.config import LLMConfig, LoraRecipe, ModelConfig
 from polymodal.errors import ConfigError
 from polymodal.modeling.build import build_model
 from polymodal.modeling.language_model import load_llm
-from polymodal.modeling.lora import NF4_BYTES, add_adapters, fold_in, is_adapter, merge_adapter
+from polymodal.modeling.lora import NF4_BYTES, add_adapters, fold_in, fuse_adapters, is_adapter, merge_adapter
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.training.optimizer import apply_policy, check_groups, policy_table, set_modes
 from polymodal.training.recipes.sections import OptimConfig
@@ -183,6 +183,35 @@ def test_dropout_is_before_the_adapter_and_only_in_training(tiny_model_config: M
         # Each input is dropped or doubled by itself, half of them either way.
         assert set(added.round(decimals=3).unique().tolist()) == {0.0, 2.0} and 0.9 < float(added.mean()) < 1.1
         torch.testing.assert_close(layer.eval()(x)[:, :4], plain(x)[:, :4] + 1)
+
+
+def test_fused_adapters_give_what_peft_gives(tiny_model_config: ModelConfig) -> None:
+    model = build_model(tiny_model_config)[0]
+    apply_policy(model, [], LoraRecipe(lora_r=4, lora_alpha=6), OptimConfig())
+    layers = [part for part in model.llm.modules() if hasattr(part, "lora_B")]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+
+    def both() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        out = model(torch.arange(3, 40)[None]).logits
+        return out, list(torch.autograd.grad(out.square().sum(), [p for p in model.parameters() if p.requires_grad]))
+
+    wanted, gradients = both()
+    fuse_adapters(model.llm)
+    assert all("forward" in vars(layer) for layer in layers)
+    found, fused = both()
+    torch.testing.assert_close(found, wanted)
+    assert all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max())) for a, b in zip(fused, gradients, strict=True)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(logits(model).float(), wanted, atol=0.1 * float(wanted.abs().max()))
+    merge_adapter(model)
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
+    dropped = build_model(tiny_model_config)[0]
+    apply_policy(dropped, [], LoraRecipe(lora_r=4, lora_alpha=6, lora_dropout=0.5), OptimConfig())
+    fuse_adapters(dropped.llm)
+    assert not any("forward" in vars(part) for part in dropped.llm.modules())
 
 
 def test_rows_are_trained_alone_and_never_decay(tiny_model_config: ModelConfig) -> None:

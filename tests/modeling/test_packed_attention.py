@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.nn import functional as F
 
 from polymodal.errors import ConfigError
 from polymodal.modeling import packed_attention as attention
@@ -90,7 +91,7 @@ def run(model: MultimodalLM, members: list[Sample], packed: bool) -> Any:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_equals_unpacked(name: str) -> None:
-    model = make(name).train()
+    model = make(name).double().train()  # what two ways round differently is then far below the tolerance
     apart = run(model, samples(), packed=False)
     expected = gradients(model)
     together = run(model, samples(), packed=True)
@@ -184,6 +185,35 @@ def test_the_attention_itself_equals_masked_attention(window: int | None, softca
         allowed = allowed & (place[:, None] - place[None, :] < window)
     expected = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ values
     assert torch.allclose(got, expected.transpose(1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.4])
+def test_in_training_a_cpu_attends_by_products(scaling: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients of the fused kernel, which a long segment still goes to; in autocast its dtype."""
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(attention, "SHORT", 9)
+    fused, asked = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, *a, **k: asked.append(q.shape[2]) or fused(q, *a, **k)
+    )
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(1, heads, 28, 8, generator=generator, requires_grad=True) for heads in (6, 2, 2)]
+    segments = Segments((9, 1, 12, 6))
+    got = segment_attention(*sides, segments, scaling)
+    assert asked == [12] and got.shape == (1, 28, 6, 8)
+    gradients = torch.autograd.grad(got.square().sum(), sides)
+    monkeypatch.setattr(attention, "SHORT", 0)
+    expected = segment_attention(*sides, segments, scaling)
+    wanted = torch.autograd.grad(expected.square().sum(), sides)
+    assert asked[1:] == [9, 1, 12, 6] and torch.allclose(got, expected, atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, wanted, strict=True))
+    monkeypatch.setattr(attention, "SHORT", 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = segment_attention(*sides, segments, scaling)
+    assert rounded.dtype is torch.bfloat16 and torch.allclose(rounded.float(), expected, atol=0.05)
+    with torch.no_grad():
+        segment_attention(*sides, segments, scaling)
+    assert asked[5:] == [9, 1, 12, 6]
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -163,5 +163,6 @@ def test_the_estimate_of_activations_is_about_right() -> None:
 def test_the_estimate_reads_every_kind_of_configuration() -> None:
     wide = Qwen2Config(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)
     assert activation_bytes(wide, 200) == 2 * activation_bytes(wide, 100) > 0
+    assert activation_bytes(wide, 100, 4, seen=50) - activation_bytes(wide, 100) == 100 * 4 * 4 * 4 * 50 // 2
     opt = OPTConfig(hidden_size=64, ffn_dim=256, num_hidden_layers=4, num_attention_heads=4)
     assert activation_bytes(opt, 100, 2) * 2 == activation_bytes(opt, 100, 4)

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from polymodal.config import LoraRecipe
 from polymodal.errors import ConfigError
-from polymodal.training.optimizer import apply_policy, check_groups, policy_table, set_modes
+from polymodal.training.optimizer import apply_policy, cast_norms, check_groups, policy_table, set_modes
 from polymodal.training.recipes.sections import OptimConfig, RuleConfig
 from polymodal.utils.modules import expand_braces, match_names
 
@@ -104,3 +105,20 @@ def test_an_adapter_is_scaled_and_dropped_out_as_the_recipe_says(rslora: bool, s
     x = torch.randn(3, 4)
     update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     assert torch.allclose(layer(x), layer.base_layer(x) + scale * x @ update.T, atol=1e-5)
+
+
+def test_norms_give_autocasts_dtype_once_and_the_same_result() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    llm = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, **sizes))
+    seen: list[torch.dtype] = []
+    llm.model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0].dtype))
+    ids, found = torch.arange(8)[None], []
+    for cast in (False, True):
+        if cast:
+            cast_norms(llm, torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(llm(ids).logits)
+    llm(ids)
+    assert seen == [torch.float32, torch.bfloat16, torch.float32]
+    assert torch.equal(*found)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import regex  # type: ignore[import-untyped,unused-ignore]
@@ -94,6 +95,31 @@ def add_adapters(model: nn.Module, lora: LoraRecipe, tokenizer: PreTrainedTokeni
     )
     with _without_advice():
         inject_adapter_in_model(config, llm)
+
+
+def fuse_adapters(llm: nn.Module) -> None:
+    """Let plain adapters scale and add their part in one product; peft makes a pass over the output for each."""
+    from peft.tuners.lora import Linear
+
+    for layer in llm.modules():
+        if type(layer) is Linear and type(layer.base_layer) is nn.Linear and not layer.lora_variant:
+            names = layer.active_adapters
+            plain = len(names) == 1 and isinstance(layer.lora_dropout[names[0]], nn.Identity)
+            if plain and layer.lora_B[names[0]].bias is None:
+                layer.forward = MethodType(_fused, layer)
+
+
+def _fused(layer: Any, x: Tensor) -> Tensor:
+    """The forward of peft's `Linear` with one adapter and no dropout; the base's output is added to in place."""
+    if layer.merged or layer.disable_adapters:
+        plain: Tensor = type(layer).forward(layer, x)
+        return plain
+    (name,) = layer.active_adapters
+    rows, first, second = x.reshape(-1, x.shape[-1]), layer.lora_A[name], layer.lora_B[name].weight
+    out: Tensor = layer.base_layer(rows)
+    inner = first(rows if torch.is_autocast_enabled(x.device.type) else rows.to(first.weight.dtype))
+    out.addmm_(inner.to(out.dtype), second.t().to(out.dtype), alpha=layer.scaling[name])
+    return out.unflatten(0, x.shape[:-1])
 
 
 def _check_targets(llm: nn.Module, targets: Sequence[str], rows: Sequence[int], lora: LoraRecipe) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from polymodal.modeling.language_model import layer_counts
+from polymodal.modeling.packed_attention import SHORT
 from polymodal.training.recipes.sft import Recipe
 from polymodal.utils.modules import blocks, frozen
 
@@ -57,7 +58,9 @@ def save_memory(
     tokens = longest * batch.micro_size
     if batch.packing == "pack":
         tokens = max(longest, min(batch.micro_tokens, longest * batch.global_size))
-    needed = activation_bytes(llm.config, tokens, value_bytes)
+    # Of packed samples a CPU keeps the attention's weights.
+    seen = min(longest, SHORT) if batch.packing == "pack" and device.type == "cpu" else 0
+    needed = activation_bytes(llm.config, tokens, value_bytes, seen)
     short = run.checkpointing == "auto" and needed > MEMORY_SHARE * free_memory(device)
     if run.checkpointing == "on" or short:
         checkpoint_layers(layers)
@@ -66,10 +69,10 @@ def save_memory(
     return done
 
 
-def activation_bytes(config: Any, tokens: int, value_bytes: int = 4) -> int:
+def activation_bytes(config: Any, tokens: int, value_bytes: int = 4, seen: int = 0) -> int:
     """What a language model keeps for its backward pass, about."""
     # A layer keeps the inputs of its two norms, of its matrices and of attention, and three values of its gated unit;
-    # attention itself keeps no scores.
+    # a fused attention keeps no weights, another one those of up to `seen` tokens, half of them on average.
     config = config.get_text_config()
     width, heads = config.hidden_size, config.num_attention_heads
     names = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim")
@@ -78,7 +81,8 @@ def activation_bytes(config: Any, tokens: int, value_bytes: int = 4) -> int:
     encoder, decoder = layer_counts(config)
     # A token goes through the encoder or through the decoder, whose layers keep two values of each token they look at.
     looked_at = 2 * decoder * width if encoder else 0
-    return int(tokens * value_bytes * (max(encoder, decoder) * ((8 + 4 * shared) * width + 4 * inner) + looked_at))
+    layer = (8 + 4 * shared) * width + 4 * inner + heads * seen / 2
+    return int(tokens * value_bytes * (max(encoder, decoder) * layer + looked_at))
 
 
 def free_memory(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from polymodal.config import LoraRecipe
 from polymodal.errors import ConfigError
 from polymodal.modeling.lora import LORA_MARK, ROWS_MARK, add_adapters, is_adapter
 from polymodal.training.recipes.sections import OptimConfig, RuleConfig
-from polymodal.utils.modules import match_names
+from polymodal.utils.modules import blocks, match_names
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,18 @@ def cast_frozen_linears(module: nn.Module, dtype: torch.dtype) -> None:
             for parameter in part.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)
+
+
+def cast_norms(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let each block's RMS norms give autocast's dtype: cast once, not again by every matrix and adapter behind."""
+    # Where such a norm stands behind a branch instead, the branch is in that dtype already.
+
+    def cast(_norm: nn.Module, _args: object, out: torch.Tensor) -> torch.Tensor:
+        return out.to(dtype) if torch.is_autocast_enabled(out.device.type) else out
+
+    for part in (part for block in blocks(module) for part in block.children()):
+        if "RMSNorm" in type(part).__name__:
+            part.register_forward_hook(cast)
 
 
 def kept_in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:

@@ -20,6 +20,7 @@ from polymodal.media_plan import AudioPlan, ImagePlan, MediaPlan, VideoPlan
 from polymodal.modeling.build import add_senses, build_model
 from polymodal.modeling.ctranslate2 import missing_whisper
 from polymodal.modeling.dual_encoders.registry import read_metadata
+from polymodal.modeling.lora import fuse_adapters
 from polymodal.modeling.token_loss import knows_head
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.modeling.vocabulary import add_output
@@ -27,7 +28,7 @@ from polymodal.training.activation_checkpointing import save_memory
 from polymodal.training.checkpoint import State, identity
 from polymodal.training.distributed import Engine, wants_bf16
 from polymodal.training.feature_cache import OFF, Broken, open_audio_store, open_store
-from polymodal.training.optimizer import Group, apply_policy, cast_frozen_linears, is_adapter
+from polymodal.training.optimizer import Group, apply_policy, cast_frozen_linears, cast_norms, is_adapter
 from polymodal.training.process_group import World
 from polymodal.training.recipes.sft import Recipe
 from polymodal.training.reporting.log import LossByKind
@@ -193,6 +194,8 @@ class SFTTask(Task):
         bf16 = wants_bf16(run.precision)
         if bf16 and not any("llm" in stage.get("trained", ()) for stage in self.inputs.history):
             cast_frozen_linears(self.model.llm, torch.bfloat16)
+            cast_norms(self.model.llm, torch.bfloat16)
+        fuse_adapters(self.model.llm)
         longest, value_bytes = int(prepared.lengths.max()), 2 if bf16 else 4
         for line in save_memory(recipe, self.model, self.world.device, self.total_steps, longest, value_bytes):
             log(f"{recipe.name}: {line}")
