@@ -196,7 +196,12 @@ def test_fused_adapters_give_what_peft_gives(tiny_model_config: ModelConfig) -> 
         out = model(torch.arange(3, 40)[None]).logits
         return out, list(torch.autograd.grad(out.square().sum(), [p for p in model.parameters() if p.requires_grad]))
 
+    def off_by_rounding() -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            return float((logits(model).float() - wanted).abs().mean())
+
     wanted, gradients = both()
+    usual = off_by_rounding()
     fuse_adapters(model.llm)
     assert all("forward" in vars(layer) for layer in layers)
     found, fused = both()
@@ -204,8 +209,7 @@ def test_fused_adapters_give_what_peft_gives(tiny_model_config: ModelConfig) -> 
     assert all(
         torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max())) for a, b in zip(fused, gradients, strict=True)
     )
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.allclose(logits(model).float(), wanted, atol=0.1 * float(wanted.abs().max()))
+    assert 0 < off_by_rounding() < 1.5 * usual
     merge_adapter(model)
     torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
     dropped = build_model(tiny_model_config)[0]
