@@ -100,9 +100,8 @@ def compare(entry: dict[str, Any], first: dict[str, Any], real: int, trained: in
     if entry["mode"] != "matched" and options.steps > 1:
         return
     gap = abs(warmup["first_loss"] - first["warmup"]["first_loss"])
-    # bf16 rounds away from float32; features are kept as float32 computed them.
-    rounded = entry["precision"] != first["precision"] or (entry["mode"] == "cached" and entry["precision"] == "bf16")
-    tolerance = 2e-2 if rounded else 1e-3
+    # bf16 rounds, and each attention in its own way; what is computed is held together in float32, by mode "matched".
+    tolerance = 2e-2 if "bf16" in (entry["precision"], first["precision"]) else 1e-3
     if not gap <= tolerance:
         raise Difference(
             f"the first step's loss of {name} is {warmup['first_loss']:.5f}, of {first['system']} "

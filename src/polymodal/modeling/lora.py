@@ -101,6 +101,7 @@ def fuse_adapters(llm: nn.Module) -> None:
     """Let plain adapters scale and add their part in one product; peft makes a pass over the output for each."""
     from peft.tuners.lora import Linear
 
+    layer: Any
     for layer in llm.modules():
         if type(layer) is Linear and type(layer.base_layer) is nn.Linear and not layer.lora_variant:
             names = layer.active_adapters
