@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image as PILImage
+from transformers import DynamicCache
 
 from polymodal.backends import load
 from polymodal.backends.base import Reply, TextDelta
@@ -304,6 +305,29 @@ def test_threads_do_not_share_what_was_read(model: LocalBackend) -> None:
     assert found == plain * 6
 
 
+def test_drafts_that_an_answer_stopped_before_are_not_kept(
+    model: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeping, talk, ahead = fresh(model), [user("Hello, hello, hello, hello")], []
+    plain = fresh(model, keeps_last=False)
+    plain.looks_up = False
+    real = DynamicCache.crop
+    monkeypatch.setattr(DynamicCache, "crop", lambda self, n: ahead.append(n) or real(self, n))
+    for events in range(1, 40):
+        keeping.forget()
+        stream = keeping.stream(talk, GenerationParams(max_new_tokens=200))
+        said = "".join(next(stream).text for _ in range(events))  # type: ignore[union-attr]  # none is the last
+        ahead.clear()
+        stream.close()
+        last = keeping._last[0]
+        assert last.cache.get_seq_length() == len(last.sample.input_ids)
+        if ahead:  # the cache held a draft
+            break
+    assert ahead
+    more, params = [*talk, assistant(said), user("And?")], GenerationParams(max_new_tokens=20)
+    assert keeping.generate(more, params).text == plain.generate(more, params).text
+
+
 def test_a_batch_frees_what_was_kept_and_encoder_decoders_keep_nothing(model: LocalBackend) -> None:
     keeping, params = fresh(model), GenerationParams(max_new_tokens=2)
     keeping.generate([user("Hello")], params)
@@ -314,7 +338,7 @@ def test_a_batch_frees_what_was_kept_and_encoder_decoders_keep_nothing(model: Lo
     keeping.forget()
     assert not keeping._last
     seq2seq = LocalBackend(encoder_decoder(model), model.tokenizer, model.config)
-    assert not seq2seq.keeps_last
+    assert not seq2seq.keeps_last and not seq2seq.looks_up
     assert seq2seq.generate([user("Hello")], params).text == seq2seq.generate([user("Hello")], params).text
     assert not seq2seq._last
 

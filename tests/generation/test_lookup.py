@@ -88,8 +88,7 @@ def test_drafts_grow_while_they_are_right() -> None:
 
 def test_no_draft_holds_media_or_goes_past_the_end() -> None:
     copied = Script([1, 2, 3, -1, 4, 5, 6, 7, 8, 9], [1, 2, 3, 0, 4, 5, 6, 7, 8, 9], most=8)
-    assert all(token >= 0 for draft in copied.drafts for token in draft)
-    assert copied.drafts == [[3], [7]] or [7, 8] not in copied.drafts
+    assert copied.drafts == [[3], [6]]
 
 
 def test_drafts_that_are_wrong_cost_little() -> None:

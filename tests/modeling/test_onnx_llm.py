@@ -17,12 +17,14 @@ from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.model_folder import save_model
 from polymodal.config import LLMConfig, ModelConfig
 from polymodal.errors import CheckpointError, ConfigError
+from polymodal.generation.generate import stream_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import assistant
 from polymodal.modeling import onnx_llm
 from polymodal.modeling.build import build_model
 from polymodal.modeling.encoders.audio import DeferredAudioEncoder
 from polymodal.modeling.onnx_llm import OnnxCache, OnnxLLM, make_graph
+from polymodal.processing.collate import collate
 from polymodal.speech import AudioChunk, wav_bytes
 from tests.conftest import make_byte_tokenizer, write_tiny_llm
 
@@ -134,6 +136,26 @@ def test_the_next_turn_reads_only_what_is_new(
     assert fast.generate(other, PARAMS).text == plain.generate(other, PARAMS).text
 
 
+def test_drafts_are_read_at_once_and_forgotten_where_they_are_wrong(
+    fast: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    real = OnnxLLM._run
+    monkeypatch.setattr(OnnxLLM, "_run", lambda self, e, *rest: read.append(e.shape[1]) or real(self, e, *rest))
+    batch, params = collate([fast.prepare(QUESTIONS[1], 60)], 0, "left"), GenerationParams(max_new_tokens=60)
+
+    def run(known: list[int] | None) -> list[int | None]:
+        read.clear()
+        prompt = None if known is None else torch.tensor(known)
+        return [row[0] for row, _ in stream_ids(fast.model, batch, params, [], 300, prompt=prompt)]
+
+    made = run(None)
+    assert len(read) == len(made) == 60
+    assert run(made) == made and len(read) < 20
+    wrong = [token if n % 6 else 3 for n, token in enumerate(made)]
+    assert run(wrong) == made and len(read) < 50 and sum(read[1:]) > 60
+
+
 def test_files_that_did_not_change_are_not_read_again(
     fast: LocalBackend, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +170,7 @@ def test_files_that_did_not_change_are_not_read_again(
     assert again.fingerprint() == fast.fingerprint() != load(folder, "cpu").fingerprint()
     eight = load(folder, "cpu", quantize="int8")
     assert isinstance(eight, LocalBackend) and eight.model.llm.bits == 8 and eight.fingerprint() != fast.fingerprint()
+    assert fast.looks_up and not eight.looks_up  # rounded activations differ with how many are read at once
 
 
 def test_what_a_graph_cannot_do_is_refused(fast: LocalBackend, folder: Path, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ class Lookup:
         self.ids: list[int] = []
         self.after: dict[tuple[int, ...], int] = {}  # Where it goes on behind what stood last
         self.draft: list[int] = []
+        self.ahead = torch.empty(0)  # The logits behind the last id [1 + draft, V]
         self.credit, self.length = LOSS, FEW
         for token in prompt:
             self._add(token)
