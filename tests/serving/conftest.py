@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
-httpx = pytest.importorskip("httpx2")
 
 from polymodal.backends import load
 from polymodal.backends.base import Backend, Reply, StreamEvent, TextDelta, Timing, Usage
@@ -66,10 +66,10 @@ class Running:
         elif body is not None:
             options["content"] = body
             options["headers"] = {"Content-Type": "application/json", **options.get("headers", {})}
-        return httpx.post(f"{self.url}/v1/chat/completions", timeout=60, trust_env=False, **options)
+        return httpx2.post(f"{self.url}/v1/chat/completions", timeout=60, trust_env=False, **options)
 
     def get(self, path: str, **options: Any) -> Any:
-        return httpx.get(f"{self.url}{path}", timeout=60, trust_env=False, **options)
+        return httpx2.get(f"{self.url}{path}", timeout=60, trust_env=False, **options)
 
 
 @contextmanager

@@ -209,9 +209,9 @@ def test_a_stream_that_breaks_says_so(told: Callable[..., Any]) -> None:
 def test_a_client_that_goes_takes_its_request_along(stream: bool, told: Callable[..., Any]) -> None:
     model, server = told()
     body = json.dumps({**ASK, "max_tokens": 60, "stream": stream}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(head.encode() + body)
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert model.begun.wait(10)
         model.steps.release(2)
         if stream:
@@ -281,7 +281,13 @@ def test_the_key_is_needed_everywhere_but_for_health(told: Callable[..., Any]) -
 
 
 def test_strange_pages_and_names_are_refused(tiny: Running) -> None:
-    for host in ("evil.example", f"evil.example:{tiny.port}", "localhost.evil.example", "[::1", "127.0.0.1@evil.example:1"):
+    for host in (
+        "evil.example",
+        f"evil.example:{tiny.port}",
+        "localhost.evil.example",
+        "[::1",
+        "127.0.0.1@evil.example:1",
+    ):
         assert tiny.get("/v1/models", headers={"Host": host}).status_code == 403
     for origin in ("http://evil.example", "null", "http://localhost:1", f"http://localhost.evil.example:{tiny.port}"):
         assert tiny.post(ASK, headers={"Origin": origin}).status_code == 403

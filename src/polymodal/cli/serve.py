@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     keys.add_argument("--api-key-env", metavar="VAR", help="the variable of the environment with the key")
     keys.add_argument("--api-key-file", metavar="FILE", help="the file with the key")
     add("--max-tokens", type=int, default=4096, metavar="N", help="the most that an answer may have (%(default)s)")
-    add("--queue", type=int, default=16, metavar="N", help="requests that may wait; others get status 429 (%(default)s)")
+    add(
+        "--queue", type=int, default=16, metavar="N", help="requests that may wait; others get status 429 (%(default)s)"
+    )
     add("--timeout", type=float, default=600.0, metavar="S", help="seconds of a request, waiting included (600)")
     add("--drain", type=float, default=30.0, metavar="S", help="seconds to end what is under way at SIGTERM (30)")
 
@@ -50,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
     from polymodal.serving.scheduler import Scheduler
     from polymodal.serving.server import bind, is_loopback, log_to_stderr, make_server
 
-    for flag, least, most in (("port", 0, 65535), *((flag, 1, 10**6) for flag in ("max_tokens", "queue", "timeout", "drain"))):
+    for flag, least, most in (
+        ("port", 0, 65535),
+        *((flag, 1, 10**6) for flag in ("max_tokens", "queue", "timeout", "drain")),
+    ):
         if not least <= getattr(args, flag) <= most:
             raise ConfigError(f"--{flag.replace('_', '-')} must be from {least:,} to {most:,}")
     key, loopback = _key(args), is_loopback(args.host)

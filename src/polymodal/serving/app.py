@@ -63,11 +63,7 @@ class Limits:
 
 
 def build_app(
-    served: Served,
-    scheduler: Scheduler,
-    key: str | None = None,
-    loopback: bool = True,
-    limits: Limits | None = None,
+    served: Served, scheduler: Scheduler, key: str | None = None, loopback: bool = True, limits: Limits | None = None
 ) -> Starlette:
     """Make the application; `loopback` says that only this machine may reach it, by its own names."""
 
@@ -100,6 +96,7 @@ class Guard:
         self.digest = None if key is None else hashlib.sha256(key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer why not."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -309,7 +306,9 @@ async def _pieces(job: Job, asked: Asked, head: Json, found: Any, ping_s: float)
                 index, event = found
                 if index not in begun:
                     begun.add(index)
-                    yield _event(chunk(head, [choice(index, {"role": "assistant", "content": ""})], asked.include_usage))
+                    yield _event(
+                        chunk(head, [choice(index, {"role": "assistant", "content": ""})], asked.include_usage)
+                    )
                 if isinstance(event, TextDelta) and event.text:
                     yield _event(chunk(head, [choice(index, {"content": event.text})], asked.include_usage))
                 elif isinstance(event, Reply):

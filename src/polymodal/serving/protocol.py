@@ -17,7 +17,7 @@ from polymodal.errors import EndpointError, MediaError, PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.media.source import NamedBytes, read_bytes
 from polymodal.messages import Audio, Document, Image, Media, Message, Part, Text, Video
-from polymodal.utils.strict import shown, parse_config
+from polymodal.utils.strict import parse_config, shown
 
 Json: TypeAlias = dict[str, Any]
 
@@ -141,7 +141,7 @@ class _FilePart(_Strict):
 
 PARTS = ("text", "image_url", "input_audio", "video_url", "input_video", "file")
 
-# Tags stand in the places that pydantic gives of mistakes; in angle brackets no key of a request can be mistaken for one.
+# Tags stand in the places that pydantic gives of mistakes; in angle brackets none is taken for a key of a request.
 
 
 def _part_tag(part: Any) -> str | None:
@@ -323,7 +323,9 @@ def _messages(given: Sequence[_Message], served: Served) -> list[Message]:
     messages, media = [], 0
     for number, message in enumerate(given):
         parts: list[Part] = []
-        content = [_TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+        content = (
+            [_TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+        )
         for at, part in enumerate(content):
             place = f"messages[{number}].content[{at}]"
             if isinstance(part, _TextPart):
@@ -358,7 +360,7 @@ def _medium(part: Any, place: str, backend: Backend) -> Media:
             if (clip.url is None) == (clip.data is None):
                 raise RequestError(f"{place}.input_video: give url or data", f"{place}.input_video")
             place = f"{place}.input_video.{'url' if clip.data is None else 'data'}"
-            kind, source = Video, clip.url if clip.data is None else f"data:;base64,{clip.data}"
+            kind, source = Video, f"data:;base64,{clip.data}" if clip.url is None else clip.url
         case _:
             kind, place, source = Document, f"{place}.file.file_data", part.file.file_data
     name = kind.__name__.lower()
@@ -415,7 +417,12 @@ def completion(head: Json, replies: Sequence[Reply], messages: Sequence[Message]
 
 def chunk(head: Json, choices: list[Json], include_usage: bool, usage: Json | None = None) -> Json:
     """A piece of a streamed answer; the one behind the last has the usage, where that was asked for."""
-    return {**head, "object": "chat.completion.chunk", "choices": choices, **({"usage": usage} if include_usage else {})}
+    return {
+        **head,
+        "object": "chat.completion.chunk",
+        "choices": choices,
+        **({"usage": usage} if include_usage else {}),
+    }
 
 
 def choice(index: int, delta: Json, finish: str | None = None) -> Json:
