@@ -31,6 +31,7 @@ class Told(Backend):
     """Says a word whenever a test lets it, up to the number of tokens that is asked for."""
 
     name = "told"
+    word = "word "
 
     def __init__(self) -> None:
         self.steps = threading.Semaphore(0)
@@ -46,8 +47,9 @@ class Told(Backend):
                 if self.fault is not None:
                     raise self.fault
                 self.made += 1
-                yield TextDelta("word ")
-            yield Reply(assistant("word " * params.max_new_tokens), Usage(3, 0, 2), Timing(0, 0, 0, 0, 0), "stop", "x")
+                yield TextDelta(self.word)
+            said = assistant(self.word * params.max_new_tokens)
+            yield Reply(said, Usage(3, 0, 2), Timing(0, 0, 0, 0, 0), "stop", "x")
         finally:
             self.closed.set()
 

@@ -15,14 +15,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from PIL import Image as PILImage
 
 from polymodal import cli
 from polymodal.backends.base import Reply, TextDelta
+from polymodal.errors import CheckpointError, EndpointError, PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Audio, Document, Image, Message, Part, Text, Video, system, user
 from polymodal.serving.app import Limits
@@ -37,8 +40,6 @@ ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 
 
 def client(server: Running, key: str = "none") -> Any:
-    import httpx2
-
     web = httpx2.Client(trust_env=False, timeout=60)
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, http_client=web)
 
@@ -172,6 +173,9 @@ def test_a_request_fails_alone(told: Callable[..., Any], caplog: pytest.LogCaptu
         (MemoryError(), 503, "out_of_memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 503, "out_of_memory"),
         (SystemExit("a panic"), 500, "internal_error"),
+        (EndpointError("http://secret.example: said no"), 502, "upstream_error"),
+        (CheckpointError("/secret/folder: is gone"), 500, "internal_error"),
+        (PolymodalError("the text is odd; mend it"), 400, None),
     ):
         model.fault = fault
         with caplog.at_level(logging.INFO, "polymodal.serving"):
@@ -227,6 +231,41 @@ def test_a_client_that_goes_takes_its_request_along(stream: bool, told: Callable
     assert server.post(ASK).status_code == 200
 
 
+def test_a_client_that_does_not_read_is_left(told: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polymodal.serving.server.SEND_S", 0.3)
+    model, server = told()
+    model.word = 500_000 * "w"
+    body = json.dumps({**ASK, "max_tokens": 60, "stream": True}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert model.begun.wait(10)
+        model.steps.release(40)
+        deadline = time.monotonic() + 10
+        while not model.closed.is_set() and time.monotonic() < deadline:
+            time.sleep(0.1)
+            if model.made >= 40:
+                time.sleep(0.5)
+                model.steps.release()
+        assert model.closed.is_set() and model.made < 60
+
+
+def test_a_client_that_goes_gives_its_place_in_the_queue_back(told: Callable[..., Any]) -> None:
+    model, server = told(queue=1)
+    first = threading.Thread(target=server.post, args=(ASK,))
+    first.start()
+    assert model.begun.wait(10)
+    with pytest.raises(httpx2.TimeoutException):
+        httpx2.post(f"{server.url}/v1/chat/completions", json=ASK, timeout=0.5, trust_env=False)
+    deadline = time.monotonic() + 10
+    while server.scheduler._waiting and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not server.scheduler._waiting
+    model.steps.release(1000)
+    first.join()
+    assert server.post(ASK).status_code == 200 and model.made == 24  # of two requests, not of three
+
+
 def test_a_full_queue_says_when_to_come_back(told: Callable[..., Any]) -> None:
     model, server = told(queue=2)
     answers: list[Any] = []
@@ -244,6 +283,18 @@ def test_a_full_queue_says_when_to_come_back(told: Callable[..., Any]) -> None:
         thread.join()
     assert [answer.status_code for answer in answers] == [200] * 3
     assert server.post(ASK).status_code == 200
+
+
+def test_many_at_once(told: Callable[..., Any]) -> None:
+    """Each is answered whole or told to come back; as many as there is room for are answered."""
+    model, server = told(queue=4)
+    model.steps.release(10_000)
+    with ThreadPoolExecutor(40) as pool:
+        answers = [answer.result() for answer in [pool.submit(server.post, ASK) for _ in range(120)]]
+    assert {answer.status_code for answer in answers} == {200, 429}
+    whole = [answer for answer in answers if answer.status_code == 200]
+    assert len(whole) >= 5 and all(a.json()["choices"][0]["message"]["content"] == 12 * "word " for a in whole)
+    assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 429)
 
 
 def test_time_ends_a_request_and_a_stalled_model_is_not_ready(told: Callable[..., Any]) -> None:

@@ -47,7 +47,7 @@ LOG = logging.getLogger(__name__)
 
 OPEN = ("/health", "/ready")
 """Routes without a key."""
-READERS = 8
+READERS = 4
 """Bodies that are read and unpacked at the same time; others wait unread."""
 
 
@@ -58,7 +58,6 @@ class Limits:
     body: int = 32 * 2**20  # Bytes
     body_s: float = 30.0  # For a body to arrive
     first_s: float = 10.0  # Until a stream begins with a ping, and between pings; before, an error has its own status
-    send_s: float = 60.0  # For a client to take a piece of a stream
     stall_s: float = 180.0  # Without a step of the model, after which `/ready` says no
 
 
@@ -215,7 +214,7 @@ async def chat(request: Request) -> Response:
         except TimeoutError:
             first = ()
         pieces = _pieces(job, asked, head, first, state.limits.first_s)
-        return EventStream(pieces, job, state.limits.send_s)
+        return EventStream(pieces, job)
     except BaseException as error:
         job.cancel()
         if not isinstance(error, Exception) or isinstance(error, ClientDisconnect):
@@ -273,23 +272,18 @@ async def _replies(job: Job) -> list[Reply]:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; a client that does not take them in time is left."""
+    """Server-sent events; the job ends with them, also where the client leaves before the first."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, pieces: AsyncIterator[bytes], job: Job, send_s: float) -> None:
+    def __init__(self, pieces: AsyncIterator[bytes], job: Job) -> None:
         super().__init__(pieces, headers={"X-Accel-Buffering": "no"})
-        self.job, self.send_s = job, send_s
+        self.job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send, until all is said or the client is gone; either way the job ends with it."""
-
-        async def patient(message: Any) -> None:
-            async with asyncio.timeout(self.send_s):
-                await send(message)
-
+        """Send, until all is said or the client is gone."""
         try:
-            await super().__call__(scope, receive, patient)
+            await super().__call__(scope, receive, send)
         finally:
             self.job.cancel()
 

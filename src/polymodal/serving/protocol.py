@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from pydantic_core import from_json
 
 from polymodal.backends.base import Backend, Reply
-from polymodal.errors import EndpointError, MediaError, PolymodalError
+from polymodal.errors import CheckpointError, EndpointError, MediaError, PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.media.source import NamedBytes, read_bytes
 from polymodal.messages import Audio, Document, Image, Media, Message, Part, Text, Video
@@ -69,9 +69,10 @@ def as_request_error(error: BaseException) -> RequestError:
     """What a client is told of an error; of one that is none of ours, and may say anything, only that it was one."""
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, EndpointError):
-        return RequestError(str(error), status=502, code="upstream_error")
-    if isinstance(error, PolymodalError):
+    if isinstance(error, EndpointError):  # which may say where the endpoint is
+        told = "the endpoint behind this server gave no answer; the server's log says why"
+        return RequestError(told, status=502, code="upstream_error")
+    if isinstance(error, PolymodalError) and not isinstance(error, CheckpointError):
         place = re.match(r"(messages\[[\w.\[\]]*): ", str(error))
         code = "context_length_exceeded" if error.code == "too-long" else None
         return RequestError(str(error), place and place[1], code=code)

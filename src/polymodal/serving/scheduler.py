@@ -15,7 +15,7 @@ from contextlib import closing
 from typing import Any
 
 from polymodal.backends.base import Backend, StreamEvent
-from polymodal.errors import PolymodalError
+from polymodal.errors import CheckpointError, EndpointError, PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Message
 from polymodal.serving.protocol import RequestError
@@ -137,7 +137,7 @@ class Scheduler:
             try:
                 self._answer(job)
             except BaseException as error:  # tokenizers panic with what is no Exception; a request fails alone
-                if not isinstance(error, PolymodalError):
+                if not isinstance(error, PolymodalError) or isinstance(error, CheckpointError | EndpointError):
                     LOG.error("%s: %s", type(error).__name__, error, exc_info=LOG.isEnabledFor(logging.DEBUG))
                 told = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
                 job.put(told.with_traceback(None))  # whose frames hold the tensors

@@ -17,6 +17,8 @@ from polymodal.errors import ConfigError
 MAX_HEADER = 16 * 1024
 HEADER_S = 10.0
 """Seconds in which a connection has to have sent the head of a request."""
+SEND_S = 60.0
+"""Seconds in which a client has to go on reading, where it has not taken what was sent before."""
 CONNECTIONS = 64
 MAX_LINE = 400
 """Characters of a line in the log."""
@@ -45,11 +47,22 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's, which ends a connection that does not get to the end of a request's head."""
+    """uvicorn's, which also ends connections whose client sends half of a head, or does not read what it asked for."""
+
+    _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._watch()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._late = asyncio.get_running_loop().call_later(SEND_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._late is not None:
+            self._late.cancel()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
