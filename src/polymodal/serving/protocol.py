@@ -26,7 +26,9 @@ MAX_MEDIA = 8
 MAX_CHOICES = 8
 MAX_BYTES: Mapping[type[Media], int] = {Image: 16 * 2**20, Audio: 24 * 2**20, Video: 24 * 2**20, Document: 24 * 2**20}
 """The largest file of each kind; what is decoded from it has the limits of `media`."""
-SEEDS = 2**64
+KINDS: Mapping[str, type[Media]] = {
+    "image_url": Image, "input_audio": Audio, "video_url": Video, "input_video": Video, "file": Document,
+}  # fmt: skip
 
 NEUTRAL: Json = {
     "frequency_penalty": 0,
@@ -110,61 +112,22 @@ class _File(_Strict):
     filename: str = Field("", max_length=255)  # a remark, which goes nowhere
 
 
-class _TextPart(_Strict):
-    type: Literal["text"]
-    text: str
-
-
-class _ImagePart(_Strict):
-    type: Literal["image_url"]
-    image_url: _Url
-
-
-class _AudioPart(_Strict):
-    type: Literal["input_audio"]
-    input_audio: _Sound
-
-
-class _VideoPart(_Strict):
-    type: Literal["video_url"]
-    video_url: _Url
-
-
-class _ClipPart(_Strict):
-    type: Literal["input_video"]
-    input_video: _Clip
-
-
-class _FilePart(_Strict):
-    type: Literal["file"]
-    file: _File
-
-
-PARTS = ("text", "image_url", "input_audio", "video_url", "input_video", "file")
-
-# Tags stand in the places that pydantic gives of mistakes; in angle brackets none is taken for a key of a request.
-
-
-def _part_tag(part: Any) -> str | None:
-    kind = part.get("type") if isinstance(part, dict) else None
-    return f"<{kind}>" if isinstance(kind, str) and kind in PARTS else None
+class _Part(_Strict):
+    type: Literal["text", "image_url", "input_audio", "video_url", "input_video", "file"]
+    # The field of its type, and no other.
+    text: str | None = None
+    image_url: _Url | None = None
+    input_audio: _Sound | None = None
+    video_url: _Url | None = None
+    input_video: _Clip | None = None
+    file: _File | None = None
 
 
 def _shape_tag(value: Any) -> str | None:
+    # Tags stand in the places that pydantic gives of mistakes; in angle brackets none is taken for a key of a request.
     return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
-_Part: TypeAlias = Annotated[
-    Annotated[_TextPart, Tag("<text>")]
-    | Annotated[_ImagePart, Tag("<image_url>")]
-    | Annotated[_AudioPart, Tag("<input_audio>")]
-    | Annotated[_VideoPart, Tag("<video_url>")]
-    | Annotated[_ClipPart, Tag("<input_video>")]
-    | Annotated[_FilePart, Tag("<file>")],
-    Discriminator(
-        _part_tag, custom_error_type="part", custom_error_message=f"a part has a type, one of {', '.join(PARTS)}"
-    ),
-]
 _Content: TypeAlias = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[Annotated[list[_Part], Field(min_length=1)], Tag("<list>")],
     Discriminator(_shape_tag, custom_error_type="content", custom_error_message="must be a text or a list of parts"),
@@ -253,7 +216,7 @@ def read_request(body: bytes, served: Served) -> Asked:
         raise RequestError(told, "model", 404, "model_not_found")
     messages = _messages(request.messages, served)
     params = _params(request, served)
-    seeds = [None if params.seed is None else (params.seed + number) % SEEDS for number in range(request.n)]
+    seeds = [None if params.seed is None else (params.seed + number) % 2**64 for number in range(request.n)]
     choices = [params.model_copy(update={"seed": seed}) for seed in seeds]
     options = request.stream_options
     if options is not None and not request.stream:
@@ -289,8 +252,6 @@ def _mistake(error: ValidationError) -> RequestError:
         return RequestError(f"{place}: is not served here; leave it out", place, code="unsupported_parameter")
     if first["type"] == "missing":
         return RequestError(f"{place}: is missing", place, code="missing_required_parameter")
-    if first["type"] == "part" and isinstance(given, dict):
-        place, given = f"{place}.type", given.get("type")
     return RequestError(f"{place}: {first['msg']}, not {shown(given)}", place, code="invalid_value")
 
 
@@ -314,56 +275,41 @@ def _params(request: _Request, served: Served) -> GenerationParams:
 
 def _messages(given: Sequence[_Message], served: Served) -> list[Message]:
     """The conversation, with the bytes of its media."""
-    texts = (each.content if isinstance(each.content, str) else _joined(each.content) for each in given)
-    if (chars := sum(map(len, texts))) > served.max_chars:
+    contents = [[_Part(type="text", text=m.content)] if isinstance(m.content, str) else m.content for m in given]
+    chars = sum(len(part.text or "") for content in contents for part in content)
+    if chars > served.max_chars:
         told = f"messages: {chars:,} characters of text, more than the model's context can hold"
         raise RequestError(told, "messages", code="context_length_exceeded")
     if given[-1].role != "user":
         place = f"messages[{len(given) - 1}].role"
         raise RequestError(f"{place}: the last message must be the user's", place)
     messages, media = [], 0
-    for number, message in enumerate(given):
+    for number, (message, content) in enumerate(zip(given, contents, strict=True)):
         parts: list[Part] = []
-        content = (
-            [_TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
-        )
         for at, part in enumerate(content):
             place = f"messages[{number}].content[{at}]"
-            if isinstance(part, _TextPart):
-                parts.append(Text(part.text))
-                continue
-            media += 1
-            if message.role != "user":
+            for name in part.model_fields_set ^ {"type", part.type}:
+                told = "is missing" if name == part.type else f"does not belong to a part of type {part.type!r}"
+                raise RequestError(f"{place}.{name}: {told}", f"{place}.{name}")
+            media += part.type != "text"
+            if part.type != "text" and message.role != "user":
                 raise RequestError(f"{place}.type: media belong into the user's messages", f"{place}.type")
             if media > MAX_MEDIA:
                 raise RequestError(f"{place}: more than {MAX_MEDIA} images, sounds, videos and files", place)
-            parts.append(_medium(part, place, served.backend))
-        role = "system" if message.role == "developer" else message.role
-        messages.append(Message(role, tuple(parts)))
+            parts.append(Text(part.text or "") if part.type == "text" else _medium(part, place, served.backend))
+        messages.append(Message("system" if message.role == "developer" else message.role, tuple(parts)))
     return messages
 
 
-def _joined(parts: Sequence[Any]) -> str:
-    return "".join(part.text for part in parts if isinstance(part, _TextPart))
-
-
-def _medium(part: Any, place: str, backend: Backend) -> Media:
+def _medium(part: _Part, place: str, backend: Backend) -> Media:
     """The bytes of a medium; error lines about them name their place in the request."""
-    kind: type[Media]
-    match part:
-        case _ImagePart():
-            kind, place, source = Image, f"{place}.image_url.url", part.image_url.url
-        case _AudioPart():
-            kind, place, source = Audio, f"{place}.input_audio.data", f"data:;base64,{part.input_audio.data}"
-        case _VideoPart():
-            kind, place, source = Video, f"{place}.video_url.url", part.video_url.url
-        case _ClipPart(input_video=clip):
-            if (clip.url is None) == (clip.data is None):
-                raise RequestError(f"{place}.input_video: give url or data", f"{place}.input_video")
-            place = f"{place}.input_video.{'url' if clip.data is None else 'data'}"
-            kind, source = Video, f"data:;base64,{clip.data}" if clip.url is None else clip.url
-        case _:
-            kind, place, source = Document, f"{place}.file.file_data", part.file.file_data
+    place, value = f"{place}.{part.type}", getattr(part, part.type)
+    keys = value.model_fields_set & {"url", "data", "file_data"}
+    if len(keys) != 1:
+        raise RequestError(f"{place}: give url or data", place)
+    (key,) = keys
+    place, source = f"{place}.{key}", f"{'data:;base64,' if key == 'data' else ''}{getattr(value, key)}"
+    kind = KINDS[part.type]
     name = kind.__name__.lower()
     if ("image" if kind is Document else name) not in backend.takes:
         takes = " and ".join(("text", *backend.takes))

@@ -137,11 +137,7 @@ class Scheduler:
             try:
                 self._answer(job)
             except BaseException as error:  # tokenizers panic with what is no Exception; a request fails alone
-                if not isinstance(error, PolymodalError) or isinstance(error, CheckpointError | EndpointError):
-                    LOG.error("%s: %s", type(error).__name__, error, exc_info=LOG.isEnabledFor(logging.DEBUG))
-                told = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
-                job.put(told.with_traceback(None))  # whose frames hold the tensors
-                self._forget()
+                self._fail(job, error)
             job.put(None)
             self._usual += 0.3 * (time.monotonic() - begin - self._usual)
             del job
@@ -156,7 +152,10 @@ class Scheduler:
                         return
                     job.put((index, event))
 
-    def _forget(self) -> None:
-        """Free what a model keeps of a request that failed."""
+    def _fail(self, job: Job, error: BaseException) -> None:
+        if not isinstance(error, PolymodalError) or isinstance(error, CheckpointError | EndpointError):
+            LOG.error("%s: %s", type(error).__name__, error, exc_info=LOG.isEnabledFor(logging.DEBUG))
+        told = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
+        job.put(told.with_traceback(None))  # whose frames hold the tensors
         if (forget := getattr(self.backend, "forget", None)) is not None:
-            forget()
+            forget()  # what a model keeps of a request that failed
