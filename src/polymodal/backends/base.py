@@ -96,8 +96,8 @@ class Backend(ABC):
             params: The settings; where None those of the model's folder, greedy where it says nothing.
 
         Returns:
-            Text deltas as text becomes certain; of an image `MediaStart`, `MediaProgress` and `MediaEnd`; then the
-            whole `Reply`.
+            Text deltas as text becomes certain, empty ones for steps after which nothing more is; of an image
+            `MediaStart`, `MediaProgress` and `MediaEnd`; then the whole `Reply`.
 
         Raises:
             PolymodalError: An image cannot be read, or the conversation does not fit the context.
@@ -294,6 +294,7 @@ class ModelBackend(Backend, Generic[Inputs]):
     """A backend that runs the model itself: a subclass makes the prompt and the tokens."""
 
     model: Any  # The module whose weights answer
+    trims = True  # Whether the oldest questions of plain text make room for an answer; refused where not
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, config: Any, stop_ids: Sequence[int]) -> None:
         from polymodal.modeling.language_model import context_length  # loads torch, which an endpoint does without
@@ -317,6 +318,10 @@ class ModelBackend(Backend, Generic[Inputs]):
     def _sizes(self, inputs: Inputs) -> tuple[int, int]:
         """The positions of a prompt, and those of them that are images."""
 
+    def _sounds(self, inputs: Inputs) -> int | None:
+        """The positions of a prompt that are sounds, where they are told apart from images."""
+        return None
+
     @abstractmethod
     def _steps(self, inputs: Inputs, params: GenerationParams) -> Generator[Step]:
         """Run the model."""
@@ -336,14 +341,14 @@ class ModelBackend(Backend, Generic[Inputs]):
                     first, encode_s = time.perf_counter(), seconds
                 made += 1
                 assert token is not None  # a single row ends with the stream
-                yield from answer.push(token)
+                yield from [*answer.push(token)] or [TextDelta("")]  # where whoever asked can stop it, at every token
                 if answer.stopped:
                     break
         yield from answer.finish()
         end = time.perf_counter()
         yield Reply(
             message=assistant(*answer.parts),
-            usage=Usage(*self._sizes(inputs), made),
+            usage=Usage(*self._sizes(inputs), made, self._sounds(inputs)),
             timing=Timing(
                 prepare_s=prepared - begin,
                 encode_s=encode_s,
@@ -367,13 +372,15 @@ class ModelBackend(Backend, Generic[Inputs]):
             length, _ = self._sizes(inputs)
             if self._fits(length, room):
                 return inputs
-            start = next((i for i in range(len(kept) - 2) if _is_text_pair(*kept[i : i + 3])), None)
+            pairs = (i for i in range(len(kept) - 2) if self.trims and _is_text_pair(*kept[i : i + 3]))
+            start = next(pairs, None)
             if start is None:
                 kept_free = self._room(room)
                 raise PolymodalError(
                     f"the conversation takes {length} tokens and the model's context is {self.context_length}"
                     + (f", {kept_free} of it kept for the answer; lower max_new_tokens, " if kept_free else "; ")
-                    + "shorten the text or give fewer or smaller images, or fewer frames (media are never cut)"
+                    + "shorten the text or give fewer or smaller images, or fewer frames (media are never cut)",
+                    "too-long",
                 )
             del kept[start : start + 2]
 

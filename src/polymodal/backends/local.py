@@ -20,6 +20,7 @@ from polymodal.generation.generate import can_share, new_cache, read_beginnings,
 from polymodal.generation.modalities import image_block, require_room, stream_modalities
 from polymodal.generation.params import GenerationParams, ImageParams
 from polymodal.generation.streaming import AnswerStream, Step
+from polymodal.media_plan import AudioPlan
 from polymodal.messages import Conversation, Message, assistant
 from polymodal.modeling.language_model import positions_of
 from polymodal.modeling.renderers.base import Renderer, RenderRequest
@@ -157,6 +158,9 @@ class LocalBackend(ModelBackend[Sample]):
 
     def _sizes(self, inputs: Sample) -> tuple[int, int]:
         return inputs.input_ids.numel(), sum(plan.num_tokens for plan in inputs.plans)
+
+    def _sounds(self, inputs: Sample) -> int:
+        return sum(plan.num_tokens for plan in inputs.plans if isinstance(plan, AudioPlan))
 
     def forget(self) -> None:
         """Free the memory that the last conversation takes."""

@@ -19,6 +19,7 @@ class Usage:
     prompt_tokens: int | None  # Positions before the answer, media included
     image_tokens: int | None  # Those of them that are images, frames of videos or sounds
     completion_tokens: int | None  # Tokens made, the end token included
+    audio_tokens: int | None = None  # Those of `image_tokens` that are sounds; None where they are not told apart
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ VERBS = {
     "speak": "speak a text into a WAV file",
     "draw": "draw an image from a prompt, with a pipeline of diffusers or an images endpoint",
     "animate": "make a video from a prompt, or of slides and a voice",
+    "serve": "answer over HTTP as OpenAI's chat API does, on this machine or, with a key, for others",
     "describe": "say what a model folder holds: parts, sizes, template, images, history (loads no weights)",
     "convert": "turn a published model, such as an original LLaVA folder, into a model folder of ours",
     "export": "write a model as a stock folder of transformers, or whole, and prove that it is the same",

@@ -117,9 +117,7 @@ def open_audio(
         raise ConfigError(f"max_seconds is {max_seconds}; it must be above 0 and at most 86,400, a day")
     if isinstance(source, PILImage.Image):
         raise MediaError(f"{name or describe(source)}: is an image, not a sound; give a sound file")
-    if isinstance(source, bytes | bytearray | memoryview):
-        name = name or f"sound of {len(source)} bytes"
-    name = name or describe(source)
+    name = name or describe(source, "sound")
     with guarded(name, "sound", "cut it"), contextlib.ExitStack() as stack:
         window = open_window(source, limit, name, limit)
         stack.enter_context(window.file)

@@ -90,7 +90,7 @@ def open_pages(
     if max_pages < 1 or not 0 < max_seconds < math.inf:
         raise ConfigError(f"max_pages is {max_pages}, max_seconds {max_seconds}; they must be above 0")
     max_pixels = allowed_pixels(max_pixels)
-    name = name or (describe(source) if not isinstance(source, bytes) else f"document of {len(source)} bytes")
+    name = name or describe(source, "document")
     if isinstance(source, PILImage.Image):
         return iter([Page(1, open_image(source, max_pixels=max_pixels, name=name))])
     data = read_bytes(source, limit=limit, name=name)

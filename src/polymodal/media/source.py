@@ -34,10 +34,16 @@ _LOCK = threading.Lock()
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(?i:(file)):(?=/)")
 
 
-def describe(source: Source) -> str:
+class NamedBytes(bytes):
+    """A file's bytes that error lines call by a name, such as the place in a request that they came from."""
+
+    name = ""
+
+
+def describe(source: Source, kind: str = "image") -> str:
     """Name a source for an error line."""
     if isinstance(source, bytes | bytearray | memoryview):
-        return f"image of {len(source)} bytes"
+        return getattr(source, "name", "") or f"{kind} of {len(source)} bytes"
     if isinstance(source, FileSlice):
         return f"{describe(source.path)}: {describe(source.name) if source.name else f'byte {source.offset}'}"
     if isinstance(source, TableCell):

@@ -62,7 +62,7 @@ class _Start:
 
 def open_video(source: Source, limits: VideoLimits) -> VideoFile:
     """Open a video from a path, bytes, a `data:` URL or a place in an archive."""
-    name = f"video of {len(source)} bytes" if isinstance(source, bytes | bytearray | memoryview) else describe(source)
+    name = describe(source, "video")
     if isinstance(source, PILImage.Image):
         raise MediaError(f"{name}: is an image, not a video; give a video file")
     with guarded(name, *GUARD):

@@ -59,11 +59,11 @@ def _mistake(cls: type[BaseModel], error: ValidationError, where: str) -> Config
         unknown = unknown_name("key", path.split(".")[-1], _fields_at(cls, first["loc"][:-1]))
         return ConfigError(f"{where}: {unknown} (at {path})")
     told = first["type"] != "missing" and not (first["type"] == "value_error" and isinstance(first["input"], dict))
-    given = f" (given {_shown(first['input'])})" if told else ""
+    given = f" (given {shown(first['input'])})" if told else ""
     return ConfigError(f"{where}: {path or 'config'}: {first['msg'].removeprefix('Value error, ')}{given}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as an error line has room for; a number of thousands of digits cannot be written at all."""
     try:
         text = repr(value[:100]) if isinstance(value, str) else reprlib.repr(value)

@@ -1,0 +1,104 @@
+"""Serve a model behind OpenAI's chat API, on this machine alone unless a key is given.
+
+Any client of OpenAI's API can then ask it, with base_url http://127.0.0.1:8000/v1. Media come as data: URLs. Ctrl-C or
+SIGTERM ends what is under way, then the server. What is promised is in docs/security.md. Examples:
+  polymodal serve
+  polymodal serve --model runs/mine/final --host 0.0.0.0 --api-key-env MY_KEY
+"""
+
+import argparse
+import importlib.util
+import os
+import time
+from pathlib import Path
+
+from polymodal.backends.base import ModelBackend
+from polymodal.cli import common
+from polymodal.errors import ConfigError
+from polymodal.utils.files import home_path, regular_size
+
+SHORTEST_KEY = 16
+LONGEST_KEY = 4096
+PACKAGES = ("starlette", "uvicorn")
+ANY_TEXT = 4_000_000
+"""Characters of a request's texts, where the model's tokens are not known."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    add = parser.add_argument
+    common.add_model_argument(parser)
+    common.add_loading_arguments(parser, "auto")
+    add("--name", help="what requests call the model (the last part of its name)")
+    add("--host", default="127.0.0.1", help="the address (%(default)s); any but this machine's own needs a key")
+    add("--port", type=int, default=8000, help="the port (%(default)s)")
+    keys = parser.add_mutually_exclusive_group()  # no flag with the key itself, since command lines are seen by others
+    keys.add_argument("--api-key-env", metavar="VAR", help="the variable of the environment with the key")
+    keys.add_argument("--api-key-file", metavar="FILE", help="the file with the key")
+    add("--max-tokens", type=int, default=4096, metavar="N", help="the most that an answer may have (%(default)s)")
+    add(
+        "--queue", type=int, default=16, metavar="N", help="requests that may wait; others get status 429 (%(default)s)"
+    )
+    add("--timeout", type=float, default=600.0, metavar="S", help="seconds of a request, waiting included (600)")
+    add("--drain", type=float, default=30.0, metavar="S", help="seconds to end what is under way at SIGTERM (30)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Take the address, open the model, serve until a signal."""
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"serve needs {missing[0]}; pip install 'polymodal[serve]'")
+    from polymodal.serving.app import build_app
+    from polymodal.serving.protocol import Served
+    from polymodal.serving.scheduler import Scheduler
+    from polymodal.serving.server import bind, is_loopback, log_to_stderr, make_server
+
+    for flag, least, most in (
+        ("port", 0, 65535),
+        *((flag, 1, 10**6) for flag in ("max_tokens", "queue", "timeout", "drain")),
+    ):
+        if not least <= getattr(args, flag) <= most:
+            raise ConfigError(f"--{flag.replace('_', '-')} must be from {least:,} to {most:,}")
+    key, loopback = _key(args), is_loopback(args.host)
+    if key is None and not loopback:
+        raise ConfigError(
+            f"--host {args.host}: others can reach this address, so a key is needed: --api-key-env or --api-key-file"
+        )
+    address = bind(args.host, args.port)
+    model = common.open_model(args)
+    name = args.name or Path(args.model.removeprefix("openai:")).name or "model"
+    most, chars = args.max_tokens, ANY_TEXT
+    if isinstance(model, ModelBackend):
+        model.trims = False  # what a client sent is answered as it is, or refused
+        most = min(most, model.context_length)
+        chars = min(chars, model.context_length * max(map(len, model.tokenizer.get_vocab())))
+    served = Served(model, name, most, 512, chars, int(time.time()))
+    scheduler = Scheduler(model, args.queue, args.timeout)
+    log_to_stderr(bool(getattr(args, "debug", False)))
+    host, port = address.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    common.note(f"{common.one_line(name)} is served at http://{shown}:{port}/v1; Ctrl-C ends")
+    if not loopback:
+        common.note("the key and all that is said travel unencrypted; put a proxy with TLS before this address")
+    make_server(build_app(served, scheduler, key, loopback), args.drain).run(sockets=[address])
+    return 0
+
+
+def _key(args: argparse.Namespace) -> str | None:
+    """The key that clients have to give."""
+    if args.api_key_env is not None:
+        where, key = f"--api-key-env {args.api_key_env}", os.environ.get(args.api_key_env, "")
+    elif args.api_key_file is not None:
+        where, path = f"--api-key-file {args.api_key_file}", home_path(args.api_key_file)
+        if regular_size(path, where, ConfigError) > LONGEST_KEY:
+            raise ConfigError(f"{where}: is no file with a key in it")
+        try:
+            key = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or 'no text'})") from None
+    else:
+        return None
+    key = key.strip()
+    if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+        rule = f"a key has {SHORTEST_KEY} or more letters, digits and signs of ASCII, without spaces"
+        raise ConfigError(f"{where}: {rule}; `openssl rand -hex 32` makes one")
+    return key

@@ -1,0 +1,323 @@
+"""The routes, and the guard before them: who may ask, from which page, with which key, and how much.
+
+Only `/health` and `/ready` answer without the key. A client that goes away, streaming or not, takes its request along.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from email.message import Message as Headers
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from polymodal.backends.base import Reply, TextDelta
+from polymodal.backends.openai.answers import clean
+from polymodal.errors import PolymodalError
+from polymodal.serving.protocol import (
+    Asked,
+    Json,
+    RequestError,
+    Served,
+    as_request_error,
+    choice,
+    chunk,
+    completion,
+    read_request,
+    usage_of,
+)
+from polymodal.serving.scheduler import Job, Scheduler
+
+LOG = logging.getLogger(__name__)
+
+OPEN = ("/health", "/ready")
+"""Routes without a key."""
+READERS = 4
+"""Bodies that are read and unpacked at the same time; others wait unread."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes."""
+
+    body: int = 32 * 2**20  # Bytes
+    body_s: float = 30.0  # For a body to arrive
+    first_s: float = 10.0  # Until a stream begins with a ping, and between pings; before, an error has its own status
+    stall_s: float = 180.0  # Without a step of the model, after which `/ready` says no
+
+
+def build_app(
+    served: Served, scheduler: Scheduler, key: str | None = None, loopback: bool = True, limits: Limits | None = None
+) -> Starlette:
+    """Make the application; `loopback` says that only this machine may reach it, by its own names."""
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        scheduler.close()
+
+    routes = [
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+    ]
+    guard = Middleware(Guard, key=key, loopback=loopback)
+    handlers: Any = {HTTPException: _as_json, RequestError: _as_json}
+    app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
+    app.router.redirect_slashes = False
+    app.state.served, app.state.scheduler, app.state.limits = served, scheduler, limits or Limits()
+    app.state.readers = asyncio.Semaphore(READERS)
+    return app
+
+
+class Guard:
+    """Refuses who may not ask, before anything is read; writes one line a request; no error leaves it unanswered."""
+
+    def __init__(self, app: ASGIApp, key: str | None, loopback: bool) -> None:
+        self.app, self.loopback = app, loopback
+        self.digest = None if key is None else hashlib.sha256(key.encode()).digest()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer why not."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begin, status = time.monotonic(), 0
+
+        async def noting(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Cache-Control"] = "no-store"
+            await send(message)
+
+        try:
+            try:
+                self._check(Request(scope))
+                await self.app(scope, receive, noting)
+            except ClientDisconnect:
+                pass
+            except Exception as error:
+                if not isinstance(error, PolymodalError):
+                    LOG.error("%s: %s", type(error).__name__, error, exc_info=LOG.isEnabledFor(logging.DEBUG))
+                if not status:
+                    await _answer(as_request_error(error))(scope, receive, noting)
+        finally:
+            seconds = time.monotonic() - begin
+            LOG.info("%s %s %s %.2f s", scope["method"], clean(scope["path"], 100), status or "gone", seconds)
+
+    def _check(self, request: Request) -> None:
+        """Refuse pages of other origins, other names of this machine, and whoever has not the key."""
+        hosts, origins = request.headers.getlist("host"), request.headers.getlist("origin")
+        if len(hosts) > 1 or (self.loopback and any(_host_of(f"//{host}") not in LOOPBACK for host in hosts)):
+            raise RequestError("the Host header is none of this server's names", status=403, code="bad_host")
+        if any(urlsplit(origin).netloc.lower() not in [host.lower() for host in hosts] for origin in origins):
+            raise RequestError("pages of other origins may not ask this server", status=403, code="bad_origin")
+        if self.digest is None or request.url.path in OPEN:
+            return
+        given = request.headers.getlist("authorization")
+        scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+        digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
+        if not hmac.compare_digest(digest, self.digest) or scheme.lower() != "bearer":
+            raise RequestError("the API key is missing or wrong", status=401, code="invalid_api_key")
+
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Names by which a browser on this machine reaches it; any other may be a stranger's that points here."""
+
+
+def _host_of(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
+def _answer(error: RequestError) -> JSONResponse:
+    headers = {"Retry-After": str(error.retry)} if error.retry else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body, error.status, headers)
+
+
+async def _as_json(_: Request, error: Exception) -> Response:
+    """An error of ours, or of Starlette's about routes and methods, as OpenAI's object."""
+    if isinstance(error, HTTPException):
+        told = {404: "there is no such route", 405: "this route has no such method"}.get(error.status_code, "refused")
+        error = RequestError(told, status=error.status_code)
+    return _answer(as_request_error(error))
+
+
+async def health(_: Request) -> Response:
+    """Whether the process lives."""
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """Whether it would answer: not where the model has stopped in the middle of a request."""
+    state = request.app.state
+    if state.scheduler.stalled(state.limits.stall_s):
+        raise RequestError("the model makes no progress", status=503, code="stalled")
+    return JSONResponse({"status": "ready"})
+
+
+async def models(request: Request) -> Response:
+    """The one model that is served."""
+    return JSONResponse({"object": "list", "data": [request.app.state.served.card]})
+
+
+async def model(request: Request) -> Response:
+    """The same, by its name."""
+    served: Served = request.app.state.served
+    if request.path_params["name"] != served.name:
+        raise RequestError(f"there is only {served.name!r}", "model", 404, "model_not_found")
+    return JSONResponse(served.card)
+
+
+async def chat(request: Request) -> Response:
+    """Answer a conversation, whole or piece by piece."""
+    state = request.app.state
+    _check_headers(request, state.limits.body)
+    state.scheduler.check_room()  # before a body is read for nothing
+    async with state.readers:
+        body = await _read_body(request, state.limits)
+        asked = await asyncio.to_thread(read_request, body, state.served)
+    del body
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": state.served.name}
+    job = state.scheduler.submit(asked.messages, asked.choices)
+    gone = asyncio.create_task(_gone(request, job))
+    try:
+        if not asked.stream:
+            return JSONResponse(completion(head, await _replies(job), asked.messages))
+        first: Any = None
+        try:
+            first = await job.next(state.limits.first_s)
+        except TimeoutError:
+            first = ()
+        pieces = _pieces(job, asked, head, first, state.limits.first_s)
+        return EventStream(pieces, job)
+    except BaseException as error:
+        job.cancel()
+        if not isinstance(error, Exception) or isinstance(error, ClientDisconnect):
+            raise
+        raise as_request_error(error) from None
+    finally:
+        gone.cancel()
+
+
+def _check_headers(request: Request, most: int) -> None:
+    """What is known of a body before it is read."""
+    # A form or a plain text is what another site's page can send without asking; a packed body may unpack to anything.
+    headers = Headers()
+    headers["content-type"] = request.headers.get("content-type", "none/none")
+    if headers.get_content_type() != "application/json":
+        raise RequestError("the body must be application/json", status=415)
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise RequestError("the body must not be compressed", status=415)
+    length = request.headers.get("content-length", "0")
+    if length.isdigit() and (len(length) > 15 or int(length) > most):
+        raise _too_large(most)
+
+
+def _too_large(most: int) -> RequestError:
+    return RequestError(f"the body has more than {most:,} bytes", status=413, code="request_too_large")
+
+
+async def _read_body(request: Request, limits: Limits) -> bytes:
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_s):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limits.body:
+                    raise _too_large(limits.body)
+    except TimeoutError:
+        raise RequestError("the body did not arrive in time", status=408) from None
+    return bytes(body)
+
+
+async def _gone(request: Request, job: Job) -> None:
+    """Cancel a job as soon as nobody waits for it."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    job.cancel()
+    job.put(ClientDisconnect())
+
+
+async def _replies(job: Job) -> list[Reply]:
+    replies = []
+    while (found := await job.next()) is not None:
+        if isinstance(found[1], Reply):
+            replies.append(found[1])
+    return replies
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; the job ends with them, also where the client leaves before the first."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, pieces: AsyncIterator[bytes], job: Job) -> None:
+        super().__init__(pieces, headers={"X-Accel-Buffering": "no"})
+        self.job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send, until all is said or the client is gone."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.job.cancel()
+
+
+async def _pieces(job: Job, asked: Asked, head: Json, found: Any, ping_s: float) -> AsyncIterator[bytes]:
+    """A streamed answer: the role first, text as it comes, why it ended, the usage, the end."""
+    replies: list[Reply] = []
+    begun: set[int] = set()
+    try:
+        while found is not None:
+            if found == ():
+                yield b": ping\n\n"
+            else:
+                index, event = found
+                if index not in begun:
+                    begun.add(index)
+                    yield _event(
+                        chunk(head, [choice(index, {"role": "assistant", "content": ""})], asked.include_usage)
+                    )
+                if isinstance(event, TextDelta) and event.text:
+                    yield _event(chunk(head, [choice(index, {"content": event.text})], asked.include_usage))
+                elif isinstance(event, Reply):
+                    replies.append(event)
+                    yield _event(chunk(head, [choice(index, {}, event.finish_reason)], asked.include_usage))
+            try:
+                found = await job.next(ping_s)
+            except TimeoutError:
+                found = ()
+        if asked.include_usage:
+            yield _event(chunk(head, [], True, usage_of(replies, asked.messages)))
+    except Exception as error:
+        yield _event(as_request_error(error).body)
+    yield b"data: [DONE]\n\n"
+
+
+def _event(document: Json) -> bytes:
+    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
