@@ -57,7 +57,8 @@ def test_the_third_stage_gives_it_ears_and_moving_eyes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert build_dataset(["senses", "--output", "data/default_senses", "--size", "tiny"]) == 0
-    few = ["run.max_steps=3", "run.epochs=9", "run.log_every=1", "batch.global_size=8", "audio_warm_start.steps=5"]
+    few = ["run.max_steps=3", "run.epochs=9", "run.log_every=1", "batch.global_size=8"]
+    few += ["audio_warm_start.steps=5", "video_warm_start.steps=5"]
     stage(3, f"init.from={tiny_model_folder}", f"init.audio.audio_tower={tiny_ears_folder}", *few)
     model = polymodal.load(tmp_path / "runs/default/stage3/final", "cpu")
     assert model.takes == ("image", "video", "audio")

@@ -76,7 +76,8 @@ def test_a_reply_s_parts_are_message_parts_and_go_into_the_next_turn(drawer: Loc
 
 def test_events_come_in_order_with_previews(drawer: LocalBackend) -> None:
     *events, reply = drawer.stream(PROMPTS[2], GREEDY.model_copy(update={"modalities": ("text", "image")}))
-    kinds = [type(event) for event in events if not isinstance(event, TextDelta)]
+    events = [event for event in events if not isinstance(event, TextDelta)]
+    kinds = [type(event) for event in events]
     assert (kinds[0], kinds[-1]) == (MediaStart, MediaEnd) and set(kinds[1:-1]) == {MediaProgress}
     progress = [event for event in events if isinstance(event, MediaProgress)]
     fractions = [event.fraction for event in progress]
