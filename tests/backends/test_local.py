@@ -310,7 +310,7 @@ def test_drafts_that_an_answer_stopped_before_are_not_kept(
 ) -> None:
     keeping, talk, ahead = fresh(model), [user("Hello, hello, hello, hello")], []
     plain = fresh(model, keeps_last=False)
-    plain.looks_up = False
+    keeping.looks_up = True
     real = DynamicCache.crop
     monkeypatch.setattr(DynamicCache, "crop", lambda self, n: ahead.append(n) or real(self, n))
     for events in range(1, 40):
@@ -338,7 +338,8 @@ def test_a_batch_frees_what_was_kept_and_encoder_decoders_keep_nothing(model: Lo
     keeping.forget()
     assert not keeping._last
     seq2seq = LocalBackend(encoder_decoder(model), model.tokenizer, model.config)
-    assert not seq2seq.keeps_last and not seq2seq.looks_up
+    assert not seq2seq.keeps_last
+    seq2seq.looks_up = True  # which goes without
     assert seq2seq.generate([user("Hello")], params).text == seq2seq.generate([user("Hello")], params).text
     assert not seq2seq._last
 

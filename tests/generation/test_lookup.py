@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from polymodal.generation import generate
 from polymodal.generation.lookup import FEW, LOSS, MOST, PRICE, SHARE, Lookup
@@ -55,6 +55,17 @@ def test_the_same_ids_and_logits_in_fewer_passes(
     assert made == plain and len(made) == min(most, 128 - len(ids))
     torch.testing.assert_close(same, logits, rtol=0, atol=1e-4)
     assert fewer <= count and (most < 60 or fewer < 0.8 * count)
+
+
+def test_a_cache_that_forgets_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    llm = MistralForCausalLM(MistralConfig(**small, num_key_value_heads=2, vocab_size=VOCAB, sliding_window=4))
+    model = MultimodalLM(llm, image_token_id=IMAGE).eval()
+    monkeypatch.setattr(generate, "Lookup", lambda *_: pytest.fail("a draft was to be looked up"))
+    batch = collate([Sample(torch.tensor([1, 2, 3]), torch.zeros(3, dtype=torch.bool))], 0, "left")
+    made = generate.stream_ids(model, batch, GenerationParams(max_new_tokens=30), [], VOCAB, prompt=torch.arange(30))
+    assert len(list(made)) == 30
 
 
 class Script:

@@ -16,13 +16,14 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from polymodal.backends.base import Answer, Backend, ModelBackend, check_makes
 from polymodal.config import ModelConfig
 from polymodal.errors import ConfigError, PolymodalError
-from polymodal.generation.generate import can_share, new_cache, read_beginnings, rounds_alike, stream_ids
+from polymodal.generation.generate import can_share, new_cache, read_beginnings, stream_ids
 from polymodal.generation.modalities import image_block, require_room, stream_modalities
 from polymodal.generation.params import GenerationParams, ImageParams
 from polymodal.generation.streaming import AnswerStream, Step
 from polymodal.media_plan import AudioPlan
 from polymodal.messages import Conversation, Message, assistant
 from polymodal.modeling.language_model import positions_of
+from polymodal.modeling.onnx_llm import OnnxLLM
 from polymodal.modeling.renderers.base import Renderer, RenderRequest
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Sample, collate
@@ -56,9 +57,9 @@ class LocalBackend(ModelBackend[Sample]):
     Attributes:
         keeps_last: Whether the key-value cache of the last conversation is kept, so that the next question about the
             same images, videos and sounds reads them no second time.
-        looks_up: Whether an answer that says again what was said is read several tokens at a time. It is the same
-            answer where the language model computes in float32, which is where this is on; rounded weights give other
-            logits for several tokens than for one.
+        looks_up: Whether an answer that says again what was said is read several tokens at a time. On for float32
+            graphs. Elsewhere it is to be asked for: torch on a CPU may lose a few percent where nothing is repeated,
+            and with rounded weights or half precision several tokens give slightly other logits than one.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class LocalBackend(ModelBackend[Sample]):
         self.processor = processor_of(model, tokenizer, config)
         super().__init__(name, tokenizer, model.llm.config, self.processor.template.stop_ids)
         self.keeps_last = can_share(model)
-        self.looks_up = can_share(model) and rounds_alike(model)
+        self.looks_up = isinstance(model.llm, OnnxLLM) and model.llm.bits == 32
         self._last: deque[LastRead] = deque(maxlen=1)  # whoever answers takes it, so that no two threads share it
         given = {"image": config.image, "video": config.video, "audio": model.audio_encoder}
         self.takes = tuple(kind for kind, there in given.items() if there is not None)

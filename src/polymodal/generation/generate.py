@@ -92,14 +92,6 @@ def can_share(model: MultimodalLM) -> bool:
     return all(type(layer) is DynamicLayer for layer in new_cache(model).layers)
 
 
-def rounds_alike(model: MultimodalLM) -> bool:
-    """Whether logits are the same, but for the last digits of float32, however many positions are read at once."""
-    if isinstance(model.llm, OnnxLLM):
-        return model.llm.bits == 32
-    tensors = (*model.llm.parameters(), *model.llm.buffers())
-    return {t.dtype for t in tensors} <= {torch.float32, torch.int64, torch.bool}
-
-
 def new_cache(model: MultimodalLM) -> Any:
     """An empty key-value cache of a causal language model."""
     return OnnxCache(model.llm) if isinstance(model.llm, OnnxLLM) else DynamicCache(config=_decoder(model))
@@ -225,7 +217,7 @@ def stream_ids(
     made = torch.empty((len(embeds), 0), dtype=torch.int64, device=model.device)
     next_ids: torch.Tensor | None = None
     room = context_length(model.llm.config) - (0 if model.encoder_decoder else mask.sum(dim=1))
-    if prompt is not None:
+    if prompt is not None and can_share(model):  # a cache that forgets goes back to no position
         never = torch.isin(prompt, torch.tensor([*stop_ids, *unspoken(model)])) | (prompt >= (vocab_size or 1 << 62))
         begun = cast(_Causal | _Graph, next_logits)
         most = min(params.max_new_tokens, int(room))

@@ -51,7 +51,7 @@ GRAPH, TABLE, ABOUT, KNOWN = "model.onnx", "embeddings.safetensors", "about.json
 REFUSED = ".refused"
 KEPT = "kept_positions"
 """The graph's input that says which positions' logits it gives, counted from the end: [-1] for the last."""
-PRUNING = ("Gather", "Unsqueeze")
+PRUNING = ("/lm_head/prune/Gather", "/lm_head/prune/Unsqueeze")
 """What the builder puts before the head, so that it sees the last position alone."""
 CHUNK = 512
 """Positions of a prompt that are read at once."""
@@ -206,7 +206,10 @@ def _export(source: Path, target: Path, work: Path) -> None:
         raise kind(f"no graph can be made of this language model ({lines[-1][:200]})")
     # What picks the last position before the head takes the positions that it is given instead.
     model = onnx.load(target / GRAPH, load_external_data=False)
-    pick, widen = (next(node for node in model.graph.node if node.name == f"/lm_head/prune/{kind}") for kind in PRUNING)
+    named = {node.name: node for node in model.graph.node}
+    pick, widen = (named.get(name) for name in PRUNING)
+    if pick is None or widen is None:
+        raise NoGraphError(f"no graph can be made of this language model (it has no {' and '.join(PRUNING)})")
     pick.input[1], pick.output[0] = KEPT, widen.output[0]
     model.graph.node.remove(widen)
     model.graph.input.append(onnx.helper.make_tensor_value_info(KEPT, onnx.TensorProto.INT64, ["kept"]))
