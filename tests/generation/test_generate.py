@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM
 
 from polymodal.errors import ConfigError
 from polymodal.generation.generate import generate_ids, sample_next
 from polymodal.generation.params import GenerationParams
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Sample, collate
-
-VOCAB = 40
-
-
-@pytest.fixture(scope="module")
-def model() -> MultimodalLM:
-    torch.manual_seed(0)
-    llm = LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                    num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128)
-    )  # fmt: skip
-    # A head sharp enough that ties do not decide.
-    llm.lm_head.weight.data.mul_(30)
-    return MultimodalLM(llm, image_token_id=7).eval()
+from tests.generation.conftest import VOCAB
 
 
 def prompt(ids: list[int]) -> Sample:

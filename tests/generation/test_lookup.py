@@ -6,27 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM
 
 from polymodal.generation import generate
 from polymodal.generation.lookup import FEW, LOSS, MOST, PRICE, SHARE, Lookup
 from polymodal.generation.params import GenerationParams
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Sample, collate
-
-VOCAB, IMAGE = 40, 7
-
-
-@pytest.fixture(scope="module")
-def model() -> MultimodalLM:
-    """A model that soon goes in circles, as random ones do."""
-    torch.manual_seed(0)
-    llm = LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                    num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128)
-    )  # fmt: skip
-    llm.lm_head.weight.data.mul_(30)
-    return MultimodalLM(llm, image_token_id=IMAGE).eval()
+from tests.generation.conftest import IMAGE, VOCAB
 
 
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.05}, {"temperature": 0.3, "seed": 3}])

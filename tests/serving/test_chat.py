@@ -209,13 +209,19 @@ def test_a_stream_that_breaks_says_so(told: Callable[..., Any]) -> None:
     assert events[-2] == "data: [DONE]" and "word " in events[1]
 
 
+def asking(server: Running, body: dict[str, Any]) -> socket.socket:
+    """A connection over which a question was sent and no answer was read."""
+    sent = json.dumps(body).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection.sendall(f"{head}Content-Length: {len(sent)}\r\n\r\n".encode() + sent)
+    return connection
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_takes_its_request_along(stream: bool, told: Callable[..., Any]) -> None:
     model, server = told()
-    body = json.dumps({**ASK, "max_tokens": 60, "stream": stream}).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    with asking(server, {**ASK, "max_tokens": 60, "stream": stream}) as connection:
         assert model.begun.wait(10)
         model.steps.release(2)
         if stream:
@@ -235,10 +241,7 @@ def test_a_client_that_does_not_read_is_left(told: Callable[..., Any], monkeypat
     monkeypatch.setattr("polymodal.serving.server.SEND_S", 0.3)
     model, server = told()
     model.word = 500_000 * "w"
-    body = json.dumps({**ASK, "max_tokens": 60, "stream": True}).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    with asking(server, {**ASK, "max_tokens": 60, "stream": True}):
         assert model.begun.wait(10)
         model.steps.release(40)
         deadline = time.monotonic() + 10
