@@ -114,12 +114,20 @@ def media_counts(
 
 def tokens_per_tile(config: ModelConfig, folder: Path | None = None, *, fetch: bool = False) -> Size | None:
     """What a tile becomes; None for a model without a vision encoder."""
-    if folder is not None and config.vision is not None and config.vision.vision_tower == BUNDLED:
-        vision = config.vision.model_copy(update={"vision_tower": str(folder / "vision")})
-        config = config.model_copy(update={"vision": vision})
+    config = config if folder is None else with_own_towers(config, folder)
     with torch.device("meta"):
         _, projector = _eyes(config, 1, fetch)
     return None if projector is None else projector.output_grid
+
+
+def with_own_towers(config: ModelConfig, folder: Path) -> ModelConfig:
+    """A folder's configuration with the places of the towers that lie in it."""
+    places: dict[str, Any] = {}
+    if config.vision is not None and config.vision.vision_tower == BUNDLED:
+        places["vision"] = config.vision.model_copy(update={"vision_tower": str(folder / "vision")})
+    if config.audio is not None and config.audio.audio_tower == BUNDLED:
+        places["audio"] = config.audio.model_copy(update={"audio_tower": str(folder / "audio")})
+    return config.model_copy(update=places)
 
 
 def _eyes(config: ModelConfig, width: int, fetch: bool) -> tuple[VisionEncoder | None, Projector | None]:

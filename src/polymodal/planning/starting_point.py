@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from polymodal.checkpoints.model_folder import CONFIG_NAME, read_config, read_history
 from polymodal.config import LLMConfig, ModelConfig, new_image_rules, new_senses
 from polymodal.errors import CheckpointError, ConfigError
+from polymodal.modeling.meta_device import with_own_towers
 from polymodal.training.recipes.load import load_recipe
 from polymodal.training.recipes.sft import Recipe
 from polymodal.utils.files import home_path, shipped_folder
@@ -41,7 +41,7 @@ def starting_point(recipe: Recipe, path: Path | None = None) -> Start:
     folder = Path(recipe.init.from_folder)
     if (folder / CONFIG_NAME).is_file():
         trained = {name for entry in read_history(folder) for name in entry.get("trained", ())}
-        return Start(_config_in(folder), frozenset(trained), f"as in {folder}").under(recipe)
+        return Start(with_own_towers(read_config(folder), folder), frozenset(trained), f"as in {folder}").under(recipe)
     for other in sorted(path.parent.glob("*.yaml")) if path is not None else ():
         try:
             before = load_recipe(other)
@@ -63,20 +63,9 @@ def model_config(name: str) -> ModelConfig:
     folder = home_path(name)
     for place in (shipped_folder() / name, folder):
         if (place / CONFIG_NAME).is_file():
-            return _config_in(place)
+            return with_own_towers(read_config(place), place)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: neither a polymodal.json nor a config.json in it")
     if not folder.is_dir() and name.count("/") != 1:
         raise CheckpointError(f"{name}: no such model folder, and no hub id (owner/name)")
     return ModelConfig(llm=LLMConfig(model_name_or_path=str(folder) if folder.is_dir() else name))
-
-
-def _config_in(folder: Path) -> ModelConfig:
-    """The configuration of a folder of ours, with the places of towers that lie in it."""
-    config = read_config(folder)
-    places: dict[str, Any] = {}
-    if config.vision is not None and config.vision.vision_tower == "bundled":
-        places["vision"] = config.vision.model_copy(update={"vision_tower": str(folder / "vision")})
-    if config.audio is not None and config.audio.audio_tower == "bundled":
-        places["audio"] = config.audio.model_copy(update={"audio_tower": str(folder / "audio")})
-    return config.model_copy(update=places)
