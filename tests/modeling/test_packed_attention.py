@@ -126,7 +126,8 @@ def test_what_is_not_packed_goes_as_before(name: str) -> None:
     run(model, samples(), packed=True)
     for side in ("right", "left"):
         batch = collate(samples(), pad_id=0, side=side)
-        ours, theirs = (m(batch.input_ids, batch.attention_mask).logits for m in (model, fresh))
+        with torch.no_grad():
+            ours, theirs = (m(batch.input_ids, batch.attention_mask).logits for m in (model, fresh))
         assert torch.equal(ours, theirs)
     prompt = samples()[2].input_ids[None]
     settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -214,6 +215,24 @@ def test_in_training_a_cpu_attends_by_products(scaling: float | None, monkeypatc
     with torch.no_grad():
         segment_attention(*sides, segments, scaling)
     assert asked[5:] == [9, 1, 12, 6]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-eager", "gemma2", "opt"])
+def test_rows_with_padding_attend_by_products_in_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same losses and gradients as by the usual attention, where causal attention is all that is asked for."""
+    asked = []
+    by_products = attention._by_products
+    monkeypatch.setattr(attention, "_by_products", lambda q, *a: asked.append(len(q)) or by_products(q, *a))
+    model, fresh = make(name).train(), make(name).train()
+    run(model, samples(), packed=True)
+    model.zero_grad(set_to_none=True)
+    asked.clear()
+    ours, theirs = (run(each, samples(), packed=False) for each in (model, fresh))
+    # Gemma 2 caps its scores; its own eager attention is given a mask.
+    assert set(asked) == ({len(samples())} if name in ("llama", "opt") else set())
+    assert torch.allclose(ours.losses, theirs.losses, atol=1e-5)
+    wanted = gradients(fresh)
+    assert all(torch.allclose(mine, wanted[name], atol=1e-4) for name, mine in gradients(model).items())
 
 
 @pytest.mark.parametrize("window", [None, 4])

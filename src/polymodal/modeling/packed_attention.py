@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from polymodal.errors import ConfigError
 from polymodal.utils.modules import evaluating
@@ -41,6 +42,9 @@ SEGMENTS, POSITIONS, MASK = "segments", "positions", "mask"
 
 SHORT, BLOCK = 1024, 128
 """Tokens up to which a segment's weights are kept for the backward pass on a CPU, and queries at a time."""
+
+ALIKE = 1.25
+"""How much longer than the shortest of them segments may be that are attended to at once."""
 
 _PROBE = (5, 7)
 """Lengths of the segments that `choose_method` tries."""
@@ -115,40 +119,66 @@ def segment_attention(
     shared = groups > 1 and window is None and softcap is None
     if groups > 1 and not shared:
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-    plain = (
-        query.device.type == "cpu" and torch.is_grad_enabled() and window is None and softcap is None and not dropout
-    )
-    pieces = []
-    parts = zip(*(part.split(segments.lengths, dim=2) for part in (query, key, value)), strict=True)
-    for q, k, v in parts:
+    plain = _plain(query, window, softcap, dropout)
+    parts = list(zip(*(part.split(segments.lengths, dim=2) for part in (query, key, value)), strict=True))
+    pieces: list[Tensor] = [query] * len(parts)
+    alike = _alike(segments.lengths) if plain else []
+    for group in alike:
+        sides = (pad_sequence([side[0].transpose(0, 1) for side in part]) for part in zip(*(parts[i] for i in group)))
+        attended = _by_products(*(side.permute(1, 2, 0, 3) for side in sides), scaling).transpose(1, 2)
+        for place, row in zip(group, attended, strict=True):
+            pieces[place] = row[None, : segments.lengths[place]]
+    for place in set(range(len(parts))).difference(*alike):
+        q, k, v = parts[place]
         mask = _band(q.shape[2], window, q.device) if window is not None and window < q.shape[2] else None
         if softcap is not None:
             piece = _capped(q, k, v, mask, scaling, dropout, softcap)
-        elif plain and q.shape[2] <= SHORT:
-            piece = _by_products(q, k, v, scaling)
         else:
             piece = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, dropout_p=dropout, enable_gqa=shared
             )
-        pieces.append(piece.transpose(1, 2))
+        pieces[place] = piece.transpose(1, 2)
     return torch.cat(pieces, dim=1)
 
 
+def _plain(
+    query: Tensor, sliding_window: int | None = None, softcap: float | None = None, dropout: float = 0.0, **_: Any
+) -> bool:
+    """Whether causal attention in training on a CPU is all that is asked for."""
+    asked = sliding_window is not None or softcap is not None or dropout
+    return query.device.type == "cpu" and torch.is_grad_enabled() and not asked
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Short segments of like length, which are attended to at once, so that all cores have work."""
+    groups: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if lengths[place] > SHORT:
+            break
+        if groups and lengths[place] <= ALIKE * lengths[groups[-1][0]]:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
 def _by_products(q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
-    """Causal attention of one segment as products of matrices, each block of queries over the keys up to its end."""
+    """Causal attention of rows as products of matrices, each block of queries over the keys up to its end."""
+    # q [B, H, T, d], k and v [B, h, T, d] -> [B, H, T, d]
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else q.dtype
     q = (q * (scaling if scaling is not None else q.shape[-1] ** -0.5)).to(dtype)
-    queries, keys, values = q[0].unflatten(0, (k.shape[1], -1)), k[0].to(dtype).transpose(1, 2), v[0].to(dtype)
+    queries = q.unflatten(1, (k.shape[1], -1)).flatten(0, 1)  # [B h, H / h, T, d]
+    keys, values = k.to(dtype).flatten(0, 1).transpose(1, 2), v.to(dtype).flatten(0, 1)
     pieces = []
     with torch.autocast("cpu", enabled=False):  # it would take the softmax's result in float32
         for start in range(0, q.shape[2], BLOCK):
-            block = queries[:, :, start : start + BLOCK]  # [h, H / h, n, d]
+            block = queries[:, :, start : start + BLOCK]  # [B h, H / h, n, d]
             shape, end = block.shape[1:3], start + block.shape[2]
             later = torch.full((shape[1], end), float("-inf"), dtype=dtype).triu(start + 1).repeat(shape[0], 1)
             weights = torch.baddbmm(later, block.flatten(1, 2), keys[:, :, :end]).softmax(dim=-1)
             pieces.append((weights @ values[:, :end]).unflatten(1, shape))
-    return torch.cat(pieces, dim=2).flatten(0, 1)[None]
+    return torch.cat(pieces, dim=2).unflatten(0, (len(q), -1)).flatten(1, 2)
 
 
 def choose_method(llm: PreTrainedModel) -> str:
@@ -200,6 +230,9 @@ def install(llm: PreTrainedModel) -> None:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if segments is None:
+            if attention_mask is None and query.shape[2] == key.shape[2] <= SHORT and _plain(query, **kwargs):
+                attended = _by_products(query, key, value, kwargs.get("scaling"))
+                return attended.transpose(1, 2).contiguous(), None
             usual: Kernel = ALL_ATTENTION_FUNCTIONS.get(before) or _eager(module)
             return usual(module, query, key, value, attention_mask, **kwargs)
         return attend_opaquely(query, key, value, segments, kwargs), None

@@ -58,8 +58,8 @@ def save_memory(
     tokens = longest * batch.micro_size
     if batch.packing == "pack":
         tokens = max(longest, min(batch.micro_tokens, longest * batch.global_size))
-    # Of packed samples a CPU keeps the attention's weights.
-    seen = min(longest, SHORT) if batch.packing == "pack" and device.type == "cpu" else 0
+    # A CPU keeps the attention's weights.
+    seen = min(longest, SHORT) if device.type == "cpu" else 0
     needed = activation_bytes(llm.config, tokens, value_bytes, seen)
     short = run.checkpointing == "auto" and needed > MEMORY_SHARE * free_memory(device)
     if run.checkpointing == "on" or short:

@@ -1,6 +1,7 @@
 """Supervised tuning: a language model learns the assistant's answers to text and images, token by token."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from polymodal.backends.local import processor_of
 from polymodal.checkpoints.model_folder import save_model
 from polymodal.config import ImageConfig, ModelConfig, Strict, new_image_rules, new_output, new_senses, parse_config
 from polymodal.data.readers.conversations import Record
-from polymodal.errors import CheckpointError
+from polymodal.errors import CheckpointError, ConfigError
 from polymodal.interop.open import open_model
 from polymodal.media_plan import AudioPlan, ImagePlan, MediaPlan, VideoPlan
 from polymodal.modeling.build import add_senses, build_model
@@ -134,6 +135,9 @@ class SFTTask(Task):
         knows_head(self.model.llm)
         if self.recipe.batch.packing == "pack":
             self.model.prepare_packing()
+        elif next(self.model.llm.parameters()).device.type == "cpu" and not self.model.encoder_decoder:
+            with suppress(ConfigError):  # the quicker attention serves rows with padding too
+                self.model.prepare_packing()
         folder = Path(self.recipe.output_dir)
         self.dataset = self.make_dataset(folder)
         self.evaluation = make_evaluation(self.recipe, self.model, self.dataset, folder)
