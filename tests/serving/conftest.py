@@ -19,7 +19,7 @@ from polymodal.backends import load
 from polymodal.backends.base import Backend, Reply, StreamEvent, TextDelta, Timing, Usage
 from polymodal.messages import assistant
 from polymodal.serving.app import Limits, build_app
-from polymodal.serving.protocol import Served
+from polymodal.serving.models import Served
 from polymodal.serving.scheduler import Scheduler
 from polymodal.serving.server import bind, make_server
 
@@ -57,8 +57,9 @@ class Told(Backend):
 class Running:
     """A server's address, and what a test looks at."""
 
-    def __init__(self, served: Served, scheduler: Scheduler, port: int) -> None:
-        self.served, self.scheduler, self.backend = served, scheduler, served.backend
+    def __init__(self, models: dict[str, Served], port: int) -> None:
+        self.models, self.served = models, models["tiny"]
+        self.scheduler, self.backend = self.served.scheduler, self.served.backend
         self.port, self.url = port, f"http://127.0.0.1:{port}"
 
     def post(self, body: Any = None, **options: Any) -> Any:
@@ -77,18 +78,20 @@ class Running:
 @contextmanager
 def running(
     backend: Backend, *, key: str | None = None, loopback: bool = True, queue: int = 16, timeout: float = 60.0,
-    limits: Limits | None = None,
+    limits: Limits | None = None, beside: dict[str, Backend] | None = None,
 ) -> Iterator[Running]:  # fmt: skip
-    served = Served(backend, "tiny", 64, 12, CONTEXT * LONGEST, 1_700_000_000)
-    scheduler = Scheduler(backend, queue, timeout)
+    models = {
+        name: Served(one, Scheduler(one, queue, timeout), name, 64, 12, CONTEXT * LONGEST, 1_700_000_000)
+        for name, one in {"tiny": backend, **(beside or {})}.items()
+    }
     address = bind("127.0.0.1", 0)
-    server = make_server(build_app(served, scheduler, key, loopback, limits), drain=5)
+    server = make_server(build_app(models, key, loopback, limits), drain=5)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [address]}, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     try:
-        yield Running(served, scheduler, address.getsockname()[1])
+        yield Running(models, address.getsockname()[1])
     finally:
         server.should_exit = True
         thread.join(20)

@@ -3,6 +3,7 @@
 Any client of OpenAI's API can then ask it, with base_url http://127.0.0.1:8000/v1. Media come as data: URLs. Ctrl-C or
 SIGTERM ends what is under way, then the server. What is promised is in docs/security.md. Examples:
   polymodal serve
+  polymodal serve --model default --model runs/mine/final --name default --name mine
   polymodal serve --model runs/mine/final --host 0.0.0.0 --api-key-env MY_KEY
 """
 
@@ -10,6 +11,7 @@ import argparse
 import importlib.util
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from polymodal.backends.base import ModelBackend
@@ -27,9 +29,14 @@ ANY_TEXT = 4_000_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     add = parser.add_argument
-    common.add_model_argument(parser)
+    add(
+        "--model",
+        action="append",
+        metavar="NAME",
+        help='"default", a model folder, or a hub id (default: the one that comes with polymodal); again for another',
+    )
     common.add_loading_arguments(parser, "auto")
-    add("--name", help="what requests call the model (the last part of its name)")
+    add("--name", action="append", help="what requests call the model (the last part of its name); once a --model")
     add("--host", default="127.0.0.1", help="the address (%(default)s); any but this machine's own needs a key")
     add("--port", type=int, default=8000, help="the port (%(default)s)")
     keys = parser.add_mutually_exclusive_group()  # no flag with the key itself, since command lines are seen by others
@@ -48,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"serve needs {missing[0]}; pip install 'polymodal[serve]'")
     from polymodal.serving.app import build_app
-    from polymodal.serving.protocol import Served
+    from polymodal.serving.models import Served
     from polymodal.serving.scheduler import Scheduler
     from polymodal.serving.server import bind, is_loopback, log_to_stderr, make_server
 
@@ -63,24 +70,37 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--host {args.host}: others can reach this address, so a key is needed: --api-key-env or --api-key-file"
         )
+    names = _names(args.model or ["default"], args.name or [])
     address = bind(args.host, args.port)
-    model = common.open_model(args)
-    name = args.name or Path(args.model.removeprefix("openai:")).name or "model"
-    most, chars = args.max_tokens, ANY_TEXT
-    if isinstance(model, ModelBackend):
-        model.trims = False  # what a client sent is answered as it is, or refused
-        most = min(most, model.context_length)
-        chars = min(chars, model.context_length * max(map(len, model.tokenizer.get_vocab())))
-    served = Served(model, name, most, 512, chars, int(time.time()))
-    scheduler = Scheduler(model, args.queue, args.timeout)
+    models = {}
+    for name, folder in names.items():
+        model = common.open_model(argparse.Namespace(**{**vars(args), "model": folder}))
+        most, chars = args.max_tokens, ANY_TEXT
+        if isinstance(model, ModelBackend):
+            model.trims = False  # what a client sent is answered as it is, or refused
+            most = min(most, model.context_length)
+            chars = min(chars, model.context_length * max(map(len, model.tokenizer.get_vocab())))
+        scheduler = Scheduler(model, args.queue, args.timeout)
+        models[name] = Served(model, scheduler, name, most, 512, chars, int(time.time()))
     log_to_stderr(bool(getattr(args, "debug", False)))
     host, port = address.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    common.note(f"{common.one_line(name)} is served at http://{shown}:{port}/v1; Ctrl-C ends")
+    every = " and ".join(map(common.one_line, models))
+    common.note(f"{every} {'is' if len(models) == 1 else 'are'} served at http://{shown}:{port}/v1; Ctrl-C ends")
     if not loopback:
         common.note("the key and all that is said travel unencrypted; put a proxy with TLS before this address")
-    make_server(build_app(served, scheduler, key, loopback), args.drain).run(sockets=[address])
+    make_server(build_app(models, key, loopback), args.drain).run(sockets=[address])
     return 0
+
+
+def _names(folders: Sequence[str], given: Sequence[str]) -> dict[str, str]:
+    """What requests call each model, and what it is opened as."""
+    if given and len(given) != len(folders):
+        raise ConfigError(f"--name is given {len(given)} times and --model {len(folders)} times; give a name to each")
+    names = given or [Path(folder.removeprefix("openai:")).name or "model" for folder in folders]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"two models are called {twice[0]!r}; give each its own with --name, as often as --model")
+    return dict(zip(names, folders, strict=True))
 
 
 def _key(args: argparse.Namespace) -> str | None:

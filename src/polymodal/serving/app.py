@@ -10,7 +10,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from email.message import Message as Headers
@@ -29,19 +29,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from polymodal.backends.base import Reply, TextDelta
 from polymodal.backends.openai.answers import clean
 from polymodal.errors import PolymodalError
-from polymodal.serving.protocol import (
-    Asked,
-    Json,
-    RequestError,
-    Served,
-    as_request_error,
-    choice,
-    chunk,
-    completion,
-    read_request,
-    usage_of,
-)
-from polymodal.serving.scheduler import Job, Scheduler
+from polymodal.serving.errors import RequestError, as_request_error
+from polymodal.serving.models import Served, check_room, model_of
+from polymodal.serving.protocol import Asked, Json, choice, chunk, completion, read_request, usage_of
+from polymodal.serving.scheduler import Job
 
 LOG = logging.getLogger(__name__)
 
@@ -62,19 +53,20 @@ class Limits:
 
 
 def build_app(
-    served: Served, scheduler: Scheduler, key: str | None = None, loopback: bool = True, limits: Limits | None = None
+    models: Mapping[str, Served], key: str | None = None, loopback: bool = True, limits: Limits | None = None
 ) -> Starlette:
-    """Make the application; `loopback` says that only this machine may reach it, by its own names."""
+    """Make the application over models by name; `loopback`: only this machine may reach it, by its own names."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        scheduler.close()
+        for served in models.values():
+            served.scheduler.close()
 
     routes = [
         Route("/health", health),
         Route("/ready", ready),
-        Route("/v1/models", models),
+        Route("/v1/models", list_models),
         Route("/v1/models/{name:path}", model),
         Route("/v1/chat/completions", chat, methods=["POST"]),
     ]
@@ -82,7 +74,7 @@ def build_app(
     handlers: Any = {HTTPException: _as_json, RequestError: _as_json}
     app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
-    app.state.served, app.state.scheduler, app.state.limits = served, scheduler, limits or Limits()
+    app.state.models, app.state.limits = models, limits or Limits()
     app.state.readers = asyncio.Semaphore(READERS)
     return app
 
@@ -173,37 +165,34 @@ async def health(_: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """Whether it would answer: not where the model has stopped in the middle of a request."""
+    """Whether it would answer: not where a model has stopped in the middle of a request."""
     state = request.app.state
-    if state.scheduler.stalled(state.limits.stall_s):
-        raise RequestError("the model makes no progress", status=503, code="stalled")
+    if any(served.scheduler.stalled(state.limits.stall_s) for served in state.models.values()):
+        raise RequestError("a model makes no progress", status=503, code="stalled")
     return JSONResponse({"status": "ready"})
 
 
-async def models(request: Request) -> Response:
-    """The one model that is served."""
-    return JSONResponse({"object": "list", "data": [request.app.state.served.card]})
+async def list_models(request: Request) -> Response:
+    """The models that are served."""
+    return JSONResponse({"object": "list", "data": [served.card for served in request.app.state.models.values()]})
 
 
 async def model(request: Request) -> Response:
-    """The same, by its name."""
-    served: Served = request.app.state.served
-    if request.path_params["name"] != served.name:
-        raise RequestError(f"there is only {served.name!r}", "model", 404, "model_not_found")
-    return JSONResponse(served.card)
+    """One of them, by its name."""
+    return JSONResponse(model_of(request.app.state.models, request.path_params["name"]).card)
 
 
 async def chat(request: Request) -> Response:
     """Answer a conversation, whole or piece by piece."""
     state = request.app.state
     _check_headers(request, state.limits.body)
-    state.scheduler.check_room()  # before a body is read for nothing
+    check_room(state.models)
     async with state.readers:
         body = await _read_body(request, state.limits)
-        asked = await asyncio.to_thread(read_request, body, state.served)
+        asked = await asyncio.to_thread(read_request, body, state.models)
     del body
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": state.served.name}
-    job = state.scheduler.submit(asked.messages, asked.choices)
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.served.name}
+    job = asked.served.scheduler.submit(asked.messages, asked.choices)
     gone = asyncio.create_task(_gone(request, job))
     try:
         if not asked.stream:

@@ -13,10 +13,12 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from pydantic_core import from_json
 
 from polymodal.backends.base import Backend, Reply
-from polymodal.errors import CheckpointError, EndpointError, MediaError, PolymodalError
+from polymodal.errors import MediaError
 from polymodal.generation.params import GenerationParams
 from polymodal.media.source import NamedBytes, read_bytes
 from polymodal.messages import Audio, Document, Image, Media, Message, Part, Text, Video
+from polymodal.serving.errors import RequestError
+from polymodal.serving.models import Served, model_of
 from polymodal.utils.strict import parse_config, shown
 
 Json: TypeAlias = dict[str, Any]
@@ -43,48 +45,6 @@ NEUTRAL: Json = {
     "store": False,
 }
 """Fields that are not served, with the values that ask for nothing."""
-
-TYPES = {400: "invalid_request_error", 429: "rate_limit_error", 500: "server_error"}
-
-
-_NO_MEMORY = "can't allocate memory"  # torch's words on a CPU
-
-
-class RequestError(PolymodalError):
-    """A request that is refused, or that came to nothing, as OpenAI's error objects say it."""
-
-    def __init__(
-        self, message: str, param: str | None = None, status: int = 400, code: str | None = None, retry: int = 0
-    ) -> None:
-        super().__init__(message)
-        self.param, self.status, self.reason = param, status, code
-        self.retry = retry  # Seconds after which to try again; 0 where that is no use
-
-    @property
-    def body(self) -> Json:
-        """The error object."""
-        kind = TYPES.get(self.status) or TYPES[500 if self.status >= 500 else 400]
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.reason}}
-
-
-def as_request_error(error: BaseException) -> RequestError:
-    """What a client is told of an error; of one that is none of ours, and may say anything, only that it was one."""
-    if isinstance(error, RequestError):
-        return error
-    if isinstance(error, EndpointError):  # which may say where the endpoint is
-        told = "the endpoint behind this server gave no answer; the server's log says why"
-        return RequestError(told, status=502, code="upstream_error")
-    if isinstance(error, PolymodalError) and not isinstance(error, CheckpointError):
-        place = re.match(r"(messages\[[\w.\[\]]*): ", str(error))
-        code = "context_length_exceeded" if error.code == "too-long" else None
-        return RequestError(str(error), place and place[1], code=code)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
-        return RequestError(
-            "the request needs more memory than there is; give fewer or smaller media, or a shorter text",
-            status=503,
-            code="out_of_memory",
-        )
-    return RequestError("the server failed on this request; its log says why", status=500, code="internal_error")
 
 
 class _Strict(BaseModel):
@@ -170,35 +130,17 @@ class _Request(_Strict):
 
 
 @dataclass(frozen=True)
-class Served:
-    """What is served, and how much of it a request may ask for."""
-
-    backend: Backend
-    name: str  # What requests call it
-    max_tokens: int  # The most that an answer may have
-    default_tokens: int  # Where a request says nothing
-    max_chars: int  # Of all texts of a request: more can be no prompt of this model, however it is cut into tokens
-    created: int  # Seconds since 1970
-
-    @property
-    def card(self) -> Json:
-        """The model as `/v1/models` lists it."""
-        modalities = {"input": ["text", *self.backend.takes], "output": ["text"]}
-        card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "polymodal"}
-        return {**card, "modalities": modalities, "max_completion_tokens": self.max_tokens}
-
-
-@dataclass(frozen=True)
 class Asked:
     """A request, checked."""
 
+    served: Served
     messages: list[Message]
     choices: list[GenerationParams]  # Of each answer that is wanted
     stream: bool
     include_usage: bool
 
 
-def read_request(body: bytes, served: Served) -> Asked:
+def read_request(body: bytes, models: Mapping[str, Served]) -> Asked:
     """Check a request's body; its media are unpacked and not yet decoded."""
     try:
         data = from_json(body, allow_inf_nan=False)
@@ -211,9 +153,7 @@ def read_request(body: bytes, served: Served) -> Asked:
         request = _Request.model_validate(data)
     except ValidationError as error:
         raise _mistake(error) from None
-    if request.model != served.name:
-        told = f"model: {shown(request.model)} is not served here; there is {served.name!r}"
-        raise RequestError(told, "model", 404, "model_not_found")
+    served = model_of(models, request.model)
     messages = _messages(request.messages, served)
     params = _params(request, served)
     seeds = [None if params.seed is None else (params.seed + number) % 2**64 for number in range(request.n)]
@@ -221,7 +161,7 @@ def read_request(body: bytes, served: Served) -> Asked:
     options = request.stream_options
     if options is not None and not request.stream:
         raise RequestError("stream_options: only goes with stream", "stream_options")
-    return Asked(messages, choices, request.stream, options is not None and options.include_usage)
+    return Asked(served, messages, choices, request.stream, options is not None and options.include_usage)
 
 
 def _without_nulls(value: Any) -> Any:

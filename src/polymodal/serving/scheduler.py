@@ -18,7 +18,7 @@ from polymodal.backends.base import Backend, StreamEvent
 from polymodal.errors import CheckpointError, EndpointError, PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Message
-from polymodal.serving.protocol import RequestError
+from polymodal.serving.errors import RequestError
 
 LOG = logging.getLogger(__name__)
 
