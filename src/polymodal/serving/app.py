@@ -12,8 +12,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from email.message import Message as Headers
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,6 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from polymodal.backends.base import Reply, TextDelta
 from polymodal.backends.openai.answers import clean
 from polymodal.errors import PolymodalError
+from polymodal.serving.bodies import Limits, check_headers, read_body
 from polymodal.serving.errors import RequestError, as_request_error
 from polymodal.serving.models import Served, check_room, model_of
 from polymodal.serving.protocol import Asked, Json, choice, chunk, completion, read_request, usage_of
@@ -40,16 +39,6 @@ OPEN = ("/health", "/ready")
 """Routes without a key."""
 READERS = 4
 """Bodies that are read and unpacked at the same time; others wait unread."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server takes."""
-
-    body: int = 32 * 2**20  # Bytes
-    body_s: float = 30.0  # For a body to arrive
-    first_s: float = 10.0  # Until a stream begins with a ping, and between pings; before, an error has its own status
-    stall_s: float = 180.0  # Without a step of the model, after which `/ready` says no
 
 
 def build_app(
@@ -185,10 +174,10 @@ async def model(request: Request) -> Response:
 async def chat(request: Request) -> Response:
     """Answer a conversation, whole or piece by piece."""
     state = request.app.state
-    _check_headers(request, state.limits.body)
+    check_headers(request, state.limits.body)
     check_room(state.models)
     async with state.readers:
-        body = await _read_body(request, state.limits)
+        body = await read_body(request, state.limits)
         asked = await asyncio.to_thread(read_request, body, state.models)
     del body
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.served.name}
@@ -211,37 +200,6 @@ async def chat(request: Request) -> Response:
         raise as_request_error(error) from None
     finally:
         gone.cancel()
-
-
-def _check_headers(request: Request, most: int) -> None:
-    """What is known of a body before it is read."""
-    # A form or a plain text is what another site's page can send without asking; a packed body may unpack to anything.
-    headers = Headers()
-    headers["content-type"] = request.headers.get("content-type", "none/none")
-    if headers.get_content_type() != "application/json":
-        raise RequestError("the body must be application/json", status=415)
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise RequestError("the body must not be compressed", status=415)
-    length = request.headers.get("content-length", "0")
-    if length.isdigit() and (len(length) > 15 or int(length) > most):
-        raise _too_large(most)
-
-
-def _too_large(most: int) -> RequestError:
-    return RequestError(f"the body has more than {most:,} bytes", status=413, code="request_too_large")
-
-
-async def _read_body(request: Request, limits: Limits) -> bytes:
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.body_s):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > limits.body:
-                    raise _too_large(limits.body)
-    except TimeoutError:
-        raise RequestError("the body did not arrive in time", status=408) from None
-    return bytes(body)
 
 
 async def _gone(request: Request, job: Job) -> None:
