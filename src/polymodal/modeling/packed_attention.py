@@ -124,8 +124,9 @@ def segment_attention(
     pieces: list[Tensor] = [query] * len(parts)
     alike = _alike(segments.lengths) if plain else []
     for group in alike:
-        sides = (pad_sequence([side[0].transpose(0, 1) for side in part]) for part in zip(*(parts[i] for i in group)))
-        attended = _by_products(*(side.permute(1, 2, 0, 3) for side in sides), scaling).transpose(1, 2)
+        sides = zip(*(parts[place] for place in group), strict=True)
+        q, k, v = (pad_sequence([x[0].transpose(0, 1) for x in side]).permute(1, 2, 0, 3) for side in sides)
+        attended = _by_products(q, k, v, scaling).transpose(1, 2)
         for place, row in zip(group, attended, strict=True):
             pieces[place] = row[None, : segments.lengths[place]]
     for place in set(range(len(parts))).difference(*alike):

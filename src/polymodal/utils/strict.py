@@ -1,10 +1,12 @@
 """Configuration classes that refuse what they do not know, and their one-line errors."""
 
+import inspect
+import re
 import reprlib
 import warnings
 from typing import Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, ValidationInfo, model_validator
 
 from polymodal.errors import ConfigError, unknown_name
 
@@ -27,6 +29,19 @@ class Strict(BaseModel):
     # So that pydantic does not call it for what is nested, whose mistakes are told with their whole path.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The schema with each key's sentence out of the docstrings, where `polymodal config` reads them."""
+        document = handler.resolve_ref_schema(handler(core_schema))
+        document["description"] = (cls.__doc__ or "").partition("\n\n")[0]
+        told = sentences(cls)
+        for name, field in cls.model_fields.items():
+            about = document.get("properties", {}).get(field.alias or name, {})
+            about.pop("title", None)
+            if name in told:
+                about["description"] = told[name]
+        return document
+
     @model_validator(mode="before")
     @classmethod
     def _take_earlier_names(cls, data: Any, info: ValidationInfo) -> Any:
@@ -36,6 +51,16 @@ class Strict(BaseModel):
                 warnings.warn(f"{where}: the key {old!r} is called {new!r} now", FutureWarning, stacklevel=3)
                 data = {new if key == old else key: value for key, value in data.items()}
         return data
+
+
+def sentences(cls: type) -> dict[str, str]:
+    """What the docstrings of a class and of those it builds on say of each key."""
+    found: dict[str, str] = {}
+    for each in reversed(cls.__mro__[: cls.__mro__.index(BaseModel)]):
+        _, _, section = inspect.cleandoc(each.__doc__ or "").partition("Attributes:\n")
+        entries = re.split(r"^    (\w+): ", section.partition("\n\n")[0], flags=re.MULTILINE)[1:]
+        found |= {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2], strict=True)}
+    return found
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
