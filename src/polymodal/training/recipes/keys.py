@@ -142,8 +142,8 @@ def page() -> str:
         "",
         "Every key of a recipe file, as `polymodal config --markdown` prints them; `polymodal config SECTION` prints",
         "a part, `polymodal config --schema` the JSON Schema by which editors complete and check keys. A file names it",
-        "in its first line: `# yaml-language-server: $schema=../schema.json`. Numbers stand for entries of lists, such as",
-        "`data.mix.0.path`. A value is changed on the command line by its path: `polymodal train RECIPE run.epochs=2`.",
+        "in its first line: `# yaml-language-server: $schema=../schema.json`. Numbers stand for entries of lists,",
+        "such as `data.mix.0.path`. A value is changed by its path: `polymodal train RECIPE run.epochs=2`.",
     ]
     for kind, (title, _, marker) in FILES.items():
         lines += ["", f"## {title}", ""]
