@@ -264,7 +264,7 @@ def test_the_process_itself(tmp_path: Path) -> None:
         ["data", "check", "{data}", "--output", "{bad}"],
         ["export", "default", "{bad}"],
         ["convert", "default", "{bad}"],
-        ["train", "{recipe}", "output_dir={bad}"],
+        ["train", "{recipe}", "data.mix.0.path={data}", "output_dir={bad}"],
     ],
 )
 def test_a_place_for_results_is_checked_before_anything_is_loaded(

@@ -260,7 +260,12 @@ def test_train_dry_run_resolves_overrides(capsys: pytest.CaptureFixture[str], tm
     import yaml
 
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("name: x\ninit: {from: somewhere}\ndata: {mix: [{path: a.json}]}\noutput_dir: out\n")
+    rows = tmp_path / "a.json"
+    rows.write_text('[{"id": "1", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]')
+    recipe.write_text(
+        f"name: x\ninit: {{from: default}}\ndata: {{mix: [{{path: {rows}}}]}}\noutput_dir: {tmp_path}/out\n"
+        'train: [{match: "projector.*", train: true}]\n'
+    )
     assert main(["train", str(recipe), "optim.learning_rate=2e-4", "--dry-run"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["optim"]["learning_rate"] == 2e-4
     assert not (tmp_path / "out").exists()

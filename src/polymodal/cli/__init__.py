@@ -25,6 +25,7 @@ VERBS = {
     "fetch": "fetch the default language model and its ears once (about 230 MB)",
     "plan": "say what a recipe or model will need: tokens, memory, steps, hours (loads no weights)",
     "config": "print every key of a recipe with its type, default and meaning",
+    "check": "say what is wrong with a recipe, all of it at once (loads no weights)",
     "train": "run a training recipe or pipeline",
     "eval": "score a model on held-out questions, beside an image-blind control",
     "embed": "put images and texts into one space and say how close they are",

@@ -26,15 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from a checkpoint although the recipe or the data changed; of a pipeline, do again a finished "
         "stage whose settings changed, and all after it",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check it as `polymodal check`, print it resolved, stop")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Resolve the recipe, then print or run it."""
+    """Check and resolve the recipe, then print or run it."""
+    from polymodal.cli.check import looked_over
     from polymodal.training import train
     from polymodal.training.recipes.load import dump_recipe, load_any_recipe
     from polymodal.training.recipes.pipeline import dump_pipeline, is_pipeline, load_pipeline
 
+    if os.environ.get("RANK", "0") == "0" and not looked_over(args.recipe, args.overrides):
+        return 2
     if is_pipeline(args.recipe):
         pipeline = load_pipeline(args.recipe, args.overrides)
         if args.dry_run:

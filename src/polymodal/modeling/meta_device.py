@@ -197,7 +197,7 @@ def _config_json(name: str, revision: str | None, fetch: bool) -> dict[str, Any]
     if path.is_dir():
         return config_json(str(path), str(path / "config.json"))
     if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1:
-        raise PolymodalError(f"{name}: no such folder; a plan reads its config.json")
+        raise PolymodalError(f"{name}: no such folder; its config.json is read first of all")
     try:
         return config_json(name, name, revision=revision, local_files_only=not fetch)
     except CheckpointError as error:

@@ -76,9 +76,21 @@ def parse_config(cls: type[ConfigT], data: Any, where: str) -> ConfigT:
         raise _mistake(cls, error, where) from None
 
 
-def _mistake(cls: type[BaseModel], error: ValidationError, where: str) -> ConfigError:
-    """The first of the mistakes that pydantic found, in one line."""
-    first = error.errors()[0]
+def mistakes(cls: type[BaseModel], data: Any, where: str) -> list[ConfigError]:
+    """Everything that is wrong with plain data, a line each."""
+    try:
+        parse_config(cls, data, where)
+    except ConfigError as error:
+        cause = error.__context__
+        if isinstance(cause, ValidationError):
+            return [_mistake(cls, cause, where, number) for number in range(cause.error_count())]
+        return [error]
+    return []
+
+
+def _mistake(cls: type[BaseModel], error: ValidationError, where: str, number: int = 0) -> ConfigError:
+    """One of the mistakes that pydantic found, in one line."""
+    first = error.errors()[number]
     path = ".".join(str(p) for p in first["loc"])
     if first["type"] == "extra_forbidden":
         unknown = unknown_name("key", path.split(".")[-1], _fields_at(cls, first["loc"][:-1]))

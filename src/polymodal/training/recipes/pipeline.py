@@ -156,8 +156,10 @@ def is_pipeline(path: Path | str) -> bool:
     return isinstance(data, dict) and "stages" in data
 
 
-def load_pipeline(path: Path | str, overrides: Sequence[str] = ()) -> Pipeline:
-    """Read a pipeline file and the recipes it names."""
+def load_pipeline(
+    path: Path | str, overrides: Sequence[str] = (), mistakes: list[ConfigError] | None = None
+) -> Pipeline:
+    """Read a pipeline file and the recipes it names; with a list for mistakes, stages that have some are left out."""
     path = Path(path)
     data = read_yaml(path)
     own = [override for override in overrides if not override.startswith("stages.")]
@@ -175,7 +177,14 @@ def load_pipeline(path: Path | str, overrides: Sequence[str] = ()) -> Pipeline:
     pipeline = Pipeline(parsed.name, Path(parsed.output_dir), {}, path)
     for name, raw in parsed.stages.items():
         filled = dict(map_text(raw, lambda text: text.replace("${output_dir}", str(pipeline.output_dir))))
-        pipeline.stages[name] = _stage(pipeline, name, filled, to_stage.get(name, []))
+        try:
+            pipeline.stages[name] = _stage(pipeline, name, filled, to_stage.get(name, []))
+        except ConfigError as error:
+            if mistakes is None:
+                raise
+            left_out = parsed.stages.keys() - pipeline.stages.keys() - {name}
+            if not left_out & {value for value in raw.values() if isinstance(value, str)}:  # which may be to blame
+                mistakes.append(error)
     return pipeline
 
 

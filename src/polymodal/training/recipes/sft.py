@@ -21,6 +21,8 @@ class InitConfig(InitBase):
         video: With `from`: how the model sees videos from this stage on, with a new temporal encoder where it had none.
         audio: With `from`: gives a model that hears nothing an audio encoder and its projector.
         output: With `from`: gives a model that only writes an image tokenizer, and rows for its codes.
+        other_image_rules: The mean and deviation of images are meant to differ from those that the tower was trained
+            with, which `polymodal check` takes for a mistake.
     """
 
     model: Annotated[ModelConfig | None, Parts] = None
@@ -28,6 +30,7 @@ class InitConfig(InitBase):
     video: VideoConfig | None = None
     audio: AudioConfig | None = None
     output: OutputConfig | None = None
+    other_image_rules: bool = False
 
 
 class DataConfig(DataBase):
