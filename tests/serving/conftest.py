@@ -63,13 +63,16 @@ class Running:
         self.port, self.url = port, f"http://127.0.0.1:{port}"
 
     def post(self, body: Any = None, **options: Any) -> Any:
-        """Post a request as JSON, or raw bytes as they are."""
+        """Ask for a chat: a request as JSON, or raw bytes as they are."""
+        return self.post_to("/v1/chat/completions", body, **options)
+
+    def post_to(self, path: str, body: Any = None, **options: Any) -> Any:
         if not isinstance(body, bytes | type(None)):
             options["json"] = body
         elif body is not None:
             options["content"] = body
             options["headers"] = {"Content-Type": "application/json", **options.get("headers", {})}
-        return httpx2.post(f"{self.url}/v1/chat/completions", timeout=60, trust_env=False, **options)
+        return httpx2.post(f"{self.url}{path}", timeout=60, trust_env=False, **options)
 
     def get(self, path: str, **options: Any) -> Any:
         return httpx2.get(f"{self.url}{path}", timeout=60, trust_env=False, **options)
@@ -78,14 +81,14 @@ class Running:
 @contextmanager
 def running(
     backend: Backend, *, key: str | None = None, loopback: bool = True, queue: int = 16, timeout: float = 60.0,
-    limits: Limits | None = None, beside: dict[str, Backend] | None = None,
+    limits: Limits | None = None, beside: dict[str, Backend] | None = None, runs_folder: Path | None = None,
 ) -> Iterator[Running]:  # fmt: skip
     models = {
         name: Served(one, Scheduler(one, queue, timeout), name, 64, 12, CONTEXT * LONGEST, 1_700_000_000)
         for name, one in {"tiny": backend, **(beside or {})}.items()
     }
     address = bind("127.0.0.1", 0)
-    server = make_server(build_app(models, key, loopback, limits), drain=5)
+    server = make_server(build_app(models, key, loopback, limits, runs_folder), drain=5)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [address]}, daemon=True)
     thread.start()
     while not server.started:

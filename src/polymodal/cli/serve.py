@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--queue", type=int, default=16, metavar="N", help="requests that may wait; others get status 429 (%(default)s)"
     )
     add("--timeout", type=float, default=600.0, metavar="S", help="seconds of a request, waiting included (600)")
+    add("--runs", metavar="DIR", help="the folder of training runs that the web page shows (runs, where there is one)")
     add("--drain", type=float, default=30.0, metavar="S", help="seconds to end what is under way at SIGTERM (30)")
 
 
@@ -70,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--host {args.host}: others can reach this address, so a key is needed: --api-key-env or --api-key-file"
         )
+    runs = home_path(args.runs or "runs")
+    if args.runs and not runs.is_dir():
+        raise ConfigError(f"--runs {args.runs}: there is no such folder")
     names = _names(args.model or ["default"], args.name or [])
     address = bind(args.host, args.port)
     models = {}
@@ -84,12 +88,13 @@ def run(args: argparse.Namespace) -> int:
         models[name] = Served(model, scheduler, name, most, 512, chars, int(time.time()))
     log_to_stderr(bool(getattr(args, "debug", False)))
     host, port = address.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    every = " and ".join(map(common.one_line, models))
-    common.note(f"{every} {'is' if len(models) == 1 else 'are'} served at http://{shown}:{port}/v1; Ctrl-C ends")
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    every = f"{' and '.join(map(common.one_line, models))} {'is' if len(models) == 1 else 'are'}"
+    common.note(f"{every} served at {url}/v1, and on a page at {url}; Ctrl-C ends")
     if not loopback:
         common.note("the key and all that is said travel unencrypted; put a proxy with TLS before this address")
-    make_server(build_app(models, key, loopback), args.drain).run(sockets=[address])
+    app = build_app(models, key, loopback, runs_folder=runs if runs.is_dir() else None)
+    make_server(app, args.drain).run(sockets=[address])
     return 0
 
 

@@ -1,6 +1,7 @@
 """The routes, and the guard before them: who may ask, from which page, with which key, and how much.
 
-Only `/health` and `/ready` answer without the key. A client that goes away, streaming or not, takes its request along.
+Only `/health`, `/ready` and the web page's own files come without the key. A client that goes away, streaming or not,
+takes its request along.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,6 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from polymodal.backends.base import Reply, TextDelta
 from polymodal.backends.openai.answers import clean
 from polymodal.errors import PolymodalError
+from polymodal.serving import page, runs
 from polymodal.serving.bodies import Limits, check_headers, read_body
 from polymodal.serving.errors import RequestError, as_request_error
 from polymodal.serving.models import Served, check_room, model_of
@@ -35,14 +38,18 @@ from polymodal.serving.scheduler import Job
 
 LOG = logging.getLogger(__name__)
 
-OPEN = ("/health", "/ready")
+OPEN = ("/health", "/ready", *page.FILES)
 """Routes without a key."""
 READERS = 4
 """Bodies that are read and unpacked at the same time; others wait unread."""
 
 
 def build_app(
-    models: Mapping[str, Served], key: str | None = None, loopback: bool = True, limits: Limits | None = None
+    models: Mapping[str, Served],
+    key: str | None = None,
+    loopback: bool = True,
+    limits: Limits | None = None,
+    runs_folder: Path | None = None,
 ) -> Starlette:
     """Make the application over models by name; `loopback`: only this machine may reach it, by its own names."""
 
@@ -58,12 +65,14 @@ def build_app(
         Route("/v1/models", list_models),
         Route("/v1/models/{name:path}", model),
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        *page.ROUTES,
+        *runs.ROUTES,
     ]
     guard = Middleware(Guard, key=key, loopback=loopback)
     handlers: Any = {HTTPException: _as_json, RequestError: _as_json}
     app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
-    app.state.models, app.state.limits = models, limits or Limits()
+    app.state.models, app.state.limits, app.state.runs = models, limits or Limits(), runs_folder
     app.state.readers = asyncio.Semaphore(READERS)
     return app
 

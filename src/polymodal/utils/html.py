@@ -35,7 +35,7 @@ def html_page(template: str, **values: Any) -> str:
 
 
 def data_url(image: bytes | Image.Image, kind: str, **options: Any) -> str:
-    """An image as a URL that holds it; `kind` is its type, "png" or "jpeg"."""
+    """An image as a URL that holds it; `kind` is its type, "png", "jpeg" or "webp"."""
     if not isinstance(image, bytes):
         buffer = io.BytesIO()
         image.save(buffer, kind.upper(), optimize=True, **options)
