@@ -78,7 +78,7 @@ def test_a_question_is_answered_piece_by_piece_and_stopped(browser: Browser, tol
     line = page.text("#chat .reply .line")
     assert re.search(r"3 tokens in\s+2 out\s+[\d.]+ s to first token", line), line
     assert page.js("$('live').innerText").split() == ["word"] * 14  # for screen readers, each word once
-    page.js("document.querySelector('.acts button[aria-label^=Edit]').click()")
+    page.js("document.querySelector('.said button').click()")
     assert (
         page.js("document.querySelector('#chat .composer textarea').value") == "one\ntwo" and page.text(".turns") == ""
     )
@@ -143,6 +143,10 @@ def test_a_dropped_image_is_answered_and_what_the_model_saw_is_shown(
     assert "40 × 60 pixels" in page.js("document.querySelector('.saw img').alt")
     page.click(".reply button[aria-label='What the model saw']")
     assert page.js("document.querySelector('.saw') === null")
+    ask(page, "And now?")
+    page.wait("document.querySelectorAll('.reply:not(.waiting)').length === 2", 30)
+    assert "image" in page.text(".turn:last-child .line")  # which goes along, and is still seen
+    assert page.js("document.querySelectorAll('.asked .medium img').length") == 1
     quiet(page, tiny)
 
 
@@ -203,12 +207,28 @@ def test_images_and_sounds_of_a_reply(browser: Browser, told: Callable[..., Any]
         *({"audio": {"data": base64.b64encode(piece).decode()}} for piece in (sound[:half], sound[half:])),
     ]
     lines = [f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta}]})}\n\n" for delta in deltas]
-    page = ready(browser, server)
+    cards = (("tiny", "text", ["text", "image", "audio"]), ("piper", "text", ["audio"]), ("ears", "audio", ["text"]))
+    models = [{"id": name, "modalities": {"input": [takes], "output": makes}} for name, takes, makes in cards]
+    page = browser.page()
+    page.replace("/v1/models", "application/json", json.dumps({"data": models}).encode())
     page.replace("/v1/chat/completions", "text/event-stream", "".join([*lines, "data: [DONE]\n\n"]).encode())
+    page.open(f"{server.url}/")
+    page.wait("typeof talks === 'object' && talks.compare")
+    assert page.js("models.map(({id}) => id)") == ["tiny"]  # who draws, speaks or listens alone is no partner
+    page.click("#chat .settings summary")
+    for kind in ("image", "audio"):
+        page.click(f"#chat .panel input[value={kind}]")
+    asked = page.js("talks.chat.lanes[0].request([])")
+    assert asked["modalities"] == ["text", "image", "audio"]
+    assert asked["audio"] == {"voice": "piper", "format": "pcm16"}
     ask(page, "Draw and speak.")
     page.wait("document.querySelector('.made img')?.naturalWidth === 30")
     page.wait("document.querySelector('.made audio')?.duration > 0.1")
     assert page.js("document.querySelectorAll('.made img').length") == 1
+    ask(page, "Again.")
+    page.wait("document.querySelectorAll('.made audio').length === 2")
+    history = page.js("talks.chat.messages(talks.chat.turns[1], 0)")
+    assert history[1] == {"role": "assistant", "content": "Here.", "images": [deltas[1]["images"][0]]}
     quiet(page, server)
 
 

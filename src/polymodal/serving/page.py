@@ -1,4 +1,4 @@
-"""The web page: its three files, which hold nothing secret, and what the model sees of a conversation."""
+"""The web page: its files, which hold nothing secret, and what the model sees of a conversation."""
 
 import asyncio
 from collections.abc import Sequence

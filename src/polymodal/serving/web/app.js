@@ -219,7 +219,7 @@ function paint(node, text) {
 }
 
 // One model and its settings.
-let models = [];
+let models = [], voice = "default"; // those that converse, and who speaks for them
 
 class Lane {
   constructor(letter, changed) {
@@ -232,10 +232,13 @@ class Lane {
     this.makes = el("fieldset", { hidden: true }, el("legend", { t: "answers_with" }));
     this.panel = el("div", { className: "panel" }, field("temperature", this.temperature), field("max_tokens", this.most), field("system", this.system), this.makes);
     this.settings = el("details", { className: "settings" }, el("summary", { className: "quiet icon", label: "settings" }, icon("tune")), this.panel);
-    this.node = el("div", { className: "lane" }, letter && el("span", { className: "letter", textContent: letter }), this.model, this.settings);
+    this.letter = letter;
+    this.node = el("div", { className: "lane" }, letter && this.mark(), this.model, this.settings);
     this.model.append(...models.map(({ id }) => el("option", { value: id, textContent: id })));
     this.changed = changed;
   }
+
+  mark() { return el("span", { className: "letter", textContent: this.letter }); }
 
   get card() { return models.find(({ id }) => id === this.model.value); }
 
@@ -257,7 +260,7 @@ class Lane {
     if (this.most.value) body.max_tokens = Number(this.most.value);
     const more = [...this.makes.querySelectorAll(":checked")].map(({ value }) => value);
     if (more.length) body.modalities = ["text", ...more];
-    if (more.includes("audio")) body.audio = { voice: "default", format: "wav" };
+    if (more.includes("audio")) body.audio = { voice, format: "pcm16" };
     return body;
   }
 }
@@ -337,7 +340,7 @@ class Talk {
   }
 
   showPending() {
-    this.find(".files").replaceChildren(...this.pending.map((medium, at) => el("div", { className: `medium ${medium.kind}` }, showMedium(medium),
+    this.find(".composer .files").replaceChildren(...this.pending.map((medium, at) => el("div", { className: `medium ${medium.kind}` }, showMedium(medium),
       el("button", { type: "button", className: "remove", label: ["remove", medium.name], onclick: () => (this.pending.splice(at, 1), this.showPending()) }, icon("close")))));
   }
 
@@ -385,7 +388,7 @@ class Talk {
     this.turns.push(turn);
     const edit = button("edit", "edit", () => this.edit(turn));
     const media = turn.media.length ? el("div", { className: "files" }, ...turn.media.map((medium) => el("div", { className: `medium ${medium.kind}` }, showMedium(medium)))) : null;
-    turn.asked = el("div", { className: "asked", role: "group", label: "you" }, media, text ? el("p", { className: "bubble", textContent: text }) : null, el("div", { className: "acts" }, edit));
+    turn.asked = el("div", { className: "asked", role: "group", label: "you" }, media, el("div", { className: "said" }, edit, text ? el("p", { className: "bubble", textContent: text }) : null));
     turn.replies = el("div", { className: "replies" });
     this.list.append(el("article", { className: "turn" }, turn.asked, turn.replies));
     this.root.classList.add("begun");
@@ -417,15 +420,16 @@ class Talk {
   }
 
   messages(turn, at) {
-    const before = this.turns.slice(0, this.turns.indexOf(turn)).filter(({ answers }) => answers[at]?.text);
+    const before = this.turns.slice(0, this.turns.indexOf(turn)).filter(({ answers }) => answers[at]?.text || answers[at]?.images.length);
     const asked = ({ text, media }) => ({ role: "user", content: [...media.map(({ part }) => part), ...(text ? [{ type: "text", text }] : [])] });
-    return [...before.flatMap((old) => [asked(old), { role: "assistant", content: old.answers[at].text }]), asked(turn)];
+    const said = ({ text, images }) => ({ role: "assistant", content: text, ...(images.length ? { images } : {}) });
+    return [...before.flatMap((old) => [asked(old), said(old.answers[at])]), asked(turn)];
   }
 
   async ask(turn, lane, at, signal) {
     const answer = turn.answers[at], request = lane.request(this.messages(turn, at));
     const text = el("div", { className: "text" }), extra = el("div", { className: "files made" }), line = el("div", { className: "line" });
-    const node = el("section", { className: "reply waiting", label: ["answer_of", lane.model.value] }, text, extra, line);
+    const node = el("section", { className: "reply waiting", label: ["answer_of", lane.model.value] }, lane.letter && el("div", { className: "whose muted" }, lane.mark(), lane.model.value), text, extra, line);
     say(text.appendChild(el("p", { className: "muted" })), "thinking");
     turn.replies.append(node);
     const begin = performance.now();
@@ -448,11 +452,15 @@ class Talk {
         if (event.error) throw new Error(event.error.message);
         usage = event.usage ?? usage;
         const { content, images, audio } = event.choices?.[0]?.delta ?? {};
+        if (event.choices?.length) last = performance.now();
         if (!content && !images && !audio) continue;
-        first ||= performance.now();
-        last = performance.now();
+        first ||= last;
         answer.text += content ?? "";
-        for (const { image_url } of images ?? []) if (image_url.url.startsWith("data:image/")) extra.append(el("img", { src: image_url.url, alt: t("drawn") }));
+        for (const { image_url: { url } } of images ?? []) {
+          if (!url.startsWith("data:image/")) continue;
+          answer.images.push({ type: "image_url", image_url: { url } });
+          extra.append(el("img", { src: url, alt: t("drawn") }));
+        }
         if (audio?.data) answer.sound.push(audio.data);
         if (!drawing) (drawing = true, requestAnimationFrame(draw));
         speak(false);
@@ -481,7 +489,7 @@ class Talk {
     if (details.cached_tokens) parts.push(["cached", number(details.cached_tokens)]);
     if (usage) parts.push(["tokens_out", number(usage.completion_tokens)]);
     parts.push(first > 0 ? ["first", number(first / 1000, 2)] : ["seconds", number(all / 1000, 2)]);
-    if (usage?.completion_tokens > 2 && rest > 0) parts.push(["rate", number((usage.completion_tokens - 1) / rest * 1000, 1)]);
+    if (usage?.completion_tokens > 4 && rest > 0) parts.push(["rate", number((usage.completion_tokens - 1) / rest * 1000, 1)]);
     line.append(...parts.map((part) => el("span", { className: "fact", t: part })));
   }
 
@@ -500,6 +508,7 @@ class Talk {
     } catch (error) {
       panel.replaceChildren(el("p", { className: "error", textContent: error.message }));
     }
+    panel.scrollIntoView({ block: "nearest" });
   }
 }
 
@@ -559,7 +568,9 @@ addEventListener("drop", (event) => {
 translate();
 show(viewOf());
 api("/v1/models").then((answer) => answer.json()).then(({ data }) => {
-  models = data;
+  const has = ({ modalities = {} }, way, kind) => (modalities[way] ?? ["text"]).includes(kind);
+  models = data.filter((card) => has(card, "input", "text") && has(card, "output", "text"));
+  voice = data.find((card) => has(card, "output", "audio") && !has(card, "output", "text"))?.id ?? voice;
   talks.chat = new Talk($("chat"), 1);
   talks.compare = new Talk($("compare"), 2);
   talks[viewOf()]?.area.focus();

@@ -12,7 +12,7 @@ function svg(tag, attributes, text = "") {
   return node;
 }
 
-const short = (value) => (value === null || value === undefined ? "–" : value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(1) : number(value, Math.abs(value) < 10 ? 4 : Math.abs(value) < 1000 ? 2 : 0));
+const short = (value) => (value === null || value === undefined ? "–" : value !== 0 && Math.abs(value) < 0.01 ? Number(value.toPrecision(3)).toExponential() : number(value, Math.abs(value) < 10 ? 4 : Math.abs(value) < 1000 ? 2 : 0));
 
 function span(seconds) {
   const style = { style: "unit", maximumFractionDigits: 0, unitDisplay: "short" };
@@ -52,7 +52,7 @@ function chart(title, lines, height, wide = false) {
   const [first, last] = [kept[0].points[0][1], kept[0].points.at(-1)[1]];
   const image = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": t("curve", title, short(first), short(last), number(right)) });
   for (const value of ticks(low, high, 4)) image.append(svg("path", { class: "grid", d: `M${EDGE} ${y(value)}H${width - 8}` }), svg("text", { x: 40, y: y(value) + 4, "text-anchor": "end" }, short(value)));
-  for (const value of ticks(left, right || 1, width / 110)) image.append(svg("text", { x: x(value), y: height - 4, "text-anchor": "middle" }, number(value)));
+  for (const value of ticks(left, right || 1, width / 75)) image.append(svg("text", { x: x(value), y: height - 4, "text-anchor": "middle" }, number(value)));
   for (const { points, look, dots } of kept) {
     image.append(svg("path", { class: look, d: points.map(([a, b], n) => `${n ? "L" : "M"}${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join("") }));
     if (dots) for (const [a, b] of points) image.append(svg("circle", { class: look, cx: x(a), cy: y(b), r: 2.6 }));
