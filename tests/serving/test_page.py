@@ -126,6 +126,11 @@ def test_a_dropped_image_is_answered_and_what_the_model_saw_is_shown(
     page.drop(tmp_path / "red.png", tmp_path / "a.wav")
     assert page.wait("document.querySelector('.composer .medium img')?.alt") == "red.png"
     page.wait("document.querySelector('.composer .medium audio')")
+    pasted = f"new File([new Uint8Array({list((tmp_path / 'red.png').read_bytes())})], 'b.png', {{type: 'image/png'}})"
+    page.js(f"clip = new DataTransfer(), clip.items.add({pasted}), 0")
+    page.js("document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: clip, bubbles: true}))")
+    page.wait("document.querySelectorAll('.composer .medium img').length === 2")
+    page.click("#chat .composer .medium:last-child .remove")
     page.drop(tmp_path / "a.txt")
     assert (
         page.wait("document.querySelector('.composer .error').innerText") == "a.txt is no image, sound, video or PDF."
@@ -362,7 +367,7 @@ def test_a_run_is_read_behind_a_cursor(told: Callable[..., Any], tmp_path: Path)
     assert [row["step"] for row in anew["rows"]] == [1, 2, 3, 4, 5] and anew["anew"]
     for cursor in ("x", "1-", "-1--1", f"{2**70}-{2**70}", "9" * 5000):
         assert len(server.get(f"/v1/runs/mine/stage2?log={cursor}").json()["log"]["rows"]) == 5
-    image = server.get("/v1/runs/mine/stage2/images/eval/1-0.jpg")
+    image = server.get("/v1/runs/mine/stage2?image=eval/1-0.jpg")
     assert (image.status_code, image.headers["content-type"]) == (200, "image/jpeg")
 
 
@@ -394,7 +399,7 @@ def test_a_run_opens_nothing_but_its_own_files(told: Callable[..., Any], tmp_pat
         assert server.get(f"/v1/runs/{name}").status_code in (400, 404)
     for name in ("eval/secret.jpg", "eval/pipe.jpg", "log.jsonl", "../../secret/secret.jpg", "eval/..%2f..%2flog.jsonl",
                  "reconstructions/secret.jpg", "%2fetc%2fpasswd"):  # fmt: skip
-        assert server.get(f"/v1/runs/mine/images/{name}").status_code in (400, 404), name
+        assert server.get(f"/v1/runs/mine?image={name}").status_code in (400, 404), name
 
 
 def test_without_a_folder_there_are_no_runs(told: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -414,7 +419,7 @@ def test_only_the_pages_own_files_come_without_the_key(told: Callable[..., Any])
             answer.headers["referrer-policy"] == "no-referrer" and answer.headers["x-content-type-options"] == "nosniff"
         )
     assert "unsafe" not in POLICY and "http" not in POLICY
-    for path in ("/v1/runs", "/v1/runs/x", "/v1/runs/x/images/eval/a.jpg", "/web/app.js", "/index.html", "//"):
+    for path in ("/v1/runs", "/v1/runs/x", "/v1/runs/x?image=eval/a.jpg", "/web/app.js", "/index.html", "//"):
         assert server.get(path).status_code == 401
     assert server.post({}).status_code == 401
 

@@ -119,32 +119,22 @@ async def list_runs(request: Request) -> Response:
 
 
 async def one_run(request: Request) -> Response:
-    """A run's lines behind the cursors that the last answer gave, and the names of its images."""
+    """A run's lines behind the cursors that the last answer gave, and the names of its images; or one of these."""
+    query = request.query_params
 
-    def read() -> dict[str, Any]:
+    def read() -> Response:
         name, folder = _run(request)
-        logs = {key: since(folder / file, request.query_params.get(key, "")) for key, file in LOGS.items()}
-        return {"id": name, "object": "run", **logs, "images": list(images_of(folder))}
+        images = images_of(folder)
+        if (image := query.get("image")) is not None:
+            path = images.get(image)
+            if path is None or path.stat().st_size > MAX_IMAGE:
+                raise RequestError("image: there is no such image", "image", 404, "image_not_found")
+            return Response(path.read_bytes(), media_type=TYPES[path.suffix])
+        logs = {key: since(folder / file, query.get(key, "")) for key, file in LOGS.items()}
+        return JSONResponse({"id": name, "object": "run", **logs, "images": list(images)})
 
-    return JSONResponse(await asyncio.to_thread(read))
-
-
-async def run_image(request: Request) -> Response:
-    """One of these images."""
-
-    def read() -> tuple[bytes, str]:
-        image = images_of(_run(request)[1]).get(request.path_params["image"])
-        if image is None or image.stat().st_size > MAX_IMAGE:
-            raise RequestError("there is no such image", "image", 404, "image_not_found")
-        return image.read_bytes(), TYPES[image.suffix]
-
-    data, kind = await asyncio.to_thread(read)
-    return Response(data, media_type=kind)
+    return await asyncio.to_thread(read)
 
 
 LOGS = {"log": LOG, "evals": EVALS}
-ROUTES = [
-    Route("/v1/runs", list_runs),
-    Route("/v1/runs/{name:path}/images/{image:path}", run_image),
-    Route("/v1/runs/{name:path}", one_run),
-]
+ROUTES = [Route("/v1/runs", list_runs), Route("/v1/runs/{name:path}", one_run)]

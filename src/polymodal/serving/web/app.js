@@ -4,13 +4,13 @@
 const STRINGS = {
   en: {
     chat: "Chat", compare: "Compare", runs: "Runs", views: "Views", language: "切换到中文",
-    theme: "Light or dark", new_chat: "New chat", model: "Model", settings: "Settings", message: "Message",
+    theme: "Light or dark", new_chat: "New chat", model: "Model", settings: "Settings", message: "Message", conversation: "Conversation",
     placeholder: "Ask something, or drop a file here", attach: "Attach files", attached: "Attached files", record: "Record a question",
     recording: "Stop recording", send: "Send", stop: "Stop", hint: "Enter sends, Shift+Enter starts a line, Esc stops",
     drop: "Drop images, sounds, videos or PDFs", remove: "Remove {0}", edit: "Edit and send again", again: "Answer again", copy: "Copy",
     copied: "Copied", saw: "What the model saw", you: "You", answer_of: "Answer of {0}", stopped: "Stopped.", thinking: "Reading",
     hello: "What would you like to ask?", hello_two: "One question, two answers",
-    about: "This model takes text, {0}. Everything stays with this server.", about_text: "This model takes text. Everything stays with this server.",
+    about: "This model takes text, {0}. This page talks to its server alone.", about_text: "This model takes text. This page talks to its server alone.",
     about_two: "The same conversation with two models, or with two settings of one.",
     image: "images", audio: "sounds", video: "videos", file: "PDFs", list: ", ", and: " and ",
     idea_image: "Describe this image.", idea_video: "What happens in this video?", idea_audio: "What is said here?",
@@ -29,13 +29,13 @@ const STRINGS = {
   },
   zh: {
     chat: "对话", compare: "对比", runs: "训练", views: "视图", language: "Switch to English",
-    theme: "浅色或深色", new_chat: "新对话", model: "模型", settings: "设置", message: "消息",
+    theme: "浅色或深色", new_chat: "新对话", model: "模型", settings: "设置", message: "消息", conversation: "对话内容",
     placeholder: "输入问题,或把文件拖到这里", attach: "添加文件", attached: "已添加的文件", record: "录一段语音提问",
     recording: "停止录音", send: "发送", stop: "停止", hint: "Enter 发送,Shift+Enter 换行,Esc 停止",
     drop: "松开即可添加图片、声音、视频或 PDF", remove: "移除 {0}", edit: "编辑并重新发送", again: "重新回答", copy: "复制",
     copied: "已复制", saw: "模型看到了什么", you: "你", answer_of: "{0} 的回答", stopped: "已停止。", thinking: "正在读取",
     hello: "想问点什么?", hello_two: "一个问题,两个回答",
-    about: "这个模型可以读文字、{0}。所有内容只留在这台服务器上。", about_text: "这个模型可以读文字。所有内容只留在这台服务器上。",
+    about: "这个模型可以读文字、{0}。此页面只与自己的服务器通信。", about_text: "这个模型可以读文字。此页面只与自己的服务器通信。",
     about_two: "同一段对话,交给两个模型,或同一模型的两种设置。",
     image: "图片", audio: "声音", video: "视频", file: "PDF", list: "、", and: "和",
     idea_image: "描述这张图片。", idea_video: "视频里发生了什么?", idea_audio: "这段声音说了什么?",
@@ -104,7 +104,7 @@ function icon(name) {
   return svg;
 }
 
-const button = (name, text, act) => el("button", { type: "button", className: "quiet icon", label: text, onclick: act }, icon(name));
+const button = (name, text, act) => el("button", { type: "button", className: `quiet icon ${name}`, label: text, onclick: act }, icon(name));
 const number = (value, digits = 0) => value.toLocaleString(language, { maximumFractionDigits: digits });
 
 function announce(text) {
@@ -415,6 +415,7 @@ class Talk {
     await Promise.all(this.lanes.map((lane, at) => this.ask(turn, lane, at, running.signal)));
     if (this.running !== running) return;
     this.running = null;
+    if (document.activeElement === this.find(".stop")) this.area.focus();
     this.find(".send").hidden = false;
     this.find(".stop").hidden = true;
   }

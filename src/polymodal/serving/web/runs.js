@@ -88,7 +88,7 @@ function curves({ log, evals }) {
 }
 
 async function picture(name) {
-  run.urls[name] ??= api(`${run.path}/images/${name.split("/").map(encodeURIComponent).join("/")}`).then((answer) => answer.blob()).then((blob) => URL.createObjectURL(blob));
+  run.urls[name] ??= api(`${run.path}?image=${encodeURIComponent(name)}`).then((answer) => answer.blob()).then((blob) => URL.createObjectURL(blob));
   return run.urls[name];
 }
 
