@@ -119,6 +119,7 @@ function askKey() {
   return (asking ??= new Promise((done) => {
     $("key-wrong").hidden = sessionStorage.getItem(KEY_PLACE) === null;
     $("ask-key").showModal();
+    $("ask-key").oncancel = (event) => event.preventDefault(); // nothing goes without it
     $("key-form").onsubmit = (event) => {
       event.preventDefault();
       sessionStorage.setItem(KEY_PLACE, $("key").value.trim());
@@ -180,10 +181,10 @@ async function readMedium(file) {
   return { kind, part, name: file.name, url };
 }
 
-function showMedium({ kind, url, name }) {
+function showMedium({ kind, url, name }, small = false) {
   if (kind === "image") return el("img", { src: url, alt: name });
   if (kind === "file") return el("span", { className: "document" }, icon("file"), el("span", { textContent: name }));
-  return el(kind, { src: url, controls: true, preload: "metadata", ariaLabel: name });
+  return el(kind, { src: url, controls: !small || kind === "audio", preload: "metadata", ariaLabel: name });
 }
 
 function wav(samples, rate) { // Int16Array of one channel
@@ -340,7 +341,7 @@ class Talk {
   }
 
   showPending() {
-    this.find(".composer .files").replaceChildren(...this.pending.map((medium, at) => el("div", { className: `medium ${medium.kind}` }, showMedium(medium),
+    this.find(".composer .files").replaceChildren(...this.pending.map((medium, at) => el("div", { className: `medium ${medium.kind}` }, showMedium(medium, true),
       el("button", { type: "button", className: "remove", label: ["remove", medium.name], onclick: () => (this.pending.splice(at, 1), this.showPending()) }, icon("close")))));
   }
 
