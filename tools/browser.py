@@ -75,7 +75,7 @@ class Browser:
         """Give an order and wait for its answer."""
         number = self.post(method, params, session)
         with self._change:
-            if not self._change.wait_for(lambda: number in self._answers, 20):
+            if not self._change.wait_for(lambda: number in self._answers, 60):
                 raise TimeoutError(method)
             told = self._answers.pop(number)
         if "error" in told:
@@ -155,7 +155,7 @@ class Page:
             raise RuntimeError(f"{code}: {told['exceptionDetails']}")
         return told["result"].get("value")
 
-    def wait(self, code: str, seconds: float = 10) -> Any:
+    def wait(self, code: str, seconds: float = 20) -> Any:
         """Wait until an expression gives something."""
         deadline = time.monotonic() + seconds
         while (found := self.js(code)) in (None, False, "", 0):  # an element comes as an empty object
