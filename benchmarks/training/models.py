@@ -177,5 +177,5 @@ def build_inputs(shape: Shape, stage: int, seed: int) -> StageInputs:
     with torch.no_grad():
         for ours, other in zip(projector.parameters(), theirs.model.multi_modal_projector.parameters(), strict=True):
             ours.copy_(other)
-    model = MultimodalLM(llm, image_id, encoder, projector, image_mean=MEAN, image_std=STD)
+    model = MultimodalLM(encoder, projector, llm, image_id, image_mean=MEAN, image_std=STD)
     return StageInputs(model, tokenizer, config)

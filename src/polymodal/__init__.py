@@ -19,6 +19,7 @@ from polymodal.messages import Audio, Document, Image, Message, Text, Video, ass
 if TYPE_CHECKING:
     from polymodal import metrics, speech
     from polymodal.backends import load
+    from polymodal.backends.compose import compose
     from polymodal.backends.local import LocalBackend
     from polymodal.backends.reply import Reply
     from polymodal.config import ModelConfig
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from polymodal.modeling.build import build_model
     from polymodal.modeling.vlm import MultimodalLM
     from polymodal.processing.processor import Processor
+    from polymodal.training.quick import train
 
 __version__ = "0.1.0"
 
@@ -37,6 +39,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 _LAZY = {
     "load": "polymodal.backends",
+    "compose": "polymodal.backends.compose",
+    "train": "polymodal.training.quick",
     "LocalBackend": "polymodal.backends.local",
     "Reply": "polymodal.backends.reply",
     "ModelConfig": "polymodal.config",
@@ -64,10 +68,12 @@ __all__ = [
     "Video",
     "assistant",
     "build_model",
+    "compose",
     "load",
     "metrics",
     "speech",
     "system",
+    "train",
     "user",
 ]
 

@@ -349,7 +349,8 @@ def encoder_decoder(model: LocalBackend) -> MultimodalLM:
 
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
     return MultimodalLM(
-        T5ForConditionalGeneration(T5Config(vocab_size=300, **sizes)).eval(), model.model.image_token_id
+        llm=T5ForConditionalGeneration(T5Config(vocab_size=300, **sizes)).eval(),
+        image_token_id=model.model.image_token_id,
     )
 
 
@@ -359,4 +360,4 @@ def test_layers_that_forget_share_nothing(model: LocalBackend) -> None:
     assert can_share(model.model)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     llm = MistralForCausalLM(MistralConfig(**small, num_key_value_heads=2, vocab_size=300, sliding_window=8))
-    assert not can_share(MultimodalLM(llm, image_token_id=299))
+    assert not can_share(MultimodalLM(llm=llm, image_token_id=299))

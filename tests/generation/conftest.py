@@ -21,4 +21,4 @@ def model() -> MultimodalLM:
     )  # fmt: skip
     # A head sharp enough that ties do not decide.
     llm.lm_head.weight.data.mul_(30)
-    return MultimodalLM(llm, image_token_id=IMAGE).eval()
+    return MultimodalLM(llm=llm, image_token_id=IMAGE).eval()

@@ -59,7 +59,7 @@ def learned() -> MultimodalLM:
                   num_attention_heads=2, max_position_embeddings=24)
     )  # fmt: skip
     llm.lm_head.weight.data.mul_(30)
-    return MultimodalLM(llm, image_token_id=7).eval()
+    return MultimodalLM(llm=llm, image_token_id=7).eval()
 
 
 def test_an_answer_ends_at_the_last_position(model: MultimodalLM, learned: MultimodalLM) -> None:

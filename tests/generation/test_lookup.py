@@ -48,7 +48,7 @@ def test_a_cache_that_forgets_goes_without(monkeypatch: pytest.MonkeyPatch) -> N
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     llm = MistralForCausalLM(MistralConfig(**small, num_key_value_heads=2, vocab_size=VOCAB, sliding_window=4))
-    model = MultimodalLM(llm, image_token_id=IMAGE).eval()
+    model = MultimodalLM(llm=llm, image_token_id=IMAGE).eval()
     monkeypatch.setattr(generate, "Lookup", lambda *_: pytest.fail("a draft was to be looked up"))
     batch = collate([Sample(torch.tensor([1, 2, 3]), torch.zeros(3, dtype=torch.bool))], 0, "left")
     made = generate.stream_ids(model, batch, GenerationParams(max_new_tokens=30), [], VOCAB, prompt=torch.arange(30))

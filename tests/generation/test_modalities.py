@@ -29,7 +29,7 @@ def model() -> MultimodalLM:
                     num_key_value_heads=2, max_position_embeddings=48)
     )  # fmt: skip
     llm.lm_head.weight.data.mul_(30)
-    model = MultimodalLM(llm, image_token_id=64).eval()
+    model = MultimodalLM(llm=llm, image_token_id=64).eval()
     model.vocabulary = LAYOUT
     return model
 

@@ -59,7 +59,7 @@ def make_llm(family: str, **changes: Any) -> Any:
 
 @pytest.fixture(params=FAMILIES)
 def model(request: pytest.FixtureRequest) -> MultimodalLM:
-    return MultimodalLM(make_llm(request.param), image_token_id=40).eval()
+    return MultimodalLM(llm=make_llm(request.param), image_token_id=40).eval()
 
 
 def samples() -> list[Sample]:
@@ -138,7 +138,7 @@ def test_generation_is_what_transformers_generates(family: str) -> None:
     # transformers' own `generate` makes a T5 a cache of as many layers as its encoder has, and fails on three.
     llm = make_llm(family, **({} if family == "bart" else {"num_decoder_layers": 2}))
     llm.generation_config.forced_eos_token_id = None
-    model = MultimodalLM(llm, image_token_id=40).eval()
+    model = MultimodalLM(llm=llm, image_token_id=40).eval()
     prompt = prompts()[0].input_ids[None]
     theirs = llm.generate(input_ids=prompt, max_new_tokens=7, do_sample=False, num_beams=1, eos_token_id=39)
     assert not (theirs == 39).any()  # nothing ended it early
@@ -150,7 +150,7 @@ def test_generation_is_what_transformers_generates(family: str) -> None:
 def test_the_loss_in_chunks_is_the_whole_loss(family: str) -> None:
     gradients = []
     for budget in (None, 1):
-        model = MultimodalLM(make_llm(family), image_token_id=40).eval()
+        model = MultimodalLM(llm=make_llm(family), image_token_id=40).eval()
         model.logits_budget = budget
         out = model(**collate(samples(), 0).inputs())
         assert (out.logits is None) == (budget is not None)
@@ -164,7 +164,7 @@ def test_the_loss_in_chunks_is_the_whole_loss(family: str) -> None:
 
 def test_a_head_that_is_followed_by_more_is_never_taken_in_chunks() -> None:
     """BART adds a constant to its logits; in chunks it would be lost."""
-    model = MultimodalLM(make_llm("bart"), image_token_id=40).eval()
+    model = MultimodalLM(llm=make_llm("bart"), image_token_id=40).eval()
     assert not knows_head(model.llm)
     usual = model(**collate(samples(), 0).inputs()).losses
     model.logits_budget = 1
@@ -185,7 +185,7 @@ def test_media_and_earlier_answers_are_the_encoders() -> None:
 
     llm = make_llm("t5")
     projector: Any = build_projector(ProjectorConfig(mm_projector_type="linear"), 6, Size(1, 3), 16)
-    model = MultimodalLM(llm, 40, projector=projector).eval()
+    model = MultimodalLM(None, projector, llm, 40).eval()
     rules = ImageConfig(
         image_aspect_ratio="squash", tile_size=(8, 8), image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5)
     )
@@ -210,7 +210,7 @@ def test_media_and_earlier_answers_are_the_encoders() -> None:
 
 
 def test_what_cannot_be_done_is_refused() -> None:
-    model = MultimodalLM(make_llm("t5"), image_token_id=40)
+    model = MultimodalLM(llm=make_llm("t5"), image_token_id=40)
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with pytest.raises(PolymodalError, match="no logits without labels"):
         model(ids)

@@ -61,7 +61,7 @@ def make(name: str) -> MultimodalLM:
     if attention is not None:
         config._attn_implementation = attention
     torch.manual_seed(0)
-    return MultimodalLM(transformers.AutoModelForCausalLM.from_config(config), image_token_id=VOCAB)
+    return MultimodalLM(llm=transformers.AutoModelForCausalLM.from_config(config), image_token_id=VOCAB)
 
 
 def samples(seed: int = 0) -> list[Sample]:
@@ -157,7 +157,7 @@ def test_a_block_mask_is_the_last_resort_and_is_said_once(monkeypatch: pytest.Mo
 
 def test_a_model_with_a_running_state_is_refused() -> None:
     config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
-    model = MultimodalLM(transformers.MambaForCausalLM(config), image_token_id=VOCAB).eval()
+    model = MultimodalLM(llm=transformers.MambaForCausalLM(config), image_token_id=VOCAB).eval()
     with pytest.raises(ConfigError, match=r"batch.packing: MambaForCausalLM cannot keep packed samples apart"):
         model(**collate_packed(samples()).inputs())
 

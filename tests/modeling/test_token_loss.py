@@ -30,7 +30,7 @@ CONFIGS = {
 
 def make(name: str) -> MultimodalLM:
     torch.manual_seed(0)
-    return MultimodalLM(AutoModelForCausalLM.from_config(CONFIGS[name]), image_token_id=VOCAB).eval()
+    return MultimodalLM(llm=AutoModelForCausalLM.from_config(CONFIGS[name]), image_token_id=VOCAB).eval()
 
 
 def run(model: MultimodalLM) -> tuple[Any, dict[str, torch.Tensor]]:

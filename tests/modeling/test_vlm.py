@@ -47,7 +47,7 @@ def model(request: pytest.FixtureRequest) -> MultimodalLM:
     )  # fmt: skip
     encoder = HFVisionEncoder(tower)
     projector = build_projector(ProjectorConfig(), encoder.embed_dim, encoder.grid, WIDTH)
-    return MultimodalLM(tiny_llm(request.param), IMAGE_ID, encoder, projector).eval()
+    return MultimodalLM(encoder, projector, tiny_llm(request.param), IMAGE_ID).eval()
 
 
 def batch_of(model: MultimodalLM, rows: list[list[int]], images: list[int]) -> dict:

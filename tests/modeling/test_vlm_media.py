@@ -41,7 +41,7 @@ def model() -> MultimodalLM:
     )
     projector = build_projector(ProjectorConfig(), encoder.embed_dim, encoder.grid, 16)
     return MultimodalLM(
-        llm, 40, encoder, projector, True, image_mean=IMAGE.image_mean, image_std=IMAGE.image_std
+        encoder, projector, llm, 40, True, image_mean=IMAGE.image_mean, image_std=IMAGE.image_std
     ).train()
 
 
@@ -104,7 +104,7 @@ def test_bytes_are_normalised_as_on_the_host(model: MultimodalLM) -> None:
 
 
 def test_bytes_without_a_rule_are_refused(model: MultimodalLM) -> None:
-    bare = MultimodalLM(model.llm, 40, model.vision_encoder, model.projector)
+    bare = MultimodalLM(model.vision_encoder, model.projector, model.llm, 40)
     with pytest.raises(PolymodalError, match="uint8 tiles: this model was built without image_mean"):
         bare.encode_images(torch.zeros(1, 3, 28, 28, dtype=torch.uint8))
 
@@ -150,8 +150,8 @@ def test_a_training_step_never_waits_for_the_device(model: MultimodalLM, way: st
     batch = collate_packed(samples) if way == "packed" else collate(samples, 0, side=way)
     assert batch.left_padded == (way == "left")
     inputs = batch.inputs()
-    looked_up = model(**{**inputs, "target_places": None, "media_places": None})
     model.prepare_packing()
+    looked_up = model(**{**inputs, "target_places": None, "media_places": None})
     with Waits() as waits:
         out = model(**inputs)
         out.loss_sum.backward()

@@ -86,7 +86,7 @@ def our_model(theirs: Any, text_context: bool) -> MultimodalLM:
     load_exactly(projector, from_transformers(state), "transformers")
     llm = OPTForCausalLM(theirs.config.text_config).eval()
     llm.load_state_dict(theirs.language_model.state_dict())
-    return MultimodalLM(llm, IMAGE_ID, encoder, projector).eval()
+    return MultimodalLM(encoder, projector, llm, IMAGE_ID).eval()
 
 
 def pixels() -> Tensor:

@@ -68,7 +68,7 @@ def both(new: bool) -> tuple[Any, MultimodalLM]:
     llm = T5ForConditionalGeneration(theirs.config.text_config)
     llm.load_state_dict(theirs.language_model.state_dict())
     assert llm.config.scale_decoder_outputs is not new
-    return theirs, MultimodalLM(llm, IMAGE_ID, encoder, projector).eval()
+    return theirs, MultimodalLM(encoder, projector, llm, IMAGE_ID).eval()
 
 
 def samples() -> list[Sample]:

@@ -81,7 +81,7 @@ def ours(
     llm: Any, vocabulary: Any, block: Block, prompts: list[list[int]], conditions: list[list[int]], guidance: float
 ) -> tuple[list[list[int]], list[torch.Tensor]]:
     """The ids of each row, and what each code was chosen from."""
-    model = MultimodalLM(llm, image_token_id=1000).eval()
+    model = MultimodalLM(llm=llm, image_token_id=1000).eval()
     model.vocabulary = vocabulary
     samples = [Sample(torch.tensor(ids), torch.zeros(len(ids), dtype=torch.bool)) for ids in prompts]
     params = GenerationParams(modalities=("image",), image=ImageParams(temperature=0.0, guidance=guidance))

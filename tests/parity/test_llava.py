@@ -118,7 +118,7 @@ def build(family: str, tokenizer: PreTrainedTokenizerFast) -> tuple[Any, Any, Lo
     for ours, hf in zip(list(projector.parameters()), theirs.model.multi_modal_projector.parameters(), strict=True):
         ours.data.copy_(hf.data)
     newline = family == "llava_next"
-    model = MultimodalLM(llm, image_id, encoder, projector, image_newline=newline)
+    model = MultimodalLM(encoder, projector, llm, image_id, image_newline=newline)
     if newline:
         model.image_newline.data.copy_(theirs.model.image_newline.data)
     return theirs, processor, LocalBackend(model.eval(), tokenizer, config)

@@ -33,7 +33,7 @@ def make(frozen: bool = False, dropout: float = 0.0) -> MultimodalLM:
         LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
                     num_attention_heads=2, attention_dropout=dropout, initializer_range=0.3)
     )  # fmt: skip
-    model = MultimodalLM(llm, VOCAB).train()
+    model = MultimodalLM(llm=llm, image_token_id=VOCAB).train()
     if frozen:
         model.eval().requires_grad_(False)
         model.llm.get_input_embeddings().requires_grad_(True)

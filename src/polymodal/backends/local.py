@@ -4,9 +4,12 @@ What several prompts begin with is read once: in a batch their images (`shared_b
 next whatever the last conversation and this one have in common (`LastRead`), such as a long video.
 """
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,17 +17,20 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from polymodal.backends.base import Answer, Backend, ModelBackend, check_makes
-from polymodal.config import ModelConfig
-from polymodal.errors import ConfigError, PolymodalError
+from polymodal.checkpoints.model_folder import save_model
+from polymodal.config import ImageConfig, ModelConfig
+from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.generation.generate import can_share, new_cache, read_beginnings, stream_ids
 from polymodal.generation.modalities import image_block, require_room, stream_modalities
 from polymodal.generation.params import GenerationParams, ImageParams
 from polymodal.generation.streaming import AnswerStream, Step
-from polymodal.media_plan import AudioPlan
-from polymodal.messages import Conversation, Message, assistant
+from polymodal.media_plan import AudioPlan, ImagePlan, Size, plan_image
+from polymodal.messages import Conversation, Image, Message, Part, Source, Text, as_messages, assistant
+from polymodal.modeling.build import Own
 from polymodal.modeling.language_model import positions_of
 from polymodal.modeling.onnx_llm import OnnxLLM
 from polymodal.modeling.renderers.base import Renderer, RenderRequest
+from polymodal.modeling.token_loss import Output
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Sample, collate
 from polymodal.processing.image_codes import ImageCodes, empty_condition
@@ -226,6 +232,122 @@ class LocalBackend(ModelBackend[Sample]):
         conditions = [[empty_condition(self.tokenizer)]] * len(samples)
         batch = collate(samples, self.processor.pad_id, side="left")
         yield from stream_modalities(self.model, batch, params, self.stop_ids, block, text_ids, conditions)
+
+    def forward(
+        self,
+        messages: Conversation | None = None,
+        *,
+        images: Sequence[Source | Image] = (),
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+    ) -> Output:
+        """Run the model once, for its loss and logits; `generate` and `ask` are for answers.
+
+        Args:
+            messages: A conversation in any form. Where it has answers, they are what the loss is of.
+            images: Images that go in front of the first question, or where `<image>` stands in a text.
+            input_ids: [B, T] in place of messages, with as many placeholders (`model.image_token_id`) as images take.
+            attention_mask: [B, T], 0 on padding.
+            labels: [B, T], -100 where untrained; not shifted.
+            pixel_values: [N, 3, H, W], tiles in the order of the placeholders, one an image.
+
+        Returns:
+            `loss` (None without answers or labels), and `logits`: with labels at the positions that predict one,
+            [R, V], else of all positions, [B, T, V].
+
+        Raises:
+            PolymodalError: An image cannot be read, or placeholders and images differ in number.
+        """
+        if (messages is None) == (input_ids is None):
+            raise ConfigError("give messages, or input_ids")
+        if messages is not None:
+            conversation = with_media(as_messages(messages), [as_image(image) for image in images])
+            asks = conversation[-1].role != "assistant"
+            sample = self.processor(conversation, add_generation_prompt=asks)
+            batch = collate([sample], self.processor.pad_id).to(self.model.device)
+            given = batch.inputs()
+            return self.model(**given) if sample.loss_mask.any() else self.model(**{**given, "labels": None})
+        assert input_ids is not None
+        plans, rows = self._plans(input_ids, pixel_values)
+        mask = None if attention_mask is None else attention_mask.bool()
+        return self.model(input_ids, mask, labels, plans, rows, pixel_values)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Output:
+        """Run the model once, as `forward` says."""
+        return self.forward(*args, **kwargs)
+
+    def _plans(self, input_ids: torch.Tensor, pixels: torch.Tensor | None) -> tuple[list[ImagePlan], list[int]]:
+        """Plans of tiles that are an image each, and the row of each."""
+        count = 0 if pixels is None else len(pixels)
+        holes = (input_ids == self.model.image_token_id).sum(dim=1).tolist()
+        grid = self.model.tokens_per_tile
+        if grid is None or pixels is None:
+            return [], []
+        rows = [row for row, number in enumerate(holes) for _ in range(number // grid.area)]
+        if any(number % grid.area for number in holes) or len(rows) != count:
+            raise PolymodalError(
+                f"input_ids: {holes} placeholders in its rows for {count} images of {grid.area} tokens; "
+                f"put {grid.area} of id {self.model.image_token_id} for each image"
+            )
+        height, width = pixels.shape[2:]
+        rules = ImageConfig(
+            image_aspect_ratio="squash", tile_size=(height, width), image_mean=(0.0,) * 3, image_std=(1.0,) * 3
+        )
+        return [plan_image(Size(height, width), rules, grid)] * count, rows
+
+    def save(self, folder: str | Path, *, replace: bool = False) -> Path:
+        """Write the model into a folder that `polymodal.load` opens.
+
+        What was loaded from elsewhere and not changed is named there, not copied.
+
+        Args:
+            folder: A new folder.
+            replace: Put it in the place of one that is there.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: The folder is there, or a part is a module of yours, which no folder can name.
+        """
+        for name in ("vision_encoder", "projector"):
+            if isinstance(part := getattr(self.model, name), Own):
+                raise CheckpointError(
+                    f"{folder}: {name} is a module of yours ({type(part.module).__name__}), which no folder can "
+                    "name; keep `model.model.state_dict()` and compose again"
+                )
+        save_model(Path(folder), self.model, self.config, self.tokenizer, history=list(self.history), replace=replace)
+        return Path(folder)
+
+
+def as_image(source: Any) -> Image:
+    """An image as a part of a message."""
+    return source if isinstance(source, Image) else Image(source)
+
+
+def with_media(messages: Sequence[Message], images: Sequence[Image]) -> list[Message]:
+    """Put images where `<image>` stands in the texts of users, or in front of the first question."""
+    left, found = deque(images), []
+    marked = any("<image>" in message.text for message in messages if message.role == "user")
+    for message in messages:
+        parts: list[Part] = []
+        if left and message.role == "user" and not marked:
+            parts, left = [*left, *message.parts], deque()
+        for part in message.parts if not parts else ():
+            if not (left and message.role == "user" and isinstance(part, Text)):
+                parts.append(part)
+                continue
+            pieces = part.text.split("<image>")
+            for number, piece in enumerate(pieces):
+                if number and left:
+                    parts.append(left.popleft())
+                parts += [Text(piece.strip("\n") if marked else piece)] if piece.strip("\n") else []
+        found.append(replace(message, parts=tuple(parts)))
+    if left:
+        raise PolymodalError(f"images: {len(left)} more than there are places marked <image>")
+    return found
 
 
 class DrawingModel(Renderer):

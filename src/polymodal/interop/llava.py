@@ -251,10 +251,10 @@ def load_llava_repo(
     encoder, projector = built
     projector.to(embeddings.device, embeddings.dtype)
     model = MultimodalLM(
-        llm,
-        image_token_id_for(config, tokenizer, llm.get_output_embeddings().weight.shape[0]),
         encoder,
         projector,
+        llm,
+        image_token_id_for(config, tokenizer, llm.get_output_embeddings().weight.shape[0]),
         image_newline=image.mm_patch_merge_type == "spatial_unpad",
         image_mean=image.image_mean,
         image_std=image.image_std,

@@ -5,20 +5,24 @@ Only these functions see a configuration; the parts themselves take plain argume
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import ModelConfig
 from polymodal.config.projector import PER_TOKEN
-from polymodal.errors import ConfigError
+from polymodal.errors import ConfigError, first_line
 from polymodal.media_plan import AudioWindow, Size, temporal_output
 from polymodal.modeling.ctranslate2 import missing_whisper
 from polymodal.modeling.encoders import audio as audio_towers
 from polymodal.modeling.encoders.audio import AudioEncoder, build_audio_encoder
+from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
 from polymodal.modeling.encoders.video_temporal import TemporalEncoder, build_temporal
 from polymodal.modeling.encoders.vision import VisionEncoder, build_vision_encoder, fingerprint
 from polymodal.modeling.language_model import load_llm, load_tokenizer
@@ -26,6 +30,7 @@ from polymodal.modeling.projectors import Projector, build_projector
 from polymodal.modeling.projectors.qformer_files import check_stage1, load_context_tokenizer, start_projector
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.modeling.vocabulary import add_output
+from polymodal.utils.modules import evaluating
 
 if TYPE_CHECKING:  # whose module takes a second to load
     from transformers import PreTrainedModel
@@ -37,6 +42,9 @@ def build_model(
     quantize: str | None = None,
     llm: Any = None,
     audio_known: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    encoder: Any = None,
+    projector: Any = None,
 ) -> tuple[MultimodalLM, PreTrainedTokenizerBase]:
     """Compose a model: load the parts, make the projector (random weights).
 
@@ -46,6 +54,9 @@ def build_model(
         quantize: As in `load_llm`.
         llm: A language model that is there already, in place of the configuration's.
         audio_known: The fingerprint of the audio tower, where it need not be read before the first sound comes.
+        tokenizer: One that is there already.
+        encoder: Any module [N, 3, H, W] -> [N, P, E], in place of the configuration's tower.
+        projector: Any module [N, P, E] -> [N, Q, D], in place of the configuration's.
 
     Returns:
         The model in eval mode, and the tokenizer.
@@ -55,10 +66,10 @@ def build_model(
         CheckpointError: A part cannot be loaded.
     """
     llm = load_llm(config.llm, quantize) if llm is None else llm
-    tokenizer = load_tokenizer(config.llm, folder)
+    tokenizer = load_tokenizer(config.llm, folder) if tokenizer is None else tokenizer
     head, embeddings = llm.get_output_embeddings(), llm.get_input_embeddings()
     vocab_size, width = (head or embeddings).weight.shape[0], embeddings.weight.shape[1]
-    encoder, projector = build_vision(config, folder, width) or (None, None)
+    encoder, projector = build_vision(config, folder, width, encoder, projector) or (None, None)
     if projector is not None and config.projector.pretrained is not None:
         check_stage1(Path(config.projector.pretrained).expanduser(), config, fingerprint(encoder))
         start_projector(projector, config.projector.pretrained)
@@ -70,16 +81,90 @@ def build_model(
     return model, tokenizer
 
 
-def build_vision(config: ModelConfig, folder: Path | None, llm_dim: int) -> tuple[VisionEncoder, Projector] | None:
-    """Load the vision tower and make the projector that fits it (random weights)."""
+def build_vision(
+    config: ModelConfig, folder: Path | None, llm_dim: int, encoder: Any = None, projector: Any = None
+) -> tuple[VisionEncoder, Projector] | None:
+    """Load the vision tower and make the projector that fits it (random weights), each unless it is given."""
     if config.vision is None:
         return None
     tile = Size(*config.image.tile_size) if config.image else None
+    if encoder is not None:
+        encoder = measured_encoder(encoder, config, tile)
+        if projector is not None:
+            projector = measured_projector(projector, encoder, llm_dim)
+            check_merge(config, projector.output_grid)
+        return encoder, projector or fit_projector(config, encoder, llm_dim)
     encoder = build_vision_encoder(config.vision, folder, tile=tile)
     if config.llm.dtype == "float32" and next(encoder.parameters()).dtype == torch.float16:
         # Exact, and several times as fast on a CPU, which has no arithmetic in float16.
         encoder.to(torch.float32)
-    return encoder, fit_projector(config, encoder, llm_dim)
+    if projector is not None:
+        projector = measured_projector(projector, encoder, llm_dim)
+        check_merge(config, projector.output_grid)
+    return encoder, projector or fit_projector(config, encoder, llm_dim)
+
+
+class Own(nn.Module):
+    """A user's module, with what running it once has told of it."""
+
+    def __init__(self, module: nn.Module, **facts: Any) -> None:
+        super().__init__()
+        self.module = module
+        vars(self).update(facts)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """As the module does."""
+        return self.module(inputs)  # type: ignore[no-any-return]
+
+    def save(self, folder: Path) -> None:
+        """Write the weights, which its maker alone can read."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.module.state_dict(), folder / "model.safetensors")
+
+
+def measured_encoder(encoder: Any, config: ModelConfig, tile: Size | None) -> VisionEncoder:
+    """A module as a vision encoder: a tower of transformers, or any that turns a tile into features."""
+    if all(hasattr(encoder, name) for name in ("embed_dim", "grid", "tile")):
+        return encoder  # type: ignore[no-any-return]
+    assert config.vision is not None
+    if config.vision.type in FAMILIES:
+        select = config.vision.mm_vision_select_layer, config.vision.mm_vision_select_feature
+        return HFVisionEncoder(encoder, *select, tile)
+    if tile is None:
+        raise ConfigError("image: a vision encoder of your own is run once on a tile; say its tile_size")
+    shape = _dry_run("vision", encoder, (1, 3, tile.height, tile.width))
+    return Own(encoder, embed_dim=shape[2], grid=_grid(shape[1]), tile=tile)  # type: ignore[return-value]
+
+
+def measured_projector(projector: Any, encoder: VisionEncoder, llm_dim: int) -> Projector:
+    """A module as a projector: how many tokens it makes is found by running it once."""
+    _, count, width = _dry_run("projector", projector, (1, encoder.grid.area, encoder.embed_dim))
+    if width != llm_dim:
+        raise ConfigError(f"projector: makes tokens of width {width}, and the language model takes {llm_dim}")
+    if hasattr(projector, "output_grid"):
+        return projector  # type: ignore[no-any-return]
+    grid = encoder.grid if count == encoder.grid.area else _grid(count)
+    return Own(projector, output_grid=grid)  # type: ignore[return-value]
+
+
+def _grid(count: int) -> Size:
+    side = math.isqrt(count)
+    return Size(side, side) if side * side == count else Size(1, count)
+
+
+def _dry_run(part: str, module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """The shape that a module gives for zeros of a shape."""
+    weight = next(module.parameters(), torch.empty(0))
+    told = f"{part}: {type(module).__name__} was run on {list(shape)} and"
+    try:
+        with evaluating(module), torch.no_grad():
+            out = module(torch.zeros(shape, device=weight.device, dtype=weight.dtype))
+    except Exception as error:  # whatever a stranger's module raises
+        raise ConfigError(f"{told} raised {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(out, Tensor) or out.ndim != 3 or len(out) != 1:
+        gave = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ConfigError(f"{told} gave {gave}; a tensor [1, tokens, width] is needed")
+    return out.shape[0], out.shape[1], out.shape[2]
 
 
 def _audio_source(config: ModelConfig, folder: Path | None) -> str | None:
@@ -183,10 +268,10 @@ def compose(
         encoder.to(embeddings.device)
         projector.to(embeddings.device, embeddings.dtype)
     model = MultimodalLM(
-        llm,
-        image_token_id,
         encoder,
         projector,
+        llm,
+        image_token_id,
         image_newline=image is not None and image.mm_patch_merge_type == "spatial_unpad",
         image_mean=image.image_mean if image is not None else None,
         image_std=image.image_std if image is not None else None,

@@ -168,6 +168,20 @@ def context_length(settings: Any) -> int:
     return positions_of(settings) or 1 << 30
 
 
+def in_order(encoder: Any, projector: Any, llm: Any) -> PreTrainedModel:
+    """The language model, where the parts stand in their order."""
+    order = "MultimodalLM(vision_encoder, projector, llm)"
+    for name, part in (("vision_encoder", encoder), ("projector", projector)):
+        if hasattr(part, "get_output_embeddings") and part.get_output_embeddings() is not None:
+            raise ConfigError(f"{order}: {name} is a language model ({type(part).__name__}); give parts by name")
+    if not hasattr(llm, "get_input_embeddings") or not hasattr(llm, "config"):
+        told = "is missing" if llm is None else f"is a {type(llm).__name__}, and no language model of transformers"
+        raise ConfigError(f"{order}: llm {told}; give parts by name or in this order")
+    if encoder is not None and projector is None:
+        raise ConfigError(f"{order}: projector is missing, which comes with the vision encoder")
+    return llm  # type: ignore[no-any-return]
+
+
 def load_tokenizer(config: LLMConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:
     """Load the language model's tokenizer, or the one saved in a model folder."""
     carried = folder is not None and (folder / "tokenizer.json").is_file()

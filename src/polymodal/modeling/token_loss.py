@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -32,6 +33,25 @@ Head = Callable[[Tensor], Tensor]
 
 _CHECKED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Whether `after_head` is all that a language model does after its head; looked at once."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What `forward` returns."""
+
+    # Sum of the token losses, float32 scalar; divide by the global count of targets. None without labels
+    loss_sum: Tensor | None
+    num_targets: int  # How many tokens carry a label
+    # [R, V] at the positions that predict a label, or [B, T, V] without labels; None where they would not fit into
+    # memory and the loss was taken in chunks
+    logits: Tensor | None
+    targets: Tensor | None  # [R] the labels those logits predict, row by row; None without labels
+    losses: Tensor | None = None  # [R] float32, each target's loss, detached; None without labels
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The mean loss of a token, as models of transformers give it; None without labels."""
+        return None if self.loss_sum is None else self.loss_sum / max(1, self.num_targets)
 
 
 def label_losses(

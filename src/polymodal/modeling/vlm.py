@@ -17,7 +17,6 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,12 +31,12 @@ from polymodal.modeling.encoders.audio import AudioEncoder
 from polymodal.modeling.encoders.pixel_norm import PixelNorm
 from polymodal.modeling.encoders.video_temporal import TemporalEncoder, look_along_time
 from polymodal.modeling.encoders.vision import VisionEncoder
-from polymodal.modeling.language_model import decoder_start_id
+from polymodal.modeling.language_model import decoder_start_id, in_order
 from polymodal.modeling.merge import lay_out, merge_media
 from polymodal.modeling.packed_attention import SEGMENTS, choose_method, packed_inputs
 from polymodal.modeling.projectors import Projector
 from polymodal.modeling.seq2seq import split_rows, take
-from polymodal.modeling.token_loss import label_losses
+from polymodal.modeling.token_loss import Output, label_losses
 from polymodal.modeling.tokenizers.base import ImageTokenizer
 from polymodal.modeling.touch import touch_audio, touch_images
 from polymodal.utils.modules import frozen
@@ -46,28 +45,14 @@ if TYPE_CHECKING:  # whose module takes a second to load
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
-class Output:
-    """What `forward` returns."""
-
-    # Sum of the token losses, float32 scalar; divide by the global count of targets. None without labels
-    loss_sum: Tensor | None
-    num_targets: int  # How many tokens carry a label
-    # [R, V] at the positions that predict a label, or [B, T, V] without labels; None where they would not fit into
-    # memory and the loss was taken in chunks
-    logits: Tensor | None
-    targets: Tensor | None  # [R] the labels those logits predict, row by row; None without labels
-    losses: Tensor | None = None  # [R] float32, each target's loss, detached; None without labels
-
-
 class MultimodalLM(nn.Module):
     """A vision encoder, a projector and a language model; for videos and sounds a temporal and an audio encoder.
 
     Args:
-        llm: A causal LM, or an encoder-decoder, which reads what lies before the last answer and is taught to say that.
-        image_token_id: The placeholder's id; may lie past the vocabulary.
         vision_encoder: [N, 3, H, W] -> [N, P, E]; None for a text-only model.
         projector: [N, P, E] -> [N, Q, D]; comes with the encoder.
+        llm: A causal LM, or an encoder-decoder, which reads what lies before the last answer and is taught to say that.
+        image_token_id: The placeholder's id; may lie past the vocabulary, as it does where None.
         image_newline: Add the learned token that ends each row of an AnyRes canvas.
         image_mean: Per channel, for tiles that come as uint8; with `image_std`.
         image_std: Per channel.
@@ -84,10 +69,10 @@ class MultimodalLM(nn.Module):
 
     def __init__(
         self,
-        llm: PreTrainedModel,
-        image_token_id: int,
         vision_encoder: VisionEncoder | None = None,
         projector: Projector | None = None,
+        llm: PreTrainedModel | None = None,
+        image_token_id: int | None = None,
         image_newline: bool = False,
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
@@ -96,17 +81,18 @@ class MultimodalLM(nn.Module):
         audio_projector: Projector | None = None,
     ) -> None:
         super().__init__()
-        self.llm = llm
+        self.llm = in_order(vision_encoder, projector, llm)
         self.vision_encoder = vision_encoder
         self.projector = projector
         self.temporal_encoder = temporal_encoder
         self.audio_encoder = audio_encoder
         self.audio_projector = audio_projector
-        self.image_token_id = image_token_id
+        table = self.llm.get_input_embeddings()
+        self.image_token_id: int = table.weight.shape[0] if image_token_id is None else image_token_id
         self.image_newline: nn.Parameter | None = None
         if image_newline:
             self.add_image_newline()
-        self._takes_positions = "position_ids" in inspect.signature(llm.forward).parameters
+        self._takes_positions = "position_ids" in inspect.signature(self.llm.forward).parameters
         self.logits_budget: int | None = None
         self.context_tokenizer: PreTrainedTokenizerBase | None = None
         self.image_tokenizer: ImageTokenizer | None = None

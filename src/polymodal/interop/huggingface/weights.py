@@ -65,10 +65,10 @@ def compose(pieces: Pieces, config: ModelConfig, image_token_id: int, most: int 
     encoder, projector = compose_vision(pieces, config, llm.get_input_embeddings().weight.shape[1], most)
     with weights_on_meta():
         return MultimodalLM(
-            llm,
-            image_token_id,
             encoder,
             projector,
+            llm,
+            image_token_id,
             image_newline=pieces.newline,
             image_mean=config.image.image_mean if config.image is not None else None,
             image_std=config.image.image_std if config.image is not None else None,

@@ -29,6 +29,8 @@ from polymodal.utils.modules import ModuleLike
 from polymodal.utils.safetensors_io import check_finite
 
 BUNDLED = "bundled"
+OWN = "module"
+"""The `type` of a tower that is a user's module."""
 # Parts of a tower that lie behind every hidden state: nothing of ours reads them, so weights may lack them.
 UNUSED_PARTS = ("head.", "post_layernorm.", "layernorm.", "embeddings.mask_token")
 # A tower may lie in the files of a whole model; layers that are its own and have no place are another tower's.
@@ -191,6 +193,11 @@ def build_vision_encoder(
         ConfigError: An unknown type, a tower of another type than configured, or an impossible selection.
         CheckpointError: The weights are missing, incomplete or unreadable.
     """
+    if config.type == OWN:
+        raise CheckpointError(
+            "the vision tower is a module of the model's maker: compose the model again with it "
+            "(`polymodal.compose(vision=MODULE, ...)`) and load the weights into that"
+        )
     if config.type not in VISION_ENCODERS:
         raise unknown_name("vision encoder type", config.type, VISION_ENCODERS)
     return VISION_ENCODERS[config.type](config, folder, tile)
