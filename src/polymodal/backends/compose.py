@@ -105,7 +105,30 @@ def compose(
     torch.manual_seed(seed)
     if isinstance(llm, nn.Module):
         tokenizer = tokenizer if tokenizer is not None else _own_tokenizer(llm)
-    settings = LLMConfig(model_name_or_path="bundled" if isinstance(llm, nn.Module) else str(llm), dtype=dtype)
+    config, tokenizer = configure(vision, projector, _name(llm), tokenizer, audio, image, resolution, template, dtype)
+    model, tokenizer = build_model(
+        config,
+        tokenizer=tokenizer,
+        encoder=vision if isinstance(vision, nn.Module) else None,
+        projector=projector if isinstance(projector, nn.Module) else None,
+        llm=llm if isinstance(llm, nn.Module) else None,
+    )
+    return LocalBackend(model.to(device or best_device()), tokenizer, config, name)
+
+
+def configure(
+    vision: Any,
+    projector: Any,
+    llm: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    audio: str | Path | None = None,
+    image: ImageConfig | None = None,
+    resolution: Resolution = "fixed",
+    template: str | None = None,
+    dtype: Any = "float32",
+) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
+    """The configuration of a model from its parts, and its tokenizer; no weight is read."""
+    settings = LLMConfig(model_name_or_path=llm, dtype=dtype)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(settings)
     tower = None if vision is None else VisionConfig(vision_tower=_name(vision), type=_family(vision))
     rules = image if tower is None or image is not None else _image_rules(vision, tower.type, resolution)
@@ -117,14 +140,7 @@ def compose(
         template=TemplateConfig(chat_template=template or ("tokenizer" if tokenizer.chat_template else "vicuna")),
         audio=None if audio is None else AudioConfig(audio_tower=str(audio), type="whisper"),
     )
-    model, tokenizer = build_model(
-        config,
-        tokenizer=tokenizer,
-        encoder=vision if isinstance(vision, nn.Module) else None,
-        projector=projector if isinstance(projector, nn.Module) else None,
-        llm=llm if isinstance(llm, nn.Module) else None,
-    )
-    return LocalBackend(model.to(device or best_device()), tokenizer, config, name)
+    return config, tokenizer
 
 
 def _name(part: str | Path | nn.Module) -> str:

@@ -24,6 +24,7 @@ VERBS = {
     "env": "print versions, devices, folders and whether the default language model is there",
     "fetch": "fetch the default language model and its ears once (about 230 MB)",
     "plan": "say what a recipe or model will need: tokens, memory, steps, hours (loads no weights)",
+    "init": "begin a model of your own: recipes for your parts and data, to be changed",
     "config": "print every key of a recipe with its type, default and meaning",
     "check": "say what is wrong with a recipe, all of it at once (loads no weights)",
     "train": "run a training recipe or pipeline",
