@@ -45,6 +45,24 @@ def test_generate_json(tiny_model_folder: Path, cat: str, coffee: str, capsys: p
     assert 0 < reply["timing"]["first_token_s"] <= reply["timing"]["total_s"]
 
 
+def test_generate_takes_files_and_the_question_as_they_come(
+    tiny_model_folder: Path, cat: str, coffee: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["generate", "--model", str(tiny_model_folder), "--max-new-tokens", "5"]
+    assert main([*argv, cat, coffee, "What?"]) == 0
+    plain = capsys.readouterr().out
+    assert main([*argv, "--image", cat, "--image", coffee, "--prompt", "What?"]) == 0
+    assert capsys.readouterr().out == plain
+    (tmp_path / "odd.xyz").write_text("x")
+    for given, told in (
+        ([cat, "What?", "Where?"], "two questions were given, 'What?' and 'Where?'"),
+        ([str(tmp_path / "none.png"), "What?"], "none.png: no such file"),
+        ([str(tmp_path / "odd.xyz")], "odd.xyz: is no image, video, sound or document by its name"),
+    ):
+        assert main([*argv, *given]) == 2
+        assert told in capsys.readouterr().err
+
+
 def test_generate_prints_the_same_streamed_or_whole_and_seeds_repeat(
     tiny_model_folder: Path, cat: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

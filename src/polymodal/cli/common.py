@@ -217,6 +217,24 @@ def add_question_arguments(parser: argparse.ArgumentParser, prompt_required: boo
     add_media_arguments(parser)
 
 
+def sort_given(args: argparse.Namespace) -> None:
+    """Put what stands without a flag in its place: files by their kind, and what is no file as the question."""
+    found = []
+    for item in args.given:
+        kind = (mimetypes.guess_type(item)[0] or "").replace("application/pdf", "document").partition("/")[0]
+        if kind in KINDS and " " not in item or home_path(item).is_file():
+            if not home_path(item).is_file():
+                raise ConfigError(f"{item}: no such file")
+            if kind not in KINDS:
+                raise ConfigError(f"{item}: is no image, video, sound or document by its name; say which with a flag")
+            found.append((kind, item))
+        elif args.prompt is not None:
+            raise ConfigError(f"two questions were given, {args.prompt!r:.60} and {item!r:.60}; put one in quotes")
+        else:
+            args.prompt = item
+    args.media = [*args.media, *found]
+
+
 def question(args: argparse.Namespace) -> list[Message]:
     """The conversation that the flags ask for; the model opens and checks its media."""
     if args.prompt is None and not args.media:

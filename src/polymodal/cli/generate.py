@@ -1,6 +1,7 @@
 """Ask one question about images, videos, sounds and documents and print the answer; a captioner needs none.
 
-Example: polymodal generate --image cat.jpg --prompt "What is this?"
+Example: polymodal generate cat.jpg "What is this?"
+         polymodal generate --image cat.jpg --prompt "What is this?"
          polymodal generate --video clip.mp4 --num-frames 8 --prompt "What happens?"
          polymodal generate --document paper.pdf --pages 1-3 --text layer --prompt "Who wrote it?"
          polymodal generate --model Salesforce/blip-image-captioning-base --image cat.jpg [--prompt "a picture of"]
@@ -22,6 +23,7 @@ FILES = {"images": Image, "sounds": Audio}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
+    parser.add_argument("given", nargs="*", metavar="FILE|QUESTION", help="files of any kind, and the question")
     common.add_question_arguments(parser, prompt_required=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object with usage and timing")
     parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
@@ -37,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--json and --stream cannot be combined; leave one out")
     params = common.sampling_params(args)
     saved = common.SavedMedia(args)
+    common.sort_given(args)
     messages = common.question(args)
     model = common.open_with_experts(args)
     if args.stream:
