@@ -222,8 +222,9 @@ def sort_given(args: argparse.Namespace) -> None:
     found = []
     for item in args.given:
         kind = (mimetypes.guess_type(item)[0] or "").replace("application/pdf", "document").partition("/")[0]
-        if kind in KINDS and " " not in item or home_path(item).is_file():
-            if not home_path(item).is_file():
+        is_file = os.path.isfile(os.path.expanduser(item))  # of a long question too, unlike `Path.is_file`
+        if is_file or (kind in KINDS and " " not in item):
+            if not is_file:
                 raise ConfigError(f"{item}: no such file")
             if kind not in KINDS:
                 raise ConfigError(f"{item}: is no image, video, sound or document by its name; say which with a flag")
