@@ -1,12 +1,14 @@
 """Files that are either whole or not there: atomic writes, hashes, and the user's cache folder."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -85,6 +87,9 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         if target.exists() and not replace:
             raise PolymodalError(f"{target}: is there already; choose another folder or remove it")
         target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # by a writer that was killed
+            if time.time() - left.stat().st_mtime > 86400:
+                shutil.rmtree(left, ignore_errors=True)
         work.mkdir()
         yield work
         for path in work.rglob("*"):
