@@ -88,8 +88,9 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             raise PolymodalError(f"{target}: is there already; choose another folder or remove it")
         target.parent.mkdir(parents=True, exist_ok=True)
         for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # by a writer that was killed
-            if time.time() - left.stat().st_mtime > 86400:
-                shutil.rmtree(left, ignore_errors=True)
+            with suppress(OSError):  # others write and tidy here too
+                if time.time() - left.stat().st_mtime > 86400:
+                    shutil.rmtree(left)
         work.mkdir()
         yield work
         for path in work.rglob("*"):
