@@ -47,16 +47,21 @@ def _too_large(most: int) -> RequestError:
 @asynccontextmanager
 async def received(request: Request) -> AsyncIterator[bytes]:
     """The body, to be unpacked inside; a large one holds a reader's place until then."""
-    limits, body = request.app.state.limits, bytearray()
     async with AsyncExitStack() as place:
-        try:
-            async with asyncio.timeout(limits.body_s):
-                async for piece in request.stream():
-                    if len(body) <= SMALL < len(body) + len(piece):
-                        await place.enter_async_context(request.app.state.readers)
-                    body += piece
-                    if len(body) > limits.body:
-                        raise _too_large(limits.body)
-        except TimeoutError:
-            raise RequestError("the body did not arrive in time", status=408) from None
-        yield bytes(body)
+        yield await read_body(request, request.app.state.limits, place)
+
+
+async def read_body(request: Request, limits: Limits, place: AsyncExitStack | None = None) -> bytes:
+    """The body, within its size and time; `place` is where a large one waits for a reader."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_s):
+            async for piece in request.stream():
+                if place is not None and len(body) <= SMALL < len(body) + len(piece):
+                    await place.enter_async_context(request.app.state.readers)
+                body += piece
+                if len(body) > limits.body:
+                    raise _too_large(limits.body)
+    except TimeoutError:
+        raise RequestError("the body did not arrive in time", status=408) from None
+    return bytes(body)
