@@ -1,4 +1,4 @@
-"""Hard times: many connections or slow ones, damaged files, no memory, no disk, a clock that jumps, sudden death."""
+"""Hard times: connections many or slow, damaged files, no memory, no disk, a clock that jumps, sudden death."""
 
 from __future__ import annotations
 
