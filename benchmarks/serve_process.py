@@ -36,8 +36,8 @@ class Server:
 
     @property
     def peak(self) -> float:
-        """The most megabytes that it has held by itself."""
-        return _kibibytes(self.process.pid, "VmHWM") / 1024
+        """The most megabytes that it and the children it has now have held."""
+        return sum(_kibibytes(pid, "VmHWM") for pid in family(self.process.pid)) / 1024
 
     @property
     def files(self) -> int:
