@@ -48,6 +48,8 @@ from polymodal.speech import AudioChunk, wav_bytes
 
 IMAGES = sorted((Path(__file__).resolve().parent.parent / "examples" / "pictures").glob("*.[jp][pn]g"))
 JSON = {"Content-Type": "application/json"}
+MODEL = "model"
+"""What requests call it."""
 BOUNDARY = "polymodal-soak"
 FORM = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
 PATIENCE = 60.0
@@ -72,7 +74,7 @@ def small_sound() -> bytes:
 
 def asks(*parts: Any, **more: Any) -> dict[str, Any]:
     content = [*parts, {"type": "text", "text": "What is this?"}]
-    return {"model": "model", "messages": [{"role": "user", "content": content}], "max_tokens": 4, **more}
+    return {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 4, **more}
 
 
 def parts() -> dict[str, dict[str, Any]]:
@@ -131,15 +133,15 @@ def routes() -> list[Route]:
         asks(response_format=SCHEMA),
         asks(tools=[TOOL]),
     ]
-    looks = ("/v1/models", "/v1/models/model", "/metrics", "/v1/runs", "/", "/ready")
+    looks = ("/v1/models", f"/v1/models/{MODEL}", "/metrics", "/v1/runs", "/", "/ready")
     return [
         Route("/v1/chat/completions", tuple(chats)),
-        Route("/v1/completions", ({"model": "model", "prompt": "Once", "max_tokens": 4, "echo": False},)),
-        Route("/v1/responses", ({"model": "model", "input": said, "max_output_tokens": 4, "store": False},
-                                {"model": "model", "input": "Hi", "max_output_tokens": 4, "stream": True})),
-        Route("/v1/images/generations", ({"model": "model", "prompt": "a dot", "n": 1, "size": "64x64"},)),
-        Route("/v1/audio/speech", ({"model": "model", "input": "Hi.", "voice": "x", "response_format": "wav"},)),
-        Route("/v1/audio/transcriptions", (form(model="model", file=small_sound(), response_format="json"),)),
+        Route("/v1/completions", ({"model": MODEL, "prompt": "Once", "max_tokens": 4, "echo": False},)),
+        Route("/v1/responses", ({"model": MODEL, "input": said, "max_output_tokens": 4, "store": False},
+                                {"model": MODEL, "input": "Hi", "max_output_tokens": 4, "stream": True})),
+        Route("/v1/images/generations", ({"model": MODEL, "prompt": "a dot", "n": 1, "size": "64x64"},)),
+        Route("/v1/audio/speech", ({"model": MODEL, "input": "Hi.", "voice": "x", "response_format": "wav"},)),
+        Route("/v1/audio/transcriptions", (form(model=MODEL, file=small_sound(), response_format="json"),)),
         Route("/v1/preview", (asks(media["image"]),)),
         *(Route(path, method="GET") for path in looks),
     ]  # fmt: skip
@@ -347,7 +349,7 @@ class Client(threading.Thread):
                 content = [image] if turn == 0 or self.draw.random() < 0.3 else []
                 question = self.draw.choice(("What is this?", "Which colours?", "Is there a cat?", "Where is it?"))
                 messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
-                said = self.ask({"model": "model", "messages": messages, "max_tokens": self.draw.choice((4, 12, 32)),
+                said = self.ask({"model": MODEL, "messages": messages, "max_tokens": self.draw.choice((4, 12, 32)),
                                  "temperature": 0, "stream": self.draw.random() < 0.5})  # fmt: skip
                 if said is None or time.monotonic() > self.end:
                     break
