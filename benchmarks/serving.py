@@ -18,6 +18,7 @@ import argparse
 import base64
 import copy
 import ctypes
+import gc
 import io
 import json
 import shutil
@@ -153,7 +154,10 @@ def measure(rows: dict[str, Row], plain: LocalBackend, runs: int) -> None:
 
 def report(rows: dict[str, Row], missing: dict[str, str]) -> None:
     titles = [f"{WHOLE} tokens, s", "2nd turn, ms", *(f"{count} at once" for count in STREAMS), "peak MB"]
-    print(f"{'':<28}{''.join(f'{title:>14}' for title in titles)}      (at once: tokens/s of all)")
+    print(
+        "at once: tokens a second of all streams; llama.cpp's handler, and transformers for images, take one at a time"
+    )
+    print(f"{'':<28}{''.join(f'{title:>14}' for title in titles)}")
     for name, row in rows.items():
         second = row.mid("second")
         cells = [
@@ -303,9 +307,18 @@ def make_stand_in(name: str, folder: Path) -> None:
 
 def serve_llama_cpp(name: str, port: int) -> None:
     """Answer over HTTP with our tower and llama.cpp's language model, one request at a time."""
-    from benchmarks.quantize import open_llama_cpp, open_plain
+    from benchmarks import quantize
 
-    backend, llama = open_plain(name), open_llama_cpp(name)[f"llama.cpp {LLAMA}"]
+    quantize.CPP = (quantize.CPP[0], LLAMA)
+    found = quantize.open_llama_cpp(name)
+    backend, llama = quantize.open_plain(name), found.pop(f"llama.cpp {LLAMA}")
+    for other in found.values():
+        other.llama.close()
+    # What is measured holds no language model but llama.cpp's, and forgets what making it took.
+    backend.model.llm.get_decoder().layers = torch.nn.ModuleList()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
     lock, talk = threading.Lock(), LlamaTalk(backend, llama)
 
     class Handler(BaseHTTPRequestHandler):
