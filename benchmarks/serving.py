@@ -79,7 +79,7 @@ class Row:
         return statistics.median(self.took[what]) if what in self.took else None
 
     def request(self, messages: list[Any], tokens: int, **more: Any) -> dict[str, Any]:
-        return {"model": self.model, "messages": messages, "max_tokens": tokens, "temperature": 0, **self.extra, **more}
+        return {"model": self.model, "messages": messages, "max_tokens": tokens, "temperature": 0, **more}
 
 
 def main(arguments: list[str]) -> None:
@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> None:
         ports = [free_port() for _ in range(2)]
         for name, command, port, model, extra in (
             ("polymodal serve", ours(args.model, *flags), None, "model", forbid),
-            (f"llama.cpp {LLAMA}", [*handler, "--llama-cpp", str(ports[0])], ports[0], "model", {}),
+            (f"llama.cpp {LLAMA}", [*handler, "--llama-cpp", str(ports[0])], ports[0], "model", forbid),
             ("stand-in: polymodal serve", ours(placed, *flags), None, "model", forbid),
             ("stand-in: same, float32", ours(placed, "--quantize", "float32", *flags), None, "model", forbid),
             ("stand-in: transformers", [*stock, "--host", "127.0.0.1", "--port", str(ports[1]), exported], ports[1],
@@ -141,10 +141,10 @@ def measure(rows: dict[str, Row], plain: LocalBackend, runs: int) -> None:
         plain.generate(messages_of(conversation(1000 + run)), params)
         first.note("bare", time.perf_counter() - begin)
         for row in rows.values():
-            talk = conversation(run)
-            text, seconds = ask(row, talk, WHOLE)
-            row.note("whole", seconds)
-            talk += [{"role": "assistant", "content": text}, {"role": "user", "content": AGAIN}]
+            row.note("whole", ask(row, conversation(run), WHOLE)[1])
+            talk = conversation(2000 + run)
+            said = ask(row, talk, WHOLE, full=False)[0]
+            talk += [{"role": "assistant", "content": said}, {"role": "user", "content": AGAIN}]
             row.note("second", first_piece(row, talk))
     for row in rows.values():
         for count in STREAMS:
@@ -208,17 +208,16 @@ def conversation(number: int, question: str = QUESTIONS[0]) -> list[dict[str, An
     return [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
 
 
-def ask(row: Row, messages: list[Any], tokens: int) -> tuple[str, float]:
-    """The text of an answer of its full length, and its seconds."""
+def ask(row: Row, messages: list[Any], tokens: int, full: bool = True) -> tuple[str, float]:
+    """The text of an answer, which is to have its `full` length or ends by itself, and its seconds."""
+    body = row.request(messages, tokens, **(row.extra if full else {}))
     begin = time.perf_counter()
-    got = httpx2.post(
-        f"{row.server.url}/v1/chat/completions", json=row.request(messages, tokens), timeout=600, trust_env=False
-    )
+    got = httpx2.post(f"{row.server.url}/v1/chat/completions", json=body, timeout=600, trust_env=False)
     seconds = time.perf_counter() - begin
     if got.status_code != 200:
         raise PolymodalError(f"refuses the request: {got.text[:200]}")
     answer = got.json()
-    if (made := answer["usage"]["completion_tokens"]) != tokens:
+    if (made := answer["usage"]["completion_tokens"]) != tokens and full:
         raise PolymodalError(f"ended after {made} tokens")
     return answer["choices"][0]["message"]["content"], seconds
 
@@ -332,7 +331,7 @@ def serve_llama_cpp(name: str, port: int) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
                 ids: list[int] = []
-                for token in talk.answer(messages_of(asked["messages"]), asked["max_tokens"]):
+                for token in talk.answer(messages_of(asked["messages"]), asked["max_tokens"], "logit_bias" in asked):
                     ids.append(token)
                     if asked.get("stream"):  # the first piece is all that is measured
                         break
@@ -378,8 +377,8 @@ class LlamaTalk:
             embeds[slot.start : slot.start + slot.length] = image
         return embeds
 
-    def answer(self, messages: list[Message], tokens: int) -> Iterator[int]:
-        """The ids of an answer, greedily and without an end."""
+    def answer(self, messages: list[Message], tokens: int, full: bool) -> Iterator[int]:
+        """The ids of an answer, greedily; a `full` one has no end of its own."""
         sample = self.backend.prepare(messages, tokens)
         embeds, ids = self.embed(sample), sample.input_ids
         length = min(len(self.read), len(ids) - 1)
@@ -389,8 +388,11 @@ class LlamaTalk:
         self.read = ids
         for number in range(tokens):
             logits = self.logits()
-            logits[list(self.backend.stop_ids)] = -torch.inf
+            if full:
+                logits[list(self.backend.stop_ids)] = -torch.inf
             token = int(logits.argmax())
+            if token in self.backend.stop_ids:
+                return
             yield token
             if number + 1 < tokens:
                 one = self.lib.llama_batch_get_one((self.lib.llama_token * 1)(token), 1)
