@@ -18,6 +18,7 @@ TESTS = Path(__file__).resolve().parents[1]
 HERE, CHAT, HARD = "serving/test_bad_requests.py::", "serving/test_chat.py::", "serving/test_hardship.py::"
 LOCAL, IMAGE, AUDIO = "backends/test_local.py::", "media/test_image.py::", "media/test_audio.py::"
 VIDEO, FOLDER, JINJA = "media/test_video.py::", "safety/test_model_folder.py::", "safety/test_jinja_sandbox.py::"
+PAGE = "serving/test_page.py::"
 FOLDERS = f"{FOLDER}test_bad_folders_are_refused_before_they_are_opened"
 KEYS = f"{CHAT}test_the_key_is_needed_everywhere_but_for_health"
 READ_AGAIN = f"{LOCAL}test_other_images_are_read_even_where_the_ids_are_the_same"
@@ -126,10 +127,10 @@ ROWS: dict[int, tuple[str, ...]] = {
         f"{VIDEO}test_limits",
     ),
     65: (KEYS,),
-    66: (KEYS,),
+    66: (KEYS, f"{PAGE}test_only_the_pages_own_files_come_without_the_key"),
     67: (f"{CHAT}test_strange_pages_and_names_are_refused",),
     68: (f"{HERE}test_the_log_keeps_to_its_lines",),
-    69: (f"{CHAT}test_pieces_add_up_to_the_answer",),
+    69: (f"{PAGE}test_a_reply_is_text_whatever_it_holds", f"{PAGE}test_the_page_reads_no_text_as_html"),
     70: (FOLDERS, f"{FOLDER}test_nan_weights_are_named", f"{FOLDER}test_tensors_that_do_not_fit_are_listed"),
     71: (FOLDERS, f"{FOLDER}test_the_configuration_of_a_hub_id_is_looked_over_too"),
     72: (

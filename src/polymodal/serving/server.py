@@ -69,9 +69,10 @@ class _Protocol(H11Protocol):
         self._watch()
         if len(self.connections) > CONNECTIONS:
             quiet = asyncio.get_running_loop().time() - QUIET_S
-            for other in [other for other in self.connections if other._idle and other._since < quiet]:
-                other.transport.abort()
-                self.connections.discard(other)
+            for other in list(self.connections):
+                if isinstance(other, _Protocol) and other._idle and other._since < quiet:
+                    other.transport.abort()
+                    self.connections.discard(other)
             if len(self.connections) > 4 * CONNECTIONS:
                 transport.abort()
             elif len(self.connections) > CONNECTIONS:
