@@ -151,6 +151,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         f"{CHAT}test_the_command_answers_and_drains",
         f"{HARD}test_a_request_for_which_there_is_no_memory",
         f"{HARD}test_a_cache_folder_that_cannot_be_written",
+        "modeling/test_onnx_llm.py::test_a_graph_that_nobody_asked_for_needs_no_place",
         f"{HARD}test_sudden_death_and_a_restart",
         f"{HARD}test_a_full_disk_leaves_nothing_half_written",
         f"{HARD}test_a_killed_writer_leaves_no_folder_that_looks_whole",
