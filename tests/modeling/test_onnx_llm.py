@@ -16,7 +16,7 @@ from polymodal.backends import load
 from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.model_folder import save_model
 from polymodal.config import LLMConfig, ModelConfig
-from polymodal.errors import CheckpointError, ConfigError
+from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.generation.generate import stream_ids
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import assistant
@@ -210,6 +210,18 @@ def test_a_graph_that_computes_something_else_is_not_kept(
     with pytest.warns(UserWarning, match="used without"):
         plain = load(folder, "cpu", quantize="auto")
     assert isinstance(plain, LocalBackend) and not isinstance(plain.model.llm, OnnxLLM)
+
+
+def test_a_graph_that_nobody_asked_for_needs_no_place(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("POLYMODAL_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(onnx_llm, "WORTH", (0, 10**9))
+    with pytest.warns(UserWarning, match="cannot be written .*used without"):
+        assert load(folder, "cpu", quantize="auto").ask("x", params=PARAMS) is not None
+    with pytest.raises(PolymodalError, match="cannot be written"):
+        load(folder, "cpu", quantize="int8")
 
 
 def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

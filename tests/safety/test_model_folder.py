@@ -201,6 +201,7 @@ BAD = {
     "experts from a repository": (change("config.json", experts_implementation="evil/x"), "is 'evil/x'"),
     "a negative size": (change("config.json", hidden_size=-1), r"hidden_size is -1, which is no model's"),
     "a giant size": (change("config.json", vocab_size=10**12), "vocab_size is 1000000000000, which is no model's"),
+    "a giant width": (change("config.json", hidden_size=10**9), "hidden_size is 1000000000, which is no model's"),
     "no JSON": (write("config.json", '{"model_type":'), r"config\.json: not valid JSON"),
     "a list": (write("config.json", "[]"), r"config\.json: an object was expected"),
     "deep JSON": (write("config.json", '{"a":' * 90 + "1" + "}" * 90), "nested more than 64 levels deep"),

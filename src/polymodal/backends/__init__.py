@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polymodal.checkpoints.locate import ENDPOINT, find_model, folder_here
-from polymodal.errors import CheckpointError, ConfigError, unknown_name
+from polymodal.errors import CheckpointError, ConfigError, PolymodalError, unknown_name
 from polymodal.safety.model_folder import OURS, FolderReport, Kind, check_folder, refuse_adapter
 from polymodal.utils.devices import best_device, check_device
 
@@ -288,8 +288,9 @@ def _local(loaded: Loaded, options: Options, report: FolderReport | None = None)
             graph = use_graph(model, bits, loaded.tokenizer)
             if report is not None and (files := llm_files(report)):
                 remember_graph(files_key(files), graph)
-    except CheckpointError as error:
-        if bits is None or options.quantize not in (INT8, "auto"):
+    except PolymodalError as error:  # no graph can be made, or it cannot be written
+        without = (INT8, "auto") if isinstance(error, CheckpointError) else ("auto",)
+        if bits is None or options.quantize not in without:
             raise
         warnings.warn(f"{options.name}: {error}; it is used without", stacklevel=3)
         if options.quantize == INT8:

@@ -207,6 +207,9 @@ def _frame(file: PILImage.Image, number: int, max_pixels: int, name: str) -> PIL
             image = file.copy()
     except MediaError:
         raise
+    except MemoryError as error:
+        line = f"{name}: page {number}: too large for the memory there is; scale it down"
+        raise MediaError(line, "too-many-pixels") from error
     except Exception as error:  # a decoder that is fed damaged bytes may raise anything
         raise MediaError(
             f"{name}: page {number} is damaged or cut off ({first_line(error)[:120]}); give a whole file"

@@ -243,6 +243,8 @@ def _check_size(image: PILImage.Image, max_pixels: int, name: str) -> None:
 
 
 def _damaged(name: str, error: Exception) -> MediaError:
+    if isinstance(error, MemoryError):
+        return MediaError(f"{name}: too large for the memory there is; scale it down", "too-many-pixels")
     reason = " ".join(str(error).split())[:120] or type(error).__name__
     return MediaError(f"{name}: is damaged or cut off ({reason}); give a whole file", "damaged-image")
 

@@ -30,7 +30,7 @@ from polymodal.backends.base import Reply, TextDelta
 from polymodal.backends.openai.answers import clean
 from polymodal.errors import PolymodalError
 from polymodal.serving import page, runs
-from polymodal.serving.bodies import Limits, check_headers, read_body
+from polymodal.serving.bodies import Limits, check_headers, received
 from polymodal.serving.errors import RequestError, as_request_error
 from polymodal.serving.models import Served, check_room, model_of
 from polymodal.serving.protocol import Asked, Json, choice, chunk, completion, read_request, usage_of
@@ -41,7 +41,7 @@ LOG = logging.getLogger(__name__)
 OPEN = ("/health", "/ready", *page.FILES)
 """Routes without a key."""
 READERS = 4
-"""Bodies that are read and unpacked at the same time; others wait unread."""
+"""Large bodies that are read and unpacked at the same time; others wait, unread from where they are large."""
 
 
 def build_app(
@@ -185,8 +185,7 @@ async def chat(request: Request) -> Response:
     state = request.app.state
     check_headers(request, state.limits.body)
     check_room(state.models)
-    async with state.readers:
-        body = await read_body(request, state.limits)
+    async with received(request) as body:
         asked = await asyncio.to_thread(read_request, body, state.models)
     del body
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.served.name}

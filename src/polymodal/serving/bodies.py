@@ -1,12 +1,17 @@
 """Bodies of requests: what is known of one before it is read, and reading it within its limits."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from email.message import Message as Headers
 
 from starlette.requests import Request
 
 from polymodal.serving.errors import RequestError
+
+SMALL = 2**20
+"""Bytes of a body that is read at once, so that a few clients who send slowly do not keep all others out."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ def check_headers(request: Request, most: int) -> None:
         raise RequestError("the body must be application/json", status=415)
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise RequestError("the body must not be compressed", status=415)
+    if "transfer-encoding" in request.headers and "content-length" in request.headers:  # proxies may differ
+        raise RequestError("give Content-Length or Transfer-Encoding, not both")
     length = request.headers.get("content-length", "0")
     if length.isdigit() and (len(length) > 15 or int(length) > most):
         raise _too_large(most)
@@ -37,12 +44,21 @@ def _too_large(most: int) -> RequestError:
     return RequestError(f"the body has more than {most:,} bytes", status=413, code="request_too_large")
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body, within its size and time."""
+@asynccontextmanager
+async def received(request: Request) -> AsyncIterator[bytes]:
+    """The body, to be unpacked inside; a large one holds a reader's place until then."""
+    async with AsyncExitStack() as place:
+        yield await read_body(request, request.app.state.limits, place)
+
+
+async def read_body(request: Request, limits: Limits, place: AsyncExitStack | None = None) -> bytes:
+    """The body, within its size and time; `place` is where a large one waits for a reader."""
     body = bytearray()
     try:
         async with asyncio.timeout(limits.body_s):
             async for piece in request.stream():
+                if place is not None and len(body) <= SMALL < len(body) + len(piece):
+                    await place.enter_async_context(request.app.state.readers)
                 body += piece
                 if len(body) > limits.body:
                     raise _too_large(limits.body)

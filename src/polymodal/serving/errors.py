@@ -33,11 +33,12 @@ def as_request_error(error: BaseException) -> RequestError:
     if isinstance(error, EndpointError):  # which may say where the endpoint is
         told = "the endpoint behind this server gave no answer; the server's log says why"
         return RequestError(told, status=502, code="upstream_error")
-    if isinstance(error, PolymodalError) and not isinstance(error, CheckpointError):
+    short = isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError)  # a decoder's, of a file
+    if not short and isinstance(error, PolymodalError) and not isinstance(error, CheckpointError):
         place = re.match(r"(messages\[[\w.\[\]]*): ", str(error))
         code = "context_length_exceeded" if error.code == "too-long" else None
         return RequestError(str(error), place and place[1], code=code)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
+    if short or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
         return RequestError(
             "the request needs more memory than there is; give fewer or smaller media, or a shorter text",
             status=503,

@@ -13,7 +13,7 @@ from polymodal.backends.base import Backend
 from polymodal.messages import Message
 from polymodal.processing.document_pages import expand_documents
 from polymodal.processing.processor import Processor
-from polymodal.serving.bodies import check_headers, read_body
+from polymodal.serving.bodies import check_headers, received
 from polymodal.serving.errors import RequestError
 from polymodal.serving.protocol import read_request
 from polymodal.utils.html import data_url
@@ -46,8 +46,7 @@ async def preview(request: Request) -> Response:
     """What the model sees of a conversation: counts of tokens, and each medium's tiles, frames or windows drawn."""
     state = request.app.state
     check_headers(request, state.limits.body)
-    async with state.readers:
-        body = await read_body(request, state.limits)
+    async with received(request) as body:
         asked = await asyncio.to_thread(read_request, body, state.models)
         return JSONResponse(await asyncio.to_thread(see, asked.served.backend, asked.messages))
 

@@ -2,24 +2,30 @@
 
 import asyncio
 import ipaddress
+import json
 import logging
 import socket
 from typing import Any
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from polymodal.backends.openai.answers import clean
 from polymodal.errors import ConfigError
+from polymodal.serving.errors import RequestError
 
 MAX_HEADER = 16 * 1024
+PIECE = 1024
 HEADER_S = 10.0
 """Seconds in which a connection has to have sent the head of a request."""
 SEND_S = 60.0
 """Seconds in which a client has to go on reading, where it has not taken what was sent before."""
 CONNECTIONS = 64
+"""That are served; beyond, those that have said nothing for `QUIET_S` are closed, and new ones are told to wait."""
+QUIET_S = 1.0
 MAX_LINE = 400
 """Characters of a line in the log."""
 
@@ -46,14 +52,47 @@ def bind(host: str, port: int) -> socket.socket:
     return taken
 
 
+async def _busy(scope: Scope, receive: Receive, send: Send) -> None:
+    """What a connection too many is told."""
+    error = RequestError("too many connections; try again", status=429, code="too_many_connections", retry=1)
+    await JSONResponse(error.body, 429, {"Retry-After": "1", "Connection": "close"})(scope, receive, send)
+
+
 class _Protocol(H11Protocol):
     """uvicorn's, which also ends connections whose client sends half of a head, or does not read what it asked for."""
 
     _late: asyncio.TimerHandle | None = None
+    _since = 0.0  # When it began to be idle
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._watch()
+        if len(self.connections) > CONNECTIONS:
+            quiet = asyncio.get_running_loop().time() - QUIET_S
+            for other in list(self.connections):
+                if isinstance(other, _Protocol) and other._idle and other._since < quiet:
+                    other.transport.abort()
+                    self.connections.discard(other)
+            if len(self.connections) > 4 * CONNECTIONS:
+                transport.abort()
+            elif len(self.connections) > CONNECTIONS:
+                self.app = _busy
+
+    def data_received(self, data: bytes) -> None:
+        """Take the head of a request by and by, since its limit only holds for one that has not come whole."""
+        while self.conn.their_state is h11.IDLE and len(data) > PIECE:
+            super().data_received(data[:PIECE])
+            data = data[PIECE:]
+        if not self.transport.is_closing():
+            super().data_received(data)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP as everything else is answered, unless an answer is under way."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(RequestError(msg).body).encode()
+            head = f"HTTP/1.1 400 \r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            self.transport.write(head.encode() + b"Connection: close\r\n\r\n" + body)
+        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -68,11 +107,18 @@ class _Protocol(H11Protocol):
         super().on_response_complete()
         self._watch()
 
+    @property
+    def _idle(self) -> bool:
+        """Whether no request is under way."""
+        return self.conn.their_state is h11.IDLE and not self.transport.is_closing()
+
     def _watch(self) -> None:
-        asyncio.get_running_loop().call_later(HEADER_S, self._end_idle, self.cycle)
+        loop = asyncio.get_running_loop()
+        self._since = loop.time()
+        loop.call_later(HEADER_S, self._end_idle, self.cycle)
 
     def _end_idle(self, last: Any) -> None:
-        if self.cycle is last and self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+        if self.cycle is last and self._idle:
             self.transport.close()
 
 
@@ -108,7 +154,6 @@ def make_server(app: ASGIApp, drain: float = 30.0) -> uvicorn.Server:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=max(1, round(drain)),
             h11_max_incomplete_event_size=MAX_HEADER,
         )

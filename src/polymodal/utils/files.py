@@ -1,11 +1,14 @@
 """Files that are either whole or not there: atomic writes, hashes, and the user's cache folder."""
 
+import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -84,14 +87,16 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         if target.exists() and not replace:
             raise PolymodalError(f"{target}: is there already; choose another folder or remove it")
         target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # by a writer that was killed
+            with suppress(OSError):  # others write and tidy here too
+                if time.time() - left.stat().st_mtime > 86400:
+                    shutil.rmtree(left)
         work.mkdir()
         yield work
         for path in work.rglob("*"):
             _fsync(path)
         _fsync(work)
-        if target.exists():
-            target.rename(old)
-        work.rename(target)
+        _put_in_place(work, target, old)
         _fsync(target.parent)
     except PolymodalError as error:
         if str(work) not in str(error):
@@ -109,6 +114,21 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             if old.exists() and not target.exists():
                 old.rename(target)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_in_place(work: Path, target: Path, old: Path) -> None:
+    """Move a folder to where another may be, and where somebody else may put one at the same time."""
+    for _ in range(100):
+        shutil.rmtree(old, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            target.rename(old)
+        try:
+            work.rename(target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    raise OSError(errno.EEXIST, "others go on writing it")
 
 
 @contextmanager
