@@ -13,17 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from polymodal.backends.base import Answer, Backend, ModelBackend, RawPrompt, check_makes
+from polymodal.backends.base import Answer, ModelBackend, RawPrompt, check_makes
 from polymodal.checkpoints.model_folder import save_model
 from polymodal.config import ImageConfig, ModelConfig
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.generation.generate import can_share, new_cache, read_beginnings, stream_ids
 from polymodal.generation.modalities import image_block, require_room, stream_modalities
-from polymodal.generation.params import GenerationParams, ImageParams
+from polymodal.generation.params import GenerationParams
 from polymodal.generation.sampling import Sampler, unspoken
 from polymodal.generation.streaming import Step
 from polymodal.media_plan import AudioPlan, ImagePlan, Size, plan_image
@@ -31,7 +30,6 @@ from polymodal.messages import Conversation, Image, Message, Part, Source, Text,
 from polymodal.modeling.build import Own
 from polymodal.modeling.language_model import positions_of
 from polymodal.modeling.onnx_llm import OnnxLLM
-from polymodal.modeling.renderers.base import Renderer, RenderRequest
 from polymodal.modeling.token_loss import Output
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.chat_template.calls import CallForm, find_form
@@ -39,9 +37,6 @@ from polymodal.processing.collate import Sample, collate
 from polymodal.processing.image_codes import ImageCodes, empty_condition
 from polymodal.processing.processor import Processor
 from polymodal.utils.files import sha256_json
-
-_NOT_HERE = ("width", "height", "steps", "frames", "fps", "image")
-"""Fields of a renderer's request that codes of one size have no use for."""
 
 
 def processor_of(model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Processor:
@@ -388,27 +383,6 @@ def with_media(messages: Sequence[Message], images: Sequence[Image]) -> list[Mes
     if left:
         raise PolymodalError(f"images: {len(left)} more than there are places marked <image>")
     return found
-
-
-class DrawingModel(Renderer):
-    """A model that makes images, as a renderer."""
-
-    output = "image"
-    conversational = True
-
-    def __init__(self, model: Backend) -> None:
-        if "image" not in model.makes:
-            raise ConfigError(f"{model.name}: makes {' and '.join(model.makes)}; a renderer has to make images")
-        self.model, self.name = model, model.name
-
-    def render(self, request: RenderRequest) -> np.ndarray:
-        """Draw, uint8 [H, W, 3]."""
-        given = {"negative_prompt": request.negative_prompt or None, **request.model_dump(include=set(_NOT_HERE))}
-        if said := [name for name, value in given.items() if value is not None]:
-            raise ConfigError(f"{self.name}: draws codes, for which {said[0]} says nothing; leave it out")
-        image = ImageParams(guidance=request.guidance)
-        params = GenerationParams(seed=request.seed, modalities=("image",), image=image)
-        return np.asarray(self.model.generate(request.prompt, params).images[0])
 
 
 @dataclass(frozen=True)
