@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 
 from polymodal.backends import load, load_renderer
 from polymodal.backends.base import MediaEnd, MediaStart, Reply, TextDelta, require_question
-from polymodal.backends.local import DrawingModel
+from polymodal.backends.drawing import DrawingModel
 from polymodal.cli import main
 from polymodal.errors import ConfigError, DataError, PolymodalError
 from polymodal.generation.params import GenerationParams

@@ -82,9 +82,10 @@ class Running:
 def running(
     backend: Backend, *, key: str | None = None, loopback: bool = True, queue: int = 16, timeout: float = 60.0,
     limits: Limits | None = None, beside: dict[str, Backend] | None = None, runs_folder: Path | None = None,
+    most: int = 64,
 ) -> Iterator[Running]:  # fmt: skip
     models = {
-        name: Served(one, Scheduler(one, queue, timeout), name, 64, 12, CONTEXT * LONGEST, 1_700_000_000)
+        name: Served(one, Scheduler(one, queue, timeout), name, most, 12, CONTEXT * LONGEST, 1_700_000_000)
         for name, one in {"tiny": backend, **(beside or {})}.items()
     }
     address = bind("127.0.0.1", 0)
@@ -125,3 +126,18 @@ def told() -> Iterator[Callable[..., Any]]:
         yield make
         for model in models:
             model.steps.release(10_000)
+
+
+@pytest.fixture(scope="session")
+def tooled(tiny_model_folder: Path) -> Iterator[Running]:
+    """The tiny model with a chat template that has a place for tools, behind a server."""
+    from polymodal.config import TemplateConfig
+    from polymodal.processing.chat_template.encode import ChatTemplate
+    from tests.processing.tool_templates import QWEN25
+
+    backend: Any = load(tiny_model_folder)
+    backend.trims, backend.context_length = False, 4096  # tools take a token a letter
+    backend.tokenizer.chat_template = QWEN25
+    backend.processor.template = ChatTemplate(backend.tokenizer, TemplateConfig(), backend.model.image_token_id)
+    with running(backend, most=128) as server:
+        yield server

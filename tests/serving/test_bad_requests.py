@@ -151,17 +151,38 @@ BAD: list[tuple[str, Any, int, str | None]] = [
     ("53 two", asks(max_tokens=5, max_completion_tokens=6), 400, "max_tokens"),
     *[(f"54 {k} {v!r}", asks(**{k: v}), 400, k)
       for k, v in (("temperature", -1), ("temperature", 1e9), ("temperature", "x"), ("top_p", 0), ("top_p", 5),
-                   ("top_k", -5), ("frequency_penalty", 9), ("presence_penalty", 0.1), ("seed", 2**70), ("seed", 1.5),
-                   ("repetition_penalty", 0), ("min_p", 0.1), ("frequency_penalty", False))],
+                   ("top_k", -5), ("frequency_penalty", 9), ("presence_penalty", -2.1), ("seed", 2**70), ("seed", 1.5),
+                   ("repetition_penalty", 0), ("min_p", 1.1), ("frequency_penalty", False))],
     *[(f"55 {k}", asks(**{k: v}), 400, k)
-      for k, v in (("n", 10**6), ("n", 0), ("best_of", 5), ("logprobs", 10**6), ("logprobs", True),
+      for k, v in (("n", 10**6), ("n", 0), ("best_of", 5), ("logprobs", 10**6), ("top_logprobs", 21),
                    ("top_logprobs", 5), ("stream", "yes"), ("stream_options", {"include_usage": True}))],
-    ("56", asks(logit_bias={"999999": 1e9}), 400, "logit_bias"),
+    *[("56", asks(logit_bias=bias), 400, place)
+      for bias, place in (({"5": 1e9}, "logit_bias.5"), ({"999999": 1}, "logit_bias"), ({"x": 1}, None),
+                          ({str(i): 1 for i in range(10**4)}, "logit_bias"), ([5], "logit_bias"))],
     *[(f"57 {str(v)[:9]}", asks(stop=v), 400, k)
       for v, k in (("", "stop"), ([""], "stop[0]"), (["a"] * 1000, "stop"), ("a" * 2**20, "stop"), (5, "stop"),
                    (["a", 5], "stop[1]"))],
-    ("58", asks(response_format={"type": "json_schema", "json_schema": {"pattern": "(a+)+$"}}), 400, "response_format"),
-    ("59", asks(tools=[{"type": "function"}]), 400, "tools"),
+    ("58", asks(response_format={"type": "json_schema", "json_schema": {"pattern": "(a+)+$"}}), 400,
+     "response_format.json_schema.name"),
+    ("58 none", asks(response_format={"type": "json_schema"}), 400, "response_format.json_schema"),
+    ("58 both", asks(response_format={"type": "json_object", "json_schema": {"name": "x", "schema": {}}}), 400,
+     "response_format.json_schema"),
+    *[("58", asks(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}), 400,
+       "response_format")
+      for schema in ({"type": "banana"}, {"$ref": "#"}, {"$ref": "file:///etc/passwd"}, {"type": 5},
+                     {"enum": ["x" * 2**20]}, {"type": "string", "pattern": "(?=a)b"},
+                     {"type": "string", "pattern": "("},
+                     {"type": "integer", "minimum": 10**30})],
+    ("59", asks(tools=[{"type": "function"}]), 400, "tools[0].function"),
+    ("59 type", asks(tools=[{"type": "web_search"}]), 400, "tools[0].type"),
+    ("59 name", asks(tools=[{"type": "function", "function": {"name": "a b"}}]), 400, "tools[0].function.name"),
+    ("59 no place", asks(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools"),
+    ("59 word", asks(tool_choice="banana"), 400, "tool_choice"),
+    ("59 call", {"model": "tiny", "messages": [
+        {"role": "user", "content": "hi"}, {"role": "user", "content": "x"},
+        {"role": "assistant", "tool_calls": [
+            {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "a", "content": "1"}]}, 400, "messages[2].tool_calls"),
     ("59 choice", asks(tool_choice="required"), 400, "tool_choice"),
     ("60", asks(chat_template="{{''.__class__}}"), 400, "chat_template"),
     ("60 kwargs", asks(chat_template_kwargs={"tokenize": True}), 400, "chat_template_kwargs"),
@@ -307,7 +328,16 @@ def test_odd_requests_of_http(tiny: Running) -> None:
         with socket.create_connection(("127.0.0.1", tiny.port), timeout=20) as connection:
             connection.sendall(text)
             assert connection.recv(4096).split(b" ")[1] == status, text
-    for path in ("/docs", "/openapi.json", "/v1", "/v1/banana", "/v1/chat", "/health/", "/index.html"):
+    for path in (
+        "/docs",
+        "/openapi.json",
+        "/v1/files",
+        "/v1/banana",
+        "/v1/chat",
+        "/v1/embeddings",
+        "/health/",
+        "/index.html",
+    ):
         answer = tiny.get(path)
         assert answer.status_code == 404 and answer.json()["error"]["type"] == "invalid_request_error"
     assert tiny.get("/v1/chat/completions").status_code == 405

@@ -144,7 +144,7 @@ def load_renderer(
     if base_url is not None or api_key is not None or allow_http:
         raise ConfigError(f"{name}: an address and a key are for endpoints; call it {ENDPOINT}MODEL if it is one")
     if isinstance(name, str | Path) and (folder_here(name) / OURS).is_file():
-        from polymodal.backends.local import DrawingModel
+        from polymodal.backends.drawing import DrawingModel
 
         return DrawingModel(load(name, device))
     from polymodal.modeling.renderers import load_renderer as load_pipeline

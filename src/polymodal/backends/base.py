@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
+from polymodal.backends.reply import RawPrompt as RawPrompt
 from polymodal.backends.reply import Reply as Reply
 from polymodal.backends.reply import StreamEvent as StreamEvent
 from polymodal.backends.reply import Timing as Timing
@@ -38,10 +39,14 @@ from polymodal.messages import (
     assistant,
     user,
 )
-from polymodal.utils.files import sha256_json
+from polymodal.utils.files import sampled_hash, sha256_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from polymodal.generation.sampling import Grammars, Sampler
+    from polymodal.processing.chat_template.calls import CallForm
+    from polymodal.processing.image_codes import ImageCodes
 
 Inputs = TypeVar("Inputs")
 
@@ -51,6 +56,9 @@ EXPERTS = {"image": "polymodal.backends.prompt_writer:draw", "audio": "polymodal
 Called by name, since experts stand above a model: they ask one for a prompt, or talk through one.
 """
 
+
+_CONTEXT = 8
+"""Ids before an answer that goes on from a text, which say how its first ones are spelt."""
 
 Answer: TypeAlias = str | PolymodalError
 """An answer's text, or why there is none."""
@@ -66,6 +74,8 @@ class Backend(ABC):
         makes: What an answer may hold.
         defaults: The settings where none are given.
         captions: Whether it describes an image that it is given alone, and goes on from a text instead of answering it.
+        completes: Whether `stream` goes on from a `RawPrompt` too, which `raw_prompt` makes.
+        calls: How it writes calls of tools; None where its chat template has no place for tools.
         experts: What makes media that the model does not: a `Renderer` as "image", a `TTS` as "audio". Where one is
             missing, the default is opened when it is first needed, and kept here.
     """
@@ -75,6 +85,8 @@ class Backend(ABC):
     takes: tuple[str, ...] = ("image",)
     makes: tuple[str, ...] = ("text",)
     captions = False
+    completes = False
+    calls: CallForm | None = None
     defaults = GenerationParams()
     experts: Mapping[str, Any] = {}  # replaced, never changed
 
@@ -234,19 +246,6 @@ def check_makes(model: Backend, params: GenerationParams) -> None:
         )
 
 
-def sampled_hash(module: Any) -> str:
-    """A hash of some numbers of every tensor of a module, with its name, type and shape; training changes them all."""
-    import torch  # an endpoint does without
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(repr((name, getattr(tensor, "dtype", None), getattr(tensor, "shape", tensor))).encode())
-        if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and not tensor.is_quantized:
-            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].contiguous().cpu()
-            digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def require_question(conversation: Conversation, makes: Sequence[str] = ("text",)) -> list[Message]:
     """Read a conversation, which has to ask for an answer."""
     # What an expert made for an earlier answer is nothing that a model can have said itself: an image goes with the
@@ -323,25 +322,45 @@ class ModelBackend(Backend, Generic[Inputs]):
         return None
 
     @abstractmethod
-    def _steps(self, inputs: Inputs, params: GenerationParams) -> Generator[Step]:
-        """Run the model."""
+    def _steps(self, inputs: Inputs, params: GenerationParams, sampler: Sampler) -> Generator[Step]:
+        """Run the model; images are drawn without the sampler."""
 
-    def stream(self, messages: Conversation, params: GenerationParams | None = None) -> Iterator[StreamEvent]:
+    def sampler(self, params: GenerationParams) -> Sampler:
+        """What chooses the ids of one answer; a schema or grammar that cannot be followed is a `ConfigError`."""
+        from polymodal.generation.sampling import Sampler
+
+        return Sampler(params, self.model.device, self._grammars.matcher(params) if params.follows else None)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+
+        from polymodal.generation.sampling import Grammars
+
+        return Grammars(self.tokenizer, self.stop_ids)
+
+    def stream(
+        self, messages: Conversation | RawPrompt, params: GenerationParams | None = None
+    ) -> Iterator[StreamEvent]:
         """Answer a conversation piece by piece. Closing the iterator stops the model."""
         params = params or self.defaults
         check_makes(self, params)
         begin = time.perf_counter()
         inputs = self.prepare(messages, params.max_new_tokens)
-        answer = self._answer_stream(params)
+        sampler = self.sampler(params)
+        answer = self.answer_stream(params, messages if isinstance(messages, RawPrompt) else None)
         prepared = first = time.perf_counter()
         made, encode_s = 0, None
-        with closing(self._steps(inputs, params)) as steps:
+        with closing(self._steps(inputs, params, sampler)) as steps:
             for (token,), seconds in steps:
                 if made == 0:
                     first, encode_s = time.perf_counter(), seconds
                 made += 1
                 assert token is not None  # a single row ends with the stream
-                yield from [*answer.push(token)] or [TextDelta("")]  # where whoever asked can stop it, at every token
+                # A model in a thread of its own may have chosen more by now.
+                chance = sampler.chances[made - 1] if sampler.chances else None
+                yield from [*answer.push(token, chance)] or [
+                    TextDelta("")
+                ]  # where whoever asked can stop it, at every token
                 if answer.stopped:
                     break
         yield from answer.finish()
@@ -358,13 +377,29 @@ class ModelBackend(Backend, Generic[Inputs]):
             ),
             finish_reason="stop" if answer.stopped else "length",
             model=self.name,
+            chances=tuple(answer.chances),
         )
 
-    def _answer_stream(self, params: GenerationParams) -> AnswerStream:
-        return AnswerStream(lambda: self._text(params))
+    def answer_stream(self, params: GenerationParams, prompt: RawPrompt | None = None) -> AnswerStream:
+        """What turns an answer's ids into its parts; `prompt` where it goes on from one."""
+        return AnswerStream(lambda: self._text(params, prompt), self._codes(params))
 
-    def prepare(self, messages: Conversation, room: int) -> Inputs:
+    def _codes(self, params: GenerationParams) -> ImageCodes | None:
+        """What images are made of, where the answer may hold any."""
+        return None
+
+    def _raw(self, prompt: RawPrompt) -> Inputs:
+        """The model's inputs of a raw prompt."""
+        raise PolymodalError(f"{self.name} answers conversations, and does not go on from a text")
+
+    def prepare(self, messages: Conversation | RawPrompt, room: int) -> Inputs:
         """Process a conversation without the oldest questions of plain text that leave the answer no room."""
+        if isinstance(messages, RawPrompt):
+            inputs = self._raw(messages)
+            if not self._fits(len(messages.ids), room):
+                told = f"the prompt takes {len(messages.ids)} tokens and the model's context is {self.context_length}"
+                raise PolymodalError(f"{told}; shorten it, or ask for fewer tokens", "too-long")
+            return inputs
         # Media and the last question are never cut.
         kept = require_question(messages, self.makes)
         while True:
@@ -391,8 +426,9 @@ class ModelBackend(Backend, Generic[Inputs]):
         """What is kept for an answer: as much as it may take, but no more than a quarter of the context."""
         return min(room, self.context_length // 4) if self._answer_takes_room else 0
 
-    def _text(self, params: GenerationParams) -> TextStream:
-        return TextStream(self.tokenizer, params.stop, self.stop_ids, skip_space=True)
+    def _text(self, params: GenerationParams, prompt: RawPrompt | None = None) -> TextStream:
+        after = () if prompt is None else prompt.ids[-_CONTEXT:]
+        return TextStream(self.tokenizer, params.stop, self.stop_ids, skip_space=prompt is None, after=after)
 
     def _texts(self, steps: Generator[Step], rows: int, params: GenerationParams) -> list[str]:
         """The texts of a batch."""

@@ -9,36 +9,34 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from polymodal.backends.base import Answer, Backend, ModelBackend, check_makes
+from polymodal.backends.base import Answer, ModelBackend, RawPrompt, check_makes
 from polymodal.checkpoints.model_folder import save_model
 from polymodal.config import ImageConfig, ModelConfig
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.generation.generate import can_share, new_cache, read_beginnings, stream_ids
 from polymodal.generation.modalities import image_block, require_room, stream_modalities
-from polymodal.generation.params import GenerationParams, ImageParams
-from polymodal.generation.streaming import AnswerStream, Step
+from polymodal.generation.params import GenerationParams
+from polymodal.generation.sampling import Sampler, unspoken
+from polymodal.generation.streaming import Step
 from polymodal.media_plan import AudioPlan, ImagePlan, Size, plan_image
 from polymodal.messages import Conversation, Image, Message, Part, Source, Text, as_messages, assistant
 from polymodal.modeling.build import Own
 from polymodal.modeling.language_model import positions_of
 from polymodal.modeling.onnx_llm import OnnxLLM
-from polymodal.modeling.renderers.base import Renderer, RenderRequest
 from polymodal.modeling.token_loss import Output
 from polymodal.modeling.vlm import MultimodalLM
+from polymodal.processing.chat_template.calls import CallForm, find_form
 from polymodal.processing.collate import Sample, collate
 from polymodal.processing.image_codes import ImageCodes, empty_condition
 from polymodal.processing.processor import Processor
 from polymodal.utils.files import sha256_json
-
-_NOT_HERE = ("width", "height", "steps", "frames", "fps", "image")
-"""Fields of a renderer's request that codes of one size have no use for."""
 
 
 def processor_of(model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Processor:
@@ -82,6 +80,7 @@ class LocalBackend(ModelBackend[Sample]):
         self.processor = processor_of(model, tokenizer, config)
         super().__init__(name, tokenizer, model.llm.config, self.processor.template.stop_ids)
         self.keeps_last = can_share(model)
+        self.completes = not model.encoder_decoder and model.context_tokenizer is None
         self.looks_up = isinstance(model.llm, OnnxLLM) and model.llm.bits == 32
         self._last: deque[LastRead] = deque(maxlen=1)  # whoever answers takes it, so that no two threads share it
         given = {"image": config.image, "video": config.video, "audio": model.audio_encoder}
@@ -137,7 +136,7 @@ class LocalBackend(ModelBackend[Sample]):
         self.forget()
         prepared = [self._try(messages, params) for messages in conversations]
         samples = [p for p in prepared if not isinstance(p, PolymodalError)]
-        answers = [self._answer_stream(params) for _ in samples]
+        answers = [self.answer_stream(params) for _ in samples]
         for ids, _ in self._run(samples, params) if samples else ():
             for answer, token in zip(answers, ids, strict=True):
                 if token is not None and not answer.stopped:
@@ -146,6 +145,39 @@ class LocalBackend(ModelBackend[Sample]):
                 break
         said = iter(assistant(*answer.parts) for answer in answers)
         return [p if isinstance(p, PolymodalError) else next(said) for p in prepared]
+
+    @cached_property
+    def calls(self) -> CallForm | None:  # type: ignore[override]
+        """How the model's chat template writes calls of tools."""
+        return find_form(self.processor.template, self.tokenizer)
+
+    def raw_prompt(self, given: Any) -> RawPrompt:
+        """Make a prompt of a text that stands in no conversation.
+
+        Args:
+            given: The text, or its ids.
+
+        Returns:
+            The prompt, which `stream` takes in place of messages.
+
+        Raises:
+            PolymodalError: There is nothing in it, or an id is none of a text's.
+        """
+        ids = given
+        if isinstance(given, str):
+            spoken, alone = (self.tokenizer("a", add_special_tokens=on).input_ids for on in (True, False))
+            begin = spoken[: next((i for i in range(len(spoken)) if spoken[i : i + len(alone)] == alone), 0)]
+            ids = [*begin, *self.processor.template.plain(given, begin)]
+        never = {*unspoken(self.model)}
+        if wrong := [token for token in ids if token in never or not 0 <= token < len(self.tokenizer)]:
+            raise PolymodalError(f"the id {wrong[0]} is none of a text's; ids are from 0 to {len(self.tokenizer) - 1}")
+        if not ids:
+            raise PolymodalError("there is nothing to go on from; give a text")
+        return RawPrompt(tuple(ids))
+
+    def _raw(self, prompt: RawPrompt) -> Sample:
+        ids = torch.tensor(prompt.ids)
+        return Sample(ids, torch.zeros(len(ids), dtype=torch.bool))
 
     def _try(self, messages: Conversation, params: GenerationParams) -> Sample | PolymodalError:
         try:
@@ -157,8 +189,8 @@ class LocalBackend(ModelBackend[Sample]):
         except PolymodalError as error:
             return error
 
-    def _answer_stream(self, params: GenerationParams) -> AnswerStream:
-        return AnswerStream(lambda: self._text(params), self.processor.codes if "image" in params.modalities else None)
+    def _codes(self, params: GenerationParams) -> ImageCodes | None:
+        return self.processor.codes if "image" in params.modalities else None
 
     def _process(self, messages: Sequence[Message]) -> Sample:
         return self.processor(messages, add_generation_prompt=True)
@@ -173,10 +205,10 @@ class LocalBackend(ModelBackend[Sample]):
         """Free the memory that the last conversation takes."""
         self._last.clear()
 
-    def _steps(self, inputs: Sample, params: GenerationParams) -> Generator[Step]:
+    def _steps(self, inputs: Sample, params: GenerationParams, sampler: Sampler) -> Generator[Step]:
         prompt = inputs.input_ids if self.looks_up else None
         if not self.keeps_last or "image" in params.modalities:  # an image is drawn from a cache with more rows
-            yield from self._run([inputs], params, prompt=prompt)
+            yield from self._run([inputs], params, prompt=prompt, samplers=[sampler])
             return
         # Tensors made in inference mode cannot be changed outside of it and count no versions.
         weights = tuple((id(w), 0 if w.is_inference() else w._version) for w in self.model.parameters())
@@ -193,7 +225,7 @@ class LocalBackend(ModelBackend[Sample]):
         made: list[int] = []
         try:
             before = torch.ones((1, length), dtype=torch.bool, device=self.model.device)
-            for step in self._run([without_beginning(inputs, length)], params, (cache, before), prompt):
+            for step in self._run([without_beginning(inputs, length)], params, (cache, before), prompt, [sampler]):
                 made += [token for token in step[0] if token is not None]
                 yield step
         finally:
@@ -213,6 +245,7 @@ class LocalBackend(ModelBackend[Sample]):
         params: GenerationParams,
         past: tuple[DynamicCache, torch.Tensor] | None = None,
         prompt: torch.Tensor | None = None,  # As of `stream_ids`
+        samplers: Sequence[Sampler] | None = None,
     ) -> Generator[Step]:
         if "image" in params.modalities:
             yield from self._draw(samples, params)
@@ -220,8 +253,10 @@ class LocalBackend(ModelBackend[Sample]):
         if len(samples) > 1 and can_share(self.model) and (found := shared_beginnings(samples)) is not None:
             once, rows, samples = found
             past = read_beginnings(self.model, collate(once, self.processor.pad_id, side="left"), rows)
+        if samplers is None and params.alone:
+            samplers = [self.sampler(params) for _ in samples]
         batch = collate(samples, self.processor.pad_id, side="left")
-        yield from stream_ids(self.model, batch, params, self.stop_ids, len(self.tokenizer), past, prompt)
+        yield from stream_ids(self.model, batch, params, self.stop_ids, len(self.tokenizer), past, prompt, samplers)
 
     def _draw(self, samples: Sequence[Sample], params: GenerationParams) -> Generator[Step]:
         codes = self.processor.codes
@@ -348,27 +383,6 @@ def with_media(messages: Sequence[Message], images: Sequence[Image]) -> list[Mes
     if left:
         raise PolymodalError(f"images: {len(left)} more than there are places marked <image>")
     return found
-
-
-class DrawingModel(Renderer):
-    """A model that makes images, as a renderer."""
-
-    output = "image"
-    conversational = True
-
-    def __init__(self, model: Backend) -> None:
-        if "image" not in model.makes:
-            raise ConfigError(f"{model.name}: makes {' and '.join(model.makes)}; a renderer has to make images")
-        self.model, self.name = model, model.name
-
-    def render(self, request: RenderRequest) -> np.ndarray:
-        """Draw, uint8 [H, W, 3]."""
-        given = {"negative_prompt": request.negative_prompt or None, **request.model_dump(include=set(_NOT_HERE))}
-        if said := [name for name, value in given.items() if value is not None]:
-            raise ConfigError(f"{self.name}: draws codes, for which {said[0]} says nothing; leave it out")
-        image = ImageParams(guidance=request.guidance)
-        params = GenerationParams(seed=request.seed, modalities=("image",), image=image)
-        return np.asarray(self.model.generate(request.prompt, params).images[0])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A whole answer: its message, what it cost, and why it ended."""
+"""A whole answer: its message, what it cost, and why it ended; and a prompt that is no conversation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from polymodal.messages import Audio, Image, Message
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
+
+    from polymodal.generation.sampling import Chance
+
+
+@dataclass(frozen=True)
+class RawPrompt:
+    """The ids of a text that stands in no conversation and is to be gone on from; takes the place of messages."""
+
+    ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class Reply:
         timing: Seconds.
         finish_reason: "stop" at an end token or a stop text, "length" at the token limit.
         model: The model's name.
+        chances: How likely its tokens were, where `GenerationParams.logprobs` asks for it.
     """
 
     message: Message
@@ -50,6 +60,7 @@ class Reply:
     timing: Timing
     finish_reason: Literal["stop", "length"]
     model: str
+    chances: tuple[Chance, ...] = ()
 
     @property
     def text(self) -> str:

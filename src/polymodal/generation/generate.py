@@ -1,4 +1,4 @@
-"""Sampling and decoding: read the prompt once, then make token after token from the key-value cache.
+"""Decoding: read the prompt once, then make token after token from the key-value cache.
 
 Rows of a batch are padded on the left, so that unequal prompts give the same tokens as one by one. Placeholder ids
 and rows of the head that belong to no token are never chosen.
@@ -9,11 +9,12 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, TopKLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 from polymodal.generation.lookup import Lookup
 from polymodal.generation.params import GenerationParams
+from polymodal.generation.sampling import Sampler, forbid, new_generator, sample_next, unspoken
 from polymodal.generation.streaming import Step
 from polymodal.modeling.language_model import context_length, decoder_start_id
 from polymodal.modeling.onnx_llm import OnnxCache, OnnxLLM
@@ -24,43 +25,6 @@ from polymodal.processing.collate import Batch
 NextLogits = Callable[..., torch.Tensor]
 """Takes the ids [B] chosen in the step before, None in the first, and which rows go on [B], all where it is left out;
 gives logits [B, V]. One row of a causal model takes several ids [T] too, and gives the logits behind each, [T, V]."""
-
-
-def sample_next(
-    logits: torch.Tensor, params: GenerationParams, made: torch.Tensor, generator: torch.Generator | None
-) -> torch.Tensor:
-    """Choose the next id of each row."""
-    # logits [B, V], made [B, n] -> [B]
-    logits = logits.float()
-    if params.repetition_penalty != 1.0 and made.shape[1]:
-        seen = logits.gather(1, made)
-        seen = torch.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
-        logits = logits.scatter(1, made, seen)
-    if params.temperature == 0.0:
-        return logits.argmax(dim=-1)
-    # From the largest down, so that a temperature near 0 gives zeros and not infinity.
-    logits = (logits - logits.max(dim=-1, keepdim=True).values) / max(params.temperature, 1e-30)
-    ids = cast(torch.LongTensor, made)
-    if params.top_k:
-        logits = TopKLogitsWarper(params.top_k)(ids, logits)
-    if params.top_p < 1.0:
-        logits = TopPLogitsWarper(params.top_p)(ids, logits)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
-
-
-def new_generator(params: GenerationParams, device: torch.device) -> torch.Generator | None:
-    """Make the random state of one answer."""
-    return None if params.temperature == 0.0 else seeded_generator(params, device)
-
-
-def seeded_generator(params: GenerationParams, device: torch.device) -> torch.Generator:
-    """A random state with the answer's seed, or a new one."""
-    generator = torch.Generator(device=device)
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-    return generator
 
 
 def start_decoding(
@@ -201,6 +165,7 @@ def stream_ids(
     vocab_size: int | None = None,
     past: tuple[DynamicCache, torch.Tensor] | None = None,  # What was read before `batch`, and its mask [B, P]
     prompt: torch.Tensor | None = None,  # All ids of a single row [T], where drafts are to be looked up in them
+    samplers: Sequence[Sampler] | None = None,  # Of each row, where a row has one of its own
 ) -> Generator[Step]:
     """Generate, one step at a time; a row's last id is its stop id where it met one, or stands at its last position."""
     batch = batch.to(model.device)
@@ -223,14 +188,18 @@ def stream_ids(
         most = min(params.max_new_tokens, int(room))
         next_logits = Lookup(begun, begun.cache, prompt.masked_fill(never, -1).tolist(), most)
     for step in range(params.max_new_tokens):
-        logits = _forbid(next_logits(next_ids, running), unspoken(model), vocab_size)
-        next_ids = sample_next(logits, params, made, generator)
+        logits = forbid(next_logits(next_ids, running), unspoken(model), vocab_size)
+        if samplers is None:
+            next_ids = sample_next(logits, params, made, generator)
+            made = torch.cat((made, next_ids[:, None]), dim=1)
+        else:
+            on = zip(samplers, logits, running.tolist(), strict=True)
+            next_ids = torch.tensor([choose(row) if goes_on else 0 for choose, row, goes_on in on], device=model.device)
         ids = [i if on else None for i, on in zip(next_ids.tolist(), running.tolist(), strict=True)]
         yield ids, encode_s if step == 0 else 0.0
         running &= ~torch.isin(next_ids, stops) & (step + 1 < room)
         if not running.any():
             return
-        made = torch.cat((made, next_ids[:, None]), dim=1)
 
 
 def generate_ids(
@@ -243,17 +212,3 @@ def generate_ids(
             if token is not None:
                 row.append(token)
     return rows
-
-
-def unspoken(model: MultimodalLM) -> list[int]:
-    """Ids inside the tokenizer that are no text: the placeholder, and what begins and ends media."""
-    return [model.image_token_id, *(model.vocabulary.specials.values() if model.vocabulary is not None else ())]
-
-
-def _forbid(logits: torch.Tensor, unspoken: Sequence[int], vocab_size: int | None) -> torch.Tensor:
-    """Put ids that must not be made at -inf: those that are no text, and head rows past the tokenizer."""
-    logits = logits.clone()
-    logits[:, [token for token in unspoken if token < logits.shape[-1]]] = -torch.inf
-    if vocab_size is not None:
-        logits[:, vocab_size:] = -torch.inf
-    return logits

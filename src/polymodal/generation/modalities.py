@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from polymodal.config import VocabularyLayout
 from polymodal.errors import PolymodalError
-from polymodal.generation.generate import embed_batch, sample_next, seeded_generator, start_decoding, unspoken
+from polymodal.generation.generate import embed_batch, start_decoding
 from polymodal.generation.params import GenerationParams
+from polymodal.generation.sampling import sample_next, seeded_generator, unspoken
 from polymodal.generation.streaming import Step
 from polymodal.modeling.language_model import context_length
 from polymodal.modeling.vlm import MultimodalLM

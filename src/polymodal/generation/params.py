@@ -1,12 +1,16 @@
 """How text and images are chosen from logits, and how long an answer may get."""
 
-from typing import Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
 from polymodal.config import ImageOutputConfig, Strict
 
 Modality: TypeAlias = Literal["text", "image", "audio"]
+
+
+_NEWER = ("presence_penalty", "frequency_penalty", "min_p", "logit_bias", "logprobs", "response_schema", "grammar")
+"""Settings that kept answers say nothing of where they are not used."""
 
 
 class ImageParams(Strict):
@@ -37,6 +41,13 @@ class GenerationParams(Strict):
         top_p: Sample from the smallest set of tokens whose probability reaches this.
         top_k: Sample from this many likeliest tokens; 0 for all.
         repetition_penalty: Divides the logits of tokens already in the answer; 1 for none, from 0.01 to 100.
+        presence_penalty: Taken from the logits of tokens already in the answer, from -2 to 2.
+        frequency_penalty: The same, once for each time that a token is there.
+        min_p: Sample from the tokens that are at least this share as likely as the likeliest; 0 for all.
+        logit_bias: Added to the logits of these ids of tokens, from -100 to 100 each.
+        logprobs: Tell how likely each token was, and so many of the likeliest instead of it.
+        response_schema: The JSON schema that the answer has to meet, which is JSON then; needs llguidance.
+        grammar: The grammar that the answer has to follow, in llguidance's form of Lark.
         seed: Makes sampling repeatable, in 64 bits; None draws a new seed.
         stop: Texts that end the answer; they are cut off.
         modalities: What the answer may hold. Where "image" comes first, it begins with one; alone, it is one. "audio"
@@ -49,6 +60,13 @@ class GenerationParams(Strict):
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=0, ge=0)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100.0)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(default={})
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_schema: dict[str, Any] | None = None
+    grammar: str | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     stop: tuple[str, ...] = ()
     modalities: tuple[Modality, ...] = Field(default=("text",), min_length=1)
@@ -60,12 +78,34 @@ class GenerationParams(Strict):
             raise ValueError("modalities: each is named once")
         if "audio" in self.modalities[: [*self.modalities, "text"].index("text")]:
             raise ValueError("modalities: audio is the answer's text spoken; name text before it")
+        if self.alone and "image" in self.modalities:
+            raise ValueError("logprobs, response_schema and grammar are of text; leave images out of modalities")
+        if self.grammar is not None and self.response_schema is not None:
+            raise ValueError("grammar: response_schema says what the answer is; give one of them")
         return self
 
     @property
     def plain(self) -> dict[str, Any]:
-        """The settings as JSON, for an answer of text without those of images, which change nothing in it."""
-        return self.model_dump(mode="json", exclude={"modalities", "image"} if self.modalities == ("text",) else None)
+        """The settings as JSON, without those that change nothing: of images in an answer of text, and newer ones."""
+        idle = {name for name in _NEWER if getattr(self, name) == type(self).model_fields[name].default}
+        return self.model_dump(
+            mode="json", exclude=idle | ({"modalities", "image"} if self.modalities == ("text",) else set())
+        )
+
+    @property
+    def penalises(self) -> bool:
+        """Whether it matters what the answer has said already."""
+        return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
+
+    @property
+    def follows(self) -> bool:
+        """Whether the answer follows a schema or a grammar."""
+        return self.response_schema is not None or self.grammar is not None
+
+    @property
+    def alone(self) -> bool:
+        """Whether each answer needs a sampler of its own, also in a batch."""
+        return self.logprobs is not None or self.follows
 
     def settled(self, own: ImageOutputConfig) -> "GenerationParams":
         """These settings with a model's own choice of how its codes are chosen, where they leave it to the model."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image as PILImage
     from transformers import PreTrainedTokenizerBase
 
+    from polymodal.generation.sampling import Chance
     from polymodal.processing.image_codes import ImageCodes
 
 Step = tuple[Sequence[int | None], float | None]
@@ -26,6 +27,7 @@ class TextDelta:
     """A piece of the answer's text, as it is made."""
 
     text: str
+    chances: tuple[Chance, ...] = ()  # Of the tokens that begin in it, where they are asked for
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,29 @@ def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return text if mended == tokens else str(tokenizer.convert_tokens_to_string(mended))
 
 
+def spelt(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """What a token spells inside a text, which need not be whole characters."""
+    (before,) = tokenizer("a", add_special_tokens=False).input_ids[-1:] or [token]
+    start = tokenizer.decode([before], clean_up_tokenization_spaces=False)
+    both = str(tokenizer.decode([before, token], clean_up_tokenization_spaces=False))
+    text, name = both.removeprefix(start), str(tokenizer.convert_ids_to_tokens(token))
+    if UNFINISHED not in text:
+        return text.encode()
+    if _BYTE.fullmatch(name):
+        return bytes([int(name[3:5], 16)])
+    return bytes(_BYTE_LEVEL[char] for char in name) if _BYTE_LEVEL.keys() >= {*name} else name.encode()
+
+
+def _byte_level() -> dict[str, int]:
+    """The letters that byte-level tokenizers write for bytes: themselves where they can be seen, and the next ones."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = (byte for byte in range(256) if byte not in seen)
+    return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(rest)}
+
+
+_BYTE_LEVEL = _byte_level()
+
+
 class TextStream:
     """Decodes one row of a generation."""
 
@@ -93,12 +118,14 @@ class TextStream:
         stop: Sequence[str] = (),
         stop_ids: Collection[int] = (),
         skip_space: bool = False,
+        after: Sequence[int] = (),  # Ids that the text goes on from
     ) -> None:
         self.tokenizer = tokenizer
         self.stop = tuple(text for text in stop if text)
         self.stop_ids = frozenset(stop_ids)
         self.skip_space = skip_space
-        self.ids: list[int] = []
+        self.ids: list[int] = [*after]
+        self.before = len(decode_ids(tokenizer, after)) if after else 0
         self.text = ""
         self.sent = 0
         self.stopped = False
@@ -109,7 +136,7 @@ class TextStream:
             self.stopped = True
             return self.finish()
         self.ids.append(token)
-        self.text = decode_ids(self.tokenizer, self.ids)
+        self.text = decode_ids(self.tokenizer, self.ids)[self.before :]
         if self.skip_space:
             self.text = self.text.lstrip(" ")
         for stop in self.stop:
@@ -143,6 +170,8 @@ class AnswerStream:
         self._text = new_text()
         self._block: list[int] | None = None  # The ids of the image that is being made
         self._parts: list[Part] = []
+        self._untold: list[tuple[int, Chance]] = []  # Where in the text the tokens begin whose text is held back
+        self.chances: list[Chance] = []  # Those that were told
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -154,12 +183,13 @@ class AnswerStream:
         """Whether the answer has met its end."""
         return self._text.stopped
 
-    def push(self, token: int) -> Iterator[Delta]:
+    def push(self, token: int, chance: Chance | None = None) -> Iterator[Delta]:
         """Add one id."""
         codes = self._codes
         if codes is None or (self._block is None and token != codes.begin):
-            if delta := self._text.push(token):
-                yield TextDelta(delta)
+            if chance is not None:
+                self._untold.append((len(self._text.text.rstrip(UNFINISHED)), chance))
+            yield from self._tell(self._text.push(token))
         elif self._block is None:
             yield from self.finish()
             self._parts, self._text, self._block = [*self._said()], self._new_text(), []
@@ -176,8 +206,15 @@ class AnswerStream:
 
     def finish(self) -> Iterator[Delta]:
         """Give the text that was held back; call once after the last id."""
-        if delta := self._text.finish():
-            yield TextDelta(delta)
+        yield from self._tell(self._text.finish(), whole=not self._text.stopped)
+
+    def _tell(self, delta: str, whole: bool = False) -> Iterator[Delta]:
+        """A piece of text with the tokens that begin in it; what a stop text cuts off is told in no form."""
+        told = [chance for at, chance in self._untold if whole or at < self._text.sent]
+        self._untold = self._untold[len(told) :]
+        self.chances += told
+        if delta or told:
+            yield TextDelta(delta, tuple(told))
 
     def _said(self) -> list[Part]:
         return [*self._parts, *([Text(self._text.text)] if self._text.text else [])]

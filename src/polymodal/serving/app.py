@@ -7,10 +7,8 @@ takes its request along.
 import asyncio
 import hashlib
 import hmac
-import json
 import logging
 import time
-import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,19 +20,19 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from polymodal.backends.base import Reply, TextDelta
 from polymodal.backends.openai.answers import clean
 from polymodal.errors import PolymodalError
-from polymodal.serving import page, runs
-from polymodal.serving.bodies import Limits, check_headers, received
+from polymodal.serving import completions, page, responses, runs
+from polymodal.serving.answers import ChatAnswer
+from polymodal.serving.bodies import Limits
 from polymodal.serving.errors import RequestError, as_request_error
-from polymodal.serving.models import Served, check_room, model_of
-from polymodal.serving.protocol import Asked, Json, choice, chunk, completion, read_request, usage_of
-from polymodal.serving.scheduler import Job
+from polymodal.serving.models import Served, model_of
+from polymodal.serving.protocol import read_request
+from polymodal.serving.streams import route
 
 LOG = logging.getLogger(__name__)
 
@@ -64,7 +62,9 @@ def build_app(
         Route("/ready", ready),
         Route("/v1/models", list_models),
         Route("/v1/models/{name:path}", model),
-        Route("/v1/chat/completions", chat, methods=["POST"]),
+        route("/v1/chat/completions", lambda body, models: ChatAnswer(read_request(body, models))),
+        *completions.ROUTES,
+        *responses.ROUTES,
         *page.ROUTES,
         *runs.ROUTES,
     ]
@@ -178,101 +178,3 @@ async def list_models(request: Request) -> Response:
 async def model(request: Request) -> Response:
     """One of them, by its name."""
     return JSONResponse(model_of(request.app.state.models, request.path_params["name"]).card)
-
-
-async def chat(request: Request) -> Response:
-    """Answer a conversation, whole or piece by piece."""
-    state = request.app.state
-    check_headers(request, state.limits.body)
-    check_room(state.models)
-    async with received(request) as body:
-        asked = await asyncio.to_thread(read_request, body, state.models)
-    del body
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.served.name}
-    job = asked.served.scheduler.submit(asked.messages, asked.choices)
-    gone = asyncio.create_task(_gone(request, job))
-    try:
-        if not asked.stream:
-            return JSONResponse(completion(head, await _replies(job), asked.messages))
-        first: Any = None
-        try:
-            first = await job.next(state.limits.first_s)
-        except TimeoutError:
-            first = ()
-        pieces = _pieces(job, asked, head, first, state.limits.first_s)
-        return EventStream(pieces, job)
-    except BaseException as error:
-        job.cancel()
-        if not isinstance(error, Exception) or isinstance(error, ClientDisconnect):
-            raise
-        raise as_request_error(error) from None
-    finally:
-        gone.cancel()
-
-
-async def _gone(request: Request, job: Job) -> None:
-    """Cancel a job as soon as nobody waits for it."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    job.cancel()
-    job.put(ClientDisconnect())
-
-
-async def _replies(job: Job) -> list[Reply]:
-    replies = []
-    while (found := await job.next()) is not None:
-        if isinstance(found[1], Reply):
-            replies.append(found[1])
-    return replies
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events; the job ends with them, also where the client leaves before the first."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, pieces: AsyncIterator[bytes], job: Job) -> None:
-        super().__init__(pieces, headers={"X-Accel-Buffering": "no"})
-        self.job = job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send, until all is said or the client is gone."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.job.cancel()
-
-
-async def _pieces(job: Job, asked: Asked, head: Json, found: Any, ping_s: float) -> AsyncIterator[bytes]:
-    """A streamed answer: the role first, text as it comes, why it ended, the usage, the end."""
-    replies: list[Reply] = []
-    begun: set[int] = set()
-    try:
-        while found is not None:
-            if found == ():
-                yield b": ping\n\n"
-            else:
-                index, event = found
-                if index not in begun:
-                    begun.add(index)
-                    yield _event(
-                        chunk(head, [choice(index, {"role": "assistant", "content": ""})], asked.include_usage)
-                    )
-                if isinstance(event, TextDelta) and event.text:
-                    yield _event(chunk(head, [choice(index, {"content": event.text})], asked.include_usage))
-                elif isinstance(event, Reply):
-                    replies.append(event)
-                    yield _event(chunk(head, [choice(index, {}, event.finish_reason)], asked.include_usage))
-            try:
-                found = await job.next(ping_s)
-            except TimeoutError:
-                found = ()
-        if asked.include_usage:
-            yield _event(chunk(head, [], True, usage_of(replies, asked.messages)))
-    except Exception as error:
-        yield _event(as_request_error(error).body)
-    yield b"data: [DONE]\n\n"
-
-
-def _event(document: Json) -> bytes:
-    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

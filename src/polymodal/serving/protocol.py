@@ -1,132 +1,159 @@
-"""The JSON of OpenAI's chat API: requests checked and turned into messages and settings, answers written.
+"""The JSON of OpenAI's chat API: requests checked and turned into messages and settings."""
 
-Nothing is accepted and ignored: a field that is not served here is refused by its place in the request, such as
-`messages[0].content[1].type`, unless it says what is done anyway (`NEUTRAL`). A null is the same as nothing.
-"""
-
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
-from pydantic_core import from_json
+from pydantic import Discriminator, Field, Tag
 
-from polymodal.backends.base import Backend, Reply
-from polymodal.errors import MediaError
+from polymodal.backends.base import Backend, ModelBackend
+from polymodal.errors import ConfigError, MediaError
 from polymodal.generation.params import GenerationParams
 from polymodal.media.source import NamedBytes, read_bytes
 from polymodal.messages import Audio, Document, Image, Media, Message, Part, Text, Video
-from polymodal.serving.errors import RequestError
+from polymodal.serving.errors import Checked, Json, RequestError, parse, shape_tag
 from polymodal.serving.models import Served, model_of
+from polymodal.serving.tools import (
+    MAX_TOOLS,
+    Call,
+    Calling,
+    Choice,
+    Format,
+    Tool,
+    call_fields,
+    calling_of,
+    following,
+    with_tools,
+)  # fmt: skip
 from polymodal.utils.strict import parse_config, shown
-
-Json: TypeAlias = dict[str, Any]
 
 MAX_MEDIA = 8
 """The most images, sounds, videos and files of a request."""
 MAX_CHOICES = 8
+MAX_BIASES = 300
 MAX_BYTES: Mapping[type[Media], int] = {Image: 16 * 2**20, Audio: 24 * 2**20, Video: 24 * 2**20, Document: 24 * 2**20}
 """The largest file of each kind; what is decoded from it has the limits of `media`."""
 KINDS: Mapping[str, type[Media]] = {
     "image_url": Image, "input_audio": Audio, "video_url": Video, "input_video": Video, "file": Document,
 }  # fmt: skip
 
-NEUTRAL: Json = {
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "logit_bias": {},
-    "logprobs": False,
-    "top_logprobs": 0,
-    "response_format": {"type": "text"},
-    "modalities": ["text"],
-    "tools": [],
-    "tool_choice": "none",
-    "store": False,
-}
-"""Fields that are not served, with the values that ask for nothing."""
 
+class Url(Checked):
+    """Where a medium is."""
 
-class _Strict(BaseModel):
-    # Strict: neither "5" nor true nor 1.0 is a number of tokens.
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class _Url(_Strict):
     url: str
     detail: Literal["auto"] = "auto"  # how an image is tiled is the model's own choice
 
 
-class _Sound(_Strict):
+class Sound(Checked):
+    """A sound."""
+
     data: str
     format: Literal["wav", "mp3", "flac", "ogg", "opus", "m4a", "aac", "webm"]  # a remark: the bytes decide
 
 
-class _Clip(_Strict):
+class _Clip(Checked):
     url: str | None = None
     data: str | None = None
 
 
-class _File(_Strict):
+class File(Checked):
+    """A document."""
+
     file_data: str
     filename: str = Field("", max_length=255)  # a remark, which goes nowhere
 
 
-class _Part(_Strict):
+class RequestPart(Checked):
+    """A part of a message."""
+
     type: Literal["text", "image_url", "input_audio", "video_url", "input_video", "file"]
     # The field of its type, and no other.
     text: str | None = None
-    image_url: _Url | None = None
-    input_audio: _Sound | None = None
-    video_url: _Url | None = None
+    image_url: Url | None = None
+    input_audio: Sound | None = None
+    video_url: Url | None = None
     input_video: _Clip | None = None
-    file: _File | None = None
-
-
-def _shape_tag(value: Any) -> str | None:
-    # Tags stand in the places that pydantic gives of mistakes; in angle brackets none is taken for a key of a request.
-    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+    file: File | None = None
 
 
 _Content: TypeAlias = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[Annotated[list[_Part], Field(min_length=1)], Tag("<list>")],
-    Discriminator(_shape_tag, custom_error_type="content", custom_error_message="must be a text or a list of parts"),
+    Annotated[str, Tag("<text>")] | Annotated[Annotated[list[RequestPart], Field(min_length=1)], Tag("<list>")],
+    Discriminator(shape_tag, custom_error_type="content", custom_error_message="must be a text or a list of parts"),
 ]
 _Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class _Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: _Content
+class Turn(Checked):
+    """A message of a request."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: _Content | None = None
+    tool_calls: Annotated[list[Call], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    name: Annotated[str, Field(max_length=64)] | None = None  # of the function; the call says it
 
 
-class _StreamOptions(_Strict):
+class StreamOptions(Checked):
+    """What a stream tells besides."""
+
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class _Request(_Strict):
+class Remarks(Checked):
+    """Who asks and what about: written down by clients, told to nobody."""
+
+    user: Annotated[str, Field(max_length=512)] | None = None
+    safety_identifier: Annotated[str, Field(max_length=512)] | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+
+class Sampling(Remarks):
+    """How an answer's tokens are chosen, and when it ends."""
+
     model: str = Field(max_length=256)
-    messages: list[_Message] = Field(min_length=1, max_length=1024)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=2**20)
+    min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=MAX_BIASES),
+        ]
+        | None
+    ) = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: (
         Annotated[
             Annotated[_Stop, Tag("<text>")] | Annotated[Annotated[list[_Stop], Field(max_length=4)], Tag("<list>")],
             Discriminator(
-                _shape_tag, custom_error_type="stop", custom_error_message="must be a text or a list of up to 4"
+                shape_tag, custom_error_type="stop", custom_error_message="must be a text or a list of up to 4"
             ),
         ]
         | None
     ) = None
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
-    stream_options: _StreamOptions | None = None
+
+
+class _Request(Sampling):
+    messages: list[Turn] = Field(min_length=1, max_length=1024)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: Format | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool = True
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stream_options: StreamOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -138,96 +165,96 @@ class Asked:
     choices: list[GenerationParams]  # Of each answer that is wanted
     stream: bool
     include_usage: bool
+    calling: Calling | None = None  # Where the answer may call tools
 
 
 def read_request(body: bytes, models: Mapping[str, Served]) -> Asked:
     """Check a request's body; its media are unpacked and not yet decoded."""
-    try:
-        data = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise RequestError(f"the body is not JSON ({str(error)[:120]})", code="invalid_json") from None
-    if not isinstance(data, dict):
-        raise RequestError("the body must be a JSON object with model and messages")
-    data = {key: value for key, value in _without_nulls(data).items() if not _asks_nothing(key, value)}
-    try:
-        request = _Request.model_validate(data)
-    except ValidationError as error:
-        raise _mistake(error) from None
+    request = parse(body, _Request)
     served = model_of(models, request.model)
-    messages = _messages(request.messages, served)
-    params = _params(request, served)
-    seeds = [None if params.seed is None else (params.seed + number) % 2**64 for number in range(request.n)]
-    choices = [params.model_copy(update={"seed": seed}) for seed in seeds]
-    options = request.stream_options
-    if options is not None and not request.stream:
-        raise RequestError("stream_options: only goes with stream", "stream_options")
-    return Asked(served, messages, choices, request.stream, options is not None and options.include_usage)
-
-
-def _without_nulls(value: Any) -> Any:
-    """The same without keys that say null; the depth is what the parser allows."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _asks_nothing(key: str, value: Any) -> bool:
-    neutral = NEUTRAL.get(key)
-    return key in NEUTRAL and value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-
-
-def _place(loc: Sequence[int | str]) -> str:
-    """A place in a request, such as `messages[0].content[1].type`."""
-    keys = [key for key in loc if isinstance(key, int) or not re.fullmatch(r"<\w+>", key)]
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
-
-
-def _mistake(error: ValidationError) -> RequestError:
-    """The first mistake that pydantic found."""
-    first = error.errors(include_url=False)[0]
-    place, given = _place(first["loc"]), first["input"]
-    if first["type"] == "extra_forbidden":
-        key = str(first["loc"][-1])
-        place = f"{place[: len(place) - len(key)]}{shown(key)[1:-1]}"
-        return RequestError(f"{place}: is not served here; leave it out", place, code="unsupported_parameter")
-    if first["type"] == "missing":
-        return RequestError(f"{place}: is missing", place, code="missing_required_parameter")
-    return RequestError(f"{place}: {first['msg']}, not {shown(given)}", place, code="invalid_value")
-
-
-def _params(request: _Request, served: Served) -> GenerationParams:
-    """The settings of an answer: what is said, and else the model's own."""
+    places = [f"messages[{number}]" for number in range(len(request.messages))]
+    calling = calling_of(request.tools or (), request.tool_choice, request.parallel_tool_calls, served.backend)
+    messages = with_tools(messages_of(request.messages, served, places), calling, served.max_chars)
     limits = {request.max_tokens, request.max_completion_tokens} - {None}
     field = "max_completion_tokens" if request.max_tokens is None else "max_tokens"
     if len(limits) > 1:
         raise RequestError(f"{field}: max_completion_tokens says another number; give one of them", field)
-    most = limits.pop() if limits else min(served.default_tokens, served.max_tokens)
-    assert most is not None
+    if request.top_logprobs is not None and not request.logprobs and request.top_logprobs > 0:
+        raise RequestError("top_logprobs: only goes with logprobs", "top_logprobs")
+    more = {"logprobs": (request.top_logprobs or 0) if request.logprobs else None}
+    more |= following(request.response_format, calling)
+    params = params_of(request, served, field, next(iter(limits), None), more)
+    return Asked(
+        served, messages, choices_of(params, request.n), request.stream,
+        wants_usage(request.stream_options, request.stream), calling,
+    )  # fmt: skip
+
+
+def choices_of(params: GenerationParams, count: int) -> list[GenerationParams]:
+    """The settings of each of several answers."""
+    seeds = [None if params.seed is None else (params.seed + number) % 2**64 for number in range(count)]
+    return [params.model_copy(update={"seed": seed}) for seed in seeds]
+
+
+def wants_usage(options: StreamOptions | None, stream: bool) -> bool:
+    """Whether a stream tells at its end what it took."""
+    if options is not None and not stream:
+        raise RequestError("stream_options: only goes with stream", "stream_options")
+    return options is not None and options.include_usage
+
+
+def params_of(
+    request: Sampling, served: Served, field: str, most: int | None, more: Json, form: str = "response_format"
+) -> GenerationParams:
+    """The settings of an answer: what is said, and else the model's own."""
+    # `field` is where a route has the most tokens, `form` where it has the answer's schema.
+    most = min(served.default_tokens, served.max_tokens) if most is None else most
     if most > served.max_tokens:
         raise RequestError(f"{field}: {shown(most)}, and at most {served.max_tokens:,} are made here", field)
-    names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
-    said = {name: value for name in names if (value := getattr(request, name)) is not None}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    said = {name: value for name in (*names, "seed") if (value := getattr(request, name)) is not None}
     if request.stop is not None:
         said["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
-    own = served.backend.defaults.model_dump()
-    return parse_config(GenerationParams, {**own, **said, "max_new_tokens": most, "modalities": ["text"]}, "request")
+    backend = served.backend
+    if request.logit_bias:
+        said["logit_bias"] = {int(token): bias for token, bias in request.logit_bias.items()}
+        known = len(backend.tokenizer) if isinstance(backend, ModelBackend) else 10**9
+        if wrong := [token for token in said["logit_bias"] if token >= known]:
+            raise RequestError(f"logit_bias: the model has no token {wrong[0]}; ids end at {known - 1}", "logit_bias")
+    given = {**backend.defaults.model_dump(), **said, **more, "max_new_tokens": most, "modalities": ["text"]}
+    params = parse_config(GenerationParams, given, "request")
+    if params.follows and isinstance(backend, ModelBackend):
+        place = form if params.grammar is None else "tools"
+        try:
+            backend.sampler(params)  # which keeps what it read
+        except ConfigError as error:
+            raise RequestError(f"{place}: {error}", place, code="invalid_schema") from None
+    return params
 
 
-def _messages(given: Sequence[_Message], served: Served) -> list[Message]:
+def messages_of(given: Sequence[Turn], served: Served, places: Sequence[str]) -> list[Message]:
     """The conversation, with the bytes of its media."""
-    contents = [[_Part(type="text", text=m.content)] if isinstance(m.content, str) else m.content for m in given]
+    contents = [
+        [RequestPart(type="text", text=m.content)] if isinstance(m.content, str) else m.content or [] for m in given
+    ]
     chars = sum(len(part.text or "") for content in contents for part in content)
+    chars += sum(len(call.function.arguments) for message in given for call in message.tool_calls or ())
     if chars > served.max_chars:
-        told = f"messages: {chars:,} characters of text, more than the model's context can hold"
-        raise RequestError(told, "messages", code="context_length_exceeded")
-    if given[-1].role != "user":
-        place = f"messages[{len(given) - 1}].role"
+        place = places[-1].partition("[")[0]
+        told = f"{place}: {chars:,} characters of text, more than the model's context can hold"
+        raise RequestError(told, place, code="context_length_exceeded")
+    if given[-1].role not in ("user", "tool"):
+        place = f"{places[-1]}.role"
         raise RequestError(f"{place}: the last message must be the user's", place)
+    fields = call_fields(given, places, served.backend)
     messages, media = [], 0
     for number, (message, content) in enumerate(zip(given, contents, strict=True)):
         parts: list[Part] = []
+        if message.content is None and not message.tool_calls:
+            place = f"{places[number]}.content"
+            raise RequestError(f"{place}: is missing", place, code="missing_required_parameter")
         for at, part in enumerate(content):
-            place = f"messages[{number}].content[{at}]"
+            place = f"{places[number]}.content[{at}]"
             for name in part.model_fields_set ^ {"type", part.type}:
                 told = "is missing" if name == part.type else f"does not belong to a part of type {part.type!r}"
                 raise RequestError(f"{place}.{name}: {told}", f"{place}.{name}")
@@ -237,11 +264,12 @@ def _messages(given: Sequence[_Message], served: Served) -> list[Message]:
             if media > MAX_MEDIA:
                 raise RequestError(f"{place}: more than {MAX_MEDIA} images, sounds, videos and files", place)
             parts.append(Text(part.text or "") if part.type == "text" else _medium(part, place, served.backend))
-        messages.append(Message("system" if message.role == "developer" else message.role, tuple(parts)))
+        role = "system" if message.role == "developer" else message.role
+        messages.append(Message(role, tuple(parts), **fields[number]))
     return messages
 
 
-def _medium(part: _Part, place: str, backend: Backend) -> Media:
+def _medium(part: RequestPart, place: str, backend: Backend) -> Media:
     """The bytes of a medium; error lines about them name their place in the request."""
     place, value = f"{place}.{part.type}", getattr(part, part.type)
     keys = value.model_fields_set & {"url", "data", "file_data"}
@@ -263,55 +291,3 @@ def _medium(part: _Part, place: str, backend: Backend) -> Media:
         raise RequestError(str(error), place, code="invalid_media") from None
     data.name = place
     return kind(data)
-
-
-def usage_of(replies: Sequence[Reply], messages: Sequence[Message]) -> Json | None:
-    """What an answer took; None where nobody counted, as some servers behind an endpoint do not."""
-    first = replies[0].usage
-    made = [reply.usage.completion_tokens for reply in replies]
-    if first.prompt_tokens is None or None in made:
-        return None
-    completion = sum(count for count in made if count is not None)
-    usage: Json = {
-        "prompt_tokens": first.prompt_tokens,
-        "completion_tokens": completion,
-        "total_tokens": first.prompt_tokens + completion,
-    }
-    heard, seen = first.audio_tokens, first.image_tokens
-    if seen is not None and heard is None:
-        kinds = {isinstance(part, Audio) for message in messages for part in message.media}
-        heard = 0 if True not in kinds else seen if kinds == {True} else None
-    if seen is not None and heard is not None:
-        text = first.prompt_tokens - seen
-        details = {"image_tokens": seen - heard, "audio_tokens": heard, "text_tokens": text}
-        usage["prompt_tokens_details"] = details
-    return usage
-
-
-def completion(head: Json, replies: Sequence[Reply], messages: Sequence[Message]) -> Json:
-    """A whole answer."""
-    choices = [
-        {
-            "index": index,
-            "message": {"role": "assistant", "content": reply.text, "refusal": None},
-            "finish_reason": reply.finish_reason,
-            "logprobs": None,
-        }
-        for index, reply in enumerate(replies)
-    ]
-    return {**head, "object": "chat.completion", "choices": choices, "usage": usage_of(replies, messages)}
-
-
-def chunk(head: Json, choices: list[Json], include_usage: bool, usage: Json | None = None) -> Json:
-    """A piece of a streamed answer; the one behind the last has the usage, where that was asked for."""
-    return {
-        **head,
-        "object": "chat.completion.chunk",
-        "choices": choices,
-        **({"usage": usage} if include_usage else {}),
-    }
-
-
-def choice(index: int, delta: Json, finish: str | None = None) -> Json:
-    """What is new of one of the answers."""
-    return {"index": index, "delta": delta, "finish_reason": finish, "logprobs": None}

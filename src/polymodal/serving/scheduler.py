@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
-from polymodal.backends.base import Backend, StreamEvent
+from polymodal.backends.base import Backend, RawPrompt, StreamEvent
 from polymodal.errors import CheckpointError, EndpointError, PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Message
@@ -28,7 +28,7 @@ class Job:
 
     def __init__(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Message] | RawPrompt,
         choices: Sequence[GenerationParams],
         timeout: float,
         leave: Callable[["Job"], None],
@@ -96,7 +96,7 @@ class Scheduler:
                 retry = min(120, math.ceil(self._usual * (1 + len(self._waiting))))
                 raise RequestError("too many requests wait; try again", status=429, code="queue_full", retry=retry)
 
-    def submit(self, messages: Sequence[Message], choices: Sequence[GenerationParams]) -> Job:
+    def submit(self, messages: Sequence[Message] | RawPrompt, choices: Sequence[GenerationParams]) -> Job:
         """Put a request at the end of the queue."""
         self.check_room()
         job = Job(messages, choices, self.timeout, self._leave)
@@ -144,7 +144,8 @@ class Scheduler:
 
     def _answer(self, job: Job) -> None:
         for index, params in enumerate(job.choices):
-            events: Any = self.backend.respond(job.messages, params)
+            given: Any = job.messages
+            events: Any = self.backend.respond(given, params)
             with closing(events):
                 for event in events:
                     self._moved = time.monotonic()

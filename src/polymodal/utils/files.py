@@ -54,6 +54,19 @@ def sha256_json(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
+def sampled_hash(module: Any) -> str:
+    """A hash of some numbers of every tensor of a module, with its name, type and shape; training changes them all."""
+    import torch  # an endpoint does without
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(repr((name, getattr(tensor, "dtype", None), getattr(tensor, "shape", tensor))).encode())
+        if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and not tensor.is_quantized:
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].contiguous().cpu()
+            digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def regular_size(path: Path, name: str = "", error: type[PolymodalError] = PolymodalError) -> int:
     """The size of a file in bytes; pipes and devices, which may block or never end, are refused unopened."""
     name = name or str(path)

@@ -91,10 +91,11 @@ def request_body(
     model: str, messages: list[Json], params: GenerationParams, accepts: Accepts, stream: bool, extra: Mapping[str, Any]
 ) -> Json:
     """Write a request."""
-    for name, off in (("top_k", 0), ("repetition_penalty", 1.0)):
-        if getattr(params, name) != off:
+    for name in ("top_k", "repetition_penalty", "min_p", "logprobs", "response_schema", "grammar"):
+        if getattr(params, name) != GenerationParams.model_fields[name].default:
             raise ConfigError(
-                f"{name} is no part of OpenAI's API; leave it out, or give it in `extra` to a server that takes it"
+                f"{name} is no part of OpenAI's API, or nothing that is read of an endpoint's answer; leave it out, or "
+                "give it in `extra` to a server that takes it"
             )
     most = min(params.max_new_tokens, accepts.most_tokens or params.max_new_tokens)
     body: Json = {"model": model, "messages": messages, accepts.limit: most}
@@ -102,6 +103,11 @@ def request_body(
         body["temperature"] = params.temperature
     if params.top_p != 1.0:
         body["top_p"] = params.top_p
+    for name in ("presence_penalty", "frequency_penalty"):
+        if value := getattr(params, name):
+            body[name] = value
+    if params.logit_bias:
+        body["logit_bias"] = {str(token): bias for token, bias in params.logit_bias.items()}
     if params.seed is not None:
         body["seed"] = params.seed
     if stops := [text for text in params.stop if text]:

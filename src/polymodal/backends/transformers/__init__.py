@@ -1,7 +1,7 @@
 """Any model of transformers that takes images, videos or sounds, behind the chat protocol, with its own processor.
 
 Unlike `backends.local`, nothing of the model is ours: what its processor makes goes into its own `generate`. Choosing
-the next token is ours (`generation.generate`), so that the same settings mean the same everywhere and a seed belongs to
+the next token is ours (`generation.sampling`), so that the same settings mean the same everywhere and a seed belongs to
 one answer only; so is the text as it streams. Of the folder's generation_config.json end tokens are taken, and what is
 sampled by where a caller gives no settings; the rest is left out, with a warning. The model runs in a thread of its
 own, one conversation after the other, since several classes keep positions of the conversation at hand on themselves.
@@ -25,8 +25,8 @@ from polymodal.backends.transformers.media import parts_of
 from polymodal.backends.transformers.prompt import Chat, PromptMaker
 from polymodal.config import parse_config
 from polymodal.errors import CheckpointError, PolymodalError
-from polymodal.generation.generate import new_generator, sample_next
 from polymodal.generation.params import GenerationParams
+from polymodal.generation.sampling import Sampler, new_generator, sample_next
 from polymodal.generation.streaming import Step
 from polymodal.messages import Conversation, Message
 from polymodal.safety.config_json import read_json
@@ -107,7 +107,7 @@ class TransformersBackend(ModelBackend[Inputs]):
 
     def _together(self, group: dict[int, Chat], params: GenerationParams) -> dict[int, str]:
         """Answer a padded batch; nothing where these have to be asked one by one (unequal images, too long, ...)."""
-        if len(group) < 2 or params.temperature > 0:
+        if len(group) < 2 or params.temperature > 0 or params.alone:
             return {}  # a seed belongs to one answer
         try:
             inputs = self.prompts.inputs(list(group.values()))
@@ -131,7 +131,7 @@ class TransformersBackend(ModelBackend[Inputs]):
         """Rows of the head that may be chosen: none past the tokenizer."""
         return len(self.tokenizer)
 
-    def _steps(self, inputs: Inputs, params: GenerationParams) -> Generator[Step]:
+    def _steps(self, inputs: Inputs, params: GenerationParams, sampler: Sampler | None = None) -> Generator[Step]:
         """Run the model in a thread, which ends with the iterator."""
         # These models encode images inside their first step, so the time of that is part of the first token's.
         steps: queue.SimpleQueue[list[int] | BaseException | None] = queue.SimpleQueue()
@@ -140,7 +140,7 @@ class TransformersBackend(ModelBackend[Inputs]):
         def work() -> None:
             try:
                 with self._busy:
-                    self._run(inputs, params, steps.put, cancelled)
+                    self._run(inputs, params, steps.put, cancelled, sampler)
                 steps.put(None)
             except BaseException as error:  # it belongs to who waits on the other side
                 steps.put(error)
@@ -158,7 +158,12 @@ class TransformersBackend(ModelBackend[Inputs]):
 
     @torch.inference_mode()
     def _run(
-        self, inputs: Inputs, params: GenerationParams, put: Callable[[list[int]], None], cancelled: threading.Event
+        self,
+        inputs: Inputs,
+        params: GenerationParams,
+        put: Callable[[list[int]], None],
+        cancelled: threading.Event,
+        sampler: Sampler | None,  # Of a single row
     ) -> None:
         """Run the model, giving away the ids of each step."""
         moved = {
@@ -178,7 +183,10 @@ class TransformersBackend(ModelBackend[Inputs]):
             scores[:, [i for i in self._never if i < scores.shape[1]]] = -torch.inf
             if (known := self._known_rows()) is not None:
                 scores[:, known:] = -torch.inf
-            chosen = sample_next(scores, params, ids[:, start:], generator)
+            if sampler is None:
+                chosen = sample_next(scores, params, ids[:, start:], generator)
+            else:
+                chosen = torch.tensor([sampler(scores[0])], device=scores.device)
             put(chosen.tolist())
             return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
 

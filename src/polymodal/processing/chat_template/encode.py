@@ -142,6 +142,10 @@ class ChatTemplate:
         assert problem is not None  # there is at least one version
         raise problem
 
+    def plain(self, text: str, before: Sequence[int]) -> list[int]:
+        """Tokenise a text that stands in no conversation."""
+        return self._tokens.text(text, before)
+
     @cached_property
     def _places(self) -> dict[str, str]:
         """What the template has a place for beside text and images: the field of a message, and its name for it."""
