@@ -28,7 +28,7 @@ from PIL import Image as PILImage
 
 from polymodal.errors import ConfigError, MediaError
 from polymodal.media.image import what_is_it
-from polymodal.media.source import describe
+from polymodal.media.source import describe, isolated
 from polymodal.media.window import Window, guarded, open_window, reason
 from polymodal.messages import Source
 
@@ -81,6 +81,7 @@ class Sound:
         return f'<audio controls src="{url}"></audio><p>{self.seconds:.2f} seconds at {self.sample_rate:,} Hz</p>'
 
 
+@isolated
 def open_audio(
     source: Source,
     *,

@@ -27,7 +27,7 @@ from PIL import Image as PILImage
 
 from polymodal.config import MAX_PIXELS as MOST_PIXELS
 from polymodal.errors import ConfigError, MediaError
-from polymodal.media.source import MAX_BYTES, describe, read_bytes
+from polymodal.media.source import MAX_BYTES, describe, isolated, read_bytes
 from polymodal.messages import Source
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -61,6 +61,7 @@ _UPRIGHT = {
 }
 
 
+@isolated
 def open_image(
     source: Source,
     *,

@@ -15,14 +15,18 @@ import binascii
 import os
 import re
 import threading
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import unquote, unquote_to_bytes
 
 from polymodal.errors import MediaError, PolymodalError, first_line
 from polymodal.messages import FileSlice, Source, TableCell
 from polymodal.utils.files import home_path, regular_size
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MAX_BYTES = 128 * 2**20
 """The largest file that is read unless the caller says otherwise."""
@@ -38,6 +42,20 @@ class NamedBytes(bytes):
     """A file's bytes that error lines call by a name, such as the place in a request that they came from."""
 
     name = ""
+    decoders: Any = None  # `media.decoders.Decoders`, where they are not to be decoded in this process
+
+
+def isolated(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that opens its first argument: in another process, where that asks for it."""
+
+    @wraps(function)
+    def opened(*args: P.args, **kwargs: P.kwargs) -> T:
+        if (decoders := getattr(args[0] if args else None, "decoders", None)) is None:
+            return function(*args, **kwargs)
+        found: T = decoders.run(function.__name__, args[0], args[1:], kwargs)
+        return found
+
+    return opened
 
 
 def describe(source: Source, kind: str = "image") -> str:

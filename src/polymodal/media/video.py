@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from polymodal.errors import ConfigError, MediaError
+from polymodal.media.source import isolated
 from polymodal.media.video_containers import open_video
 from polymodal.media.video_file import FrameTable, VideoFile, VideoLimits
 from polymodal.messages import Source
@@ -99,6 +100,7 @@ class Frames:
         return f"<div>{''.join(figures)}</div><p>{size}</p>"
 
 
+@isolated
 def probe(source: Source, *, count: bool = True, limits: VideoLimits = LIMITS) -> VideoInfo:
     """What a video is; `count=False` reads its headers alone, else its packets are counted, which decodes nothing."""
     with open_video(source, limits) as video:
@@ -115,6 +117,7 @@ def probe(source: Source, *, count: bool = True, limits: VideoLimits = LIMITS) -
         return VideoInfo(height, width, video.rotation, table.duration, total, rate, bool(uneven), video.audio)
 
 
+@isolated
 def plan_frames(
     source: Source,
     num_frames: int | None = None,
@@ -153,6 +156,7 @@ def plan_frames(
         return _plan(video, num_frames, fps, times, key_frames, segment, max_frames, max_side)
 
 
+@isolated
 def read_frames(source: Source, plan: FramePlan, *, limits: VideoLimits = LIMITS) -> Frames:
     """Decode the frames of a plan, and little else.
 
@@ -174,6 +178,7 @@ def read_frames(source: Source, plan: FramePlan, *, limits: VideoLimits = LIMITS
         return _read(video, plan)
 
 
+@isolated
 def sample_frames(
     source: Source,
     num_frames: int | None = None,

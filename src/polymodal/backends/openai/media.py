@@ -118,7 +118,7 @@ def image_bytes(source: Source, limit: int = MAX_IMAGE, lossy: bool = False) -> 
         opened = open_image(source)
     else:
         data = read_bytes(source)
-        opened = open_image(data, name=describe(source))  # also the check that it is a whole image
+        opened = open_image(source, name=describe(source))  # also the check that it is a whole image
         with PILImage.open(io.BytesIO(data)) as image:
             kind, lossy = _SENT_AS_THEY_ARE.get(image.format or ""), image.format in ("JPEG", "MPO")
             if kind is not None and len(data) <= limit and _shows_everywhere(image, data):
