@@ -17,8 +17,11 @@ pytest.importorskip("uvicorn")
 
 from polymodal.backends import load
 from polymodal.backends.base import Backend, Reply, StreamEvent, TextDelta, Timing, Usage
+from polymodal.media.decoders import Decoders
 from polymodal.messages import assistant
 from polymodal.serving.app import Limits, build_app
+from polymodal.serving.fetching import Sources
+from polymodal.serving.makers import Makers
 from polymodal.serving.models import Served
 from polymodal.serving.scheduler import Scheduler
 from polymodal.serving.server import bind, make_server
@@ -82,10 +85,11 @@ class Running:
 def running(
     backend: Backend, *, key: str | None = None, loopback: bool = True, queue: int = 16, timeout: float = 60.0,
     limits: Limits | None = None, beside: dict[str, Backend] | None = None, runs_folder: Path | None = None,
-    most: int = 64,
+    most: int = 64, makers: Makers | None = None,
 ) -> Iterator[Running]:  # fmt: skip
+    makers = makers or Makers()
     models = {
-        name: Served(one, Scheduler(one, queue, timeout), name, most, 12, CONTEXT * LONGEST, 1_700_000_000)
+        name: Served(one, Scheduler(one, queue, timeout), name, most, 12, CONTEXT * LONGEST, 1_700_000_000, makers)
         for name, one in {"tiny": backend, **(beside or {})}.items()
     }
     address = bind("127.0.0.1", 0)
@@ -104,10 +108,10 @@ def running(
 
 @pytest.fixture(scope="module")
 def tiny(senses_folder: Path) -> Iterator[Running]:
-    """The tiny model behind a server."""
+    """The tiny model behind a server that decodes in processes of their own, as the command's does."""
     backend: Any = load(senses_folder)
     backend.trims = False
-    with running(backend) as server:
+    with running(backend, makers=Makers(sources=Sources(decoders=Decoders()))) as server:
         yield server
 
 

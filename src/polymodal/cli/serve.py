@@ -4,6 +4,7 @@ Any client of OpenAI's API can then ask it, with base_url http://127.0.0.1:8000/
 SIGTERM ends what is under way, then the server. What is promised is in docs/security.md. Examples:
   polymodal serve
   polymodal serve --model default --model runs/mine/final --name default --name mine
+  polymodal serve --renderer drawer --voice piper
   polymodal serve --model runs/mine/final --host 0.0.0.0 --api-key-env MY_KEY
 """
 
@@ -12,8 +13,11 @@ import importlib.util
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from polymodal.backends import load_renderer
 from polymodal.backends.base import ModelBackend
 from polymodal.cli import common
 from polymodal.errors import ConfigError
@@ -21,7 +25,7 @@ from polymodal.utils.files import home_path, regular_size
 
 SHORTEST_KEY = 16
 LONGEST_KEY = 4096
-PACKAGES = ("starlette", "uvicorn")
+PACKAGES = ("starlette", "uvicorn", "python_multipart")
 ANY_TEXT = 4_000_000
 """Characters of a request's texts, where the model's tokens are not known."""
 
@@ -37,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     common.add_loading_arguments(parser, "auto")
     add("--name", action="append", help="what requests call the model (the last part of its name); once a --model")
+    add("--renderer", metavar="NAME", help="what draws, as for `polymodal draw`, such as drawer (nothing)")
+    add("--voice", metavar="NAME", help="what speaks, as for `polymodal speak` (piper where it is installed; none)")
+    add("--asr", metavar="NAME", help="what writes speech down, as for `polymodal transcribe` (an installed one)")
+    add("--allowed-media-domains", metavar="LIST", help="hosts to fetch media from, such as a.com,*.b.org (none)")
+    add("--allowed-local-media-path", metavar="DIR", help="a folder whose files requests may name (none)")
     add("--host", default="127.0.0.1", help="the address (%(default)s); any but this machine's own needs a key")
     add("--port", type=int, default=8000, help="the port (%(default)s)")
     keys = parser.add_mutually_exclusive_group()  # no flag with the key itself, since command lines are seen by others
@@ -76,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--runs {args.runs}: there is no such folder")
     names = _names(args.model or ["default"], args.name or [])
     address = bind(args.host, args.port)
-    models = {}
+    models, makers = {}, _makers(args)
     for name, folder in names.items():
         model = common.open_model(argparse.Namespace(**{**vars(args), "model": folder}))
         most, chars = args.max_tokens, ANY_TEXT
@@ -85,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             most = min(most, model.context_length)
             chars = min(chars, model.context_length * max(map(len, model.tokenizer.get_vocab())))
         scheduler = Scheduler(model, args.queue, args.timeout)
-        models[name] = Served(model, scheduler, name, most, 512, chars, int(time.time()))
+        models[name] = Served(model, scheduler, name, most, 512, chars, int(time.time()), makers)
     log_to_stderr(bool(getattr(args, "debug", False)))
     host, port = address.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -106,6 +115,24 @@ def _names(folders: Sequence[str], given: Sequence[str]) -> dict[str, str]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"two models are called {twice[0]!r}; give each its own with --name, as often as --model")
     return dict(zip(names, folders, strict=True))
+
+
+def _makers(args: argparse.Namespace) -> Any:
+    """What draws, speaks and listens, and where media come from: what is only found is opened when it is needed."""
+    from polymodal.media.decoders import Decoders
+    from polymodal.serving.fetching import Sources
+    from polymodal.serving.makers import Makers
+    from polymodal.speech import load_asr, load_tts
+    from polymodal.speech.asr import installed_asr
+    from polymodal.speech.tts import installed_voice
+
+    domains = tuple(each.strip().lower() for each in (args.allowed_media_domains or "").split(",") if each.strip())
+    folder = args.allowed_local_media_path
+    sources = Sources(domains, None if folder is None else home_path(folder).absolute())
+    renderer = None if args.renderer in (None, "none") else load_renderer(args.renderer)
+    voice = installed_voice() if args.voice is None else None if args.voice == "none" else load_tts(args.voice)
+    asr = installed_asr() if args.asr is None else None if args.asr == "none" else load_asr(args.asr)
+    return Makers(renderer, voice, asr, sources=replace(sources, decoders=Decoders()))
 
 
 def _key(args: argparse.Namespace) -> str | None:

@@ -2,14 +2,16 @@
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from polymodal.backends.base import Reply, StreamEvent, TextDelta
+from polymodal.backends.base import MediaEnd, Reply, StreamEvent, TextDelta
 from polymodal.generation.sampling import Chance
 from polymodal.generation.streaming import spelt
 from polymodal.messages import Audio, Message
 from polymodal.serving.errors import Json
+from polymodal.serving.makers import media_deltas, media_fields
 from polymodal.serving.models import Served
 from polymodal.serving.protocol import Asked
 from polymodal.serving.streams import DONE, Answer, data
@@ -50,6 +52,7 @@ class ChatAnswer(Answer):
         self.asked = asked
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.served.name}
         self.begun: dict[int, CallSplit] = {}
+        self.images: Counter[int] = Counter()
 
     def whole(self, replies: Sequence[Reply]) -> Json:
         """All of it."""
@@ -60,6 +63,7 @@ class ChatAnswer(Answer):
             told = self._logprobs(reply.chances)
             finish = "tool_calls" if calls else reply.finish_reason
             message |= {"tool_calls": calls} if calls else {}
+            message |= media_fields(reply.message.parts, self.asked.audio, self.head, index)
             choices.append({"index": index, "message": message, "finish_reason": finish, "logprobs": told})
         usage = usage_of(replies, self.asked.messages)
         return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage}
@@ -74,6 +78,10 @@ class ChatAnswer(Answer):
             text = split.push(event.text)
             if text or event.chances:
                 yield self._chunk(index, {"content": text}, chances=event.chances)
+        elif isinstance(event, MediaEnd):
+            for delta in media_deltas(event.part, self.asked.audio, self.head, index, self.images[index], split.text):
+                yield self._chunk(index, delta)
+            self.images[index] += 1
         elif isinstance(event, Reply):
             text, calls = split.end()
             if text:
@@ -124,9 +132,9 @@ class CallSplit:
 
     def push(self, delta: str) -> str:
         """Take a piece; gives what is text for certain."""
+        self.text += delta
         if self.calling is None:
             return delta
-        self.text += delta
         end = max(self.told, len(self.text[: self.calling.form.begins(self.text)].rstrip()))
         start, self.told = self.told, end
         return self.text[start:end]

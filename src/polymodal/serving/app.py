@@ -26,12 +26,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from polymodal.backends.openai.answers import clean
 from polymodal.errors import PolymodalError
-from polymodal.serving import completions, page, responses, runs
+from polymodal.serving import completions, media_routes, page, responses, runs
 from polymodal.serving.answers import ChatAnswer
 from polymodal.serving.bodies import Limits
 from polymodal.serving.errors import RequestError, as_request_error
 from polymodal.serving.models import Served, model_of
 from polymodal.serving.protocol import read_request
+from polymodal.serving.scheduler import Scheduler
 from polymodal.serving.streams import route
 
 LOG = logging.getLogger(__name__)
@@ -50,12 +51,16 @@ def build_app(
     runs_folder: Path | None = None,
 ) -> Starlette:
     """Make the application over models by name; `loopback`: only this machine may reach it, by its own names."""
+    first = next(iter(models.values()))
+    makers, queue = first.makers, first.scheduler  # all of them have the same
+    media = Scheduler(media_routes.MediaWork(), queue.size, queue.timeout)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        for served in models.values():
-            served.scheduler.close()
+        for scheduler in (*(served.scheduler for served in models.values()), media):
+            scheduler.close()
+        makers.sources.close()
 
     routes = [
         Route("/health", health),
@@ -67,12 +72,14 @@ def build_app(
         *responses.ROUTES,
         *page.ROUTES,
         *runs.ROUTES,
+        *media_routes.ROUTES,
     ]
     guard = Middleware(Guard, key=key, loopback=loopback)
     handlers: Any = {HTTPException: _as_json, RequestError: _as_json}
     app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
     app.state.models, app.state.limits, app.state.runs = models, limits or Limits(), runs_folder
+    app.state.makers, app.state.media = makers, media
     app.state.readers = asyncio.Semaphore(READERS)
     return app
 
@@ -172,9 +179,18 @@ async def ready(request: Request) -> Response:
 
 async def list_models(request: Request) -> Response:
     """The models that are served."""
-    return JSONResponse({"object": "list", "data": [served.card for served in request.app.state.models.values()]})
+    return JSONResponse({"object": "list", "data": _cards(request)})
 
 
 async def model(request: Request) -> Response:
     """One of them, by its name."""
-    return JSONResponse(model_of(request.app.state.models, request.path_params["name"]).card)
+    name = request.path_params["name"]
+    found = next((card for card in _cards(request) if card["id"] == name), None)
+    return JSONResponse(found or model_of(request.app.state.models, name).card)
+
+
+def _cards(request: Request) -> list[dict[str, Any]]:
+    models: Mapping[str, Served] = request.app.state.models
+    first = next(iter(models.values()))
+    beside = [card for card in first.makers.cards(first.created) if card["id"] not in models]
+    return [*(served.card for served in models.values()), *beside]

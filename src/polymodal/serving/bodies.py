@@ -24,13 +24,13 @@ class Limits:
     stall_s: float = 180.0  # Without a step of the model, after which `/ready` says no
 
 
-def check_headers(request: Request, most: int) -> None:
+def check_headers(request: Request, most: int, kind: str = "application/json") -> None:
     """What is known of a body before it is read."""
     # A form or a plain text is what another site's page can send without asking; a packed body may unpack to anything.
     headers = Headers()
     headers["content-type"] = request.headers.get("content-type", "none/none")
-    if headers.get_content_type() != "application/json":
-        raise RequestError("the body must be application/json", status=415)
+    if headers.get_content_type() != kind:
+        raise RequestError(f"the body must be {kind}", status=415)
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise RequestError("the body must not be compressed", status=415)
     if "transfer-encoding" in request.headers and "content-length" in request.headers:  # proxies may differ

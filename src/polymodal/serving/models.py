@@ -1,11 +1,12 @@
 """The models of a server, and how a request's is found."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from polymodal.backends.base import Backend
 from polymodal.serving.errors import RequestError
+from polymodal.serving.makers import Makers
 from polymodal.serving.scheduler import Scheduler
 from polymodal.utils.strict import shown
 
@@ -21,11 +22,12 @@ class Served:
     default_tokens: int  # Where a request says nothing
     max_chars: int  # Of all texts of a request: more can be no prompt of this model, however it is cut into tokens
     created: int  # Seconds since 1970
+    makers: Makers = field(default_factory=Makers)  # What answers and routes have besides; one of a server
 
     @property
     def card(self) -> dict[str, Any]:
         """The model as `/v1/models` lists it."""
-        modalities = {"input": ["text", *self.backend.takes], "output": ["text"]}
+        modalities = {"input": ["text", *self.backend.takes], "output": self.makers.outputs(self.backend)}
         card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "polymodal"}
         return {**card, "modalities": modalities, "max_completion_tokens": self.max_tokens}
 

@@ -6,12 +6,12 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Discriminator, Field, Tag
 
-from polymodal.backends.base import Backend, ModelBackend
-from polymodal.errors import ConfigError, MediaError
-from polymodal.generation.params import GenerationParams
-from polymodal.media.source import NamedBytes, read_bytes
+from polymodal.backends.base import ModelBackend
+from polymodal.errors import ConfigError
+from polymodal.generation.params import GenerationParams, Modality
 from polymodal.messages import Audio, Document, Image, Media, Message, Part, Text, Video
 from polymodal.serving.errors import Checked, Json, RequestError, parse, shape_tag
+from polymodal.serving.makers import AudioAsked, check_asked
 from polymodal.serving.models import Served, model_of
 from polymodal.serving.tools import (
     MAX_TOOLS,
@@ -34,7 +34,8 @@ MAX_BIASES = 300
 MAX_BYTES: Mapping[type[Media], int] = {Image: 16 * 2**20, Audio: 24 * 2**20, Video: 24 * 2**20, Document: 24 * 2**20}
 """The largest file of each kind; what is decoded from it has the limits of `media`."""
 KINDS: Mapping[str, type[Media]] = {
-    "image_url": Image, "input_audio": Audio, "video_url": Video, "input_video": Video, "file": Document,
+    "image_url": Image, "input_audio": Audio, "audio_url": Audio, "video_url": Video, "input_video": Video,
+    "file": Document,
 }  # fmt: skip
 
 
@@ -67,11 +68,12 @@ class File(Checked):
 class RequestPart(Checked):
     """A part of a message."""
 
-    type: Literal["text", "image_url", "input_audio", "video_url", "input_video", "file"]
+    type: Literal["text", "image_url", "input_audio", "audio_url", "video_url", "input_video", "file"]
     # The field of its type, and no other.
     text: str | None = None
     image_url: Url | None = None
     input_audio: Sound | None = None
+    audio_url: Url | None = None
     video_url: Url | None = None
     input_video: _Clip | None = None
     file: File | None = None
@@ -84,6 +86,19 @@ _Content: TypeAlias = Annotated[
 _Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 
 
+class _Shown(Checked):
+    type: Literal["image_url"]
+    image_url: Url
+    index: int = 0
+
+
+class _Said(Checked):
+    id: str = Field("", max_length=256)
+    data: str = ""
+    transcript: str = ""
+    expires_at: int = 0
+
+
 class Turn(Checked):
     """A message of a request."""
 
@@ -92,6 +107,9 @@ class Turn(Checked):
     tool_calls: Annotated[list[Call], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     name: Annotated[str, Field(max_length=64)] | None = None  # of the function; the call says it
+    # What an earlier answer held besides its text, as a client sends it back.
+    images: list[_Shown] | None = None
+    audio: _Said | None = None  # A remark: its words are in `content`
 
 
 class StreamOptions(Checked):
@@ -154,6 +172,8 @@ class _Request(Sampling):
     parallel_tool_calls: bool = True
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream_options: StreamOptions | None = None
+    modalities: list[Modality] = Field(["text"], min_length=1, max_length=3)
+    audio: AudioAsked | None = None
 
 
 @dataclass(frozen=True)
@@ -166,12 +186,15 @@ class Asked:
     stream: bool
     include_usage: bool
     calling: Calling | None = None  # Where the answer may call tools
+    audio: AudioAsked | None = None  # How what is said is spoken
 
 
 def read_request(body: bytes, models: Mapping[str, Served]) -> Asked:
     """Check a request's body; its media are unpacked and not yet decoded."""
     request = parse(body, _Request)
     served = model_of(models, request.model)
+    modalities = check_asked(request.modalities, request.audio, request.stream, served.makers)
+    served.makers.equip(served.backend, modalities)
     places = [f"messages[{number}]" for number in range(len(request.messages))]
     calling = calling_of(request.tools or (), request.tool_choice, request.parallel_tool_calls, served.backend)
     messages = with_tools(messages_of(request.messages, served, places), calling, served.max_chars)
@@ -181,12 +204,12 @@ def read_request(body: bytes, models: Mapping[str, Served]) -> Asked:
         raise RequestError(f"{field}: max_completion_tokens says another number; give one of them", field)
     if request.top_logprobs is not None and not request.logprobs and request.top_logprobs > 0:
         raise RequestError("top_logprobs: only goes with logprobs", "top_logprobs")
-    more = {"logprobs": (request.top_logprobs or 0) if request.logprobs else None}
-    more |= following(request.response_format, calling)
+    more: Json = {"logprobs": (request.top_logprobs or 0) if request.logprobs else None}
+    more |= {"modalities": modalities, **following(request.response_format, calling)}
     params = params_of(request, served, field, next(iter(limits), None), more)
     return Asked(
         served, messages, choices_of(params, request.n), request.stream,
-        wants_usage(request.stream_options, request.stream), calling,
+        wants_usage(request.stream_options, request.stream), calling, request.audio,
     )  # fmt: skip
 
 
@@ -221,7 +244,7 @@ def params_of(
         known = len(backend.tokenizer) if isinstance(backend, ModelBackend) else 10**9
         if wrong := [token for token in said["logit_bias"] if token >= known]:
             raise RequestError(f"logit_bias: the model has no token {wrong[0]}; ids end at {known - 1}", "logit_bias")
-    given = {**backend.defaults.model_dump(), **said, **more, "max_new_tokens": most, "modalities": ["text"]}
+    given = {**backend.defaults.model_dump(), **said, "max_new_tokens": most, "modalities": ["text"], **more}
     params = parse_config(GenerationParams, given, "request")
     if params.follows and isinstance(backend, ModelBackend):
         place = form if params.grammar is None else "tools"
@@ -263,13 +286,22 @@ def messages_of(given: Sequence[Turn], served: Served, places: Sequence[str]) ->
                 raise RequestError(f"{place}.type: media belong into the user's messages", f"{place}.type")
             if media > MAX_MEDIA:
                 raise RequestError(f"{place}: more than {MAX_MEDIA} images, sounds, videos and files", place)
-            parts.append(Text(part.text or "") if part.type == "text" else _medium(part, place, served.backend))
+            parts.append(Text(part.text or "") if part.type == "text" else _medium(part, place, served))
+        if message.role != "assistant" and (message.images or message.audio):
+            place = f"{places[number]}.{'images' if message.images else 'audio'}"
+            raise RequestError(f"{place}: belongs to an assistant's message", place)
+        for at, image in enumerate(message.images or ()):
+            place = f"{places[number]}.images[{at}]"
+            media += 1
+            if media > MAX_MEDIA:
+                raise RequestError(f"{place}: more than {MAX_MEDIA} images, sounds, videos and files", place)
+            parts.append(_medium(RequestPart(type="image_url", image_url=image.image_url), place, served))
         role = "system" if message.role == "developer" else message.role
         messages.append(Message(role, tuple(parts), **fields[number]))
     return messages
 
 
-def _medium(part: RequestPart, place: str, backend: Backend) -> Media:
+def _medium(part: RequestPart, place: str, served: Served) -> Media:
     """The bytes of a medium; error lines about them name their place in the request."""
     place, value = f"{place}.{part.type}", getattr(part, part.type)
     keys = value.model_fields_set & {"url", "data", "file_data"}
@@ -279,15 +311,10 @@ def _medium(part: RequestPart, place: str, backend: Backend) -> Media:
     place, source = f"{place}.{key}", f"{'data:;base64,' if key == 'data' else ''}{getattr(value, key)}"
     kind = KINDS[part.type]
     name = kind.__name__.lower()
-    if ("image" if kind is Document else name) not in backend.takes:
-        takes = " and ".join(("text", *backend.takes))
+    if ("image" if kind is Document else name) not in served.backend.takes:
+        takes = " and ".join(("text", *served.backend.takes))
         raise RequestError(f"{place}: the model takes {takes}, and no {name}", place, code="unsupported_modality")
-    if source[:5].lower() != "data:":
-        told = "only data: URLs are read, such as data:image/png;base64,...; this server fetches and opens nothing"
-        raise RequestError(f"{place}: {told}", place, code="invalid_url")
-    try:
-        data = NamedBytes(read_bytes(source, limit=MAX_BYTES[kind], name=place))
-    except MediaError as error:
-        raise RequestError(str(error), place, code="invalid_media") from None
-    data.name = place
+    data = served.makers.sources.read(source, MAX_BYTES[kind], place)
+    if kind is Document and b"%PDF-" not in data[:1024]:
+        raise RequestError(f"{place}: is no PDF; give images as image_url", place, code="invalid_media")
     return kind(data)

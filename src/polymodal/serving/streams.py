@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from polymodal.backends.base import RawPrompt, Reply, StreamEvent
+from polymodal.backends.base import MediaEnd, RawPrompt, Reply, StreamEvent
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Message
 from polymodal.serving.bodies import check_headers, received
@@ -160,7 +160,10 @@ async def _pieces(jobs: Jobs, answer: Answer, found: Any, ping_s: float) -> Asyn
             if found == ():
                 yield b": ping\n\n"
             else:
-                for piece in answer.pieces(*found):
+                pieces = answer.pieces(*found)
+                if isinstance(found[1], MediaEnd):  # packing a sound takes longer than others should wait
+                    pieces = iter(await asyncio.to_thread(list, pieces))
+                for piece in pieces:
                     yield piece
                 replies += [found[1]] if isinstance(found[1], Reply) else []
             try:

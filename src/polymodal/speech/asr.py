@@ -6,6 +6,7 @@ in windows of 28 seconds at most that know nothing of each other; what the model
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -182,6 +183,14 @@ def load_asr(name: str | Path | ASR = "tiny.en") -> ASR:
         raise CheckpointError(f"{name}: is a file, and a speech recogniser is a folder; give its folder")
     kind = "faster-whisper" if (path / "model.bin").is_file() else "transformers"
     return ASR_ENGINES[kind](path, str(name))
+
+
+def installed_asr() -> str | None:
+    """The first recogniser that is there without being fetched; None where there is none."""
+    for name, folders in PACKAGED.items():
+        if all(importlib.util.find_spec(package) for package in ("faster_whisper", *dict(folders))):
+            return name
+    return None
 
 
 def _fetch(name: str) -> Path:

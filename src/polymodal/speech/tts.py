@@ -6,6 +6,7 @@ mapping is Piper's: each phoneme by the voice's `phoneme_id_map`, a pad between 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -291,6 +292,12 @@ TTS_ENGINES: dict[str, Callable[[Path, str], TTS]] = {
     "transformers": TransformersVoice,
 }
 """Each kind of voice and what opens it."""
+
+
+def installed_voice() -> str | None:
+    """The voice that is there without being fetched; None where there is none, or what it needs is missing."""
+    there = all(importlib.util.find_spec(name) for name in (_VOICE[0], "onnxruntime"))
+    return "piper" if there and shutil.which("espeak-ng") else None
 
 
 def load_tts(name: str | Path | TTS = "piper") -> TTS:
