@@ -106,6 +106,9 @@ class _Process:
             found = None if said is None or "error" in said else _unpacked(said, self._child.stdout)
         except (ValueError, TypeError, KeyError, EOFError):
             said = None
+        except BaseException:  # such as no memory for the pixels, of which a part is left in the pipe
+            self.jobs = MOST_JOBS
+            raise
         finally:
             timer.cancel()
             self.done = said is None or self.jobs >= MOST_JOBS or bool(said.get("full"))

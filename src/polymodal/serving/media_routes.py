@@ -27,7 +27,7 @@ from polymodal.generation.params import GenerationParams, ImageParams
 from polymodal.media.audio_writer import SOUNDS, encode_sound
 from polymodal.messages import Audio, user
 from polymodal.modeling.renderers.base import LONGEST_PROMPT, RenderRequest
-from polymodal.serving.bodies import Limits, check_headers, read_body
+from polymodal.serving.bodies import Limits, check_headers, received
 from polymodal.serving.errors import Checked, Json, RequestError, as_request_error, parse
 from polymodal.serving.makers import Makers, check_voice, png
 from polymodal.serving.protocol import MAX_BYTES, Remarks
@@ -211,9 +211,8 @@ async def _asked(request: Request, kind: type[T]) -> T:
     limits: Limits = request.app.state.limits
     check_headers(request, limits.body)
     request.app.state.media.check_room()
-    async with request.app.state.readers:
-        body = await read_body(request, limits)
-    return parse(body, kind)
+    async with received(request) as body:
+        return parse(body, kind)
 
 
 async def _form(request: Request) -> tuple[bytes, Json]:
@@ -221,8 +220,7 @@ async def _form(request: Request) -> tuple[bytes, Json]:
     limits: Limits = request.app.state.limits
     check_headers(request, limits.body, "multipart/form-data")
     request.app.state.media.check_room()
-    async with request.app.state.readers:
-        body = await read_body(request, limits)
+    async with received(request) as body:
 
         async def once() -> AsyncIterator[bytes]:
             yield body
