@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -16,15 +18,21 @@ from polymodal.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ["README.md", "README.zh.md"]
+LISTS = ["docs/what-works.md", "docs/what-works.zh.md"]
 
 
 def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+def programs_in(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", read(name), flags=re.DOTALL)
+
+
 def program_in(name: str) -> str:
-    (program,) = re.findall(r"```python\n(.*?)```", read(name), flags=re.DOTALL)
-    return program
+    """The one that asks the default model; the other composes a model."""
+    first, _ = programs_in(name)
+    return first
 
 
 def named_tests(name: str) -> list[str]:
@@ -39,6 +47,30 @@ def test_the_python_program_runs() -> None:
     assert any(re.fullmatch(r"\d+ image tokens, [\d.]+ tokens/s", line) for line in answers)
 
 
+def test_the_composing_program_runs(tmp_path: Path) -> None:
+    """On random parts of the same families, in place of those that it names on the hub."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    from recipes.tiny.make_parts import main as make_parts
+
+    make_parts(tmp_path)
+    tower = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    SiglipVisionModel(tower).save_pretrained(tmp_path / "tower")
+    shutil.copytree(ROOT / "examples/pictures", tmp_path / "pictures")
+    says = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "An apple."}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": "apple.png", "conversations": says}] * 30))
+    program = programs_in("README.md")[1]
+    assert program == programs_in("README.zh.md")[1] and len(program.splitlines()) <= 13
+    for name, folder in (("google/siglip-base-patch16-224", "tower"), ("Qwen/Qwen2.5-0.5B-Instruct", "llm")):
+        assert name in program
+        program = program.replace(name, folder)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my_model" / "polymodal.json").is_file()
+
+
 def test_the_python_program_is_short_and_the_same_in_both_languages() -> None:
     def code(name: str) -> str:
         return ast.dump(ast.parse(program_in(name)))
@@ -47,9 +79,10 @@ def test_the_python_program_is_short_and_the_same_in_both_languages() -> None:
     assert len([line for line in program_in("README.md").splitlines() if line.strip()]) <= 15
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", [*READMES, *LISTS])
 def test_every_row_names_a_test_that_exists(name: str) -> None:
-    rows = [row for row in re.split(r"\n## ", read(name))[1].splitlines() if row.startswith("| ")]
+    text = read(name) if name in LISTS else re.split(r"\n## ", read(name))[1]
+    rows = [row for row in text.splitlines() if row.startswith("| ")]
     assert len(rows) - 1 == len(named_tests(name)) > 10  # the header has none
     for reference in named_tests(name):
         path, function = reference.split("::")
@@ -61,6 +94,9 @@ def test_every_row_names_a_test_that_exists(name: str) -> None:
 
 def test_both_languages_name_the_same_tests_and_commands() -> None:
     assert named_tests("README.md") == named_tests("README.zh.md")
+    assert named_tests(LISTS[0]) == named_tests(LISTS[1]) and set(named_tests("README.md")) <= set(
+        named_tests(LISTS[0])
+    )
     assert [c[:2] for c in commands_in("README.md")] == [c[:2] for c in commands_in("README.zh.md")]
 
 
