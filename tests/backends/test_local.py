@@ -15,10 +15,11 @@ from transformers import DynamicCache
 
 from polymodal.backends import load
 from polymodal.backends.base import Reply, TextDelta
-from polymodal.backends.local import LocalBackend, common_beginning, shared_beginnings
+from polymodal.backends.local import LocalBackend, shared_beginnings
 from polymodal.config import TemplateConfig
 from polymodal.errors import PolymodalError
 from polymodal.generation.generate import can_share
+from polymodal.generation.kept import common_beginning
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.streaming import Step
 from polymodal.messages import Audio, Image, Message, Text, assistant, system, user
@@ -291,7 +292,7 @@ def test_a_stream_that_was_closed_is_gone_on_from(model: LocalBackend, monkeypat
         patched.setattr(layer, "forward", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             keeping.generate([*talk, assistant("x"), user("y")], params)
-    assert not keeping._last
+    assert not keeping.prefixes
     assert keeping.generate(talk, params).text == fresh(model, keeps_last=False).generate(talk, params).text
 
 
@@ -319,7 +320,7 @@ def test_drafts_that_an_answer_stopped_before_are_not_kept(
         said = "".join(next(stream).text for _ in range(events))  # type: ignore[union-attr]  # none is the last
         ahead.clear()
         stream.close()
-        last = keeping._last[0]
+        last = keeping.prefixes.kept[0]
         assert last.cache.get_seq_length() == len(last.sample.input_ids)
         if ahead:  # the cache held a draft
             break
@@ -331,17 +332,17 @@ def test_drafts_that_an_answer_stopped_before_are_not_kept(
 def test_a_batch_frees_what_was_kept_and_encoder_decoders_keep_nothing(model: LocalBackend) -> None:
     keeping, params = fresh(model), GenerationParams(max_new_tokens=2)
     keeping.generate([user("Hello")], params)
-    assert len(keeping._last) == 1
+    assert len(keeping.prefixes) == 1
     keeping.generate_batch([[user("Hello")]], params)
-    assert not keeping._last
+    assert not keeping.prefixes
     keeping.generate([user("Hello")], params)
     keeping.forget()
-    assert not keeping._last
+    assert not keeping.prefixes
     seq2seq = LocalBackend(encoder_decoder(model), model.tokenizer, model.config)
     assert not seq2seq.keeps_last
     seq2seq.looks_up = True  # which goes without
     assert seq2seq.generate([user("Hello")], params).text == seq2seq.generate([user("Hello")], params).text
-    assert not seq2seq._last
+    assert not seq2seq.prefixes
 
 
 def encoder_decoder(model: LocalBackend) -> MultimodalLM:

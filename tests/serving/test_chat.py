@@ -110,6 +110,9 @@ def test_pieces_add_up_to_the_answer(tiny: Running) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == whole.choices[0].message.content
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    told, whole.usage.prompt_tokens_details = chunks[-1].usage.prompt_tokens_details, None
+    assert told.cached_tokens == whole.usage.prompt_tokens - 1  # the same question was read before
+    chunks[-1].usage.prompt_tokens_details = None
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     assert len({c.id for c in chunks}) == 1 and all(c.object == "chat.completion.chunk" for c in chunks)
     response = tiny.post({**asked, "stream": True})

@@ -11,6 +11,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
+from polymodal.backends.reply import Answering
 from polymodal.backends.reply import RawPrompt as RawPrompt
 from polymodal.backends.reply import Reply as Reply
 from polymodal.backends.reply import StreamEvent as StreamEvent
@@ -347,38 +348,15 @@ class ModelBackend(Backend, Generic[Inputs]):
         begin = time.perf_counter()
         inputs = self.prepare(messages, params.max_new_tokens)
         sampler = self.sampler(params)
-        answer = self.answer_stream(params, messages if isinstance(messages, RawPrompt) else None)
-        prepared = first = time.perf_counter()
-        made, encode_s = 0, None
+        prompt = messages if isinstance(messages, RawPrompt) else None
+        answering = Answering(self, inputs, params, sampler, begin, prompt)
         with closing(self._steps(inputs, params, sampler)) as steps:
             for (token,), seconds in steps:
-                if made == 0:
-                    first, encode_s = time.perf_counter(), seconds
-                made += 1
                 assert token is not None  # a single row ends with the stream
-                # A model in a thread of its own may have chosen more by now.
-                chance = sampler.chances[made - 1] if sampler.chances else None
-                yield from [*answer.push(token, chance)] or [
-                    TextDelta("")
-                ]  # where whoever asked can stop it, at every token
-                if answer.stopped:
+                yield from answering.push(token, seconds)
+                if answering.stopped:
                     break
-        yield from answer.finish()
-        end = time.perf_counter()
-        yield Reply(
-            message=assistant(*answer.parts),
-            usage=Usage(*self._sizes(inputs), made, self._sounds(inputs)),
-            timing=Timing(
-                prepare_s=prepared - begin,
-                encode_s=encode_s,
-                first_token_s=first - begin,
-                total_s=end - begin,
-                tokens_per_s=(made - 1) / (end - first) if made > 1 else 0.0,
-            ),
-            finish_reason="stop" if answer.stopped else "length",
-            model=self.name,
-            chances=tuple(answer.chances),
-        )
+        yield from answering.end()
 
     def answer_stream(self, params: GenerationParams, prompt: RawPrompt | None = None) -> AnswerStream:
         """What turns an answer's ids into its parts; `prompt` where it goes on from one."""
@@ -391,6 +369,10 @@ class ModelBackend(Backend, Generic[Inputs]):
     def _raw(self, prompt: RawPrompt) -> Inputs:
         """The model's inputs of a raw prompt."""
         raise PolymodalError(f"{self.name} answers conversations, and does not go on from a text")
+
+    def usage(self, inputs: Inputs, made: int, cached: int | None = None) -> Usage:
+        """The tokens of an answer."""
+        return Usage(*self._sizes(inputs), made, self._sounds(inputs), cached)
 
     def prepare(self, messages: Conversation | RawPrompt, room: int) -> Inputs:
         """Process a conversation without the oldest questions of plain text that leave the answer no room."""

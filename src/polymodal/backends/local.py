@@ -1,14 +1,14 @@
 """A model of ours behind the chat protocol.
 
 What several prompts begin with is read once: in a batch their images (`shared_beginnings`), and from one call to the
-next whatever the last conversation and this one have in common (`LastRead`), such as a long video.
+next whatever an earlier conversation and this one have in common (`PrefixCache`), such as a long video.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from polymodal.backends.base import Answer, ModelBackend, RawPrompt, check_makes
 from polymodal.checkpoints.model_folder import save_model
 from polymodal.config import ImageConfig, ModelConfig
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
+from polymodal.generation.batching import Batcher, Row
 from polymodal.generation.generate import can_share, new_cache, read_beginnings, stream_ids
+from polymodal.generation.kept import Kept, MediaCache, PrefixCache, weights_of, without_beginning
 from polymodal.generation.modalities import image_block, require_room, stream_modalities
 from polymodal.generation.params import GenerationParams
 from polymodal.generation.sampling import Sampler, unspoken
@@ -61,6 +63,7 @@ class LocalBackend(ModelBackend[Sample]):
     Attributes:
         keeps_last: Whether the key-value cache of the last conversation is kept, so that the next question about the
             same images, videos and sounds reads them no second time.
+        salt: Keeps what is kept of some conversations apart from others.
         looks_up: Whether an answer that says again what was said is read several tokens at a time. On for float32
             graphs. Elsewhere it is to be asked for: torch on a CPU may lose a few percent where nothing is repeated,
             and with rounded weights or half precision several tokens give slightly other logits than one.
@@ -79,10 +82,10 @@ class LocalBackend(ModelBackend[Sample]):
         self.history = tuple(history)
         self.processor = processor_of(model, tokenizer, config)
         super().__init__(name, tokenizer, model.llm.config, self.processor.template.stop_ids)
-        self.keeps_last = can_share(model)
+        self.keeps_last, self.salt = can_share(model), ""
         self.completes = not model.encoder_decoder and model.context_tokenizer is None
         self.looks_up = isinstance(model.llm, OnnxLLM) and model.llm.bits == 32
-        self._last: deque[LastRead] = deque(maxlen=1)  # whoever answers takes it, so that no two threads share it
+        self.prefixes = PrefixCache()  # whoever answers takes what it holds, so that no two threads share it
         given = {"image": config.image, "video": config.video, "audio": model.audio_encoder}
         self.takes = tuple(kind for kind, there in given.items() if there is not None)
         if self.processor.codes is not None:
@@ -202,25 +205,19 @@ class LocalBackend(ModelBackend[Sample]):
         return sum(plan.num_tokens for plan in inputs.plans if isinstance(plan, AudioPlan))
 
     def forget(self) -> None:
-        """Free the memory that the last conversation takes."""
-        self._last.clear()
+        """Free the memory that earlier conversations take."""
+        self.prefixes.clear()
 
     def _steps(self, inputs: Sample, params: GenerationParams, sampler: Sampler) -> Generator[Step]:
         prompt = inputs.input_ids if self.looks_up else None
         if not self.keeps_last or "image" in params.modalities:  # an image is drawn from a cache with more rows
             yield from self._run([inputs], params, prompt=prompt, samplers=[sampler])
             return
-        # Tensors made in inference mode cannot be changed outside of it and count no versions.
-        weights = tuple((id(w), 0 if w.is_inference() else w._version) for w in self.model.parameters())
-        try:
-            last: LastRead | None = self._last.pop()
-        except IndexError:
-            last = None
-        cache, length = new_cache(self.model), 0
-        if last is not None and last.weights == weights and (length := common_beginning(last.sample, inputs)):
-            cache = last.cache
-            if surplus := len(last.sample.input_ids) - length:
-                cache.crop(-surplus)
+        weights, salt = weights_of(self.model), self.salt
+        last, length = self.prefixes.find(inputs, weights, salt, take=True)
+        cache = new_cache(self.model) if last is None else last.cache
+        if last is not None and (surplus := len(last.sample.input_ids) - length):
+            cache.crop(-surplus)
         del last
         made: list[int] = []
         try:
@@ -237,7 +234,37 @@ class LocalBackend(ModelBackend[Sample]):
                 if surplus := held - length:
                     cache.crop(-surplus)
                 ids = ids[:length]
-                self._last.append(LastRead(replace(inputs, input_ids=ids, pixels=None, sounds=None), cache, weights))
+                self.prefixes.put(Kept(replace(inputs, input_ids=ids, pixels=None, sounds=None), cache, weights, salt))
+
+    def batcher(self, streams: int, prefix_bytes: int, media_bytes: int) -> Batcher | None:
+        """Prepare for several answers at once.
+
+        Args:
+            streams: The most that are made at once.
+            prefix_bytes: For key-value caches of conversations; 0 for none.
+            media_bytes: For the tokens of media.
+
+        Returns:
+            What makes them; None where they can only be made one by one.
+        """
+        if not can_share(self.model):
+            return None
+        self.keeps_last, self.prefixes = prefix_bytes > 0, PrefixCache(prefix_bytes)
+        kept = self.prefixes if prefix_bytes else None
+        return Batcher(self.model, len(self.tokenizer), streams, kept, MediaCache(media_bytes))
+
+    def row(self, inputs: Sample, params: GenerationParams, salt: str = "") -> Row:
+        """Begin an answer for `batcher`.
+
+        Args:
+            inputs: Of `prepare`.
+            params: The settings.
+            salt: Keeps what is kept of it from answers with another one.
+
+        Returns:
+            The answer's row.
+        """
+        return Row(inputs, self.sampler(params), params.max_new_tokens, salt)
 
     def _run(
         self,
@@ -383,52 +410,6 @@ def with_media(messages: Sequence[Message], images: Sequence[Image]) -> list[Mes
     if left:
         raise PolymodalError(f"images: {len(left)} more than there are places marked <image>")
     return found
-
-
-@dataclass(frozen=True)
-class LastRead:
-    """What a model has read last, and what it keeps of it."""
-
-    sample: Sample  # Prompt and answer, without pixels
-    cache: DynamicCache
-    weights: tuple[tuple[int, int], ...]  # Which weights read it, and how often they had been changed by then
-
-
-def common_beginning(before: Sample, sample: Sample) -> int:
-    """How many positions two prompts have in common, ids and media alike; no medium is cut, and one id is left over."""
-    length = min(len(before.input_ids), len(sample.input_ids) - 1)
-    differ = (before.input_ids[:length] != sample.input_ids[:length]).nonzero()
-    length = int(differ[0]) if len(differ) else length
-    for number, slot in enumerate(sample.slots):
-        alike = number < len(before.slots) and (
-            (before.slots[number], *_medium(before, number)) == (slot, *_medium(sample, number))
-        )
-        if slot.start < length and (not alike or slot.start + slot.length > length):
-            return slot.start
-    return length
-
-
-def _medium(sample: Sample, number: int) -> tuple[object, ...]:
-    """What makes a medium's tokens."""
-    context = sample.contexts[number].tolist() if sample.contexts else None
-    return sample.media_keys[number] if sample.media_keys else object(), sample.plans[number], context
-
-
-def without_beginning(sample: Sample, length: int) -> Sample:
-    """What is left of a prompt behind its first positions, which end between media."""
-    first = sum(slot.start < length for slot in sample.slots)
-    heard = sum(sample.heard[:first])
-    return replace(
-        sample,
-        input_ids=sample.input_ids[length:],
-        loss_mask=sample.loss_mask[length:],
-        slots=tuple(replace(slot, start=slot.start - length) for slot in sample.slots[first:]),
-        plans=sample.plans[first:],
-        pixels=None if sample.pixels is None else sample.pixels[first - heard :],
-        media_keys=sample.media_keys[first:],
-        contexts=sample.contexts[first:],
-        sounds=None if sample.sounds is None else sample.sounds[heard:],
-    )
 
 
 def shared_beginnings(samples: Sequence[Sample]) -> tuple[list[Sample], list[int], list[Sample]] | None:

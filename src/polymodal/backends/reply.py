@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from polymodal.generation.streaming import Delta
-from polymodal.messages import Audio, Image, Message
+from polymodal.generation.streaming import Delta, TextDelta
+from polymodal.messages import Audio, Image, Message, assistant
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
-    from polymodal.generation.sampling import Chance
+    from polymodal.generation.params import GenerationParams
+    from polymodal.generation.sampling import Chance, Sampler
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Usage:
     image_tokens: int | None  # Those of them that are images, frames of videos or sounds
     completion_tokens: int | None  # Tokens made, the end token included
     audio_tokens: int | None = None  # Those of `image_tokens` that are sounds; None where they are not told apart
+    cached_tokens: int | None = None  # Those of `prompt_tokens` that were read for an earlier request
 
 
 @dataclass(frozen=True)
@@ -79,3 +83,57 @@ class Reply:
 
 
 StreamEvent: TypeAlias = Delta | Reply
+
+
+class Answering:
+    """An answer on its way: each id becomes events, and the last event is the reply."""
+
+    def __init__(
+        self,
+        model: Any,  # A `ModelBackend`
+        inputs: Any,
+        params: GenerationParams,
+        sampler: Sampler,
+        begin: float,  # When it was asked for
+        prompt: RawPrompt | None = None,  # That it goes on from
+    ) -> None:
+        self.model, self.inputs, self.sampler, self.begin = model, inputs, sampler, begin
+        self.answer = model.answer_stream(params, prompt)
+        self.prepared = self.first = time.perf_counter()
+        self.made = 0
+        self.encode_s: float | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the answer has met its end."""
+        return self.answer.stopped
+
+    def push(self, token: int, encode_s: float | None) -> Iterator[StreamEvent]:
+        """Add an id; the seconds are those of encoding media before it."""
+        if self.made == 0:
+            self.first, self.encode_s = time.perf_counter(), encode_s
+        # A model in a thread of its own may have chosen more by now.
+        chance = self.sampler.chances[self.made] if self.sampler.chances else None
+        self.made += 1
+        yield from [*self.answer.push(token, chance)] or [
+            TextDelta("")
+        ]  # where whoever asked can stop it, at every token
+
+    def end(self, cached: int | None = None) -> Iterator[StreamEvent]:
+        """What was held back, and the reply."""
+        yield from self.answer.finish()
+        end = time.perf_counter()
+        yield Reply(
+            message=assistant(*self.answer.parts),
+            usage=self.model.usage(self.inputs, self.made, cached),
+            timing=Timing(
+                prepare_s=self.prepared - self.begin,
+                encode_s=self.encode_s,
+                first_token_s=self.first - self.begin,
+                total_s=end - self.begin,
+                tokens_per_s=(self.made - 1) / (end - self.first) if self.made > 1 else 0.0,
+            ),
+            finish_reason="stop" if self.answer.stopped else "length",
+            model=self.model.name,
+            chances=tuple(self.answer.chances),
+        )

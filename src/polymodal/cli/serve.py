@@ -25,7 +25,7 @@ from polymodal.utils.files import home_path, regular_size
 
 SHORTEST_KEY = 16
 LONGEST_KEY = 4096
-PACKAGES = ("starlette", "uvicorn", "python_multipart")
+PACKAGES = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
 ANY_TEXT = 4_000_000
 """Characters of a request's texts, where the model's tokens are not known."""
 
@@ -55,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--queue", type=int, default=16, metavar="N", help="requests that may wait; others get status 429 (%(default)s)"
     )
+    add("--streams", type=int, default=4, metavar="N", help="answers that a model makes at once (%(default)s)")
+    add("--prefix-cache", type=int, default=512, metavar="MB", help="kept of earlier conversations (512); 0 for none")
+    add("--media-cache", type=int, default=256, metavar="MB", help="kept of images, videos and sounds (256)")
     add("--timeout", type=float, default=600.0, metavar="S", help="seconds of a request, waiting included (600)")
     add("--runs", metavar="DIR", help="the folder of training runs that the web page shows (runs, where there is one)")
     add("--drain", type=float, default=30.0, metavar="S", help="seconds to end what is under way at SIGTERM (30)")
@@ -72,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     for flag, least, most in (
         ("port", 0, 65535),
         *((flag, 1, 10**6) for flag in ("max_tokens", "queue", "timeout", "drain")),
+        *((flag, 0, 10**6) for flag in ("prefix_cache", "media_cache")),
+        ("streams", 1, 64),
     ):
         if not least <= getattr(args, flag) <= most:
             raise ConfigError(f"--{flag.replace('_', '-')} must be from {least:,} to {most:,}")
@@ -93,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             model.trims = False  # what a client sent is answered as it is, or refused
             most = min(most, model.context_length)
             chars = min(chars, model.context_length * max(map(len, model.tokenizer.get_vocab())))
-        scheduler = Scheduler(model, args.queue, args.timeout)
+        scheduler = Scheduler(model, args.queue, args.timeout, args.streams, args.prefix_cache, args.media_cache)
         models[name] = Served(model, scheduler, name, most, 512, chars, int(time.time()), makers)
     log_to_stderr(bool(getattr(args, "debug", False)))
     host, port = address.getsockname()[:2]

@@ -243,8 +243,13 @@ class OnnxCache:
     def __init__(self, llm: OnnxLLM, rows: int = 1) -> None:
         self.llm = llm
         self.lengths = [0] * rows
-        self.blocks: list[Tensor] = [torch.zeros(rows, llm.heads, 0, llm.head_size) for _ in llm.names]
-        self._bound: Any = None
+        self.blocks: list[Tensor] = [torch.empty(rows, llm.heads, 0, llm.head_size) for _ in llm.names]
+        self._bound: dict[range, Any] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return sum(block.nbytes for block in self.blocks)
 
     @property
     def layers(self) -> Sequence[OnnxCache]:
@@ -263,7 +268,21 @@ class OnnxCache:
         """Become these rows."""
         self.lengths = [self.lengths[row] for row in rows.tolist()]
         self.blocks = [block[rows].contiguous() for block in self.blocks]
-        self._bound = None
+        self._bound = {}
+
+    def copy_row(self, row: int, other: OnnxCache, other_row: int, positions: int) -> None:
+        """Make a row the first positions of a row that is read already, of this or another cache."""
+        self.reserve(positions)
+        for block, source in zip(self.blocks, other.blocks, strict=True):
+            block[row, :, :positions] = source[other_row, :, :positions]
+        self.lengths[row] = positions
+
+    def row(self, row: int) -> OnnxCache:
+        """A cache of one row alone, no larger than it is."""
+        alone = OnnxCache(self.llm)
+        alone.lengths = [self.lengths[row]]
+        alone.blocks = [block[row : row + 1, :, : self.lengths[row]].clone() for block in self.blocks]
+        return alone
 
     def reserve(self, positions: int) -> None:
         """Make room for so many positions of a row."""
@@ -271,23 +290,22 @@ class OnnxCache:
             return
         room = min(max(positions, 2 * room, ROOM), max(positions, self.llm.positions))
         for number, block in enumerate(self.blocks):
-            larger = torch.zeros(len(block), block.shape[1], room, block.shape[3])
-            larger[:, :, : block.shape[2]] = block
+            # Untouched memory takes none: what stands behind a row is never read.
+            larger = torch.empty(len(block), block.shape[1], room, block.shape[3])
+            for row, length in enumerate(self.lengths):
+                larger[row, :, :length] = block[row, :, :length]
             self.blocks[number] = larger
-        self._bound = None
+        self._bound = {}
 
-    def bound(self, row: int | None) -> Any:
-        """The blocks bound to the runtime, of one row or of all; that of all is kept while they stay in place."""
-        if row is None and self._bound is not None:
-            return self._bound
-        bound = self.llm.session.io_binding()
-        for name, block in zip(self.llm.names, self.blocks, strict=True):
-            part = block if row is None else block[row : row + 1]
-            _bind(bound.bind_input, f"past_key_values.{name}", part)
-            _bind(bound.bind_output, f"present.{name}", part)
-        if row is None:
-            self._bound = bound
-        return bound
+    def bound(self, rows: range) -> Any:
+        """The blocks of some rows bound to the runtime; kept while they stay in place."""
+        if rows not in self._bound:
+            self._bound[rows] = bound = self.llm.session.io_binding()
+            for name, block in zip(self.llm.names, self.blocks, strict=True):
+                part = block[rows.start : rows.stop]
+                _bind(bound.bind_input, f"past_key_values.{name}", part)
+                _bind(bound.bind_output, f"present.{name}", part)
+        return self._bound[rows]
 
 
 class OnnxLLM(nn.Module):
@@ -351,7 +369,7 @@ class OnnxLLM(nn.Module):
         self,
         embeds: Tensor,  # [B, T, D] behind what the cache holds; of one row [1, T, D]
         cache: OnnxCache,
-        row: int | None = None,  # The one row that is read; all of them, a position each, where None
+        row: int | None = None,  # The one row that is read; the first B, a position each, where None
         last: int = 1,  # Positions at the end, within a chunk, whose logits are given
     ) -> Tensor:
         """Read on, one row or a position of each, and give the logits that come next, [B, V], or of a row [last, V]."""
@@ -360,7 +378,7 @@ class OnnxLLM(nn.Module):
         return logits
 
     def _run(self, embeds: Tensor, cache: OnnxCache, row: int | None, last: int) -> Tensor:
-        rows = range(len(cache.lengths)) if row is None else (row,)
+        rows = range(len(embeds)) if row is None else range(row, row + 1)
         assert embeds.shape[1] == 1 or len(rows) == 1  # rows of several lengths read a position each
         embeds = embeds.float().contiguous()
         after = [cache.lengths[each] + embeds.shape[1] for each in rows]
@@ -368,7 +386,7 @@ class OnnxLLM(nn.Module):
         # Only how many positions each row has counts; where they stand in the mask does not.
         mask = (torch.arange(max(after)) < torch.tensor(after)[:, None]).long().contiguous()
         kept, logits = torch.arange(-last, 0), torch.empty(len(rows), last, self.vocab_size)
-        bound = cache.bound(row)
+        bound = cache.bound(rows)
         _bind(bound.bind_input, "inputs_embeds", embeds)
         _bind(bound.bind_input, "attention_mask", mask)
         _bind(bound.bind_input, KEPT, kept)

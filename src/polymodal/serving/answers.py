@@ -40,6 +40,8 @@ def usage_of(replies: Sequence[Reply], messages: Sequence[Message]) -> Json | No
     if seen is not None and heard is not None:
         text = first.prompt_tokens - seen
         details = {"image_tokens": seen - heard, "audio_tokens": heard, "text_tokens": text}
+        if first.cached_tokens is not None:
+            details["cached_tokens"] = first.cached_tokens
         usage["prompt_tokens_details"] = details
     return usage
 
@@ -48,7 +50,7 @@ class ChatAnswer(Answer):
     """An answer of the chat API."""
 
     def __init__(self, asked: Asked) -> None:
-        super().__init__(asked.served, [(asked.messages, asked.choices)], asked.stream)
+        super().__init__(asked.served, [(asked.messages, asked.choices)], asked.stream, asked.salt)
         self.asked = asked
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.served.name}
         self.begun: dict[int, CallSplit] = {}

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from polymodal.backends.openai.answers import clean
 from polymodal.errors import PolymodalError
-from polymodal.serving import completions, media_routes, page, responses, runs
+from polymodal.serving import completions, media_routes, metrics, page, responses, runs
 from polymodal.serving.answers import ChatAnswer
 from polymodal.serving.bodies import Limits
 from polymodal.serving.errors import RequestError, as_request_error
@@ -69,6 +69,7 @@ def build_app(
         Route("/v1/models/{name:path}", model),
         route("/v1/chat/completions", lambda body, models: ChatAnswer(read_request(body, models))),
         *completions.ROUTES,
+        *metrics.ROUTES,
         *responses.ROUTES,
         *page.ROUTES,
         *runs.ROUTES,
@@ -80,6 +81,7 @@ def build_app(
     app.router.redirect_slashes = False
     app.state.models, app.state.limits, app.state.runs = models, limits or Limits(), runs_folder
     app.state.makers, app.state.media = makers, media
+    app.state.metrics = metrics.Metrics(models)
     app.state.readers = asyncio.Semaphore(READERS)
     return app
 
@@ -102,6 +104,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                scope["app"].state.metrics.answered.labels(status).inc()
                 headers = MutableHeaders(scope=message)
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["Cache-Control"] = "no-store"
@@ -120,6 +123,8 @@ class Guard:
                     await _answer(as_request_error(error))(scope, receive, noting)
         finally:
             seconds = time.monotonic() - begin
+            if not status:
+                scope["app"].state.metrics.answered.labels("gone").inc()
             LOG.info("%s %s %s %.2f s", scope["method"], clean(scope["path"], 100), status or "gone", seconds)
 
     def _check(self, request: Request) -> None:

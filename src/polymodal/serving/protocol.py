@@ -174,6 +174,7 @@ class _Request(Sampling):
     stream_options: StreamOptions | None = None
     modalities: list[Modality] = Field(["text"], min_length=1, max_length=3)
     audio: AudioAsked | None = None
+    cache_salt: str = Field("", max_length=256)
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ class Asked:
     include_usage: bool
     calling: Calling | None = None  # Where the answer may call tools
     audio: AudioAsked | None = None  # How what is said is spoken
+    salt: str = ""  # Keeps what is kept of it from requests with another one
 
 
 def read_request(body: bytes, models: Mapping[str, Served]) -> Asked:
@@ -209,7 +211,7 @@ def read_request(body: bytes, models: Mapping[str, Served]) -> Asked:
     params = params_of(request, served, field, next(iter(limits), None), more)
     return Asked(
         served, messages, choices_of(params, request.n), request.stream,
-        wants_usage(request.stream_options, request.stream), calling, request.audio,
+        wants_usage(request.stream_options, request.stream), calling, request.audio, request.cache_salt,
     )  # fmt: skip
 
 

@@ -32,8 +32,9 @@ def data(document: Json, name: str = "") -> bytes:
 class Answer:
     """A request that was checked, and how a route writes its answers; they are numbered over all its work."""
 
-    def __init__(self, served: Served, work: Sequence[Work], stream: bool) -> None:
+    def __init__(self, served: Served, work: Sequence[Work], stream: bool, salt: str = "") -> None:
         self.served, self.work, self.stream = served, work, stream
+        self.salt = salt  # Keeps what is kept of it from requests with another one
 
     def whole(self, replies: Sequence[Reply]) -> Json:
         """All of it."""
@@ -65,7 +66,7 @@ class Jobs:
         index = 0
         try:
             for given, choices in answer.work:
-                self.left.append((index, answer.served.scheduler.submit(given, choices)))
+                self.left.append((index, answer.served.scheduler.submit(given, choices, answer.salt)))
                 index += len(choices)
         except BaseException:
             self.cancel()
@@ -106,10 +107,11 @@ async def respond(request: Request, read: Callable[[bytes, Mapping[str, Served]]
     watch = asyncio.create_task(jobs.gone(request))
     try:
         if not answer.stream:
-            replies = []
+            replies = {}  # which need not end in their order
             while (found := await jobs.next()) is not None:
-                replies += [found[1]] if isinstance(found[1], Reply) else []
-            return JSONResponse(await asyncio.to_thread(answer.whole, replies))
+                if isinstance(found[1], Reply):
+                    replies[found[0]] = found[1]
+            return JSONResponse(await asyncio.to_thread(answer.whole, [replies[place] for place in sorted(replies)]))
         first: Any = None
         try:
             first = await jobs.next(state.limits.first_s)
@@ -152,7 +154,7 @@ class EventStream(StreamingResponse):
 
 
 async def _pieces(jobs: Jobs, answer: Answer, found: Any, ping_s: float) -> AsyncIterator[bytes]:
-    replies: list[Reply] = []
+    replies: dict[int, Reply] = {}
     try:
         for piece in answer.first():
             yield piece
@@ -165,12 +167,13 @@ async def _pieces(jobs: Jobs, answer: Answer, found: Any, ping_s: float) -> Asyn
                     pieces = iter(await asyncio.to_thread(list, pieces))
                 for piece in pieces:
                     yield piece
-                replies += [found[1]] if isinstance(found[1], Reply) else []
+                if isinstance(found[1], Reply):
+                    replies[found[0]] = found[1]
             try:
                 found = await jobs.next(ping_s)
             except TimeoutError:
                 found = ()
-        for piece in answer.last(replies):
+        for piece in answer.last([replies[place] for place in sorted(replies)]):
             yield piece
     except Exception as error:
         for piece in answer.broken(as_request_error(error)):
