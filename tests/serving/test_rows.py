@@ -18,7 +18,13 @@ TESTS = Path(__file__).resolve().parents[1]
 HERE, CHAT, HARD = "serving/test_bad_requests.py::", "serving/test_chat.py::", "serving/test_hardship.py::"
 LOCAL, IMAGE, AUDIO = "backends/test_local.py::", "media/test_image.py::", "media/test_audio.py::"
 VIDEO, FOLDER, JINJA = "media/test_video.py::", "safety/test_model_folder.py::", "safety/test_jinja_sandbox.py::"
-PAGE = "serving/test_page.py::"
+PAGE, FETCH, MEDIA = "serving/test_page.py::", "serving/test_fetching.py::", "serving/test_media_requests.py::"
+KEPT, QUEUE, FORMS = "generation/test_kept.py::", "serving/test_scheduler.py::", "serving/test_forms.py::"
+NEVER_DIALLED = f"{FETCH}test_an_address_that_is_not_public_is_never_dialled"
+ONE_FOLDER = (
+    f"{FETCH}test_files_of_one_folder_alone_are_opened",
+    f"{FETCH}test_a_file_that_changes_into_a_link_is_not_followed",
+)
 FOLDERS = f"{FOLDER}test_bad_folders_are_refused_before_they_are_opened"
 KEYS = f"{CHAT}test_the_key_is_needed_everywhere_but_for_health"
 READ_AGAIN = f"{LOCAL}test_other_images_are_read_even_where_the_ids_are_the_same"
@@ -51,6 +57,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         f"{CHAT}test_a_client_that_goes_takes_its_request_along",
         f"{CHAT}test_a_client_that_goes_gives_its_place_in_the_queue_back",
         f"{HARD}test_a_client_that_goes_before_the_first_step",
+        f"{QUEUE}test_a_client_that_goes_frees_its_row",
     ),
     11: (f"{CHAT}test_a_client_that_does_not_read_is_left",),
     12: (
@@ -58,6 +65,8 @@ ROWS: dict[int, tuple[str, ...]] = {
         f"{CHAT}test_a_full_queue_says_when_to_come_back",
         f"{HARD}test_two_hundred_at_once",
         f"{HARD}test_the_queue_is_fair",
+        f"{QUEUE}test_a_queue_that_is_full_counts_those_that_wait",
+        f"{QUEUE}test_many_at_once_get_what_they_get_alone",
     ),
     13: ("BAD",),
     14: ("BAD", "FINE"),
@@ -68,30 +77,49 @@ ROWS: dict[int, tuple[str, ...]] = {
     19: ("BAD", "FINE"),
     20: ("BAD",),
     21: (f"{HERE}test_flipped_bits", f"{HARD}test_a_thousand_damaged_files"),
-    22: ("BAD", f"{IMAGE}test_a_huge_header_is_refused_before_decoding"),
-    23: ("BAD", f"{IMAGE}test_a_large_image_in_memory_is_refused"),
+    22: (
+        "BAD",
+        f"{MEDIA}test_22_a_header_that_claims_gigapixels",
+        f"{IMAGE}test_a_huge_header_is_refused_before_decoding",
+    ),
+    23: ("BAD", f"{MEDIA}test_23_an_image_beyond_pixels_or_sides", f"{IMAGE}test_a_large_image_in_memory_is_refused"),
     24: ("FINE", f"{IMAGE}test_one_pixel"),
-    25: ("FINE", f"{IMAGE}test_animation_gives_its_first_frame"),
+    25: ("FINE", f"{MEDIA}test_25_animations_are_their_first_frame", f"{IMAGE}test_animation_gives_its_first_frame"),
     26: ("BAD",),
     27: ("BAD", "FINE", f"{IMAGE}test_formats_that_are_not_allowed"),
-    28: (f"{IMAGE}test_files_that_take_minutes_to_decode_are_refused",),
-    29: (f"{IMAGE}test_exif_orientation", f"{IMAGE}test_damaged_exif_does_not_matter"),
-    30: ("FINE", f"{IMAGE}test_every_mode_gives_rgb", f"{IMAGE}test_transparency_shows_the_background"),
-    31: (f"{IMAGE}test_damaged_bytes_give_a_image_or_one_line",),
-    32: (READ_AGAIN, f"{LOCAL}test_a_conversation_that_goes_on_reads_its_images_once"),
-    33: (READ_AGAIN,),
-    34: (f"{LOCAL}test_what_was_read_with_other_weights_is_not_used",),
+    28: (
+        f"{MEDIA}test_28_chunks_that_are_too_large_or_too_many",
+        f"{IMAGE}test_files_that_take_minutes_to_decode_are_refused",
+    ),
+    29: (f"{MEDIA}test_29_exif", f"{IMAGE}test_exif_orientation", f"{IMAGE}test_damaged_exif_does_not_matter"),
+    30: (
+        "FINE",
+        f"{MEDIA}test_30_every_mode",
+        f"{IMAGE}test_every_mode_gives_rgb",
+        f"{IMAGE}test_transparency_shows_the_background",
+    ),
+    31: (f"{MEDIA}test_31_profiles_and_gamma_change_no_pixel",),
+    32: (
+        f"{KEPT}test_same_pixels_in_two_encodings_are_one_image",
+        READ_AGAIN,
+        f"{LOCAL}test_a_conversation_that_goes_on_reads_its_images_once",
+    ),
+    33: (f"{KEPT}test_what_only_looks_the_same_is_read_anew", READ_AGAIN),
+    34: (
+        f"{KEPT}test_what_only_looks_the_same_is_read_anew",
+        f"{LOCAL}test_what_was_read_with_other_weights_is_not_used",
+    ),
     35: ("BAD 16",),
-    36: (f"{LOCAL}test_threads_do_not_share_what_was_read",),
-    37: ("BAD",),
-    38: ("BAD",),
-    39: ("BAD",),
-    40: ("BAD",),
-    41: ("BAD",),
-    42: ("BAD",),
-    43: ("BAD",),
-    44: ("BAD",),
-    45: ("BAD",),
+    36: (f"{KEPT}test_a_flood_of_small_images_stays_within_bounds",),
+    37: ("BAD", f"{FETCH}test_without_the_options_nothing_is_asked_and_nothing_opened"),
+    38: (NEVER_DIALLED,),
+    39: (f"{FETCH}test_an_address_of_another_form_or_host_is_refused", NEVER_DIALLED),
+    40: (f"{FETCH}test_redirects_are_checked_as_addresses_are",),
+    41: (f"{FETCH}test_a_name_is_looked_up_once_and_its_address_kept",),
+    42: (f"{FETCH}test_what_is_too_much_or_never_ends_is_left",),
+    43: ("BAD", f"{FETCH}test_an_address_of_another_form_or_host_is_refused"),
+    44: ("BAD", *ONE_FOLDER),
+    45: ("BAD", f"{FETCH}test_without_the_options_nothing_is_asked_and_nothing_opened"),
     46: ("BAD",),
     47: (f"{HARD}test_images_alone_that_do_not_fit", f"{LOCAL}test_media_that_do_not_fit_are_refused"),
     48: ("FINE", f"{CHAT}test_names_of_special_tokens_are_plain_text", f"{HARD}test_names_of_special_tokens_anywhere"),
@@ -106,19 +134,21 @@ ROWS: dict[int, tuple[str, ...]] = {
     53: ("BAD",),
     54: ("BAD",),
     55: ("BAD",),
-    56: ("BAD",),
+    56: ("BAD", f"{FORMS}test_penalties_and_bias_reach_the_model"),
     57: ("BAD", "generation/test_text.py::test_stop_text_is_cut_and_never_shown"),
-    58: ("BAD",),
-    59: ("BAD",),
+    58: ("BAD", f"{FORMS}test_a_schema_is_met_whole_and_in_pieces"),
+    59: ("BAD", f"{FORMS}test_what_of_tools_is_refused"),
     60: ("BAD",),
     61: ("BAD",),
-    62: ("BAD", "FINE", f"{AUDIO}test_what_cannot_be_read_is_one_clear_line"),
+    62: ("BAD", "FINE", f"{MEDIA}test_62_odd_sounds", f"{AUDIO}test_what_cannot_be_read_is_one_clear_line"),
     63: (
+        f"{MEDIA}test_63_sounds_that_unpack_to_hours",
         f"{AUDIO}test_a_small_file_of_long_silence_stops_at_the_limit",
         f"{AUDIO}test_a_file_of_single_samples_stops_at_the_limit",
     ),
     64: (
         "BAD",
+        f"{MEDIA}test_64_odd_videos",
         f"{VIDEO}test_bad_files_give_one_line",
         f"{VIDEO}test_nothing_but_the_file_itself_is_opened",
         f"{VIDEO}test_ten_hours_are_refused_unless_allowed",
