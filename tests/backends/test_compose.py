@@ -15,6 +15,7 @@ from polymodal import Image, MultimodalLM, compose, train, user
 from polymodal.config import ImageConfig
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.media_plan import Size
+from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
 from recipes.tiny.make_parts import main as make_parts
 
 PICTURES = Path(__file__).parents[2] / "examples/pictures"
@@ -154,6 +155,13 @@ def test_modules_of_ones_own(parts: Path, tmp_path: Path) -> None:
         model.save(tmp_path / "mine")
 
 
+def test_a_projector_needs_only_forward(parts: Path) -> None:
+    encoder = HFVisionEncoder(CLIPVisionModel.from_pretrained(parts / "vision"), -2, "patch", None)
+    model = MultimodalLM(encoder, Fewer(width=48), given(parts)["llm"])
+    assert model.tokens_per_tile == Size(2, 2)
+    assert model.project(model.encode_images(torch.zeros(1, 3, 56, 56))).shape == (1, 4, 64)
+
+
 def test_models_of_transformers_are_saved_whole(parts: Path, tmp_path: Path) -> None:
     tower, llm = CLIPVisionModel.from_pretrained(parts / "vision"), LlamaForCausalLM.from_pretrained(parts / "llm")
     model = compose(tower, "linear", llm)
@@ -184,6 +192,7 @@ def given(parts: Path) -> dict[str, Any]:
         (lambda p: MultimodalLM(given(p)["llm"], Fewer(), Patches()), "vision_encoder is a language model"),
         (lambda p: MultimodalLM(Patches(), Fewer(), Fewer()), "llm is a Fewer"),
         (lambda p: MultimodalLM(Patches(), Fewer()), "llm is missing"),
+        (lambda p: MultimodalLM(Patches(), Fewer(), given(p)["llm"]), "an `output_grid`"),
         (lambda p: MultimodalLM(Patches(), llm=given(p)["llm"]), "projector is missing"),
         (lambda p: train(p / "none.yaml"), "none.yaml"),
         (lambda p: train(3), "takes a recipe file or a model"),

@@ -29,9 +29,9 @@ from polymodal.generation.sampling import Sampler, unspoken
 from polymodal.generation.streaming import Step
 from polymodal.media_plan import AudioPlan, ImagePlan, Size, plan_image
 from polymodal.messages import Conversation, Image, Message, Part, Source, Text, as_messages, assistant
-from polymodal.modeling.build import Own
 from polymodal.modeling.language_model import positions_of
 from polymodal.modeling.onnx_llm import OnnxLLM
+from polymodal.modeling.own import Own
 from polymodal.modeling.token_loss import Output
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.chat_template.calls import CallForm, find_form

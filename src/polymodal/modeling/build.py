@@ -5,32 +5,28 @@ Only these functions see a configuration; the parts themselves take plain argume
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from polymodal.config import ModelConfig
 from polymodal.config.projector import PER_TOKEN
-from polymodal.errors import ConfigError, first_line
+from polymodal.errors import ConfigError
 from polymodal.media_plan import AudioWindow, Size, temporal_output
 from polymodal.modeling.ctranslate2 import missing_whisper
 from polymodal.modeling.encoders import audio as audio_towers
 from polymodal.modeling.encoders.audio import AudioEncoder, build_audio_encoder
-from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
 from polymodal.modeling.encoders.video_temporal import TemporalEncoder, build_temporal
 from polymodal.modeling.encoders.vision import VisionEncoder, build_vision_encoder, fingerprint
 from polymodal.modeling.language_model import load_llm, load_tokenizer
+from polymodal.modeling.own import measured_encoder, measured_projector
 from polymodal.modeling.projectors import Projector, build_projector
 from polymodal.modeling.projectors.qformer_files import check_stage1, load_context_tokenizer, start_projector
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.modeling.vocabulary import add_output
-from polymodal.utils.modules import evaluating
 
 if TYPE_CHECKING:  # whose module takes a second to load
     from transformers import PreTrainedModel
@@ -102,69 +98,6 @@ def build_vision(
         projector = measured_projector(projector, encoder, llm_dim)
         check_merge(config, projector.output_grid)
     return encoder, projector or fit_projector(config, encoder, llm_dim)
-
-
-class Own(nn.Module):
-    """A user's module, with what running it once has told of it."""
-
-    def __init__(self, module: nn.Module, **facts: Any) -> None:
-        super().__init__()
-        self.module = module
-        vars(self).update(facts)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """As the module does."""
-        return self.module(inputs)  # type: ignore[no-any-return]
-
-    def save(self, folder: Path) -> None:
-        """Write the weights, which its maker alone can read."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.module.state_dict(), folder / "model.safetensors")
-
-
-def measured_encoder(encoder: Any, config: ModelConfig, tile: Size | None) -> VisionEncoder:
-    """A module as a vision encoder: a tower of transformers, or any that turns a tile into features."""
-    if all(hasattr(encoder, name) for name in ("embed_dim", "grid", "tile")):
-        return encoder  # type: ignore[no-any-return]
-    assert config.vision is not None
-    if config.vision.type in FAMILIES:
-        select = config.vision.mm_vision_select_layer, config.vision.mm_vision_select_feature
-        return HFVisionEncoder(encoder, *select, tile)
-    if tile is None:
-        raise ConfigError("image: a vision encoder of your own is run once on a tile; say its tile_size")
-    shape = _dry_run("vision", encoder, (1, 3, tile.height, tile.width))
-    return Own(encoder, embed_dim=shape[2], grid=_grid(shape[1]), tile=tile)  # type: ignore[return-value]
-
-
-def measured_projector(projector: Any, encoder: VisionEncoder, llm_dim: int) -> Projector:
-    """A module as a projector: how many tokens it makes is found by running it once."""
-    _, count, width = _dry_run("projector", projector, (1, encoder.grid.area, encoder.embed_dim))
-    if width != llm_dim:
-        raise ConfigError(f"projector: makes tokens of width {width}, and the language model takes {llm_dim}")
-    if hasattr(projector, "output_grid"):
-        return projector  # type: ignore[no-any-return]
-    grid = encoder.grid if count == encoder.grid.area else _grid(count)
-    return Own(projector, output_grid=grid)  # type: ignore[return-value]
-
-
-def _grid(count: int) -> Size:
-    side = math.isqrt(count)
-    return Size(side, side) if side * side == count else Size(1, count)
-
-
-def _dry_run(part: str, module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """The shape that a module gives for zeros of a shape."""
-    weight = next(module.parameters(), torch.empty(0))
-    told = f"{part}: {type(module).__name__} was run on {list(shape)} and"
-    try:
-        with evaluating(module), torch.no_grad():
-            out = module(torch.zeros(shape, device=weight.device, dtype=weight.dtype))
-    except Exception as error:  # whatever a stranger's module raises
-        raise ConfigError(f"{told} raised {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(out, Tensor) or out.ndim != 3 or len(out) != 1:
-        gave = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ConfigError(f"{told} gave {gave}; a tensor [1, tokens, width] is needed")
-    return out.shape[0], out.shape[1], out.shape[2]
 
 
 def _audio_source(config: ModelConfig, folder: Path | None) -> str | None:

@@ -33,6 +33,7 @@ from polymodal.modeling.encoders.video_temporal import TemporalEncoder, look_alo
 from polymodal.modeling.encoders.vision import VisionEncoder
 from polymodal.modeling.language_model import decoder_start_id, in_order
 from polymodal.modeling.merge import lay_out, merge_media
+from polymodal.modeling.own import measured_projector
 from polymodal.modeling.packed_attention import SEGMENTS, choose_method, packed_inputs
 from polymodal.modeling.projectors import Projector
 from polymodal.modeling.seq2seq import split_rows, take
@@ -50,7 +51,7 @@ class MultimodalLM(nn.Module):
 
     Args:
         vision_encoder: [N, 3, H, W] -> [N, P, E]; None for a text-only model.
-        projector: [N, P, E] -> [N, Q, D]; comes with the encoder.
+        projector: [N, P, E] -> [N, Q, D]; comes with the encoder. One without an `output_grid` is run once to find Q.
         llm: A causal LM, or an encoder-decoder, which reads what lies before the last answer and is taught to say that.
         image_token_id: The placeholder's id; may lie past the vocabulary, as it does where None.
         image_newline: Add the learned token that ends each row of an AnyRes canvas.
@@ -83,6 +84,8 @@ class MultimodalLM(nn.Module):
         super().__init__()
         self.llm = in_order(vision_encoder, projector, llm)
         self.vision_encoder = vision_encoder
+        if projector is not None and vision_encoder is not None and not hasattr(projector, "output_grid"):
+            projector = measured_projector(projector, vision_encoder, self.llm.get_input_embeddings().weight.shape[1])
         self.projector = projector
         self.temporal_encoder = temporal_encoder
         self.audio_encoder = audio_encoder
