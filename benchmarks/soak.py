@@ -264,7 +264,7 @@ class Fuzzer:
                 whole = set(error) == {"message", "type", "param", "code"} and error["message"]
             except (ValueError, KeyError, TypeError):
                 whole = False
-            if got.status_code == 500 or not whole or "Traceback" in got.text:
+            if got.status_code == 500 or not whole or "Traceback (most" in got.text:
                 self.fault(route, f"{got.status_code} {got.text[:200]}", content)
         if self.bad >= 100:
             self.bad = 0
@@ -445,7 +445,7 @@ def soak(server: Server, minutes: float, number: int, clients: int, bad: float, 
 def watched(server: Server, sizes: list[tuple[float, float, int]], minutes: float) -> list[str]:
     """What memory and files have come to, and what is wrong with that."""
     faults = [] if server.alive else [f"the server has ended: {server.log[-500:]}"]
-    faults += ["a traceback in the log"] if "Traceback" in server.log else []
+    faults += ["a traceback in the log"] if "Traceback (most" in server.log else []
     start = 60 * min(5.0, minutes / 2)
     first = [size for size in sizes if start <= size[0] <= start + 60] or sizes[:1]
     last = [size for size in sizes if size[0] >= sizes[-1][0] - 60 and size[0] >= start]

@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import mmap
 import os
 import subprocess
 import sys
@@ -281,7 +283,8 @@ class OnnxCache:
         """A cache of one row alone, no larger than it is."""
         alone = OnnxCache(self.llm)
         alone.lengths = [self.lengths[row]]
-        alone.blocks = [block[row : row + 1, :, : self.lengths[row]].clone() for block in self.blocks]
+        alone.blocks = _blocks(len(self.blocks), 1, self.llm, self.lengths[row])
+        alone.copy_row(0, self, row, self.lengths[row])
         return alone
 
     def reserve(self, positions: int) -> None:
@@ -289,13 +292,12 @@ class OnnxCache:
         if positions <= (room := self.blocks[0].shape[2]):
             return
         room = min(max(positions, 2 * room, ROOM), max(positions, self.llm.positions))
-        for number, block in enumerate(self.blocks):
-            # Untouched memory takes none: what stands behind a row is never read.
-            larger = torch.empty(len(block), block.shape[1], room, block.shape[3])
+        # Untouched memory takes none: what stands behind a row is never read.
+        larger = _blocks(len(self.blocks), len(self.lengths), self.llm, room)
+        for new, block in zip(larger, self.blocks, strict=True):
             for row, length in enumerate(self.lengths):
-                larger[row, :, :length] = block[row, :, :length]
-            self.blocks[number] = larger
-        self._bound = {}
+                new[row, :, :length] = block[row, :, :length]
+        self.blocks, self._bound = larger, {}
 
     def bound(self, rows: range) -> Any:
         """The blocks of some rows bound to the runtime; kept while they stay in place."""
@@ -306,6 +308,15 @@ class OnnxCache:
                 _bind(bound.bind_input, f"past_key_values.{name}", part)
                 _bind(bound.bind_output, f"present.{name}", part)
         return self._bound[rows]
+
+
+def _blocks(count: int, rows: int, llm: OnnxLLM, room: int) -> list[Tensor]:
+    """Blocks [rows, heads, room, head_size] in memory of their own, which goes back to the system when they go."""
+    # Some hundred caches of all lengths would leave holes in the heap that nothing fits.
+    shape = (count, rows, llm.heads, room, llm.head_size)
+    if not (size := math.prod(shape)):
+        return list(torch.empty(shape).unbind())
+    return list(torch.frombuffer(mmap.mmap(-1, 4 * size), dtype=torch.float32).view(shape).unbind())
 
 
 class OnnxLLM(nn.Module):

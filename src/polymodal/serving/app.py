@@ -33,6 +33,7 @@ from polymodal.serving.errors import RequestError, as_request_error
 from polymodal.serving.models import Served, model_of
 from polymodal.serving.protocol import read_request
 from polymodal.serving.scheduler import Scheduler
+from polymodal.serving.server import give_back_memory
 from polymodal.serving.streams import route
 
 LOG = logging.getLogger(__name__)
@@ -57,7 +58,9 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        tidying = asyncio.create_task(give_back_memory(60.0))
         yield
+        tidying.cancel()
         for scheduler in (*(served.scheduler for served in models.values()), media):
             scheduler.close()
         makers.sources.close()

@@ -1,6 +1,7 @@
 """The process around the application: its address, its limits on connections, its log, and how it ends."""
 
 import asyncio
+import ctypes
 import ipaddress
 import json
 import logging
@@ -28,6 +29,17 @@ CONNECTIONS = 64
 QUIET_S = 1.0
 MAX_LINE = 400
 """Characters of a line in the log."""
+
+
+async def give_back_memory(every: float) -> None:
+    """Let the heap return what is free in its middle, which glibc keeps by itself: requests are of all sizes."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    while True:
+        await asyncio.sleep(every)
+        await asyncio.to_thread(trim, 0)
 
 
 def is_loopback(host: str) -> bool:

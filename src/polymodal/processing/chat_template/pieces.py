@@ -285,7 +285,7 @@ class PieceTokenizer:
         marked = (self._content.id_to_token(spaced[0]) or "").startswith("▁") if spaced else False
         self.restarts = restarts and marked and self.prefix != "always"
         self.hides_space = self.restarts or (self.prefix != "never" and self._content.decode(spaced) == "a")
-        self.cut_up = lru_cache(maxsize=4096)(self._cut_up)
+        self._cut_up_short = lru_cache(maxsize=4096)(self._cut_up)
         self._of_template = lru_cache(maxsize=4096)(self._plain)
 
     def is_fresh(self, ids: Sequence[int]) -> bool:
@@ -295,6 +295,10 @@ class PieceTokenizer:
         if self.restarts:
             return not ids or ids[-1] == self._image_token_id or (len(ids) == 1 and ids[0] in self.added)
         return self.prefix == "first" and not ids
+
+    def cut_up(self, text: str) -> tuple[int | str, ...]:
+        """Cut what the template wrote at its control tokens; what it writes itself is short, and cut once."""
+        return self._cut_up_short(text) if len(text) <= 1024 else self._cut_up(text)
 
     def _cut_up(self, text: str) -> tuple[int | str, ...]:
         """Cut what the template wrote at its control tokens, which become ids."""
