@@ -332,6 +332,8 @@ def test_the_verb_writes_a_page_that_loads_nothing(
     said = capsys.readouterr()
     assert "40 rows: 6 good, 8 to look at, 26 to drop" in said.out
     assert "more than --max-dropped 1%" in said.err
+    (index,) = [number for number, line in enumerate(said.out.splitlines()) if " missing-file " in line]
+    assert said.out.splitlines()[index + 1].strip().startswith("such as bad.jsonl: record ")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") >= 9 and page.count("data:image/jpeg;base64,") >= 6
     assert "<script" not in page and 'src="http' not in page and "href=" not in page
@@ -342,6 +344,8 @@ def test_the_verb_writes_a_page_that_loads_nothing(
     assert main([*argv, "--max-dropped", "lots"]) == 2
     assert main(["data", "check", str(tmp_path / "no.jsonl"), "--model", str(tiny_model_folder)]) == 2
     assert "no such file" in capsys.readouterr().err
+    assert main([*argv, "--image-root", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"polymodal: error: --image-root {tmp_path / 'none'}: no such folder\n"
 
 
 def test_text_of_the_data_cannot_become_markup(processor: Processor, tmp_path: Path) -> None:

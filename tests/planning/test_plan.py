@@ -377,11 +377,16 @@ def test_pages_are_images(tiny_model_folder: Path, capsys: pytest.CaptureFixture
     assert out.count("16 tokens in 1 tile\n") == 1 and out.count("16 tokens in 1 tile, 3 times\n") == 1
 
 
-def test_steps_and_hours(plain: dict[str, Any]) -> None:
+def test_steps_and_hours(plain: dict[str, Any], tmp_path: Path) -> None:
     del plain["run"]["max_steps"]
     recipe = recipe_of(plain, run={"epochs": 2, "precision": "fp32"})
     counted = plan(recipe, images=(Size(28, 28),))
     assert counted.steps == round(2 * 25 / 8) and counted.hours is None and counted.fits is None
+    captions = tmp_path / "captions"
+    captions.mkdir()
+    for name in ("a.jpg", "a.txt", "b.jpg", "b.txt"):
+        (captions / name).touch()
+    assert plan(recipe_of(plain, data={"mix": [{"path": str(captions)}]}, batch={"global_size": 1})).steps == 4
     timed = plan(recipe, images=(Size(28, 28),), rows=8000, samples_per_second=10.0, devices=2, engine="ddp")
     assert (timed.steps, timed.samples) == (2000, 16000) and timed.hours == pytest.approx(16000 / 20 / 3600)
     short = plan(recipe_of(plain, run={"epochs": 1}, batch={"global_size": 8, "last_step": "short"}), rows=11)

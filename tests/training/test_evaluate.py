@@ -51,7 +51,9 @@ def test_a_run_with_evaluations_is_the_run_without(looking: dict[str, Any], tmp_
     assert not (tmp_path / "quiet" / "eval.jsonl").is_file() or not read_log(tmp_path / "quiet" / "eval.jsonl")
 
 
-def test_the_lines_say_what_was_asked_expected_and_answered(looking: dict[str, Any]) -> None:
+def test_the_lines_say_what_was_asked_expected_and_answered(
+    looking: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     final = train(parse_config(Recipe, looking, "recipe"))
     lines = read_log(final.parent / "eval.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 5]
@@ -64,6 +66,9 @@ def test_the_lines_say_what_was_asked_expected_and_answered(looking: dict[str, A
             assert isinstance(answer["answer"], str)
             assert all((final.parent / name).is_file() for name in answer["images"]) and answer["images"]
     assert lines[-1]["loss"] != lines[0]["loss"]
+    told = [line for line in capsys.readouterr().err.splitlines() if "held-out loss" in line]
+    assert len(told) == 3 and f"step 2: held-out loss {lines[0]['loss']:.3f}; asked " in told[0]
+    assert f"it says {lines[0]['answers'][0]['answer'][:5]!r}"[:-1] in told[0] and "expected" in told[0]
 
 
 def test_the_held_out_loss_is_the_mean_over_all_tokens(looking: dict[str, Any]) -> None:

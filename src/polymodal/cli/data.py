@@ -73,6 +73,8 @@ def check(args: argparse.Namespace) -> int:
     for flag, value in (("--workers", args.workers), ("--max-length", args.max_length)):
         if value < 1:
             raise ConfigError(f"{flag} {value}: at least 1")
+    if args.image_root is not None and not args.image_root.is_dir():
+        raise ConfigError(f"--image-root {args.image_root}: no such folder")
     from polymodal.data.check.check import check_files, summary_json
     from polymodal.data.check.report import to_html
     from polymodal.utils.files import check_writable, make_folder, write_text
@@ -118,10 +120,10 @@ def _result(summary: Summary, output: Path, image_root: Path | None) -> str:
     """The lines that are printed: one for each fault, then the counts."""
     from polymodal.data.check.rows import FAULTS
 
-    lines = [
-        f"{FAULTS[code].severity:<5}{count:>8}  {code:<20}{FAULTS[code].advice}"
-        for code, count in sorted(summary.counts.items(), key=lambda item: (FAULTS[item[0]].severity, -item[1]))
-    ]
+    lines = []
+    for code, count in sorted(summary.counts.items(), key=lambda item: (FAULTS[item[0]].severity, -item[1])):
+        lines.append(f"{FAULTS[code].severity:<5}{count:>8}  {code:<20}{FAULTS[code].advice}")
+        lines += [f"{'':15}such as {where}: {reason}" for where, _, reason in summary.examples.get(code, [])[:1]]
     lines += [f"fixed{count:>8}  {name}" for name, count in summary.repairs.most_common()]
     warned = sum(file.warned for file in summary.files)
     good = summary.rows - len(summary.dropped) - warned

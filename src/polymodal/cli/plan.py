@@ -217,7 +217,7 @@ def _training_text(plan: TrainingPlan, question: Question) -> str:
     each = "one device" if question.devices == 1 else f"each of {question.devices} devices"
     twice = "computed twice" if plan.checkpointing else "kept"
     verdict = "" if plan.fits is None else f": {'fits' if plan.fits else 'DOES NOT FIT'} {question.device}"
-    steps = "not known: the data files are not here; give --rows"
+    steps = "not known: the data are large or not here; give --rows"
     time = "not known: give --device, or --samples-per-second"
     if plan.steps is not None:
         steps = f"{plan.steps:,} ({plan.samples:,} samples)"

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from polymodal.config import ModelConfig, parse_config
+from polymodal.data.readers.registry import detect_format
 from polymodal.errors import ConfigError, unknown_name
 from polymodal.media_plan import Size
 from polymodal.modeling.language_model import layer_counts, positions_of
@@ -323,15 +324,18 @@ def _time(recipe: Recipe, question: Question, flops_per_sample: float) -> dict[s
 
 
 def _count_rows(recipe: Recipe) -> int | None:
-    """Records of an epoch, where the data files are here and small enough to look into; else None."""
+    """Records of an epoch, where the data are here and small enough to look into; else None."""
     total = 0.0
     for source in recipe.data.mix:
         path = Path(source.path)
-        if not path.is_file() or path.suffix not in (".json", ".jsonl") or path.stat().st_size > 2**28:
+        if path.is_dir() and (detect_format(path) if source.format == "auto" else source.format) == "folder":
+            count = sum(1 for _ in path.rglob("*.txt"))
+        elif path.is_file() and path.suffix in (".json", ".jsonl") and path.stat().st_size <= 2**28:
+            text = path.read_text(encoding="utf-8")
+            count = len(json.loads(text)) if path.suffix == ".json" else sum(map(bool, map(str.strip, text.splitlines())))
+        else:
             return None
-        text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
-        total += min(len(rows), source.max_samples or len(rows)) * source.repeat
+        total += min(count, source.max_samples or count) * source.repeat
     return round(total)
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from types import FrameType
 from typing import Any
 
@@ -36,6 +37,9 @@ MAX_SKIPPED = 5
 
 NAMED = 5
 """Records that a message about a step names at most."""
+
+SHOWN = 60
+"""Characters of a question or an answer on the terminal."""
 
 
 class StopRequest:
@@ -274,6 +278,8 @@ class Trainer:
         if line is None:
             return
         self._write("eval", "eval.jsonl", line)
+        if "loss" in line:
+            log(f"{self.recipe.name}: step {self.state.step}: held-out loss {line['loss']:.3f}{_first_answer(line)}")
         set_modes(self.engine.inner)
         self.window.began += time.monotonic() - began
 
@@ -296,3 +302,12 @@ class Trainer:
         }
         self.engine.save(self.output_dir, state, self.recipe.run.keep)
         return self.state.step
+
+
+def _first_answer(line: dict[str, Any]) -> str:
+    """What one line of a terminal has room for of an evaluation's answers."""
+    found = next((each for each in line.get("answers", ()) if "answer" in each), None)
+    if found is None:
+        return ""
+    asked, said, expected = (repr(shorten(found[key] or "", SHOWN)) for key in ("question", "answer", "expected"))
+    return f"; asked {asked} it says {said}, expected {expected}"
