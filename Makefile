@@ -22,7 +22,7 @@ TESTENV := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM
 PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check stats format speech bench bench-start bench-speech bench-training bench-eval bench-serving soak data-default data-senses data-draw train-default clean
+.PHONY: help install demo test test-all check stats format speech bench bench-start bench-speech bench-training bench-eval bench-serving soak data-default data-senses data-draw train-default docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -120,5 +120,12 @@ train-default: $(STAMP)  ## build the data, train the default model, put it into
 	@for stage in $(STAGES); do $(BIN)/polymodal train recipes/default/$$stage.yaml $(OVERRIDES) || exit 1; done
 	@$(BIN)/python recipes/default/publish.py $(RUNS)/$(lastword $(STAGES))/final
 
+# In an environment of its own, without torch: the reference is read from the sources, not imported.
+docs:  ## the pages of docs/ with a reference of the public names, in site/index.html; needs no server
+	@test -x .venv-docs/bin/mkdocs || ($(PYTHON) -m venv .venv-docs && .venv-docs/bin/python -m pip \
+	  --disable-pip-version-check -qq install -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff)
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "wrote site/index.html"
+
 clean:  ## remove .venv and tool caches (not data/ and runs/)
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-docs site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -386,7 +386,8 @@ def test_steps_and_hours(plain: dict[str, Any], tmp_path: Path) -> None:
     captions.mkdir()
     for name in ("a.jpg", "a.txt", "b.jpg", "b.txt"):
         (captions / name).touch()
-    assert plan(recipe_of(plain, data={"mix": [{"path": str(captions)}]}, batch={"global_size": 1})).steps == 4
+    folder = {"data": {"mix": [{"path": str(captions)}]}, "run": {"epochs": 2}, "batch": {"global_size": 1}}
+    assert plan(recipe_of(plain, **folder)).steps == 4
     timed = plan(recipe, images=(Size(28, 28),), rows=8000, samples_per_second=10.0, devices=2, engine="ddp")
     assert (timed.steps, timed.samples) == (2000, 16000) and timed.hours == pytest.approx(16000 / 20 / 3600)
     short = plan(recipe_of(plain, run={"epochs": 1}, batch={"global_size": 8, "last_step": "short"}), rows=11)
