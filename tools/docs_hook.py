@@ -35,6 +35,11 @@ def on_config(config: Any) -> Any:
     return config
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Let long keys in tables break behind their dots."""
+    return re.sub(r"<td><code>[\w.]{25,}</code>", lambda found: found[0].replace(".", ".<wbr>"), html)
+
+
 def on_post_build(config: Any) -> None:
     """Take the copy away."""
     shutil.rmtree(COPY, ignore_errors=True)
