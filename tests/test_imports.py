@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 import polymodal
 from tools import house
@@ -28,6 +31,7 @@ HEAVY = {
     "openai",
 }
 
+ROOT = Path(__file__).resolve().parents[1]
 GRAPH = house.import_graph()
 
 
@@ -81,6 +85,37 @@ def test_the_package_keeps_its_size() -> None:
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(polymodal, name) is not None
     assert name in dir(polymodal)
+
+
+def test_type_checkers_and_editors_see_what_is_there() -> None:
+    """Names are loaded on first use; for who only reads the source, the same are imported from the same modules."""
+    tree = ast.parse(Path(polymodal.__file__).read_text(encoding="utf-8"))
+    (seen,) = (
+        node.body for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    found = {}
+    for node in seen:
+        assert isinstance(node, ast.ImportFrom)
+        for alias in node.names:
+            module = f"{node.module}.{alias.name}" if node.module == "polymodal" else node.module
+            assert alias.asname is None
+            found[alias.name] = module
+    assert found == polymodal._LAZY
+    at_once = [
+        node for node in tree.body if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("polymodal")
+    ]
+    assert set(polymodal.__all__) == {*found, *(alias.name for node in at_once for alias in node.names)}
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    """`make docs` writes a page of each group of docs/api/; all names of `polymodal` and of `REACHED` are on one."""
+    pages = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs/api").glob("*.md"))]
+    named = [name for page in pages for name in re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE)]
+    assert len(named) == len(set(named))
+    assert {*(f"polymodal.{name}" for name in polymodal.__all__), *house.REACHED} <= set(named)
+    config = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), yaml.BaseLoader)
+    listed = set(re.findall(r"[\w./-]+\.md", str(config["nav"]))) - {"index.md", "changelog.md", "contributing.md"}
+    assert listed == {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
 
 
 def test_the_package_says_that_it_is_typed() -> None:

@@ -78,11 +78,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'polymodal' has no attribute {name!r}")
-    module = import_module(_LAZY[name])
-    return module if name in ("metrics", "speech") else getattr(module, name)
+if not TYPE_CHECKING:  # a type checker that saw this would take any name for one that is there
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'polymodal' has no attribute {name!r}")
+        module = import_module(_LAZY[name])
+        return module if name in ("metrics", "speech") else getattr(module, name)
 
 
 def __dir__() -> list[str]:
