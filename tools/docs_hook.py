@@ -3,8 +3,8 @@
 The reference is read from the sources, without importing them; griffe, which reads them, passes by folders that have no
 `__init__.py`, as most of ours, so it is given a copy in which each has one.
 
-Links of these pages and of docs/ that leave the documentation (to sources, recipes, tests) become links into the repository
-where mkdocs.yml has a `repo_url`, and plain text where it has none.
+Links of these pages and of docs/ that leave the documentation (to sources, recipes, tests) become links into the
+repository where mkdocs.yml has a `repo_url`, and plain text where it has none.
 """
 
 import posixpath

@@ -105,7 +105,7 @@ class TemplateConfig(Strict):
         chat_template: A preset of `processing.chat_template.presets.PRESETS` ("chatml", "llama2", "llama3", "mistral",
             "vicuna", "t5", "plain"), "tokenizer" for the tokenizer's own, or jinja text.
         default_system: The system message where a conversation has none; None means no system turn.
-        image_newline_text: Text after an image, as LLaVA's "<image>\\n"; empty for none.
+        image_newline_text: Text after an image, as LLaVA's `<image>\\n`; empty for none.
         stop_token_ids: Further tokens that end an answer, such as those that a generation_config.json names.
         own_generation_prompt: A question ends with what the template writes for `add_generation_prompt` even where
             that is not how an answer begins in training; LLaVA-OneVision's differ.
@@ -172,7 +172,7 @@ class ModelConfig(Strict):
         projector: The vision projector.
         llm: The language model.
         template: The chat template.
-        image_token_id: The placeholder's id, of images and every other medium. None: the tokenizer's own "<image>"
+        image_token_id: The placeholder's id, of images and every other medium. None: the tokenizer's own `<image>`
             where it has one, else the first id past the language model's vocabulary, which the head cannot produce.
     """
 

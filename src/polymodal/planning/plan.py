@@ -332,9 +332,8 @@ def _count_rows(recipe: Recipe) -> int | None:
             count = sum(1 for _ in path.rglob("*.txt"))
         elif path.is_file() and path.suffix in (".json", ".jsonl") and path.stat().st_size <= 2**28:
             text = path.read_text(encoding="utf-8")
-            count = (
-                len(json.loads(text)) if path.suffix == ".json" else sum(map(bool, map(str.strip, text.splitlines())))
-            )
+            lines = (line for line in text.splitlines() if line.strip())
+            count = len(json.loads(text)) if path.suffix == ".json" else sum(1 for _ in lines)
         else:
             return None
         total += min(count, source.max_samples or count) * source.repeat
