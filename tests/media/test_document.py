@@ -200,7 +200,9 @@ def test_who_wants_no_more_pages_leaves_no_process_behind() -> None:
 
 def test_where_pdfium_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pypdfium2", None)
-    with pytest.raises(ConfigError, match=r"needs pypdfium2: pip install 'polymodal\[documents\]'"):
+    with pytest.raises(
+        ConfigError, match=r"needs pypdfium2, which is not installed: pip install 'polymodal\[documents\]'"
+    ):
         opened(scans("PDF"))
     assert len(opened(scans("TIFF"))) == 3
 

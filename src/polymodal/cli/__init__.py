@@ -126,6 +126,13 @@ def _run(given: Sequence[str]) -> int:
 
         report(error)
         return 2
+    except ImportError as error:  # a package that is there in part
+        if "--debug" in given or (error.name or "polymodal").startswith("polymodal"):
+            raise
+        from polymodal.cli.common import report
+
+        report(PolymodalError(f"{error.name} cannot be imported ({error}); `polymodal env` lists versions"))
+        return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

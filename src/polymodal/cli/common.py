@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from polymodal.backends import load, load_renderer
 from polymodal.backends.base import Backend
+from polymodal.checkpoints.locate import USES
 from polymodal.config import parse_config
 from polymodal.errors import ConfigError, MediaError, PolymodalError
 from polymodal.generation.params import GenerationParams
@@ -191,6 +192,10 @@ def media(args: argparse.Namespace) -> list[Media]:
 def medium(kind: str, file: str, args: argparse.Namespace | None = None) -> Media:
     """One medium as the flags want it; a file of another kind is refused by its name."""
     found = (mimetypes.guess_type(file)[0] or "").replace("application/pdf", "document/pdf").partition("/")
+    if use := USES.get(Path(file).suffix.lower()):
+        raise ConfigError(f"{file}: no {kind}, but {use}")
+    if os.path.isdir(home_path(file)):
+        raise ConfigError(f"{file}: no {kind}, but a folder; a model is named with --model {file}")
     moving = kind == "video" and found[2] in ("gif", "webp", "apng", "png")
     if found[0] in KINDS and found[0] not in KINDS[kind] and not moving:
         what = {"image": "an image", "audio": "a sound"}.get(found[0], f"a {found[0]}")
@@ -223,9 +228,11 @@ def sort_given(args: argparse.Namespace) -> None:
     for item in args.given:
         kind = (mimetypes.guess_type(item)[0] or "").replace("application/pdf", "document").partition("/")[0]
         is_file = os.path.isfile(os.path.expanduser(item))  # of a long question too, unlike `Path.is_file`
-        if is_file or (kind in KINDS and " " not in item):
-            if not is_file:
+        if is_file or (kind in KINDS and " " not in item) or os.path.isdir(os.path.expanduser(item)):
+            if kind in KINDS and not is_file:
                 raise ConfigError(f"{item}: no such file")
+            if Path(item).suffix.lower() in USES or not is_file:
+                medium("image", item)  # which says what it is
             if kind not in KINDS:
                 raise ConfigError(f"{item}: is no image, video, sound or document by its name; say which with a flag")
             found.append((kind, item))

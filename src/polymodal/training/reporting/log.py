@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from polymodal.errors import ConfigError, PolymodalError, unknown_name
+from polymodal.errors import PolymodalError, unknown_name
+from polymodal.utils.extras import extra
 from polymodal.utils.files import write_text
 
 PACKAGES = ("polymodal", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pillow", "safetensors")
@@ -192,11 +193,9 @@ def numbers_of(line: dict[str, Any], prefix: str) -> dict[str, float]:
 
 
 def _tensorboard(output_dir: Path, run_name: str, recipe: dict[str, Any], step: int) -> Tracker:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise _missing("tensorboard") from None
-    writer: Any = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1 if step else None)
+    writer: Any = tracker_module("tensorboard").SummaryWriter(
+        str(output_dir / "tensorboard"), purge_step=step + 1 if step else None
+    )
 
     def write(step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
@@ -206,10 +205,7 @@ def _tensorboard(output_dir: Path, run_name: str, recipe: dict[str, Any], step: 
 
 
 def _wandb(output_dir: Path, run_name: str, recipe: dict[str, Any], step: int) -> Tracker:
-    try:
-        import wandb
-    except ImportError:
-        raise _missing("wandb") from None
+    wandb = tracker_module("wandb")
     identity = hashlib.sha256(str(output_dir.resolve()).encode()).hexdigest()[:12]
     run: Any = wandb.init(
         project="polymodal", name=run_name, id=identity, resume="allow", dir=str(output_dir), config=recipe
@@ -217,8 +213,10 @@ def _wandb(output_dir: Path, run_name: str, recipe: dict[str, Any], step: int) -
     return Tracker(lambda step, numbers: run.log(numbers, step=step), run.finish)
 
 
-def _missing(name: str) -> ConfigError:
-    return ConfigError(f"run.trackers: {name} is not installed; run `pip install {name}`, or leave it out")
+def tracker_module(name: str) -> Any:
+    """The module behind a tracker."""
+    module = "torch.utils.tensorboard" if name == "tensorboard" else name
+    return extra(module, "run.trackers needs", name, package=name)
 
 
 TRACKERS: dict[str, Callable[[Path, str, dict[str, Any], int], Tracker]] = {
