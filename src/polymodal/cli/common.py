@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from polymodal.backends import load, load_renderer
 from polymodal.backends.base import Backend
 from polymodal.checkpoints.locate import USES
+from polymodal.checkpoints.parts import PARTS
 from polymodal.config import parse_config
 from polymodal.errors import ConfigError, MediaError, PolymodalError
 from polymodal.generation.params import GenerationParams
@@ -29,7 +30,8 @@ KINDS = {"image": ("image",), "video": ("video",), "audio": ("audio", "video"), 
 CHOICES = {"video": ("num_frames", "fps", "start", "end", "with_sound"), "document": ("pages", "text")}
 """What flags say of the videos and documents that are given."""
 IMAGE_SAMPLING = ("guidance", "temperature", "top_k", "top_p")
-SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+PART_FLAGS = {"llm": "llm", "vision": "vision", "audio-tower": "audio"}
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop")
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,11 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_loading_arguments(parser: argparse.ArgumentParser, quantize: str | None = None) -> None:
     """Add the flags that `open_model` reads besides the model's name."""
-    parser.add_argument("--device", help='"cpu" or "cuda"; a GPU where there is one (default)')
+    parser.add_argument("--device", help='"cpu", "cuda", "cuda:1" or "mps"; a GPU where there is one (default)')
+    about = "float32, bfloat16 or float16, of the weights in memory (the folder's own choice, or what suits the device)"
+    parser.add_argument("--dtype", metavar="TYPE", help=about)
+    parser.add_argument("--revision", metavar="REV", help="of a hub id: a commit, tag or branch (the newest)")
+    add_part_arguments(parser)
     # The values are those of `polymodal.modeling.quantization`, which loads torch.
     parser.add_argument(
         "--quantize",
@@ -62,9 +68,23 @@ def add_loading_arguments(parser: argparse.ArgumentParser, quantize: str | None 
     group.add_argument("--allow-http", action="store_true", help="send the key over http to another host")
 
 
+def add_part_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where the parts are that a model folder refers to."""
+    group = parser.add_argument_group("parts", "of a model folder that was moved away from the parts it refers to")
+    for flag, what in PART_FLAGS.items():
+        group.add_argument(f"--{flag}", dest=f"{what}_part", metavar="DIR", help=f"where the {PARTS[what][1]} is now")
+
+
+def parts(args: argparse.Namespace) -> dict[str, str]:
+    """The parts that the flags of `add_part_arguments` name."""
+    given = {what: getattr(args, f"{what}_part", None) for what in PART_FLAGS.values()}
+    return {what: place for what, place in given.items() if place is not None}
+
+
 def open_model(args: argparse.Namespace) -> Backend:
     """Open the model that the flags name."""
-    return load(args.model, args.device, quantize=args.quantize, base_url=args.base_url, allow_http=args.allow_http)
+    options = {name: getattr(args, name) for name in ("revision", "dtype", "quantize", "base_url", "allow_http")}
+    return load(args.model, args.device, parts=parts(args), **options)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 256) -> None:
@@ -76,6 +96,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int 
     group.add_argument("--top-k", type=int, default=0, help="sample from the K likeliest tokens; 0 for all (default)")
     group.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages repetition")
     group.add_argument("--seed", type=int, help="makes sampling repeatable")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; again for more")
 
 
 def sampling_params(args: argparse.Namespace) -> GenerationParams:
