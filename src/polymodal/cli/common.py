@@ -9,12 +9,13 @@ import mimetypes
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
 from polymodal.backends import load, load_renderer
 from polymodal.backends.base import Backend
-from polymodal.checkpoints.locate import USES
+from polymodal.checkpoints.locate import USES, folder_here
 from polymodal.checkpoints.parts import PARTS
 from polymodal.config import parse_config
 from polymodal.errors import ConfigError, MediaError, PolymodalError
@@ -84,7 +85,10 @@ def parts(args: argparse.Namespace) -> dict[str, str]:
 def open_model(args: argparse.Namespace) -> Backend:
     """Open the model that the flags name."""
     options = {name: getattr(args, name) for name in ("revision", "dtype", "quantize", "base_url", "allow_http")}
-    return load(args.model, args.device, parts=parts(args), **options)
+    from polymodal.cli.terminal import loading
+
+    with loading(args.model) if folder_here(args.model).is_dir() else nullcontext():  # a download shows its own bars
+        return load(args.model, args.device, parts=parts(args), **options)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 256) -> None:
