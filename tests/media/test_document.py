@@ -154,7 +154,7 @@ def test_an_image_that_inflates_to_gigabytes_stays_bounded() -> None:
 
 def test_limits(tmp_path: Path) -> None:
     data = scans("PDF")
-    with pytest.raises(MediaError, match=r"834x625 pixels \(height x width\), at most 1,000 are allowed"):
+    with pytest.raises(MediaError, match=r"625x834 pixels \(width x height\), at most 1,000 are allowed"):
         opened(data, max_pixels=1000)
     with pytest.raises(MediaError, match="page 2: 400x300 pixels"):
         frames, out = [PILImage.new("L", (9, 9)), PILImage.new("L", (300, 400))], io.BytesIO()

@@ -40,7 +40,7 @@ def kind_of(path: str) -> str | None:
 
 
 def dropped(line: str) -> tuple[list[tuple[str, str]], str]:
-    """The files of media in a line, as (kind, path), and the question; of one that is named in passing the name stays."""
+    """The files of media in a line, as (kind, path), and the question; of one named in passing the name stays."""
     found: list[tuple[str, str]] = []
 
     def take(match: re.Match[str]) -> str:

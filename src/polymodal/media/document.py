@@ -199,7 +199,7 @@ def _frame(file: PILImage.Image, number: int, max_pixels: int, name: str) -> PIL
             file.seek(number - 1)
             if file.width * file.height > max_pixels:
                 raise MediaError(
-                    f"{name}: page {number}: {file.height}x{file.width} pixels (height x width), at most "
+                    f"{name}: page {number}: {file.width}x{file.height} pixels (width x height), at most "
                     f"{max_pixels:,} are allowed; scale it down",
                     "too-many-pixels",
                 )

@@ -118,8 +118,8 @@ def plan_facts(plan: MediaPlan) -> dict[str, str]:
     box = plan.content_box
     facts = {
         "image": f"{_size(plan.source)} pixels"
-        + (f", padded to {plan.frame.height} × {plan.frame.width}" if plan.frame else ""),
-        "scaled to": f"{box.height} × {box.width}" + (" (scaled down to the tile limit)" if plan.scaled_to_fit else ""),
+        + (f", padded to {plan.frame.width} × {plan.frame.height}" if plan.frame else ""),
+        "scaled to": f"{box.width} × {box.height}" + (" (scaled down to the tile limit)" if plan.scaled_to_fit else ""),
         "canvas": f"{_size(plan.canvas)}, filled from top {box.top}, left {box.left}",
         "tiles": f"{plan.num_tiles} of {_size(plan.tile)} pixels: grid {_size(plan.grid)}"
         + ("" if plan.overview == "none" else f" and the whole image, {plan.overview}"),
@@ -169,7 +169,7 @@ def to_terminal(view: View, *, colour: bool, clean: Callable[[str], str] = str) 
 
 
 def _size(size: Size) -> str:
-    return f"{size.height} × {size.width}"
+    return f"{size.width} × {size.height}"
 
 
 def to_html(view: View) -> str:
