@@ -97,6 +97,12 @@ class ImagePlan:
     kept: Box | None = None  # In tokens; of an image thinner than a token row 0 rows may be kept, as in the reference
     newline: bool = False  # Each row ends with a newline token; with `merge="flat"`, the whole image does
 
+    def _repr_html_(self) -> str:
+        """The view in a notebook."""
+        from polymodal.utils.html import notebook_view
+
+        return notebook_view(self)
+
     @property
     def num_tiles(self) -> int:
         """Tiles the encoder sees: the grid, and the overview where there is one."""
@@ -115,6 +121,12 @@ class VideoPlan:
     old: int = 0  # The first so many of those become means of blocks of frames, rows and columns of tokens
     stride: tuple[int, int, int] = (1, 1, 1)  # The size of such a block
 
+    def _repr_html_(self) -> str:
+        """The view in a notebook."""
+        from polymodal.utils.html import notebook_view
+
+        return notebook_view(self)
+
     @property
     def num_tiles(self) -> int:
         """Tiles the vision encoder sees."""
@@ -129,6 +141,12 @@ class AudioPlan:
     tokens: tuple[int, ...]  # Of each window: what the encoder makes of those
     num_tokens: int  # Positions in the sequence
     num_tiles: int = 0  # The vision encoder sees none
+
+    def _repr_html_(self) -> str:
+        """The view in a notebook."""
+        from polymodal.utils.html import notebook_view
+
+        return notebook_view(self)
 
 
 MediaPlan: TypeAlias = ImagePlan | VideoPlan | AudioPlan

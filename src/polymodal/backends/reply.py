@@ -81,6 +81,12 @@ class Reply:
         """The sounds that were made, in order, as WAV files."""
         return [part.source for part in self.message.media if isinstance(part, Audio)]  # type: ignore[misc]
 
+    def _repr_html_(self) -> str:
+        """The view in a notebook."""
+        from polymodal.utils.html import notebook_view
+
+        return notebook_view(self)
+
 
 StreamEvent: TypeAlias = Delta | Reply
 

@@ -17,6 +17,7 @@ from polymodal.backends import load, load_renderer
 from polymodal.backends.base import Backend
 from polymodal.checkpoints.locate import USES, folder_here
 from polymodal.checkpoints.parts import PARTS
+from polymodal.cli.terminal import loading
 from polymodal.config import parse_config
 from polymodal.errors import ConfigError, MediaError, PolymodalError
 from polymodal.generation.params import GenerationParams
@@ -85,8 +86,6 @@ def parts(args: argparse.Namespace) -> dict[str, str]:
 def open_model(args: argparse.Namespace) -> Backend:
     """Open the model that the flags name."""
     options = {name: getattr(args, name) for name in ("revision", "dtype", "quantize", "base_url", "allow_http")}
-    from polymodal.cli.terminal import loading
-
     with loading(args.model) if folder_here(args.model).is_dir() else nullcontext():  # a download shows its own bars
         return load(args.model, args.device, parts=parts(args), **options)
 

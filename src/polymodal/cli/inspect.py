@@ -70,5 +70,5 @@ def show(
         common.write_file(html, to_html(view).encode("utf-8"))
     if png:
         buffer = io.BytesIO()
-        stack(view.drawings).save(buffer, "PNG")
+        stack([drawing for drawing in view.drawings if drawing is not None]).save(buffer, "PNG")
         common.write_file(png, buffer.getvalue())

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from urllib.parse import unquote, urlsplit
 
-from polymodal.cli.common import DIM, KINDS, RESET
-
+MEDIA = ("image", "video", "audio", "document")
 WORD = re.compile(r"""'[^']*'|"[^"]*"|(?:\\.|[^\s\\])+|\\""")
 """A word as shells read one: quoted, or with escaped spaces."""
 ENDS = "?.,;:!)"
@@ -36,7 +35,7 @@ def plain_path(word: str) -> str:
 def kind_of(path: str) -> str | None:
     """The kind of medium that a file is by its name; None for others."""
     kind = (mimetypes.guess_type(path)[0] or "").replace("application/pdf", "document").partition("/")[0]
-    return kind if kind in KINDS else None
+    return kind if kind in MEDIA else None
 
 
 def dropped(line: str) -> tuple[list[tuple[str, str]], str]:
@@ -106,7 +105,7 @@ def loading(name: str) -> Iterator[None]:
         signs = "|/-\\"
         while True:
             seconds = time.monotonic() - began
-            sys.stderr.write(f"\r{DIM}{signs[int(8 * seconds) % 4]} loading {name}, {seconds:.0f} s{RESET}\x1b[K")
+            sys.stderr.write(f"\r\x1b[2m{signs[int(8 * seconds) % 4]} loading {name}, {seconds:.0f} s\x1b[0m\x1b[K")
             sys.stderr.flush()
             if done.wait(0.12):
                 return

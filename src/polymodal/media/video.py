@@ -96,7 +96,7 @@ class Frames:
             f'<div style="{style}"><img src="{data_url(image, "jpeg")}"><br>{self.times[place]:.2f} s</div>'
             for place, image in small
         )
-        size = f"{len(self)} frames of {self.array.shape[1]} × {self.array.shape[2]} pixels"
+        size = f"{len(self)} frames of {self.array.shape[2]} × {self.array.shape[1]} pixels"
         return f"<div>{''.join(figures)}</div><p>{size}</p>"
 
 

@@ -94,6 +94,12 @@ class Plan:
     sounds: tuple[SoundUse, ...] = ()
     rope_scaling: float = 1.0  # The factor of llm.rope_scaling, which `context` follows
 
+    def _repr_html_(self) -> str:
+        """The view in a notebook."""
+        from polymodal.utils.html import notebook_view
+
+        return notebook_view(self)
+
     @property
     def kv_bytes(self) -> int:
         """Of the cache that holds the sample."""

@@ -6,7 +6,7 @@ Nothing is computed here: plans and masks are carried along, not rebuilt.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -43,6 +43,13 @@ class Sample:
     id: str = ""  # The record's id, for error messages
     contexts: tuple[torch.Tensor, ...] = ()  # A medium: [t] int64, what the projector reads beside it
     sounds: tuple[torch.Tensor, ...] | None = None  # A sound: [W, F, L] float32, its windows. None: as for `pixels`
+    tokenizer: Any = field(default=None, repr=False, compare=False)  # For a person's view of it alone
+
+    def _repr_html_(self) -> str:
+        """The view in a notebook."""
+        from polymodal.utils.html import notebook_view
+
+        return notebook_view(self)
 
     @property
     def heard(self) -> tuple[bool, ...]:

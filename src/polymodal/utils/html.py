@@ -9,6 +9,7 @@ import base64
 import io
 import re
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,12 @@ def _templates() -> Environment:
 def html_page(template: str, **values: Any) -> str:
     """Fill the template of a page, such as "viewer/view.html.jinja"."""
     return _UNPRINTABLE.sub("\ufffd", _templates().get_template(template).render(values))
+
+
+def notebook_view(value: Any) -> str:
+    """What a notebook shows of a value: `viewer.notebook`, which stands on a higher floor, draws it."""
+    view: str = import_module("polymodal.viewer.notebook").shown(value)
+    return view
 
 
 def data_url(image: bytes | Image.Image, kind: str, **options: Any) -> str:

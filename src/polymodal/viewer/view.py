@@ -47,7 +47,7 @@ class View:
 
     cells: tuple[Cell, ...]  # In order; together they are the whole sequence
     plans: tuple[MediaPlan, ...]  # One plan a medium, in order
-    drawings: tuple[Image.Image, ...] = ()  # One a medium, as of `viewer.draw.draw_media`; or none at all
+    drawings: tuple[Image.Image | None, ...] = ()  # One a medium, as of `viewer.draw.draw_media`; or none at all
 
     @property
     def counts(self) -> dict[Kind, int]:
@@ -62,7 +62,9 @@ class View:
         return f'<iframe srcdoc="{html.escape(to_html(self))}" style="width:100%;height:32rem;border:0"></iframe>'
 
 
-def view_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase, drawings: Sequence[Image.Image] = ()) -> View:
+def view_sample(
+    sample: Sample, tokenizer: PreTrainedTokenizerBase, drawings: Sequence[Image.Image | None] = ()
+) -> View:
     """Cut a sample into cells."""
     ids = [int(i) for i in sample.input_ids]
     trained = [bool(m) for m in sample.loss_mask]
@@ -174,7 +176,7 @@ def _size(size: Size) -> str:
 
 def to_html(view: View) -> str:
     """Write a view as a page."""
-    drawn = [data_url(image, "png") for image in view.drawings] or [""] * len(view.plans)
+    drawn = ["" if image is None else data_url(image, "png") for image in view.drawings] or [""] * len(view.plans)
     media = [(_kind(plan), plan_facts(plan), url) for plan, url in zip(view.plans, drawn, strict=True)]
     return html_page("viewer/view.html.jinja", view=view, media=media, place=_place, text=_text)
 
