@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from polymodal.errors import DataError, MediaError, PolymodalError
+from polymodal.errors import DataError, MediaError, PolymodalError, first_line
 from polymodal.training.checkpoint import State, identity, read_state
 from polymodal.training.distributed import Engine
 from polymodal.training.optimizer import lr_factor, set_modes
-from polymodal.training.reporting.log import LossByKind, Tracker, append_log, finite, means, merge, numbers_of
+from polymodal.training.reporting.log import LossByKind, Tracker, append_log, finite, means, merge, numbers_of, told
 from polymodal.training.steps import step_seed
 from polymodal.training.task import Task
 from polymodal.utils.devices import peak_memory
@@ -274,6 +274,7 @@ class Trainer:
         if line is None:
             return
         self._write("eval", "eval.jsonl", line)
+        self._show(line)
         set_modes(self.engine.inner)
         self.window.began += time.monotonic() - began
 
@@ -283,6 +284,16 @@ class Trainer:
             append_log(self.output_dir / name, line)
             for tracker in self.trackers:
                 tracker.write(self.state.step, numbers_of(line, prefix))
+
+    def _show(self, line: dict[str, Any]) -> None:
+        """Say on the terminal how an evaluation went, and give the trackers its answers."""
+        for text in told(line) if self.world.is_main else ():
+            log(f"{self.recipe.name}: {text}")
+        for tracker in self.trackers if line.get("answers") else ():
+            try:
+                tracker.show(self.state.step, line["answers"], self.output_dir)
+            except Exception as error:  # an image that went away, a tracker of another version: the run goes on
+                log(f"{self.recipe.name}: a tracker shows no answers: {first_line(error)}")
 
     def save(self) -> int:
         """Write a checkpoint; returns its step."""
