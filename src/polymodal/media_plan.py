@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from polymodal.errors import ConfigError
+from polymodal.utils.html import notebook_view
 
 if TYPE_CHECKING:
     from polymodal.config import AspectRatio, ImageConfig, PatchMerge, VideoConfig
@@ -97,11 +98,7 @@ class ImagePlan:
     kept: Box | None = None  # In tokens; of an image thinner than a token row 0 rows may be kept, as in the reference
     newline: bool = False  # Each row ends with a newline token; with `merge="flat"`, the whole image does
 
-    def _repr_html_(self) -> str:
-        """The view in a notebook."""
-        from polymodal.utils.html import notebook_view
-
-        return notebook_view(self)
+    _repr_html_ = notebook_view
 
     @property
     def num_tiles(self) -> int:
@@ -121,11 +118,7 @@ class VideoPlan:
     old: int = 0  # The first so many of those become means of blocks of frames, rows and columns of tokens
     stride: tuple[int, int, int] = (1, 1, 1)  # The size of such a block
 
-    def _repr_html_(self) -> str:
-        """The view in a notebook."""
-        from polymodal.utils.html import notebook_view
-
-        return notebook_view(self)
+    _repr_html_ = notebook_view
 
     @property
     def num_tiles(self) -> int:
@@ -142,11 +135,7 @@ class AudioPlan:
     num_tokens: int  # Positions in the sequence
     num_tiles: int = 0  # The vision encoder sees none
 
-    def _repr_html_(self) -> str:
-        """The view in a notebook."""
-        from polymodal.utils.html import notebook_view
-
-        return notebook_view(self)
+    _repr_html_ = notebook_view
 
 
 MediaPlan: TypeAlias = ImagePlan | VideoPlan | AudioPlan

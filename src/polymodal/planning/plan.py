@@ -29,6 +29,7 @@ from polymodal.planning.starting_point import Start, model_config
 from polymodal.training.optimizer import Group, apply_policy, cast_frozen_linears
 from polymodal.training.recipes.load import apply_override
 from polymodal.training.recipes.sft import Recipe
+from polymodal.utils.html import notebook_view
 from polymodal.utils.modules import blocks, frozen
 
 GIB = 2**30
@@ -94,11 +95,7 @@ class Plan:
     sounds: tuple[SoundUse, ...] = ()
     rope_scaling: float = 1.0  # The factor of llm.rope_scaling, which `context` follows
 
-    def _repr_html_(self) -> str:
-        """The view in a notebook."""
-        from polymodal.utils.html import notebook_view
-
-        return notebook_view(self)
+    _repr_html_ = notebook_view
 
     @property
     def kv_bytes(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from polymodal.media_plan import AudioPlan, MediaPlan
+from polymodal.utils.html import notebook_view
 
 IGNORE = -100
 """The label of a position that is not trained, as in torch's cross entropy."""
@@ -45,11 +46,7 @@ class Sample:
     sounds: tuple[torch.Tensor, ...] | None = None  # A sound: [W, F, L] float32, its windows. None: as for `pixels`
     tokenizer: Any = field(default=None, repr=False, compare=False)  # For a person's view of it alone
 
-    def _repr_html_(self) -> str:
-        """The view in a notebook."""
-        from polymodal.utils.html import notebook_view
-
-        return notebook_view(self)
+    _repr_html_ = notebook_view
 
     @property
     def heard(self) -> tuple[bool, ...]:

@@ -75,8 +75,8 @@ def _reply(reply: Any) -> str:
     """The answer with its images and sounds, and what it cost."""
     parts = []
     for part in reply.message.parts:
-        if isinstance(part, Audio):
-            url = data_url(bytes(part.source), "wav").replace("image", "audio", 1)
+        if isinstance(part, Audio) and isinstance(part.source, bytes):
+            url = data_url(part.source, "wav").replace("image", "audio", 1)
             parts.append(f'<audio controls src="{url}"></audio>')
         elif (text := getattr(part, "text", None)) is not None:
             parts.append(f'<div style="white-space:pre-wrap">{html.escape(text)}</div>')
