@@ -75,10 +75,10 @@ def test_what_is_missing_is_named_and_pointed_to(
     final = shutil.move(moved / "runs/x/final", tmp_path / "a/b/c/d/e/f/final")
     (tmp_path / "deep/er").mkdir(parents=True)
     parts = shutil.move(moved / "parts", tmp_path / "deep/er/parts")
-    for verb in ("generate", "inspect"):
+    for verb, flag, what in (("generate", "llm", "language model"), ("inspect", "vision", "vision tower")):
         assert main([verb, "--model", str(final), "--prompt", "x"]) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "--llm DIR" in error and "its language model" in error
+        assert error.count("\n") == 1 and f"--{flag} DIR" in error and f"its {what}" in error
     with pytest.raises(CheckpointError, match=r"its vision tower .* --vision DIR"):
         load_processor(final, {"llm": f"{parts}/llm"})
     assert answers(final, parts={"llm": f"{parts}/llm", "vision": f"{parts}/vision"})

@@ -156,7 +156,7 @@ def test_limits(tmp_path: Path) -> None:
     data = scans("PDF")
     with pytest.raises(MediaError, match=r"625x834 pixels \(width x height\), at most 1,000 are allowed"):
         opened(data, max_pixels=1000)
-    with pytest.raises(MediaError, match="page 2: 400x300 pixels"):
+    with pytest.raises(MediaError, match="page 2: 300x400 pixels"):
         frames, out = [PILImage.new("L", (9, 9)), PILImage.new("L", (300, 400))], io.BytesIO()
         frames[0].save(out, "TIFF", save_all=True, append_images=frames[1:])
         opened(out.getvalue(), max_pixels=1000)

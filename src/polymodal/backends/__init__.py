@@ -321,7 +321,7 @@ def load_processor(name: str | Path = "default", parts: Mapping[str, str | Path]
     if report.kind in ("llava", "transformers"):
         raise CheckpointError(f"{report.folder}: {_foreign(report)}; `polymodal describe` says what it holds")
     folder, config = report.folder, read_document(report.folder, report.configs.get(OURS), parts).config
-    require_parts(folder, config)
+    require_parts(folder, config, unread=("llm",))
     quieten_transformers()
     if config.image_token_id is None:
         raise CheckpointError(f"{folder / OURS}: config.image_token_id is missing")

@@ -64,10 +64,10 @@ def placed(folder: Path, config: ModelConfig, known: Mapping[str, str], given: M
     return config
 
 
-def require_parts(folder: Path, config: ModelConfig) -> None:
-    """Name the part that is missing, and how to point to it."""
+def require_parts(folder: Path, config: ModelConfig, unread: tuple[str, ...] = ()) -> None:
+    """Name the part that is missing, and how to point to it; some may be left unread."""
     for part, name in _names(config).items():
-        if _lost(name):
+        if _lost(name) and part not in unread:
             flag = "audio-tower" if part == "audio" else part
             raise CheckpointError(
                 f"{folder}: its {PARTS[part][1]} {name} is not there; say where it is with --{flag} DIR (in Python "
