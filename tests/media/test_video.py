@@ -439,7 +439,7 @@ def test_nothing_but_the_file_itself_is_opened(kind: str, tmp_path: Path, monkey
         (VideoLimits(bytes=1000), "at most 1,000 are allowed"),
         (VideoLimits(decoded=2**20 * 20), "have to be decoded"),
         (VideoLimits(packets=40), "more than 40 packets"),
-        (VideoLimits(output=20_000), "8 frames of 48x64 take 73,728 bytes"),
+        (VideoLimits(output=20_000), "8 frames of 64x48 take 73,728 bytes"),
     ],
 )
 @pytest.mark.parametrize("format", ["mp4", "matroska", "mpegts", "h264"])
