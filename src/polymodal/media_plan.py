@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from polymodal.errors import ConfigError
+from polymodal.utils.html import notebook_view
 
 if TYPE_CHECKING:
     from polymodal.config import AspectRatio, ImageConfig, PatchMerge, VideoConfig
@@ -97,6 +98,8 @@ class ImagePlan:
     kept: Box | None = None  # In tokens; of an image thinner than a token row 0 rows may be kept, as in the reference
     newline: bool = False  # Each row ends with a newline token; with `merge="flat"`, the whole image does
 
+    _repr_html_ = notebook_view
+
     @property
     def num_tiles(self) -> int:
         """Tiles the encoder sees: the grid, and the overview where there is one."""
@@ -115,6 +118,8 @@ class VideoPlan:
     old: int = 0  # The first so many of those become means of blocks of frames, rows and columns of tokens
     stride: tuple[int, int, int] = (1, 1, 1)  # The size of such a block
 
+    _repr_html_ = notebook_view
+
     @property
     def num_tiles(self) -> int:
         """Tiles the vision encoder sees."""
@@ -129,6 +134,8 @@ class AudioPlan:
     tokens: tuple[int, ...]  # Of each window: what the encoder makes of those
     num_tokens: int  # Positions in the sequence
     num_tiles: int = 0  # The vision encoder sees none
+
+    _repr_html_ = notebook_view
 
 
 MediaPlan: TypeAlias = ImagePlan | VideoPlan | AudioPlan

@@ -308,7 +308,7 @@ def test_an_adapter_alone_says_what_it_is(adapted: Path) -> None:
 def test_a_file_is_no_model(kind: str, tmp_path: Path) -> None:
     file = tmp_path / f"model.{kind}"
     file.write_bytes(b"GGUF" + bytes(64))
-    hint = "llama.cpp runs it" if kind == "gguf" else f"such as {tmp_path}"
+    hint = "llama.cpp runs" if kind == "gguf" else f"such as {tmp_path}"
     with pytest.raises(CheckpointError, match=rf"model\.{kind}: a file, and a model is a folder; .*{hint}"):
         load(file)
 

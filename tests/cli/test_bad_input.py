@@ -291,3 +291,52 @@ def test_a_place_for_results_is_checked_before_anything_is_loaded(
     assert main([part.format(**places) for part in command]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and str(tmp_path / "data.json") in error and "cannot be written" in error
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["chat", "{recipe}"],
+        ["chat", "--model", "{recipe}"],
+        ["generate", "{recipe}", "What?"],
+        ["generate", "--model", "{recipe}", "--prompt", "x"],
+        ["inspect", "--model", "{recipe}", "--prompt", "x"],
+        ["inspect", "--image", "{recipe}", "--prompt", "x"],
+        ["describe", "{recipe}"],
+        ["eval", "{recipe}", "--tasks", "demo"],
+        ["export", "{recipe}", "{folder}/out"],
+        ["data", "check", "{recipe}", "--output", "{folder}/report"],
+        ["data", "inspect", "{recipe}"],
+    ],
+)
+def test_a_recipe_in_the_place_of_something_else(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)  # nothing is loaded for it
+    recipe = shutil.copy(Path(__file__).parents[2] / "recipes/tiny/stage1.yaml", tmp_path)
+    line = expect_error([part.format(recipe=recipe, folder=tmp_path) for part in command], capsys, "stage1.yaml")
+    assert "recipe" in line.replace(str(recipe), "") and "`polymodal check" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["stage1.yaml"]
+
+
+@pytest.mark.parametrize("verb", ["chat", "generate"])
+def test_a_model_folder_in_the_place_of_an_image(
+    verb: str, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expect_error([verb, str(tiny_model_folder)], capsys, "a folder", f"--model {tiny_model_folder}")
+
+
+@pytest.mark.parametrize("verb", ["check", "train"])
+def test_other_things_in_the_place_of_a_recipe(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expect_error([verb, str(tmp_path)], capsys, "is a folder; a recipe is a YAML file")
+    (tmp_path / "stage1.yaml").write_text("name: x")
+    expect_error([verb, str(tmp_path)], capsys, "is a folder", str(tmp_path / "stage1.yaml"))
+    (tmp_path / "rows.json").write_text("[]")
+    expect_error([verb, str(tmp_path / "rows.json")], capsys, "rows.json", "`polymodal data check")
+
+
+def test_a_dtype_that_is_called_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(Path(__file__).parents[2] / "recipes/tiny/stage1.yaml")
+    for given, meant in (("fp16", "float16"), ("fp32", "float32"), ("bf16", "bfloat16"), ("torch.float16", "float16")):
+        argv = ["check", recipe, f"init.model.llm.dtype={given}"]
+        expect_error(argv, capsys, "init.model.llm.dtype", f"given {given!r}", f"did you mean {meant!r}?")

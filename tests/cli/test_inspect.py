@@ -28,7 +28,7 @@ def test_inspect_prints_and_writes(
     assert "⟨image 1: 16 tokens⟩⟨image 2: 16 tokens⟩What? \\x1b[2J" in out
     assert "⟦A cat.<|im_end|>⟧" in out
     assert "32 media, 7 trained" in out  # six letters and the end token
-    assert "300 × 451 pixels, padded to 451 × 451" in out
+    assert "451 × 300 pixels, padded to 451 × 451" in out
     assert page.read_text(encoding="utf-8").count("data:image/png;base64,") == 2
     with Image.open(sheet) as drawing:
         assert drawing.height > 400

@@ -108,7 +108,7 @@ def test_where_the_extra_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["ocr", "page.png"]) == 2
-    assert "ocr needs rapidocr and onnxruntime" in (said := capsys.readouterr().err)
+    assert f"ocr needs {package}, which is not installed" in (said := capsys.readouterr().err)
     assert "pip install 'polymodal[ocr]'" in said
 
 

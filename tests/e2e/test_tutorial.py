@@ -139,7 +139,7 @@ def test_every_block_runs(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     everything = "\n".join(said)
     assert everything.count("30 rows: 30 good, 0 to look at, 0 to drop") == 2  # the folder; both files
     assert everything.count("finished before") == 3  # the second train
-    assert re.search(r"my_vlm-stage2: step 20: held-out loss [\d.]+; asked 'What is in this picture\?'", everything)
+    assert re.search(r"my_vlm-stage2: step 20: 'What is in this picture\?' was answered '", everything)
     assert len(re.findall(r"^steps +\d+ ", everything, flags=re.MULTILINE)) == 2  # the plan counts both stages' rows
     assert "parity: token_ids ok, pixels ok, logits ok, greedy ok, batch ok" in everything
     assert json.loads(Path("runs/eval/mine/results.json").read_text())

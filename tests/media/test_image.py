@@ -250,13 +250,13 @@ def test_a_huge_header_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
     assert "claims too many pixels, at most 64,000,000 are allowed" in refused(png_header(30_000, 30_000))
     # Between Pillow's warning and its error, and below both.
-    assert "10000x12000 pixels (height x width), at most 64,000,000" in refused(png_header(12_000, 10_000))
-    assert "60x50 pixels (height x width), at most 2,999 are allowed" in refused(png_header(50, 60), max_pixels=2999)
+    assert "12000x10000 pixels (width x height), at most 64,000,000" in refused(png_header(12_000, 10_000))
+    assert "50x60 pixels (width x height), at most 2,999 are allowed" in refused(png_header(50, 60), max_pixels=2999)
 
 
 def test_a_large_image_in_memory_is_refused() -> None:
     assert "at most 50 are allowed" in refused(PILImage.new("RGB", (8, 8)), max_pixels=50)
-    assert "image in memory: is 0x5 pixels" in refused(PILImage.new("RGB", (5, 0)))
+    assert "image in memory: is 5x0 pixels" in refused(PILImage.new("RGB", (5, 0)))
 
 
 def test_a_gif_frame_larger_than_its_screen() -> None:

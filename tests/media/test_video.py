@@ -435,11 +435,11 @@ def test_nothing_but_the_file_itself_is_opened(kind: str, tmp_path: Path, monkey
     ("limits", "expected"),
     [
         (VideoLimits(seconds=1.5), "lasts 2 seconds, at most 2 are allowed|lasts 2 seconds"),
-        (VideoLimits(pixels=3000), r"48x64 pixels .*at most 3,000 are allowed"),
+        (VideoLimits(pixels=3000), r"64x48 pixels .*at most 3,000 are allowed"),
         (VideoLimits(bytes=1000), "at most 1,000 are allowed"),
         (VideoLimits(decoded=2**20 * 20), "have to be decoded"),
         (VideoLimits(packets=40), "more than 40 packets"),
-        (VideoLimits(output=20_000), "8 frames of 48x64 take 73,728 bytes"),
+        (VideoLimits(output=20_000), "8 frames of 64x48 take 73,728 bytes"),
     ],
 )
 @pytest.mark.parametrize("format", ["mp4", "matroska", "mpegts", "h264"])

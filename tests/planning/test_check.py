@@ -1,6 +1,7 @@
 """A recipe is looked over whole: every mistake at once, none of them by reading a weight."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,20 @@ def test_other_image_rules_may_be_meant(recipe: dict[str, Any], tmp_path: Path) 
     recipe["init"]["other_image_rules"] = True
     found = check(written(recipe, tmp_path))
     assert found.errors == [] and "is not what the tower was trained with" in found.remarks[0]
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_broken(
+    recipe: dict[str, Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [m for m in sys.modules if m.startswith((name, "torch.utils.tensorboard"))]:
+        monkeypatch.delitem(sys.modules, module)
+    (tmp_path / f"broken/{name}").mkdir(parents=True)
+    (tmp_path / f"broken/{name}/__init__.py").write_text("raise RuntimeError('made for another numpy')")
+    monkeypatch.syspath_prepend(tmp_path / "broken")
+    recipe["run"]["trackers"] = [name]
+    (error,) = check(written(recipe, tmp_path)).errors
+    assert f"run.trackers needs {name}, which is installed but cannot be imported: made for another numpy" in error
 
 
 def test_a_disk_without_room_is_told(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

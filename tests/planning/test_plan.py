@@ -331,7 +331,7 @@ def test_an_hour_of_video_on_paper(tiny_llm_folder: Path, tiny_model_folder: Pat
     assert found["videos"] == [{"wanted": 3600, "frames": 3600, "limit": "", "tokens": 7200, "tokens_of_all": 7200}]
     assert found["tokens"] == 7328 and found["too_long"] and found["rope_factor"] == 14.32  # of 512 positions
     assert found["kv_bytes"] == 7328 * 2 * 2 * 2 * 8 * 4  # both of 2 layers of 2 heads of 8 numbers
-    assert main(["plan", *target, "llm.rope_scaling={rope_type: yarn, factor: 16}", "--video", "3600@720x1280"]) == 0
+    assert main(["plan", *target, "llm.rope_scaling={rope_type: yarn, factor: 16}", "--video", "3600@1280x720"]) == 0
     out = capsys.readouterr().out
     assert "7328 tokens of 8192" in out and "TOO LONG" not in out
     # A million tokens, where the model's own limit is said too.
@@ -347,8 +347,8 @@ def test_an_hour_of_video_on_paper(tiny_llm_folder: Path, tiny_model_folder: Pat
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--video", "x.mp4"], "--video 'x.mp4': no such file; or write 8@720x1280"),
-        (["--video", "8@720"], "--video '720': write a size as HEIGHTxWIDTH"),
+        (["--video", "x.mp4"], "--video 'x.mp4': no such file; or write 8@1280x720"),
+        (["--video", "8@720"], "--video '720': write a size as WIDTHxHEIGHT"),
         (["--video", "0s"], "no such file"),
         (["--audio", "-3"], "no such file"),
         (["--audio", "3 s"], "no such file"),
@@ -369,10 +369,10 @@ def test_media_that_cannot_be_planned(
 
 
 def test_pages_are_images(tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(tiny_model_folder), "--document", "3@1100x850", "--image", "20x30", "--json"]) == 0
+    assert main(["plan", str(tiny_model_folder), "--document", "3@850x1100", "--image", "30x20", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["images"] == [[20, 30], *[[1100, 850]] * 3] and found["tokens"] == 4 * 16 + 128
-    assert main(["plan", str(tiny_model_folder), "--document", "3@1100x850", "--image", "20x30"]) == 0
+    assert main(["plan", str(tiny_model_folder), "--document", "3@850x1100", "--image", "30x20"]) == 0
     out = capsys.readouterr().out
     assert out.count("16 tokens in 1 tile\n") == 1 and out.count("16 tokens in 1 tile, 3 times\n") == 1
 
@@ -465,7 +465,7 @@ def test_the_command_prints_plans_of_recipes_pipelines_and_models(
         (["somebody/something"], "--fetch"),
         (["not-a-model"], "no such model folder"),
         (["default", "run.epochs=1"], "unknown key 'run'"),
-        (["default", "--image", "50"], "HEIGHTxWIDTH"),
+        (["default", "--image", "50"], "WIDTHxHEIGHT"),
         (["lmsys/vicuna-7b-v1.5", "--image", "50x50"], "no vision encoder"),
         (["{stage1}", "--device", "a100"], "'a100-40gb'"),
         (["{stage1}", "--engine", "fsdp"], "'fsdp2'"),

@@ -145,7 +145,7 @@ def test_a_dropped_image_is_answered_and_what_the_model_saw_is_shown(
     seen = page.text(".saw")
     tokens = page.js("document.querySelector('.reply .line').innerText.match(/(\\d+) image/)[1]")
     assert f"Image 1: {tokens} tokens" in seen and f"{tokens} of them media" in seen
-    assert "40 × 60 pixels" in page.js("document.querySelector('.saw img').alt")
+    assert "60 × 40 pixels" in page.js("document.querySelector('.saw img').alt")
     page.click(".reply button[aria-label='What the model saw']")
     assert page.js("document.querySelector('.saw') === null")
     ask(page, "And now?")

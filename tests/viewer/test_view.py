@@ -148,7 +148,7 @@ def test_plan_facts_say_when_the_image_was_scaled(byte_tokenizer: PreTrainedToke
     processor = make_processor(byte_tokenizer, "slice")
     facts = plan_facts(processor.plan(image(600, 900)))
     assert "scaled down" in facts["scaled to"]
-    assert facts["image"].startswith("600 × 900")
+    assert facts["image"].startswith("900 × 600")
     assert facts["tokens in all"] == str(processor.plan(image(600, 900)).num_tokens)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,6 +48,7 @@ def load(
     revision: str | None = None,
     dtype: Dtype | None = None,
     quantize: str | None = None,
+    parts: Mapping[str, str | Path] | None = None,
     base_url: str | None = None,
     api_key: str | None = None,
     allow_http: bool = False,
@@ -60,12 +61,14 @@ def load(
             behind an OpenAI-compatible endpoint.
         device: Where to put it ("cpu", "cuda", "cuda:1", "mps"); None takes a GPU where there is one.
         revision: Of a hub id: a commit, tag or branch; the newest when None.
-        dtype: Of a published model's weights in memory ("float32", "bfloat16", "float16"); None takes float32 on a
-            CPU, and what the folder stores on a GPU.
+        dtype: Of the weights in memory ("float32", "bfloat16", "float16"). Where None, a folder of ours says itself;
+            of a published model float32 on a CPU, and what the folder stores on a GPU.
         quantize: On a CPU "int8", "int4" or "float32" for a language model that ONNX Runtime runs (extra `fast`), with
             weights of so many bits; "int8" without the extra, too, at a third of the speed. "auto" is the first where
             it is to be had and a language model has 20 million to 2 billion weights, else None. On a GPU "nf4"
             (bitsandbytes) or "int8-gpu" (torchao). None leaves the model as it is.
+        parts: Of a folder of ours that refers to parts, where they are now: "llm", "vision", "audio". What was moved
+            along is found without.
         base_url: An endpoint's address; OPENAI_BASE_URL, else OpenAI's own, where None.
         api_key: An endpoint's key; OPENAI_API_KEY where None.
         allow_http: Send the key over http to a host other than this one.
@@ -81,7 +84,8 @@ def load(
         from polymodal.backends.openai import open_endpoint
 
         quantize = None if quantize == "auto" else quantize
-        for option, value in (("device", device), ("revision", revision), ("dtype", dtype), ("quantize", quantize)):
+        options = {"device": device, "revision": revision, "dtype": dtype, "quantize": quantize, "parts": parts or None}
+        for option, value in options.items():
             if value is not None:
                 raise ConfigError(f"{name}: an endpoint chooses its {option} itself; leave {option} out")
         model = str(name).removeprefix(ENDPOINT)
@@ -101,7 +105,9 @@ def load(
     if device is not None:
         check_device(device)
     report = check_folder(find_model(name, revision))
-    return OPENERS[report.kind](report, Options(str(name), device, dtype, quantize))
+    if parts and report.kind != "polymodal":
+        raise ConfigError(f"{name}: a published model has its parts in its folder; leave {' and '.join(parts)} out")
+    return OPENERS[report.kind](report, Options(str(name), device, dtype, quantize, parts))
 
 
 def load_renderer(
@@ -159,6 +165,7 @@ class Options(NamedTuple):
     device: str | None
     dtype: Dtype | None
     quantize: str | None
+    parts: Mapping[str, str | Path] | None = None
 
 
 def _open_ours(report: FolderReport, options: Options) -> Backend:
@@ -167,12 +174,10 @@ def _open_ours(report: FolderReport, options: Options) -> Backend:
     from polymodal.modeling.lora import merge_adapter
     from polymodal.modeling.quantization import GPU_WAYS
 
-    if options.dtype is not None:
-        raise ConfigError(f"{options.name}: dtype is for published models; this folder says itself (llm.dtype)")
     on_gpu = options.quantize if options.quantize in GPU_WAYS else None
     if (found := _known_graph(report, options)) is not None:
-        return _local(load_model(report, llm=found), options)
-    loaded = load_model(report, quantize=on_gpu)
+        return _local(load_model(report, llm=found, parts=options.parts), options)
+    loaded = load_model(report, quantize=on_gpu, parts=options.parts, dtype=options.dtype)
     if loaded.config.llm.device_map is None:
         loaded.model.to(options.device or best_device())
     if on_gpu is None:  # adding an adapter to rounded weights would round it too
@@ -193,7 +198,7 @@ def _known_graph(report: FolderReport, options: Options) -> Any:
     from polymodal.checkpoints.model_folder import llm_files
     from polymodal.modeling.onnx_llm import OnnxLLM, files_key, known_graph
 
-    if (bits := _graph_bits(options)) is None or not (files := llm_files(report)):
+    if (bits := _graph_bits(options)) is None or not (files := llm_files(report, options.parts)):
         return None
     graph = known_graph(files_key(files), bits)
     return None if graph is None else OnnxLLM(graph).eval()
@@ -286,7 +291,7 @@ def _local(loaded: Loaded, options: Options, report: FolderReport | None = None)
             quantize_int8(model)
         elif bits is not None and not isinstance(model.llm, OnnxLLM):
             graph = use_graph(model, bits, loaded.tokenizer)
-            if report is not None and (files := llm_files(report)):
+            if report is not None and (files := llm_files(report, options.parts)):
                 remember_graph(files_key(files), graph)
     except PolymodalError as error:  # no graph can be made, or it cannot be written
         without = (INT8, "auto") if isinstance(error, CheckpointError) else ("auto",)
@@ -298,9 +303,10 @@ def _local(loaded: Loaded, options: Options, report: FolderReport | None = None)
     return LocalBackend(loaded.model, loaded.tokenizer, loaded.config, name=options.name, history=loaded.history)
 
 
-def load_processor(name: str | Path = "default") -> Processor:
+def load_processor(name: str | Path = "default", parts: Mapping[str, str | Path] | None = None) -> Processor:
     """Open only a model's processor: everything up to the tensors, without the language model."""
     from polymodal.checkpoints.model_folder import read_document
+    from polymodal.checkpoints.parts import require_parts
     from polymodal.interop.huggingface.load import hf_processor
     from polymodal.modeling.language_model import load_tokenizer, quieten_transformers
     from polymodal.modeling.meta_device import llm_positions, media_counts
@@ -314,7 +320,8 @@ def load_processor(name: str | Path = "default") -> Processor:
         return hf_processor(report)
     if report.kind in ("llava", "transformers"):
         raise CheckpointError(f"{report.folder}: {_foreign(report)}; `polymodal describe` says what it holds")
-    folder, config = report.folder, read_document(report.folder, report.configs.get(OURS)).config
+    folder, config = report.folder, read_document(report.folder, report.configs.get(OURS), parts).config
+    require_parts(folder, config, unread=("llm",))
     quieten_transformers()
     if config.image_token_id is None:
         raise CheckpointError(f"{folder / OURS}: config.image_token_id is missing")

@@ -33,7 +33,7 @@ from polymodal.modeling.language_model import load_tokenizer, open_tokenizer
 from polymodal.modeling.pretrained import config_json
 from polymodal.processing.image_config_hf import image_config_from_hf
 from polymodal.safety.config_json import read_json
-from polymodal.utils.devices import best_device
+from polymodal.utils.devices import best_device, check_device
 from polymodal.utils.files import shipped
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def compose(
         The model behind the chat protocol; `train`, `save` and `load` go on from it.
 
     Raises:
-        ConfigError: A part is of another kind than its place, or does not fit the next.
+        ConfigError: A part is of another kind than its place or does not fit the next, or there is no such device.
         CheckpointError: A part cannot be found or loaded.
     """
     if resolution not in ("fixed", "slices", "anyres"):
@@ -102,6 +102,8 @@ def compose(
         raise ConfigError(f"vision: a {type(vision).__name__} is a language model; the order is vision, projector, llm")
     if isinstance(llm, nn.Module) and not hasattr(llm, "get_output_embeddings"):
         raise ConfigError(f"llm: a {type(llm).__name__} is no language model of transformers")
+    if device is not None:
+        check_device(device)
     torch.manual_seed(seed)
     if isinstance(llm, nn.Module):
         tokenizer = tokenizer if tokenizer is not None else _own_tokenizer(llm)

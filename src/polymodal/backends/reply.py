@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from polymodal.generation.streaming import Delta, TextDelta
 from polymodal.messages import Audio, Image, Message, assistant
+from polymodal.utils.html import notebook_view
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -80,6 +81,8 @@ class Reply:
     def sounds(self) -> list[bytes]:
         """The sounds that were made, in order, as WAV files."""
         return [part.source for part in self.message.media if isinstance(part, Audio)]  # type: ignore[misc]
+
+    _repr_html_ = notebook_view
 
 
 StreamEvent: TypeAlias = Delta | Reply

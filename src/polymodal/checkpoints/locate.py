@@ -41,11 +41,14 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def _use_of(file: Path) -> str:
-    """What to do with a file that was named as a model."""
-    if file.suffix == ".gguf":
-        return "a recipe builds on a language model in GGUF (init.model.llm.model_name_or_path), and llama.cpp runs it"
-    return f"name the one that its config.json lies in, such as {file.parent}"
+USES = {
+    **dict.fromkeys(
+        (".yaml", ".yml"), "a recipe; `polymodal check` looks it over, `polymodal train` makes a model of it"
+    ),
+    **dict.fromkeys((".jsonl", ".parquet"), "data; `polymodal data check` looks it over"),
+    ".gguf": "a language model that a recipe builds on (init.model.llm.model_name_or_path), and llama.cpp runs",
+}
+"""What files are that are given as something else, by their endings, and what to do with them."""
 
 
 def folder_here(name: str | Path) -> Path:
@@ -64,7 +67,9 @@ def find_model(name: str | Path, revision: str | None = None) -> Path:
             raise ConfigError(f"{name}: is a folder here, which has no revisions; leave revision out")
         return here
     if here.is_file():
-        raise CheckpointError(f"{name}: a file, and a model is a folder; {_use_of(here)}")
+        use = USES.get(here.suffix.lower())
+        told = f"this is {use}" if use else f"name the one that its config.json lies in, such as {here.parent}"
+        raise CheckpointError(f"{name}: a file, and a model is a folder; {told}")
     if HUB_ID.fullmatch(str(name)):
         found = fetch_folder(str(name), revision)
         if not any((found / file).is_file() for file in (OURS, "config.json")):

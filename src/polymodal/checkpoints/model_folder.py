@@ -16,7 +16,8 @@ other rules, is refused with the difference named. Only safetensors and JSON are
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
 from polymodal.checkpoints.locate import referred_folder
+from polymodal.checkpoints.parts import part_hashes, placed, require_parts
 from polymodal.config import ModelConfig, parse_config
 from polymodal.errors import CheckpointError
 from polymodal.modeling.build import build_model
@@ -174,6 +176,7 @@ def save_model(
             "contract": contract,
             "contract_hash": _hash(contract),
             "history": history or [],
+            "parts": part_hashes(config),
         }
         if model.vision_encoder is not None and not keep_tower:
             document["tower"] = fingerprint(model.vision_encoder)
@@ -184,10 +187,19 @@ def save_model(
         write_text(work / CONFIG_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
-def load_model(folder: Path | FolderReport, quantize: str | None = None, llm: Any = None) -> Loaded:
-    """Read a model folder, looked over already or not; `llm` stands in for its language model, adapter and all."""
+def load_model(
+    folder: Path | FolderReport,  # Looked over already or not
+    quantize: str | None = None,
+    llm: Any = None,  # In the place of its language model, adapter and all
+    parts: Mapping[str, Any] | None = None,  # Where parts are that lie elsewhere now
+    dtype: str | None = None,  # Of the language model's weights; the folder's own choice where None
+) -> Loaded:
+    """Read a model folder."""
     report = folder if isinstance(folder, FolderReport) else check_folder(folder)
-    folder, document = report.folder, read_document(report.folder, report.configs.get(CONFIG_NAME))
+    folder, document = report.folder, read_document(report.folder, report.configs.get(CONFIG_NAME), parts)
+    require_parts(folder, document.config)
+    if dtype is not None:
+        document = replace(document, config=_with(document.config, "llm", dtype=dtype))
     # What answers alone opens its ears at the first sound.
     audio_known = document.audio_tower if isinstance(llm, OnnxLLM) else None
     model, tokenizer = build_model(document.config, folder, quantize, llm, audio_known)
@@ -215,9 +227,9 @@ def load_model(folder: Path | FolderReport, quantize: str | None = None, llm: An
     return Loaded(model.eval(), tokenizer, document.config, document.history)
 
 
-def llm_files(report: FolderReport) -> list[Path]:
+def llm_files(report: FolderReport, parts: Mapping[str, Any] | None = None) -> list[Path]:
     """The files that a model folder's language model is read from, adapter and all; none where they are not here."""
-    config = read_document(report.folder, report.configs.get(CONFIG_NAME)).config
+    config = read_document(report.folder, report.configs.get(CONFIG_NAME), parts).config
     place, adapter = referred_folder(config.llm.model_name_or_path), report.folder / ADAPTER_NAME
     if place is None or config.llm.device_map is not None:
         return []
@@ -277,7 +289,9 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     return read_document(folder).history
 
 
-def read_document(folder: Path, document: dict[str, Any] | None = None) -> Document:
+def read_document(
+    folder: Path, document: dict[str, Any] | None = None, parts: Mapping[str, Any] | None = None
+) -> Document:
     """Check what a model folder says of itself, read already or not; its contract must not be changed by hand."""
     path = folder / CONFIG_NAME
     if not folder.is_dir():
@@ -300,6 +314,10 @@ def read_document(folder: Path, document: dict[str, Any] | None = None) -> Docum
     if _hash(document["contract"]) != document["contract_hash"]:
         raise CheckpointError(f"{path}: the contract was changed after training; restore the file")
     config = parse_config(ModelConfig, document["config"], str(path))
+    known = document.get("parts", {})
+    if not isinstance(known, dict):
+        raise CheckpointError(f"{path}: parts must be an object of hashes; restore the file")
+    config = placed(folder, config, known, parts)
     if config.llm.model_name_or_path == "bundled":
         config = _with(config, "llm", model_name_or_path=str((folder / "llm").resolve()))
     towers = (document.get(key) for key in ("tower", "audio_tower", "image_tokenizer"))

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Container, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from polymodal.errors import ConfigError, PolymodalError
 
@@ -52,6 +52,16 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
 
 
+class _Completion(argparse.Action):
+    """Prints the script for a shell and ends, as `--version` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, shell: Any, option_string: Any = None) -> None:
+        from polymodal.cli.completion import script
+
+        print(script(build_parser(), shell), end="")
+        parser.exit()
+
+
 def build_parser(wanted: Container[str] = tuple(VERBS)) -> argparse.ArgumentParser:
     """Build the parser of the whole command; only the verbs that are wanted get their flags."""
     try:
@@ -65,6 +75,8 @@ def build_parser(wanted: Container[str] = tuple(VERBS)) -> argparse.ArgumentPars
     about = "Compose, train and run multimodal language models."
     parser = _Parser(prog="polymodal", description=about, parents=[shared])
     parser.add_argument("--version", action="version", version=f"polymodal {release}")
+    about = "print what makes a shell complete verbs and flags: bash, zsh or fish; append it to the shell's own file"
+    parser.add_argument("--completion", action=_Completion, choices=("bash", "zsh", "fish"), help=about)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, line in VERBS.items():
         verb = verbs.add_parser(name, help=line, parents=[shared], formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -125,6 +137,13 @@ def _run(given: Sequence[str]) -> int:
         from polymodal.cli.common import report
 
         report(error)
+        return 2
+    except ImportError as error:  # a package that is there in part
+        if "--debug" in given or (error.name or "polymodal").startswith("polymodal"):
+            raise
+        from polymodal.cli.common import report
+
+        report(PolymodalError(f"{error.name} cannot be imported ({error}); `polymodal env` lists versions"))
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)

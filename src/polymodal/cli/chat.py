@@ -1,22 +1,23 @@
 """Talk with a model about images, videos, sounds and documents.
 
-Files named on the command line go with the first question. In the chat: /image FILE adds an image to the next question
-(/video, /audio and /document likewise), /clear starts over, /help lists the commands, /quit or Ctrl-D ends. Ctrl-C
-stops an answer; at the prompt it ends the chat.
+Files named on the command line go with the first question. In the chat: a file that is dropped on the terminal or
+stands in a question goes with it, /image FILE adds one to the next (/video, /audio and /document likewise), /clear
+starts over, /help lists the commands, /quit or Ctrl-D ends; Tab completes commands and paths. Ctrl-C stops an answer;
+at the prompt it ends the chat.
 """
 
 import argparse
-import os
 import sys
-from contextlib import suppress
 
 from polymodal.backends.base import Backend, MediaEnd, Reply, TextDelta
 from polymodal.cli import common
+from polymodal.cli.terminal import dropped, edit_lines, kind_of, plain_path
 from polymodal.errors import PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.messages import Audio, Document, Image, Media, Message, Video, assistant, system, user
 
 HELP = """\
+  FILE             a file dropped here, or named in a question, goes with it
   /image FILE      add an image to the next question
   /video FILE      add a video, with the flags of the command line (--num-frames, --start, ...)
   /audio FILE      add a sound
@@ -29,7 +30,7 @@ Ctrl-C while the model answers stops the answer."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="images for the first question")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="images and other media for the first question")
     parser.add_argument("--system", help="a system message")
     common.add_media_arguments(parser)
     common.add_model_argument(parser)
@@ -41,10 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the conversation until the input ends."""
     params = common.sampling_params(args)
+    files = [(kind_of(path) or "image", path) for path in map(plain_path, args.files)]
+    given = [(kind, path, common.medium(kind, path, args)) for kind, path in [*files, *args.media]]
+    common.check_media([part for *_, part in given])
     chat = Chat(common.open_with_experts(args), params, args.system, args)
-    for kind, path in [*(("image", path) for path in args.images), *args.media]:
+    for kind, path, _ in given:
         chat.add(kind, path)
     return chat.run()
+
+
+COMMANDS = (*(f"/{kind}" for kind in common.KINDS), "/clear", "/help", "/quit")
 
 
 class Chat:
@@ -67,8 +74,7 @@ class Chat:
     def run(self) -> int:
         """Read and answer until the end of input."""
         if self.interactive:
-            with suppress(ImportError):  # line editing and history, where Python has it
-                import readline  # noqa: F401
+            edit_lines(COMMANDS)
             common.note("Ask about your files. /help lists the commands.")
         while (line := self._read()) is not None:
             try:
@@ -112,7 +118,14 @@ class Chat:
         elif command[1:] in common.KINDS and command[0] == "/":
             if not rest.strip():
                 raise PolymodalError(f"{command} needs a file: {command} FILE")
-            self.add(command[1:], os.path.expanduser(rest.strip().strip("'\"")))
+            self.add(command[1:], plain_path(rest))
+        elif (given := dropped(line))[0]:
+            for kind, path in given[0]:
+                self.add(kind, path)
+            if given[1]:
+                self._answer(given[1])
+            else:
+                common.note("  goes with the next question")
         elif command.startswith("/") and "/" not in command[1:]:
             raise PolymodalError(f"no command {command}; /help lists them")
         elif line:

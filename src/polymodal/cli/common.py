@@ -9,11 +9,15 @@ import mimetypes
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
 from polymodal.backends import load, load_renderer
 from polymodal.backends.base import Backend
+from polymodal.checkpoints.locate import USES, folder_here
+from polymodal.checkpoints.parts import PARTS
+from polymodal.cli.terminal import loading
 from polymodal.config import parse_config
 from polymodal.errors import ConfigError, MediaError, PolymodalError
 from polymodal.generation.params import GenerationParams
@@ -28,7 +32,8 @@ KINDS = {"image": ("image",), "video": ("video",), "audio": ("audio", "video"), 
 CHOICES = {"video": ("num_frames", "fps", "start", "end", "with_sound"), "document": ("pages", "text")}
 """What flags say of the videos and documents that are given."""
 IMAGE_SAMPLING = ("guidance", "temperature", "top_k", "top_p")
-SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+PART_FLAGS = {"llm": "llm", "vision": "vision", "audio-tower": "audio"}
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop")
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +48,11 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_loading_arguments(parser: argparse.ArgumentParser, quantize: str | None = None) -> None:
     """Add the flags that `open_model` reads besides the model's name."""
-    parser.add_argument("--device", help='"cpu" or "cuda"; a GPU where there is one (default)')
+    parser.add_argument("--device", help='"cpu", "cuda", "cuda:1" or "mps"; a GPU where there is one (default)')
+    about = "float32, bfloat16 or float16, of the weights in memory (the folder's own choice, or what suits the device)"
+    parser.add_argument("--dtype", metavar="TYPE", help=about)
+    parser.add_argument("--revision", metavar="REV", help="of a hub id: a commit, tag or branch (the newest)")
+    add_part_arguments(parser)
     # The values are those of `polymodal.modeling.quantization`, which loads torch.
     parser.add_argument(
         "--quantize",
@@ -61,9 +70,24 @@ def add_loading_arguments(parser: argparse.ArgumentParser, quantize: str | None 
     group.add_argument("--allow-http", action="store_true", help="send the key over http to another host")
 
 
+def add_part_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where the parts are that a model folder refers to."""
+    group = parser.add_argument_group("parts", "of a model folder that was moved away from the parts it refers to")
+    for flag, what in PART_FLAGS.items():
+        group.add_argument(f"--{flag}", dest=f"{what}_part", metavar="DIR", help=f"where the {PARTS[what][1]} is now")
+
+
+def parts(args: argparse.Namespace) -> dict[str, str]:
+    """The parts that the flags of `add_part_arguments` name."""
+    given = {what: getattr(args, f"{what}_part", None) for what in PART_FLAGS.values()}
+    return {what: place for what, place in given.items() if place is not None}
+
+
 def open_model(args: argparse.Namespace) -> Backend:
     """Open the model that the flags name."""
-    return load(args.model, args.device, quantize=args.quantize, base_url=args.base_url, allow_http=args.allow_http)
+    options = {name: getattr(args, name) for name in ("revision", "dtype", "quantize", "base_url", "allow_http")}
+    with loading(args.model) if folder_here(args.model).is_dir() else nullcontext():  # a download shows its own bars
+        return load(args.model, args.device, parts=parts(args), **options)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 256) -> None:
@@ -75,6 +99,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int 
     group.add_argument("--top-k", type=int, default=0, help="sample from the K likeliest tokens; 0 for all (default)")
     group.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages repetition")
     group.add_argument("--seed", type=int, help="makes sampling repeatable")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; again for more")
 
 
 def sampling_params(args: argparse.Namespace) -> GenerationParams:
@@ -191,6 +216,10 @@ def media(args: argparse.Namespace) -> list[Media]:
 def medium(kind: str, file: str, args: argparse.Namespace | None = None) -> Media:
     """One medium as the flags want it; a file of another kind is refused by its name."""
     found = (mimetypes.guess_type(file)[0] or "").replace("application/pdf", "document/pdf").partition("/")
+    if use := USES.get(Path(file).suffix.lower()):
+        raise ConfigError(f"{file}: no {kind}, but {use}")
+    if os.path.isdir(home_path(file)):
+        raise ConfigError(f"{file}: no {kind}, but a folder; a model is named with --model {file}")
     moving = kind == "video" and found[2] in ("gif", "webp", "apng", "png")
     if found[0] in KINDS and found[0] not in KINDS[kind] and not moving:
         what = {"image": "an image", "audio": "a sound"}.get(found[0], f"a {found[0]}")
@@ -223,9 +252,11 @@ def sort_given(args: argparse.Namespace) -> None:
     for item in args.given:
         kind = (mimetypes.guess_type(item)[0] or "").replace("application/pdf", "document").partition("/")[0]
         is_file = os.path.isfile(os.path.expanduser(item))  # of a long question too, unlike `Path.is_file`
-        if is_file or (kind in KINDS and " " not in item):
-            if not is_file:
+        if is_file or (kind in KINDS and " " not in item) or os.path.isdir(os.path.expanduser(item)):
+            if kind in KINDS and not is_file:
                 raise ConfigError(f"{item}: no such file")
+            if Path(item).suffix.lower() in USES or not is_file:
+                medium("image", item)  # which says what it is
             if kind not in KINDS:
                 raise ConfigError(f"{item}: is no image, video, sound or document by its name; say which with a flag")
             found.append((kind, item))

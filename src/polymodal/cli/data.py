@@ -77,10 +77,13 @@ def check(args: argparse.Namespace) -> int:
         raise ConfigError(f"--image-root {args.image_root}: no such folder")
     from polymodal.data.check.check import check_files, summary_json
     from polymodal.data.check.report import to_html
+    from polymodal.data.readers.registry import detect_format
     from polymodal.utils.files import check_writable, make_folder, write_text
     from polymodal.utils.progress import progress
 
     check_writable(args.output, "--output ", folder=True)
+    for file in args.files if args.format == "auto" else ():
+        detect_format(file)  # a recipe is found to be none before anything is loaded
     processor = _processor(args)
     make_folder(args.output, "--output ")
     summary = check_files(

@@ -95,7 +95,7 @@ def _facts(found: Description, tokens: list[dict[str, Any]]) -> list[tuple[str, 
     for entry in tokens:
         height, width = entry["image"]
         tiles = f"{entry['tiles']} tile{'s' * (entry['tiles'] != 1)}"
-        rows.append((f"  {height}x{width}", f"{entry['tokens']:,} tokens in {tiles}"))
+        rows.append((f"  {width}x{height}", f"{entry['tokens']:,} tokens in {tiles}"))
     rows += _sense_rows(found)
     for number, entry in enumerate(found.history, 1):
         rows.append(("history" if number == 1 else "", f"{number}. {_stage(entry)}"))
@@ -132,7 +132,7 @@ def _image_rows(rules: dict[str, Any]) -> list[tuple[str, str]]:
     if not rules or "not ours" in rules:
         return [("images", rules.get("not ours", ""))]
     height, width = rules["tile_size"]
-    words = [f"{rules['image_aspect_ratio']} to {height}x{width}"]
+    words = [f"{rules['image_aspect_ratio']} to {width}x{height}"]
     if "resize_short_side" in rules:
         words.append(f"short side {rules['resize_short_side']} first")
     if rules.get("image_grid_pinpoints"):

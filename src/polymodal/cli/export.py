@@ -3,7 +3,7 @@
   polymodal export MODEL DST                      a stock class of transformers, which vLLM loads too
   polymodal export MODEL DST --verify             the same, compared with the model on prompts and images
   polymodal export MODEL DST --format gguf        two files for llama.cpp: the language model, and the rest (mmproj)
-  polymodal export MODEL DST --format polymodal   one folder of ours that needs nothing else
+  polymodal export MODEL DST --format folder      one folder of ours that needs nothing else
 
 LoRA adapters are added to the weights; --keep-adapter writes them beside the weights instead. What a stock class cannot
 express is refused with the reasons. --verify writes DST/parity.json and ends with status 1 where the two differ.
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=int, default=20, metavar="N", help="of --questions: this many, from all over the file (20)"
     )
+    common.add_part_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace DST where it is there")
 
 
@@ -146,7 +147,7 @@ def _polymodal(args: argparse.Namespace, dst: Path, _more: list[Probe]) -> int:
     return 0
 
 
-FORMATS = {"hf": _hf, "gguf": _gguf, "polymodal": _polymodal}
+FORMATS = {"hf": _hf, "gguf": _gguf, "folder": _polymodal, "polymodal": _polymodal}
 """Each format and what writes it."""
 
 
@@ -155,7 +156,8 @@ def _open(args: argparse.Namespace) -> tuple[Loaded, dict[str, Any]]:
     from polymodal.checkpoints.locate import find_model
     from polymodal.interop.open import open_model
 
-    return open_model(args.model), {"licences": find_model(args.model), "replace": args.overwrite}
+    loaded = open_model(args.model, parts=common.parts(args))
+    return loaded, {"licences": find_model(args.model), "replace": args.overwrite}
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

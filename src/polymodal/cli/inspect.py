@@ -29,12 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", metavar="FILE", help="write the drawings: tiles, frames, sounds")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: %(default)s")
     common.add_model_argument(parser)
+    common.add_part_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Process the conversation, print the view, write the files asked for."""
     common.check_files(args, "html", "png")
-    processor, messages = load_processor(args.model), common.question(args)
+    processor, messages = load_processor(args.model, common.parts(args)), common.question(args)
     if args.answer is not None:
         messages.append(assistant(args.answer))
     asks = args.answer is None
@@ -69,5 +70,5 @@ def show(
         common.write_file(html, to_html(view).encode("utf-8"))
     if png:
         buffer = io.BytesIO()
-        stack(view.drawings).save(buffer, "PNG")
+        stack([drawing for drawing in view.drawings if drawing is not None]).save(buffer, "PNG")
         common.write_file(png, buffer.getvalue())

@@ -2,8 +2,8 @@
 
 Only configurations are read; nothing is downloaded unless --fetch is given. A recipe may be planned before the stage
 that it starts from has run. Examples:
-  polymodal plan recipes/llava15/stage2.yaml --image 480x640 --rows 665298 --devices 8 --device a100-80gb
-  polymodal plan default --image 1080x1920
+  polymodal plan recipes/llava15/stage2.yaml --image 640x480 --rows 665298 --devices 8 --device a100-80gb
+  polymodal plan default --image 1920x1080
   polymodal plan default video.max_frames=3600 --video 1h --fps 1
 """
 
@@ -35,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the recipe's or the model's"
     )
     parser.add_argument(
-        "--image", action="append", default=[], metavar="HxW", help="an image of a sample, in pixels; again for more"
+        "--image", action="append", default=[], metavar="WxH", help="an image of a sample, in pixels; again for more"
     )
     parser.add_argument(
         "--video",
         action="append",
         default=[],
         metavar="CLIP",
-        help="a video of a sample: FRAMES@HxW, a length such as 90s or 1h, or a file; again for more",
+        help="a video of a sample: FRAMES@WxH, a length such as 90s or 1h, or a file; again for more",
     )
     frames = parser.add_mutually_exclusive_group()
     frames.add_argument("--num-frames", type=int, metavar="N", help="frames of each video (default: as the model does)")
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--audio", action="append", default=[], metavar="SECONDS", help="a sound of a sample, or a file; again for more"
     )
     parser.add_argument(
-        "--document", action="append", default=[], metavar="PAGES@HxW", help="a document, or a file; again for more"
+        "--document", action="append", default=[], metavar="PAGES@WxH", help="a document, or a file; again for more"
     )
     parser.add_argument(
         "--text-tokens", type=int, default=128, metavar="N", help="other tokens of a sample (default: %(default)s)"
@@ -161,8 +161,8 @@ def _sizes(texts: list[str], flag: str = "--image") -> tuple[Size, ...]:
     matches = [re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", text) for text in texts]
     if None in matches:
         wrong = texts[matches.index(None)]
-        raise ConfigError(f"{flag} {wrong!r}: write a size as HEIGHTxWIDTH in pixels, such as 480x640")
-    return tuple(Size(int(match[1]), int(match[2])) for match in matches if match is not None)
+        raise ConfigError(f"{flag} {wrong!r}: write a size as WIDTHxHEIGHT in pixels, such as 640x480")
+    return tuple(Size(int(match[2]), int(match[1])) for match in matches if match is not None)
 
 
 def _media(args: argparse.Namespace) -> dict[str, Any]:
@@ -183,13 +183,13 @@ def _media(args: argparse.Namespace) -> dict[str, Any]:
         elif (seconds := _seconds(text)) is not None:
             videos.append(PaperVideo(seconds=seconds, **asked))
         else:
-            videos.append(PaperVideo(file=_file(text, "--video", "8@720x1280, a length such as 90s or 1h"), **asked))
+            videos.append(PaperVideo(file=_file(text, "--video", "8@1280x720, a length such as 90s or 1h"), **asked))
     for text in args.document:
         amount, at, size = text.rpartition("@")
         if at and re.fullmatch(r"[1-9]\d{0,4}", amount):
             pages += int(amount) * _sizes([size], "--document")
         else:
-            files.append(_file(text, "--document", "12@1100x850"))
+            files.append(_file(text, "--document", "12@850x1100"))
     sounds = [
         _file(text, "--audio", "a length such as 30s or 1h") if (found := _seconds(text)) is None else found
         for text in args.audio
@@ -229,7 +229,7 @@ def _training_text(plan: TrainingPlan, question: Question) -> str:
     rows = [
         ("model", _parts(plan)),
         ("trained", f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f} %), {plan.precision}"),
-        ("images", ", ".join(f"{size}: {text}" for size, text in _images(plan)) or "none (--image HxW)"),
+        ("images", ", ".join(f"{size}: {text}" for size, text in _images(plan)) or "none (--image WxH)"),
         *_senses(plan),
         ("sample", f"{plan.tokens} tokens, {question.answer_tokens} of them trained{over}"),
         ("key-value cache", f"{_cache(plan)} a sample"),
@@ -273,7 +273,7 @@ def _images(plan: Plan) -> list[tuple[str, str]]:
     for each, alike in groupby(zip(plan.images, plan.visual_tokens, plan.tiles, strict=True)):
         (height, width), tokens, tiles = each
         many = f", {number} times" if (number := len(list(alike))) > 1 else ""
-        rows.append((f"{height}x{width}", f"{tokens} tokens in {tiles} tile{'s' * (tiles != 1)}{many}"))
+        rows.append((f"{width}x{height}", f"{tokens} tokens in {tiles} tile{'s' * (tiles != 1)}{many}"))
     return rows
 
 

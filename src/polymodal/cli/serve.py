@@ -9,7 +9,6 @@ SIGTERM ends what is under way, then the server. What is promised is in docs/sec
 """
 
 import argparse
-import importlib.util
 import os
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from polymodal.backends import load_renderer
 from polymodal.backends.base import ModelBackend
 from polymodal.cli import common
 from polymodal.errors import ConfigError
+from polymodal.utils.extras import extra
 from polymodal.utils.files import home_path, regular_size
 
 SHORTEST_KEY = 16
@@ -65,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Take the address, open the model, serve until a signal."""
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"serve needs {missing[0]}; pip install 'polymodal[serve]'")
+    for name in PACKAGES:
+        extra(name, "serve needs", "polymodal[serve]")
     from polymodal.serving.app import build_app
     from polymodal.serving.models import Served
     from polymodal.serving.scheduler import Scheduler

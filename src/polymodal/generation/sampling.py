@@ -23,6 +23,7 @@ from transformers import (
 from polymodal.errors import ConfigError
 from polymodal.generation.params import GenerationParams
 from polymodal.modeling.vlm import MultimodalLM
+from polymodal.utils.extras import extra
 
 LARGEST = 64 * 1024
 """Characters of a schema or grammar."""
@@ -145,15 +146,10 @@ class Grammars:
     """The grammars that a model's answers were asked to follow; what was read once is kept."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> None:
-        try:
-            from llguidance.hf import from_tokenizer
-        except ImportError:
-            raise ConfigError(
-                "answers that follow a schema or a grammar need llguidance; pip install 'polymodal[serve]'"
-            ) from None
+        llguidance = extra("llguidance.hf", "answers that follow a schema or a grammar need", "polymodal[serve]")
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ConfigError("answers of this model can follow no schema or grammar: its tokenizer is none of Rust")
-        self._tokenizer = from_tokenizer(tokenizer, eos_token=[*stop_ids])
+        self._tokenizer = llguidance.from_tokenizer(tokenizer, eos_token=[*stop_ids])
         self._read = lru_cache(16)(self._compile)
 
     def matcher(self, params: GenerationParams) -> "Matcher":

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from polymodal.checkpoints.locate import HUB_ID, cached_folder, referred_folder
+from polymodal.checkpoints.locate import HUB_ID, cached_folder, find_model, referred_folder
 from polymodal.checkpoints.model_folder import read_document, verify_contract
 from polymodal.config import ImageConfig, LLMConfig, ModelConfig
 from polymodal.errors import CheckpointError, PolymodalError, first_line
@@ -410,6 +410,8 @@ def _looked_over(name: str) -> FolderReport:
     """Find a model's folder and check it; of a hub id that is not in the cache, fetch what is small."""
     if (folder := shipped(name) or home_path(name)).is_dir():
         return check_folder(folder, allow_pickle=True)
+    if folder.is_file():
+        find_model(name)  # which says what it is
     if not HUB_ID.fullmatch(name):
         raise CheckpointError(f"{name}: no such model folder, and no hub id (owner/name)")
     from huggingface_hub import snapshot_download

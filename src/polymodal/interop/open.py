@@ -1,5 +1,6 @@
 """A model in memory from any folder that is composed here: ours, a published one, or one of LLaVA's own repository."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -11,11 +12,13 @@ from polymodal.interop.llava import load_llava_repo
 from polymodal.safety.model_folder import FolderReport, check_folder
 
 
-def open_model(name: str | Path, *, dtype: Dtype = "float32", revision: str | None = None) -> Loaded:
+def open_model(
+    name: str | Path, *, dtype: Dtype = "float32", revision: str | None = None, parts: Mapping[str, str] | None = None
+) -> Loaded:
     """Load a model whole."""
     report = check_folder(find_model(name, revision))
     if report.kind == "polymodal":
-        return load_model(report)
+        return load_model(report, parts=parts)
     if report.kind in ("llava", "huggingface"):
         return open_published(report, name, dtype=dtype)
     raise CheckpointError(

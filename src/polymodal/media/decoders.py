@@ -172,7 +172,7 @@ def main() -> None:
 
 def _check_sides(width: int, height: int, name: str) -> None:
     if max(width, height) > min(MOST_SIDE, MOST_ASPECT * min(width, height)):
-        told = f"{height}x{width} pixels (height x width); a side may have {MOST_SIDE:,} at most, and be {MOST_ASPECT}"
+        told = f"{width}x{height} pixels (width x height); a side may have {MOST_SIDE:,} at most, and be {MOST_ASPECT}"
         raise MediaError(f"{name}: {told} times as long as the other; cut it", "too-many-pixels")
 
 

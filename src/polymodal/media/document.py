@@ -8,7 +8,6 @@ what hangs or crashes there is one error line here. Scripts in it are not run.
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import math
@@ -28,6 +27,7 @@ from polymodal.media.image import FORMATS, MAX_PIXELS, allowed_pixels, open_imag
 from polymodal.media.pdf_process import parse_pages
 from polymodal.media.source import MAX_BYTES, describe, read_bytes
 from polymodal.messages import Source
+from polymodal.utils.extras import extra
 
 MAX_PAGES = 100
 """The most pages that are opened at once unless the caller says otherwise."""
@@ -96,8 +96,7 @@ def open_pages(
     data = read_bytes(source, limit=limit, name=name)
     if b"%PDF-" not in data[:1024]:
         return _images(data, pages, max_pages, max_pixels, name)
-    if importlib.util.find_spec("pypdfium2") is None:
-        raise ConfigError(f"{name}: reading PDF needs pypdfium2: pip install 'polymodal[documents]'")
+    extra("pypdfium2", f"{name}: reading PDF needs", "polymodal[documents]")
     job = {
         "pages": pages, "dpi": dpi, "max_side": max_side, "text": text, "password": password, "max_pages": max_pages,
         "max_pixels": max_pixels, "memory": MAX_MEMORY + 2 * len(data), "seconds": max_seconds * (max_pages + 1),
@@ -200,7 +199,7 @@ def _frame(file: PILImage.Image, number: int, max_pixels: int, name: str) -> PIL
             file.seek(number - 1)
             if file.width * file.height > max_pixels:
                 raise MediaError(
-                    f"{name}: page {number}: {file.height}x{file.width} pixels (height x width), at most "
+                    f"{name}: page {number}: {file.width}x{file.height} pixels (width x height), at most "
                     f"{max_pixels:,} are allowed; scale it down",
                     "too-many-pixels",
                 )

@@ -233,11 +233,11 @@ def _orientation(image: PILImage.Image) -> int:
 def _check_size(image: PILImage.Image, max_pixels: int, name: str) -> None:
     width, height = image.size
     if width < 1 or height < 1:
-        raise MediaError(f"{name}: is {height}x{width} pixels (height x width); give an image with pixels")
+        raise MediaError(f"{name}: is {width}x{height} pixels (width x height); give an image with pixels")
     if width * height > max_pixels:
         allow = f", or allow it with --max-pixels {width * height}" if width * height <= MOST_PIXELS else ""
         raise MediaError(
-            f"{name}: {height}x{width} pixels (height x width), at most {max_pixels:,} are allowed; scale it down"
+            f"{name}: {width}x{height} pixels (width x height), at most {max_pixels:,} are allowed; scale it down"
             + allow,
             "too-many-pixels",
         )

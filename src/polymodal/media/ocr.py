@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from polymodal.errors import ConfigError, first_line
+from polymodal.utils.extras import extra
 
 COLUMN = (3, 8.0)
 """What makes lines beside others a column of text, no cells of a table: so many, so much wider than high."""
@@ -38,14 +38,10 @@ class _Placed(NamedTuple):
 
 def load_engine() -> Callable[[Any], Any]:
     """The reader of rapidocr, with the models of its wheel."""
-    try:
-        import onnxruntime  # noqa: F401
-        from rapidocr import RapidOCR
-    except ImportError as error:
-        raise ConfigError(
-            f"ocr needs rapidocr and onnxruntime ({first_line(error)}): pip install 'polymodal[ocr]'"
-        ) from None
-    engine: Callable[[Any], Any] = RapidOCR(params={"Global.log_level": "error"})
+    extra("onnxruntime", "ocr needs", "polymodal[ocr]")
+    engine: Callable[[Any], Any] = extra("rapidocr", "ocr needs", "polymodal[ocr]").RapidOCR(
+        params={"Global.log_level": "error"}
+    )
     return engine
 
 

@@ -47,7 +47,7 @@ def scale_of(height: float, width: float, dpi: float, max_side: int | None, max_
     scale = min(dpi / 72, (max_side or math.inf) / max(height, width)) * (1 - 1e-9)  # pdfium rounds sides up
     if math.ceil(height * scale) * math.ceil(width * scale) > max_pixels:
         raise MediaError(
-            f"{math.ceil(height * scale)}x{math.ceil(width * scale)} pixels (height x width), at most {max_pixels:,} "
+            f"{math.ceil(width * scale)}x{math.ceil(height * scale)} pixels (width x height), at most {max_pixels:,} "
             "are allowed; give a lower dpi, or max_side",
             "too-many-pixels",
         )

@@ -23,6 +23,7 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from polymodal.errors import MediaError, PolymodalError, first_line
 from polymodal.messages import FileSlice, Source, TableCell
+from polymodal.utils.extras import extra
 from polymodal.utils.files import home_path, regular_size
 
 P = ParamSpec("P")
@@ -174,10 +175,7 @@ def _check_size(name: str, size: int, limit: int) -> None:
 def open_table(path: Path, error: type[PolymodalError] = MediaError) -> Any:
     """Open a parquet file."""
     regular_size(path, error=error)
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise error(f"{path}: reading parquet needs pyarrow; pip install 'polymodal[data]'") from None
+    parquet = extra("pyarrow.parquet", f"{path}: reading parquet needs", "polymodal[data]", error)
     try:
         file = parquet.ParquetFile(path)
         leaves = [file.schema.column(index) for index in range(len(file.schema))]

@@ -96,7 +96,7 @@ class Frames:
             f'<div style="{style}"><img src="{data_url(image, "jpeg")}"><br>{self.times[place]:.2f} s</div>'
             for place, image in small
         )
-        size = f"{len(self)} frames of {self.array.shape[1]} × {self.array.shape[2]} pixels"
+        size = f"{len(self)} frames of {self.array.shape[2]} × {self.array.shape[1]} pixels"
         return f"<div>{''.join(figures)}</div><p>{size}</p>"
 
 
@@ -316,7 +316,7 @@ def _read(video: VideoFile, plan: FramePlan) -> Frames:
     size = len(indices) * plan.height * plan.width * 3
     if size > video.limits.output:
         raise MediaError(
-            f"{video.name}: {len(indices)} frames of {plan.height}x{plan.width} take {size:,} bytes, at most "
+            f"{video.name}: {len(indices)} frames of {plan.width}x{plan.height} take {size:,} bytes, at most "
             f"{video.limits.output:,} are allowed; give max_side, or fewer frames"
         )
     array = np.empty((len(indices), plan.height, plan.width, 3), np.uint8)

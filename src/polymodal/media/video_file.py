@@ -119,7 +119,7 @@ class VideoFile:
         if height * width > self.pixels:
             allow = f", or allow it with --max-pixels {height * width}" if height * width <= MOST_PIXELS else ""
             raise MediaError(
-                f"{self.name}: frames of {height}x{width} pixels (height x width), at most {self.pixels:,} are "
+                f"{self.name}: frames of {width}x{height} pixels (width x height), at most {self.pixels:,} are "
                 f"allowed; scale it down{allow}",
                 "too-many-pixels",
             )

@@ -10,6 +10,7 @@ from typing import Any
 from polymodal.errors import MediaError, PolymodalError, first_line
 from polymodal.media.source import local_path, read_bytes
 from polymodal.messages import FileSlice
+from polymodal.utils.extras import lacking
 from polymodal.utils.files import regular_size
 
 
@@ -81,7 +82,7 @@ def guarded(name: str, kind: str, remedy: str, code: str = "") -> Iterator[None]
     except PolymodalError:
         raise
     except ImportError as error:
-        raise MediaError(f"{name}: reading {kind} needs PyAV ({first_line(error)[:120]}); pip install av") from None
+        raise lacking("av", f"{name}: reading {kind} needs", "av", error, MediaError) from None
     except MemoryError:
         raise MediaError(f"{name}: too large for the memory there is; {remedy}", code) from None
     except Exception as error:  # a decoder that is fed damaged bytes may raise anything

@@ -7,7 +7,8 @@ of pix2struct (Methani et al. 2020, arXiv:1909.00997: numbers may be 5% off) and
 import ast
 from collections.abc import Sequence
 
-from polymodal.errors import ConfigError, unknown_name
+from polymodal.errors import unknown_name
+from polymodal.utils.extras import extra
 
 _HARNESSES = ("official", "lmms_eval", "vlmevalkit")
 _ANLS = (*_HARNESSES, "mp_docvqa", "m4c_stvqa", "pix2struct")
@@ -17,10 +18,7 @@ def anls(prediction: str, references: Sequence[str], *, variant: str = "official
     """ANLS: 1 - edit distance / length to the nearest reference; 0 where it is below a half."""
     if variant not in _ANLS:
         raise unknown_name("variant of anls", variant, _ANLS)
-    try:
-        from rapidfuzz.distance import Levenshtein
-    except ImportError:
-        raise ConfigError("anls needs rapidfuzz: pip install 'polymodal[eval]'") from None
+    Levenshtein = extra("rapidfuzz.distance", "anls needs", "polymodal[eval]").Levenshtein
     if variant == "lmms_eval":
         prediction = prediction.strip()
     official = variant in _HARNESSES

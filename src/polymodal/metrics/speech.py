@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
-from polymodal.errors import ConfigError, DataError, unknown_name
+from polymodal.errors import DataError, unknown_name
+from polymodal.utils.extras import extra
 
 # A variant's normaliser. CER is published over the text as it stands, and for languages without spaces.
 _WER = {"official": "english", "basic": "basic", "raw": "raw", "lmms_eval": "lmms_eval"}
@@ -91,22 +92,14 @@ def _rate(edits: int, length: int) -> float:
 
 
 def _jiwer(metric: str) -> Any:
-    try:
-        import jiwer
-    except ImportError:
-        raise ConfigError(f"{metric} needs jiwer: pip install 'polymodal[eval]'") from None
-    return jiwer
+    return extra("jiwer", f"{metric} needs", "polymodal[eval]")
 
 
 @cache
 def _whisper() -> tuple[Callable[[str], str], Callable[[str], str]]:
     """Whisper's English and basic normalisers."""
-    try:
-        from whisper_normalizer.basic import BasicTextNormalizer
-        from whisper_normalizer.english import EnglishTextNormalizer
-    except ImportError:
-        raise ConfigError("wer needs whisper-normalizer: pip install 'polymodal[eval]'") from None
-    english = EnglishTextNormalizer()
+    english = extra("whisper_normalizer.english", "wer needs", "polymodal[eval]").EnglishTextNormalizer()
+    basic = extra("whisper_normalizer.basic", "wer needs", "polymodal[eval]").BasicTextNormalizer()
     for word in _NOT_WHISPERS:
         english.replacers.pop(rf"\b{word}\b", None)
-    return english, BasicTextNormalizer()
+    return english, basic

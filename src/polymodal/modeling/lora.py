@@ -27,6 +27,7 @@ from polymodal.config import LoraRecipe, VocabularyLayout
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.modeling.pretrained import building
 from polymodal.modeling.vlm import MultimodalLM
+from polymodal.utils.extras import extra
 from polymodal.utils.modules import match_names
 from polymodal.utils.safetensors_io import check_finite, compare_tensors
 
@@ -177,13 +178,7 @@ def token_rows(llm: nn.Module, tokens: Sequence[str | int], tokenizer: PreTraine
 
 def quantize_frozen(llm: nn.Module) -> None:
     """Put the language model's linear layers into 4-bit NormalFloat, the head aside, as QLoRA does."""
-    try:
-        import bitsandbytes as bnb  # type: ignore[import-not-found,import-untyped,unused-ignore]
-    except ImportError as error:
-        raise ConfigError(
-            "lora.load_in_4bit needs bitsandbytes, which is not installed: pip install 'polymodal[qlora]', or leave "
-            "load_in_4bit out"
-        ) from error
+    bnb = extra("bitsandbytes", "lora.load_in_4bit needs", "polymodal[qlora]")
     compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     for name in four_bit_modules(llm):
         old = llm.get_submodule(name)

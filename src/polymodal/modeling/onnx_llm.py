@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.modeling.language_model import quieten_transformers
 from polymodal.safety.config_json import read_json
+from polymodal.utils.extras import extra
 from polymodal.utils.files import atomic_folder, cache_folder, sha256_json, write_text
 from polymodal.utils.progress import log
 
@@ -75,9 +76,8 @@ def available() -> bool:
 
 def require() -> None:
     """Refuse where a package is missing."""
-    if not available():
-        missing = next(name for name in NEEDED if find_spec(name) is None)
-        raise ConfigError(f"fast answers on a CPU need {missing}: pip install 'polymodal[fast]'")
+    for name in NEEDED:
+        extra(name, "fast answers on a CPU need", "polymodal[fast]")
 
 
 def worth_a_graph(llm: Any) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from polymodal.modeling.lora import fold_in
 from polymodal.modeling.onnx_llm import require
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.utils.devices import best_device
+from polymodal.utils.extras import extra
 
 INT8 = "int8"
 """On a CPU: a graph of ONNX Runtime where the extra `fast` is installed, else and inside other classes what is here."""
@@ -201,7 +201,5 @@ def check_quantize(how: str, device: str | None) -> str:
         return "cpu"
     if not torch.cuda.is_available() or not (device or "cuda").startswith("cuda"):
         raise ConfigError(f"quantize {how} needs a GPU; on a CPU use int8")
-    package = GPU_WAYS[how]
-    if find_spec(package) is None:
-        raise ConfigError(f"quantize {how} needs {package}, which is not installed: pip install {package}")
+    extra(GPU_WAYS[how], f"quantize {how} needs", GPU_WAYS[how])
     return device or best_device()

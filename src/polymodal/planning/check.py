@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -32,7 +31,8 @@ from polymodal.training.recipes.load import apply_override, load_any_recipe, rea
 from polymodal.training.recipes.pipeline import MakeStage, TrainStage, is_pipeline, load_pipeline
 from polymodal.training.recipes.sections import RecipeBase, SourceConfig
 from polymodal.training.recipes.sft import Recipe
-from polymodal.training.reporting.log import TRACKERS
+from polymodal.training.reporting.log import TRACKERS, tracker_module
+from polymodal.utils.extras import extra
 from polymodal.utils.files import check_writable, home_path
 from polymodal.utils.modules import match_names
 from polymodal.utils.strict import mistakes
@@ -115,14 +115,13 @@ def _stage(
         with found.collect(f"{where}: run.trackers"):
             if name not in TRACKERS:
                 raise unknown_name("tracker", name, TRACKERS)
-            if find_spec(name) is None:
-                raise ConfigError(f"{name} is not installed; run `pip install {name}`, or leave it out")
+            tracker_module(name)
     if recipe.run.eval_every and not recipe.data.eval:
         found.remarks.append(f"{where}: run.eval_every without files in data.eval evaluates nothing")
-    if find_spec("matplotlib") is None:
-        found.remarks.append(
-            f"{where}: matplotlib is not installed: no curves and report (pip install 'polymodal[train]')"
-        )
+    try:
+        extra("matplotlib.figure", f"{where}: curves in the report need", "polymodal[train]")
+    except ConfigError as error:
+        found.remarks.append(str(error))
     with found.collect(f"{where}: output_dir"):
         check_writable(Path(recipe.output_dir), folder=True)
     if not isinstance(recipe, Recipe):

@@ -30,6 +30,7 @@ from polymodal.planning.starting_point import Start, model_config
 from polymodal.training.optimizer import Group, apply_policy, cast_frozen_linears
 from polymodal.training.recipes.load import apply_override
 from polymodal.training.recipes.sft import Recipe
+from polymodal.utils.html import notebook_view
 from polymodal.utils.modules import blocks, frozen
 
 GIB = 2**30
@@ -94,6 +95,8 @@ class Plan:
     videos: tuple[VideoUse, ...] = ()
     sounds: tuple[SoundUse, ...] = ()
     rope_scaling: float = 1.0  # The factor of llm.rope_scaling, which `context` follows
+
+    _repr_html_ = notebook_view
 
     @property
     def kv_bytes(self) -> int:

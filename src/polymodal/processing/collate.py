@@ -6,13 +6,14 @@ Nothing is computed here: plans and masks are carried along, not rebuilt.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 
 from polymodal.media_plan import AudioPlan, MediaPlan
+from polymodal.utils.html import notebook_view
 
 IGNORE = -100
 """The label of a position that is not trained, as in torch's cross entropy."""
@@ -43,6 +44,9 @@ class Sample:
     id: str = ""  # The record's id, for error messages
     contexts: tuple[torch.Tensor, ...] = ()  # A medium: [t] int64, what the projector reads beside it
     sounds: tuple[torch.Tensor, ...] | None = None  # A sound: [W, F, L] float32, its windows. None: as for `pixels`
+    tokenizer: Any = field(default=None, repr=False, compare=False)  # For a person's view of it alone
+
+    _repr_html_ = notebook_view
 
     @property
     def heard(self) -> tuple[bool, ...]:

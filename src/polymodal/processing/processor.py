@@ -128,6 +128,7 @@ class Processor:
             media_keys=tuple(medium.key for medium in opened),
             id=id,
             contexts=self.context(self.seen(messages)) if self.context is not None else (),
+            tokenizer=self.tokenizer,
         )
 
     def media(self, messages: Sequence[Message]) -> list[Opened]:

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from polymodal.checkpoints.locate import HUB_ID, fetch_folder
-from polymodal.errors import CheckpointError, ConfigError, MediaError, first_line, unknown_name
+from polymodal.errors import CheckpointError, MediaError, first_line, unknown_name
 from polymodal.media.audio import MAX_SECONDS, Sound, open_audio
 from polymodal.messages import Source
 from polymodal.speech.base import ASR, SAMPLE_RATE, VAD, WINDOW, Segment, Transcript, package_folder, threads
 from polymodal.speech.vad import load_vad
+from polymodal.utils.extras import extra
 from polymodal.utils.files import home_path
 
 _GAP = 2.0
@@ -42,12 +43,7 @@ class FasterWhisper(ASR):
 
     def __init__(self, path: Path | str, files: dict[str, bytes] | None = None, name: str | None = None) -> None:
         self.name = name or Path(path).name
-        try:
-            from faster_whisper import WhisperModel
-        except ImportError as error:
-            raise ConfigError(
-                f"Whisper needs faster-whisper ({first_line(error)}): pip install 'polymodal[speech]'"
-            ) from None
+        WhisperModel = extra("faster_whisper", "Whisper needs", "polymodal[speech]").WhisperModel
         names = files if files is not None else {each.name for each in Path(path).iterdir()}
         for wanted in ("model.bin", "config.json", "tokenizer.json"):  # without the last one the network is asked
             if wanted not in names:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from polymodal.errors import CheckpointError, ConfigError, MediaError, first_line
+from polymodal.utils.extras import extra
 
 T = TypeVar("T")
 
@@ -206,12 +207,7 @@ def package_folder(package: str, install: str) -> Path:
 
 def open_onnx(path: Path) -> Any:
     """A session of onnxruntime on the CPU."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ConfigError(
-            f"{path.name} needs onnxruntime ({first_line(error)}): pip install 'polymodal[speech]'"
-        ) from None
+    onnxruntime = extra("onnxruntime", f"{path.name} needs", "polymodal[speech]")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; check the path")
     options = onnxruntime.SessionOptions()

@@ -18,6 +18,7 @@ import numpy as np
 from polymodal.errors import ConfigError, PolymodalError, first_line
 from polymodal.media.audio import Sound
 from polymodal.speech.base import FRAME, SAMPLE_RATE, VAD, AudioChunk
+from polymodal.utils.extras import extra
 
 _HEARD = 8
 """Frames of speech in the last second that begin a question or interrupt an answer; a quarter of a second."""
@@ -27,13 +28,10 @@ _SECOND = SAMPLE_RATE // FRAME
 def devices() -> Any:
     """The module sounddevice."""
     try:
-        import sounddevice
-    except (ImportError, OSError) as error:  # OSError: PortAudio itself is missing
-        raise ConfigError(
-            f"microphone and loudspeaker need sounddevice ({first_line(error)}): pip install 'polymodal[microphone]', "
-            "apt install libportaudio2; or give --input question.wav and --output answer.wav"
-        ) from None
-    return sounddevice
+        return extra("sounddevice", "microphone and loudspeaker need", "polymodal[microphone]")
+    except ConfigError as error:  # or PortAudio itself is missing
+        other = "apt install libportaudio2; or give --input question.wav and --output answer.wav"
+        raise ConfigError(f"{error}, {other}") from None
 
 
 class Microphone:

@@ -4,13 +4,14 @@ Read this file to see in which order things happen; each of them lives in a modu
 """
 
 import json
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from polymodal.errors import PolymodalError, first_line
+from polymodal.errors import first_line
 from polymodal.training.checkpoint import differences, find_checkpoint, read_state
 from polymodal.training.distributed import Engine
 from polymodal.training.optimizer import check_groups, policy_table
@@ -57,15 +58,20 @@ def _train(recipe: RecipeBase, inputs: Any, force: bool, world: World) -> Path:
     with world.together():
         if world.is_main:
             task.export(final, trainer.engine.groups, trainer.state)
-            try:
-                draw_curves(output_dir / "log.jsonl", output_dir / "loss.png", recipe.name)
-                write_report(output_dir)
-            except (ImportError, OSError, PolymodalError) as error:
-                log(f"{recipe.name}: no curves or report: {first_line(error)}")
+            _draw(recipe.name, "curves", draw_curves, output_dir / "log.jsonl", output_dir / "loss.png", recipe.name)
+            _draw(recipe.name, "report", write_report, output_dir)
             peak = peak_memory()
             held = "" if peak is None else f" (at most {peak / 2**30:.1f} GiB of memory)"
             log(f"{recipe.name}: done, {final}{held}")
     return final
+
+
+def _draw(name: str, what: str, draw: Callable[..., Any], *given: Any) -> None:
+    """Draw what is shown of a finished run; the model is there, and nothing that draws may take it away."""
+    try:
+        draw(*given)
+    except Exception as error:
+        log(f"{name}: no {what}: {first_line(error)}")
 
 
 def task_class(recipe: RecipeBase) -> type[Task]:

@@ -15,17 +15,16 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from textwrap import shorten
 from types import FrameType
 from typing import Any
 
 import torch
 
-from polymodal.errors import DataError, MediaError, PolymodalError
+from polymodal.errors import DataError, MediaError, PolymodalError, first_line
 from polymodal.training.checkpoint import State, identity, read_state
 from polymodal.training.distributed import Engine
 from polymodal.training.optimizer import lr_factor, set_modes
-from polymodal.training.reporting.log import LossByKind, Tracker, append_log, finite, means, merge, numbers_of
+from polymodal.training.reporting.log import LossByKind, Tracker, append_log, finite, means, merge, numbers_of, told
 from polymodal.training.steps import step_seed
 from polymodal.training.task import Task
 from polymodal.utils.devices import peak_memory
@@ -278,8 +277,7 @@ class Trainer:
         if line is None:
             return
         self._write("eval", "eval.jsonl", line)
-        if "loss" in line:
-            log(f"{self.recipe.name}: step {self.state.step}: held-out loss {line['loss']:.3f}{_first_answer(line)}")
+        self._show(line)
         set_modes(self.engine.inner)
         self.window.began += time.monotonic() - began
 
@@ -289,6 +287,16 @@ class Trainer:
             append_log(self.output_dir / name, line)
             for tracker in self.trackers:
                 tracker.write(self.state.step, numbers_of(line, prefix))
+
+    def _show(self, line: dict[str, Any]) -> None:
+        """Say on the terminal how an evaluation went, and give the trackers its answers."""
+        for text in told(line) if self.world.is_main else ():
+            log(f"{self.recipe.name}: {text}")
+        for tracker in self.trackers if line.get("answers") else ():
+            try:
+                tracker.show(self.state.step, line["answers"], self.output_dir)
+            except Exception as error:  # an image that went away, a tracker of another version: the run goes on
+                log(f"{self.recipe.name}: a tracker shows no answers: {first_line(error)}")
 
     def save(self) -> int:
         """Write a checkpoint; returns its step."""
@@ -302,12 +310,3 @@ class Trainer:
         }
         self.engine.save(self.output_dir, state, self.recipe.run.keep)
         return self.state.step
-
-
-def _first_answer(line: dict[str, Any]) -> str:
-    """What one line of a terminal has room for of an evaluation's answers."""
-    found = next((each for each in line.get("answers", ()) if "answer" in each), None)
-    if found is None:
-        return ""
-    asked, said, expected = (repr(shorten(found[key] or "", SHOWN)) for key in ("question", "answer", "expected"))
-    return f"; asked {asked} it says {said}, expected {expected}"

@@ -9,12 +9,12 @@ import base64
 import io
 import re
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from PIL import Image
 
 # Control characters, halves of surrogate pairs, and marks that turn the direction of the text after them.
@@ -23,6 +23,8 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u
 
 @cache
 def _templates() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     folder = FileSystemLoader(Path(__file__).resolve().parent.parent)
     return Environment(
         loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -32,6 +34,12 @@ def _templates() -> Environment:
 def html_page(template: str, **values: Any) -> str:
     """Fill the template of a page, such as "viewer/view.html.jinja"."""
     return _UNPRINTABLE.sub("\ufffd", _templates().get_template(template).render(values))
+
+
+def notebook_view(value: Any) -> str:
+    """What a notebook shows of a value: `viewer.notebook`, which stands on a higher floor, draws it."""
+    view: str = import_module("polymodal.viewer.notebook").shown(value)
+    return view
 
 
 def data_url(image: bytes | Image.Image, kind: str, **options: Any) -> str:

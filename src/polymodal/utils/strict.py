@@ -1,5 +1,6 @@
 """Configuration classes that refuse what they do not know, and their one-line errors."""
 
+import difflib
 import inspect
 import re
 import reprlib
@@ -97,6 +98,11 @@ def _mistake(cls: type[BaseModel], error: ValidationError, where: str, number: i
         return ConfigError(f"{where}: {unknown} (at {path})")
     told = first["type"] != "missing" and not (first["type"] == "value_error" and isinstance(first["input"], dict))
     given = f" (given {shown(first['input'])})" if told else ""
+    close = []
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        choices = re.findall("'([^']*)'", first["ctx"]["expected"])
+        close = difflib.get_close_matches(first["input"], choices, n=1, cutoff=0.5)
+    given += f"; did you mean {close[0]!r}?" if close else ""
     return ConfigError(f"{where}: {path or 'config'}: {first['msg'].removeprefix('Value error, ')}{given}")
 
 

@@ -54,8 +54,8 @@ def draw_plan(image: Image.Image, plan: ImagePlan, tiles: Sequence[Image.Image])
     source = _draw_source(image, plan)
     panel = _draw_tiles(plan, tiles)
     caption = (
-        f"{plan.source.height} x {plan.source.width} pixels -> {plan.num_tiles} tile"
-        f"{'s' if plan.num_tiles != 1 else ''} of {plan.tile.height} x {plan.tile.width} -> {plan.num_tokens} tokens"
+        f"{plan.source.width} x {plan.source.height} pixels -> {plan.num_tiles} tile"
+        f"{'s' if plan.num_tiles != 1 else ''} of {plan.tile.width} x {plan.tile.height} -> {plan.num_tokens} tokens"
     )
     both = Image.new("RGB", (source.width + MARGIN + panel.width, max(source.height, panel.height)), PAPER)
     both.paste(source, (0, 0))
@@ -76,8 +76,8 @@ def draw_video(plan: VideoPlan, tiles: dict[int, Image.Image]) -> Image.Image:
         _label(pen, (x + 5, y + 4), str(place + 1), PALETTE[place % len(PALETTE)], 13)
         pen.text((x, y + height), f"{plan.times[place]:.2f} s", fill=INK, font=_font(14))
     some = "" if len(tiles) == plan.num_tiles else f"{len(tiles)} of "
-    height_width = f"{plan.frame.source.height} x {plan.frame.source.width}"
-    return _captioned(panel, f"{some}{plan.num_tiles} frames of {height_width} pixels -> {plan.num_tokens} tokens")
+    size = f"{plan.frame.source.width} x {plan.frame.source.height}"
+    return _captioned(panel, f"{some}{plan.num_tiles} frames of {size} pixels -> {plan.num_tokens} tokens")
 
 
 def draw_sound(sound: Sound, plan: AudioPlan, windows: Tensor) -> Image.Image:

@@ -47,7 +47,7 @@ class View:
 
     cells: tuple[Cell, ...]  # In order; together they are the whole sequence
     plans: tuple[MediaPlan, ...]  # One plan a medium, in order
-    drawings: tuple[Image.Image, ...] = ()  # One a medium, as of `viewer.draw.draw_media`; or none at all
+    drawings: tuple[Image.Image | None, ...] = ()  # One a medium, as of `viewer.draw.draw_media`; or none at all
 
     @property
     def counts(self) -> dict[Kind, int]:
@@ -62,7 +62,9 @@ class View:
         return f'<iframe srcdoc="{html.escape(to_html(self))}" style="width:100%;height:32rem;border:0"></iframe>'
 
 
-def view_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase, drawings: Sequence[Image.Image] = ()) -> View:
+def view_sample(
+    sample: Sample, tokenizer: PreTrainedTokenizerBase, drawings: Sequence[Image.Image | None] = ()
+) -> View:
     """Cut a sample into cells."""
     ids = [int(i) for i in sample.input_ids]
     trained = [bool(m) for m in sample.loss_mask]
@@ -118,8 +120,8 @@ def plan_facts(plan: MediaPlan) -> dict[str, str]:
     box = plan.content_box
     facts = {
         "image": f"{_size(plan.source)} pixels"
-        + (f", padded to {plan.frame.height} × {plan.frame.width}" if plan.frame else ""),
-        "scaled to": f"{box.height} × {box.width}" + (" (scaled down to the tile limit)" if plan.scaled_to_fit else ""),
+        + (f", padded to {plan.frame.width} × {plan.frame.height}" if plan.frame else ""),
+        "scaled to": f"{box.width} × {box.height}" + (" (scaled down to the tile limit)" if plan.scaled_to_fit else ""),
         "canvas": f"{_size(plan.canvas)}, filled from top {box.top}, left {box.left}",
         "tiles": f"{plan.num_tiles} of {_size(plan.tile)} pixels: grid {_size(plan.grid)}"
         + ("" if plan.overview == "none" else f" and the whole image, {plan.overview}"),
@@ -169,12 +171,12 @@ def to_terminal(view: View, *, colour: bool, clean: Callable[[str], str] = str) 
 
 
 def _size(size: Size) -> str:
-    return f"{size.height} × {size.width}"
+    return f"{size.width} × {size.height}"
 
 
 def to_html(view: View) -> str:
     """Write a view as a page."""
-    drawn = [data_url(image, "png") for image in view.drawings] or [""] * len(view.plans)
+    drawn = ["" if image is None else data_url(image, "png") for image in view.drawings] or [""] * len(view.plans)
     media = [(_kind(plan), plan_facts(plan), url) for plan, url in zip(view.plans, drawn, strict=True)]
     return html_page("viewer/view.html.jinja", view=view, media=media, place=_place, text=_text)
 

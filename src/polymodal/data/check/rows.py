@@ -183,9 +183,9 @@ def make_inspector(processor: Processor, max_length: int) -> Callable[[Record], 
         for height, width in media.sizes:
             short, long = sorted((height, width))
             if short <= TINY_SIDE:
-                findings.append(Finding("tiny-image", f"{height} × {width} pixels"))
+                findings.append(Finding("tiny-image", f"{width} × {height} pixels"))
             elif long >= THIN * short:
-                findings.append(Finding("thin-image", f"{height} × {width} pixels"))
+                findings.append(Finding("thin-image", f"{width} × {height} pixels"))
         if media.findings:
             return replace(media, findings=tuple(findings))
         try:

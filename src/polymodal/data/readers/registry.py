@@ -71,6 +71,8 @@ def detect_format(path: Path) -> str:
         path = _data_files(path, "json")[0]
     if path.is_dir():
         return next((name for name in ("webdataset", "parquet") if any(path.glob(FORMATS[name].shards))), "folder")
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise DataError(f"{path}: a recipe, and no data; `polymodal check {path}` looks it over, with its data")
     with open_file(path) as file:
         head = file.read(512)
     if head.startswith(b"PAR1"):

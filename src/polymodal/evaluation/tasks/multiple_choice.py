@@ -10,12 +10,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 from string import ascii_uppercase
 
-from polymodal.errors import DataError
+from polymodal.errors import ConfigError, DataError
 from polymodal.evaluation.files import Row, field, find_file, find_images, json_rows, literal, read_json, rows_in
 from polymodal.evaluation.task import Example, Figures, Sample, Task, ask, by, json_file, mean, means_by
 from polymodal.evaluation.tasks.vqa import HUB_SPLITS, SHORT
 from polymodal.metrics.mmmu import accepted, mmmu_letter, parse_mmmu_choice
 from polymodal.metrics.multiple_choice import FAILED, named_choice
+from polymodal.utils.extras import extra
 from polymodal.utils.files import make_folder
 from polymodal.utils.progress import log
 
@@ -149,11 +150,13 @@ def _mmbench_figures(samples: Sequence[Sample]) -> Figures:
 def _submit_mmbench(samples: Sequence[Sample], split: str, folder: Path) -> list[Path]:
     """The server's table, with every pass as it was answered; a judged one would get the vanilla score."""
     try:
-        from openpyxl import Workbook
-        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE, WriteOnlyCell
-    except ImportError:
-        log("mmbench: the table for the server needs openpyxl: pip install 'polymodal[eval]'")
+        extra("openpyxl", "mmbench: the table for the server needs", "polymodal[eval]")
+    except ConfigError as error:
+        log(str(error))
         return []
+    from openpyxl import Workbook
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE, WriteOnlyCell
+
     book = Workbook(write_only=True)
     sheet = book.create_sheet()
 

@@ -17,7 +17,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ from polymodal.modeling.lora import fold_in, is_peft
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.chat_template.encode import ChatTemplate
 from polymodal.processing.image_transform import pad_colour
+from polymodal.utils.extras import extra
 from polymodal.utils.files import atomic_folder, write_text
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ def export_gguf(
     loaded: Loaded, dst: Path, *, kind: str | None = None, licences: Path | None = None, replace: bool = False
 ) -> GgufExported:
     """Write a model as two GGUF files."""
-    if find_spec("gguf") is None:
-        raise CheckpointError("--format gguf needs the package gguf: pip install gguf")
+    extra("gguf", "--format gguf needs", "gguf")
     model, config = loaded.model, loaded.config
     table = model.llm.get_input_embeddings().weight
     kind = kind or str(table.dtype).removeprefix("torch.")

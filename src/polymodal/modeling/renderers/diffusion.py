@@ -29,6 +29,7 @@ from polymodal.modeling.renderers.base import MULTIPLE, Output, Renderer, Render
 from polymodal.safety.config_json import check_settings, read_json
 from polymodal.safety.model_folder import check_folder
 from polymodal.utils.devices import best_device, check_device
+from polymodal.utils.extras import extra
 
 INDEX = "model_index.json"
 """The file that makes a folder a pipeline."""
@@ -269,13 +270,7 @@ def _parameters(pipe: Any) -> dict[str, Any]:
 
 def _diffusers() -> Any:
     quieten_transformers()  # before the first look at it, which says what is not installed
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ConfigError(
-            f"drawing needs diffusers ({first_line(error)}): pip install 'polymodal[diffusion]'"
-        ) from None
-    return diffusers
+    return extra("diffusers", "drawing needs", "polymodal[diffusion]")
 
 
 @contextmanager

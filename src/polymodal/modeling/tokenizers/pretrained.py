@@ -17,11 +17,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from polymodal.config import parse_config
-from polymodal.errors import CheckpointError, ConfigError, first_line
+from polymodal.errors import CheckpointError, ConfigError
 from polymodal.media_plan import Size
 from polymodal.modeling.pretrained import building
 from polymodal.modeling.tokenizers.config import PretrainedTokenizerConfig
 from polymodal.modeling.tokenizers.quantizers import Quantized, check_ids
+from polymodal.utils.extras import extra
 from polymodal.utils.safetensors_io import compare_tensors, copy_tensors, read_header
 
 INSIDE = "vqmodel."
@@ -218,8 +219,4 @@ def _made(config: PretrainedTokenizerConfig, build: Callable[[], Any]) -> Any:
 
 
 def _vq_model() -> Any:
-    try:
-        from diffusers import VQModel
-    except ImportError as error:
-        raise ConfigError(f"a VQModel needs diffusers: pip install diffusers ({first_line(error)})") from error
-    return VQModel
+    return extra("diffusers", "a VQModel needs", "polymodal[diffusion]").VQModel

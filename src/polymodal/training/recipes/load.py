@@ -73,6 +73,10 @@ def recipe_class(data: Any) -> type[RecipeBase]:
 
 def read_yaml(path: Path) -> Any:
     """Read a YAML file as plain data."""
+    if path.is_dir():
+        inside = next((file for file in (path / "pipeline.yaml", *sorted(path.glob("*.yaml"))) if file.is_file()), None)
+        told = f"give a recipe in it, such as {inside}" if inside else "a recipe is a YAML file"
+        raise ConfigError(f"recipe {path}: is a folder; {told}")
     if regular_size(path, f"recipe {path}", ConfigError) > MAX_BYTES:
         raise ConfigError(f"recipe {path}: has more than {MAX_BYTES:,} bytes; give a recipe, not data")
     try:
@@ -81,7 +85,10 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"recipe {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"recipe {path}: not valid UTF-8 ({error.reason})") from error
-    return _yaml(text, str(path))
+    data = _yaml(text, str(path))
+    if isinstance(data, list):
+        raise ConfigError(f"{path}: a list, such as data (`polymodal data check`); a recipe is a mapping of keys")
+    return data
 
 
 def dump_recipe(recipe: RecipeBase) -> str:

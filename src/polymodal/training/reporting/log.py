@@ -15,14 +15,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from polymodal.errors import ConfigError, PolymodalError, unknown_name
+from polymodal.errors import PolymodalError, unknown_name
+from polymodal.utils.extras import extra
 from polymodal.utils.files import write_text
 
+ANSWER_KEYS = ("id", "question", "expected", "answer", "error")
+"""What is shown of an answer."""
 PACKAGES = ("polymodal", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pillow", "safetensors")
 
 
@@ -86,6 +91,23 @@ def finite(value: Any) -> Any:
 
 Sums = dict[str, list[float]]
 """Name -> [sum of losses, tokens]."""
+
+
+def told(line: Mapping[str, Any]) -> list[str]:
+    """An evaluation for the terminal: its loss, and the first question with its answer."""
+    found = []
+    if line.get("loss") is not None:
+        of = f" over {line['tokens']:,} tokens" if "tokens" in line else ""
+        found.append(f"step {line['step']}: held-out loss {line['loss']:.4f}{of}")
+    for entry in line.get("answers", [])[:1]:
+        asked, said, wanted = (_short(entry.get(key, "")) for key in ("question", "answer", "expected"))
+        said = f"failed: {_short(entry['error'])}" if "error" in entry else repr(said)
+        found.append(f"step {line['step']}: {asked!r} was answered {said}; expected {wanted!r}")
+    return found
+
+
+def _short(text: str) -> str:
+    return shorten("".join(char if char.isprintable() else " " for char in text), 100, placeholder=" ...")
 
 
 class LossByKind:
@@ -167,6 +189,7 @@ class Tracker:
     """Where log lines go besides the log."""
 
     write: Callable[[int, dict[str, float]], None]  # Takes a step and numbers by name
+    show: Callable[[int, Sequence[Mapping[str, Any]], Path], None]  # Takes a step, answers, and where their images lie
     close: Callable[[], None]  # Flushes
 
 
@@ -192,33 +215,47 @@ def numbers_of(line: dict[str, Any], prefix: str) -> dict[str, float]:
 
 
 def _tensorboard(output_dir: Path, run_name: str, recipe: dict[str, Any], step: int) -> Tracker:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise _missing("tensorboard") from None
-    writer: Any = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1 if step else None)
+    writer: Any = tracker_module("tensorboard").SummaryWriter(
+        str(output_dir / "tensorboard"), purge_step=step + 1 if step else None
+    )
 
     def write(step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
 
-    return Tracker(write, writer.close)
+    def show(step: int, answers: Sequence[Mapping[str, Any]], folder: Path) -> None:
+        for number, entry in enumerate(answers):
+            name = f"answers/{number}"
+            lines = [f"**{key}**: {entry[key]}" for key in ANSWER_KEYS if key in entry]
+            writer.add_text(name, "\n\n".join(lines), step)
+            for place, file in enumerate(entry.get("images", ())):
+                with Image.open(folder / file) as image:
+                    writer.add_image(f"{name}/image {place}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    return Tracker(write, show, writer.close)
 
 
 def _wandb(output_dir: Path, run_name: str, recipe: dict[str, Any], step: int) -> Tracker:
-    try:
-        import wandb
-    except ImportError:
-        raise _missing("wandb") from None
+    wandb = tracker_module("wandb")
     identity = hashlib.sha256(str(output_dir.resolve()).encode()).hexdigest()[:12]
     run: Any = wandb.init(
         project="polymodal", name=run_name, id=identity, resume="allow", dir=str(output_dir), config=recipe
     )
-    return Tracker(lambda step, numbers: run.log(numbers, step=step), run.finish)
+
+    def show(step: int, answers: Sequence[Mapping[str, Any]], folder: Path) -> None:
+        rows = []
+        for entry in answers:
+            image = next((wandb.Image(str(folder / file)) for file in entry.get("images", ())), None)
+            rows.append([*(str(entry.get(key, "")) for key in ANSWER_KEYS), image])
+        run.log({"eval/answers": wandb.Table(columns=[*ANSWER_KEYS, "image"], data=rows)}, step=step)
+
+    return Tracker(lambda step, numbers: run.log(numbers, step=step), show, run.finish)
 
 
-def _missing(name: str) -> ConfigError:
-    return ConfigError(f"run.trackers: {name} is not installed; run `pip install {name}`, or leave it out")
+def tracker_module(name: str) -> Any:
+    """The module behind a tracker."""
+    module = "torch.utils.tensorboard" if name == "tensorboard" else name
+    return extra(module, "run.trackers needs", name, package=name)
 
 
 TRACKERS: dict[str, Callable[[Path, str, dict[str, Any], int], Tracker]] = {

@@ -7,12 +7,15 @@ answers changed, and the whole recipe.
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from polymodal.errors import ConfigError
 from polymodal.training.reporting.log import read_log
+from polymodal.utils.extras import extra
 from polymodal.utils.files import write_text
 from polymodal.utils.html import data_url, html_page
 from polymodal.utils.progress import duration
@@ -46,16 +49,12 @@ def drawn_kinds(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int,
 
 def draw_curves(log: Path, image: Path, title: str) -> bool:
     """Draw a run's log: loss (raw, smoothed, by kind), learning rates and gradient norm against samples."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     lines = [line for line in read_log(log) if line.get("loss") is not None]
     if len(lines) < 2:
         return False
     samples = np.array([line["samples"] for line in lines])
     loss = np.array([line["loss"] for line in lines])
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(figsize=(9, 6.5))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot(samples, loss, color="0.8", linewidth=1, label="loss")
     upper.plot(samples, smooth(loss, max(3, len(loss) // 20)), color="black", linewidth=1.8, label="smoothed")
@@ -78,6 +77,13 @@ def draw_curves(log: Path, image: Path, title: str) -> bool:
     rates.legend(fontsize=8)
     figure.savefig(image, dpi=110)
     return True
+
+
+def _figure(figsize: tuple[float, float]) -> Any:
+    """A figure that is drawn in memory."""
+    figure = extra("matplotlib.figure", "curves need", "polymodal[train]").Figure(figsize, layout="constrained")
+    extra("matplotlib.backends.backend_agg", "curves need", "polymodal[train]").FigureCanvasAgg(figure)
+    return figure
 
 
 def write_report(output_dir: Path) -> Path:
@@ -147,19 +153,16 @@ def _curves(output_dir: Path, lines: Sequence[dict[str, Any]], evals: Sequence[d
     image = output_dir / "loss.png"
     if image.is_file():
         found["loss, learning rate and gradient norm"] = data_url(image.read_bytes(), "png")
-    if len(lines) > 1:
-        found["held-out loss and throughput"] = data_url(draw_rates(lines, evals), "png")
+    with suppress(ConfigError):  # without matplotlib the rest is there all the same
+        if len(lines) > 1:
+            found["held-out loss and throughput"] = data_url(draw_rates(lines, evals), "png")
     return found
 
 
 def draw_rates(lines: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]]) -> bytes:
     """Draw throughput over steps, under the held-out loss where there is one."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     scored = [entry for entry in evals if entry.get("loss") is not None]
-    figure = Figure(figsize=(9, 5 if scored else 2.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(figsize=(9, 5 if scored else 2.6))
     axes = figure.subplots(2 if scored else 1, 1, sharex=True, squeeze=False)[:, 0]
     if scored:
         trained = [line for line in lines if line["loss"] is not None]
