@@ -59,7 +59,7 @@ REACHED = {
 }
 # From the ground up. A room imports rooms of lower floors, and those before it on its own.
 FLOORS: dict[str, tuple[str, ...]] = {
-    "base": ("errors", "utils", "messages", "config", "media_plan"),
+    "base": ("errors", "utils", "messages", "config", "media_plan", "video_plan"),
     "guards": ("safety",),
     "media in": ("media", "processing", "viewer"),
     "model": ("modeling",),

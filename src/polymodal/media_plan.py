@@ -1,9 +1,9 @@
-"""Pure integers: how an image, a video or a sound becomes tiles and tokens; imports nothing heavy.
+"""Pure integers: how an image or a sound becomes tiles and tokens; imports nothing heavy. `video_plan` has videos.
 
 A plan is made once, by the processor, and carried along; the pixel code, the model, the packer and the cost estimate
-only read it. Five ways to fit an image are planned: "squash", "pad", "crop" (one tile), "slice" (tiles at the
-image's own scale, plus a thumbnail) and "anyres" (LLaVA-NeXT, arXiv:2407.07895; `anyres_max` is LLaVA-OneVision,
-arXiv:2408.03326).
+only read it. Six ways to fit an image are planned: "squash", "pad", "crop" (one tile), "slice" (tiles at the
+image's own scale, plus a thumbnail), "anyres" (LLaVA-NeXT, arXiv:2407.07895; `anyres_max` is LLaVA-OneVision,
+arXiv:2408.03326) and "native" (one tile of the image's own shape, as NaFlex of SigLIP 2 takes it, arXiv:2502.14786).
 
 AnyRes counts exactly as the reference does, rounding included: the reference works in floating point, so the same
 floating-point steps are taken here and turned into integers once. "slice" differs from Idefics and InternVL in that
@@ -22,7 +22,7 @@ from polymodal.errors import ConfigError
 from polymodal.utils.html import notebook_view
 
 if TYPE_CHECKING:
-    from polymodal.config import AspectRatio, ImageConfig, PatchMerge, VideoConfig
+    from polymodal.config import AspectRatio, ImageConfig, PatchMerge
 
 
 @dataclass(frozen=True, order=True)
@@ -152,83 +152,29 @@ class AudioWindow:
 
 def plan_audio(frames: Sequence[int], window: AudioWindow) -> AudioPlan:
     """Plan a sound whose windows have so many frames."""
-    tokens = tuple(_ceil_div(count, window.frames_per_token) for count in frames)
+    tokens = tuple(ceil_div(count, window.frames_per_token) for count in frames)
     return AudioPlan(frames=tuple(frames), tokens=tokens, num_tokens=sum(tokens))
-
-
-def plan_video(source: Size, times: Sequence[float], video: VideoConfig, image: ImageConfig, tokens: Size) -> VideoPlan:
-    """Plan a video of frames that the projector would turn into `tokens` each."""
-    for what, size in (("frame size", source), ("tokens per tile", tokens)):
-        _refuse_empty(what, size)
-    frame = _plan_tile(source, image, Size(*image.tile_size), tokens, video.frame_aspect_ratio)
-    frames, per_frame = temporal_output(len(times), video, tokens)
-    old, num_tokens = _with_old_frames(frames, per_frame, video)
-    stride = video.old_frames.stride if video.old_frames is not None and old else (1, 1, 1)
-    return VideoPlan(
-        frame=frame, times=tuple(times), frames=frames, tokens=per_frame, num_tokens=num_tokens, old=old, stride=stride
-    )
-
-
-def _with_old_frames(frames: int, tokens: Size, video: VideoConfig) -> tuple[int, int]:
-    """How many frames are pooled as old ones, and the tokens of all."""
-    if (rule := video.old_frames) is None or frames <= rule.keep:
-        return 0, frames * tokens.area
-    t, h, w = rule.stride
-    if tokens.height == 1 < tokens.width and (h, w) != (1, 1):
-        raise ConfigError(
-            f"video.old_frames.stride {rule.stride}: the projector's tokens lie in no grid; use (t, 1, 1)"
-        )
-    old = frames - rule.keep
-    pooled = _ceil_div(old, t) * _ceil_div(tokens.height, h) * _ceil_div(tokens.width, w)
-    return old, pooled + rule.keep * tokens.area
-
-
-def temporal_output(frames: int, video: VideoConfig, tokens: Size) -> tuple[int, Size]:
-    """What comes out of a temporal encoder and the projector behind it: frames, and tokens of each."""
-    temporal = video.temporal
-    if temporal is None:
-        return frames, tokens
-    if temporal.type == "spatio_temporal_pool":
-        t, h, w = temporal.stride or (2, 2, 2)
-        # A projector that keeps no grid gives as many tokens whatever it sees.
-        kept = tokens if (h, w) == (1, 1) else Size(_ceil_div(tokens.height, h), _ceil_div(tokens.width, w))
-        return _ceil_div(frames, t), kept
-    joined = temporal.type == "mean" or (temporal.attention is not None and temporal.attention.pool == "mean")
-    return (1 if joined else frames), tokens
-
-
-def frames_within(wanted: int, video: VideoConfig, tokens: Size) -> int:
-    """The most frames, up to `wanted` and `max_frames`, whose tokens are within the video's budget."""
-    wanted = min(wanted, video.max_frames)
-    if video.max_tokens is None:
-        return wanted
-    fits = (
-        count
-        for count in range(wanted, 0, -1)
-        if _with_old_frames(*temporal_output(count, video, tokens), video)[1] <= video.max_tokens
-    )
-    most = next(fits, 0)
-    if not most:
-        raise ConfigError(f"video.max_tokens {video.max_tokens} is less than the tokens of one frame; raise it")
-    return most
 
 
 def plan_image(source: Size, image: ImageConfig, tokens: Size, *, alone: bool = True) -> ImagePlan:
     """Plan an image that the encoder turns into `tokens` a tile; `alone` where its conversation has no other image."""
     tile = Size(*image.tile_size)
     for what, size in (("image size", source), ("tokens per tile", tokens)):
-        _refuse_empty(what, size)
+        refuse_empty(what, size)
     how = image.image_aspect_ratio
     if how == "anyres":
+        _refuse_settings_of_others(image)
         if alone or image.several_images == "alike":
             return _plan_anyres(source, image, tile, tokens)
         newline = image.mm_patch_merge_type == "spatial_unpad"
-        return _plan_tile(source, image, tile, tokens, "pad", newline=newline)
-    _refuse_anyres_settings(image)
-    return _plan_slice(source, image, tile, tokens) if how == "slice" else _plan_tile(source, image, tile, tokens, how)
+        return plan_tile(source, image, tile, tokens, "pad", newline=newline)
+    _refuse_settings_of_others(image)
+    if how == "native":
+        return _plan_native(source, image, tile, tokens)
+    return _plan_slice(source, image, tile, tokens) if how == "slice" else plan_tile(source, image, tile, tokens, how)
 
 
-def _plan_tile(
+def plan_tile(
     source: Size,
     image: ImageConfig,
     tile: Size,
@@ -263,8 +209,8 @@ def fit_tile(
         return None, whole
     if how == "pad":
         frame = Size(
-            max(source.height, _ceil_div(source.width * tile.height, tile.width)),
-            max(source.width, _ceil_div(source.height * tile.width, tile.height)),
+            max(source.height, ceil_div(source.width * tile.height, tile.width)),
+            max(source.width, ceil_div(source.height * tile.width, tile.height)),
         )
         if frame == source:
             return None, whole
@@ -291,7 +237,7 @@ def _plan_slice(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> I
     if grid.area == 1:
         # A tile that is the whole image must not be a centre crop: nothing may be dropped.
         whole: AspectRatio = "squash" if image.overview_aspect_ratio == "squash" else "pad"
-        return _plan_tile(source, image, tile, tokens, whole, scaled_to_fit=scaled)
+        return plan_tile(source, image, tile, tokens, whole, scaled_to_fit=scaled)
     frame, box = _fit_overview(source, image, tile) if image.thumbnail else (None, None)
     return ImagePlan(
         source=source,
@@ -353,6 +299,53 @@ def _plan_anyres(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> 
     )
 
 
+def _plan_native(source: Size, image: ImageConfig, tile: Size, tokens: Size) -> ImagePlan:
+    """Keep the image's shape and, within bounds, its scale, rounded to whole tokens; it is one tile of its own size."""
+    cell, least, most = native_bounds(image, tile, tokens)
+    if not least <= source.area <= most:
+        scale = math.sqrt((most if source.area > most else least) / source.area)
+    else:
+        scale = 1.0
+    rows, columns = source.height * scale / cell.height, source.width * scale / cell.width
+    grid = Size(max(1, round(rows)), max(1, round(columns)))
+    if grid.area * cell.area < least and math.ceil(rows) * math.ceil(columns) * cell.area <= most:
+        grid = Size(math.ceil(rows), math.ceil(columns))
+    if grid.area * cell.area > most:  # by rounding; of an image thinner than a token the long side is cut
+        room = most // cell.area
+        grid = Size(max(1, math.floor(rows)), max(1, math.floor(columns)))
+        grid = Size(min(grid.height, room), min(grid.width, room))
+    shape, merge = grid * cell, image.mm_patch_merge_type
+    newline, flat = merge == "spatial_unpad", merge == "flat"
+    return ImagePlan(
+        source=source,
+        tile=shape,
+        canvas=shape,
+        content_box=Box(0, 0, shape.height, shape.width),
+        grid=Size(1, 1),
+        tokens=grid,
+        merge=merge,
+        unpadded=None if flat else grid,
+        scaled_to_fit=scale < 1,
+        num_tokens=grid.height * (grid.width + newline),
+        kept=None if flat else Box(0, 0, grid.height, grid.width),
+        newline=newline,
+    )
+
+
+def native_bounds(image: ImageConfig, tile: Size, tokens: Size) -> tuple[Size, int, int]:
+    """Of "native": the pixels of a token, and the fewest and the most pixels of an image."""
+    if tile.height % tokens.height or tile.width % tokens.width:
+        raise ConfigError(
+            f"image_aspect_ratio: native steps by whole tokens, and tile_size {tile.height}x{tile.width} is not cut "
+            f"evenly into {tokens.height}x{tokens.width} of them (height x width)"
+        )
+    cell = Size(tile.height // tokens.height, tile.width // tokens.width)
+    most = image.native_max_pixels or max(4 * tile.area, image.native_min_pixels or 1)
+    if most < cell.area:
+        raise ConfigError(f"native_max_pixels {most:,}: one token is of {cell.height}x{cell.width} pixels; raise it")
+    return cell, image.native_min_pixels or min(tile.area // 4, most), most
+
+
 def _fit_overview(source: Size, image: ImageConfig, tile: Size) -> tuple[Box | None, Box]:
     return fit_tile(source, tile, image.overview_aspect_ratio, image.resize_short_side, image.max_pixels)
 
@@ -412,10 +405,11 @@ def _centre(inner: Size, outer: Size) -> Box:
 
 
 def _tiles_needed(content: Size, tile: Size) -> Size:
-    return Size(_ceil_div(content.height, tile.height), _ceil_div(content.width, tile.width))
+    return Size(ceil_div(content.height, tile.height), ceil_div(content.width, tile.width))
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
+    """Divide, rounding up."""
     return -(-a // b)
 
 
@@ -433,15 +427,21 @@ def _pinpoints(image: ImageConfig, tile: Size) -> list[Size]:
     return pinpoints
 
 
-def _refuse_anyres_settings(image: ImageConfig) -> None:
-    """Refuse settings that only "anyres" reads, so that none is ignored in silence."""
-    for name in ("image_grid_pinpoints", "anyres_max", "mm_patch_merge_type", "several_images"):
-        if getattr(image, name) != type(image).model_fields[name].default:
+def _refuse_settings_of_others(image: ImageConfig) -> None:
+    """Refuse settings that another way alone reads, so that none is ignored in silence."""
+    how, given = image.image_aspect_ratio, type(image).model_fields
+    owners = {"image_grid_pinpoints": ("anyres",), "anyres_max": ("anyres",), "several_images": ("anyres",),
+              "mm_patch_merge_type": ("anyres", "native"), "native_min_pixels": ("native",),
+              "native_max_pixels": ("native",)}  # fmt: skip
+    for name, users in owners.items():
+        if how not in users and getattr(image, name) != given[name].default:
+            used = " and ".join(map(repr, users))
             raise ConfigError(
-                f"{name} is set but image_aspect_ratio is {image.image_aspect_ratio!r}; only 'anyres' uses it"
+                f"{name} is set but image_aspect_ratio is {how!r}; only {used} use{'s' * (len(users) < 2)} it"
             )
 
 
-def _refuse_empty(what: str, size: Size) -> None:
+def refuse_empty(what: str, size: Size) -> None:
+    """Refuse a size without a pixel."""
     if size.height < 1 or size.width < 1:
         raise ConfigError(f"{what} must be at least 1x1, got {size.height}x{size.width} (height x width)")

@@ -29,12 +29,13 @@ from polymodal.config import (
 from polymodal.errors import CheckpointError, ConfigError, MediaError, PolymodalError
 from polymodal.generation.params import GenerationParams
 from polymodal.interop.describe import describe
-from polymodal.media_plan import AudioPlan, Size, VideoPlan, frames_within
+from polymodal.media_plan import AudioPlan, Size, VideoPlan
 from polymodal.messages import Audio, Image, Video, assistant, user
 from polymodal.modeling import ctranslate2
 from polymodal.modeling.build import add_senses, build_model
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import collate, collate_packed
+from polymodal.video_plan import frames_within
 from tests.media.makers import clip, tone
 
 

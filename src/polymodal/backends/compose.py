@@ -6,8 +6,10 @@ token counts.
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -39,7 +41,7 @@ from polymodal.utils.files import shipped
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Resolution = Literal["fixed", "slices", "anyres"]
+Resolution = Literal["fixed", "slices", "anyres", "native"]
 
 EFFICIENTNET = "efficientnet_lite0"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -80,8 +82,8 @@ def compose(
         audio: A Whisper, whose encoder hears: a folder or hub id; None for a model that hears nothing.
         image: How images become tiles; the tower's own rules, padded to a square as LLaVA does, where None. A tower
             that is a module of yours needs it.
-        resolution: "fixed" (one tile), "slices" (tiles and a thumbnail) or "anyres" (LLaVA-NeXT's), where there is no
-            `image`.
+        resolution: "fixed" (one tile), "slices" (tiles and a thumbnail), "anyres" (LLaVA-NeXT's) or "native" (the
+            image's own shape), where there is no `image`.
         template: A preset ("chatml", "vicuna", "llama3", ...); the tokenizer's own where None, or else "vicuna".
         device: Where to put it; None takes a GPU where there is one.
         dtype: Of the language model's weights.
@@ -95,8 +97,8 @@ def compose(
         ConfigError: A part is of another kind than its place or does not fit the next, or there is no such device.
         CheckpointError: A part cannot be found or loaded.
     """
-    if resolution not in ("fixed", "slices", "anyres"):
-        raise ConfigError(f"resolution: {resolution!r}; choose fixed, slices or anyres")
+    if resolution not in get_args(Resolution):
+        raise ConfigError(f"resolution: {resolution!r}; choose one of {', '.join(get_args(Resolution))}")
     head = getattr(vision, "get_output_embeddings", None)
     if head is not None and head() is not None:
         raise ConfigError(f"vision: a {type(vision).__name__} is a language model; the order is vision, projector, llm")
@@ -133,11 +135,14 @@ def configure(
     settings = LLMConfig(model_name_or_path=llm, dtype=dtype)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(settings)
     tower = None if vision is None else VisionConfig(vision_tower=_name(vision), type=_family(vision))
-    rules = image if tower is None or image is not None else _image_rules(vision, tower.type, resolution)
+    between = _projector_config(projector)
+    joined = re.match(r"(?:pixel_shuffle|avg_pool)(\d+)", between.mm_projector_type)
+    side = int(joined[1]) if joined else 1  # patches a side of a token
+    rules = image if tower is None or image is not None else _image_rules(vision, tower.type, resolution, side)
     config = ModelConfig(
         vision=tower,
         image=rules,
-        projector=_projector_config(projector),
+        projector=between,
         llm=settings,
         template=TemplateConfig(chat_template=template or ("tokenizer" if tokenizer.chat_template else "vicuna")),
         audio=None if audio is None else AudioConfig(audio_tower=str(audio), type="whisper"),
@@ -192,7 +197,7 @@ def _family(vision: Any) -> str:
     return found
 
 
-def _image_rules(vision: Any, family: str, resolution: Resolution) -> ImageConfig:
+def _image_rules(vision: Any, family: str, resolution: Resolution, side: int) -> ImageConfig:
     """How images become tiles: the tower's own size, norm and filter, in the layout that was asked for."""
     if family == OWN:
         raise ConfigError("image: a tower of your own does not say how it wants its images; give an ImageConfig")
@@ -200,14 +205,17 @@ def _image_rules(vision: Any, family: str, resolution: Resolution) -> ImageConfi
     folder = None if isinstance(vision, nn.Module) else shipped(str(vision)) or referred_folder(str(vision))
     file = None if folder is None else folder / "preprocessor_config.json"
     mean, std = NORMS[family]
+    settings = {} if family == EFFICIENTNET else given.to_dict() if given is not None else _settings(vision)
+    patch = settings.get("patch_size", 1)
+    naflex = math.isqrt(settings.get("num_patches", 196)) * patch  # pixels a side of what SigLIP 2 counts in patches
     if family == EFFICIENTNET:
         own: dict[str, Any] = {"tile_size": (224, 224), "image_mean": mean, "image_std": std}
     elif file is not None and file.is_file():
-        read = image_config_from_hf(read_json(file))
+        read = image_config_from_hf(_fixed_size(read_json(file)))
         own = read.model_dump(include={"tile_size", "image_mean", "image_std", "resample"})
     else:
-        side = given.image_size if given is not None else _settings(vision).get("image_size", 224)
-        own = {"tile_size": (side, side), "image_mean": mean, "image_std": std}
+        size = settings.get("image_size", naflex if family == "siglip2" else 224)
+        own = {"tile_size": (size, size), "image_mean": mean, "image_std": std}
     height, width = own["tile_size"]
     layout: dict[str, Any] = {"fixed": {"image_aspect_ratio": "pad"}, "slices": {"image_aspect_ratio": "slice"}}.get(
         resolution, {}
@@ -216,4 +224,18 @@ def _image_rules(vision: Any, family: str, resolution: Resolution) -> ImageConfi
         grids = [(height * rows, width * columns) for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
         merge = "spatial_unpad"
         layout = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": grids, "mm_patch_merge_type": merge}
+    if resolution == "native":  # in whole tokens, rows ended by a newline: else nothing says how wide an image is
+        token = patch * side
+        own["tile_size"] = (height // token * token or token, width // token * token or token)
+        layout = {"image_aspect_ratio": "native", "mm_patch_merge_type": "spatial_unpad"}
     return parse_config(ImageConfig, {**own, **layout}, "image")
+
+
+def _fixed_size(preprocessor: dict[str, Any]) -> dict[str, Any]:
+    """A preprocessor's settings; NaFlex's, which says how many patches an image has at most, as a square of so many."""
+    most, patch = (preprocessor.get(key) for key in ("max_num_patches", "patch_size"))
+    if not isinstance(most, int) or not isinstance(patch, int):
+        return preprocessor
+    size = math.isqrt(most) * patch
+    plain = {key: value for key, value in preprocessor.items() if key not in ("max_num_patches", "patch_size")}
+    return {**plain, "image_processor_type": "SiglipImageProcessor", "size": {"height": size, "width": size}}

@@ -133,6 +133,9 @@ def _image_rows(rules: dict[str, Any]) -> list[tuple[str, str]]:
         return [("images", rules.get("not ours", ""))]
     height, width = rules["tile_size"]
     words = [f"{rules['image_aspect_ratio']} to {width}x{height}"]
+    if rules["image_aspect_ratio"] == "native":
+        most = rules.get("native_max_pixels")
+        words = [f"in their own shape, up to {f'{most:,}' if most else f'four times {width}x{height}'} pixels"]
     if "resize_short_side" in rules:
         words.append(f"short side {rules['resize_short_side']} first")
     if rules.get("image_grid_pinpoints"):

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--captions", metavar="FILE", help="other data for the first stage (those of --data)")
     add("--image-root", metavar="FOLDER", help="the folder that image paths start from (that of the data)")
     add("--projector", default="mlp2x_gelu", metavar="TYPE", help="linear, mlp2x_gelu, qformer, ... (%(default)s)")
-    add("--resolution", choices=("fixed", "slices", "anyres"), default="fixed", help="one tile, or several (fixed)")
+    add("--resolution", choices=("fixed", "slices", "anyres", "native"), default="fixed",
+        help="one tile, several, or the image's own shape (fixed)")  # fmt: skip
     add("--template", metavar="NAME", help="a chat template (the tokenizer's own, or else vicuna)")
     add("--tune", choices=("lora", "full"), default="lora", help="how the language model learns in stage 2 (lora)")
 

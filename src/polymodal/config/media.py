@@ -18,6 +18,7 @@ RESAMPLE_FILTERS: dict[Resample, int] = {"lanczos": 1, "bilinear": 2, "bicubic":
 # What a stranger's file may ask for; the largest published towers take 1,536 pixels a side and cut 36 tiles.
 MAX_TILE, MAX_CANVAS, MAX_PIXELS = 4096, 2**27, 400_000_000
 Side: TypeAlias = Annotated[int, Field(ge=1, le=MAX_TILE)]
+Area: TypeAlias = Annotated[int, Field(ge=1, le=MAX_CANVAS)]
 Channel: TypeAlias = Annotated[int, Field(ge=0, le=255)]
 Deviation: TypeAlias = Annotated[float, Field(gt=0)]
 
@@ -52,14 +53,19 @@ class ImageConfig(Strict):
     Attributes:
         image_aspect_ratio: "squash" resizes to the tile regardless of shape; "pad" pads to a square first; "crop"
             resizes the short side and crops the centre; "slice" cuts tiles and adds a thumbnail; "anyres" fits the
-            image to the best of `image_grid_pinpoints` and adds a global view.
-        tile_size: The encoder's input, (height, width) in pixels.
+            image to the best of `image_grid_pinpoints` and adds a global view; "native" keeps the image's shape and
+            rounds its size to whole tokens.
+        tile_size: The encoder's input, (height, width) in pixels. For "native": that of a video's frames, and what
+            the bounds on pixels are counted by where none are given.
         resize_short_side: For "crop": the short side before cropping; the tile's short side when None.
         image_grid_pinpoints: For "anyres": the canvases allowed, (height, width) in pixels.
         anyres_max: For "anyres": LLaVA-OneVision's anyres_max_N; grids with more tokens than N tiles are shrunk.
-        mm_patch_merge_type: For "anyres": see `media_plan.ImagePlan.merge`.
+        mm_patch_merge_type: For "anyres": see `media_plan.ImagePlan.merge`. For "native": "spatial_unpad" ends each row
+            of tokens with a newline token, which tells the model how wide the image is.
         several_images: For "anyres", with more than one image in a conversation: "alike" cuts each as if it were alone;
             "pad" makes each one padded tile with a newline token behind it, as LLaVA-OneVision does.
+        native_min_pixels: For "native": smaller images are scaled up to this; a quarter of a tile where None.
+        native_max_pixels: For "native": larger images are scaled down to this; four tiles where None.
         max_tiles: For "slice": the most tiles besides the thumbnail.
         thumbnail: For "slice": add the whole image as a last tile when it was cut.
         overview_aspect_ratio: How the overview or thumbnail tile is made: squashed, or padded to a square.
@@ -73,13 +79,15 @@ class ImageConfig(Strict):
 
     RENAMED = {"several_pictures": "several_images"}  # noqa: RUF012  # a class variable, as `Strict` says
 
-    image_aspect_ratio: Literal["squash", "pad", "crop", "slice", "anyres"] = "pad"
+    image_aspect_ratio: Literal["squash", "pad", "crop", "slice", "anyres", "native"] = "pad"
     tile_size: tuple[Side, Side]
     resize_short_side: Annotated[int, Field(ge=1, le=2**16)] | None = None
     image_grid_pinpoints: Annotated[tuple[tuple[PositiveInt, PositiveInt], ...], Field(max_length=1024)] = ()
     anyres_max: PositiveInt | None = None
     mm_patch_merge_type: PatchMerge = "flat"
     several_images: Literal["alike", "pad"] = "alike"
+    native_min_pixels: Area | None = None
+    native_max_pixels: Area | None = None
     max_tiles: int = Field(default=6, ge=1, le=1024)
     thumbnail: bool = True
     overview_aspect_ratio: AspectRatio = "squash"
@@ -98,6 +106,9 @@ class ImageConfig(Strict):
         for name, area in canvases.items():
             if area > MAX_CANVAS:
                 raise ValueError(f"{name} asks for {area:,} pixels an image, at most {MAX_CANVAS:,} are allowed")
+        least, most = self.native_min_pixels, self.native_max_pixels
+        if least is not None and most is not None and least > most:
+            raise ValueError(f"native_min_pixels {least:,} is more than native_max_pixels {most:,}")
         return self
 
 

@@ -283,7 +283,7 @@ def _used_rules(image: ImageConfig) -> dict[str, Any]:
     layout = image.image_aspect_ratio
     drop = {"max_tiles", "thumbnail"} if layout != "slice" else set()
     if layout != "anyres":
-        drop |= {"image_grid_pinpoints", "mm_patch_merge_type", "several_images"}
+        drop |= {"image_grid_pinpoints", "several_images"} | ({"mm_patch_merge_type"} if layout != "native" else set())
     if layout not in ("anyres", "slice"):
         drop |= {"overview_aspect_ratio"}
     return {key: value for key, value in values.items() if key not in drop}

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from polymodal.config import ModelConfig
 from polymodal.config.projector import PER_TOKEN
 from polymodal.errors import ConfigError
-from polymodal.media_plan import AudioWindow, Size, temporal_output
+from polymodal.media_plan import AudioWindow, Size, native_bounds
 from polymodal.modeling.ctranslate2 import missing_whisper
 from polymodal.modeling.encoders import audio as audio_towers
 from polymodal.modeling.encoders.audio import AudioEncoder, build_audio_encoder
@@ -27,6 +27,7 @@ from polymodal.modeling.projectors import Projector, build_projector
 from polymodal.modeling.projectors.qformer_files import check_stage1, load_context_tokenizer, start_projector
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.modeling.vocabulary import add_output
+from polymodal.video_plan import temporal_output
 
 if TYPE_CHECKING:  # whose module takes a second to load
     from transformers import PreTrainedModel
@@ -86,18 +87,17 @@ def build_vision(
     tile = Size(*config.image.tile_size) if config.image else None
     if encoder is not None:
         encoder = measured_encoder(encoder, config, tile)
-        if projector is not None:
-            projector = measured_projector(projector, encoder, llm_dim)
-            check_merge(config, projector.output_grid)
-        return encoder, projector or fit_projector(config, encoder, llm_dim)
-    encoder = build_vision_encoder(config.vision, folder, tile=tile)
-    if config.llm.dtype == "float32" and next(encoder.parameters()).dtype == torch.float16:
-        # Exact, and several times as fast on a CPU, which has no arithmetic in float16.
-        encoder.to(torch.float32)
-    if projector is not None:
-        projector = measured_projector(projector, encoder, llm_dim)
-        check_merge(config, projector.output_grid)
-    return encoder, projector or fit_projector(config, encoder, llm_dim)
+    else:
+        encoder = build_vision_encoder(config.vision, folder, tile=tile)
+        if config.llm.dtype == "float32" and next(encoder.parameters()).dtype == torch.float16:
+            # Exact, and several times as fast on a CPU, which has no arithmetic in float16.
+            encoder.to(torch.float32)
+    if projector is None:
+        return encoder, fit_projector(config, encoder, llm_dim)
+    projector = measured_projector(projector, encoder, llm_dim)
+    check_merge(config, projector.output_grid)
+    check_native(config, encoder, projector.output_grid)
+    return encoder, projector
 
 
 def _audio_source(config: ModelConfig, folder: Path | None) -> str | None:
@@ -174,6 +174,7 @@ def fit_projector(config: ModelConfig, encoder: VisionEncoder, llm_dim: int) -> 
     """Make the projector that leads from a vision tower to a language model (random weights)."""
     projector = build_projector(config.projector, encoder.embed_dim, encoder.grid, llm_dim)
     check_merge(config, projector.output_grid)
+    check_native(config, encoder, projector.output_grid)
     return projector
 
 
@@ -185,6 +186,39 @@ def check_merge(config: ModelConfig, tokens: Size) -> None:
             f"image.mm_patch_merge_type {merge!r} lays tokens out in rows and columns, but "
             f"{config.projector.mm_projector_type!r} gives {tokens.width} of them in no order; set it to flat"
         )
+
+
+def check_native(config: ModelConfig, encoder: VisionEncoder, tokens: Size) -> None:
+    """Make sure that tower and projector can follow images of any shape, where the image rules give them such."""
+    image, vision, name = config.image, config.vision, config.projector.mm_projector_type
+    if image is None or vision is None or image.image_aspect_ratio != "native":
+        return
+    way = "image.image_aspect_ratio 'native'"
+    if not isinstance(encoder, HFVisionEncoder):
+        raise ConfigError(f"{way}: {vision.type} takes tiles of one size; take one of {', '.join(FAMILIES)}")
+    if vision.mm_vision_select_feature != "patch":
+        raise ConfigError(f"{way} lays patches out in rows; set vision.mm_vision_select_feature to 'patch'")
+    if not ((re.fullmatch(PER_TOKEN, name) and tokens == encoder.grid) or re.match("pixel_shuffle|avg_pool", name)):
+        raise ConfigError(
+            f"{way} gives each image a grid of its own, and projector {name!r} makes {tokens.area} tokens of one of "
+            f"{encoder.grid.height}x{encoder.grid.width}; take linear, an MLP, pixel_shuffle<r> or avg_pool<r>"
+        )
+    tile, whole = encoder.tile, encoder.patch_grid * encoder.patch
+    if tile != whole:
+        raise ConfigError(
+            f"{way} steps by whole patches, and image.tile_size {tile.height}x{tile.width} is not made of these; set "
+            f"it to {whole.height}x{whole.width}"
+        )
+    native_bounds(image, tile, tokens)
+
+
+def fit_native(model: MultimodalLM, config: ModelConfig) -> None:
+    """Let a model's tower take images of any shape, where the image rules give it such."""
+    if config.image is not None and config.image.image_aspect_ratio == "native":
+        encoder: Any = model.vision_encoder
+        assert model.projector is not None  # as in every model with image rules
+        check_native(config, encoder, model.projector.output_grid)
+        encoder.take_any_size()
 
 
 def compose(
@@ -211,6 +245,7 @@ def compose(
     )
     if model.pixel_norm is not None:
         model.pixel_norm.to(embeddings.device)
+    fit_native(model, config)
     return model.eval()
 
 

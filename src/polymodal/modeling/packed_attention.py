@@ -234,7 +234,7 @@ def install(llm: PreTrainedModel) -> None:
             if attention_mask is None and query.shape[2] == key.shape[2] <= SHORT and _plain(query, **kwargs):
                 attended = _by_products(query, key, value, kwargs.get("scaling"))
                 return attended.transpose(1, 2).contiguous(), None
-            usual: Kernel = ALL_ATTENTION_FUNCTIONS.get(before) or _eager(module)
+            usual: Kernel = ALL_ATTENTION_FUNCTIONS.get(before) or eager_attention(module)
             return usual(module, query, key, value, attention_mask, **kwargs)
         return attend_opaquely(query, key, value, segments, kwargs), None
 
@@ -277,7 +277,7 @@ def _windows(llm: PreTrainedModel) -> list[int | None] | None:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def _eager(module: torch.nn.Module) -> Kernel:
+def eager_attention(module: torch.nn.Module) -> Kernel:
     """The plain attention that transformers keeps beside each architecture."""
     function: Kernel = sys.modules[type(module).__module__].__dict__["eager_attention_forward"]
     return function

@@ -36,6 +36,7 @@ from polymodal.modeling.merge import lay_out, merge_media
 from polymodal.modeling.own import measured_projector
 from polymodal.modeling.packed_attention import SEGMENTS, choose_method, packed_inputs
 from polymodal.modeling.projectors import Projector
+from polymodal.modeling.projectors.mlp import PooledProjector
 from polymodal.modeling.seq2seq import split_rows, take
 from polymodal.modeling.token_loss import Output, label_losses
 from polymodal.modeling.tokenizers.base import ImageTokenizer
@@ -135,26 +136,28 @@ class MultimodalLM(nn.Module):
             return None
         return AudioWindow(encoder.mel_bins, encoder.max_frames, encoder.frames_per_token)
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
+    def encode_images(self, pixel_values: Tensor | Sequence[Tensor]) -> Any:
         """Encode tiles.
 
         Args:
-            pixel_values: [N, 3, H, W], normalised, or uint8 to be normalised here: a quarter of the bytes to move.
+            pixel_values: [N, 3, H, W], normalised, or uint8, a quarter of the bytes to move; of several sizes one each.
 
         Returns:
-            [N, P, E] features. No gradient is kept where the whole encoder is frozen.
+            [N, P, E] features, or one a tensor given. No gradient is kept where the whole encoder is frozen.
 
         Raises:
             PolymodalError: The model has no vision encoder, or was not told how to normalise.
         """
         if self.vision_encoder is None:
             raise PolymodalError("this model has no vision encoder; leave the image out")
+        parts: Sequence[Tensor] = [pixel_values] if (one := isinstance(pixel_values, Tensor)) else pixel_values
         if self.pixel_norm is not None:
-            pixel_values = self.pixel_norm(pixel_values)
-        elif pixel_values.dtype == torch.uint8:
+            parts = [self.pixel_norm(part) for part in parts]
+        elif any(part.dtype == torch.uint8 for part in parts):
             raise PolymodalError("uint8 tiles: this model was built without image_mean and image_std")
+        encoder: Any = self.vision_encoder
         with torch.no_grad() if frozen(self.vision_encoder) else nullcontext():
-            return self.vision_encoder(pixel_values)
+            return encoder(parts[0] if one else parts)
 
     def encode_audio(self, audio_values: Tensor, plans: Sequence[AudioPlan]) -> Tensor:
         """Encode sounds.
@@ -185,13 +188,14 @@ class MultimodalLM(nn.Module):
         """Whether the projector reads the question beside an image (InstructBLIP)."""
         return bool(getattr(self.projector, "text_context", False))
 
-    def project(self, features: Tensor, context_ids: Tensor | None = None) -> Tensor:
+    def project(self, features: Tensor, context_ids: Tensor | None = None, tokens: Size | None = None) -> Tensor:
         """Project tiles.
 
         Args:
             features: [N, P, E].
             context_ids: [N, t], what the projector reads beside each tile, -1 behind the end; None where it reads
                 nothing.
+            tokens: Rows and columns of what is to come out, of images with a grid of their own.
 
         Returns:
             [N, Q, D].
@@ -205,16 +209,20 @@ class MultimodalLM(nn.Module):
         features = features.to(next(projector.parameters()).dtype)
         if context_ids is not None and not self.reads_context:
             raise PolymodalError("context_ids were given, but this model's projector reads no text")
-        projected: Tensor = projector(features, context_ids) if self.reads_context else projector(features)
+        more: Any = tokens if isinstance(projector, PooledProjector) else context_ids
+        projected: Tensor = projector(features, more) if more is not None else projector(features)
         return projected
 
     def project_images(
-        self, features: Tensor, plans: Sequence[ImagePlan | VideoPlan], context_ids: Tensor | None = None
+        self,
+        features: Tensor | Sequence[Tensor],
+        plans: Sequence[ImagePlan | VideoPlan],
+        context_ids: Tensor | None = None,
     ) -> list[Tensor]:
         """Look along the frames of videos, project features, and lay each medium's tokens out as its plan says.
 
         Args:
-            features: [N, P, E], the tiles of all images and the frames of all videos, in order.
+            features: [N, P, E], the tiles of all images and the frames of all videos, in order; or a tensor of each.
             plans: One plan an image or video; their tiles add up to N.
             context_ids: [media, t], what the projector reads beside each, -1 behind the end of a row; None where it
                 reads nothing.
@@ -226,20 +234,25 @@ class MultimodalLM(nn.Module):
             PolymodalError: The tiles do not add up, or a layout has another length than planned.
         """
         counts = [plan.num_tiles for plan in plans]
-        if self.projector is None or sum(counts) != len(features):
-            raise PolymodalError(f"image: {sum(counts)} tiles were planned, {len(features)} were given")
+        given = len(features) if isinstance(features, Tensor) else sum(map(len, features))
+        if self.projector is None or sum(counts) != given:
+            raise PolymodalError(f"image: {sum(counts)} tiles were planned, {given} were given")
         if context_ids is not None and len(context_ids) != len(plans):
             raise PolymodalError(f"image: {len(plans)} images and {len(context_ids)} contexts were given")
-        features = features.to(next(iter(self.projector.parameters())).dtype)  # images and videos go together again
+        split = features.split(counts) if isinstance(features, Tensor) else features
+        dtype = next(iter(self.projector.parameters())).dtype  # images and videos go together again
         times = [plan.times if isinstance(plan, VideoPlan) else () for plan in plans]
-        parts = look_along_time(self.temporal_encoder, list(features.split(counts)), times)
-        projected: list[Tensor] = [features] * len(parts)
-        for patches in sorted({part.shape[1] for part in parts}):  # one, but where videos are pooled in space
-            some = [number for number, part in enumerate(parts) if part.shape[1] == patches]
+        parts = look_along_time(self.temporal_encoder, [part.to(dtype) for part in split], times)
+        grids = (plan.frame.tokens if isinstance(plan, VideoPlan) else plan.tokens for plan in plans)
+        shapes = [(part.shape[1], grid) for part, grid in zip(parts, grids, strict=True)]
+        projected: list[Tensor] = list(parts)
+        # One shape, but where videos are pooled in space or images have grids of their own.
+        for shape in sorted(set(shapes)):
+            some = [number for number, own in enumerate(shapes) if own == shape]
             of_part = [number for number in some for _ in parts[number]]
             # Known on the host, the lengths need not be waited for.
             context = None if context_ids is None else context_ids[torch.tensor(of_part, device=context_ids.device)]
-            tiles = self.project(torch.cat([parts[number] for number in some]), context)
+            tiles = self.project(torch.cat([parts[number] for number in some]), context, shape[1])
             for number, tokens in zip(some, tiles.split([len(parts[number]) for number in some]), strict=True):
                 projected[number] = tokens
         return [lay_out(part, plan, self.image_newline) for part, plan in zip(projected, plans, strict=True)]
@@ -268,8 +281,8 @@ class MultimodalLM(nn.Module):
         input_ids: Tensor,
         plans: Sequence[MediaPlan] = (),
         sample_of_image: Sequence[int] = (),
-        pixel_values: Tensor | None = None,
-        features: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        features: Tensor | Sequence[Tensor] | None = None,
         media_places: Tensor | None = None,
         context_ids: Tensor | None = None,
         audio_values: Tensor | None = None,
@@ -282,8 +295,8 @@ class MultimodalLM(nn.Module):
             input_ids: [B, T]; placeholders expanded.
             plans: One plan a medium, in order of row, then of place.
             sample_of_image: The row of each medium.
-            pixel_values: [N, 3, H, W], the tiles of images and the frames of videos, or None.
-            features: [N, P, E] in place of `pixel_values`.
+            pixel_values: [N, 3, H, W], tiles of images and frames of videos; of several sizes a tensor each; or None.
+            features: [N, P, E] in place of `pixel_values`; or a tensor each.
             media_places: [M] positions of placeholders in the flattened [B * T], where they are known beforehand.
             context_ids: As in `project_images`.
             audio_values: [W, F, L], the windows of sounds, or None.
@@ -328,8 +341,8 @@ class MultimodalLM(nn.Module):
         labels: Tensor | None = None,
         plans: Sequence[MediaPlan] = (),
         sample_of_image: Sequence[int] = (),
-        pixel_values: Tensor | None = None,
-        features: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        features: Tensor | Sequence[Tensor] | None = None,
         segments: Sequence[int] | None = None,
         target_places: Tensor | None = None,
         media_places: Tensor | None = None,

@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from polymodal.media_plan import Size
 from polymodal.modeling.meta_device import Outline, on_no_device
 from polymodal.modeling.pretrained import building
 from polymodal.modeling.token_loss import GPU_BUDGET
@@ -48,6 +49,7 @@ class Load:
     frames: tuple[int, ...] = ()  # Of each video of a sample
     windows: int = 0  # Of the sounds of a sample
     window_frames: int = 0  # Of the longest of them
+    own_shapes: tuple[Size, ...] = ()  # Pixels of each image of a sample, where images have shapes of their own
 
 
 @dataclass(frozen=True)
@@ -164,9 +166,12 @@ def _forward(outline: Outline, load: Load) -> Tensor:
     model, llm = outline.model, outline.model.llm
     embeds = llm.get_input_embeddings()(torch.zeros(load.rows, load.tokens, dtype=torch.int64))
     media: list[Tensor] = []
-    if model.vision_encoder is not None and model.projector is not None and load.tiles:
+    tiles = load.tiles - len(load.own_shapes)
+    if load.own_shapes:
+        media += _images_of_own_shape(model, load)
+    if model.vision_encoder is not None and model.projector is not None and tiles:
         encoder, tile = model.vision_encoder, model.vision_encoder.tile
-        count = load.rows * load.tiles
+        count = load.rows * tiles
         weight = next(encoder.parameters())
         if load.cached:
             features = torch.zeros(count, encoder.grid.area, encoder.embed_dim)
@@ -176,9 +181,7 @@ def _forward(outline: Outline, load: Load) -> Tensor:
         context = None
         if model.reads_context and settings is not None:
             context = torch.zeros(count, settings.max_text_length, dtype=torch.int64)
-        stills, *videos = features.unflatten(0, (load.rows, -1)).split(
-            (load.tiles - sum(load.frames), *load.frames), dim=1
-        )
+        stills, *videos = features.unflatten(0, (load.rows, -1)).split((tiles - sum(load.frames), *load.frames), dim=1)
         if model.temporal_encoder is not None:
             weight = next(iter(model.temporal_encoder.parameters()), stills)
             videos = [model.temporal_encoder(v.to(weight.dtype), torch.zeros(v.shape[:2])) for v in videos]
@@ -216,6 +219,24 @@ def _forward(outline: Outline, load: Load) -> Tensor:
     return found[0]
 
 
+def _images_of_own_shape(model: Any, load: Load) -> list[Tensor]:
+    """The projected tokens of images that have each its own grid, [A, D] of one at a time in all rows."""
+    encoder, cell = model.vision_encoder, model.vision_encoder.tile
+    per_tile = model.tokens_per_tile
+    cell = Size(cell.height // per_tile.height, cell.width // per_tile.width)  # the pixels of a token
+    patches = [Size(s.height // encoder.patch.height, s.width // encoder.patch.width) for s in load.own_shapes]
+    dtype = next(encoder.parameters()).dtype
+    if load.cached:
+        features = [torch.zeros(load.rows, grid.area, encoder.embed_dim) for grid in patches]
+    else:
+        shapes = [(load.rows, 3, size.height, size.width) for size in load.own_shapes]
+        features = model.encode_images([torch.zeros(shape, dtype=dtype) for shape in shapes])
+    grids = [Size(s.height // cell.height, s.width // cell.width) for s in load.own_shapes]
+    made = [model.project(part, None, grid) for part, grid in zip(features, grids, strict=True)]
+    newline = [] if model.image_newline is None else [model.image_newline.expand(1, -1)]
+    return [*(part.flatten(0, 1) for part in made), *newline]
+
+
 def _sounds(outline: Outline, load: Load) -> Tensor:
     """The projected tokens of all windows, [A, D]."""
     encoder: Any = outline.model.audio_encoder
@@ -238,7 +259,9 @@ def _tower_bytes(encoder: Any, load: Load, bf16: bool) -> int:
         return int(load.rows * load.windows * load.window_frames // 2 * width * (2 if bf16 else 4))
     width = (settings.hidden_size * 6 + settings.intermediate_size * 2) if settings is not None else encoder.embed_dim
     patches = encoder.patch_grid.area + encoder.prefix if settings is not None else 112 * 112
-    return int(load.rows * load.tiles * patches * width * (2 if bf16 else 4))
+    seen = (load.tiles - len(load.own_shapes)) * patches
+    seen += sum(size.area // encoder.patch.area for size in load.own_shapes)
+    return int(load.rows * seen * width * (2 if bf16 else 4))
 
 
 def _leave_mask_to_kernel(llm: Any) -> None:

@@ -195,6 +195,7 @@ def plan_training(recipe: Recipe, start: Start, question: Question) -> TrainingP
         windows=sum(sound.windows for sound in media.sounds),
         window_frames=max((sound.longest for sound in media.sounds), default=0),
         cached=recipe.run.feature_cache != "off",
+        own_shapes=media.own_shapes(built.config),
     )
     trained = _count(model, trained=True)
     cost = trace(built, load, bf16=bf16)

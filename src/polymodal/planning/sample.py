@@ -10,9 +10,10 @@ from pathlib import Path
 from polymodal.config import ModelConfig, VideoConfig
 from polymodal.errors import ConfigError
 from polymodal.media.audio import open_audio
-from polymodal.media_plan import AudioWindow, ImagePlan, Size, frames_within, plan_audio, plan_image, plan_video
+from polymodal.media_plan import AudioWindow, ImagePlan, Size, plan_audio, plan_image
 from polymodal.messages import Audio, Document, Image, Video, user
 from polymodal.processing.media_parts import expand, plan_sample
+from polymodal.video_plan import frames_within, plan_video
 
 RATE, HOP = 16_000, 160
 """Samples a second, and between two frames of a spectrogram."""
@@ -71,6 +72,11 @@ class Media:
     def tiles(self) -> int:
         """Tiles that the vision encoder sees."""
         return sum(plan.num_tiles for _, plan in self.images) + sum(use.frames for use in self.videos)
+
+    def own_shapes(self, config: ModelConfig) -> tuple[Size, ...]:
+        """The pixels of each image, where images keep their shape."""
+        keeps = config.image is not None and config.image.image_aspect_ratio == "native"
+        return tuple(plan.tile for _, plan in self.images) if keeps else ()
 
 
 def plan_media(

@@ -63,8 +63,10 @@ class Batch:
     labels: torch.Tensor  # [B, T] int64; the token itself or `IGNORE`. Not shifted: the model shifts
     plans: tuple[MediaPlan, ...] = ()  # All media of the batch, in order of sample, then of place
     sample_of_image: tuple[int, ...] = ()  # For each medium, the row it belongs to
-    pixel_values: torch.Tensor | None = None  # [N, 3, H, W], all tiles of all images; float32 normalised, or uint8
-    features: torch.Tensor | None = None  # [N, P, E], the frozen encoder's output, in place of `pixel_values`
+    # [N, 3, H, W], all tiles of all images; float32 normalised, or uint8. Of several sizes: one tensor a medium
+    pixel_values: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+    # [N, P, E], the frozen encoder's output, in place of `pixel_values`; as there, one tensor a medium
+    features: torch.Tensor | tuple[torch.Tensor, ...] | None = None
     audio_values: torch.Tensor | None = None  # [W, F, L] float32, all windows of all sounds
     audio_features: torch.Tensor | None = None  # [A, E'], the frozen audio encoder's true tokens, in their place
     ids: tuple[str, ...] = ()  # The samples' ids
@@ -83,8 +85,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Move every tensor to a device."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+            elif name in ("pixel_values", "features") and value is not None:
+                moved[name] = tuple(part.to(device, non_blocking=True) for part in value)
         return replace(self, **moved)
 
 
@@ -141,13 +147,20 @@ def _carried(samples: Sequence[Sample], starts: Sequence[int], labels: torch.Ten
     pad = torch.nn.utils.rnn.pad_sequence
     return {
         "plans": tuple(plan for sample in samples for plan in sample.plans),
-        "pixel_values": torch.cat(pixels) if pixels else None,
+        "pixel_values": as_one(pixels),
         "audio_values": stack_windows(sounds),
         "ids": tuple(sample.id for sample in samples),
         "target_places": target_places(labels),
         "media_places": media_places(samples, starts),
         "context_ids": pad(contexts, batch_first=True, padding_value=-1) if contexts else None,
     }
+
+
+def as_one(media: Sequence[torch.Tensor]) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+    """The tiles or features of media as one tensor, where all are of one size."""
+    if len({part.shape[1:] for part in media}) > 1:
+        return tuple(media)
+    return torch.cat(list(media)) if media else None
 
 
 def stack_windows(sounds: Sequence[torch.Tensor]) -> torch.Tensor | None:  # each [W, F, L] -> [all W, F, longest L]

@@ -20,20 +20,12 @@ from polymodal.errors import PolymodalError
 from polymodal.media.audio import Sound, open_audio
 from polymodal.media.image import open_image
 from polymodal.media.video import FramePlan, Frames, plan_frames, probe, read_frames
-from polymodal.media_plan import (
-    AudioWindow,
-    ImagePlan,
-    MediaPlan,
-    Size,
-    frames_within,
-    plan_audio,
-    plan_image,
-    plan_video,
-)
+from polymodal.media_plan import AudioWindow, ImagePlan, MediaPlan, Size, plan_audio, plan_image
 from polymodal.messages import Audio, Image, Media, Message, Part, Video
 from polymodal.processing.audio_features import audio_features
 from polymodal.processing.document_pages import expand_documents
 from polymodal.processing.image_transform import make_tiles, tile_bytes
+from polymodal.video_plan import frames_within, plan_video
 
 MOST_DETAIL = 4
 """Frames are decoded at no more than so many tiles a side, which bounds their memory."""
@@ -168,5 +160,8 @@ def image_key(image: PILImage.Image, rules: ImageConfig, *, alone: bool = True) 
 
 @lru_cache(maxsize=16)
 def _rules(rules: ImageConfig) -> bytes:
-    # Younger than caches that people have; where it changes an image's tiles, `image_key` says so.
-    return rules.model_dump_json(exclude={"several_images"}).encode()
+    # Younger than caches that people have; where they change tiles, `image_key` or the layout's name says so.
+    younger = {"several_images"}
+    if rules.image_aspect_ratio != "native":
+        younger |= {"native_min_pixels", "native_max_pixels"}
+    return rules.model_dump_json(exclude=younger).encode()

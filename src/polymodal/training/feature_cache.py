@@ -202,11 +202,11 @@ class FeatureStore:
             yield
 
 
-def encoder_identity(encoder: torch.nn.Module, config: ModelConfig) -> str:
-    """Hash an encoder's configuration, weights and buffers."""
+def encoder_identity(encoder: torch.nn.Module, config: ModelConfig, more: str = "") -> str:
+    """Hash an encoder's configuration, weights and buffers, and what else decides the rows."""
     vision = config.vision
     rules = "" if vision is None else vision.model_dump_json(exclude={"vision_tower", "revision"})
-    return weights_identity(encoder, rules)
+    return weights_identity(encoder, rules + more)
 
 
 def open_audio_store(model: MultimodalLM, config: ModelConfig, where: str, dtype: str) -> FeatureStore | None:
@@ -244,8 +244,11 @@ def open_store(model: MultimodalLM, config: ModelConfig, where: str, dtype: str)
             return None
         raise ConfigError("run.feature_cache: this model has no vision encoder; set it to off")
     _refuse_trained(encoder, "vision_encoder")
-    row = (encoder.grid.area, encoder.embed_dim)
-    return FeatureStore.under(where, lambda: encoder_identity(encoder, config), row, dtype)
+    # Of images of any shape a row is a patch, since they have different numbers of these.
+    own_shapes = config.image.image_aspect_ratio == "native"
+    row = (1 if own_shapes else encoder.grid.area, encoder.embed_dim)
+    more = " patch by patch" if own_shapes else ""
+    return FeatureStore.under(where, lambda: encoder_identity(encoder, config, more), row, dtype)
 
 
 Place = TypeVar("Place", bound=Hashable)
@@ -329,6 +332,13 @@ def together(
 ) -> Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]:
     """An encoder of tiles [N, 3, H, W] as what `fill_missing` asks for."""
     return lambda items: encode(torch.cat(list(items)).to(device)).split([len(item) for item in items])
+
+
+def patch_by_patch(
+    encode: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]], device: torch.device
+) -> Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]:
+    """An encoder of images of several sizes as what `fill_missing` asks for: of each [n P, 1, E]."""
+    return lambda items: [found.flatten(0, 1)[:, None] for found in encode([item.to(device) for item in items])]
 
 
 def _append(path: Path, data: bytes) -> None:

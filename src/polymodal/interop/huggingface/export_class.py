@@ -119,8 +119,8 @@ def left_behind(config: ModelConfig) -> list[str]:
 
 def _against_image(image: ImageConfig, family: str) -> Iterator[str]:
     how = image.image_aspect_ratio
-    if how == "slice":
-        yield "image_aspect_ratio 'slice' has no place there: train with 'anyres', or with one tile"
+    if how in ("slice", "native"):
+        yield f"image_aspect_ratio {how!r} has no place there: train with 'anyres', or with one tile"
         return
     mean_colour = pad_colour(image.model_copy(update={"pad_color": None}))
     pads = how == "pad" or (how == "anyres" and image.several_images == "pad")

@@ -8,12 +8,15 @@ Layers are counted as LLaVA counts them (arXiv:2304.08485): index into the hidde
 embeddings, -1 the last layer before the final norm, -2 the layer before it. Differences from the reference: layers
 above the deepest selected one are not run (the numbers are the same); register tokens are always dropped, also where
 LLaVA's "full" would keep them; asking for a class token that the family lacks is an error instead of a lost patch.
-The fixed-resolution SigLIP 2 checkpoints are `siglip` models to `transformers`; `siglip2` is the NaFlex kind, run here
-on one tile size. EVA-02-CLIP has no class in `transformers` and is therefore not in the table.
+The fixed-resolution SigLIP 2 checkpoints are `siglip` models to `transformers`; `siglip2` is the NaFlex kind.
+EVA-02-CLIP has no class in `transformers` and is therefore not in the table.
+
+A tower takes tiles of one size, or after `take_any_size` images of any whole number of patches, each at its own grid:
+NaFlex as it was trained, the others with their positions interpolated by transformers' own code.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 
 from polymodal.errors import ConfigError, unknown_name
 from polymodal.media_plan import Size
+from polymodal.modeling.encoders.packed_images import keep_images_apart
 
 
 def _embed_clip(tower: Any, pixels: Tensor, grid: Size, interpolate: bool) -> Tensor:
@@ -106,12 +110,13 @@ class HFVisionEncoder(nn.Module):
             )
         self.model = model
         self.train(model.training)
-        layers = getattr(model.encoder, family.layers)
-        self.select_layers = _resolve_layers(select_layer, len(layers))
+        self.select_layers = _resolve_layers(select_layer, len(self._layers))
         self.select_feature = select_feature
         self.prefix = int(family.class_token) + getattr(config, "num_register_tokens", 0)
         native, patch = _native_tile(config, self.family), _pair(config.patch_size)
         self.tile = tile or native
+        self.patch = patch
+        self.any_size = False
         self.interpolate = self.tile != native
         self.patch_grid = Size(self.tile.height // patch.height, self.tile.width // patch.width)
         if not self.patch_grid.area:
@@ -128,24 +133,62 @@ class HFVisionEncoder(nn.Module):
         save: Any = self.model.save_pretrained
         save(folder)
 
-    def forward(self, pixels: Tensor) -> Tensor:  # [N, 3, H, W]
-        """Encode tiles; only the layers up to the deepest selected one are run."""
+    def take_any_size(self) -> None:
+        """Take images of any whole number of patches from now on, one tensor or a list of several sizes."""
+        self.any_size = True
+        keep_images_apart(self.model, self._layers)
+
+    @property
+    def _layers(self) -> nn.ModuleList:
+        model: Any = self.model
+        layers: nn.ModuleList = getattr(model.encoder, FAMILIES[self.family].layers)
+        return layers
+
+    def forward(self, pixels: Any) -> Any:  # [N, 3, H, W] -> [N, P, E], or a sequence of such -> a list
+        """Encode tiles, or images of several sizes at once; only the layers up to the deepest selected one are run."""
+        if isinstance(pixels, Tensor):
+            return self._join([self._select(state) for state in self._run(self._embed(pixels))])
+        sizes = [image.shape[2:] for image in pixels]
+        embedded: list[Tensor] = list(pixels)  # [n, P, E] each
+        for size in set(sizes):
+            alike = [place for place, own in enumerate(sizes) if own == size]
+            together = self._embed(torch.cat([pixels[place] for place in alike]))
+            for place, part in zip(alike, together.split([len(pixels[place]) for place in alike]), strict=True):
+                embedded[place] = part
+        lengths = [part.shape[1] for part in embedded for _ in part]
+        states = self._run(torch.cat([part.flatten(0, 1) for part in embedded])[None], lengths=lengths)
+        counts = [part.shape[:2].numel() for part in embedded]
+        of_images = zip(*(state[0].split(counts) for state in states), strict=True)
+        return [
+            self._join([self._select(state.view(*part.shape[:2], -1)) for state in chosen])
+            for part, chosen in zip(embedded, of_images, strict=True)
+        ]
+
+    def _embed(self, pixels: Tensor) -> Tensor:  # [N, 3, H, W] -> [N, prefix + patches, E]
+        """Hidden state 0."""
         given = Size(pixels.shape[-2], pixels.shape[-1])
-        if given != self.tile:
+        grid = Size(given.height // self.patch.height, given.width // self.patch.width)
+        if given != (grid * self.patch if self.any_size else self.tile):
+            wanted = f"whole patches of {_text(self.patch)}" if self.any_size else f"tiles of {_text(self.tile)}"
             raise ConfigError(
-                f"the vision encoder takes tiles of {_text(self.tile)} pixels (height x width) and was given "
-                f"{_text(given)}: make image.tile_size agree with it"
+                f"the vision encoder takes {wanted} pixels (height x width) and was given {_text(given)}: make "
+                "image.tile_size agree with it"
             )
-        family = FAMILIES[self.family]
         model: Any = self.model
         # The embeddings' own type: quantised layers deeper down may store integers.
         dtype = next(p for p in model.embeddings.parameters() if p.is_floating_point()).dtype
-        hidden = family.embed(model, pixels.to(dtype), self.patch_grid, self.interpolate)
+        return FAMILIES[self.family].embed(model, pixels.to(dtype), grid, self.interpolate or self.any_size)
+
+    def _run(self, hidden: Tensor, **told: Sequence[int]) -> list[Tensor]:
+        """The selected hidden states."""
         states = [hidden]
-        for layer in list(getattr(model.encoder, family.layers))[: max(self.select_layers)]:
-            hidden = layer(hidden, *family.layer_args)
+        for layer in list(self._layers)[: max(self.select_layers)]:
+            hidden = layer(hidden, *FAMILIES[self.family].layer_args, **told)
             states.append(hidden)
-        chosen = [self._select(states[index]) for index in self.select_layers]
+        return [states[index] for index in self.select_layers]
+
+    @staticmethod
+    def _join(chosen: list[Tensor]) -> Tensor:
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
 
     def _select(self, hidden: Tensor) -> Tensor:

@@ -144,7 +144,8 @@ class PooledProjector(nn.Module):
         self.projector = projector
         self.output_grid = Size(grid.height // ratio, grid.width // ratio)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Pool and project features [N, P, E] to [N, Q, D]."""
-        tokens: Tensor = self.projector(self.pool(features, self.grid, self.ratio))
-        return tokens
+    def forward(self, features: Tensor, tokens: Size | None = None) -> Tensor:
+        """Pool and project features [N, P, E] to [N, Q, D], `tokens` rows and columns of them where it is given."""
+        grid = self.grid if tokens is None else tokens * Size(self.ratio, self.ratio)
+        projected: Tensor = self.projector(self.pool(features, grid, self.ratio))
+        return projected

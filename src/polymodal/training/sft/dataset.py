@@ -23,11 +23,11 @@ from polymodal.data.readers.conversations import Record
 from polymodal.errors import DataError, PolymodalError
 from polymodal.media_plan import AudioPlan
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.processing.collate import Batch, Sample, collate, collate_packed, stack_windows
+from polymodal.processing.collate import Batch, Sample, as_one, collate, collate_packed, stack_windows
 from polymodal.processing.image_codes import empty_condition
 from polymodal.processing.media_parts import Opened
 from polymodal.processing.processor import Processor
-from polymodal.training.feature_cache import Broken, FeatureStore, fill_missing, together
+from polymodal.training.feature_cache import Broken, FeatureStore, fill_missing, patch_by_patch, together
 from polymodal.training.recipes.sft import DataConfig
 from polymodal.training.sft.conditions import without_condition
 from polymodal.utils.files import write_text
@@ -243,13 +243,23 @@ class SFTDataset:
             return made
         keys = [item for sample in samples for item in zip(sample.media_keys, sample.heard, strict=True)]
         of_images, of_sounds = ([key for key, heard in keys if heard == wanted] for wanted in (False, True))
-        features = None if self.store is None else self.store.gather(of_images)
+        features: Any = None if self.store is None else self.store.gather(of_images)
+        if self.own_shapes and self.store is not None and features is not None:
+            tiles = [plan.num_tiles for plan in made.plans if not isinstance(plan, AudioPlan)]
+            of_each = features.split([self.store.where[key][1] for key in of_images])
+            features = as_one([part.view(n, -1, part.shape[-1]) for part, n in zip(of_each, tiles, strict=True)])
         sounds = None if self.sounds is None else self.sounds.gather(of_sounds)
         return replace(made, features=features, audio_features=None if sounds is None else sounds[:, 0])
 
     @property
     def _stores(self) -> list[FeatureStore]:
         return [store for store in (self.store, self.sounds) if store is not None]
+
+    @property
+    def own_shapes(self) -> bool:
+        """Whether each image has a shape of its own, and so its own number of features."""
+        image = self.processor.config.image
+        return image is not None and image.image_aspect_ratio == "native"
 
     def named_batch(self, indices: np.ndarray) -> NamedBatch:
         """A batch, and what its targets are called in the log."""
@@ -278,7 +288,7 @@ class SFTDataset:
             log(f"left out {count} {label} {reason}")
         more, device = (model.device, workers, self.broken), model.device
         if self.store is not None:
-            encode = together(model.encode_images, device)
+            encode = (patch_by_patch if self.own_shapes else together)(model.encode_images, device)
             count = fill_missing(self.store, dataset._media(heard=False), self._tiles, encode, *more)
             log(f"features: {count} images encoded, {len(self.store.where)} in the cache")
         if self.sounds is not None:

@@ -18,7 +18,7 @@ from polymodal.data.readers.conversations import Record
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.interop.open import open_model
 from polymodal.media_plan import AudioPlan, ImagePlan, MediaPlan, VideoPlan
-from polymodal.modeling.build import add_senses, build_model
+from polymodal.modeling.build import add_senses, build_model, fit_native
 from polymodal.modeling.ctranslate2 import missing_whisper
 from polymodal.modeling.dual_encoders.registry import read_metadata
 from polymodal.modeling.lora import fuse_adapters
@@ -87,6 +87,7 @@ def load_inputs(recipe: Recipe) -> StageInputs:
     if recipe.init.template is not None:
         config = config.model_copy(update={"template": recipe.init.template})
     torch.manual_seed(recipe.run.seed)
+    fit_native(loaded.model, config)
     add_senses(loaded.model, config)
     add_output(loaded.model, loaded.tokenizer, config)
     if config.image is not None and config.image.mm_patch_merge_type == "spatial_unpad":
@@ -147,6 +148,7 @@ class SFTTask(Task):
         recipe, run, inputs = self.recipe, self.recipe.run, self.inputs
         store = sounds = None
         if run.feature_cache != OFF:
+            self._check_warm_starts()
             store = open_store(self.model, inputs.config, run.feature_cache, run.feature_dtype)
             sounds = open_audio_store(self.model, inputs.config, run.feature_cache, run.feature_dtype)
         processor = processor_of(self.model, inputs.tokenizer, inputs.config).with_template(recipe.data.template)
@@ -156,6 +158,14 @@ class SFTTask(Task):
         dataset = SFTDataset(prepared, processor, store, recipe.batch.packing == "pack", broken, sounds=sounds)
         seen = self._seen(prepared) if run.feature_cache != OFF else None
         return dataset.fill_store(self.model, run.workers, "records", seen)
+
+    def _check_warm_starts(self) -> None:
+        """Refuse what reads whole tiles from the feature cache, where images have shapes of their own."""
+        image, recipe = self.inputs.config.image, self.recipe
+        if image is not None and image.image_aspect_ratio == "native":
+            for name in ("warm_start", "video_warm_start", "prototypes"):
+                if getattr(recipe, name) is not None:
+                    raise ConfigError(f"{name} compares tiles of one size, and image_aspect_ratio is 'native'; drop it")
 
     def _seen(self, prepared: Prepared) -> np.ndarray | None:
         """The records of which features are needed; all where None."""
