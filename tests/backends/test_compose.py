@@ -7,18 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image as PILImage
 from torch import nn
-from transformers import CLIPVisionModel, LlamaForCausalLM
+from transformers import CLIPVisionModel, LlamaForCausalLM, Siglip2VisionConfig, Siglip2VisionModel
 
 import polymodal
 from polymodal import Image, MultimodalLM, compose, train, user
-from polymodal.config import ImageConfig
+from polymodal.config import AbstractorConfig, ImageConfig, ProjectorConfig
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.media_plan import Size
 from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
 from recipes.tiny.make_parts import main as make_parts
 
 PICTURES = Path(__file__).parents[2] / "examples/pictures"
+ABSTRACTOR = ProjectorConfig(
+    mm_projector_type="abstractor", abstractor=AbstractorConfig(num_query_tokens=4, hidden_size=16, depth=1)
+)
 RULES = ImageConfig(image_aspect_ratio="pad", tile_size=(56, 56), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 
 
@@ -223,3 +227,54 @@ def test_a_recipe_with_values_changed(parts: Path, tmp_path: Path, monkeypatch: 
     final = train(tmp_path / "recipe.yaml", output_dir=tmp_path / "run", max_steps=1, optim__clip=0.5)
     assert final == tmp_path / "run" / "final"
     assert "clip: 0.5" in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("projector, tokens", [("mlp2x_gelu", Size(4, 4)), ("avg_pool2_linear", Size(2, 2))])
+def test_native_resolution(parts: Path, tmp_path: Path, projector: str, tokens: Size) -> None:
+    made = compose(vision=parts / "vision", projector=projector, llm=parts / "llm", resolution="native")
+    assert made.config.image is not None and made.config.image.tile_size == (56, 56)
+    assert made.model.tokens_per_tile == tokens and made.model.image_newline is not None
+    wide = Image(PILImage.new("RGB", (112, 56), "red"))
+    plan = made.processor([user(wide, "What?")], pixels=False).plans[0]
+    assert plan.tokens == Size(tokens.height, 2 * tokens.width) and plan.num_tokens == plan.tokens.area + tokens.height
+    out = made(images=[wide, PICTURES / "apple.png"], messages="<image> or <image>?")
+    assert torch.isfinite(out.logits).all()
+    made.save(tmp_path / "model")
+    assert polymodal.load(tmp_path / "model").ask("What?", PICTURES / "apple.png") == made.ask(
+        "What?", PICTURES / "apple.png"
+    )
+
+
+def test_native_resolution_of_naflex_reads_its_own_rules(parts: Path, tmp_path: Path) -> None:
+    widths = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    Siglip2VisionModel(Siglip2VisionConfig(**widths, num_patches=16, patch_size=8)).save_pretrained(tmp_path)
+    assert compose(vision=tmp_path, llm=parts / "llm").config.image.tile_size == (32, 32)
+    rules = {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 8, "max_num_patches": 25, "resample": 2,
+             "image_mean": [0.4, 0.5, 0.6], "image_std": [0.5, 0.5, 0.5], "do_resize": True}  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(rules))
+    image = compose(vision=tmp_path, llm=parts / "llm", resolution="native").config.image
+    assert (image.tile_size, image.resample, image.image_mean) == ((40, 40), "bilinear", (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize(
+    "vision, projector, said",
+    [
+        ("vision", "qformer", "'native' gives each image a grid of its own, and projector 'qformer' makes 32 tokens"),
+        ("vision", "resampler", "take linear, an MLP, pixel_shuffle<r> or avg_pool<r>"),
+        ("vision", ABSTRACTOR, "'abstractor' makes 4 tokens of one of 4x4"),
+        ("efficientnet_lite0", "linear", "efficientnet_lite0 takes tiles of one size"),
+    ],
+)
+def test_native_resolution_refuses_what_wants_one_grid(parts: Path, vision: str, projector: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compose(parts / vision if vision == "vision" else vision, projector, parts / "llm", resolution="native")
+
+
+def test_native_resolution_refuses_a_module_that_pools_and_a_tile_of_broken_patches(parts: Path) -> None:
+    image = RULES.model_copy(update={"image_aspect_ratio": "native"})
+    with pytest.raises(ConfigError, match="takes tiles of one size"):
+        compose(Patches(), Fewer(), parts / "llm", image=image)
+    with pytest.raises(ConfigError, match="makes 4 tokens of one of 4x4"):
+        compose(parts / "vision", Fewer(48), parts / "llm", image=image)
+    with pytest.raises(ConfigError, match="tile_size 60x60 is not made of these; set it to 56x56"):
+        compose(parts / "vision", "linear", parts / "llm", image=image.model_copy(update={"tile_size": (60, 60)}))

@@ -42,7 +42,7 @@ def test_from_parts_to_an_answer(
     assert isinstance(polymodal.load(moved).ask("What?", PICTURES / "apple.png"), str)
 
 
-@pytest.mark.parametrize("resolution, rule", [("slices", "slice"), ("anyres", "anyres")])
+@pytest.mark.parametrize("resolution, rule", [("slices", "slice"), ("anyres", "anyres"), ("native", "native")])
 def test_resolutions_and_full_tuning(
     parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], resolution: str, rule: str
 ) -> None:

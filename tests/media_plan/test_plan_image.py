@@ -209,3 +209,42 @@ def test_one_of_several_images_is_padded_to_a_tile_and_ends_with_a_newline() -> 
     assert plan_image(Size(480, 640), anyres(), TOKENS, alone=False).num_tokens == 2340
     with pytest.raises(ConfigError, match="several_images is set but image_aspect_ratio is 'pad'"):
         plan_image(Size(480, 640), config("pad", several_images="pad"), TOKENS)
+
+
+NATIVE = {"image_aspect_ratio": "native", "tile_size": (224, 224), "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
+
+
+@pytest.mark.parametrize(
+    "source, tokens, expected",
+    [
+        (Size(224, 224), Size(16, 16), Size(16, 16)),
+        (Size(300, 420), Size(16, 16), Size(21, 30)),  # at its own scale
+        (Size(301, 419), Size(8, 8), Size(11, 15)),  # two patches a side to a token
+        (Size(1000, 2000), Size(16, 16), Size(22, 45)),  # scaled down to four tiles: 22.6 and 45.3 rounded, then cut
+        (Size(20, 40), Size(16, 16), Size(6, 11)),  # scaled up to a quarter of a tile
+        (Size(3, 100_000), Size(16, 16), Size(1, 1024)),  # thinner than a token, longer than there is room
+    ],
+)
+def test_native_keeps_the_shape(source: Size, tokens: Size, expected: Size) -> None:
+    plan = plan_image(source, ImageConfig(**NATIVE), tokens)
+    assert plan.tokens == expected and plan.num_tokens == expected.area
+    assert plan.tile == Size(expected.height * 224 // tokens.height, expected.width * 224 // tokens.width)
+
+
+@pytest.mark.parametrize(
+    "changes, tokens, said",
+    [
+        ({"tile_size": (384, 384)}, Size(27, 27), "384x384 is not cut evenly into 27x27"),
+        ({"native_max_pixels": 100}, Size(16, 16), "native_max_pixels 100: one token is of 14x14 pixels"),
+        ({"image_aspect_ratio": "pad", "native_max_pixels": 1000}, Size(16, 16), "only 'native' uses it"),
+        ({"anyres_max": 4}, Size(16, 16), "only 'anyres' uses it"),
+    ],
+)
+def test_native_refuses(changes: dict[str, Any], tokens: Size, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        plan_image(Size(100, 100), ImageConfig(**{**NATIVE, **changes}), tokens)
+
+
+def test_native_bounds_the_wrong_way_round() -> None:
+    with pytest.raises(ConfigError, match="native_min_pixels 200 is more than native_max_pixels 100"):
+        ImageConfig(**NATIVE, native_min_pixels=200, native_max_pixels=100)

@@ -131,3 +131,30 @@ def test_anyres(source: Size, tokens: Size, merge: str, overview: str, most: int
         assert plan.kept == Box(0, 0, field.height, field.width)
     if image.anyres_max is not None:
         assert rows * columns <= 1.21 * image.anyres_max * tokens.area + 1e-9
+
+
+@settings(max_examples=500)
+@given(source=SIZES, cell=st.builds(Size, st.integers(1, 32), st.integers(1, 32)), tokens=TOKENS, data=st.data())
+def test_native_plans_keep_to_their_bounds(source: Size, cell: Size, tokens: Size, data: st.DataObject) -> None:
+    tile = tokens * cell
+    most = data.draw(st.none() | st.integers(cell.area, 200 * cell.area))
+    least = data.draw(st.none() | st.integers(1, most or 4 * tile.area))
+    newline = data.draw(st.booleans())
+    rules = {"mm_patch_merge_type": "spatial_unpad"} if newline else {}
+    image = config("native", tile, native_min_pixels=least, native_max_pixels=most, **rules)
+    plan = plan_image(source, image, tokens)
+    highest = most or 4 * tile.area
+    assert plan.num_tiles == 1 and plan.tile == plan.canvas == plan.content_box.size == plan.tokens * cell
+    assert plan.tile.area <= highest
+    assert plan.num_tokens == plan.tokens.height * (plan.tokens.width + newline)
+    assert plan.scaled_to_fit == (source.area > highest)
+    # Neither side is further from the image's own shape than rounding to whole tokens makes it.
+    scale = 1.0
+    lowest = least or min(tile.area // 4, highest)
+    if source.area > highest:
+        scale = (highest / source.area) ** 0.5
+    elif source.area < lowest:
+        scale = (lowest / source.area) ** 0.5
+    rows, columns = source.height * scale / cell.height, source.width * scale / cell.width
+    if rows >= 1 and columns >= 1:
+        assert abs(plan.tokens.height - rows) <= 1 and abs(plan.tokens.width - columns) <= 1

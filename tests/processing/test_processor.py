@@ -39,6 +39,9 @@ CHANGES: dict[str, Any] = {
 }
 
 
+NATIVE = {"native_min_pixels": 100, "native_max_pixels": 10_000}
+
+
 def noise(seed: int = 1, height: int = 20, width: int = 30) -> PILImage.Image:
     return PILImage.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
@@ -52,7 +55,15 @@ def test_other_image_rules_have_another_key(name: str) -> None:
 
 
 def test_every_rule_is_tried() -> None:
-    assert {*CHANGES, "several_images"} == set(ImageConfig.model_fields)
+    assert {*CHANGES, *NATIVE, "several_images"} == set(ImageConfig.model_fields)
+
+
+@pytest.mark.parametrize("name, value", NATIVE.items())
+def test_bounds_of_native_are_in_the_key_of_native_images_alone(name: str, value: int) -> None:
+    native = {**RULES, "image_aspect_ratio": "native"}
+    assert image_key(noise(), ImageConfig(**native, **{name: value})) != image_key(noise(), ImageConfig(**native))
+    # Younger than caches that people have.
+    assert image_key(noise(), ImageConfig(**RULES, **{name: value})) == image_key(noise(), ImageConfig(**RULES))
 
 
 def test_another_image_has_another_key() -> None:

@@ -95,8 +95,8 @@ def build_vision(
     if projector is None:
         return encoder, fit_projector(config, encoder, llm_dim)
     projector = measured_projector(projector, encoder, llm_dim)
-    check_merge(config, projector.output_grid)
     check_native(config, encoder, projector.output_grid)
+    check_merge(config, projector.output_grid)
     return encoder, projector
 
 
@@ -173,8 +173,8 @@ def audio_window(config: ModelConfig, folder: Path | None) -> AudioWindow | None
 def fit_projector(config: ModelConfig, encoder: VisionEncoder, llm_dim: int) -> Projector:
     """Make the projector that leads from a vision tower to a language model (random weights)."""
     projector = build_projector(config.projector, encoder.embed_dim, encoder.grid, llm_dim)
-    check_merge(config, projector.output_grid)
     check_native(config, encoder, projector.output_grid)
+    check_merge(config, projector.output_grid)
     return projector
 
 
