@@ -162,13 +162,12 @@ def plan_image(source: Size, image: ImageConfig, tokens: Size, *, alone: bool = 
     for what, size in (("image size", source), ("tokens per tile", tokens)):
         refuse_empty(what, size)
     how = image.image_aspect_ratio
+    _refuse_settings_of_others(image)
     if how == "anyres":
-        _refuse_settings_of_others(image)
         if alone or image.several_images == "alike":
             return _plan_anyres(source, image, tile, tokens)
         newline = image.mm_patch_merge_type == "spatial_unpad"
         return plan_tile(source, image, tile, tokens, "pad", newline=newline)
-    _refuse_settings_of_others(image)
     if how == "native":
         return _plan_native(source, image, tile, tokens)
     return _plan_slice(source, image, tile, tokens) if how == "slice" else plan_tile(source, image, tile, tokens, how)

@@ -75,6 +75,7 @@ def loaded(tiny_model_config: ModelConfig) -> Loaded:
 
 REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "slices": ({"image": {"image_aspect_ratio": "slice"}}, ["'slice' has no place"]),
+    "native": ({"image": {"image_aspect_ratio": "native"}}, ["'native' has no place"]),
     "one linear layer": ({"projector": {"mm_projector_type": "linear"}}, ["'linear'", "mlp2x_gelu"]),
     "three layers": ({"projector": {"mm_projector_type": "mlp3x_gelu"}}, ["'mlp3x_gelu'"]),
     "pixel shuffle": ({"projector": {"mm_projector_type": "pixel_shuffle2_mlp2x_gelu"}}, ["pixel_shuffle2"]),

@@ -36,9 +36,9 @@ from polymodal.modeling.lora import NF4_BYTES
 from polymodal.modeling.meta_device import PUBLISHED_SHAPES, outline
 from polymodal.planning.activation_trace import Load, id_of, trace
 from polymodal.planning.plan import DEVICES, GIB, Question, TrainingPlan, plan_model, plan_training
-from polymodal.planning.sample import PaperVideo
+from polymodal.planning.sample import PaperVideo, plan_media
 from polymodal.planning.starting_point import starting_point
-from polymodal.processing.collate import collate
+from polymodal.processing.collate import as_one, collate
 from polymodal.processing.processor import Processor
 from polymodal.training.optimizer import apply_policy
 from polymodal.training.recipes.load import load_recipe
@@ -116,9 +116,14 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("sizes", [[(28, 28)], [(84, 28), (30, 50)]], ids=["tiles", "native"])
 @pytest.mark.parametrize("rules", RULES)
-def test_activations_are_those_that_autograd_really_keeps(rules: str, plain: dict[str, Any], tmp_path: Path) -> None:
+def test_activations_are_those_that_autograd_really_keeps(
+    rules: str, sizes: list[tuple[int, int]], plain: dict[str, Any], tmp_path: Path
+) -> None:
     """The real model, real tensors, real forward; the plan saw none of them."""
+    if len(sizes) > 1:
+        plain["init"]["model"]["image"]["image_aspect_ratio"] = "native"
     recipe = recipe_of(plain, **RULES[rules])
     assert recipe.init.model is not None
     model, tokenizer = build_model(recipe.init.model)
@@ -128,8 +133,8 @@ def test_activations_are_those_that_autograd_really_keeps(rules: str, plain: dic
 
     from polymodal.messages import Image, assistant, user
 
-    Pillow.new("RGB", (28, 28)).save(tmp_path / "a.png")
-    sample = processor([user(Image(str(tmp_path / "a.png")), "Which colour is it? " * 4), assistant("x")])
+    images = [Image(Pillow.new("RGB", size)) for size in sizes]
+    sample = processor([user(*images, "Which colour is it? " * 4), assistant("x")])
     assert sample.pixels is not None
     labels = torch.full_like(sample.input_ids, -100)
     labels[-1] = sample.input_ids[-1]  # one target: the head, which the plan counts by rule, weighs nothing
@@ -146,15 +151,18 @@ def test_activations_are_those_that_autograd_really_keeps(rules: str, plain: dic
             sample.input_ids[None],
             labels=labels[None],
             plans=sample.plans,
-            sample_of_image=[0],
-            pixel_values=torch.cat([p.float() for p in sample.pixels]),
+            sample_of_image=[0] * len(images),
+            pixel_values=as_one(sample.pixels),
         )
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
     empty = outline(recipe.init.model)
     apply_policy(empty.model, recipe.train, recipe.lora, recipe.optim)
     visual = sum(p.num_tokens for p in sample.plans)
-    load = Load(rows=1, tokens=len(sample.input_ids), targets=1, tiles=1, visual_tokens=visual)
+    paper = plan_media([Size(h, w) for w, h in sizes], [], [], [], recipe.init.model, model.tokens_per_tile, None)
+    shapes = paper.own_shapes(recipe.init.model)
+    assert shapes == (() if len(sizes) == 1 else tuple(p.tile for p in sample.plans))
+    load = Load(1, len(sample.input_ids), 1, tiles=paper.tiles, visual_tokens=visual, own_shapes=shapes)
     planned = trace(empty, load, bf16=False)
     assert planned.kept == pytest.approx(measured, rel=0.05)
     assert planned.kept_checkpointed < planned.kept
@@ -208,6 +216,19 @@ def test_checkpointing_is_chosen_where_it_does_not_fit_otherwise(
     assert small.checkpointing and small.fits and hopeless.checkpointing and not hopeless.fits
     assert small.flops_per_sample > large.flops_per_sample
     assert large.memory["activations"] == small.activations_kept > small.memory["activations"]
+
+
+def test_images_of_their_own_shape_on_paper(plain: dict[str, Any], capsys: Any, tmp_path: Path) -> None:
+    plain["init"]["model"]["image"]["image_aspect_ratio"] = "native"
+    found = [plan(recipe_of(plain), images=(size,)) for size in (Size(28, 28), Size(28, 56), Size(56, 56))]
+    assert [each.visual_tokens for each in found] == [(4,), (8,), (16,)]
+    assert found[0].memory["tower at work"] * 4 == found[2].memory["tower at work"]
+    assert found[0].flops_per_sample < found[1].flops_per_sample < found[2].flops_per_sample
+    cached = recipe_of(plain, run={**plain["run"], "feature_cache": str(tmp_path)})
+    assert plan(cached, images=(Size(28, 56),)).visual_tokens == (8,)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain))
+    assert main(["plan", str(tmp_path / "recipe.yaml"), "--image", "56x28", "--device", "cpu"]) == 0
+    assert "8" in capsys.readouterr().out
 
 
 def test_visual_tokens_are_the_processors(tiny_model_config: ModelConfig, plain: dict[str, Any]) -> None:

@@ -110,7 +110,7 @@ def test_a_run_from_the_cache_equals_one_without(native: dict[str, Any], recipe_
 
 def test_warm_starts_are_refused(native: dict[str, Any], recipe_of: Make) -> None:
     with pytest.raises(ConfigError, match="warm_start compares tiles of one size, and image_aspect_ratio is 'native'"):
-        train(recipe_of(native, run__feature_cache="memory", warm_start={"epochs": 1}))
+        train(recipe_of(native, run__feature_cache="memory", warm_start={"steps": 3}))
 
 
 def test_two_processes_equal_one(native: dict[str, Any], run_jobs: Callable[..., Any], tmp_path: Path) -> None:

@@ -347,8 +347,7 @@ class LocalBackend(ModelBackend[Sample]):
         grid = self.model.tokens_per_tile
         if grid is None or pixels is None:
             return [], []
-        rules = self.config.image
-        if rules is not None and rules.image_aspect_ratio == "native":
+        if (own := self.config.image) is not None and own.image_aspect_ratio == "native":
             raise ConfigError("pixel_values: images of a native model have a plan each; give messages in their place")
         rows = [row for row, number in enumerate(holes) for _ in range(number // grid.area)]
         if any(number % grid.area for number in holes) or len(rows) != count:

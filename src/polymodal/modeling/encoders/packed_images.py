@@ -55,7 +55,8 @@ def keep_images_apart(tower: Any, layers: nn.ModuleList) -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + before, ALL_MASK_ATTENTION_FUNCTIONS[before])
     tower.set_attn_implementation(PREFIX + before)
     for layer in layers:
-        layer.__class__ = _with_lengths(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _with_lengths(kind)
 
 
 @cache

@@ -147,8 +147,8 @@ class SFTTask(Task):
         """Tokenise the data and fill the feature cache; lists and indices go to a folder."""
         recipe, run, inputs = self.recipe, self.recipe.run, self.inputs
         store = sounds = None
+        self._check_warm_starts()
         if run.feature_cache != OFF:
-            self._check_warm_starts()
             store = open_store(self.model, inputs.config, run.feature_cache, run.feature_dtype)
             sounds = open_audio_store(self.model, inputs.config, run.feature_cache, run.feature_dtype)
         processor = processor_of(self.model, inputs.tokenizer, inputs.config).with_template(recipe.data.template)
