@@ -19,6 +19,7 @@ from polymodal.media_plan import AudioWindow, Size, native_bounds
 from polymodal.modeling.ctranslate2 import missing_whisper
 from polymodal.modeling.encoders import audio as audio_towers
 from polymodal.modeling.encoders.audio import AudioEncoder, build_audio_encoder
+from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
 from polymodal.modeling.encoders.video_temporal import TemporalEncoder, build_temporal
 from polymodal.modeling.encoders.vision import VisionEncoder, build_vision_encoder, fingerprint
 from polymodal.modeling.language_model import load_llm, load_tokenizer

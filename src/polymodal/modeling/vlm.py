@@ -246,8 +246,7 @@ class MultimodalLM(nn.Module):
         grids = (plan.frame.tokens if isinstance(plan, VideoPlan) else plan.tokens for plan in plans)
         shapes = [(part.shape[1], grid) for part, grid in zip(parts, grids, strict=True)]
         projected: list[Tensor] = list(parts)
-        # One shape, but where videos are pooled in space or images have grids of their own.
-        for shape in sorted(set(shapes)):
+        for shape in sorted(set(shapes)):  # one, but where videos are pooled in space or images keep their shape
             some = [number for number, own in enumerate(shapes) if own == shape]
             of_part = [number for number in some for _ in parts[number]]
             # Known on the host, the lengths need not be waited for.
