@@ -191,7 +191,7 @@ def given(parts: Path) -> dict[str, Any]:
         (lambda p: compose(Patches(), Fewer(out=7), p / "llm", image=RULES), "width 7, and the language model"),
         (lambda p: compose(Patches(), Fewer(width=3), p / "llm", image=RULES), "Fewer was run on [1, 16, 20]"),
         (lambda p: compose(p / "vision", "mlp2x_gleu", p / "llm"), "mlp2x_gleu"),
-        (lambda p: compose(p / "vision", llm=p / "llm", resolution="any"), "choose one of fixed, slices, anyres, native"),
+        (lambda p: compose(p / "vision", llm=p / "llm", resolution="any"), "one of fixed, slices, anyres, native"),
         (lambda p: compose(p / "vision", 3, p / "llm"), "projector: a int"),
         (lambda p: compose(p / "vision", llm=p / "llm", device="cuda:977"), "'cuda:977' is not on this machine"),
         (lambda p: compose(p / "vision", llm=p / "llm", device="gpu"), "choose cpu, cuda, cuda:NUMBER or mps"),
