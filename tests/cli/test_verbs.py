@@ -38,7 +38,8 @@ def test_generate_json(tiny_model_folder: Path, cat: str, coffee: str, capsys: p
     assert main([*argv, "--max-new-tokens", "5", "--json"]) == 0
     reply = json.loads(capsys.readouterr().out)
     assert set(reply) == {"text", "usage", "timing", "model", "finish_reason"}
-    assert set(reply["usage"]) == {"prompt_tokens", "image_tokens", "completion_tokens", "audio_tokens"}
+    kinds = ("prompt", "image", "completion", "audio", "cached")
+    assert set(reply["usage"]) == {f"{kind}_tokens" for kind in kinds}
     assert (reply["usage"]["image_tokens"], reply["usage"]["audio_tokens"]) == (2 * 16, 0)
     assert 1 <= reply["usage"]["completion_tokens"] <= 5
     assert reply["finish_reason"] in ("stop", "length")

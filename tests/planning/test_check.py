@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+import polymodal
 from polymodal.cli import main
 from polymodal.planning import check as checks
 from polymodal.planning.check import check
@@ -148,6 +149,18 @@ def test_a_tracker_that_is_broken(
     recipe["run"]["trackers"] = [name]
     (error,) = check(written(recipe, tmp_path)).errors
     assert f"run.trackers needs {name}, which is installed but cannot be imported: made for another numpy" in error
+
+
+def test_a_stage_that_goes_on_has_its_folders_own_tokenizer(recipe: dict[str, Any], tmp_path: Path) -> None:
+    model = polymodal.compose(
+        recipe["init"]["model"]["vision"]["vision_tower"], llm=recipe["init"]["model"]["llm"]["model_name_or_path"]
+    )
+    model.config = model.config.model_copy(
+        update={"llm": model.config.llm.model_copy(update={"model_name_or_path": "bundled"})}
+    )
+    model.save(tmp_path / "start")  # its language model lies in it without a tokenizer of its own
+    found = check(written({**recipe, "init": {"from": str(tmp_path / "start")}}, tmp_path))
+    assert found.errors == []
 
 
 def test_a_disk_without_room_is_told(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

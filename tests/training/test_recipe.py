@@ -173,7 +173,7 @@ def test_what_is_no_regular_file_is_refused_unopened(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe.yaml", Path("/dev/zero")):
         with pytest.raises(ConfigError, match="not a regular file"):
             load_recipe(path)
-    with pytest.raises(ConfigError, match="is a directory"):
+    with pytest.raises(ConfigError, match="is a folder; a recipe is a YAML file"):
         load_recipe(tmp_path)
     (tmp_path / "big.yaml").write_bytes(b"#" * 10_000_001)
     with pytest.raises(ConfigError, match="10,000,000 bytes"):

@@ -577,11 +577,11 @@ def test_the_model_is_exported_where_no_report_can_be_made(
             patch.delitem(sys.modules, name)
         patch.setitem(sys.modules, "matplotlib", None)
         assert load_model(train(recipe_of(plain, **changes))).history
-    assert "tiny: no curves or report: " in capsys.readouterr().err
+    assert "tiny: no curves: " in capsys.readouterr().err
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run, "draw_curves", full)
     assert load_model(train(recipe_of(plain, **changes, output_dir=plain["output_dir"] + "-2"))).history
-    assert "no curves or report: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert "tiny: no curves: [Errno 28] No space left on device" in capsys.readouterr().err

@@ -235,9 +235,11 @@ def _beside_the_towers_own(image: ImageConfig, tower: str, recipe: Recipe, prefi
 
 def _template(recipe: Recipe, config: ModelConfig) -> None:
     """Put the chat templates over the tokenizer, where that is on this machine."""
-    if referred_folder(config.llm.model_name_or_path) is None:
+    start = None if recipe.init.from_folder is None else folder_here(recipe.init.from_folder)  # which has its own
+    own = start is not None and (start / "tokenizer.json").is_file()
+    if not own and referred_folder(config.llm.model_name_or_path) is None:
         return
-    tokenizer = load_tokenizer(config.llm)
+    tokenizer = load_tokenizer(config.llm, start)
     names = [config.template.chat_template, *([recipe.data.template] if recipe.data.template else [])]
     for name in names:
         ChatTemplate(
