@@ -130,6 +130,14 @@ def test_parts_that_do_not_fit(recipe: dict[str, Any], parts: Path, tmp_path: Pa
     assert len(found.errors) == 1 and told in found.errors[0], found.errors
 
 
+def test_a_tower_whose_shape_is_known_without_its_folder_is_looked_for_too(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe["init"]["model"]["vision"] = {"vision_tower": "./nope", "type": "efficientnet_lite0", "pool": 4}
+    found = check(written(recipe, tmp_path))
+    assert [error for error in found.errors if "init.model.vision.vision_tower: ./nope: no such folder" in error]
+
+
 def test_other_image_rules_may_be_meant(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["init"]["model"]["image"]["image_mean"] = [0.5, 0.5, 0.5]
     recipe["init"]["other_image_rules"] = True

@@ -191,12 +191,15 @@ def _parts(recipe: Recipe, start: Start, where: str, made: Path | None, found: F
     for key, name in named.items():
         with found.collect(f"{prefix}.{key}"):
             folder = home_path(name)
+            if name.startswith((".", "/", "~")) and not folder.exists():
+                raise CheckpointError(f"{name}: no such folder")
             if folder.is_dir():
                 check_folder(folder)
                 if key != "audio.audio_tower" and not any(folder.glob("*.safetensors")):
                     raise CheckpointError(f"{folder}: has no weights (*.safetensors)")
-    with found.collect(f"{prefix}.llm"):
-        llm_settings(config.llm)
+    if len(found.errors) == before:
+        with found.collect(f"{prefix}.llm"):
+            llm_settings(config.llm)
     if config.vision is not None and len(found.errors) == before:
         with found.collect(f"{prefix}.vision"):
             tokens_per_tile(config)
