@@ -29,7 +29,7 @@ from polymodal.config import (
 from polymodal.errors import ConfigError
 from polymodal.modeling.build import build_model
 from polymodal.modeling.encoders.efficientnet import PIXEL_MEAN, PIXEL_STD
-from polymodal.modeling.encoders.hf_vision import FAMILIES
+from polymodal.modeling.encoders.hf_vision import FAMILIES, family_of
 from polymodal.modeling.encoders.vision import OWN
 from polymodal.modeling.language_model import load_tokenizer, open_tokenizer
 from polymodal.modeling.pretrained import config_json
@@ -183,13 +183,13 @@ def _family(vision: Any) -> str:
     """The family of a tower, by its own configuration."""
     if isinstance(vision, nn.Module):
         kind = getattr(getattr(vision, "config", None), "model_type", None)
-        return next((name for name, family in FAMILIES.items() if kind in family.model_types), OWN)
+        return family_of(kind) or OWN
     if not isinstance(vision, str | Path):
         raise ConfigError(f"vision: a {type(vision).__name__}; give a folder, a hub id or a module")
     if str(vision) == EFFICIENTNET:
         return EFFICIENTNET
     kind = _settings(vision)["model_type"]
-    found = next((name for name, family in FAMILIES.items() if kind in family.model_types), None)
+    found = family_of(kind)
     if found is None:
         raise ConfigError(
             f"vision {str(vision)!r}: model_type {kind!r} is no vision tower known here: {', '.join(FAMILIES)}"

@@ -41,7 +41,7 @@ from polymodal.config import (
 from polymodal.errors import CheckpointError, ConfigError, first_line
 from polymodal.interop.huggingface.load import Dtype
 from polymodal.modeling.build import build_vision, image_token_id_for
-from polymodal.modeling.encoders.hf_vision import FAMILIES
+from polymodal.modeling.encoders.hf_vision import FAMILIES, family_of
 from polymodal.modeling.encoders.vision import UNUSED_PARTS
 from polymodal.modeling.language_model import load_llm, load_tokenizer, quieten_transformers
 from polymodal.modeling.pretrained import building, most_parts, probe
@@ -292,7 +292,7 @@ def _images(repo: Repo, tower: str) -> tuple[VisionConfig, ImageConfig]:
     settings = _tower_file(tower, "config.json")
     check_settings(settings, f"vision tower {tower!r}")
     kind = settings.get("model_type")
-    family = next((name for name, found in FAMILIES.items() if kind in found.model_types), None)
+    family = family_of(kind)
     if family is None:
         raise CheckpointError(f"vision tower {tower!r}: model_type {kind!r} is none of {', '.join(FAMILIES)}")
     vision = VisionConfig(

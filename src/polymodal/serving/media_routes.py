@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from pydantic import Field
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -32,6 +32,7 @@ from polymodal.serving.errors import Checked, Json, RequestError, as_request_err
 from polymodal.serving.makers import Makers, check_voice, png
 from polymodal.serving.protocol import MAX_BYTES, Remarks
 from polymodal.serving.scheduler import Job
+from polymodal.serving.streams import attended
 from polymodal.speech import Segment, Transcript
 from polymodal.speech.asr import listen, samples_of, windows
 from polymodal.speech.base import SAMPLE_RATE
@@ -258,28 +259,14 @@ async def _worked(request: Request, work: Work) -> list[Any]:
 
 async def _finished(request: Request, job: Job) -> list[Any]:
     """What a job gives; it ends where nobody waits for it."""
-    watch, found = asyncio.create_task(_gone(request, job)), []
-    try:
+    found = []
+    async with attended(request, job):
         while (event := await job.next()) is not None:
             if event[1] is not None:
                 found.append(event[1])
-    except BaseException as error:
-        job.cancel()
-        if not isinstance(error, Exception) or isinstance(error, ClientDisconnect):
-            raise
-        raise as_request_error(error) from None
-    finally:
-        watch.cancel()
     if not found:
         raise as_request_error(PolymodalError("nothing came of it"))
     return found
-
-
-async def _gone(request: Request, job: Job) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    job.cancel()
-    job.put(ClientDisconnect())
 
 
 ROUTES = [

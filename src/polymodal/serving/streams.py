@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
 from starlette.requests import ClientDisconnect, Request
@@ -86,13 +87,32 @@ class Jobs:
         for _, job in self.left:
             job.cancel()
 
-    async def gone(self, request: Request) -> None:
-        """Cancel them as soon as nobody waits for them."""
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        self.cancel()
+    def put(self, event: BaseException) -> None:
+        """Hand an event over to who waits for the first."""
         for _, job in self.left[:1]:
-            job.put(ClientDisconnect())
+            job.put(event)
+
+
+@asynccontextmanager
+async def attended(request: Request, work: Jobs | Job) -> AsyncIterator[None]:
+    """Work that ends where it fails, or where nobody waits for it any more."""
+    watch = asyncio.create_task(_gone(request, work))
+    try:
+        yield
+    except BaseException as error:
+        work.cancel()
+        if not isinstance(error, Exception) or isinstance(error, ClientDisconnect):
+            raise
+        raise as_request_error(error) from None
+    finally:
+        watch.cancel()
+
+
+async def _gone(request: Request, work: Jobs | Job) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    work.cancel()
+    work.put(ClientDisconnect())
 
 
 async def respond(request: Request, read: Callable[[bytes, Mapping[str, Served]], Answer]) -> Response:
@@ -104,8 +124,7 @@ async def respond(request: Request, read: Callable[[bytes, Mapping[str, Served]]
         answer = await asyncio.to_thread(read, body, state.models)
     del body
     jobs = Jobs(answer)
-    watch = asyncio.create_task(jobs.gone(request))
-    try:
+    async with attended(request, jobs):
         if not answer.stream:
             replies = {}  # which need not end in their order
             while (found := await jobs.next()) is not None:
@@ -118,13 +137,6 @@ async def respond(request: Request, read: Callable[[bytes, Mapping[str, Served]]
         except TimeoutError:
             first = ()
         return EventStream(_pieces(jobs, answer, first, state.limits.first_s), jobs)
-    except BaseException as error:
-        jobs.cancel()
-        if not isinstance(error, Exception) or isinstance(error, ClientDisconnect):
-            raise
-        raise as_request_error(error) from None
-    finally:
-        watch.cancel()
 
 
 def route(path: str, read: Callable[[bytes, Mapping[str, Served]], Answer]) -> Route:

@@ -87,6 +87,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def family_of(model_type: object) -> str | None:
+    """The family whose towers have a `model_type`; None where none has."""
+    return next((name for name, family in FAMILIES.items() if model_type in family.model_types), None)
+
+
 class HFVisionEncoder(nn.Module):
     """A vision model of `transformers` as a `VisionEncoder`."""
 

@@ -21,7 +21,7 @@ from polymodal.config import VisionConfig
 from polymodal.errors import CheckpointError, ConfigError, unknown_name
 from polymodal.media_plan import Size
 from polymodal.modeling.encoders import efficientnet
-from polymodal.modeling.encoders.hf_vision import FAMILIES, Family, HFVisionEncoder
+from polymodal.modeling.encoders.hf_vision import FAMILIES, Family, HFVisionEncoder, family_of
 from polymodal.modeling.pretrained import attention_of, load_checked, look_over
 from polymodal.safety.config_json import check_settings
 from polymodal.utils.files import home_path, shipped
@@ -126,8 +126,8 @@ def check_type(family: Family, config: VisionConfig, found: str | None) -> None:
     """Raise unless a tower's `model_type` is one that the configured family reads."""
     if found in family.model_types:
         return
-    fitting = [name for name, other in FAMILIES.items() if found in other.model_types]
-    hint = f"set type to {fitting[0]!r}" if fitting else f"it takes {' or '.join(map(repr, family.model_types))}"
+    fitting = family_of(found)
+    hint = f"set type to {fitting!r}" if fitting else f"it takes {' or '.join(map(repr, family.model_types))}"
     raise ConfigError(
         f"vision_tower {config.vision_tower!r} has model_type {found!r} but vision.type is {config.type!r}; {hint}"
     )
