@@ -345,7 +345,7 @@ def draw_floors(target: Path) -> None:
     for name, path in modules().items():
         size[room_of(name)][0] += 1
         size[room_of(name)][1] += len(path.read_text(encoding="utf-8").splitlines())
-    figure, axes = pyplot.subplots(figsize=(10, 9.5), dpi=100)
+    figure, axes = pyplot.subplots(figsize=(13, 9.5), dpi=100)
     place: dict[str, tuple[float, float]] = {}
     for floor, (title, rooms) in enumerate(FLOORS.items()):
         axes.axhspan(floor - 0.42, floor + 0.42, color="#f3f4f6" if floor % 2 else "#e5e7eb", zorder=0)
