@@ -27,6 +27,7 @@ from polymodal.config.projector import AbstractorConfig as AbstractorConfig
 from polymodal.config.projector import ProjectorConfig as ProjectorConfig
 from polymodal.config.projector import QFormerConfig as QFormerConfig
 from polymodal.config.projector import ResamplerConfig as ResamplerConfig
+from polymodal.config.projector import SummaryConfig as SummaryConfig
 from polymodal.errors import ConfigError
 from polymodal.utils.strict import Strict as Strict
 from polymodal.utils.strict import parse_config as parse_config

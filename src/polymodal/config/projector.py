@@ -106,9 +106,33 @@ class AbstractorConfig(Strict):
         return value
 
 
+class SummaryConfig(Strict):
+    """Tokens that sum a tile up, before those of its patches; `modeling.projectors.summary`.
+
+    Attributes:
+        num_query_tokens: S, the tokens that sum up.
+        hidden_size: Width of the transformer layers.
+        num_layers: Its layers.
+        num_attention_heads: Heads of each attention.
+        mlp_hidden_size: Width between the two layers of the MLP; the language model's where None.
+    """
+
+    num_query_tokens: PositiveInt = 8
+    hidden_size: PositiveInt = 384
+    num_layers: PositiveInt = 3
+    num_attention_heads: PositiveInt = 6
+    mlp_hidden_size: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by {self.num_attention_heads} heads")
+        return self
+
+
 PER_TOKEN = r"linear|mlp[1-9]\d*x_gelu"
 """The projectors that take each feature by itself, in whatever grid."""
-SETTINGS_OF_TYPE = ("qformer", "resampler", "abstractor")  # the projectors that have settings, under their own name
+SETTINGS_OF_TYPE = ("qformer", "resampler", "abstractor", "summary")  # the projectors that have settings, under their own name
 
 
 class ProjectorConfig(Strict):
@@ -116,13 +140,14 @@ class ProjectorConfig(Strict):
 
     Attributes:
         mm_projector_type: "linear", "mlp2x_gelu" (any number), "pixel_shuffle<r>[_mlp2x_gelu]", "avg_pool<r>[_...]",
-            "qformer", "resampler", "abstractor"; see `projectors.build_projector`.
-        bias: Whether linear layers have a bias; of the last three only the one to the language model's width is asked.
+            "qformer", "resampler", "abstractor", "summary"; see `projectors.build_projector`.
+        bias: Whether linear layers have a bias; of the last four only the one to the language model's width is asked.
         norm: Before the first layer: "layer" a LayerNorm, "standardize" a mean and deviation measured on first data.
         hidden_size: Width between the layers of an MLP; the language model's where None.
         qformer: Settings of "qformer".
         resampler: Settings of "resampler".
         abstractor: Settings of "abstractor".
+        summary: Settings of "summary".
         pretrained: Of "qformer": a folder to start from, what stage 1 of BLIP-2 left or a BERT. Read only when a model
             is composed; a model folder has its weights and does not name it.
     """
@@ -134,6 +159,7 @@ class ProjectorConfig(Strict):
     qformer: QFormerConfig | None = None
     resampler: ResamplerConfig | None = None
     abstractor: AbstractorConfig | None = None
+    summary: SummaryConfig | None = None
     pretrained: str | None = None
 
     @model_validator(mode="before")

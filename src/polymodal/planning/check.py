@@ -289,7 +289,7 @@ def _policy(recipe: Recipe, start: Start, where: str, found: Findings) -> None:
 
 def _warm(recipe: Recipe, part: str) -> bool:
     """Whether a warm start trains a part before the stage."""
-    starts = {"projector": recipe.warm_start, "audio_projector": recipe.audio_warm_start,
+    starts = {"projector": recipe.warm_start or recipe.scene_warm_start, "audio_projector": recipe.audio_warm_start,
               "temporal_encoder": recipe.video_warm_start}  # fmt: skip
     return starts.get(part) is not None
 

@@ -2,7 +2,7 @@
 
 `mm_projector_type` is LLaVA's name for the choice. Simple types carry their numbers in their names ("mlp2x_gelu",
 "pixel_shuffle2_mlp2x_gelu"), so each entry of `PROJECTORS` is a pattern for the whole name and a builder; "qformer",
-"resampler" and "abstractor" have settings of their own, under their name.
+"resampler", "abstractor" and "summary" have settings of their own, under their name.
 """
 
 import re
@@ -11,13 +11,14 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from polymodal.config import AbstractorConfig, ProjectorConfig, QFormerConfig, ResamplerConfig
+from polymodal.config import AbstractorConfig, ProjectorConfig, QFormerConfig, ResamplerConfig, SummaryConfig
 from polymodal.errors import unknown_name
 from polymodal.media_plan import Size
 from polymodal.modeling.projectors import mlp
 from polymodal.modeling.projectors.abstractor import CAbstractor
 from polymodal.modeling.projectors.qformer import QFormer, QFormerProjector
 from polymodal.modeling.projectors.resampler import Resampler
+from polymodal.modeling.projectors.summary import SummaryProjector
 from polymodal.utils.modules import ModuleLike
 
 
@@ -86,6 +87,12 @@ def _abstractor(match: re.Match[str], config: ProjectorConfig, sizes: Widths) ->
     return CAbstractor(*sizes, bias=config.bias, norm=config.norm, **settings)
 
 
+def _summary(match: re.Match[str], config: ProjectorConfig, sizes: Widths) -> Projector:
+    settings = config.summary or SummaryConfig()
+    inner = mlp.MLPProjector(*sizes, bias=config.bias, norm=config.norm, hidden_size=settings.mlp_hidden_size)
+    return SummaryProjector(inner, sizes.llm_dim, settings)
+
+
 _RATIO_THEN = r"(?P<ratio>[1-9]\d*)(_(?P<then>linear|mlp[1-9]\d*x_gelu))?"
 
 PROJECTORS: dict[str, tuple[str, Build]] = {
@@ -96,6 +103,7 @@ PROJECTORS: dict[str, tuple[str, Build]] = {
     "qformer": (r"qformer", _qformer),
     "resampler": (r"resampler", _resampler),
     "abstractor": (r"abstractor", _abstractor),
+    "summary": (r"summary", _summary),
 }
 """Name -> the pattern of the names it answers to, and its builder."""
 

@@ -104,6 +104,30 @@ class WarmStartConfig(Strict):
     prototype_share: float = Field(default=0.33, ge=0, lt=1)
 
 
+class SceneWarmStartConfig(Strict):
+    """Say what is where in word embeddings before stage 1; see `training.sft.scene_warm_start`.
+
+    Attributes:
+        steps: Optimizer steps; none of them runs the language model.
+        batch_size: Images a step.
+        learning_rate: Peak rate.
+        weight_decay: Decoupled decay.
+        patches: Patches of each image that are taught in a step, beside the summary.
+        scale: What cosines are multiplied by before the softmax.
+        write_classes: Before that, write the scores of the tower's own classifier into the hidden units of the MLP.
+        prototype_share: Part of a batch that is moved to a class of that classifier.
+    """
+
+    steps: int = Field(default=4000, ge=3, le=MAX_STEPS)
+    batch_size: int = Field(default=96, gt=0, le=MAX_BATCH)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.02, ge=0)
+    patches: int = Field(default=12, gt=0, le=MAX_BATCH)
+    scale: float = Field(default=20.0, gt=0)
+    write_classes: bool = True
+    prototype_share: float = Field(default=0.25, ge=0, lt=1)
+
+
 class AudioWarmStartConfig(Strict):
     """Spell transcripts in word embeddings before the stage; see `training.sft.audio_warm_start`.
 
@@ -159,6 +183,7 @@ class Recipe(RecipeBase):
         batch: Batch sizes.
         lora: Adapters on the language model, or None.
         warm_start: Train the projector towards word embeddings first, or None.
+        scene_warm_start: Train a "summary" projector to say what is where first, or None.
         audio_warm_start: Teach the audio projector to spell what is said first, or None.
         video_warm_start: Teach the temporal encoder to say what happens first, or None.
         prototypes: Samples made of the tower's own classes, or None.
@@ -172,6 +197,7 @@ class Recipe(RecipeBase):
     batch: BatchConfig = Field(default_factory=BatchConfig)
     lora: LoraRecipe | None = None
     warm_start: WarmStartConfig | None = None
+    scene_warm_start: SceneWarmStartConfig | None = None
     audio_warm_start: AudioWarmStartConfig | None = None
     video_warm_start: VideoWarmStartConfig | None = None
     prototypes: PrototypeConfig | None = None

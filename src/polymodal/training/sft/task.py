@@ -39,6 +39,7 @@ from polymodal.training.sft.conditions import without_conditions
 from polymodal.training.sft.dataset import NamedBatch, Prepared, SFTDataset, prepare
 from polymodal.training.sft.evaluate import Evaluation, make_evaluation
 from polymodal.training.sft.packing import plan_micro
+from polymodal.training.sft.scene_warm_start import scene_warm_start
 from polymodal.training.sft.video_warm_start import video_warm_start
 from polymodal.training.sft.warm_start import SAMPLE_ROWS, warm_start
 from polymodal.training.steps import Order, Steps
@@ -163,7 +164,7 @@ class SFTTask(Task):
         """Refuse what reads whole tiles from the feature cache, where images have shapes of their own."""
         image, recipe = self.inputs.config.image, self.recipe
         if image is not None and image.image_aspect_ratio == "native":
-            for name in ("warm_start", "video_warm_start", "prototypes"):
+            for name in ("warm_start", "scene_warm_start", "video_warm_start", "prototypes"):
                 if getattr(recipe, name) is not None:
                     raise ConfigError(f"{name} compares tiles of one size, and image_aspect_ratio is 'native'; drop it")
 
@@ -171,7 +172,7 @@ class SFTTask(Task):
         """The records of which features are needed; all where None."""
         recipe, count = self.recipe, len(prepared.lengths)
         # These look at media from all over the data; of a run that is cut short at many, of every other at all.
-        warmed = (recipe.warm_start, recipe.audio_warm_start, recipe.video_warm_start)
+        warmed = (recipe.warm_start, recipe.scene_warm_start, recipe.audio_warm_start, recipe.video_warm_start)
         looks = [(SAMPLE_ROWS, part) for part in warmed] + [(MEASURED, recipe.prototypes)]
         most = max((most for most, part in looks if part is not None), default=0)
         if most and (recipe.run.max_steps is None or recipe.batch.global_tokens is not None):
@@ -193,19 +194,20 @@ class SFTTask(Task):
     def prepare(self, fresh: bool) -> None:
         """Warm the projector up, add prototypes, and save memory."""
         recipe, run = self.recipe, self.recipe.run
+        bf16 = wants_bf16(run.precision)
+        if recipe.scene_warm_start is not None and fresh:
+            scene_warm_start(self.model, self.inputs.tokenizer, self.dataset, recipe.scene_warm_start, run.seed, bf16)
         if recipe.warm_start is not None and fresh:
             warm_start(self.model, self.inputs.tokenizer, self.dataset, recipe.warm_start, run.seed)
         if recipe.audio_warm_start is not None and fresh:
             audio_warm_start(self.model, self.inputs.tokenizer, self.dataset, recipe.audio_warm_start, run.seed)
         if recipe.video_warm_start is not None and fresh:
-            bf16 = wants_bf16(run.precision)
             video_warm_start(self.model, self.inputs.tokenizer, self.dataset, recipe.video_warm_start, run.seed, bf16)
         if recipe.prototypes is not None:
             self.dataset = add_samples(self.dataset, self.model, recipe.prototypes, run.seed)
         prepared = self.dataset.prepared
         self.fingerprint = prepared.fingerprint
         self.steps = self.make_steps(prepared)
-        bf16 = wants_bf16(run.precision)
         if bf16 and not any("llm" in stage.get("trained", ()) for stage in self.inputs.history):
             cast_frozen_linears(self.model.llm, torch.bfloat16)
             cast_norms(self.model.llm, torch.bfloat16)
