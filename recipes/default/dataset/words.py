@@ -32,7 +32,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 COLOUR_SYNONYMS = {"gray": ["grey"], "purple": ["violet"], "blue": ["dark blue", "light blue"], "green": ["dark green"]}
 SHAPES = ["circle", "square", "triangle", "star", "diamond", "cross", "heart", "ring"]
 SHAPE_SYNONYMS = {"circle": ["dot", "disk", "round"], "square": ["box"], "diamond": ["rhombus"], "ring": ["circle"]}
-NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 ZH_COLOURS = {
     "red": "红色",
@@ -47,7 +47,7 @@ ZH_COLOURS = {
     "white": "白色",
     "gray": "灰色",
 }
-ZH_NUMBERS = {2: "两", 3: "三", 4: "四"}
+ZH_NUMBERS = {1: "一", 2: "两", 3: "三", 4: "四", 5: "五", 6: "六"}
 ZH_CATEGORIES = {
     "animal": "动物",
     "food": "食物",
