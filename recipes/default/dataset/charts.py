@@ -23,24 +23,24 @@ FORMS = {"bar": 0.26, "barh": 0.18, "line": 0.2, "pie": 0.2, "table": 0.16}
 # What the labels of a chart may be: for training | held out.
 LABELS = {
     "month": "Jan Feb Mar Apr May Jun Jul Aug | Sep Oct Nov Dec",
-    "day": "Mon Tue Wed Thu | Fri Sat Sun",
+    "day": "Mon Tue Fri Sun | Wed Thu Sat",
     "fruit": "apple pear plum lemon grape cherry peach kiwi | mango fig lime banana melon date",
-    "animal": "cat dog cow pig hen duck goat frog bird lion | horse sheep bear fish wolf mouse",
+    "animal": "cat dog cow pig hen duck goat frog bird lion fish bear | sheep wolf mouse snail fox",
     "city": "Rome Paris Oslo Lima Cairo Delhi Bern Milan Tokyo | Berlin Madrid Kyiv Quito Seoul Nice",
-    "food": "rice bread fish egg soup cake cheese salad | pasta pizza beans nuts meat corn",
-    "drink": "tea milk juice water cola wine | coffee cocoa beer soda lemonade",
-    "vehicle": "car bus bike train boat truck | tram taxi ship plane van",
-    "sport": "golf judo chess rugby ski swim | tennis polo darts run box",
+    "food": "rice bread fish egg soup cake cheese salad | pasta meat sushi curry toast",
+    "drink": "tea milk juice water cola wine coffee | cocoa beer soda cider",
+    "vehicle": "car bus bike train boat truck taxi | tram plane van jeep",
+    "sport": "golf judo chess rugby ski swim run | tennis polo darts",
     "name": "Tom Ann Ben Eva Max Ida Kim Lou | Leo Mia Sam Zoe Lena Paul",
     "team": "A B C D E F | P Q R S T",
     "year": "2015 2016 2017 2018 2019 2020 | 2021 2022 2023 2024 2025",
-    "color": "red blue green orange pink brown | purple gray yellow black",
+    "color": "red blue green orange pink brown black | purple gray yellow",
 }
 TITLES = (
     "Sales Votes Points Visitors Rain Cost Sold Stock Score Trips Results Growth Profit Pets Income Tickets Hours Miles"
-    " Our_pets Fruit_sold Best_city Bus_trips Lunch Summer Test_scores Library Snacks Rainfall Favorites Market Survey"
-    " School_trip Sunshine Power_used Zoo Club | Prices Orders Goals Weight Speed Winter Popular Class_vote Big_game"
-    " Shop_report Steps Minutes Garden Members Music_poll Harvest Savings Parking"
+    " Our_pets Fruit_sold Best_city Bus_trips Lunch Summer Test_scores Library Snacks Rainfall Favorites Market Garden"
+    " School_trip Sunshine Power_used Zoo Club Music Report | Prices Orders Goals Weight Speed Winter Popular Steps"
+    " Minutes Members Harvest Savings Class_poll Paid Borrowed Temperature Customers Exports Absent"
 )
 GROUNDS: tuple[list[Colour], list[Colour]] = (
     [(255, 255, 255)] * 5 + [(245, 245, 220), (235, 242, 250), (240, 240, 240), (25, 25, 35), (40, 44, 52)],

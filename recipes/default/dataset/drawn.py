@@ -218,6 +218,8 @@ def heldout_questions(
         # Of a topic: half where two answers are possible, else a quarter. Of all: yes and no follow from the topics.
         most = max(1, share // 2 if binary or topic in ("trend", "place", "upright") else -(-share // 4))
         key = (qa.question, qa.short)
+        if binary and overall[qa.short] > min(overall["Yes"], overall["No"]):
+            continue
         if taken[topic, qa.short] >= most + (binary and share % 2) or key in asked:
             continue
         if not binary and overall[qa.short] >= number // 10:
