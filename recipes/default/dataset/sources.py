@@ -31,6 +31,7 @@ OPENCLIPART = Path("/usr/share/openclipart/png")
 EMOJI_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 FONTS = Path("/usr/share/fonts/truetype")
 THUMB = 256
+PHOTO_THUMB = 448  # of what fills its frame, so that crops of it are sharp
 
 _SKIP_STAMPS = re.compile(
     r"^(symbols/(alphabets|math|money|music|faces|recycle)|town/roadsigns/(?!stop$|stoplight|traffic_cone)|"
@@ -45,6 +46,7 @@ _SKIP_CLIPART = re.compile(
 )
 _SAY_ADJECTIVES = {*words.COLOURS, "small", "big", "large", "little", "old", "open", "closed", "wooden", "happy"}
 _ADJECTIVES = {*_SAY_ADJECTIVES, "baby", "fancy", "simple", "plain", "cartoon", "round", "square", "stylized", "young"}
+_PACKED = {"icons", "flags", "photos", "cards"}  # entries of a package's files, which `more` opens
 _IN_COMPUTER = {"mouse": "computer mouse", "notebook": "laptop"}
 
 
@@ -53,8 +55,8 @@ class Source:
     """One cut-out picture and what may be said about it."""
 
     key: str
-    origin: str  # stamps | openclipart | emoji | shapes
-    path: str  # file, or the character of an emoji, or "shape/colour"
+    origin: str  # stamps | openclipart | emoji | shapes, and those that `more.py` lists
+    path: str  # file, or file#entry, or the character of an emoji, or "shape/colour"
     caption: str
     noun: str | None
     category: str | None
@@ -66,6 +68,8 @@ class Source:
     photo: bool = False
     pixels: int = 0  # longer side of the cut-out
     heldout: bool = False
+    rectangular: bool = False  # fills its frame: a photograph, or a drawing on an opaque sheet
+    zh_noun: str | None = None  # the noun in Chinese
 
 
 def missing(path: Path, package: str) -> DataError:
@@ -401,6 +405,10 @@ def measure(source: Source, target: Path, emoji_font: Path | None) -> Source | N
 
     if source.origin == "shapes":
         image = draw_shape(*source.path.split("/"))
+    elif source.origin in _PACKED:
+        from recipes.default.dataset import more
+
+        image = more.load(source)
     elif source.origin == "emoji":
         font = ImageFont.truetype(str(emoji_font), 109)
         image = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
@@ -422,13 +430,15 @@ def measure(source: Source, target: Path, emoji_font: Path | None) -> Source | N
     image = image.crop(box)
     if min(image.size) < 18 or max(image.size) / min(image.size) > 6:
         return None
-    if source.origin == "openclipart" and int(np.asarray(image.getchannel("A")).min()) > 128:
+    opaque = int(np.asarray(image.getchannel("A")).min()) > 128
+    if source.origin == "openclipart" and opaque:
         return None  # a drawing on an opaque sheet is no cut-out
     longest = max(image.size)
     if longest > MEASURE_SIDE:  # colours do not need more, and some drawings are huge
         image.thumbnail((MEASURE_SIDE, MEASURE_SIDE))
-    if max(image.size) > THUMB:
-        scale = THUMB / max(image.size)
+    most = PHOTO_THUMB if source.rectangular else THUMB
+    if max(image.size) > most:
+        scale = most / max(image.size)
         image = image.resize(
             (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
         )
@@ -440,13 +450,22 @@ def measure(source: Source, target: Path, emoji_font: Path | None) -> Source | N
     coarse = pixels >> 3
     distinct = len(np.unique(coarse[:, 0] * 1024 + coarse[:, 1] * 32 + coarse[:, 2]))
     photo = source.photo and source.origin == "stamps" and distinct / min(len(pixels), 20000) > 0.03 and distinct > 250
-    if source.origin == "shapes":
+    if source.origin == "photos":
+        photo, colour = True, None
+    elif source.origin == "shapes":
         colour = source.colour
     else:
         colour = dominant_colour(pixels)
     image.save(target, "PNG", compress_level=1)
     luminance = float((pixels @ np.array([299, 587, 114]) / 1000).mean())
-    return replace(source, colour=colour, luminance=round(luminance, 1), photo=photo, pixels=longest)
+    return replace(
+        source,
+        colour=colour,
+        luminance=round(luminance, 1),
+        photo=photo,
+        pixels=longest,
+        rectangular=source.rectangular or (source.origin == "openclipart2" and opaque),
+    )
 
 
 def dominant_colour(pixels: np.ndarray) -> str | None:

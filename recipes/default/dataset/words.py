@@ -32,7 +32,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 COLOUR_SYNONYMS = {"gray": ["grey"], "purple": ["violet"], "blue": ["dark blue", "light blue"], "green": ["dark green"]}
 SHAPES = ["circle", "square", "triangle", "star", "diamond", "cross", "heart", "ring"]
 SHAPE_SYNONYMS = {"circle": ["dot", "disk", "round"], "square": ["box"], "diamond": ["rhombus"], "ring": ["circle"]}
-NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 ZH_COLOURS = {
     "red": "红色",
@@ -47,7 +47,7 @@ ZH_COLOURS = {
     "white": "白色",
     "gray": "灰色",
 }
-ZH_NUMBERS = {2: "两", 3: "三", 4: "四"}
+ZH_NUMBERS = {1: "一", 2: "两", 3: "三", 4: "四", 5: "五", 6: "六"}
 ZH_CATEGORIES = {
     "animal": "动物",
     "food": "食物",
@@ -125,20 +125,29 @@ ZH_NOUNS = {
 
 
 @functools.cache
-def fixes() -> dict[str, dict[str, str]]:
-    """Read `fixes.txt`.
+def fixes(file: str = "fixes.txt") -> dict[str, dict[str, str]]:
+    """Read `fixes.txt`, or another file of tables beside this one.
+
+    Args:
+        file: Its name.
 
     Returns:
         The tables `renames`, `captions`, `nouns`; `other things` and `written words` are the keys of theirs.
     """
     tables: dict[str, dict[str, str]] = {}
-    for line in Path(__file__).with_name("fixes.txt").read_text(encoding="utf-8").splitlines():
+    for line in Path(__file__).with_name(file).read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
             table = tables.setdefault(line.strip("[]"), {})
         elif line and not line.startswith("#"):
             left, equals, right = line.partition(" = ")
             table.update({left: right} if equals else dict.fromkeys(left.split(), ""))
     return tables
+
+
+@functools.cache
+def zh_nouns() -> dict[str, str]:
+    """The Chinese names of nouns in `zh_nouns.txt` (from the Unicode CLDR annotations, and by hand)."""
+    return {**fixes("zh_nouns.txt")["nouns"], **ZH_NOUNS}
 
 
 @dataclass(frozen=True)
@@ -155,15 +164,25 @@ class Noun:
 
 @functools.cache
 def lexicon() -> dict[str, Noun]:
-    """Read `lexicon.txt`.
+    """Every noun: those of `lexicon.txt`, then those of `lexicon_more.txt` that joined later.
 
     Returns:
-        Noun by its name, in the file's order.
+        Noun by its name, in the files' order.
     """
+    first = first_lexicon()
+    return first | {name: noun for name, noun in _read_lexicon("lexicon_more.txt").items() if name not in first}
+
+
+@functools.cache
+def first_lexicon() -> dict[str, Noun]:
+    """The nouns of `lexicon.txt` alone, which the first sources are read with, so that they stay what they were."""
+    return _read_lexicon("lexicon.txt")
+
+
+def _read_lexicon(file: str) -> dict[str, Noun]:
     nouns: dict[str, Noun] = {}
     category = ""
-    text = (Path(__file__).with_name("lexicon.txt")).read_text(encoding="utf-8")
-    for line in text.splitlines():
+    for line in Path(__file__).with_name(file).read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             continue
         if line.startswith("["):
@@ -392,28 +411,30 @@ def accepted(name: str) -> list[str]:
 
 
 @functools.cache
-def _spellings() -> dict[tuple[str, ...], str]:
+def _spellings(more: bool = False) -> dict[tuple[str, ...], str]:
     table: dict[tuple[str, ...], str] = {}
-    for name in lexicon():
+    nouns = lexicon() if more else first_lexicon()
+    for name in nouns:
         for word in (name, plural(name)):
             table.setdefault(tuple(re.split(r"[ -]", word)), name)
     for spelt, name in fixes()["renames"].items():
-        if name in lexicon():
+        if name in nouns:
             table[tuple(spelt.split())] = name
     return table
 
 
-def find_noun(words: list[str], *, last: bool = True) -> tuple[str, int, int] | None:
+def find_noun(words: list[str], *, last: bool = True, more: bool = False) -> tuple[str, int, int] | None:
     """The noun of the table among a name's words, the longest match at the end (or the start).
 
     Args:
         words: Lower-case words.
         last: Take the match that ends last (captions: the head comes last) or the one that starts first (file names).
+        more: Know the nouns that joined later too.
 
     Returns:
         (noun, start, end) as word positions, or None.
     """
-    table = _spellings()
+    table = _spellings(more)
     spans = [(start, end) for start in range(len(words)) for end in range(start + 1, min(start + 4, len(words)) + 1)]
     spans.sort(key=lambda s: (-s[1], s[0]) if last else (s[0], -s[1]))
     for start, end in spans:
