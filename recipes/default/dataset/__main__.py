@@ -1,6 +1,7 @@
-"""Write a generated dataset: the default model's, its other senses', contrastive pairs, or the demo benchmark.
+"""Write a generated dataset: the default model's, more of it, its other senses', contrastive pairs, or the demo benchmark.
 
 python -m recipes.default.dataset default --output data/default
+python -m recipes.default.dataset more --output data/default_more
 python -m recipes.default.dataset senses --output data/default_senses
 python -m recipes.default.dataset pairs --output data/pairs --languages de,fr
 python -m recipes.default.dataset demo --output src/polymodal/evaluation/demo --force
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from polymodal.errors import ConfigError, PolymodalError
 from recipes.default.dataset import build_default
+from recipes.default.dataset.build_more import build_more
 from recipes.default.dataset.demo import build_demo
 from recipes.default.dataset.generate import Packages
 from recipes.default.dataset.pairs import build_pairs
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=("default", "senses", "pairs", "demo"), help="which dataset")
+    parser.add_argument("name", choices=("default", "more", "senses", "pairs", "demo"), help="which dataset")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
     parser.add_argument("--size", default="full", help="full, small (a smoke run) or tiny (needs no packages)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -67,6 +69,8 @@ def build(args: argparse.Namespace) -> object:
     if args.name == "senses":
         root = args.packages or Path("/")
         return build_senses(args.output, packages=places, gcompris=root / GCOMPRIS.relative_to("/"), **options)
+    if args.name == "more":
+        return build_more(args.output, packages=args.packages or Path("/"), **options)
     if args.name == "demo":
         return build_demo(args.output, packages=places, **options)
     folders = {name: getattr(places, name) for name in ("stamps", "openclipart", "emoji_font", "fonts")}

@@ -17,7 +17,7 @@ from typing import Any
 
 from polymodal.errors import unknown_name
 from recipes.default.dataset import plan as planning
-from recipes.default.dataset import sources
+from recipes.default.dataset import questions, rich, sources, studio, words
 from recipes.default.dataset.generate import Packages, draw_pictures, gather, new_data_set, package_versions
 from recipes.default.dataset.sources import Source
 
@@ -86,6 +86,7 @@ def build_default(
     with new_data_set(output, workers=workers, force=force) as (thumbs, root):
         made = gather(thumbs, wanted, seed, places, workers, progress)
         plan = planning.compose(made.sources, made.fonts, made.heldout_fonts, seed, wanted)
+        say_where(plan, studio.looks(thumbs, len(made.sources)))
         hashes = draw_pictures(plan.pictures, thumbs, root, workers, progress)
         for name, records in plan.files.items():
             text = json.dumps(records, ensure_ascii=False, indent=0) + "\n"
@@ -107,6 +108,19 @@ def build_default(
         }
         (root / "build.json").write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def say_where(plan: planning.Plan, looks: list[studio.Look]) -> None:
+    """Add `places` to the captions: what lies where, with plain colours, and what is written in quotation marks."""
+    for record in plan.files["stage1.json"]:
+        scene = plan.scenes[record["image"]]
+        found = rich.places(scene, looks)
+        if scene.picture.card:
+            record["places"] = [(f'"{scene.picture.card.text}"', *box) for _, *box in found]
+        else:
+            named = [words.phrase(s.noun, s.colour or "") if s.noun else questions.named_as(s) for s in scene.objects]
+            named *= len(found) if len(named) == 1 else 1  # several of one kind
+            record["places"] = [(name, *box) for name, (_, *box) in zip(named, found, strict=True)]
 
 
 def _report(output: Path, seed: int, size: str, plan: planning.Plan, split: list[Source]) -> BuildReport:

@@ -15,13 +15,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import polymodal
 from polymodal.errors import DataError, PolymodalError
@@ -29,6 +29,9 @@ from recipes.default.dataset import plan as planning
 from recipes.default.dataset import scenes, sources
 from recipes.default.dataset.scenes import Picture
 from recipes.default.dataset.sources import Source
+
+if TYPE_CHECKING:
+    from PIL import Image as Images
 
 HELDOUT_SHARE = 0.12
 DEMO = Path(polymodal.__file__).with_name("evaluation") / "demo" / "rows.json"
@@ -58,6 +61,16 @@ LICENCES = {
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+class Drawn(Protocol):
+    """A planned image that draws itself."""
+
+    file: str
+
+    def draw(self, thumbs: Path) -> Images.Image:
+        """Draw it, RGB, from cut-outs in a folder."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -155,7 +168,7 @@ def keep_demo_out(split: list[Source]) -> list[Source]:
 
 
 def draw_pictures(
-    pictures: list[Picture], thumbs: Path, root: Path, workers: int, progress: bool, quality: int = 90
+    pictures: Sequence[Picture | Drawn], thumbs: Path, root: Path, workers: int, progress: bool, quality: int = 90
 ) -> dict[str, str]:
     """Draw planned pictures into a data set.
 
@@ -171,7 +184,7 @@ def draw_pictures(
         File -> SHA-256.
     """
     work = partial(_draw, thumbs=thumbs, root=root, quality=quality)
-    digests = over_processes(work, pictures, workers, "drawing pictures", progress)
+    digests = over_processes(work, list(pictures), workers, "drawing pictures", progress)
     return {p.file: d for p, d in zip(pictures, digests, strict=True)}
 
 
@@ -248,9 +261,10 @@ def _measure(job: tuple[int, Source], thumbs: Path, emoji_font: Path | None) -> 
     return sources.measure(job[1], thumbs / f"{job[0]}.png", emoji_font)
 
 
-def _draw(picture: Picture, thumbs: Path, root: Path, quality: int) -> str:
+def _draw(picture: Picture | Drawn, thumbs: Path, root: Path, quality: int) -> str:
     target = root / picture.file
-    scenes.draw(picture, thumbs).save(target, quality=quality)
+    drawn = scenes.draw(picture, thumbs) if isinstance(picture, Picture) else picture.draw(thumbs)
+    drawn.save(target, quality=quality)
     return hashlib.sha256(target.read_bytes()).hexdigest()
 
 

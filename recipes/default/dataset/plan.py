@@ -52,6 +52,7 @@ class Plan:
     """Everything that will be written."""
 
     pictures: list[Picture] = field(default_factory=list)
+    scenes: dict[str, Scene] = field(default_factory=dict)  # by file, those of the training images
     files: dict[str, list[Record]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -76,6 +77,7 @@ class Composer:
         self.prefix, self.suffix = prefix, suffix
         self.close = 0.0 if heldout else _CLOSE
         self.pictures: list[Picture] = []
+        self.scenes: dict[str, Scene] = {}  # by file
         self.pool = [i for i, s in enumerate(sources) if s.heldout == heldout]
         self.nouned = [i for i in self.pool if sources[i].noun]
         by_category: dict[str, list[int]] = {}
@@ -113,6 +115,7 @@ class Composer:
             The same scene.
         """
         self.pictures.append(scene.picture)
+        self.scenes[scene.picture.file] = scene
         return scene
 
     def pick(self, pool: list[int]) -> int:
@@ -492,6 +495,7 @@ def compose(sources: list[Source], fonts: list[str], heldout_fonts: list[str], s
         else:
             plan.files[file] = heldout_questions(make, size, world)
         plan.pictures += make.pictures
+        plan.scenes |= {} if heldout else make.scenes
     make = composer("photo", heldout=True)
     chosen = [i for i, s in enumerate(sources) if s.key in photos]
     if size.shapes_only:

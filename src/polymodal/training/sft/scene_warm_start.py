@@ -75,7 +75,7 @@ def bare(phrase: str) -> str:
     """A phrase without its article, in small letters; what is written stays as it is."""
     if phrase.startswith('"'):
         return phrase
-    return re.sub(r"^(an?|the|some)\s+", "", phrase.strip().rstrip(".").lower())
+    return re.sub(r"^(an?|the|some)\s+(pair of\s+)?", "", phrase.strip().rstrip(".").lower())
 
 
 def attributes_of(phrases: Iterable[str]) -> frozenset[str]:
