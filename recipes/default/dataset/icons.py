@@ -152,7 +152,7 @@ def read_flags(root: Path) -> list[Source]:
                 caption=f"The flag of {country}.",
                 noun="flag",
                 category="object",
-                group=f"flags:{code}",
+                group=f"flags:{_slug(country)}",
                 flippable=False,
                 zh=f"{chinese[code]}的国旗。" if code in chinese else None,
                 zh_noun="旗",

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from PIL import Image as Pictures
 
 GCOMPRIS = Path("/usr/share/gcompris-qt/rcc")
-_PHOTOS = ("categorization", "explore_monuments", "explore_world_animals", "explore_farm_animals", "explore_world_music", "details")
+_PHOTOS = (
+    "categorization",
+    "explore_monuments",
+    "explore_world_animals",
+    "explore_farm_animals",
+    "explore_world_music",
+    "details",
+)
 _CARDS = ("lang", "instruments", "babymatch", "explore_farm_animals", "solar_system")
 _ENTRY = re.compile(r"/resource/(?!board/)(?:[\w-]+/)*([^/]+)\.(?:webp|svg)$")
 _BACKGROUNDS = ("wallpapers", "backgrounds/mate/nature", "backgrounds/gnome")
@@ -152,7 +159,7 @@ def backgrounds(root: Path = Path("/")) -> list[Path]:
     """Large photographs and textures without letters or named things: grounds for scenes, and images without labels.
 
     Args:
-        root: `/`, or where the packages gnome-backgrounds, plasma-workspace-wallpapers and mate-backgrounds were unpacked.
+        root: `/`, or where gnome-backgrounds, plasma-workspace-wallpapers and mate-backgrounds were unpacked.
 
     Returns:
         One file per background, in order; none where the packages are missing.
