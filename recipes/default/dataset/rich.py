@@ -48,7 +48,7 @@ def _scene(make: Studio, sort: str) -> View:
         tint = rng.choice(list(words.COLOURS)) if rng.random() < 0.06 else None
         return make.single(make.pick(make.things), tint=tint) if tint else make.single()
     if sort == "several":
-        return make.several(rng.choice([2, 2, 3, 3, 4, 5]))
+        return make.several(rng.choice([2, 3, 4, 5]))
     if sort == "painted":
         return make.several(rng.choice([1, 2, 2, 3, 3, 4]), painted=True)
     made: dict[str, Callable[[], View]] = {
