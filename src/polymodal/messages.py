@@ -126,6 +126,13 @@ class Message:
         return {name: value for name in names if (value := getattr(self, name))}
 
 
+def with_ocr(part: Media) -> Media:
+    """An image or document with what OCR reads on it; other media, and pages with another text, as they are."""
+    if isinstance(part, Image):
+        return Document(part.source, text="ocr")
+    return replace(part, text="ocr") if isinstance(part, Document) and part.text == "none" else part
+
+
 def _message(role: Role, parts: Sequence[Part | str]) -> Message:
     return Message(role, tuple(Text(part) if isinstance(part, str) else part for part in parts))
 

@@ -7,6 +7,7 @@ import sys
 import wave
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from PIL import Image as PILImage
 from polymodal.backends.base import Backend, Reply, TextDelta, Timing, Usage
 from polymodal.cli import common, main
 from polymodal.generation.params import GenerationParams
-from polymodal.messages import Audio, Document, Image, Message, Video, assistant
+from polymodal.messages import Audio, Document, Image, Message, Text, Video, assistant
+from polymodal.processing import document_pages
 
 
 class Witness(Backend):
@@ -147,3 +149,39 @@ def test_chat_says_what_files_take_and_refuses_what_the_model_would(
 def test_ask_takes_parts_beside_sources(witness: Witness) -> None:
     assert witness.ask("What?", "a.png", Video("b.mp4"), Document("c.pdf"), Audio("d.wav")) == "yes"
     assert witness.asked[0][0].media == (Image("a.png"), Video("b.mp4"), Document("c.pdf"), Audio("d.wav"))
+
+
+def test_ocr_reads_images_and_documents(witness: Witness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rapidocr", ModuleType("rapidocr"))
+    given = ["--image", "a.png", "--video", "b.mp4", "--document", "c.pdf", "--pages", "2", "--ocr"]
+    assert main(["generate", *given, "--prompt", "What?"]) == 0
+    read = (Document("a.png", text="ocr"), Video("b.mp4"), Document("c.pdf", "2", "ocr"))
+    assert witness.asked[0][0].media == read
+    assert main(["generate", "--document", "c.pdf", "--text", "layer", "--ocr", "--prompt", "What?"]) == 0
+    assert witness.asked[1][0].media == (Document("c.pdf", text="layer"),)  # said of documents in particular
+    assert witness.ask("What?", "a.png", Image("a.png"), Video("b.mp4"), Document("c.pdf", "2"), ocr=True) == "yes"
+    assert witness.asked[2][0].media == (read[0], *read)
+
+
+def test_chat_reads_images_by_ocr(witness: Witness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rapidocr", ModuleType("rapidocr"))
+    words = Text("\nReference OCR token: EXIT\n")
+    monkeypatch.setattr(document_pages, "_parts", lambda part, pages, engine: [Image(pages[0].image), words])
+    monkeypatch.setattr(document_pages, "load_engine", lambda: None)
+    PILImage.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {tmp_path}/a.png\nWhat?\n"))
+    assert main(["chat", "--ocr"]) == 0
+    assert witness.asked[0][0].media == (Document(f"{tmp_path}/a.png", text="ocr"),)
+
+
+def test_ocr_without_its_extra_or_without_an_image_is_one_line(
+    witness: Witness, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    assert main(["generate", "--image", "a.png", "--ocr", "--prompt", "What?"]) == 2
+    said = capsys.readouterr().err
+    assert "--ocr needs rapidocr, which is not installed: pip install 'polymodal[ocr]'" in said
+    assert main(["generate", "--video", "a.mp4", "--ocr", "--prompt", "What?"]) == 2
+    said += capsys.readouterr().err
+    assert "--ocr is for images and documents, and none was given" in said and said.count("\n") == 2
+    assert not witness.asked

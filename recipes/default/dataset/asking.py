@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 from recipes.default.dataset import grounds, questions, words
 from recipes.default.dataset.questions import QA, World, capital
@@ -179,7 +180,7 @@ def _yes_no(question: str, yes: bool, good: str, bad: str, kind: str = "exists")
 
 def ask_count(rng: random.Random, view: View, world: World) -> QA | None:
     """Ask "How many dogs are there?" of one kind among others, or of everything."""
-    if view.layout == "several":
+    if view.layout == "several" and len(view.spots) > 1:
         count = len(view.spots)
         things = rng.choice(["things", "objects", "different things"])
         return _count_qa(rng, count, things, f"There are {words.NUMBERS[count]} {things}.")
@@ -215,9 +216,12 @@ def ask_color(rng: random.Random, view: View, world: World) -> QA | None:
     if not plain:
         return None
     spot = rng.choice(plain)
+    if spot.colour in ("white", "black", "gray") and not spot.painted and rng.random() < 0.5:
+        return None  # many things are
     if known and len(plain) > 1 and colours[spot.colour] == 1 and rng.random() < 0.25:
         question = rng.choice([f"Which thing is {spot.colour}?", f"What is {spot.colour}?"])
-        return thing_qa("color", spot, question)
+        qa = thing_qa("color", spot, question)
+        return replace(qa, long=words.sentence(f"the {words.proper(spot.noun)}"))  # without the colour
     noun = words.proper(spot.noun)
     if counts[spot.noun] > 1:
         return _color_qa(rng, f"the {words.plural(noun)}", "are", spot.colour or "")
@@ -395,6 +399,8 @@ def _between(rng: random.Random, spots: list[Spot]) -> QA | None:
 def ask_category(rng: random.Random, view: View, world: World) -> QA | None:
     """Ask "Is this an animal, food or a vehicle?" of one thing, "Which of them is an animal?" of several."""
     if len(groups(view)) == 1 and len(view.spots) == 1:
+        if view.spots[0].source.category == "animal" and rng.random() < 0.5:
+            return None  # most things are animals
         scene = questions.Scene(view.picture, view.objects, "single")  # type: ignore[arg-type]
         return questions.ask_category(rng, scene, world)
     phrases = Counter(questions.category_phrase(s.source) for s in view.spots)

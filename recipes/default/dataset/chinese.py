@@ -172,6 +172,8 @@ def _exists(rng: random.Random, view: View, world: World, names: Names) -> QA | 
 
 def _count(rng: random.Random, view: View, world: World, names: Names) -> QA | None:
     if view.layout == "several":
+        if len(view.spots) == 1:
+            return None
         count = len(view.spots)
         return _qa(
             rng.choice(["图中有几样东西？", "图片里有几种东西？"]), f"{_NUMBERS[count]}样", _NUMBERS[count], str(count)
@@ -226,6 +228,8 @@ def _category(rng: random.Random, view: View, world: World, names: Names) -> QA 
     if len(view.spots) != 1:
         return None
     source = view.spots[0].source
+    if source.category == "animal" and rng.random() < 0.5:
+        return None
     if source.category not in words.ZH_CATEGORIES or questions.category_phrase(source) is None:
         return None
     return questions._zh_category(rng, source.category)

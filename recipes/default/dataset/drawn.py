@@ -214,19 +214,19 @@ def heldout_questions(
         qa = topics[topic](rng, image)
         if qa is None:
             continue
-        binary = qa.short in ("Yes", "No")
-        # Of a topic: half where two answers are possible, else a quarter. Of all: yes and no follow from the topics.
-        most = max(1, share // 2 if binary or topic in ("trend", "place", "upright") else -(-share // 4))
-        key = (qa.question, qa.short)
-        if binary and overall[qa.short] > min(overall["Yes"], overall["No"]):
-            continue
-        if taken[topic, qa.short] >= most + (binary and share % 2) or key in asked:
-            continue
-        if not binary and overall[qa.short] >= number // 10:
+        if qa.short in ("Yes", "No"):
+            other = "No" if qa.short == "Yes" else "Yes"
+            # As often in each topic; where that is so, as often in all.
+            ahead = (taken[topic, qa.short] - taken[topic, other]) or (overall[qa.short] - overall[other])
+            full = ahead > 0
+        else:
+            few = 2 if topic in ("trend", "place", "upright") else 4
+            full = taken[topic, qa.short] >= -(-share // few) or overall[qa.short] >= max(2, number // 10)
+        if full or (qa.question, qa.short) in asked:
             continue
         taken[topic, qa.short] += 1
         overall[qa.short] += 1
-        asked.add(key)
+        asked.add((qa.question, qa.short))
         prompt = f"{qa.question}\n{words.SHORT}"
         more = {"kind": prefix, "topic": topic, "prompt": prompt, "answers": list(qa.accepted)}
         records.append(record(f"val-{prefix}-{len(records):03d}", image, [(prompt, qa.short)], [prefix], **more))

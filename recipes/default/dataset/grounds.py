@@ -38,6 +38,7 @@ class Photo:
 
     index: int
     light: float  # mean luminance
+    colours: tuple[str, ...] = ()  # that cover much of it
 
 
 STORED = 448
@@ -69,62 +70,12 @@ SHADES = {
     "stone": {"gray"},
     "night": {"black", "purple", "blue"},
 }
-OUTDOORS = frozenset(
-    [
-        "tree",
-        "leaf",
-        "plant",
-        "flower",
-        "rose",
-        "bush",
-        "grass",
-        "mountain",
-        "volcano",
-        "island",
-        "cloud",
-        "sun",
-        "moon",
-        "star",
-        "sunset",
-        "rock",
-        "feather",
-        "rainbow",
-        "wall",
-        "fence",
-        "house",
-        "bridge",
-        "boat",
-        "bird",
-        "snowflake",
-        "ice",
-        "palm",
-        "tree",
-        "pine",
-        "tree",
-        "sky",
-        "planet",
-        "earth",
-        "window",
-        "door",
-        "road",
-        "river",
-        "building",
-        "tower",
-        "castle",
-        "church",
-        "sunflower",
-        "daisy",
-        "tulip",
-        "mushroom",
-        "cactus",
-        "fern",
-        "pine",
-        "comet",
-        "explosion",
-        "fire",
-        "table",
-    ]
-) | {"palm tree", "pine tree", "christmas tree", "water lily", "ice cube"}
+_OUTDOORS = (
+    "tree leaf plant flower rose bush grass mountain volcano island cloud sun moon star sunset rock feather rainbow "
+    "wall fence house bridge boat ship bird snowflake planet earth window door road river building tower castle church "
+    "sunflower daisy tulip mushroom cactus fern comet explosion fire table girl boy woman man person wood stone"
+)
+OUTDOORS = frozenset({*_OUTDOORS.split(), "palm tree", "pine tree", "christmas tree", "water lily", "ice cube"})
 
 
 def shrink(paths: Iterable[Path], thumbs: Path) -> list[Photo]:
@@ -146,8 +97,20 @@ def shrink(paths: Iterable[Path], thumbs: Path) -> list[Photo]:
             size = round(image.width * scale), round(image.height * scale)
             image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
         image.save(thumbs / f"back_{len(kept)}.jpg", quality=92)
-        kept.append(Photo(len(kept), round(ImageStat.Stat(image.convert("L")).mean[0], 1)))
+        light = round(ImageStat.Stat(image.convert("L")).mean[0], 1)
+        kept.append(Photo(len(kept), light, _much_of(image.resize((24, 24), Image.Resampling.BOX))))
     return kept
+
+
+def _much_of(image: Images.Image) -> tuple[str, ...]:
+    """The colours that more than a fifth of the pixels are nearest to."""
+    import numpy as np
+
+    table = np.array(list(words.COLOURS.values()), dtype=np.float32)
+    pixels = np.asarray(image, dtype=np.float32).reshape(-1, 1, 3)
+    nearest = ((pixels - table) ** 2).sum(-1).argmin(1)
+    counts = np.bincount(nearest, minlength=len(table)) / len(nearest)
+    return tuple(name for name, share in zip(words.COLOURS, counts, strict=True) if share > 0.2)
 
 
 def choose(
@@ -163,7 +126,7 @@ def choose(
         elif draw < named + 0.18:
             level = rng.randint(30, 235)
             first = scenes._jitter((level, level, level), rng, 50)
-            style = rng.choice(["gradient", "texture", "blurred", "blurred"])
+            style = rng.choice(["gradient", "texture", "blurred"])
             back = Back(style, first, scenes._jitter(first, rng, 60))
         elif photos and draw < named + 0.18 + 0.38:
             photo = rng.choice(photos)
@@ -176,6 +139,8 @@ def choose(
             blur = round(rng.uniform(1, 6), 1) if soft or rng.random() < 0.35 else 0.0
             back = Back(style, blur=blur)
         seen = {back.name} if back.name else SHADES.get(back.style, set())
+        if back.style == "photo":
+            seen = {*photo.colours}
         if not seen & colours and not (back.style in ("gradient", "texture", "blurred") and colours & {"gray"}):
             return back
     return Back("plain", (205, 225, 245), (205, 225, 245))

@@ -167,7 +167,7 @@ def _warp(cut: Images.Image, quad: Quad) -> tuple[Images.Image, int, int]:
     return cut.transform(shape, Image.Transform.PERSPECTIVE, data, Image.Resampling.BILINEAR), x0, y0
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=256)
 def _tint_table(colour: str, middle: int) -> list[int]:
     """Brightness -> shades of a colour, for the three channels; `middle` is the brightness that becomes it."""
     base = words.COLOURS[colour]

@@ -48,7 +48,7 @@ def _scene(make: Studio, sort: str) -> View:
         tint = rng.choice(list(words.COLOURS)) if rng.random() < 0.06 else None
         return make.single(make.pick(make.things), tint=tint) if tint else make.single()
     if sort == "several":
-        return make.several(rng.choice([2, 2, 3, 3, 4, 5]))
+        return make.several(rng.choice([2, 3, 4, 5]))
     if sort == "painted":
         return make.several(rng.choice([1, 2, 2, 3, 3, 4]), painted=True)
     made: dict[str, Callable[[], View]] = {
@@ -66,8 +66,12 @@ def _questions(make: Studio, sort: str, view: View, world: World, zh: chinese.Na
     kinds = [wanted[0]] if rng.random() < 0.85 else []
     kinds += rng.sample(wanted[1:], min(len(wanted) - 1, rng.randint(3, 5) - len(kinds)))
     rng.shuffle(kinds)
+    planned = len(kinds)
+    kinds += rng.sample(wanted, min(len(wanted), 3))  # where a question does not suit the scene
     asked: list[QA] = []
-    for kind in kinds:
+    for number, kind in enumerate(kinds):
+        if number >= 3 and len(asked) >= planned:
+            break
         qa = chinese.ask(rng, view, world, zh) if kind == "zh" else asking.ASK[kind](rng, view, world)
         if qa is None or any(qa.question == one.question for one in asked):
             continue

@@ -217,10 +217,13 @@ class Studio:
             frame = ((0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0))
             thing = Thing(index, frame, source.flippable and rng.random() < 0.5, part=part)
             return self.keep(Back("plain"), [thing], [Spot(source, thing.box, source.colour)], "single")
-        fills = rng.random() < (0.6 if source.photo else 0.2)
-        size = rng.uniform(0.92, 1.45) if fills else 0.15 + 0.8 * rng.random() ** 0.6
+        fills = source.origin != "shapes" and rng.random() < (0.6 if source.photo else 0.2)
+        # What is long is cut off less, and a head at the top less than feet.
+        most = 1.3 if source.photo and 0.6 < look.aspect < 1.7 else 1.12
+        size = rng.uniform(0.92, most) if fills else 0.15 + 0.8 * rng.random() ** 0.6
         room = 0.08 if size > 0.92 else (1 - size) / 2 + 0.06 * size
         x, y = 0.5 + rng.uniform(-room, room), 0.5 + rng.uniform(-room, room)
+        y += max(0.0, size * min(1.0, 1 / look.aspect) - 1) * 0.25
         thing, spot = self.put(index, x, y, size, tint=tint)
         view = self.keep(self.back([index], [spot.colour], soft=fills), [thing], [spot], "single")
         if size > 0.5 and rng.random() < 0.07:
@@ -298,7 +301,7 @@ class Studio:
         alike = [i for i in self.by_noun[self.sources[first].noun or ""] if i in set(self.countable)]
         mixed = not shaped and len(alike) > 1 and rng.random() < 0.3
         indices = [rng.choice(alike) if mixed else first for _ in range(count)]
-        others = [rest[0]] * rng.randint(1, 3) if rest and rng.random() < 0.45 else []
+        others = [rest[0]] * rng.randint(1, max(1, 7 - count)) if rest and rng.random() < 0.45 else []
         tint = None
         if not shaped and not mixed and self.sources[first].noun not in _NO_TINT and rng.random() < 0.25:
             tint = rng.choice(list(words.COLOURS))

@@ -39,6 +39,7 @@ from polymodal.messages import (
     as_messages,
     assistant,
     user,
+    with_ocr,
 )
 from polymodal.utils.files import sampled_hash, sha256_json
 
@@ -189,7 +190,9 @@ class Backend(ABC):
         assert isinstance(reply, Reply)  # the last event of a stream
         return reply
 
-    def ask(self, prompt: str, *media: Source | Media, params: GenerationParams | None = None) -> str:
+    def ask(
+        self, prompt: str, *media: Source | Media, params: GenerationParams | None = None, ocr: bool = False
+    ) -> str:
         """Ask one question about some images, or videos, sounds and documents.
 
         Args:
@@ -197,12 +200,13 @@ class Backend(ABC):
             *media: Images, as paths, bytes, `data:` URLs or Pillow images; parts of a message (`Image`, `Video`,
                 `Audio`, `Document`) for others.
             params: The settings; where None those of the model's folder, greedy where it says nothing.
+            ocr: Put what OCR reads on images and documents beside them, as TextVQA's prompts do (the extra `ocr`).
 
         Returns:
             The answer's text.
         """
         parts = [part if isinstance(part, Image | Video | Audio | Document) else Image(part) for part in media]
-        return self.generate([user(*parts, prompt)], params).text
+        return self.generate([user(*(map(with_ocr, parts) if ocr else parts), prompt)], params).text
 
     def generate_batch(self, conversations: Sequence[Conversation], params: GenerationParams) -> list[Answer]:
         """Answer several conversations, one by one unless the model can do it faster.

@@ -21,7 +21,8 @@ from polymodal.cli.terminal import loading
 from polymodal.config import parse_config
 from polymodal.errors import ConfigError, MediaError, PolymodalError
 from polymodal.generation.params import GenerationParams
-from polymodal.messages import Audio, Image, Media, Message, as_messages, system, user
+from polymodal.messages import Audio, Image, Media, Message, as_messages, system, user, with_ocr
+from polymodal.utils.extras import extra
 from polymodal.utils.files import check_writable, home_path, regular_size, write_bytes
 
 RESET, DIM, BOLD = "\x1b[0m", "\x1b[2m", "\x1b[1m"
@@ -201,6 +202,8 @@ def add_media_arguments(parser: argparse.ArgumentParser) -> None:
     documents = parser.add_argument_group("documents")
     documents.add_argument("--pages", metavar="WHICH", help='such as "1-3,7" or "5-" (all)')
     documents.add_argument("--text", choices=("layer", "ocr"), help="beside each page: the PDF's own text, or by OCR")
+    about = "beside each image and page what is read on it, as in TextVQA's prompts (extra `ocr`)"
+    documents.add_argument("--ocr", action="store_true", help=about)
 
 
 def media(args: argparse.Namespace) -> list[Media]:
@@ -210,11 +213,21 @@ def media(args: argparse.Namespace) -> list[Media]:
         for flag in flags if kind not in given else ():
             if (said := getattr(args, flag)) is not None and said is not False:  # 0 is said too
                 raise ConfigError(f"--{flag.replace('_', '-')} is for {kind}s, and no --{kind} was given")
+    if args.ocr and not given & {"image", "document"}:
+        raise ConfigError("--ocr is for images and documents, and none was given")
     return [medium(kind, file, args) for kind, file in args.media]
 
 
 def medium(kind: str, file: str, args: argparse.Namespace | None = None) -> Media:
     """One medium as the flags want it; a file of another kind is refused by its name."""
+    part = _medium(kind, file, args)
+    if getattr(args, "ocr", False) and kind in ("image", "document"):
+        extra("rapidocr", "--ocr needs", "polymodal[ocr]")  # said before a model is opened
+        return with_ocr(part)
+    return part
+
+
+def _medium(kind: str, file: str, args: argparse.Namespace | None) -> Media:
     found = (mimetypes.guess_type(file)[0] or "").replace("application/pdf", "document/pdf").partition("/")
     if use := USES.get(Path(file).suffix.lower()):
         raise ConfigError(f"{file}: no {kind}, but {use}")
