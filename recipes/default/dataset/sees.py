@@ -1,27 +1,31 @@
 """Images that nobody labelled, and what the vision tower's own classifier says of them.
 
-`python -m recipes.default.dataset.sees` looks at them and prints the lines of `sees.txt`: [sees] where the tower is surer
-than half of one ImageNet class, [dim] where no class has a tenth. The file is kept, so that what is judged on stays
-what it is, and so that nothing has to be looked at again to leave it out of training.
+`python -m recipes.default.dataset.sees` looks at them and prints those where the tower is surer than half of one
+ImageNet class. sees.txt keeps that list, split by eye into classes that are right and that are not: what is judged on
+stays what it is, and nothing has to be looked at again to leave it out of training.
 
-The images: photographs that are judged anyway (judges.py), and the drawings of openclipart that no reader of the
-default dataset had a name for, by halves: `judge_half` is for judging, training may have the other.
+The images: photographs that are judged anyway (judges.py), drawings of openclipart that the default dataset's first
+reader has no name for, by halves (`judge_half`: for judging; training may have the other), and held-out stamps and
+drawings of a default dataset, which have a name that no training is told.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import itertools
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes.default.dataset import sources, words
+from recipes.default.dataset import sources
 
 if TYPE_CHECKING:
     from PIL import Image as Pictures
 
-SURE, DIM = 0.5, 0.1
+SURE = 0.5
 SIDE = 448
 _NO_THING = re.compile(
     r"^(shapes|people|special|logos|geography|decorations|computer/(icons|buttons|folders)|transportation/(aiga|roadsigns)|"
@@ -37,25 +41,39 @@ def judge_half(group: str) -> bool:
 
 def unlabelled(folder: Path = sources.OPENCLIPART) -> dict[str, Path]:
     """The drawings of openclipart that the default dataset's first reader has no name for, by key."""
-    named = {source.key for source in sources.read_openclipart(folder)}
+    read = sources.read_openclipart(folder)
+    named, groups = {source.key for source in read}, {source.group for source in read}
     found: dict[str, Path] = {}
-    seen: set[bytes] = set()
+    seen = {_digest(Path(source.path)) for source in read}
     for file in sorted(folder.rglob("*.png")):
         name = file.relative_to(folder).with_suffix("").as_posix()
         key = f"openclipart:{name}"
         if key in named or _NO_THING.search(name) or file.stat().st_size > 1_500_000:
             continue
-        digest = hashlib.sha256(file.read_bytes()).digest()
-        if digest not in seen:
+        digest = _digest(file)
+        if digest not in seen and group_of(key) not in groups:
             seen.add(digest)
             found[key] = file
     return found
+
+
+def _digest(file: Path) -> bytes:
+    return hashlib.sha256(file.read_bytes()).digest()
 
 
 def group_of(key: str) -> str:
     """A drawing's group: its name without folder, number and what marks a variant, as the first reader has it."""
     stem = key.rpartition("/")[2].lower()
     return "openclipart:" + re.sub(r"(_?bw|_?[rsn]|[-_]?\d+|_)+$", "", re.sub(r"_bw|\d+", "", stem))
+
+
+def file_of(key: str, stamps: Path = sources.STAMPS, openclipart: Path = sources.OPENCLIPART) -> Path:
+    """The file of a stamp or a drawing, by its key."""
+    origin, _, name = key.partition(":")
+    file = (stamps if origin == "stamps" else openclipart) / f"{name}.png"
+    if not file.is_file():
+        raise sources.missing(file, "tuxpaint-stamps-default" if origin == "stamps" else "openclipart-png")
+    return file
 
 
 def on_white(file: Path) -> Pictures.Image:
@@ -81,15 +99,21 @@ def padded(image: Pictures.Image, side: int = 224) -> Pictures.Image:
     return square.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def accepted(name: str) -> list[str]:
-    """What an answer may say of an image of an ImageNet class: its name, synonyms and parents that are no group."""
-    return words.names_of(name)
+def listed(section: str) -> dict[str, str]:
+    """A section of sees.txt: the tower's class by the image's key."""
+    found: dict[str, str] = {}
+    inside = ""
+    for line in Path(__file__).with_name("sees.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            inside = line.strip("[]")
+        elif inside == section and " = " in line and not line.startswith("#"):
+            key, _, name = line.partition(" = ")
+            found[key] = name
+    return found
 
 
 def look(images: Iterator[tuple[str, Pictures.Image]], batch: int = 16) -> Iterator[tuple[str, str, float]]:
     """The tower's first class of every image, and how sure it is."""
-    import itertools
-
     import numpy as np
     import torch
 
@@ -109,9 +133,13 @@ def look(images: Iterator[tuple[str, Pictures.Image]], batch: int = 16) -> Itera
             yield key, classes[best], float(row[best])
 
 
-def main() -> None:
-    """Print the lines of sees.txt."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print what the tower is sure of."""
     from recipes.default.dataset import judges
+
+    parser = argparse.ArgumentParser(prog="python -m recipes.default.dataset.sees", description=__doc__.split("\n")[0])
+    parser.add_argument("default", type=Path, help="a default dataset; what it holds out is looked at too")
+    held_out = judges.held_out(parser.parse_args(argv).default)
 
     def images() -> Iterator[tuple[str, Pictures.Image]]:
         for one in (*judges.animals(), *judges.photos()):
@@ -119,12 +147,15 @@ def main() -> None:
         for key, file in unlabelled().items():
             if judge_half(group_of(key)):
                 yield key, on_white(file)
+        for key in sorted(held_out):
+            if key.startswith(("stamps:", "openclipart:")):
+                yield key, on_white(file_of(key))
 
-    found = list(look(images()))
-    for title, wanted in (("sees", [f for f in found if f[2] > SURE]), ("dim", [f for f in found if f[2] < DIM])):
-        print(f"[{title}]")
-        print("\n".join(f"{key} = {name}" for key, name, _ in sorted(wanted)))
+    for key, name, sure in look(images()):
+        if sure > SURE:
+            print(f"{key} = {name}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
