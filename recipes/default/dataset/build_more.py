@@ -10,16 +10,28 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from polymodal.errors import unknown_name
-from recipes.default.dataset import chart_questions, document_questions, grounds, more, natural, plan, rich, studio, words
-from recipes.default.dataset.generate import Packages, draw_pictures, gather, new_data_set
+from recipes.default.dataset import (
+    chart_questions,
+    document_questions,
+    grounds,
+    judges,
+    more,
+    natural,
+    ocr_tokens,
+    photos,
+    plan,
+    rich,
+    studio,
+    words,
+)  # fmt: skip
+from recipes.default.dataset.generate import Packages, cut_out, draw_pictures, gather, new_data_set
 from recipes.default.dataset.studio import Studio, View
 
 Place = tuple[str, float, float, float, float]
@@ -50,20 +62,26 @@ SIZES = {
 
 
 def build_more(
-    output: Path, *, packages: Path, seed: int = 0, size: str = "full", workers: int = 2, progress: bool = True,
-    force: bool = False,
+    output: Path, *, packages: Path, npm: Path, seed: int = 0, size: str = "full", workers: int = 2,
+    progress: bool = True, force: bool = False,
 ) -> str:  # fmt: skip
-    """Build `captions.json`, `talks.json`, `val_charts.json`, `val_documents.json` and their images; returns the counts."""
+    """Build captions, talks, held-out charts and documents, and their images; returns the counts."""
     if size not in SIZES:
         raise unknown_name("size", size, SIZES)
     wanted, first = SIZES[size], plan.SIZES[size]
     with new_data_set(output, workers=workers, force=force) as (thumbs, root):
         made = gather(thumbs, first, seed, Packages.under(packages), workers, progress)
-        sources = plan.choose_photos(made.sources, 0 if first.shapes_only else first.photos, random.Random(f"{seed}/photos"))[0]
+        held = 0 if first.shapes_only else first.photos
+        sources, _ = plan.choose_photos(made.sources, held, random.Random(f"{seed}/photos"))
         backs: list[grounds.Photo] = []
         if not first.shapes_only:
-            sources = [*sources, *more.gather(sources, thumbs, packages, workers, progress)]
-            backs = grounds.shrink(more.backgrounds(packages), thumbs)
+            places = more.Places.under(packages, npm)
+            found = more.read(places, sources)
+            new_ones = cut_out(found, len(sources), thumbs, Packages.emoji_font, workers, progress)
+            files_ = [thumbs / f"{i}.png" for i in range(len(sources) + len(new_ones))]
+            judged = {j.key: j.open() for j in [*judges.animals(places.gcompris), *judges.photos(places.gcompris)]}
+            sources = [*sources, *more.split(sources, new_ones, files_, judged, seed)]
+            backs = grounds.shrink(photos.backgrounds(packages), thumbs)
         looks = studio.looks(thumbs, len(sources))
         zh = {**words.zh_nouns(), **words.ZH_NOUNS, **{s.noun: s.zh_noun for s in sources if s.noun and s.zh_noun}}
         world = plan.world_of(sources)
@@ -85,6 +103,8 @@ def build_more(
                 "talks.json": paper.compose(rng, made.fonts, wanted.paper_talks),
                 f"val_{kind}.json": paper.heldout(rng, made.heldout_fonts, wanted.judged),
             }.items():
+                if file == "talks.json":
+                    records = ocr_tokens.add_tokens(rng, drawn, records)
                 files.setdefault(file, []).extend(records)
                 images += drawn
                 where |= {image.file: marks(image.places, image.lines) for image in drawn}

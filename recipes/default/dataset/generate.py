@@ -145,18 +145,24 @@ def gather(thumbs: Path, size: planning.Size, seed: int, packages: Packages, wor
         found = [*sources.read_stamps(packages.stamps), *drawings, *found]
         train_fonts, heldout_fonts = _fonts(packages.fonts)
         used = list(LICENCES)
-    work = partial(_measure, thumbs=thumbs, emoji_font=packages.emoji_font)
-    measured = over_processes(work, list(enumerate(found)), workers, "reading pictures", progress)
-    # A source that cannot be used keeps its place, so that the thumbs' numbers stay right.
-    usable = [s for s in measured if s is not None]
-    numbers = [i for i, s in enumerate(measured) if s is not None]
-    for new, old in enumerate(numbers):
-        if new != old:
-            os.replace(thumbs / f"{old}.png", thumbs / f"{new}.png")
+    usable = cut_out(found, 0, thumbs, packages.emoji_font, workers, progress)
     split = sources.hold_out(usable, HELDOUT_SHARE, random.Random(f"{seed}/heldout"))
     if not size.shapes_only:
         split = keep_demo_out(split)
     return Gathered(split, train_fonts, heldout_fonts, used)
+
+
+def cut_out(
+    found: list[Source], start: int, thumbs: Path, emoji_font: Path, workers: int, progress: bool
+) -> list[Source]:
+    """Cut sources out and measure them; those that can be used, whose thumbs are numbered from `start`."""
+    work = partial(_measure, thumbs=thumbs, emoji_font=emoji_font)
+    measured = over_processes(work, list(enumerate(found, start)), workers, "reading pictures", progress)
+    numbers = [i for i, s in enumerate(measured, start) if s is not None]
+    for new, old in enumerate(numbers, start):
+        if new != old:
+            os.replace(thumbs / f"{old}.png", thumbs / f"{new}.png")
+    return [s for s in measured if s is not None]
 
 
 def keep_demo_out(split: list[Source]) -> list[Source]:

@@ -3,13 +3,12 @@
 They join after the first ones and draw their hold-outs by random numbers of their own, so that what the first ones are
 judged on stays what it was. What shows the same as something held out there (the same code point in another style, the
 same drawing under another number) is held out here too, and what is the same image, or the same photograph as one of
-those kept for judging (GCompris' `erase`), is left out.
+those kept for judging (`judges.py`), is left out.
 """
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 ORIGINS = ("icons", "flags", "photos", "cards", "openclipart2", "symbols")
 SHARE = {"icons": 0.05, "flags": 0.08, "cards": 0.06, "openclipart2": 0.06, "symbols": 0.04}
-PHOTOS, PHOTOS_A_NOUN = 30, 2
 SAME = 12.0
 """Root mean square difference of two 16x16 images, of 255, under which they are the same image."""
 LICENCES = {
@@ -49,6 +47,12 @@ class Places:
     gcompris: Path = photos.GCOMPRIS
     openclipart: Path = sources.OPENCLIPART
     root: Path = Path("/")  # of the desktop backgrounds
+
+    @classmethod
+    def under(cls, root: Path, npm: Path) -> Places:
+        """The packages as get_packages.sh put them: Debian's under the root, npm's in a folder of their own."""
+        gcompris, openclipart = (root / path.relative_to("/") for path in (cls.gcompris, cls.openclipart))
+        return cls(npm, gcompris, openclipart, root)
 
 
 def load(source: Source) -> Pictures.Image:
@@ -103,7 +107,7 @@ def twins(images: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def split(
-    first: list[Source], new: list[Source], thumbs: list[Path], erase: dict[str, Pictures.Image], seed: int
+    first: list[Source], new: list[Source], thumbs: list[Path], judged_images: dict[str, Pictures.Image], seed: int
 ) -> list[Source]:
     """Mark which of the later sources are held out.
 
@@ -111,7 +115,7 @@ def split(
         first: The first sources, measured and split.
         new: The later ones, measured.
         thumbs: The cut-outs of both, in that order.
-        erase: The photographs that are for judging only.
+        judged_images: What is for judging only, by key.
         seed: Draws the rest.
 
     Returns:
@@ -133,33 +137,12 @@ def split(
         groups = sorted({s.group for s in new if s.origin == origin} - known)
         random.Random(f"{seed}/heldout/{origin}").shuffle(groups)
         held |= set(groups[: round(len(groups) * SHARE[origin])])
-    held |= _photos(first, new, held, random.Random(f"{seed}/heldout/photos"))
+    held |= {s.group for s in new if s.key in judged_images}
     judged = [i for i, s in enumerate(first) if s.heldout]
     judged += [i for i, s in enumerate(new, len(first)) if s.group in held and s.origin == "photos"]
-    kept = np.stack([signature(image) for image in erase.values()]) if erase else np.zeros((0, 768), np.float32)
+    none = np.zeros((0, 768), np.float32)
+    kept = np.stack([signature(image) for image in judged_images.values()]) if judged_images else none
     alike = [i for i, s in enumerate(new) if s.group not in held and s.origin != "symbols"]
     same = twins(signatures([len(first) + i for i in alike]), np.concatenate([signatures(judged), kept]))
     twin = {i for i, one in zip(alike, same, strict=True) if one}
     return [replace(s, heldout=s.group in held or i in twin) for i, s in enumerate(new)]
-
-
-def _photos(first: list[Source], new: list[Source], held: set[str], rng: random.Random) -> set[str]:
-    """Groups of photographs to judge by: of things that other training images show, few of a kind, no animals."""
-    shown: dict[str, set[str]] = {}
-    for s in [*first, *new]:
-        if s.noun and not s.heldout and s.group not in held:
-            shown.setdefault(s.noun, set()).add(s.group)
-    groups = sorted({s.group for s in new if s.origin == "photos"})
-    rng.shuffle(groups)
-    nouns = {group: {s.noun or "" for s in new if s.group == group} for group in groups}
-    category = {s.group: s.category for s in new if s.origin == "photos"}
-    chosen: set[str] = set()
-    taken: Counter[str] = Counter()
-    for group in groups:
-        fits = category[group] != "animal" and all(
-            taken[noun] < PHOTOS_A_NOUN and shown.get(noun, set()) - chosen - {group} for noun in nouns[group]
-        )
-        if fits and len(chosen) < PHOTOS:
-            chosen.add(group)
-            taken.update(nouns[group])
-    return chosen

@@ -23,7 +23,7 @@ from polymodal.evaluation.task import ERROR_RATES, Example, Task
 from polymodal.metrics import CORPUS_METRICS, METRICS
 
 KIND_METRICS = {
-    **dict.fromkeys(("name", "spoken_name", "sound_name"), "contains"),
+    **dict.fromkeys(("name", "spoken_name", "sound_name", "sees", "mistaken", "unsure", "clear"), "contains"),
     **dict.fromkeys(("caption", "caption_zh", "repeat"), "word_recall"),
 }
 """The metric of a kind; `exact` where a kind is not listed."""
