@@ -1,4 +1,4 @@
-"""The sources that join later: named right, held out with what they show again, and nothing of the first ones changed."""
+"""The sources that join later: named right, held out with what they show again, the first ones as they were."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def _country(folder: str, stem: str) -> str | None:
     """The country or the region of a flag's file: "usa_rhode_island" in a folder of regions -> "Rhode Island"."""
     if not re.fullmatch(r"[a-z-]+(_[a-z-]+)*", stem) or _NO_FLAG.search(stem):
         return None
-    if folder.count("/") > 3:
+    if folder.count("/") > 2:
         stem = _REGION_OF.sub("", stem)
     small = {"and", "of", "the", "da", "de", "la"}
     return " ".join(word if word in small else word.capitalize() for word in stem.split("_"))
