@@ -35,6 +35,11 @@ def _json(path: Path) -> Any:
         ) from None
 
 
+def package(folder: Path) -> Any:
+    """An npm package's own description."""
+    return _json(folder / "package.json")
+
+
 @functools.cache
 def _annotations(root: Path, language: str) -> dict[str, str]:
     """CLDR's short name of each character."""
