@@ -15,7 +15,7 @@ from recipes.default.dataset.sources import Source, read_openclipart
 _LEFT_OUT = re.compile(  # not for children, not one thing, or names that say little
     r"pantyhose|stripper|sexy|kallisti|gallows|cannabis|dead_|bullet_hole|ak47|m16_|9_mm|fat_man|projectile|historic/"
     r"|semaphore|special/|flowchart|buttons/|dopewars|batasuna|anarch|socialist|gay_pride|copileft|padania|nationalists"
-    r"|star_(3[6-9]|[4-9]\d)pt"  # more than a thousand, too alike to tell
+    r"|symbol_1|star_(1[3-9]|[2-9]\d)pt"  # more than a thousand, drawn in thin lines, too alike to tell
     r"|religion/(?!simple_cross|angel_icon|cross_hand)|head\d|zinf|xbill|quake|pdf|mime-"
 )
 _ICONS = re.compile(r"computer/icons/(?:flat|lemon|etiquette)")
@@ -76,8 +76,7 @@ def _symbol(folder: str, stem: str) -> tuple[str, str] | None:
     if folder.endswith("cardbacks"):
         return "playing card", "The back of a playing card."
     if match := re.match(r"star_(\d+)pt", stem):
-        points = int(match[1])
-        return "star", f"A star with {_POINTS[points - 5] if points < 17 else 'many'} points."
+        return "star", f"A star with {_POINTS[int(match[1]) - 5]} points."
     if match := re.match(r"arrow-(down|left|right|up)-(\w+?)_", stem):
         arrow = words.phrase("arrow", match[2].replace("seagreen", "green"))
         return "arrow", f"{arrow} that points {_WAYS[match[1]]}."
@@ -103,7 +102,7 @@ def _country(folder: str, stem: str) -> str | None:
     """The country or the region of a flag's file: "usa_rhode_island" in a folder of regions -> "Rhode Island"."""
     if not re.fullmatch(r"[a-z-]+(_[a-z-]+)*", stem) or _NO_FLAG.search(stem):
         return None
-    if folder.count("/") > 3:
+    if folder.count("/") > 2:
         stem = _REGION_OF.sub("", stem)
     small = {"and", "of", "the", "da", "de", "la"}
     return " ".join(word if word in small else word.capitalize() for word in stem.split("_"))
@@ -151,6 +150,8 @@ def read_more_openclipart(folder: Path) -> list[Source]:
         parent, _, stem = name.rpartition("/")
         stem = stem.lower()
         symbol = _symbol(parent, stem)
+        if (folder / "transportation/roadsigns" / file.name).is_file() and not stem.startswith("stop"):
+            symbol = "road sign", "A road sign."
         said = symbol or _thing(parent, stem)
         if said is None:
             continue

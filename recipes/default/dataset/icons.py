@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image as Pictures
 
 STYLES = ("fluent-emoji", "twemoji", "openmoji", "noto")
-NPM = Path("/usr/share/polymodal-npm")
+NPM = Path("data/packages/npm")
 DRAWN = 256
 _JOINED = re.compile(r"(200d|1f3f[b-f]|20e3|e00..)")  # joined sequences and skin tones
 
@@ -30,7 +30,14 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path} not found: run recipes/default/get_packages.sh, which gets the npm packages") from None
+        raise DataError(
+            f"{path} not found: `recipes/default/get_packages.sh data/packages more` gets the npm packages"
+        ) from None
+
+
+def package(folder: Path) -> Any:
+    """An npm package's own description."""
+    return _json(folder / "package.json")
 
 
 @functools.cache

@@ -83,6 +83,15 @@ def read(places: Places, first: list[Source]) -> list[Source]:
     ]
 
 
+def npm_versions(npm: Path) -> dict[str, dict[str, str]]:
+    """Version and licence of each npm package, as the metadata of a data set names them."""
+    return {
+        name: {"version": icons.package(npm / name.rpartition("/")[2])["version"], "licence": licence}
+        for name, licence in LICENCES.items()
+        if name.startswith(("@", "cldr"))
+    }
+
+
 def signature(image: Pictures.Image) -> np.ndarray:
     """16x16 colours of an image on gray: what tells the same image at another size or quality from another one."""
     import numpy as np

@@ -159,7 +159,7 @@ class Noun:
     parent: str | None
     synonyms: tuple[str, ...]
     near: tuple[str, ...]  # wrong as answers, yet too close for a fair "no"
-    article: str  # "" mass noun, "pair" scissors, "some" grapes, "a" everything else
+    article: str  # "" mass noun, "pair" scissors, "some" grapes, "the" Eiffel Tower, "a" everything else
 
 
 @functools.cache
@@ -189,8 +189,8 @@ def _read_lexicon(file: str) -> dict[str, Noun]:
             category = line.strip("[] ")
             continue
         for entry in filter(None, (e.strip() for e in line.split(","))):
-            article = {"~": "", "+": "pair", "*": "some"}.get(entry[0], "a")
-            body, _, near = entry.lstrip("~+*").partition("!")
+            article = {"~": "", "+": "pair", "*": "some", "^": "the"}.get(entry[0], "a")
+            body, _, near = entry.lstrip("~+*^").partition("!")
             left, _, synonyms = body.partition("=")
             name, _, parent = left.partition("<")
             if name not in nouns:
@@ -272,6 +272,11 @@ def plural(name: str) -> str:
         "banjo": "banjos",
         "avocado": "avocados",
         "dingo": "dingos",
+        "person": "people",
+        "goldfish": "goldfish",
+        "pufferfish": "pufferfish",
+        "businessman": "businessmen",
+        "businesswoman": "businesswomen",
     }
     head, _, last = name.rpartition(" ")
     if last in irregular:
@@ -285,6 +290,17 @@ def plural(name: str) -> str:
     return f"{head} {word}".strip()
 
 
+_NAMES = {
+    name.lower(): name
+    for name in (
+        "Taj Mahal", "Eiffel Tower", "Leaning Tower of Pisa", "Statue of Liberty", "Christ the Redeemer", "Parthenon",
+        "Great Wall of China", "Mount Rushmore", "Mount Fuji", "Colosseum", "Kaaba", "Milky Way", "Jupiter", "Saturn",
+        "Mars", "Venus", "Mercury", "Uranus", "Neptune", "Rubik's cube", "German shepherd", "Japanese castle",
+        "Japanese dolls", "Hindu temple", "Shinto shrine", "DVD", "CD player", "DNA", "USB stick", "GPS receiver",
+    )
+}  # fmt: skip
+
+
 def proper(name: str) -> str:
     """Give the names in a noun their capitals ("christmas tree" -> "Christmas tree").
 
@@ -296,7 +312,7 @@ def proper(name: str) -> str:
     """
     for small, large in (("christmas", "Christmas"), ("santa claus", "Santa Claus"), ("santa hat", "Santa hat")):
         name = name.replace(small, large)
-    return name
+    return _NAMES.get(name, name)
 
 
 def phrase(name: str, adjective: str = "") -> str:
@@ -316,8 +332,8 @@ def phrase(name: str, adjective: str = "") -> str:
         return words
     if kind == "pair":
         return f"a pair of {words}"
-    if kind == "some":
-        return f"some {words}"
+    if kind in ("some", "the"):
+        return f"{kind} {words}"
     return f"{article(words)} {words}"
 
 
