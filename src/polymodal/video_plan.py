@@ -42,6 +42,8 @@ def _with_old_frames(frames: int, tokens: Size, video: VideoConfig) -> tuple[int
 def temporal_output(frames: int, video: VideoConfig, tokens: Size) -> tuple[int, Size]:
     """What comes out of a temporal encoder and the projector behind it: frames, and tokens of each."""
     temporal = video.temporal
+    if video.tokens_per_frame is not None:
+        tokens = Size(1, min(video.tokens_per_frame, tokens.area))
     if temporal is None:
         return frames, tokens
     if temporal.type == "spatio_temporal_pool":

@@ -187,6 +187,7 @@ class VideoConfig(Strict):
         max_tokens: The most tokens that a video may take; fewer frames are taken where they would be more.
         frame_aspect_ratio: How a frame is fitted to the tile.
         temporal: The encoder that looks along time, before the projector; None leaves each frame as it is.
+        tokens_per_frame: Of a "summary" projector: the first so many tokens of each frame; None for all of them.
         old_frames: Keeps the newest frames whole and pools the older ones; None keeps all whole.
         time_instruction: A text before each video that tells the model about it, with the {duration} of all of it in
             seconds, {num_frames} and {times} (LLaVA-Video's way); empty for none.
@@ -199,6 +200,7 @@ class VideoConfig(Strict):
     max_tokens: PositiveInt | None = None
     frame_aspect_ratio: AspectRatio = "pad"
     temporal: TemporalConfig | None = None
+    tokens_per_frame: PositiveInt | None = None
     old_frames: OldFramesConfig | None = None
     time_instruction: str = ""
     audio: bool = False

@@ -130,6 +130,9 @@ def build_audio(
 
 def fit_temporal(config: ModelConfig, encoder: VisionEncoder, projector: Projector) -> TemporalEncoder | None:
     """Make the temporal encoder between a vision tower and its projector (random weights)."""
+    kind = config.projector.mm_projector_type if config.projector is not None else None
+    if config.video is not None and config.video.tokens_per_frame is not None and kind != "summary":
+        raise ConfigError(f"video.tokens_per_frame is for mm_projector_type 'summary'; this is {kind!r}, pool instead")
     if config.video is None or config.video.temporal is None:
         return None
     temporal = build_temporal(config.video.temporal, encoder.embed_dim, encoder.grid, config.video.max_frames)

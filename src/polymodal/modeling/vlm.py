@@ -37,6 +37,7 @@ from polymodal.modeling.own import measured_projector
 from polymodal.modeling.packed_attention import SEGMENTS, choose_method, packed_inputs
 from polymodal.modeling.projectors import Projector
 from polymodal.modeling.projectors.mlp import PooledProjector
+from polymodal.modeling.projectors.summary import SummaryProjector
 from polymodal.modeling.seq2seq import split_rows, take
 from polymodal.modeling.token_loss import Output, label_losses
 from polymodal.modeling.tokenizers.base import ImageTokenizer
@@ -209,7 +210,7 @@ class MultimodalLM(nn.Module):
         features = features.to(next(projector.parameters()).dtype)
         if context_ids is not None and not self.reads_context:
             raise PolymodalError("context_ids were given, but this model's projector reads no text")
-        more: Any = tokens if isinstance(projector, PooledProjector) else context_ids
+        more: Any = tokens if isinstance(projector, PooledProjector | SummaryProjector) else context_ids
         projected: Tensor = projector(features, more) if more is not None else projector(features)
         return projected
 
@@ -243,7 +244,8 @@ class MultimodalLM(nn.Module):
         dtype = next(iter(self.projector.parameters())).dtype  # images and videos go together again
         times = [plan.times if isinstance(plan, VideoPlan) else () for plan in plans]
         parts = look_along_time(self.temporal_encoder, [part.to(dtype) for part in split], times)
-        grids = (plan.frame.tokens if isinstance(plan, VideoPlan) else plan.tokens for plan in plans)
+        summed = isinstance(self.projector, SummaryProjector)
+        grids = (plan.frame.tokens if isinstance(plan, VideoPlan) and not summed else plan.tokens for plan in plans)
         shapes = [(part.shape[1], grid) for part, grid in zip(parts, grids, strict=True)]
         projected: list[Tensor] = list(parts)
         for shape in sorted(set(shapes)):  # one, but where videos are pooled in space or images keep their shape

@@ -43,12 +43,13 @@ class SummaryProjector(nn.Module):
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Project features [N, P, E] to [N, S + P, D]."""
+    def forward(self, features: Tensor, tokens: Size | None = None) -> Tensor:
+        """Project features [N, P, E] to [N, S + P, D], to the first tokens of these where fewer are asked for."""
         whole = self.mlp(features.mean(dim=1, keepdim=True))
-        tokens = torch.cat((whole.expand(-1, self.queries, -1), self.mlp(features)), dim=1)
-        hidden = self.input(tokens) + self.places
+        said = torch.cat((whole.expand(-1, self.queries, -1), self.mlp(features)), dim=1)
+        hidden = self.input(said) + self.places
         for layer in self.layers:
             hidden = layer(hidden)
-        summed: Tensor = tokens + self.output(self.norm(hidden))
+        count = self.output_grid.area if tokens is None else tokens.area
+        summed: Tensor = said[:, :count] + self.output(self.norm(hidden[:, :count]))
         return summed

@@ -5,7 +5,7 @@ a phrase and its box, in parts of the tile's sides), much more can be had withou
 
 - a patch says what covers it, its colour too where the phrase has one;
 - the first summary token says everything that is there, the following ones one thing after the other, from left to
-  right, two a thing: its name; then its colour, how many there are of it, and where it is ("left", "top", "middle");
+  right, two a thing: its name; then its colour, how many there are of it, or where it is ("left", "top", "middle") and how big;
 - what is written (phrases in quotation marks) is spelled after that, token by token of the language model.
 
 It is set prediction, as DETR's (arXiv:2005.12872) without its matching, since the order is known, in a space that the
@@ -37,6 +37,8 @@ from polymodal.utils.progress import log, progress
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 ATTRIBUTE_NAMES = 8
 """A first word of as many different phrases is no part of a name ("red circle", "red heart", ...)."""
+SIZES = {"small": (0.0, 0.06), "big": (0.35, 2.0)}
+"""Parts of the image that something small, or big, takes."""
 MIDDLE = (0.4, 0.6)
 """Between these a box lies in the middle."""
 UNITS = 4
@@ -97,10 +99,12 @@ def split(phrase: str, attributes: frozenset[str]) -> tuple[str, tuple[str, ...]
 
 
 def where(place: Place) -> tuple[str, ...]:
-    """In words, where a box lies."""
+    """In words, where a box lies, and whether it is small or big."""
     x, y = (place.x0 + place.x1) / 2, (place.y0 + place.y1) / 2
     words = ["left"] * (x < MIDDLE[0]) + ["right"] * (x > MIDDLE[1]) + ["top"] * (y < MIDDLE[0])
-    return tuple(words + ["bottom"] * (y > MIDDLE[1])) or ("middle",)
+    words += ["bottom"] * (y > MIDDLE[1])
+    sizes = [word for word, (low, high) in SIZES.items() if low <= place.area < high]
+    return (*(words or ["middle"]), *sizes)
 
 
 def said(

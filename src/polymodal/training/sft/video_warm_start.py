@@ -49,6 +49,8 @@ def video_warm_start(
         )
     assert isinstance(projector, nn.Module)
     videos, said = described(dataset)
+    plans = (plan for sample in dataset.prepared.samples for plan in sample.plans)
+    per_frame = next((plan.tokens for plan in plans if isinstance(plan, VideoPlan)), None)
     counts = Counter(word for words in said for word in words)
     taught = {word for word, n in counts.items() if OFTEN[0] * len(said) <= n <= OFTEN[1] * len(said)}
     said = [words & taught for words in said]
@@ -87,7 +89,8 @@ def video_warm_start(
             if isinstance(projector, MLPProjector | LinearProjector):  # each token by itself: draw before the work
                 tokens = projector(draw_tokens(features.flatten(1, 2), config.tokens, generator)).float()
             else:
-                tokens = projector(features.flatten(0, 1)).float().unflatten(0, features.shape[:2]).flatten(1, 2)
+                tokens = model.project(features.flatten(0, 1), tokens=per_frame).float()
+                tokens = tokens.unflatten(0, features.shape[:2]).flatten(1, 2)
         scores = spelling(tokens).log_softmax(dim=-1).logsumexp(dim=1)
         return scores[:, 1:].log_softmax(dim=-1), tokens
 
