@@ -38,7 +38,7 @@ PHOTOS, NOTHING, BLURRED = 30, 30, 24
 SIDE = 640
 ASKED = "What is this?"
 NEAR = {"photos": 10, "openclipart": 3}
-"""Bits of 64 by which the hashes of two images may differ and be copies; drawings have few shades and differ by less."""
+"""Bits of 64 by which the hashes of two images may differ and be copies; drawings have few shades."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def blurred(image: Pictures.Image) -> Pictures.Image:
 
 
 def figures(samples: Sequence[dict[str, Any]]) -> str:
-    """The table: how often it is not sure of either sort of images, and how often a name is right where it gives one."""
+    """The table: how often it is not sure of either sort of images, and how often a name that it gives is right."""
     rows = []
     for kind, about in (("unsure", "nothing to name"), ("clear", "clear")):
         taken = [sample for sample in samples if sample["kind"] == kind]
