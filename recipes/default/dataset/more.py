@@ -143,7 +143,7 @@ def split(
         random.Random(f"{seed}/heldout/{origin}").shuffle(groups)
         held |= set(groups[: round(len(groups) * SHARE[origin])])
     held |= _photos(first, new, held, random.Random(f"{seed}/heldout/photos"))
-    judged = [i for i, s in enumerate(first) if s.heldout]
+    judged = [i for i, s in enumerate(first) if s.heldout or s.photo]
     judged += [i for i, s in enumerate(new, len(first)) if s.group in held and s.origin == "photos"]
     kept = np.stack([signature(image) for image in erase.values()]) if erase else np.zeros((0, 768), np.float32)
     alike = [i for i, s in enumerate(new) if s.group not in held and s.origin != "symbols"]
