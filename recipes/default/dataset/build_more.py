@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from recipes.default.dataset import (
     studio,
     words,
 )  # fmt: skip
-from recipes.default.dataset.generate import Packages, cut_out, draw_pictures, gather, new_data_set
+from recipes.default.dataset.generate import Packages, cut_out, draw_pictures, gather, new_data_set, over_processes
 from recipes.default.dataset.studio import Studio, View
 
 Place = tuple[str, float, float, float, float]
@@ -79,8 +80,10 @@ def build_more(
             found = more.read(places, sources)
             new_ones = cut_out(found, len(sources), thumbs, Packages.emoji_font, workers, progress)
             files_ = [thumbs / f"{i}.png" for i in range(len(sources) + len(new_ones))]
-            judged = {j.key: j.open() for j in [*judges.animals(places.gcompris), *judges.photos(places.gcompris)]}
-            sources = [*sources, *more.split(sources, new_ones, files_, judged, seed)]
+            kept = judges.judged(places.gcompris, places.openclipart)
+            jobs = [(s.key, thumbs / f"{i}.png") for i, s in enumerate(new_ones, len(sources))]
+            out = over_processes(partial(is_judged, left_out=kept), jobs, workers, "comparing images", progress)
+            sources = [*sources, *more.split(sources, new_ones, files_, out, seed)]
             backs = grounds.shrink(photos.backgrounds(packages), thumbs)
         looks = studio.looks(thumbs, len(sources))
         zh = {**words.zh_nouns(), **words.ZH_NOUNS, **{s.noun: s.zh_noun for s in sources if s.noun and s.zh_noun}}
@@ -123,6 +126,18 @@ def build_more(
         (root / "build.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     counts = ", ".join(f"{len(records)} {name.removesuffix('.json')}" for name, records in files.items())
     return f"{output}: {len(images)} images, {counts} (seed {seed}, size {size})"
+
+
+def is_judged(job: tuple[str, Path], left_out: list[judges.LeftOut]) -> bool:
+    """Whether a cut-out is one of the images that the model is judged by."""
+    from PIL import Image
+
+    key, file = job
+    with Image.open(file) as opened:
+        cut = opened.convert("RGBA")
+    white = Image.new("RGBA", cut.size, (255, 255, 255, 255))
+    white.alpha_composite(cut)
+    return judges.is_judged(key.replace("openclipart2:", "openclipart:"), white.convert("RGB"), left_out)
 
 
 def spots(view: View) -> list[Place]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 STYLES = ("fluent-emoji", "twemoji", "openmoji", "noto")
 NPM = Path("data/packages/npm")
-DRAWN = 256
+DRAWN = 192
 _JOINED = re.compile(r"(200d|1f3f[b-f]|20e3|e00..)")  # joined sequences and skin tones
 
 

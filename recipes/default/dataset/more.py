@@ -115,16 +115,14 @@ def twins(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.array([bool((square + (one**2).sum() - 2 * (others @ one)).min() < limit) for one in images], dtype=bool)
 
 
-def split(
-    first: list[Source], new: list[Source], thumbs: list[Path], judged_images: dict[str, Pictures.Image], seed: int
-) -> list[Source]:
+def split(first: list[Source], new: list[Source], thumbs: list[Path], left_out: list[bool], seed: int) -> list[Source]:
     """Mark which of the later sources are held out.
 
     Args:
         first: The first sources, measured and split.
         new: The later ones, measured.
         thumbs: The cut-outs of both, in that order.
-        judged_images: What is for judging only, by key.
+        left_out: Which of the later ones are for judging only.
         seed: Draws the rest.
 
     Returns:
@@ -146,12 +144,10 @@ def split(
         groups = sorted({s.group for s in new if s.origin == origin} - known)
         random.Random(f"{seed}/heldout/{origin}").shuffle(groups)
         held |= set(groups[: round(len(groups) * SHARE[origin])])
-    held |= {s.group for s in new if s.key in judged_images}
-    judged = [i for i, s in enumerate(first) if s.heldout]
+    held |= {s.group for s, out in zip(new, left_out, strict=True) if out}
+    judged = [i for i, s in enumerate(first) if s.heldout or s.photo]
     judged += [i for i, s in enumerate(new, len(first)) if s.group in held and s.origin == "photos"]
-    none = np.zeros((0, 768), np.float32)
-    kept = np.stack([signature(image) for image in judged_images.values()]) if judged_images else none
     alike = [i for i, s in enumerate(new) if s.group not in held and s.origin != "symbols"]
-    same = twins(signatures([len(first) + i for i in alike]), np.concatenate([signatures(judged), kept]))
+    same = twins(signatures([len(first) + i for i in alike]), signatures(judged))
     twin = {i for i, one in zip(alike, same, strict=True) if one}
     return [replace(s, heldout=s.group in held or i in twin) for i, s in enumerate(new)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import random
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -175,3 +176,36 @@ def backgrounds(root: Path = Path("/")) -> list[Path]:
             if name not in largest or file.stat().st_size > largest[name].stat().st_size:
                 largest[name] = file
     return [largest[name] for name in sorted(largest)]
+
+
+@functools.lru_cache(maxsize=64)
+def _opened(path: Path) -> Pictures.Image:
+    """A background at most 1280 pixels wide, so that many stay in memory."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.draft("RGB", (1280, 1280))
+        image = image.convert("RGB")
+    image.thumbnail((1280, 1280))
+    return image
+
+
+def background_crop(path: Path, seed: int, side: int = 224) -> Pictures.Image:
+    """A square piece of a background, a third of its height or more, perhaps mirrored: the same one for a seed.
+
+    Args:
+        path: One of `backgrounds`.
+        seed: Chooses the piece.
+        side: Of the image in pixels.
+
+    Returns:
+        RGB.
+    """
+    from PIL import Image
+
+    rng = random.Random(seed)
+    image = _opened(path)
+    size = round(min(image.size) * rng.uniform(0.34, 1.0))
+    left, top = rng.randint(0, image.width - size), rng.randint(0, image.height - size)
+    piece = image.crop((left, top, left + size, top + size)).resize((side, side), Image.Resampling.LANCZOS)
+    return piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else piece
