@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from recipes.default.dataset import asking, grounds, questions, words
 from recipes.default.dataset.questions import QA, World
 from recipes.default.dataset.studio import Spot, View
+from recipes.default.dataset.where import relation
 
 Names = Mapping[str, str]  # noun of the lexicon -> Chinese
 
@@ -90,7 +91,7 @@ def name_of(spot: Spot, names: Names) -> str | None:
     """The Chinese noun."""
     if spot.source.origin == "shapes":
         return words.ZH_SHAPES[spot.noun]
-    return names.get(spot.noun)
+    return getattr(spot.source, "zh_noun", None) or names.get(spot.noun)
 
 
 def measure(spot: Spot, name: str) -> str:
@@ -211,11 +212,11 @@ def _position(rng: random.Random, view: View, world: World, names: Names) -> QA 
             return None
         place, name = _CELLS[view.cell], name_of(spots[0], names)
         return _qa(f"{name}在哪里？", rng.choice([place, f"在{place}", f"{name}在{place}"]), place, f"在{place}")
-    pairs = [(a, b) for a in spots for b in spots if a is not b and asking.relation(a, b)]
+    pairs = [(a, b) for a in spots for b in spots if a is not b and relation(a, b)]
     if not pairs:
         return None
     target, other = rng.choice(pairs)
-    side = asking.relation(target, other) or ""
+    side = relation(target, other) or ""
     what, beside = name_of(target, names), name_of(other, names)
     if len(spots) == 2 and rng.random() < 0.5:
         return _qa(f"{beside}的{_SIDES[side]}是什么？", phrase(target, names) or "", what or "")

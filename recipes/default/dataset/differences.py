@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from recipes.default.dataset import chinese, questions, words
-from recipes.default.dataset.asking import are, the_thing
 from recipes.default.dataset.natural import Thing
 from recipes.default.dataset.questions import QA, capital
 from recipes.default.dataset.studio import Spot, Studio, View
+from recipes.default.dataset.where import are, the_thing
 
 _ASKED = ("What is different?", "What is the difference between the two pictures?", "What has changed?")
 
