@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from recipes.default.dataset import grounds, questions, words
 from recipes.default.dataset.questions import QA, World, capital
-from recipes.default.dataset.studio import Spot, View
+from recipes.default.dataset.studio import Spot, View, related
 from recipes.default.dataset.where import RELATION, are, ask_position, place_phrase, relation, thing_qa
 
 UNSURE_ASKED = (
@@ -137,7 +137,7 @@ def ask_exists(rng: random.Random, view: View, world: World) -> QA | None:
         for _ in range(30):
             noun = rng.choice(pool or world.nouns)
             maybe = grounds.outdoors(view.picture.back) and noun in grounds.OUTDOORS
-            if not maybe and not any(words.related(noun, p) for p in present):
+            if not maybe and not any(related(noun, p) for p in present):
                 break
             pool = world.nouns
         else:

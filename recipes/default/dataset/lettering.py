@@ -11,7 +11,6 @@ from recipes.default.dataset.grounds import Back
 from recipes.default.dataset.natural import Sheet
 from recipes.default.dataset.studio import Studio, View
 
-Colour = tuple[int, int, int]
 LONGEST = 8
 
 
@@ -61,10 +60,6 @@ def some_text(rng: random.Random, unwritten: frozenset[str] = frozenset()) -> tu
     return tuple(text) if number < 4 else (" ".join(text[:2]), " ".join(text[2:]))
 
 
-def _light(colour: Colour) -> float:
-    return sum(w * c for w, c in zip((0.299, 0.587, 0.114), colour, strict=True))
-
-
 def written(studio: Studio, lines: tuple[str, ...] | None = None) -> View:
     """An image of text that can be read."""
     rng = studio.rng
@@ -87,12 +82,14 @@ def written(studio: Studio, lines: tuple[str, ...] | None = None) -> View:
     under = paper or back.first
     if paper is None and back.style == "photo":
         under = (studio.photos[back.photo].light,) * 3  # type: ignore[assignment]
-    inks = [c for c in colours if abs(_light(c) - _light(under)) > (95 if back.style != "photo" or paper else 110)]
-    ink = (
-        (255, 255, 255)
-        if shape == "octagon"
-        else rng.choice(inks or [(0, 0, 0) if _light(under) > 128 else (255,) * 3])
-    )  # type: ignore[list-item]
+    inks = [
+        c
+        for c in colours
+        if abs(grounds.light_of(c) - grounds.light_of(under)) > (95 if back.style != "photo" or paper else 110)
+    ]
+    ink = rng.choice(inks or [(0, 0, 0) if grounds.light_of(under) > 128 else (255, 255, 255)])
+    if shape == "octagon":
+        ink = words.COLOURS["white"]
     widest = max(len(line) for line in lines)
     least = min(0.9, 0.14 + 0.075 * widest)
     width = rng.uniform(least, 0.95)

@@ -199,19 +199,17 @@ class Studio:
         for _ in range(300):
             chosen = [self.pick(pool) for _ in range(number)]
             names = [self.sources[i].noun or "" for i in chosen]
-            if all(not words.related(a, b) for k, a in enumerate(names) for b in names[:k]):
+            if all(not related(a, b) for k, a in enumerate(names) for b in names[:k]):
                 return chosen
         return chosen[:1]
 
     def back(self, indices: Sequence[int], colours: Sequence[str | None], *, soft: bool = False) -> Back:
-        """A ground for these things."""
-        lost = {*colours, *(self.sources[i].colour for i in indices)}
-        light = [self.sources[i].luminance for i in indices]
-        if light and max(light) > 215:
-            lost.add("white")
-        if light and min(light) < 45:
-            lost.add("black")
-        return grounds.choose(self.rng, self.photos, lost, soft=soft)
+        """A ground on which these things are seen."""
+        lights = [
+            grounds.light_of(words.COLOURS[c]) if c and c != self.sources[i].colour else self.sources[i].luminance
+            for i, c in zip(indices, colours, strict=True)
+        ]
+        return grounds.choose(self.rng, self.photos, {*colours}, lights, soft=soft)
 
     def single(self, index: int | None = None, *, tint: str | None = None) -> View:
         """One thing: a photograph that fills the frame, or a cut-out of any size."""
@@ -265,7 +263,7 @@ class Studio:
                 fits = source.colour == colour or (source.origin != "shapes" and source.noun not in _NO_TINT)
                 if source.photo and source.colour != colour and rng.random() < 0.6:
                     continue
-                if fits and all(not words.related(source.noun or "", self.sources[i].noun or "") for i in chosen):
+                if fits and all(not related(source.noun or "", self.sources[i].noun or "") for i in chosen):
                     chosen.append(index)
                     break
             else:
@@ -390,6 +388,11 @@ class Studio:
         )
         self.views.append(View(image, spots, view.layout))
         return self.views[-1]
+
+
+def related(first: str, second: str) -> bool:
+    """As `words.related`, and a ring is a circle, though there are rings to wear."""
+    return words.related(first, second) or {first, second} == {"ring", "circle"}
 
 
 def _bar(rng: random.Random) -> natural.Quad:
