@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pickle
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from recipes.default.dataset import asking, chinese, grounds, natural, plan, reading, rich, sources, studio, words
+from recipes.default.dataset import asking, chinese, grounds, lettering, natural, plan, rich, sources, studio, words
 from recipes.default.dataset.studio import Look, Studio
 
 
@@ -32,7 +33,7 @@ def thumbs(tmp_path_factory: pytest.TempPathFactory, shown: list[sources.Source]
 
 def make(shown: list[sources.Source], thumbs: Path, seed: str = "0") -> Studio:
     photos = grounds.shrink((thumbs / "photos").iterdir(), thumbs)
-    return Studio(random.Random(seed), shown, [""], photos, studio.looks(thumbs, len(shown)), "rich_")
+    return Studio(random.Random(seed), shown, [""], photos, studio.looks(thumbs, shown), "rich_")
 
 
 def test_the_seed_alone_decides(shown: list[sources.Source], thumbs: Path) -> None:
@@ -129,18 +130,21 @@ def test_chinese_counts_with_the_right_measure_word() -> None:
 
 
 def test_many_words_are_written(shown: list[sources.Source], thumbs: Path) -> None:
-    assert len(reading.vocabulary()) >= 1500
-    assert all(word.isascii() and 1 <= len(word) <= 8 for word in reading.vocabulary())
+    singles, signs = lettering.vocabulary()
+    assert len(singles) >= 1500 and len(signs) >= 60
+    assert all(word.isascii() and 1 <= len(word) <= 8 for word in singles)
+    fewer, other = lettering.vocabulary(frozenset({"stop", "mango"}))
+    assert {*singles} - {*fewer} == {"stop", "mango"} and "BUS STOP" not in other
     make_ = make(shown, thumbs)
     for _ in range(8):
-        view = reading.written(make_)
+        view = lettering.written(make_)
         qa = asking.ask_ocr(make_.rng, view, plan.world_of(shown))
         assert qa is not None and qa.short in " ".join(view.sheet.lines)
         assert view.picture.draw(thumbs).size == (224, 224)
 
 
 def test_whole_photographs_fill_the_frame(shown: list[sources.Source], thumbs: Path) -> None:
-    make_ = make(shown, thumbs)
+    make_ = make([replace(s, photo=True) for s in shown], thumbs)
     make_.looks[make_.pool[0]] = Look(1.5, whole=True)
     view = make_.single(make_.pool[0])
     assert view.spots[0].box == (0, 0, 1, 1)

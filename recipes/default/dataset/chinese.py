@@ -2,74 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from recipes.default.dataset import asking, grounds, questions, words
 from recipes.default.dataset.questions import QA, World
-from recipes.default.dataset.studio import Spot, View
+from recipes.default.dataset.studio import Spot, View, related
+from recipes.default.dataset.where import relation
 
 Names = Mapping[str, str]  # noun of the lexicon -> Chinese
 
-# The measure word that a thing is counted with: by noun, else by the last character of its Chinese name, else by
-# category.
-_BY_NOUN = {
-    **dict.fromkeys(
-        ("cow", "bull", "ox", "elephant", "pig", "boar", "buffalo", "bison", "donkey", "yak", "zebu"), "头"
-    ),
-    **dict.fromkeys(("whale", "camel", "rhino", "hippopotamus", "lion", "bear", "mammoth", "dromedary"), "头"),
-    **dict.fromkeys(("horse", "zebra", "wolf", "unicorn"), "匹"),
-    **dict.fromkeys(("dog", "snake", "fish", "shark", "dolphin", "worm", "caterpillar", "dragon", "seahorse"), "条"),
-    **dict.fromkeys(("pants", "jeans", "shorts", "skirt", "scarf", "tie", "belt", "necklace", "chain"), "条"),
-    **dict.fromkeys(("airplane", "helicopter", "jet", "piano", "camera", "harp", "accordion", "ladder"), "架"),
-    **dict.fromkeys(("boat", "ship", "sailboat", "submarine", "canoe", "spaceship", "ferry"), "艘"),
-    **dict.fromkeys(("train", "locomotive"), "列"),
-    **dict.fromkeys(("rocket", "pencil", "pen", "candle", "flute", "pistol", "gun", "syringe", "thermometer"), "支"),
-    **dict.fromkeys(("flower", "rose", "sunflower", "daisy", "tulip", "mushroom", "cloud", "orchid", "lily"), "朵"),
-    **dict.fromkeys(("tree", "palm tree", "pine tree", "christmas tree", "cactus", "carrot", "grass", "plant"), "棵"),
-    **dict.fromkeys(("cabbage", "lettuce"), "棵"),
-    **dict.fromkeys(("leaf", "feather", "snowflake"), "片"),
-    **dict.fromkeys(("banana", "bone", "corn", "cucumber", "nail", "needle", "hot dog"), "根"),
-    **dict.fromkeys(("book", "open book", "notebook", "dictionary", "calendar"), "本"),
-    **dict.fromkeys(("umbrella", "chair", "armchair", "knife", "scissors", "key", "hammer", "guitar", "violin"), "把"),
-    **dict.fromkeys(("saw", "sword", "axe", "shovel", "brush", "broom", "spoon", "fork", "cello", "fan", "lock"), "把"),
-    **dict.fromkeys(("comb", "wrench", "screwdriver", "banjo", "teapot", "kettle", "toothbrush", "hairbrush"), "把"),
-    **dict.fromkeys(("hat", "crown", "cap", "helmet", "tent", "top hat", "cowboy hat"), "顶"),
-    **dict.fromkeys(("house", "castle", "mountain", "volcano", "bridge", "tower", "lighthouse", "island"), "座"),
-    **dict.fromkeys(("church", "statue", "windmill", "pyramid", "mosque", "factory"), "座"),
-    **dict.fromkeys(("table", "desk", "bed", "map", "ticket", "stamp", "card", "credit card", "banknote"), "张"),
-    **dict.fromkeys(("star", "pearl", "tooth", "strawberry", "heart", "diamond", "nut", "cherry", "planet"), "颗"),
-    **dict.fromkeys(("computer", "laptop", "television", "radio", "printer", "fridge", "monitor", "calculator"), "台"),
-    **dict.fromkeys(("phone", "mobile phone", "telephone"), "部"),
-    **dict.fromkeys(("lamp", "light bulb", "traffic light", "lantern"), "盏"),
-    **dict.fromkeys(("flag", "mirror", "drum", "wall", "shield"), "面"),
-    **dict.fromkeys(("watch", "watermelon slice", "rock", "cake", "bread", "cheese", "eraser", "soap"), "块"),
-    **dict.fromkeys(("shirt", "t-shirt", "jacket", "coat", "dress", "sweater"), "件"),
-    **dict.fromkeys(("shoe", "sock", "glove", "boot", "mitten", "eye", "ear", "hand", "foot"), "只"),
-    **dict.fromkeys(("envelope", "letter"), "封"),
-    **dict.fromkeys(("door",), "扇"),
-    **dict.fromkeys(("window",), "扇"),
-    **dict.fromkeys(("rainbow", "lightning"), "道"),
-    **dict.fromkeys(("glasses", "sunglasses"), "副"),
-    **dict.fromkeys(("pot", "mouth"), "口"),
-}
+# The measure word of a thing is found by noun (`measures.txt`), else by the end of its Chinese name within some
+# categories, else by the nouns above it, else by category, else the general one.
 _BY_ENDING = {
-    **dict.fromkeys("鱼蛇", "条"),
-    **dict.fromkeys("车", "辆"),
-    **dict.fromkeys("船艇舰", "艘"),
-    **dict.fromkeys("花", "朵"),
-    **dict.fromkeys("树", "棵"),
-    **dict.fromkeys("帽", "顶"),
-    **dict.fromkeys("刀伞琴锁椅", "把"),
-    **dict.fromkeys("笔笛枪", "支"),
-    **dict.fromkeys("灯", "盏"),
-    **dict.fromkeys("机", "台"),
-    **dict.fromkeys("牛猪", "头"),
-    **dict.fromkeys("塔桥山", "座"),
-    **dict.fromkeys("裤裙", "条"),
-    **dict.fromkeys("衣衫", "件"),
+    "animal": dict.fromkeys("鱼蛇", "条") | dict.fromkeys("牛猪", "头"),
+    "plant": dict.fromkeys("花", "朵") | dict.fromkeys("树", "棵"),
+    "vehicle": dict.fromkeys("船艇舰", "艘") | dict.fromkeys("车", "辆") | {"机": "架"},
+    "tool": dict.fromkeys("刀剑锯锤锁匙斧铲勺叉刷钳帚槌枪", "把") | dict.fromkeys("笔", "支"),
+    "clothing": dict.fromkeys("帽盔", "顶")
+    | dict.fromkeys("裤裙巾", "条")
+    | dict.fromkeys("衣衫", "件")
+    | {"鞋": "只"},
+    "instrument": dict.fromkeys("琴号", "把") | dict.fromkeys("笛管", "支") | {"鼓": "面"},
+    "furniture": dict.fromkeys("椅", "把") | dict.fromkeys("桌床", "张") | {"灯": "盏"},
+    "electronics": dict.fromkeys("机脑", "台") | {"灯": "盏"},
+    "building": dict.fromkeys("塔桥屋楼碑", "座"),
+    "kitchen": dict.fromkeys("壶刀勺", "把"),
 }
-_BY_CATEGORY = {"animal": "只", "vehicle": "辆", "tool": "把", "clothing": "件", "building": "座"}
+_BY_CATEGORY = {"animal": "只", "vehicle": "辆", "building": "座"}
 _SIDES = {"left": "左边", "right": "右边", "top": "上面", "bottom": "下面"}
 _CELLS = {
     "top left corner": "左上角",
@@ -86,19 +48,30 @@ _NUMBERS = {1: "一", 2: "两", 3: "三", 4: "四", 5: "五", 6: "六"}
 _TURNED = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 
 
+@functools.cache
+def _measures() -> dict[str, str]:
+    lines = Path(__file__).with_name("measures.txt").read_text(encoding="utf-8").splitlines()
+    split = [line.split(" = ") for line in lines if not line.startswith("#")]
+    return {noun: unit for unit, nouns in split for noun in nouns.split(", ")}
+
+
 def name_of(spot: Spot, names: Names) -> str | None:
     """The Chinese noun."""
     if spot.source.origin == "shapes":
         return words.ZH_SHAPES[spot.noun]
-    return names.get(spot.noun)
+    return getattr(spot.source, "zh_noun", None) or names.get(spot.noun)
 
 
 def measure(spot: Spot, name: str) -> str:
     """Its measure word."""
     if spot.source.origin == "shapes":
         return "个"
-    by_kind = _BY_ENDING.get(name[-1]) or _BY_CATEGORY.get(spot.source.category or "")
-    return _BY_NOUN.get(spot.noun) or by_kind or "个"
+    nouns = (spot.noun, *words.ancestors(spot.noun))
+    category = spot.source.category or ""
+    by_ending = _BY_ENDING.get(category, {}).get(name[-1])
+    known = _measures()
+    by_noun = next((known[noun] for noun in nouns if noun in known), None)
+    return known.get(spot.noun) or by_ending or by_noun or _BY_CATEGORY.get(category, "个")
 
 
 def phrase(spot: Spot, names: Names, count: int = 1) -> str | None:
@@ -159,7 +132,7 @@ def _exists(rng: random.Random, view: View, world: World, names: Names) -> QA | 
         for _ in range(30):
             noun = rng.choice(shown) if shown else ""
             hidden = grounds.outdoors(view.picture.back) and noun in grounds.OUTDOORS
-            if noun and not hidden and not any(words.related(noun, s.noun) for s in view.spots):
+            if noun and not hidden and not any(related(noun, s.noun) for s in view.spots):
                 break
         else:
             return None
@@ -211,11 +184,11 @@ def _position(rng: random.Random, view: View, world: World, names: Names) -> QA 
             return None
         place, name = _CELLS[view.cell], name_of(spots[0], names)
         return _qa(f"{name}在哪里？", rng.choice([place, f"在{place}", f"{name}在{place}"]), place, f"在{place}")
-    pairs = [(a, b) for a in spots for b in spots if a is not b and asking.relation(a, b)]
+    pairs = [(a, b) for a in spots for b in spots if a is not b and relation(a, b)]
     if not pairs:
         return None
     target, other = rng.choice(pairs)
-    side = asking.relation(target, other) or ""
+    side = relation(target, other) or ""
     what, beside = name_of(target, names), name_of(other, names)
     if len(spots) == 2 and rng.random() < 0.5:
         return _qa(f"{beside}的{_SIDES[side]}是什么？", phrase(target, names) or "", what or "")
@@ -286,7 +259,7 @@ def ask_compare(rng: random.Random, first: View, second: View, names: Names) -> 
     """Which of two images shows it, or whether both show the same."""
     a, b = first.spots[0], second.spots[0]
     one, two = name_of(a, names), name_of(b, names)
-    if one is None or two is None or (a.noun != b.noun and words.related(a.noun, b.noun)):
+    if one is None or two is None or (a.noun != b.noun and related(a.noun, b.noun)):
         return None
     if a.noun == b.noun or rng.random() < 0.3:
         same = a.noun == b.noun

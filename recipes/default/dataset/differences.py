@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from recipes.default.dataset import chinese, questions, words
-from recipes.default.dataset.asking import are, the_thing
 from recipes.default.dataset.natural import Thing
 from recipes.default.dataset.questions import QA, capital
-from recipes.default.dataset.studio import Spot, Studio, View
+from recipes.default.dataset.studio import Spot, Studio, View, related
+from recipes.default.dataset.where import are, the_thing
 
 _ASKED = ("What is different?", "What is the difference between the two pictures?", "What has changed?")
 
@@ -21,7 +21,7 @@ def compare(make: Studio, zh: chinese.Names) -> tuple[list[View], list[QA]]:
         noun = make.sources[first].noun or ""
         second = rng.choice(make.by_noun[noun]) if rng.random() < 0.25 else make.pick()
         other = make.sources[second].noun or ""
-        if noun == other or not words.related(noun, other):
+        if noun == other or not related(noun, other):
             break
     views = [make.single(first), make.single(second)]
     one, two = views

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +54,11 @@ PHRASES = {
     "leaves": "in front of leaves",
     "beach": "on a beach",
     "meadow": "on a meadow",
+}
+_LIGHTS = {
+    **{"grass": 120.0, "sand": 195.0, "water": 135.0, "sky": 190.0, "wood": 105.0, "bricks": 115.0, "leaves": 75.0},
+    **{"stone": 130.0, "snow": 235.0, "night": 35.0, "meadow": 150.0, "beach": 175.0, "tiles": 165.0, "cloth": 150.0},
+    **{"wall": 175.0, "room": 150.0},
 }
 # Colours that a thing would be lost in, and nouns that such a ground might be said to show.
 SHADES = {
@@ -114,9 +119,15 @@ def _much_of(image: Images.Image) -> tuple[str, ...]:
 
 
 def choose(
-    rng: random.Random, photos: list[Photo], colours: set[str | None], *, soft: bool = False, named: float = 0.12
+    rng: random.Random,
+    photos: list[Photo],
+    colours: set[str | None],
+    lights: Sequence[float] = (),
+    *,
+    soft: bool = False,
+    named: float = 0.12,
 ) -> Back:
-    """A ground that things of these colours are seen on; out of focus where `soft`, plain and clear for `named`."""
+    """A ground that things of these colours and luminances are seen on; out of focus where `soft`."""
     for _ in range(40):
         draw = rng.random()
         if draw < named:
@@ -141,9 +152,17 @@ def choose(
         seen = {back.name} if back.name else SHADES.get(back.style, set())
         if back.style == "photo":
             seen = {*photo.colours}
+        level = photo.light if back.style == "photo" else _LIGHTS.get(back.style) or light_of(back.first)
+        if any(abs(level - light) < (45 if min(level, light) < 70 else 25) for light in lights):
+            continue
         if not seen & colours and not (back.style in ("gradient", "texture", "blurred") and colours & {"gray"}):
             return back
     return Back("plain", (205, 225, 245), (205, 225, 245))
+
+
+def light_of(colour: Colour) -> float:
+    """Its luminance, of 255."""
+    return sum(w * c for w, c in zip((0.299, 0.587, 0.114), colour, strict=True))
 
 
 def outdoors(back: Back) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from recipes.default.dataset import asking, chinese, differences, natural, plan, questions, reading, scenes, words
+from recipes.default.dataset import asking, chinese, differences, lettering, natural, plan, questions, scenes, words
 from recipes.default.dataset.asking import turn
 from recipes.default.dataset.natural import Box
 from recipes.default.dataset.questions import QA, Scene, World
@@ -55,7 +55,7 @@ def _scene(make: Studio, sort: str) -> View:
         "counted": make.counted,
         "placed": make.placed,
         "odd": make.odd,
-        "words": lambda: reading.written(make),
+        "words": lambda: lettering.written(make),
         "unsure": make.unsure,
     }
     return made[sort]()

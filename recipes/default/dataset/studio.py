@@ -30,7 +30,7 @@ CELLS = {
 
 @dataclass(frozen=True)
 class Look:
-    """What a cut-out is like: width over height, and whether it is a whole photograph without a transparent ground."""
+    """What a source is like: width over height, and whether it is a rectangle without a transparent ground."""
 
     aspect: float = 1.0
     whole: bool = False
@@ -89,15 +89,14 @@ class View:
         return self.picture.sheets[0] if self.picture.sheets else None
 
 
-def looks(thumbs: Path, count: int) -> list[Look]:
-    """Measure the cut-outs `0.png` to `count - 1`."""
+def looks(thumbs: Path, sources: Sequence[Source]) -> list[Look]:
+    """Measure the cut-outs of the sources, `0.png` and so on."""
     from PIL import Image
 
     found: list[Look] = []
-    for index in range(count):
+    for index, source in enumerate(sources):
         with Image.open(thumbs / f"{index}.png") as image:
-            low = image.getchannel("A").getextrema()[0] if "A" in image.getbands() else 255
-            found.append(Look(round(image.width / image.height, 4), low == 255))  # type: ignore[operator]
+            found.append(Look(round(image.width / image.height, 4), getattr(source, "rectangular", False)))
     return found
 
 
@@ -111,6 +110,7 @@ class Studio:
     photos: list[Photo]
     looks: list[Look]
     prefix: str
+    unwritten: frozenset[str] = frozenset()  # words that no image of text may show
     views: list[View] = field(default_factory=list)
 
     @property
@@ -125,6 +125,13 @@ class Studio:
         self.things = [i for i in self.cuts if self.sources[i].origin != "shapes"] or self.cuts
         self.real = [i for i in self.pool if self.sources[i].photo or self.looks[i].whole]
         self.countable = [i for i in self.cuts if _countable(self.sources[i])]
+        self.alike: dict[str, list[int]] = {}  # those that can be counted, by noun
+        for i in self.countable:
+            self.alike.setdefault(self.sources[i].noun or "", []).append(i)
+        self.by_colour: dict[str, list[int]] = {}
+        for i in self.cuts:
+            if (colour := self.sources[i].colour) is not None:
+                self.by_colour.setdefault(colour, []).append(i)
         self.by_noun: dict[str, list[int]] = {}
         self.by_category: dict[str, list[int]] = {}
         for i in self.pool:
@@ -192,19 +199,17 @@ class Studio:
         for _ in range(300):
             chosen = [self.pick(pool) for _ in range(number)]
             names = [self.sources[i].noun or "" for i in chosen]
-            if all(not words.related(a, b) for k, a in enumerate(names) for b in names[:k]):
+            if all(not related(a, b) for k, a in enumerate(names) for b in names[:k]):
                 return chosen
         return chosen[:1]
 
     def back(self, indices: Sequence[int], colours: Sequence[str | None], *, soft: bool = False) -> Back:
-        """A ground for these things."""
-        lost = {*colours, *(self.sources[i].colour for i in indices)}
-        light = [self.sources[i].luminance for i in indices]
-        if light and max(light) > 215:
-            lost.add("white")
-        if light and min(light) < 45:
-            lost.add("black")
-        return grounds.choose(self.rng, self.photos, lost, soft=soft)
+        """A ground on which these things are seen."""
+        lights = [
+            grounds.light_of(words.COLOURS[c]) if c and c != self.sources[i].colour else self.sources[i].luminance
+            for i, c in zip(indices, colours, strict=True)
+        ]
+        return grounds.choose(self.rng, self.photos, {*colours}, lights, soft=soft)
 
     def single(self, index: int | None = None, *, tint: str | None = None) -> View:
         """One thing: a photograph that fills the frame, or a cut-out of any size."""
@@ -212,15 +217,16 @@ class Studio:
         if index is None:
             index = self.pick(self.real) if self.real and rng.random() < 0.5 else self.pick()
         source, look = self.sources[index], self.looks[index]
-        if look.whole:
-            part = natural.cover(look.aspect, rng.random(), rng.random(), rng.uniform(0.72, 1.0))
+        if look.whole and (source.photo or 0.75 < look.aspect < 1.33):
+            where = rng.uniform(0.25, 0.75), rng.uniform(0.25, 0.75)
+            part = natural.cover(look.aspect, *where, rng.uniform(0.78 if source.photo else 0.9, 1.0))
             frame = ((0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0))
             thing = Thing(index, frame, source.flippable and rng.random() < 0.5, part=part)
             return self.keep(Back("plain"), [thing], [Spot(source, thing.box, source.colour)], "single")
         fills = source.origin != "shapes" and rng.random() < (0.6 if source.photo else 0.2)
         # What is long is cut off less, and a head at the top less than feet.
         most = 1.3 if source.photo and 0.6 < look.aspect < 1.7 else 1.12
-        size = rng.uniform(0.92, most) if fills else 0.15 + 0.8 * rng.random() ** 0.6
+        size = rng.uniform(0.92, most) if fills and not look.whole else 0.15 + 0.8 * rng.random() ** 0.6
         room = 0.08 if size > 0.92 else (1 - size) / 2 + 0.06 * size
         x, y = 0.5 + rng.uniform(-room, room), 0.5 + rng.uniform(-room, room)
         y += max(0.0, size * min(1.0, 1 / look.aspect) - 1) * 0.25
@@ -249,7 +255,7 @@ class Studio:
         """Unrelated sources for these colours: shapes and drawings of the colour, or what can be painted."""
         rng, chosen = self.rng, list[int]()
         for colour in colours:
-            own = [i for i in self.cuts if self.sources[i].colour == colour]
+            own = self.by_colour.get(colour or "", [])
             for _ in range(200):
                 draw = rng.random()
                 index = rng.choice(own) if own and draw < 0.4 else self.pick(self.things)
@@ -257,7 +263,7 @@ class Studio:
                 fits = source.colour == colour or (source.origin != "shapes" and source.noun not in _NO_TINT)
                 if source.photo and source.colour != colour and rng.random() < 0.6:
                     continue
-                if fits and all(not words.related(source.noun or "", self.sources[i].noun or "") for i in chosen):
+                if fits and all(not related(source.noun or "", self.sources[i].noun or "") for i in chosen):
                     chosen.append(index)
                     break
             else:
@@ -298,7 +304,7 @@ class Studio:
         count = rng.randint(1, 6)
         shaped = bool(self.shapes) and rng.random() < 0.25
         first, *rest = self.pick_apart(2, self.shapes if shaped else self.countable)
-        alike = [i for i in self.by_noun[self.sources[first].noun or ""] if i in set(self.countable)]
+        alike = self.alike[self.sources[first].noun or ""]
         mixed = not shaped and len(alike) > 1 and rng.random() < 0.3
         indices = [rng.choice(alike) if mixed else first for _ in range(count)]
         others = [rest[0]] * rng.randint(1, max(1, 7 - count)) if rest and rng.random() < 0.45 else []
@@ -382,6 +388,11 @@ class Studio:
         )
         self.views.append(View(image, spots, view.layout))
         return self.views[-1]
+
+
+def related(first: str, second: str) -> bool:
+    """As `words.related`, and a ring is a circle, though there are rings to wear."""
+    return words.related(first, second) or {first, second} == {"ring", "circle"}
 
 
 def _bar(rng: random.Random) -> natural.Quad:

@@ -11,14 +11,13 @@ from recipes.default.dataset.grounds import Back
 from recipes.default.dataset.natural import Sheet
 from recipes.default.dataset.studio import Studio, View
 
-Colour = tuple[int, int, int]
 LONGEST = 8
 
 
 @functools.cache
 def _lists() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(words, signs): nouns, colours, the words of the plain images and the list beside this file."""
-    text = Path(__file__).with_name("reading.txt").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("lettering.txt").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     at = lines.index("[signs]")
     common = " ".join(lines[1:at]).split()
@@ -27,28 +26,32 @@ def _lists() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(w for w in every if len(w) <= LONGEST), tuple("|".join(lines[at + 1 :]).split("|"))
 
 
-def vocabulary() -> tuple[str, ...]:
-    """The single words that are written."""
-    return _lists()[0]
+@functools.lru_cache(maxsize=4)
+def vocabulary(unwritten: frozenset[str] = frozenset()) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The single words and the signs that are written, without those kept for judging."""
+    singles, signs = _lists()
+    kept = tuple(sign for sign in signs if not unwritten & set(sign.lower().split()))
+    return tuple(word for word in singles if word.lower() not in unwritten), kept
 
 
 def _cased(rng: random.Random, text: str) -> str:
     return rng.choice([text.upper(), text.upper(), text.lower(), text.title()])
 
 
-def some_text(rng: random.Random) -> tuple[str, ...]:
+def some_text(rng: random.Random, unwritten: frozenset[str] = frozenset()) -> tuple[str, ...]:
     """Lines: mostly one word or number, sometimes a sign or two to four words."""
     draw = rng.random()
+    singles, signs = vocabulary(unwritten)
     if draw < 0.5:
-        return (_cased(rng, rng.choice(vocabulary())),)
+        return (_cased(rng, rng.choice(singles)),)
     if draw < 0.7:
         return (str(rng.randint(0, 10 ** rng.randint(1, 3) - 1)),)
     if draw < 0.82:
-        sign = rng.choice(_lists()[1])
+        sign = rng.choice(signs)
         parts = (sign if rng.random() < 0.7 else _cased(rng, sign)).split(" ")
         return tuple(parts) if rng.random() < 0.5 or len(sign) > 12 else (" ".join(parts),)
     number = rng.choice([2, 2, 2, 3, 4])
-    parts = [rng.choice(vocabulary()) for _ in range(number)]
+    parts = [rng.choice(singles) for _ in range(number)]
     if rng.random() < 0.2:
         parts[-1] = str(rng.randint(1, 99))
     text = _cased(rng, " ".join(parts)).split(" ")
@@ -57,14 +60,10 @@ def some_text(rng: random.Random) -> tuple[str, ...]:
     return tuple(text) if number < 4 else (" ".join(text[:2]), " ".join(text[2:]))
 
 
-def _light(colour: Colour) -> float:
-    return sum(w * c for w, c in zip((0.299, 0.587, 0.114), colour, strict=True))
-
-
 def written(studio: Studio, lines: tuple[str, ...] | None = None) -> View:
     """An image of text that can be read."""
     rng = studio.rng
-    lines = lines or some_text(rng)
+    lines = lines or some_text(rng, studio.unwritten)
     colours = list(words.COLOURS.values())
     draw = rng.random()
     paper = rng.choice([*colours, (252, 252, 252), (252, 252, 252)]) if draw < 0.7 else None
@@ -83,12 +82,14 @@ def written(studio: Studio, lines: tuple[str, ...] | None = None) -> View:
     under = paper or back.first
     if paper is None and back.style == "photo":
         under = (studio.photos[back.photo].light,) * 3  # type: ignore[assignment]
-    inks = [c for c in colours if abs(_light(c) - _light(under)) > (95 if back.style != "photo" or paper else 110)]
-    ink = (
-        (255, 255, 255)
-        if shape == "octagon"
-        else rng.choice(inks or [(0, 0, 0) if _light(under) > 128 else (255,) * 3])
-    )  # type: ignore[list-item]
+    inks = [
+        c
+        for c in colours
+        if abs(grounds.light_of(c) - grounds.light_of(under)) > (95 if back.style != "photo" or paper else 110)
+    ]
+    ink = rng.choice(inks or [(0, 0, 0) if grounds.light_of(under) > 128 else (255, 255, 255)])
+    if shape == "octagon":
+        ink = words.COLOURS["white"]
     widest = max(len(line) for line in lines)
     least = min(0.9, 0.14 + 0.075 * widest)
     width = rng.uniform(least, 0.95)
