@@ -299,8 +299,8 @@ def ask_title(rng: random.Random, chart: Chart) -> QA | None:
 
 
 def ask_value(rng: random.Random, chart: Chart) -> QA | None:
-    """Ask for a number that is written there."""
-    if not chart.printed:
+    """Ask for a number that is written there, or is found at the axis."""
+    if not (chart.printed or chart.step):
         return None
     place = rng.randrange(len(chart.labels))
     value = str(chart.values[place])
