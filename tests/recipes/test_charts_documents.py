@@ -124,6 +124,25 @@ def test_bars_are_as_high_as_the_answers_say() -> None:
                 assert (compared.short == "Yes") == (high[first] > high[second])
 
 
+def test_bars_end_at_the_number_of_the_axis_that_is_their_value() -> None:
+    rng, seen = random.Random(2), 0
+    while seen < 20:
+        chart = charts.plan("a.jpg", rng, FONTS, heldout=False)
+        if chart.form != "bar" or not chart.step:
+            continue
+        seen += 1
+        bars = [place for place in chart.places if place[0].endswith(" bar")]
+        ticks = {
+            place[0]: (place[2] + place[4]) / 2
+            for place in chart.places
+            if place[0].isdigit() and place[3] < bars[0][1]
+        }
+        for bar, value in zip(bars, chart.values, strict=True):
+            assert bar[2] == pytest.approx(ticks[str(value)], abs=0.004)
+        asked = chart_questions.ask_value(rng, chart)
+        assert asked is not None and asked.short in ticks
+
+
 @BOTH
 def test_words_lie_where_places_say(made: ModuleType) -> None:
     for image in made.compose(random.Random(11), FONTS, 40)[0]:

@@ -23,6 +23,7 @@ FORMS = {
     "pie": ("pie chart", ("pie chart", "pie", "pie graph")),
     "table": ("table", ("table",)),
 }
+ZH_FORMS = {"bar": "柱状图", "barh": "柱状图", "line": "折线图", "pie": "饼图", "table": "表格"}
 PARTS = {"bar": "bar", "barh": "bar", "line": "point", "pie": "slice", "table": "row"}
 # The most and the least, as one says of bars, points, slices and rows.
 MOST = {
@@ -299,8 +300,8 @@ def ask_title(rng: random.Random, chart: Chart) -> QA | None:
 
 
 def ask_value(rng: random.Random, chart: Chart) -> QA | None:
-    """Ask for a number that is written there."""
-    if not chart.printed:
+    """Ask for a number that is written there, or is found at the axis."""
+    if not (chart.printed or chart.step):
         return None
     place = rng.randrange(len(chart.labels))
     value = str(chart.values[place])
@@ -328,6 +329,25 @@ def ask_caption(rng: random.Random, chart: Chart) -> QA:
     return QA("caption", question, text, text, (text,))
 
 
+def ask_zh(rng: random.Random, chart: Chart) -> QA:
+    """A question in Chinese: what it is, how many bars or slices, a colour, whether the line rises."""
+    form = ZH_FORMS[chart.form]
+    options = [QA("zh", rng.choice(["这是什么图？", "图中是什么？"]), f"这是{form}。", form, (form,))]
+    if chart.form in ("bar", "barh", "pie"):
+        part = "扇形" if chart.form == "pie" else "柱子"
+        number = drawn.ZH_NUMBERS[len(chart.labels)]
+        options.append(QA("zh", f"图中有几个{part}？", f"{number}个。", f"{number}个", (f"{number}个", number)))
+    if chart.form in ("bar", "barh") and not chart.one_colour:
+        word, most = rng.choice([("最高" if chart.form == "bar" else "最长", True), ("最短", False)])
+        place = chart.values.index((max if most else min)(chart.values))
+        colour = words.ZH_COLOURS[chart.colours[place]]
+        options.append(QA("zh", f"{word}的柱子是什么颜色的？", f"{colour}。", colour, (colour, colour[:-1])))
+    if trend := chart.form == "line" and _trend(chart):
+        way = "上升" if trend == "rising" else "下降"
+        options.append(QA("zh", "线是上升还是下降？", f"{way}。", way, (way,)))
+    return rng.choice(options)
+
+
 TOPICS: drawn.Topics = {
     "form": ask_form,
     "upright": ask_upright,
@@ -352,7 +372,7 @@ def _maker(rng: random.Random, fonts: list[str], heldout: bool) -> Any:
 
 def compose(rng: random.Random, fonts: list[str], number: int) -> tuple[list[Chart], list[Record]]:
     """Training conversations of three to five questions, one chart each."""
-    topics = {**TOPICS, "caption": ask_caption}
+    topics = {**TOPICS, "caption": ask_caption, "zh": ask_zh}
     return drawn.conversations(rng, _maker(rng, fonts, heldout=False), topics, number, KIND)
 
 

@@ -42,6 +42,7 @@ TITLES = (
     " School_trip Sunshine Power_used Zoo Club Music Report | Prices Orders Goals Weight Speed Winter Popular Steps"
     " Minutes Members Harvest Savings Class_poll Paid Borrowed Temperature Customers Exports Absent"
 )
+TICK = 15.0  # size of the numbers at an axis
 GROUNDS: tuple[list[Colour], list[Colour]] = (
     [(255, 255, 255)] * 5 + [(245, 245, 220), (235, 242, 250), (240, 240, 240), (25, 25, 35), (40, 44, 52)],
     [(255, 255, 255)] * 3 + [(255, 248, 235), (232, 245, 233), (228, 228, 235), (15, 32, 60)],
@@ -66,6 +67,7 @@ class Chart:
     side: int  # pixels of the file
     named: bool  # whether the labels are drawn
     printed: bool  # whether the numbers stand at the bars, points, slices or rows
+    step: int  # between the numbers of the axis, all of which are levels of values; 0 where it has none
     look: dict[str, float]  # drawn at random: width of bars, edges, grid, where a pie starts
     places: tuple[Place, ...] = ()
     lines: tuple[str, ...] = ()
@@ -81,7 +83,7 @@ class Chart:
         return len(set(self.colours)) == 1
 
 
-def _values(rng: random.Random, form: str, count: int) -> list[int]:
+def _values(rng: random.Random, form: str, count: int, levels: range) -> list[int]:
     if form == "pie":
         while True:
             values = rng.sample(range(2, 13), count)
@@ -90,13 +92,13 @@ def _values(rng: random.Random, form: str, count: int) -> list[int]:
             if ordered[0] >= 0.1 * whole and clear:
                 return values
     if form == "line":
-        values = sorted(rng.sample(range(1, 11), count))
+        values = sorted(rng.sample(levels, count))
         turn = rng.random()
         if turn < 0.4:
             return values[::-1]
         if turn < 0.8:
             return values
-    return rng.sample(range(2, 11), count)
+    return rng.sample(levels, count)
 
 
 def plan(file: str, rng: random.Random, fonts: list[str], heldout: bool) -> Chart:
@@ -104,18 +106,19 @@ def plan(file: str, rng: random.Random, fonts: list[str], heldout: bool) -> Char
     form = rng.choices(list(FORMS), list(FORMS.values()))[0]
     count = rng.randint(3, 5) if form == "line" else rng.randint(2, 5)
     font = drawn.real_font(rng.choice(fonts))
-    topic = rng.choice([name for name in LABELS if form != "line" or name in ("month", "day", "year")])
-    pool = drawn.split(LABELS[topic], heldout)
-    if form == "bar":  # labels stand beside each other: short ones where there are many
-        pool = [word for word in pool if drawn.width_of(word, font) * 15 <= 190 / count] or pool
+    pool: list[str] = []
+    while len(pool) < min(count, 3):
+        topic = rng.choice([name for name in LABELS if form != "line" or name in ("month", "day", "year")])
+        pool = drawn.split(LABELS[topic], heldout)
+        if form == "bar":  # labels stand beside each other: short ones where there are many
+            pool = [word for word in pool if drawn.width_of(word, font) * 15 <= 170 / count]
     count = min(count, len(pool))
     labels = rng.sample(pool, count)
     if form == "line" or (topic in ("month", "day", "year") and rng.random() < 0.7):
         labels.sort(key=pool.index)
     ground = rng.choice(GROUNDS[heldout])
-    usable = [name for name, shades in drawn.SHADES.items() if min(abs(light(s) - light(ground)) for s in shades) > 40]
-    if form in ("line", "table"):
-        usable = [name for name in usable if abs(light(drawn.SHADES[name][0]) - light(ground)) > 75]
+    clear = 75 if form in ("line", "table") else 40
+    usable = [n for n, shades in drawn.SHADES.items() if min(abs(light(s) - light(ground)) for s in shades) > clear]
     several = form == "pie" or (form in ("bar", "barh") and rng.random() < 0.72)
     names = rng.sample(usable, count) if several else [rng.choice(usable)] * count
     if topic == "color" and form != "table":
@@ -125,7 +128,9 @@ def plan(file: str, rng: random.Random, fonts: list[str], heldout: bool) -> Char
             topic, labels = "team", drawn.split(LABELS["team"], heldout)[:count]
     shades = {name: drawn.shade(rng, name, heldout) for name in names}
     scale = rng.choice([1, 1, 1, 10, 5, 100 if form in ("table", "barh") else 2])
-    values = [value * scale for value in _values(rng, form, count)]
+    printed = form == "table" or rng.random() < (0.25 if form == "pie" else 0.5)
+    axis = form in ("bar", "line") and not printed and rng.random() < 0.5
+    values = [value * scale for value in _values(rng, form, count, range(1, 6) if axis else range(2, 11))]
     look = {
         "width": rng.uniform(0.55, 0.88),
         "edge": float(rng.random() < 0.35),
@@ -153,7 +158,8 @@ def plan(file: str, rng: random.Random, fonts: list[str], heldout: bool) -> Char
         font=font,
         side=rng.choice([224, 256, 288, 320, 384, 448]),
         named=form == "table" or rng.random() < 0.85,
-        printed=form == "table" or rng.random() < (0.25 if form == "pie" else 0.5),
+        printed=printed,
+        step=scale if axis else 0,
         look=look,
     )
     if form == "pie" and chart.named and min(_around(chart, place) for place in range(count)) < 14:
@@ -184,10 +190,14 @@ def _frame(chart: Chart) -> tuple[_Frame, float]:
         number = min(22, (206 - top) / count * 0.5) if chart.printed else 0
         most = max(drawn.width_of(str(v), chart.font) for v in chart.values) * number
         return _Frame(left, 214 - most, top, 212, label, number), title
-    slot = 198 / count
+    left = 13.0
+    if chart.step:
+        left += 5 + drawn.width_of(str(max(chart.values)), chart.font) * TICK
+    slot = (211 - left) / count
     label = fit(chart.labels, chart.font, slot * 0.86, 24 * chart.look["letters"]) if named else 0
     number = fit([str(v) for v in chart.values], chart.font, slot * 0.8, 22) if chart.printed else 0
-    return _Frame(13, 211, top + number * 1.15, 214 - label * 1.25, label, number), title
+    top += number * 1.15 if number else TICK / 2 * bool(chart.step)
+    return _Frame(left, 211, top, 214 - label * 1.25, label, number), title
 
 
 def _marks(chart: Chart) -> list[tuple[float, float, float, float]]:
@@ -207,12 +217,21 @@ def _marks(chart: Chart) -> list[tuple[float, float, float, float]]:
         middle = frame.left + slot * (place + 0.5)
         high = frame.bottom - (frame.bottom - frame.top) * value / most
         if chart.form == "line":
-            high = min(high, frame.bottom - 6 - frame.number * 1.1)
+            high = min(high, frame.bottom - 6 - frame.number * 1.1)  # clear of the axis, with room for a number
             marks.append((middle - 5, high - 5, middle + 5, high + 5))
         else:
             half = slot * chart.look["width"] / 2
             marks.append((middle - half, high, middle + half, frame.bottom))
     return marks
+
+
+def _levels(chart: Chart) -> list[tuple[int, float]]:
+    """The numbers of the axis and their heights, or heights of lines without a number."""
+    frame, _ = _frame(chart)
+    high, most = frame.bottom - frame.top, max(chart.values)
+    if chart.step:
+        return [(level, frame.bottom - high * level / most) for level in range(chart.step, most + 1, chart.step)]
+    return [(0, frame.bottom - high * part / 4) for part in range(1, 5)]
 
 
 def _pie(chart: Chart) -> tuple[float, float, float, list[tuple[float, float]]]:
@@ -293,6 +312,9 @@ def _lay_out(chart: Chart) -> Chart:
                 texts.append((label, x, (top + bottom) / 2, frame.label, ink))
             elif chart.named:
                 texts.append((label, middle, frame.bottom + frame.label * 0.72, frame.label, ink))
+        if chart.step:
+            wide = drawn.width_of(str(max(chart.values)), chart.font) * TICK
+            texts += [(str(level), frame.left - 5 - wide / 2, y, TICK, ink) for level, y in _levels(chart)]
         if chart.form == "line":
             points = [((a + c) / 2, (b + d) / 2) for a, b, c, d in _marks(chart)]
             xs, ys = [x for x, _ in points], [y for _, y in points]
@@ -319,7 +341,7 @@ def _rows(chart: Chart) -> tuple[float, float, int]:
     _, title = _frame(chart)
     top = 12 + title * 1.3
     count = len(chart.labels) + int(chart.look["heading"])
-    high = min((214 - top) / count, 46)
+    high = min((214 - top) / count, 56)
     return top, high, count
 
 
@@ -395,15 +417,13 @@ def _draw(chart: Chart) -> Images.Image:
                 left = x + radius + 10
                 block(left, row - 6, left + 12, row + 6, _share(chart.shades[place]), "none", 0)
     else:
-        if chart.look["grid"]:
-            for step in range(1, 5):
-                share = step / 4
-                if chart.form == "barh":
-                    at = frame.left + (frame.right - frame.left) * share
-                    line([at, at], [frame.top, frame.bottom], pale, 0.6, zorder=0.5)
-                else:
-                    at = frame.bottom - (frame.bottom - frame.top) * share
-                    line([frame.left, frame.right], [at, at], pale, 0.6, zorder=0.5)
+        if chart.look["grid"] and chart.form == "barh":
+            for part in range(1, 5):
+                at = frame.left + (frame.right - frame.left) * part / 4
+                line([at, at], [frame.top, frame.bottom], pale, 0.6, zorder=0.5)
+        elif chart.look["grid"] or chart.step:
+            for _, at in _levels(chart):
+                line([frame.left, frame.right], [at, at], pale, 0.6, zorder=0.5)
         marks = _marks(chart)
         if chart.form == "line":
             xs, ys = [(a + c) / 2 for a, _, c, _ in marks], [(b + d) / 2 for _, b, _, d in marks]

@@ -27,6 +27,18 @@ ACCEPTED = {
 }
 
 
+ZH_FORMS = {
+    "receipt": "收据",
+    "form": "表格",
+    "sign": "标志",
+    "ticket": "票",
+    "invitation": "请柬",
+    "shopping list": "购物清单",
+    "business card": "名片",
+    "calendar page": "日历",
+}
+
+
 def _it(doc: Document, rng: random.Random) -> str:
     """The document, as a question names it: mostly not by its kind."""
     return f"the {doc.form}" if rng.random() < 0.5 else "it"
@@ -293,6 +305,22 @@ def ask_caption(rng: random.Random, doc: Document) -> QA:
     return QA("caption", question, text, text, (text,))
 
 
+def ask_zh(rng: random.Random, doc: Document) -> QA:
+    """A question in Chinese: what it is, what is written there, how many items, whether it is signed."""
+    form, title = ZH_FORMS[doc.form], doc.facts["title"]
+    options = [
+        QA("zh", rng.choice(["这是什么？", "图中是什么？"]), f"这是{form}。", form, (form,)),
+        QA("zh", rng.choice(["上面写着什么？", "标题是什么？"]), f"{title}。", title, (title, title.lower())),
+    ]
+    if "items" in doc.facts:
+        number = drawn.ZH_NUMBERS[len(doc.facts["items"])]
+        options.append(QA("zh", "上面有几样东西？", f"{number}样。", f"{number}样", (f"{number}样", number)))
+    if "signature" in doc.facts:
+        answer = "有" if doc.facts["signature"] else "没有"
+        options.append(QA("zh", "有签名吗？", f"{answer}。", answer, (answer,)))
+    return rng.choice(options)
+
+
 TOPICS: drawn.Topics = {
     "form": ask_form,
     "whether": ask_whether,
@@ -319,7 +347,7 @@ def _maker(rng: random.Random, fonts: list[str], heldout: bool) -> Any:
 
 def compose(rng: random.Random, fonts: list[str], number: int) -> tuple[list[Document], list[Record]]:
     """Training conversations of three to five questions, one document each."""
-    topics = {**TOPICS, "caption": ask_caption}
+    topics = {**TOPICS, "caption": ask_caption, "zh": ask_zh}
     return drawn.conversations(rng, _maker(rng, fonts, heldout=False), topics, number, KIND)
 
 

@@ -48,6 +48,7 @@ class Drawn(Protocol):
         ...
 
 
+ZH_NUMBERS = {**words.ZH_NUMBERS, 1: "一", 5: "五"}
 Topics = Mapping[str, Callable[[random.Random, Any], QA | None]]
 
 
@@ -153,12 +154,12 @@ def color_qa(kind: str, question: str, thing: str, colour: str) -> QA:
     return QA(kind, question, words.sentence(f"{thing} is {colour}"), questions.capital(colour), accepted)
 
 
-def record(name: str, image: Drawn, turns: list[tuple[str, str]], kinds: list[str], **more: Any) -> planning.Record:
+def record(
+    source: str, number: str, image: Drawn, turns: list[tuple[str, str]], kinds: list[str], **more: Any
+) -> planning.Record:
     """A record about one drawn image; its source is what it is (chart, document), for the losses by source."""
-    scene = Scene(image, (), kinds[0])  # type: ignore[arg-type]
-    made = planning.record_of(name, [scene], turns, kinds, **more)
-    made["source"] = kinds[0] if kinds[0] != "caption" else more["drawn"]
-    return made
+    scene = Scene(image, (), source)  # type: ignore[arg-type]
+    return {**planning.record_of(number, [scene], turns, kinds, **more), "source": source}
 
 
 def conversations(
@@ -177,9 +178,9 @@ def conversations(
             qa = topics[name](rng, image)
             if qa is not None and len(turns) < wanted:
                 turns.append(questions.turn(rng, qa))
-                kinds.append(prefix)
+                kinds.append(qa.kind)
         images.append(image)
-        records.append(record(f"{prefix}-{place:05d}", image, turns, kinds, kind=prefix))
+        records.append(record(prefix, f"{prefix}-{place:05d}", image, turns, kinds, kind=prefix))
     return images, records
 
 
@@ -189,7 +190,7 @@ def captions(
     """Images with a caption each, for the stage that aligns."""
     images = [make(f"images/{prefix}_c{place:05d}.jpg") for place in range(number)]
     records = [
-        record(f"{prefix}-c{place:05d}", image, [("", say(rng, image))], ["caption"], kind="caption", drawn=prefix)
+        record(prefix, f"{prefix}-c{place:05d}", image, [("", say(rng, image))], ["caption"], kind="caption")
         for place, image in enumerate(images)
     ]
     return images, records
@@ -229,7 +230,8 @@ def heldout_questions(
         asked.add((qa.question, qa.short))
         prompt = f"{qa.question}\n{words.SHORT}"
         more = {"kind": prefix, "topic": topic, "prompt": prompt, "answers": list(qa.accepted)}
-        records.append(record(f"val-{prefix}-{len(records):03d}", image, [(prompt, qa.short)], [prefix], **more))
+        name = f"val-{prefix}-{len(records):03d}"
+        records.append(record(prefix, name, image, [(prompt, qa.short)], [prefix], **more))
         images.append(image)
     if len(records) < number:
         raise AssertionError(f"{prefix}: {len(records)} of {number} held-out questions")
