@@ -86,7 +86,7 @@ def build_default(
     with new_data_set(output, workers=workers, force=force) as (thumbs, root):
         made = gather(thumbs, wanted, seed, places, workers, progress)
         plan = planning.compose(made.sources, made.fonts, made.heldout_fonts, seed, wanted)
-        say_where(plan, studio.looks(thumbs, len(made.sources)))
+        say_where(plan, studio.looks(thumbs, made.sources))
         hashes = draw_pictures(plan.pictures, thumbs, root, workers, progress)
         for name, records in plan.files.items():
             text = json.dumps(records, ensure_ascii=False, indent=0) + "\n"

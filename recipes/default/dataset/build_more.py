@@ -20,7 +20,10 @@ from typing import Any
 from polymodal.errors import unknown_name
 from recipes.default.dataset import (
     chart_questions,
+    charts,
     document_questions,
+    documents,
+    drawn,
     grounds,
     judges,
     more,
@@ -85,12 +88,13 @@ def build_more(
             out = over_processes(partial(is_judged, left_out=kept), jobs, workers, "comparing images", progress)
             sources = [*sources, *more.split(sources, new_ones, files_, out, seed)]
             backs = grounds.shrink(photos.backgrounds(packages), thumbs)
-        looks = studio.looks(thumbs, len(sources))
+        looks = studio.looks(thumbs, sources)
         zh = {**words.zh_nouns(), **words.ZH_NOUNS, **{s.noun: s.zh_noun for s in sources if s.noun and s.zh_noun}}
         world = plan.world_of(sources)
 
         def new(name: str) -> Studio:
-            return Studio(random.Random(f"{seed}/more/{name}"), sources, made.fonts, backs, looks, f"{name}_")
+            rng = random.Random(f"{seed}/more/{name}")
+            return Studio(rng, sources, made.fonts, backs, looks, f"{name}_", unwritten=kept_words())
 
         captions, talks = new("cap"), new("talk")
         files: dict[str, list[Record]] = {
@@ -101,16 +105,16 @@ def build_more(
         images: list[Any] = [*captions.pictures, *talks.pictures]
         for kind, paper in (("charts", chart_questions), ("documents", document_questions)):
             rng = random.Random(f"{seed}/more/{kind}")
-            for file, (drawn, records) in {
+            for file, (papers, records) in {
                 "captions.json": paper.captions(rng, made.fonts, wanted.papers),
                 "talks.json": paper.compose(rng, made.fonts, wanted.paper_talks),
                 f"val_{kind}.json": paper.heldout(rng, made.heldout_fonts, wanted.judged),
             }.items():
                 if file == "talks.json":
-                    records = ocr_tokens.add_tokens(rng, drawn, records)
+                    records = ocr_tokens.add_tokens(rng, papers, records)
                 files.setdefault(file, []).extend(records)
-                images += drawn
-                where |= {image.file: marks(image.places, image.lines) for image in drawn}
+                images += papers
+                where |= {image.file: marks(image.places, image.lines) for image in papers}
         hashes = draw_pictures(images, thumbs, root, workers, progress)
         for name, records in files.items():
             if not name.startswith("val_"):
@@ -126,6 +130,12 @@ def build_more(
         (root / "build.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     counts = ", ".join(f"{len(records)} {name.removesuffix('.json')}" for name, records in files.items())
     return f"{output}: {len(images)} images, {counts} (seed {seed}, size {size})"
+
+
+def kept_words() -> frozenset[str]:
+    """Words that only held-out charts and documents show."""
+    texts = [*charts.LABELS.values(), charts.TITLES, *documents.WORDS.values()]
+    return frozenset(part.lower() for text in texts for word in drawn.split(text, True) for part in word.split())
 
 
 def is_judged(job: tuple[str, Path], left_out: list[judges.LeftOut]) -> bool:
