@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 
 from polymodal.errors import DataError
+from polymodal.evaluation.tasks.questions import KIND_METRICS
 from polymodal.metrics.text import mentions
 from recipes.default import grid
 from recipes.default.dataset import judges, sees, sources, unsure
@@ -108,6 +109,7 @@ def test_the_files_hold_what_they_say(packages: Path) -> None:
     for row in (*animals, *photos, *seen, *doubts):
         with Image.open(made / row["image"]) as image:
             assert max(image.size) <= judges.SIDE
+        assert KIND_METRICS[row["kind"]] == "contains"
         assert mentions(row["conversations"][1]["value"], row["answers"])
 
 
