@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 
 from polymodal.errors import DataError
+from polymodal.evaluation.tasks.questions import KIND_METRICS
 from polymodal.metrics.text import mentions
 from recipes.default import grid
 from recipes.default.dataset import judges, sees, sources, unsure
@@ -55,6 +56,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "right": {"photos:erase/camels": "camel", "stamps:held": "beagle", "stamps:taught": "tiger"},
         "wrong": {"openclipart:saw": "can opener"},
         "dim": {"openclipart:ornament": "-"},
+        "also": {"can opener": "tin opener"},
     }
     monkeypatch.setattr(sees, "listed", lists.__getitem__)
     for name in (
@@ -103,11 +105,13 @@ def test_the_files_hold_what_they_say(packages: Path) -> None:
         "openclipart:saw": "mistaken",
     }
     assert all(mentions("A dog.", row["answers"]) for row in seen if row["sources"] == ["stamps:held"])
+    assert all(mentions("A tin opener.", row["answers"]) for row in seen if row["sources"] == ["openclipart:saw"])
     kinds = [row["kind"] for row in doubts]
     assert kinds.count("unsure") == judges.NOTHING + judges.BLURRED + 1 and kinds.count("clear") == 2
     for row in (*animals, *photos, *seen, *doubts):
         with Image.open(made / row["image"]) as image:
             assert max(image.size) <= judges.SIDE
+        assert KIND_METRICS[row["kind"]] == "contains"
         assert mentions(row["conversations"][1]["value"], row["answers"])
 
 

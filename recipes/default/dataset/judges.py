@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polymodal.errors import DataError
-from recipes.default.dataset import sees, sources, words
+from recipes.default.dataset import sees, sources
 from recipes.default.dataset.generate import Packages, new_data_set
 from recipes.default.dataset.plan import IMAGE, Record
 from recipes.default.dataset.senses.rcc import read_rcc
@@ -99,9 +99,9 @@ def build_judges(
             for key, name in sees.listed(section).items():
                 if (key.startswith("stamps:") or key in taught) and key not in held:
                     continue
-                add("sees", known[key].open() if key in known else drawing(key), kind, words.names_of(name), key)
+                add("sees", known[key].open() if key in known else drawing(key), kind, sees.accepted(name), key)
                 if kind == "sees":
-                    clear[key] = [*words.names_of(name), *(known[key].answers if key in known else ())]
+                    clear[key] = [*sees.accepted(name), *(known[key].answers if key in known else ())]
         rng = random.Random("judges/unsure")
         for number in range(NOTHING):
             add("unsure", nothing(rng), "unsure", NOT_SURE, f"drawn:{number}")

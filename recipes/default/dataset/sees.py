@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes.default.dataset import sources
+from recipes.default.dataset import sources, words
 
 if TYPE_CHECKING:
     from PIL import Image as Pictures
@@ -65,6 +65,11 @@ def group_of(key: str) -> str:
     """A drawing's group: its name without folder, number and what marks a variant, as the first reader has it."""
     stem = key.rpartition("/")[2].lower()
     return "openclipart:" + re.sub(r"(_?bw|_?[rsn]|[-_]?\d+|_)+$", "", re.sub(r"_bw|\d+", "", stem))
+
+
+def accepted(name: str) -> list[str]:
+    """What an answer may say of an image of an ImageNet class: its name, synonyms and parents that are no group."""
+    return [*words.names_of(name), *filter(None, listed("also").get(name, "").split(", "))]
 
 
 def file_of(key: str, stamps: Path = sources.STAMPS, openclipart: Path = sources.OPENCLIPART) -> Path:

@@ -272,7 +272,6 @@ def plural(name: str) -> str:
         "banjo": "banjos",
         "avocado": "avocados",
         "dingo": "dingos",
-        "person": "people",
         "goldfish": "goldfish",
         "pufferfish": "pufferfish",
         "businessman": "businessmen",

@@ -180,7 +180,7 @@ def _named(recording: Recording) -> str:
 
 def names(recording: Recording) -> tuple[str, ...]:
     """Every right name."""
-    known = words.accepted(recording.name) if recording.name in words.lexicon() else [recording.name]
+    known = words.accepted(recording.name) if recording.name in words.first_lexicon() else [recording.name]
     plain = [re.sub(r"^(an?|the) ", "", n) for n in known]
     return tuple(dict.fromkeys([recording.name, *plain, *_ALSO.get(recording.name, ())]))
 
@@ -224,7 +224,7 @@ def ask_exists(rng: random.Random, recording: Recording, others: Iterable[str]) 
 
 
 def _alike(first: str, second: str) -> bool:
-    known = words.lexicon()
+    known = words.first_lexicon()
     return first == second or (first in known and second in known and words.related(first, second))
 
 
