@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from recipes.default.dataset import asking, chinese, grounds, lettering, natural, plan, rich, sources, studio, words
+from recipes.default.dataset import (
+    asking,
+    chinese,
+    differences,
+    grounds,
+    lettering,
+    natural,
+    plan,
+    rich,
+    sources,
+    studio,
+    words,
+)
 from recipes.default.dataset.studio import Look, Studio
 
 
@@ -148,3 +160,35 @@ def test_whole_photographs_fill_the_frame(shown: list[sources.Source], thumbs: P
     make_.looks[make_.pool[0]] = Look(1.5, whole=True)
     view = make_.single(make_.pool[0])
     assert view.spots[0].box == (0, 0, 1, 1)
+
+
+def test_sides_are_those_of_the_boxes(shown: list[sources.Source], thumbs: Path) -> None:
+    make_, world, checked = make(shown, thumbs), plan.world_of(shown), 0
+    for view in [make_.placed() for _ in range(80)]:
+        qa = asking.ask_position(make_.rng, view, world)
+        if qa is None or len(view.spots) != 1 or qa.short not in ("Left", "Right", "Top", "Bottom"):
+            continue
+        x, y = view.spots[0].centre
+        assert {"Left": x < 0.4, "Right": x > 0.6, "Top": y < 0.4, "Bottom": y > 0.6}[qa.short], (qa, view.spots)
+        checked += 1
+    assert checked > 8
+
+
+def test_what_differs_is_what_is_said(shown: list[sources.Source], thumbs: Path) -> None:
+    make_, said = make(shown, thumbs), []
+    for _ in range(40):
+        (first, second), asked = differences.differ(make_, {})
+        answer = next(qa.long for qa in asked if not qa.short)
+        before, after = ({s.source.key for s in v.spots} for v in (first, second))
+        assert first.picture.file != second.picture.file and first.picture.back == second.picture.back
+        if "gone" in answer:
+            (key,) = before - after
+        elif answer.startswith("There "):
+            (key,) = after - before
+        else:
+            assert before == after
+            assert (first.picture.things == second.picture.things) == (answer == "Nothing is different.")
+            continue
+        assert next(s.noun for s in (*first.spots, *second.spots) if s.source.key == key) in answer
+        said.append(answer)
+    assert len(said) > 5

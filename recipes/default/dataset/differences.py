@@ -112,7 +112,7 @@ def _asked(make: Studio, change: str, before: Spot, after: Spot, zh: chinese.Nam
     yes, no = ("Yes, they do.", "No, they do not.") if done else ("Yes, they are.", "No, they are not.")
     found = _says(change, before, after)
     asked = list[QA]()
-    if same or rng.random() < 0.25:  # one in five is the same: yes as often as no
+    if same or rng.random() < 0.45:  # about a third is the same: yes as often as no
         asked.append(QA("differ", whether, yes if same else no, "Yes" if same else "No", ("yes",) if same else ("no",)))
     asked.append(QA("differ", rng.choice(_ASKED), words.sentence(found), "", (found,)))
     if change in ("more", "gone"):
