@@ -132,7 +132,12 @@ class SummaryConfig(Strict):
 
 PER_TOKEN = r"linear|mlp[1-9]\d*x_gelu"
 """The projectors that take each feature by itself, in whatever grid."""
-SETTINGS_OF_TYPE = ("qformer", "resampler", "abstractor", "summary")  # the projectors that have settings, under their own name
+SETTINGS_OF_TYPE = (
+    "qformer",
+    "resampler",
+    "abstractor",
+    "summary",
+)  # the projectors that have settings, under their own name
 
 
 class ProjectorConfig(Strict):

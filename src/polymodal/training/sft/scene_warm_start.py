@@ -5,7 +5,7 @@ a phrase and its box, in parts of the tile's sides), much more can be had withou
 
 - a patch says what covers it, its colour too where the phrase has one;
 - the first summary token says everything that is there, the following ones one thing after the other, from left to
-  right, two a thing: its name; then its colour, how many there are of it, or where it is ("left", "top", "middle") and how big;
+  right, two a thing: its name; then its colour, how many there are of it, or where it is ("left", "top") and how big;
 - what is written (phrases in quotation marks) is spelled after that, token by token of the language model.
 
 It is set prediction, as DETR's (arXiv:2005.12872) without its matching, since the order is known, in a space that the
@@ -239,12 +239,13 @@ def scene_warm_start(
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
     with torch.no_grad():
-        for some in np.array_split(held, max(1, len(held) // 64)):
-            features, labels = batch(some)
+        for chosen in np.array_split(held, max(1, len(held) // 64)):
+            features, labels = batch(chosen)
             best = (scores(features)[1] @ targets.T).argmax(dim=-1).cpu()
             hit = (labels == best[..., None]).any(dim=-1)
             told = labels[..., 0] >= 0
-            for name, part in (("first name", slice(1, 2)), ("summary", slice(0, queries)), ("patches", slice(queries, None))):
+            parts = (("first name", slice(1, 2)), ("summary", slice(0, queries)), ("patches", slice(queries, None)))
+            for name, part in parts:
                 right[name] += int(hit[:, part].sum())
                 total[name] += int(told[:, part].sum())
     of = ", ".join(f"{name} {right[name] / max(total[name], 1):.1%}" for name in total)
