@@ -2,12 +2,12 @@
 
 An MLP takes each patch by itself, so what needs several of them (a word of five letters, three of a kind, what the
 whole is called) is left to the language model, each pass of which is dear. Here S learned queries and the P patches
-look at each other in a few narrow transformer layers, as queries and inputs do in a Perceiver (arXiv:2103.03206), before
-they reach it; the patches' own tokens follow, so nothing fine is lost.
+look at each other in a few narrow transformer layers, as queries and inputs do in a Perceiver (arXiv:2103.03206),
+before they reach it; the patches' own tokens follow, so nothing fine is lost.
 
-Both begin as the MLP alone: the transformer's output is added, by a layer of zeros, to the MLP of the mean patch for the
-queries and to each patch's own for the rest. So what a warm start writes into the MLP (class names) is said by every
-token, and a classifier's scores, which are made of the mean patch, are said exactly by the first S.
+Both begin as the MLP alone: the transformer's output is added, by a layer of zeros, to the MLP of the mean patch for
+the queries and to each patch's own for the rest. So what a warm start writes into the MLP (class names) is said by
+every token, and a classifier's scores, which are made of the mean patch, are said exactly by the first S.
 """
 
 import torch
