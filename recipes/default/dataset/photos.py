@@ -87,7 +87,9 @@ def _read(folder: Path, origin: str, activities: tuple[str, ...]) -> list[Source
             if noun == "-":
                 continue
             known = words.zh_nouns().get(noun) or chinese.get(noun)
-            subject = re.sub(r"[^a-z0-9]", "", (caption if caption.startswith("The ") else f"{activity}{name}").lower())
+            subject = re.sub(
+                r"[^a-z0-9]", "", (caption if caption.startswith(("The ", "Mount ")) else f"{activity}{name}").lower()
+            )
             found.append(
                 Source(
                     key=f"{origin}:{activity}/{name}",
