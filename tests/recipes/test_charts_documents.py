@@ -50,6 +50,7 @@ def test_records_are_conversations_about_one_image(made: ModuleType) -> None:
         assert 3 <= len(turns(record)) <= 5 and len(record["kinds"]) == len(turns(record))
         assert record["conversations"][0]["value"].startswith("<image>\n") and record["kind"] == made.KIND
         assert all(asked and answer for asked, answer in turns(record))
+        assert {*record["kinds"]} <= {made.KIND, "caption", "zh"} and record["source"] == made.KIND
     images, records = made.captions(random.Random(0), FONTS, 5)
     assert [turns(record)[0][0] for record in records] == ["<image>"] * 5 and len({i.file for i in images}) == 5
 

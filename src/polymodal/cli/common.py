@@ -202,8 +202,8 @@ def add_media_arguments(parser: argparse.ArgumentParser) -> None:
     documents = parser.add_argument_group("documents")
     documents.add_argument("--pages", metavar="WHICH", help='such as "1-3,7" or "5-" (all)')
     documents.add_argument("--text", choices=("layer", "ocr"), help="beside each page: the PDF's own text, or by OCR")
-    about = "beside each image and page what is read on it, as in TextVQA's prompts (extra `ocr`)"
-    documents.add_argument("--ocr", action="store_true", help=about)
+    reads = "beside each image and page what is read on it, as in TextVQA's prompts (extra `ocr`)"
+    documents.add_argument("--ocr", action="store_true", help=reads)
 
 
 def media(args: argparse.Namespace) -> list[Media]:
