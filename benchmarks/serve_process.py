@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,6 +39,17 @@ class Server:
     def peak(self) -> float:
         """The most megabytes that it and the children it has now have held."""
         return sum(_kibibytes(pid, "VmHWM") for pid in family(self.process.pid)) / 1024
+
+    @property
+    def kept(self) -> tuple[float, float]:
+        """Megabytes that its caches hold, and that they may hold, as a server of ours tells Prometheus."""
+        try:
+            text = httpx2.get(f"{self.url}/metrics", timeout=60, trust_env=False).text
+        except httpx2.HTTPError as error:
+            raise PolymodalError(f"/metrics is not answered ({type(error).__name__} {error})") from None
+        found = [re.findall(rf"^polymodal_\w+_cache{name}_bytes\S* (\S+)$", text, re.M) for name in ("", "_limit")]
+        held, limit = (sum(map(float, values)) / 2**20 for values in found)
+        return held, limit
 
     @property
     def files(self) -> int:

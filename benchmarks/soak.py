@@ -12,8 +12,11 @@ answer in time, an error without its object, a traceback; and after every hundre
 otherwise than before.
 
 --soak lets clients talk: several turns about images, streamed or not; some requests are bad, some clients leave in the
-middle. A request is lost where its client neither left nor got a whole answer or an error. Memory may grow by 5%
-between minute 5 (or half of a shorter run) and the end; open files may not grow.
+middle. A request is lost where its client neither left nor got a whole answer or an error.
+
+Of both, from minute 5 (or half of a shorter run) to the end: open files may not grow, and memory by 5%. The caches of
+conversations and media fill up to the size that they were given, later or sooner, by what is asked: they are told
+apart, by the server's own metrics; the others' memory is what may not grow, and the caches have to keep to their size.
 """
 
 from __future__ import annotations
@@ -309,15 +312,17 @@ class Fuzzer:
 def fuzz(server: Server, minutes: float, number: int) -> list[str]:
     fuzzer = Fuzzer(server, number)
     print(f"routes: {', '.join(route.path for route in fuzzer.routes)}")
-    begin, sizes, told = time.monotonic(), [], 0.0
+    begin, sizes, told = time.monotonic(), list[Size](), 0.0
     while (now := time.monotonic() - begin) < 60 * minutes and server.alive:
         fuzzer.some()
-        sizes.append((now, server.megabytes, server.files))
+        if not server.alive:
+            break
+        sizes.append(Size.of(server, now))
         if now >= told:
             told += 60
             total = sum((Counter(each) for each in fuzzer.statuses.values()), Counter())
             shown = " ".join(f"{status}:{count}" for status, count in sorted(total.items()))
-            print(f"{now / 60:5.1f} min  {shown}  {sizes[-1][1]:.0f} MB  {sizes[-1][2]} files", flush=True)
+            print(f"{now / 60:5.1f} min  {shown}  {sizes[-1]}  {sizes[-1].files} files", flush=True)
     for path, counts in fuzzer.statuses.items():
         print(f"  {path:<28}{' '.join(f'{status}:{count}' for status, count in sorted(counts.items()))}")
     return [*fuzzer.faults, *watched(server, sizes, minutes)]
@@ -422,12 +427,15 @@ def soak(server: Server, minutes: float, number: int, clients: int, bad: float, 
     for client in talking:
         client.start()
     names = ("whole", "streamed", "refused", "told to wait", "left")
-    print(f"  min{''.join(f'{name:>14}' for name in names)}   lost      MB  files  threads   median s   slowest s")
-    sizes, told = [], 0.0
-    while any(client.is_alive() for client in talking) and server.alive:
+    measured = "   lost      MB  caches  files  threads   median s   slowest s"
+    print(f"  min{''.join(f'{name:>14}' for name in names)}{measured}")
+    sizes, told = list[Size](), 0.0
+    while any(client.is_alive() for client in talking):
         time.sleep(1)
+        if not server.alive:
+            break
         now = time.monotonic() - begin
-        sizes.append((now, server.megabytes, server.files))
+        sizes.append(Size.of(server, now))
         if now >= told or not any(client.is_alive() for client in talking):
             told += 60
             counts = sum((client.counts for client in talking), Counter())
@@ -437,27 +445,62 @@ def soak(server: Server, minutes: float, number: int, clients: int, bad: float, 
                 *(f"{counts[name]:14}" for name in names),
                 f"{sum(len(c.lost) for c in talking):7}",
             ]
-            cells += [f"{sizes[-1][1]:8.0f}{sizes[-1][2]:7}{server.threads:9}"]
+            cells += [f"{sizes[-1].megabytes:8.0f}{sizes[-1].kept:8.0f}{sizes[-1].files:7}{server.threads:9}"]
             print("".join(cells), f"{statistics.median(seconds):10.2f}{seconds[-1]:12.2f}", flush=True)
     return [*(f"lost: {line[:300]}" for client in talking for line in client.lost), *watched(server, sizes, minutes)]
 
 
-def watched(server: Server, sizes: list[tuple[float, float, int]], minutes: float) -> list[str]:
+@dataclass(frozen=True)
+class Size:
+    """What a server takes at a time."""
+
+    seconds: float
+    megabytes: float
+    kept: float  # Megabytes of these that caches hold
+    limit: float  # That they may hold
+    files: int
+
+    @classmethod
+    def of(cls, server: Server, seconds: float) -> Size:
+        """As it is now."""
+        return cls(seconds, server.megabytes, *server.kept, server.files)
+
+    @property
+    def rest(self) -> float:
+        """Megabytes beside the caches."""
+        return self.megabytes - self.kept
+
+    def __str__(self) -> str:
+        return f"{self.megabytes:.0f} MB ({self.rest:.0f} and {self.kept:.0f} of caches)"
+
+
+def watched(server: Server, sizes: list[Size], minutes: float) -> list[str]:
     """What memory and files have come to, and what is wrong with that."""
     faults = [] if server.alive else [f"the server has ended: {server.log[-500:]}"]
     faults += ["a traceback in the log"] if "Traceback (most" in server.log else []
+    if not sizes:
+        return faults
     start = 60 * min(5.0, minutes / 2)
-    first = [size for size in sizes if start <= size[0] <= start + 60] or sizes[:1]
-    last = [size for size in sizes if size[0] >= sizes[-1][0] - 60 and size[0] >= start]
-    before, after = (statistics.median(size[1] for size in each) for each in (first, last))
-    files = [statistics.median(size[2] for size in each) for each in (first, last)]
-    growth = after / before - 1
-    print(f"memory {before:.0f} MB from minute {start / 60:.0f}, {after:.0f} MB at the end ({growth:+.1%}); "
-          f"files {files[0]:.0f} and {files[1]:.0f}; most memory {max(size[1] for size in sizes):.0f} MB")  # fmt: skip
-    if growth > GROWTH:
-        faults.append(f"memory grew by {growth:.1%}")
-    if files[1] > files[0] + 16:
-        faults.append(f"open files grew from {files[0]:.0f} to {files[1]:.0f}")
+    first = [size for size in sizes if start <= size.seconds <= start + 60] or sizes[:1]
+    last = [size for size in sizes if size.seconds >= max(start, sizes[-1].seconds - 60)] or sizes[-1:]
+    found: dict[str, tuple[float, float]] = {}
+    print(f"from minute {start / 60:.0f} to the end, medians of a minute:")
+    for name, what in (("megabytes", "MB in all"), ("kept", "MB in caches"), ("rest", "MB beside"), ("files", "files")):
+        found[name] = before, after = (
+            statistics.median(getattr(size, name) for size in first),
+            statistics.median(getattr(size, name) for size in last),
+        )
+        print(f"  {what:<14}{before:7.0f}{after:7.0f}" + (f"  {after / before - 1:+.1%}" if before else ""))
+    most, limit = max(size.kept for size in sizes), sizes[-1].limit
+    print(f"  caches held {most:.0f} of {limit:.0f} MB at most; all {max(size.megabytes for size in sizes):.0f} MB")
+    before, after = found["rest"]
+    if after > before * (1 + GROWTH):
+        faults.append(f"memory beside the caches grew by {after / before - 1:.1%}")
+    if most > limit:
+        faults.append(f"caches hold {most:.0f} MB, more than the {limit:.0f} that they may")
+    before, after = found["files"]
+    if after > before + 16:
+        faults.append(f"open files grew from {before:.0f} to {after:.0f}")
     return faults
 
 

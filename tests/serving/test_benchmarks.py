@@ -13,6 +13,7 @@ pytest.importorskip("openai")
 pytest.importorskip("hypothesis")
 
 from benchmarks import client_check, serving, soak
+from benchmarks.serve_process import Server
 from tests.serving.conftest import Running
 
 
@@ -79,9 +80,48 @@ def test_a_fault_of_a_server_is_found(tiny: Running, monkeypatch: pytest.MonkeyP
     assert any("500" in fault for fault in fuzzer.faults)
 
 
+@pytest.mark.parametrize(
+    ("kept", "rest", "limit", "files", "told"),
+    [
+        ((100, 400), (1000, 1049), 512, (13, 20), []),  # caches that fill up are no growth
+        ((100, 400), (1000, 1051), 512, (13, 13), ["memory beside the caches grew by 5.1%"]),
+        ((400, 100), (1000, 1200), 512, (13, 13), ["memory beside the caches grew by 20.0%"]),  # nor do they hide one
+        ((100, 400), (1000, 1000), 399, (13, 13), ["caches hold 400 MB, more than the 399 that they may"]),
+        ((100, 100), (1000, 1000), 512, (13, 30), ["open files grew from 13 to 30"]),
+    ],
+)
+def test_memory_is_judged_beside_the_caches(
+    kept: tuple[int, int],
+    rest: tuple[int, int],
+    limit: int,
+    files: tuple[int, int],
+    told: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server: Any = SimpleNamespace(alive=True, log="")
+    sizes = [
+        soak.Size(second, rest[late] + kept[late], kept[late], limit, files[late])
+        for second in range(0, 1200, 10)
+        for late in [int(second > 700)]
+    ]
+    assert soak.watched(server, sizes, 20) == told
+    assert soak.watched(server, sizes[:1], 20) == []  # of a machine so slow that there was one look
+    said = capsys.readouterr().out
+    assert f"{kept[0]:7} {kept[1]:6}  {kept[1] / kept[0] - 1:+.1%}" in said and f"of {limit} MB at most" in said
+
+
+def test_caches_tell_what_they_hold(tiny: Running) -> None:
+    server = Server(None, tiny.url, None)  # type: ignore[arg-type]  # a server in this process
+    assert tiny.post(soak.asks(soak.parts()["image"]) | {"model": "tiny"}).status_code == 200
+    batcher = tiny.scheduler.batcher
+    assert batcher is not None and batcher.prefixes is not None
+    held = batcher.media.nbytes + batcher.prefixes.nbytes
+    assert held > 1000 and server.kept == (pytest.approx(held / 2**20), 512 + 256)
+
+
 @pytest.mark.slow
 def test_both_modes(senses_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     soak.main(["--fuzz", "0.1", "--soak", "0.1", "--clients", "3", "--model", str(senses_folder)])
     said = capsys.readouterr().out
-    faults = [line for line in said.splitlines() if line.startswith("FAULT") and "memory grew" not in line]
+    faults = [line for line in said.splitlines() if line.startswith("FAULT") and "caches grew" not in line]
     assert not faults and "routes: /v1/chat/completions" in said and "told to wait" in said

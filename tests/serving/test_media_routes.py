@@ -378,6 +378,38 @@ def test_the_work_beside_the_chat_has_its_own_bounded_queue() -> None:
         assert [answer.status_code for answer in answers] == [200, 200] and len(painter.requests) == 2
 
 
+def test_the_work_beside_the_chat_is_counted_and_a_step_without_end_is_told() -> None:
+    painter = Paints()
+    painter.go.clear()
+
+    def counts(server: Running) -> list[str]:
+        lines = server.get("/metrics").text.splitlines()
+        return [line.split()[1] for line in lines if line.startswith("polymodal_media_requests_")]
+
+    options: dict[str, Any] = {"timeout": 0.6, "limits": Limits(stall_s=0.1)}
+    with running(Says(), makers=Makers(painter), **options) as server:
+        assert counts(server) == ["0.0", "0.0"] and server.get("/ready").status_code == 200
+        threads = [threading.Thread(target=post, args=(server, "images/generations"), kwargs={"json": {"prompt": "x"}})
+                   for _ in range(2)]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        assert painter.begun.wait(10)
+        deadline = time.monotonic() + 10
+        while (found := counts(server)) != ["1.0", "1.0"] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert found == ["1.0", "1.0"]
+        for thread in threads:
+            thread.join()  # each is told that it took too long, and the step goes on
+        time.sleep(0.2)
+        answer = server.get("/ready")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stalled")
+        assert server.post(CHAT).status_code == 200
+        painter.go.set()
+        while counts(server)[0] != "0.0" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert server.get("/ready").status_code == 200
+
+
 @pytest.mark.slow
 def test_the_command_sees_hears_draws_and_speaks() -> None:
     """What `polymodal serve --model default --renderer drawer` answers the official client."""

@@ -97,6 +97,20 @@ def test_what_was_read_before_is_told_in_usage_and_metrics(fresh: Running) -> No
     assert fresh.get("/metrics").status_code == 401
 
 
+@pytest.mark.parametrize("path", ["completions", "responses"])
+def test_other_routes_keep_requests_apart_as_well(path: str, fresh: Running) -> None:
+    given = {"completions": {"prompt": "Once upon a time"}, "responses": {"input": "Once upon a time"}}[path]
+
+    def cached(salt: str) -> float:
+        before = figures(fresh)["polymodal_prefix_cache_hit_tokens_total tiny"]
+        body = {"model": "tiny", **given, "cache_salt": f"{path}/{salt}"}
+        answer = fresh.post_to(f"/v1/{path}", body, headers={"Authorization": f"Bearer {KEY}"})
+        assert answer.status_code == 200, answer.text
+        return figures(fresh)["polymodal_prefix_cache_hit_tokens_total tiny"] - before
+
+    assert cached("a") == 0 == cached("b") and cached("a") >= len("Once upon a time") - 1
+
+
 def test_what_fails_fails_alone_and_is_counted(fresh: Running) -> None:
     before = figures(fresh)
     good = ask(fresh, "hi").json()["choices"][0]["message"]["content"]

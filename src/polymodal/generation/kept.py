@@ -80,9 +80,10 @@ class PrefixCache:
             if self.most_bytes is None:
                 self.kept = [new]
                 return
-            self.kept = [kept for kept in self.kept if not _begins(kept, new)] + [new]
-            while self.kept and self.nbytes > self.most_bytes:
-                del self.kept[0]
+            kept = [*(kept for kept in self.kept if not _begins(kept, new)), new]
+            while sum(each.nbytes for each in kept) > self.most_bytes:
+                del kept[0]
+            self.kept = kept  # at once: metrics ask meanwhile what is held
 
     def clear(self) -> None:
         """Free all."""
@@ -116,10 +117,10 @@ class MediaCache:
         """Keep tokens, as what `get` did not find."""
         if tokens.nbytes > self.most_bytes:
             return
+        while self.nbytes + tokens.nbytes > self.most_bytes:
+            self.nbytes -= self._kept.popitem(last=False)[1].nbytes
         self._kept[key] = tokens.clone()  # of its own, not a part of something larger
         self.nbytes += tokens.nbytes
-        while self.nbytes > self.most_bytes:
-            self.nbytes -= self._kept.popitem(last=False)[1].nbytes
 
     def clear(self) -> None:
         """Free all."""

@@ -84,7 +84,7 @@ def build_app(
     app.router.redirect_slashes = False
     app.state.models, app.state.limits, app.state.runs = models, limits or Limits(), runs_folder
     app.state.makers, app.state.media = makers, media
-    app.state.metrics = metrics.Metrics(models)
+    app.state.metrics = metrics.Metrics(models, media)
     app.state.readers = asyncio.Semaphore(READERS)
     return app
 
@@ -182,6 +182,9 @@ async def ready(request: Request) -> Response:
     state = request.app.state
     if any(served.scheduler.stalled(state.limits.stall_s) for served in state.models.values()):
         raise RequestError("a model makes no progress", status=503, code="stalled")
+    # A step may be a whole image, for which its client waits so long.
+    if state.media.stalled(max(state.limits.stall_s, state.media.timeout)):
+        raise RequestError("what draws, speaks and listens makes no progress", status=503, code="stalled")
     return JSONResponse({"status": "ready"})
 
 

@@ -58,7 +58,7 @@ class Completion(Answer):
         params = params_of(request, served, "max_tokens", min(limit, served.max_tokens) if request.max_tokens is None
                            else limit, {"logprobs": request.logprobs})  # fmt: skip
         prompts = [(prompt, choices_of(params, request.n)) for prompt in _prompts(request.prompt, served)]
-        super().__init__(served, prompts, request.stream)
+        super().__init__(served, prompts, request.stream, request.cache_salt)
         self.count, self.likeliest = request.n, request.logprobs
         self.usage = wants_usage(request.stream_options, request.stream)
         self.head = {

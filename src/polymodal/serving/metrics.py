@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from polymodal.backends.base import Reply, StreamEvent
 from polymodal.serving.models import Served
-from polymodal.serving.scheduler import Job
+from polymodal.serving.scheduler import Job, Scheduler
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 STEPS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
@@ -24,10 +24,10 @@ STEPS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
 class Metrics:
     """The figures of one server."""
 
-    def __init__(self, models: Mapping[str, Served]) -> None:
+    def __init__(self, models: Mapping[str, Served], media: Scheduler) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        registry.register(_Now(models))
+        registry.register(_Now(models, media))
         say: Any = {"labelnames": ["model"], "registry": registry, "namespace": "polymodal"}
         self.answered = Counter("http_responses", "responses", ["status"], registry=registry, namespace="polymodal")
         outcomes = {**say, "labelnames": ["model", "outcome"]}
@@ -76,11 +76,11 @@ class Watch:
 class _Now(Collector):
     """What is so at the moment."""
 
-    def __init__(self, models: Mapping[str, Served]) -> None:
-        self.models = models
+    def __init__(self, models: Mapping[str, Served], media: Scheduler) -> None:
+        self.models, self.media = models, media
 
     def collect(self) -> Iterator[Metric]:
-        """Requests of each model, and its caches."""
+        """Requests of each model, and its caches with what they may hold; requests of the routes of media."""
         found: dict[str, dict[str, float]] = {}
         for model, served in self.models.items():
             running, waiting = served.scheduler.sizes
@@ -88,10 +88,11 @@ class _Now(Collector):
             if (batcher := served.scheduler.batcher) is not None:
                 media = batcher.media
                 values |= {"media_cache_bytes": media.nbytes, "media_cache_hits_total": media.hits}
-                values |= {"media_cache_misses_total": media.misses}
+                values |= {"media_cache_misses_total": media.misses, "media_cache_limit_bytes": media.most_bytes}
                 if (prefixes := batcher.prefixes) is not None:
                     values |= {"prefix_cache_bytes": prefixes.nbytes, "prefix_cache_hit_tokens_total": prefixes.hits}
                     values |= {"prefix_cache_asked_tokens_total": prefixes.asked}
+                    values |= {"prefix_cache_limit_bytes": prefixes.most_bytes or 0}
             for name, value in values.items():
                 found.setdefault(name, {})[model] = value
         for name, each in found.items():
@@ -100,6 +101,8 @@ class _Now(Collector):
             for model, value in each.items():
                 family.add_metric([model], value)
             yield family
+        for name, count in zip(("running", "waiting"), self.media.sizes, strict=True):
+            yield GaugeMetricFamily(f"polymodal_media_requests_{name}", f"media requests {name}", count)
 
 
 async def metrics(request: Request) -> Response:

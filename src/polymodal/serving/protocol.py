@@ -158,6 +158,7 @@ class Sampling(Remarks):
         | None
     ) = None
     stream: bool = False
+    cache_salt: str = Field("", max_length=256)
 
 
 class _Request(Sampling):
@@ -174,7 +175,6 @@ class _Request(Sampling):
     stream_options: StreamOptions | None = None
     modalities: list[Modality] = Field(["text"], min_length=1, max_length=3)
     audio: AudioAsked | None = None
-    cache_salt: str = Field("", max_length=256)
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class ResponseAnswer(Answer):
             raise RequestError(f"top_logprobs: only goes with include {LOGPROBS!r}", "top_logprobs")
         more |= following(_format(request.text.format), self.calling, "text.format")
         self.params = params_of(request, served, "max_output_tokens", request.max_output_tokens, more, "text.format")
-        super().__init__(served, [(self.messages, [self.params])], request.stream)
+        super().__init__(served, [(self.messages, [self.params])], request.stream, request.cache_salt)
         self.request = request
         self.head = {"id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time())}
         self.number = 0  # of the next event
