@@ -18,7 +18,7 @@ from polymodal.data.load import load_records
 from polymodal.media.ocr import Line
 from polymodal.messages import Image, Text, user, with_ocr
 from polymodal.processing import document_pages
-from recipes.default.dataset import chart_questions, charts, document_questions, documents, drawn, reading, words
+from recipes.default.dataset import chart_questions, charts, document_questions, documents, drawn, ocr_tokens, words
 
 pytest.importorskip("matplotlib", reason="charts need the extra `train`")
 FONTS = [""]  # matplotlib's own
@@ -164,7 +164,7 @@ def test_what_was_read_stands_as_the_command_line_puts_it(monkeypatch: pytest.Mo
     (record,) = records
     tokens = ["TOTAL", "12.50"]
     images[0].draw(Path()).save(tmp_path / "a.png")
-    early = {**reading.with_tokens(record, tokens), "image": "a.png"}
+    early = {**ocr_tokens.with_tokens(record, tokens), "image": "a.png"}
     (tmp_path / "a.json").write_text(json.dumps([early]))
     (read,) = load_records(tmp_path / "a.json", tmp_path)
     lines = [Line("TOTAL 12.50", 0.9, [])]
@@ -174,7 +174,7 @@ def test_what_was_read_stands_as_the_command_line_puts_it(monkeypatch: pytest.Mo
     (asked,) = document_pages.expand_documents([user(with_ocr(Image(tmp_path / "a.png")), question)])
     assert "".join(p.text for p in read.messages[0].parts if isinstance(p, Text)) == asked.text
     assert type(read.messages[0].parts[0]) is Image is type(asked.parts[0])
-    late = reading.with_tokens(record, tokens, after_question=True)["conversations"][0]["value"]
+    late = ocr_tokens.with_tokens(record, tokens, after_question=True)["conversations"][0]["value"]
     plain, short, _ = question.partition(f"\n{words.SHORT}")
     assert late == f"<image>\n{plain}\nReference OCR token: TOTAL, 12.50{short}"
 
@@ -182,22 +182,22 @@ def test_what_was_read_stands_as_the_command_line_puts_it(monkeypatch: pytest.Mo
 @BOTH
 def test_a_share_of_the_rows_gets_words_and_captions_stay(made: ModuleType) -> None:
     images, records = made.compose(random.Random(1), FONTS, 400)
-    told = reading.add_tokens(random.Random(2), images, records, share=0.5)
-    assert told == reading.add_tokens(random.Random(2), images, records, share=0.5)
+    told = ocr_tokens.add_tokens(random.Random(2), images, records, share=0.5)
+    assert told == ocr_tokens.add_tokens(random.Random(2), images, records, share=0.5)
     marked = [record for record in told if "Reference OCR token: " in record["conversations"][0]["value"]]
     assert 140 < len(marked) < 230 and all(
         a["conversations"][1:] == b["conversations"][1:] for a, b in zip(records, told)
     )
     images, records = made.captions(random.Random(1), FONTS, 20)
-    assert reading.add_tokens(random.Random(2), images, records, share=1.0) == records
+    assert ocr_tokens.add_tokens(random.Random(2), images, records, share=1.0) == records
     right = [word for line in images[0].lines for word in line.split()]
-    assert reading.simulated(random.Random(0), images[0].lines, trouble=0.0) == right
-    assert any(reading.simulated(random.Random(seed), images[0].lines, 0.3) != right for seed in range(9))
+    assert ocr_tokens.simulated(random.Random(0), images[0].lines, trouble=0.0) == right
+    assert any(ocr_tokens.simulated(random.Random(seed), images[0].lines, 0.3) != right for seed in range(9))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("rapidocr") is None, reason="needs the extra `ocr`")
 def test_rapidocr_reads_what_is_drawn() -> None:
     images, records = document_questions.compose(random.Random(8), FONTS, 4)
-    told = reading.add_tokens(random.Random(0), images, records, share=1.0, read=1)
+    told = ocr_tokens.add_tokens(random.Random(0), images, records, share=1.0, read=1)
     title = images[0].facts["title"].split()[0]
     assert title in told[0]["conversations"][0]["value"]

@@ -132,6 +132,8 @@ def fold_norms(module: nn.Module) -> nn.Module:
             one.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last))
             one.bias = nn.Parameter(norm.bias - norm.running_mean * scale)
             unit[0], unit[1] = one, nn.Identity()
+            if len(unit) > 2:
+                unit[2] = nn.ReLU6(inplace=True)
     return folded.requires_grad_(False)
 
 
