@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -18,6 +19,7 @@ from polymodal.backends.local import LocalBackend
 from polymodal.checkpoints.locate import referred_folder
 from polymodal.config import (
     AudioConfig,
+    FusedTowerConfig,
     ImageConfig,
     LLMConfig,
     ModelConfig,
@@ -56,7 +58,7 @@ NORMS = {
 
 
 def compose(
-    vision: str | Path | nn.Module | None = None,
+    vision: str | Path | nn.Module | Sequence[str | Path | nn.Module] | None = None,
     projector: str | ProjectorConfig | nn.Module = "mlp2x_gelu",
     llm: str | Path | PreTrainedModel = "smollm2",
     *,
@@ -74,14 +76,16 @@ def compose(
 
     Args:
         vision: A vision tower: a folder or hub id of a CLIP, SigLIP, SigLIP 2, DINOv2 or EVA-CLIP, "efficientnet_lite0"
-            or "vit_small" of the package, or any module [N, 3, H, W] -> [N, P, E]. None for a model of text.
+            or "vit_small" of the package, or any module [N, 3, H, W] -> [N, P, E]; or a list of them, which stand side
+            by side: each sees the same tiles, normalised as it was trained (a module of yours as the first). None for a
+            model of text.
         projector: LLaVA's name of one ("linear", "mlp2x_gelu", "qformer", ...), its configuration, or any module
             [N, P, E] -> [N, Q, D]; how many tokens that makes is found by running it once.
         llm: A causal language model: a folder, a hub id, "smollm2", or a model of transformers.
         tokenizer: Of a language model that is given as a model; else its own.
         audio: A Whisper, whose encoder hears: a folder or hub id; None for a model that hears nothing.
-        image: How images become tiles; the tower's own rules, padded to a square as LLaVA does, where None. A tower
-            that is a module of yours needs it.
+        image: How images become tiles; the (first) tower's own rules, padded to a square as LLaVA does, where None. A
+            tower that is a module of yours needs it.
         resolution: "fixed" (one tile), "slices" (tiles and a thumbnail), "anyres" (LLaVA-NeXT's) or "native" (the
             image's own shape), where there is no `image`.
         template: A preset ("chatml", "vicuna", "llama3", ...); the tokenizer's own where None, or else "vicuna".
@@ -99,9 +103,13 @@ def compose(
     """
     if resolution not in get_args(Resolution):
         raise ConfigError(f"resolution: {resolution!r}; choose one of {', '.join(get_args(Resolution))}")
-    head = getattr(vision, "get_output_embeddings", None)
-    if head is not None and head() is not None:
-        raise ConfigError(f"vision: a {type(vision).__name__} is a language model; the order is vision, projector, llm")
+    towers = _several(vision)
+    for tower in towers:
+        head = getattr(tower, "get_output_embeddings", None)
+        if head is not None and head() is not None:
+            raise ConfigError(
+                f"vision: a {type(tower).__name__} is a language model; the order is vision, projector, llm"
+            )
     if isinstance(llm, nn.Module) and not hasattr(llm, "get_output_embeddings"):
         raise ConfigError(f"llm: a {type(llm).__name__} is no language model of transformers")
     if device is not None:
@@ -113,7 +121,7 @@ def compose(
     model, tokenizer = build_model(
         config,
         tokenizer=tokenizer,
-        encoder=vision if isinstance(vision, nn.Module) else None,
+        encoder=[tower if isinstance(tower, nn.Module) else None for tower in towers],
         projector=projector if isinstance(projector, nn.Module) else None,
         llm=llm if isinstance(llm, nn.Module) else None,
     )
@@ -134,13 +142,20 @@ def configure(
     """The configuration of a model from its parts, and its tokenizer; no weight is read."""
     settings = LLMConfig(model_name_or_path=llm, dtype=dtype)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(settings)
-    tower = None if vision is None else VisionConfig(vision_tower=_name(vision), type=_family(vision))
+    towers = _several(vision)
+    named: list[dict[str, Any]] = [{"vision_tower": _name(tower), "type": _family(tower)} for tower in towers]
     between = _projector_config(projector)
     joined = re.match(r"(?:pixel_shuffle|avg_pool)(\d+)", between.mm_projector_type)
     side = int(joined[1]) if joined else 1  # patches a side of a token
-    rules = image if tower is None or image is not None else _image_rules(vision, tower.type, resolution, side)
+    rules = image
+    if towers and image is None:
+        rules = _image_rules(towers[0], named[0]["type"], resolution, side)
+    for further, about in zip(towers[1:], named[1:], strict=True):
+        own = rules if about["type"] == OWN else _image_rules(further, about["type"], "fixed", 1)
+        norms = [{"image_mean": each.image_mean, "image_std": each.image_std} for each in (own, rules) if each]
+        about |= {} if norms[0] == norms[1] else norms[0]
     config = ModelConfig(
-        vision=tower,
+        vision=VisionConfig(**named[0], fused=tuple(FusedTowerConfig(**more) for more in named[1:])) if named else None,
         image=rules,
         projector=between,
         llm=settings,
@@ -148,6 +163,11 @@ def configure(
         audio=None if audio is None else AudioConfig(audio_tower=str(audio), type="whisper"),
     )
     return config, tokenizer
+
+
+def _several(vision: Any) -> list[Any]:
+    """The vision towers that are to stand side by side; one, or none."""
+    return list(vision) if isinstance(vision, list | tuple) else [] if vision is None else [vision]
 
 
 def _name(part: str | Path | nn.Module) -> str:

@@ -377,9 +377,10 @@ class LocalBackend(ModelBackend[Sample]):
             CheckpointError: The folder is there, or a part is a module of yours, which no folder can name.
         """
         for name in ("vision_encoder", "projector"):
-            if isinstance(part := getattr(self.model, name), Own):
+            part = getattr(self.model, name)
+            if own := next((m for m in (part.modules() if part is not None else ()) if isinstance(m, Own)), None):
                 raise CheckpointError(
-                    f"{folder}: {name} is a module of yours ({type(part.module).__name__}), which no folder can "
+                    f"{folder}: {name} is a module of yours ({type(own.module).__name__}), which no folder can "
                     "name; keep `model.model.state_dict()` and compose again"
                 )
         save_model(Path(folder), self.model, self.config, self.tokenizer, history=list(self.history), replace=replace)

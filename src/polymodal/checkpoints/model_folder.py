@@ -5,6 +5,7 @@
     adapter/                LoRA in peft's own layout, where the language model was tuned so
     llm/                    the language model, where it was tuned whole; else a pinned reference in polymodal.json
     vision/  audio/         the towers, where they are bundled or were tuned; else references
+    vision_2/  ...          further vision towers beside the first
     tokenizer.json, ...     the tokenizer and its chat template
     qformer_tokenizer/      the tokenizer of a Q-Former that reads the question
     image_tokenizer/        what a model that makes images turns codes into images with
@@ -27,12 +28,12 @@ from transformers import PreTrainedTokenizerBase
 
 from polymodal.checkpoints.locate import referred_folder
 from polymodal.checkpoints.parts import part_hashes, placed, require_parts
-from polymodal.config import ModelConfig, parse_config
+from polymodal.config import VISION_ORIGINS, ModelConfig, parse_config, tower_folder
 from polymodal.errors import CheckpointError
 from polymodal.modeling.build import build_model
 from polymodal.modeling.ctranslate2 import missing_whisper
 from polymodal.modeling.encoders.audio import DeferredAudioEncoder
-from polymodal.modeling.encoders.vision import check_fingerprint, fingerprint
+from polymodal.modeling.encoders.vision import check_fingerprint, fingerprint, towers_of
 from polymodal.modeling.language_model import DEFAULT_LLM, load_tokenizer
 from polymodal.modeling.lora import attach_adapter, fold_in, is_peft, merge_adapter
 from polymodal.modeling.onnx_llm import OnnxLLM
@@ -94,7 +95,7 @@ def contract_of(
     return {
         "template": config.template.model_dump(mode="json"),
         "image": config.image.model_dump(mode="json") if config.image else None,
-        "vision": vision.model_dump(mode="json", exclude={"vision_tower", "revision"}) if vision else None,
+        "vision": vision.model_dump(mode="json", exclude=VISION_ORIGINS) if vision else None,
         "projector": config.projector.model_dump(mode="json", exclude=origins),
         "image_token_id": image_token_id,
         "tokenizer": _hash_vocabulary(tokenizer),
@@ -133,11 +134,13 @@ def save_model(
         config = _with(config, "llm", encoder_decoder=True)
     # A part that is "bundled" already, such as those of a published folder, is in memory only: it is written too.
     llm_trained = llm_trained or config.llm.model_name_or_path == "bundled"
-    keep_tower = config.vision is not None and (vision_trained or config.vision.vision_tower == "bundled")
+    eyes = () if config.vision is None else config.vision.towers
+    keeps = [vision_trained or tower.vision_tower == "bundled" for tower in eyes]
     llm = "bundled" if llm_trained else _placed(config.llm.model_name_or_path)
     config = _with(config, "llm", model_name_or_path=llm)
     if config.vision is not None:
-        config = _with(config, "vision", vision_tower="bundled" if keep_tower else _placed(config.vision.vision_tower))
+        places = ("bundled" if keep else _placed(eye.vision_tower) for eye, keep in zip(eyes, keeps, strict=True))
+        config = config.model_copy(update={"vision": config.vision.at(list(places))})
     keep_ears = config.audio is not None and (audio_trained or config.audio.audio_tower == "bundled")
     if config.audio is not None:
         config = _with(config, "audio", audio_tower="bundled" if keep_ears else _placed(config.audio.audio_tower))
@@ -160,8 +163,10 @@ def save_model(
             model.llm.peft_config["default"].save_pretrained(str(work / ADAPTER_NAME))
         if llm_trained:
             model.llm.save_pretrained(work / "llm", state_dict=_own_weights(model.llm))
-        if keep_tower and model.vision_encoder is not None:
-            model.vision_encoder.save(work / "vision")
+        if model.vision_encoder is not None:
+            for number, tower in enumerate(towers_of(model.vision_encoder)):
+                if keeps[number]:
+                    tower.save(work / tower_folder(number))
         if keep_ears and model.audio_encoder is not None:
             model.audio_encoder.save(work / "audio")
         if model.image_tokenizer is not None:
@@ -178,7 +183,7 @@ def save_model(
             "history": history or [],
             "parts": part_hashes(config),
         }
-        if model.vision_encoder is not None and not keep_tower:
+        if model.vision_encoder is not None and not all(keeps):
             document["tower"] = fingerprint(model.vision_encoder)
         if model.audio_encoder is not None and not keep_ears:
             document["audio_tower"] = fingerprint(model.audio_encoder)

@@ -75,13 +75,18 @@ def add_part_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where the parts are that a model folder refers to."""
     group = parser.add_argument_group("parts", "of a model folder that was moved away from the parts it refers to")
     for flag, what in PART_FLAGS.items():
-        group.add_argument(f"--{flag}", dest=f"{what}_part", metavar="DIR", help=f"where the {PARTS[what][1]} is now")
+        about = f"where the {PARTS[what][1]} is now"
+        group.add_argument(f"--{flag}", dest=f"{what}_part", action="append", metavar="DIR", help=about)
 
 
 def parts(args: argparse.Namespace) -> dict[str, str]:
-    """The parts that the flags of `add_part_arguments` name."""
-    given = {what: getattr(args, f"{what}_part", None) for what in PART_FLAGS.values()}
-    return {what: place for what, place in given.items() if place is not None}
+    """The parts that the flags of `add_part_arguments` name; a flag that comes again is of the next vision tower."""
+    given = {what: getattr(args, f"{what}_part", None) or [] for what in PART_FLAGS.values()}
+    return {
+        what if number == 1 else f"{what}_{number}": place
+        for what, places in given.items()
+        for number, place in enumerate(places, 1)
+    }
 
 
 def open_model(args: argparse.Namespace) -> Backend:

@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="a new folder")
-    add("--vision", required=True, metavar="NAME", help="a vision tower: a folder, a hub id, or efficientnet_lite0")
+    add("--vision", required=True, action="append", metavar="NAME",
+        help="a vision tower: a folder, a hub id, or efficientnet_lite0; again for one beside it")  # fmt: skip
     add("--llm", required=True, metavar="NAME", help="a language model: a folder, a hub id, or smollm2")
     add("--data", required=True, metavar="FILE", help="conversations in any form that `polymodal data check` reads")
     add("--captions", metavar="FILE", help="other data for the first stage (those of --data)")
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if root is not None and not Path(root).is_dir():
         raise ConfigError(f"--image-root {args.image_root}: no such folder")
     config, tokenizer = configure(
-        whole_path(args.vision),
+        [whole_path(name) for name in args.vision],
         args.projector,
         whole_path(args.llm),
         resolution=args.resolution,

@@ -10,16 +10,20 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from polymodal.config.media import MAX_PIXELS as MAX_PIXELS
 from polymodal.config.media import RESAMPLE_FILTERS as RESAMPLE_FILTERS
+from polymodal.config.media import VISION_ORIGINS as VISION_ORIGINS
 from polymodal.config.media import AspectRatio as AspectRatio
 from polymodal.config.media import AudioConfig as AudioConfig
+from polymodal.config.media import FusedTowerConfig as FusedTowerConfig
 from polymodal.config.media import ImageConfig as ImageConfig
 from polymodal.config.media import OldFramesConfig as OldFramesConfig
 from polymodal.config.media import PatchMerge as PatchMerge
 from polymodal.config.media import Resample as Resample
 from polymodal.config.media import TemporalAttentionConfig as TemporalAttentionConfig
 from polymodal.config.media import TemporalConfig as TemporalConfig
+from polymodal.config.media import TowerConfig as TowerConfig
 from polymodal.config.media import VideoConfig as VideoConfig
 from polymodal.config.media import VisionConfig as VisionConfig
+from polymodal.config.media import tower_folder as tower_folder
 from polymodal.config.output import ImageOutputConfig as ImageOutputConfig
 from polymodal.config.output import OutputConfig as OutputConfig
 from polymodal.config.output import VocabularyLayout as VocabularyLayout

@@ -1,9 +1,10 @@
 """Configuration of what is seen and heard: the encoders, and how images, videos and sounds are made ready for them."""
 
 import re
-from typing import Annotated, Literal, Self, TypeAlias
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from polymodal.config.projector import PER_TOKEN, ProjectorConfig
 from polymodal.utils.strict import Strict
@@ -23,7 +24,11 @@ Channel: TypeAlias = Annotated[int, Field(ge=0, le=255)]
 Deviation: TypeAlias = Annotated[float, Field(gt=0)]
 
 
-class VisionConfig(Strict):
+Mean: TypeAlias = tuple[float, float, float]
+Deviations: TypeAlias = tuple[Deviation, Deviation, Deviation]
+
+
+class TowerConfig(Strict):
     """Which vision encoder, and what of it is used.
 
     Attributes:
@@ -45,6 +50,59 @@ class VisionConfig(Strict):
     pool: Side | None = None
     stages: tuple[str, ...] | None = None
     detail: Side | None = None
+
+
+class FusedTowerConfig(TowerConfig):
+    """A further tower, whose features stand beside those of the first.
+
+    Attributes:
+        image_mean: What it was trained with, where that is not the `image.image_mean` of the first; with `image_std`.
+        image_std: The same of `image.image_std`.
+    """
+
+    image_mean: Mean | None = None
+    image_std: Deviations | None = None
+
+    @model_validator(mode="after")
+    def _both(self) -> Self:
+        if (self.image_mean is None) != (self.image_std is None):
+            raise ValueError("image_mean and image_std come together: give both or neither")
+        return self
+
+
+class VisionConfig(TowerConfig):
+    """Which vision encoder, and what of it is used; or several side by side.
+
+    Attributes:
+        fused: Further towers: each sees the same tiles, normalised as it wants them, and its features are put beside
+            the first's along the channels, on the first's grid (arXiv:2402.07865).
+    """
+
+    fused: tuple[FusedTowerConfig, ...] = ()
+
+    @property
+    def towers(self) -> tuple[TowerConfig, ...]:
+        """Every tower, the first of them first."""
+        return (self, *self.fused)
+
+    def at(self, places: Sequence[str]) -> Self:
+        """The same towers at other places, one for each."""
+        moved = (t.model_copy(update={"vision_tower": p}) for t, p in zip(self.fused, places[1:], strict=True))
+        return self.model_copy(update={"vision_tower": places[0], "fused": tuple(moved)})
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_were_several(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What is hashed, such as the names of kept features, stays what it was for a single tower.
+        return {key: value for key, value in plain(self).items() if key != "fused" or value}
+
+
+VISION_ORIGINS: Any = {"vision_tower": True, "revision": True, "fused": {"__all__": {"vision_tower", "revision"}}}
+"""Where towers come from, to be left out of what their features depend on besides their weights."""
+
+
+def tower_folder(number: int) -> str:
+    """The folder of a model's n-th tower inside the model's own: "vision", "vision_2", ..."""
+    return "vision" if number == 0 else f"vision_{number + 1}"
 
 
 class ImageConfig(Strict):
@@ -91,8 +149,8 @@ class ImageConfig(Strict):
     max_tiles: int = Field(default=6, ge=1, le=1024)
     thumbnail: bool = True
     overview_aspect_ratio: AspectRatio = "squash"
-    image_mean: tuple[float, float, float]
-    image_std: tuple[Deviation, Deviation, Deviation]
+    image_mean: Mean
+    image_std: Deviations
     resample: Resample = "bicubic"
     background: tuple[Channel, Channel, Channel] = (255, 255, 255)
     pad_color: tuple[Channel, Channel, Channel] | None = None

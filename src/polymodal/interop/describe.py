@@ -17,7 +17,7 @@ from typing import Any
 
 from polymodal.checkpoints.locate import HUB_ID, cached_folder, find_model, referred_folder
 from polymodal.checkpoints.model_folder import read_document, verify_contract
-from polymodal.config import ImageConfig, LLMConfig, ModelConfig
+from polymodal.config import ImageConfig, LLMConfig, ModelConfig, tower_folder
 from polymodal.errors import CheckpointError, PolymodalError, first_line
 from polymodal.media_plan import Size, plan_image
 from polymodal.processing.chat_template.presets import PRESETS
@@ -128,7 +128,8 @@ def _ours(report: FolderReport, special: dict[str, dict[str, Any]]) -> dict[str,
     llm, settings = _part_of_ours("llm", config.llm.model_name_or_path, report)
     parts = [llm]
     if config.vision is not None:
-        parts.append(_part_of_ours("vision", config.vision.vision_tower, report)[0])
+        named = enumerate(tower.vision_tower for tower in config.vision.towers)
+        parts += [_part_of_ours(tower_folder(number), name, report)[0] for number, name in named]
     if config.audio is not None:
         parts.append(_part_of_ours("audio", config.audio.audio_tower, report)[0])
     parts += _own_parts(config, report.tensors())

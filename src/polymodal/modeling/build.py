@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from polymodal.config import ModelConfig
+from polymodal.config import ModelConfig, TowerConfig
 from polymodal.config.projector import PER_TOKEN
 from polymodal.errors import ConfigError
 from polymodal.media_plan import AudioWindow, Size, native_bounds
@@ -21,7 +21,7 @@ from polymodal.modeling.encoders import audio as audio_towers
 from polymodal.modeling.encoders.audio import AudioEncoder, build_audio_encoder
 from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
 from polymodal.modeling.encoders.video_temporal import TemporalEncoder, build_temporal
-from polymodal.modeling.encoders.vision import VisionEncoder, build_vision_encoder, fingerprint
+from polymodal.modeling.encoders.vision import VisionEncoder, build_tower, fingerprint, fuse
 from polymodal.modeling.language_model import load_llm, load_tokenizer
 from polymodal.modeling.own import measured_encoder, measured_projector
 from polymodal.modeling.projectors import Projector, build_projector
@@ -53,7 +53,8 @@ def build_model(
         llm: A language model that is there already, in place of the configuration's.
         audio_known: The fingerprint of the audio tower, where it need not be read before the first sound comes.
         tokenizer: One that is there already.
-        encoder: Any module [N, 3, H, W] -> [N, P, E], in place of the configuration's tower.
+        encoder: Any module [N, 3, H, W] -> [N, P, E], in place of the configuration's tower; of several side by side
+            one each, None for those that are loaded.
         projector: Any module [N, P, E] -> [N, Q, D], in place of the configuration's.
 
     Returns:
@@ -85,14 +86,20 @@ def build_vision(
     """Load the vision tower and make the projector that fits it (random weights), each unless it is given."""
     if config.vision is None:
         return None
-    tile = Size(*config.image.tile_size) if config.image else None
-    if encoder is not None:
-        encoder = measured_encoder(encoder, config, tile)
-    else:
-        encoder = build_vision_encoder(config.vision, folder, tile=tile)
-        if config.llm.dtype == "float32" and next(encoder.parameters()).dtype == torch.float16:
+    given = encoder if isinstance(encoder, list) else [encoder]
+
+    def build(number: int, tower: TowerConfig, size: Size | None) -> VisionEncoder:
+        if given[number:] and given[number] is not None:
+            return measured_encoder(given[number], tower, size)
+        built = build_tower(tower, folder, size, number)
+        if config.llm.dtype == "float32" and next(built.parameters()).dtype == torch.float16:
             # Exact, and several times as fast on a CPU, which has no arithmetic in float16.
-            encoder.to(torch.float32)
+            built.to(torch.float32)
+        return built
+
+    image = config.image
+    tile = Size(*image.tile_size) if image else None
+    encoder = fuse(config.vision, build, tile, (image.image_mean, image.image_std) if image else None)
     if projector is None:
         return encoder, fit_projector(config, encoder, llm_dim)
     projector = measured_projector(projector, encoder, llm_dim)
@@ -198,6 +205,8 @@ def check_native(config: ModelConfig, encoder: VisionEncoder, tokens: Size) -> N
     if image is None or vision is None or image.image_aspect_ratio != "native":
         return
     way = "image.image_aspect_ratio 'native'"
+    if vision.fused:
+        raise ConfigError(f"{way}: towers side by side (vision.fused) take tiles of one size; take one tower")
     if not isinstance(encoder, HFVisionEncoder):
         raise ConfigError(f"{way}: {vision.type} takes tiles of one size; take one of {', '.join(FAMILIES)}")
     if vision.mm_vision_select_feature != "patch":

@@ -15,14 +15,21 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from polymodal.config import AudioConfig, LLMConfig, ModelConfig, VisionConfig
+from polymodal.config import AudioConfig, LLMConfig, ModelConfig, TowerConfig, tower_folder
 from polymodal.errors import CheckpointError, PolymodalError, first_line, unknown_name
 from polymodal.media_plan import AudioWindow, Size
 from polymodal.modeling.build import audio_window, compose, fit_projector, fit_temporal
 from polymodal.modeling.encoders.audio import AUDIO_ENCODERS, WhisperAudioEncoder
 from polymodal.modeling.encoders.efficientnet import EfficientNetLite0
 from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
-from polymodal.modeling.encoders.vision import BUNDLED, VISION_ENCODERS, VisionEncoder, check_type, wrap_efficientnet
+from polymodal.modeling.encoders.vision import (
+    BUNDLED,
+    VISION_ENCODERS,
+    VisionEncoder,
+    check_type,
+    fuse,
+    wrap_efficientnet,
+)
 from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2, model_class, positions_of, scale_positions
 from polymodal.modeling.pretrained import building, config_json
 from polymodal.modeling.projectors import Projector, build_projector
@@ -123,8 +130,9 @@ def tokens_per_tile(config: ModelConfig, folder: Path | None = None, *, fetch: b
 def with_own_towers(config: ModelConfig, folder: Path) -> ModelConfig:
     """A folder's configuration with the places of the towers that lie in it."""
     places: dict[str, Any] = {}
-    if config.vision is not None and config.vision.vision_tower == BUNDLED:
-        places["vision"] = config.vision.model_copy(update={"vision_tower": str(folder / "vision")})
+    if config.vision is not None:
+        named = enumerate(tower.vision_tower for tower in config.vision.towers)
+        places["vision"] = config.vision.at([str(folder / tower_folder(n)) if t == BUNDLED else t for n, t in named])
     if config.audio is not None and config.audio.audio_tower == BUNDLED:
         places["audio"] = config.audio.model_copy(update={"audio_tower": str(folder / "audio")})
     return config.model_copy(update=places)
@@ -134,7 +142,13 @@ def _eyes(config: ModelConfig, width: int, fetch: bool) -> tuple[VisionEncoder |
     """A vision tower and the projector behind it."""
     if config.vision is None:
         return None, None
-    encoder = _vision_encoder(config.vision, Size(*config.image.tile_size) if config.image else None, fetch)
+    image = config.image
+    encoder = fuse(
+        config.vision,
+        lambda _, tower, tile: _vision_encoder(tower, tile, fetch),
+        Size(*image.tile_size) if image else None,
+        (image.image_mean, image.image_std) if image else None,
+    )
     return encoder, fit_projector(config, encoder, width)
 
 
@@ -229,7 +243,7 @@ def _audio_encoder(audio: AudioConfig, fetch: bool) -> WhisperAudioEncoder:
     return WhisperAudioEncoder(model, audio.stack)
 
 
-def _vision_encoder(vision: VisionConfig, tile: Size | None, fetch: bool) -> VisionEncoder:
+def _vision_encoder(vision: TowerConfig, tile: Size | None, fetch: bool) -> VisionEncoder:
     """Build a vision tower from its configuration; of a whole model, from its vision part."""
     if vision.type not in VISION_ENCODERS:
         raise unknown_name("vision encoder type", vision.type, VISION_ENCODERS)

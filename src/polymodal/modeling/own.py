@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from polymodal.config import ModelConfig
+from polymodal.config import TowerConfig
 from polymodal.errors import ConfigError, first_line
 from polymodal.media_plan import Size
 from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
@@ -35,13 +35,12 @@ class Own(nn.Module):
         save_file(self.module.state_dict(), folder / "model.safetensors")
 
 
-def measured_encoder(encoder: Any, config: ModelConfig, tile: Size | None) -> VisionEncoder:
+def measured_encoder(encoder: Any, vision: TowerConfig, tile: Size | None) -> VisionEncoder:
     """A module as a vision encoder: a tower of transformers, or any that turns a tile into features."""
     if all(hasattr(encoder, name) for name in ("embed_dim", "grid", "tile")):
         return encoder  # type: ignore[no-any-return]
-    assert config.vision is not None
-    if config.vision.type in FAMILIES:
-        select = config.vision.mm_vision_select_layer, config.vision.mm_vision_select_feature
+    if vision.type in FAMILIES:
+        select = vision.mm_vision_select_layer, vision.mm_vision_select_feature
         return HFVisionEncoder(encoder, *select, tile)
     if tile is None:
         raise ConfigError("image: a vision encoder of your own is run once on a tile; say its tile_size")

@@ -24,6 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from polymodal.media_plan import Size
+from polymodal.modeling.encoders.vision import towers_of
 from polymodal.modeling.meta_device import Outline, on_no_device
 from polymodal.modeling.pretrained import building
 from polymodal.modeling.token_loss import GPU_BUDGET
@@ -253,6 +254,8 @@ def _sounds(outline: Outline, load: Load) -> Tensor:
 
 def _tower_bytes(encoder: Any, load: Load, bf16: bool) -> int:
     """Working memory of a frozen tower: input, attention and the wide layer of one block live at once."""
+    if len(towers := towers_of(encoder)) > 1:  # one after the other
+        return max(_tower_bytes(tower, load, bf16) for tower in towers)
     settings: Any = getattr(getattr(encoder, "model", None), "config", None)
     if hasattr(encoder, "mel_bins"):
         width = settings.d_model * 6 + settings.encoder_ffn_dim * 2

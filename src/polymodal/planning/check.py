@@ -181,7 +181,9 @@ def _parts(recipe: Recipe, start: Start, where: str, made: Path | None, found: F
     prefix = f"{where}: init.model" if recipe.init.model is not None else f"{where}: init"
     named = {"llm.model_name_or_path": config.llm.model_name_or_path}
     if config.vision is not None:
-        named["vision.vision_tower"] = config.vision.vision_tower
+        sections = ["vision", *(f"vision.fused.{number}" for number in range(len(config.vision.fused)))]
+        towers = dict(zip(sections, config.vision.towers, strict=True))
+        named |= {f"{section}.vision_tower": tower.vision_tower for section, tower in towers.items()}
     if config.audio is not None:
         named["audio.audio_tower"] = config.audio.audio_tower
     unmade = [key for key, name in named.items() if _inside(name, made) and not home_path(name).exists()]
@@ -204,14 +206,21 @@ def _parts(recipe: Recipe, start: Start, where: str, made: Path | None, found: F
         with found.collect(f"{prefix}.vision"):
             tokens_per_tile(config)
         assert config.image is not None
-        _beside_the_towers_own(config.image, config.vision.vision_tower, recipe, prefix, found)
+        for section, tower in towers.items():
+            own = tower.model_dump(include={"image_mean", "image_std"}, exclude_none=True)
+            key = f"{prefix}.{section}" if own else f"{prefix}.image"
+            _beside_the_towers_own(
+                config.image.model_copy(update=own), tower.vision_tower, recipe, key, found, section == "vision"
+            )
     if len(found.errors) == before:
         with found.collect(f"{prefix}.template"):
             _template(recipe, config)
     return config if len(found.errors) == before else None
 
 
-def _beside_the_towers_own(image: ImageConfig, tower: str, recipe: Recipe, prefix: str, found: Findings) -> None:
+def _beside_the_towers_own(
+    image: ImageConfig, tower: str, recipe: Recipe, prefix: str, found: Findings, first: bool
+) -> None:
     """Compare image rules with the file that the tower brings along."""
     folder = None if tower == BUNDLED else referred_folder(tower)
     file = None if folder is None else folder / "preprocessor_config.json"
@@ -226,14 +235,12 @@ def _beside_the_towers_own(image: ImageConfig, tower: str, recipe: Recipe, prefi
         if any(abs(a - b) > 1e-3 for a, b in zip(ours, theirs, strict=True)):
             told = f"{list(ours)} is not what the tower was trained with, {list(theirs)} ({file})"
             if recipe.init.other_image_rules:
-                found.remarks.append(f"{prefix}.image.{key}: {told}")
+                found.remarks.append(f"{prefix}.{key}: {told}")
             else:
-                found.errors.append(
-                    f"{prefix}.image.{key}: {told}; where it is meant, set init.other_image_rules: true"
-                )
-    for key in ("tile_size", "resample"):
+                found.errors.append(f"{prefix}.{key}: {told}; where it is meant, set init.other_image_rules: true")
+    for key in ("tile_size", "resample") if first else ():  # the others take what suits it
         if (ours := getattr(image, key)) != (theirs := getattr(own, key)):
-            found.remarks.append(f"{prefix}.image.{key}: {ours}, where the tower's own is {theirs} ({file})")
+            found.remarks.append(f"{prefix}.{key}: {ours}, where the tower's own is {theirs} ({file})")
 
 
 def _template(recipe: Recipe, config: ModelConfig) -> None:

@@ -151,7 +151,7 @@ def check_folder(folder: Path, *, allow_pickle: bool = False, weights: bool = Tr
     report = FolderReport(folder, allow_pickle=allow_pickle)
     roots = _roots(folder)
     pickles: list[str] = []
-    for part in (folder, *(folder / name for name in SUBFOLDERS)):
+    for part in (folder, *(folder / name for name in SUBFOLDERS), *sorted(folder.glob("vision_*"))):
         if part.is_dir():
             names = _checked_files(part, roots)
             prefix = "" if part == folder else f"{part.name}/"

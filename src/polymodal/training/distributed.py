@@ -177,19 +177,20 @@ def _sum_together(gradients: Sequence[torch.Tensor]) -> None:
 
 
 def unreached(model: nn.Module) -> list[str]:
-    """Trained parameters that no forward pass reaches: layers of the tower behind the selected one."""
+    """Trained parameters that no forward pass reaches: layers of a tower behind the selected one."""
     # DDP waits for every trained parameter's gradient unless it is told that some have none; that search costs a walk
     # over the graph in each step, so it is made only where it is needed.
     from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
 
-    encoder = getattr(model, "vision_encoder", None)
-    if not isinstance(encoder, HFVisionEncoder) or frozen(encoder):
-        return []
-    tower: Any = encoder.model
-    layers = list(getattr(tower.encoder, FAMILIES[encoder.family].layers))
-    used = {id(p) for layer in layers[: max(encoder.select_layers)] for p in layer.parameters()}
-    used |= {id(p) for p in tower.embeddings.parameters()}
-    return [name for name, p in encoder.named_parameters() if p.requires_grad and id(p) not in used]
+    encoder, unused = getattr(model, "vision_encoder", None) or nn.Identity(), set[int]()
+    for part in encoder.modules():
+        if isinstance(part, HFVisionEncoder):
+            tower: Any = part.model
+            layers = list(getattr(tower.encoder, FAMILIES[part.family].layers))
+            used = {id(p) for layer in layers[: max(part.select_layers)] for p in layer.parameters()}
+            used |= {id(p) for p in tower.embeddings.parameters()}
+            unused |= {id(p) for p in part.parameters()} - used
+    return [name for name, p in encoder.named_parameters() if p.requires_grad and id(p) in unused]
 
 
 def share_start(model: nn.Module, groups: Sequence[Group], world: World) -> None:

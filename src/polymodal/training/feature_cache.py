@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from polymodal.config import ModelConfig
+from polymodal.config import VISION_ORIGINS, ModelConfig
 from polymodal.errors import ConfigError, DataError, PolymodalError
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.training.reporting.log import append_log
@@ -205,7 +205,7 @@ class FeatureStore:
 def encoder_identity(encoder: torch.nn.Module, config: ModelConfig, more: str = "") -> str:
     """Hash an encoder's configuration, weights and buffers, and what else decides the rows."""
     vision = config.vision
-    rules = "" if vision is None else vision.model_dump_json(exclude={"vision_tower", "revision"})
+    rules = "" if vision is None else vision.model_dump_json(exclude=VISION_ORIGINS)
     return weights_identity(encoder, rules + more)
 
 

@@ -20,6 +20,8 @@ def full_name(value: str) -> str:
 
 def full_names(value: Any) -> Any:
     """The same for the parts that a model's plain data name, at any depth."""
+    if isinstance(value, list):
+        return [full_names(item) for item in value]
     if not isinstance(value, dict):
         return value
     named = {key for key in PART_KEYS & value.keys() if isinstance(value[key], str)}

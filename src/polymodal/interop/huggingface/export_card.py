@@ -48,7 +48,7 @@ def origins(loaded: Loaded, source: Path | None) -> list[Origin]:
     named = [("model", str(source))] if source is not None else []
     named.append(("llm", config.llm.model_name_or_path))
     if config.vision is not None:
-        named.append(("vision", config.vision.vision_tower))
+        named += [("vision", tower.vision_tower) for tower in config.vision.towers]
     for part, name in [*named, *_named_in(loaded.history)]:
         try:
             origin = _origin(part, name)

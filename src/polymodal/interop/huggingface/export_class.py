@@ -82,7 +82,9 @@ def against_tower(model: MultimodalLM, config: ModelConfig, towers: Sequence[str
     vision, image, encoder = config.vision, config.image, model.vision_encoder
     assert vision is not None and image is not None
     height, width = image.tile_size
-    if not isinstance(encoder, HFVisionEncoder) or vision.type not in towers:
+    if vision.fused:
+        yield f"{1 + len(vision.fused)} vision towers side by side (vision.fused) have no place there: train with one"
+    elif not isinstance(encoder, HFVisionEncoder) or vision.type not in towers:
         yield f"vision.type {vision.type!r} has no place there: train with {' or '.join(map(repr, towers))}"
     elif encoder.interpolate:
         tower: Any = encoder.model

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.config import ImageConfig, VisionConfig
+from polymodal.config import VISION_ORIGINS, ImageConfig, TowerConfig
 from polymodal.modeling.dual_encoders.losses import pair_ids
 from polymodal.modeling.encoders.pixel_norm import PixelNorm
 from polymodal.modeling.encoders.vision import BUNDLED, VisionEncoder
@@ -195,7 +195,7 @@ class PairModel(nn.Module, ABC):
 class TowerPairModel(PairModel):
     """A `PairModel` over a vision tower of ours, which is kept only where it is trained or comes from nowhere else."""
 
-    def __init__(self, encoder: VisionEncoder, vision: VisionConfig, tokenizer: Any, image: ImageConfig) -> None:
+    def __init__(self, encoder: VisionEncoder, vision: TowerConfig, tokenizer: Any, image: ImageConfig) -> None:
         super().__init__(tokenizer, image)
         self.vision_encoder: Any = encoder
         self.vision = vision
@@ -210,7 +210,7 @@ class TowerPairModel(PairModel):
     @property
     def tower_rules(self) -> str:
         """What decides the tower's output besides its weights; by it another stage finds what this one kept."""
-        return self.vision.model_dump_json(exclude={"vision_tower", "revision"})
+        return self.vision.model_dump_json(exclude=VISION_ORIGINS)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Run the tower; see `PairModel.encode`."""
@@ -218,7 +218,7 @@ class TowerPairModel(PairModel):
             features: Tensor = self.vision_encoder(self.pixel_norm(pixel_values))
         return features
 
-    def save_tower(self, folder: Path) -> VisionConfig:
+    def save_tower(self, folder: Path) -> TowerConfig:
         """Write the tower if it is trained or came from a model's own folder, and say where it is."""
         if self.vision.vision_tower != BUNDLED and frozen(self.tower):
             return self.vision.model_copy(update={"vision_tower": whole_path(self.vision.vision_tower)})

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polymodal.config import ImageConfig, VisionConfig
+from polymodal.config import ImageConfig, TowerConfig
 from polymodal.errors import ConfigError
 from polymodal.modeling.dual_encoders import losses
 from polymodal.modeling.dual_encoders.base import METRIC, Embedded, Everyone, PairBatch, TowerPairModel
@@ -108,7 +108,7 @@ class Blip2Stage1(TowerPairModel):
     def __init__(
         self,
         encoder: VisionEncoder,
-        vision: VisionConfig,
+        vision: TowerConfig,
         qformer: QFormer,
         tokenizer: Any,
         image: ImageConfig,

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import BertTokenizerFast, Blip2Config, Blip2ForImageTextRetrieval, PreTrainedTokenizerBase
 
-from polymodal.config import ImageConfig, LLMConfig, QFormerConfig, VisionConfig, parse_config
+from polymodal.config import ImageConfig, LLMConfig, QFormerConfig, TowerConfig, parse_config
 from polymodal.errors import CheckpointError, ConfigError, DataError
 from polymodal.media_plan import Size
 from polymodal.modeling.dual_encoders.blip2_stage1 import HEADS, HEADS_NAME, LABEL_SMOOTHING, MODEL_TYPE, Blip2Stage1
@@ -75,7 +75,7 @@ def load_blip2(source: str, image: ImageConfig | None, objective: ObjectiveConfi
     lacking = [key for key in ("vision", "image", "projection_dim") if key not in stage]
     if lacking:
         raise CheckpointError(f"{where}: key {lacking[0]!r} is missing")
-    vision = parse_config(VisionConfig, stage["vision"], where)
+    vision = parse_config(TowerConfig, stage["vision"], where)
     rules = image or parse_config(ImageConfig, stage["image"], where)
     model = Blip2Stage1(
         build_vision_encoder(vision, folder, tile=Size(*rules.tile_size)),
@@ -154,7 +154,7 @@ def start_words(table: Tensor, tokenizer: PreTrainedTokenizerBase, source: str, 
 
 
 def from_retrieval(
-    model: Blip2ForImageTextRetrieval, tokenizer: PreTrainedTokenizerBase, vision: VisionConfig, image: ImageConfig
+    model: Blip2ForImageTextRetrieval, tokenizer: PreTrainedTokenizerBase, vision: TowerConfig, image: ImageConfig
 ) -> Blip2Stage1:
     """Take over a retrieval model of transformers; contrast and matching then score the same."""
     _check_tower(vision)
@@ -217,7 +217,7 @@ def _start_head(model: Blip2Stage1, folder: Path) -> None:
     qformer_files.load_exactly(model.lm_head, found, str(folder))
 
 
-def _check_tower(vision: VisionConfig) -> None:
+def _check_tower(vision: TowerConfig) -> None:
     read = (vision.type, vision.mm_vision_select_layer, vision.mm_vision_select_feature)
     if read != ("eva_clip", -1, "cls_patch"):
         raise ConfigError(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from polymodal.config import ImageConfig, QFormerConfig, Strict, VisionConfig
+from polymodal.config import ImageConfig, QFormerConfig, Strict, TowerConfig
 
 
 class PairModelConfig(Strict):
@@ -60,7 +60,7 @@ class Blip2ModelConfig(Strict):
     """
 
     family: Literal["blip2"]
-    vision: VisionConfig
+    vision: TowerConfig
     image: ImageConfig
     qformer: QFormerConfig = Field(default_factory=QFormerConfig)
     norm: Literal["none", "standardize"] = "none"
@@ -91,7 +91,7 @@ class TowerTextConfig(Strict):
     """
 
     family: Literal["tower"]
-    vision: VisionConfig
+    vision: TowerConfig
     image: ImageConfig
     text: dict[str, Any] = Field(default_factory=dict)
     projection_dim: int = Field(default=256, gt=0)
@@ -108,7 +108,7 @@ class DistillConfig(Strict):
         loss: "cosine" compares directions, "smooth_l1" values; either on channels of zero mean and unit variance.
     """
 
-    tower: VisionConfig
+    tower: TowerConfig
     image: ImageConfig | None = None
     weight: float = Field(default=1.0, gt=0)
     loss: Literal["cosine", "smooth_l1"] = "cosine"

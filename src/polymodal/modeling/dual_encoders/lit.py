@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import SiglipTextConfig, SiglipTextModel
 
-from polymodal.config import ImageConfig, VisionConfig, parse_config
+from polymodal.config import ImageConfig, TowerConfig, parse_config
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.media_plan import Size
 from polymodal.modeling.dual_encoders import clip_siglip
@@ -66,7 +66,7 @@ class TowerText(clip_siglip.ScaledPairModel, TowerPairModel):
     def __init__(
         self,
         encoder: VisionEncoder,
-        vision: VisionConfig,
+        vision: TowerConfig,
         text_model: Any,
         tokenizer: Any,
         image: ImageConfig,
@@ -130,7 +130,7 @@ def load_tower_text(source: str, image: ImageConfig, objective: ObjectiveConfig)
     lacking = [key for key in ("vision", "text") if not isinstance(document.get(key), dict)]
     if lacking:
         raise CheckpointError(f"{folder / 'config.json'}: key {lacking[0]!r} is missing")
-    vision = parse_config(VisionConfig, document["vision"], f"{folder / 'config.json'}: vision")
+    vision = parse_config(TowerConfig, document["vision"], f"{folder / 'config.json'}: vision")
     model = _make(vision, image, document["text"], clip_siglip.load_text_tokenizer(source, None), objective, folder)
     wanted = {name for name in model.state_dict() if not name.startswith(_TOWER)}
     load_exactly(model, read_tensors(folder / _WEIGHTS), str(folder / _WEIGHTS), wanted)
@@ -138,7 +138,7 @@ def load_tower_text(source: str, image: ImageConfig, objective: ObjectiveConfig)
 
 
 def _make(
-    vision: VisionConfig,
+    vision: TowerConfig,
     image: ImageConfig,
     text: dict[str, Any],
     tokenizer: Any,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from polymodal.config import ModelConfig, ProjectorConfig, QFormerConfig, parse_config
+from polymodal.config import VISION_ORIGINS, ModelConfig, ProjectorConfig, QFormerConfig, parse_config
 from polymodal.errors import CheckpointError, ConfigError
 from polymodal.modeling.language_model import open_tokenizer
 from polymodal.modeling.projectors.mlp import NormKind
@@ -169,7 +169,7 @@ def check_stage1(folder: Path, config: ModelConfig, tower: str) -> None:
             f"{where}: learnt behind another vision tower than {config.vision.vision_tower!r} (its weights differ) "
             f"and does not know its features; take {stage['vision'].get('vision_tower')!r} of that stage"
         )
-    parts = {"vision": (config.vision, {"vision_tower", "revision"}), "image": (config.image, {"max_pixels"})}
+    parts = {"vision": (config.vision, VISION_ORIGINS), "image": (config.image, {"max_pixels"})}
     for part, (settings, aside) in parts.items():
         now = settings.model_dump(mode="json", exclude=aside) if settings is not None else {}
         for key, before in (stage.get(part) or {}).items():

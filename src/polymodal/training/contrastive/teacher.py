@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from polymodal.config import ImageConfig
+from polymodal.config import VISION_ORIGINS, ImageConfig
 from polymodal.errors import ConfigError, DataError, PolymodalError
 from polymodal.media_plan import Size
 from polymodal.messages import Source
@@ -51,7 +51,7 @@ class Teacher:
         if grid is None:
             raise ConfigError("objective.distill: this model's vision encoder cannot be distilled; leave it out")
         model.distiller = Distiller(model.features_shape[1], grid, encoder.embed_dim, encoder.grid, distill.loss)
-        rules = distill.tower.model_dump_json(exclude={"vision_tower", "revision"})
+        rules = distill.tower.model_dump_json(exclude=VISION_ORIGINS)
         return cls(encoder, PixelNorm(image.image_mean, image.image_std).to(device), image, rules)
 
     @torch.no_grad()

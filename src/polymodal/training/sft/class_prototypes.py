@@ -25,6 +25,7 @@ from polymodal.data.readers.conversations import Record
 from polymodal.errors import ConfigError
 from polymodal.messages import Image, assistant, user
 from polymodal.modeling.encoders.efficientnet import ClassHead, EfficientNetEncoder
+from polymodal.modeling.encoders.vision import FusedEncoder
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.processing.collate import Sample
 from polymodal.training.recipes.sft import PrototypeConfig
@@ -89,7 +90,7 @@ def draw_classes(names: Sequence[str], count: int, generator: torch.Generator) -
 def class_head_of(model: MultimodalLM) -> ClassHead | None:
     """The classifier that the model's tower was trained with; None where it has none."""
     encoder = model.vision_encoder
-    return encoder.class_head() if isinstance(encoder, EfficientNetEncoder) else None
+    return encoder.class_head() if isinstance(encoder, EfficientNetEncoder | FusedEncoder) else None
 
 
 def add_samples(dataset: SFTDataset, model: MultimodalLM, config: PrototypeConfig, seed: int) -> SFTDataset:
