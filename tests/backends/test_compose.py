@@ -1,6 +1,7 @@
 """A model of one's own: from folders and from modules, called, trained, saved and opened again."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,22 @@ import pytest
 import torch
 from PIL import Image as PILImage
 from torch import nn
-from transformers import CLIPVisionModel, LlamaForCausalLM, Siglip2VisionConfig, Siglip2VisionModel
+from transformers import (
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaForCausalLM,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+)
 
 import polymodal
 from polymodal import Image, MultimodalLM, compose, train, user
 from polymodal.config import AbstractorConfig, ImageConfig, ProjectorConfig
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
+from polymodal.interop.describe import describe
+from polymodal.interop.gguf import export as gguf_export
+from polymodal.interop.huggingface import export_class
 from polymodal.media_plan import Size
 from polymodal.modeling.encoders.hf_vision import HFVisionEncoder
 from recipes.tiny.make_parts import main as make_parts
@@ -174,6 +185,83 @@ def test_models_of_transformers_are_saved_whole(parts: Path, tmp_path: Path) -> 
     assert polymodal.load(tmp_path / "mine").ask("What?", PICTURES / "apple.png") == answer
     with pytest.raises(PolymodalError, match="is there already"):
         model.save(tmp_path / "mine")
+
+
+@pytest.fixture(scope="module")
+def dino(parts: Path) -> Path:
+    """A tower with pixels and patches of its own."""
+    torch.manual_seed(1)
+    settings = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "mlp_ratio": 2}
+    Dinov2Model(Dinov2Config(**settings, image_size=28, patch_size=7)).save_pretrained(parts / "dino")
+    return parts / "dino"
+
+
+def test_two_towers_side_by_side_are_trained_saved_and_opened_again(parts: Path, dino: Path, tmp_path: Path) -> None:
+    model = compose([parts / "vision", dino], llm=parts / "llm")
+    (second,) = model.config.vision.fused  # type: ignore[union-attr]
+    assert (second.type, second.image_mean) == ("dinov2", (0.485, 0.456, 0.406))  # the first has CLIP's
+    assert model.model.tokens_per_tile == Size(4, 4) and model.model.vision_encoder.embed_dim == 48 + 24
+    rows = {"data": parts / "rows.json", "image_root": PICTURES, "batch_size": 3, "max_steps": 2, "log_every": 1}
+
+    def losses(folder: Path) -> list[float]:
+        return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+    cached = {"run__feature_cache": "memory", "run__feature_dtype": "float32", "learning_rate": 1e-4}
+    before = {name: value.clone() for name, value in model.model.projector.state_dict().items()}
+    train(model, stage="align", output_dir=tmp_path / "kept", **cached, **rows)
+    model.model.projector.load_state_dict(before)
+    train(model, stage="align", output_dir=tmp_path / "align", **cached | {"run__feature_cache": "off"}, **rows)
+    torch.testing.assert_close(losses(tmp_path / "kept"), losses(tmp_path / "align"), atol=1e-5, rtol=1e-5)
+    frozen = tmp_path / "align/final"
+    assert not list(frozen.glob("vision*"))  # both lie elsewhere, unchanged
+    answer = model.ask("What?", PICTURES / "apple.png")
+    assert polymodal.load(frozen).ask("What?", PICTURES / "apple.png") == answer
+
+    both = "{projector,vision_encoder.towers.1}.*"
+    was = [value.clone() for value in model.model.vision_encoder.state_dict().values()]
+    train(model, stage="align", output_dir=tmp_path / "seen", learning_rate=1e-2, train__0__match=both, **rows)
+    changed = {
+        name.split(".")[1]
+        for (name, value), old in zip(model.model.vision_encoder.state_dict().items(), was, strict=True)
+        if not torch.equal(value, old)
+    }
+    assert changed == {"1"}
+    final = tmp_path / "seen/final"
+    assert [path.name for path in sorted(final.glob("vision*"))] == ["vision", "vision_2"]
+    opened = polymodal.load(final)
+    out, again = (each([user(Image(PICTURES / "apple.png"), "What?")]).logits for each in (model, opened))
+    torch.testing.assert_close(again, out)
+    sizes = {part.name: part.parameters for part in describe(final).parts}
+    assert sizes["vision"] > sizes["vision_2"] > 0  # type: ignore[operator]
+
+
+def test_modules_stand_beside_towers_that_are_loaded(parts: Path, dino: Path, tmp_path: Path) -> None:
+    towers = [CLIPVisionModel.from_pretrained(parts / "vision"), dino]
+    made, named = compose(towers, "linear", parts / "llm"), compose([parts / "vision", dino], "linear", parts / "llm")
+    apple = [user(Image(PICTURES / "apple.png"), "What?")]
+    assert torch.equal(made(apple).logits, named(apple).logits)
+    made.save(tmp_path / "mine")
+    assert [path.name for path in sorted((tmp_path / "mine").glob("vision*"))] == ["vision"]
+    torch.testing.assert_close(polymodal.load(tmp_path / "mine")(apple).logits, made(apple).logits)
+    shutil.move(dino, parts / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"its vision tower 2 .* --vision DIR --vision DIR .*vision_2"):
+        polymodal.load(tmp_path / "mine", parts={})
+    opened = polymodal.load(tmp_path / "mine", parts={"vision_2": parts / "elsewhere"})
+    shutil.move(parts / "elsewhere", dino)
+    torch.testing.assert_close(opened(apple).logits, made(apple).logits)
+    own = compose([parts / "vision", Patches()], "linear", parts / "llm")
+    assert own.model.vision_encoder.embed_dim == 48 + 20
+    with pytest.raises(CheckpointError, match=r"vision_encoder is a module of yours \(Patches\)"):
+        own.save(tmp_path / "own")
+
+
+def test_what_towers_side_by_side_cannot_is_one_line(parts: Path, dino: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'native': towers side by side \(vision.fused\) take tiles of one size"):
+        compose([parts / "vision", dino], llm=parts / "llm", resolution="native")
+    model = compose([parts / "vision", dino], llm=parts / "llm")
+    for reasons in (gguf_export.reasons_against(model.model, model.config),
+                    export_class.reasons_against(model.model, model.config, "llava")):  # fmt: skip
+        assert "2 vision towers side by side (vision.fused) have no place there: train with one" in list(reasons)
 
 
 def given(parts: Path) -> dict[str, Any]:

@@ -12,12 +12,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from polymodal.config import VisionConfig
+from polymodal.config import TowerConfig, VisionConfig
 from polymodal.errors import CheckpointError, ConfigError, PolymodalError
 from polymodal.media_plan import Size
-from polymodal.modeling.encoders.efficientnet import EfficientNetLite0, save_efficientnet_lite0
+from polymodal.modeling.encoders.efficientnet import EfficientNetEncoder, EfficientNetLite0, save_efficientnet_lite0
 from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
-from polymodal.modeling.encoders.vision import build_vision_encoder
+from polymodal.modeling.encoders.pixel_norm import PixelNorm
+from polymodal.modeling.encoders.vision import FusedEncoder, build_vision_encoder, fingerprint
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 VIT = {**WIDTHS, "intermediate_size": 64, "image_size": 28, "patch_size": 7}
@@ -343,3 +344,83 @@ def test_the_layer_before_the_last_is_the_default_everywhere() -> None:
     assert torch.allclose(found, hidden[-2][:, 1:], atol=1e-5) and not torch.allclose(
         found, hidden[-1][:, 1:], atol=1e-3
     )
+
+
+HALF, CLIP_NORM = ((0.5,) * 3, (0.5,) * 3), ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@torch.no_grad()
+def test_towers_side_by_side_are_each_tower_on_pixels_of_its_own_norm(tmp_path: Path) -> None:
+    families = ("siglip", "dinov2_with_registers", "clip")
+    for family in families:
+        tiny(family).save_pretrained(tmp_path / family)
+    config = VisionConfig(
+        vision_tower=str(tmp_path / "siglip"), type="siglip",
+        fused=(
+            {"vision_tower": str(tmp_path / "dinov2_with_registers"), "type": "dinov2_with_registers",
+             "mm_vision_select_layer": -1, "image_mean": IMAGENET[0], "image_std": IMAGENET[1]},
+            {"vision_tower": str(tmp_path / "clip"), "type": "clip", "mm_vision_select_layer": (1, -2)},
+        ),
+    )  # fmt: skip
+    encoder = build_vision_encoder(config, norm=HALF)
+    assert (encoder.embed_dim, encoder.grid, encoder.tile) == (32 + 32 + 64, Size(4, 4), Size(28, 28))
+    tiles = torch.randint(0, 256, (3, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    own = [build_vision_encoder(tower.model_copy(update={"fused": ()})) for tower in config.towers]
+    norms = [PixelNorm(*norm) for norm in (HALF, IMAGENET, HALF)]
+    expected = torch.cat([tower(norm(tiles)) for tower, norm in zip(own, norms, strict=True)], dim=-1)
+    torch.testing.assert_close(encoder(norms[0](tiles)), expected, atol=1e-5, rtol=1e-5)
+    # All see the same tile, and the weights of every one have a say in what is known of the whole.
+    assert build_vision_encoder(config, norm=HALF, tile=Size(21, 35))(pixels(21, 35)).shape == (2, 15, 128)
+    before = fingerprint(encoder)
+    next(encoder.towers["2"].model.encoder.parameters()).add_(1.0)  # type: ignore[attr-defined]
+    assert fingerprint(encoder) != before
+
+
+@torch.no_grad()
+def test_a_tower_of_another_grid_is_resized_to_the_firsts() -> None:
+    fine, coarse = HFVisionEncoder(tiny("siglip")), EfficientNetEncoder(pool=1).eval()
+    coarse.tile = fine.tile
+    for towers in ((fine, coarse), (coarse, fine)):
+        encoder, tiles = FusedEncoder(towers), pixels()
+        found, width = encoder(tiles), towers[0].embed_dim
+        torch.testing.assert_close(found[..., :width], towers[0](tiles))
+        second = towers[1](tiles).transpose(1, 2).unflatten(2, (towers[1].grid.height, -1))
+        grid = (encoder.grid.height, encoder.grid.width)
+        resized = nn.functional.interpolate(second, grid, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(found[..., width:], resized)
+
+
+@torch.no_grad()
+def test_the_class_head_of_a_tower_beside_others_keeps_its_meaning() -> None:
+    network = EfficientNetLite0().eval()
+    torch.nn.init.normal_(network.classifier.weight)
+    alone, other = EfficientNetEncoder(network, ("stride16", "head"), pool=4), HFVisionEncoder(tiny("clip"))
+    alone.tile, tiles = other.tile, pixels()
+    encoder = FusedEncoder((other, alone))
+    head = encoder.class_head()
+    assert head is not None and FusedEncoder((other, other)).class_head() is None
+    scores = encoder(tiles)[..., head.channels].mean(dim=1) @ head.weight.T + head.bias
+    torch.testing.assert_close(scores, network.logits(network(tiles)["head"]), atol=1e-4, rtol=1e-4)
+
+
+def test_what_cannot_stand_side_by_side_is_one_line(tmp_path: Path) -> None:
+    for family in ("siglip", "clip"):
+        tiny(family).save_pretrained(tmp_path / family)
+
+    def fused(**settings: Any) -> Any:
+        further = {"vision_tower": str(tmp_path / "clip"), "type": "clip", **settings}
+        return build_vision_encoder(
+            VisionConfig(vision_tower=str(tmp_path / "siglip"), type="siglip", fused=(further,))
+        )
+
+    with pytest.raises(ConfigError, match="tower 2 of 2: mm_vision_select_feature 'cls_patch' keeps a class token"):
+        fused(mm_vision_select_feature="cls_patch")
+    with pytest.raises(ConfigError, match="how pixels are normalised must be known; give `norm`"):
+        fused(image_mean=CLIP_NORM[0], image_std=CLIP_NORM[1])
+    with pytest.raises(ConfigError, match="image_mean and image_std come together"):
+        fused(image_mean=CLIP_NORM[0])
+    with pytest.raises(ConfigError, match="unknown key 'fused'"):
+        TowerConfig(vision_tower="a/b", type="clip", fused=())  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="tower 2 of 2: takes tiles of 14x14 pixels and the first 28x28"):
+        FusedEncoder((HFVisionEncoder(tiny("siglip")), HFVisionEncoder(tiny("clip"), tile=Size(14, 14))))
