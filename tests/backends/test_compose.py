@@ -201,12 +201,12 @@ def test_two_towers_side_by_side_are_trained_saved_and_opened_again(parts: Path,
     (second,) = model.config.vision.fused  # type: ignore[union-attr]
     assert (second.type, second.image_mean) == ("dinov2", (0.485, 0.456, 0.406))  # the first has CLIP's
     assert model.model.tokens_per_tile == Size(4, 4) and model.model.vision_encoder.embed_dim == 48 + 24
-    rows = {"data": parts / "rows.json", "image_root": PICTURES, "batch_size": 3, "max_steps": 2, "log_every": 1}
+    rows = {"data": parts / "rows.json", "image_root": PICTURES, "batch_size": 3, "max_steps": 1, "log_every": 1}
 
     def losses(folder: Path) -> list[float]:
         return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
-    cached = {"run__feature_cache": "memory", "run__feature_dtype": "float32", "learning_rate": 1e-4}
+    cached = {"run__feature_cache": "memory", "run__feature_dtype": "float32", "precision": "fp32"}
     before = {name: value.clone() for name, value in model.model.projector.state_dict().items()}
     train(model, stage="align", output_dir=tmp_path / "kept", **cached, **rows)
     model.model.projector.load_state_dict(before)
