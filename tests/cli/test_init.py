@@ -42,6 +42,22 @@ def test_from_parts_to_an_answer(
     assert isinstance(polymodal.load(moved).ask("What?", PICTURES / "apple.png"), str)
 
 
+def test_towers_side_by_side(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--vision", f"{parts}/vision", "--vision", "vit_small", "--llm", f"{parts}/llm"]
+    assert (
+        main(["init", str(tmp_path / "mine"), *given, "--data", f"{parts}/rows.json", "--image-root", str(PICTURES)])
+        == 0
+    )
+    model = yaml.safe_load((tmp_path / "mine/stage1.yaml").read_text())["init"]["model"]
+    (further,) = model["vision"]["fused"]
+    assert further == {
+        "vision_tower": "vit_small", "type": "siglip", "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]
+    }  # fmt: skip
+    assert main(["check", str(tmp_path / "mine/pipeline.yaml")]) == 0
+    assert main(["plan", str(tmp_path / "mine/stage1.yaml"), "--rows", "30"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("resolution, rule", [("slices", "slice"), ("anyres", "anyres"), ("native", "native")])
 def test_resolutions_and_full_tuning(
     parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], resolution: str, rule: str

@@ -138,6 +138,27 @@ def test_a_tower_whose_shape_is_known_without_its_folder_is_looked_for_too(
     assert [error for error in found.errors if "init.model.vision.vision_tower: ./nope: no such folder" in error]
 
 
+def test_each_tower_side_by_side_is_looked_at(recipe: dict[str, Any], parts: Path, tmp_path: Path) -> None:
+    own = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    vision = recipe["init"]["model"]["vision"]
+    vision["fused"] = [{"vision_tower": f"{parts}/vision", "type": "clip"}]
+    assert check(written(recipe, tmp_path)).errors == []
+    vision["fused"][0] |= own
+    told = [error.partition("init.model.")[2] for error in check(written(recipe, tmp_path)).errors]
+    assert [line.partition(" is not what")[0] for line in told] == [
+        f"vision.fused.0.{key}: {value}" for key, value in own.items()
+    ]
+    for change, said in (
+        ({"vision_tower": f"{parts}/visoin"}, "init.model.vision.fused.0.vision_tower"),
+        ({"mm_vision_select_feature": "cls"}, "init.model.vision: vision tower 2 of 2: mm_vision_select_feature 'cls'"),
+        ({"type": "siglip"}, "'clip_vision_model' but vision.type is 'siglip'; set type to 'clip'"),
+        ({"pol": 3}, "unknown key 'pol'; did you mean 'pool'?"),
+    ):
+        vision["fused"] = [{"vision_tower": f"{parts}/vision", "type": "clip", **change}]
+        found = check(written(recipe, tmp_path))
+        assert len(found.errors) == 1 and said in found.errors[0], found.errors
+
+
 def test_other_image_rules_may_be_meant(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["init"]["model"]["image"]["image_mean"] = [0.5, 0.5, 0.5]
     recipe["init"]["other_image_rules"] = True
