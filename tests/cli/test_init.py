@@ -43,16 +43,13 @@ def test_from_parts_to_an_answer(
 
 
 def test_towers_side_by_side(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--vision", f"{parts}/vision", "--vision", "vit_small", "--llm", f"{parts}/llm"]
-    assert (
-        main(["init", str(tmp_path / "mine"), *given, "--data", f"{parts}/rows.json", "--image-root", str(PICTURES)])
-        == 0
-    )
+    given = ["--vision", f"{parts}/vision", "--vision", "vit_small", "--vision", "efficientnet_lite0"]
+    given += ["--llm", f"{parts}/llm", "--data", f"{parts}/rows.json", "--image-root", str(PICTURES)]
+    assert main(["init", str(tmp_path / "mine"), *given]) == 0
     model = yaml.safe_load((tmp_path / "mine/stage1.yaml").read_text())["init"]["model"]
-    (further,) = model["vision"]["fused"]
-    assert further == {
-        "vision_tower": "vit_small", "type": "siglip", "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]
-    }  # fmt: skip
+    second, third = model["vision"]["fused"]
+    assert second == {"vision_tower": "vit_small", "type": "siglip"}  # it has CLIP's pixels, as the first
+    assert third["type"] == "efficientnet_lite0" and third["image_mean"] == [127 / 255] * 3
     assert main(["check", str(tmp_path / "mine/pipeline.yaml")]) == 0
     assert main(["plan", str(tmp_path / "mine/stage1.yaml"), "--rows", "30"]) == 0
     assert capsys.readouterr().err == ""

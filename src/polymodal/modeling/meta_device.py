@@ -34,7 +34,7 @@ from polymodal.modeling.language_model import DEFAULT_LLM, SMOLLM2, model_class,
 from polymodal.modeling.pretrained import building, config_json
 from polymodal.modeling.projectors import Projector, build_projector
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.utils.files import home_path
+from polymodal.utils.files import home_path, shipped
 
 
 def _shape(kind: str, width: int, inner: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def llm_positions(config: LLMConfig) -> int | None:
 
 def _config_json(name: str, revision: str | None, fetch: bool) -> dict[str, Any]:
     """A `config.json` as plain data: from a folder, the hub's cache, the table of known shapes, or the hub."""
-    path = home_path(name)
+    path = shipped(name) or home_path(name)
     if path.is_dir():
         return config_json(str(path), str(path / "config.json"))
     if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1:
