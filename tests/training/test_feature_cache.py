@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from polymodal.config import parse_config
+from polymodal.config import VISION_ORIGINS, VisionConfig, parse_config
 from polymodal.errors import DataError, PolymodalError
 from polymodal.training import feature_cache as features
 from polymodal.training import train
@@ -109,6 +109,31 @@ def test_other_weights_are_another_cache(plain: dict[str, Any]) -> None:
     with torch.no_grad():
         next(iter(encoder.parameters())).add_(1e-3)
     assert features.encoder_identity(encoder, parts.config) != before
+
+
+def test_each_of_several_towers_has_a_say_in_the_caches_name(plain: dict[str, Any], tmp_path: Path) -> None:
+    from polymodal.training.sft.task import load_inputs
+
+    tower = plain["init"]["model"]["vision"]["vision_tower"]
+
+    def inputs(**further: Any) -> Any:
+        vision = {"vision_tower": tower, "type": "clip", "fused": [{"vision_tower": tower, "type": "clip", **further}]}
+        model = {**plain["init"]["model"], "vision": vision}
+        return load_inputs(parse_config(Recipe, {**plain, "init": {"model": model}}, "recipe"))
+
+    parts, others = inputs(), inputs(image_mean=[0.4] * 3, image_std=[0.5] * 3)
+    known = features.encoder_identity(parts.model.vision_encoder, parts.config)
+    assert features.encoder_identity(others.model.vision_encoder, others.config) != known
+    assert features.encoder_identity(inputs(revision="main").model.vision_encoder, parts.config) == known
+    with torch.no_grad():
+        parts.model.vision_encoder.towers["1"].model.embeddings.class_embedding.add_(1e-3)
+    assert features.encoder_identity(parts.model.vision_encoder, parts.config) != known
+    # Of one tower all is as it was before there could be several.
+    single = VisionConfig(vision_tower=tower, type="clip").model_dump_json(exclude=VISION_ORIGINS)
+    assert single == (
+        '{"type":"clip","mm_vision_select_layer":-2,"mm_vision_select_feature":"patch","pool":null,"stages":null,'
+        '"detail":null}'
+    )
 
 
 def test_a_killed_pass_goes_on_with_the_same_groups(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from polymodal.modeling.encoders.efficientnet import EfficientNetEncoder, Effici
 from polymodal.modeling.encoders.hf_vision import FAMILIES, HFVisionEncoder
 from polymodal.modeling.encoders.pixel_norm import PixelNorm
 from polymodal.modeling.encoders.vision import FusedEncoder, build_vision_encoder, fingerprint
+from polymodal.training.distributed import unreached
+from polymodal.training.sft.class_prototypes import class_head_of
+from polymodal.utils.modules import blocks
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 VIT = {**WIDTHS, "intermediate_size": 64, "image_size": 28, "patch_size": 7}
@@ -370,6 +374,11 @@ def test_towers_side_by_side_are_each_tower_on_pixels_of_its_own_norm(tmp_path: 
     norms = [PixelNorm(*norm) for norm in (HALF, IMAGENET, HALF)]
     expected = torch.cat([tower(norm(tiles)) for tower, norm in zip(own, norms, strict=True)], dim=-1)
     torch.testing.assert_close(encoder(norms[0](tiles)), expected, atol=1e-5, rtol=1e-5)
+    # Layers are found in every tower (to be checkpointed, compiled, sharded), and those that nobody reads are known.
+    assert len(blocks(encoder)) == 3 * 3  # type: ignore[arg-type]
+    unread = unreached(SimpleNamespace(vision_encoder=encoder.requires_grad_(True)))  # type: ignore[arg-type, attr-defined]
+    assert any(name.startswith("towers.0.model.encoder.layers.2.") for name in unread)
+    assert not any(name.startswith("towers.1.model.encoder.") for name in unread)
     # All see the same tile, and the weights of every one have a say in what is known of the whole.
     assert build_vision_encoder(config, norm=HALF, tile=Size(21, 35))(pixels(21, 35)).shape == (2, 15, 128)
     before = fingerprint(encoder)
@@ -398,7 +407,7 @@ def test_the_class_head_of_a_tower_beside_others_keeps_its_meaning() -> None:
     alone, other = EfficientNetEncoder(network, ("stride16", "head"), pool=4), HFVisionEncoder(tiny("clip"))
     alone.tile, tiles = other.tile, pixels()
     encoder = FusedEncoder((other, alone))
-    head = encoder.class_head()
+    head = class_head_of(SimpleNamespace(vision_encoder=encoder))  # type: ignore[arg-type]
     assert head is not None and FusedEncoder((other, other)).class_head() is None
     scores = encoder(tiles)[..., head.channels].mean(dim=1) @ head.weight.T + head.bias
     torch.testing.assert_close(scores, network.logits(network(tiles)["head"]), atol=1e-4, rtol=1e-4)
