@@ -6,7 +6,6 @@ the runs a few steps.
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
