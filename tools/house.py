@@ -84,7 +84,7 @@ NEVER: dict[str, set[str]] = {
     "serving": {"training", "planning", "evaluation"},
 }
 
-LIMITS = {"lines": 58_000, "files": 310, "longest file": 450, "imports": 0.12, "circles": 0}
+LIMITS = {"lines": 58_000, "files": 314, "longest file": 450, "imports": 0.12, "circles": 0}
 
 BASES = {"ABC", "Protocol", "Strict"}
 SECTION = re.compile(r"^\s*(Args|Attributes|Returns|Yields|Raises|Example|Examples|Note|Notes):\s*$", re.MULTILINE)

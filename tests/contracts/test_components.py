@@ -20,6 +20,7 @@ from polymodal.modeling.encoders.efficientnet import EfficientNetLite0, save_eff
 from polymodal.modeling.encoders.hf_vision import FAMILIES
 from polymodal.modeling.encoders.vision import VISION_ENCODERS, build_vision_encoder
 from polymodal.modeling.projectors import PROJECTORS, build_projector
+from polymodal.modeling.projectors.summary import SummaryProjector
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SQUARE = {"image_size": 28, "patch_size": 7}
@@ -40,6 +41,7 @@ NAMES = {
     "qformer": ["qformer"],
     "resampler": ["resampler"],
     "abstractor": ["abstractor"],
+    "summary": ["summary"],
 }
 SMALL_QFORMER: dict[str, Any] = {
     **WIDTHS, "num_query_tokens": 5, "intermediate_size": 64, "hidden_dropout_prob": 0.0,
@@ -50,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qformer": SMALL_QFORMER,
     "resampler": {"num_query_tokens": 5, "num_layers": 2, "num_attention_heads": 2, "head_dim": 8},
     "abstractor": {"num_query_tokens": 9, "hidden_size": 12, "depth": 2},
+    "summary": {"num_query_tokens": 4, "hidden_size": 12, "num_layers": 1, "num_attention_heads": 2},
 }
 
 
@@ -151,6 +154,8 @@ def test_projector_plans_as_many_tokens_as_it_makes(name: str) -> None:
             assert f"{grid.height}x{grid.width}" in str(error)
             continue
         assert isinstance(projector, nn.Module)
+        if isinstance(projector, SummaryProjector):  # begins as its MLP, by zeros that pass no gradient on
+            nn.init.normal_(projector.output.weight)
         features = torch.randn(2, grid.area, 8)
         tokens = projector(features)
         assert tokens.shape == (2, projector.output_grid.area, 16)

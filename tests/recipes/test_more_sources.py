@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from polymodal.errors import DataError
-from recipes.default.dataset import clipart, icons, more, photos, words
+from recipes.default.dataset import build_more, clipart, icons, judges, more, photos, words
 from recipes.default.dataset.sources import Source, measure
 
 SHAPE = '<rect x="4" y="4" width="24" height="24" fill="red"/>'
@@ -168,29 +168,26 @@ def test_what_shows_something_held_out_again_is_held_out(tmp_path: Path) -> None
         source("icons:noto/1f431", "cat", "emoji:1f431"),
         source("icons:noto/1f436", "dog", "emoji:1f436"),
         source("openclipart2:a", "cat", "openclipart:a"),  # the same drawing as the emoji of the cat
-        source("cards:x", "cow", "cards:x"),  # the same as a photograph for judging, smaller
+        source("cards:x", "cow", "cards:x"),  # for judging
     ]
     images = ["red", "blue", "green", "yellow", "red", "black"]
     thumbs = [tmp_path / f"{i}.png" for i in range(len(images))]
     for thumb, colour in zip(thumbs, images, strict=True):
         drawing(colour, ground="white").save(thumb)
-    erase = {"cow": drawing("black", ground="white").convert("RGB").resize((160, 120))}
-    split = more.split(first, new, thumbs, erase, seed=0)
+    split = more.split(first, new, thumbs, [False, False, False, True], seed=0)
     assert [s.heldout for s in split] == [True, False, True, True]
     assert [replace(s, heldout=False) for s in split] == new
-    assert more.split(first, new, thumbs, {}, seed=0)[3].heldout is False
+    assert more.split(first, new, thumbs, [False] * 4, seed=0)[3].heldout is False
 
 
-def test_photographs_to_judge_by_are_of_things_that_training_shows(tmp_path: Path) -> None:
-    many = [source(f"photos:hammer{i}", "hammer", f"photos:hammer{i}", photo=True) for i in range(6)]
-    alone = source("photos:anvil", "anvil", "photos:anvil", photo=True)
-    beast = replace(source("photos:cow", "cow", "photos:cow", photo=True), category="animal")
-    new = [*many, alone, beast, source("cards:cow", "cow", "cards:cow")]
-    thumbs = [tmp_path / f"{i}.png" for i in range(len(new))]
-    for place, thumb in enumerate(thumbs):
-        drawing((place * 25, 90, 200 - place * 20), ground="white").save(thumb)  # type: ignore[arg-type]
-    held = {s.key for s in more.split([], new, thumbs, {}, seed=0) if s.heldout}
-    assert len(held) == more.PHOTOS_A_NOUN and all(key.startswith("photos:hammer") for key in held)
+@pytest.mark.parametrize("size", [(160, 120), (40, 30)])
+def test_a_copy_of_what_is_judged_is_left_out(tmp_path: Path, size: tuple[int, int]) -> None:
+    shown = drawing("black", ground="white").convert("RGB")
+    left_out = [judges.LeftOut("photos:cow", judges.hash_of(shown))]
+    shown.resize(size).convert("RGBA").save(tmp_path / "0.png")
+    assert build_more.is_judged(("cards:x", tmp_path / "0.png"), left_out)
+    drawing("white", ground="black").save(tmp_path / "1.png")
+    assert not build_more.is_judged(("cards:x", tmp_path / "1.png"), left_out)
 
 
 def test_drawings_that_the_first_reader_leaves(tmp_path: Path) -> None:

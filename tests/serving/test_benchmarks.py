@@ -38,7 +38,7 @@ def test_a_server_is_measured(
     rows = {"polymodal serve": serving.Row(server, "tiny", {}), "llama.cpp Q8_0": serving.Row(server, "tiny", {})}
     serving.measure(rows, tiny.backend, 2)  # type: ignore[arg-type]
     assert {what: len(values) for what, values in rows["polymodal serve"].took.items()} == {
-        "bare": 2, "whole": 2, "second": 2, "1": 1, "4": 1, "peak": 1,
+        "bare": 2, "whole": 2, "second": 2, "first": 2, "1": 1, "4": 1, "peak": 1,
     }  # fmt: skip
     serving.report(rows, {"stand-in: transformers": "does not start"})
     said = capsys.readouterr().out
@@ -46,6 +46,7 @@ def test_a_server_is_measured(
         "321.0",
         "the server adds",
         "x the throughput of one",
+        "prompts go one after the other",
         "as fast as llama.cpp Q8_0",
         "cannot: does not",
     ):

@@ -21,7 +21,7 @@ def _lists() -> tuple[tuple[str, ...], tuple[str, ...]]:
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     at = lines.index("[signs]")
     common = " ".join(lines[1:at]).split()
-    nouns = [name for name in words.lexicon() if name.isalpha()]
+    nouns = [name for name in words.lexicon() if name.isascii() and name.isalpha()]
     every = dict.fromkeys([*common, *nouns, *words.COLOURS, *words.fixes()["written words"]])
     return tuple(w for w in every if len(w) <= LONGEST), tuple("|".join(lines[at + 1 :]).split("|"))
 

@@ -244,9 +244,7 @@ class MultimodalLM(nn.Module):
         dtype = next(iter(self.projector.parameters())).dtype  # images and videos go together again
         times = [plan.times if isinstance(plan, VideoPlan) else () for plan in plans]
         parts = look_along_time(self.temporal_encoder, [part.to(dtype) for part in split], times)
-        summed = isinstance(self.projector, SummaryProjector)
-        grids = (plan.frame.tokens if isinstance(plan, VideoPlan) and not summed else plan.tokens for plan in plans)
-        shapes = [(part.shape[1], grid) for part, grid in zip(parts, grids, strict=True)]
+        shapes = [(part.shape[1], plan.tokens) for part, plan in zip(parts, plans, strict=True)]
         projected: list[Tensor] = list(parts)
         for shape in sorted(set(shapes)):  # one, but where videos are pooled in space or images keep their shape
             some = [number for number, own in enumerate(shapes) if own == shape]
