@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import polymodal
 from polymodal.backends import load_processor
@@ -113,3 +114,32 @@ def test_the_type_of_the_weights(tree: Path) -> None:
     assert model.model.llm.dtype == torch.bfloat16  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="unknown dtype 'fp16'; did you mean 'float16'"):
         polymodal.load(tree / "runs/x/final", dtype="fp16")  # type: ignore[arg-type]
+
+
+def test_each_of_several_towers_is_found_and_pointed_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir("/")
+    mine = tmp_path / "mine"
+    make_parts(mine / "parts")
+    shutil.copytree(mine / "parts/vision", mine / "parts/other")
+    weights = load_file(mine / "parts/other/model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, mine / "parts/other/model.safetensors")
+    towers = [mine / "parts/vision", mine / "parts/other"]
+    polymodal.compose(vision=towers, llm=mine / "parts/llm").save(mine / "runs/x/final")
+    there = Path(shutil.move(mine, tmp_path / "there"))
+    (there / "parts/other").rename(there / "runs/second")
+    assert answers(there / "runs/x/final")
+    far = tmp_path / "deep/er"
+    far.mkdir(parents=True)
+    (there / "runs/second").rename(far / "second")
+    ask = ["inspect", "--model", str(there / "runs/x/final"), "--prompt", "x"]
+    assert main(ask) == 2 and "its vision tower 2 " in (error := capsys.readouterr().err)
+    assert "--vision DIR --vision DIR (in Python" in error and error.count("\n") == 1
+    assert main([*ask, "--vision", str(there / "parts/vision"), "--vision", str(far / "second")]) == 0
+    assert answers(there / "runs/x/final", parts={"vision_2": far / "second"})
+    with (
+        pytest.warns(UserWarning, match="another vision tower 2 than"),
+        pytest.raises(CheckpointError, match="trained behind another vision tower"),
+    ):
+        polymodal.load(there / "runs/x/final", parts={"vision_2": there / "parts/vision"})

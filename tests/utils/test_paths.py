@@ -2,7 +2,7 @@
 
 import pytest
 
-from polymodal.utils.paths import without_places
+from polymodal.utils.paths import full_names, without_places
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,10 @@ from polymodal.utils.paths import without_places
 )
 def test_places_are_left_out(text: str, kept: str) -> None:
     assert without_places({"a": [text, 3, None]}) == {"a": [kept, 3, None]}
+
+
+def test_the_home_folder_is_put_in_for_parts_at_any_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    vision = {"vision_tower": "~/a", "fused": [{"vision_tower": "~/b", "type": "~"}]}
+    whole = {"vision_tower": "/home/me/a", "fused": [{"vision_tower": "/home/me/b", "type": "~"}]}
+    assert full_names({"vision": vision}) == {"vision": whole}

@@ -75,7 +75,7 @@ def add_part_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where the parts are that a model folder refers to."""
     group = parser.add_argument_group("parts", "of a model folder that was moved away from the parts it refers to")
     for flag, what in PART_FLAGS.items():
-        about = f"where the {PARTS[what][1]} is now"
+        about = f"where the {PARTS[what][1]} is now" + "; again for the next beside it" * (what == "vision")
         group.add_argument(f"--{flag}", dest=f"{what}_part", action="append", metavar="DIR", help=about)
 
 
