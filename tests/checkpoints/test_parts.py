@@ -134,6 +134,7 @@ def test_each_of_several_towers_is_found_and_pointed_to(
     far.mkdir(parents=True)
     (there / "runs/second").rename(far / "second")
     ask = ["inspect", "--model", str(there / "runs/x/final"), "--prompt", "x"]
+    capsys.readouterr()  # progress of writing the parts
     assert main(ask) == 2 and "its vision tower 2 " in (error := capsys.readouterr().err)
     assert "--vision DIR --vision DIR (in Python" in error and error.count("\n") == 1
     assert main([*ask, "--vision", str(there / "parts/vision"), "--vision", str(far / "second")]) == 0
