@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -374,6 +375,12 @@ def test_towers_side_by_side_are_each_tower_on_pixels_of_its_own_norm(tmp_path: 
     norms = [PixelNorm(*norm) for norm in (HALF, IMAGENET, HALF)]
     expected = torch.cat([tower(norm(tiles)) for tower, norm in zip(own, norms, strict=True)], dim=-1)
     torch.testing.assert_close(encoder(norms[0](tiles)), expected, atol=1e-5, rtol=1e-5)
+    encoder.save(tmp_path / "model/vision")
+    whole = config.at(["bundled"] * 3)
+    torch.testing.assert_close(build_vision_encoder(whole, tmp_path / "model", norm=HALF)(norms[0](tiles)), expected)
+    with pytest.raises(CheckpointError, match="model/vision_3 is missing"):
+        shutil.rmtree(tmp_path / "model/vision_3")
+        build_vision_encoder(whole, tmp_path / "model", norm=HALF)
     # Layers are found in every tower (to be checkpointed, compiled, sharded), and those that nobody reads are known.
     assert len(blocks(encoder)) == 3 * 3  # type: ignore[arg-type]
     unread = unreached(SimpleNamespace(vision_encoder=encoder.requires_grad_(True)))  # type: ignore[arg-type, attr-defined]
@@ -431,5 +438,9 @@ def test_what_cannot_stand_side_by_side_is_one_line(tmp_path: Path) -> None:
         fused(image_mean=CLIP_NORM[0])
     with pytest.raises(ConfigError, match="unknown key 'fused'"):
         TowerConfig(vision_tower="a/b", type="clip", fused=())  # type: ignore[call-arg]
+    rows, line = EfficientNetEncoder(pool=3), EfficientNetEncoder(pool=3)
+    line.grid = Size(1, 7)
+    with pytest.raises(ConfigError, match="tower 2 of 2: 7 features and 9 of the first, not all in rows and columns"):
+        FusedEncoder((rows, line))
     with pytest.raises(ConfigError, match="tower 2 of 2: takes tiles of 14x14 pixels and the first 28x28"):
         FusedEncoder((HFVisionEncoder(tiny("siglip")), HFVisionEncoder(tiny("clip"), tile=Size(14, 14))))

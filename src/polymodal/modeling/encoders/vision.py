@@ -92,6 +92,11 @@ class FusedEncoder(nn.Module):
                     f"{where}: takes tiles of {tower.tile.height}x{tower.tile.width} pixels and the first "
                     f"{first.tile.height}x{first.tile.width}; build them with the same `tile`"
                 )
+            if tower.grid != first.grid and any(grid.height == 1 < grid.width for grid in (tower.grid, first.grid)):
+                raise ConfigError(
+                    f"{where}: {tower.grid.area} features and {first.grid.area} of the first, not all in rows and "
+                    "columns, cannot be brought onto one grid; give both as many"
+                )
         if norm is None and any(wanted is not None for wanted in norms):
             raise ConfigError("towers side by side: how pixels are normalised must be known; give `norm`")
         # A dict, since a list of two equal towers would pass for repeated layers (`utils.modules.blocks`).
