@@ -167,8 +167,10 @@ def scene_warm_start(
     head = class_head_of(model)
     classes = [name.lower() for name in head.names] if head is not None else []
     units: list[Unit] = list(dict.fromkeys(u for each in taught for some in each.values() for u in some))
-    units += [name for name in dict.fromkeys(classes) if name not in set(units)]
     number = {unit: place for place, unit in enumerate(units)}
+    for name in classes:
+        if number.setdefault(name, len(units)) == len(units):
+            units.append(name)
     wanted = np.full((len(rows), queries + grid.area, UNITS), -1, dtype=np.int32)
     for one, each in zip(wanted, taught, strict=True):
         for token, some in each.items():
