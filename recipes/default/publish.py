@@ -1,6 +1,6 @@
 """Put a trained model into the package: half precision, model card kept, size checked.
 
-python recipes/default/publish.py runs/default/stage2/final [src/polymodal/models/default]
+python recipes/default/publish.py runs/default/stage3/final [src/polymodal/models/default]
 python recipes/default/publish.py runs/draw/drawer/final src/polymodal/models/drawer
 """
 

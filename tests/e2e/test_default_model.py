@@ -46,10 +46,11 @@ def test_it_is_small_enough_for_a_package_and_has_a_card() -> None:
 def test_its_history_names_all_stages() -> None:
     history = json.loads((FOLDER / "polymodal.json").read_text())["history"]
     stages = [entry["stage"] for entry in history]
-    assert stages[0] == "default-stage1" and stages[-1] == "default-stage2"
+    assert list(dict.fromkeys(stages)) == ["default-stage1", "default-stage2", "default-stage3"] and stages == sorted(
+        stages
+    )
     trained = [entry["trained"] for entry in history]
-    assert trained[0] == ["projector"]
-    assert trained[-1] == ["audio_projector", "lora", "projector", "temporal_encoder"]
+    assert trained[:3] == [["projector"], ["lora", "projector"], ["audio_projector", "lora", "temporal_encoder"]]
 
 
 def test_it_beats_its_blind_self_on_shapes_it_never_saw(model: LocalBackend, tmp_path: Path) -> None:
