@@ -3,7 +3,7 @@
 # under: "/" where they are installed, else the folder given. Needs apt; installs where it may, unpacks where not.
 # The senses' data need espeak-ng too, which speaks only where it is installed.
 # With `more` after the folder: the packages of the later sources too, desktop backgrounds (170 MB) from Debian, icons and
-# names from npm, unpacked in FOLDER/npm; NPM_REGISTRY is where npm's tarballs come from.
+# names from npm, unpacked in FOLDER/npm; they come from where NPM_REGISTRY says, or from npm's own setting.
 set -euo pipefail
 target=${1:?usage: get_packages.sh FOLDER [more]}
 packages=(tuxpaint-stamps-default openclipart-png fonts-noto-color-emoji fonts-dejavu-core fonts-dejavu-extra fonts-liberation
@@ -15,7 +15,11 @@ files=(tuxpaint/stamps openclipart/png fonts/truetype/noto/NotoColorEmoji.ttf fo
 if [ "${2:-}" = more ]; then
     packages+=(gnome-backgrounds plasma-workspace-wallpapers mate-backgrounds)
     files+=(backgrounds/gnome backgrounds/mate/nature wallpapers/FallenLeaf)
-    registry=${NPM_REGISTRY:-https://registry.npmjs.org}
+    registry=${NPM_REGISTRY:-$(npm config get registry 2> /dev/null || true)}
+    if [ -z "$registry" ]; then
+        echo "npm is not on this machine; set NPM_REGISTRY to the address of a registry of npm's packages" >&2
+        exit 1
+    fi
     for package in @iconify-json/fluent-emoji@1.2.7 @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 \
                    @iconify-json/openmoji@1.2.29 @iconify-json/flag@1.2.12 cldr-annotations-full@48.2.0 \
                    cldr-localenames-full@48.2.0; do
