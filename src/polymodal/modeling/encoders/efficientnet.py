@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from polymodal.errors import PolymodalError
 from polymodal.media_plan import Size
 from polymodal.utils.files import shipped_folder
+from polymodal.utils.modules import frozen
 from polymodal.utils.safetensors_io import compare_tensors, read_tensors, write_tensors
 
 PIXEL_MEAN: tuple[float, float, float] = (127 / 255, 127 / 255, 127 / 255)
@@ -257,7 +258,7 @@ class EfficientNetEncoder(nn.Module):
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         weight = self.network.classifier.weight
         network: nn.Module = self.network
-        if not any(parameter.requires_grad for parameter in self.network.parameters()):
+        if frozen(self.network):
             # Beside the modules, since it is no weight of its own; remade where weights were moved, cast or loaded.
             key, known = (weight.device, weight.dtype, weight.data_ptr(), weight._version), self.__dict__.get("_folded")
             if known is None or known[0] != key:

@@ -21,7 +21,7 @@ from polymodal.errors import ConfigError
 from polymodal.metrics.text import words_of
 from polymodal.modeling.projectors.mlp import Standardize
 from polymodal.modeling.vlm import MultimodalLM
-from polymodal.training.recipes.sft import AudioWarmStartConfig, VideoWarmStartConfig
+from polymodal.training.recipes.sft import AudioWarmStartConfig, SceneWarmStartConfig, VideoWarmStartConfig
 from polymodal.training.sft.dataset import SFTDataset
 from polymodal.utils.progress import log, progress
 
@@ -99,14 +99,15 @@ def audio_warm_start(
 
 def descend(
     parameters: list[nn.Parameter],
-    config: AudioWarmStartConfig | VideoWarmStartConfig,
+    config: AudioWarmStartConfig | VideoWarmStartConfig | SceneWarmStartConfig,
     title: str,
     loss: Callable[[], Tensor],  # Of a new batch
+    rising: float = 0.1,  # Share of the steps in which the rate rises
 ) -> None:
     """Take a warm start's steps, each with the gradient's length bounded."""
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, config.steps, pct_start=max(0.1, 2 / config.steps)
+        optimizer, config.learning_rate, config.steps, pct_start=max(rising, 2 / config.steps)
     )
     for _ in progress(range(config.steps), title, config.steps):
         optimizer.zero_grad()

@@ -29,10 +29,11 @@ from polymodal.modeling.projectors.mlp import Standardize
 from polymodal.modeling.projectors.summary import SummaryProjector
 from polymodal.modeling.vlm import MultimodalLM
 from polymodal.training.recipes.sft import SceneWarmStartConfig
+from polymodal.training.sft.audio_warm_start import descend
 from polymodal.training.sft.class_prototypes import Prototypes, class_head_of, draw_classes
 from polymodal.training.sft.dataset import SFTDataset
 from polymodal.training.sft.warm_start import SAMPLE_ROWS, concept_of, write_classes
-from polymodal.utils.progress import log, progress
+from polymodal.utils.progress import log
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 ATTRIBUTE_NAMES = 8
@@ -206,12 +207,9 @@ def scene_warm_start(
         return tokens, F.normalize(tokens - middle, dim=-1)
 
     parameters = [p for p in projector.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, config.steps, pct_start=max(0.05, 2 / config.steps)
-    )
     made = int(config.batch_size * config.prototype_share) if prototypes is not None else 0
-    for step in progress(range(config.steps), "scene warm start", config.steps):
+
+    def loss() -> Tensor:
         features, labels = batch(train[torch.randint(len(train), (config.batch_size,), generator=generator).numpy()])
         if made and prototypes is not None and class_ids is not None and order is not None:
             kind = order[torch.randint(len(order), (made,), generator=generator)]
@@ -228,16 +226,10 @@ def scene_warm_start(
             logits = (config.scale * directions[drawn.to(device)]) @ targets.T
         logits = logits.float().log_softmax(dim=-1)
         mask = (own >= 0).float()
-        loss = -((logits.gather(1, own.clamp_min(0)) * mask).sum(1) / mask.sum(1)).mean()
-        loss = loss + 0.5 * (tokens.norm(dim=-1) / length - 1).pow(2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0:
-            log(f"scene warm start: step {step}, loss {float(loss.detach()):.3f}")
+        unsaid = -((logits.gather(1, own.clamp_min(0)) * mask).sum(1) / mask.sum(1)).mean()
+        return unsaid + 0.5 * (tokens.norm(dim=-1) / length - 1).pow(2).mean()
 
+    descend(parameters, config, "scene warm start", loss, rising=0.05)
     held = np.arange(0, len(rows), HELD_OUT)
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
