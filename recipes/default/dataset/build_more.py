@@ -32,6 +32,7 @@ from recipes.default.dataset import (
     photos,
     plan,
     rich,
+    sees,
     studio,
     words,
 )  # fmt: skip
@@ -82,11 +83,11 @@ def build_more(
             places = more.Places.under(packages, npm)
             found = more.read(places, sources)
             new_ones = cut_out(found, len(sources), thumbs, Packages.emoji_font, workers, progress)
-            files_ = [thumbs / f"{i}.png" for i in range(len(sources) + len(new_ones))]
+            cuts = [thumbs / f"{i}.png" for i in range(len(sources) + len(new_ones))]
             kept = judges.judged(places.gcompris, places.openclipart)
-            jobs = [(s.key, thumbs / f"{i}.png") for i, s in enumerate(new_ones, len(sources))]
+            jobs = [(s.key, cut) for s, cut in zip(new_ones, cuts[len(sources) :], strict=True)]
             out = over_processes(partial(is_judged, left_out=kept), jobs, workers, "comparing images", progress)
-            sources = [*sources, *more.split(sources, new_ones, files_, out, seed)]
+            sources = [*sources, *more.split(sources, new_ones, cuts, out, seed)]
             backs = grounds.shrink(photos.backgrounds(packages), thumbs)
         looks = studio.looks(thumbs, sources)
         zh = {**words.zh_nouns(), **words.ZH_NOUNS, **{s.noun: s.zh_noun for s in sources if s.noun and s.zh_noun}}
@@ -144,10 +145,11 @@ def is_judged(job: tuple[str, Path], left_out: list[judges.LeftOut]) -> bool:
 
     key, file = job
     with Image.open(file) as opened:
-        cut = opened.convert("RGBA")
-    white = Image.new("RGBA", cut.size, (255, 255, 255, 255))
-    white.alpha_composite(cut)
-    return judges.is_judged(key.replace("openclipart2:", "openclipart:"), white.convert("RGB"), left_out)
+        whole = opened.convert("RGBA").getchannel("A").getextrema()[0] == 255
+        image = opened.convert("RGB")
+    # A cut-out framed as the judged ones were before they were hashed.
+    image = image if whole else sees.on_white(file)
+    return judges.is_judged(key.replace("openclipart2:", "openclipart:"), image, left_out)
 
 
 def spots(view: View) -> list[Place]:

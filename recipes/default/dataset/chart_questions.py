@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import random
 from functools import partial
-from typing import Any
 
 from recipes.default.dataset import charts, drawn, words
 from recipes.default.dataset.charts import Chart
 from recipes.default.dataset.drawn import listed
-from recipes.default.dataset.plan import Record
 from recipes.default.dataset.questions import QA, capital
 
 KIND = "chart"
@@ -365,22 +363,5 @@ TOPICS: drawn.Topics = {
     "value": ask_value,
 }
 
-
-def _maker(rng: random.Random, fonts: list[str], heldout: bool) -> Any:
-    return lambda file: charts.plan(file, rng, fonts, heldout)
-
-
-def compose(rng: random.Random, fonts: list[str], number: int) -> tuple[list[Chart], list[Record]]:
-    """Training conversations of three to five questions, one chart each."""
-    topics = {**TOPICS, "caption": ask_caption, "zh": ask_zh}
-    return drawn.conversations(rng, _maker(rng, fonts, heldout=False), topics, number, KIND)
-
-
-def captions(rng: random.Random, fonts: list[str], number: int) -> tuple[list[Chart], list[Record]]:
-    """Training charts with a caption each."""
-    return drawn.captions(rng, _maker(rng, fonts, heldout=False), caption, number, KIND)
-
-
-def heldout(rng: random.Random, fonts: list[str], number: int = 100) -> tuple[list[Chart], list[Record]]:
-    """`val_charts.json`: a question a chart, of words, titles, shades and fonts that training never draws."""
-    return drawn.heldout_questions(rng, _maker(rng, fonts, heldout=True), TOPICS, number, KIND)
+PAPER = drawn.Paper(KIND, charts.plan, TOPICS, {"caption": ask_caption, "zh": ask_zh}, caption)
+compose, captions, heldout = PAPER.compose, PAPER.captions, PAPER.heldout

@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 from recipes.default.dataset import documents, drawn, words
 from recipes.default.dataset.documents import Document
 from recipes.default.dataset.drawn import listed
-from recipes.default.dataset.plan import Record
 from recipes.default.dataset.questions import QA, capital
 
 KIND = "document"
@@ -340,22 +338,5 @@ TOPICS: drawn.Topics = {
     "ticked": ask_ticked,
 }
 
-
-def _maker(rng: random.Random, fonts: list[str], heldout: bool) -> Any:
-    return lambda file: documents.plan(file, rng, fonts, heldout)
-
-
-def compose(rng: random.Random, fonts: list[str], number: int) -> tuple[list[Document], list[Record]]:
-    """Training conversations of three to five questions, one document each."""
-    topics = {**TOPICS, "caption": ask_caption, "zh": ask_zh}
-    return drawn.conversations(rng, _maker(rng, fonts, heldout=False), topics, number, KIND)
-
-
-def captions(rng: random.Random, fonts: list[str], number: int) -> tuple[list[Document], list[Record]]:
-    """Training documents with a caption each."""
-    return drawn.captions(rng, _maker(rng, fonts, heldout=False), caption, number, KIND)
-
-
-def heldout(rng: random.Random, fonts: list[str], number: int = 100) -> tuple[list[Document], list[Record]]:
-    """`val_documents.json`: a question a document, of words, names, shades and fonts that training never draws."""
-    return drawn.heldout_questions(rng, _maker(rng, fonts, heldout=True), TOPICS, number, KIND)
+PAPER = drawn.Paper(KIND, documents.plan, TOPICS, {"caption": ask_caption, "zh": ask_zh}, caption)
+compose, captions, heldout = PAPER.compose, PAPER.captions, PAPER.heldout

@@ -10,6 +10,7 @@ import functools
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from recipes.default.dataset import plan as planning
@@ -236,3 +237,32 @@ def heldout_questions(
     if len(records) < number:
         raise AssertionError(f"{prefix}: {len(records)} of {number} held-out questions")
     return images, records
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A sort of drawn image and what is asked about it: conversations, captions, and questions to judge by."""
+
+    kind: str
+    plan: Callable[[str, random.Random, list[str], bool], Any]  # file, rng, fonts, whether held out
+    topics: Topics
+    taught: Topics  # asked in training alone
+    say: Callable[[random.Random, Any], str]  # a caption
+
+    def _maker(self, rng: random.Random, fonts: list[str], heldout: bool) -> Callable[[str], Any]:
+        return lambda file: self.plan(file, rng, fonts, heldout)
+
+    def compose(self, rng: random.Random, fonts: list[str], number: int) -> tuple[list[Any], list[planning.Record]]:
+        """Training conversations of three to five questions, one image each."""
+        topics = {**self.topics, **self.taught}
+        return conversations(rng, self._maker(rng, fonts, heldout=False), topics, number, self.kind)
+
+    def captions(self, rng: random.Random, fonts: list[str], number: int) -> tuple[list[Any], list[planning.Record]]:
+        """Training images with a caption each."""
+        return captions(rng, self._maker(rng, fonts, heldout=False), self.say, number, self.kind)
+
+    def heldout(
+        self, rng: random.Random, fonts: list[str], number: int = 100
+    ) -> tuple[list[Any], list[planning.Record]]:
+        """A question an image, of words, shades and fonts that training never draws."""
+        return heldout_questions(rng, self._maker(rng, fonts, heldout=True), self.topics, number, self.kind)
